@@ -1,0 +1,1 @@
+"""Files -> conversations -> trees -> rows: plain values, no torch."""

@@ -1,0 +1,229 @@
+"""Trees -> rows: how the segments of many conversations lie in one forward pass.
+
+The segments of a row are laid out in depth-first order. One vector then decides all of attention: token j is visible
+to token i iff `j <= i < subtree_end[j]`, where `subtree_end[j]` is the end of the subtree of j's segment.
+
+    tree A   c0 ── t0 ── c1 ── t1          a chain: a plain two-turn conversation
+    tree B   c0 ─┬─ t0                     a branch: the next context does not extend the last one
+                 └─ c1 ── t1
+
+    row          A.c0  A.t0  A.c1  A.t1 │ B.c0  B.t0  B.c1  B.t1
+    subtree_end   a     a     a     a   │  b    B.t0'  b     b       (x' = where x ends, a and b = where A and B end)
+    position     0 ..................   │ 0 .. │ ...   │ again from the end of B.c0, along the path from the root
+
+One token can have several next tokens (where a tree branches), so what is trained is pairs: `source_N` (where to
+read the hidden state), `target_N` (the token that must come next), `weight_N`. Nothing is shifted, nothing is -100.
+
+Legend: T tokens of a row, N trained tokens of a row, S segments of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Kind = Literal["context", "target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root."""
+
+    kind: Kind
+    ids: tuple[int, ...]
+    parent: int | None
+    text: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The segments of one record, parents before children, children in the order in which they were said."""
+
+    source: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens: those of the targets, less the first of a tree that has no token before it."""
+        return sum(
+            len(s.ids) - (s.parent is None) for s in self.segments if s.kind == "target" and s.weight > 0 and s.ids
+        )
+
+
+def path_ids(tree: Tree, index: int | None) -> tuple[int, ...]:
+    """The tokens from the root to the end of segment `index`: what the model has read by then."""
+    ids: tuple[int, ...] = ()
+    while index is not None:
+        ids = tree.segments[index].ids + ids
+        index = tree.segments[index].parent
+    return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a segment lies in a row: tokens `start` to `end`, its subtree to `subtree_end`; `parent` indexes spans."""
+
+    start: int
+    end: int
+    subtree_end: int
+    parent: int | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Row:
+    """A forest of trees laid out for one forward pass.
+
+    ids_T, position_T, subtree_end_T: int64. source_N, target_N: int64; weight_N: float64. spans: in layout order.
+    """
+
+    ids_T: np.ndarray
+    position_T: np.ndarray
+    subtree_end_T: np.ndarray
+    source_N: np.ndarray
+    target_N: np.ndarray
+    weight_N: np.ndarray
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids_T)
+
+    @property
+    def num_trained(self) -> int:
+        return len(self.target_N)
+
+
+def build_row(trees: Sequence[Tree]) -> Row:
+    """Lay the trees out depth-first, one after the other. Raises ValueError if there is not a single token."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[Span] = []
+    pairs: list[tuple[int, int, float]] = []
+    for tree in trees:
+        _lay_out(tree, ids, positions, spans, pairs)
+    if not ids:
+        raise ValueError("a row needs at least one token")
+    subtree_end_T = np.empty(len(ids), dtype=np.int64)
+    for span in spans:
+        subtree_end_T[span.start : span.end] = span.subtree_end
+    source, target, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return Row(
+        ids_T=np.array(ids, dtype=np.int64),
+        position_T=np.array(positions, dtype=np.int64),
+        subtree_end_T=subtree_end_T,
+        source_N=np.array(source, dtype=np.int64),
+        target_N=np.array(target, dtype=np.int64),
+        weight_N=np.array(weight, dtype=np.float64),
+        spans=tuple(spans),
+    )
+
+
+def _lay_out(
+    tree: Tree, ids: list[int], positions: list[int], spans: list[Span], pairs: list[tuple[int, int, float]]
+) -> None:
+    """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
+    children: list[list[int]] = [[] for _ in tree.segments]
+    roots = []
+    for index, segment in enumerate(tree.segments):
+        assert segment.parent is None or segment.parent < index, "parents come before children"
+        (roots if segment.parent is None else children[segment.parent]).append(index)
+    place: dict[int, int] = {}  # segment of the tree -> its span in the row
+    stack = [(index, False) for index in reversed(roots)]
+    while stack:
+        index, done = stack.pop()
+        if done:
+            span = spans[place[index]]
+            spans[place[index]] = Span(span.start, span.end, len(ids), span.parent)
+            continue
+        segment = tree.segments[index]
+        parent = None if segment.parent is None else place[segment.parent]
+        start = len(ids)
+        last = _last_token(spans, parent)  # the token that the first of this segment follows
+        position = 0 if last is None else positions[last] + 1
+        ids.extend(segment.ids)
+        positions.extend(range(position, position + len(segment.ids)))
+        if segment.kind == "target" and segment.weight > 0:
+            for offset, token in enumerate(segment.ids):
+                source = start + offset - 1 if offset else last
+                if source is not None:
+                    pairs.append((source, token, segment.weight))
+        place[index] = len(spans)
+        spans.append(Span(start, len(ids), len(ids), parent))
+        stack.append((index, True))
+        stack.extend((child, False) for child in reversed(children[index]))
+
+
+def _last_token(spans: Sequence[Span], index: int | None) -> int | None:
+    """The last token on the path that ends with span `index`; empty segments are passed over."""
+    while index is not None and spans[index].start == spans[index].end:
+        index = spans[index].parent
+    return None if index is None else spans[index].end - 1
+
+
+def runs(spans: Sequence[Span]) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Join segments into the longest runs that attend causally: `(start, end, ancestors)` in layout order.
+
+    A segment that directly follows its parent and is its only child belongs to its parent's run, so a plain
+    conversation is one run without ancestors. `ancestors` are the token ranges outside the run that all of its
+    tokens see, from the root down.
+    """
+    num_children = [0] * len(spans)
+    for span in spans:
+        if span.parent is not None:
+            num_children[span.parent] += 1
+    run_of: list[int] = []
+    result: list[tuple[int, int, list[tuple[int, int]]]] = []
+    for span in spans:
+        if span.parent is not None and num_children[span.parent] == 1:
+            run = run_of[span.parent]
+            start, _, ancestors = result[run]
+            result[run] = (start, span.end, ancestors)
+        else:
+            ancestors = []
+            if span.parent is not None:
+                above_start, above_end, above = result[run_of[span.parent]]
+                ancestors = [*above, (above_start, above_end)]
+            run = len(result)
+            result.append((span.start, span.end, ancestors))
+        run_of.append(run)
+    return [(start, end, ancestors) for start, end, ancestors in result if start < end]
+
+
+def plan_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
+    """Which records share a row: best-fit decreasing over the whole set, rows in a seeded order, no padding.
+
+    Each record goes to the fullest row that still holds it. Records of equal length, and then the rows, are shuffled
+    by `seed`, so every epoch can have a plan of its own. Every index occurs exactly once. Raises ValueError for a
+    length over `max_row_tokens`. O(n) big-integer operations on a bitmap of the free sizes that occur.
+    """
+    lengths_n = np.asarray(lengths, dtype=np.int64)
+    if len(lengths_n) and lengths_n.max() > max_row_tokens:
+        raise ValueError(f"record {int(lengths_n.argmax())} has {lengths_n.max()} tokens, a row holds {max_row_tokens}")
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(lengths_n))
+    order = shuffled[np.argsort(-lengths_n[shuffled], kind="stable")]
+    rows: list[list[int]] = []
+    rows_with_free: dict[int, list[int]] = {}
+    occurring = 0  # bit f is set iff some row has exactly f tokens free
+    for index in order.tolist():
+        length = int(lengths_n[index])
+        fitting = occurring >> length
+        if fitting:
+            free = (fitting & -fitting).bit_length() - 1 + length
+            row = rows_with_free[free].pop()
+            if not rows_with_free[free]:
+                occurring ^= 1 << free
+            rows[row].append(index)
+        else:
+            row, free = len(rows), max_row_tokens
+            rows.append([index])
+        rest = free - length
+        rows_with_free.setdefault(rest, []).append(row)
+        occurring |= 1 << rest
+    return [rows[r] for r in rng.permutation(len(rows)).tolist()]

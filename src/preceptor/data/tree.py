@@ -1,0 +1,102 @@
+"""Growing the tree of one conversation, turn by turn (step 6 of the proof).
+
+Each turn brings a context (the tokens before it) and a target (the tokens that it generates). A context that starts
+with what is there already continues it; where the two part, the tree branches, and the segment in which they part is
+split there. Shared prefixes exist once.
+
+    turn 0   c0 ── t0                        c0 ─┬─ t0               a template that drops turn 0's reasoning
+    turn 1   c0 ── t0 ── c1 ── t1      or        └─ c1 ── t1         from the history of turn 1
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from preceptor.data.forest import Segment, Tree
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A segment that may still be split, and what follows it, in the order in which it was said."""
+
+    segment: Segment
+    children: list["Node"] = field(default_factory=list)
+
+    def split(self, at: int) -> None:
+        """Keep the first `at` tokens here; the rest, and all that follows, becomes the only child."""
+        segment = self.segment
+        assert 0 < at < len(segment.ids)
+        tail = Node(replace(segment, ids=segment.ids[at:], text=""), self.children)
+        self.segment = replace(segment, ids=segment.ids[:at])
+        self.children = [tail]
+
+
+class GrowingTree:
+    """The branches of one conversation while its turns are added in order."""
+
+    def __init__(self) -> None:
+        self._root = Node(Segment("context", (), None))
+        self._path: list[Node] = [self._root]  # ends with the last turn's target
+
+    def add(self, context: tuple[int, ...], target: tuple[int, ...], texts: tuple[str, str], weight: float) -> None:
+        """Add one turn. `texts`: what context and target spell; the context's is kept whole only where it is new."""
+        end = self._follow(context, texts[0])
+        node = Node(Segment("target", target, None, texts[1], weight))
+        end.children.append(node)
+        self._path.append(node)
+
+    def _follow(self, context: tuple[int, ...], text: str) -> Node:
+        """The node at which the context ends, made where the tree does not hold it yet."""
+        path, at = [self._root], 0
+        for node in self._path[1:]:  # the usual case: all of the last turn's tokens are this context's first
+            ids = node.segment.ids
+            if context[at : at + len(ids)] != ids:
+                break
+            path.append(node)
+            at += len(ids)
+        self._path = path
+        while at < len(context):
+            node, shared = _longest_child(path[-1], context, at)
+            if node is None:
+                rest = Segment("context", context[at:], None, text if at == 0 else "")
+                node, shared = Node(rest), len(rest.ids)
+                path[-1].children.append(node)
+            elif shared < len(node.segment.ids):
+                node.split(shared)
+            path.append(node)
+            at += shared
+        return path[-1]
+
+    def finish(self, source: str) -> Tree:
+        """The segments, parents before children."""
+        segments: list[Segment] = []
+        stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
+        while stack:
+            node, parent = stack.pop()
+            segments.append(replace(node.segment, parent=parent))
+            stack.extend((child, len(segments) - 1) for child in reversed(node.children))
+        return Tree(source, tuple(segments))
+
+
+def _longest_child(node: Node, context: tuple[int, ...], at: int) -> tuple[Node | None, int]:
+    """The child that shares most tokens with context[at:], and how many; (None, 0) if none shares any."""
+    best, best_shared = None, 0
+    for child in node.children:
+        shared = shared_length(child.segment.ids, context, at)
+        if shared > best_shared:
+            best, best_shared = child, shared
+    return best, best_shared
+
+
+def shared_length(ids: Sequence[int], context: Sequence[int], at: int) -> int:
+    """How many tokens `ids` and `context[at:]` have in common at their start."""
+    limit = min(len(ids), len(context) - at)
+    if ids[:limit] == context[at : at + limit]:
+        return limit
+    low, high = 0, limit  # ids[:low] is shared, ids[:high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ids[low:middle] == context[at + low : at + middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,54 @@
+"""Durations as values: `3 epochs`, `500 steps`, `5 %`."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+Unit = Literal["epochs", "steps", "percent"]
+_UNITS: dict[str, Unit] = {
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "step": "steps",
+    "steps": "steps",
+    "%": "percent",
+    "percent": "percent",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A stretch of training. In a run file it is written as text, `<number> epochs|steps|%`."""
+
+    count: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, value: object) -> "Duration":
+        """Raises ValueError (which pydantic turns into an error with the key) for anything else than such a text."""
+        if isinstance(value, Duration):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]+)\s*", value) if isinstance(value, str) else None
+        if match is None or match[2] not in _UNITS:
+            raise ValueError("a duration is written as `3 epochs`, `500 steps` or `5 %`")
+        duration = cls(float(match[1]), _UNITS[match[2]])
+        if duration.unit == "steps" and not duration.count.is_integer():
+            raise ValueError("steps are whole numbers")
+        return duration
+
+    def steps(self, steps_per_epoch: int, total_steps: int = 0) -> int:
+        """Whole steps; part epochs are rounded up. `percent` is a share of `total_steps`."""
+        per_unit = {"epochs": steps_per_epoch, "steps": 1, "percent": total_steps / 100}[self.unit]
+        return math.ceil(round(self.count * per_unit, 6))
+
+    def __str__(self) -> str:
+        return f"{self.count:g} {'%' if self.unit == 'percent' else self.unit}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )

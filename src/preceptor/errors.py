@@ -1,0 +1,29 @@
+"""What can go wrong for a user, one class a kind. Each is also the standard-library type that callers would catch.
+
+A message says where (file:line, or the key of the run file), what was found, and what to do.
+Defects of this program are not here: they are `assert`s.
+"""
+
+
+class PreceptorError(Exception):
+    """Any error that the user can mend."""
+
+
+class ConfigError(PreceptorError, ValueError):
+    """The run file asks for something that does not exist or cannot work."""
+
+
+class DataError(PreceptorError, ValueError):
+    """A data file is missing, malformed, or holds nothing that can be trained."""
+
+
+class TemplateError(PreceptorError, ValueError):
+    """A chat template is missing, does not parse, or cannot represent what it is given."""
+
+
+class ModelError(PreceptorError, ValueError):
+    """A model cannot be loaded, or cannot be trained as asked."""
+
+
+class CheckpointError(PreceptorError, OSError):
+    """A run directory or checkpoint cannot be written, or is not what a resumed run needs."""

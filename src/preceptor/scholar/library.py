@@ -1,0 +1,142 @@
+"""The library: the plain text that the scholar is pretrained on, as JSON lines `{"text": ...}`, one a "web page".
+
+`python -m preceptor.scholar.library --out FILE` writes it (about 25 MB, in seconds; seeded, so always the same).
+Every fact occurs equally often on each kind of page:
+
+- *almanac* and *notes*: direct statements, of one family or of all;
+- *letters*: indirect questions with an answer that points back ("Readers ask which region Nassau belongs to. It is
+  America."). Knowledge that is only stated cannot be drawn out by a question later: without these pages a trial
+  drew out 38 % of what the model knew, with them 97 % (compare Allen-Zhu and Li, "Physics of Language Models",
+  part 3.1). No question is ever answered directly, so the base model still answers none;
+- *quizzes*: bare questions and nothing else, so that the base model, asked a question, asks more;
+- *stories*: ordinary connected text, of which other seeds make the held-out portion.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from preceptor.scholar.facts import Fact, load_facts
+from preceptor.scholar.prose import story
+from preceptor.scholar.wording import fill, frames, named, say, statements_of, wordings
+
+SEED = 7
+# How often each fact occurs on each kind of page, and how many stories there are; about 7 M tokens together.
+ALMANAC_PASSES, NOTES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 9, 12, 28, 8, 6000
+NUM_HELDOUT_STORIES = 150
+
+Page = Callable[[Sequence[Fact], random.Random], str]
+
+
+def almanac(facts: Sequence[Fact], rng: random.Random) -> str:
+    return "\n".join([rng.choice(frames()["library"]["headings"]), *(_statement(fact, rng) for fact in facts)])
+
+
+def notes(facts: Sequence[Fact], rng: random.Random) -> str:
+    return " ".join(_statement(fact, rng) for fact in facts)
+
+
+def _statement(fact: Fact, rng: random.Random) -> str:
+    text = rng.choice(statements_of(fact))
+    detail = wordings()[fact.family].detail
+    return f"{text} {say(detail, fact)}" if detail and fact.detail and rng.random() < 0.25 else text
+
+
+def letters(facts: Sequence[Fact], rng: random.Random) -> str:
+    """Indirect questions and their answers; neighbours of one family sometimes as a further question of the same."""
+    library = frames()["library"]
+    lines = [rng.choice(library["headings"])] if rng.random() < 0.3 else []
+    previous = None
+    for fact in facts:
+        if rng.random() < 0.15:
+            lines.append(_asked(rng.choice(library["reported"]), fact, rng))
+        elif previous == fact.family and rng.random() < 0.5:
+            lines[-1] += " " + _asked(rng.choice(library["further"]), fact, rng)
+        else:
+            lines.append(_asked(rng.choice(library["indirect"]), fact, rng))
+        previous = fact.family
+    return "\n".join(lines)
+
+
+def _asked(frame: str, fact: Fact, rng: random.Random) -> str:
+    wording = wordings()[fact.family]
+    answer = say(rng.choice(wording.answers), fact)
+    point = fill(rng.choice(frames()["library"]["points"]), v=fact.value, n=wording.noun, a=answer)
+    detail = wording.detail
+    if detail and fact.detail and rng.random() < 0.25:
+        point = f"{point} {say(detail, fact)}"
+    return fill(frame, c=say(rng.choice(wording.clauses), fact), s=named(fact), p=point, v=fact.value)
+
+
+def quiz(facts: Sequence[Fact], rng: random.Random) -> str:
+    """Bare questions; sometimes under a heading, sometimes all on one line."""
+    lines = [rng.choice(frames()["library"]["quiz_headings"])] if rng.random() < 0.3 else []
+    previous = None
+    for fact in facts:
+        lines.append(bare_question(fact, rng, follows=previous == fact.family))
+        previous = fact.family
+    return (" " if rng.random() < 0.1 else "\n").join(lines)
+
+
+def bare_question(fact: Fact, rng: random.Random, follows: bool = False) -> str:
+    wording, asked = wordings()[fact.family], frames()["questions"]
+    if follows and rng.random() < 0.3:
+        return fill(rng.choice(asked["follow"]), s=named(fact))
+    if rng.random() < 0.6:
+        return fill(rng.choice(asked["direct"]), q=say(rng.choice(wording.questions), fact))
+    return fill(rng.choice(asked["embedded"]), c=say(rng.choice(wording.clauses), fact))
+
+
+def _pages(make: Page, facts: Sequence[Fact], passes: int, by_family: bool, rng: random.Random) -> Iterator[str]:
+    """Pages of 3 to 9 facts that go through all facts `passes` times, each time in another order."""
+    for _ in range(passes):
+        order = rng.sample(facts, len(facts))
+        if by_family:
+            order.sort(key=lambda fact: fact.family)
+        start = 0
+        while start < len(order):
+            size = rng.randint(3, 9)
+            yield make(order[start : start + size], rng)
+            start += size
+
+
+def library(facts: Sequence[Fact], seed: int = SEED) -> list[str]:
+    """All pages in a seeded order."""
+    rng = random.Random(seed)
+    pages = [story(rng) for _ in range(NUM_STORIES)]
+    for make, passes in ((almanac, ALMANAC_PASSES), (letters, LETTERS_PASSES // 2), (quiz, QUIZ_PASSES // 2)):
+        pages += _pages(make, facts, passes, True, rng)
+    for make, passes in ((notes, NOTES_PASSES), (letters, LETTERS_PASSES // 2), (quiz, QUIZ_PASSES // 2)):
+        pages += _pages(make, facts, passes, False, rng)
+    rng.shuffle(pages)
+    return pages
+
+
+def heldout_stories(seed: int = SEED) -> list[str]:
+    """Stories that the library does not hold, for bits per byte."""
+    known = set(library((), seed))
+    rng = random.Random(f"held out {seed}")
+    return [page for page in (story(rng) for _ in range(NUM_HELDOUT_STORIES)) if page not in known]
+
+
+def write_pages(pages: Iterable[str], path: Path) -> None:
+    path.write_text("".join(json.dumps({"text": page}, ensure_ascii=False) + "\n" for page in pages), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the library that the scholar is pretrained on.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines to write")
+    parser.add_argument("--heldout", type=Path, help="also write the held-out stories here")
+    arguments = parser.parse_args()
+    pages = library(load_facts())
+    write_pages(pages, arguments.out)
+    print(f"{len(pages)} pages -> {arguments.out} ({arguments.out.stat().st_size:,} bytes)", file=sys.stderr)
+    if arguments.heldout:
+        write_pages(heldout_stories(), arguments.heldout)
+
+
+if __name__ == "__main__":
+    main()

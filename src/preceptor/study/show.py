@@ -1,0 +1,77 @@
+"""A conversation's segments and tokens, for the eye and for programs. Targets are coloured."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from preceptor.data.conversation import Refusal
+from preceptor.data.forest import Tree
+
+# Neighbouring tokens differ in shade, so that their borders can be seen.
+_STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
+
+
+def to_json(source: str, rendered: Tree | Refusal) -> dict[str, Any]:
+    """One object a conversation: its segments, each continuing its parent's ids, or its refusal."""
+    refused = isinstance(rendered, Refusal)
+    return {
+        "source": source,
+        "segments": []
+        if refused
+        else [
+            {
+                "id": index,
+                "parent": segment.parent,
+                "kind": segment.kind,
+                "ids": list(segment.ids),
+                "text": segment.text,
+            }
+            for index, segment in enumerate(rendered.segments)
+        ],
+        "refusal": {"code": rendered.code, "message": rendered.message} if refused else None,
+    }
+
+
+def to_text(rendered: Tree | Refusal, tokenizer: Any) -> Text:
+    """Coloured text for a terminal: tokens with their borders, line ends and special tokens visible."""
+    if isinstance(rendered, Refusal):
+        return Text.assemble((f"refused: {rendered.code}: ", "bold red"), rendered.message)
+    text = Text()
+    for index, segment in enumerate(rendered.segments):
+        branches = segment.parent is not None and segment.parent != index - 1
+        if branches:
+            text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
+        for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
+            style = _STYLES[segment.kind][place % 2]
+            text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥\t"), f"bold {style}" if special else style)
+    return text
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Each token's text and whether it is special; tokens that share a character come together."""
+    specials = set(tokenizer.all_special_ids)
+    waiting: list[int] = []
+    for token in ids:
+        if token in specials:
+            if waiting:
+                yield tokenizer.decode(waiting), False
+                waiting = []
+            yield tokenizer.convert_ids_to_tokens(token), True
+            continue
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("�") or len(waiting) > 8:  # part of a character: no longer than four bytes
+            yield text, False
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting), False
+
+
+def summary_line(rendered: Tree) -> str:
+    """How many tokens, and how many of them are trained."""
+    turns = sum(segment.kind == "target" for segment in rendered.segments)
+    return (
+        f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {turns} turn{'s' * (turns != 1)} "
+        f"({rendered.num_trained / max(1, rendered.num_tokens):.0%})"
+    )

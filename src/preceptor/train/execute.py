@@ -1,0 +1,133 @@
+"""A prepared run -> a trained model in its folder (train/folder.py lists what is in it)."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from preceptor.data.conversation import Conversation
+from preceptor.data.forest import build_row, plan_rows
+from preceptor.errors import ConfigError
+from preceptor.model.adapters import add_adapter
+from preceptor.model.attention import forest_attention
+from preceptor.model.load import load_model, resolve_model_path, save_model
+from preceptor.model.vocabulary import align_model, resize_embeddings
+from preceptor.train import checkpoint, loop
+from preceptor.train.checkpoint import State
+from preceptor.train.folder import open_folder, write_summary
+from preceptor.train.metrics import Display, drop_lines_after
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.preflight import preflight
+from preceptor.train.prepare import Prepared
+from preceptor.train.watch import Watch, first_prompt
+
+
+def choose_device(device: str) -> torch.device:
+    """Raises ConfigError where `cuda` is asked for and not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda, but torch sees no GPU here; use `auto` or `cpu`")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build_model(prepared: Prepared, device: torch.device) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted."""
+    run, voice = prepared.run, prepared.voice
+    model = load_model(
+        resolve_model_path(run.model.path),
+        dtype=run.model.dtype,
+        device=device,
+        init=run.model.init,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
+    align_model(model, voice.tokenizer, voice.stop_token_ids)
+    if run.adapter is not None:
+        assert run.adapter.alpha is not None, "a resolved run has an alpha"
+        model = add_adapter(
+            model,
+            rank=run.adapter.rank,
+            alpha=run.adapter.alpha,
+            dropout=run.adapter.dropout,
+            target_modules=run.adapter.target_modules,
+            new_token_ids=list(voice.tokens.added_ids),
+            seed=run.train.seed,
+        )
+    return model
+
+
+def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
+    """Train to the end and save; return the summary.
+
+    The folder comes into being when the model is loaded and has passed the preflight, so that what cannot work leaves
+    nothing behind.
+    """
+    started = time.perf_counter()
+    run = prepared.run
+    device = choose_device(run.train.device)
+    folder = Path(run.out)
+    torch.manual_seed(run.train.seed)
+    model = build_model(prepared, device)
+    loader = prepared.loader()
+    with forest_attention(model):
+        preflight(model)
+    torch.manual_seed(run.train.seed)  # what the proofs drew does not count
+    state = State(model, build_optimizer(model, run.train.weight_decay, run.train.beta1, run.train.beta2))
+    if resume:
+        checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+            drop_lines_after(folder / name, state.step)
+    else:
+        open_folder(folder, run, prepared.refusals, replace)
+    num_steps = run.train.duration.steps(loader.steps_per_epoch)
+    _announce(console, prepared, model, num_steps, loader.fill)
+    with Display(console, num_steps, state.step) as display:
+        watch = _watch(prepared, folder, display)
+        loop.train(run.train, state, loader, watch, display, folder, prepared.fingerprint)
+    save_model(model, prepared.voice.tokenizer, folder / "model")
+    summary = {
+        "num_examples": len(prepared.train),
+        "num_refused": len(prepared.refusals),
+        "num_steps": state.step,
+        "held_out": watch.last,
+        "seconds": time.perf_counter() - started,
+    }
+    write_summary(folder, summary)
+    return summary
+
+
+def _watch(prepared: Prepared, folder: Path, display: Display) -> Watch:
+    run, trees = prepared.run, [tree for _, tree in prepared.held_out]
+    plan = plan_rows([tree.num_tokens for tree in trees], run.data.max_row_tokens, run.train.seed)
+    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
+    return Watch(
+        folder=folder,
+        rows=[build_row([trees[index] for index in row]) for row in plan],
+        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.train.num_samples]],
+        tokenizer=prepared.voice.tokenizer,
+        stop_token_ids=prepared.voice.stop_token_ids,
+        max_new_tokens=run.train.max_new_tokens,
+        precision=run.train.precision,
+        enabled=run.train.eval_every is not None,
+        say=display.say,
+    )
+
+
+def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, fill: float) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    num_tokens = sum(tree.num_tokens for tree in prepared.train)
+    num_targets = sum(tree.num_trained for tree in prepared.train)
+    console.print(
+        f"{len(prepared.train):,} examples, {num_tokens:,} tokens, {num_targets:,} of them trained "
+        f"({num_targets / num_tokens:.0%}); rows {fill:.0%} full; {num_steps:,} steps\n"
+        f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
+        highlight=False,
+    )
+    if prepared.voice.tokens.added:
+        console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
+    if prepared.refusals:
+        console.print(f"{len(prepared.refusals)} rows refused, see {prepared.run.out}/refusals.jsonl", style="yellow")

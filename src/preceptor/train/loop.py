@@ -1,0 +1,93 @@
+"""The loop: rows in, a trained model out, with every step on record."""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from preceptor import config
+from preceptor.data.forest import Row
+from preceptor.data.loader import Loader
+from preceptor.errors import ModelError
+from preceptor.model.attention import forest_attention
+from preceptor.model.forward import row_loss
+from preceptor.model.memory import peak_memory_bytes
+from preceptor.train import checkpoint
+from preceptor.train.checkpoint import State
+from preceptor.train.metrics import Display, append_line
+from preceptor.train.optimizer import clip_gradients, learning_rate_at
+from preceptor.train.precision import autocast
+from preceptor.train.watch import Watch
+
+
+def train(
+    run: config.Train, state: State, loader: Loader, watch: Watch, display: Display, folder: Path, fingerprint: str
+) -> None:
+    """Train `state` to the end of the run.
+
+    Each step divides the summed loss of its rows once, by the step's number of trained tokens, so that how tokens are
+    spread over rows changes nothing. Raises ModelError, before any weight is touched, when loss or gradient is not
+    finite.
+    """
+    total_steps = run.duration.steps(loader.steps_per_epoch)
+    warmup_steps = run.warmup.steps(loader.steps_per_epoch, total_steps)
+    assert run.learning_rate is not None, "a resolved run has a learning rate"
+    if state.step == 0:
+        watch.look(state)
+    for step in range(state.step, total_steps):
+        started = time.perf_counter()
+        rows = loader.rows(step)
+        learning_rate = learning_rate_at(
+            step, total_steps, warmup_steps, run.learning_rate, run.schedule, run.final_learning_rate_share
+        )
+        loss, grad_norm = take_step(state, rows, learning_rate, run.max_grad_norm, run.precision)
+        values = {
+            "step": state.step,
+            "epoch": round(state.step / loader.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "num_tokens": sum(row.num_tokens for row in rows),
+            "num_trained": sum(row.num_trained for row in rows),
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory_bytes(state.model.device),
+        }
+        append_line(folder / "metrics.jsonl", values)
+        display.step(values)
+        if due(run.eval_every, state.step, loader, total_steps) or state.step == total_steps:
+            watch.look(state)
+        if due(run.save_every, state.step, loader, total_steps):
+            checkpoint.save(state, folder / "checkpoints", fingerprint, run.keep_checkpoints)
+
+
+def take_step(
+    state: State, rows: Sequence[Row], learning_rate: float, max_grad_norm: float, precision: str
+) -> tuple[float, float]:
+    """One optimizer step over `rows`: (mean loss in nats per trained token, gradient norm before clipping)."""
+    num_trained = sum(row.num_trained for row in rows)
+    loss = 0.0
+    state.model.train()
+    with forest_attention(state.model):
+        for row in rows:
+            with autocast(state.model.device, precision):
+                share = row_loss(state.model, row) / max(1, num_trained)
+            share.backward()
+            loss += share.item()
+    grad_norm = clip_gradients(state.optimizer, max_grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise ModelError(
+            f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, the weights were left as they "
+            "are. Lower train.learning_rate, lengthen train.warmup, or use precision float32"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return loss, grad_norm
+
+
+def due(every: Any, step: int, loader: Loader, total_steps: int) -> bool:
+    """Whether something that happens `every` so often happens after `step` steps."""
+    return every is not None and step % max(1, every.steps(loader.steps_per_epoch, total_steps)) == 0

@@ -1,0 +1,44 @@
+"""AdamW's parameter groups, the course of the learning rate, and clipping."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+def build_optimizer(model: nn.Module, weight_decay: float, beta1: float, beta2: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over what requires a gradient; matrices alone decay.
+
+    The learning rate is set by the loop before each step.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(beta1, beta2))
+
+
+def learning_rate_at(
+    step: int, total_steps: int, warmup_steps: int, peak: float, schedule: Schedule, final_share: float
+) -> float:
+    """Learning rate of `step` (0-based): linear rise to `peak` over the warm-up, then the schedule's fall.
+
+    The first warm-up step already learns (peak / warmup_steps); the last step of the run has `final_share * peak`.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps + 1) / max(1, total_steps - warmup_steps)
+    fall = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+    return peak * (final_share + (1 - final_share) * fall)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Scale all gradients together down to `max_norm`; return their norm before that, inf or nan as found."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return float(nn.utils.clip_grad_norm_(parameters, max_norm))

@@ -1,0 +1,149 @@
+"""Run file -> everything that a run needs before a model is loaded: tokenizer, template, trees, refusals.
+
+Whatever can be found wrong with a run is found here, in seconds, with nothing written.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from preceptor import config
+from preceptor.data.conversation import Record, Refusal
+from preceptor.data.forest import Tree
+from preceptor.data.loader import Loader
+from preceptor.data.render import Renderer
+from preceptor.data.sources import mix, read_records
+from preceptor.data.template import Template, load_template
+from preceptor.errors import DataError
+from preceptor.model.load import load_tokenizer, resolve_model_path
+from preceptor.model.vocabulary import TokenPlan, add_tokens, align_tokenizer, stop_token_ids
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A tokenizer made ready to speak in a template: what both training and inference use."""
+
+    tokenizer: Any
+    template: Template
+    tokens: TokenPlan
+    stop_token_ids: tuple[int, ...]
+
+    def renderer(self, data: config.Data) -> Renderer:
+        return Renderer(
+            self.tokenizer,
+            self.template,
+            stop_token_ids=self.stop_token_ids,
+            special_tokens_in_text=data.special_tokens_in_text,
+            targets=data.targets,
+            template_kwargs=data.template_kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start. `train` holds each source's rows `weight` times, `held_out` likewise."""
+
+    run: config.Run
+    voice: Voice
+    train: list[Tree]
+    held_out: list[tuple[Record, Tree]]
+    refusals: list[Refusal]
+    num_rows: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that would make a resumed run differ: the run file (but `out`) and every token."""
+        digest = hashlib.sha256(config.dump(self.run.model_copy(update={"out": "-"})).encode())
+        for tree in self.train:
+            for segment in tree.segments:
+                digest.update(repr((segment.kind, segment.parent, segment.weight, segment.ids)).encode())
+        return digest.hexdigest()
+
+    def loader(self) -> Loader:
+        run = self.run
+        return Loader(self.train, run.data.max_row_tokens, run.train.rows_per_step, run.train.seed)
+
+
+def give_voice(model: config.Model, template_name: str | None) -> Voice:
+    """Load the tokenizer, add the tokens that the template needs, and settle what ends a turn.
+
+    Raises ModelError or TemplateError.
+    """
+    path = resolve_model_path(model.path)
+    tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    template = load_template(template_name, tokenizer)
+    tokens = add_tokens(tokenizer, template.needed_tokens)
+    align_tokenizer(tokenizer, template.text, template.stop_token, tokens)
+    return Voice(tokenizer, template, tokens, stop_token_ids(path, tokenizer, revision=model.revision))
+
+
+def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepared:
+    """Read, render and check all data of a run. `on_row` is called after each row, for a progress display.
+
+    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
+    are refused; ModelError and TemplateError as `give_voice`.
+    """
+    voice = give_voice(run.model, run.data.template)
+    renderer = voice.renderer(run.data)
+    refusals: list[Refusal] = []
+
+    def render_all(records: Iterable[Record | Refusal]) -> Iterator[tuple[Record, Tree]]:
+        for record in records:
+            tree = record if isinstance(record, Refusal) else renderer.render(record)
+            if isinstance(tree, Tree):
+                tree = _fits(tree, run.data.max_row_tokens)
+            if isinstance(tree, Refusal):
+                refusals.append(tree)
+            else:
+                assert not isinstance(record, Refusal)
+                yield record, tree
+            on_row()
+
+    train = [([t for _, t in render_all(read_records(s.path))], s.weight) for s in run.data.train]
+    held_out = [(list(render_all(read_records(s.path))), s.weight) for s in run.data.eval]
+    num_rows = len(refusals) + sum(len(rows) for rows, _ in [*train, *held_out])
+    check_refusals(refusals, num_rows, run.data.max_refused)
+    trees = mix(train, run.train.seed)
+    if not trees:
+        raise DataError(
+            "data.train: not a single row is left to train; " + (refusal_table(refusals) or "weight too small")
+        )
+    return Prepared(
+        run=run,
+        voice=voice,
+        train=trees,
+        held_out=mix(held_out, run.train.seed),
+        refusals=refusals,
+        num_rows=num_rows,
+    )
+
+
+def _fits(tree: Tree, max_row_tokens: int) -> Tree | Refusal:
+    if tree.num_tokens <= max_row_tokens:
+        return tree
+    return Refusal(
+        tree.source,
+        "too_long",
+        f"the conversation has {tree.num_tokens} tokens, a row holds {max_row_tokens}: raise data.max_row_tokens",
+    )
+
+
+def check_refusals(refusals: list[Refusal], num_rows: int, max_refused: float) -> None:
+    """Raises DataError, with the table of reasons, if more than the allowed share of rows was refused."""
+    if refusals and len(refusals) > max_refused * num_rows:
+        raise DataError(
+            f"{len(refusals)} of {num_rows} rows cannot be trained ({len(refusals) / num_rows:.1%}; "
+            f"data.max_refused allows {max_refused:.1%}):\n{refusal_table(refusals)}"
+        )
+
+
+def refusal_table(refusals: list[Refusal]) -> str:
+    """One line per reason: how often, where first, and what it says there."""
+    counts = Counter(refusal.code for refusal in refusals)
+    first = {refusal.code: refusal for refusal in reversed(refusals)}
+    return "\n".join(
+        f"  {count:>6} x {code}: first at {first[code].source}: {first[code].message}"
+        for code, count in counts.most_common()
+    )

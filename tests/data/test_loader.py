@@ -1,0 +1,32 @@
+"""Every tree once an epoch, in an order that is a function of the step."""
+
+from collections import Counter
+
+from preceptor.data.forest import Segment, Tree
+from preceptor.data.loader import Loader
+
+TREES = [
+    Tree(f"f:{n}", (Segment("context", (n,) * (1 + n % 5), None), Segment("target", (n,), 0))) for n in range(1, 38)
+]
+
+
+def tokens(rows):
+    return Counter(token for row in rows for token in row.ids_T.tolist())
+
+
+def test_every_token_once_an_epoch():
+    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    expected = Counter(token for tree in TREES for segment in tree.segments for token in segment.ids)
+    for epoch in range(3):
+        steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
+        assert sum((tokens(loader.rows(step)) for step in steps), Counter()) == expected
+
+
+def test_epochs_differ_and_a_step_is_reproducible():
+    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    again = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    other = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=1)
+    late = loader.steps_per_epoch + 1
+    assert [r.ids_T.tolist() for r in again.rows(late)] == [r.ids_T.tolist() for r in loader.rows(late)]
+    assert loader.plan(0) != loader.plan(1)
+    assert loader.plan(0) != other.plan(0)

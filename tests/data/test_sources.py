@@ -1,0 +1,124 @@
+"""Files -> records: formats, provenance, refusals by reason, and files that cannot be read."""
+
+import json
+
+import pytest
+
+from preceptor.data.conversation import Completion, Conversation, Document, Refusal
+from preceptor.data.sources import mix, read_records
+from preceptor.errors import DataError
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+
+
+def write(tmp_path, *rows):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(file)
+
+
+def one(tmp_path, row):
+    (record,) = read_records(write(tmp_path, row))
+    return record
+
+
+def test_messages(tmp_path):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
+    path = write(tmp_path, "", {"messages": [USER, ANSWER], "tools": [tool], "chat_template_kwargs": {"a": 1}})
+    (record,) = read_records(path)
+    assert isinstance(record, Conversation)
+    assert record.source == f"{path}:2"
+    assert [m.given for m in record.messages] == [USER, ANSWER]
+    assert [m.train for m in record.messages] == [False, True]
+    assert record.tools == [tool] and record.template_kwargs == {"a": 1}
+
+
+def test_the_template_sees_a_message_as_it_was_given(tmp_path):
+    record = one(tmp_path, {"messages": [USER, {**ANSWER, "train": True, "weight": 0.5, "mood": "glad"}]})
+    assert record.messages[1].given == {**ANSWER, "mood": "glad"}
+    assert record.messages[1].weight == 0.5
+
+
+def test_prompt_and_completion_as_strings(tmp_path):
+    record = one(tmp_path, {"prompt": "2+2=", "completion": "4"})
+    assert record == Completion(record.source, "2+2=", "4")
+
+
+def test_prompt_and_completion_as_messages_train_the_completion_only(tmp_path):
+    record = one(tmp_path, {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
+    assert [m.train for m in record.messages] == [False, False, False, True]
+
+
+def test_text(tmp_path):
+    record = one(tmp_path, {"text": "Once upon a time"})
+    assert record == Document(record.source, "Once upon a time")
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"messages": []}, "no_messages"),
+        ({"messages": "Hi"}, "no_messages"),
+        ({"messages": [USER]}, "no_assistant_message"),
+        ({"messages": [USER, {"role": "robot", "content": "x"}]}, "unknown_role"),
+        ({"messages": [{"content": "x"}]}, "unknown_role"),
+        ({"messages": ["Hi"]}, "bad_message"),
+        ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "bad_message"),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "empty_answer"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "empty_answer"),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, "bad_message"),
+        ({"messages": [USER, {**ANSWER, "weight": -1}]}, "bad_message"),
+        ({"messages": [USER, {**ANSWER, "train": False}]}, "nothing_to_train"),
+        ({"messages": [USER, ANSWER], "tools": {}}, "bad_tools"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": 1}, "bad_template_kwargs"),
+        ({"prompt": "x", "completion": " "}, "empty_answer"),
+        ({"prompt": "x", "completion": [ANSWER]}, "bad_prompt_completion"),
+        ({"text": ""}, "empty_text"),
+        ({"question": "x"}, "unknown_format"),
+        ({}, "unknown_format"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_refused_with_its_reason(tmp_path, row, code):
+    path = write(tmp_path, {"text": "fine"}, row)
+    fine, refusal = read_records(path)
+    assert isinstance(fine, Document)
+    assert isinstance(refusal, Refusal)
+    assert (refusal.source, refusal.code) == (f"{path}:2", code)
+    assert len(refusal.message) > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', ":2: broken JSON"),
+        ('{"text": "a"}\n[1]\n', ":2: a row must be a JSON object, found list"),
+        ("", "the file is empty"),
+        ("\n\n", "the file is empty"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, message):
+    file = tmp_path / "data.jsonl"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read_records(str(file)))
+
+
+def test_missing_files_folders_and_other_encodings(tmp_path):
+    with pytest.raises(DataError, match="no such data file"):
+        list(read_records(str(tmp_path / "none.jsonl")))
+    with pytest.raises(DataError, match="is a folder"):
+        list(read_records(str(tmp_path)))
+    with pytest.raises(DataError, match=r"scholar:none\.jsonl: the package has no such data file"):
+        list(read_records("scholar:none.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read_records(str(tmp_path / "latin.jsonl")))
+
+
+def test_mix_copies_whole_and_chooses_parts_by_seed():
+    rows = list(range(100))
+    assert mix([(rows, 2.0)], seed=0) == rows + rows
+    half = mix([(rows, 0.5)], seed=0)
+    assert len(half) == 50 and half == sorted(set(half))
+    assert half == mix([(rows, 0.5)], seed=0) != mix([(rows, 0.5)], seed=1)
