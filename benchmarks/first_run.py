@@ -86,9 +86,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# The first run: base, intern, control",
         "",
-        f"Made by `{result['command']}`: {base[0]['all']['num']} held-out questions, greedy decoding; none of the "
-        f"facts they ask for occurs in the {intern[0]['num_examples']} training conversations. Intern and control: mean "
-        f"of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to {max(spread):.1%}). "
+        f"Made by `{result['command']}`: {base[0]['all']['num']} held-out questions, greedy; none of the "
+        f"facts they ask for occurs in the {intern[0]['num_examples']} training conversations. Intern and control: "
+        f"mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to {max(spread):.1%}). "
         "An answer counts only if it is, letter for letter, one of the accepted sentences. "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",

@@ -1,0 +1,88 @@
+"""Shared by all tests: a tiny base model on disk, a file of conversations, and one thread."""
+
+import json
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WORDS = ["start", "of a message", "end", "user", "assistant", "and then", "the message", "a user and an assistant"]
+
+
+def conversations(num, turns=1):
+    """Plain conversations of uneven length, each unlike the others."""
+    rows = []
+    for number in range(num):
+        messages = []
+        for turn in range(turns):
+            word = WORDS[(number + turn) % len(WORDS)]
+            messages.append({"role": "user", "content": f"{word} {number}?" * (1 + number % 3)})
+            messages.append({"role": "assistant", "content": f"The {word} is {number}." * (1 + (number + turn) % 4)})
+        rows.append({"messages": messages})
+    return rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Sums are then taken in one order, and workers of a parallel test run do not fight for cores."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A Llama of random weights with a tokenizer that has neither chat template nor chat tokens."""
+    from tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(rows, name="train.jsonl"):
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+@pytest.fixture
+def run_file(tmp_path, base_folder, write_jsonl):
+    """Writes a run file over the tiny model; keyword arguments are overrides of its keys, dotted keys with __."""
+    import yaml
+
+    def write(rows=None, eval_rows=None, **changes):
+        tree = {
+            "model": {"path": str(base_folder)},
+            "data": {
+                "train": [{"path": write_jsonl(conversations(12) if rows is None else rows)}],
+                "template": "chatml",
+                "max_row_tokens": 128,
+            },
+            "train": {"duration": "4 steps", "rows_per_step": 2, "learning_rate": 1e-3, "num_samples": 1},
+            "out": str(tmp_path / "run"),
+        }
+        tree["train"]["max_new_tokens"] = 4
+        if eval_rows is not None:
+            tree["data"]["eval"] = [{"path": write_jsonl(eval_rows, "eval.jsonl")}]
+        for key, value in changes.items():
+            node = tree
+            *parents, last = key.split("__")
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = value
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        return file
+
+    return write

@@ -1,0 +1,190 @@
+"""The commands as a user types them: what goes right, and each mistake with its message and exit code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import conversations
+from preceptor import cli
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello."}
+
+
+@pytest.fixture
+def preceptor(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["preceptor", *map(str, arguments)])
+        if stdin is not None:
+            lines = iter(stdin)
+            monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or end())
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def end():
+        raise EOFError
+
+    return run
+
+
+def test_help_names_the_commands_and_imports_nothing_heavy():
+    code = "import sys; from preceptor import cli; sys.argv = ['preceptor', '--help']\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    for command in ("train", "demo", "show", "chat"):
+        assert command in shown
+    assert shown.endswith("False\n")
+
+
+def test_train_then_refuse_the_same_folder_then_replace_it(preceptor, run_file):
+    file = run_file()
+    code, out, _ = preceptor("train", file)
+    assert code == 0 and "step 4/4" in out and "preceptor chat" in out
+    before = (file.parent / "run" / "metrics.jsonl").read_text()
+    code, _, err = preceptor("train", file, "train.seed=3")
+    assert code == 6 and "exists already" in err and "--replace" in err
+    assert (file.parent / "run" / "metrics.jsonl").read_text() == before
+    code, _, _ = preceptor("train", file, "train.seed=3", "--replace")
+    assert code == 0 and (file.parent / "run" / "metrics.jsonl").read_text() != before
+
+
+def test_replace_leaves_a_folder_alone_that_is_no_run(preceptor, run_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    code, _, err = preceptor("train", run_file(), "--replace")
+    assert code == 6 and "is not the folder of a run" in err
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
+
+
+BAD_ROWS = {
+    "no_assistant_message": {"messages": [USER]},
+    "unknown_role": {"messages": [{"role": "robot", "content": "x"}, ANSWER]},
+    "empty_answer": {"messages": [USER, {"role": "assistant", "content": ""}]},
+}
+
+
+@pytest.mark.parametrize("code", BAD_ROWS)
+def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run_file, tmp_path, code):
+    exit_code, _, err = preceptor("train", run_file([*conversations(3), BAD_ROWS[code]]))
+    assert exit_code == 3
+    assert "1 of 4 rows cannot be trained" in err
+    assert f"1 x {code}: first at {tmp_path}/train.jsonl:4:" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_few_bad_rows_are_left_out_and_recorded(preceptor, run_file, tmp_path):
+    rows = [*conversations(3), BAD_ROWS["empty_answer"]]
+    code, out, _ = preceptor("train", run_file(rows, data__max_refused=0.5))
+    assert code == 0 and "1 row refused" in " ".join(out.split())
+    (refusal,) = map(json.loads, (tmp_path / "run" / "refusals.jsonl").read_text().splitlines())
+    assert refusal["source"].endswith("train.jsonl:4") and refusal["code"] == "empty_answer"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_refused"] == 1
+
+
+def test_a_conversation_longer_than_a_row_is_refused_not_cut(preceptor, run_file):
+    code, _, err = preceptor("train", run_file(data__max_row_tokens=16))
+    assert code == 3 and "too_long" in err and "raise data.max_row_tokens" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "train.jsonl: no such data file"),
+        ("", "the file is empty"),
+        ('{"messages": [\n', "train.jsonl:1: broken JSON"),
+    ],
+)
+def test_a_bad_file_is_named(preceptor, run_file, tmp_path, text, message):
+    file = run_file()
+    data = tmp_path / "train.jsonl"
+    data.unlink() if text is None else data.write_text(text)
+    code, _, err = preceptor("train", file)
+    assert code == 3 and message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_the_run_file(preceptor, run_file, tmp_path):
+    code, _, err = preceptor("train", run_file(train__learnin_rate=1))
+    assert code == 2 and "did you mean 'learning_rate'" in err
+    code, _, err = preceptor("train", run_file(data__template="no.jinja"))
+    assert code == 4 and "no.jinja" in err
+    code, _, err = preceptor("train", run_file(data__template="tokenizer"))
+    assert code == 4 and "no chat template" in err
+    code, _, err = preceptor("train", run_file(adapter={"target_modules": ["no_such_layer"]}))
+    assert code == 5 and "no_such_layer" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "not_causal"])
+def test_a_model_folder_that_is_none(preceptor, run_file, tmp_path, kind):
+    place = tmp_path / "model"
+    if kind in ("empty", "not_causal"):
+        place.mkdir()
+    if kind == "file":
+        place.write_text("x")
+    if kind == "not_causal":
+        (place / "config.json").write_text('{"model_type": "vit"}')
+    code, _, err = preceptor("train", run_file(model__path=str(place)))
+    assert code == 5 and str(place) in err, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_show_as_json(preceptor, base_folder, write_jsonl, tmp_path):
+    data = write_jsonl([*conversations(1, turns=2), {"messages": [USER]}, {"prompt": "a", "completion": "b"}])
+    arguments = ("show", "--model", base_folder, "--data", data, "--template", "chatml", "--json")
+    code, out, _ = preceptor(*arguments)
+    assert code == 0
+    chat, refused, pair = map(json.loads, out.splitlines())
+    assert chat["source"] == f"{data}:1" and chat["refusal"] is None
+    kinds = [segment["kind"] for segment in chat["segments"]]
+    assert kinds == ["context", "target", "context", "target"]
+    assert [segment["parent"] for segment in chat["segments"]] == [None, 0, 1, 2]
+    assert chat["segments"][1]["text"].endswith("<|im_end|>")
+    assert chat["segments"][2]["text"].startswith("\n<|im_start|>user")
+    assert refused == {
+        "source": f"{data}:2",
+        "segments": [],
+        "refusal": {"code": "no_assistant_message", "message": refused["refusal"]["message"]},
+    }
+    assert pair["segments"][0]["text"] == "a"
+    code, out, _ = preceptor(*arguments, "--row", 3)
+    assert code == 0 and json.loads(out) == pair
+    code, _, err = preceptor(*arguments, "--row", 9)
+    assert code == 3 and "fewer rows" in err
+
+
+def test_show_for_the_eye(preceptor, run_file):
+    code, out, _ = preceptor("show", run_file(), "--row", 1)
+    assert code == 0
+    assert "<|im_start|>assistant⏎" in out and "trained in 1 turn" in out
+
+
+@pytest.mark.parametrize("arguments", [(), ("--model", "x"), ("run.yaml", "--model", "x", "--data", "y")])
+def test_show_needs_a_run_file_or_model_and_data(preceptor, arguments):
+    code, _, err = preceptor("show", *arguments)
+    assert code == 2 and "--model and --data" in err
+
+
+def test_chat_answers_in_turn(preceptor, run_file, base_folder, tmp_path):
+    preceptor("train", run_file())
+    lines = ["a user", " ", "/new", "again"]
+    code, out, _ = preceptor("chat", tmp_path / "run/model", "--base", base_folder, "--max-new-tokens", 3, stdin=lines)
+    assert code == 0
+    assert out.count(f"[{base_folder}]") == 2 and out.count("[" + str(tmp_path / "run/model") + "]") == 2
+
+
+def test_an_interrupted_command_exits_130(preceptor, run_file, monkeypatch):
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("preceptor.train.loop.take_step", interrupt)
+    code, _, err = preceptor("train", run_file())
+    assert code == 130 and "interrupted" in err

@@ -1,0 +1,170 @@
+"""The loop: one trajectory however the tokens are spread, exact resume, and a model that plain transformers can use."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import conversations
+from preceptor import config
+from preceptor.data.forest import build_row
+from preceptor.errors import CheckpointError, ModelError
+from preceptor.train import loop
+from preceptor.train.checkpoint import State
+from preceptor.train.execute import build_model, execute
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.prepare import prepare
+
+QUIET = Console(quiet=True)
+
+
+def train(file, *overrides, **kwargs):
+    run = config.load(file, overrides)
+    execute(prepare(run), QUIET, **kwargs)
+    return Path(run.out)
+
+
+def metrics(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+
+
+def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
+    """Eight conversations of uneven targets, in one row or in eight, in four rows of two and so on."""
+    prepared = prepare(config.load(run_file(conversations(8))))
+    assert len({tree.num_trained for tree in prepared.train}) > 2
+    trajectories = []
+    for per_row in (8, 4, 1):
+        torch.manual_seed(0)
+        model = build_model(prepared, torch.device("cpu"))
+        state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
+        groups = [prepared.train[i : i + per_row] for i in range(0, 8, per_row)]
+        rows = [build_row(group) for group in groups]
+        trajectories.append([loop.take_step(state, rows, 1e-3, 1.0, "float32") for _ in range(5)])
+    for other in trajectories[1:]:
+        torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
+
+
+def test_a_run_leaves_what_it_promises(run_file):
+    folder = train(run_file(eval_rows=conversations(3)), "train.duration=2 epochs", "train.eval_every=1 epochs")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "eval.jsonl",
+        "samples.jsonl",
+        "refusals.jsonl",
+        "summary.json",
+        "model",
+    }
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    for key in ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "seconds", "peak_memory_bytes"):
+        assert all(line[key] > 0 for line in lines), key
+    run = config.load(folder / "config.yaml")
+    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train)
+    assert sum(line["num_tokens"] for line in lines) == 2 * epoch_tokens
+    looks = metrics(folder, "eval.jsonl")
+    assert looks[0]["step"] == 0 and looks[-1]["step"] == lines[-1]["step"]
+    assert looks[-1]["loss"] < looks[0]["loss"]
+    assert {sample["step"] for sample in metrics(folder, "samples.jsonl")} == {look["step"] for look in looks}
+
+
+def test_the_loss_falls_and_the_same_seed_gives_the_same_bits(run_file):
+    file = run_file()
+    first = train(file, "train.duration=30 steps")
+    losses = [line["loss"] for line in metrics(first)]
+    assert losses[-1] < 0.8 * losses[0]
+    second = train(file, "train.duration=30 steps", f"out={first}-again")
+    other = train(file, "train.duration=30 steps", "train.seed=1", f"out={first}-other")
+    assert losses == [line["loss"] for line in metrics(second)]
+    assert losses != [line["loss"] for line in metrics(other)]
+    again = weights(second)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(first).items())
+
+
+@pytest.mark.parametrize("adapter", [(), ("adapter.rank=4", "adapter.dropout=0.1")])
+def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
+    file = run_file(eval_rows=conversations(2), train__save_every="3 steps", train__eval_every="2 steps")
+    whole = train(file, "train.duration=8 steps", f"out={file.parent}/whole", *adapter)
+
+    class Killed(BaseException):
+        pass
+
+    steps = loop.take_step
+
+    def take_step(state, *arguments):
+        if state.step == 4:
+            raise Killed
+        return steps(state, *arguments)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    with pytest.raises(Killed):
+        train(file, "train.duration=8 steps", *adapter)
+    monkeypatch.undo()
+    resumed = train(file, "train.duration=8 steps", *adapter, resume=True)
+
+    def comparable(folder, name):
+        timed = ("seconds", "peak_memory_bytes")
+        return [{k: v for k, v in line.items() if k not in timed} for line in metrics(folder, name)]
+
+    for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+        assert comparable(resumed, name) == comparable(whole, name), name
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(resumed).items())
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+
+
+def test_resume_refuses_another_run(run_file):
+    file = run_file(train__save_every="2 steps")
+    train(file)
+    with pytest.raises(CheckpointError, match="another run file or other data"):
+        train(file, "train.learning_rate=5e-4", resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        train(file, f"out={file.parent}/none", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file):
+    prepared = prepare(config.load(run_file()))
+    model = build_model(prepared, torch.device("cpu"))
+    state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = float("nan")
+        model.get_input_embeddings().weight[prepared.train[0].segments[0].ids[0]] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ModelError, match="step 1: loss nan"):
+        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32")
+    after = dict(model.named_parameters())
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
+@pytest.mark.parametrize("adapter", [(), ("adapter.rank=4",)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_saved_speaks_and_stops_in_plain_transformers(run_file, adapter, precision):
+    """Overfit one conversation; the saved folder alone must then answer and stop."""
+    rows = [{"messages": [{"role": "user", "content": "user?"}, {"role": "assistant", "content": "The message."}]}]
+    overrides = ("train.duration=60 steps", "train.learning_rate=1e-2", "train.rows_per_step=1")
+    folder = train(run_file(rows), *overrides, f"train.precision={precision}", *adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    inputs = tokenizer.apply_chat_template(
+        rows[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    generated = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    answer = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :])
+    assert answer == "The message.<|im_end|>"
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token not in (None, tokenizer.eos_token)
+    assert tokenizer.eos_token_id in torch.tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
+
+
+def test_lora_trains_the_adapter_and_the_new_tokens_only(run_file):
+    prepared = prepare(config.load(run_file(), ["adapter.rank=4"]))
+    model = build_model(prepared, torch.device("cpu"))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name or "trainable_tokens" in name for name in trained)
+    assert any("trainable_tokens" in name for name in trained)

@@ -1,0 +1,48 @@
+"""The course of the learning rate, decay groups, and clipping."""
+
+import itertools
+
+import pytest
+import torch
+
+from preceptor.train.optimizer import build_optimizer, clip_gradients, learning_rate_at
+
+
+def course(schedule, total=100, warmup=10, final=0.1):
+    return [learning_rate_at(step, total, warmup, 2.0, schedule, final) for step in range(total)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rise_and_the_ends(schedule):
+    rates = course(schedule)
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert max(rates) == 2.0
+    assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_the_middle_of_the_fall():
+    assert course("linear", total=110)[59] == pytest.approx(2.0 * 0.55)
+    assert course("cosine", total=110)[59] == pytest.approx(2.0 * 0.55)
+    assert course("cosine", total=110)[34] > course("linear", total=110)[34]
+
+
+def test_without_warmup_the_first_step_is_near_the_peak():
+    assert course("linear", warmup=0, final=0.0)[0] == pytest.approx(2.0 * 0.99)
+
+
+def test_matrices_decay_and_the_rest_does_not():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    model[0].weight.requires_grad_(True)
+    model[1].bias.requires_grad_(False)
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.95)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {id(model[0].weight): 0.1, id(model[0].bias): 0.0, id(model[1].weight): 0.0}
+
+
+def test_clipping_returns_the_norm_before_it():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    assert clip_gradients(optimizer, 1.0) == pytest.approx(5.0)
+    assert parameter.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
