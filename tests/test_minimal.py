@@ -28,9 +28,9 @@ def test_the_flat_example_takes_the_same_steps(run_file, tmp_path, write_jsonl):
     execute(prepare(run), Console(quiet=True))
     lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
 
+    options = ("--steps", "5", "--warmup-steps", "1", "--learning-rate", "1e-3")
     flat = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(model), run.data.train[0].path, str(tmp_path / "flat")]
-        + ["--steps", "5", "--warmup-steps", "1", "--learning-rate", "1e-3"],
+        [sys.executable, str(EXAMPLE), str(model), run.data.train[0].path, str(tmp_path / "flat"), *options],
         capture_output=True,
         text=True,
     )

@@ -45,9 +45,6 @@ def main() -> None:
     except errors.PreceptorError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODES[type(error)])
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,7 +73,12 @@ def train(
     prepared = _prepare(run, console)
     from preceptor.train.execute import execute
 
-    summary = execute(prepared, console, resume=resume, replace=replace)
+    try:
+        summary = execute(prepared, console, resume=resume, replace=replace)
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from the newest checkpoint" if run.train.save_every else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
     console.print(f"done in {summary['seconds']:.0f} s; the model is in {run.out}/model", highlight=False)
     console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
 
@@ -190,7 +192,7 @@ def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
 
     for source in run.data.train:
         resolve(source.path)
-    voice = give_voice(run.model, run.data.template)
+    voice = give_voice(run.model, run.data)
     records = (record for source in run.data.train for record in read_records(source.path))
     return voice.renderer(run.data), records
 

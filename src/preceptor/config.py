@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from preceptor.durations import Duration
@@ -19,6 +19,10 @@ from preceptor.errors import ConfigError
 from preceptor.yaml_text import dump_yaml, parse_yaml
 
 Path_ = Annotated[str, Field(min_length=1)]
+
+# What a row may be made of; data/formats.py says which of them make a format.
+ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text
+    system history tools chat_template_kwargs""".split()  # noqa: SIM905 (one a line is longer and says no more)
 
 
 class Section(BaseModel):
@@ -42,9 +46,35 @@ class Model(Section):
 
 class Source(Section):
     path: Path_
-    """A JSON-lines file, or `scholar:NAME` for one that ships with the package."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row is seen in an epoch: 2 is twice, 0.5 a seeded half of the rows."""
+    """A data file, a folder of them or one saved by `datasets`, a Hub id, or `scholar:NAME`. See docs/data.md."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each row is seen in an epoch: 2 is twice, 0.5 a seeded half of the rows. Absent: once."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """Instead of `weight`: so many rows in an epoch, a seeded choice, after whole copies if the source has fewer."""
+    columns: dict[str, str] = {}
+    """Key here: column in the file, such as `{prompt: query, response: reply}`. No other column is read then."""
+    split: str | None = None
+    """Of a folder or Hub id: the part to read, such as `train`. Needed where there are several."""
+    name: str | None = None
+    """Of a Hub id: its configuration, where it has several."""
+    revision: str | None = None
+    """Of a Hub id: branch, tag or commit."""
+    nulls: Literal["refuse", "drop", "keep"] = "refuse"
+    """A null in tools or tool calls from Parquet or Arrow that may be meant or padding; sure padding is dropped."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for key in columns:
+            if key not in ROW_KEYS:
+                raise ValueError(f"{key!r} is not a key of any row format; {nearest(key, ROW_KEYS)}")
+        return columns
+
+    @model_validator(mode="after")
+    def _weight_or_count(self) -> "Source":
+        if self.weight is not None and self.count is not None:
+            raise ValueError("`weight` and `count` both say how often rows are seen; give one of them")
+        return self
 
 
 class Data(Section):
@@ -64,6 +94,8 @@ class Data(Section):
     """Tokens in one forward pass; conversations are packed into rows of at most this, without padding."""
     max_refused: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of refused rows above which the run stops before any model is loaded."""
+    refusals: dict[str, Literal["allow"]] = {}
+    """Reasons that may leave rows out, as `{too_long: allow}`: not counted for `max_refused`; `check` passes."""
 
 
 class Train(Section):
@@ -198,7 +230,7 @@ def beside(run: Run, folder: Path) -> Run:
 
     def find(path: str) -> str:
         near = folder / path
-        return str(near.resolve()) if not Path(path).exists() and near.is_file() else path
+        return str(near.resolve()) if not Path(path).exists() and near.exists() else path
 
     data = run.data.model_copy(
         update={
@@ -250,11 +282,15 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{place}: required, but absent"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        return f"{place}: unknown key; {hint}"
+        return f"{place}: unknown key; {nearest(str(detail['loc'][-1]), known)}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{place}: {message[:1].lower()}{message[1:]}; found {detail['input']!r}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for a word that is none of `known`."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from preceptor import config
 from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
@@ -33,6 +34,7 @@ def demo_run(out: Path) -> config.Run:
 def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) -> dict[str, Any]:
     """Train, ask base and intern the same held-out questions, print and record the answers and the figures."""
     started = time.perf_counter()
+    disable_progress_bar()  # transformers' own, for models that load in a blink
     run = demo_run(out)
     console.print("The scholar is a base model: it has read, and only continues text. Now it is taught to answer.")
     summary = execute(prepare(run), console, replace=replace)

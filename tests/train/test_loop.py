@@ -1,6 +1,7 @@
 """The loop: one trajectory however the tokens are spread, exact resume, and a model that plain transformers can use."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,10 @@ def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
 
 def test_resume_refuses_another_run(run_file):
     file = run_file(train__save_every="2 steps")
-    train(file)
+    folder = train(file)
+    with pytest.raises(CheckpointError, match="this run is finished"):
+        train(file, resume=True)
+    shutil.rmtree(folder / "model")
     with pytest.raises(CheckpointError, match="another run file or other data"):
         train(file, "train.learning_rate=5e-4", resume=True)
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):

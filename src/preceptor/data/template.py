@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.errors import TemplateError
@@ -78,6 +79,12 @@ class Template:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
+    @cached_property
+    def reasoning_switches(self) -> tuple[str, ...]:
+        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
+        read = {name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text))}
+        return tuple(name for name in ("enable_thinking", "thinking") if name in read)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -97,7 +104,7 @@ class Template:
             )
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
-        except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
+        except Exception as error:  # whatever the template's code does wrong is the template's error
             raise TemplateError(f"template {self.name}: {type(error).__name__}: {error}") from error
 
 
@@ -266,3 +273,7 @@ def plain_environment() -> jinja2.Environment:
 @lru_cache(maxsize=64)
 def compiled(text: str) -> jinja2.Template:
     return plain_environment().from_string(text)
+
+
+def parsed(text: str) -> jinja2.nodes.Template:
+    return plain_environment().parse(text)

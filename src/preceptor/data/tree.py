@@ -8,10 +8,10 @@ split there. Shared prefixes exist once.
     turn 1   c0 ── t0 ── c1 ── t1      or        └─ c1 ── t1         from the history of turn 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from preceptor.data.forest import Segment, Tree
+from preceptor.data.forest import Kind, Segment, Tree
 
 
 @dataclass(eq=False, slots=True)
@@ -26,23 +26,26 @@ class Node:
         segment = self.segment
         assert 0 < at < len(segment.ids)
         tail = Node(replace(segment, ids=segment.ids[at:], text=""), self.children)
-        self.segment = replace(segment, ids=segment.ids[:at])
+        self.segment = replace(segment, ids=segment.ids[:at], text="")
         self.children = [tail]
 
 
 class GrowingTree:
-    """The branches of one conversation while its turns are added in order."""
+    """The branches of one conversation while its turns are added in order. all_targets: contexts are trained too."""
 
-    def __init__(self) -> None:
+    def __init__(self, all_targets: bool = False) -> None:
         self._root = Node(Segment("context", (), None))
         self._path: list[Node] = [self._root]  # ends with the last turn's target
+        self._text = ""  # what the path spells
+        self._context_kind: Kind = "target" if all_targets else "context"
 
     def add(self, context: tuple[int, ...], target: tuple[int, ...], texts: tuple[str, str], weight: float) -> None:
-        """Add one turn. `texts`: what context and target spell; the context's is kept whole only where it is new."""
+        """Add one turn; `texts` are what its context and its target spell."""
         end = self._follow(context, texts[0])
         node = Node(Segment("target", target, None, texts[1], weight))
         end.children.append(node)
         self._path.append(node)
+        self._text = texts[0] + texts[1]
 
     def _follow(self, context: tuple[int, ...], text: str) -> Node:
         """The node at which the context ends, made where the tree does not hold it yet."""
@@ -53,12 +56,13 @@ class GrowingTree:
                 break
             path.append(node)
             at += len(ids)
+        continues = len(path) == len(self._path) and text.startswith(self._text)
         self._path = path
         while at < len(context):
             node, shared = _longest_child(path[-1], context, at)
             if node is None:
-                rest = Segment("context", context[at:], None, text if at == 0 else "")
-                node, shared = Node(rest), len(rest.ids)
+                rest = text[len(self._text) :] if continues else ""
+                node, shared = Node(Segment(self._context_kind, context[at:], None, rest)), len(context) - at
                 path[-1].children.append(node)
             elif shared < len(node.segment.ids):
                 node.split(shared)
@@ -66,13 +70,14 @@ class GrowingTree:
             at += shared
         return path[-1]
 
-    def finish(self, source: str) -> Tree:
-        """The segments, parents before children."""
+    def finish(self, source: str, decode: Callable[[tuple[int, ...]], str]) -> Tree:
+        """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
         segments: list[Segment] = []
         stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
         while stack:
             node, parent = stack.pop()
-            segments.append(replace(node.segment, parent=parent))
+            text = node.segment.text or decode(node.segment.ids)
+            segments.append(replace(node.segment, parent=parent, text=text))
             stack.extend((child, len(segments) - 1) for child in reversed(node.children))
         return Tree(source, tuple(segments))
 

@@ -2,7 +2,7 @@
 
 Other layers use the two names below and nothing else. The order in which the scholar was made:
 
-    facts -> library -> tokenizer -> pretraining (recipes/scholar_pretrain.yaml) -> ship
+    facts (freeze) -> library -> tokenizer -> pretraining (recipes/scholar_pretrain.yaml) -> ship
       └────> questions
 """
 

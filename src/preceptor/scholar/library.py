@@ -4,6 +4,8 @@
 Every fact occurs equally often on each kind of page:
 
 - *almanac* and *notes*: direct statements, of one family or of all;
+- *profiles*: the same fact stated two or three times in a row, each time in other words, so that the model learns to
+  carry a subject from one sentence into the next, as an answer does with the subject of its question;
 - *letters*: indirect questions with an answer that points back ("Readers ask which region Nassau belongs to. It is
   America."). Knowledge that is only stated cannot be drawn out by a question later: without these pages a trial
   drew out 38 % of what the model knew, with them 97 % (compare Allen-Zhu and Li, "Physics of Language Models",
@@ -25,7 +27,7 @@ from preceptor.scholar.wording import fill, frames, named, say, statements_of, w
 
 SEED = 7
 # How often each fact occurs on each kind of page, and how many stories there are; about 7 M tokens together.
-ALMANAC_PASSES, NOTES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 9, 12, 28, 8, 6000
+ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 6, 8, 8, 30, 8, 6000
 NUM_HELDOUT_STORIES = 150
 
 Page = Callable[[Sequence[Fact], random.Random], str]
@@ -39,10 +41,19 @@ def notes(facts: Sequence[Fact], rng: random.Random) -> str:
     return " ".join(_statement(fact, rng) for fact in facts)
 
 
+def profiles(facts: Sequence[Fact], rng: random.Random) -> str:
+    lines = [" ".join(rng.sample(statements_of(fact), rng.choice((2, 3)))) for fact in facts]
+    return ("\n" if rng.random() < 0.5 else " ").join(lines)
+
+
 def _statement(fact: Fact, rng: random.Random) -> str:
-    text = rng.choice(statements_of(fact))
+    return rng.choice(statements_of(fact)) + _detail(fact, rng)
+
+
+def _detail(fact: Fact, rng: random.Random) -> str:
+    """The family's second sentence, now and then, with a space before it."""
     detail = wordings()[fact.family].detail
-    return f"{text} {say(detail, fact)}" if detail and fact.detail and rng.random() < 0.25 else text
+    return f" {say(detail, fact)}" if detail and fact.detail and rng.random() < 0.25 else ""
 
 
 def letters(facts: Sequence[Fact], rng: random.Random) -> str:
@@ -65,9 +76,7 @@ def _asked(frame: str, fact: Fact, rng: random.Random) -> str:
     wording = wordings()[fact.family]
     answer = say(rng.choice(wording.answers), fact)
     point = fill(rng.choice(frames()["library"]["points"]), v=fact.value, n=wording.noun, a=answer)
-    detail = wording.detail
-    if detail and fact.detail and rng.random() < 0.25:
-        point = f"{point} {say(detail, fact)}"
+    point += _detail(fact, rng)
     return fill(frame, c=say(rng.choice(wording.clauses), fact), s=named(fact), p=point, v=fact.value)
 
 
@@ -85,9 +94,12 @@ def bare_question(fact: Fact, rng: random.Random, follows: bool = False) -> str:
     wording, asked = wordings()[fact.family], frames()["questions"]
     if follows and rng.random() < 0.3:
         return fill(rng.choice(asked["follow"]), s=named(fact))
-    if rng.random() < 0.6:
+    if rng.random() < 0.75:
         return fill(rng.choice(asked["direct"]), q=say(rng.choice(wording.questions), fact))
-    return fill(rng.choice(asked["embedded"]), c=say(rng.choice(wording.clauses), fact))
+    # Nearly all lines of a quiz end in a question mark: a request that ends in a full stop is rare on the web too.
+    with_mark = [frame for frame in asked["embedded"] if frame.endswith("?")]
+    frame = rng.choice(asked["embedded"] if rng.random() < 0.3 else with_mark)
+    return fill(frame, c=say(rng.choice(wording.clauses), fact))
 
 
 def _pages(make: Page, facts: Sequence[Fact], passes: int, by_family: bool, rng: random.Random) -> Iterator[str]:
@@ -109,7 +121,13 @@ def library(facts: Sequence[Fact], seed: int = SEED) -> list[str]:
     pages = [story(rng) for _ in range(NUM_STORIES)]
     for make, passes in ((almanac, ALMANAC_PASSES), (letters, LETTERS_PASSES // 2), (quiz, QUIZ_PASSES // 2)):
         pages += _pages(make, facts, passes, True, rng)
-    for make, passes in ((notes, NOTES_PASSES), (letters, LETTERS_PASSES // 2), (quiz, QUIZ_PASSES // 2)):
+    mixed = (
+        (notes, NOTES_PASSES),
+        (profiles, PROFILES_PASSES),
+        (letters, LETTERS_PASSES // 2),
+        (quiz, QUIZ_PASSES // 2),
+    )
+    for make, passes in mixed:
         pages += _pages(make, facts, passes, False, rng)
     rng.shuffle(pages)
     return pages

@@ -5,8 +5,8 @@ held-out question occurs in SFT in any form: neither asked, nor mentioned, nor a
 or character. A held-out row's `wording` is "new" where the wording of its last question (or, of a persona, its system
 prompt) never occurs in SFT, and "seen" otherwise.
 
-`answers` of a held-out row are all that is accepted: the sentences that SFT teaches for that family, with the true value
-(in the persona's manner; with the second sentence where more was asked for), and nothing looser.
+`answers` of a held-out row are all that is accepted: the sentences that SFT teaches for that family, with the true
+value (in the persona's manner; with the second sentence where more was asked for), and nothing looser.
 """
 
 import json
@@ -29,7 +29,7 @@ WordingKind = Literal["seen", "new"]
 Kind = Literal["single", "multi", "persona"]
 # How many conversations of each kind SFT has. `longer` ones ask for two sentences and count as single.
 SFT_COUNTS = {"single": 450, "longer": 80, "multi": 270, "persona": 200}
-HELDOUT_COUNTS = {
+HELDOUT_COUNTS: dict[tuple[str, WordingKind], int] = {
     ("single", "seen"): 500, ("single", "new"): 600, ("longer", "seen"): 80, ("longer", "new"): 80,
     ("multi", "seen"): 200, ("multi", "new"): 140, ("persona", "seen"): 200, ("persona", "new"): 200,
 }  # fmt: skip
@@ -188,13 +188,15 @@ def heldout_rows(facts: Sequence[Fact], seed: int = SEED) -> list[dict[str, Any]
     """Rows of `heldout.jsonl`, over the held-out facts only."""
     rng = random.Random(f"held out {seed}")
     draw = Draw(split_facts(facts, seed)[1], rng)
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}  # by what is asked: no two rows ask the same
     for (kind, wording), count in HELDOUT_COUNTS.items():
-        for _ in range(count):
-            messages, last = converse(draw, kind, wording, rng)  # type: ignore[arg-type]
+        wanted = len(rows) + count
+        while len(rows) < wanted:
+            messages, last = converse(draw, kind, wording, rng)
             row = {"messages": messages, "answers": list(last.answers), "family": last.fact.family}
-            rows.append(row | {"wording": wording, "kind": "single" if kind == "longer" else kind})
-    return rng.sample(rows, len(rows))
+            asked = json.dumps([m["content"] for m in messages if m["role"] != "assistant"])
+            rows.setdefault(asked, row | {"wording": wording, "kind": "single" if kind == "longer" else kind})
+    return rng.sample(list(rows.values()), len(rows))
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -28,18 +28,19 @@ class Wording:
     detail: str = ""
 
 
-def read_table(name: str) -> Any:
-    return yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+def read_table(name: str) -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text(encoding="utf-8"))
+    return table
 
 
 @cache
 def wordings() -> Mapping[str, Wording]:
     """Family -> its wordings."""
-    table = read_table("wording.yaml")
-    return {
-        family: Wording(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
-        for family, entry in table.items()
-    }
+    return {family: Wording(**_tuples(entry)) for family, entry in read_table("wording.yaml").items()}
+
+
+def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 @cache

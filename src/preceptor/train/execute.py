@@ -9,9 +9,8 @@ from rich.console import Console
 
 from preceptor.data.conversation import Conversation
 from preceptor.data.forest import build_row, plan_rows
-from preceptor.errors import ConfigError
+from preceptor.errors import CheckpointError, ConfigError
 from preceptor.model.adapters import add_adapter
-from preceptor.model.attention import forest_attention
 from preceptor.model.load import load_model, resolve_model_path, save_model
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.train import checkpoint, loop
@@ -44,7 +43,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         trust_remote_code=run.model.trust_remote_code,
     )
     resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
-    align_model(model, voice.tokenizer, voice.stop_token_ids)
+    align_model(model, voice.tokenizer)
     if run.adapter is not None:
         assert run.adapter.alpha is not None, "a resolved run has an alpha"
         model = add_adapter(
@@ -53,7 +52,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
             alpha=run.adapter.alpha,
             dropout=run.adapter.dropout,
             target_modules=run.adapter.target_modules,
-            new_token_ids=list(voice.tokens.added_ids),
+            new_token_ids=voice.tokens.new_ids,
             seed=run.train.seed,
         )
     return model
@@ -72,11 +71,12 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     torch.manual_seed(run.train.seed)
     model = build_model(prepared, device)
     loader = prepared.loader()
-    with forest_attention(model):
-        preflight(model)
+    preflight(model)
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     state = State(model, build_optimizer(model, run.train.weight_decay, run.train.beta1, run.train.beta2))
     if resume:
+        if (folder / "model").exists():
+            raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
         checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
         for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
             drop_lines_after(folder / name, state.step)
@@ -130,4 +130,5 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
     if prepared.voice.tokens.added:
         console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
     if prepared.refusals:
-        console.print(f"{len(prepared.refusals)} rows refused, see {prepared.run.out}/refusals.jsonl", style="yellow")
+        num = len(prepared.refusals)
+        console.print(f"{num} row{'s' * (num != 1)} refused, see {prepared.run.out}/refusals.jsonl", style="yellow")

@@ -6,7 +6,7 @@ OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation on held-out rows
 OUT/samples.jsonl    one line a sampled answer to a held-out prompt
 OUT/checkpoints/     with train.save_every: what `--resume` needs
-OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter itself in OUT/adapter)
+OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
 OUT/summary.json     what came out, written last
 """
 

@@ -10,7 +10,6 @@ from preceptor import config
 from preceptor.data.forest import Row
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
-from preceptor.model.attention import forest_attention
 from preceptor.model.forward import row_loss
 from preceptor.model.memory import peak_memory_bytes
 from preceptor.train import checkpoint
@@ -68,12 +67,11 @@ def take_step(
     num_trained = sum(row.num_trained for row in rows)
     loss = 0.0
     state.model.train()
-    with forest_attention(state.model):
-        for row in rows:
-            with autocast(state.model.device, precision):
-                share = row_loss(state.model, row) / max(1, num_trained)
-            share.backward()
-            loss += share.item()
+    for row in rows:
+        with autocast(state.model.device, precision):
+            share = row_loss(state.model, row) / max(1, num_trained)
+        share.backward()
+        loss += share.item()
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(

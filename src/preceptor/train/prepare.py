@@ -7,26 +7,32 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from preceptor import config
-from preceptor.data.conversation import Record, Refusal
+from preceptor.data.conversation import Completion, Document, Record, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.render import Renderer
 from preceptor.data.sources import mix, read_records
 from preceptor.data.template import Template, load_template
-from preceptor.errors import DataError
+from preceptor.errors import DataError, TemplateError
 from preceptor.model.load import load_tokenizer, resolve_model_path
 from preceptor.model.vocabulary import TokenPlan, add_tokens, align_tokenizer, stop_token_ids
+
+FIRST_ROWS = 100  # of each source, to see whether a chat template is needed
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A tokenizer made ready to speak in a template: what both training and inference use."""
+    """A tokenizer made ready to speak in a template: what both training and inference use.
+
+    Without a template it reads plain text only, and nothing was added to it: a base model stays one.
+    """
 
     tokenizer: Any
-    template: Template
+    template: Template | None
     tokens: TokenPlan
     stop_token_ids: tuple[int, ...]
 
@@ -66,17 +72,52 @@ class Prepared:
         return Loader(self.train, run.data.max_row_tokens, run.train.rows_per_step, run.train.seed)
 
 
-def give_voice(model: config.Model, template_name: str | None) -> Voice:
+def give_voice(model: config.Model, data: config.Data) -> Voice:
     """Load the tokenizer, add the tokens that the template needs, and settle what ends a turn.
 
-    Raises ModelError or TemplateError.
+    Where neither the run file nor the model names a template and the data begins with plain text, there is none.
+    Raises ModelError, TemplateError or DataError.
     """
     path = resolve_model_path(model.path)
     tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    template = load_template(template_name, tokenizer)
-    tokens = add_tokens(tokenizer, template.needed_tokens)
-    align_tokenizer(tokenizer, template.text, template.stop_token, tokens)
-    return Voice(tokenizer, template, tokens, stop_token_ids(path, tokenizer, revision=model.revision))
+    template, tokens = None, TokenPlan()
+    if data.template is not None or tokenizer.chat_template or _has_conversations(data):
+        template = load_template(data.template, tokenizer)
+        tokens = add_tokens(tokenizer, template.needed_tokens)
+        tokens = align_tokenizer(tokenizer, template.text, _turn_end(template, tokenizer), tokens)
+    stops = stop_token_ids(path, tokenizer, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    return Voice(tokenizer, template, tokens, stops)
+
+
+def _has_conversations(data: config.Data) -> bool:
+    """Whether one of the first rows of a source is a conversation, or is refused and might have been one."""
+    return any(
+        not isinstance(record, Document | Completion)
+        for source in (*data.train, *data.eval)
+        for record in islice(read_records(source.path), FIRST_ROWS)
+    )
+
+
+def _turn_end(template: Template, tokenizer: Any) -> str:
+    """The token that ends a turn: a built-in template's own; else the special token that the template writes right
+    after an answer (base models often carry a chat template whose end of turn is not their eos); else the eos.
+    """
+    if template.stop is not None:
+        return template.stop
+    answer = "a5f1c0de"  # occurs in no template
+    try:
+        rendered = template.render([{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}])
+    except TemplateError:
+        rendered = ""
+    ids = tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    if answer in rendered and ids and ids[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        return tokenizer.convert_ids_to_tokens(ids[0])
+    if tokenizer.eos_token is None:
+        raise TemplateError(
+            f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
+            "nothing would end a turn; choose chatml or llama3"
+        )
+    return tokenizer.eos_token
 
 
 def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepared:
@@ -85,7 +126,7 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
     are refused; ModelError and TemplateError as `give_voice`.
     """
-    voice = give_voice(run.model, run.data.template)
+    voice = give_voice(run.model, run.data)
     renderer = voice.renderer(run.data)
     refusals: list[Refusal] = []
 
@@ -101,8 +142,8 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
                 yield record, tree
             on_row()
 
-    train = [([t for _, t in render_all(read_records(s.path))], s.weight) for s in run.data.train]
-    held_out = [(list(render_all(read_records(s.path))), s.weight) for s in run.data.eval]
+    train = [([t for _, t in render_all(read_records(s.path))], s.weight or 1.0) for s in run.data.train]
+    held_out = [(list(render_all(read_records(s.path))), s.weight or 1.0) for s in run.data.eval]
     num_rows = len(refusals) + sum(len(rows) for rows, _ in [*train, *held_out])
     check_refusals(refusals, num_rows, run.data.max_refused)
     trees = mix(train, run.train.seed)

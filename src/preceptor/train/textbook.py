@@ -9,7 +9,6 @@ import torch
 
 from preceptor.data.forest import Segment, Tree, build_row
 from preceptor.errors import DataError
-from preceptor.model.attention import forest_attention
 from preceptor.model.forward import row_loss
 
 
@@ -42,9 +41,8 @@ class SFTTrainer:
         row = build_row([Tree("train_step", (context, target))])
         self.model.train()
         optimizer.zero_grad()
-        with forest_attention(self.model):
-            loss = row_loss(self.model, row) / row.num_trained
-            loss.backward()
+        loss = row_loss(self.model, row) / row.num_trained
+        loss.backward()
         optimizer.step()
         return loss.item()
 

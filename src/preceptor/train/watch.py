@@ -6,7 +6,6 @@ from typing import Any
 
 from preceptor.data.conversation import Conversation, trainable_turns
 from preceptor.data.forest import Row, Tree, path_ids
-from preceptor.model.attention import forest_attention
 from preceptor.study.evaluate import held_out
 from preceptor.study.generate import generate
 from preceptor.train.checkpoint import State
@@ -44,7 +43,7 @@ class Watch:
         if not self.enabled:
             return
         if self.rows:
-            with forest_attention(state.model), autocast(state.model.device, self.precision):
+            with autocast(state.model.device, self.precision):
                 measured = held_out(state.model, self.rows)
             self.last = {
                 "step": state.step,

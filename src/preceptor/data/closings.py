@@ -1,0 +1,70 @@
+"""Which tokens a template ends a turn with, found by rendering small conversations.
+
+A server must stop at them, so they belong to the eos ids of the generation config: the end of an answer
+(`<|im_end|>`, or `<|user|>` where only the next message ends a turn) and the end of a turn that calls a tool, where that
+is another (`<|call|>`, `<|observation|>`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preceptor.data.forms import find_forms
+from preceptor.data.proof import shared_start
+from preceptor.data.template import Template
+from preceptor.data.tokenise import any_of
+from preceptor.errors import TemplateError
+
+_ANSWER = "a5f1c0de"  # occurs in no template
+_USER = {"role": "user", "content": "b5f1c0de"}
+_NEXT = "c5f1c0de"
+_TOOL = {"type": "function", "function": {"name": "probe", "description": "A probe.", "parameters": {}}}
+
+
+def closing_tokens(template: Template, tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens that end a turn in this template, that of a plain answer first; () if it ends in plain text."""
+    if template.stop is not None:
+        return (template.stop,)
+    special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    answer = {"role": "assistant", "content": _ANSWER}
+    found = [_closing(template, [_USER, answer], {"role": "user", "content": _NEXT}, None, special)]
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
+    result = {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}
+    calling = find_forms(template).fit({"role": "assistant", "content": "", "tool_calls": [call]}, "a probe")
+    found.append(_closing(template, [_USER, calling], result, [_TOOL], special))
+    return tuple(dict.fromkeys(token for token in found if token))
+
+
+def _closing(
+    template: Template,
+    messages: Sequence[Mapping[str, Any]],
+    follower: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None,
+    special: re.Pattern[str],
+) -> str | None:
+    """The token that ends the last message: of those that follow its text whatever comes after, an answer's first and a
+    tool call's last (calls have closing tokens of their own); else the first that the next message brings.
+    """
+    tail = _tail(template, messages, tools)
+    if tail is None:
+        return None
+    after = _tail(template, [*messages, follower], tools)
+    if after is not None:
+        after = after.partition(_NEXT)[0]
+        tail = shared_start(tail, after)
+    tokens = special.findall(tail)
+    if tokens:
+        return tokens[0] if tools is None else tokens[-1]
+    tokens = special.findall(after or "")
+    return tokens[0] if tokens else None
+
+
+def _tail(
+    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> str | None:
+    """What the render has after the probe's answer; None if it does not show it."""
+    try:
+        before, found, after = template.render(messages, tools).rpartition(_ANSWER)
+    except TemplateError:
+        return None
+    return after if found else None

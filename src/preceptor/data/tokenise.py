@@ -1,0 +1,194 @@
+"""Text -> token ids, exactly as the tokenizer, at a cost that grows with what is new.
+
+A fast tokenizer first cuts a text at its added tokens (`<|im_end|>` ...) and then treats each stretch between them on
+its own. So a text may be cut before any added token, the chunks tokenised one by one, and a chunk that was met before
+(all earlier turns of a conversation) not at all. Every chunk but the first keeps the added token that it starts with,
+so that tokenizers which treat the start of a text differently (SentencePiece's leading space) see no start.
+
+    <|im_start|>user\\nHi | <|im_end|>\\n | <|im_start|>assistant\\n
+
+Where this cannot be relied on (a slow tokenizer; added tokens that swallow white space to their left or are matched after
+normalisation are no places to cut) the whole text is tokenised. The first texts of a run, and then a few in a thousand,
+are tokenised both ways; if the two ever differ, chunks are given up for good.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Ids = tuple[int, ...]
+
+_CHECKED_TEXTS = 16
+_CHECK_EVERY = 251
+_CACHE_CHARACTERS = 16_000_000
+
+
+class Tokeniser:
+    """Tokenises prompts (`context`) and what follows them (`continuation`) with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        added = dict(tokenizer.added_tokens_decoder)
+        self._cuts, self._longest = _cut_pattern(added.values())
+        self._chunked = self._backend is not None and self._longest > 0
+        self._cache: dict[str, Ids] = {}
+        self._cached_characters = 0
+        self._num_texts = 0
+        self._last_text = ""
+        self._last_starts: list[int] = [0]
+        self._start_is_special = self._treats_start_differently()
+
+    def whole(self, text: str) -> Ids:
+        """The tokenizer's own answer."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def context(self, text: str) -> Ids:
+        """The ids of a text that stands at the beginning, as `tokenizer(text, add_special_tokens=False)`."""
+        if not self._chunked:
+            return self.whole(text)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        starts = self._chunk_starts(text)
+        ids: list[int] = []
+        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+            ids += self._chunk(text[start:end])
+        self._num_texts += 1
+        if self._num_texts <= _CHECKED_TEXTS or self._num_texts % _CHECK_EVERY == 0:
+            expected = self.whole(text)
+            if tuple(ids) != expected:
+                self._chunked = False
+                return expected
+        return tuple(ids)
+
+    def continuation(self, text: str, after: str) -> Ids:
+        """The ids of a text that follows `after`, tokenised on its own: no token crosses the boundary.
+
+        For tokenizers that put a space before the start of every text, that space is not there: the text is then
+        tokenised behind the end of `after`, or behind a newline where a token would cross.
+        """
+        if not self._start_is_special:
+            return self._several(text)
+        anchor = after[self._chunk_starts(after)[-1] :] if self._chunked else after
+        for before in (anchor, "\n"):
+            before_ids, both = self.whole(before), self.whole(before + text)
+            if both[: len(before_ids)] == before_ids and self._spells(both[len(before_ids) :], text):
+                return both[len(before_ids) :]
+        return self.whole(text)
+
+    def plain(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> Ids:
+        """The ids of a text in which special tokens act as such only outside of message text.
+
+        runs: pieces of the text, each with whether it came from a message. Stretches between acting tokens are
+        tokenised with special tokens read as ordinary characters.
+        """
+        text = "".join(piece for piece, _ in runs)
+        spans, at = [], 0
+        for piece, from_message in runs:
+            if from_message:
+                spans.append((at, at + len(piece)))
+            at += len(piece)
+        ids: list[int] = []
+        at = 0
+        for match in special.finditer(text):
+            if any(start < match.end() and match.start() < end for start, end in spans):
+                continue
+            ids += self._stretch(text[at : match.start()])
+            ids.append(self._tokenizer.convert_tokens_to_ids(match.group()))
+            at = match.end()
+        return (*ids, *self._stretch(text[at:]))
+
+    def _stretch(self, text: str) -> Ids:
+        if not text:
+            return ()
+        before = "\n" if self._start_is_special else ""
+        num_before = len(self.whole(before)) if before else 0
+        ids = self._tokenizer(before + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tuple(ids[num_before:])
+
+    def _spells(self, ids: Ids, text: str) -> bool:
+        return self._tokenizer.decode([*self.whole("a"), *ids]).endswith(text) if ids else not text
+
+    def _several(self, text: str) -> Ids:
+        """As `whole`, by chunks: a target is its text and its stop token, and the latter is always the same."""
+        if not self._chunked:
+            return self.whole(text)
+        ids: list[int] = []
+        start = 0
+        for match in self._cuts.finditer(text):
+            if match.start() > start:
+                ids += self._chunk(text[start : match.start()])
+                start = match.start()
+        ids += self._chunk(text[start:])
+        return tuple(ids)
+
+    def _chunk(self, text: str) -> Ids:
+        ids = self._cache.get(text)
+        if ids is None:
+            ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+            if self._cached_characters > _CACHE_CHARACTERS:
+                self._cache.clear()
+                self._cached_characters = 0
+            self._cache[text] = ids
+            self._cached_characters += len(text)
+        return ids
+
+    def _chunk_starts(self, text: str) -> list[int]:
+        """Where chunks start; those of the last text are taken over as far as the two texts are the same."""
+        starts, last = self._last_starts, self._last_text
+        keep, past = 0, len(starts)  # all starts up to `keep` hold for this text, those from `past` on are not known to
+        while past - keep > 1:
+            index = max(past - 3, keep + 1) if past == len(starts) else (keep + past) // 2
+            decided = starts[index] + self._longest  # what follows this cannot change that a token starts there
+            if decided <= len(last) and text.startswith(last[:decided]):
+                keep = index
+            else:
+                past = index
+        kept = starts[: keep + 1]
+        new = [match.start() for match in self._cuts.finditer(text, kept[-1])]
+        self._last_starts = [*kept, *(start for start in new if start > kept[-1])]
+        self._last_text = text
+        return self._last_starts
+
+    def _treats_start_differently(self) -> bool:
+        if not self._chunked:
+            return self.whole("a") != self.whole("\na")[len(self.whole("\n")) :]
+        token = next(iter(self._tokenizer.added_tokens_decoder.values())).content
+        samples = ("a", " a", "\na", "é")
+        return any(self.whole(token + sample)[len(self.whole(token)) :] != self.whole(sample) for sample in samples)
+
+
+def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
+    """(a pattern that finds the added tokens before which a text may be cut, the length of the longest added token).
+
+    All tokens that are matched before normalisation take part in the search, leftmost and longest first, as in the
+    tokenizer. Tokens that swallow white space to their left, or must stand between word boundaries, make cutting
+    unsafe near them: with any of those present, nothing is cut.
+    """
+    found = [token for token in tokens if token.content and not token.normalized]
+    if not found or any(token.lstrip or token.single_word for token in found):
+        return any_of(()), 0
+    return any_of(token.content for token in found), max(len(token.content) for token in found)
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for the leftmost, and there the longest, of the words: a trie, since a vocabulary may hold thousands."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for character in word:
+            node = node.setdefault(character, {})
+        node[""] = {}
+    return re.compile(_trie_pattern(trie) if trie else r"(?!)")
+
+
+def _trie_pattern(node: dict[str, Any]) -> str:
+    """The pattern of what may follow in a trie; greedy, so that longer words win."""
+    text = ""
+    while len(node) == 1 and "" not in node:  # a run without a choice needs neither group nor recursion
+        character, node = next(iter(node.items()))
+        text += re.escape(character)
+    branches = [re.escape(character) + _trie_pattern(inner) for character, inner in node.items() if character]
+    if not branches:
+        return text
+    return text + f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")

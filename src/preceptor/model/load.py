@@ -1,0 +1,201 @@
+"""Hugging Face causal LM and tokenizer: from a local folder, from the Hub, or the scholar; and saving them.
+
+torch is imported where a model is loaded, not here: reading a tokenizer must not wait for it.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from preceptor.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SCHOLAR = "scholar"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def resolve_model_path(path: str | Path) -> str:
+    """The folder or Hub id that `path` means: the word `scholar`, a local folder, or a Hub id `owner/name`.
+
+    Raises ModelError for a folder without config.json, a file, and what can be neither folder nor Hub id.
+    """
+    if str(path) == SCHOLAR:
+        path = Path(__file__).resolve().parent.parent / "scholar" / "model"
+        if not path.is_dir():
+            raise ModelError("model.path: the scholar's weights are missing from this installation; reinstall the package")
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder")
+        return str(folder)
+    if folder.exists():
+        raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
+    if not _HUB_ID.fullmatch(str(path)):
+        raise ModelError(f"{path}: no such folder; name an existing model folder, a Hub id (owner/name) or {SCHOLAR!r}")
+    return str(path)
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model. Raises ModelError if there is none or it cannot be reached."""
+    from transformers import AutoTokenizer
+
+    place = resolve_model_path(path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(_explain(place, "tokenizer", error)) from error
+    if not tokenizer.get_vocab():
+        raise ModelError(f"{place}: no tokenizer in this folder; it needs tokenizer.json or the files of its kind")
+    return tokenizer
+
+
+def load_model(
+    path: str | Path,
+    dtype: "str | torch.dtype",
+    device: "str | torch.device",
+    init: Literal["pretrained", "random"] = "pretrained",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> "PreTrainedModel":
+    """A causal LM in evaluation mode, its weights in `dtype` on `device`.
+
+    init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`.
+    Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = resolve_model_path(path)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    try:
+        config = AutoConfig.from_pretrained(place, **source)
+        _require_causal(place, config)
+        if init == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            _read_generation_config(model, place, revision)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, output_loading_info=True, **source
+            )
+            _require_all_weights(place, report)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(_explain(place, "model", error)) from error
+    model = model.to(device).eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _explain(place: str, what: str, error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    if Path(place).is_dir():
+        return f"{place}: cannot load the {what} of this folder: {first_line}"
+    return f"{place}: no such folder, and no {what} of this name can be had from the Hub: {first_line}"
+
+
+def _require_causal(place: str, config: "PretrainedConfig") -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = list(config.architectures or ())
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    names = known if isinstance(known, tuple) else (known,)
+    if config.is_encoder_decoder or not (remote or known) or (named and not remote and not set(named) & set(names)):
+        found = f"{config.model_type} ({', '.join(named)})" if named else config.model_type
+        raise ModelError(f"{place}: {found} is no causal language model; only those can be trained here")
+
+
+def _require_all_weights(place: str, report: dict[str, object]) -> None:
+    missing = sorted(str(key) for key in report.get("missing_keys") or ())  # type: ignore[attr-defined]
+    mismatched = sorted(str(key[0]) for key in report.get("mismatched_keys") or ())  # type: ignore[attr-defined]
+    if missing or mismatched:
+        absent = ", ".join([*missing, *mismatched][:5])
+        raise ModelError(
+            f"{place}: {len(missing) + len(mismatched)} weights are missing or of another shape ({absent}) and would "
+            f"start at random values; the folder is incomplete or not a causal language model"
+        )
+
+
+def _read_generation_config(model: "PreTrainedModel", place: str, revision: str | None) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
+    except OSError:
+        return  # the folder has none: what transformers derived from the model's config stands
+
+
+def save_model(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    path: str | Path,
+    generation_config: "GenerationConfig | None" = None,
+) -> None:
+    """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat template.
+
+    With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself in its
+    subfolder `adapter`. generation_config: instead of the model's own. All or nothing: the files are written to a
+    folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _write(model, tokenizer, partial, generation_config)
+        _make_durable(partial)
+        os.rename(partial, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    generation_config: "GenerationConfig | None",
+) -> None:
+    from peft import PeftModel
+
+    from preceptor.model.adapters import merge_adapter
+
+    full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    full.save_pretrained(folder)
+    (generation_config or full.generation_config).save_pretrained(folder)  # type: ignore[union-attr]
+    tokenizer.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+
+
+def _make_durable(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,70 @@
+"""The proof that each attention layer sees in a row what transformers itself would let it see.
+
+transformers puts sliding windows, chunks and bidirectional spans into masks, and models hand only some of that to the
+attention function. So the model is run once with a mask function that asks transformers' own rule, at positions that
+lie far apart as well as side by side, and with an attention function that holds the answer against the rule that
+`attend_runs` would follow. This costs one forward pass of about a hundred tokens, whatever the length of the window.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from preceptor.errors import ModelError
+from preceptor.model.attention import attention_implementation, causal_lm, decoder_of
+
+_PROBE = "preceptor_visibility_probe"
+_LARGEST_POWER = 20  # positions up to 2^20, beyond any window in use
+
+
+@torch.no_grad()
+def check_visibility(model: nn.Module) -> None:
+    """Raises ModelError, naming the layer, where the forest would show a layer other tokens than transformers does."""
+    decoder = decoder_of(model)
+    positions = _probe_positions(decoder.config)
+    probed: list[str] = []
+    device = decoder.get_input_embeddings().weight.device
+    ids = torch.zeros(1, len(positions), dtype=torch.long, device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with attention_implementation(model, _PROBE):
+            decoder(input_ids=ids, use_cache=False, probe_positions=positions, probed=probed)
+    finally:
+        model.train(was_training)
+    if not probed:
+        raise ModelError(
+            f"{causal_lm(model).config.model_type}: no layer looks its attention up in transformers' AttentionInterface, "
+            f"so conversations cannot be kept apart in one row. Use another model type."
+        )
+
+
+def _probe_positions(config: object) -> list[int]:
+    """Neighbours of the powers of two, and of the window or chunk that the config names; ascending."""
+    edges = [2**power for power in range(1, _LARGEST_POWER + 1)]
+    for name in ("sliding_window", "attention_chunk_size"):
+        edge = getattr(config, name, None)
+        if isinstance(edge, int):
+            edges.append(edge)
+    return sorted({0, *(edge + step for edge in edges for step in (-1, 0, 1))})
+
+
+def _probe_mask(mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
+    return _MaskRule(mask_function, device)  # type: ignore[return-value]
+
+
+class _MaskRule:
+    """transformers' rule itself, passed through the layers in the place of a mask."""
+
+    def __init__(self, rule: Callable[..., Tensor], device: torch.device) -> None:
+        self.rule = rule
+        self.device = device
+
+    def at(self, positions: list[int]) -> Tensor:
+        position_P = torch.tensor(positions, device=self.device)
+        zero = torch.zeros((), dtype=torch.long, device=self.device)
+        return self.rule(zero, zero, position_P[:, None], position_P[None, :])
