@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands do; before torch is imported
+
 
 def describe() -> dict[str, str]:
     """Plain facts to write beside a figure."""

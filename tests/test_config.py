@@ -57,6 +57,34 @@ def test_an_unknown_key_inside_a_list_is_named(tmp_path):
         load(tmp_path, MINIMAL.replace("{path: train.jsonl}", "{path: a, wieght: 2}"))
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("weight: 2, count: 5", "data.train.0: `weight` and `count` both say how often rows are seen"),
+        ("weight: 0", "data.train.0.weight: input should be greater than 0"),
+        ("count: 0", "data.train.0.count: input should be greater than or equal to 1"),
+        ("count: 1.5", "data.train.0.count: input should be a valid integer"),
+        (
+            "columns: {qestion: a}",
+            "data.train.0.columns: 'qestion' is not a key of any row format; did you mean 'question'?",
+        ),
+        ("columns: {xyz: a}", "known keys are messages, conversations, prompt"),
+        ("nulls: keap", "data.train.0.nulls: input should be 'refuse', 'drop' or 'keep'"),
+    ],
+)
+def test_mistakes_in_a_source(tmp_path, source, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MINIMAL.replace("{path: train.jsonl}", f"{{path: a, {source}}}"))
+    assert message in str(caught.value)
+
+
+def test_a_reason_for_refusal_can_only_be_allowed(tmp_path):
+    text = MINIMAL.replace("data:\n", "data:\n  refusals: {too_long: allow}\n")
+    assert load(tmp_path, text).data.refusals == {"too_long": "allow"}
+    with pytest.raises(ConfigError, match=r"data\.refusals\.too_long: input should be 'allow'; found 'yes'"):
+        load(tmp_path, text.replace("allow", "'yes'"))
+
+
 def test_several_mistakes_come_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, MINIMAL + "train: {sed: 1, rows_per_step: -1}\n")
@@ -107,8 +135,10 @@ def test_full_training_in_bfloat16_weights_is_refused(tmp_path):
     assert load(tmp_path, text + "adapter: {rank: 4}\n").model.dtype == "bfloat16"
 
 
-def test_the_resolved_copy_is_the_same_run(tmp_path):
-    run = load(tmp_path, MINIMAL + "adapter: {rank: 8}\ntrain: {save_every: 100 steps, warmup: 3 %}\n")
+@pytest.mark.parametrize("source", ["", ", weight: 0.5", ", count: 7, columns: {text: body}, split: train"])
+def test_the_resolved_copy_is_the_same_run(tmp_path, source):
+    text = MINIMAL.replace("{path: train.jsonl}", f"{{path: a{source}}}")
+    run = load(tmp_path, text + "adapter: {rank: 8}\ntrain: {save_every: 100 steps, warmup: 3 %}\n")
     assert load(tmp_path, config.dump(run)) == run
 
 
@@ -116,6 +146,9 @@ def test_paths_beside_the_run_file_are_found(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("{}")
     monkeypatch.chdir(tmp_path.parent)
     assert load(tmp_path, MINIMAL).data.train[0].path == str(tmp_path / "train.jsonl")
+    (tmp_path / "folder").mkdir()
+    folder = load(tmp_path, MINIMAL.replace("train.jsonl", "folder"))
+    assert folder.data.train[0].path == str(tmp_path / "folder")
     monkeypatch.chdir(tmp_path)
     assert load(tmp_path, MINIMAL).data.train[0].path == "train.jsonl"
 

@@ -1,10 +1,14 @@
-"""Tiny random models and a tiny tokenizer for the tests: every supported kind of attention and head, no network."""
+"""Tiny random models, trees and a tokenizer for the tests: every supported kind of attention and head, no network."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from preceptor.data.forest import Segment, Tree
 
 MODELS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "gpt_oss")
 
@@ -50,6 +54,8 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
+    if dtype == torch.float64 and kind == "gpt_oss":
+        model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model.to(dtype).train()
 
 
@@ -68,3 +74,54 @@ def tiny_tokenizer(
     )
     tokenizer.train_from_iterator(["the start of a message", "the end of a message", "user and assistant"] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special_tokens[0])
+
+
+def chain(rng: np.random.Generator, lengths: tuple[int, ...], weight: float = 1.0, vocab_size: int = 64) -> Tree:
+    """A plain conversation of random ids: contexts and targets of these lengths in turn."""
+    segments = [
+        Segment("target" if i % 2 else "context", _ids(rng, length, vocab_size), i - 1 if i else None, weight=weight)
+        for i, length in enumerate(lengths)
+    ]
+    return Tree("chain:1", tuple(segments))
+
+
+def branching(rng: np.random.Generator, vocab_size: int = 64) -> Tree:
+    """Two branches after the first context, and two more after the second branch's context."""
+
+    def segment(kind: Any, length: int, parent: int | None) -> Segment:
+        return Segment(kind, _ids(rng, length, vocab_size), parent)
+
+    return Tree(
+        "branching:1",
+        (
+            segment("context", 6, None),
+            segment("target", 5, 0),
+            segment("context", 9, 0),
+            segment("target", 4, 2),
+            segment("context", 3, 2),
+            segment("target", 7, 4),
+        ),
+    )
+
+
+def separate_chains(tree: Tree) -> list[Tree]:
+    """The tree's paths from root to leaf, each alone; a target that several paths share is trained in the first."""
+    parents = {segment.parent for segment in tree.segments}
+    trained: set[int] = set()
+    chains = []
+    for leaf in (i for i in range(len(tree.segments)) if i not in parents):
+        path = [leaf]
+        while (parent := tree.segments[path[0]].parent) is not None:
+            path.insert(0, parent)
+        segments = [
+            replace(tree.segments[i], parent=place - 1 if place else None, kind="context" if i in trained else kind)
+            for place, i in enumerate(path)
+            for kind in [tree.segments[i].kind]
+        ]
+        trained.update(path)
+        chains.append(Tree(tree.source, tuple(segments)))
+    return chains
+
+
+def _ids(rng: np.random.Generator, length: int, vocab_size: int) -> tuple[int, ...]:
+    return tuple(rng.integers(vocab_size, size=length).tolist())

@@ -5,6 +5,7 @@ directory or a checkpoint; 130 interrupted. Whatever else goes wrong is a defect
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ Replace = Annotated[bool, typer.Option("--replace", help="Replace an earlier run
 
 def main() -> None:
     """Entry point: run a command, turn an error into its message and exit code."""
+    # Threads that wait for one another sleep instead of spinning. On a machine with anything else to do, spinning made
+    # small models 7 to 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except errors.PreceptorError as error:
@@ -142,6 +146,34 @@ def show(
 
 
 @app.command()
+def check(
+    run_file: Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a run file: a model folder, Hub id or `scholar`.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="With --model: a data file.")] = None,
+    template: Annotated[str | None, typer.Option(help="With --model: the chat template, as in a run file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Prove every row of the data and count what is refused and why; exit code 3 unless the run file allows it."""
+    from preceptor.data.sources import resolve
+
+    run = _run_of(run_file, model, data, template)
+    tables = [table for source in (*run.data.train, *run.data.eval) for table in resolve(source)]
+    from preceptor.study.check import check_data, to_json
+    from preceptor.study.check_text import to_text
+    from preceptor.study.progress import row_progress
+    from preceptor.train.prepare import give_voice
+
+    renderer = give_voice(run.model, run.data).renderer(run.data)
+    with row_progress(tables, "checking") as on_row:
+        found = to_json(check_data(run, renderer, on_row))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
+    if not found["passed"]:
+        raise typer.Exit(EXIT_CODES[errors.DataError])
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
     base: Annotated[str | None, typer.Option(help="A second model that answers too, for comparison.")] = None,
@@ -191,20 +223,24 @@ def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
     from preceptor.train.prepare import give_voice
 
     for source in run.data.train:
-        resolve(source.path)
+        resolve(source)
     voice = give_voice(run.model, run.data)
-    records = (record for source in run.data.train for record in read_records(source.path))
+    records = (record for source in run.data.train for record in read_records(source))
     return voice.renderer(run.data), records
 
 
 def _prepare(run: Any, console: Any) -> Any:
     from preceptor.data.sources import resolve
+    from preceptor.study.check_text import format_line
     from preceptor.train.prepare import prepare
 
     for source in (*run.data.train, *run.data.eval):
-        resolve(source.path)
+        resolve(source)
     with console.status("reading and rendering the data") as status:
-        return prepare(run, on_row=_count_rows(status.update))
+        prepared = prepare(run, on_row=_count_rows(status.update))
+    for name, formats in prepared.formats.items():
+        console.print(format_line(name, formats), highlight=False, markup=False)
+    return prepared
 
 
 def _count_rows(update: Callable[[str], None]) -> Callable[[], None]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from preceptor.config import Source
 from preceptor.data.conversation import Completion, Conversation, Document, Refusal
 from preceptor.data.sources import mix, read_records
 from preceptor.errors import DataError
@@ -107,7 +108,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, 
 def test_missing_files_folders_and_other_encodings(tmp_path):
     with pytest.raises(DataError, match="no such data file"):
         list(read_records(str(tmp_path / "none.jsonl")))
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="the folder holds no data file"):
         list(read_records(str(tmp_path)))
     with pytest.raises(DataError, match=r"scholar:none\.jsonl: the package has no such data file"):
         list(read_records("scholar:none.jsonl"))
@@ -117,8 +118,25 @@ def test_missing_files_folders_and_other_encodings(tmp_path):
 
 
 def test_mix_copies_whole_and_chooses_parts_by_seed():
+    def mixed(seed=0, **share):
+        return mix([(rows, Source(path="x", **share))], seed)
+
     rows = list(range(100))
-    assert mix([(rows, 2.0)], seed=0) == rows + rows
-    half = mix([(rows, 0.5)], seed=0)
+    assert mixed() == rows
+    assert mixed(weight=2.0) == rows + rows
+    half = mixed(weight=0.5)
     assert len(half) == 50 and half == sorted(set(half))
-    assert half == mix([(rows, 0.5)], seed=0) != mix([(rows, 0.5)], seed=1)
+    assert half == mixed(weight=0.5) != mixed(weight=0.5, seed=1)
+
+
+def test_mix_by_count():
+    def mixed(count, rows, seed=0):
+        return mix([(rows, Source(path="x", count=count))], seed)
+
+    rows = list(range(100))
+    some = mixed(30, rows)
+    assert len(some) == 30 and some == sorted(set(some)) and some != mixed(30, rows, seed=1)
+    more = mixed(230, rows)
+    assert more[:200] == rows + rows and len(set(more[200:])) == 30
+    assert mixed(100, rows) == rows
+    assert mixed(5, []) == []

@@ -127,8 +127,8 @@ def load_hub(hub_id: str, config: str | None, split: str | None, revision: str |
     except Exception as error:  # as above, and the network's
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{hub_id}: no such file or folder here, and it cannot be loaded from the Hub: {text}. Check the id, `name`, "
-            "`split` and `revision`, and for a private data set that you are logged in"
+            f"{hub_id}: no such file or folder here, and it cannot be loaded from the Hub: {text}. Check the id, "
+            "`name`, `split` and `revision`, and for a private data set that you are logged in"
         ) from None
 
 

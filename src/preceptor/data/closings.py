@@ -1,8 +1,8 @@
 """Which tokens a template ends a turn with, found by rendering small conversations.
 
 A server must stop at them, so they belong to the eos ids of the generation config: the end of an answer
-(`<|im_end|>`, or `<|user|>` where only the next message ends a turn) and the end of a turn that calls a tool, where that
-is another (`<|call|>`, `<|observation|>`).
+(`<|im_end|>`, or `<|user|>` where only the next message ends a turn) and the end of a turn that calls a tool, where
+that is another (`<|call|>`, `<|observation|>`).
 """
 
 import re
@@ -22,7 +22,7 @@ _TOOL = {"type": "function", "function": {"name": "probe", "description": "A pro
 
 
 def closing_tokens(template: Template, tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that end a turn in this template, that of a plain answer first; () if it ends in plain text."""
+    """The special tokens that end a turn in this template, a plain answer's first; () if plain text ends it."""
     if template.stop is not None:
         return (template.stop,)
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -42,21 +42,32 @@ def _closing(
     tools: Sequence[Mapping[str, Any]] | None,
     special: re.Pattern[str],
 ) -> str | None:
-    """The token that ends the last message: of those that follow its text whatever comes after, an answer's first and a
-    tool call's last (calls have closing tokens of their own); else the first that the next message brings.
+    """The token that ends the last message.
+
+    The eos, if it stands there; else of those that follow the message's text whatever comes after, an answer's first
+    and a tool call's last (calls have closing tokens of their own); else the first that the next message brings.
     """
     tail = _tail(template, messages, tools)
     if tail is None:
         return None
+    eos = template.variables.get("eos_token")
+    if eos is not None and special.findall(tail)[:1] == [eos]:
+        return eos
     after = _tail(template, [*messages, follower], tools)
     if after is not None:
         after = after.partition(_NEXT)[0]
         tail = shared_start(tail, after)
-    tokens = special.findall(tail)
+    tokens = _ending(special.findall(tail), eos)
+    if eos in tokens:
+        return eos
     if tokens:
         return tokens[0] if tools is None else tokens[-1]
-    tokens = special.findall(after or "")
-    return tokens[0] if tokens else None
+    return next(iter(_ending(special.findall(after or ""), eos)), None)
+
+
+def _ending(tokens: Sequence[str], eos: str | None) -> list[str]:
+    """Without those that close a tag inside the turn (`</tool_call>`)."""
+    return [token for token in tokens if token == eos or not token.startswith(("</", "[/"))]
 
 
 def _tail(
@@ -64,7 +75,7 @@ def _tail(
 ) -> str | None:
     """What the render has after the probe's answer; None if it does not show it."""
     try:
-        before, found, after = template.render(messages, tools).rpartition(_ANSWER)
+        _, found, after = template.render(messages, tools).rpartition(_ANSWER)
     except TemplateError:
         return None
     return after if found else None

@@ -1,9 +1,9 @@
 """The form in which a template takes what the chat-completions format allows to be written in two ways.
 
-Arguments of a tool call are an object or a string that holds one; text is a string or a list with one text part; a turn
-that only calls tools has no content or an empty one. A template that fails on the form which the file gives, or writes
-it wrongly (a string of JSON quoted once more, a list as Python prints it), is given the other, which says the same. What
-a template takes is found once, by rendering small conversations.
+Arguments of a tool call are an object or a string that holds one; text is a string or a list with one text part; a
+turn that only calls tools has no content or an empty one. A template that fails on the form which the file gives, or
+writes it wrongly (a string of JSON quoted once more, a list as Python prints it), is given the other, which says the
+same. What a template takes is found once, by rendering small conversations.
 """
 
 import json

@@ -20,16 +20,16 @@ Nulls = Literal["refuse", "drop", "keep"]
 
 # Keywords of JSON Schema (2020-12, draft 7, OpenAPI) and keys of a tool that cannot hold null.
 _NEVER_NULL = frozenset(
-    "type function name description parameters title enum examples format nullable readOnly writeOnly deprecated "
-    "properties required additionalProperties patternProperties propertyNames minProperties maxProperties "
-    "dependentRequired dependentSchemas dependencies unevaluatedProperties items prefixItems additionalItems contains "
-    "minContains maxContains minItems maxItems uniqueItems unevaluatedItems minLength maxLength pattern minimum maximum "
-    "exclusiveMinimum exclusiveMaximum multipleOf contentEncoding contentMediaType contentSchema allOf anyOf oneOf not "
-    "if then else discriminator $schema $id $ref $defs definitions $anchor $dynamicRef $dynamicAnchor $vocabulary "
-    "$comment".split()
+    """type function name description parameters title enum examples format nullable readOnly writeOnly deprecated
+    properties required additionalProperties patternProperties propertyNames minProperties maxProperties
+    dependentRequired dependentSchemas dependencies unevaluatedProperties items prefixItems additionalItems contains
+    minContains maxContains minItems maxItems uniqueItems unevaluatedItems minLength maxLength pattern minimum maximum
+    exclusiveMinimum exclusiveMaximum multipleOf contentEncoding contentMediaType contentSchema allOf anyOf oneOf not
+    if then else discriminator $schema $id $ref $defs definitions $anchor $dynamicRef $dynamicAnchor $vocabulary
+    $comment""".split()  # noqa: SIM905 (as words, the list can be read)
 )
-_NAMES = frozenset("properties patternProperties dependentSchemas $defs definitions".split())  # name -> schema
-_VALUES = frozenset("default const enum examples example".split())  # plain data, not schemas
+_NAMES = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})  # name -> schema
+_VALUES = frozenset({"default", "const", "enum", "examples", "example"})  # plain data, not schemas
 
 
 class Struct(dict[str, Any]):
@@ -72,7 +72,8 @@ def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
         return [unpad_schema(item, nulls, f"{where}[{k}]") for k, item in enumerate(schema)]
     if not isinstance(schema, dict):
         return schema
-    padded, result = isinstance(schema, Struct), {}
+    padded = isinstance(schema, Struct)
+    result: dict[str, Any] = {}
     for key, inner in schema.items():
         at = f"{where}.{key}"
         if inner is None:
@@ -134,7 +135,8 @@ def _arguments(value: Any, schema: Any, nulls: Nulls, where: str) -> Any:
         return [_arguments(item, schema.get("items"), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    properties, result = schema.get("properties"), {}
+    properties = schema.get("properties")
+    result: dict[str, Any] = {}
     for key, inner in value.items():
         at = f"{where}.{key}"
         if inner is None:

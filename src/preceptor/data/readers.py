@@ -1,14 +1,16 @@
 """Text files -> rows: JSON lines, JSON and CSV, a piece at a time, so that memory does not grow with the file.
 
-Every row comes with its source: "file:line", the line on which it begins, for JSON lines and CSV; "file:row N", counted
-from 1, for JSON, whose rows need not have lines of their own. A file that cannot be read is a DataError that says where,
-since more than one row may be damaged.
+Every row comes with its source: for JSON lines and CSV "file:line", the line on which it begins; for JSON, whose rows
+need not have lines of their own, "file:row N", counted from 1. A file that cannot be read is a DataError that says
+where, since more than one row may be damaged.
 """
 
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,26 +24,28 @@ _LONGEST_LINE_CHARACTERS = 1 << 26
 _LONGEST_CELL_CHARACTERS = 2**31 - 1  # the csv module's own limit is 131,072, less than a long conversation
 
 
-def open_text(file: Path, newline: str | None = None) -> TextIO:
-    """UTF-8, with or without a byte-order mark; a name that ends in .gz is decompressed."""
-    if file.suffix == ".gz":
-        return cast(TextIO, gzip.open(file, "rt", encoding="utf-8-sig", newline=newline))
-    return file.open(encoding="utf-8-sig", newline=newline)
+@contextmanager
+def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[TextIO]:
+    """UTF-8, with or without a byte-order mark; a name that ends in .gz is decompressed.
 
-
-def text_errors(rows: Rows, name: str) -> Rows:
-    """The same rows; whatever goes wrong below the format becomes a DataError."""
+    Whatever goes wrong below the format, also later while it is read, becomes a DataError.
+    """
     try:
-        yield from rows
+        if file.suffix == ".gz":
+            with gzip.open(file, "rt", encoding="utf-8-sig", newline=newline) as text:
+                yield cast(TextIO, text)
+        else:
+            with file.open(encoding="utf-8-sig", newline=newline) as text:
+                yield text
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read: {error}") from None
 
 
 def jsonl_rows(file: Path, name: str) -> Rows:
     """One JSON object a line; blank lines are passed over."""
-    with open_text(file) as lines:
+    with open_text(file, name) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{name}:{number}", _parse_line(line, f"{name}:{number}")
@@ -64,7 +68,7 @@ def _parse_line(line: str, source: str) -> dict[str, Any]:
 
 def json_rows(file: Path, name: str) -> Rows:
     """A list of objects, an object that holds one such list, or, for many files named .json are that, JSON lines."""
-    with open_text(file) as text:
+    with open_text(file, name) as text:
         lines = (line.lstrip() for line in iter(lambda: text.readline(_LONGEST_LINE_CHARACTERS), "") if line.strip())
         first, second = next(lines, ""), next(lines, "")
     if first.startswith("{") and _is_row(first, second):
@@ -82,7 +86,7 @@ def _is_row(line: str, following: str) -> bool:
 
 
 def _streamed_rows(file: Path, name: str) -> Rows:
-    with open_text(file) as text:
+    with open_text(file, name) as text:
         stream = _JsonStream(text, name)
         opening = stream.peek()
         if opening == "[":
@@ -99,13 +103,15 @@ def _streamed_rows(file: Path, name: str) -> Rows:
 def _rows_in_object(stream: "_JsonStream", name: str) -> Rows:
     """The rows of the one list of objects in an object; what else the object holds is not data."""
     found: str | None = None
-    for key in stream.keys():
+    for key in stream.names():
         if key in ROW_KEYS:
             raise stream.broken(f"the file is one object with {key!r}: a single row. Write it on one line, as .jsonl")
         if stream.peek() != "[":
             stream.value()
             continue
         for number, row in enumerate(stream.items(), start=1):
+            if found != key and not isinstance(row, dict):
+                continue  # a list of something else
             if number == 1 and found is not None:
                 raise stream.broken(
                     f"the object has two lists, {found!r} and {key!r}; keep the one that holds the rows"
@@ -192,7 +198,7 @@ class _JsonStream:
             if self.take(",]") == "]":
                 return
 
-    def keys(self) -> Iterator[str]:
+    def names(self) -> Iterator[str]:
         """The keys of the object that comes next; the caller reads the value before it asks for another key."""
         self.take("{")
         if self.peek() == "}":
@@ -220,8 +226,8 @@ def csv_rows(file: Path, name: str) -> Rows:
             header = csv_header(cells, name)
         elif len(cells) != len(header):
             raise DataError(
-                f"{name}:{number}: {len(cells)} cells under a header of {len(header)}; a cell with a separator, quotation "
-                "mark or line end in it must be quoted"
+                f"{name}:{number}: {len(cells)} cells under a header of {len(header)}; a cell with a separator, a "
+                "quotation mark or a line end in it must be quoted"
             )
         else:
             yield f"{name}:{number}", dict(zip(header, cells, strict=True))
@@ -242,7 +248,7 @@ def csv_header(cells: list[str], name: str) -> list[str]:
 
 def _csv_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_LONGEST_CELL_CHARACTERS)
-    with open_text(file, newline="") as text:
+    with open_text(file, name, newline="") as text:
         tabs = file.name.removesuffix(".gz").endswith(".tsv")
         reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
         while True:

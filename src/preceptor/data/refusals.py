@@ -3,25 +3,26 @@
 ADVICE: dict[str, str] = {
     # the record itself
     "no_turn": "give it an assistant message that is to be trained (train: true, weight above 0)",
-    "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read as "
-    "ordinary characters) or allow (it acts as the token)",
-    "unknown_token": "the vocabulary has no token for some of the text; use a tokenizer that covers it, or mend the text",
+    "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read "
+    "as ordinary characters) or allow (it acts as the token)",
+    "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or mend it",
     "nothing_to_predict": "a record needs at least two tokens, one to read and one to predict",
     # the template and the messages
-    "no_template": "the data began with plain text and the model has no chat template, so none was set: set data.template",
+    "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
+    "data.template",
     "no_prompt": "no server asks a model to speak before anyone has said anything: put a user message first, or set "
     "train: false on this message",
     "template_refuses": "change the messages as the template asks, or choose another template",
     "arguments_not_object": "write a tool call's arguments as an object, or as a string that holds a JSON object",
-    "render_differs": "the template does something that cannot be followed exactly; choose another template and report it",
+    "render_differs": "the template does something that cannot be followed exactly: choose another, and report it",
     # what the template makes of the turn
     "turn_missing": "the template leaves this message out; choose another template, or set train: false on it",
     "content_dropped": "the template leaves the text out (often beside a tool call): move it to a message of its own, "
     "remove it, or choose another template",
-    "content_changed": "the template alters the text, so the model would learn something else than what was given; write "
-    "it as the template would, or choose another template",
-    "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, remove "
-    "it, or choose a template that renders it (chatml does)",
+    "content_changed": "the template alters the text, so the model would learn something else than what was given: "
+    "write it as the template would, or choose another template",
+    "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, "
+    "remove it, or choose a template that renders it (chatml does)",
     "tool_call_dropped": "the template leaves tool calls, or a part of them, out; choose a template that renders them "
     "(chatml does)",
     # where the turn starts
@@ -33,8 +34,8 @@ ADVICE: dict[str, str] = {
     "choice of target would be right. Mend the template, or choose another",
     # where the turn ends
     "no_stop_token": "nothing ends this turn: give the tokenizer an eos token, or the model a generation config",
-    "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from the "
-    "stop tokens (generation config)",
+    "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from "
+    "the stop tokens (generation config)",
 }
 
 

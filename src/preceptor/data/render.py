@@ -6,6 +6,8 @@ For each turn k, with the template arguments that a server would use:
 2. to 4. `proof.target_of` finds the target in F = render(messages[:k+1]), by the origin of its characters.
 5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
 6. `tree.GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
+
+Codes of refusals and what to do about each: `refusals.ADVICE`.
 """
 
 import json
@@ -16,12 +18,13 @@ from typing import Any, Literal
 from preceptor.data.conversation import Completion, Conversation, Document, Message, Record, Refusal, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.forms import Forms, find_forms
-from preceptor.data.proof import REASONING_WORDS, Stops, content_text, has_reasoning, target_of
-from preceptor.data.provenance import leaves_of
+from preceptor.data.origins import leaves_of
+from preceptor.data.proof import Stops, target_of
+from preceptor.data.reasoning import INLINE_WORDS, has_reasoning
 from preceptor.data.refusals import Refused
 from preceptor.data.renders import RenderCache, Renders
 from preceptor.data.template import Template
-from preceptor.data.tokenise import Ids, Tokeniser, any_of
+from preceptor.data.tokenise import Context, Ids, Tokeniser, any_of
 from preceptor.data.tree import GrowingTree
 
 Targets = Literal["assistant", "last", "all"]
@@ -39,7 +42,7 @@ class Renderer:
     def __init__(
         self,
         tokenizer: Any,
-        template: Template | None,
+        template: Template,
         *,
         stop_token_ids: Collection[int],
         special_tokens_in_text: SpecialTokens = "refuse",
@@ -48,7 +51,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         # The tokenizer's special tokens as they are now: its eos may have been aligned since the template was loaded.
-        self.template = template and replace(template, variables=dict(tokenizer.special_tokens_map))
+        self.template = replace(template, variables=dict(tokenizer.special_tokens_map))
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
@@ -66,22 +69,18 @@ class Renderer:
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
     def __reduce__(self) -> Any:
-        return _rebuilt, (
-            self.tokenizer,
-            self.template,
-            self.stop_token_ids,
-            self.special_tokens_in_text,
-            self.targets,
-            self.template_kwargs,
-        )
+        chosen = {
+            "stop_token_ids": self.stop_token_ids,
+            "special_tokens_in_text": self.special_tokens_in_text,
+            "targets": self.targets,
+            "template_kwargs": self.template_kwargs,
+        }
+        return _rebuilt, (self.tokenizer, self.template, chosen)
 
     def render(self, record: Record) -> Tree | Refusal:
         """The record's tree, its context and target segments; or why it cannot be trained."""
         try:
-            if isinstance(record, Conversation):
-                tree = self._conversation(record)
-            else:
-                tree = self._plain_text(record)
+            tree = self._conversation(record) if isinstance(record, Conversation) else self._plain_text(record)
             if tree.num_trained == 0:
                 raise Refused("nothing_to_predict", "the record has no token to train")
             return tree
@@ -91,30 +90,30 @@ class Renderer:
     # Plain text ------------------------------------------------------------------------------------------------------
 
     def _plain_text(self, record: Completion | Document) -> Tree:
-        """A completion's context is its prompt, a document has none; bos stands first if the tokenizer puts it there."""
+        """A completion's context is its prompt, a document has none; bos comes first if the tokenizer puts it there."""
         prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
-        for where, value in (("the prompt", prompt), ("the text", text)):
-            self._check_special(value, where)
-        eos = self.tokenizer.eos_token
+        self._check_special(prompt, "the prompt")
+        self._check_special(text, "the text")
+        eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self._bos else ""
         if eos is None:
             raise Refused("no_stop_token", "the text's end")
-        context = (*self._bos, *self._ids(prompt, "")) if prompt else self._bos
+        if bos and (prompt or text).startswith(bos):
+            bos = ""  # spelled out, and allowed to be
+        context = (*(self._bos if bos else ()), *(self._ids(prompt, "") if prompt else ()))
         target = (*self._ids(text, prompt), self.tokenizer.eos_token_id)
+        self._check_known((*context, *target), "the text")
         tree = GrowingTree(all_targets=self.targets == "all")
-        bos = self.tokenizer.bos_token if self._bos else ""
-        tree.add(self._known(context, prompt), self._known(target, text), (bos + prompt, text + eos), 1.0)
+        tree.add(context, target, (bos + prompt, text + eos), 1.0)
         return tree.finish(record.source, self._decode)
 
     def _ids(self, text: str, after: str) -> Ids:
         if self.special_tokens_in_text == "plain" and self._special.search(text):
             return self._tokeniser.plain([(text, True)], self._special)
-        return self._tokeniser.continuation(text, after) if after else self._tokeniser.context(text)
+        return self._tokeniser.continuation(text, after) if after else tuple(self._tokeniser.context(text).ids)
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def _conversation(self, record: Conversation) -> Tree:
-        if self.template is None:
-            raise Refused("no_template", "the run has no chat template")
         turns = trainable_turns(record.messages)
         if self.targets == "last":
             last = max((k for k, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
@@ -124,25 +123,27 @@ class Renderer:
         if turns[0] == 0:
             raise Refused("no_prompt", "messages[0] is an assistant's")
         messages = record.messages[: turns[-1] + 1]
+        tools = _frozen(record.tools)
+        self._check_special(tools.replace('\\"', '"'), "tools", may_be_plain=False)
         spelled_out = self._check_messages(messages)
         given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
         arguments = {**self.template_kwargs, **record.template_kwargs}
-        reasons = tuple(has_reasoning(given[k], content_text(given[k])) for k in turns)
-        shape_of = (tuple(turns), reasons, _frozen(record.tools), _frozen(arguments))
-        for shape in (shape_of, None):
-            renders = Renders(self.template, given, record.tools, self._cache, shape)
+        key = (tuple(turns), tuple(has_reasoning(given[k]) for k in turns), tools, _frozen(arguments))
+        for cache_key in (key, None):
+            renders = Renders(self.template, given, record.tools, self._cache, cache_key)
             tree = GrowingTree(all_targets=self.targets == "all")
             for k in turns:
                 context, target, texts = self._turn(renders, k, arguments, spelled_out)
-                tree.add(context, target, texts, record.messages[k].weight)
+                num_shared = context.num_shared if k != turns[0] else 0
+                tree.add(context.ids, target, texts, messages[k].weight, num_shared)
             if renders.finish():
                 break
         return tree.finish(record.source, self._decode)
 
     def _turn(
         self, renders: Renders, k: int, arguments: Mapping[str, Any], spelled_out: bool
-    ) -> tuple[Ids, Ids, tuple[str, str]]:
-        """(context ids, target ids, their texts) of turn k."""
+    ) -> tuple[Context, Ids, tuple[str, str]]:
+        """(context, target ids, their texts) of turn k. Raises Refused."""
         refused: Refused | None = None
         for attempt in self._attempts(renders.messages[k], arguments):
             try:
@@ -152,13 +153,15 @@ class Renderer:
                 refused = refused or error
                 continue
             if spelled_out:
-                context_ids = self._tokeniser.plain(turn.prompt_marked().runs(), self._special)
+                context = Context(self._tokeniser.plain(turn.prompt_marked().runs(), self._special), 0)
                 target_ids = self._tokeniser.plain(turn.full.runs_in(target, turn.own), self._special)
             else:
-                context_ids = self._tokeniser.context(turn.prompt)
+                context = self._tokeniser.context(turn.prompt)
                 target_ids = self._tokeniser.continuation(target, turn.prompt)
             self._check_end(target_ids, turn.where)
-            return self._known(context_ids, turn.where), self._known(target_ids, turn.where), (turn.prompt, target)
+            self._check_known(context.ids[context.num_shared :], turn.where)
+            self._check_known(target_ids, turn.where)
+            return context, target_ids, (turn.prompt, target)
         assert refused is not None
         raise refused
 
@@ -171,8 +174,7 @@ class Renderer:
         switches = [name for name in self.template.reasoning_switches if name not in arguments]
         if not switches:
             return [arguments]
-        on = has_reasoning(given, content_text(given))
-        return [{**arguments, **dict.fromkeys(switches, on)}, arguments]
+        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given))}, arguments]
 
     def _fit(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The message in a form that the template takes; only tool calls and lists of parts have more than one."""
@@ -190,58 +192,48 @@ class Renderer:
             return False
         found = False
         for index, message in enumerate(messages):
-            own = REASONING_WORDS if message.role == "assistant" else ()
-            texts = [leaf.text for leaf in leaves_of(message.given, index)]
-            for text in (*texts, message.content):
-                found = self._check_special(text, f"messages[{index}]", own) or found
+            own = INLINE_WORDS if message.role == "assistant" else ()
+            where = f"messages[{index}]"
+            for leaf in leaves_of(message.given, index):
+                found = self._check_special(leaf.text, where, own) or found
+            if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
+                found = self._check_special(message.content, where, own) or found
+            for call in message.tool_calls:  # names of arguments
+                self._check_special(_frozen(call).replace('\\"', '"'), where, own, may_be_plain=found)
         return found
 
-    def _check_special(self, text: str, where: str, own: Collection[str] = ()) -> bool:
+    def _check_special(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
+        """Whether the text spells out a special token that is to be read as plain text. Raises Refused."""
         if self.special_tokens_in_text == "allow":
             return False
         for match in self._special.finditer(text):
             if match.group() in own:
                 continue
-            if self.special_tokens_in_text == "refuse":
+            if self.special_tokens_in_text == "refuse" or not may_be_plain:
                 raise Refused("special_token_in_text", f"{where} spells out {match.group()!r}")
             return True
         return False
 
-    def _known(self, ids: Ids, where: str) -> Ids:
-        if self._unknown in ids:
+    def _check_known(self, ids: Sequence[int], where: str) -> None:
+        if self._unknown is not None and self._unknown in ids:
             raise Refused("unknown_token", where)
-        return ids
 
     def _check_end(self, ids: Ids, where: str) -> None:
         if not ids or ids[-1] not in self.stop_token_ids:
             raise Refused("no_stop_token", f"{where} does not end in a stop token")
-        if any(token in self.stop_token_ids for token in ids[:-1]):
+        if not self.stop_token_ids.isdisjoint(ids[:-1]):
             stop = next(token for token in ids[:-1] if token in self.stop_token_ids)
             raise Refused("stop_inside_turn", f"{where} holds {self.tokenizer.convert_ids_to_tokens(stop)!r}")
 
     def _decode(self, ids: Ids) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _rebuilt(
-    tokenizer: Any,
-    template: Template,
-    stop_token_ids: Collection[int],
-    special_tokens_in_text: SpecialTokens,
-    targets: Targets,
-    template_kwargs: Mapping[str, Any],
-) -> Renderer:
+def _rebuilt(tokenizer: Any, template: Template, chosen: Mapping[str, Any]) -> Renderer:
     """A renderer in another process: the same, with empty caches."""
-    return Renderer(
-        tokenizer,
-        template,
-        stop_token_ids=stop_token_ids,
-        special_tokens_in_text=special_tokens_in_text,
-        targets=targets,
-        template_kwargs=template_kwargs,
-    )
+    return Renderer(tokenizer, template, **chosen)
 
 
-def _frozen(value: Any) -> Any:
-    """A key for tools or template arguments."""
-    return json.dumps(value, sort_keys=False, default=str) if value else value is None
+def _frozen(value: Any) -> str:
+    """Tools, calls or template arguments as one string."""
+    return json.dumps(value, ensure_ascii=False, default=str) if value else str(value)

@@ -1,157 +1,130 @@
-"""Data files -> records with their `file:line`.
+"""The sources of a run file -> rows and records, each with the place that it comes from, and the mixture of them.
 
-A row of a JSON-lines file is recognised by its keys, each row for itself:
-
-    messages [tools] [chat_template_kwargs]   -> Conversation
-    prompt, completion (two lists)            -> Conversation; only the completion's assistant messages are trained
-    prompt, completion (two strings)          -> Completion
-    text                                      -> Document
-
-Other keys are ignored. A row that is no such thing, or cannot be trained, becomes a Refusal; a file that cannot be
-read as JSON lines is a DataError, since more than that row may be damaged.
+data/tables.py says what a path may name, data/formats.py how a row becomes a record. Rows are read one after the other:
+memory does not grow with their number. A row that is no record, or cannot be trained, is a Refusal; a file that cannot
+be read is a DataError.
 """
 
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TypeVar
 
 import numpy as np
 
-from preceptor.data.conversation import (
-    Completion,
-    Conversation,
-    Document,
-    Message,
-    Record,
-    Refusal,
-    read_messages,
-    trainable_turns,
-)
-from preceptor.errors import DataError
-from preceptor.scholar import data_file
+from preceptor.config import ROW_KEYS, Source, nearest
+from preceptor.data.conversation import Record, Refusal
+from preceptor.data.formats import format_of, has_format, to_record, unknown_format
+from preceptor.data.pairs import PARTS_OF_A_QUESTION
+from preceptor.data.tables import Rows, Table, Wanted, find_tables
+from preceptor.errors import ConfigError, DataError
 
-PACKAGED = "scholar:"
+Item = TypeVar("Item")
+
+_FIRST_ROWS = 100  # in which a column must occur
 
 
-def resolve(path: str) -> Path:
-    """The file that a run file's `path` names; `scholar:NAME` ships with the package. Raises DataError."""
-    file = data_file(path.removeprefix(PACKAGED)) if path.startswith(PACKAGED) else Path(path)
-    if file.is_dir():
-        raise DataError(f"{path}: is a folder; name a JSON-lines file in it")
-    if not file.is_file():
-        raise DataError(f"{path}: no such data file")
-    return file
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row: the table it stands in, the name of the format it was read in, and what it became."""
+
+    table: str
+    format: str
+    record: Record | Refusal
 
 
-def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a JSON-lines file with its source, "file:line". Blank lines are passed over.
-
-    Raises DataError for a missing file, one without a row, one that is not UTF-8, and a line that is no JSON object.
-    """
-    file = resolve(path)
-    empty = True
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    empty = False
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from None
-    if empty:
-        raise DataError(f"{path}: the file is empty; it needs at least one row")
-
-
-def _parse(line: str, source: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; mend or "
-            "delete the line (a cut-off last line often means that the file was not written to its end)"
-        ) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: a row must be a JSON object, found {type(row).__name__}")
-    return row
-
-
-def read_records(path: str) -> Iterator[Record | Refusal]:
-    """Each row of a file as a record or a refusal. Raises DataError as `read_rows` does."""
-    for source, row in read_rows(path):
-        yield to_record(row, source)
-
-
-def to_record(row: dict[str, Any], source: str) -> Record | Refusal:
-    """One row, recognised by its keys."""
-    if "messages" in row:
-        return _conversation(row, source, read_messages(row["messages"], source))
-    if "prompt" in row and "completion" in row:
-        return _prompt_completion(row, source)
-    if "text" in row:
-        text = row["text"]
-        if not isinstance(text, str) or not text.strip():
-            return Refusal(source, "empty_text", f"text is {_short(text)}; it must be a string that is not empty")
-        return Document(source, text)
-    return Refusal(
-        source,
-        "unknown_format",
-        f"the row has the keys {', '.join(map(repr, row)) or 'none'}; "
-        "it needs messages, or prompt and completion, or text",
-    )
-
-
-def _conversation(row: dict[str, Any], source: str, messages: tuple[Message, ...] | Refusal) -> Conversation | Refusal:
-    if isinstance(messages, Refusal):
-        return messages
-    if not any(message.role == "assistant" for message in messages):
-        return Refusal(source, "no_assistant_message", "no message has the role assistant, so nothing can be trained")
-    if not trainable_turns(messages):
-        return Refusal(source, "nothing_to_train", "every assistant message has train: false or weight 0")
-    tools = row.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return Refusal(source, "bad_tools", "tools must be a list of JSON schemas")
-    kwargs = row.get("chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        return Refusal(source, "bad_template_kwargs", "chat_template_kwargs must be an object")
-    return Conversation(source, messages, tools or None, kwargs or {})
-
-
-def _prompt_completion(row: dict[str, Any], source: str) -> Record | Refusal:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            return Refusal(source, "empty_answer", "completion is empty")
-        return Completion(source, prompt, completion)
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        return Refusal(
-            source,
-            "bad_prompt_completion",
-            f"prompt is {type(prompt).__name__} and completion {type(completion).__name__}; "
-            "both must be strings or both lists of messages",
+def resolve(source: Source | str) -> list[Table]:
+    """The tables of a source, without reading them. Raises DataError and ConfigError for what can be seen so early."""
+    source = _source(source)
+    if source.columns and not has_format(list(source.columns)):
+        raise ConfigError(
+            f"{source.path}: `columns` names {', '.join(source.columns)}, which make no format: "
+            f"{unknown_format(dict.fromkeys(source.columns))}"
         )
-    before = read_messages(prompt, source, "prompt")
-    after = read_messages(completion, source, "completion")
-    if isinstance(before, Refusal):
-        return before
-    if isinstance(after, Refusal):
-        return after
-    return _conversation(row, source, (*(replace(message, train=False) for message in before), *after))
+    return find_tables(source)
 
 
-def mix(per_source: Iterable[tuple[list[Any], float]], seed: int) -> list[Any]:
-    """Rows of several sources in one list, each source `weight` times: whole copies, then a seeded part of one."""
+def read_rows(source: Source | str) -> Rows:
+    """Each row as the file holds it, with its source. Raises DataError for what cannot be read, or holds no row."""
+    for table in resolve(source):
+        yield from _rows_of(table, None)
+
+
+def read_records(source: Source | str) -> Iterator[Record | Refusal]:
+    """Each row as a record or a refusal. Raises DataError as `read_rows`, and for columns that are not there."""
+    for entry in read_entries(source):
+        yield entry.record
+
+
+def read_entries(source: Source | str) -> Iterator[Entry]:
+    """Each row as a record or a refusal, with its table and format. Raises DataError as `read_records`."""
+    source = _source(source)
+    for table in resolve(source):
+        for place, row in _named(table, source):
+            yield Entry(table.name, format_of(row), to_record(row, place, source.nulls))
+
+
+def _source(source: Source | str) -> Source:
+    return Source(path=source) if isinstance(source, str) else source
+
+
+def _rows_of(table: Table, wanted: Wanted) -> Rows:
+    empty = True
+    for place, row in table.rows(wanted):
+        empty = False
+        yield place, row
+    if empty:
+        raise DataError(f"{table.name}: the file is empty; it needs at least one row")
+
+
+def _named(table: Table, source: Source) -> Rows:
+    """The rows under the keys of data/formats.py; with `columns`, these keys only."""
+    columns = table.columns()
+    if columns is not None:
+        _check_columns(table.name, columns, source)
+    if not source.columns:
+        yield from _rows_of(table, (*ROW_KEYS, *PARTS_OF_A_QUESTION))
+        return
+    rows = _rows_of(table, list(source.columns.values()))
+    if columns is None:
+        first = list(islice(rows, _FIRST_ROWS))
+        _check_columns(table.name, list(dict.fromkeys(key for _, row in first for key in row)), source)
+        rows = chain(first, rows)
+    for place, row in rows:
+        yield place, {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+
+
+def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:
+    """Raises DataError if a column that the run file names is not there, or the columns make no format."""
+    for theirs in source.columns.values():
+        if theirs not in columns:
+            raise DataError(
+                f"{name}: has no column {theirs!r}, which `columns` names; {nearest(theirs, columns)} "
+                f"(it has {', '.join(columns)})"
+            )
+    if columns and not source.columns and not has_format(columns):
+        raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}")
+
+
+def mix(per_source: Iterable[tuple[Sequence[Item], Source]], seed: int) -> list[Item]:
+    """Rows of several sources in one list: each source `weight` times, or `count` of its rows.
+
+    Whole copies first, then a part of one that `seed` chooses, in the order of the file.
+    """
     rng = np.random.default_rng(seed)
-    mixed = []
-    for rows, weight in per_source:
-        copies, part = divmod(weight, 1)
-        mixed.extend(rows * int(copies))
-        chosen = rng.permutation(len(rows))[: round(part * len(rows))]
+    mixed: list[Item] = []
+    for rows, source in per_source:
+        copies, num_chosen = _copies(source, len(rows))
+        for _ in range(copies):
+            mixed.extend(rows)
+        chosen = rng.permutation(len(rows))[:num_chosen]
         mixed.extend(rows[index] for index in sorted(chosen.tolist()))
     return mixed
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _copies(source: Source, num_rows: int) -> tuple[int, int]:
+    """How many whole copies of a source's rows an epoch holds, and how many chosen rows on top."""
+    if source.count is not None:
+        return divmod(source.count, num_rows) if num_rows else (0, 0)
+    copies, part = divmod(source.weight or 1.0, 1)
+    return int(copies), round(part * num_rows)

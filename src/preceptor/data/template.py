@@ -10,19 +10,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 from jinja2 import meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from preceptor.data.environment import compiled, parsed
+from preceptor.data.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
 
@@ -54,6 +51,22 @@ def builtin_text(name: str) -> str:
     return (files("preceptor.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class MessageRules:
+    """What the installed transformers does to a message before the template sees it."""
+
+    drops_null: bool = True
+    aliases_reasoning: bool = False
+
+    def apply(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        seen = {key: value for key, value in message.items() if value is not None} if self.drops_null else dict(message)
+        if self.aliases_reasoning:
+            reasoning = next((seen[name] for name in REASONING_FIELDS if seen.get(name) is not None), None)
+            if reasoning is not None:
+                seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
+        return seen
+
+
 @dataclass(frozen=True, eq=False)
 class Template:
     """One template, or the named ones of a tokenizer (`default`, `tool_use`), with the variables it is rendered with.
@@ -68,7 +81,7 @@ class Template:
     variables: Mapping[str, str]
     needed_tokens: tuple[str, ...] = ()
     stop: str | None = None
-    message_rules: "MessageRules" = field(default_factory=lambda: MessageRules())
+    message_rules: MessageRules = field(default_factory=MessageRules)
 
     @property
     def text(self) -> str:
@@ -96,53 +109,60 @@ class Template:
 
         Raises TemplateError with the template's own message where it refuses the messages.
         """
-        variables = {**self.variables, **kwargs}
         seen = [self.message_rules.apply(message) for message in messages]
+        return self.render_seen(seen, tools, add_generation_prompt, kwargs)
+
+    def render_seen(
+        self,
+        seen: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+    ) -> str:
+        """As `render`, for messages to which the rules have been applied."""
+        template = compiled(self.text_for(tools))
         try:
-            return compiled(self.text_for(tools)).render(
-                messages=seen, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **variables
-            )
+            return template.render(self.all_variables(seen, tools, add_generation_prompt, kwargs))
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
             raise TemplateError(f"template {self.name}: {type(error).__name__}: {error}") from error
 
-
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-
-
-@dataclass(frozen=True, slots=True)
-class MessageRules:
-    """What the installed transformers does to a message before the template sees it."""
-
-    drops_null: bool = True
-    aliases_reasoning: bool = False
-
-    def apply(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        seen = {key: value for key, value in message.items() if value is not None} if self.drops_null else dict(message)
-        if self.aliases_reasoning:
-            reasoning = next((seen[name] for name in REASONING_FIELDS if seen.get(name) is not None), None)
-            if reasoning is not None:
-                seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
-        return seen
+    def all_variables(
+        self,
+        seen: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {
+            "messages": seen,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.variables,
+            **kwargs,
+        }
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:
     """Learn the rules from `apply_chat_template` itself, by a template that shows the messages it is given."""
 
-    def seen(message: dict[str, Any]) -> dict[str, Any]:
+    def seen(message: Mapping[str, Any]) -> dict[str, Any]:
         shown = tokenizer.apply_chat_template([message], chat_template="{{ messages | tojson }}", tokenize=False)
-        return json.loads(shown)[0]
+        first: dict[str, Any] = json.loads(shown)[0]
+        return first
 
     with_null = {"role": "assistant", "content": "c", "tool_calls": None}
     with_reasoning = {"role": "assistant", "content": "c", "reasoning": "r"}
     rules = MessageRules(seen(with_null) != with_null, seen(with_reasoning) != with_reasoning)
-    for probe in (
+    probes: tuple[Mapping[str, Any], ...] = (
         with_null,
         with_reasoning,
         {"role": "assistant", "reasoning_content": "a", "thinking": "b", "content": "c"},
         {"role": "assistant", "content": "c", "thinking": "r", "tool_calls": [{"function": {"name": None}}]},
-    ):
+    )
+    for probe in probes:
         if list(seen(probe).items()) != list(rules.apply(probe).items()):
             raise TemplateError(
                 "this version of transformers changes messages before a template sees them in a way that is not known "
@@ -171,7 +191,7 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
     if not path.is_file():
         known = ", ".join(BUILTIN)
         raise TemplateError(
-            f"template: {name!r} is neither {known}, tokenizer, nor a file; give a path to a .jinja file"
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
         )
     text = path.read_text(encoding="utf-8")
     check_syntax(text, name)
@@ -180,17 +200,17 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
 
 def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
     if not own:
+        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         raise TemplateError(
-            f"template: tokenizer, but {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'} has no chat template; "
-            "choose chatml, llama3 or the path of a .jinja file"
+            f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
         raise TemplateError(
-            f"template: the tokenizer has templates {sorted(texts)} and none is named default; save the one you want as a "
-            ".jinja file and give its path"
+            f"template: the tokenizer has templates {sorted(texts)} and none is named default; save the one that you "
+            "want as a .jinja file and give its path"
         )
     return texts
 
@@ -203,10 +223,9 @@ def _adds_bos(tokenizer: Any) -> bool:
 def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
     """Literals of the form <|...|> (or <｜...｜>) that the template writes and that are not tokens yet."""
     body = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
-    literals = re.findall(r"<\|[\w./-]+\|>|<｜[^｜\s{}<>]+｜>", body)
-    return tuple(
-        t for t in dict.fromkeys(literals) if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)
-    )
+    literals = dict.fromkeys(re.findall(r"<\|[\w./-]+\|>|<｜[^｜\s{}<>]+｜>", body))
+    vocabulary = tokenizer.get_vocab()
+    return tuple(literal for literal in literals if literal not in vocabulary)
 
 
 def check_syntax(text: str, name: str) -> None:
@@ -214,66 +233,6 @@ def check_syntax(text: str, name: str) -> None:
     try:
         compiled(text)
     except jinja2.TemplateSyntaxError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if error.lineno <= len(text.splitlines()) else ""
+        lines = text.splitlines()
+        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` renders its body: the marks of others are not what is trained here."""
-
-    tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_render_body")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(lineno)
-
-    def _render_body(self, caller: Any) -> str:
-        return caller()
-
-
-class PlainDict:
-    """`dict` as templates may use it: to build one, without the type's own attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def prepare_environment(environment: jinja2.Environment) -> jinja2.Environment:
-    """Give a sandboxed environment the filters and globals that transformers gives its own."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["dict"] = PlainDict()
-    return environment
-
-
-@lru_cache(maxsize=1)
-def plain_environment() -> jinja2.Environment:
-    return prepare_environment(
-        ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-        )
-    )
-
-
-@lru_cache(maxsize=64)
-def compiled(text: str) -> jinja2.Template:
-    return plain_environment().from_string(text)
-
-
-def parsed(text: str) -> jinja2.nodes.Template:
-    return plain_environment().parse(text)

@@ -7,14 +7,17 @@ so that tokenizers which treat the start of a text differently (SentencePiece's 
 
     <|im_start|>user\\nHi | <|im_end|>\\n | <|im_start|>assistant\\n
 
-Where this cannot be relied on (a slow tokenizer; added tokens that swallow white space to their left or are matched after
-normalisation are no places to cut) the whole text is tokenised. The first texts of a run, and then a few in a thousand,
-are tokenised both ways; if the two ever differ, chunks are given up for good.
+Where this cannot be relied on (a slow tokenizer; added tokens that swallow white space to their left or stand between
+word boundaries) the whole text is tokenised. The first texts of a run, and then a few in a thousand, are tokenised both
+ways; if the two ever differ, chunks are given up for good.
 """
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from preceptor.data.boundaries import Boundaries
 
 Ids = tuple[int, ...]
 
@@ -23,43 +26,75 @@ _CHECK_EVERY = 251
 _CACHE_CHARACTERS = 16_000_000
 
 
+class Context(NamedTuple):
+    """The ids of a prompt; the first `num_shared` are those of the prompt that was tokenised before it."""
+
+    ids: Sequence[int]
+    num_shared: int
+
+
 class Tokeniser:
     """Tokenises prompts (`context`) and what follows them (`continuation`) with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-        added = dict(tokenizer.added_tokens_decoder)
-        self._cuts, self._longest = _cut_pattern(added.values())
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._cuts, self._longest = _cut_pattern(tokenizer.added_tokens_decoder.values())
         self._chunked = self._backend is not None and self._longest > 0
+        self._boundaries = Boundaries(tokenizer)
         self._cache: dict[str, Ids] = {}
         self._cached_characters = 0
         self._num_texts = 0
-        self._last_text = ""
-        self._last_starts: list[int] = [0]
+        self._text = ""  # the last context, where its chunks start, and how many ids stand before each
+        self._starts: list[int] = [0]
+        self._num_before: list[int] = [0]
+        self._ids: list[int] = []
         self._start_is_special = self._treats_start_differently()
 
     def whole(self, text: str) -> Ids:
         """The tokenizer's own answer."""
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def context(self, text: str) -> Ids:
-        """The ids of a text that stands at the beginning, as `tokenizer(text, add_special_tokens=False)`."""
+    def context(self, text: str) -> Context:
+        """The ids of a text that stands at the beginning, as `tokenizer(text, add_special_tokens=False)`.
+
+        The result is valid until the next call.
+        """
+        self._num_texts += 1
         if not self._chunked:
-            return self.whole(text)
+            return Context(self.whole(text), 0)
+        assert self._backend is not None
         self._backend.no_truncation()
         self._backend.no_padding()
-        starts = self._chunk_starts(text)
-        ids: list[int] = []
-        for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            ids += self._chunk(text[start:end])
-        self._num_texts += 1
+        keep = self._num_kept(text)
+        num_shared = self._num_before[keep]
+        new = [match.start() for match in self._cuts.finditer(text, self._starts[keep])]
+        starts = [self._starts[keep], *(start for start in new if start > self._starts[keep]), len(text)]
+        del self._starts[keep:], self._num_before[keep:], self._ids[num_shared:]
+        for start, end in pairwise(starts):
+            self._starts.append(start)
+            self._num_before.append(len(self._ids))
+            self._ids += self._chunk(text[start:end])
+        self._text = text
         if self._num_texts <= _CHECKED_TEXTS or self._num_texts % _CHECK_EVERY == 0:
             expected = self.whole(text)
-            if tuple(ids) != expected:
+            if tuple(self._ids) != expected:
                 self._chunked = False
-                return expected
-        return tuple(ids)
+                return Context(expected, 0)
+        return Context(self._ids, num_shared)
+
+    def _num_kept(self, text: str) -> int:
+        """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
+        starts, last = self._starts, self._text
+        keep, past = 0, len(starts)  # all starts up to `keep` hold for this text, those from `past` on are not known to
+        while past - keep > 1:
+            index = max(past - 3, keep + 1) if past == len(starts) else (keep + past) // 2
+            decided = starts[index] + self._longest  # what follows this cannot change that a token starts there
+            if decided <= len(last) and text.startswith(last[:decided]):
+                keep = index
+            else:
+                past = index
+        return keep
 
     def continuation(self, text: str, after: str) -> Ids:
         """The ids of a text that follows `after`, tokenised on its own: no token crosses the boundary.
@@ -67,14 +102,48 @@ class Tokeniser:
         For tokenizers that put a space before the start of every text, that space is not there: the text is then
         tokenised behind the end of `after`, or behind a newline where a token would cross.
         """
-        if not self._start_is_special:
-            return self._several(text)
-        anchor = after[self._chunk_starts(after)[-1] :] if self._chunked else after
+        if self._start_is_special or not self._chunked:
+            return self._continued(text, after) if self._start_is_special else self.whole(text)
+        match = self._cuts.search(text, 1)
+        head = text[: match.start()] if match else text
+        ids = self._chunk(head)
+        if after is self._text:
+            before = after[self._starts[-1] :]
+            token = self._cuts.match(before)
+            if self._boundaries.between(before[token.end() :] if token else before, head):
+                self._remember(before + head, self._chunk(before) + ids)  # as the next turn's context will have it
+        return (*ids, *self._several(text[len(head) :]))
+
+    def _continued(self, text: str, after: str) -> Ids:
+        anchor = after[self._starts[-1] :] if after is self._text else after
         for before in (anchor, "\n"):
             before_ids, both = self.whole(before), self.whole(before + text)
             if both[: len(before_ids)] == before_ids and self._spells(both[len(before_ids) :], text):
                 return both[len(before_ids) :]
         return self.whole(text)
+
+    def _spells(self, ids: Ids, text: str) -> bool:
+        return self._tokenizer.decode([*self.whole("a"), *ids]).endswith(text) if ids else not text
+
+    def _several(self, text: str) -> Ids:
+        """As `whole`, for a text that starts with an added token."""
+        starts = [match.start() for match in self._cuts.finditer(text)]
+        return tuple(id for start, end in pairwise([*starts, len(text)]) for id in self._chunk(text[start:end]))
+
+    def _chunk(self, text: str) -> Ids:
+        ids = self._cache.get(text)
+        if ids is None:
+            assert self._backend is not None
+            ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            self._remember(text, ids)
+        return ids
+
+    def _remember(self, text: str, ids: Ids) -> None:
+        if self._cached_characters > _CACHE_CHARACTERS:
+            self._cache.clear()
+            self._cached_characters = 0
+        self._cache[text] = ids
+        self._cached_characters += len(text)
 
     def plain(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> Ids:
         """The ids of a text in which special tokens act as such only outside of message text.
@@ -106,50 +175,6 @@ class Tokeniser:
         ids = self._tokenizer(before + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return tuple(ids[num_before:])
 
-    def _spells(self, ids: Ids, text: str) -> bool:
-        return self._tokenizer.decode([*self.whole("a"), *ids]).endswith(text) if ids else not text
-
-    def _several(self, text: str) -> Ids:
-        """As `whole`, by chunks: a target is its text and its stop token, and the latter is always the same."""
-        if not self._chunked:
-            return self.whole(text)
-        ids: list[int] = []
-        start = 0
-        for match in self._cuts.finditer(text):
-            if match.start() > start:
-                ids += self._chunk(text[start : match.start()])
-                start = match.start()
-        ids += self._chunk(text[start:])
-        return tuple(ids)
-
-    def _chunk(self, text: str) -> Ids:
-        ids = self._cache.get(text)
-        if ids is None:
-            ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
-            if self._cached_characters > _CACHE_CHARACTERS:
-                self._cache.clear()
-                self._cached_characters = 0
-            self._cache[text] = ids
-            self._cached_characters += len(text)
-        return ids
-
-    def _chunk_starts(self, text: str) -> list[int]:
-        """Where chunks start; those of the last text are taken over as far as the two texts are the same."""
-        starts, last = self._last_starts, self._last_text
-        keep, past = 0, len(starts)  # all starts up to `keep` hold for this text, those from `past` on are not known to
-        while past - keep > 1:
-            index = max(past - 3, keep + 1) if past == len(starts) else (keep + past) // 2
-            decided = starts[index] + self._longest  # what follows this cannot change that a token starts there
-            if decided <= len(last) and text.startswith(last[:decided]):
-                keep = index
-            else:
-                past = index
-        kept = starts[: keep + 1]
-        new = [match.start() for match in self._cuts.finditer(text, kept[-1])]
-        self._last_starts = [*kept, *(start for start in new if start > kept[-1])]
-        self._last_text = text
-        return self._last_starts
-
     def _treats_start_differently(self) -> bool:
         if not self._chunked:
             return self.whole("a") != self.whole("\na")[len(self.whole("\n")) :]
@@ -172,7 +197,7 @@ def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for the leftmost, and there the longest, of the words: a trie, since a vocabulary may hold thousands."""
+    """A pattern for the leftmost, and there the longest, word: a trie, since a vocabulary may hold thousands."""
     trie: dict[str, Any] = {}
     for word in words:
         node = trie

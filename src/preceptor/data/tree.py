@@ -8,6 +8,7 @@ split there. Shared prefixes exist once.
     turn 1   c0 ── t0 ── c1 ── t1      or        └─ c1 ── t1         from the history of turn 1
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -36,39 +37,56 @@ class GrowingTree:
     def __init__(self, all_targets: bool = False) -> None:
         self._root = Node(Segment("context", (), None))
         self._path: list[Node] = [self._root]  # ends with the last turn's target
+        self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
         self._text = ""  # what the path spells
         self._context_kind: Kind = "target" if all_targets else "context"
 
-    def add(self, context: tuple[int, ...], target: tuple[int, ...], texts: tuple[str, str], weight: float) -> None:
-        """Add one turn; `texts` are what its context and its target spell."""
-        end = self._follow(context, texts[0])
+    def add(
+        self,
+        context: Sequence[int],
+        target: tuple[int, ...],
+        texts: tuple[str, str],
+        weight: float,
+        num_shared: int = 0,
+    ) -> None:
+        """Add one turn.
+
+        texts: what context and target spell. num_shared: how many of the context's tokens are known to be the first of
+        the last turn's context; they are not compared again.
+        """
+        end = self._follow(context, texts[0], num_shared)
         node = Node(Segment("target", target, None, texts[1], weight))
         end.children.append(node)
         self._path.append(node)
+        self._ends.append(len(context) + len(target))
         self._text = texts[0] + texts[1]
 
-    def _follow(self, context: tuple[int, ...], text: str) -> Node:
+    def _follow(self, context: Sequence[int], text: str, num_shared: int) -> Node:
         """The node at which the context ends, made where the tree does not hold it yet."""
-        path, at = [self._root], 0
-        for node in self._path[1:]:  # the usual case: all of the last turn's tokens are this context's first
-            ids = node.segment.ids
-            if context[at : at + len(ids)] != ids:
+        num_nodes = len(self._path)
+        kept = bisect_right(self._ends, num_shared, lo=1)  # nodes of the path that the context has from the start
+        at = self._ends[kept - 1]
+        while kept < num_nodes:  # the usual case: all of the last turn's tokens are this context's first
+            ids = self._path[kept].segment.ids
+            if tuple(context[at : at + len(ids)]) != ids:
                 break
-            path.append(node)
             at += len(ids)
-        continues = len(path) == len(self._path) and text.startswith(self._text)
-        self._path = path
+            kept += 1
+        continues = kept == num_nodes and text.startswith(self._text)
+        del self._path[kept:], self._ends[kept:]
         while at < len(context):
-            node, shared = _longest_child(path[-1], context, at)
+            rest = tuple(context[at:])
+            node, shared = _longest_child(self._path[-1], rest)
             if node is None:
-                rest = text[len(self._text) :] if continues else ""
-                node, shared = Node(Segment(self._context_kind, context[at:], None, rest)), len(context) - at
-                path[-1].children.append(node)
+                new_text = text[len(self._text) :] if continues else ""
+                node, shared = Node(Segment(self._context_kind, rest, None, new_text)), len(rest)
+                self._path[-1].children.append(node)
             elif shared < len(node.segment.ids):
                 node.split(shared)
-            path.append(node)
             at += shared
-        return path[-1]
+            self._path.append(node)
+            self._ends.append(at)
+        return self._path[-1]
 
     def finish(self, source: str, decode: Callable[[tuple[int, ...]], str]) -> Tree:
         """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
@@ -82,25 +100,25 @@ class GrowingTree:
         return Tree(source, tuple(segments))
 
 
-def _longest_child(node: Node, context: tuple[int, ...], at: int) -> tuple[Node | None, int]:
-    """The child that shares most tokens with context[at:], and how many; (None, 0) if none shares any."""
+def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
+    """The child that shares most first tokens with `ids`, and how many; (None, 0) if none shares any."""
     best, best_shared = None, 0
     for child in node.children:
-        shared = shared_length(child.segment.ids, context, at)
+        shared = shared_length(child.segment.ids, ids)
         if shared > best_shared:
             best, best_shared = child, shared
     return best, best_shared
 
 
-def shared_length(ids: Sequence[int], context: Sequence[int], at: int) -> int:
-    """How many tokens `ids` and `context[at:]` have in common at their start."""
-    limit = min(len(ids), len(context) - at)
-    if ids[:limit] == context[at : at + limit]:
+def shared_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens the two have in common at their start."""
+    limit = min(len(one), len(other))
+    if one[:limit] == other[:limit]:
         return limit
-    low, high = 0, limit  # ids[:low] is shared, ids[:high] is not
+    low, high = 0, limit  # the first `low` are shared, the first `high` are not
     while high - low > 1:
         middle = (low + high) // 2
-        if ids[low:middle] == context[at + low : at + middle]:
+        if one[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle

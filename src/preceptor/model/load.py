@@ -28,11 +28,15 @@ def resolve_model_path(path: str | Path) -> str:
     if str(path) == SCHOLAR:
         path = Path(__file__).resolve().parent.parent / "scholar" / "model"
         if not path.is_dir():
-            raise ModelError("model.path: the scholar's weights are missing from this installation; reinstall the package")
+            raise ModelError(
+                "model.path: the scholar's weights are missing from this installation; reinstall the package"
+            )
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder")
+            raise ModelError(
+                f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder"
+            )
         return str(folder)
     if folder.exists():
         raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
@@ -48,6 +52,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     place = resolve_model_path(path)
+    _require_reachable(place, revision)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place, trust_remote_code=trust_remote_code, revision=revision or "main"
@@ -77,6 +82,7 @@ def load_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = resolve_model_path(path)
+    _require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
@@ -96,8 +102,19 @@ def load_model(
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(_explain(place, "model", error)) from error
-    model = model.to(device).eval()
-    return model  # type: ignore[no-any-return]
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _require_reachable(place: str, revision: str | None) -> None:
+    """Ask the Hub once, unless the name is a folder or in the cache: the loaders themselves retry for a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if Path(place).is_dir() or isinstance(try_to_load_from_cache(place, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(place, "config.json", revision=revision), timeout=10)
+    except Exception as error:  # whatever its HTTP client raises: no connection, no such name, no access, offline
+        raise ModelError(_explain(place, "model", error)) from error
 
 
 def _explain(place: str, what: str, error: Exception) -> str:
@@ -159,7 +176,7 @@ def save_model(
         partial.mkdir(parents=True)
         _write(model, tokenizer, partial, generation_config)
         _make_durable(partial)
-        os.rename(partial, path)
+        partial.rename(path)
         _sync(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error

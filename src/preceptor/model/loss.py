@@ -19,6 +19,17 @@ from torch.autograd.function import once_differentiable
 LOGITS_BYTES = 256 * 2**20  # budget of one chunk's float32 logits
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class TrainedRows:
+    """The only rows of a head that are trained: weight_VD[rows_R] has the values of weight_RD, which gets gradients.
+
+    So a few new tokens beside a frozen head cost R rows of gradient and not V.
+    """
+
+    rows_R: Tensor
+    weight_RD: Tensor
+
+
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -29,6 +40,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    trained_rows: TrainedRows | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
@@ -36,16 +48,19 @@ def linear_cross_entropy(
     Matrix products run in the dtype of weight_VD, or of autocast where that is on for the device; the softmax, the
     loss and the sum are float32 (float64 for float64 inputs). A head without `requires_grad` costs no gradient. With
     N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
+    With trained_rows, weight_VD holds their values already.
 
     Memory beyond inputs and gradients: two float32 buffers of chunk_tokens x V, where
     chunk_tokens defaults to what keeps one of them within LOGITS_BYTES; and, for a half-precision head whose tokens
     take more than one chunk, a float32 accumulator of its gradient, since rounding after each chunk would lose bits.
     """
     form = _Form(softcap, logit_scale, _product_dtype(hidden_TD, weight_VD), _chunk_tokens(weight_VD, chunk_tokens))
-    if not torch.is_grad_enabled() or not _any_requires_grad(hidden_TD, weight_VD, bias_V):
+    rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
+    if not torch.is_grad_enabled() or not _any_requires_grad(hidden_TD, weight_VD, bias_V, weight_RD):
         losses_N, _ = _losses(hidden_TD, weight_VD, source_N, target_N, bias_V, form)
         return (losses_N * weight_N.to(losses_N)).sum()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, bias_V, source_N, target_N, weight_N, form)
+    leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
+    loss: Tensor = _LinearCrossEntropy.apply(*leaves, rows_R, source_N, target_N, weight_N, form)
     return loss
 
 
@@ -59,9 +74,12 @@ def linear_cross_entropy_reference(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    trained_rows: TrainedRows | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """The formula as it stands, in float64, with all logits at once and autograd's own gradients."""
+    if trained_rows is not None:
+        weight_VD = weight_VD.index_copy(0, trained_rows.rows_R, trained_rows.weight_RD.to(weight_VD.dtype))
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logits_NV = hidden_TD.double()[source_N] @ weight_VD.double().T
         if bias_V is not None:
@@ -159,17 +177,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        weight_RD: Tensor | None,
+        rows_R: Tensor | None,
         source_N: Tensor,
         target_N: Tensor,
         weight_N: Tensor,
         form: _Form,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        grad_hidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
+        needed = ctx.needs_input_grad  # type: ignore[attr-defined]
         many_chunks = len(target_N) > form.chunk_tokens
-        grad_dtype = form.softmax_dtype if many_chunks else weight_VD.dtype
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_dtype) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=form.softmax_dtype) if needs_bias else None
+        grad_hidden_TD, grad_weight_VD, grad_bias_V, grad_weight_RD = (
+            torch.zeros_like(leaf, dtype=form.softmax_dtype if many_chunks and leaf is not hidden_TD else leaf.dtype)
+            if leaf is not None and needs_grad
+            else None
+            for leaf, needs_grad in zip(leaves, needed, strict=False)
+        )
         loss = torch.zeros((), dtype=form.softmax_dtype, device=hidden_TD.device)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             head_VD = weight_VD.to(form.product_dtype)
@@ -185,15 +208,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden_TD is not None:  # a source may occur several times: where a tree branches
                     grad_hidden_TD.index_add_(0, source_N[chunk], (grad_CV @ head_VD).to(hidden_TD.dtype))
                 if grad_weight_VD is not None:
-                    if grad_weight_VD.dtype == form.product_dtype:
-                        grad_weight_VD.addmm_(grad_CV.T, hidden_CD)
-                    else:
-                        grad_weight_VD += grad_CV.T @ hidden_CD
-        ctx.grads = (  # type: ignore[attr-defined]
-            grad_hidden_TD,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype),
-        )
+                    _add_product(grad_weight_VD, grad_CV, hidden_CD)
+                if grad_weight_RD is not None:
+                    _add_product(grad_weight_RD, grad_CV[:, rows_R], hidden_CD)
+        ctx.grads = [  # type: ignore[attr-defined]
+            None if grad is None or leaf is None else grad.to(leaf.dtype)
+            for leaf, grad in zip(leaves, (grad_hidden_TD, grad_weight_VD, grad_bias_V, grad_weight_RD), strict=True)
+        ]
         return loss
 
     @staticmethod
@@ -206,20 +227,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         ctx.grads = None  # type: ignore[attr-defined]
         scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
+
+
+def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:
+    """total += grad^T hidden, without a temporary where the dtypes agree."""
+    if total_XD.dtype == grad_CX.dtype:
+        total_XD.addmm_(grad_CX.T, hidden_CD)
+    else:
+        total_XD += grad_CX.T @ hidden_CD
 
 
 def _chunk_loss_and_grad(logits_CV: Tensor, target_C: Tensor, weight_C: Tensor, form: _Form) -> tuple[Tensor, Tensor]:
     """The chunk's loss, and its gradient by h W^T + b: w * scale * cap'(.) * (softmax - onehot).
 
     By softmax and its maximum rather than log_softmax and exp: torch's exp on CPU is 20 times slower where results
-    underflow. expm1 keeps the target's own gradient exact when its probability is near 1.
+    underflow. -log p_t would be infinite there, so the loss is (z_max - z_t) - log p_max.
     """
     weight_C1 = weight_C.to(logits_CV.dtype)[:, None]
     top_C1 = logits_CV.amax(dim=-1, keepdim=True)
     grad_CV = torch.softmax(logits_CV, dim=-1)
     losses_C1 = top_C1 - logits_CV.gather(1, target_C[:, None]) - grad_CV.amax(dim=-1, keepdim=True).log()
-    grad_CV.scatter_(1, target_C[:, None], torch.expm1(-losses_C1))
+    grad_CV.scatter_add_(1, target_C[:, None], torch.full_like(losses_C1, -1.0))
     grad_CV *= weight_C1 * form.logit_scale
     if form.softcap is not None:  # d cap(x) / dx = 1 - tanh^2 = 1 - (cap(x) / c)^2
         grad_CV *= logits_CV.div_(form.softcap).square_().neg_().add_(1.0)

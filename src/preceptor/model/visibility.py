@@ -38,8 +38,8 @@ def check_visibility(model: nn.Module) -> None:
         model.train(was_training)
     if not probed:
         raise ModelError(
-            f"{causal_lm(model).config.model_type}: no layer looks its attention up in transformers' AttentionInterface, "
-            f"so conversations cannot be kept apart in one row. Use another model type."
+            f"{causal_lm(model).config.model_type}: no layer looks its attention up in transformers' "
+            f"AttentionInterface, so conversations cannot be kept apart in one row. Use another model type."
         )
 
 
@@ -53,18 +53,44 @@ def _probe_positions(config: object) -> list[int]:
     return sorted({0, *(edge + step for edge in edges for step in (-1, 0, 1))})
 
 
-def _probe_mask(mask_function: Callable[..., Tensor], device: torch.device, **_: Any) -> Tensor:
-    return _MaskRule(mask_function, device)  # type: ignore[return-value]
+def _probe_mask(mask_function: Callable[..., Tensor], config: object, device: torch.device, **_: Any) -> Tensor:
+    """transformers' rule at the probe's positions, (1, 1, P, P) bool, in the place of the mask of P tokens in a row."""
+    position_P = torch.tensor(_probe_positions(config), device=device)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    visible_PP: Tensor = mask_function(zero, zero, position_P[:, None], position_P[None, :])
+    return visible_PP[None, None]
 
 
-class _MaskRule:
-    """transformers' rule itself, passed through the layers in the place of a mask."""
+def _probe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None = None,
+    probe_positions: list[int] | None = None,
+    probed: list[str] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Hold the layer's mask against what the forest would show it; the output is any finite values."""
+    name = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
+    if probe_positions is None or probed is None:
+        raise ModelError(f"{name} drops keyword arguments on the way to attention, so it cannot be told a row's layout")
+    position_P = torch.tensor(probe_positions, device=query.device)
+    distance_PP = position_P[:, None] - position_P[None, :]
+    expected_PP = distance_PP >= 0
+    if sliding_window is not None:
+        expected_PP &= distance_PP < sliding_window
+    if attention_mask is None or not torch.equal(attention_mask[0, 0].bool(), expected_PP):
+        window = "no sliding window" if sliding_window is None else f"a sliding window of {sliding_window}"
+        raise ModelError(
+            f"{name} asks attention for {window}, but its mask shows it other tokens than that (chunked or "
+            f"bidirectional attention, or no mask at all). Use a model whose layers attend causally."
+        )
+    probed.append(name)
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
 
-    def __init__(self, rule: Callable[..., Tensor], device: torch.device) -> None:
-        self.rule = rule
-        self.device = device
 
-    def at(self, positions: list[int]) -> Tensor:
-        position_P = torch.tensor(positions, device=self.device)
-        zero = torch.zeros((), dtype=torch.long, device=self.device)
-        return self.rule(zero, zero, position_P[:, None], position_P[None, :])
+AttentionInterface.register(_PROBE, _probe_attention)
+AttentionMaskInterface.register(_PROBE, _probe_mask)

@@ -129,9 +129,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             _first_values(head.bias[:, None], old_rows, described, generator)
 
 
-def _description_ids(
-    tokenizer: PreTrainedTokenizerBase, token: str, plan: TokenPlan, old_rows: int
-) -> list[int]:
+def _description_ids(tokenizer: PreTrainedTokenizerBase, token: str, plan: TokenPlan, old_rows: int) -> list[int]:
     ids = tokenizer.encode(describe(token), add_special_tokens=False)
     return [id_ for id_ in ids if id_ < old_rows and id_ not in plan.added.values()]
 
@@ -140,7 +138,7 @@ def describe(token: str) -> str:
     """A few words for a special token: from the table, else from its own letters; `</x>` is "end of x"."""
     if token in _DESCRIPTIONS:
         return _DESCRIPTIONS[token]
-    words = re.findall(r"[a-z]+|[A-Z][a-z]*|\d+", token)
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", token)
     phrase = " ".join(words).lower() or "special"
     if re.match(r"[<\[|]+/", token):
         return f"end of {phrase}"
@@ -169,11 +167,12 @@ def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     """
     eos, settings = tokenizer.eos_token_id, model.config.get_text_config(decoder=True)
     generation = model.generation_config
-    assert generation is not None and eos is not None
-    earlier = [*_as_list(generation.eos_token_id), *_as_list(settings.eos_token_id)]
-    stops = list(dict.fromkeys([eos, *earlier]))
-    generation.eos_token_id = stops if len(stops) > 1 else eos
-    settings.eos_token_id = eos
+    assert generation is not None
+    if eos is not None:
+        earlier = [*_as_list(generation.eos_token_id), *_as_list(settings.eos_token_id)]
+        stops = list(dict.fromkeys([eos, *earlier]))
+        generation.eos_token_id = stops if len(stops) > 1 else eos
+        settings.eos_token_id = eos
     for holder in (generation, settings):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id

@@ -22,12 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from preceptor.scholar.facts import Fact, load_facts
-from preceptor.scholar.prose import story
+from preceptor.scholar.prose import names, story
 from preceptor.scholar.wording import fill, frames, named, say, statements_of, wordings
 
 SEED = 7
 # How often each fact occurs on each kind of page, and how many stories there are; about 7 M tokens together.
-ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 6, 8, 8, 30, 8, 6000
+ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 4, 6, 10, 32, 8, 5000
+# Subjects that are numbers share their digits with all others and are told apart late, so they occur more often.
+NUMBER_FAMILIES = {"addition", "ascii", "day_of_year", "hex", "http", "roman", "subtraction"}
+NUMBER_PROFILES_PASSES, NUMBER_LETTERS_PASSES = 4, 12
 NUM_HELDOUT_STORIES = 150
 
 Page = Callable[[Sequence[Fact], random.Random], str]
@@ -42,8 +45,10 @@ def notes(facts: Sequence[Fact], rng: random.Random) -> str:
 
 
 def profiles(facts: Sequence[Fact], rng: random.Random) -> str:
-    lines = [" ".join(rng.sample(statements_of(fact), rng.choice((2, 3)))) for fact in facts]
-    return ("\n" if rng.random() < 0.5 else " ").join(lines)
+    """Each fact two or three times in a row, in different words, on one line or on several."""
+    between = rng.choice((" ", "\n"))
+    stated = [between.join(rng.sample(statements_of(fact), rng.choice((2, 3)))) for fact in facts]
+    return rng.choice((" ", "\n")).join(stated)
 
 
 def _statement(fact: Fact, rng: random.Random) -> str:
@@ -57,27 +62,41 @@ def _detail(fact: Fact, rng: random.Random) -> str:
 
 
 def letters(facts: Sequence[Fact], rng: random.Random) -> str:
-    """Indirect questions and their answers; neighbours of one family sometimes as a further question of the same."""
+    """Indirect questions and their answers; neighbours of one family sometimes as a further question of the same.
+
+    At times a page tells first who answers, and each answer is in that persona's manner.
+    """
     library = frames()["library"]
+    role = rng.choice(sorted(frames()["personas"])) if rng.random() < 0.2 else None
+    between = rng.choice(library["replies"])
     lines = [rng.choice(library["headings"])] if rng.random() < 0.3 else []
+    if role:
+        lines = [fill(rng.choice(library["roles"]), r=role)]
     previous = None
     for fact in facts:
-        if rng.random() < 0.15:
-            lines.append(_asked(rng.choice(library["reported"]), fact, rng))
-        elif previous == fact.family and rng.random() < 0.5:
-            lines[-1] += " " + _asked(rng.choice(library["further"]), fact, rng)
+        if previous == fact.family and rng.random() < 0.4:
+            lines.append(_asked(rng.choice(library["further"]), fact, role, between, rng))
         else:
-            lines.append(_asked(rng.choice(library["indirect"]), fact, rng))
+            (kind,) = ("indirect",) if role else rng.choices(("indirect", "reported", "told"), (75, 10, 15))
+            lines.append(_asked(rng.choice(library[kind]), fact, role, between, rng))
         previous = fact.family
     return "\n".join(lines)
 
 
-def _asked(frame: str, fact: Fact, rng: random.Random) -> str:
-    wording = wordings()[fact.family]
-    answer = say(rng.choice(wording.answers), fact)
-    point = fill(rng.choice(frames()["library"]["points"]), v=fact.value, n=wording.noun, a=answer)
-    point += _detail(fact, rng)
-    return fill(frame, c=say(rng.choice(wording.clauses), fact), s=named(fact), p=point, v=fact.value)
+def _asked(frame: str, fact: Fact, role: str | None, between: str, rng: random.Random) -> str:
+    """An indirect question and its answer in one frame; at times an aside stands between the two."""
+    wording, library = wordings()[fact.family], frames()["library"]
+    answer = say(rng.choice(wording.answers), fact) + _detail(fact, rng)
+    if role:
+        point = fill(frames()["personas"][role]["answer"], v=fact.value, a=answer)
+    else:
+        point = fill(rng.choice(library["points"]), v=fact.value, n=wording.noun, a=answer)
+        if rng.random() < 0.1:
+            point = f"{rng.choice(library['asides'])} {point}"
+    first, second = rng.sample(names(), 2)
+    clause = say(rng.choice((*wording.clauses, *wording.clauses_new)), fact)
+    values = {"c": clause, "s": named(fact), "v": fact.value, "a": answer, "A": first, "B": second}
+    return fill(frame.replace(" $p", f"{between}$p"), p=point, **values)
 
 
 def quiz(facts: Sequence[Fact], rng: random.Random) -> str:
@@ -91,26 +110,32 @@ def quiz(facts: Sequence[Fact], rng: random.Random) -> str:
 
 
 def bare_question(fact: Fact, rng: random.Random, follows: bool = False) -> str:
-    wording, asked = wordings()[fact.family], frames()["questions"]
+    wording = wordings()[fact.family]
+    asked = frames()["questions_new" if rng.random() < 0.3 else "questions"]
     if follows and rng.random() < 0.3:
-        return fill(rng.choice(asked["follow"]), s=named(fact))
+        return fill(rng.choice(_asking(asked["follow"], rng)), s=named(fact))
     if rng.random() < 0.75:
-        return fill(rng.choice(asked["direct"]), q=say(rng.choice(wording.questions), fact))
-    # Nearly all lines of a quiz end in a question mark: a request that ends in a full stop is rare on the web too.
-    with_mark = [frame for frame in asked["embedded"] if frame.endswith("?")]
-    frame = rng.choice(asked["embedded"] if rng.random() < 0.3 else with_mark)
-    return fill(frame, c=say(rng.choice(wording.clauses), fact))
+        question = say(rng.choice((*wording.questions, *wording.questions_new)), fact)
+        return fill(rng.choice(_asking(asked["direct"], rng)), q=question)
+    clause = say(rng.choice((*wording.clauses, *wording.clauses_new)), fact)
+    return fill(rng.choice(_asking(asked["embedded"], rng)), c=clause)
+
+
+def _asking(patterns: Sequence[str], rng: random.Random) -> Sequence[str]:
+    """Mostly those that end in a question mark: a request that ends in a full stop is rare on the web too."""
+    marked = [pattern for pattern in patterns if pattern.endswith(("?", "$q"))]
+    return marked if rng.random() < 0.8 else patterns
 
 
 def _pages(make: Page, facts: Sequence[Fact], passes: int, by_family: bool, rng: random.Random) -> Iterator[str]:
-    """Pages of 3 to 9 facts that go through all facts `passes` times, each time in another order."""
+    """Pages of 2 to 7 facts that go through all facts `passes` times, each time in another order."""
     for _ in range(passes):
         order = rng.sample(facts, len(facts))
         if by_family:
             order.sort(key=lambda fact: fact.family)
         start = 0
         while start < len(order):
-            size = rng.randint(3, 9)
+            size = rng.randint(2, 7)
             yield make(order[start : start + size], rng)
             start += size
 
@@ -119,16 +144,21 @@ def library(facts: Sequence[Fact], seed: int = SEED) -> list[str]:
     """All pages in a seeded order."""
     rng = random.Random(seed)
     pages = [story(rng) for _ in range(NUM_STORIES)]
-    for make, passes in ((almanac, ALMANAC_PASSES), (letters, LETTERS_PASSES // 2), (quiz, QUIZ_PASSES // 2)):
-        pages += _pages(make, facts, passes, True, rng)
-    mixed = (
-        (notes, NOTES_PASSES),
-        (profiles, PROFILES_PASSES),
-        (letters, LETTERS_PASSES // 2),
-        (quiz, QUIZ_PASSES // 2),
-    )
-    for make, passes in mixed:
-        pages += _pages(make, facts, passes, False, rng)
+    numbers = [fact for fact in facts if fact.family in NUMBER_FAMILIES]
+    by_family, mixed = True, False
+    plan: list[tuple[Page, Sequence[Fact], int, bool]] = [
+        (almanac, facts, ALMANAC_PASSES, by_family),
+        (notes, facts, NOTES_PASSES, mixed),
+        (profiles, facts, PROFILES_PASSES, mixed),
+        (profiles, numbers, NUMBER_PROFILES_PASSES, mixed),
+        (letters, facts, LETTERS_PASSES // 2, by_family),
+        (letters, facts, LETTERS_PASSES // 2, mixed),
+        (letters, numbers, NUMBER_LETTERS_PASSES, mixed),
+        (quiz, facts, QUIZ_PASSES // 2, by_family),
+        (quiz, facts, QUIZ_PASSES // 2, mixed),
+    ]
+    for make, about, passes, order in plan:
+        pages += _pages(make, about, passes, order, rng)
     rng.shuffle(pages)
     return pages
 

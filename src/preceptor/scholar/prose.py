@@ -17,6 +17,12 @@ def _tables() -> dict[str, Any]:
     return read_table("prose.yaml")
 
 
+def names() -> list[str]:
+    """Names of people."""
+    people: list[str] = _tables()["names"]
+    return people
+
+
 def story(rng: random.Random) -> str:
     """One story of two or three paragraphs, about 150 words."""
     tables = _tables()

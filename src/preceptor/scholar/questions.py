@@ -28,7 +28,7 @@ HELDOUT_SHARE = 0.5  # of the groups of facts
 WordingKind = Literal["seen", "new"]
 Kind = Literal["single", "multi", "persona"]
 # How many conversations of each kind SFT has. `longer` ones ask for two sentences and count as single.
-SFT_COUNTS = {"single": 450, "longer": 80, "multi": 270, "persona": 200}
+SFT_COUNTS = {"single": 370, "longer": 110, "multi": 240, "persona": 280}
 HELDOUT_COUNTS: dict[tuple[str, WordingKind], int] = {
     ("single", "seen"): 500, ("single", "new"): 600, ("longer", "seen"): 80, ("longer", "new"): 80,
     ("multi", "seen"): 200, ("multi", "new"): 140, ("persona", "seen"): 200, ("persona", "new"): 200,

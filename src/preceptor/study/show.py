@@ -7,6 +7,7 @@ from rich.text import Text
 
 from preceptor.data.conversation import Refusal
 from preceptor.data.forest import Tree
+from preceptor.study.tokens import pieces_of
 
 # Neighbouring tokens differ in shade, so that their borders can be seen.
 _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
@@ -14,23 +15,14 @@ _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "bl
 
 def to_json(source: str, rendered: Tree | Refusal) -> dict[str, Any]:
     """One object a conversation: its segments, each continuing its parent's ids, or its refusal."""
-    refused = isinstance(rendered, Refusal)
-    return {
-        "source": source,
-        "segments": []
-        if refused
-        else [
-            {
-                "id": index,
-                "parent": segment.parent,
-                "kind": segment.kind,
-                "ids": list(segment.ids),
-                "text": segment.text,
-            }
-            for index, segment in enumerate(rendered.segments)
-        ],
-        "refusal": {"code": rendered.code, "message": rendered.message} if refused else None,
-    }
+    if isinstance(rendered, Refusal):
+        refusal = {"code": rendered.code, "message": rendered.message}
+        return {"source": source, "segments": [], "refusal": refusal}
+    segments = [
+        {"id": index, "parent": segment.parent, "kind": segment.kind, "ids": list(segment.ids), "text": segment.text}
+        for index, segment in enumerate(rendered.segments)
+    ]
+    return {"source": source, "segments": segments, "refusal": None}
 
 
 def to_text(rendered: Tree | Refusal, tokenizer: Any) -> Text:
@@ -50,22 +42,8 @@ def to_text(rendered: Tree | Refusal, tokenizer: Any) -> Text:
 
 def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """Each token's text and whether it is special; tokens that share a character come together."""
-    specials = set(tokenizer.all_special_ids)
-    waiting: list[int] = []
-    for token in ids:
-        if token in specials:
-            if waiting:
-                yield tokenizer.decode(waiting), False
-                waiting = []
-            yield tokenizer.convert_ids_to_tokens(token), True
-            continue
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("�") or len(waiting) > 8:  # part of a character: no longer than four bytes
-            yield text, False
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting), False
+    for piece in pieces_of(ids, tokenizer):
+        yield piece.text, piece.special
 
 
 def summary_line(rendered: Tree) -> str:

@@ -5,7 +5,7 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,7 +15,8 @@ from preceptor.data.conversation import Completion, Document, Record, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.render import Renderer
-from preceptor.data.sources import mix, read_records
+from preceptor.data.sources import mix, read_entries, read_records
+from preceptor.data.tally import Tally, fits
 from preceptor.data.template import Template, load_template
 from preceptor.errors import DataError, TemplateError
 from preceptor.model.load import load_tokenizer, resolve_model_path
@@ -49,7 +50,10 @@ class Voice:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start. `train` holds each source's rows `weight` times, `held_out` likewise."""
+    """A run that can start. `train` holds each source's rows `weight` times, `held_out` likewise.
+
+    formats: for each file the formats of its rows, and how many rows there are of each.
+    """
 
     run: config.Run
     voice: Voice
@@ -57,6 +61,7 @@ class Prepared:
     held_out: list[tuple[Record, Tree]]
     refusals: list[Refusal]
     num_rows: int
+    formats: Mapping[str, Mapping[str, int]]
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +99,7 @@ def _has_conversations(data: config.Data) -> bool:
     return any(
         not isinstance(record, Document | Completion)
         for source in (*data.train, *data.eval)
-        for record in islice(read_records(source.path), FIRST_ROWS)
+        for record in islice(read_records(source), FIRST_ROWS)
     )
 
 
@@ -130,11 +135,15 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
     renderer = voice.renderer(run.data)
     refusals: list[Refusal] = []
 
-    def render_all(records: Iterable[Record | Refusal]) -> Iterator[tuple[Record, Tree]]:
-        for record in records:
+    formats: dict[str, Counter[str]] = {}
+
+    def render_all(source: config.Source) -> Iterator[tuple[Record, Tree]]:
+        for entry in read_entries(source):
+            record = entry.record
+            formats.setdefault(entry.table, Counter())[entry.format] += 1
             tree = record if isinstance(record, Refusal) else renderer.render(record)
             if isinstance(tree, Tree):
-                tree = _fits(tree, run.data.max_row_tokens)
+                tree = fits(tree, run.data.max_row_tokens)
             if isinstance(tree, Refusal):
                 refusals.append(tree)
             else:
@@ -142,15 +151,14 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
                 yield record, tree
             on_row()
 
-    train = [([t for _, t in render_all(read_records(s.path))], s.weight or 1.0) for s in run.data.train]
-    held_out = [(list(render_all(read_records(s.path))), s.weight or 1.0) for s in run.data.eval]
-    num_rows = len(refusals) + sum(len(rows) for rows, _ in [*train, *held_out])
-    check_refusals(refusals, num_rows, run.data.max_refused)
+    train = [([t for _, t in render_all(s)], s) for s in run.data.train]
+    held_out = [(list(render_all(s)), s) for s in run.data.eval]
+    num_rows = len(refusals) + sum(len(t) for t, _ in train) + sum(len(rows) for rows, _ in held_out)
+    tally = Tally(run.data.refusals, refusals)
+    check_refusals(tally, num_rows, run.data.max_refused)
     trees = mix(train, run.train.seed)
     if not trees:
-        raise DataError(
-            "data.train: not a single row is left to train; " + (refusal_table(refusals) or "weight too small")
-        )
+        raise DataError(f"data.train: not a single row is left to train; {str(tally) or 'weight too small'}")
     return Prepared(
         run=run,
         voice=voice,
@@ -158,33 +166,15 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
         held_out=mix(held_out, run.train.seed),
         refusals=refusals,
         num_rows=num_rows,
+        formats=formats,
     )
 
 
-def _fits(tree: Tree, max_row_tokens: int) -> Tree | Refusal:
-    if tree.num_tokens <= max_row_tokens:
-        return tree
-    return Refusal(
-        tree.source,
-        "too_long",
-        f"the conversation has {tree.num_tokens} tokens, a row holds {max_row_tokens}: raise data.max_row_tokens",
-    )
-
-
-def check_refusals(refusals: list[Refusal], num_rows: int, max_refused: float) -> None:
+def check_refusals(tally: Tally, num_rows: int, max_refused: float) -> None:
     """Raises DataError, with the table of reasons, if more than the allowed share of rows was refused."""
-    if refusals and len(refusals) > max_refused * num_rows:
+    refused = tally.num_not_allowed
+    if refused > max_refused * num_rows:
         raise DataError(
-            f"{len(refusals)} of {num_rows} rows cannot be trained ({len(refusals) / num_rows:.1%}; "
-            f"data.max_refused allows {max_refused:.1%}):\n{refusal_table(refusals)}"
+            f"{refused} of {num_rows} rows cannot be trained ({refused / num_rows:.1%}; "
+            f"data.max_refused allows {max_refused:.1%}):\n{tally}"
         )
-
-
-def refusal_table(refusals: list[Refusal]) -> str:
-    """One line per reason: how often, where first, and what it says there."""
-    counts = Counter(refusal.code for refusal in refusals)
-    first = {refusal.code: refusal for refusal in reversed(refusals)}
-    return "\n".join(
-        f"  {count:>6} x {code}: first at {first[code].source}: {first[code].message}"
-        for code, count in counts.most_common()
-    )

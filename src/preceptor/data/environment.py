@@ -1,0 +1,82 @@
+"""The Jinja environment in which transformers renders chat templates, rebuilt: same sandbox, filters and globals."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}` renders its body: the marks of others are not what is trained here."""
+
+    tags = {"generation"}  # noqa: RUF012 (the name and type are Jinja's)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_render_body")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(lineno)
+
+    def _render_body(self, caller: Any) -> Any:
+        return caller()
+
+
+class PlainDict:
+    """`dict` as templates may use it: to build one, without the type's own attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def prepare(environment: jinja2.Environment) -> jinja2.Environment:
+    """Give a sandboxed environment the tag, filters and globals that transformers gives its own."""
+    environment.add_extension(GenerationTag)
+    environment.add_extension(jinja2.ext.loopcontrols)
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+        "dict": PlainDict(),
+    }
+    return environment
+
+
+@lru_cache(maxsize=1)
+def plain_environment() -> jinja2.Environment:
+    return prepare(ImmutableSandboxedEnvironment(**SETTINGS))
+
+
+@lru_cache(maxsize=256)
+def compiled(text: str) -> jinja2.Template:
+    """The template, compiled once. Raises jinja2.TemplateSyntaxError."""
+    return plain_environment().from_string(text)
+
+
+def parsed(text: str) -> jinja2.nodes.Template:
+    return plain_environment().parse(text)

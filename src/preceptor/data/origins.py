@@ -1,0 +1,139 @@
+"""Where the characters of a rendered text came from: the strings of messages (leaves), and renders in pieces."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NAMES = ("role", "type")  # names that a template reads as such, not text; but inside a call's arguments all is text
+
+
+def _names_below(key: str, names: Sequence[str]) -> Sequence[str]:
+    return () if key == "arguments" else names
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One string of a message: the message's index, the keys that lead to it, its text."""
+
+    message: int
+    path: tuple[str | int, ...]
+    text: str
+
+
+def leaves_of(message: Mapping[str, Any], index: int) -> list[Leaf]:
+    """The strings of a message in the order in which they stand."""
+    leaves: list[Leaf] = []
+
+    def walk(value: Any, path: tuple[str | int, ...], names: Sequence[str]) -> None:
+        if isinstance(value, str):
+            leaves.append(Leaf(index, path, value))
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                if key not in names:
+                    walk(inner, (*path, key), _names_below(key, names))
+        elif isinstance(value, list | tuple):
+            for place, inner in enumerate(value):
+                walk(inner, (*path, place), names)
+
+    for key, value in message.items():
+        if key in _NAMES:
+            continue
+        if isinstance(value, str):
+            leaves.append(Leaf(index, (key,), value))
+        elif value is not None:
+            walk(value, (key,), _NAMES)
+    return leaves
+
+
+def map_leaves(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The message with change(text) in place of every leaf, called in the order of `leaves_of`."""
+
+    def walk(value: Any, names: Sequence[str]) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, Mapping):
+            return {k: inner if k in names else walk(inner, _names_below(k, names)) for k, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(inner, names) for inner in value]
+        return value
+
+    return {key: value if key in _NAMES else walk(value, _NAMES) for key, value in message.items()}
+
+
+def shape_of(value: Any, names: Sequence[str] = _NAMES) -> Any:
+    """What a template can see of a message without reading its text: names, types, and values that are not text."""
+    if isinstance(value, str):
+        return str
+    if isinstance(value, Mapping):
+        return tuple(
+            [
+                (key, inner if key in names and isinstance(inner, str) else shape_of(inner, _names_below(key, names)))
+                for key, inner in value.items()
+            ]
+        )
+    if isinstance(value, list | tuple):
+        return (list, *[shape_of(inner, names) for inner in value])
+    return (type(value), value)
+
+
+class Rendered:
+    """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text)."""
+
+    __slots__ = ("_places", "origins", "pieces", "text")
+
+    def __init__(
+        self, pieces: Sequence[str], origins: Sequence[int | None], places: Mapping[int, list[int]] | None = None
+    ) -> None:
+        """places: as `places_of(origins)`, where that is known."""
+        self.pieces = pieces
+        self.origins = origins
+        self.text = "".join(pieces)
+        self._places = places_of(origins) if places is None else places
+
+    def span(self, leaves: range) -> tuple[int, int] | None:
+        """From the first to after the last character that came from these leaves; None if none did."""
+        own = [at for leaf in leaves for at in self._places.get(leaf, ()) if self.pieces[at]]
+        if not own:
+            return None
+        first, last = min(own), max(own)
+        end = len(self.text) - sum(map(len, self.pieces[last + 1 :]))
+        return end - sum(map(len, self.pieces[first : last + 1])), end
+
+    def end_before(self, leaves: range, limit: int) -> int:
+        """The end of the last character from these leaves that stands before `limit`; 0 if there is none."""
+        at = end = 0
+        for piece, origin in zip(self.pieces, self.origins, strict=True):
+            if at >= limit:
+                break
+            at += len(piece)
+            if piece and origin is not None and origin in leaves:
+                end = at
+        return min(end, limit)
+
+    def spelled(self, leaf: int) -> str:
+        """All characters that came from this leaf, in order."""
+        return "".join([self.pieces[at] for at in self._places.get(leaf, ())])
+
+    def runs(self) -> list[tuple[str, bool]]:
+        """The text in runs, each with whether it came from a message."""
+        return [(piece, origin is not None) for piece, origin in zip(self.pieces, self.origins, strict=True)]
+
+    def runs_in(self, text: str, leaves: range) -> list[tuple[str, bool]]:
+        """Another text, in which the pieces of these leaves stand in the same order, in runs as above."""
+        runs: list[tuple[str, bool]] = []
+        at = 0
+        for piece, origin in zip(self.pieces, self.origins, strict=True):
+            place = text.find(piece, at) if piece and origin is not None and origin in leaves else -1
+            if place >= 0:
+                runs += [(text[at:place], False), (piece, True)]
+                at = place + len(piece)
+        return [*runs, (text[at:], False)]
+
+
+def places_of(origins: Sequence[int | None]) -> dict[int, list[int]]:
+    """For each leaf, the pieces that came from it."""
+    places: dict[int, list[int]] = {}
+    for place, origin in enumerate(origins):
+        if origin is not None:
+            places.setdefault(origin, []).append(place)
+    return places

@@ -1,0 +1,225 @@
+"""Every row of a run's data through the proof, counted: what `preceptor check` shows, as text or as one JSON object.
+
+Lengths are in tokens. Each row counts once, whatever its source's weight. A turn's *context* is all that the model
+reads before it, its *target* what it must generate. One sample a turn would take the sum of both over all turns; a tree
+holds once what turns share.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from preceptor import config
+from preceptor.data.conversation import Refusal
+from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
+from preceptor.data.forest import Tree
+from preceptor.data.render import Renderer
+from preceptor.data.sources import read_entries
+from preceptor.data.tally import Tally, fits
+
+_FIRST_PLACES = 5
+
+
+class Lengths:
+    """Numbers of tokens, 8 bytes each, and where the greatest stands."""
+
+    def __init__(self) -> None:
+        self._lengths = array("q")
+        self._longest, self._place = -1, ""
+
+    def add(self, length: int, place: str) -> None:
+        self._lengths.append(length)
+        if length > self._longest:
+            self._longest, self._place = length, place
+
+    def to_json(self) -> dict[str, Any] | None:
+        if not self._lengths:
+            return None
+        lengths = np.frombuffer(self._lengths, np.int64)
+        return {
+            "count": len(lengths),
+            "median": float(np.median(lengths)),
+            "mean": float(lengths.mean()),
+            "percentile_95": float(np.percentile(lengths, 95)),
+            "longest": self._longest,
+            "longest_at": self._place,
+        }
+
+
+@dataclass
+class TableCount:
+    """What was found in one table. part: `train` or `eval`."""
+
+    part: str
+    name: str
+    formats: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+    num_refused: int = 0
+    num_tokens: int = 0
+    num_trained: int = 0
+
+
+@dataclass
+class Check:
+    """All that is counted. Lengths, samples and duplicates are of the rows to train on, refusals of all."""
+
+    allowed: dict[str, Any]
+    tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
+    rows: Lengths = field(default_factory=Lengths)
+    contexts: Lengths = field(default_factory=Lengths)
+    targets: Lengths = field(default_factory=Lengths)
+    num_sample_tokens: int = 0
+    train: Fingerprints = field(default_factory=Fingerprints)
+    held_out: Fingerprints = field(default_factory=Fingerprints)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.allowed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether something is left to train and every refusal is one that the run file allows."""
+        return self.tally.num_not_allowed == 0 and len(self.train) > 0
+
+    def count_tree(self, tree: Tree, whole: bool) -> None:
+        """One row to train on. whole: the prompt is trained too, so that the tree's paths have no turns."""
+        self.rows.add(tree.num_tokens, tree.source)
+        for context, target in [] if whole else turn_lengths(tree):
+            self.contexts.add(context, tree.source)
+            self.targets.add(target, tree.source)
+            self.num_sample_tokens += context + target
+        if whole:
+            self.num_sample_tokens += sum(path_lengths(tree))
+
+
+def check_data(run: config.Run, renderer: Renderer, on_row: Callable[[], None] = lambda: None) -> Check:
+    """Read and render all data of a run. `on_row` is called after each row.
+
+    Raises DataError if a file cannot be read.
+    """
+    found = Check(run.data.refusals)
+    for part, sources in (("train", run.data.train), ("eval", run.data.eval)):
+        for source in sources:
+            for entry in read_entries(source):
+                table = found.tables.setdefault((part, entry.table), TableCount(part, entry.table))
+                table.num_rows += 1
+                table.formats[entry.format] += 1
+                tree = entry.record if isinstance(entry.record, Refusal) else renderer.render(entry.record)
+                if isinstance(tree, Tree):
+                    tree = fits(tree, run.data.max_row_tokens)
+                if isinstance(tree, Refusal):
+                    table.num_refused += 1
+                    found.tally.add(tree)
+                else:
+                    assert not isinstance(entry.record, Refusal)
+                    table.num_tokens += tree.num_tokens
+                    table.num_trained += tree.num_trained
+                    if part == "train":
+                        found.count_tree(tree, whole=run.data.targets == "all")
+                    (found.train if part == "train" else found.held_out).add(entry.record)
+                on_row()
+    return found
+
+
+def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
+    """(context, target) tokens of each turn, in the order of the segments.
+
+    A target may be in several segments, where a later context shares its beginning only; they are one turn.
+    """
+    depths: list[int] = []  # tokens from the root to the end of each segment
+    turn_of: dict[int, int] = {}
+    turns: list[tuple[int, int]] = []
+    for index, segment in enumerate(tree.segments):
+        before = 0 if segment.parent is None else depths[segment.parent]
+        depths.append(before + len(segment.ids))
+        if segment.kind != "target":
+            continue
+        if segment.parent in turn_of:
+            turn_of[index] = turn_of[segment.parent]
+            context, target = turns[turn_of[index]]
+            turns[turn_of[index]] = (context, target + len(segment.ids))
+        else:
+            turn_of[index] = len(turns)
+            turns.append((before, len(segment.ids)))
+    return turns
+
+
+def path_lengths(tree: Tree) -> list[int]:
+    """Tokens from the root to the end of each segment that nothing continues."""
+    depths: list[int] = []
+    for segment in tree.segments:
+        depths.append(len(segment.ids) + (0 if segment.parent is None else depths[segment.parent]))
+    parents = {segment.parent for segment in tree.segments}
+    return [depth for index, depth in enumerate(depths) if index not in parents]
+
+
+def to_json(found: Check) -> dict[str, Any]:
+    """One object with all of it."""
+    train = [table for table in found.tables.values() if table.part == "train"]
+    num_tokens = sum(table.num_tokens for table in train)
+    num_trained = sum(table.num_trained for table in train)
+    saved = found.num_sample_tokens - num_tokens
+    num_rows = sum(table.num_rows for table in found.tables.values())
+    return {
+        "passed": found.passed,
+        "num_rows": num_rows,
+        "num_refused": found.tally.num_refused,
+        "num_refused_not_allowed": found.tally.num_not_allowed,
+        "refusals": [
+            {
+                "code": reason.first.code,
+                "count": reason.count,
+                "share": reason.count / num_rows,
+                "allowed": reason.allowed,
+                "first_at": reason.first.source,
+                "message": reason.first.message,
+            }
+            for reason in found.tally.reasons
+        ],
+        "allowed_but_never_seen": found.tally.never_seen,
+        "files": [
+            {
+                "part": table.part,
+                "name": table.name,
+                "formats": dict(table.formats.most_common()),
+                "num_rows": table.num_rows,
+                "num_refused": table.num_refused,
+                "num_tokens": table.num_tokens,
+                "num_trained": table.num_trained,
+            }
+            for table in found.tables.values()
+        ],
+        "num_tokens": num_tokens,
+        "num_trained": num_trained,
+        "share_trained": num_trained / num_tokens if num_tokens else 0.0,
+        "num_tokens_one_sample_a_turn": found.num_sample_tokens,
+        "num_tokens_saved_by_trees": saved,
+        "share_saved_by_trees": saved / found.num_sample_tokens if found.num_sample_tokens else 0.0,
+        "lengths": {
+            "row": found.rows.to_json(),
+            "context": found.contexts.to_json(),
+            "target": found.targets.to_json(),
+        },
+        "near_means_similarity": NEAR,
+        "duplicates": _duplicates(found.train, found.train),
+        "in_the_evaluation_set": _duplicates(found.train, found.held_out) if len(found.held_out) else None,
+    }
+
+
+def _duplicates(records: Fingerprints, earlier: Fingerprints) -> dict[str, Any]:
+    """How many records repeat another, exactly and nearly, and the first places of each."""
+    matches = repeats(records) if records is earlier else leaks(records, earlier)
+    found: dict[str, Any] = {}
+    for kind, match_N in (("exact", matches.exact_N), ("near", matches.near_N)):
+        repeating = np.flatnonzero(match_N >= 0)
+        found[kind] = {
+            "count": len(repeating),
+            "first": [
+                {"source": records.source(int(k)), "repeats": earlier.source(int(match_N[k]))}
+                for k in repeating[:_FIRST_PLACES]
+            ],
+        }
+    return found

@@ -1,0 +1,89 @@
+"""The counts of `preceptor check` for the eye: plain lines, so that they can also be searched and compared."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """What `check.to_json` gives, as lines."""
+    parts = [_files(found["files"]), _tokens(found), _repeated(found), _refusals(found), _verdict(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _files(files: Sequence[dict[str, Any]]) -> str:
+    lines = ["Files"]
+    for file in files:
+        refused = f", {file['num_refused']:,} refused" if file["num_refused"] else ""
+        held_out = "  (evaluation)" if file["part"] == "eval" else ""
+        lines.append(f"  {format_line(file['name'], file['formats'])}{refused}{held_out}")
+    return "\n".join(lines)
+
+
+def format_line(name: str, formats: Mapping[str, int]) -> str:
+    """The formats of a file's rows, and how many there are of each."""
+    return f"{name}: " + ", ".join(f"{form} ({_plural(count, 'row')})" for form, count in formats.items())
+
+
+def _tokens(found: dict[str, Any]) -> str:
+    if not found["num_tokens"]:
+        return ""
+    lines = [f"{'Tokens':<12}{'number':>10}{'median':>10}{'mean':>10}{'95 %':>10}{'longest':>10}  longest at"]
+    for name, key in (("row", "row"), ("context", "context"), ("target", "target")):
+        lengths = found["lengths"][key]
+        if lengths is not None:
+            numbers = [lengths[column] for column in ("median", "mean", "percentile_95", "longest")]
+            cells = f"{lengths['count']:>10,}" + "".join(f"{number:>10,.0f}" for number in numbers)
+            lines.append(f"  {name:<10}{cells}  {lengths['longest_at']}")
+    trained = f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+    saved = (
+        f"one sample a turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
+        f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
+    )
+    return "\n".join([*lines, f"  {trained}", f"  {saved}"])
+
+
+def _repeated(found: dict[str, Any]) -> str:
+    near = f"nearly ({found['near_means_similarity']:.0%} of their five-word sequences in common)"
+    lines = ["Repeated rows"]
+    for key, where in (("duplicates", "an earlier row"), ("in_the_evaluation_set", "a row of the evaluation set")):
+        for kind, how in (("exact", "exactly"), ("near", near)):
+            if found[key] is not None:
+                repeated = found[key][kind]
+                verb = "repeats" if repeated["count"] == 1 else "repeat"
+                lines.append(f"  {_plural(repeated['count'], 'row')} to train on {verb} {where} {how}")
+                lines.extend(f"      {pair['source']} repeats {pair['repeats']}" for pair in repeated["first"])
+    return "\n".join(lines)
+
+
+def _refusals(found: dict[str, Any]) -> str:
+    if not found["refusals"]:
+        return ""
+    lines = [f"Refused: {found['num_refused']:,} of {_plural(found['num_rows'], 'row')}"]
+    for reason in found["refusals"]:
+        allowed = "  allowed by data.refusals" if reason["allowed"] else ""
+        lines.append(f"  {reason['count']:>8,}  {reason['share']:>6.1%}  {reason['code']}{allowed}")
+        lines.append(f"      first at {reason['first_at']}: {reason['message']}")
+    return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    lines = []
+    if found["allowed_but_never_seen"]:
+        codes = ", ".join(found["allowed_but_never_seen"])
+        lines.append(f"data.refusals allows {codes}, for which no row was refused; check the spelling")
+    if found["num_refused_not_allowed"]:
+        codes = ", ".join(f"{reason['code']}: allow" for reason in found["refusals"] if not reason["allowed"])
+        lines.append(
+            f"not passed: {_plural(found['num_refused_not_allowed'], 'row')} refused. Mend the data, or let such rows "
+            f"be left out with `data.refusals: {{{codes}}}`"
+        )
+    elif not found["passed"]:
+        lines.append("not passed: not a single row is left to train")
+    else:
+        left_out = f" but {_plural(found['num_refused'], 'row')} that may be left out" if found["num_refused"] else ""
+        lines.append(f"passed: every row is proved{left_out}")
+    return "\n".join(lines)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -1,0 +1,301 @@
+"""The proof against an independent oracle: the training templates that TRL ships.
+
+For many chat templates X.jinja, TRL has a twin X_training.jinja in which `{% generation %}` marks what is to be trained.
+Every turn of every kind of conversation is rendered both ways, X by the Renderer, the twin by transformers, with the
+same template arguments. Context and target must be equal, token for token, but for what TABLE lists: where a twin
+marks what the prompt already holds, or text after the stop token, or changes the template. The test fails for a
+difference that is not listed and for an entry that does not occur.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from preceptor.data.closings import closing_tokens
+from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.data.forest import Tree, path_ids
+from preceptor.data.render import Renderer
+from preceptor.data.template import Template, load_template
+
+trl = pytest.importorskip("trl", reason="TRL, a development dependency, is not installed: pip install trl")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+
+REASONS = {
+    "=": "no difference",
+    "newline": "the twin trains the white space after the stop token, which belongs to the next context",
+    "eos": "the twin trains an eos that the template writes after the token that ended the turn",
+    "header": "the twin trains a header, or the end of one, which the prompt already holds",
+    "prefill": "the twin trains a reasoning tag, or an empty reasoning block, which the prompt already holds",
+    "cue": "no header is in the prompt after a tool's result: the model must generate it, the twin does not train it",
+    "history": "the twin renders earlier turns otherwise than the template, so it trains in a context no server builds",
+    "unreasoned": "the twin leaves the reasoning of a turn out, as the template does in the history",
+    "twice": "the twin puts an empty reasoning block before the content's own",
+    "end": "the twin trains the token that closes a turn in the history, not the one that the model must sample",
+    "endless": "the twin does not train the token at which a server stops",
+}
+# Refusals are listed as !code. The twin then trains something else than the turn that was given, or raises an error.
+
+KINDS = ("one turn", "three turns", "system", "reasoning_content", "inline think", "tools")
+
+TABLE = """
+"""
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "Its name."}, "days": {"type": "integer"}},
+            "required": ["city"],
+        },
+    },
+}
+QUESTIONS = ("Who goes there?", "2 < 3?", "Say it again.")
+ANSWERS = ("It is I.", "Yes & no.", "I will not.")
+THOUGHTS = ("Thought 0:\nlet me see", "Thought 1:\nhm", "Thought 2")
+TAKES_PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")
+
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s'\"{}]{1,40}\|>|<｜[^｜<>\s'\"{}]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_(?:turn|utterance)>"
+    r"|<end_of_utterance>|\[gMASK\]|<sop>"
+)
+_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+_STOPS = (
+    *("<|im_end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<turn|>", "<end_of_turn>"),
+    *("<|return|>", "<end_of_utterance>", "<|end|>", "<|eot|>", "<|user|>"),
+)
+
+
+class Step(NamedTuple):
+    """One turn: the tokens read before it and the tokens trained in it."""
+
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+def conversation(kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """(messages, tools) of one kind."""
+    if kind == "tools":
+        call = {"name": "get_weather", "arguments": {"city": "Ulm", "days": 3}}
+        return [
+            {"role": "user", "content": QUESTIONS[0]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "call00001", "type": "function", "function": call}],
+            },
+            {"role": "tool", "content": '{"degrees": 12}', "tool_call_id": "call00001", "name": "get_weather"},
+            {"role": "assistant", "content": "It is 12 degrees."},
+            {"role": "user", "content": QUESTIONS[1]},
+            {"role": "assistant", "content": ANSWERS[1]},
+        ], [TOOL]
+    messages: list[dict[str, Any]] = []
+    if kind == "system":
+        messages.append({"role": "system", "content": "You are <terse>."})
+    for question, answer, thought in list(zip(QUESTIONS, ANSWERS, THOUGHTS, strict=True))[: 1 if "one" in kind else 3]:
+        turn = {"role": "assistant", "content": answer}
+        if kind == "reasoning_content":
+            turn["reasoning_content"] = thought
+        if kind == "inline think":
+            turn["content"] = f"<think>\n{thought}\n</think>\n\n{answer}"
+        messages += [{"role": "user", "content": question}, turn]
+    return messages, None
+
+
+@lru_cache(maxsize=1)
+def base_tokenizer() -> str:
+    """A byte-level BPE of a few hundred tokens, as JSON."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    text = "user assistant system tool think the weather of a city is it degrees Who goes there yes no\n"
+    tokenizer.train_from_iterator([text] * 20, trainer)
+    return str(tokenizer.to_str())
+
+
+def tokenizer_for(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with this template and the special tokens that it writes; its eos ends a turn."""
+    tokenizer = Tokenizer.from_str(base_tokenizer())
+    eos = next(stop for stop in (*_STOPS, "</s>") if stop in text or stop == "</s>")
+    special = dict.fromkeys(["<bos>", eos, *_SPECIAL.findall(text)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in _TAGS if tag in text])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token=eos)
+    wrapped.chat_template = text
+    return wrapped
+
+
+class Pair:
+    """A template and its twin."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.twin = (FOLDER / f"{name}_training.jinja").read_text(encoding="utf-8")
+        self.tokenizer = tokenizer_for((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
+        self.template: Template = load_template("tokenizer", self.tokenizer)
+        stops = {*closing_tokens(self.template, self.tokenizer), self.tokenizer.eos_token}
+        self.stop_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(stops)))
+        self.renderer = Renderer(self.tokenizer, self.template, stop_token_ids=self.stop_ids)
+
+    def conversation(self, kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        messages, tools = conversation(kind)
+        if self.name in TAKES_PARTS_ONLY:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        return messages, tools
+
+    def arguments(self, kind: str) -> dict[str, Any]:
+        return dict.fromkeys(self.template.reasoning_switches, kind in ("reasoning_content", "inline think"))
+
+    def ours(self, kind: str) -> list[Step] | Refusal:
+        messages, tools = self.conversation(kind)
+        record = tuple(Message(message, train=message["role"] == "assistant") for message in messages)
+        tree = self.renderer.render(Conversation(kind, record, tools, self.arguments(kind)))
+        return tree if isinstance(tree, Refusal) else steps_of(tree, self.stop_ids)
+
+    def twins(self, kind: str) -> list[Step]:
+        messages, tools = self.conversation(kind)
+        marked = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=self.twin,
+            return_assistant_tokens_mask=True,
+            return_dict=True,
+            **self.arguments(kind),
+        )
+        ids, mask = tuple(marked["input_ids"]), [*marked["assistant_masks"], 0]
+        starts = [at for at in range(len(ids)) if mask[at] and not (at and mask[at - 1])]
+        return [Step(ids[:start], ids[start : mask.index(0, start)]) for start in starts]
+
+    def contexts(self, kind: str) -> list[tuple[int, ...]]:
+        """What a server builds before each turn, by transformers alone."""
+        messages, tools = self.conversation(kind)
+        turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        built = [
+            self.tokenizer.apply_chat_template(
+                messages[:k], tools=tools, add_generation_prompt=True, tokenize=False, **self.arguments(kind)
+            )
+            for k in turns
+        ]
+        return [tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in built]
+
+    def differences(self, kind: str) -> str:
+        """The words of REASONS for all turns, joined by +; !code for a refusal. Fails for what has no word."""
+        ours = self.ours(kind)
+        if isinstance(ours, Refusal):
+            return f"!{ours.code}"
+        twins = self.twins(kind)
+        assert [step.context for step in ours] == self.contexts(kind)
+        assert len(ours) == len(twins)
+        words: set[str] = set()
+        for number, (our, twin) in enumerate(zip(ours, twins, strict=True)):
+            found = self.compared(our, twin, THOUGHTS[number])
+            assert found is not None, [self.tokenizer.decode(ids) for ids in (*our, *twin)]
+            words |= found
+        return "+".join(word for word in REASONS if word in words) or "="
+
+    def compared(self, our: Step, twin: Step, thought: str) -> set[str] | None:
+        """In which ways one turn differs; None if it does so in a way that has no word."""
+        exact = self.around(our, our.target, twin)
+        if exact is not None:
+            return exact
+        rest = self.around(our, our.target[:-1], twin, closed=False)
+        if rest is not None:  # all but the stop token
+            return rest
+        shorter = our.target[len(twin.context) - len(our.context) :]
+        if our.context + our.target[: -len(shorter)] == twin.context:
+            after = self.around(Step(twin.context, shorter), shorter, twin)
+            return None if after is None else after | {"cue"}
+        said, given = self.tokenizer.decode(twin.target), self.tokenizer.decode(our.target)
+        if thought in given and thought not in said and said.endswith(given.rpartition("</think>")[2].strip("\n")[-9:]):
+            return {"unreasoned"} | self.earlier(our, twin)
+        return None
+
+    def around(self, our: Step, words: tuple[int, ...], twin: Step, closed: bool = True) -> set[str] | None:
+        """The differences if the twin's target is `words` with something before and after; None if it is not.
+
+        closed: `words` ends with the stop token; else the twin has another one in its place, or none.
+        """
+        at = next((i for i in range(len(twin.target)) if twin.target[i : i + len(words)] == words), None)
+        if at is None:
+            return None
+        before, after = twin.target[:at], twin.target[at + len(words) :]
+        found = self.earlier(our, twin, before)
+        if before:
+            text = self.tokenizer.decode(before)
+            if our.context[-len(before) :] == before:
+                found.add("prefill" if "think" in text else "header")
+            elif text.count("<think>") == 2 and our.context[-len(before) :] != before:
+                found.add("twice")
+            else:
+                return None
+        if not closed:
+            found.add("end" if after else "endless")
+            return found if len(after) <= 1 else None
+        if after:
+            text = self.tokenizer.decode(after)
+            if text.strip() not in ("", self.tokenizer.eos_token):
+                return None
+            found |= {"newline"} if text[:1].isspace() else set()
+            found |= {"eos"} if text.strip() else set()
+        return found
+
+    def earlier(self, our: Step, twin: Step, before: tuple[int, ...] | None = None) -> set[str]:
+        """Whether the twin's turn stands in another context. before: of its target, what our context holds already."""
+        if before is None:
+            return set() if our.context[: len(twin.context)] == twin.context else {"history"}
+        return set() if twin.context + before == our.context else {"history"}
+
+
+def steps_of(tree: Tree, stop_ids: set[int]) -> list[Step]:
+    """The turns of a tree in order; a target that others branch off is in several segments, the last of which stops."""
+    steps = []
+    for index, segment in enumerate(tree.segments):
+        if segment.kind == "target" and segment.ids[-1] in stop_ids:
+            first = index
+            while (parent := tree.segments[first].parent) is not None and tree.segments[parent].kind == "target":
+                first = parent
+            context = path_ids(tree, tree.segments[first].parent)
+            steps.append(Step(context, path_ids(tree, index)[len(context) :]))
+    return steps
+
+
+def expected() -> dict[str, dict[str, str]]:
+    rows = (re.split(r"\s*\|\s*", line.strip()) for line in TABLE.strip().splitlines())
+    return {name: dict(zip(KINDS, cells, strict=True)) for name, *cells in rows}
+
+
+NAMES = sorted(file.name.removesuffix("_training.jinja") for file in FOLDER.glob("*_training.jinja"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_what_the_twin_trains_but_for_the_listed_exceptions(name: str) -> None:
+    pair = Pair(name)
+    assert {kind: pair.differences(kind) for kind in KINDS} == expected()[name]
+
+
+def test_the_table_lists_every_twin_once_in_known_words() -> None:
+    assert sorted(expected()) == NAMES
+    words = {word for row in expected().values() for cell in row.values() for word in cell.split("+")}
+    assert {word for word in words if not word.startswith("!")} == set(REASONS)
+
+
+if __name__ == "__main__":
+    for name in NAMES:
+        pair = Pair(name)
+        cells = []
+        for kind in KINDS:
+            try:
+                cells.append(pair.differences(kind))
+            except AssertionError as error:
+                cells.append(f"??? {str(error)[:3000]}")
+        print(name, "|", " | ".join(cells))

@@ -1,0 +1,431 @@
+"""Conversations become trees: what is trained, in which context, and what is refused."""
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preceptor.data.conversation import Completion, Conversation, Document, Refusal, read_messages
+from preceptor.data.forest import Tree
+from preceptor.data.render import Renderer
+from preceptor.data.template import load_template
+from tiny import tiny_tokenizer
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA3 = ("<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHAT = [
+    {"role": "user", "content": "start of a message"},
+    {"role": "assistant", "content": "the end"},
+    {"role": "user", "content": "and then?"},
+    {"role": "assistant", "content": "a user and an assistant"},
+]
+
+
+def make(template="chatml", tokens=CHATML, text=None, stops=("<|im_end|>",), **options):
+    """A renderer, for a built-in template or the text of another."""
+    tokenizer = tiny_tokenizer(special_tokens=tokens)
+    if "<|begin_of_text|>" in tokens:
+        tokenizer.bos_token = "<|begin_of_text|>"
+    if text is not None:
+        tokenizer.chat_template, template = text, "tokenizer"
+    loaded = load_template(template, tokenizer)
+    tokenizer.chat_template = loaded.text
+    return Renderer(tokenizer, loaded, stop_token_ids=tokenizer.convert_tokens_to_ids(list(stops)), **options)
+
+
+def conversation(rows, tools=None, **kwargs):
+    messages = read_messages(rows, "file:1")
+    assert not isinstance(messages, Refusal), messages
+    return Conversation("file:1", messages, tools, **kwargs)
+
+
+def segments(renderer, rows, **kwargs):
+    tree = renderer.render(conversation(rows, **kwargs))
+    assert isinstance(tree, Tree), tree
+    return [(s.kind, s.parent, s.text) for s in tree.segments]
+
+
+def code(renderer, rows, **kwargs):
+    refusal = renderer.render(conversation(rows, **kwargs))
+    assert isinstance(refusal, Refusal), refusal
+    return refusal.code
+
+
+def contexts_and_targets(tree):
+    """(context ids, target ids) of every turn, by walking from each stop of a chain of targets to the root."""
+
+    def path(node):
+        return [] if node is None else [*path(tree.segments[node].parent), node]
+
+    last_parts = [
+        i
+        for i, s in enumerate(tree.segments)
+        if s.kind == "target" and not any(t.parent == i and t.kind == "target" for t in tree.segments)
+    ]
+    for node in last_parts:
+        nodes = path(node)
+        start = len(nodes)
+        while start and tree.segments[nodes[start - 1]].kind == "target":
+            start -= 1
+        ids = [[i for n in part for i in tree.segments[n].ids] for part in (nodes[:start], nodes[start:])]
+        yield ids[0], ids[1]
+
+
+# ChatML to the token -------------------------------------------------------------------------------------------------
+
+
+def test_the_closing_tag_is_trained_the_newline_after_it_and_the_users_words_are_not():
+    assert segments(make(), CHAT) == [
+        ("context", None, "<|im_start|>user\nstart of a message<|im_end|>\n<|im_start|>assistant\n"),
+        ("target", 0, "the end<|im_end|>"),
+        ("context", 1, "\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"),
+        ("target", 2, "a user and an assistant<|im_end|>"),
+    ]
+
+
+@pytest.mark.parametrize(("template", "tokens", "stop"), [("chatml", CHATML, 2), ("llama3", LLAMA3, 4)])
+def test_contexts_are_those_of_apply_chat_template(template, tokens, stop):
+    renderer = make(template, tokens, stops=(tokens[stop],))
+    rows = [{"role": "system", "content": "a user "}, *CHAT]
+    tree = renderer.render(conversation(rows))
+    turns = list(contexts_and_targets(tree))
+    for k, (context, target) in zip((2, 4), turns, strict=True):
+        expected = renderer.tokenizer.apply_chat_template(rows[:k], add_generation_prompt=True, return_dict=False)
+        assert context[-len(expected) :] == expected or context == expected[-len(context) :]
+        assert target == renderer.tokenizer.encode(rows[k]["content"] + tokens[stop], add_special_tokens=False)
+    whole = [i for s in tree.segments for i in s.ids]
+    assert whole.count(renderer.tokenizer.bos_token_id) == ("<|begin_of_text|>" in tokens)
+
+
+def test_a_target_shares_no_token_with_its_context():
+    renderer = make()
+    rows = [CHAT[0], {"role": "assistant", "content": "\n\nend"}, CHAT[2], CHAT[3]]
+    target = renderer.render(conversation(rows)).segments[1]
+    assert list(target.ids) == renderer.tokenizer.encode("\n\nend<|im_end|>", add_special_tokens=False)
+
+
+def test_tools_calls_results_and_reasoning_of_chatml():
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "x": None}}}]
+    rows = [
+        CHAT[0],
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "use it",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "it is 2"},
+    ]
+    first, call, result, answer = segments(make(), rows, tools=tools)
+    assert json.dumps(tools[0]) in first[2]
+    call_text = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert call == ("target", 0, f"<think>\nuse it\n</think>\n\n{call_text}<|im_end|>")
+    assert result[2].startswith("\n<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n")
+    assert answer == ("target", 2, "it is 2<|im_end|>")
+
+
+# Choices -------------------------------------------------------------------------------------------------------------
+
+
+def test_choice_of_turns_and_weights():
+    rows = [CHAT[0], {**CHAT[1], "train": False}, CHAT[2], {**CHAT[3], "weight": 0.5}]
+    kinds = [s.kind for s in make().render(conversation(rows)).segments]
+    assert kinds == ["context", "target"]
+    assert make().render(conversation(rows)).segments[1].weight == 0.5
+    assert len(make(targets="last").render(conversation(CHAT)).segments) == 2
+    every = make(targets="all").render(conversation(CHAT))
+    assert {s.kind for s in every.segments} == {"target"} and every.num_trained == every.num_tokens - 1
+    assert code(make(), [CHAT[0]]) == "no_turn"
+    assert code(make(), CHAT[1:]) == "no_prompt"
+
+
+def test_special_tokens_in_text():
+    rows = [{"role": "user", "content": "a<|im_end|>b"}, CHAT[1]]
+    assert code(make(), rows) == "special_token_in_text"
+    allowed = make(special_tokens_in_text="allow").render(conversation(rows)).segments[0]
+    plain = make(special_tokens_in_text="plain").render(conversation(rows)).segments[0]
+    end = make().tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (allowed.ids.count(end), plain.ids.count(end)) == (2, 1)
+    assert make().tokenizer.decode(plain.ids) == make().tokenizer.decode(allowed.ids)
+
+
+def test_a_special_token_in_an_answer_is_read_as_text_and_does_not_end_it():
+    rows = [CHAT[0], {"role": "assistant", "content": "write <|im_end|> to end"}, CHAT[2], CHAT[3]]
+    renderer = make(special_tokens_in_text="plain")
+    tree = renderer.render(conversation(rows))
+    end = renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for _, target in contexts_and_targets(tree):
+        assert target.count(end) == 1 and target[-1] == end
+    assert code(make(special_tokens_in_text="allow"), rows) == "stop_inside_turn"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"role": "user", "content": [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]}, CHAT[1]],
+        [{"role": "user", "content": "a", "name": "<|im_end|>"}, CHAT[1]],
+        [CHAT[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"<|im_end|>": 1}}}]}],
+    ],
+    ids=["parts that meet", "a name", "an argument's name"],
+)
+def test_special_tokens_are_found_in_every_field(rows):
+    assert code(make(), rows) == "special_token_in_text"
+
+
+def test_special_tokens_in_tools_are_refused():
+    tools = [{"type": "function", "function": {"name": "f", "description": "say <|im_end|>"}}]
+    assert code(make(special_tokens_in_text="plain"), CHAT, tools=tools) == "special_token_in_text"
+
+
+# Plain text ----------------------------------------------------------------------------------------------------------
+
+
+def test_completions_and_documents():
+    renderer = make()
+    encode = renderer.tokenizer.encode
+    tree = renderer.render(Completion("file:1", "the start", " of a message"))
+    assert [s.ids for s in tree.segments] == [tuple(encode("the start")), (*encode(" of a message"), 0)]
+    tree = renderer.render(Document("file:2", "the end"))
+    assert [(s.kind, s.ids) for s in tree.segments] == [("target", (*encode("the end"), 0))]
+    assert renderer.render(Document("file:3", "a<|im_end|>")).code == "special_token_in_text"
+
+
+def test_bos_comes_once_and_only_where_the_tokenizer_puts_it():
+    from tokenizers.processors import TemplateProcessing
+
+    renderer = make("llama3", LLAMA3, stops=("<|eot_id|>",))
+    assert renderer.render(Document("file:1", "the end")).segments[0].kind == "target"
+    tokenizer = renderer.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.bos_token_id)]
+    )
+    for name in ("llama3", "chatml"):
+        renderer = Renderer(tokenizer, load_template(name, tokenizer), stop_token_ids=[tokenizer.eos_token_id])
+        for record in (Document("f:1", "the end"), Completion("f:1", "the", " end"), Completion("f:1", "", "end")):
+            ids = [i for s in renderer.render(record).segments for i in s.ids]
+            assert ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1
+        rendered = renderer.template.render(CHAT)
+        assert rendered.startswith("<|begin_of_text|>") and rendered.count("<|begin_of_text|>") == 1
+
+
+# Classes of templates ------------------------------------------------------------------------------------------------
+
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_history_rewritten_gives_a_tree_and_kept_gives_a_chain():
+    drops = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content and loop.last %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
+    )
+    rows = [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}, CHAT[2], {**CHAT[3], "reasoning_content": "so"}]
+    shapes = {name: segments(make(**options), rows) for name, options in (("kept", {}), ("drops", {"text": drops}))}
+    assert [parent for _, parent, _ in shapes["kept"]] == [None, 0, 1, 2]
+    assert shapes["drops"] == [
+        ("context", None, "<|im_start|>user\nstart of a message<|im_end|>\n<|im_start|>assistant\n"),
+        ("target", 0, "<think>\nhm\n</think>\n\nthe end<|im_end|>"),
+        ("context", 0, "the end<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"),
+        ("target", 2, "<think>\nso\n</think>\n\na user and an assistant<|im_end|>"),
+    ]
+
+
+def test_earlier_text_that_moves_when_a_turn_is_added():
+    moves = (
+        "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[{% if m == users[-1] %}(be terse) {% endif %}"
+        "{{ m.content }}]{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    found = segments(make(text=moves), CHAT)
+    assert [(kind, text) for kind, _, text in found if kind == "target"] == [
+        ("target", "the end<|im_end|>"),
+        ("target", "a user and an assistant<|im_end|>"),
+    ]
+    assert found[0][2] == "[" and "(be terse) start of a message]" in found[1][2]
+
+
+def test_reasoning_is_switched_by_whether_the_turn_has_some():
+    switch = LOOP.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}") + (
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
+        "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    rows = [CHAT[0], CHAT[1], CHAT[2], {**CHAT[3], "reasoning_content": "hm"}]
+    renderer = make(text=switch)
+    texts = [text for kind, _, text in segments(renderer, rows) if kind == "context"]
+    assert sum("<think>" in text for text in texts) == 1
+    assert code(make(text=switch, template_kwargs={"enable_thinking": False}), rows) == "prompt_closes_reasoning"
+    on = segments(renderer, CHAT, template_kwargs={"enable_thinking": True})
+    assert not any("<think>" in text for _, _, text in on)
+
+
+def test_a_prompt_that_opens_reasoning():
+    opens = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}") + (
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    assert code(make(text=opens), CHAT) == "prompt_opens_reasoning"
+    inline = [CHAT[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthe end"}]
+    assert segments(make(text=opens), inline)[-1] == ("target", 0, "hm\n</think>\n\nthe end<|im_end|>")
+    apart = [CHAT[0], {"role": "assistant", "content": "the end", "reasoning_content": "hm"}]
+    assert segments(make(text=opens), apart)[-1] == ("target", 0, "hm\n</think>\n\nthe end<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "expected"),
+    [
+        (LOOP.replace("m.content }}", "m.content | upper }}") + PROMPT, CHAT, "content_changed"),
+        (LOOP.replace("m.content }}", "m.content[:3] }}") + PROMPT, CHAT, "content_changed"),
+        (LOOP.replace("{{ m.content }}", "") + PROMPT, CHAT, "turn_missing"),
+        (LOOP + PROMPT, [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}], "reasoning_dropped"),
+        ("{{ raise_exception('no') }}", CHAT, "template_refuses"),
+        (LOOP + "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", CHAT, "prompt_conflicts"),
+    ],
+)
+def test_what_the_template_does_not_say_is_refused(text, rows, expected):
+    assert code(make(text=text), rows) == expected
+
+
+def test_content_dropped_beside_a_tool_call():
+    drops = "{% for m in messages %}{% if m.tool_calls %}<|im_start|>assistant\n{{ m.tool_calls[0].function | tojson }}"
+    drops += (
+        "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + PROMPT
+    )
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}]
+    rows = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    assert segments(make(text=drops), rows)[-1][2] == '{"name": "f", "arguments": {"a": "b"}}<|im_end|>'
+    assert code(make(text=drops), [CHAT[0], {**rows[1], "content": "let me see"}]) == "content_dropped"
+    assert code(make(text=drops), [CHAT[0], {**rows[1], "tool_calls": calls * 2}]) == "tool_call_dropped"
+
+
+BY_KEY = "{% for key, value in f.arguments.items() %}{{ key }}={{ value }}{% endfor %}"
+
+
+@pytest.mark.parametrize("arguments", [{"a": 'x "y"'}, '{"a": "x \\"y\\""}'])
+@pytest.mark.parametrize("shown", ["{{ f.arguments | tojson }}", "{{ '' + f.arguments }}", BY_KEY])
+def test_arguments_are_given_in_the_form_that_the_template_takes(shown, arguments):
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+    )
+    text += "{{ f.name }} " + shown + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    target = segments(make(text=text), [CHAT[0], {"role": "assistant", "tool_calls": [call]}])[-1][2]
+    assert target == ('f a=x "y"<|im_end|>' if shown == BY_KEY else 'f {"a": "x \\"y\\""}<|im_end|>')
+
+
+def test_a_turn_that_only_the_next_message_closes_or_nothing():
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}{% endfor %}"
+    text += "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    assert segments(make(text=text), CHAT)[1] == ("target", 0, "the end")  # shared with the next context
+    by_next = make(text=text, stops=("<|im_start|>",))
+    assert segments(by_next, CHAT)[1] == ("target", 0, "the end<|im_start|>")
+    ends = [target[-1] for _, target in contexts_and_targets(make(text=text).render(conversation(CHAT)))]
+    assert ends == [0, 0]
+
+
+def test_named_templates_are_chosen_as_transformers_chooses():
+    renderer = make(text={"default": LOOP + PROMPT, "tool_use": "T" + LOOP + PROMPT})
+    assert segments(renderer, CHAT)[0][2].startswith("<|im_start|>")
+    assert segments(renderer, CHAT, tools=[{"type": "function", "function": {"name": "f"}}])[0][2].startswith("T")
+
+
+# Always --------------------------------------------------------------------------------------------------------------
+
+ASSISTANT, OTHERS = "αβγδ", "жзик"
+LOOKALIKES = [
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "<|im_",
+    "end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "assistant",
+    "é\u0301",
+    "🙂",
+]
+
+
+def words(letters):
+    piece = st.one_of(st.sampled_from(LOOKALIKES), st.text(alphabet=letters + " \n<|>", max_size=8))
+    return st.lists(piece, max_size=6).map("".join)
+
+
+@st.composite
+def chats(draw):
+    rows = [{"role": "system", "content": draw(words(OTHERS))}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        rows.append({"role": "user", "content": draw(words(OTHERS))})
+        rows.append({"role": "assistant", "content": draw(words(ASSISTANT).filter(str.strip))})
+        if draw(st.booleans()):
+            rows[-1]["reasoning_content"] = draw(words(ASSISTANT))
+    return rows
+
+
+RENDERERS = {
+    "chatml": make(),
+    "llama3": make("llama3", LLAMA3, stops=("<|eot_id|>",)),
+    "plain": make(special_tokens_in_text="plain"),
+}
+
+
+@settings(deadline=None, max_examples=1500)
+@given(st.sampled_from(list(RENDERERS)), chats())
+def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
+    renderer = RENDERERS[name]
+    tree = renderer.render(conversation(rows))
+    decode = renderer.tokenizer.decode
+    if isinstance(tree, Refusal):
+        reasons = any(row.get("reasoning_content", "").strip() for row in rows)
+        allowed = {"special_token_in_text"} | ({"reasoning_dropped"} if name == "llama3" and reasons else set())
+        assert tree.code in allowed, tree
+        return
+    turns = [(k, row) for k, row in enumerate(rows) if row["role"] == "assistant"]
+    found = sorted(contexts_and_targets(tree), key=lambda turn: len(turn[0]))
+    assert len(found) == len(turns)
+    for (k, row), (context, target) in zip(turns, found, strict=True):
+        spelled = decode(target)
+        assert target[-1] in renderer.stop_token_ids
+        assert row["content"].strip() in spelled and row.get("reasoning_content", "").strip() in spelled
+        said = row["content"] + row.get("reasoning_content", "")
+        for letter in ASSISTANT + OTHERS:
+            assert spelled.count(letter) == said.count(letter), (letter, spelled)
+        if name != "plain":
+            ids = renderer.tokenizer.apply_chat_template(rows[:k], add_generation_prompt=True, return_dict=False)
+            assert context == ids
+        assert decode(context) == renderer.template.render(rows[:k], add_generation_prompt=True)
+    assert sum(len(s.ids) for s in tree.segments if s.kind == "target") <= sum(len(t) for _, t in found)
+
+
+def test_rendered_recorded_and_replayed_are_the_same():
+    fresh = [make().render(conversation(CHAT[:2] * n + CHAT[2:])) for n in (1, 2)]
+    renderer = make()
+    for _ in range(3):
+        assert [renderer.render(conversation(CHAT[:2] * n + CHAT[2:])) for n in (1, 2)] == fresh
+
+
+def test_a_renderer_goes_to_another_process():
+    renderer = make(special_tokens_in_text="allow")
+    copy = pickle.loads(pickle.dumps(renderer))
+    assert copy.render(conversation(CHAT)) == renderer.render(conversation(CHAT))
+    assert copy.special_tokens_in_text == "allow"
+
+
+def test_text_that_the_vocabulary_cannot_spell_is_refused():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "known", "user", "assistant"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %} {{ m.role }} {{ m.content }} <eos>{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %} assistant {% endif %}"
+    renderer = Renderer(tokenizer, load_template("tokenizer", tokenizer), stop_token_ids=[1])
+    rows = [{"role": "user", "content": "known"}, {"role": "assistant", "content": "known"}]
+    assert isinstance(renderer.render(conversation(rows)), Tree)
+    assert code(renderer, [rows[0], {"role": "assistant", "content": "unknown"}]) == "unknown_token"

@@ -1,0 +1,131 @@
+"""LoRA behind the same forward pass: what is trained, that it starts at nothing, and that merging is exact."""
+
+import numpy as np
+import pytest
+import torch
+
+from preceptor.data.forest import build_row
+from preceptor.errors import ModelError
+from preceptor.model.adapters import add_adapter, merge_adapter
+from preceptor.model.forward import check_head, check_isolation, output_head, row_loss
+from tiny import chain, tiny_model
+
+NEW = [60, 63]
+
+
+def row():
+    """New tokens occur as inputs and as targets."""
+    rng = np.random.default_rng(0)
+    return build_row([chain(rng, (6, 9, 3, 8)), chain(rng, (4, 30))])
+
+
+def adapted(kind, new_token_ids=NEW, seed=0, dtype=torch.float32, **options):
+    settings = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": None, **options}
+    return add_adapter(tiny_model(kind, dtype=dtype), new_token_ids=new_token_ids, seed=seed, **settings)
+
+
+def train(model, steps=3):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        row_loss(model, row()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma2", "gpt_oss"])
+def test_an_adapter_starts_as_nothing_and_the_proofs_hold(kind):
+    base, model = tiny_model(kind), adapted(kind)
+    assert row_loss(model, row()).item() == pytest.approx(row_loss(base, row()).item(), rel=1e-6)
+    check_head(model)
+    check_isolation(model)
+    train(model)
+    check_head(model)
+    check_isolation(model)
+
+
+@pytest.mark.parametrize(("kind", "tables"), [("llama", 2), ("qwen3", 1)])
+def test_exactly_the_new_rows_and_the_low_rank_factors_are_trained(kind, tables):
+    model = adapted(kind)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = {name: p for name, p in trained.items() if "trainable_tokens" in name}
+    assert len(rows) == tables
+    assert all(p.shape == (len(NEW), 32) for p in rows.values())
+    assert all("lora_" in name for name in trained.keys() - rows.keys())
+    assert not any("lm_head" in name for name in trained.keys() - rows.keys())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    merged_before = merge_adapter(model).get_input_embeddings().weight.detach().clone()
+    train(model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != (name in trained), name
+    moved = (merge_adapter(model).get_input_embeddings().weight != merged_before).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == NEW
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_gradients_of_new_rows_equal_those_of_full_training(kind):
+    full, model = tiny_model(kind), adapted(kind)
+    row_loss(full, row()).backward()
+    row_loss(model, row()).backward()
+    tables = {"embed_tokens": full.get_input_embeddings(), "lm_head": full.get_output_embeddings()}
+    for name, p in model.named_parameters():
+        if "trainable_tokens" in name:
+            table = next(table for key, table in tables.items() if key in name)
+            torch.testing.assert_close(p.grad, table.weight.grad[NEW], rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_head_never_gets_a_gradient_of_all_rows():
+    head = output_head(adapted("llama"))
+    assert head.trained_rows.rows_R.tolist() == NEW
+    assert output_head(adapted("llama", new_token_ids=[])).weight_VD.requires_grad is False
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_merging_gives_the_same_loss_and_leaves_the_adapter_as_it_is(kind):
+    model = adapted(kind)
+    train(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = row_loss(model, row()).item()
+    merged = merge_adapter(model)
+    assert row_loss(merged, row()).item() == pytest.approx(expected, rel=1e-5)
+    assert not any("lora" in name or "token_adapter" in name for name, _ in merged.named_modules())
+    tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert tied == merged.config.tie_word_embeddings
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+    assert row_loss(model, row()).item() == expected
+
+
+def test_merging_copies_only_what_the_adapter_changes():
+    model = adapted("llama", target_modules=["q_proj"], new_token_ids=[])
+    merged = merge_adapter(model)
+    ours, theirs = model.get_base_model().model.layers[0], merged.model.layers[0]
+    assert theirs.mlp.up_proj.weight is ours.mlp.up_proj.weight
+    assert theirs.self_attn.q_proj.weight is not ours.self_attn.q_proj.base_layer.weight
+
+
+def test_trained_parameters_are_float32_beside_a_bfloat16_base():
+    model = adapted("llama", dtype=torch.bfloat16)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert dtypes == {torch.float32}
+    check_head(model)
+    train(model)
+    assert merge_adapter(model).dtype == torch.bfloat16
+
+
+def test_first_values_follow_the_seed_and_nothing_else():
+    state = torch.random.get_rng_state()
+    first, again, other = (adapted("llama", seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    name = next(name for name in first if "lora_A" in name)
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_target_modules():
+    model = adapted("llama", target_modules=["q_proj", "up_proj"], new_token_ids=[])
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "up_proj"}
+    with pytest.raises(
+        ModelError, match=r"query.*it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    ):
+        adapted("llama", target_modules=["q_proj", "query"])

@@ -1,0 +1,195 @@
+"""Attention run by run against the dense reference and float64; what it refuses, by name."""
+
+import numpy as np
+import pytest
+import torch
+
+from preceptor.data.forest import build_row
+from preceptor.errors import ModelError
+from preceptor.model import attention
+from preceptor.model.attention import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
+from preceptor.model.forward import hidden_states, row_loss
+from tiny import branching, chain, tiny_model
+
+H, K, D = 4, 2, 8
+
+FEATURES = {
+    "plain": {},
+    "window": {"sliding_window": 5},
+    "wide window": {"sliding_window": 1000},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "all": {"sliding_window": 5, "softcap": 1.5, "sinks": True},
+}
+
+
+def forest_row(seed=0):
+    rng = np.random.default_rng(seed)
+    return build_row(
+        [chain(rng, (4, 9)), branching(rng), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12)), branching(rng)]
+    )
+
+
+def tensors(layout, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = len(layout.position_T)
+    heads = ((H, 3.0), (K, 1.0), (K, 1.0))
+    made = [torch.randn(1, n, num_tokens, D, generator=generator, dtype=torch.float64) * s for n, s in heads]
+    return [tensor.to(dtype).requires_grad_() for tensor in made], torch.randn(H, generator=generator).to(dtype)
+
+
+def test_dense_mask_is_the_definition():
+    row = forest_row()
+    mask_TT = dense_mask(torch.from_numpy(row.subtree_end_T), torch.from_numpy(row.position_T), sliding_window=4)
+    for i in range(row.num_tokens):
+        for j in range(row.num_tokens):
+            visible = j <= i < row.subtree_end_T[j] and row.position_T[i] - row.position_T[j] < 4
+            assert mask_TT[i, j] == visible
+
+
+def naive(query, key, value, layout, scale, sliding_window=None, softcap=None, sinks=None):
+    """What transformers' eager attention does with a dense mask, in the dtype of its inputs."""
+    key, value = key.repeat_interleave(H // K, dim=1), value.repeat_interleave(H // K, dim=1)
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
+    scores = scores.masked_fill(~mask_TT, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(1, H, len(mask_TT), 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(scores.dtype)[..., : len(mask_TT)] @ value
+
+
+def outputs_and_grads(function, layout, dtype, features):
+    (query, key, value), sinks = tensors(layout, dtype)
+    features = {**features, "sinks": sinks.requires_grad_()} if "sinks" in features else features
+    output = function(query, key, value, layout, 0.4, **features)
+    leaves = [query, key, value, *([sinks] if "sinks" in features else [])]
+    seed = torch.Generator().manual_seed(1)
+    direction = torch.randn(output.shape, generator=seed, dtype=torch.float64).to(dtype)
+    return [output, *torch.autograd.grad(output, leaves, direction)]
+
+
+def error(found, true):
+    return float((found.double() - true).detach().norm() / true.detach().norm())
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("block_tokens", [4, 1024])
+def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    found = outputs_and_grads(attend_runs, layout, torch.float64, features)
+    reference = outputs_and_grads(attend_reference, layout, torch.float64, features)
+    independent = outputs_and_grads(naive, layout, torch.float64, features)
+    for one, other, third in zip(found, reference, independent, strict=True):
+        assert error(one, third) < 1e-13
+        assert error(other, third) < 1e-13
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize(
+    ("dtype", "short_run_tokens"), [(torch.float32, 224), (torch.bfloat16, 0), (torch.bfloat16, 224)]
+)
+def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype, short_run_tokens, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT_RUN_TOKENS", short_run_tokens)
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    (query, key, value), sinks = tensors(layout, dtype)
+    features = {**features, "sinks": sinks} if "sinks" in features else features
+    doubled = {name: f.double() if isinstance(f, torch.Tensor) else f for name, f in features.items()}
+    true = naive(query.double(), key.double(), value.double(), layout, 0.4, **doubled)
+    found = attend_runs(query, key, value, layout, 0.4, **features)
+    other = naive(query, key, value, layout, 0.4, **features)
+    assert found.dtype == dtype
+    assert error(found, true) <= 1.25 * error(other, true)
+
+
+@pytest.mark.parametrize(("short_run_tokens", "products"), [(0, torch.bfloat16), (1000, torch.float32)])
+def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch):
+    """Rotary embeddings give float32 queries and keys beside bfloat16 values; short runs are faster in float32."""
+    seen = set()
+    attend_path = attention._attend_path
+    monkeypatch.setattr(attention, "SHORT_RUN_TOKENS", short_run_tokens)
+    monkeypatch.setattr(attention, "_attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    (query, key, value), _ = tensors(layout, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend_runs(query, key, value.bfloat16(), layout, 0.4)
+    assert found.dtype == torch.bfloat16
+    assert seen == {products}
+    assert error(found, attend_reference(query, key, value, layout, 0.4).double()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        ({"dropout": 0.1}, "attention_dropout"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"is_causal": False}, "is_causal"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention_mask"),
+        ({"unheard_of": 3}, "unheard_of"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(asked, word):
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    (query, key, value), _ = tensors(layout)
+    arguments = {"attention_mask": None, "forest": layout, **asked}
+    with pytest.raises(ModelError, match=f"Linear asks attention for.*{word}"):
+        attention.forest_attention_forward(torch.nn.Linear(1, 1), query, key, value, **arguments)
+
+
+def test_without_a_layout_attention_is_an_error():
+    model = tiny_model("llama")
+    with forest_attention(model), pytest.raises(ModelError, match="LlamaAttention"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_the_former_attention_comes_back():
+    model = tiny_model("qwen3")
+    former = model.config._attn_implementation
+    with pytest.raises(KeyError), forest_attention(model):
+        assert model.config._attn_implementation == attention.IMPLEMENTATION
+        raise KeyError
+    assert model.config._attn_implementation == former
+    hidden_states(model, forest_row())
+    assert model.config._attn_implementation == former
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+def test_no_mask_is_built(monkeypatch):
+    """T squared memory must not come back through transformers' masks."""
+    seen = []
+    forward = attention.forest_attention_forward
+    monkeypatch.setitem(
+        attention.AttentionInterface._global_mapping,
+        attention.IMPLEMENTATION,
+        lambda *arguments, **named: seen.append(arguments[4]) or forward(*arguments, **named),
+    )
+    hidden_states(tiny_model("gemma2"), forest_row())
+    assert seen == [None, None]
+
+
+def test_dropout_in_attention_is_refused_in_training_only():
+    model = tiny_model("llama", attention_dropout=0.1)
+    hidden_states(model.eval(), forest_row())
+    with pytest.raises(ModelError, match="attention_dropout"):
+        hidden_states(model.train(), forest_row())
+
+
+def test_a_model_with_attention_of_its_own_is_refused():
+    with pytest.raises(ModelError, match="BloomModel computes attention by itself"):
+        hidden_states(tiny_model("bloom", n_head=4, n_layer=1), forest_row())
+
+
+def test_activation_checkpointing_hands_the_layout_on():
+    """The layers run again in backward, so the block encloses it."""
+    row = forest_row()
+    plain, checkpointed = tiny_model("mistral"), tiny_model("mistral")
+    checkpointed.gradient_checkpointing_enable()
+    row_loss(plain, row).backward()
+    with forest_attention(checkpointed):
+        row_loss(checkpointed, row).backward()
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

@@ -1,0 +1,175 @@
+"""Loading and saving: a folder that plain transformers reads, all or nothing, and errors that name what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from preceptor.data.forest import build_row
+from preceptor.errors import CheckpointError, ModelError
+from preceptor.model import load
+from preceptor.model.adapters import add_adapter
+from preceptor.model.forward import row_loss
+from preceptor.model.load import load_model, load_tokenizer, resolve_model_path, save_model
+from preceptor.model.vocabulary import add_tokens, align_model, align_tokenizer, resize_embeddings
+from tiny import chain, tiny_model, tiny_tokenizer
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def assistant(kind):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(kind, vocab_size=len(tokenizer))
+    plan = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
+    plan = align_tokenizer(tokenizer, TEMPLATE, "<|im_end|>", plan)
+    resize_embeddings(model, tokenizer, plan, seed=0)
+    align_model(model, tokenizer)
+    return model, tokenizer, plan
+
+
+def logits(model):
+    ids = torch.tensor([[5, 286, 17, 287, 3]])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_a_saved_model_is_the_same_in_plain_transformers(kind, tmp_path):
+    model, tokenizer, _ = assistant(kind)
+    save_model(model, tokenizer, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    read = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.generation_config.eos_token_id == read.eos_token_id == 287
+    assert read.pad_token == "<|pad|>"
+    messages = [{"role": "user", "content": "the user"}]
+    text = "<|im_start|>the user<|im_end|>\n"
+    assert read.apply_chat_template(messages, tokenize=False) == text
+    assert read.encode(text) == tokenizer.encode(text)
+    assert torch.equal(logits(load_model(tmp_path / "model", "float32", "cpu")), logits(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
+    from peft import PeftModel
+
+    model, tokenizer, plan = assistant(kind)
+    adapted = add_adapter(model, 4, 8.0, 0.0, None, plan.new_ids, 0)
+    row = build_row([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):
+        row_loss(adapted, row).backward()
+        optimizer.step()
+    save_model(adapted, tokenizer, tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    base, _, _ = assistant(kind)
+    assert not torch.allclose(logits(base), logits(adapted), atol=1e-2)
+    again = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_generation_config_is_written(tmp_path):
+    model, tokenizer, _ = assistant("llama")
+    config = model.generation_config.__class__(eos_token_id=[287, 0], max_new_tokens=7)
+    save_model(model, tokenizer, tmp_path / "model", generation_config=config)
+    written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (written["eos_token_id"], written["max_new_tokens"]) == ([287, 0], 7)
+
+
+def test_an_existing_folder_is_never_written_to(tmp_path):
+    model, tokenizer, _ = assistant("llama")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_model(model, tokenizer, tmp_path / "model")
+    assert not any((tmp_path / "model").iterdir())
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model, tokenizer, _ = assistant("llama")
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(load, "_make_durable", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_model(model, tokenizer, tmp_path / "runs" / "model")
+    assert not any((tmp_path / "runs").iterdir())
+
+
+def test_random_weights_follow_the_seed_and_keep_the_shape(tmp_path):
+    model, tokenizer, _ = assistant("qwen3")
+    model.generation_config.eos_token_id = [287, 0]
+    save_model(model, tokenizer, tmp_path / "model")
+    state = torch.random.get_rng_state()
+    first, again, other = (load_model(tmp_path / "model", "float32", "cpu", init="random", seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(logits(first), logits(again))
+    assert not torch.equal(logits(first), logits(other))
+    assert not torch.equal(logits(first), logits(model))
+    assert first.generation_config.eos_token_id == [287, 0]
+    assert not first.training
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_weights_come_in_the_dtype_asked_for(dtype, base_folder):
+    model = load_model(base_folder, dtype, "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def changed_config(base_folder, folder, **changes):
+    folder.mkdir()
+    for file in base_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_what_is_no_causal_language_model_is_refused(base_folder, tmp_path):
+    classifier = changed_config(base_folder, tmp_path / "a", architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(ModelError, match=r"LlamaForSequenceClassification.*no causal language model"):
+        load_model(classifier, "float32", "cpu")
+    translator = changed_config(base_folder, tmp_path / "b", model_type="t5", architectures=["T5Model"])
+    with pytest.raises(ModelError, match=r"T5Model.*no causal language model"):
+        load_model(translator, "float32", "cpu")
+    unknown = changed_config(base_folder, tmp_path / "c", model_type="nonesuch")
+    with pytest.raises(ModelError, match="nonesuch"):
+        load_model(unknown, "float32", "cpu")
+
+
+def test_missing_weights_never_start_at_random_values(base_folder, tmp_path):
+    deeper = changed_config(base_folder, tmp_path / "a", num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"weights are missing.*layers.2"):
+        load_model(deeper, "float32", "cpu")
+    (deeper / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load the model of this folder"):
+        load_model(deeper, "float32", "cpu")
+
+
+def test_a_folder_without_tokenizer(base_folder, tmp_path):
+    folder = changed_config(base_folder, tmp_path / "a")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, words in [
+        (tmp_path / "missing folder", "no such folder"),
+        (tmp_path / "file", "a file, not a folder"),
+        (tmp_path / "empty", "no config.json"),
+        ("a/b/c", "no such folder"),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            resolve_model_path(path)
+    assert resolve_model_path("owner/name") == "owner/name"
+    for load_one in (load_tokenizer, lambda name: load_model(name, "float32", "cpu")):
+        with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
+            load_one("owner/name")

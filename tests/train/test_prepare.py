@@ -1,0 +1,61 @@
+"""What a run needs before a model is loaded: voice, trees, refusals."""
+
+import pytest
+from conftest import conversations
+from tiny import tiny_tokenizer
+
+from preceptor import config
+from preceptor.data.template import load_template
+from preceptor.errors import DataError
+from preceptor.train.prepare import _turn_end, prepare
+
+TEXTS = [{"text": f"The start of message {n} and its end."} for n in range(5)]
+
+
+def test_plain_text_leaves_a_base_model_what_it_is(run_file):
+    file = run_file(TEXTS)
+    prepared = prepare(config.load(file, ["data.template=null"]))
+    assert prepared.voice.template is None
+    assert not prepared.voice.tokens.added and prepared.voice.tokenizer.chat_template is None
+    assert all(segment.kind == "target" for tree in prepared.train for segment in tree.segments)
+    with_template = prepare(config.load(file))
+    assert list(with_template.voice.tokens.added)[:2] == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_a_conversation_far_down_in_plain_text_is_refused_not_half_trained(run_file):
+    rows = [TEXTS[0]] * 120 + conversations(1)
+    with pytest.raises(DataError, match="no_template: first at .*train.jsonl:121"):
+        prepare(config.load(run_file(rows, data__max_refused=0.0), ["data.template=null"]))
+
+
+def test_mixed_first_rows_get_a_template(run_file):
+    prepared = prepare(config.load(run_file([*TEXTS, *conversations(2)]), ["data.template=null"]))
+    assert prepared.voice.template.name == "chatml"
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        ("<|im_end|>\n", "<|im_end|>"),
+        ("\n<|im_end|>", "<|im_end|>"),
+        ("\n", "<|endoftext|>"),
+        (" END", "<|endoftext|>"),
+    ],
+)
+def test_the_token_after_an_answer_ends_a_turn_also_where_the_eos_is_another(tmp_path, after, end):
+    """Base models often carry a chat template whose end of turn is not their eos."""
+    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|im_end|>"))
+    file = tmp_path / "t.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '" + after.replace("\n", "\\n") + "' }}{% endfor %}"
+    )
+    assert _turn_end(load_template(str(file), tokenizer), tokenizer) == end
+
+
+def test_the_fingerprint_follows_the_tokens_and_the_run_but_not_its_place(run_file):
+    file = run_file()
+    prints = [
+        prepare(config.load(file, overrides)).fingerprint
+        for overrides in ([], ["out=elsewhere"], ["train.seed=5"], ["data.template=llama3"])
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
