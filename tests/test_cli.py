@@ -42,7 +42,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
         "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    for command in ("train", "demo", "show", "chat"):
+    for command in ("train", "demo", "show", "check", "chat"):
         assert command in shown
     assert shown.endswith("False\n")
 

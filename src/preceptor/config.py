@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from preceptor.durations import Duration
 from preceptor.errors import ConfigError
+from preceptor.overrides import apply_override
 from preceptor.yaml_text import dump_yaml, parse_yaml
 
 Path_ = Annotated[str, Field(min_length=1)]
@@ -205,7 +206,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run file is a mapping with model, data and out; found {type(tree).__name__}")
     for override in overrides:
-        _override(tree, override)
+        apply_override(tree, override)
     return beside(build(tree, str(path)), path.parent)
 
 
@@ -240,40 +241,6 @@ def beside(run: Run, folder: Path) -> Run:
         }
     )
     return run.model_copy(update={"data": data})
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: write key=value, for example train.learning_rate=1e-4")
-    *parents, last = key.strip().split(".")
-    try:
-        parsed = parse_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
-    node: Any = tree
-    for part in parents:
-        node = _step_into(node, part, text)
-    if isinstance(node, list):
-        node[_index(node, last, text)] = parsed
-    else:
-        node[last] = parsed
-
-
-def _step_into(node: Any, part: str, text: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, text)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {text!r}: {part} is {node[part]!r} in the run file, which has no keys")
-    return node[part]
-
-
-def _index(node: list[Any], part: str, text: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {text!r}: {part!r} is not an index of a list of {len(node)}")
-    return int(part)
 
 
 def _sentence(detail: ErrorDetails) -> str:

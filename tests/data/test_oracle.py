@@ -1,6 +1,6 @@
 """The proof against an independent oracle: the training templates that TRL ships.
 
-For many chat templates X.jinja, TRL has a twin X_training.jinja in which `{% generation %}` marks what is to be trained.
+For many chat templates X.jinja, TRL has a twin X_training.jinja, in which `{% generation %}` marks what is trained.
 Every turn of every kind of conversation is rendered both ways, X by the Renderer, the twin by transformers, with the
 same template arguments. Context and target must be equal, token for token, but for what TABLE lists: where a twin
 marks what the prompt already holds, or text after the stop token, or changes the template. The test fails for a
@@ -40,10 +40,8 @@ REASONS = {
 }
 # Refusals are listed as !code. The twin then trains something else than the turn that was given, or raises an error.
 
+TABLE = Path(__file__).with_name("oracle.txt")  # one line a twin, one column a kind of conversation
 KINDS = ("one turn", "three turns", "system", "reasoning_content", "inline think", "tools")
-
-TABLE = """
-"""
 
 TOOL = {
     "type": "function",
@@ -61,6 +59,7 @@ QUESTIONS = ("Who goes there?", "2 < 3?", "Say it again.")
 ANSWERS = ("It is I.", "Yes & no.", "I will not.")
 THOUGHTS = ("Thought 0:\nlet me see", "Thought 1:\nhm", "Thought 2")
 TAKES_PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")
+EOS = {"phi3": "<|endoftext|>", "phi3_5": "<|endoftext|>"}  # others: the token that ends a turn
 
 _SPECIAL = re.compile(
     r"<\|[^|<>\s'\"{}]{1,40}\|>|<｜[^｜<>\s'\"{}]{1,40}｜>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_(?:turn|utterance)>"
@@ -123,10 +122,10 @@ def base_tokenizer() -> str:
     return str(tokenizer.to_str())
 
 
-def tokenizer_for(text: str) -> PreTrainedTokenizerFast:
+def tokenizer_for(text: str, eos: str | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer with this template and the special tokens that it writes; its eos ends a turn."""
     tokenizer = Tokenizer.from_str(base_tokenizer())
-    eos = next(stop for stop in (*_STOPS, "</s>") if stop in text or stop == "</s>")
+    eos = eos or next((stop for stop in _STOPS if stop in text), "</s>")
     special = dict.fromkeys(["<bos>", eos, *_SPECIAL.findall(text)])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in _TAGS if tag in text])
@@ -141,7 +140,7 @@ class Pair:
     def __init__(self, name: str) -> None:
         self.name = name
         self.twin = (FOLDER / f"{name}_training.jinja").read_text(encoding="utf-8")
-        self.tokenizer = tokenizer_for((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"))
+        self.tokenizer = tokenizer_for((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), EOS.get(name))
         self.template: Template = load_template("tokenizer", self.tokenizer)
         stops = {*closing_tokens(self.template, self.tokenizer), self.tokenizer.eos_token}
         self.stop_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(stops)))
@@ -198,62 +197,82 @@ class Pair:
         assert len(ours) == len(twins)
         words: set[str] = set()
         for number, (our, twin) in enumerate(zip(ours, twins, strict=True)):
-            found = self.compared(our, twin, THOUGHTS[number])
+            found = self.compared(our, twin, number)
             assert found is not None, [self.tokenizer.decode(ids) for ids in (*our, *twin)]
             words |= found
         return "+".join(word for word in REASONS if word in words) or "="
 
-    def compared(self, our: Step, twin: Step, thought: str) -> set[str] | None:
+    def compared(self, our: Step, twin: Step, number: int) -> set[str] | None:
         """In which ways one turn differs; None if it does so in a way that has no word."""
-        exact = self.around(our, our.target, twin)
-        if exact is not None:
-            return exact
-        rest = self.around(our, our.target[:-1], twin, closed=False)
-        if rest is not None:  # all but the stop token
-            return rest
-        shorter = our.target[len(twin.context) - len(our.context) :]
-        if our.context + our.target[: -len(shorter)] == twin.context:
-            after = self.around(Step(twin.context, shorter), shorter, twin)
-            return None if after is None else after | {"cue"}
-        said, given = self.tokenizer.decode(twin.target), self.tokenizer.decode(our.target)
-        if thought in given and thought not in said and said.endswith(given.rpartition("</think>")[2].strip("\n")[-9:]):
-            return {"unreasoned"} | self.earlier(our, twin)
-        return None
+        found = self.around(our, our.target, twin)
+        if found is None:  # all but the stop token
+            found = self.around(our, our.target[:-1], twin, closed=False)
+        if found is None and our.context == twin.context[: len(our.context)]:
+            header, rest = twin.context[len(our.context) :], our.target[len(twin.context) - len(our.context) :]
+            if header and our.context + our.target == twin.context + rest:
+                after = self.around(Step(twin.context, rest), rest, twin)
+                found = None if after is None else after | {"cue"}
+        return self.without_reasoning(our, twin, number) if found is None else found
 
     def around(self, our: Step, words: tuple[int, ...], twin: Step, closed: bool = True) -> set[str] | None:
         """The differences if the twin's target is `words` with something before and after; None if it is not.
 
         closed: `words` ends with the stop token; else the twin has another one in its place, or none.
         """
-        at = next((i for i in range(len(twin.target)) if twin.target[i : i + len(words)] == words), None)
+        at = place(words, twin.target)
         if at is None:
             return None
         before, after = twin.target[:at], twin.target[at + len(words) :]
-        found = self.earlier(our, twin, before)
-        if before:
-            text = self.tokenizer.decode(before)
-            if our.context[-len(before) :] == before:
-                found.add("prefill" if "think" in text else "header")
-            elif text.count("<think>") == 2 and our.context[-len(before) :] != before:
-                found.add("twice")
-            else:
+        if before and our.context[-len(before) :] != before:
+            if self.tokenizer.decode(before).count("<think>") != 2:
                 return None
-        if not closed:
-            found.add("end" if after else "endless")
-            return found if len(after) <= 1 else None
-        if after:
-            text = self.tokenizer.decode(after)
-            if text.strip() not in ("", self.tokenizer.eos_token):
-                return None
-            found |= {"newline"} if text[:1].isspace() else set()
-            found |= {"eos"} if text.strip() else set()
-        return found
+            found = {"twice"} | earlier(our, twin)
+        else:
+            found = self.held_already(before) | (set() if twin.context + before == our.context else {"history"})
+        if closed:
+            more = self.after(after)
+            return None if more is None else found | more
+        return found | {"end" if after else "endless"} if len(after) <= 1 else None
 
-    def earlier(self, our: Step, twin: Step, before: tuple[int, ...] | None = None) -> set[str]:
-        """Whether the twin's turn stands in another context. before: of its target, what our context holds already."""
-        if before is None:
-            return set() if our.context[: len(twin.context)] == twin.context else {"history"}
-        return set() if twin.context + before == our.context else {"history"}
+    def without_reasoning(self, our: Step, twin: Step, number: int) -> set[str] | None:
+        """The differences if the twin has the turn's answer and not its reasoning; None if that is not so."""
+        answer = tuple(self.tokenizer(ANSWERS[number], add_special_tokens=False)["input_ids"])
+        at = place(answer, twin.target)
+        if at is None or self.reasons(twin, number) or not self.reasons(our, number):
+            return None
+        before, after = twin.target[:at], twin.target[at + len(answer) :]
+        if not set(before) <= {*our.context, *our.target}:
+            return None
+        pairs = enumerate(zip(our.context[len(twin.context) :], before, strict=False))
+        held = before[: next((i for i, (one, other) in pairs if one != other), len(our.context) - len(twin.context))]
+        stopped = after[:1] == our.target[-1:]
+        more = self.after(after[1:]) if stopped else {"end"} if len(after) == 1 else None
+        return None if more is None else {"unreasoned"} | more | earlier(our, twin) | self.held_already(held)
+
+    def reasons(self, step: Step, number: int) -> bool:
+        return THOUGHTS[number] in self.tokenizer.decode(step.target)
+
+    def held_already(self, before: tuple[int, ...]) -> set[str]:
+        if not before:
+            return set()
+        return {"prefill" if "think" in self.tokenizer.decode(before) else "header"}
+
+    def after(self, after: tuple[int, ...]) -> set[str] | None:
+        """The differences if this follows the stop token; None if there is no word for it."""
+        text = self.tokenizer.decode(after)
+        if text.strip() not in ("", self.tokenizer.eos_token):
+            return None
+        return ({"newline"} if text[:1].isspace() else set()) | ({"eos"} if text.strip() else set())
+
+
+def place(words: tuple[int, ...], ids: tuple[int, ...]) -> int | None:
+    """Where `words` first stands in `ids`."""
+    return next((at for at in range(len(ids)) if ids[at : at + len(words)] == words), None)
+
+
+def earlier(our: Step, twin: Step) -> set[str]:
+    """`history` if the twin's turn does not stand where the prompt, or a part of it, ends."""
+    return set() if our.context[: len(twin.context)] == twin.context else {"history"}
 
 
 def steps_of(tree: Tree, stop_ids: set[int]) -> list[Step]:
@@ -270,7 +289,10 @@ def steps_of(tree: Tree, stop_ids: set[int]) -> list[Step]:
 
 
 def expected() -> dict[str, dict[str, str]]:
-    rows = (re.split(r"\s*\|\s*", line.strip()) for line in TABLE.strip().splitlines())
+    """The table: for each twin and kind, words of REASONS joined by +, or !code."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    (_, *kinds), *rows = (re.split(r"\s*\|\s*", line.strip()) for line in lines)
+    assert tuple(kinds) == KINDS
     return {name: dict(zip(KINDS, cells, strict=True)) for name, *cells in rows}
 
 
@@ -287,15 +309,3 @@ def test_the_table_lists_every_twin_once_in_known_words() -> None:
     assert sorted(expected()) == NAMES
     words = {word for row in expected().values() for cell in row.values() for word in cell.split("+")}
     assert {word for word in words if not word.startswith("!")} == set(REASONS)
-
-
-if __name__ == "__main__":
-    for name in NAMES:
-        pair = Pair(name)
-        cells = []
-        for kind in KINDS:
-            try:
-                cells.append(pair.differences(kind))
-            except AssertionError as error:
-                cells.append(f"??? {str(error)[:3000]}")
-        print(name, "|", " | ".join(cells))

@@ -129,6 +129,15 @@ def changed_config(base_folder, folder, **changes):
     return folder
 
 
+def test_sampling_values_without_do_sample_do_not_make_the_last_save_fail(base_folder, tmp_path):
+    folder = changed_config(base_folder, tmp_path / "a")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 0}))
+    for init in ("pretrained", "random"):
+        save_model(load_model(folder, "float32", "cpu", init=init), load_tokenizer(folder), tmp_path / init)
+        written = json.loads((tmp_path / init / "generation_config.json").read_text())
+        assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, True)
+
+
 def test_what_is_no_causal_language_model_is_refused(base_folder, tmp_path):
     classifier = changed_config(base_folder, tmp_path / "a", architectures=["LlamaForSequenceClassification"])
     with pytest.raises(ModelError, match=r"LlamaForSequenceClassification.*no causal language model"):
@@ -145,6 +154,9 @@ def test_missing_weights_never_start_at_random_values(base_folder, tmp_path):
     deeper = changed_config(base_folder, tmp_path / "a", num_hidden_layers=3)
     with pytest.raises(ModelError, match=r"weights are missing.*layers.2"):
         load_model(deeper, "float32", "cpu")
+    (deeper / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="cannot load the model of this folder"):
+        load_model(deeper, "float32", "cpu")
     (deeper / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot load the model of this folder"):
         load_model(deeper, "float32", "cpu")
@@ -154,7 +166,7 @@ def test_a_folder_without_tokenizer(base_folder, tmp_path):
     folder = changed_config(base_folder, tmp_path / "a")
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ModelError, match="tokenizer"):
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         load_tokenizer(folder)
 
 

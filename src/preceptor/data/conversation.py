@@ -35,7 +35,7 @@ class Message:
 
     @property
     def role(self) -> str:
-        return self.given["role"]
+        return str(self.given["role"])
 
     @property
     def content(self) -> str:

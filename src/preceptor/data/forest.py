@@ -129,7 +129,7 @@ def _lay_out(
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
     children: list[list[int]] = [[] for _ in tree.segments]
-    roots = []
+    roots: list[int] = []
     for index, segment in enumerate(tree.segments):
         assert segment.parent is None or segment.parent < index, "parents come before children"
         (roots if segment.parent is None else children[segment.parent]).append(index)

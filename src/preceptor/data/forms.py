@@ -67,7 +67,7 @@ def find_forms(template: Template) -> Forms:
     with_parts = _rendered(template, turns, None)
     return Forms(
         object_arguments=any("probe_key" in text and "probe value" in text for text in shows_object),
-        string_arguments=any(as_string in text for text in shows_string),
+        string_arguments=any(as_string in text and f"{{{as_string}}}" not in text for text in shows_string),
         absent_content=any("probe_name" in text and "None" not in text for text in (shows_object[0], shows_string[0])),
         empty_content=any("probe_name" in text for text in (shows_object[1], shows_string[1])),
         text_parts=with_parts.count("probe text") >= 2 and "'type'" not in with_parts,

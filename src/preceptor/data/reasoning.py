@@ -119,7 +119,7 @@ def with_reasoning(given: Mapping[str, Any], prompt: str, between: str, said: st
     if has_tag(rest):
         return None
     if own:
-        if not opened:
+        if not opened or (inline is not None and inline_reasoning(said) is None):
             return None
         close = _TAGS[opened]
         return (f"{own.strip()}\n{close}\n\n" if prompt.endswith("\n") else f"{own}{close}") + rest + said

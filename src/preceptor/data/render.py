@@ -42,7 +42,7 @@ class Renderer:
     def __init__(
         self,
         tokenizer: Any,
-        template: Template,
+        template: Template | None,
         *,
         stop_token_ids: Collection[int],
         special_tokens_in_text: SpecialTokens = "refuse",
@@ -51,7 +51,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         # The tokenizer's special tokens as they are now: its eos may have been aligned since the template was loaded.
-        self.template = replace(template, variables=dict(tokenizer.special_tokens_map))
+        self._template = template and replace(template, variables=dict(tokenizer.special_tokens_map))
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
@@ -68,6 +68,13 @@ class Renderer:
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
+    @property
+    def template(self) -> Template:
+        """The template of conversations. Raises Refused where the run has none."""
+        if self._template is None:
+            raise Refused("no_template", "a conversation")
+        return self._template
+
     def __reduce__(self) -> Any:
         chosen = {
             "stop_token_ids": self.stop_token_ids,
@@ -75,7 +82,7 @@ class Renderer:
             "targets": self.targets,
             "template_kwargs": self.template_kwargs,
         }
-        return _rebuilt, (self.tokenizer, self.template, chosen)
+        return _rebuilt, (self.tokenizer, self._template, chosen)
 
     def render(self, record: Record) -> Tree | Refusal:
         """The record's tree, its context and target segments; or why it cannot be trained."""
@@ -229,7 +236,7 @@ class Renderer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _rebuilt(tokenizer: Any, template: Template, chosen: Mapping[str, Any]) -> Renderer:
+def _rebuilt(tokenizer: Any, template: Template | None, chosen: Mapping[str, Any]) -> Renderer:
     """A renderer in another process: the same, with empty caches."""
     return Renderer(tokenizer, template, **chosen)
 

@@ -100,7 +100,7 @@ class Tokeniser:
         """The ids of a text that follows `after`, tokenised on its own: no token crosses the boundary.
 
         For tokenizers that put a space before the start of every text, that space is not there: the text is then
-        tokenised behind the end of `after`, or behind a newline where a token would cross.
+        tokenised behind the end of `after`, or behind another character where a token would cross.
         """
         if self._start_is_special or not self._chunked:
             return self._continued(text, after) if self._start_is_special else self.whole(text)
@@ -116,7 +116,7 @@ class Tokeniser:
 
     def _continued(self, text: str, after: str) -> Ids:
         anchor = after[self._starts[-1] :] if after is self._text else after
-        for before in (anchor, "\n"):
+        for before in (anchor, "\n", "a", "."):
             before_ids, both = self.whole(before), self.whole(before + text)
             if both[: len(before_ids)] == before_ids and self._spells(both[len(before_ids) :], text):
                 return both[len(before_ids) :]
@@ -176,11 +176,14 @@ class Tokeniser:
         return tuple(ids[num_before:])
 
     def _treats_start_differently(self) -> bool:
-        if not self._chunked:
-            return self.whole("a") != self.whole("\na")[len(self.whole("\n")) :]
-        token = next(iter(self._tokenizer.added_tokens_decoder.values())).content
-        samples = ("a", " a", "\na", "é")
-        return any(self.whole(token + sample)[len(self.whole(token)) :] != self.whole(sample) for sample in samples)
+        """Whether a text on its own is tokenised otherwise than behind a newline or an added token."""
+        added = list(self._tokenizer.added_tokens_decoder.values())
+        befores = ["\n", *(token.content for token in added[:1] if self._chunked)]
+        return any(
+            self.whole(before + sample)[len(self.whole(before)) :] != self.whole(sample)
+            for before in befores
+            for sample in ("a", "é")
+        )
 
 
 def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:

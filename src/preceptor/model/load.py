@@ -58,6 +58,10 @@ def load_tokenizer(
             place, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if Path(place).is_dir() and not (Path(place) / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{place}: no tokenizer.json in this folder; copy the model's tokenizer into it"
+            ) from error
         raise ModelError(_explain(place, "tokenizer", error)) from error
     if not tokenizer.get_vocab():
         raise ModelError(f"{place}: no tokenizer in this folder; it needs tokenizer.json or the files of its kind")
@@ -79,6 +83,7 @@ def load_model(
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = resolve_model_path(path)
@@ -98,9 +103,10 @@ def load_model(
                 place, config=config, dtype=dtype, output_loading_info=True, **source
             )
             _require_all_weights(place, report)
+        _make_savable(model)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(place, "model", error)) from error
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -156,6 +162,18 @@ def _read_generation_config(model: "PreTrainedModel", place: str, revision: str 
         return  # the folder has none: what transformers derived from the model's config stands
 
 
+def _make_savable(model: "PreTrainedModel") -> None:
+    """Sampling values without do_sample, which many a base model has, would make saving fail after the training."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        generation.validate(strict=True)
+
+
 def save_model(
     model: "nn.Module",
     tokenizer: "PreTrainedTokenizerBase",
@@ -168,6 +186,8 @@ def save_model(
     subfolder `adapter`. generation_config: instead of the model's own. All or nothing: the files are written to a
     folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists or cannot be written.
     """
+    from safetensors import SafetensorError
+
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
@@ -178,7 +198,7 @@ def save_model(
         _make_durable(partial)
         partial.rename(path)
         _sync(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from preceptor.errors import CheckpointError
 
@@ -23,7 +22,7 @@ from preceptor.errors import CheckpointError
 class State:
     """What a run is between two steps. `step` counts the steps taken."""
 
-    model: nn.Module
+    model: Any
     optimizer: torch.optim.Optimizer
     step: int = 0
 

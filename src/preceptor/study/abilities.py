@@ -1,0 +1,222 @@
+"""What a chat template can and cannot do, found by rendering and proving small conversations, never by reading it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from preceptor.data import reasoning
+from preceptor.data.conversation import Refusal
+from preceptor.data.forest import Tree
+from preceptor.data.forms import find_forms
+from preceptor.data.render import Renderer
+from preceptor.data.template import Template
+from preceptor.study.fields import whence
+from preceptor.study.outcomes import Outcome, outcome, render_or_none
+from preceptor.study.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
+from preceptor.study.tokens import special_ids
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Where a system prompt goes.
+
+    moves: once there are several turns, it stands behind the first. developer: messages of role `developer` are shown.
+    default: what the template itself says before the first message; default_stays: also when a system prompt is given.
+    """
+
+    place: Literal["own", "merged", "dropped", "refused"]
+    moves: bool
+    developer: bool
+    default: str
+    default_stays: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a server's prompt ends with. text: None if asking for an answer changes what came before it.
+
+    opens: the tag of a reasoning block that is left open; closes: an empty one is written and closed.
+    """
+
+    text: str | None
+    opens: str
+    closes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What ends a turn. written: by the turn itself, by the next message only, or by neither (the eos is appended).
+
+    after: what the template writes behind it, which belongs to the next context.
+    """
+
+    token: str
+    written: Literal["turn", "next_message", "appended"]
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """All findings on one template with one tokenizer.
+
+    stops: by kind of turn (`answer`, `tool call`), where proved. openings: by template argument, "" for none of them.
+    assumed_special: the special tokens that were assumed, since no tokenizer was given; None: it was a real one.
+    """
+
+    template: str
+    assumed_special: tuple[str, ...] | None
+    bos: str
+    starts_with_bos: bool
+    first_token: str
+    system: System
+    openings: Mapping[str, Opening]
+    stops: Mapping[str, Stop]
+    stop_tokens: tuple[str, ...]
+    tools_shown: bool
+    tool_template: bool
+    arguments: Literal["object", "string", "both", "neither"]
+    text_parts: bool
+    outcomes: tuple[Outcome, ...]
+
+
+def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> Abilities:
+    template, tokenizer = renderer.template, renderer.tokenizer
+    trees = {probe.kind: renderer.render(probe.record()) for probe in PROBES}
+    asked = [says("user", QUESTIONS[0])]
+    forms = find_forms(template)
+    arguments = {(True, True): "both", (True, False): "object", (False, True): "string", (False, False): "neither"}
+    prompt = render_or_none(template, asked, prompt=True) or ""
+    bos = tokenizer.bos_token or ""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return Abilities(
+        template=template.name,
+        assumed_special=None if assumed_special is None else tuple(assumed_special),
+        bos=bos,
+        starts_with_bos=bool(bos) and prompt.startswith(bos),
+        first_token=str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
+        system=_system(template, tokenizer),
+        openings=_openings(template, asked),
+        stops=_stops(template, renderer, trees),
+        stop_tokens=tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids)),
+        tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
+        tool_template="tool_use" in template.texts and len(template.texts) > 1,
+        arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
+        text_parts=forms.text_parts,
+        outcomes=tuple(outcome(probe, trees[probe.kind], renderer) for probe in PROBES),
+    )
+
+
+def to_json(found: Abilities) -> dict[str, Any]:
+    """Plain lists and dicts of all findings."""
+    return asdict(found)
+
+
+# System prompt -------------------------------------------------------------------------------------------------------
+
+
+def _system(template: Template, tokenizer: Any) -> System:
+    first, second = (says("user", question) for question in QUESTIONS)
+    answer = says("assistant", ANSWERS[0])
+    system = says("system", SYSTEM)
+    plain = render_or_none(template, [first], prompt=True) or ""
+    given = render_or_none(template, [system, first], prompt=True)
+    longer = render_or_none(template, [system, first, answer, second], prompt=True) or ""
+    developer = render_or_none(template, [says("developer", SYSTEM), first], prompt=True) or ""
+    default = _default_system(template, tokenizer, plain)
+    longest_line = max(default.splitlines(), key=len, default="").strip()
+    return System(
+        place=_place(plain, given),
+        moves=ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),
+        developer=SYSTEM in developer,
+        default=default,
+        default_stays=bool(longest_line) and longest_line in (given or ""),
+    )
+
+
+def _place(plain: str, given: str | None) -> Literal["own", "merged", "dropped", "refused"]:
+    """Own: what opens a user's message stands between the system prompt and the user's words, not before both."""
+    if given is None:
+        return "refused"
+    if SYSTEM not in given:
+        return "dropped"
+    between = given[given.find(SYSTEM) + len(SYSTEM) : given.find(QUESTIONS[0])]
+    header = _common_end(plain.partition(QUESTIONS[0])[0], between)
+    return "own" if header.strip() else "merged"
+
+
+def _default_system(template: Template, tokenizer: Any, plain: str) -> str:
+    """What stands before the first message besides its own header and special tokens; "" if nothing."""
+    turns = [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0]), says("user", QUESTIONS[1])]
+    both = render_or_none(template, turns, prompt=True) or ""
+    before = plain.partition(QUESTIONS[0])[0]
+    between = both.partition(ANSWERS[0])[2].partition(QUESTIONS[1])[0]
+    own = before[: len(before) - len(_common_end(before, between))]
+    words = own
+    for id_ in special_ids(tokenizer):
+        words = words.replace(str(tokenizer.convert_ids_to_tokens(id_)), "\n")
+    lines = [line for line in words.splitlines() if line.strip() and line.strip().lower() not in _ROLE_LINES]
+    return "\n".join(lines).strip() if between and any(c.isalpha() for c in "".join(lines)) else ""
+
+
+_ROLE_LINES = ("system", "developer", "[inst]", "### system:", "system:")  # headers, which say nothing
+
+
+def _common_end(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
+# Where the answer starts and ends ------------------------------------------------------------------------------------
+
+
+def _openings(template: Template, asked: Sequence[Mapping[str, Any]]) -> dict[str, Opening]:
+    found = {"": _opening(template, asked)}
+    for name in template.reasoning_switches:
+        for value in (True, False):
+            found[f"{name}: {str(value).lower()}"] = _opening(template, asked, **{name: value})
+    return found
+
+
+def _opening(template: Template, asked: Sequence[Mapping[str, Any]], **arguments: Any) -> Opening:
+    before = render_or_none(template, asked, **arguments) or ""
+    prompt = render_or_none(template, asked, prompt=True, **arguments) or ""
+    text = prompt[len(before) :] if before and prompt.startswith(before) else None
+    return Opening(text, reasoning.opened_by(prompt)[0], reasoning.closed_by(prompt) >= 0)
+
+
+def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Refusal]) -> dict[str, Stop]:
+    """For an answer and for a tool call: of the first turn of a probe that is proved."""
+    found = {}
+    kinds = {
+        "answer": ("one turn", "several turns", "reasoning_content", "inline <think>"),
+        "tool call": ("tool call", "tool call without content", "reasoning with tool calls"),
+    }
+    for name, tried in kinds.items():
+        for probe in (probe for kind in tried for probe in PROBES if probe.kind == kind):
+            tree = trees[probe.kind]
+            if isinstance(tree, Tree):
+                stop = _stop(template, renderer, probe, tree)
+                if stop is not None:
+                    found[name] = stop
+                    break
+    return found
+
+
+def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> Stop | None:
+    turns = whence(probe.record(), tree, renderer).turns
+    own = [index for index, turn in enumerate(turns) if turn == 1]
+    if not own:
+        return None
+    token = str(renderer.tokenizer.convert_ids_to_tokens(tree.segments[own[-1]].ids[-1]))
+    said = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
+    full = render_or_none(template, probe.messages[:2], probe.tools) or ""
+    place = full.rfind(token, full.rfind(said))
+    if place >= 0:
+        return Stop(token, "turn", full[place + len(token) :])
+    follower = probe.messages[2] if len(probe.messages) > 2 else says("user", QUESTIONS[1])
+    words = follower["content"]
+    longer = (render_or_none(template, [*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
+    place = longer.rfind(token, longer.rfind(said))
+    return Stop(token, "next_message", longer[place + len(token) :]) if place >= 0 else Stop(token, "appended", "")

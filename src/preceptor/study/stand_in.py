@@ -1,0 +1,49 @@
+"""A tokenizer that stands in for a model's, so that a template can be looked at alone.
+
+Its characters are bytes; its special tokens are what looks like one in the template's text; its bos and eos are names of
+its own, `<bos>` and `<eos>`. What hangs on the real vocabulary (above all: which token ends a turn) is therefore an
+assumption, and everything that is shown from it says so.
+"""
+
+import re
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from preceptor.data.closings import closing_tokens
+from preceptor.data.render import Renderer
+from preceptor.data.template import BUILTIN, load_template
+
+BOS, EOS = "<bos>", "<eos>"
+
+# <|im_end|>, <｜User｜>, </s>, <end_of_turn>, [INST]; not <think> or <tool_call>, which are ordinary tokens or text.
+_LOOKS_SPECIAL = re.compile(
+    r"<\|[^|<>\s{}'\"]+\|>|<｜[^｜<>\s{}]+｜>|</?s>|<\w*(?:start|end)_of_\w+>|\[/?[A-Z][A-Z_]*\]|<\|?\w+\|>"
+)
+
+
+def stand_in_renderer(name: str) -> tuple[Renderer, tuple[str, ...]]:
+    """A renderer for `chatml`, `llama3` or the path of a .jinja file, and the special tokens that were assumed.
+
+    Raises TemplateError as `load_template`.
+    """
+    tokenizer = _bytes_tokenizer()
+    template = load_template(name, tokenizer)
+    body = re.sub(r"\{#.*?#\}", "", template.text, flags=re.DOTALL)
+    found = dict.fromkeys(_LOOKS_SPECIAL.findall(body)) if name not in BUILTIN else {}
+    assumed = tuple(dict.fromkeys([*template.needed_tokens, *found]))
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in assumed], special_tokens=True)
+    closings = closing_tokens(template, tokenizer)
+    if closings:
+        tokenizer.eos_token = closings[0]
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in closings]
+    return Renderer(tokenizer, template, stop_token_ids=stops), assumed
+
+
+def _bytes_tokenizer() -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS)

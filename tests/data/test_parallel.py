@@ -1,0 +1,127 @@
+"""Rendering in several processes gives what one process gives, in order, reads little ahead, and hides no error."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import conversations
+from tiny import tiny_tokenizer
+
+from preceptor.data import parallel
+from preceptor.data.conversation import Conversation, Document, Message, Record, Refusal
+from preceptor.data.forest import Segment, Tree
+from preceptor.data.parallel import render_all
+from preceptor.data.render import Renderer
+from preceptor.data.template import builtin_tokens, load_template
+from preceptor.errors import PreceptorError
+
+
+class ShowsProcess:
+    """Renders to the id of the process that did it; ends as its records ask."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def render(self, record: Record) -> Tree | Refusal:
+        assert isinstance(record, Document)
+        (self.folder / str(os.getpid())).touch()
+        if record.text == "fail":
+            raise ValueError(f"cannot render {record.source}")
+        if record.text == "die" and os.getpid() != int((self.folder / "caller").read_text()):
+            os._exit(1)
+        return Tree(record.source, (Segment("target", (os.getpid(),), None),))
+
+
+@pytest.fixture
+def shows_process(tmp_path: Path) -> ShowsProcess:
+    (tmp_path / "caller").write_text(str(os.getpid()))
+    return ShowsProcess(tmp_path)
+
+
+@pytest.fixture
+def started_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes are started from the first chunk on, and are ready before the second."""
+    monkeypatch.setattr(parallel, "_SMALL_CHARACTERS", 1)
+    monkeypatch.setattr(parallel, "_CHUNK_CHARACTERS", 4000)
+
+
+def documents(num: int) -> list[Document]:
+    return [Document(f"file:{number}", "text " * 20) for number in range(num)]
+
+
+def waiting_for_the_pool(shows_process: ShowsProcess, records: list[Document]) -> Iterator[Document]:
+    """Records that keep coming until another process has rendered some of them."""
+    while len(list(shows_process.folder.iterdir())) < 3:  # "caller", this process, another
+        yield Document("more", "x" * 4000)
+    yield from records
+
+
+def test_gives_the_same_in_order_as_one_process(started_at_once: None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(builtin_tokens("chatml"))})
+    renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[])
+    records: list[Record | Refusal] = [
+        Conversation(f"file:{n}", tuple(Message(m, train=m["role"] == "assistant") for m in row["messages"]))
+        for n, row in enumerate(conversations(3000))
+    ]
+    records[5] = Refusal("file:5", "bad_message", "as it was read")
+    records[7] = Conversation("file:7", (Message({"role": "user", "content": "no answer"}),))
+    alone = list(render_all(renderer, records))
+    assert [record for record, _ in alone] == records
+    assert isinstance(alone[5][1], Refusal) and isinstance(alone[7][1], Refusal)
+    assert sum(isinstance(tree, Tree) for _, tree in alone) == 2998
+    assert list(render_all(renderer, records, num_processes=2)) == alone
+
+
+def test_other_processes_do_a_part_of_the_work(shows_process: ShowsProcess, started_at_once: None) -> None:
+    records = list(waiting_for_the_pool(shows_process, [])) or documents(1)
+    given = waiting_for_the_pool(shows_process, documents(3000))
+    outcomes = [(record, tree) for record, tree in render_all(shows_process, given, num_processes=2)]
+    processes = {tree.segments[0].ids[0] for _, tree in outcomes if isinstance(tree, Tree)}
+    assert len(processes) == 2 and os.getpid() in processes
+    assert [record for record, _ in outcomes][-3000:] == documents(3000)
+    assert records
+
+
+def test_starts_no_process_for_a_small_input(shows_process: ShowsProcess) -> None:
+    list(render_all(shows_process, documents(100), num_processes=8))
+    assert sorted(file.name for file in shows_process.folder.iterdir()) == sorted(["caller", str(os.getpid())])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_an_error_reaches_the_caller(shows_process: ShowsProcess, started_at_once: None, num_processes: int) -> None:
+    given = waiting_for_the_pool(shows_process, [*documents(50), Document("file:50", "fail"), *documents(2000)])
+    if num_processes == 1:
+        (shows_process.folder / "another").touch()
+    with pytest.raises(ValueError, match="cannot render file:50"):
+        list(render_all(shows_process, given, num_processes))
+
+
+def test_a_process_that_is_killed_is_reported(shows_process: ShowsProcess, started_at_once: None) -> None:
+    given = waiting_for_the_pool(shows_process, [Document("file:1", "die")] * 3000)
+    with pytest.raises(PreceptorError, match="use fewer processes than 2"):
+        list(render_all(shows_process, given, num_processes=2))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_reads_a_bounded_number_of_records_ahead(
+    shows_process: ShowsProcess, started_at_once: None, num_processes: int
+) -> None:
+    num_read = 0
+
+    def read() -> Iterator[Document]:
+        nonlocal num_read
+        for document in documents(6000):
+            num_read += 1
+            yield document
+
+    ahead = [num_read - number for number, _ in enumerate(render_all(shows_process, read(), num_processes))]
+    assert len(ahead) == 6000
+    assert max(ahead) <= 14 * (2 * parallel._BACKLOG + 2)  # 14 of these make a chunk
+
+
+def test_can_be_left_early(shows_process: ShowsProcess, started_at_once: None) -> None:
+    outcomes = render_all(shows_process, documents(3000), num_processes=2)
+    assert next(outcomes)[0] == documents(1)[0]
+    outcomes.close()
