@@ -14,28 +14,22 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def made_by(script):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_tree_in_the_readme_is_the_tree():
-    block = re.search(r"```\nsrc/preceptor/\n(.*?)```", README, re.DOTALL).group(1)
-    named, folders = set(), {0: ""}
-    for line in block.splitlines():
-        match = re.match(r"( +)([\w.]+/?) {2,}\S", line)
-        assert match, f"no name with a line of its own: {line!r}"
-        depth, name = len(match[1]) // 2, match[2]
-        path = folders[depth - 1] + name
-        folders[depth] = path
-        if name.endswith(".py"):
-            named.add(path)
-    source = ROOT / "src" / "preceptor"
-    actual = {str(path.relative_to(source)) for path in source.rglob("*.py") if path.name != "__init__.py"}
-    assert named == actual
+    module = made_by("make_tree")
+    assert module.BLOCK.search(README).group() == module.tree(), "run python docs/make_tree.py"
+    assert README.count("render.py") >= 1
 
 
 def test_the_run_file_page_is_made_from_the_fields():
-    script = ROOT / "docs" / "make_run_file_page.py"
-    spec = importlib.util.spec_from_file_location("make_run_file_page", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == module.page()
+    assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)

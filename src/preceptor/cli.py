@@ -113,36 +113,28 @@ def show(
     template: Annotated[str | None, typer.Option(help="With --model: the chat template, as in a run file.")] = None,
     row: Annotated[int | None, typer.Option(min=1, help="Only this row of the data, counted from 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a conversation.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="A page on which to step through rows.")
+    ] = None,
 ) -> None:
     """Show which tokens of each conversation are context and which are trained."""
-    from preceptor.data.conversation import Refusal
-    from preceptor.study.show import summary_line, to_json, to_text
+    from preceptor.study.page import check_page_file, write_page
+    from preceptor.study.show import show_rows
     from preceptor.train.metrics import standard_console
 
+    if html is not None:
+        check_page_file(html, as_json)
     run = _run_of(run_file, model, data, template)
     renderer, records = _open_data(run)
-    tokenizer = renderer.tokenizer
     console = standard_console()
-    shown = 0
-    for number, record in enumerate(records, start=1):
-        if row is not None and number != row:
-            continue
-        shown += 1
-        rendered = record if isinstance(record, Refusal) else renderer.render(record)
-        if as_json:
-            print(json.dumps(to_json(record.source, rendered), ensure_ascii=False))
-        else:
-            console.rule(record.source, align="left")
-            console.print(to_text(rendered, tokenizer))
-            if not isinstance(rendered, Refusal):
-                console.print(summary_line(rendered), style="italic", highlight=False)
-            if row is None and shown == 5:
-                console.print("the first 5 rows; --row N shows another, --json all", highlight=False)
-                break
-        if row is not None:
-            break
-    if not shown:
-        raise errors.DataError(f"--row {row}: the data has fewer rows")
+    if html is not None:
+        about = f"{', '.join(source.path for source in run.data.train)}, as {run.model.path} reads it"
+        num_rows = write_page(html, records, renderer, about, row)
+        console.print(f"rows in {html}: {num_rows}; open it in a browser", highlight=False)
+    else:
+        num_rows = show_rows(records, renderer, row, as_json, console)
+    if not num_rows:
+        raise errors.DataError("the data has no rows" if row is None else f"--row {row}: the data has fewer rows")
 
 
 @app.command()
@@ -171,6 +163,30 @@ def check(
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
     if not found["passed"]:
         raise typer.Exit(EXIT_CODES[errors.DataError])
+
+
+@app.command()
+def template(
+    name: Annotated[str, typer.Argument(help="`chatml`, `llama3`, a .jinja file, or a model with its own.")],
+    model: Annotated[str | None, typer.Option(help="With a template's name or file: whose tokenizer to use.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a chat template can and cannot do, from the same proofs as training."""
+    from preceptor.data.template import BUILTIN
+    from preceptor.study.abilities import find_abilities, to_json
+    from preceptor.study.abilities_text import to_text
+    from preceptor.study.stand_in import stand_in_renderer
+
+    is_template = name in BUILTIN or Path(name).suffix == ".jinja" or Path(name).is_file()
+    if model is not None and not is_template:
+        raise errors.ConfigError(
+            f"--model goes with chatml, llama3 or a .jinja file; {name} is taken for a model itself"
+        )
+    if is_template and model is None:
+        found = find_abilities(*stand_in_renderer(name))
+    else:
+        found = find_abilities(_renderer_of(model or name, name if is_template else "tokenizer"))
+    print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else to_text(to_json(found)))
 
 
 @app.command()
@@ -216,6 +232,15 @@ def _run_of(run_file: Path | None, model: str | None, data: str | None, template
         raise errors.ConfigError("--model and --data go together")
     tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "template": template}, "out": "-"}
     return config.build(tree, "command line")
+
+
+def _renderer_of(model: str, template: str) -> Any:
+    from preceptor import config
+    from preceptor.train.prepare import give_voice
+
+    tree = {"model": {"path": model}, "data": {"train": [{"path": "-"}], "template": template}, "out": "-"}
+    run = config.build(tree, "command line")
+    return give_voice(run.model, run.data).renderer(run.data)
 
 
 def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:

@@ -1,13 +1,14 @@
 """Rendering in several processes gives what one process gives, in order, reads little ahead, and hides no error."""
 
 import os
+import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import conversations
-from tiny import tiny_tokenizer
 
+from conftest import conversations
 from preceptor.data import parallel
 from preceptor.data.conversation import Conversation, Document, Message, Record, Refusal
 from preceptor.data.forest import Segment, Tree
@@ -53,35 +54,38 @@ def documents(num: int) -> list[Document]:
 def waiting_for_the_pool(shows_process: ShowsProcess, records: list[Document]) -> Iterator[Document]:
     """Records that keep coming until another process has rendered some of them."""
     while len(list(shows_process.folder.iterdir())) < 3:  # "caller", this process, another
+        time.sleep(0.01)
         yield Document("more", "x" * 4000)
     yield from records
 
 
 def test_gives_the_same_in_order_as_one_process(started_at_once: None) -> None:
+    from tiny import tiny_tokenizer  # not above: the other processes import this file, and torch takes seconds
+
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(builtin_tokens("chatml"))})
     renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[])
     records: list[Record | Refusal] = [
         Conversation(f"file:{n}", tuple(Message(m, train=m["role"] == "assistant") for m in row["messages"]))
-        for n, row in enumerate(conversations(3000))
+        for n, row in enumerate(conversations(600))
     ]
     records[5] = Refusal("file:5", "bad_message", "as it was read")
     records[7] = Conversation("file:7", (Message({"role": "user", "content": "no answer"}),))
     alone = list(render_all(renderer, records))
     assert [record for record, _ in alone] == records
     assert isinstance(alone[5][1], Refusal) and isinstance(alone[7][1], Refusal)
-    assert sum(isinstance(tree, Tree) for _, tree in alone) == 2998
+    assert sum(isinstance(tree, Tree) for _, tree in alone) == 598
     assert list(render_all(renderer, records, num_processes=2)) == alone
+    copy = pickle.loads(pickle.dumps(renderer))  # as another process gets it
+    assert list(render_all(copy, records)) == alone
 
 
 def test_other_processes_do_a_part_of_the_work(shows_process: ShowsProcess, started_at_once: None) -> None:
-    records = list(waiting_for_the_pool(shows_process, [])) or documents(1)
     given = waiting_for_the_pool(shows_process, documents(3000))
     outcomes = [(record, tree) for record, tree in render_all(shows_process, given, num_processes=2)]
     processes = {tree.segments[0].ids[0] for _, tree in outcomes if isinstance(tree, Tree)}
     assert len(processes) == 2 and os.getpid() in processes
     assert [record for record, _ in outcomes][-3000:] == documents(3000)
-    assert records
 
 
 def test_starts_no_process_for_a_small_input(shows_process: ShowsProcess) -> None:
@@ -112,12 +116,13 @@ def test_reads_a_bounded_number_of_records_ahead(
 
     def read() -> Iterator[Document]:
         nonlocal num_read
-        for document in documents(6000):
+        waiting = waiting_for_the_pool(shows_process, documents(3000)) if num_processes > 1 else documents(3000)
+        for document in waiting:
             num_read += 1
             yield document
 
     ahead = [num_read - number for number, _ in enumerate(render_all(shows_process, read(), num_processes))]
-    assert len(ahead) == 6000
+    assert len(ahead) >= 3000
     assert max(ahead) <= 14 * (2 * parallel._BACKLOG + 2)  # 14 of these make a chunk
 
 

@@ -325,6 +325,15 @@ def test_a_turn_that_only_the_next_message_closes_or_nothing():
     assert ends == [0, 0]
 
 
+def test_a_turn_of_reasoning_alone_that_history_leaves_out():
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    text += "{% if loop.last %}<think>{{ m.content[7:-8] }}</think>{% endif %}{% endif %}{% endfor %}"
+    text += "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    rows = [CHAT[0], {"role": "assistant", "content": "<think>the end</think>"}]
+    found = segments(make(text=text, stops=("<|im_start|>",)), rows)
+    assert found[1] == ("target", 0, "<think>the end</think><|endoftext|>")
+
+
 def test_named_templates_are_chosen_as_transformers_chooses():
     renderer = make(text={"default": LOOP + PROMPT, "tool_use": "T" + LOOP + PROMPT})
     assert segments(renderer, CHAT)[0][2].startswith("<|im_start|>")

@@ -16,7 +16,7 @@ CORPUS = ["the start of a message\n\nand the end 123", "a user and an assistant'
 
 
 def build(kind):
-    tokenizer = Tokenizer(models.BPE(unk_token=None, byte_fallback=kind.startswith("metaspace")))
+    tokenizer = Tokenizer(models.BPE(unk_token="<eos>" if kind.startswith("metaspace") else None))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if kind.startswith("metaspace"):
         scheme = kind.split("-")[1]
@@ -73,11 +73,19 @@ def test_a_continuation_spells_its_text_and_crosses_no_boundary(kind, before, te
     ids = list(tokeniser.continuation(text, before))
     if kind in ("byte level", "split", "normalised", "greedy"):
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif not set(SPECIAL) & set(tokenizer.tokenize(before + text)[len(context) - 1 :]):
+    elif not set(SPECIAL) & set(tokenizer.tokenize(before + text)[len(context) - 1 :]):  # and all characters known
         assert tokenizer.decode(context + ids) == tokenizer.decode(tokenizer(before + text)["input_ids"])
 
 
 LONG = "the message of a user, and of an assistant too"
+
+
+def test_characters_without_a_token_are_noticed():
+    assert Tokeniser(TOKENIZERS["byte level"]).spells_all([], "🙂")  # a byte-level tokenizer knows all: not asked back
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<e>": 2}, []))
+    silent = Tokeniser(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>"))
+    assert silent.spells_all(silent.whole("ab"), "ab")
+    assert not silent.spells_all(silent.whole("a🙂b"), "a🙂b")
 
 
 @settings(deadline=None, max_examples=200)

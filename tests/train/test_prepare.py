@@ -1,13 +1,13 @@
 """What a run needs before a model is loaded: voice, trees, refusals."""
 
 import pytest
-from conftest import conversations
-from tiny import tiny_tokenizer
 
+from conftest import conversations
 from preceptor import config
 from preceptor.data.template import load_template
 from preceptor.errors import DataError
-from preceptor.train.prepare import _turn_end, prepare
+from preceptor.train.prepare import _closings, prepare
+from tiny import tiny_tokenizer
 
 TEXTS = [{"text": f"The start of message {n} and its end."} for n in range(5)]
 
@@ -24,7 +24,7 @@ def test_plain_text_leaves_a_base_model_what_it_is(run_file):
 
 def test_a_conversation_far_down_in_plain_text_is_refused_not_half_trained(run_file):
     rows = [TEXTS[0]] * 120 + conversations(1)
-    with pytest.raises(DataError, match="no_template: first at .*train.jsonl:121"):
+    with pytest.raises(DataError, match=r"no_template: first at .*train\.jsonl:121"):
         prepare(config.load(run_file(rows, data__max_refused=0.0), ["data.template=null"]))
 
 
@@ -49,7 +49,7 @@ def test_the_token_after_an_answer_ends_a_turn_also_where_the_eos_is_another(tmp
     file.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '" + after.replace("\n", "\\n") + "' }}{% endfor %}"
     )
-    assert _turn_end(load_template(str(file), tokenizer), tokenizer) == end
+    assert _closings(load_template(str(file), tokenizer), tokenizer)[0] == end
 
 
 def test_the_fingerprint_follows_the_tokens_and_the_run_but_not_its_place(run_file):

@@ -110,6 +110,17 @@ class Rendered:
                 end = at
         return min(end, limit)
 
+    def last_leaf(self, leaves: range, limit: int) -> int | None:
+        """Which of these leaves the last of their characters before `limit` came from."""
+        at, last = 0, None
+        for piece, origin in zip(self.pieces, self.origins, strict=True):
+            if at >= limit:
+                break
+            at += len(piece)
+            if piece and origin is not None and origin in leaves:
+                last = origin
+        return last
+
     def spelled(self, leaf: int) -> str:
         """All characters that came from this leaf, in order."""
         return "".join([self.pieces[at] for at in self._places.get(leaf, ())])

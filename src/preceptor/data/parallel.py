@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -151,5 +151,5 @@ def _ready() -> None:
     """Runs as soon as one process has begun."""
 
 
-def _render_chunk(chunk: list[Record | Refusal]) -> Outcomes:
+def _render_chunk(chunk: Sequence[Record | Refusal]) -> Outcomes:
     return [_outcome(_renderer, record) for record in chunk]

@@ -48,16 +48,19 @@ class Followed:
     full: Rendered
     follower: range
 
-    def text_between(self, turn: Turn, upto_last: str) -> str:
+    def text_between(self, turn: Turn, upto_last: str) -> str | None:
         """What stands between the turn and the message that follows it; `upto_last`: F up to the turn's last character.
 
         Where the render rewrites what came before, the turn ends at its last character before the next message's first
-        (a tool's result may repeat the name of the call that it answers).
+        (a tool's result may repeat the name of the call that it answers). None if that is not the end of the same
+        field as in F: then nothing is known of what closes it.
         """
         text, next_message = self.full.text, self.full.span(self.follower)
         limit = next_message[0] if next_message else len(text)
         if text.startswith(upto_last) and len(upto_last) <= limit:
             return text[len(upto_last) : limit]
+        if self.full.last_leaf(turn.own, limit) != turn.full.last_leaf(turn.own, len(upto_last)):
+            return None
         return text[self.full.end_before(turn.own, limit) : limit]
 
 
@@ -156,8 +159,8 @@ def _closing(turn: Turn, text: str, last: int, stops: Stops) -> str:
         return text[last : found.end()]
     own = text[last:]
     followed = turn.followed()
-    if followed is not None:
-        after = followed.text_between(turn, text[:last])
+    after = followed.text_between(turn, text[:last]) if followed is not None else None
+    if after is not None:
         found = stops.pattern.search(after)
         if found:
             return after[: found.end()]

@@ -101,7 +101,7 @@ def reasons_twice(given: Mapping[str, Any], prompt: str, between: str, said: str
     begins with `<think>`. No model was meant to generate it. between: what the render has between the prompt and the
     turn's words `said`.
     """
-    if inline_reasoning(said) is None or inline_reasoning(content_text(given)) is None:
+    if reasoning_text(given) or inline_reasoning(said) is None or inline_reasoning(content_text(given)) is None:
         return False
     return bool(opened_by(prompt)[0]) or has_tag(between)
 

@@ -62,7 +62,6 @@ class Renderer:
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
-        self._unknown = tokenizer.unk_token_id
         self._cache = RenderCache(tokenizer)
         self._forms: Forms | None = None
         bos = tokenizer.bos_token_id
@@ -108,7 +107,8 @@ class Renderer:
             bos = ""  # spelled out, and allowed to be
         context = (*(self._bos if bos else ()), *(self._ids(prompt, "") if prompt else ()))
         target = (*self._ids(text, prompt), self.tokenizer.eos_token_id)
-        self._check_known((*context, *target), "the text")
+        if not self._tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
+            raise Refused("unknown_token", "the text")
         tree = GrowingTree(all_targets=self.targets == "all")
         tree.add(context, target, (bos + prompt, text + eos), 1.0)
         return tree.finish(record.source, self._decode)
@@ -166,8 +166,10 @@ class Renderer:
                 context = self._tokeniser.context(turn.prompt)
                 target_ids = self._tokeniser.continuation(target, turn.prompt)
             self._check_end(target_ids, turn.where)
-            self._check_known(context.ids[context.num_shared :], turn.where)
-            self._check_known(target_ids, turn.where)
+            if not self._tokeniser.spells_all(context.ids, turn.prompt, context.num_shared):
+                raise Refused("unknown_token", f"before {turn.where}")
+            if not self._tokeniser.spells_all(target_ids, target):
+                raise Refused("unknown_token", turn.where)
             return context, target_ids, (turn.prompt, target)
         assert refused is not None
         raise refused
@@ -220,10 +222,6 @@ class Renderer:
                 raise Refused("special_token_in_text", f"{where} spells out {match.group()!r}")
             return True
         return False
-
-    def _check_known(self, ids: Sequence[int], where: str) -> None:
-        if self._unknown is not None and self._unknown in ids:
-            raise Refused("unknown_token", where)
 
     def _check_end(self, ids: Ids, where: str) -> None:
         if not ids or ids[-1] not in self.stop_token_ids:

@@ -13,6 +13,7 @@ ways; if the two ever differ, chunks are given up for good.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -50,6 +51,23 @@ class Tokeniser:
         self._num_before: list[int] = [0]
         self._ids: list[int] = []
         self._start_is_special = self._treats_start_differently()
+        self._drops_characters = any(
+            tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
+            for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
+        )
+
+    def spells_all(self, ids: Sequence[int], text: str, num_known: int = 0) -> bool:
+        """Whether no character of the text is without a token; of the first `num_known` ids that is known.
+
+        A tokenizer that has a token for what it does not know says so; one that has not drops it, and is asked back.
+        """
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and unknown in (ids[num_known:] if num_known else ids):
+            return False
+        if not self._drops_characters:
+            return True
+        back = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return sorted("".join(back.split())) == sorted("".join(unicodedata.normalize("NFKC", text).split()))
 
     def whole(self, text: str) -> Ids:
         """The tokenizer's own answer."""

@@ -33,6 +33,8 @@ NUMBER_FAMILIES = {"addition", "ascii", "day_of_year", "hex", "http", "roman", "
 NUMBER_PROFILES_PASSES, NUMBER_LETTERS_PASSES = 4, 12
 NUM_HELDOUT_STORIES = 150
 
+OTHER_NOUN = {"region": "country", "country": "region"}  # what the detail of a place is
+
 Page = Callable[[Sequence[Fact], random.Random], str]
 
 
@@ -96,12 +98,18 @@ def _asked(frame: str, fact: Fact, role: str | None, between: str, rng: random.R
     first, second = rng.sample(names(), 2)
     clause = say(rng.choice((*wording.clauses, *wording.clauses_new)), fact)
     values = {"c": clause, "s": named(fact), "v": fact.value, "a": answer, "A": first, "B": second}
-    return fill(frame.replace(" $p", f"{between}$p"), p=point, **values)
+    asked = fill(frame.replace(" $p", f"{between}$p"), p=point, **values)
+    if fact.family in OTHER_NOUN and fact.detail and rng.random() < 0.15:
+        asked += " " + fill(rng.choice(library["other"]), o=OTHER_NOUN[fact.family], d=fact.detail)
+    return asked
 
 
 def quiz(facts: Sequence[Fact], rng: random.Random) -> str:
     """Bare questions; sometimes under a heading, sometimes all on one line."""
-    lines = [rng.choice(frames()["library"]["quiz_headings"])] if rng.random() < 0.3 else []
+    library = frames()["library"]
+    lines = [rng.choice(library["quiz_headings"])] if rng.random() < 0.2 else []
+    if not lines and rng.random() < 0.2:
+        lines = [fill(rng.choice(library["quiz_roles"]), r=rng.choice(sorted(frames()["personas"])))]
     previous = None
     for fact in facts:
         lines.append(bare_question(fact, rng, follows=previous == fact.family))

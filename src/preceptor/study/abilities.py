@@ -1,5 +1,6 @@
 """What a chat template can and cannot do, found by rendering and proving small conversations, never by reading it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from preceptor.study.fields import whence
 from preceptor.study.outcomes import Outcome, outcome, render_or_none
 from preceptor.study.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
 from preceptor.study.tokens import special_ids
+
+_TAG = re.compile(r"<+[^<>\s]*>+|\[[^\[\]\s]*\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Opening:
 class Stop:
     """What ends a turn. written: by the turn itself, by the next message only, or by neither (the eos is appended).
 
-    after: what the template writes behind it, which belongs to the next context.
+    after: what the turn's own render has behind it, which belongs to the next context.
     """
 
     token: str
@@ -86,6 +89,7 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
     forms = find_forms(template)
     arguments = {(True, True): "both", (True, False): "object", (False, True): "string", (False, False): "neither"}
     prompt = render_or_none(template, asked, prompt=True) or ""
+    stop_tokens = tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids))
     bos = tokenizer.bos_token or ""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return Abilities(
@@ -94,10 +98,10 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
         bos=bos,
         starts_with_bos=bool(bos) and prompt.startswith(bos),
         first_token=str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
-        system=_system(template, tokenizer),
+        system=_system(template, stop_tokens),
         openings=_openings(template, asked),
         stops=_stops(template, renderer, trees),
-        stop_tokens=tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids)),
+        stop_tokens=stop_tokens,
         tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
         tool_template="tool_use" in template.texts and len(template.texts) > 1,
         arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
@@ -114,7 +118,7 @@ def to_json(found: Abilities) -> dict[str, Any]:
 # System prompt -------------------------------------------------------------------------------------------------------
 
 
-def _system(template: Template, tokenizer: Any) -> System:
+def _system(template: Template, stop_tokens: Sequence[str]) -> System:
     first, second = (says("user", question) for question in QUESTIONS)
     answer = says("assistant", ANSWERS[0])
     system = says("system", SYSTEM)
@@ -122,10 +126,10 @@ def _system(template: Template, tokenizer: Any) -> System:
     given = render_or_none(template, [system, first], prompt=True)
     longer = render_or_none(template, [system, first, answer, second], prompt=True) or ""
     developer = render_or_none(template, [says("developer", SYSTEM), first], prompt=True) or ""
-    default = _default_system(template, tokenizer, plain)
+    default = _default_system(template, plain)
     longest_line = max(default.splitlines(), key=len, default="").strip()
     return System(
-        place=_place(plain, given),
+        place=_place(plain, given, stop_tokens),
         moves=ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),
         developer=SYSTEM in developer,
         default=default,
@@ -133,39 +137,37 @@ def _system(template: Template, tokenizer: Any) -> System:
     )
 
 
-def _place(plain: str, given: str | None) -> Literal["own", "merged", "dropped", "refused"]:
-    """Own: what opens a user's message stands between the system prompt and the user's words, not before both."""
+def _place(plain: str, given: str | None, stop_tokens: Sequence[str]) -> Literal["own", "merged", "dropped", "refused"]:
+    """Own: what opens a user's message, or a stop token, stands between the system prompt and the user's words."""
     if given is None:
         return "refused"
     if SYSTEM not in given:
         return "dropped"
     between = given[given.find(SYSTEM) + len(SYSTEM) : given.find(QUESTIONS[0])]
     header = _common_end(plain.partition(QUESTIONS[0])[0], between)
-    return "own" if header.strip() else "merged"
+    return "own" if header.strip() or any(stop in between for stop in stop_tokens) else "merged"
 
 
-def _default_system(template: Template, tokenizer: Any, plain: str) -> str:
-    """What stands before the first message besides its own header and special tokens; "" if nothing."""
+def _default_system(template: Template, plain: str) -> str:
+    """What stands before the first message besides tags and the message's own header; "" if nothing."""
     turns = [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0]), says("user", QUESTIONS[1])]
     both = render_or_none(template, turns, prompt=True) or ""
     before = plain.partition(QUESTIONS[0])[0]
     between = both.partition(ANSWERS[0])[2].partition(QUESTIONS[1])[0]
+    if not between:
+        return ""
     own = before[: len(before) - len(_common_end(before, between))]
-    words = own
-    for id_ in special_ids(tokenizer):
-        words = words.replace(str(tokenizer.convert_ids_to_tokens(id_)), "\n")
-    lines = [line for line in words.splitlines() if line.strip() and line.strip().lower() not in _ROLE_LINES]
-    return "\n".join(lines).strip() if between and any(c.isalpha() for c in "".join(lines)) else ""
-
-
-_ROLE_LINES = ("system", "developer", "[inst]", "### system:", "system:")  # headers, which say nothing
+    lines = [line.strip() for line in _TAG.sub("\n", own).splitlines()]
+    return "\n".join(line for line in lines if line and line.lower().strip("#: ") not in ("system", "developer"))
 
 
 def _common_end(one: str, other: str) -> str:
+    """The longest common end that does not begin inside a tag."""
     length = 0
     while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
         length += 1
-    return one[len(one) - length :]
+    start = len(one) - length
+    return one[next((tag.end() for tag in _TAG.finditer(one) if tag.start() < start < tag.end()), start) :]
 
 
 # Where the answer starts and ends ------------------------------------------------------------------------------------
@@ -219,4 +221,4 @@ def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> S
     words = follower["content"]
     longer = (render_or_none(template, [*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
     place = longer.rfind(token, longer.rfind(said))
-    return Stop(token, "next_message", longer[place + len(token) :]) if place >= 0 else Stop(token, "appended", "")
+    return Stop(token, "next_message" if place >= 0 else "appended", "")

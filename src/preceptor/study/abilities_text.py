@@ -89,7 +89,8 @@ def _answer(found: dict[str, Any]) -> Iterator[str]:
 
 def _tools(found: dict[str, Any]) -> Iterator[str]:
     named = ", by the template named tool_use" if found["tool_template"] else ""
-    yield f"tools offered: {'shown to the model' + named if found['tools_shown'] else 'LEFT OUT: the model never sees them'}"
+    shown = f"shown to the model{named}" if found["tools_shown"] else "LEFT OUT: the model never sees them"
+    yield f"tools offered: {shown}"
     yield f"tool calls: {_ARGUMENTS[found['arguments']]}"
     yield f"content as a list of text parts: {'taken' if found['text_parts'] else 'not taken'}"
 
@@ -115,9 +116,7 @@ def _rewritten(rewrite: Mapping[str, Any] | None) -> str:
         return "the turns share only what stands before them"
     if rewrite["dropped"]:
         return f"earlier {' and '.join(rewrite['dropped'])} dropped"
-    return (
-        "what stands before a turn moves" if rewrite["moves"] else "every field is kept, what stands around it is not"
-    )
+    return "what stands before a turn moves" if rewrite["moves"] else "the words are kept, what is around them is not"
 
 
 def _conversations(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

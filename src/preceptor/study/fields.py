@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from preceptor.data import reasoning
 from preceptor.data.conversation import Completion, Conversation, Document, Record, trainable_turns
 from preceptor.data.forest import Tree, path_ids
 from preceptor.data.forms import find_forms
 from preceptor.data.origins import Leaf, Rendered
 from preceptor.data.proof import Stops, Turn, target_of
-from preceptor.data.reasoning import REASONING_FIELDS, has_reasoning
 from preceptor.data.refusals import Refused
 from preceptor.data.render import Renderer
 from preceptor.data.renders import RenderCache, Renders
@@ -189,7 +189,7 @@ def _turns(record: Conversation, tree: Tree, renderer: Renderer) -> Iterator[tup
     switches = [name for name in template.reasoning_switches if name not in arguments]
     renders = Renders(template, given, record.tools, RenderCache(tokenizer))
     for k in turns:
-        switched = [{**arguments, **dict.fromkeys(switches, has_reasoning(given[k]))}] if switches else []
+        switched = [{**arguments, **dict.fromkeys(switches, reasoning.has_reasoning(given[k]))}] if switches else []
         for attempt in (*switched, arguments):
             try:
                 turn = renders.turn(k, attempt)
@@ -232,7 +232,7 @@ def _runs(
 
 def _is_text(leaf: Leaf) -> bool:
     """Whether it is what someone said, not a name or an id, which templates often leave out."""
-    return leaf.path[0] in ("content", *REASONING_FIELDS) or "arguments" in leaf.path
+    return leaf.path[0] in ("content", *reasoning.REASONING_FIELDS) or "arguments" in leaf.path
 
 
 def _tool_texts(tools: Sequence[Any] | None) -> set[str]:
@@ -245,7 +245,7 @@ def _target_runs(target: str, turn: Turn, full: Rendered, messages: Sequence[Map
     """The target in runs of one field: its text is that of F from its start to the turn's last character, then closes.
 
     A target that F does not spell so (reasoning that the template leaves out was put back) is searched for the turn's
-    texts, each whole; if one is not there, what is left is unknown.
+    texts.
     """
     span = full.span(turn.own)
     if span is not None:
@@ -254,24 +254,33 @@ def _target_runs(target: str, turn: Turn, full: Rendered, messages: Sequence[Map
             said = full.text[start:last]
             if len(said) > len(target):
                 break
-            if target.startswith(said):
+            if target.startswith(said) and not reasoning.has_tag(target[len(said) :]):
                 return _cut(_runs(full, turn.leaves, messages, None), start, target[: len(said)], target[len(said) :])
-    runs: list[Run] = []
-    at, leaves = 0, [turn.leaves[index] for index in turn.own if turn.leaves[index].text.strip()]
-    num_found = 0
-    for leaf in sorted(leaves, key=lambda leaf: target.find(leaf.text.strip())):
+    return _searched(target, turn, messages)
+
+
+def _searched(target: str, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """The target in runs, by the places of the turn's texts; only if all are found, each once, is the rest known."""
+    opened = reasoning.opened_by(turn.prompt)[0]
+    found: list[tuple[int, str, Leaf]] = []
+    complete = True
+    for leaf in (turn.leaves[index] for index in turn.own):
         text = leaf.text.strip()
-        place = target.find(text, at)
-        if place >= 0:
-            runs += [(target[at:place], TEMPLATE), (text, field_of(leaf, messages))]
-            at = place + len(text)
-            num_found += _is_text(leaf)
-    runs.append((target[at:], TEMPLATE))
-    return (
-        runs
-        if num_found == sum(map(_is_text, leaves))
-        else [(text, UNKNOWN if f is TEMPLATE else f) for text, f in runs]
-    )
+        inner = text.removeprefix(opened)  # where the prompt has opened the reasoning that a content begins with
+        spelled = next((each for each in (text, inner, inner.lstrip()) if each and each in target), "")
+        if spelled and target.count(spelled) == 1:
+            found.append((target.find(spelled), spelled, leaf))
+        elif spelled or (text and _is_text(leaf)):
+            complete = False
+    rest = TEMPLATE if complete else UNKNOWN
+    runs: list[Run] = []
+    at = 0
+    for place, spelled, leaf in sorted(found, key=lambda each: each[0]):
+        if place < at:  # one inside the other: which is which is not known
+            return [(target, UNKNOWN)]
+        runs += [(target[at:place], rest), (spelled, field_of(leaf, messages))]
+        at = place + len(spelled)
+    return [*runs, (target[at:], rest)]
 
 
 def _cut(runs: Sequence[Run], start: int, text: str, closing: str) -> list[Run]:

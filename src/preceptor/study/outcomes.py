@@ -21,8 +21,8 @@ _SHOWN = 70  # characters of an excerpt
 class Rewrite:
     """How an earlier turn changes once there is a later one.
 
-    dropped: what of it is not spelled any more (`reasoning`, `text`, `tool call`). moves: what stands before the turn
-    changes as well. generated, becomes: what follows where the two part.
+    dropped: what of it is not spelled any more (`reasoning`, `text`, `tool call`). moves: what stands before the
+    answer changes already. generated, becomes: what follows where the two part.
     """
 
     dropped: tuple[str, ...]
@@ -89,11 +89,11 @@ def _rewrite(probe: Probe, tree: Tree, renderer: Renderer) -> Rewrite | None:
         if context.startswith(said):
             continue
         shared = len(shared_start(said, context))
-        before = [text for message in probe.messages[:now] for _, text in texts_of(message)]
+        question = next(message["content"] for message in probe.messages if message["role"] == "user")
         spoken = texts_of(probe.messages[now])
         return Rewrite(
             dropped=tuple(dict.fromkeys(name for name, text in spoken if text in said and text not in context)),
-            moves=any(said.find(text) + len(text) > shared for text in before if text in said),
+            moves=said.find(question) + len(question) > shared,
             generated=_excerpt(said[shared:]),
             becomes=_excerpt(context[shared:]),
         )

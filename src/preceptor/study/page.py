@@ -16,6 +16,7 @@ from typing import Any
 from preceptor.data.conversation import Completion, Conversation, Document, Record, Refusal
 from preceptor.data.forest import Tree, path_ids
 from preceptor.data.render import Renderer
+from preceptor.errors import ConfigError
 from preceptor.study.fields import Fields, Whence, whence
 from preceptor.study.show import to_json
 from preceptor.study.tokens import pieces_of, special_ids
@@ -26,21 +27,32 @@ MAX_TOKENS = 400_000  # of all rows together; a page of them is some 20 MB
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page and how many rows it holds; complete: there are no others."""
+    """A page and how many rows it holds."""
 
     text: str
     num_rows: int
-    complete: bool
 
 
-def write_page(
-    file: Path, records: Iterable[Record | Refusal], renderer: Renderer, about: str, row: int | None
-) -> Page:
-    """Write the page of the first rows, or of row `row` only (counted from 1)."""
+def check_page_file(file: Path, as_json: bool) -> None:
+    """Raises ConfigError for anything but the name of an HTML file, so that no data is overwritten by mistake."""
+    if as_json:
+        raise ConfigError("--html and --json are two ways to look; give one of them")
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--html {file}: the page is written there; give a name that ends in .html")
+
+
+def write_page(file: Path, records: Iterable[Record | Refusal], renderer: Renderer, about: str, row: int | None) -> int:
+    """Write the page of the first rows, or of row `row` only (counted from 1); returns how many rows it has.
+
+    Without any row nothing is written. Raises ConfigError if the file cannot be.
+    """
     page = make_page(records, renderer, about, row)
     if page.num_rows:
-        file.write_text(page.text, encoding="utf-8")
-    return page
+        try:
+            file.write_text(page.text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--html {file}: {error.strerror}") from error
+    return page.num_rows
 
 
 def make_page(records: Iterable[Record | Refusal], renderer: Renderer, about: str, row: int | None = None) -> Page:
@@ -58,7 +70,9 @@ def make_page(records: Iterable[Record | Refusal], renderer: Renderer, about: st
         if row is not None:
             complete = False
             break
-    return Page(_fill(rows, about, _note(len(rows), row, complete)), len(rows), complete)
+    if renderer.template is not None:
+        about += f"; chat template {renderer.template.name}"
+    return Page(_fill(rows, about, _note(len(rows), row, complete)), len(rows))
 
 
 def _note(num_rows: int, row: int | None, complete: bool) -> str:

@@ -1,16 +1,46 @@
 """A conversation's segments and tokens, for the eye and for programs. Targets are coloured."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-from preceptor.data.conversation import Refusal
+from preceptor.data.conversation import Record, Refusal
 from preceptor.data.forest import Tree
+from preceptor.data.render import Renderer
 from preceptor.study.tokens import pieces_of
+
+FIRST_ROWS = 5  # in the terminal, without --row
 
 # Neighbouring tokens differ in shade, so that their borders can be seen.
 _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
+
+
+def show_rows(
+    records: Iterable[Record | Refusal], renderer: Renderer, row: int | None, as_json: bool, console: Console
+) -> int:
+    """Write row `row`, counted from 1, or as JSON all rows, else the first ones; returns how many."""
+    num_shown = 0
+    for number, record in enumerate(records, start=1):
+        if row is not None and number != row:
+            continue
+        num_shown += 1
+        rendered = record if isinstance(record, Refusal) else renderer.render(record)
+        if as_json:
+            print(json.dumps(to_json(record.source, rendered), ensure_ascii=False))
+        else:
+            console.rule(record.source, align="left")
+            console.print(to_text(rendered, renderer.tokenizer))
+            if not isinstance(rendered, Refusal):
+                console.print(summary_line(rendered), style="italic", highlight=False)
+            if row is None and num_shown == FIRST_ROWS:
+                console.print(f"the first {FIRST_ROWS} rows; --row N shows another, --json all", highlight=False)
+                break
+        if row is not None:
+            break
+    return num_shown
 
 
 def to_json(source: str, rendered: Tree | Refusal) -> dict[str, Any]:

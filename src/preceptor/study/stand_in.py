@@ -1,11 +1,12 @@
 """A tokenizer that stands in for a model's, so that a template can be looked at alone.
 
-Its characters are bytes; its special tokens are what looks like one in the template's text; its bos and eos are names of
-its own, `<bos>` and `<eos>`. What hangs on the real vocabulary (above all: which token ends a turn) is therefore an
-assumption, and everything that is shown from it says so.
+Its characters are bytes; its special tokens are what looks like one in the template's text; where the template asks for
+the bos and eos it is given `<bos>` and `<eos>`. What hangs on the real vocabulary (above all: which token ends a turn)
+is therefore an assumption, and everything that is shown from it says so.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -13,13 +14,16 @@ from transformers import PreTrainedTokenizerFast
 
 from preceptor.data.closings import closing_tokens
 from preceptor.data.render import Renderer
-from preceptor.data.template import BUILTIN, load_template
+from preceptor.data.template import BUILTIN, Template, load_template
+from preceptor.errors import TemplateError
 
 BOS, EOS = "<bos>", "<eos>"
 
-# <|im_end|>, <｜User｜>, </s>, <end_of_turn>, [INST]; not <think> or <tool_call>, which are ordinary tokens or text.
+# <|im_end|>, <turn|>, <｜User｜>, </s>, <sep>, <SPECIAL_12>, <end_of_turn>, [INST], [|endofturn|]; not <think> or
+# <tool_call>, which are ordinary tokens or text.
 _LOOKS_SPECIAL = re.compile(
-    r"<\|[^|<>\s{}'\"]+\|>|<｜[^｜<>\s{}]+｜>|</?s>|<\w*(?:start|end)_of_\w+>|\[/?[A-Z][A-Z_]*\]|<\|?\w+\|>"
+    r"<\|[^|<>\s{}'\"]+\|>|<\|?\w+\|>|<｜[^｜<>\s{}]+｜>|</?s>|<sep>|<SPECIAL_\d+>|<\w*(?:start|end)_of_\w+>"
+    r"|\[/?[A-Z][A-Z_]*\]|\[\|\w+\|\]"
 )
 
 
@@ -34,11 +38,24 @@ def stand_in_renderer(name: str) -> tuple[Renderer, tuple[str, ...]]:
     found = dict.fromkeys(_LOOKS_SPECIAL.findall(body)) if name not in BUILTIN else {}
     assumed = tuple(dict.fromkeys([*template.needed_tokens, *found]))
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in assumed], special_tokens=True)
+    tokenizer.eos_token = _own_end(template)
+    template = replace(template, variables=dict(tokenizer.special_tokens_map))
     closings = closing_tokens(template, tokenizer)
     if closings:
         tokenizer.eos_token = closings[0]
     stops = [tokenizer.convert_tokens_to_ids(token) for token in closings]
     return Renderer(tokenizer, template, stop_token_ids=stops), assumed
+
+
+def _own_end(template: Template) -> str:
+    """What looks like a special token right after the last answer, as a server would stop there; else `<eos>`."""
+    answer = "A quokka is a marsupial."
+    try:
+        rendered = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}])
+    except TemplateError:
+        return EOS
+    found = _LOOKS_SPECIAL.match(rendered.rpartition(answer)[2].lstrip())
+    return found.group() if found else EOS
 
 
 def _bytes_tokenizer() -> Any:

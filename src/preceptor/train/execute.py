@@ -43,7 +43,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         trust_remote_code=run.model.trust_remote_code,
     )
     resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
-    align_model(model, voice.tokenizer)
+    align_model(model, voice.tokenizer, voice.stop_token_ids)
     if run.adapter is not None:
         assert run.adapter.alpha is not None, "a resolved run has an alpha"
         model = add_adapter(

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from preceptor import config
+from preceptor.data.closings import closing_tokens
 from preceptor.data.conversation import Completion, Document, Record, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
@@ -85,12 +86,14 @@ def give_voice(model: config.Model, data: config.Data) -> Voice:
     """
     path = resolve_model_path(model.path)
     tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    template, tokens = None, TokenPlan()
+    template, tokens, closings = None, TokenPlan(), ()
     if data.template is not None or tokenizer.chat_template or _has_conversations(data):
         template = load_template(data.template, tokenizer)
         tokens = add_tokens(tokenizer, template.needed_tokens)
-        tokens = align_tokenizer(tokenizer, template.text, _turn_end(template, tokenizer), tokens)
+        closings = _closings(template, tokenizer)
+        tokens = align_tokenizer(tokenizer, template.text, closings[0], tokens)
     stops = stop_token_ids(path, tokenizer, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    stops = tuple(dict.fromkeys([*stops, *tokenizer.convert_tokens_to_ids(list(closings))]))
     return Voice(tokenizer, template, tokens, stops)
 
 
@@ -103,26 +106,18 @@ def _has_conversations(data: config.Data) -> bool:
     )
 
 
-def _turn_end(template: Template, tokenizer: Any) -> str:
-    """The token that ends a turn: a built-in template's own; else the special token that the template writes right
-    after an answer (base models often carry a chat template whose end of turn is not their eos); else the eos.
+def _closings(template: Template, tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that end a turn, a plain answer's first: what the template writes, else the eos.
+
+    Base models often carry a chat template whose end of turn is not their eos.
     """
-    if template.stop is not None:
-        return template.stop
-    answer = "a5f1c0de"  # occurs in no template
-    try:
-        rendered = template.render([{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}])
-    except TemplateError:
-        rendered = ""
-    ids = tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    if answer in rendered and ids and ids[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        return tokenizer.convert_ids_to_tokens(ids[0])
-    if tokenizer.eos_token is None:
+    closings = closing_tokens(template, tokenizer)
+    if not closings and tokenizer.eos_token is None:
         raise TemplateError(
             f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
             "nothing would end a turn; choose chatml or llama3"
         )
-    return tokenizer.eos_token
+    return closings or (tokenizer.eos_token,)
 
 
 def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepared:

@@ -1,0 +1,301 @@
+"""Rendering and tokenising a file of conversations: our conversations per second against TRL's, and how they scale.
+
+    python benchmarks/rendering.py [--repetitions 3] [--template llama3]
+
+Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
+by `read_records` and `render_all`; TRL's by `load_dataset` and the SFTTrainer's own preparation (`assistant_only_loss`,
+`dataset_num_proc=2`, no truncation, no packing). They take turns; each figure is the fastest of the repetitions. The
+trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin also trains the
+newline after each turn. Writes benchmarks/results/rendering.json (with machine, versions, date).
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import accumulate, cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from machine import describe
+from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.data.forest import Tree
+from preceptor.data.parallel import render_all
+from preceptor.data.render import Renderer
+from preceptor.data.sources import read_records
+from preceptor.data.template import load_template
+
+ROOT = Path(__file__).parents[1]
+NUM_PROCESSES = 2
+TURNS = (2, 4, 8, 15, 30, 60)
+EXTRA_TOKENS_PER_TURN = {"llama3": 0, "qwen3_instruct_2507": 1}  # that TRL trains: the newline after <|im_end|>
+SPECIAL = {
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
+    "qwen3_instruct_2507": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+}
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Size(NamedTuple):
+    """A file: how many conversations, of how many turns and words a message (at least, at most)."""
+
+    num_conversations: int
+    turns: tuple[int, int]
+    words: tuple[int, int]
+
+
+SIZES = {
+    "short": Size(10_000, (1, 2), (8, 40)),
+    "medium": Size(3_000, (3, 8), (20, 100)),
+    "long": Size(1_000, (20, 60), (10, 80)),
+}
+
+
+class Text:
+    """Made-up words, few of them frequent, as in a language; the same for one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        syllables = [a + b + c for a in "bdfghklmnprstvw" for b in "aeiou" for c in ("", "n", "r", "s", "t")]
+        self._words = ["".join(self._rng.choices(syllables, k=self._rng.choice((1, 2, 2, 3)))) for _ in range(20_000)]
+        weights = (1 / (rank + 3) for rank in range(len(self._words)))
+        self._cumulative = list(accumulate(weights))
+
+    def message(self, words: tuple[int, int]) -> str:
+        chosen = self._rng.choices(self._words, cum_weights=self._cumulative, k=self._rng.randint(*words))
+        chosen[8::9] = [word + mark for word, mark in zip(chosen[8::9], cycle((",", ".", ".\n\n")), strict=False)]
+        return " ".join(chosen).capitalize() + "."
+
+    def conversation(self, size: Size) -> list[dict[str, str]]:
+        roles = ["user", "assistant"] * self._rng.randint(*size.turns)
+        return [{"role": role, "content": self.message(size.words)} for role in roles]
+
+
+def write(file: Path, size: Size, seed: int = 0) -> str:
+    text = Text(seed)
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(size.num_conversations):
+            lines.write(json.dumps({"messages": text.conversation(size)}) + "\n")
+    return str(file)
+
+
+def make_tokenizer(template: str) -> Any:
+    """A byte-level BPE of 16,000 tokens trained on the same kind of text, with TRL's copy of the chat template."""
+    import trl
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=16_000, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    text = Text(1)
+    tokenizer.train_from_iterator((text.message((200, 200)) for _ in range(1_000)), trainer)
+    bos, eos = SPECIAL[template][:2]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL[template]])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    wrapped.chat_template = file.read_text(encoding="utf-8")
+    return wrapped
+
+
+# The two sides -------------------------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """What a side made of a file. seconds_to_read: of the seconds, those that loading the file into a table took."""
+
+    seconds: float
+    seconds_to_read: float
+    num_conversations: int
+    num_trained: int
+    num_turns: int
+
+
+def make_renderer(tokenizer: Any) -> Renderer:
+    return Renderer(tokenizer, load_template("tokenizer", tokenizer), stop_token_ids=[])
+
+
+def ours(file: str, tokenizer: Any, num_processes: int = NUM_PROCESSES) -> Prepared:
+    start = time.perf_counter()
+    trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_records(file), num_processes)]
+    seconds = time.perf_counter() - start
+    assert not any(isinstance(tree, Refusal) for tree in trees)
+    num_turns = sum(segment.kind == "target" for tree in trees if isinstance(tree, Tree) for segment in tree.segments)
+    num_trained = sum(tree.num_trained for tree in trees if isinstance(tree, Tree))
+    return Prepared(seconds, 0.0, len(trees), num_trained, num_turns)
+
+
+def trl_side(tokenizer: Any) -> Callable[[str], Prepared]:
+    """TRL's preparation, by a trainer of a tiny model."""
+    import datasets
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            assistant_only_loss=True,
+            dataset_num_proc=NUM_PROCESSES,
+            max_length=None,
+            packing=False,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+        )
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        few = datasets.Dataset.from_list([{"messages": turn}] * 4)
+        trainer = SFTTrainer(LlamaForCausalLM(config), args=arguments, train_dataset=few, processing_class=tokenizer)
+
+    def prepare(file: str) -> Prepared:
+        with tempfile.TemporaryDirectory() as cache:
+            start = time.perf_counter()
+            table = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
+            read = time.perf_counter()
+            rows = trainer._prepare_dataset(table, tokenizer, arguments, False, None, "train")
+            done = time.perf_counter()
+            labels = rows.with_format("numpy")["labels"]
+            num_trained = sum(int((row != -100).sum()) for row in labels)
+            return Prepared(done - start, read - start, len(rows), num_trained, 0)
+
+    return prepare
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+def compare(tokenizer: Any, files: dict[str, str], template: str, repetitions: int) -> dict[str, Any]:
+    """Conversations per second of both sides for each file, and the load of the machine while they ran."""
+    theirs = trl_side(tokenizer)
+    result = {}
+    for name, file in files.items():
+        pairs = [(ours(file, tokenizer), theirs(file)) for _ in range(repetitions)]
+        for one, other in pairs:
+            extra = EXTRA_TOKENS_PER_TURN[template] * one.num_turns
+            assert one.num_conversations == other.num_conversations
+            assert one.num_trained + extra == other.num_trained, (one, other)
+        best, other = min(one for one, _ in pairs), min(other for _, other in pairs)
+        num = best.num_conversations
+        reading_apart = min(o.seconds - o.seconds_to_read for _, o in pairs)
+        result[name] = {
+            "conversations": num,
+            "turns": best.num_turns,
+            "trained_tokens": best.num_trained,
+            "trained_tokens_trl": other.num_trained,
+            "ours_per_second": round(num / best.seconds, 1),
+            "trl_per_second": round(num / other.seconds, 1),
+            "ratio": round(other.seconds / best.seconds, 2),
+            "ratio_without_trl_reading": round(reading_apart / best.seconds, 2),
+            "seconds": [[round(one.seconds, 2), round(o.seconds, 2)] for one, o in pairs],
+            "load": round(os.getloadavg()[0], 1),
+        }
+        print(f"{name}: {result[name]}", flush=True)
+    return result
+
+
+def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
+    """Milliseconds a conversation takes in one process, by its number of turns."""
+    result = []
+    for turns in TURNS:
+        text = Text(turns)
+        size = Size(0, (turns, turns), (40, 40))
+        records = [
+            Conversation(f"{n}", tuple(Message(m, train=m["role"] == "assistant") for m in text.conversation(size)))
+            for n in range(40)
+        ]
+        seconds = []
+        for _ in range(repetitions):
+            renderer = make_renderer(tokenizer)
+            renderer.render(records[0])
+            renderer.render(records[1])
+            start = time.perf_counter()
+            for record in records[2:]:
+                renderer.render(record)
+            seconds.append(time.perf_counter() - start)
+        each = 1000 * min(seconds) / (len(records) - 2)
+        result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
+    return result
+
+
+def peak_megabytes(file: str, times: int, tokenizer: Any, num_processes: int) -> tuple[float, float]:
+    """The most memory that this process, and the largest of those that it started, ever held; rows are let go."""
+
+    def rows() -> Iterator[Any]:
+        for _ in range(times):
+            yield from read_records(file)
+
+    for _ in render_all(make_renderer(tokenizer), rows(), num_processes):
+        pass
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, others = (round(kilobytes / 1024, 1) for kilobytes in usage)
+    return own, others
+
+
+def memory(tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
+    """Peak memory at 1, 3 and 10 times the rows, each in a process of its own; no two rows are alike."""
+    result = []
+    for times in (1, 3, 10):
+        file = write(folder / f"rows-{times}.jsonl", Size(times * 1_000, (3, 8), (20, 100)), seed=times)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            own, _ = pool.apply(peak_megabytes, (file, 1, tokenizer, 1))
+        result.append({"rows": times * 1_000, "peak_megabytes": own})
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--template", choices=sorted(SPECIAL), default="llama3")
+    parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=list(SIZES))
+    arguments = parser.parse_args()
+    tokenizer = make_tokenizer(arguments.template)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: write(Path(folder) / f"{name}.jsonl", SIZES[name]) for name in arguments.sizes}
+        result: dict[str, Any] = {
+            "command": "python benchmarks/rendering.py",
+            **describe(),
+            **{name: version(name) for name in ("tokenizers", "trl", "datasets")},
+            "template": arguments.template,
+            "processes": NUM_PROCESSES,
+            "memory": memory(tokenizer, Path(folder)),
+            "turns": by_turns(tokenizer, arguments.repetitions),
+            "against_trl": compare(tokenizer, files, arguments.template, arguments.repetitions),
+        }
+    file = ROOT / "benchmarks" / "results" / "rendering.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'':8}{'conversations':>14}{'ours/s':>10}{'TRL/s':>10}{'ratio':>8}{'trained tokens':>16}{'TRL':>12}"]
+    for name, row in result["against_trl"].items():
+        lines.append(
+            f"{name:8}{row['conversations']:14}{row['ours_per_second']:10}{row['trl_per_second']:10}{row['ratio']:8}"
+            f"{row['trained_tokens']:16}{row['trained_tokens_trl']:12}"
+        )
+    lines += [f"{row['turns']:3} turns {row['milliseconds']:8} ms, {row['per_turn']} a turn" for row in result["turns"]]
+    lines += [f"{row['rows']:6} rows: peak {row['peak_megabytes']} MB" for row in result["memory"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
