@@ -116,13 +116,26 @@ def make_tokenizer(template: str) -> Any:
 
 
 class Prepared(NamedTuple):
-    """What a side made of a file. seconds_to_read: of the seconds, those that loading the file into a table took."""
+    """What a side made of a file.
+
+    seconds_to_read: of the seconds, those that loading the file into a table took. cpu_seconds: of all processes, their
+    start included; what can be compared on a machine that is not quiet.
+    """
 
     seconds: float
     seconds_to_read: float
+    cpu_seconds: float
     num_conversations: int
     num_trained: int
     num_turns: int
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of those that it started and that have ended."""
+    for child in multiprocessing.active_children():
+        child.join()
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def make_renderer(tokenizer: Any) -> Renderer:
@@ -130,13 +143,14 @@ def make_renderer(tokenizer: Any) -> Renderer:
 
 
 def ours(file: str, tokenizer: Any, num_processes: int = NUM_PROCESSES) -> Prepared:
-    start = time.perf_counter()
+    cpu, start = cpu_seconds(), time.perf_counter()
     trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_records(file), num_processes)]
     seconds = time.perf_counter() - start
+    cpu = cpu_seconds() - cpu
     assert not any(isinstance(tree, Refusal) for tree in trees)
     num_turns = sum(segment.kind == "target" for tree in trees if isinstance(tree, Tree) for segment in tree.segments)
     num_trained = sum(tree.num_trained for tree in trees if isinstance(tree, Tree))
-    return Prepared(seconds, 0.0, len(trees), num_trained, num_turns)
+    return Prepared(seconds, 0.0, cpu, len(trees), num_trained, num_turns)
 
 
 def trl_side(tokenizer: Any) -> Callable[[str], Prepared]:
@@ -167,14 +181,15 @@ def trl_side(tokenizer: Any) -> Callable[[str], Prepared]:
 
     def prepare(file: str) -> Prepared:
         with tempfile.TemporaryDirectory() as cache:
-            start = time.perf_counter()
+            cpu, start = cpu_seconds(), time.perf_counter()
             table = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
             read = time.perf_counter()
             rows = trainer._prepare_dataset(table, tokenizer, arguments, False, None, "train")
             done = time.perf_counter()
+            cpu = cpu_seconds() - cpu
             labels = rows.with_format("numpy")["labels"]
             num_trained = sum(int((row != -100).sum()) for row in labels)
-            return Prepared(done - start, read - start, len(rows), num_trained, 0)
+            return Prepared(done - start, read - start, cpu, len(rows), num_trained, 0)
 
     return prepare
 
@@ -204,6 +219,8 @@ def compare(tokenizer: Any, files: dict[str, str], template: str, repetitions: i
             "trl_per_second": round(num / other.seconds, 1),
             "ratio": round(other.seconds / best.seconds, 2),
             "ratio_without_trl_reading": round(reading_apart / best.seconds, 2),
+            "cpu_ratio": round(min(o.cpu_seconds for _, o in pairs) / min(one.cpu_seconds for one, _ in pairs), 2),
+            "cpu_seconds": [[round(one.cpu_seconds, 2), round(o.cpu_seconds, 2)] for one, o in pairs],
             "seconds": [[round(one.seconds, 2), round(o.seconds, 2)] for one, o in pairs],
             "load": round(os.getloadavg()[0], 1),
         }
@@ -212,7 +229,7 @@ def compare(tokenizer: Any, files: dict[str, str], template: str, repetitions: i
 
 
 def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
-    """Milliseconds a conversation takes in one process, by its number of turns."""
+    """Milliseconds (CPU time) that a conversation takes in one process, by its number of turns."""
     result = []
     for turns in TURNS:
         text = Text(turns)
@@ -226,10 +243,10 @@ def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
             renderer = make_renderer(tokenizer)
             renderer.render(records[0])
             renderer.render(records[1])
-            start = time.perf_counter()
+            start = time.process_time()
             for record in records[2:]:
                 renderer.render(record)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         each = 1000 * min(seconds) / (len(records) - 2)
         result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
     return result
@@ -286,10 +303,13 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'':8}{'conversations':>14}{'ours/s':>10}{'TRL/s':>10}{'ratio':>8}{'trained tokens':>16}{'TRL':>12}"]
+    lines = [
+        f"{'':8}{'conversations':>14}{'ours/s':>10}{'TRL/s':>10}{'ratio':>8}{'CPU':>8}{'trained tokens':>16}{'TRL':>12}"
+    ]
     for name, row in result["against_trl"].items():
         lines.append(
             f"{name:8}{row['conversations']:14}{row['ours_per_second']:10}{row['trl_per_second']:10}{row['ratio']:8}"
+            f"{row['cpu_ratio']:8}"
             f"{row['trained_tokens']:16}{row['trained_tokens_trl']:12}"
         )
     lines += [f"{row['turns']:3} turns {row['milliseconds']:8} ms, {row['per_turn']} a turn" for row in result["turns"]]

@@ -75,7 +75,9 @@ def test_no_held_out_subject_stands_in_a_question_of_its_family_in_sft():
         questions = [message["content"] for message in row["messages"] if message["role"] == "user"]
         for question in questions[1:]:
             if any(pattern.fullmatch(question) for pattern in follow):
-                subject = re.sub(r"^(And what about|What about|And|Now) |, please\.$|\?$", "", question)
+                subject = re.sub(
+                    r"^(And what about|What about|The same for|Next is|And|Now) |(, please)?\.$|\?$", "", question
+                )
                 if subject.startswith(("the ", "which ")):  # asks for the other fact of the same place
                     continue
                 families = {fact.family for fact in FACTS if named(fact) == subject}

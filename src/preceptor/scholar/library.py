@@ -27,10 +27,10 @@ from preceptor.scholar.wording import fill, frames, named, say, statements_of, w
 
 SEED = 7
 # How often each fact occurs on each kind of page, and how many stories there are; about 7 M tokens together.
-ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 4, 6, 10, 32, 8, 5000
+ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 5, 6, 11, 36, 10, 5000
 # Subjects that are numbers share their digits with all others and are told apart late, so they occur more often.
 NUMBER_FAMILIES = {"addition", "ascii", "day_of_year", "hex", "http", "roman", "subtraction"}
-NUMBER_PROFILES_PASSES, NUMBER_LETTERS_PASSES = 4, 12
+NUMBER_PROFILES_PASSES, NUMBER_LETTERS_PASSES = 5, 16
 NUM_HELDOUT_STORIES = 150
 
 OTHER_NOUN = {"region": "country", "country": "region"}  # what the detail of a place is
@@ -39,11 +39,20 @@ Page = Callable[[Sequence[Fact], random.Random], str]
 
 
 def almanac(facts: Sequence[Fact], rng: random.Random) -> str:
-    return "\n".join([rng.choice(frames()["library"]["headings"]), *(_statement(fact, rng) for fact in facts)])
+    return "\n".join([_head(facts, rng), *(_statement(fact, rng) for fact in facts)])
 
 
 def notes(facts: Sequence[Fact], rng: random.Random) -> str:
-    return " ".join(_statement(fact, rng) for fact in facts)
+    text = " ".join(_statement(fact, rng) for fact in facts)
+    return f"{_head(facts, rng)}\n{text}" if rng.random() < 0.5 else text
+
+
+def _head(facts: Sequence[Fact], rng: random.Random) -> str:
+    """A heading, or the page's subjects in order: names to be found again further down, as in a question's answer."""
+    library = frames()["library"]
+    heading: str = rng.choice(library["headings"])
+    listed = f"{rng.choice(library['contents'])}: {', '.join(named(fact) for fact in facts)}"
+    return rng.choice((heading, listed))
 
 
 def profiles(facts: Sequence[Fact], rng: random.Random) -> str:
@@ -122,7 +131,7 @@ def bare_question(fact: Fact, rng: random.Random, follows: bool = False) -> str:
     asked = frames()["questions_new" if rng.random() < 0.3 else "questions"]
     if follows and rng.random() < 0.3:
         return fill(rng.choice(_asking(asked["follow"], rng)), s=named(fact))
-    if rng.random() < 0.75:
+    if rng.random() < 0.7:
         question = say(rng.choice((*wording.questions, *wording.questions_new)), fact)
         return fill(rng.choice(_asking(asked["direct"], rng)), q=question)
     clause = say(rng.choice((*wording.clauses, *wording.clauses_new)), fact)
@@ -130,9 +139,9 @@ def bare_question(fact: Fact, rng: random.Random, follows: bool = False) -> str:
 
 
 def _asking(patterns: Sequence[str], rng: random.Random) -> Sequence[str]:
-    """Mostly those that end in a question mark: a request that ends in a full stop is rare on the web too."""
+    """Mostly those that end in a question mark, since a quiz asks more often than it requests."""
     marked = [pattern for pattern in patterns if pattern.endswith(("?", "$q"))]
-    return marked if rng.random() < 0.8 else patterns
+    return marked if rng.random() < 0.6 else patterns
 
 
 def _pages(make: Page, facts: Sequence[Fact], passes: int, by_family: bool, rng: random.Random) -> Iterator[str]:

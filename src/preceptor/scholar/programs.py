@@ -168,7 +168,17 @@ MODULES = [
     "zoneinfo",
 ]
 MAX_NAMES_OF_MODULE = 6
-SINCE_REMOVED = {"ImpImporter", "ImpLoader", "findTestCases", "getTestCaseNames", "makeSuite", "template"}
+# Gone from later versions of Python, or spelled like another name but for one capital.
+UNWANTED = {
+    "BadZipfile",
+    "ImpImporter",
+    "ImpLoader",
+    "findTestCases",
+    "getTestCaseNames",
+    "makeSuite",
+    "template",
+    "init",
+}
 
 
 def _public_names(module: ModuleType) -> Iterable[str]:
@@ -189,14 +199,17 @@ def module_names() -> Iterator[Fact]:
         for name in _public_names(module):
             homes.setdefault(name, set()).add(module_name)
     chosen: Counter[str] = Counter()
+    taken: list[str] = []
     for name in random.Random("modules").sample(sorted(homes), len(homes)):
         home = min(homes[name])
         if len(homes[name]) > 1 or home not in MODULES or chosen[home] == MAX_NAMES_OF_MODULE:
             continue
         thing = getattr(importlib.import_module(home), name, None)
         ambiguous = hasattr(builtins, name) or name in sys.stdlib_module_names or len(name) < 3
-        if (inspect.isroutine(thing) or inspect.isclass(thing)) and not ambiguous and name not in SINCE_REMOVED:
+        ambiguous |= any(name.startswith(other) or other.startswith(name) for other in taken)  # heappush, heappushpop
+        if (inspect.isroutine(thing) or inspect.isclass(thing)) and not ambiguous and name not in UNWANTED:
             chosen[home] += 1
+            taken.append(name)
             yield Fact("module", name, home, f"module {name}")
 
 

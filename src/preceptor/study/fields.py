@@ -7,6 +7,7 @@ they spell, and named after the origin of those characters. What cannot be had t
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from preceptor.data import reasoning
@@ -19,7 +20,7 @@ from preceptor.data.refusals import Refused
 from preceptor.data.render import Renderer
 from preceptor.data.renders import RenderCache, Renders
 from preceptor.data.tokenise import any_of
-from preceptor.study.tokens import spans
+from preceptor.study.tokens import spans, special_ids
 
 
 class Field(NamedTuple):
@@ -57,7 +58,7 @@ def whence(record: Record, tree: Tree, renderer: Renderer) -> Whence:
     if isinstance(record, Conversation):
         for k, context, target in _turns(record, tree, renderer):
             for path, length in found.paths(context, target):
-                found.name(path, length, context, target, k)
+                found.name(path, length, [*context, *target], k)
                 break
     else:
         found.name_plain(record)
@@ -68,16 +69,21 @@ class _Finding:
     """The segments of a tree, named one after the other."""
 
     def __init__(self, tree: Tree, tokenizer: Any) -> None:
-        self.tree, self.tokenizer = tree, tokenizer
+        self.tree, self._tokenizer = tree, tokenizer
+        self._specials = special_ids(tokenizer)
         self.fields: list[tuple[Fields, ...]] = [((UNKNOWN,),) * len(s.ids) for s in tree.segments]
         self.turns: list[int | None] = [None] * len(tree.segments)
         self.spelled: list[tuple[tuple[int, str], ...] | None] = [None] * len(tree.segments)
         self._children: dict[int | None, list[int]] = {}
-        self._text: list[str] = []  # from the root to the end of each segment
+        self._text: list[str] = []  # from the root to the end of each segment; so are the next two
+        self._num_ids: list[int] = []
+        self._ends: dict[int, int] = {}  # how many characters, of the segments that are named
         for index, segment in enumerate(tree.segments):
             self._children.setdefault(segment.parent, []).append(index)
             before = "" if segment.parent is None else self._text[segment.parent]
             self._text.append(before + segment.text)
+            num_before = 0 if segment.parent is None else self._num_ids[segment.parent]
+            self._num_ids.append(num_before + len(segment.ids))
 
     def paths(self, context: Sequence[Run], target: Sequence[Run]) -> Iterator[tuple[list[int], int]]:
         """Paths from the root whose first segments spell the context and whose others spell the target.
@@ -85,11 +91,14 @@ class _Finding:
         Each with the number of segments that the context takes.
         """
         prompt, said = _text_of(context), _text_of(target)
-        prompt_ids = tuple(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        prompt_ids: tuple[int, ...] | None = None
         for parent in [None, *range(len(self.tree.segments))]:
-            text = "" if parent is None else self._text[parent]
-            if text != prompt and path_ids(self.tree, parent) != prompt_ids:
-                continue
+            if ("" if parent is None else self._text[parent]) != prompt:
+                if prompt_ids is None:
+                    prompt_ids = tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+                num_ids = 0 if parent is None else self._num_ids[parent]
+                if num_ids != len(prompt_ids) or path_ids(self.tree, parent) != prompt_ids:
+                    continue
             above = self._path(parent)
             stack = [(child, self.tree.segments[child].text) for child in self._children.get(parent, ())]
             while stack:
@@ -107,32 +116,31 @@ class _Finding:
             index = self.tree.segments[index].parent
         return path
 
-    def name(
-        self, path: list[int], num_context: int, context: Sequence[Run], target: Sequence[Run], turn: int | None
-    ) -> None:
-        """Name the tokens of a path whose first `num_context` segments spell the context and the others the target."""
-        self._name(path[:num_context], context)
-        self._name(path[num_context:], target)
+    def name(self, path: Sequence[int], num_context: int, runs: Sequence[Run], turn: int | None) -> None:
+        """Name the tokens of a path that spells the runs; segments from `num_context` on are those of the turn.
+
+        Segments that an earlier turn named are the first of the path, and are passed over.
+        """
         for index in path[num_context:]:
             self.turns[index] = turn
-
-    def _name(self, path: Sequence[int], runs: Sequence[Run]) -> None:
-        ids = [token for index in path for token in self.tree.segments[index].ids]
-        text = _text_of(runs)
-        places = spans(ids, text, self.tokenizer)
-        if places is None:
+        num_named = next((at for at, index in enumerate(path) if index not in self._ends), len(path))
+        start = self._ends[path[num_named - 1]] if num_named else 0
+        new = path[num_named:]
+        ids = [token for index in new for token in self.tree.segments[index].ids]
+        measured = spans(ids, _text_of(runs)[start:], self._tokenizer, self._specials)
+        if measured is None:
             return
+        text = _text_of(runs)
+        places = iter((low + start, high + start) for low, high in measured)
         edges, at = [], 0
         for run, field in runs:
             edges.append((at, at + len(run), field))
             at += len(run)
-        at = 0
-        for index in path:
-            own = places[at : at + len(self.tree.segments[index].ids)]
-            at += len(own)
-            if self.spelled[index] is None:
-                self.fields[index] = tuple(_fields_of(own, edges))
-                self.spelled[index] = tuple((start, text[start:end]) for start, end in own)
+        for index in new:
+            own = list(islice(places, len(self.tree.segments[index].ids)))
+            self.fields[index] = tuple(_fields_of(own, edges))
+            self.spelled[index] = tuple((low, text[low:high]) for low, high in own)
+            self._ends[index] = own[-1][1]
 
     def name_plain(self, record: Completion | Document) -> None:
         """A completion or a document: one path, whatever was put around its texts was added (bos, eos)."""
@@ -145,11 +153,8 @@ class _Finding:
         name = "completion" if isinstance(record, Completion) else "text"
         end = at + len(prompt) + len(text)
         added = Field("added around the text")
-        context = [(whole[:at], added), (prompt, Field("prompt"))]
-        target = [(text, Field(name)), (whole[end:], added)]
-        self.name(
-            path, len(path) - 1, context if len(path) > 1 else [], target if len(path) > 1 else context + target, None
-        )
+        runs = [(whole[:at], added), (prompt, Field("prompt")), (text, Field(name)), (whole[end:], added)]
+        self.name(path, len(path), runs, None)
 
 
 def _fields_of(places: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int, Field]]) -> Iterator[Fields]:
@@ -209,25 +214,27 @@ def _runs(
     own; such text is unknown. From the first to the last place in which a tool is spelled, the template's text and that
     of the tools are not told apart.
     """
-    lost = any_of(
-        {leaf.text.strip() for at, leaf in enumerate(leaves) if _is_text(leaf) and not rendered.spelled(at)} - {""}
-    )
+    lost = {leaf.text.strip() for at, leaf in enumerate(leaves) if _is_text(leaf) and not rendered.spelled(at)} - {""}
     runs: list[Run] = []
     for piece, origin in zip(rendered.pieces, rendered.origins, strict=True):
         if origin is not None:
             runs.append((piece, field_of(leaves[origin], messages) if origin < len(leaves) else UNKNOWN))
             continue
         at = 0
-        for match in lost.finditer(piece):
-            runs += [(piece[at : match.start()], TEMPLATE), (match.group(), UNKNOWN)]
-            at = match.end()
+        for start, end in _places_of([text for text in lost if text in piece], piece):
+            runs += [(piece[at:start], TEMPLATE), (piece[start:end], UNKNOWN)]
+            at = end
         runs.append((piece[at:], TEMPLATE))
-    spells_tool = any_of(_tool_texts(tools))
-    places = [at for at, (text, field) in enumerate(runs) if field is TEMPLATE and spells_tool.search(text)]
+    names = _tool_texts(tools)
+    places = [at for at, (text, f) in enumerate(runs) if f is TEMPLATE and any(name in text for name in names)]
     for at in range(places[0], places[-1] + 1) if places else ():
         if runs[at][1] is TEMPLATE:
             runs[at] = (runs[at][0], TOOLS)
     return runs
+
+
+def _places_of(texts: Sequence[str], piece: str) -> list[tuple[int, int]]:
+    return [match.span() for match in any_of(texts).finditer(piece)] if texts else []
 
 
 def _is_text(leaf: Leaf) -> bool:

@@ -6,7 +6,7 @@ HTML: in the JSON every `<` is escaped, and the page's script writes text as tex
 
 import html
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -113,12 +113,13 @@ def row_json(number: int, record: Record | Refusal, renderer: Renderer) -> dict[
     assert not isinstance(record, Refusal)
     origin = whence(record, rendered, renderer)
     fields: dict[Fields, int] = {}
+    specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(row["segments"]):
         segment["weight"] = rendered.segments[index].weight
         segment["turn"] = origin.turns[index]
         segment["pieces"] = [
             (num, text, special, fields.setdefault(field, len(fields)))
-            for num, text, special, field in _pieces(rendered, index, origin, renderer.tokenizer)
+            for num, text, special, field in _pieces(rendered, index, origin, renderer.tokenizer, specials)
         ]
     table = [[{"message": f.message, "role": f.role, "name": f.name} for f in together] for together in fields]
     return {
@@ -131,16 +132,17 @@ def row_json(number: int, record: Record | Refusal, renderer: Renderer) -> dict[
     }
 
 
-def _pieces(tree: Tree, index: int, origin: Whence, tokenizer: Any) -> Iterator[tuple[int, str, bool, Fields]]:
+def _pieces(
+    tree: Tree, index: int, origin: Whence, tokenizer: Any, specials: Collection[int]
+) -> Iterator[tuple[int, str, bool, Fields]]:
     """(number of tokens, text, whether special, fields) of the pieces of a segment."""
     ids, fields, spelled = tree.segments[index].ids, origin.fields[index], origin.spelled[index]
     if spelled is None:
         at = 0
-        for piece in pieces_of(ids, tokenizer):
+        for piece in pieces_of(ids, tokenizer, specials):
             yield len(piece.ids), piece.text, piece.special, fields[at]
             at += len(piece.ids)
         return
-    specials = special_ids(tokenizer)
     numbers = range(len(ids))
     for (_, text), group in groupby(numbers, key=lambda number: spelled[number]):
         own = list(group)

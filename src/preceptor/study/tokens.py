@@ -4,7 +4,7 @@ A character may take several tokens (bytes of an emoji), and some tokenizers dro
 `spans` therefore measures tokens against the text that they are known to spell, and gives up rather than be off by one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 _LONGEST_GROUP = 8  # tokens that may share one character; UTF-8 needs no more than four
@@ -24,9 +24,12 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
-def pieces_of(ids: Sequence[int], tokenizer: Any) -> Iterator[Piece]:
-    """The tokens with their text as the tokenizer decodes it; tokens that share a character come together."""
-    specials = special_ids(tokenizer)
+def pieces_of(ids: Sequence[int], tokenizer: Any, specials: Collection[int] | None = None) -> Iterator[Piece]:
+    """The tokens with their text as the tokenizer decodes it; tokens that share a character come together.
+
+    specials: `special_ids(tokenizer)`, where that is known; to find it out takes a while.
+    """
+    specials = special_ids(tokenizer) if specials is None else specials
     waiting: list[int] = []
     for token in ids:
         if token in specials:
@@ -44,14 +47,16 @@ def pieces_of(ids: Sequence[int], tokenizer: Any) -> Iterator[Piece]:
         yield Piece(tuple(waiting), decode(waiting, tokenizer), False)
 
 
-def spans(ids: Sequence[int], text: str, tokenizer: Any) -> list[tuple[int, int]] | None:
+def spans(
+    ids: Sequence[int], text: str, tokenizer: Any, specials: Collection[int] | None = None
+) -> list[tuple[int, int]] | None:
     """For each token the characters of `text` that it spells, as (start, end); None if the tokens do not spell it.
 
     Tokens that share a character have the same span. A space that is lost when a token is decoded alone is given back.
     """
     found: list[tuple[int, int]] = []
     at = 0
-    for piece in pieces_of(ids, tokenizer):
+    for piece in pieces_of(ids, tokenizer, specials):
         lost_space = not text.startswith(piece.text, at) or (not piece.text and text.startswith(" ", at))
         end = at + len(piece.text) + lost_space
         if text[at:end] != " " * lost_space + piece.text:
