@@ -1,5 +1,6 @@
 """What is shipped is a bfloat16 base model with its history; what cannot be shipped is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -41,7 +42,7 @@ def test_thinning_is_even_keeps_the_last_line_and_the_limit():
     assert thin(lines, 400) == lines
     kept = [int(line) for line in thin(lines, 100)]
     assert kept[-1] == 99 and len(kept) * 4 <= 100
-    assert len({b - a for a, b in zip(kept, kept[1:], strict=False)}) == 1
+    assert len({b - a for a, b in itertools.pairwise(kept)}) == 1
 
 
 def test_an_unfinished_run_is_refused(run, tmp_path):

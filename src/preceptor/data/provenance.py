@@ -21,9 +21,10 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.data.environment import SETTINGS, prepare
-from preceptor.data.marked import Marked, MarkedLength, atoms_of, join, plain, with_separator
+from preceptor.data.marked import Marked, atoms_of, join, plain
+from preceptor.data.marked_length import MarkedLength
 from preceptor.data.origins import Rendered, map_leaves
-from preceptor.data.tape import Atom, Tape, is_part_of, json_body
+from preceptor.data.tape import Atom, Tape, is_part_of, json_body, with_separator
 
 
 def marked_message(message: Mapping[str, Any], tape: Tape, first_leaf: int) -> dict[str, Any]:

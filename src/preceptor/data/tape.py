@@ -105,3 +105,8 @@ def is_true(value: Any) -> bool:
 
 def is_part_of(item: str, container: str) -> bool:
     return item in container
+
+
+def with_separator(items: Sequence[str], separator: str) -> list[str]:
+    """The items with the separator between any two."""
+    return [text for item in items for text in (separator, item)][1:]

@@ -2,8 +2,8 @@
 
 Other layers use the two names below and nothing else. The order in which the scholar was made:
 
-    facts (freeze) -> library -> tokenizer -> pretraining (recipes/scholar_pretrain.yaml) -> ship
-      └────> questions
+    freeze -> facts -> library -> tokenizer -> pretraining (recipes/scholar_pretrain.yaml) -> ship
+                └────> questions
 """
 
 from pathlib import Path
