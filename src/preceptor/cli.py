@@ -262,7 +262,7 @@ def _prepare(run: Any, console: Any) -> Any:
     for source in (*run.data.train, *run.data.eval):
         resolve(source)
     with console.status("reading and rendering the data") as status:
-        prepared = prepare(run, on_row=_count_rows(status.update))
+        prepared = prepare(run, on_row=_count_rows(status.update), num_processes=min(4, os.cpu_count() or 1))
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared

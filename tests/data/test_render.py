@@ -382,7 +382,7 @@ RENDERERS = {
 }
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(list(RENDERERS)), chats())
 def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
     renderer = RENDERERS[name]

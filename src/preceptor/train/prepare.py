@@ -15,6 +15,7 @@ from preceptor.data.closings import closing_tokens
 from preceptor.data.conversation import Completion, Document, Record, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
+from preceptor.data.parallel import render_all
 from preceptor.data.render import Renderer
 from preceptor.data.sources import mix, read_entries, read_records
 from preceptor.data.tally import Tally, fits
@@ -86,7 +87,8 @@ def give_voice(model: config.Model, data: config.Data) -> Voice:
     """
     path = resolve_model_path(model.path)
     tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    template, tokens, closings = None, TokenPlan(), ()
+    template, tokens = None, TokenPlan()
+    closings: tuple[str, ...] = ()
     if data.template is not None or tokenizer.chat_template or _has_conversations(data):
         template = load_template(data.template, tokenizer)
         tokens = add_tokens(tokenizer, template.needed_tokens)
@@ -120,23 +122,25 @@ def _closings(template: Template, tokenizer: Any) -> tuple[str, ...]:
     return closings or (tokenizer.eos_token,)
 
 
-def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepared:
+def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_processes: int = 1) -> Prepared:
     """Read, render and check all data of a run. `on_row` is called after each row, for a progress display.
 
+    With more than one process, large inputs are rendered in several (data/parallel.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
     are refused; ModelError and TemplateError as `give_voice`.
     """
     voice = give_voice(run.model, run.data)
     renderer = voice.renderer(run.data)
     refusals: list[Refusal] = []
-
     formats: dict[str, Counter[str]] = {}
 
-    def render_all(source: config.Source) -> Iterator[tuple[Record, Tree]]:
+    def records(source: config.Source) -> Iterator[Record | Refusal]:
         for entry in read_entries(source):
-            record = entry.record
             formats.setdefault(entry.table, Counter())[entry.format] += 1
-            tree = record if isinstance(record, Refusal) else renderer.render(record)
+            yield entry.record
+
+    def rendered(source: config.Source) -> Iterator[tuple[Record, Tree]]:
+        for record, tree in render_all(renderer, records(source), num_processes):
             if isinstance(tree, Tree):
                 tree = fits(tree, run.data.max_row_tokens)
             if isinstance(tree, Refusal):
@@ -146,8 +150,8 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None) -> Prepa
                 yield record, tree
             on_row()
 
-    train = [([t for _, t in render_all(s)], s) for s in run.data.train]
-    held_out = [(list(render_all(s)), s) for s in run.data.eval]
+    train = [([t for _, t in rendered(s)], s) for s in run.data.train]
+    held_out = [(list(rendered(s)), s) for s in run.data.eval]
     num_rows = len(refusals) + sum(len(t) for t, _ in train) + sum(len(rows) for rows, _ in held_out)
     tally = Tally(run.data.refusals, refusals)
     check_refusals(tally, num_rows, run.data.max_refused)
