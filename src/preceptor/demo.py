@@ -15,10 +15,12 @@ from preceptor import config
 from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
 from preceptor.model.vocabulary import stop_token_ids
 from preceptor.scholar import MODEL_DIR
+from preceptor.study.evaluate import is_exact
 from preceptor.study.generate import Answer
 from preceptor.study.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
 from preceptor.train.execute import choose_device, execute
 from preceptor.train.folder import write_summary
+from preceptor.train.metrics import append_line
 from preceptor.train.prepare import prepare
 
 QUESTIONS = "scholar:heldout.jsonl"
@@ -42,9 +44,8 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
     with console.status(f"asking {len(questions)} held-out questions"):
         base = ask(run.model.path, questions)
         intern = ask(str(out / "model"), questions)
-    with (out / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for line in answer_lines(questions, base, intern):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for line in sample_lines(questions, base, intern, summary["num_steps"]):
+        append_line(out / "samples.jsonl", line)
     base_score, intern_score = score(questions, base), score(questions, intern)
     summary |= {
         "base_exact_match": base_score.exact_match,
@@ -73,19 +74,21 @@ def ask(model_path: str, questions: Sequence[Question]) -> list[Answer]:
     return ask_tuned(model, tokenizer, questions, stop_token_ids(folder, tokenizer), TUNED_TOKENS)
 
 
-def answer_lines(
-    questions: Sequence[Question], base: Sequence[Answer], intern: Sequence[Answer]
+def sample_lines(
+    questions: Sequence[Question], base: Sequence[Answer], intern: Sequence[Answer], step: int
 ) -> list[dict[str, Any]]:
     """One object a question: what was asked, what both said, and what is right."""
     return [
         {
+            "step": step,
             "source": question.source,
-            "messages": list(question.messages),
+            "prompt": question.asked,
             "base": said.text,
-            "intern": answer.text,
+            "answer": answer.text,
             "stopped": answer.stopped,
-            "exact": answer.text.strip() in question.answers,
-            "ideal": question.ideal,
+            "exact": is_exact(answer.text, question.answers),
+            "reference": question.ideal,
+            "messages": list(question.messages),
         }
         for question, said, answer in zip(questions, base, intern, strict=True)
     ]
@@ -127,7 +130,7 @@ def _print_figures(
     console.print(table)
     console.print(
         f"{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training on "
-        f"{summary['num_examples']:,} conversations. All answers: {out}/answers.jsonl",
+        f"{summary['num_examples']:,} conversations. All answers: {out}/samples.jsonl",
         highlight=False,
     )
     console.print(f"talk to both: preceptor chat {out}/model --base scholar", highlight=False)
