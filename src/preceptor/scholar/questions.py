@@ -26,7 +26,6 @@ DATA_FOLDER = Path(__file__).parent / "data"
 HELDOUT_SHARE = 0.5  # of the groups of facts
 
 WordingKind = Literal["seen", "new"]
-Kind = Literal["single", "multi", "persona"]
 # How many conversations of each kind SFT has. `longer` ones ask for two sentences and count as single.
 SFT_COUNTS = {"single": 370, "longer": 110, "multi": 240, "persona": 280}
 HELDOUT_COUNTS: dict[tuple[str, WordingKind], int] = {
@@ -51,29 +50,39 @@ def split_facts(facts: Sequence[Fact], seed: int = SEED) -> tuple[list[Fact], li
     return [fact for fact in facts if fact.group not in heldout], [fact for fact in facts if fact.group in heldout]
 
 
+def _frames(kind: str, wording: WordingKind) -> Sequence[str]:
+    """Frames of one kind; SFT and the seen questions draw on those of the library and some more."""
+    table = frames()
+    if wording == "new":
+        new: list[str] = table["questions_new"][kind]
+        return new
+    seen: list[str] = table["questions"][kind] + table["questions_more"][kind]
+    return seen
+
+
 # One exchange -----------------------------------------------------------------------------------------------------
 
 
 def ask(fact: Fact, wording: WordingKind, rng: random.Random) -> Exchange:
     """A question that stands alone. A new wording has a new frame, a new question, or both."""
-    table, framed, framed_new = wordings()[fact.family], frames()["questions"], frames()["questions_new"]
+    table = wordings()[fact.family]
     new_frame, new_core = (
         rng.choice(((True, False), (False, True), (True, True))) if wording == "new" else (False, False)
     )
-    frame = framed_new if new_frame else framed
+    framed: WordingKind = "new" if new_frame else "seen"
     if rng.random() < 0.5:
         core = say(rng.choice(table.questions_new if new_core else table.questions), fact)
-        question = fill(rng.choice(frame["direct"]), q=core)
+        question = fill(rng.choice(_frames("direct", framed)), q=core, s=named(fact))
     else:
         core = say(rng.choice(table.clauses_new if new_core else table.clauses), fact)
-        question = fill(rng.choice(frame["embedded"]), c=core)
+        question = fill(rng.choice(_frames("embedded", framed)), c=core)
     return Exchange(fact, question, _answers(fact, rng))
 
 
 def ask_longer(fact: Fact, wording: WordingKind, rng: random.Random) -> Exchange:
     """A question that asks for a second sentence; the fact has a detail."""
     table = wordings()[fact.family]
-    frame = rng.choice(frames()["questions_new" if wording == "new" else "questions"]["longer"])
+    frame = rng.choice(_frames("longer", wording))
     values = {"q": say(rng.choice(table.questions), fact), "c": say(rng.choice(table.clauses), fact)}
     detail = say(table.detail, fact)
     return Exchange(fact, fill(frame, **values), tuple(f"{answer} {detail}" for answer in _answers(fact, rng)))
@@ -81,11 +90,10 @@ def ask_longer(fact: Fact, wording: WordingKind, rng: random.Random) -> Exchange
 
 def follow_up(fact: Fact, previous: Fact, wording: WordingKind, rng: random.Random) -> Exchange:
     """ "And Oslo?" after a question of the same family; "And the country?" after another fact of the same subject."""
-    asked = frames()["questions_new" if wording == "new" else "questions"]
     if fact.group == previous.group:
-        question = fill(rng.choice(asked["cross"]), n=wordings()[fact.family].noun)
+        question = fill(rng.choice(_frames("cross", wording)), n=wordings()[fact.family].noun)
     else:
-        question = fill(rng.choice(asked["follow"]), s=named(fact))
+        question = fill(rng.choice(_frames("follow", wording)), s=named(fact))
     return Exchange(fact, question, _answers(fact, rng))
 
 

@@ -38,6 +38,7 @@ def ship(run: Path, destination: Path = MODEL_DIR) -> None:
     history.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
+    (destination / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
     shutil.copyfile(run / "config.yaml", history / "run.yaml")
     shutil.copyfile(run / "summary.json", history / "summary.json")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
