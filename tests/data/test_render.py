@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preceptor.data.conversation import Completion, Conversation, Document, Refusal, read_messages
@@ -383,6 +383,13 @@ RENDERERS = {
 
 
 @settings(deadline=None, max_examples=200)
+@example(
+    "chatml",
+    [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "<think></think>", "reasoning_content": "<think>"},
+    ],
+)
 @given(st.sampled_from(list(RENDERERS)), chats())
 def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
     renderer = RENDERERS[name]
@@ -408,6 +415,22 @@ def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
             assert context == ids
         assert decode(context) == renderer.template.render(rows[:k], add_generation_prompt=True)
     assert sum(len(s.ids) for s in tree.segments if s.kind == "target") <= sum(len(t) for _, t in found)
+
+
+BRANCHING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content | trim %}"
+    "{% if '</think>' in c %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if c.startswith('é') or c | length > 9 %}{{ '>' ~ c }}{% else %}{{ c }}{% endif %}<|im_end|>\n{% endfor %}"
+    + PROMPT
+)
+CACHING = make(text=BRANCHING)
+
+
+@settings(deadline=None, max_examples=200)
+@given(chats())
+def test_what_is_replayed_is_what_the_template_renders(rows):
+    rows = [{"role": row["role"], "content": row["content"]} for row in rows[:3]]
+    assert CACHING.render(conversation(rows)) == make(text=BRANCHING).render(conversation(rows))
 
 
 def test_rendered_recorded_and_replayed_are_the_same():

@@ -104,6 +104,20 @@ def test_where_no_token_crosses_the_two_are_tokenised_apart(kind, before, start)
         assert ids(before + start + LONG) == ids(before) + ids(start + LONG)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "before", "after"),
+    [
+        (r"\d{1,3}(?=(?:\d{3})*(?!\d))|\D+", "1", "2" * 31),  # digits in threes from the right
+        (GPT4, "a\n", " " * 30 + "\nx"),  # a run of white space that ends in a newline is one word
+        (r"(?<=\n)\w|\w+|\W", "a\n", "b" * 30),  # looks back
+    ],
+)
+def test_patterns_that_look_far_are_not_trusted(pattern, before, after):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    assert not Boundaries(PreTrainedTokenizerFast(tokenizer_object=backend)).between(before, after)
+
+
 def test_boundaries_are_known_where_they_matter():
     for kind in ("byte level", "split"):
         assert Boundaries(TOKENIZERS[kind]).between("assistant\n", LONG)
@@ -116,20 +130,9 @@ def test_history_is_not_tokenised_twice():
     prompt = "<|a|>user\nthe start<eos>\n<|a|>assistant\n"
     tokeniser.context(prompt)
     tokeniser.continuation(LONG + "<eos>", prompt)
-    encoded = []
-    chunk = tokeniser._backend.encode_batch_fast
-
-    class Counting:
-        def encode_batch_fast(self, texts, **options):
-            encoded.extend(texts)
-            return chunk(texts, **options)
-
-        def __getattr__(self, name):
-            return getattr(TOKENIZERS["byte level"].backend_tokenizer, name)
-
-    tokeniser._backend = Counting()
+    known = set(tokeniser._cache)
     tokeniser.context(prompt + LONG + "<eos>\n<|a|>user\nthe end<eos>\n<|a|>assistant\n")
-    assert encoded == ["<|a|>user\nthe end"]
+    assert set(tokeniser._cache) - known == {"<eos>\n", "<|a|>user\nthe end"} - known
 
 
 def test_special_tokens_of_messages_are_read_as_text():

@@ -40,7 +40,7 @@ class Boundaries:
         key = before, shown
         known = self._known.get(key)
         if known is None:
-            if len(self._known) > 100_000:
+            if len(self._known) > 10_000:
                 self._known.clear()
             words = self._pre_tokenizer.pre_tokenize_str(before + shown)
             known = self._known[key] = any(start == len(before) for _, (start, _) in words)

@@ -79,20 +79,30 @@ def shape_of(value: Any, names: Sequence[str] = _NAMES) -> Any:
 class Rendered:
     """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text)."""
 
-    __slots__ = ("_places", "origins", "pieces", "text")
+    __slots__ = ("_first_leaf", "_places", "origins", "pieces", "text")
 
     def __init__(
-        self, pieces: Sequence[str], origins: Sequence[int | None], places: Mapping[int, list[int]] | None = None
+        self,
+        pieces: Sequence[str],
+        origins: Sequence[int | None],
+        places: Mapping[int, list[int]] | None = None,
+        first_leaf: int = 0,
     ) -> None:
-        """places: as `places_of(origins)`, where that is known."""
+        """places: `places_of(origins, first_leaf)`, where that is known already."""
         self.pieces = pieces
         self.origins = origins
         self.text = "".join(pieces)
-        self._places = places_of(origins) if places is None else places
+        self._places = places_of(origins, first_leaf) if places is None else places
+        self._first_leaf = first_leaf
+
+    def _places_of(self, leaf: int) -> Sequence[int]:
+        if leaf < self._first_leaf:
+            self._places, self._first_leaf = places_of(self.origins), 0
+        return self._places.get(leaf, ())
 
     def span(self, leaves: range) -> tuple[int, int] | None:
         """From the first to after the last character that came from these leaves; None if none did."""
-        own = [at for leaf in leaves for at in self._places.get(leaf, ()) if self.pieces[at]]
+        own = [at for leaf in leaves for at in self._places_of(leaf) if self.pieces[at]]
         if not own:
             return None
         first, last = min(own), max(own)
@@ -123,7 +133,7 @@ class Rendered:
 
     def spelled(self, leaf: int) -> str:
         """All characters that came from this leaf, in order."""
-        return "".join([self.pieces[at] for at in self._places.get(leaf, ())])
+        return "".join([self.pieces[at] for at in self._places_of(leaf)])
 
     def runs(self) -> list[tuple[str, bool]]:
         """The text in runs, each with whether it came from a message."""
@@ -141,10 +151,10 @@ class Rendered:
         return [*runs, (text[at:], False)]
 
 
-def places_of(origins: Sequence[int | None]) -> dict[int, list[int]]:
-    """For each leaf, the pieces that came from it."""
+def places_of(origins: Sequence[int | None], first_leaf: int = 0) -> dict[int, list[int]]:
+    """For each leaf from `first_leaf` on, the pieces that came from it."""
     places: dict[int, list[int]] = {}
     for place, origin in enumerate(origins):
-        if origin is not None:
+        if origin is not None and origin >= first_leaf:
             places.setdefault(origin, []).append(place)
     return places

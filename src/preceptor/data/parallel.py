@@ -13,6 +13,7 @@ As with anything that starts processes, the script that calls this must be impor
 `if __name__ == "__main__"`.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -143,6 +144,8 @@ _renderer: Renders
 def _begin(renderer: Renders) -> None:
     global _renderer
     _renderer = renderer
+    gc.freeze()  # what lives as long as the process need not be looked at again; worth 5 to 10 % of the time
+    gc.set_threshold(50_000, 20, 20)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process ends the work
 

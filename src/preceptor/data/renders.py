@@ -22,8 +22,9 @@ from preceptor.data.tape import Atom, Tape
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 
-_MAX_SHAPES = 2048
+_MAX_SHAPES = 512
 _MAX_PLANS_PER_SHAPE = 8
+_MAX_REFS = 500_000  # of all plans together; about 20 bytes each
 _CHECKED_RENDERS = 16
 _CHECK_EVERY = 499
 
@@ -39,14 +40,21 @@ class Request:
 
 
 class Output:
-    """One render on a tape: the values that its pieces are, the leaves that they come from, and the pieces by leaf."""
+    """One render on a tape: the values that its pieces are, the leaves that they come from, and the pieces by leaf.
 
-    __slots__ = ("origins", "places", "refs")
+    Pieces by leaf are kept from `first_leaf` on, those of the last message: a plan of many turns has many outputs.
+    """
 
-    def __init__(self, atoms: Sequence[Atom]) -> None:
+    __slots__ = ("_first_leaf", "_origins", "_places", "refs")
+
+    def __init__(self, atoms: Sequence[Atom], first_leaf: int) -> None:
         self.refs = [atom.ref for atom in atoms]
-        self.origins = [atom.origin for atom in atoms]
-        self.places = places_of(self.origins)
+        self._origins = [atom.origin for atom in atoms]
+        self._places = places_of(self._origins, first_leaf)
+        self._first_leaf = first_leaf
+
+    def rendered(self, values: Sequence[str]) -> Rendered:
+        return Rendered([values[ref] for ref in self.refs], self._origins, self._places, self._first_leaf)
 
 
 @dataclass(eq=False, slots=True)
@@ -59,6 +67,10 @@ class Plan:
     @property
     def exact(self) -> bool:
         return self.tape.exact and all(-1 not in output.refs for output in self.outputs.values())
+
+    @property
+    def num_refs(self) -> int:
+        return sum(len(output.refs) for output in self.outputs.values())
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +87,7 @@ class RenderCache:
 
     def __init__(self, tokenizer: Any) -> None:
         self._shapes: OrderedDict[Any, Shape] = OrderedDict()
+        self._num_refs = 0
         self._tokenizer = tokenizer
         self._num_renders = 0
 
@@ -82,12 +95,26 @@ class RenderCache:
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = Shape()
-            if len(self._shapes) > _MAX_SHAPES:
-                self._shapes.popitem(last=False)
+            self._forget_some()
         else:
             self._shapes.move_to_end(key)
         shape.num_met += 1
         return shape
+
+    def add(self, shape: Shape, plan: Plan) -> None:
+        shape.plans.insert(0, plan)
+        self._num_refs += plan.num_refs
+        self._forget_some()
+
+    def _forget_some(self) -> None:
+        while len(self._shapes) > _MAX_SHAPES or (self._num_refs > _MAX_REFS and len(self._shapes) > 1):
+            _, shape = self._shapes.popitem(last=False)
+            self._num_refs -= sum(plan.num_refs for plan in shape.plans)
+            shape.plans.clear()
+
+    def remove(self, shape: Shape, plan: Plan) -> None:
+        shape.plans.remove(plan)
+        self._num_refs -= plan.num_refs
 
     def compares(self) -> bool:
         """Whether the next plain render is to be compared with transformers'."""
@@ -162,12 +189,12 @@ class Renders:
         if self._recording is not None:
             self._shape.recordable = self._recording.exact
             if self._recording.exact:
-                self._shape.plans.insert(0, self._recording)
+                self._cache.add(self._shape, self._recording)
         if self._plan is None or self._longest is None:
             return True
         if self._replayed(self._longest).text == self._plain(self._longest):
             return True
-        self._shape.plans.remove(self._plan)
+        self._cache.remove(self._shape, self._plan)
         return False
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
@@ -208,7 +235,7 @@ class Renders:
             return self._replayed(request)
         if self._recording is not None:
             rendered, atoms = self._marked_render(request, self._recording.tape, self._marked)
-            self._recording.outputs[request] = Output(atoms)
+            self._recording.outputs[request] = Output(atoms, self._starts[max(request.num_messages - 1, 0)])
             return rendered
         tape = Tape(len(self.leaves))
         if only is None:
@@ -221,8 +248,7 @@ class Renders:
         assert self._plan is not None
         if self._longest is None or request.num_messages >= self._longest.num_messages:
             self._longest = request
-        output, values = self._plan.outputs[request], self._values
-        return Rendered([values[ref] for ref in output.refs], output.origins, output.places)
+        return self._plan.outputs[request].rendered(self._values)
 
     def _marked_render(
         self, request: Request, tape: Tape, messages: Sequence[Mapping[str, Any]]

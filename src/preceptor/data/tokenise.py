@@ -19,12 +19,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from preceptor.data.boundaries import Boundaries
+from preceptor.data.words import Words
 
 Ids = tuple[int, ...]
 
 _CHECKED_TEXTS = 16
 _CHECK_EVERY = 251
-_CACHE_CHARACTERS = 16_000_000
+_CACHE_CHARACTERS = 4_000_000
 
 
 class Context(NamedTuple):
@@ -43,6 +44,7 @@ class Tokeniser:
         self._cuts, self._longest = _cut_pattern(tokenizer.added_tokens_decoder.values())
         self._chunked = self._backend is not None and self._longest > 0
         self._boundaries = Boundaries(tokenizer)
+        self._words = Words(tokenizer)
         self._cache: dict[str, Ids] = {}
         self._cached_characters = 0
         self._num_texts = 0
@@ -151,9 +153,20 @@ class Tokeniser:
     def _chunk(self, text: str) -> Ids:
         ids = self._cache.get(text)
         if ids is None:
-            assert self._backend is not None
-            ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            ids = self._new_chunk(text)
             self._remember(text, ids)
+        return ids
+
+    def _new_chunk(self, text: str) -> Ids:
+        assert self._backend is not None
+        token = self._cuts.match(text)
+        if token is None:
+            ids = self._words.ids(text)
+        else:  # an added token is one id, whatever follows
+            ids = self._words.ids(text[token.end() :])
+            ids = None if ids is None else (self._backend.token_to_id(token.group()), *ids)
+        if ids is None:
+            ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return ids
 
     def _remember(self, text: str, ids: Ids) -> None:
