@@ -1,5 +1,6 @@
 """The demo, cut to a few steps: what it prints and writes. (Its figures are benchmarks/first_run.py's to show.)"""
 
+import io
 import json
 
 import pytest
@@ -23,7 +24,7 @@ def short(monkeypatch):
 
 
 def test_the_demo_shows_both_and_records_everything(short, tmp_path):
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(record=True, width=120, file=io.StringIO())
     out = tmp_path / "demo"
     summary = demo.run_demo(out, 12, console, replace=False)
     shown = console.export_text()

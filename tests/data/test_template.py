@@ -1,5 +1,7 @@
 """Which template a run uses, and that it renders what transformers renders."""
 
+import json
+
 import pytest
 
 from preceptor.data.closings import closing_tokens
@@ -79,8 +81,9 @@ def test_what_chatml_says():
 
 
 def test_the_rules_for_messages_are_learned():
-    rules = probe_message_rules(tiny_tokenizer())
-    assert rules.drops_null
+    tokenizer, message = tiny_tokenizer(), {"role": "assistant", "content": None, "reasoning": "r"}
+    shown = tokenizer.apply_chat_template([message], chat_template="{{ messages[0] | tojson }}", tokenize=False)
+    assert json.loads(shown) == probe_message_rules(tokenizer).apply(message)
     seen = MessageRules(True, True).apply({"role": "assistant", "content": None, "reasoning": "r"})
     assert list(seen) == ["thinking", "role", "reasoning", "reasoning_content"]
     assert MessageRules(False, False).apply({"content": None}) == {"content": None}

@@ -9,6 +9,7 @@ import pytest
 
 from preceptor.data.conversation import Refusal
 from preceptor.data.refusals import ADVICE
+from preceptor.data.template import probe_message_rules
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import template_table as tt
@@ -17,6 +18,8 @@ if not (tt.TEMPLATES / "index.json").is_file():
     pytest.skip(f"the stock templates are not at {tt.TEMPLATES}", allow_module_level=True)
 
 ENTRIES = {entry.name: entry for entry in tt.read_entries()}
+# Older versions of transformers show templates reasoning under the name that the file gives it and no other.
+ALIASES = probe_message_rules(tt.tokenizer_for(ENTRIES["EXAONE-4"])).aliases_reasoning
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -120,8 +123,9 @@ def test_nine_pairs_in_ten_are_proved_and_the_page_says_so():
     table = tt.outcomes(list(ENTRIES.values()))
     for kind, (proved, represented, _) in tt.shares(table).items():
         assert proved >= 0.9 * represented, (kind, proved, represented)
-    page = Path(tt.PAGE).read_text(encoding="utf-8")
-    assert page == tt.page(table), "out of date: run python benchmarks/template_table.py"
+    if ALIASES:
+        page = Path(tt.PAGE).read_text(encoding="utf-8")
+        assert page == tt.page(table), "out of date: run python benchmarks/template_table.py"
 
 
 # What is refused where another might train wrong tokens, by name.
@@ -173,6 +177,8 @@ TARGETS = {
 
 @pytest.mark.parametrize(("name", "kind"), TARGETS)
 def test_first_targets_to_the_character(name, kind):
+    if name == "openai-gpt-oss-120b" and not ALIASES:
+        pytest.skip("its template reads `thinking`, which this version of transformers does not fill")
     tokenizer = tt.tokenizer_for(ENTRIES[name])
     renderer = tt.renderer_for(ENTRIES[name], tokenizer)
     tree = tt.render(renderer, kind)

@@ -26,7 +26,6 @@ class Words:
 
     def __init__(self, tokenizer: Any) -> None:
         self._pattern = None
-        self._table = _Table(tokenizer)
         self._same: set[str] = set()  # characters that both engines treat alike
         self._other: set[str] = set()
         if not tokenizer.is_fast or any(
@@ -40,6 +39,8 @@ class Words:
         if source is None or normalizer not in (None, "NFC") or state["model"]["type"] != "BPE":
             return
         self._composed = normalizer == "NFC"
+        self._pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+        self._table = _Table(tokenizer.backend_tokenizer.model)
         if not state["model"]["dropout"]:
             self._pattern = _compiled(source)
 
@@ -52,10 +53,7 @@ class Words:
         words = self._pattern.findall(text)
         if len("".join(words)) != len(text):
             return None
-        try:
-            return tuple(chain.from_iterable(map(self._table.__getitem__, words)))
-        except _CutAgain:
-            return None
+        return tuple(chain.from_iterable(map(self._table.__getitem__, words)))
 
     def _learn(self, text: str) -> bool:
         """Try the characters of a text that were not met before; whether all of its characters are the same in both."""
@@ -68,35 +66,36 @@ class Words:
         assert self._pattern is not None
         if self._composed and not is_normalized("NFC", sample):
             return True  # such texts are not cut here
-        return [match.span() for match in self._pattern.finditer(sample)] == self._table.cut(sample)
-
-
-class _CutAgain(Exception):
-    """A word that the tokenizer cuts in several when it stands alone."""
+        cut = [span for _, span in self._pre_tokenizer.pre_tokenize_str(sample)]
+        return [match.span() for match in self._pattern.finditer(sample)] == cut
 
 
 class _Table(dict[str, tuple[int, ...]]):
-    """word -> its ids; asks the tokenizer for those that it lacks."""
+    """word -> its ids; asks the tokenizer's model for those that it lacks."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-
-    def cut(self, text: str) -> list[tuple[int, int]]:
-        """Where the tokenizer cuts a text into words."""
-        assert self._backend is not None
-        return [span for _, span in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+        self._model = model
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if len(self.cut(word)) != 1:
-            raise _CutAgain
-        assert self._backend is not None
-        ids = tuple(self._backend.encode_batch_fast([word], add_special_tokens=False)[0].ids)
+        spelled = "".join([_SPELLED[byte] for byte in word.encode()])
+        ids = tuple([token.id for token in self._model.tokenize(spelled)])
         if len(word) <= _LONGEST_WORD:
             if len(self) >= _MAX_WORDS:
                 self.clear()
             self[word] = ids
         return ids
+
+
+def _byte_level() -> list[str]:
+    """The character by which byte-level tokenizers spell each byte: itself if it can be seen, else one from 256 on."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    spelled = dict.fromkeys(seen) | {byte: 256 + number for number, byte in enumerate(unseen)}
+    return [chr(spelled[byte] or byte) for byte in range(256)]
+
+
+_SPELLED = _byte_level()
 
 
 def _word_pattern(state: dict[str, Any] | None) -> str | None:
