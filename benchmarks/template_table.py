@@ -19,10 +19,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.closings import closing_tokens
 from preceptor.data.conversation import Conversation, Message, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.closings import closing_tokens
 from preceptor.data.template import Template, load_template
 
 ROOT = Path(__file__).parents[1]

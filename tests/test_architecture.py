@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "train": {"errors", "config", "durations", "data", "model", "study", "train", "scholar"},
     "demo": {"errors", "config", "data", "model", "study", "train", "scholar"},
     "": {"train"},  # the package itself: SFTTrainer, imported when asked for
+    "__main__": {"cli"},
     "cli": {"", "errors", "config", "data", "model", "study", "train", "demo", "scholar"},
 }
 

@@ -21,7 +21,7 @@ from preceptor.yaml_text import dump_yaml, parse_yaml
 
 Path_ = Annotated[str, Field(min_length=1)]
 
-# What a row may be made of; data/formats.py says which of them make a format.
+# What a row may be made of; data/reading/formats.py says which of them make a format.
 ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text
     system history tools chat_template_kwargs""".split()  # noqa: SIM905 (one a line is longer and says no more)
 

@@ -16,10 +16,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.closings import closing_tokens
 from preceptor.data.conversation import Conversation, Message, Refusal
 from preceptor.data.forest import Tree, path_ids
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.closings import closing_tokens
 from preceptor.data.template import Template, load_template
 
 trl = pytest.importorskip("trl", reason="TRL, a development dependency, is not installed: pip install trl")

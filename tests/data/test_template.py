@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from preceptor.data.closings import closing_tokens
-from preceptor.data.forms import find_forms
+from preceptor.data.rendering.closings import closing_tokens
+from preceptor.data.rendering.forms import find_forms
 from preceptor.data.template import (
     BUILTIN,
     MessageRules,

@@ -17,15 +17,15 @@ from typing import Any, Literal
 
 from preceptor.data.conversation import Completion, Conversation, Document, Message, Record, Refusal, trainable_turns
 from preceptor.data.forest import Tree
-from preceptor.data.forms import Forms, find_forms
-from preceptor.data.origins import leaves_of
-from preceptor.data.proof import Stops, target_of
-from preceptor.data.reasoning import INLINE_WORDS, has_reasoning
 from preceptor.data.refusals import Refused
-from preceptor.data.renders import RenderCache, Renders
+from preceptor.data.rendering.forms import Forms, find_forms
+from preceptor.data.rendering.origins import leaves_of
+from preceptor.data.rendering.proof import Stops, target_of
+from preceptor.data.rendering.reasoning import INLINE_WORDS, has_reasoning
+from preceptor.data.rendering.renders import RenderCache, Renders
+from preceptor.data.rendering.tokenise import Context, Ids, Tokeniser, any_of
+from preceptor.data.rendering.tree import GrowingTree
 from preceptor.data.template import Template
-from preceptor.data.tokenise import Context, Ids, Tokeniser, any_of
-from preceptor.data.tree import GrowingTree
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["refuse", "plain", "allow"]

@@ -1,6 +1,6 @@
 """The sources of a run file -> rows and records, each with the place that it comes from, and the mixture of them.
 
-data/tables.py says what a path may name, data/formats.py how a row becomes a record. Rows are read one after the other:
+reading/tables.py says what a path may name, reading/formats.py how a row becomes a record. Rows come one by one:
 memory does not grow with their number. A row that is no record, or cannot be trained, is a Refusal; a file that cannot
 be read is a DataError.
 """
@@ -14,9 +14,9 @@ import numpy as np
 
 from preceptor.config import ROW_KEYS, Source, nearest
 from preceptor.data.conversation import Record, Refusal
-from preceptor.data.formats import format_of, has_format, to_record, unknown_format
-from preceptor.data.pairs import PARTS_OF_A_QUESTION
-from preceptor.data.tables import Rows, Table, Wanted, find_tables
+from preceptor.data.reading.formats import format_of, has_format, to_record, unknown_format
+from preceptor.data.reading.pairs import PARTS_OF_A_QUESTION
+from preceptor.data.reading.tables import Rows, Table, Wanted, find_tables
 from preceptor.errors import ConfigError, DataError
 
 Item = TypeVar("Item")
@@ -78,7 +78,7 @@ def _rows_of(table: Table, wanted: Wanted) -> Rows:
 
 
 def _named(table: Table, source: Source) -> Rows:
-    """The rows under the keys of data/formats.py; with `columns`, these keys only."""
+    """The rows under the keys of data/reading/formats.py; with `columns`, these keys only."""
     columns = table.columns()
     if columns is not None:
         _check_columns(table.name, columns, source)

@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from preceptor.data.environment import compiled, parsed
-from preceptor.data.reasoning import REASONING_FIELDS
+from preceptor.data.rendering.environment import compiled, parsed
+from preceptor.data.rendering.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from preceptor.data import reasoning
 from preceptor.data.conversation import Refusal
 from preceptor.data.forest import Tree
-from preceptor.data.forms import find_forms
 from preceptor.data.render import Renderer
+from preceptor.data.rendering import reasoning
+from preceptor.data.rendering.forms import find_forms
 from preceptor.data.template import Template
 from preceptor.study.fields import whence
 from preceptor.study.outcomes import Outcome, outcome, render_or_none

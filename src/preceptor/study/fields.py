@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from preceptor.data import reasoning
 from preceptor.data.conversation import Completion, Conversation, Document, Record, trainable_turns
 from preceptor.data.forest import Tree, path_ids
-from preceptor.data.forms import find_forms
-from preceptor.data.origins import Leaf, Rendered
-from preceptor.data.proof import Stops, Turn, target_of
 from preceptor.data.refusals import Refused
 from preceptor.data.render import Renderer
-from preceptor.data.renders import RenderCache, Renders
-from preceptor.data.tokenise import any_of
+from preceptor.data.rendering import reasoning
+from preceptor.data.rendering.forms import find_forms
+from preceptor.data.rendering.origins import Leaf, Rendered
+from preceptor.data.rendering.proof import Stops, Turn, target_of
+from preceptor.data.rendering.renders import RenderCache, Renders
+from preceptor.data.rendering.tokenise import any_of
 from preceptor.study.tokens import spans, special_ids
 
 

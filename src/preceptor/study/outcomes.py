@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from preceptor.data.conversation import Refusal
 from preceptor.data.forest import Tree
-from preceptor.data.proof import shared_start
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.proof import shared_start
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 from preceptor.study.fields import whence

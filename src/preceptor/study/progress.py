@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from preceptor.data.tables import Table
+from preceptor.data.reading.tables import Table
 
 _EVERY_ROWS = 20  # an update takes as long as rendering a short conversation
 

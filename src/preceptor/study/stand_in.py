@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.closings import closing_tokens
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.closings import closing_tokens
 from preceptor.data.template import BUILTIN, Template, load_template
 from preceptor.errors import TemplateError
 

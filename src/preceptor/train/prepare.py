@@ -11,12 +11,12 @@ from itertools import islice
 from typing import Any
 
 from preceptor import config
-from preceptor.data.closings import closing_tokens
 from preceptor.data.conversation import Completion, Document, Record, Refusal
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.parallel import render_all
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.closings import closing_tokens
 from preceptor.data.sources import mix, read_entries, read_records
 from preceptor.data.tally import Tally, fits
 from preceptor.data.template import Template, load_template

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.boundaries import Boundaries
-from preceptor.data.tokenise import Tokeniser, any_of
+from preceptor.data.rendering.boundaries import Boundaries
+from preceptor.data.rendering.tokenise import Tokeniser, any_of
 from tiny import tiny_tokenizer
 
 SPECIAL = ["<eos>", "<|a|>", "<|a|>b", "<|"]

@@ -20,11 +20,11 @@ from jinja2 import filters, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from preceptor.data.environment import SETTINGS, prepare
-from preceptor.data.marked import Marked, atoms_of, join, plain
-from preceptor.data.marked_length import MarkedLength
-from preceptor.data.origins import Rendered, map_leaves
-from preceptor.data.tape import Atom, Tape, is_part_of, json_body, with_separator
+from preceptor.data.rendering.environment import SETTINGS, prepare
+from preceptor.data.rendering.marked import Marked, atoms_of, join, plain
+from preceptor.data.rendering.marked_length import MarkedLength
+from preceptor.data.rendering.origins import Rendered, map_leaves
+from preceptor.data.rendering.tape import Atom, Tape, is_part_of, json_body, with_separator
 
 
 def marked_message(message: Mapping[str, Any], tape: Tape, first_leaf: int) -> dict[str, Any]:

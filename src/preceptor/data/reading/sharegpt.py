@@ -14,7 +14,7 @@ All other keys of a message (train, weight, reasoning_content, ...) stay as they
 import json
 from typing import Any
 
-from preceptor.data.values import Unreadable
+from preceptor.data.reading.values import Unreadable
 
 ROLES = {
     "human": "user",

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
-from preceptor.data.tape import Atom, Tape, cut, is_true, join_texts, with_separator
+from preceptor.data.rendering.tape import Atom, Tape, cut, is_true, join_texts, with_separator
 
 
 def plain(text: str) -> str:

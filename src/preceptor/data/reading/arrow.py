@@ -1,7 +1,7 @@
 """Parquet files and Hugging Face `datasets` -> rows, a batch at a time.
 
 Both hold columns in Arrow's memory layout. Where a column is of structs, objects come back as `Struct`, since a null in
-them may be padding (data/padding.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
+them may be padding (padding.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from preceptor.data.padding import Struct
+from preceptor.data.reading.padding import Struct
 from preceptor.errors import DataError
 
 _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131,072 rows in memory

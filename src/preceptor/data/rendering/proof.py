@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.data import reasoning
-from preceptor.data.origins import Leaf, Rendered
 from preceptor.data.refusals import Refused
+from preceptor.data.rendering import reasoning
+from preceptor.data.rendering.origins import Leaf, Rendered
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from preceptor.config import Source
-from preceptor.data import arrow
+from preceptor.data.reading import arrow
+from preceptor.data.reading.tables import find_tables
 from preceptor.data.sources import read_records, read_rows, resolve
-from preceptor.data.tables import find_tables
 from preceptor.errors import ConfigError, DataError
 
 

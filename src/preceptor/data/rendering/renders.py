@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from preceptor.data.marked import Marked
-from preceptor.data.origins import Leaf, Rendered, leaves_of, places_of, shape_of
-from preceptor.data.proof import Followed, Turn
-from preceptor.data.provenance import marked_message, render_marked
 from preceptor.data.refusals import Refused
-from preceptor.data.tape import Atom, Tape
+from preceptor.data.rendering.marked import Marked
+from preceptor.data.rendering.origins import Leaf, Rendered, leaves_of, places_of, shape_of
+from preceptor.data.rendering.proof import Followed, Turn
+from preceptor.data.rendering.provenance import marked_message, render_marked
+from preceptor.data.rendering.tape import Atom, Tape
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 

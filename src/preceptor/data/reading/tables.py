@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from preceptor.config import Source
-from preceptor.data import arrow, readers
+from preceptor.data.reading import arrow, readers
 from preceptor.errors import ConfigError, DataError
 from preceptor.scholar import data_file
 

@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from preceptor.data import readers
 from preceptor.data.conversation import Conversation
+from preceptor.data.reading import readers
 from preceptor.data.sources import read_records, read_rows
 from preceptor.errors import DataError
 

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from preceptor.data.boundaries import Boundaries
-from preceptor.data.words import Words
+from preceptor.data.rendering.boundaries import Boundaries
+from preceptor.data.rendering.words import Words
 
 Ids = tuple[int, ...]
 

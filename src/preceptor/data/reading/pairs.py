@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from preceptor.data.values import Row, Unreadable, parsed, short, text_in
+from preceptor.data.reading.values import Row, Unreadable, parsed, short, text_in
 
 PAIRS = (
     ("prompt", "completion"),

@@ -6,8 +6,8 @@ import pytest
 
 from preceptor.config import ROW_KEYS, Source
 from preceptor.data.conversation import Completion, Conversation, Document, Refusal
-from preceptor.data.formats import format_of, has_format, to_record
-from preceptor.data.pairs import PAIRS
+from preceptor.data.reading.formats import format_of, has_format, to_record
+from preceptor.data.reading.pairs import PAIRS
 from preceptor.data.sources import read_entries, read_records
 from preceptor.errors import ConfigError, DataError
 

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.tree import GrowingTree, shared_length
+from preceptor.data.rendering.tree import GrowingTree, shared_length
 
 IDS = st.lists(st.integers(0, 2), max_size=6).map(tuple)
 

@@ -9,10 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preceptor.data.forms import find_forms
-from preceptor.data.proof import shared_start
+from preceptor.data.rendering.forms import find_forms
+from preceptor.data.rendering.proof import shared_start
+from preceptor.data.rendering.tokenise import any_of
 from preceptor.data.template import Template
-from preceptor.data.tokenise import any_of
 from preceptor.errors import TemplateError
 
 _ANSWER = "a5f1c0de"  # occurs in no template

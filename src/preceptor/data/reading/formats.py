@@ -29,10 +29,10 @@ from preceptor.data.conversation import (
     read_messages,
     trainable_turns,
 )
-from preceptor.data.padding import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
-from preceptor.data.pairs import PAIRS, check_whole, pair_messages, pair_of
-from preceptor.data.sharegpt import from_sharegpt
-from preceptor.data.values import Row, Unreadable, check_characters, parsed, short
+from preceptor.data.reading.padding import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
+from preceptor.data.reading.pairs import PAIRS, check_whole, pair_messages, pair_of
+from preceptor.data.reading.sharegpt import from_sharegpt
+from preceptor.data.reading.values import Row, Unreadable, check_characters, parsed, short
 
 MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
     "messages",
@@ -71,7 +71,7 @@ def has_format(keys: Sequence[str]) -> bool:
 
 
 def to_record(row: Row, source: str, nulls: Nulls = "refuse") -> Record | Refusal:
-    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/padding.py)."""
+    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/reading/padding.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:
         check_characters(row, "")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.environment import plain_environment
-from preceptor.data.marked import Marked, join, plain
-from preceptor.data.provenance import render_marked
-from preceptor.data.tape import Tape
+from preceptor.data.rendering.environment import plain_environment
+from preceptor.data.rendering.marked import Marked, join, plain
+from preceptor.data.rendering.provenance import render_marked
+from preceptor.data.rendering.tape import Tape
 
 TEXT = st.text(alphabet="ab \n<>/thinkß|{}\"'\\é", max_size=12)
 OPERATIONS = st.sampled_from(

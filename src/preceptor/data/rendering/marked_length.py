@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from preceptor.data.marked import Marked
+from preceptor.data.rendering.marked import Marked
 
 
 class MarkedLength(int):

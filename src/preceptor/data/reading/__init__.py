@@ -1,0 +1,1 @@
+"""What a source names, and how its rows become records: files and data sets in every format."""
