@@ -1,4 +1,4 @@
-"""Writes docs/run-file.md from the fields of config.py and the line under each.
+"""Writes docs/run-file.md from the fields of sections.py and the line under each.
 
 python docs/make_run_file_page.py
 """
@@ -29,7 +29,7 @@ working directory; a data or template file that is not there is looked for besid
 
 Durations are written `3 epochs`, `500 steps` or, where a share of the run makes sense, `5 %`.
 
-This page is made from `src/preceptor/config.py` by `python docs/make_run_file_page.py`.
+This page is made from `src/preceptor/sections.py` by `python docs/make_run_file_page.py`.
 """
 
 

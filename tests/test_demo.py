@@ -6,7 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from preceptor import config, demo
+from preceptor import demo
+from preceptor.durations import Duration
 from preceptor.errors import CheckpointError
 from preceptor.scholar import MODEL_DIR
 
@@ -18,7 +19,7 @@ def short(monkeypatch):
 
     def cut(out):
         run = whole(out)
-        return run.model_copy(update={"train": run.train.model_copy(update={"duration": config.Duration(3, "steps")})})
+        return run.model_copy(update={"train": run.train.model_copy(update={"duration": Duration(3, "steps")})})
 
     monkeypatch.setattr(demo, "demo_run", cut)
 

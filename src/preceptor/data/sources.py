@@ -12,12 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from preceptor.config import ROW_KEYS, Source, nearest
+from preceptor.config import ROW_KEYS, Source
 from preceptor.data.conversation import Record, Refusal
 from preceptor.data.reading.formats import format_of, has_format, to_record, unknown_format
 from preceptor.data.reading.pairs import PARTS_OF_A_QUESTION
 from preceptor.data.reading.tables import Rows, Table, Wanted, find_tables
 from preceptor.errors import ConfigError, DataError
+from preceptor.sections import nearest
 
 Item = TypeVar("Item")
 
