@@ -38,6 +38,7 @@ EXTRA_TOKENS_PER_TURN = {"llama3": 0, "qwen3_instruct_2507": 1}  # that TRL trai
 SPECIAL = {
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
     "qwen3_instruct_2507": ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
+    "qwen3": ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<think>", "</think>"),
 }
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

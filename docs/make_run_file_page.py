@@ -14,9 +14,11 @@ PAGE = Path(__file__).parent / "run-file.md"
 SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("model", config.Model, "Required: `path`."),
     ("data", config.Data, "Required: `train`."),
-    ("data.train[], data.eval[]", config.Source, "Required: `path`."),
+    ("data.train[], data.eval[], replay.data[]", config.Source, "Required: `path`."),
     ("train", config.Train, "Everything has a default."),
+    ("eval", config.Eval, "What is measured besides the held-out rows of `data.eval`, each `train.eval_every`."),
     ("adapter", config.Adapter, "Absent: full fine-tuning."),
+    ("replay", config.Replay, "Absent: only `data.train` is trained on. Required: `data`."),
 ]
 
 INTRODUCTION = """# The run file

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "scholar.": {"errors", "config", "data", "model", "scholar", "scholar.", "yaml_text"},
     "data": {"errors", "config", "sections", "data", "scholar"},
     "model": {"errors", "config", "model", "scholar", "data.forest", "data.conversation"},
-    "study": {"errors", "config", "data", "model", "study", "scholar"},
+    "study": {"errors", "config", "sections", "data", "model", "study", "scholar"},
     "train": {"errors", "config", "durations", "data", "model", "study", "train", "scholar"},
     "demo": {"errors", "config", "data", "model", "study", "train", "scholar"},
     "": {"train"},  # the package itself: SFTTrainer, imported when asked for

@@ -33,7 +33,7 @@ def test_a_required_key_that_is_absent_is_named(tmp_path, key):
     [
         ("train: {learnin_rate: 1}", "train.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("trian: {}", "trian: unknown key; did you mean 'train'"),
-        ("zzz: 1", "zzz: unknown key; known keys are model, data, train, adapter, out"),
+        ("zzz: 1", "zzz: unknown key; known keys are model, data, train, eval, adapter"),
         ("train: {rows_per_step: two}", "train.rows_per_step: input should be a valid integer; found 'two'"),
         ("train: {rows_per_step: 0}", "train.rows_per_step: input should be greater than or equal to 1; found 0"),
         ("train: {duration: 3 weeks}", "train.duration: a duration is written as `3 epochs`"),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from preceptor import __version__, errors
-from preceptor.commands import looking, talking, training
+from preceptor.commands import looking, merging, planning, reporting, selecting, studying, talking, training
 
 app = typer.Typer(
     name="preceptor",
@@ -36,6 +36,7 @@ def main() -> None:
     # Threads that wait for one another sleep instead of spinning. On a machine with anything else to do, spinning made
     # small models 7 to 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones are written faster
     try:
         app()
     except errors.PreceptorError as error:
@@ -56,6 +57,12 @@ for command in (
     looking.show,
     looking.check,
     looking.template,
+    planning.plan,
+    reporting.report,
     talking.chat,
+    merging.merge,
+    selecting.select,
+    studying.eval,
+    studying.compare,
 ):
     app.command()(command)

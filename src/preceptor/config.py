@@ -17,8 +17,10 @@ from preceptor.overrides import apply_override
 from preceptor.sections import ROW_KEYS as ROW_KEYS
 from preceptor.sections import Adapter as Adapter
 from preceptor.sections import Data as Data
+from preceptor.sections import Eval as Eval
 from preceptor.sections import Model as Model
 from preceptor.sections import Path_, Section, nearest
+from preceptor.sections import Replay as Replay
 from preceptor.sections import Source as Source
 from preceptor.sections import Train as Train
 from preceptor.yaml_text import dump_yaml, parse_yaml
@@ -30,8 +32,11 @@ class Run(Section):
     model: Model
     data: Data
     train: Train = Train()
+    eval: Eval = Eval()
     adapter: Adapter | None = None
     """Absent: full fine-tuning."""
+    replay: Replay | None = None
+    """Absent: only `data.train` is trained on."""
     out: Path_
     """Folder of the run; it must not exist yet."""
 
@@ -113,7 +118,11 @@ def beside(run: Run, folder: Path) -> Run:
             "template": run.data.template and find(run.data.template),
         }
     )
-    return run.model_copy(update={"data": data})
+    tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks]})
+    replay = run.replay and run.replay.model_copy(
+        update={"data": [s.model_copy(update={"path": find(s.path)}) for s in run.replay.data]}
+    )
+    return run.model_copy(update={"data": data, "eval": tasks, "replay": replay})
 
 
 def _sentence(detail: ErrorDetails) -> str:

@@ -18,6 +18,7 @@ from preceptor.scholar import MODEL_DIR
 from preceptor.study.evaluate import is_exact
 from preceptor.study.generate import Answer
 from preceptor.study.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
+from preceptor.study.report import write_report
 from preceptor.train.execute import choose_device, execute
 from preceptor.train.folder import write_summary
 from preceptor.train.metrics import append_line
@@ -59,6 +60,7 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "seconds": time.perf_counter() - started,
     }
     write_summary(out, summary)
+    write_report([out])  # anew, with these answers
     _print_sides(console, questions, base, intern)
     _print_figures(console, base_score, intern_score, score_by("wording", questions, intern), summary, out)
     return summary

@@ -85,6 +85,10 @@ class Data(Section):
     """A special token spelled out inside a message: refuse the row, read it as plain text, or let it act."""
     max_row_tokens: Annotated[int, Field(ge=8)] = 4096
     """Tokens in one forward pass; conversations are packed into rows of at most this, without padding."""
+    too_long: Literal["refuse", "truncate_context", "split"] = "refuse"
+    """Rows of data over `max_row_tokens`: refuse, leave the oldest messages out, or make several (docs/data.md)."""
+    group_prompts: bool = False
+    """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
     max_refused: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of refused rows above which the run stops before any model is loaded."""
     refusals: dict[str, Literal["allow"]] = {}
@@ -112,8 +116,22 @@ class Train(Section):
     """AdamW's decay of the mean of its square."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
+    normalize: Literal["token", "conversation"] = "token"
+    """The loss of a step is the mean over its trained tokens, or over its conversations of the mean of their tokens."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary. 0: none."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each token's loss: this times the square of log(sum of exp(logits)); keeps logits small. PaLM: 1e-4."""
+    dft: bool = False
+    """Dynamic Fine-Tuning (arXiv:2508.05629): each token's loss times its own probability, taken as a constant."""
+    kl_to_base: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each token's loss: this times the divergence KL(tuned || base). Full fine-tuning keeps a copy for it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16`: matrix products in bfloat16 (autocast); weights, loss and optimizer stay as they are."""
+    context_gradient: Literal["full", "recompute", "none"] = "full"
+    """`recompute`: contexts run again in backward, same gradient; `none`: they are constants to it (TokenTune)."""
+    recompute: Literal["none", "all"] | Annotated[int, Field(ge=1)] = "none"
+    """Layers that keep only their input for backward and run again there: none, all, or the first so many."""
     save_every: Duration | None = None
     """A checkpoint to resume from (`--resume`): `100 steps`, `1 epoch`. Absent: only the final model is saved."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
@@ -128,6 +146,22 @@ class Train(Section):
     """Seed of everything drawn: order, new weights, dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU where there is one."""
+
+
+class Eval(Section):
+    tasks: list[Path_] = []
+    """Task files (docs/evaluate.md) that the model is put to at each evaluation, such as `scholar:heldout`."""
+    limit: Annotated[int, Field(ge=1)] | None = 200
+    """Items of each task, a choice by `train.seed`, the same each time; null: all."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampled answers that stand beside the greedy ones, drawn by the same seed each time."""
+
+
+class Replay(Section):
+    data: Annotated[list[Source], Field(min_length=1)]
+    """Text of the kind that the base model learned from, or anything else that it should not lose."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of an epoch's trained tokens that are replayed: a seeded choice of the rows of `data`."""
 
 
 class Adapter(Section):

@@ -1,11 +1,10 @@
-"""Layout, subtree ends, pairs, runs and the packing plan."""
+"""Layout, subtree ends, pairs and runs."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.forest import Segment, Tree, build_row, path_ids, plan_rows, runs
+from preceptor.data.forest import Segment, Tree, build_row, path_ids, runs
 
 
 def chain(*lengths, first=10):
@@ -126,23 +125,3 @@ def test_every_pair_reads_its_own_path(forest):
         seen.append((tuple(row.ids_T[visible].tolist()), target))
     assert sorted(seen) == sorted(paths)
     assert row.num_trained == sum(tree.num_trained for tree in forest)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 64), max_size=200), st.integers(0, 5))
-def test_the_plan_holds_every_record_once_and_no_row_overflows(lengths, seed):
-    plan = plan_rows(lengths, 64, seed)
-    assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
-    assert all(sum(lengths[index] for index in row) <= 64 for row in plan)
-
-
-def test_the_plan_is_dense_and_seeded():
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, size=5000).astype(int).clip(1, 4096).tolist()
-    plan = plan_rows(lengths, 4096, seed=1)
-    assert sum(lengths) / (4096 * len(plan)) > 0.98
-    assert plan == plan_rows(lengths, 4096, seed=1) != plan_rows(lengths, 4096, seed=2)
-
-
-def test_a_record_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="record 1 has 9 tokens, a row holds 8"):
-        plan_rows([3, 9], 8, seed=0)

@@ -30,3 +30,19 @@ def test_epochs_differ_and_a_step_is_reproducible():
     assert [r.ids_T.tolist() for r in again.rows(late)] == [r.ids_T.tolist() for r in loader.rows(late)]
     assert loader.plan(0) != loader.plan(1)
     assert loader.plan(0) != other.plan(0)
+
+
+def test_steps_are_even_and_hold_no_more_rows_than_asked():
+    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    for epoch in range(3):
+        sizes = [len(loader.rows(epoch * loader.steps_per_epoch + step)) for step in range(loader.steps_per_epoch)]
+        assert sum(sizes) == loader.rows_per_epoch and max(sizes) <= 3 and max(sizes) - min(sizes) <= 1
+
+
+def test_apart_every_tree_is_a_row_in_the_same_step():
+    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    apart = loader.apart()
+    assert apart.alone and not loader.alone
+    for step in range(loader.steps_per_epoch):
+        assert tokens(apart.rows(step)) == tokens(loader.rows(step))
+        assert all(row.alone for row in apart.rows(step))

@@ -1,5 +1,7 @@
 """A packed row through unmodified transformers models: it equals its conversations one by one, and the formula."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from preceptor.data.forest import build_row
 from preceptor.errors import ModelError
 from preceptor.model import forward
 from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head, row_loss
+from preceptor.model.layout import ForestLayout
 from tiny import MODELS, branching, chain, separate_chains, tiny_model
 
 
@@ -155,7 +158,7 @@ def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length()
 
 def test_a_leak_in_attention_is_found(monkeypatch):
     """Planted: the layout says that the whole row is one run."""
-    monkeypatch.setattr(forward.ForestLayout, "from_row", _one_run(forward.ForestLayout.from_row))
+    monkeypatch.setattr(ForestLayout, "from_row", _one_run(ForestLayout.from_row))
     with pytest.raises(ModelError, match="another conversation"):
         check_isolation(tiny_model("llama"))
 
@@ -163,7 +166,7 @@ def test_a_leak_in_attention_is_found(monkeypatch):
 def _one_run(from_row):
     def planted(row, device):
         layout = from_row(row, device)
-        return type(layout)(layout.position_T, layout.subtree_end_T, ((0, row.num_tokens, ()),))
+        return replace(layout, runs=((0, row.num_tokens, ()),))
 
     return planted
 

@@ -12,7 +12,7 @@ from preceptor import cli, config
 from preceptor.data.conversation import Conversation, Refusal
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.sources import read_records
-from preceptor.data.tally import Tally, fits
+from preceptor.data.tally import Tally
 from preceptor.study.check import Lengths, check_data, path_lengths, to_json, turn_lengths
 from preceptor.study.check_text import to_text
 from preceptor.train.prepare import give_voice, prepare
@@ -97,7 +97,6 @@ def test_a_tally_counts_by_reason_and_keeps_the_first():
     ]
     assert (tally.num_refused, tally.num_not_allowed, tally.never_seen) == (6, 3, ["typo"])
     assert str(tally).splitlines()[0] == "       3 x b (allowed): first at x:1: sentence 1"
-    assert fits(Tree("x:1", (segment("target", 9, None),)), 8).code == "too_long"
 
 
 def reasoning_rows(num):

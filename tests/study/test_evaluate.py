@@ -1,14 +1,11 @@
-"""Held-out loss, exact match and scores."""
+"""Exact match and scores."""
 
 import pytest
-import torch
 
-from preceptor.data.forest import Segment, Tree, build_row
 from preceptor.errors import DataError
-from preceptor.study.evaluate import goes_on_with_question, held_out, is_exact, share
+from preceptor.study.evaluate import goes_on_with_question, is_exact, share
 from preceptor.study.generate import Answer
 from preceptor.study.questions import read_questions, sample, score, score_by
-from tiny import tiny_model
 
 ROW = {
     "messages": [{"role": "user", "content": "Which region?"}, {"role": "assistant", "content": "It is America."}],
@@ -17,26 +14,6 @@ ROW = {
     "wording": "new",
     "kind": "single",
 }
-
-
-def test_held_out_loss_is_the_mean_over_all_target_tokens():
-    model = tiny_model("llama", vocab_size=64)
-    trees = [Tree("a", (Segment("context", (1, 2), None), Segment("target", (3, 4, 5), 0)))]
-    trees.append(Tree("b", (Segment("context", (6,), None), Segment("target", (7,), 0))))
-    losses, correct = [], 0
-    for tree in trees:
-        context, target = tree.segments[0].ids, tree.segments[1].ids
-        logits = model(torch.tensor([context + target])).logits[0].log_softmax(-1)
-        for offset, token in enumerate(target):
-            losses.append(-logits[len(context) - 1 + offset, token].item())
-            correct += int(logits[len(context) - 1 + offset].argmax() == token)
-    for rows in ([build_row(trees)], [build_row([tree]) for tree in trees]):
-        measured = held_out(model, rows)
-        assert measured.loss == pytest.approx(sum(losses) / 4, rel=1e-5)
-        assert (measured.token_accuracy, measured.num_trained) == (correct / 4, 4)
-    assert model.training
-    with pytest.raises(ValueError, match="no held-out target"):
-        held_out(model, [])
 
 
 def test_exact_is_letter_for_letter():

@@ -62,6 +62,10 @@ def test_a_run_leaves_what_it_promises(run_file):
         "refusals.jsonl",
         "summary.json",
         "model",
+        "data.json",
+        "environment.json",
+        "examples.jsonl",
+        "report.html",
     }
     lines = metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))

@@ -59,3 +59,30 @@ def test_the_fingerprint_follows_the_tokens_and_the_run_but_not_its_place(run_fi
         for overrides in ([], ["out=elsewhere"], ["train.seed=5"], ["data.template=llama3"])
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_rows_that_are_too_long_are_refused_or_shared_out_and_counted(run_file):
+    file = run_file(conversations(9, turns=4), data__max_row_tokens=150)
+    with pytest.raises(DataError, match=r"too_long: first at .*train\.jsonl:\d+.*or set data\.too_long"):
+        prepare(config.load(file))
+    split = prepare(config.load(file, ["data.too_long=split"]))
+    whole = prepare(config.load(file, ["data.max_row_tokens=4096"]))
+    assert split.tokens.trained == whole.tokens.trained and split.num_examples == len(split.train) > 9
+    assert split.shortened.num_parts - split.shortened.num_split == split.num_examples - 9
+    assert split.num_rows == 9 and max(tree.num_tokens for tree in split.train) <= 150
+    shortened = prepare(config.load(file, ["data.too_long=truncate_context"]))
+    assert shortened.num_examples == 9 and shortened.tokens.trained < whole.tokens.trained
+    assert "turns that are not trained" in str(shortened.shortened) and not str(whole.shortened)
+
+
+def test_grouped_prompts_cost_less_and_train_the_same(run_file):
+    rows = [row for row in conversations(4) for _ in range(3)]
+    for number, row in enumerate(rows):
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": f"answer {number}"}]
+    file = run_file(rows)
+    grouped, apart = (prepare(config.load(file, [f"data.group_prompts={value}"])) for value in ("true", "false"))
+    assert (len(grouped.train), grouped.num_examples, len(apart.train)) == (4, 12, 12)
+    assert grouped.tokens.trained == apart.tokens.trained
+    assert grouped.tokens.computed < apart.tokens.computed == grouped.tokens.ungrouped
+    assert apart.tokens.computed == apart.tokens.one_sample_a_turn and not str(apart.tokens)
+    assert "are saved; without grouped prompts" in str(grouped.tokens)

@@ -17,6 +17,7 @@ read the hidden state), `target_N` (the token that must come next), `weight_N`. 
 Legend: T tokens of a row, N trained tokens of a row, S segments of a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,13 +29,17 @@ Kind = Literal["context", "target"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root."""
+    """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root.
+
+    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/weights.py).
+    """
 
     kind: Kind
     ids: tuple[int, ...]
     parent: int | None
     text: str = ""
     weight: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,8 @@ class Row:
     """A forest of trees laid out for one forward pass.
 
     ids_T, position_T, subtree_end_T: int64. source_N, target_N: int64; weight_N: float64. spans: in layout order.
+    divisor: what its trained tokens add to the number by which the step's loss is divided.
+    alone: the row is one chain, for the model's own attention and whatever else mixes its tokens (model/plain.py).
     """
 
     ids_T: np.ndarray
@@ -89,6 +96,8 @@ class Row:
     target_N: np.ndarray
     weight_N: np.ndarray
     spans: tuple[Span, ...]
+    divisor: float
+    alone: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -99,12 +108,12 @@ class Row:
         return len(self.target_N)
 
 
-def build_row(trees: Sequence[Tree]) -> Row:
+def build_row(trees: Sequence[Tree], alone: bool = False) -> Row:
     """Lay the trees out depth-first, one after the other. Raises ValueError if there is not a single token."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
-    pairs: list[tuple[int, int, float]] = []
+    pairs: list[tuple[int, int, float, float]] = []
     for tree in trees:
         _lay_out(tree, ids, positions, spans, pairs)
     if not ids:
@@ -112,7 +121,7 @@ def build_row(trees: Sequence[Tree]) -> Row:
     subtree_end_T = np.empty(len(ids), dtype=np.int64)
     for span in spans:
         subtree_end_T[span.start : span.end] = span.subtree_end
-    source, target, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
+    source, target, weight, share = zip(*pairs, strict=True) if pairs else ((), (), (), ())
     return Row(
         ids_T=np.array(ids, dtype=np.int64),
         position_T=np.array(positions, dtype=np.int64),
@@ -121,11 +130,13 @@ def build_row(trees: Sequence[Tree]) -> Row:
         target_N=np.array(target, dtype=np.int64),
         weight_N=np.array(weight, dtype=np.float64),
         spans=tuple(spans),
+        divisor=math.fsum(share),
+        alone=alone,
     )
 
 
 def _lay_out(
-    tree: Tree, ids: list[int], positions: list[int], spans: list[Span], pairs: list[tuple[int, int, float]]
+    tree: Tree, ids: list[int], positions: list[int], spans: list[Span], pairs: list[tuple[int, int, float, float]]
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
     children: list[list[int]] = [[] for _ in tree.segments]
@@ -152,7 +163,7 @@ def _lay_out(
             for offset, token in enumerate(segment.ids):
                 source = start + offset - 1 if offset else last
                 if source is not None:
-                    pairs.append((source, token, segment.weight))
+                    pairs.append((source, token, segment.weight, segment.share))
         place[index] = len(spans)
         spans.append(Span(start, len(ids), len(ids), parent))
         stack.append((index, True))
@@ -193,37 +204,3 @@ def runs(spans: Sequence[Span]) -> list[tuple[int, int, list[tuple[int, int]]]]:
             result.append((span.start, span.end, ancestors))
         run_of.append(run)
     return [(start, end, ancestors) for start, end, ancestors in result if start < end]
-
-
-def plan_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
-    """Which records share a row: best-fit decreasing over the whole set, rows in a seeded order, no padding.
-
-    Each record goes to the fullest row that still holds it. Records of equal length, and then the rows, are shuffled
-    by `seed`, so every epoch can have a plan of its own. Every index occurs exactly once. Raises ValueError for a
-    length over `max_row_tokens`. O(n) big-integer operations on a bitmap of the free sizes that occur.
-    """
-    lengths_n = np.asarray(lengths, dtype=np.int64)
-    if len(lengths_n) and lengths_n.max() > max_row_tokens:
-        raise ValueError(f"record {int(lengths_n.argmax())} has {lengths_n.max()} tokens, a row holds {max_row_tokens}")
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(lengths_n))
-    order = shuffled[np.argsort(-lengths_n[shuffled], kind="stable")]
-    rows: list[list[int]] = []
-    rows_with_free: dict[int, list[int]] = {}
-    occurring = 0  # bit f is set iff some row has exactly f tokens free
-    for index in order.tolist():
-        length = int(lengths_n[index])
-        fitting = occurring >> length
-        if fitting:
-            free = (fitting & -fitting).bit_length() - 1 + length
-            row = rows_with_free[free].pop()
-            if not rows_with_free[free]:
-                occurring ^= 1 << free
-            rows[row].append(index)
-        else:
-            row, free = len(rows), max_row_tokens
-            rows.append([index])
-        rest = free - length
-        rows_with_free.setdefault(rest, []).append(row)
-        occurring |= 1 << rest
-    return [rows[r] for r in rng.permutation(len(rows)).tolist()]

@@ -4,17 +4,22 @@ There is no iterator whose position could be lost: a resumed run asks for the ne
 would have got.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from preceptor.data.forest import Row, Tree, build_row, plan_rows
+from preceptor.data.forest import Row, Tree, build_row
+from preceptor.data.grouping import chains_of
+from preceptor.data.packing import count_rows, plan_epoch
 
 
 class Loader:
-    """The rows of a whole run. Every tree occurs once an epoch; epochs differ in packing and order.
+    """The rows of a whole run. Every tree occurs once an epoch; epochs differ in packing and order, not in steps.
 
-    The last step of an epoch holds the rows that are left, so that no step mixes two epochs.
+    A step holds rows of one epoch, `rows_per_step` at most; an epoch's rows are spread evenly over its steps. Where
+    conversations must not meet in a row (`apart`), each planned row becomes a row for each of its chains: the same
+    steps over the same tokens, in smaller pieces.
     """
 
     def __init__(self, trees: Sequence[Tree], max_row_tokens: int, rows_per_step: int, seed: int) -> None:
@@ -22,25 +27,56 @@ class Loader:
         self._trees = trees
         self._lengths = [tree.num_tokens for tree in trees]
         self._max_row_tokens = max_row_tokens
-        self._rows_per_step = rows_per_step
         self._seed = seed
-        # Only ties between equal lengths differ from epoch to epoch, so every epoch has the same number of rows.
-        self.rows_per_epoch = len(self.plan(0))
+        self.rows_per_step = rows_per_step
+        self.alone = False
+        self.rows_per_epoch = count_rows(self._lengths, max_row_tokens, seed)
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / rows_per_step)
+
+    def apart(self) -> "Loader":
+        """The same steps for a model whose layers cannot keep conversations apart (model/plain.py)."""
+        loader = copy.copy(self)
+        loader.alone = True
+        return loader
 
     @lru_cache(maxsize=2)  # noqa: B019 (a loader lives as long as its run)
     def plan(self, epoch: int) -> list[list[int]]:
         """Tree indices of each row of an epoch, in training order."""
-        return plan_rows(self._lengths, self._max_row_tokens, seed=self._seed * 1_000_003 + epoch)
+        seed = self._seed * 1_000_003 + epoch
+        return plan_epoch(self._lengths, self._max_row_tokens, self.rows_per_epoch, seed)
+
+    def trees(self, planned_row: Sequence[int]) -> list[Tree]:
+        return [self._trees[index] for index in planned_row]
 
     def rows(self, step: int) -> list[Row]:
         """The rows of step 0, 1, 2, ..."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self._rows_per_step
-        plan = self.plan(epoch)[start : start + self._rows_per_step]
-        return [build_row([self._trees[index] for index in row]) for row in plan]
+        start, end = (at * self.rows_per_epoch // self.steps_per_epoch for at in (within, within + 1))
+        return [row for planned in self.plan(epoch)[start:end] for row in lay_out(self.trees(planned), self.alone)]
+
+    def largest_rows(self) -> list[Row]:
+        """Of the first epoch: the row of most tokens, and the row of most trained tokens."""
+        plan = self.plan(0)
+        num_tokens = [sum(self._lengths[index] for index in planned) for planned in plan]
+        num_trained = [sum(tree.num_trained for tree in self.trees(planned)) for planned in plan]
+        longest = max(range(len(plan)), key=lambda row: (num_tokens[row], num_trained[row]))
+        most_trained = max(range(len(plan)), key=lambda row: (num_trained[row], num_tokens[row]))
+        return [
+            max(lay_out(self.trees(plan[row]), self.alone), key=size)
+            for row, size in (
+                (longest, lambda row: (row.num_tokens, row.num_trained)),
+                (most_trained, lambda row: (row.num_trained, row.num_tokens)),
+            )
+        ]
 
     @property
     def fill(self) -> float:
         """Share of the rows' room that tokens take."""
         return sum(self._lengths) / (self.rows_per_epoch * self._max_row_tokens)
+
+
+def lay_out(trees: Sequence[Tree], alone: bool) -> list[Row]:
+    """One row of all the trees; alone: a row for each of their chains."""
+    if alone:
+        return [build_row([chain], alone=True) for tree in trees for chain in chains_of(tree)]
+    return [build_row(trees)]

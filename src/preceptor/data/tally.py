@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from preceptor.data.conversation import Refusal
-from preceptor.data.forest import Tree
 
 
 @dataclass(slots=True)
@@ -54,14 +53,3 @@ class Tally:
             f"first at {reason.first.source}: {reason.first.message}"
             for reason in self.reasons
         )
-
-
-def fits(tree: Tree, max_row_tokens: int) -> Tree | Refusal:
-    """The tree, or the refusal of one that is longer than a row."""
-    if tree.num_tokens <= max_row_tokens:
-        return tree
-    return Refusal(
-        tree.source,
-        "too_long",
-        f"the conversation has {tree.num_tokens} tokens, a row holds {max_row_tokens}: raise data.max_row_tokens",
-    )

@@ -14,9 +14,8 @@ transformers builds no mask at all.
 Legend: T tokens of a row, H query heads, K key-value heads, D head size, Q queries and P keys of one block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,38 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from preceptor.data.forest import Row, runs
 from preceptor.errors import ModelError
+from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range, dense_mask
 
 IMPLEMENTATION = "preceptor_forest"
-BLOCK_TOKENS = 1024  # queries per block where scores or a mask must be written out, so memory stays linear in T
+BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
 SHORT_RUN_TOKENS = 224  # below, float32 attention forward and backward beats bfloat16 on a CPU with AMX
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ForestLayout:
-    """What attention needs to know of a row. `runs`: `(start, end, ancestors)` in layout order, covering T tokens."""
-
-    position_T: Tensor
-    subtree_end_T: Tensor
-    runs: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
-
-    @classmethod
-    def from_row(cls, row: Row, device: torch.device | str) -> "ForestLayout":
-        return cls(
-            position_T=torch.from_numpy(row.position_T).to(device),
-            subtree_end_T=torch.from_numpy(row.subtree_end_T).to(device),
-            runs=tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(row.spans)),
-        )
-
-
-def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | None = None) -> Tensor:
-    """mask[i, j] = token j is visible to token i, bool (T, T)."""
-    index_T = torch.arange(len(subtree_end_T), device=subtree_end_T.device)
-    mask_TT = (index_T[None, :] <= index_T[:, None]) & (index_T[:, None] < subtree_end_T[None, :])
-    if sliding_window is not None:
-        mask_TT &= position_T[:, None] - position_T[None, :] < sliding_window
-    return mask_TT
 
 
 def attend_reference(
@@ -77,21 +50,50 @@ def attend_runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout,
+    layout: ForestLayout | PassLayout,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    seen: dict[Range, KeysValues] | None = None,
 ) -> Tensor:
-    """The same as `attend_reference`, run by run: work and memory follow what is visible, not T squared."""
+    """The same as `attend_reference`, run by run: work and memory follow what is visible, not T squared.
+
+    seen: keys and values of ranges that are not in `key` and `value`; those that are get added to it.
+    """
+    seen = {} if seen is None else seen
+    dtype = keep_runs(key, value, layout, seen)
     lengths = [end - start for start, end, _ in layout.runs]
-    assert sum(lengths) == query.shape[2], "runs cover the row"
-    asked_dtype = _product_dtype(value)
-    dtype = _fastest_dtype(asked_dtype, lengths, value.device)
-    with torch.autocast(value.device.type, enabled=False):  # cast once, not run by run
-        options = (scale, sliding_window, softcap, sinks)
-        output = _attend_each(query.to(dtype), key.to(dtype), value.to(dtype), layout, lengths, options)
-    return output.to(asked_dtype)
+    outputs = []
+    with torch.autocast(value.device.type, enabled=False):
+        for (start, end, ancestors), query_Q in zip(layout.runs, query.to(dtype).split(lengths, dim=2), strict=True):
+            path = [seen[run] for run in (*ancestors, (start, end))]
+            key_P, value_P = (_joined(pieces, dtype) for pieces in zip(*path, strict=True))
+            attended = _attend_path(query_Q, key_P, value_P, scale, sliding_window, softcap, sinks, layout.masks)
+            outputs.append(attended.transpose(1, 2))
+        output = torch.cat(outputs, dim=1).transpose(1, 2)
+    return output.to(_product_dtype(value))
+
+
+def keep_runs(
+    key: Tensor, value: Tensor, layout: ForestLayout | PassLayout, seen: dict[Range, KeysValues]
+) -> torch.dtype:
+    """Put each run's keys and values into `seen`, cast once, to the dtype of the products, which is returned.
+
+    Taken apart by `split`, not by slices: the backward of a slice writes a whole row of zeros, that of `split` is one
+    concatenation (100 runs of 40 tokens, 16 heads: 1.6 s against 0.1 s a layer).
+    """
+    lengths = [end - start for start, end, _ in layout.runs]
+    assert sum(lengths) == key.shape[2], "runs cover the tokens"
+    dtype = _fastest_dtype(_product_dtype(value), lengths, value.device)
+    pieces = zip(key.to(dtype).split(lengths, dim=2), value.to(dtype).split(lengths, dim=2), strict=True)
+    for (start, end, _), piece in zip(layout.runs, pieces, strict=True):
+        seen[start, end] = piece
+    return dtype
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return pieces[0].to(dtype) if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces], dim=2)
 
 
 def _product_dtype(value: Tensor) -> torch.dtype:
@@ -110,29 +112,6 @@ def _fastest_dtype(asked: torch.dtype, lengths: list[int], device: torch.device)
     return asked
 
 
-def _attend_each(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ForestLayout,
-    lengths: list[int],
-    options: tuple[float, int | None, float | None, Tensor | None],
-) -> Tensor:
-    """Run by run. Taken apart by `split`, not by slices: the backward of a slice writes a whole row of zeros, that of
-    `split` is one concatenation (100 runs of 40 tokens, 16 heads: 1.6 s against 0.1 s a layer).
-    """
-    pieces = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
-    seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    outputs = []
-    for (start, end, ancestors), (query_Q, key_Q, value_Q) in zip(layout.runs, pieces, strict=True):
-        seen[start, end] = (key_Q, value_Q)
-        path = [*(seen[ancestor] for ancestor in ancestors), (key_Q, value_Q)]
-        key_P = torch.cat([k for k, _ in path], dim=2) if ancestors else key_Q
-        value_P = torch.cat([v for _, v in path], dim=2) if ancestors else value_Q
-        outputs.append(_attend_path(query_Q, key_P, value_P, *options).transpose(1, 2))
-    return torch.cat(outputs, dim=1).transpose(1, 2)
-
-
 def _attend_path(
     query_Q: Tensor,
     key_P: Tensor,
@@ -141,6 +120,7 @@ def _attend_path(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    masks: PathMasks,
 ) -> Tensor:
     """Causal attention of a path's last Q tokens to all its P tokens. The index on a path is the position."""
     num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
@@ -156,11 +136,8 @@ def _attend_path(
         end = min(start + BLOCK_TOKENS, num_queries)
         first_key = 0 if window is None else max(0, offset + start - window + 1)
         keys = slice(first_key, offset + end)
-        position_Q1 = torch.arange(offset + start, offset + end, device=query_Q.device)[:, None]
-        position_P = torch.arange(first_key, offset + end, device=query_Q.device)
-        mask_QP = position_P <= position_Q1
-        if window is not None:
-            mask_QP &= position_Q1 - position_P < window
+        dtype = torch.bool if written_out else query_Q.dtype
+        mask_QP = masks.mask(end - start, keys.stop - first_key, window, dtype, query_Q.device, BLOCK_TOKENS)
         block = (query_Q[:, :, start:end], key_P[:, :, keys], value_P[:, :, keys])
         if written_out:
             outputs.append(_attend_written_out(*block, mask_QP, scale, softcap, sinks))
@@ -202,6 +179,10 @@ def _attend_written_out(
     return weights.to(value.dtype) @ value
 
 
+class KeysKept(Exception):
+    """What was wanted of this layer is done: nothing reads its output."""
+
+
 # What layers may hand to an attention function without any effect on the result.
 _WITHOUT_EFFECT = frozenset(
     {"position_ids", "cache_position", "use_cache", "past_key_values", "output_hidden_states", "output_router_logits"}
@@ -221,10 +202,14 @@ def forest_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    forest: ForestLayout | None = None,
+    forest: ForestLayout | PassLayout | None = None,
+    forest_keys_only: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function in transformers' AttentionInterface. Raises ModelError for what it cannot honour, by name."""
+    """The function in transformers' AttentionInterface. Raises ModelError for what it cannot honour, by name.
+
+    With `forest_keys_only`, raises KeysKept as soon as the layer's keys and values are on record.
+    """
     layer = type(module).__name__
     if forest is None:
         raise ModelError(
@@ -243,7 +228,13 @@ def forest_attention_forward(
         advice = " Set attention_dropout to 0 in the model's config.json." if "dropout" in unknown else ""
         raise ModelError(f"{layer} asks attention for {', '.join(unknown)}, which no row layout can honour.{advice}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    output = attend_runs(query, key, value, forest, scale, sliding_window, softcap, s_aux)
+    seen = dict(forest.kept.get(module, {})) if isinstance(forest, PassLayout) else {}
+    if isinstance(forest, PassLayout) and forest.recorded is not None:
+        forest.recorded[module] = seen
+    if forest_keys_only:
+        keep_runs(key, value, forest, seen)
+        raise KeysKept
+    output = attend_runs(query, key, value, forest, scale, sliding_window, softcap, s_aux, seen)
     return output.transpose(1, 2).contiguous(), None
 
 

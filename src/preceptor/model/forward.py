@@ -13,11 +13,17 @@ from transformers import PreTrainedModel
 
 from preceptor.data.forest import Row, Segment, Tree, build_row
 from preceptor.errors import ModelError
-from preceptor.model.attention import ForestLayout, attention_implementation, causal_lm, decoder_of, forest_attention
+from preceptor.model.attention import attention_implementation, causal_lm, decoder_of
+from preceptor.model.levels import split
 from preceptor.model.loss import TrainedRows, linear_cross_entropy
+from preceptor.model.loss_options import CROSS_ENTROPY, LossOptions
+from preceptor.model.passes import KEEP_ALL, Keep, decode_levels, decode_whole, recomputing
+from preceptor.model.plain import plain_hidden_states
+from preceptor.model.sparing import relative_error, rounding, spares_the_last_layer
 from preceptor.model.visibility import check_visibility
 
 _PROBE_TOKENS = 24
+_WORTH = 8  # the last layer is spared for unread tokens if they are at least one in so many
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,33 +41,56 @@ class Head:
     trained_rows: TrainedRows | None = None
 
 
-def hidden_states(model: nn.Module, row: Row) -> Tensor:
+def hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> Tensor:
     """The last hidden state (T, D) of each token of the row, each tree as if it were alone. No logits are computed."""
-    decoder = decoder_of(model)
-    device = decoder.get_input_embeddings().weight.device
-    _require_rope_for(row, decoder)
-    layout = ForestLayout.from_row(row, device)
-    with forest_attention(model):
-        output = decoder(
-            input_ids=torch.from_numpy(row.ids_T).to(device)[None],
-            position_ids=layout.position_T[None],
-            use_cache=False,
-            forest=layout,
+    if row.alone:
+        with recomputing(model, keep):
+            return plain_hidden_states(model, row)
+    _require_rope_for(row, decoder_of(model), keep)
+    return decode_whole(model, row, keep)
+
+
+def read_hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> tuple[Tensor, Tensor]:
+    """The last hidden states (M, D) of the tokens that a loss reads, at least; and source_N, as indices into them.
+
+    `keep` says what is kept for backward, and which gradients flow (model/passes.py). A row that no loss reads goes
+    through whole, so that every parameter still has its part in the graph. Raises ModelError for levels of a row that
+    is read alone.
+    """
+    if row.alone and keep.context_gradient != "full":
+        raise ModelError(
+            f"train.context_gradient: {keep.context_gradient}, but the layers of a {_model_type(model)} model mix "
+            f"tokens outside attention, so a context cannot go through them apart from its targets. Set it to `full`."
         )
-    hidden_TD: Tensor = output.last_hidden_state[0]
-    return hidden_TD
+    _, read = parts = split(row)
+    if row.alone or not row.num_trained:
+        hidden_MD, index_M = hidden_states(model, row, keep), np.arange(row.num_tokens)
+    elif keep.context_gradient != "full":
+        _require_rope_for(row, decoder_of(model), keep)
+        hidden_MD, index_M = decode_levels(model, row, keep)
+    elif _WORTH * (row.num_tokens - read.num_tokens) >= row.num_tokens and spares_the_last_layer(model):
+        _require_rope_for(row, decoder_of(model), keep)
+        hidden_MD, index_M = decode_whole(model, row, keep, parts), read.index_T()
+    else:
+        hidden_MD, index_M = hidden_states(model, row, keep), np.arange(row.num_tokens)
+    place_T = np.zeros(row.num_tokens, dtype=np.int64)
+    place_T[index_M] = np.arange(len(index_M))
+    return hidden_MD, torch.from_numpy(place_T[row.source_N]).to(hidden_MD.device)
 
 
-def _require_rope_for(row: Row, decoder: PreTrainedModel) -> None:
-    """Refuse rows in which rotary frequencies that follow the longest position would tie conversations together."""
+def _require_rope_for(row: Row, decoder: PreTrainedModel, keep: Keep) -> None:
+    """Refuse rows in which rotary frequencies that follow the longest position would tie conversations together, or
+    set the tokens of one level apart from those of another.
+    """
     settings = getattr(decoder.config, "rope_parameters", None) or {}
-    if settings.get("rope_type") not in ("dynamic", "longrope") or sum(span.parent is None for span in row.spans) < 2:
+    one_pass = keep.context_gradient == "full" and sum(span.parent is None for span in row.spans) < 2
+    if settings.get("rope_type") not in ("dynamic", "longrope") or one_pass:
         return
     limit = settings.get("original_max_position_embeddings") or decoder.config.max_position_embeddings
     if row.position_T.max() >= limit:
         raise ModelError(
             f"{type(decoder).__name__} changes its rotary frequencies beyond position {limit}, for all conversations "
-            f"of a row at once. Set data.max_row_tokens to at most {limit}."
+            f"of a pass at once. Set data.max_row_tokens to at most {limit}."
         )
 
 
@@ -101,22 +130,52 @@ def _weight(layer: Any) -> tuple[Tensor, TrainedRows | None]:
     return merged_VD, TrainedRows(rows_R, wrapper.trainable_tokens_delta[name])
 
 
-def row_loss(model: nn.Module, row: Row) -> Tensor:
-    """The sum of w_n * loss_n over the row's trained tokens, a scalar with a graph (also where there is none)."""
-    hidden_TD = hidden_states(model, row)
-    head = output_head(model)
-    device = hidden_TD.device
+def row_loss(model: nn.Module, row: Row, keep: Keep = KEEP_ALL, options: LossOptions = CROSS_ENTROPY) -> Tensor:
+    """The sum of w_n * loss_n over the row's trained tokens, a scalar with a graph (also where there is none).
+
+    `keep` says what is kept for backward and which gradients flow; `options` say which loss it is.
+    """
+    return loss_of(*read_hidden_states(model, row, keep), output_head(model), row, options)
+
+
+def loss_of(
+    hidden_MD: Tensor,
+    source_N: Tensor,
+    head: Head,
+    row: Row,
+    options: LossOptions = CROSS_ENTROPY,
+    divisor: float = 1.0,
+    add_to_grad: bool = False,
+) -> Tensor:
+    """The same over `divisor`, from what `read_hidden_states` gave.
+
+    add_to_grad: where the head is a plain parameter, its gradient joins its `.grad` here, in one buffer for all rows of
+    a step; backward must then follow, with a gradient of 1.
+    """
+    device = hidden_MD.device
     return linear_cross_entropy(
-        hidden_TD,
+        hidden_MD,
         head.weight_VD if head.trained_rows is None else head.weight_VD.detach(),
-        torch.from_numpy(row.source_N).to(device),
+        source_N,
         torch.from_numpy(row.target_N).to(device),
-        torch.from_numpy(row.weight_N).to(device),
+        torch.from_numpy(row.weight_N / divisor).to(device),
         bias_V=head.bias_V,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         trained_rows=head.trained_rows,
+        options=options,
+        head_grad_VD=_grad_buffer(head.weight_VD) if add_to_grad and torch.is_grad_enabled() else None,
     )
+
+
+def _grad_buffer(weight_VD: Tensor) -> Tensor | None:
+    """The `.grad` of a plain float32 parameter, made if it has none; None for anything that autograd must see to."""
+    plain = type(weight_VD) is nn.Parameter and weight_VD.requires_grad and weight_VD.dtype == torch.float32
+    if not plain or weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        return None
+    if weight_VD.grad is None:
+        weight_VD.grad = torch.zeros_like(weight_VD)
+    return weight_VD.grad
 
 
 @torch.no_grad()
@@ -139,19 +198,14 @@ def check_head(model: nn.Module) -> None:
     found_NV = found_NV * head.logit_scale
     if head.softcap is not None:
         found_NV = head.softcap * torch.tanh(found_NV / head.softcap)
-    error = float((found_NV - expected_NV).norm() / expected_NV.norm().clamp_min(1e-30))
-    bound = _rounding(head.weight_VD.dtype)
+    error = relative_error(found_NV, expected_NV)
+    bound = rounding(head.weight_VD.dtype)
     if not error <= bound:
         raise ModelError(
             f"{bare.config.model_type}: the logits from the output embedding differ from the model's own by a relative "
             f"{error:.1e} (rounding allows {bound:.1e}): this model does more to its logits than is known here, so its "
             f"loss would be wrong. Use another model type."
         )
-
-
-def _rounding(dtype: torch.dtype) -> float:
-    """The relative error that many layers' rounding may add up to: 6e-6 for float32, 0.03 for bfloat16."""
-    return float(torch.finfo(dtype).eps ** 0.75)
 
 
 @torch.no_grad()
@@ -201,8 +255,8 @@ def _probe_row(first: tuple[int, ...], context: tuple[int, ...], left: tuple[int
 
 
 def _require_equal(model: nn.Module, before_TD: Tensor, after_TD: Tensor, when: str) -> None:
-    moved = float((after_TD - before_TD).double().norm() / before_TD.double().norm().clamp_min(1e-30))
-    bound = _rounding(before_TD.dtype)
+    moved = relative_error(after_TD, before_TD)
+    bound = rounding(before_TD.dtype)
     if not moved <= bound:
         raise ModelError(
             f"{_model_type(model)}: hidden states move by a relative {moved:.1e} (rounding allows {bound:.1e}) {when}"

@@ -10,6 +10,8 @@ Every fact occurs equally often on each kind of page:
   America."). Knowledge that is only stated cannot be drawn out by a question later: without these pages a trial
   drew out 38 % of what the model knew, with them 97 % (compare Allen-Zhu and Li, "Physics of Language Models",
   part 3.1). No question is ever answered directly, so the base model still answers none;
+- *dictations*: a subject is named and, further on, named again: no facts, but practice in carrying any name from one
+  line to the next, also where a name much like it stands between;
 - *quizzes*: bare questions and nothing else, so that the base model, asked a question, asks more;
 - *stories*: ordinary connected text, of which other seeds make the held-out portion.
 """
@@ -27,7 +29,9 @@ from preceptor.scholar.wording import fill, frames, named, say, statements_of, w
 
 SEED = 7
 # How often each fact occurs on each kind of page, and how many stories there are; about 7 M tokens together.
-ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 5, 6, 11, 36, 10, 5000
+ALMANAC_PASSES, NOTES_PASSES, PROFILES_PASSES, LETTERS_PASSES, QUIZ_PASSES, NUM_STORIES = 5, 6, 12, 36, 10, 5000
+# Further profiles and letters on which alphabetical neighbours (SyntaxError, SyntaxWarning) stand side by side.
+NEIGHBOUR_PROFILES_PASSES, NEIGHBOUR_LETTERS_PASSES, DICTATION_PASSES = 2, 6, 30
 # Subjects that are numbers share their digits with all others and are told apart late, so they occur more often.
 NUMBER_FAMILIES = {"addition", "ascii", "day_of_year", "hex", "http", "roman", "subtraction"}
 NUMBER_PROFILES_PASSES, NUMBER_LETTERS_PASSES = 5, 16
@@ -66,10 +70,10 @@ def _statement(fact: Fact, rng: random.Random) -> str:
     return rng.choice(statements_of(fact)) + _detail(fact, rng)
 
 
-def _detail(fact: Fact, rng: random.Random) -> str:
-    """The family's second sentence, now and then, with a space before it."""
+def _detail(fact: Fact, rng: random.Random, share: float = 0.25) -> str:
+    """The family's second sentence, with a space before it, at a `share` of the calls."""
     detail = wordings()[fact.family].detail
-    return f" {say(detail, fact)}" if detail and fact.detail and rng.random() < 0.25 else ""
+    return f" {say(detail, fact)}" if detail and fact.detail and rng.random() < share else ""
 
 
 def letters(facts: Sequence[Fact], rng: random.Random) -> str:
@@ -88,20 +92,21 @@ def letters(facts: Sequence[Fact], rng: random.Random) -> str:
         if previous == fact.family and rng.random() < 0.4:
             lines.append(_asked(rng.choice(library["further"]), fact, role, between, rng))
         else:
+            longer = fact.detail and rng.random() < 0.25
             (kind,) = ("indirect",) if role else rng.choices(("indirect", "reported", "told"), (75, 10, 15))
-            lines.append(_asked(rng.choice(library[kind]), fact, role, between, rng))
+            lines.append(_asked(rng.choice(library["longer" if longer else kind]), fact, role, between, rng, longer))
         previous = fact.family
     return "\n".join(lines)
 
 
-def _asked(frame: str, fact: Fact, role: str | None, between: str, rng: random.Random) -> str:
+def _asked(frame: str, fact: Fact, role: str | None, between: str, rng: random.Random, longer: bool = False) -> str:
     """An indirect question and its answer in one frame; at times an aside stands between the two."""
     wording, library = wordings()[fact.family], frames()["library"]
-    answer = say(rng.choice(wording.answers), fact) + _detail(fact, rng)
+    answer = say(rng.choice(wording.answers), fact) + _detail(fact, rng, share=1.0 if longer else 0.05)
     if role:
         point = fill(frames()["personas"][role]["answer"], v=fact.value, a=answer)
     else:
-        point = fill(rng.choice(library["points"]), v=fact.value, n=wording.noun, a=answer)
+        point = answer if longer else fill(rng.choice(library["points"]), v=fact.value, n=wording.noun, a=answer)
         if rng.random() < 0.1:
             point = f"{rng.choice(library['asides'])} {point}"
     first, second = rng.sample(names(), 2)
@@ -111,6 +116,18 @@ def _asked(frame: str, fact: Fact, role: str | None, between: str, rng: random.R
     if fact.family in OTHER_NOUN and fact.detail and rng.random() < 0.15:
         asked += " " + fill(rng.choice(library["other"]), o=OTHER_NOUN[fact.family], d=fact.detail)
     return asked
+
+
+def dictations(facts: Sequence[Fact], rng: random.Random) -> str:
+    """Each subject is named and named again, beside another of the page."""
+    library = frames()["library"]
+    between = rng.choice(library["replies"])
+    lines = []
+    for fact, other in zip(facts, [*facts[1:], facts[0]], strict=True):
+        frame = rng.choice(library["dictations"]).replace(" $p", between)
+        first, second = rng.sample(names(), 2)
+        lines.append(fill(frame, s=named(fact), t=named(other), A=first, B=second))
+    return "\n".join(lines)
 
 
 def quiz(facts: Sequence[Fact], rng: random.Random) -> str:
@@ -144,16 +161,29 @@ def _asking(patterns: Sequence[str], rng: random.Random) -> Sequence[str]:
     return marked if rng.random() < 0.6 else patterns
 
 
-def _pages(make: Page, facts: Sequence[Fact], passes: int, by_family: bool, rng: random.Random) -> Iterator[str]:
-    """Pages of 2 to 7 facts that go through all facts `passes` times, each time in another order."""
+Order = Callable[[Fact], tuple[str, ...]]
+
+
+def mixed(fact: Fact) -> tuple[str, ...]:
+    return ()
+
+
+def by_family(fact: Fact) -> tuple[str, ...]:
+    return (fact.family,)
+
+
+def by_name(fact: Fact) -> tuple[str, ...]:
+    return (fact.family, fact.subject)
+
+
+def _pages(make: Page, facts: Sequence[Fact], passes: int, order: Order, rng: random.Random) -> Iterator[str]:
+    """Pages of 2 to 7 facts that go through all facts `passes` times, shuffled and then sorted by `order`."""
     for _ in range(passes):
-        order = rng.sample(facts, len(facts))
-        if by_family:
-            order.sort(key=lambda fact: fact.family)
+        ordered = sorted(rng.sample(facts, len(facts)), key=order)
         start = 0
-        while start < len(order):
+        while start < len(ordered):
             size = rng.randint(2, 7)
-            yield make(order[start : start + size], rng)
+            yield make(ordered[start : start + size], rng)
             start += size
 
 
@@ -162,8 +192,7 @@ def library(facts: Sequence[Fact], seed: int = SEED) -> list[str]:
     rng = random.Random(seed)
     pages = [story(rng) for _ in range(NUM_STORIES)]
     numbers = [fact for fact in facts if fact.family in NUMBER_FAMILIES]
-    by_family, mixed = True, False
-    plan: list[tuple[Page, Sequence[Fact], int, bool]] = [
+    plan: list[tuple[Page, Sequence[Fact], int, Order]] = [
         (almanac, facts, ALMANAC_PASSES, by_family),
         (notes, facts, NOTES_PASSES, mixed),
         (profiles, facts, PROFILES_PASSES, mixed),
@@ -171,6 +200,10 @@ def library(facts: Sequence[Fact], seed: int = SEED) -> list[str]:
         (letters, facts, LETTERS_PASSES // 2, by_family),
         (letters, facts, LETTERS_PASSES // 2, mixed),
         (letters, numbers, NUMBER_LETTERS_PASSES, mixed),
+        (profiles, facts, NEIGHBOUR_PROFILES_PASSES, by_name),
+        (letters, facts, NEIGHBOUR_LETTERS_PASSES, by_name),
+        (dictations, facts, DICTATION_PASSES // 2, by_name),
+        (dictations, facts, DICTATION_PASSES // 2, mixed),
         (quiz, facts, QUIZ_PASSES // 2, by_family),
         (quiz, facts, QUIZ_PASSES // 2, mixed),
     ]
@@ -188,6 +221,7 @@ def heldout_stories(seed: int = SEED) -> list[str]:
 
 
 def write_pages(pages: Iterable[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": page}, ensure_ascii=False) + "\n" for page in pages), encoding="utf-8")
 
 

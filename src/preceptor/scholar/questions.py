@@ -27,7 +27,9 @@ HELDOUT_SHARE = 0.5  # of the groups of facts
 
 WordingKind = Literal["seen", "new"]
 # How many conversations of each kind SFT has. `longer` ones ask for two sentences and count as single.
-SFT_COUNTS = {"single": 370, "longer": 110, "multi": 240, "persona": 280}
+SFT_COUNTS = {"single": 200, "longer": 140, "multi": 400, "persona": 260}
+# Exchanges of a `multi` conversation, drawn evenly. SFT's are longer, to show more in 1,000 conversations.
+SFT_TURNS, HELDOUT_TURNS = (3, 4, 5, 6, 7, 8), (2, 2, 2, 3, 3, 4)
 HELDOUT_COUNTS: dict[tuple[str, WordingKind], int] = {
     ("single", "seen"): 500, ("single", "new"): 600, ("longer", "seen"): 80, ("longer", "new"): 80,
     ("multi", "seen"): 200, ("multi", "new"): 140, ("persona", "seen"): 200, ("persona", "new"): 200,
@@ -134,13 +136,15 @@ class Draw:
         return fact
 
 
-def exchanges(draw: Draw, wording: WordingKind, kind: str, rng: random.Random) -> list[Exchange]:
-    """One exchange, or 2 to 4 of which the last has the given wording."""
+def exchanges(
+    draw: Draw, wording: WordingKind, kind: str, turns_of_multi: Sequence[int], rng: random.Random
+) -> list[Exchange]:
+    """One exchange, or several of which the last has the given wording."""
     if kind == "longer":
         return [ask_longer(draw.with_detail(), wording, rng)]
     if kind != "multi":
         return [ask(draw.any(), wording, rng)]
-    num_turns = rng.choice((2, 2, 2, 3, 3, 4))
+    num_turns = rng.choice(turns_of_multi)
     turns = [ask(draw.any(), "seen", rng)]
     while len(turns) < num_turns:
         last = len(turns) == num_turns - 1
@@ -160,7 +164,9 @@ def _next_turn(previous: Fact, draw: Draw, wording: WordingKind, rng: random.Ran
     return ask(draw.any(), wording, rng)
 
 
-def converse(draw: Draw, kind: str, wording: WordingKind, rng: random.Random) -> tuple[list[dict[str, str]], Exchange]:
+def converse(
+    draw: Draw, kind: str, wording: WordingKind, turns_of_multi: Sequence[int], rng: random.Random
+) -> tuple[list[dict[str, str]], Exchange]:
     """A conversation's messages, ideal answers included, and its last exchange (in the persona's manner)."""
     messages: list[dict[str, str]] = []
     manner = "$a"
@@ -170,9 +176,9 @@ def converse(draw: Draw, kind: str, wording: WordingKind, rng: random.Random) ->
         new_system = wording == "new" and rng.random() < 0.6
         messages.append({"role": "system", "content": rng.choice(persona["systems_new" if new_system else "systems"])})
         wording = "seen" if new_system else wording
-        turns = exchanges(draw, wording, "multi" if rng.random() < 0.2 else "single", rng)
+        turns = exchanges(draw, wording, "multi" if rng.random() < 0.2 else "single", turns_of_multi, rng)
     else:
-        turns = exchanges(draw, wording, kind, rng)
+        turns = exchanges(draw, wording, kind, turns_of_multi, rng)
         if rng.random() < 0.15:
             messages.append({"role": "system", "content": rng.choice(frames()["neutral_systems"])})
     for turn in turns:
@@ -187,7 +193,9 @@ def sft_rows(facts: Sequence[Fact], seed: int = SEED) -> list[dict[str, Any]]:
     rng = random.Random(f"SFT {seed}")
     draw = Draw(split_facts(facts, seed)[0], rng)
     rows = [
-        {"messages": converse(draw, kind, "seen", rng)[0]} for kind, count in SFT_COUNTS.items() for _ in range(count)
+        {"messages": converse(draw, kind, "seen", SFT_TURNS, rng)[0]}
+        for kind, count in SFT_COUNTS.items()
+        for _ in range(count)
     ]
     return rng.sample(rows, len(rows))
 
@@ -200,7 +208,7 @@ def heldout_rows(facts: Sequence[Fact], seed: int = SEED) -> list[dict[str, Any]
     for (kind, wording), count in HELDOUT_COUNTS.items():
         wanted = len(rows) + count
         while len(rows) < wanted:
-            messages, last = converse(draw, kind, wording, rng)
+            messages, last = converse(draw, kind, wording, HELDOUT_TURNS, rng)
             row = {"messages": messages, "answers": list(last.answers), "family": last.fact.family}
             asked = json.dumps([m["content"] for m in messages if m["role"] != "assistant"])
             rows.setdefault(asked, row | {"wording": wording, "kind": "single" if kind == "longer" else kind})

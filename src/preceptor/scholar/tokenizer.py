@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY_SIZE = 2048
+VOCABULARY_SIZE = 4096
 MAX_POSITIONS = 1024
 # Words with their space before them, digits and punctuation marks one by one (numbers are then spelled in one way
 # only), line ends. Without this split BPE would glue ".pdf" or "404" together and learn each number as a word.
@@ -48,12 +48,12 @@ def learn_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def model_config(eos_token_id: int) -> Qwen3Config:
-    """Qwen3 with 3.3 M parameters, tied."""
+    """Qwen3 with 4.5 M parameters, tied."""
     return Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
         intermediate_size=640,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,

@@ -8,7 +8,7 @@ holds once what turns share.
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ import numpy as np
 from preceptor import config
 from preceptor.data.conversation import Refusal
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
+from preceptor.data.fitting import Fitter, Shortened
 from preceptor.data.forest import Tree
 from preceptor.data.render import Renderer
 from preceptor.data.sources import read_entries
-from preceptor.data.tally import Tally, fits
+from preceptor.data.tally import Tally
 
 _FIRST_PLACES = 5
 
@@ -73,6 +74,7 @@ class Check:
     contexts: Lengths = field(default_factory=Lengths)
     targets: Lengths = field(default_factory=Lengths)
     num_sample_tokens: int = 0
+    shortened: Shortened = field(default_factory=Shortened)
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
 
@@ -101,6 +103,8 @@ def check_data(run: config.Run, renderer: Renderer, on_row: Callable[[], None] =
     Raises DataError if a file cannot be read.
     """
     found = Check(run.data.refusals)
+    fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
+    found.shortened = fitter.shortened
     for part, sources in (("train", run.data.train), ("eval", run.data.eval)):
         for source in sources:
             for entry in read_entries(source):
@@ -108,17 +112,17 @@ def check_data(run: config.Run, renderer: Renderer, on_row: Callable[[], None] =
                 table.num_rows += 1
                 table.formats[entry.format] += 1
                 tree = entry.record if isinstance(entry.record, Refusal) else renderer.render(entry.record)
-                if isinstance(tree, Tree):
-                    tree = fits(tree, run.data.max_row_tokens)
-                if isinstance(tree, Refusal):
+                fitted = fitter.fit(entry.record, tree)
+                if isinstance(fitted, Refusal):
                     table.num_refused += 1
-                    found.tally.add(tree)
+                    found.tally.add(fitted)
                 else:
                     assert not isinstance(entry.record, Refusal)
-                    table.num_tokens += tree.num_tokens
-                    table.num_trained += tree.num_trained
-                    if part == "train":
-                        found.count_tree(tree, whole=run.data.targets == "all")
+                    for _, tree in fitted:
+                        table.num_tokens += tree.num_tokens
+                        table.num_trained += tree.num_trained
+                        if part == "train":
+                            found.count_tree(tree, whole=run.data.targets == "all")
                     (found.train if part == "train" else found.held_out).add(entry.record)
                 on_row()
     return found
@@ -192,6 +196,7 @@ def to_json(found: Check) -> dict[str, Any]:
             }
             for table in found.tables.values()
         ],
+        "too_long": asdict(found.shortened),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,

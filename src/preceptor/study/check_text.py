@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preceptor.data.fitting import Shortened
+
 
 def to_text(found: dict[str, Any]) -> str:
     """What `check.to_json` gives, as lines."""
@@ -39,7 +41,8 @@ def _tokens(found: dict[str, Any]) -> str:
         f"one sample a turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
-    return "\n".join([*lines, f"  {trained}", f"  {saved}"])
+    shortened = [f"  {line}" for line in str(Shortened(**found["too_long"])).splitlines()]
+    return "\n".join([*lines, f"  {trained}", f"  {saved}", *shortened])
 
 
 def _repeated(found: dict[str, Any]) -> str:

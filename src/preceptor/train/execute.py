@@ -1,26 +1,30 @@
 """A prepared run -> a trained model in its folder (train/folder.py lists what is in it)."""
 
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from preceptor.data.conversation import Conversation
-from preceptor.data.forest import build_row, plan_rows
+from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.model.adapters import add_adapter
 from preceptor.model.load import load_model, resolve_model_path, save_model
 from preceptor.model.vocabulary import align_model, resize_embeddings
+from preceptor.study.report import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.folder import open_folder, write_summary
 from preceptor.train.metrics import Display, drop_lines_after
+from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.watch import Watch, first_prompt
+from preceptor.train.record import record_resume, record_start
+from preceptor.train.watch import build_watch
 
 
 def choose_device(device: str) -> torch.device:
@@ -70,8 +74,9 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     folder = Path(run.out)
     torch.manual_seed(run.train.seed)
     model = build_model(prepared, device)
-    loader = prepared.loader()
-    preflight(model)
+    objective = Objective.of(run.train, model, prepared.voice.num_base_tokens)
+    passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
+    loader = passed.loader
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     state = State(model, build_optimizer(model, run.train.weight_decay, run.train.beta1, run.train.beta2))
     if resume:
@@ -83,50 +88,48 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     else:
         open_folder(folder, run, prepared.refusals, replace)
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
-    _announce(console, prepared, model, num_steps, loader.fill)
+    if resume:
+        record_resume(folder, device, state.step)
+    else:
+        record_start(folder, prepared, loader, num_steps, device)
+    _announce(console, prepared, model, num_steps, loader)
     with Display(console, num_steps, state.step) as display:
-        watch = _watch(prepared, folder, display)
-        loop.train(run.train, state, loader, watch, display, folder, prepared.fingerprint)
+        watch = build_watch(prepared, folder, display.say, loader.alone)
+        loop.train(run.train, objective, state, loader, watch, display, folder, prepared.fingerprint)
     save_model(model, prepared.voice.tokenizer, folder / "model")
     summary = {
-        "num_examples": len(prepared.train),
+        "num_examples": prepared.num_examples,
         "num_refused": len(prepared.refusals),
+        "too_long": asdict(prepared.shortened),
+        "tokens": asdict(prepared.tokens),
+        "fill": loader.fill,
+        "each_conversation_alone": loader.alone,
+        "preflight_seconds": passed.seconds,
         "num_steps": state.step,
         "held_out": watch.last,
         "seconds": time.perf_counter() - started,
     }
     write_summary(folder, summary)
+    write_report([folder])
     return summary
 
 
-def _watch(prepared: Prepared, folder: Path, display: Display) -> Watch:
-    run, trees = prepared.run, [tree for _, tree in prepared.held_out]
-    plan = plan_rows([tree.num_tokens for tree in trees], run.data.max_row_tokens, run.train.seed)
-    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
-    return Watch(
-        folder=folder,
-        rows=[build_row([trees[index] for index in row]) for row in plan],
-        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.train.num_samples]],
-        tokenizer=prepared.voice.tokenizer,
-        stop_token_ids=prepared.voice.stop_token_ids,
-        max_new_tokens=run.train.max_new_tokens,
-        precision=run.train.precision,
-        enabled=run.train.eval_every is not None,
-        say=display.say,
-    )
+def _saying(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False)
 
 
-def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, fill: float) -> None:
+def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, loader: Loader) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    num_tokens = sum(tree.num_tokens for tree in prepared.train)
-    num_targets = sum(tree.num_trained for tree in prepared.train)
+    tokens = prepared.tokens
     console.print(
-        f"{len(prepared.train):,} examples, {num_tokens:,} tokens, {num_targets:,} of them trained "
-        f"({num_targets / num_tokens:.0%}); rows {fill:.0%} full; {num_steps:,} steps\n"
+        f"{prepared.num_examples:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"({tokens.trained / tokens.computed:.0%}); rows {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )
+    for line in filter(None, (str(tokens), str(prepared.shortened))):
+        console.print(line, highlight=False, markup=False)
     if prepared.voice.tokens.added:
         console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
     if prepared.refusals:

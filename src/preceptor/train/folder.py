@@ -2,12 +2,15 @@
 
 OUT/config.yaml      the resolved run file
 OUT/refusals.jsonl   rows that were not trained: source, code, message
+OUT/environment.json, data.json, examples.jsonl
+                     what the run is made of (train/record.py)
 OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation on held-out rows
 OUT/samples.jsonl    one line a sampled answer to a held-out prompt
 OUT/checkpoints/     with train.save_every: what `--resume` needs
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
-OUT/summary.json     what came out, written last
+OUT/summary.json     what came out
+OUT/report.html      all of it for the eye, written last (study/report.py)
 """
 
 import json

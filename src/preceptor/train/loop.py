@@ -10,24 +10,32 @@ from preceptor import config
 from preceptor.data.forest import Row
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
-from preceptor.model.forward import row_loss
-from preceptor.model.memory import peak_memory_bytes
+from preceptor.model.loss import head_cast_once
+from preceptor.model.peak import peak_memory_bytes
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import State
 from preceptor.train.metrics import Display, append_line
+from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.watch import Watch
 
 
 def train(
-    run: config.Train, state: State, loader: Loader, watch: Watch, display: Display, folder: Path, fingerprint: str
+    run: config.Train,
+    objective: Objective,
+    state: State,
+    loader: Loader,
+    watch: Watch,
+    display: Display,
+    folder: Path,
+    fingerprint: str,
 ) -> None:
     """Train `state` to the end of the run.
 
-    Each step divides the summed loss of its rows once, by the step's number of trained tokens, so that how tokens are
-    spread over rows changes nothing. Raises ModelError, before any weight is touched, when loss or gradient is not
-    finite.
+    Each step divides the summed loss of its rows once, by the step's number of trained tokens (or of conversations,
+    data/weights.py), so that how tokens are spread over rows changes nothing. Raises ModelError, before any weight is
+    touched, when loss or gradient is not finite.
     """
     total_steps = run.duration.steps(loader.steps_per_epoch)
     warmup_steps = run.warmup.steps(loader.steps_per_epoch, total_steps)
@@ -40,7 +48,7 @@ def train(
         learning_rate = learning_rate_at(
             step, total_steps, warmup_steps, run.learning_rate, run.schedule, run.final_learning_rate_share
         )
-        loss, grad_norm = take_step(state, rows, learning_rate, run.max_grad_norm, run.precision)
+        loss, grad_norm = take_step(state, rows, learning_rate, run.max_grad_norm, run.precision, objective)
         values = {
             "step": state.step,
             "epoch": round(state.step / loader.steps_per_epoch, 4),
@@ -61,17 +69,23 @@ def train(
 
 
 def take_step(
-    state: State, rows: Sequence[Row], learning_rate: float, max_grad_norm: float, precision: str
+    state: State,
+    rows: Sequence[Row],
+    learning_rate: float,
+    max_grad_norm: float,
+    precision: str,
+    objective: Objective = CROSS_ENTROPY_OF_A_ROW,
 ) -> tuple[float, float]:
-    """One optimizer step over `rows`: (mean loss in nats per trained token, gradient norm before clipping)."""
-    num_trained = sum(row.num_trained for row in rows)
+    """One optimizer step over `rows`: (mean loss in nats, by default per trained token; gradient norm, not clipped)."""
+    divisor = math.fsum(row.divisor for row in rows) or 1.0
     loss = 0.0
     state.model.train()
-    for row in rows:
-        with autocast(state.model.device, precision):
-            share = row_loss(state.model, row) / max(1, num_trained)
-        share.backward()
-        loss += share.item()
+    with head_cast_once():
+        for row in rows:
+            with autocast(state.model.device, precision):
+                share = objective(state.model, row, divisor, add_to_grad=True)
+            share.backward()
+            loss += share.item()
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(

@@ -5,24 +5,30 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from preceptor import config
 from preceptor.data.conversation import Completion, Document, Record, Refusal
+from preceptor.data.fitting import Fitter, Shortened
 from preceptor.data.forest import Tree
+from preceptor.data.grouping import group_prompts
 from preceptor.data.loader import Loader
 from preceptor.data.parallel import render_all
 from preceptor.data.render import Renderer
 from preceptor.data.rendering.closings import closing_tokens
+from preceptor.data.replay import draw_replay
 from preceptor.data.sources import mix, read_entries, read_records
-from preceptor.data.tally import Tally, fits
+from preceptor.data.tally import Tally
 from preceptor.data.template import Template, load_template
+from preceptor.data.weights import weigh
 from preceptor.errors import DataError, TemplateError
 from preceptor.model.load import load_tokenizer, resolve_model_path
 from preceptor.model.vocabulary import TokenPlan, add_tokens, align_tokenizer, stop_token_ids
+from preceptor.study.check import path_lengths, turn_lengths
+from preceptor.study.tasks import Task, read_task
 
 FIRST_ROWS = 100  # of each source, to see whether a chat template is needed
 
@@ -39,6 +45,11 @@ class Voice:
     tokens: TokenPlan
     stop_token_ids: tuple[int, ...]
 
+    @property
+    def num_base_tokens(self) -> int:
+        """Ids below this are tokens of the base model; added ones come after."""
+        return min(self.tokens.new_ids, default=len(self.tokenizer))
+
     def renderer(self, data: config.Data) -> Renderer:
         return Renderer(
             self.tokenizer,
@@ -50,19 +61,55 @@ class Voice:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise.
+
+    ungrouped: without `data.group_prompts`. one_sample_a_turn: each turn with its whole context, as most trainers do.
+    """
+
+    computed: int
+    trained: int
+    ungrouped: int
+    one_sample_a_turn: int
+
+    def __str__(self) -> str:
+        """What trees save, in a line; "" where there is nothing to save."""
+        if self.computed >= max(self.ungrouped, self.one_sample_a_turn):
+            return ""
+        saved = 1 - self.computed / self.one_sample_a_turn
+        grouped = f"; without grouped prompts {self.ungrouped:,}" if self.ungrouped > self.computed else ""
+        return f"one sample a turn would take {self.one_sample_a_turn:,} tokens, {saved:.0%} are saved{grouped}"
+
+    @classmethod
+    def of(cls, trees: Sequence[Tree], grouped: Sequence[Tree], whole: bool) -> "Tokens":
+        """whole: the prompts are trained too, so that a sample is a whole conversation."""
+        return cls(
+            computed=sum(tree.num_tokens for tree in grouped),
+            trained=sum(tree.num_trained for tree in trees),
+            ungrouped=sum(tree.num_tokens for tree in trees),
+            one_sample_a_turn=sum(sum(path_lengths(tree) if whole else map(sum, turn_lengths(tree))) for tree in trees),
+        )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A run that can start. `train` holds each source's rows `weight` times, `held_out` likewise.
 
-    formats: for each file the formats of its rows, and how many rows there are of each.
+    tokens: what `train` costs, and what it would cost without trees. shortened: what became of rows of data that were
+    too long. formats: for each file the formats of its rows, and how many rows there are of each.
     """
 
     run: config.Run
     voice: Voice
     train: list[Tree]
     held_out: list[tuple[Record, Tree]]
+    tasks: list[Task]
     refusals: list[Refusal]
     num_rows: int
+    num_examples: int
+    tokens: Tokens
+    shortened: Shortened
     formats: Mapping[str, Mapping[str, int]]
 
     @property
@@ -129,8 +176,10 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
     are refused; ModelError and TemplateError as `give_voice`.
     """
+    tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     voice = give_voice(run.model, run.data)
     renderer = voice.renderer(run.data)
+    fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
     refusals: list[Refusal] = []
     formats: dict[str, Counter[str]] = {}
 
@@ -141,30 +190,37 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
 
     def rendered(source: config.Source) -> Iterator[tuple[Record, Tree]]:
         for record, tree in render_all(renderer, records(source), num_processes):
-            if isinstance(tree, Tree):
-                tree = fits(tree, run.data.max_row_tokens)
-            if isinstance(tree, Refusal):
-                refusals.append(tree)
+            fitted = fitter.fit(record, tree)
+            if isinstance(fitted, Refusal):
+                refusals.append(fitted)
             else:
-                assert not isinstance(record, Refusal)
-                yield record, tree
+                yield from fitted
             on_row()
 
     train = [([t for _, t in rendered(s)], s) for s in run.data.train]
     held_out = [(list(rendered(s)), s) for s in run.data.eval]
-    num_rows = len(refusals) + sum(len(t) for t, _ in train) + sum(len(rows) for rows, _ in held_out)
+    replay = [t for s in (run.replay.data if run.replay else ()) for _, t in rendered(s)]
+    num_rows = sum(count for counts in formats.values() for count in counts.values())
     tally = Tally(run.data.refusals, refusals)
     check_refusals(tally, num_rows, run.data.max_refused)
-    trees = mix(train, run.train.seed)
+    trees = [weigh(tree, run.train.normalize) for tree in mix(train, run.train.seed)]
     if not trees:
         raise DataError(f"data.train: not a single row is left to train; {str(tally) or 'weight too small'}")
+    if run.replay is not None:
+        weighed = [weigh(tree, run.train.normalize) for tree in replay]
+        trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
+    grouped = group_prompts(trees, run.data.max_row_tokens, run.train.seed) if run.data.group_prompts else trees
     return Prepared(
         run=run,
         voice=voice,
-        train=trees,
+        train=grouped,
         held_out=mix(held_out, run.train.seed),
+        tasks=tasks,
         refusals=refusals,
         num_rows=num_rows,
+        num_examples=len(trees),
+        tokens=Tokens.of(trees, grouped, whole=run.data.targets == "all"),
+        shortened=fitter.shortened,
         formats=formats,
     )
 

@@ -1,16 +1,22 @@
-"""Looking at the model while it trains: held-out loss, and its answers to the same prompts each time."""
+"""Looking at the model while it trains: held-out rows, tasks, and its answers to the same prompts each time."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preceptor.data.conversation import Conversation, trainable_turns
-from preceptor.data.forest import Row, Tree, path_ids
-from preceptor.study.evaluate import held_out
-from preceptor.study.generate import generate
+from preceptor.data.forest import Tree, path_ids
+from preceptor.study.examine import examine
+from preceptor.study.figures import summary
+from preceptor.study.generate import Sampling, generate
+from preceptor.study.held_out import HeldOut, labelled, measure
+from preceptor.study.subject import Subject
+from preceptor.study.tasks import Task
 from preceptor.train.checkpoint import State
 from preceptor.train.metrics import append_line
 from preceptor.train.precision import autocast
+from preceptor.train.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -25,51 +31,112 @@ class Prompt:
 
 @dataclass
 class Watch:
-    """Writes `eval.jsonl` (one line a look) and `samples.jsonl` (one line a prompt and look)."""
+    """Writes `eval.jsonl` (one line a look) and `samples.jsonl` (one line a prompt and look).
+
+    A line of eval.jsonl has `step` and, where there are held-out rows, `loss`, `bits_per_byte`, `token_accuracy`,
+    `num_trained`, and the same by `by_source`, `by_kind`, `by_turn` (study/held_out.py); where there are tasks, `tasks`
+    (study/figures.py). A sample has the greedy `answer` and a `sampled` one, drawn by the same seed at each look.
+    """
 
     folder: Path
-    rows: list[Row]
-    prompts: list[Prompt]
-    tokenizer: Any
-    stop_token_ids: tuple[int, ...]
+    held_out: Sequence[HeldOut]
+    tasks: Sequence[Task]
+    prompts: Sequence[Prompt]
+    subject: Callable[[Any], Subject]
+    max_row_tokens: int
     max_new_tokens: int
+    sampling: Sampling
     precision: str
     enabled: bool
-    say: Any
+    say: Callable[[str], None]
     last: dict[str, Any] = field(default_factory=dict)
 
     def look(self, state: State) -> None:
         """Measure and sample; nothing that influences training changes."""
         if not self.enabled:
             return
-        if self.rows:
-            with autocast(state.model.device, self.precision):
-                measured = held_out(state.model, self.rows)
-            self.last = {
-                "step": state.step,
-                "loss": measured.loss,
-                "token_accuracy": measured.token_accuracy,
-                "num_trained": measured.num_trained,
-            }
+        subject = self.subject(state.model)
+        measured: dict[str, Any] = {}
+        with autocast(state.model.device, self.precision):
+            if self.held_out:
+                measured |= measure(state.model, self.held_out, self.max_row_tokens, subject.alone)
+            if self.tasks:
+                measured["tasks"] = [self._examine(subject, task) for task in self.tasks]
+        if measured:
+            self.last = {"step": state.step, **measured}
             append_line(self.folder / "eval.jsonl", self.last)
-            self.say(
-                f"held out after {state.step} steps: loss {measured.loss:.4f}, tokens {measured.token_accuracy:.1%}"
+            self.say(f"after {state.step} steps: {_shown(measured)}")
+        self._sample(subject, state.step)
+
+    def _examine(self, subject: Subject, task: Task) -> dict[str, Any]:
+        results = examine(subject, task, self.max_new_tokens, batch_size=64)
+        return summary(task, results, self.sampling.seed)
+
+    def _sample(self, subject: Subject, step: int) -> None:
+        contexts = [prompt.context for prompt in self.prompts]
+        greedy, sampled = (
+            generate(
+                subject.model, subject.tokenizer, contexts, subject.stop_token_ids, self.max_new_tokens, sampling=how
             )
-        answers = generate(
-            state.model, self.tokenizer, [p.context for p in self.prompts], self.stop_token_ids, self.max_new_tokens
+            for how in (None, self.sampling)
         )
-        for prompt, answer in zip(self.prompts, answers, strict=True):
+        for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
             append_line(
                 self.folder / "samples.jsonl",
                 {
-                    "step": state.step,
+                    "step": step,
                     "source": prompt.source,
                     "prompt": prompt.asked,
                     "answer": answer.text,
                     "stopped": answer.stopped,
+                    "sampled": drawn.text,
+                    "sampled_stopped": drawn.stopped,
+                    "temperature": self.sampling.temperature,
                     "reference": prompt.reference,
                 },
             )
+
+
+def build_watch(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Watch:
+    """The looks of a run. alone: the model reads one conversation at a time."""
+    run, voice = prepared.run, prepared.voice
+    renderer = voice.renderer(run.data)
+    enabled = run.train.eval_every is not None
+    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
+    return Watch(
+        folder=folder,
+        held_out=labelled(prepared.held_out, renderer) if enabled else [],
+        tasks=prepared.tasks,
+        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.train.num_samples]],
+        subject=lambda model: Subject(
+            name=str(run.out),
+            model=model,
+            tokenizer=voice.tokenizer,
+            template=None if voice.template is None else renderer.template,
+            stop_token_ids=voice.stop_token_ids,
+            alone=alone,
+        ),
+        max_row_tokens=run.data.max_row_tokens,
+        max_new_tokens=run.train.max_new_tokens,
+        sampling=Sampling(run.eval.temperature, run.train.seed),
+        precision=run.train.precision,
+        enabled=enabled,
+        say=say,
+    )
+
+
+def _shown(measured: dict[str, Any]) -> str:
+    """A look in one line."""
+    parts = []
+    if "loss" in measured:
+        per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
+        parts.append(
+            f"held-out loss {measured['loss']:.4f}{per_byte}, {measured['token_accuracy']:.1%} of the tokens right"
+        )
+    for task in measured.get("tasks", ()):
+        name, figure = next(iter(task["figures"].items()))
+        parts.append(f"{task['task']} {name} {figure['value']:.3f}")
+    return "; ".join(parts)
 
 
 def first_prompt(conversation: Conversation, tree: Tree) -> Prompt:

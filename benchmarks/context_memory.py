@@ -1,0 +1,252 @@
+"""What a context token costs: activation bytes, time and gradient of each way to keep less, context 500 to 7,000 long.
+
+    python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
+    python benchmarks/context_memory.py --learning [--seeds 3]
+
+The first form sends one row, a conversation of random tokens, forward and backward through a Qwen3 of random weights.
+`held`: bytes that live after the forward pass of the decoder and did not before, parameters left out, so all that
+backward needs and the hidden states that the loss reads. `peak`: the most that lives at once in forward, loss and
+backward, beyond what is there before (weights and gradients). `seconds`: the least of `repeats`, the modes in turn.
+`gradient_error`: |g - g_whole| / |g_whole| over all parameters. `whole` is plain autograd: nothing is spared anywhere.
+Writes benchmarks/results/context_memory.json.
+
+The second form trains the scholar to an intern in each mode, as benchmarks/first_run.py does, and asks it all held-out
+questions. Writes benchmarks/results/context_learning.json.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from machine import describe
+from preceptor import config
+from preceptor.data.forest import Row, Segment, Tree, build_row
+from preceptor.model.forward import hidden_states, output_head, read_hidden_states, row_loss
+from preceptor.model.loss import linear_cross_entropy
+from preceptor.model.passes import Keep
+from preceptor.train.precision import autocast
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = ((500, 1500), (1000, 1000), (3000, 1000), (7000, 1000))
+TURNS = 4  # of one further row: the same 3,000 and 1,000 tokens in so many turns
+MODES: dict[str, Keep | None] = {
+    "whole": None,
+    "full": Keep(),
+    "recompute": Keep("recompute"),
+    "none": Keep("none"),
+    "full, recompute: all": Keep("full", "all"),
+    "none, recompute: all": Keep("none", "all"),
+}
+MODELS = {
+    "small": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "vocab_size": 8192}
+    | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151_936}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make within the block, until each is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((arguments, named)) if isinstance(t, Tensor)}
+        outputs = function(*arguments, **(named or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs | self._known:
+                self._add(tensor.untyped_storage())
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, num_bytes)
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.now -= num_bytes
+
+
+def held_and_peak(device: torch.device, work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that live after `work`, as long as its result does, and the most at any time in it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        torch.cuda.synchronize()
+        held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    else:
+        with LiveBytes() as live:
+            result = work()
+            gc.collect()
+            held, peak = live.now, live.peak
+    del result
+    return held, peak
+
+
+def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> Row:
+    rng = np.random.default_rng(0)
+    segments = []
+    for place in range(2 * num_turns):
+        length = (answer if place % 2 else context) // num_turns
+        ids = tuple(rng.integers(vocab_size, size=length).tolist())
+        segments.append(Segment("target" if place % 2 else "context", ids, place - 1 if place else None))
+    return build_row([Tree("random:1", tuple(segments))])
+
+
+def states(model: Any, row: Row, keep: Keep | None) -> tuple[Tensor, Tensor]:
+    if keep is not None:
+        return read_hidden_states(model, row, keep)
+    hidden_TD = hidden_states(model, row)
+    return hidden_TD, torch.from_numpy(row.source_N).to(hidden_TD.device)
+
+
+def loss_of(model: Any, row: Row, keep: Keep | None) -> Tensor:
+    if keep is not None:
+        return row_loss(model, row, keep)
+    hidden_TD, source_N = states(model, row, None)
+    target_N, weight_N = (torch.from_numpy(array).to(hidden_TD.device) for array in (row.target_N, row.weight_N))
+    return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
+
+
+def step(model: Any, row: Row, keep: Keep | None, precision: str) -> float:
+    with autocast(model.device, precision):
+        loss = loss_of(model, row, keep)
+    loss.backward()
+    return loss.item()
+
+
+def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str, Any]:
+    """All modes on one row, each beside `whole`."""
+    result: dict[str, dict[str, Any]] = {}
+    true: list[Tensor] = []
+    for name, keep in MODES.items():
+        model.zero_grad(set_to_none=False)
+        loss = step(model, row, keep, precision)
+        grads = [p.grad.detach().clone() for p in model.parameters()]
+        true = true or grads
+        distance = sum(float((g - t).double().square().sum()) for g, t in zip(grads, true, strict=True))
+        error = (distance / sum(float(t.double().square().sum()) for t in true)) ** 0.5
+        with autocast(model.device, precision):
+            held, _ = held_and_peak(model.device, partial(states, model, row, keep))
+        _, peak = held_and_peak(model.device, partial(step, model, row, keep, precision))
+        result[name] = {"loss": loss, "gradient_error": error, "held_bytes": held, "peak_bytes": peak}
+    seconds: dict[str, list[float]] = {name: [] for name in MODES}
+    for _ in range(repeats):
+        for name, keep in MODES.items():
+            started = time.perf_counter()
+            step(model, row, keep, precision)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    for name, found in result.items():
+        found["seconds"] = min(seconds[name])
+        for key in ("held_bytes", "peak_bytes", "seconds"):
+            found[f"{key.partition('_')[0]}_of_full"] = found[key] / (
+                min(seconds["full"]) if key == "seconds" else result["full"][key]
+            )
+    return result
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**MODELS[arguments.model], max_position_embeddings=16_384))
+    model = model.to("cuda" if cuda else "cpu").train()
+    result: dict[str, Any] = {}
+    rows = [(*lengths, 1) for lengths in LENGTHS] + [(3000, 1000, TURNS)]
+    for context, answer, num_turns in rows[: arguments.rows]:
+        name = f"{context}/{answer}" + (f" in {num_turns} turns" if num_turns > 1 else "")
+        row = conversation(context, answer, num_turns, model.config.vocab_size)
+        result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
+        print(table(name, result[name]), flush=True)
+    return result
+
+
+def table(name: str, modes: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{name:22}  held MB  of full  peak MB  of full  seconds  of full  gradient error      loss"]
+    for mode, m in modes.items():
+        lines.append(
+            f"  {mode:20} {m['held_bytes'] / 1e6:8.1f} {m['held_of_full']:8.1%} {m['peak_bytes'] / 1e6:8.1f} "
+            f"{m['peak_of_full']:8.1%} {m['seconds']:8.3f} {m['seconds_of_full']:8.1%} {m['gradient_error']:15.1e} "
+            f"{m['loss']:9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def learning(seeds: int) -> dict[str, Any]:
+    """The demo's training in each mode, with so many seeds, and all held-out questions."""
+    from first_run import measure
+
+    from preceptor.demo import QUESTIONS, demo_run
+    from preceptor.study.questions import read_questions
+    from preceptor.train.execute import execute
+    from preceptor.train.metrics import standard_console
+    from preceptor.train.prepare import prepare
+
+    questions = read_questions(QUESTIONS)
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in ("full", "recompute", "none"):
+            result[mode] = []
+            for seed in range(seeds):
+                out = Path(folder) / f"{mode}-{seed}"
+                tree = config.Run.model_dump(demo_run(out), mode="json")
+                tree["train"] |= {"seed": seed, "context_gradient": mode}
+                summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
+                answers = measure(str(out / "model"), questions)
+                result[mode].append(
+                    {"seed": seed, "held_out": summary["held_out"], "training_seconds": round(summary["seconds"], 1)}
+                    | {"all": answers["all"]}
+                )
+            exact = [run["all"]["exact_match"] for run in result[mode]]
+            print(f"{mode:10} exact {statistics.mean(exact):.1%} ({min(exact):.1%} to {max(exact):.1%})", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=len(LENGTHS) + 1, help="only the first so many rows")
+    parser.add_argument("--learning", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    name = "context_learning" if arguments.learning else "context_memory"
+    said = vars(arguments)
+    used = ["seeds"] if arguments.learning else ["device", "model", "precision", "repeats", "rows"]
+    command = f"python benchmarks/context_memory.py{' --learning' if arguments.learning else ''} "
+    command += " ".join(f"--{key} {said[key]}" for key in used)
+    found = learning(arguments.seeds) if arguments.learning else memory(arguments)
+    result = {"command": command, **describe(), "threads": torch.get_num_threads(), "result": found}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

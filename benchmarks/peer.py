@@ -1,0 +1,122 @@
+"""Training steps against TRL: the same model, conversations, batches, precision and loss, each in a process of its own.
+
+    python benchmarks/peer.py [--only a b c d large start] [--steps 2]
+
+Work, on a Qwen3 of 8 layers, hidden 384 (random weights), vocabulary 32,000 unless said otherwise:
+
+    a      short chats, llama3 template
+    b      long answers to short prompts, llama3 template
+    c      retrieval: long context, short answer (6:1), llama3 template
+    d      multi-turn reasoning, Qwen3 template: TRL trains one sample a turn, which is what inference sees
+    large  a with a vocabulary of 151,936
+    start  from the start of the process to the end of the first step, on a, from a file of messages
+
+TRL is measured in every configuration that it documents for this machine: padded batches, a batch of one, padding-free
+and packing, without activation checkpointing, in float32 and bfloat16 autocast; its best counts. It is given our
+tokens and labels, so that both train the same; the loss of the first step is reported for both. `seconds` is the
+fastest of the steps after the first. Writes benchmarks/results/peer.json (with machine, versions, date).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peer_work import WORK, Work, make_model, prepare
+
+from machine import describe
+
+ROOT = Path(__file__).parents[1]
+SIDES = Path(__file__).with_name("peer_sides.py")
+THEIRS = ("padded", "single", "padding_free", "packing")
+PRECISIONS = ("float32", "bfloat16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*WORK, "start"], default=[*WORK, "start"])
+    parser.add_argument("--steps", type=int, default=2, help="measured steps, after one that is not")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {"command": "python benchmarks/peer.py", **describe(), "trl": version("trl")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for work in (WORK[name] for name in arguments.only if name != "start"):
+            result[work.name] = measure(work, folder / work.name, arguments.steps)
+            print(json.dumps(result[work.name]["summary"]), flush=True)
+        if "start" in arguments.only:
+            result["start"] = measure_start(folder / "start")
+            print(json.dumps(result["start"]), flush=True)
+    file = ROOT / "benchmarks" / "results" / "peer.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(work: Work, folder: Path, num_steps: int) -> dict[str, Any]:
+    """Both sides in every configuration, and what the best of them come to."""
+    make_model(folder / "model", work)
+    about = prepare(work, folder)
+    sides = [("ours", precision, "") for precision in PRECISIONS]
+    sides += [("theirs", precision, how) for precision in PRECISIONS for how in THEIRS]
+    measured = []
+    for side, precision, how in sides:
+        options = {"side": side, "precision": precision, "how": how, "steps": num_steps, "folder": str(folder)}
+        measured.append({"side": side, "precision": precision, "how": how} | run_side(options))
+        print(json.dumps(measured[-1]), flush=True)
+    return {"work": about, "measured": measured, "summary": summarise(work, measured)}
+
+
+def run_side(options: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a fresh process; a failure is a result too."""
+    command = [sys.executable, str(SIDES), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:]}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def summarise(work: Work, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of our speed and memory to TRL's best: at the same precision, and of any."""
+    worked = [entry for entry in measured if "seconds" in entry]
+    ours = {entry["precision"]: entry for entry in worked if entry["side"] == "ours"}
+    theirs = [entry for entry in worked if entry["side"] == "theirs"]
+
+    def best(key: str, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        return min(entries, key=lambda entry: entry[key])
+
+    found: dict[str, Any] = {"work": work.name}
+    for precision in PRECISIONS:
+        same = best("seconds", [entry for entry in theirs if entry["precision"] == precision])
+        found[f"speed_{precision}"] = round(same["seconds"] / ours[precision]["seconds"], 2)
+        found[f"trl_best_{precision}"] = same["how"]
+        found[f"loss_{precision}"] = [ours[precision]["loss"], same["loss"]]
+    fastest = best("seconds", theirs)
+    found["speed_bfloat16_over_any"] = round(fastest["seconds"] / ours["bfloat16"]["seconds"], 2)
+    leanest = best("peak_bytes", theirs)
+    found["memory_share"] = round(min(o["peak_bytes"] for o in ours.values()) / leanest["peak_bytes"], 2)
+    found["trl_leanest"] = [leanest["how"], leanest["precision"]]
+    return found
+
+
+def measure_start(folder: Path) -> dict[str, Any]:
+    """Seconds from starting the process to the end of the first step; the faster of two runs each."""
+    work = WORK["a"]
+    make_model(folder / "model", work)
+    prepare(work, folder)
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for attempt in range(2):
+        for side in seconds:
+            started = time.time()
+            options = {"side": f"start_{side}", "folder": str(folder), "out": str(folder / f"{side}-{attempt}")}
+            seconds[side].append(run_side(options)["finished"] - started)
+    best = {side: round(min(values), 2) for side, values in seconds.items()}
+    return best | {"share": round(best["ours"] / best["theirs"], 2)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One measurement of benchmarks/peer.py, in a process of its own; the last line printed is the result as JSON."""
+
+import json
+import os
+import pickle
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+LEARNING_RATE = 1e-5
+
+
+def ours(options: dict[str, Any]) -> dict[str, Any]:
+    """Steps over all conversations as `preceptor train` takes them."""
+    from preceptor import config
+    from preceptor.data.loader import Loader
+    from preceptor.model.load import load_model
+    from preceptor.train.checkpoint import State
+    from preceptor.train.loop import take_step
+    from preceptor.train.optimizer import build_optimizer
+
+    folder = Path(options["folder"])
+    trees = pickle.loads((folder / "trees.pickle").read_bytes())
+    model = load_model(folder / "model", dtype="float32", device=_device())
+    run = config.Train(precision=options["precision"], learning_rate=LEARNING_RATE)
+    state = State(model, build_optimizer(model, run.weight_decay, run.beta1, run.beta2))
+    loader = Loader(trees, max_row_tokens=4096, rows_per_step=len(trees), seed=0)
+    seconds, losses = [], []
+    for step in range(options["steps"] + 1):
+        started = time.perf_counter()
+        losses.append(take_step(state, loader.rows(step), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds[1:]), "loss": losses[0], "peak_bytes": _peak_bytes()}
+
+
+def theirs(options: dict[str, Any]) -> dict[str, Any]:
+    """The same steps by TRL's SFTTrainer in one of its configurations."""
+    import datasets
+
+    folder = Path(options["folder"])
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    data = datasets.Dataset.from_list(samples)
+    trainer = _trainer(options, data, options["steps"] + 1)
+    seconds: list[float] = []
+    trainer.add_callback(_clock(seconds))
+    trainer.train()
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return {"seconds": min(seconds[1:]), "loss": float(loss), "peak_bytes": _peak_bytes()}
+
+
+def _trainer(options: dict[str, Any], data: Any, num_steps: int) -> Any:
+    """All of `data` in one optimizer step, in the batches that the configuration asks for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    folder, how = Path(options["folder"]), options["how"]
+    longest = max(len(ids) for ids in data["input_ids"])
+    batch_size = {"single": 1, "packing": 1}.get(how, min(8, len(data)))
+    num_batches = -(-len(data) // batch_size)
+    if how == "packing":
+        from trl import pack_dataset
+
+        num_batches = len(pack_dataset(data, max(2048, longest), "bfd"))
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=num_batches,
+        max_steps=num_steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        bf16=options["precision"] == "bfloat16",
+        gradient_checkpointing=False,
+        padding_free=how == "padding_free",
+        packing=how == "packing",
+        max_length=None if how == "padding_free" else max(2048, longest),
+        use_cpu=_device() == "cpu",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.bos_token
+    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+
+
+def _clock(seconds: list[float]) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Wall time of each optimizer step."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    return Clock()
+
+
+def start_ours(options: dict[str, Any]) -> dict[str, Any]:
+    """`preceptor train` for one step; its end is when metrics.jsonl is written."""
+    folder, out = Path(options["folder"]), Path(options["out"])
+    run_file = folder / "run.yaml"
+    run_file.write_text(
+        f"model: {{path: {folder}/model}}\ndata: {{train: [{{path: {folder}/messages.jsonl}}]}}\nout: {out}\n"
+        "train: {duration: 1 steps, rows_per_step: 1, eval_every: null}\n"
+    )
+    from preceptor.cli import app
+
+    app(["train", str(run_file)], standalone_mode=False)
+    return {"finished": (out / "metrics.jsonl").stat().st_mtime}
+
+
+def start_theirs(options: dict[str, Any]) -> dict[str, Any]:
+    """A script as TRL's documentation has it: messages in, loss on the assistant's turns, a batch of one."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    folder = Path(options["folder"])
+    data = datasets.load_dataset(
+        "json", data_files=str(folder / "messages.jsonl"), split="train", cache_dir=options["out"]
+    )
+    finished: list[float] = []
+
+    class Finish(TrainerCallback):
+        """Notes when the first step ends."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            finished.append(time.time())
+
+    arguments = SFTConfig(
+        output_dir=options["out"],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(data),
+        max_steps=1,
+        assistant_only_loss=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=_device() == "cpu",
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model=str(folder / "model"), args=arguments, train_dataset=data, callbacks=[Finish()])
+    trainer.train()
+    return {"finished": finished[0]}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    print(json.dumps(globals()[asked["side"]](asked)))

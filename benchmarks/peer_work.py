@@ -1,0 +1,139 @@
+"""What benchmarks/peer.py trains on: a model and conversations, rendered once, for both sides.
+
+FOLDER/model/           the model and its tokenizer
+FOLDER/messages.jsonl   the conversations
+FOLDER/trees.pickle     ours: one tree a conversation
+FOLDER/samples.jsonl    TRL's: `input_ids` and `labels`, one sample for what one forward pass must be alone
+"""
+
+import json
+import pickle
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rendering import Text, make_tokenizer
+
+from preceptor.data.conversation import Refusal
+from preceptor.data.forest import Tree, path_ids
+from preceptor.data.render import Renderer
+from preceptor.data.sources import read_records
+from preceptor.data.template import load_template
+
+
+@dataclass(frozen=True)
+class Work:
+    """Conversations of one kind. Words are of a made-up language, about 1.3 tokens each; ranges: at least, at most."""
+
+    name: str
+    template: str
+    num_conversations: int
+    turns: tuple[int, int]
+    question_words: tuple[int, int]
+    answer_words: tuple[int, int]
+    reasoning_words: tuple[int, int] | None = None
+    vocab_size: int = 32_000
+
+
+WORK = {
+    work.name: work
+    for work in (
+        Work("a", "llama3", 16, (1, 2), (8, 40), (20, 90)),
+        Work("b", "llama3", 8, (1, 1), (10, 30), (300, 700)),
+        Work("c", "llama3", 8, (1, 1), (600, 1000), (100, 170)),
+        Work("d", "qwen3", 4, (4, 6), (15, 40), (40, 90), (80, 200)),
+        Work("large", "llama3", 16, (1, 2), (8, 40), (20, 90), vocab_size=151_936),
+    )
+}
+
+
+def make_model(folder: Path, work: Work) -> None:
+    """A Qwen3 with random weights, and a tokenizer with the template."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    tokenizer = make_tokenizer(work.template)
+    config = Qwen3Config(
+        vocab_size=work.vocab_size,
+        hidden_size=384,
+        intermediate_size=1152,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare(work: Work, folder: Path) -> dict[str, Any]:
+    """Write the conversations and what both sides train on; returns their sizes."""
+    from transformers import AutoTokenizer
+
+    from preceptor.config import Source
+
+    messages = folder / "messages.jsonl"
+    messages.write_text("".join(json.dumps({"messages": m}) + "\n" for m in _conversations(work)), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    renderer = Renderer(tokenizer, load_template(None, tokenizer), stop_token_ids=(tokenizer.eos_token_id,))
+    trees = []
+    for record in read_records(Source(path=str(messages))):
+        assert not isinstance(record, Refusal), record
+        tree = renderer.render(record)
+        assert not isinstance(tree, Refusal), tree
+        trees.append(tree)
+    (folder / "trees.pickle").write_bytes(pickle.dumps(trees))
+    samples = [sample for tree in trees for sample in _samples(tree)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+    num_trained = sum(tree.num_trained for tree in trees)
+    assert num_trained == sum(label != -100 for s in samples for label in s["labels"][1:])
+    return {
+        "conversations": len(trees),
+        "tokens": sum(tree.num_tokens for tree in trees),
+        "trained_tokens": num_trained,
+        "trl_samples": len(samples),
+        "trl_tokens": sum(len(s["input_ids"]) for s in samples),
+        "vocabulary": work.vocab_size,
+    }
+
+
+def _conversations(work: Work) -> list[list[dict[str, str]]]:
+    text, rng = Text(2), random.Random(3)
+    conversations = []
+    for _ in range(work.num_conversations):
+        messages = []
+        for _ in range(rng.randint(*work.turns)):
+            answer = {"role": "assistant", "content": text.message(work.answer_words)}
+            if work.reasoning_words:
+                answer["reasoning_content"] = text.message(work.reasoning_words)
+            messages += [{"role": "user", "content": text.message(work.question_words)}, answer]
+        conversations.append(messages)
+    return conversations
+
+
+def _samples(tree: Tree) -> list[dict[str, list[int]]]:
+    """One sample for each path from the root to a leaf; each target is labelled in the first that holds it."""
+    parents = {segment.parent for segment in tree.segments}
+    labelled: set[int] = set()
+    samples = []
+    for leaf in range(len(tree.segments)):
+        if leaf in parents:
+            continue
+        path, index = [], leaf
+        while index is not None:
+            path.append(index)
+            index = tree.segments[index].parent  # type: ignore[assignment]
+        labels: list[int] = []
+        for index in reversed(path):
+            segment = tree.segments[index]
+            train = segment.kind == "target" and segment.weight > 0 and index not in labelled
+            labels += segment.ids if train else [-100] * len(segment.ids)
+            labelled.add(index)
+        samples.append({"input_ids": list(path_ids(tree, leaf)), "labels": labels})
+    return samples

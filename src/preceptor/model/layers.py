@@ -1,0 +1,209 @@
+"""Decoder layers as operations on sizes (saved.py), written as the families' modelling files are.
+
+Legend: D hidden size, H query heads. A run's tokens are Q queries, the last of the P keys on their path.
+"""
+
+from dataclasses import dataclass, replace
+
+from preceptor.model.saved import (
+    FLOAT32,
+    NORMS,
+    Tape,
+    Value,
+    add,
+    cast,
+    linear,
+    multiply,
+    pointwise,
+    product,
+    rotate,
+)
+from preceptor.model.shapes import Layer, Linear, Shape
+
+BLOCK_TOKENS = 256  # these two as in model/attention.py; a test holds them together
+SHORT_RUN_TOKENS = 224
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens that attend causally. joined: whether keys of earlier runs are joined to their own."""
+
+    queries: int
+    keys: int
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Tokens that go through a layer together, on a CPU or not; `angles` are the rotary cosine and sine.
+
+    longest: the most keys that a run of the row has, all passes together: on a CPU one mask serves them all.
+    """
+
+    runs: tuple[Run, ...]
+    angles: tuple[Value, Value]
+    cpu: bool
+    longest: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(run.queries for run in self.runs)
+
+    def attention_bytes(self, product_bytes: int) -> int:
+        """On a CPU short runs are computed in float32."""
+        short = sum(run.queries for run in self.runs if run.queries < SHORT_RUN_TOKENS)
+        return FLOAT32 if self.cpu and product_bytes == 2 and 2 * short > self.num_tokens else product_bytes
+
+
+def run_layer(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
+    """One decoder layer: what comes out of it; the tape has what it keeps."""
+    norm, num_tokens = NORMS[shape.family.norm], tokens.num_tokens
+    y = attention(tape, shape, layer, norm(tape, x, num_tokens), tokens)
+    if shape.family.norms == 4:
+        y = norm(tape, y, num_tokens)
+    x = add(x, y)
+    y = norm(tape, x, num_tokens)
+    y = mlp(tape, shape, layer, y, num_tokens)
+    if shape.family.norms == 4:
+        y = norm(tape, y, num_tokens)
+    return add(x, y)
+
+
+def keys_only(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
+    """A layer up to its keys and values, for tokens that others see and no loss reads."""
+    normed = NORMS[shape.family.norm](tape, x, tokens.num_tokens)
+    project(tape, shape, normed, tokens, queries=False)
+    return x
+
+
+def attention(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
+    """Projections, norms of queries and keys, rotary positions, attention over the forest, output projection."""
+    num_tokens = tokens.num_tokens
+    query, key, value = project(tape, shape, x, tokens)
+    out_linear = shape.attention_linears()[-1]
+    dtype_bytes = tokens.attention_bytes(value.itemsize)
+    attended = attend(tape, shape, layer, [cast(part, dtype_bytes) for part in (query, key, value)], tokens)
+    return linear(tape, cast(attended, value.itemsize), out_linear, num_tokens)
+
+
+def project(tape: Tape, shape: Shape, x: Value, tokens: Pass, queries: bool = True) -> tuple[Value, Value, Value]:
+    """Queries, keys and values, with rotary positions. Without `queries` nothing is kept for those."""
+    num_tokens = tokens.num_tokens
+    of_queries = tape if queries else replace(tape, _kept={}, _shared={})
+    tapes = [of_queries, tape, tape] if not shape.family.fused else [tape]
+    layers = shape.attention_linears()[:-1]
+    projected = [linear(each, x, layer, num_tokens) for each, layer in zip(tapes, layers, strict=True)]
+    if shape.family.fused:  # views of one storage; rotation makes new ones of queries and keys
+        (joint,) = projected
+        widths = (shape.query_width, shape.key_width, shape.key_width)
+        projected = [Value(num_tokens * width, joint.itemsize, joint.grad, joint.elements) for width in widths]
+    query, key, value = projected
+    if shape.family.qk_norm:
+        norm = NORMS[shape.family.norm]
+        query = norm(of_queries, query, num_tokens * shape.num_heads)
+        key = norm(tape, key, num_tokens * shape.num_kv_heads)
+    return rotate(of_queries, query, tokens.angles), rotate(tape, key, tokens.angles), value
+
+
+def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: Pass) -> Value:
+    """Attention run by run, as model/attention.py computes it; the result is joined from the runs."""
+    query, key, value = parts
+    grad = query.grad or key.grad or value.grad
+    result = Value(query.elements, query.itemsize, grad)
+    if not grad:
+        return result
+    written_out = shape.softcap is not None or shape.family.sinks
+    if not written_out:
+        tape.keep(query, Value(query.elements, query.itemsize, True))
+        tape.keep(Value(query.elements // shape.head_dim, FLOAT32, True))  # log-sum-exp
+        if not all(run.joined for run in tokens.runs):
+            tape.keep(key, value)
+    for run in tokens.runs:
+        if run.joined and not written_out:
+            tape.keep(*(Value(run.keys * shape.key_width, query.itemsize, True) for _ in range(2)))
+        window = layer.window if layer.window is not None and layer.window < run.keys else None
+        if not written_out and window is None and run.queries == run.keys:
+            continue
+        for first in range(0, run.queries, BLOCK_TOKENS):
+            last = min(first + BLOCK_TOKENS, run.queries)
+            offset = run.keys - run.queries
+            num_keys = offset + last - (0 if window is None else max(0, offset + first - window + 1))
+            if written_out:
+                _write_out(tape, shape, query.itemsize, last - first, num_keys)
+                continue
+            _keep_mask(tape, tokens, last - first, num_keys, window, query.itemsize)
+            if not tokens.cpu and shape.num_heads != shape.num_kv_heads:  # no grouped heads under a mask on CUDA
+                tape.keep(*(Value(num_keys * shape.query_width, query.itemsize, True) for _ in range(2)))
+    return result
+
+
+def _keep_mask(tape: Tape, tokens: Pass, num_queries: int, num_keys: int, window: int | None, itemsize: int) -> None:
+    """On a CPU all masks of one window are views of the largest (PathMasks of model/layout.py)."""
+    rows, columns = (min(BLOCK_TOKENS, tokens.longest), tokens.longest) if tokens.cpu else (num_queries, num_keys)
+    if window is not None:
+        columns = min(columns, window + rows)
+    tape.keep_shared((rows, columns, window, itemsize), rows * columns * itemsize)
+
+
+def _write_out(tape: Tape, shape: Shape, itemsize: int, num_queries: int, num_keys: int) -> None:
+    """One block of attention with its scores: (H, Q, P) float32 for the soft-cap's tanh and for the softmax."""
+    scores = shape.num_heads * num_queries * num_keys
+    queries, keys = shape.query_width * num_queries, shape.query_width * num_keys
+    tape.keep(Value(queries, itemsize, True), Value(keys, itemsize, True), Value(keys, itemsize, True))
+    if shape.softcap is not None:
+        tape.keep(Value(scores, FLOAT32, True))
+    tape.keep(Value(num_queries * num_keys, 1, True))  # the mask, turned round
+    sinks = shape.num_heads * num_queries * shape.family.sinks
+    tape.keep(Value(scores + sinks, FLOAT32, True))
+    if itemsize != FLOAT32:  # the weights in the values' type
+        tape.keep(Value(scores, itemsize, True))
+
+
+def mlp(tape: Tape, shape: Shape, layer: Layer, x: Value, num_tokens: int) -> Value:
+    """down(act(gate(x)) * up(x)), or a mixture of such experts."""
+    if layer.experts is not None:
+        return experts(tape, shape, layer, x, num_tokens)
+    *inner, down = shape.mlp_linears(layer)
+    projected = [linear(tape, x, each, num_tokens) for each in inner]
+    if shape.family.fused:
+        return linear(tape, _gate_joint(tape, projected[0]), down, num_tokens)
+    gate, up = projected
+    return linear(tape, multiply(tape, pointwise(tape, gate), up), down, num_tokens)
+
+
+def _gate_joint(tape: Tape, joint: Value) -> Value:
+    """act(gate) * up where both are views of one storage, which is kept once."""
+    acted = Value(joint.elements // 2, joint.itemsize, joint.grad)
+    if joint.grad:
+        tape.keep(joint, acted)
+    return Value(joint.elements // 2, joint.itemsize, joint.grad)
+
+
+def experts(tape: Tape, shape: Shape, layer: Layer, x: Value, num_tokens: int) -> Value:
+    """Router, then each token's experts as one grouped product over (token, expert) pairs, in the weights' own type."""
+    assert layer.experts is not None
+    own, count = layer.experts, layer.experts.count
+    pairs = num_tokens * own.per_token
+    weight_bytes = tape.precision.weight_bytes
+    scores = linear(tape, x, Linear("router", shape.hidden, count, own.bias), num_tokens)
+    grad = scores.grad
+    if grad:
+        wide = Value(num_tokens * (own.per_token if own.bias else count), FLOAT32, True)
+        tape.keep(wide, Value(pairs, 8, True), Value(pairs, 8, True))  # softmax; top-k and gather indices
+    tape.keep(Value(pairs, 8, True), Value(pairs, 8, True))  # order of the pairs, there and back
+    selected = Value(pairs * shape.hidden, weight_bytes, x.grad)
+    joint = product(tape, selected, 2 * own.width, pairs)
+    gated = _gate_gpt_oss(tape, joint) if own.bias else _gate_joint(tape, joint)
+    out = product(tape, gated, shape.hidden, pairs)
+    weights = Value(pairs, scores.itemsize, grad)
+    weighted = multiply(tape, out, weights)
+    return Value(num_tokens * shape.hidden, x.itemsize, weighted.grad)
+
+
+def _gate_gpt_oss(tape: Tape, joint: Value) -> Value:
+    """(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * clamp(gate)): many small operations, each of which keeps."""
+    half = joint.elements // 2
+    if joint.grad:
+        tape.keep(joint)
+        tape.keep(*(Value(half, joint.itemsize, True) for _ in range(4)))
+    return Value(half, joint.itemsize, joint.grad)

@@ -1,0 +1,181 @@
+"""Which tensors autograd keeps for backward: the operations of a decoder layer, run on sizes instead of values.
+
+Each function here stands for one operation of a modelling file and adds to the tape what its backward formula needs, as
+autograd does: a product keeps each factor that the other's gradient needs, a linear layer its input for the weight's
+gradient and its weight for the input's, and a tensor that is kept twice in one storage counts once. So prediction and
+measurement (the storages that `torch.autograd.graph.saved_tensors_hooks` sees) agree by construction, for full
+fine-tuning and adapters, float32, bfloat16 and autocast alike.
+
+Legend: T tokens, D hidden size, H query heads.
+"""
+
+from dataclasses import dataclass, field
+
+from preceptor.model.shapes import Linear
+
+FLOAT32, HALF = 4, 2  # bytes of an element
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A tensor without values, each one a storage of its own. grad: whether gradients flow to it.
+
+    part_of: elements of the storage that it is a view of, which is kept whole.
+    """
+
+    elements: int
+    itemsize: int
+    grad: bool
+    part_of: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.part_of or self.elements) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bytes of an element of the weights, and whether autocast computes matrix products in half precision."""
+
+    weight_bytes: int = FLOAT32
+    autocast: bool = False
+
+    @property
+    def product_bytes(self) -> int:
+        return HALF if self.autocast else self.weight_bytes
+
+
+@dataclass(slots=True)
+class Tape:
+    """What has been kept. `casts_bytes`: half-precision copies of weights that autocast made, kept beside the rest.
+
+    full: whether the weights are trained; rank, targets, dropout: of the adapter, where they are not.
+    """
+
+    precision: Precision
+    full: bool = True
+    rank: int = 0
+    targets: frozenset[str] | None = None
+    dropout: bool = False
+    token_rows: bool = False
+    casts_bytes: int = 0
+    _kept: dict[Value, int] = field(default_factory=dict)
+    _shared: dict[object, int] = field(default_factory=dict)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self._kept.values()) + sum(self._shared.values())
+
+    def keep(self, *values: Value) -> None:
+        for value in values:
+            self._kept[value] = value.num_bytes
+
+    def keep_shared(self, name: object, num_bytes: int) -> None:
+        """What several layers keep together, such as a mask, counts once, at its largest, under its name."""
+        self._shared[name] = max(num_bytes, self._shared.get(name, 0))
+
+    def take_shared(self, other: "Tape") -> None:
+        """Move what is shared by layers from another tape to this one."""
+        self._shared |= other._shared
+        other._shared = {}
+
+
+def cast(value: Value, itemsize: int) -> Value:
+    """The same tensor where the type is right already."""
+    return value if value.itemsize == itemsize else Value(value.elements, itemsize, value.grad)
+
+
+def multiply(tape: Tape, a: Value, b: Value, elements: int | None = None) -> Value:
+    """a * b; `elements` of the result where one of them is broadcast."""
+    if a.grad:
+        tape.keep(b)
+    if b.grad:
+        tape.keep(a)
+    return Value(elements or max(a.elements, b.elements), max(a.itemsize, b.itemsize), a.grad or b.grad)
+
+
+def add(a: Value, b: Value) -> Value:
+    """a + b keeps nothing."""
+    return Value(max(a.elements, b.elements), max(a.itemsize, b.itemsize), a.grad or b.grad)
+
+
+def pointwise(tape: Tape, value: Value, keeps_input: bool = True) -> Value:
+    """A function of each element whose derivative needs its input (silu, gelu), or else its result (tanh, softmax)."""
+    result = Value(value.elements, value.itemsize, value.grad)
+    if value.grad:
+        tape.keep(value if keeps_input else result)
+    return result
+
+
+def llama_norm(tape: Tape, x: Value, tokens: int) -> Value:
+    """weight * (x * rsqrt(mean(x^2) + eps)), the inner part in float32: keeps x and x-hat, as well as the root."""
+    wide = cast(x, FLOAT32)
+    normed = cast(_by_root(tape, wide, tokens), x.itemsize)
+    return multiply(tape, _weight(tape), normed)
+
+
+def gpt_oss_norm(tape: Tape, x: Value, tokens: int) -> Value:
+    """As llama_norm, but all of it in float32."""
+    return cast(multiply(tape, _weight(tape), _by_root(tape, cast(x, FLOAT32), tokens)), x.itemsize)
+
+
+def gemma_norm(tape: Tape, x: Value, tokens: int) -> Value:
+    """x-hat * (1 + weight), all of it in float32; the sum is a tensor of its own."""
+    normed = _by_root(tape, cast(x, FLOAT32), tokens)
+    scale = Value(x.elements // tokens, FLOAT32, tape.full)
+    return cast(multiply(tape, normed, scale), x.itemsize)
+
+
+NORMS = {"llama": llama_norm, "gemma": gemma_norm, "gpt_oss": gpt_oss_norm}
+
+
+def _by_root(tape: Tape, x: Value, tokens: int) -> Value:
+    root = Value(tokens, FLOAT32, x.grad)
+    if x.grad:
+        tape.keep(x, root)  # of x^2, of rsqrt, of their product
+    return Value(x.elements, FLOAT32, x.grad)
+
+
+def _weight(tape: Tape) -> Value:
+    """A norm's weight: a parameter, so that it counts nothing where it is kept."""
+    return Value(0, tape.precision.weight_bytes, tape.full)
+
+
+def linear(tape: Tape, x: Value, layer: Linear, tokens: int) -> Value:
+    """x W^T + b, with LoRA beside it where the tape has an adapter for the layer's name.
+
+    Autocast copies the input anew for each layer that reads it, and each weight once.
+    """
+    out = _product(tape, x, layer.inputs, layer.outputs, tokens, tape.full, tape.precision.weight_bytes)
+    if tape.rank == 0 or (tape.targets is not None and layer.name not in tape.targets):
+        return out
+    # peft: result + scaling * B(A(dropout(x as A's type)))
+    inner = cast(x, FLOAT32)
+    if tape.dropout:
+        inner = multiply(tape, inner, Value(inner.elements, FLOAT32, False))
+    low = _product(tape, inner, layer.inputs, tape.rank, tokens, True, FLOAT32)
+    update = _product(tape, low, tape.rank, layer.outputs, tokens, True, FLOAT32)
+    return cast(add(out, update), out.itemsize)
+
+
+def _product(tape: Tape, x: Value, inputs: int, outputs: int, tokens: int, trained: bool, weight_bytes: int) -> Value:
+    itemsize = HALF if tape.precision.autocast else weight_bytes
+    if trained:
+        tape.keep(cast(x, itemsize))
+    if (x.grad or trained) and weight_bytes != itemsize:
+        # the cast of a trained weight is kept by autocast's cache even where no gradient needs it
+        tape.casts_bytes += inputs * outputs * itemsize
+    return Value(tokens * outputs, itemsize, x.grad or trained)
+
+
+def rotate(tape: Tape, x: Value, angles: tuple[Value, Value]) -> Value:
+    """x * cos + rotate_half(x) * sin; cosine and sine are constants that all layers share."""
+    cos, sin = angles
+    return add(multiply(tape, x, cos, x.elements), multiply(tape, x, sin, x.elements))
+
+
+def product(tape: Tape, x: Value, outputs: int, rows: int) -> Value:
+    """A grouped product with experts' weights, which autocast leaves alone: keeps its input where they are trained."""
+    if tape.full:
+        tape.keep(x)
+    return Value(rows * outputs, tape.precision.weight_bytes, x.grad or tape.full)

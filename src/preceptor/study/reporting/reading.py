@@ -1,0 +1,145 @@
+"""The folder of a run -> plain values. Nothing else is read, and nothing is written.
+
+Only `config.yaml` must be there: a run that is going on, was killed, or was made before a file existed is read as far
+as it goes. A last line without its line end is being written just now, and is left out.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preceptor.errors import CheckpointError
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left behind. Empty lists and dicts stand for files that are not there.
+
+    steps: metrics.jsonl. looks: eval.jsonl. The others are named as their files; train/folder.py and train/record.py
+    say what is in them.
+    """
+
+    folder: Path
+    name: str
+    config: Line
+    config_text: str
+    steps: list[Line]
+    looks: list[Line]
+    samples: list[Line]
+    refusals: list[Line]
+    examples: list[Line]
+    summary: Line
+    environment: Line
+    data: Line
+    compare: Line
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @cached_property
+    def threads(self) -> list["Thread"]:
+        """The samples by prompt, in the order of the first look."""
+        found: dict[tuple[str, str], list[Line]] = {}
+        for sample in self.samples:
+            found.setdefault((str(sample.get("source", "")), str(sample.get("prompt", ""))), []).append(sample)
+        return [Thread(source, prompt, samples) for (source, prompt), samples in found.items()]
+
+
+@dataclass(frozen=True)
+class Thread:
+    """One prompt and its answers, a sample a look."""
+
+    source: str
+    prompt: str
+    samples: list[Line]
+
+    @property
+    def last(self) -> Line:
+        return self.samples[-1]
+
+    @property
+    def base(self) -> str | None:
+        """What the base model said: `base` beside the answer, else the answer before the first step."""
+        if "base" in self.last:
+            return str(self.last["base"])
+        first = self.samples[0]
+        return str(first["answer"]) if first["step"] == 0 and len(self.samples) > 1 else None
+
+    @property
+    def between(self) -> list[Line]:
+        """The samples after the base's and before the last."""
+        return [sample for sample in self.samples[:-1] if sample["step"] > 0]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Raises CheckpointError if the folder is not that of a run, or a file in it is broken."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: is not the folder of a run (no config.yaml); name the `out` of a run file")
+    text = file.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: is no run file, but {type(config).__name__}")
+    return RunRecord(
+        folder=folder,
+        name=folder.resolve().name,
+        config=config,
+        config_text=text,
+        steps=_lines(folder / "metrics.jsonl"),
+        looks=_lines(folder / "eval.jsonl"),
+        samples=_lines(folder / "samples.jsonl"),
+        refusals=_lines(folder / "refusals.jsonl"),
+        examples=_lines(folder / "examples.jsonl"),
+        summary=_object(folder / "summary.json"),
+        environment=_object(folder / "environment.json"),
+        data=_object(folder / "data.json"),
+        compare=_object(folder / "compare.json"),
+    )
+
+
+def _lines(file: Path) -> list[Line]:
+    if not file.is_file():
+        return []
+    *lines, unfinished = file.read_text(encoding="utf-8").split("\n")
+    del unfinished
+    return [_parsed(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _object(file: Path) -> Line:
+    return _parsed(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+
+
+def _parsed(text: str, where: str) -> Line:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where}: broken JSON: {error.msg}; was the file changed by hand?") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: {type(value).__name__}, not an object; was the file changed by hand?")
+    return value
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys: {"train.seed": 0, "data.train[0].path": ...}; what is empty is a value."""
+    if isinstance(tree, dict) and tree:
+        parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and tree:
+        parts = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {key: value for name, part in parts for key, value in flat(part, name).items()}

@@ -1,0 +1,75 @@
+"""The divergence from the base: its formula and gradient, zero for the base itself, added tokens left out."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from preceptor.data.forest import build_row
+from preceptor.model.forward import hidden_states, output_head, read_hidden_states
+from preceptor.model.kl import Base, kl_to_base
+from tiny import chain, tiny_model
+
+NUM_BASE = 56  # of 64 tokens
+
+
+@pytest.fixture
+def row():
+    rng = np.random.default_rng(0)
+    return build_row([chain(rng, (5, 9)), chain(rng, (3, 4, 2, 6))])
+
+
+def moved(model, seed=5):
+    """The same model a little further on."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def by_hand(model, base, row):
+    known = row.target_N < NUM_BASE
+    source = row.source_N[known]
+    log_p = torch.log_softmax((model.lm_head(hidden_states(model, row)[source]))[:, :NUM_BASE], dim=-1)
+    log_q = torch.log_softmax((base.lm_head(hidden_states(base, row)[source]))[:, :NUM_BASE], dim=-1)
+    return (torch.from_numpy(row.weight_N)[known] * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_value_and_gradient_are_the_formula_s(row, chunk_tokens):
+    assert 0 < (row.target_N < NUM_BASE).sum() < row.num_trained
+    model, twin = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
+    base = Base.of(model, NUM_BASE)
+    moved(model), moved(twin)
+    expected = by_hand(twin, base.model, row)
+    found = kl_to_base(*read_hidden_states(model, row), output_head(model), base, row, chunk_tokens)
+    assert found.item() > 0.01
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+    found.backward()
+    expected.backward()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_the_base_itself_diverges_by_nothing(row):
+    model = tiny_model("gemma2", dtype=torch.float64)
+    found = kl_to_base(*read_hidden_states(model, row), output_head(model), Base.of(model, NUM_BASE), row)
+    assert found.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_with_an_adapter_the_base_is_the_model_without_it(row):
+    plain = tiny_model("qwen3", dtype=torch.float64).eval()
+    model = get_peft_model(
+        tiny_model("qwen3", dtype=torch.float64), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    ).double()
+    base = Base.of(model, NUM_BASE)
+    moved(model)
+    assert not base.is_copy
+    expected = by_hand(model.get_base_model(), plain, row)
+    found = kl_to_base(*read_hidden_states(model, row), output_head(model), base, row)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10) and found.item() > 1e-6
+    found.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert model.training

@@ -1,0 +1,78 @@
+"""Models that cannot keep conversations apart read one chain at a time, as the model itself would."""
+
+import numpy as np
+import pytest
+import torch
+
+from preceptor.data.forest import build_row
+from preceptor.data.grouping import chains_of
+from preceptor.errors import ModelError
+from preceptor.model.forward import check_head, check_isolation
+from preceptor.model.plain import check_plain, plain_hidden_states
+from tiny import branching, chain, tiny_model
+
+MIXING = {
+    "mamba": {"state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 4,
+        "use_mamba_kernels": False,
+    },
+    "stablelm": {},
+}
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_a_chain_alone_is_what_the_model_computes(kind):
+    model = tiny_model(kind, **MIXING[kind]).eval()
+    check_head(model)
+    with pytest.raises(ModelError):
+        check_isolation(model)
+    check_plain(model)
+    rng = np.random.default_rng(0)
+    for tree in (chain(rng, (5, 7, 3, 4)), *chains_of(branching(rng))):
+        row = build_row([tree], alone=True)
+        hidden_TD = plain_hidden_states(model, row)
+        true_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0]
+        torch.testing.assert_close(model.get_output_embeddings()(hidden_TD), true_TV, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    with pytest.raises(ModelError, match="bert: its hidden states follow later tokens"):
+        check_plain(tiny_model("bert"))
+
+
+def test_attention_that_is_not_the_authors_is_refused(monkeypatch):
+    """Planted: the implementation in force leaves out the scale."""
+    from transformers.models.llama import modeling_llama
+
+    model = tiny_model("llama")
+    eager = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_llama,
+        "eager_attention_forward",
+        lambda module, q, k, v, mask, scaling, **rest: eager(module, q, k, v, mask, 1.0, **rest),
+    )
+    with pytest.raises(ModelError, match="llama: `sdpa` attention is not the eager one"):
+        check_plain(model)
+
+
+def test_a_forest_is_not_taken_for_a_chain():
+    with pytest.raises(AssertionError, match="one chain"):
+        plain_hidden_states(tiny_model("llama"), build_row([branching(np.random.default_rng(0))], alone=True))

@@ -1,0 +1,74 @@
+"""The run file's variants of the loss reach the step: normalisation, replay, divergence from the base, one gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from preceptor import config
+from preceptor.data.forest import build_row
+from preceptor.data.weights import weigh
+from preceptor.model.forward import row_loss
+from preceptor.model.loss_options import LossOptions
+from preceptor.train.checkpoint import State
+from preceptor.train.loop import take_step
+from preceptor.train.objective import Objective
+from tiny import chain, tiny_model
+
+TREES = [chain(np.random.default_rng(seed), lengths) for seed, lengths in enumerate([(3, 9), (4, 2, 2, 5), (2, 30)])]
+
+
+def step(rows, objective=None, dtype=torch.float64, kind="llama"):
+    """Loss and gradients of one step; the gradients are those before clipping, in the model that is returned."""
+    model = tiny_model(kind, dtype=dtype)
+    grads = {}
+
+    class Keeping(torch.optim.SGD):
+        def step(self, *_):
+            grads.update((name, p.grad.clone()) for name, p in model.named_parameters())
+
+    state = State(model, Keeping(model.parameters(), lr=0.0))
+    loss, _ = take_step(state, rows, 0.0, 1e9, "float32", *([objective] if objective else []))
+    return loss, grads
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # an untied head, and one tied to the embedding
+def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
+    rows = [build_row(TREES[:2]), build_row(TREES[2:])]
+    loss, grads = step(rows, dtype=torch.float32, kind=kind)
+    model = tiny_model(kind)
+    expected = sum(row_loss(model, row) for row in rows) / sum(row.num_trained for row in rows)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=2e-5, atol=1e-7, msg=name)
+
+
+def test_each_conversation_counts_the_same_however_rows_are_made():
+    weighed = [weigh(tree, "conversation") for tree in TREES]
+    model = tiny_model("llama", dtype=torch.float64)
+    means = [(row_loss(model, build_row([tree])) / tree.num_trained).item() for tree in TREES]
+    for rows in ([build_row(weighed)], [build_row([tree]) for tree in weighed]):
+        assert step(rows)[0] == pytest.approx(np.mean(means), rel=1e-9)
+
+
+def test_the_variants_of_the_run_file_are_used():
+    train = config.Train(label_smoothing=0.1, z_loss=0.01, dft=True, context_gradient="none", recompute=1)
+    model = tiny_model("llama", dtype=torch.float64)
+    objective = Objective.of(train, model, num_base_tokens=64)
+    row = build_row(TREES)
+    expected = row_loss(model, row, objective.keep, LossOptions(0.1, 0.01, True))
+    assert objective.keep.context_gradient == "none" and objective.base is None
+    assert objective(model, row).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_the_divergence_from_the_base_grows_with_the_distance_and_holds_back():
+    train = config.Train(kl_to_base=0.5)
+    model = tiny_model("llama", dtype=torch.float64)
+    objective, row = Objective.of(train, model, num_base_tokens=64), build_row(TREES)
+    plain = row_loss(model, row).item()
+    assert objective(model, row).item() == pytest.approx(plain, rel=1e-9)
+    with torch.no_grad():
+        model.lm_head.weight += 0.1 * torch.randn(
+            model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    assert objective(model, row).item() > row_loss(model, row).item() + 1e-3

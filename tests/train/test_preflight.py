@@ -1,0 +1,182 @@
+"""What cannot work is found before step 1, by name; what can leaves no trace of having been tried."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from conftest import conversations
+from preceptor import config
+from preceptor.data.loader import Loader
+from preceptor.errors import ModelError
+from preceptor.model.forward import row_loss
+from preceptor.train import execute as execution
+from preceptor.train import preflight as proofs
+from preceptor.train.objective import Objective
+from preceptor.train.preflight import Passed, preflight
+from preceptor.train.prepare import prepare
+from tiny import branching, chain, tiny_model, tiny_tokenizer
+
+RNG = np.random.default_rng(0)
+TREES = [chain(RNG, (5, 7)), chain(RNG, (3, 9, 4, 6)), branching(RNG), chain(RNG, (8, 2)), chain(RNG, (2, 20))]
+
+
+def planted(loss):
+    """An objective that is this function of model and row."""
+
+    class Planted(Objective):
+        def __call__(self, model, row, divisor=1.0, add_to_grad=False):
+            return loss(model, row)
+
+    return Planted()
+
+
+def loader(trees=TREES, rows_per_step=2):
+    return Loader(trees, max_row_tokens=64, rows_per_step=rows_per_step, seed=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss"])
+def test_all_is_proved_and_nothing_has_changed(kind, precision):
+    model, lines = tiny_model(kind), []
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    draws = lambda m, r: row_loss(m, r) + 0 * torch.rand(())  # noqa: E731 (as dropout does)
+    passed = preflight(model, loader(), precision, lines.append, objective=planted(draws))
+    assert [line.split(":")[0] for line in lines] == ["proved"] * 5 + [f"all proved in {passed.seconds:.1f} s"]
+    assert not passed.loader.alone and 0 < passed.seconds < 60
+    assert model.training and all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("adapter", [(), ("adapter.rank=4", "adapter.dropout=0.1")])
+def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatch, adapter):
+    file = run_file(conversations(6))
+
+    def weights(out):
+        run = config.load(file, [f"out={file.parent}/{out}", *adapter])
+        execution.execute(prepare(run), Console(quiet=True))
+        return AutoModelForCausalLM.from_pretrained(Path(run.out) / "model").state_dict()
+
+    proved = weights("proved")
+    monkeypatch.setattr(execution, "preflight", lambda model, loader, *_: Passed(loader, 0.0))
+    assert all(torch.equal(tensor, proved[name]) for name, tensor in weights("unproved").items())
+
+
+def test_the_largest_rows_are_the_longest_and_the_one_with_most_targets():
+    trees = [chain(RNG, (60, 2)), chain(RNG, (2, 50)), *(chain(RNG, (20, 4)) for _ in range(9))]
+    longest, most_trained = loader(trees).largest_rows()
+    plan = [loader(trees).trees(row) for row in loader(trees).plan(0)]
+    assert longest.num_tokens == max(sum(tree.num_tokens for tree in row) for row in plan) >= 62
+    assert most_trained.num_trained == max(sum(tree.num_trained for tree in row) for row in plan) >= 50
+
+
+def fails_on_largest(error):
+    """A loss that fails for the first row that has a graph, which is the first of the largest rows."""
+
+    def loss_of(model, row):
+        if torch.is_grad_enabled():
+            error()
+        return row_loss(model, row)
+
+    return planted(loss_of)
+
+
+def raise_cuda():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+OUT_OF_MEMORY = {"cpu": lambda: torch.empty(1 << 60), "cuda": raise_cuda}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_out_of_memory_names_the_row_and_the_keys(error):
+    model = tiny_model("llama")
+    with pytest.raises(ModelError, match=r"largest row of the run, \d+ tokens.*data\.max_row_tokens.*adapter"):
+        preflight(model, loader(), "float32", lambda _: None, objective=fails_on_largest(error))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_any_other_error_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shape"):
+        preflight(
+            tiny_model("llama"),
+            loader(),
+            "float32",
+            lambda _: None,
+            objective=fails_on_largest(lambda: torch.ones(3).view(2)),
+        )
+
+
+def test_a_loss_that_is_not_finite_is_found():
+    with pytest.raises(ModelError, match="has a loss of inf or a gradient that is not finite"):
+        preflight(
+            tiny_model("llama"),
+            loader(TREES[:1]),
+            "float32",
+            lambda _: None,
+            objective=planted(lambda m, r: row_loss(m, r) * torch.inf),
+        )
+
+
+def test_a_loss_that_depends_on_the_row_is_found():
+    """Planted: something is added once a row."""
+    with pytest.raises(ModelError, match=r"another loss in one row .* than each alone"):
+        preflight(
+            tiny_model("llama"),
+            loader(),
+            "float32",
+            lambda _: None,
+            objective=planted(lambda m, r: row_loss(m, r) + 0.01),
+        )
+
+
+def test_a_leak_between_the_runs_own_conversations_is_found(monkeypatch):
+    """Planted: each hidden state takes a little of the first."""
+    hidden = proofs.hidden_states
+    monkeypatch.setattr(proofs, "hidden_states", lambda m, r: hidden(m, r) + 1e-3 * hidden(m, r)[:1])
+    with pytest.raises(ModelError, match=r"move when chain:1 changes, which is in the same row"):
+        preflight(tiny_model("llama"), loader(), "float32", lambda _: None)
+
+
+def test_a_model_that_mixes_conversations_reads_each_chain_alone():
+    model, lines = tiny_model("lfm2", layer_types=["conv", "full_attention"]), []
+    packed = loader()
+    passed = preflight(model, packed, "float32", lines.append)
+    assert "each conversation goes through the model alone" in lines[1] and "lfm2" in lines[1]
+    apart = passed.loader
+    assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
+    for step in range(3):
+        rows = apart.rows(step)
+        assert all(row.alone and len(set(row.subtree_end_T.tolist())) == 1 for row in rows)
+        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.rows(step))
+        assert len(rows) > len(packed.rows(step))
+
+
+@pytest.mark.parametrize("context_gradient", ["full", "none"])
+def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, context_gradient):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("lfm2", vocab_size=len(tokenizer), layer_types=["conv", "full_attention"])
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "lfm2")
+    file = run_file(conversations(12), eval_rows=conversations(3), model={"path": str(tmp_path / "lfm2")})
+    run = config.load(file, ["train.duration=20 steps", f"train.context_gradient={context_gradient}"])
+    if context_gradient == "none":
+        with pytest.raises(ModelError, match=r"train\.context_gradient: none"):
+            execution.execute(prepare(run), Console(quiet=True))
+        return
+    summary = execution.execute(prepare(run), Console(quiet=True))
+    assert summary["each_conversation_alone"]
+    losses = [json.loads(line)["loss"] for line in (Path(run.out) / "eval.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_a_head_that_is_not_known_is_still_refused():
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
+    with pytest.raises(ModelError, match="llama: the logits"):
+        preflight(model, loader(), "float32", lambda _: None)

@@ -1,0 +1,78 @@
+"""Looking while training: what eval.jsonl and samples.jsonl hold, and that looking changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from conftest import conversations
+from preceptor import config
+from preceptor.errors import DataError
+from preceptor.train.execute import execute
+from preceptor.train.prepare import prepare
+
+TASK = [{"messages": [{"role": "user", "content": f"start of a message {n}?"}], "accepted": ["x"]} for n in range(5)]
+
+
+def train(file, *overrides):
+    run = config.load(file, overrides)
+    execute(prepare(run), Console(quiet=True))
+    return Path(run.out)
+
+
+def lines(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_every_look_has_the_held_out_figures_in_all_and_by_group_and_the_tasks(run_file, write_jsonl):
+    task = write_jsonl(TASK, "task.jsonl")
+    file = run_file(eval_rows=conversations(4, turns=2), eval__tasks=[task], eval__limit=3, train__eval_every="2 steps")
+    folder = train(file)
+    looks = lines(folder, "eval.jsonl")
+    assert [look["step"] for look in looks] == [0, 2, 4], "every curve starts at the base model"
+    for look in looks:
+        assert look["loss"] > 0 and look["bits_per_byte"] > 0 and look["num_trained"] > 0
+        (source,) = look["by_source"]
+        assert source.endswith("eval.jsonl")
+        assert set(look["by_turn"]) == {"1", "2"} and set(look["by_kind"]) == {"plain"}
+        for group in ("by_source", "by_kind", "by_turn"):
+            assert sum(own["num_trained"] for own in look[group].values()) == look["num_trained"]
+            mean = sum(own["loss"] * own["num_trained"] for own in look[group].values()) / look["num_trained"]
+            assert mean == pytest.approx(look["loss"], rel=1e-6)
+        (examined,) = look["tasks"]
+        assert examined["task"] == task and examined["num_items"] == 3
+        assert sum(examined["counts"][key] for key in ("stop_token", "until", "length")) == 3
+    assert looks[-1]["loss"] < looks[0]["loss"]
+    samples = lines(folder, "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 2, 4]
+    assert all({"answer", "stopped", "sampled", "sampled_stopped", "reference"} <= sample.keys() for sample in samples)
+
+
+def test_looking_changes_nothing_that_is_trained(run_file, write_jsonl):
+    file = run_file(eval_rows=conversations(2), eval__tasks=[write_jsonl(TASK, "task.jsonl")], adapter={"dropout": 0.3})
+    often = train(file, "train.eval_every=1 steps")
+    never = train(file, "train.eval_every=null", f"out={often}-never")
+
+    def losses(folder):
+        return [(line["loss"], line["grad_norm"]) for line in lines(folder, "metrics.jsonl")]
+
+    assert losses(often) == losses(never)
+    assert lines(never, "eval.jsonl") == []
+
+
+def test_samples_are_drawn_anew_but_by_the_same_seed(run_file):
+    """At a rate that changes no weight all looks say the same; another seed says something else."""
+    file = run_file(eval_rows=conversations(1), train__eval_every="1 steps", train__learning_rate=1e-30)
+    first = lines(train(file, "train.max_new_tokens=12"), "samples.jsonl")
+    assert len({sample["sampled"] for sample in first}) == 1 and first[0]["sampled"] != first[0]["answer"]
+    other = train(file, "train.max_new_tokens=12", "eval.temperature=0.01", "out=" + str(file.parent / "cold"))
+    cold = lines(other, "samples.jsonl")
+    assert cold[0]["sampled"] == cold[0]["answer"], "at a low temperature the likeliest token is drawn"
+
+
+def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_jsonl, tmp_path):
+    task = write_jsonl([{"prompt": "x"}], "task.jsonl")
+    with pytest.raises(DataError, match=r"task\.jsonl:1: not an item of a task"):
+        prepare(config.load(run_file(eval__tasks=[task])))
+    assert not (tmp_path / "run").exists()
