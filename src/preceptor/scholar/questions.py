@@ -100,7 +100,7 @@ def follow_up(fact: Fact, previous: Fact, wording: WordingKind, rng: random.Rand
 
 
 def _answers(fact: Fact, rng: random.Random) -> tuple[str, ...]:
-    forms = [say(pattern, fact) for pattern in wordings()[fact.family].answers]
+    forms = [say(pattern, fact) for pattern in wordings()[fact.family].taught]
     return tuple(rng.sample(forms, len(forms)))
 
 

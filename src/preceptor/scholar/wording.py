@@ -26,6 +26,12 @@ class Wording:
     questions_new: tuple[str, ...]
     clauses_new: tuple[str, ...]
     detail: str = ""
+    replies: tuple[str, ...] = ()
+
+    @property
+    def taught(self) -> tuple[str, ...]:
+        """The answers of SFT."""
+        return self.replies or self.answers
 
 
 def read_table(name: str) -> dict[str, Any]:
