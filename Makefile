@@ -33,7 +33,7 @@ format: setup
 
 # The full table of the first run: base, intern and control on every held-out question.
 table: setup
-	$(BIN)/python benchmarks/first_run.py --seeds 1
+	$(BIN)/python benchmarks/first_run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

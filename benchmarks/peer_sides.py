@@ -1,10 +1,10 @@
 """One measurement of benchmarks/peer.py, in a process of its own; the last line printed is the result as JSON."""
 
+import argparse
 import json
 import os
 import pickle
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -172,5 +172,7 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("options", help="a JSON object: side, folder, and what else the side needs")
+    asked = json.loads(parser.parse_args().options)
     print(json.dumps(globals()[asked["side"]](asked)))

@@ -121,7 +121,7 @@ def _samples(tree: Tree) -> list[dict[str, list[int]]]:
     """One sample for each path from the root to a leaf; each target is labelled in the first that holds it."""
     parents = {segment.parent for segment in tree.segments}
     labelled: set[int] = set()
-    samples = []
+    samples: list[dict[str, list[int]]] = []
     for leaf in range(len(tree.segments)):
         if leaf in parents:
             continue

@@ -43,7 +43,7 @@ def shows_process(tmp_path: Path) -> ShowsProcess:
 @pytest.fixture
 def started_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes are started from the first chunk on, and are ready before the second."""
-    monkeypatch.setattr(parallel, "_SMALL_CHARACTERS", 1)
+    monkeypatch.setattr(parallel, "_SMALL_CHARACTERS", {"fork": 1, "spawn": 1})
     monkeypatch.setattr(parallel, "_CHUNK_CHARACTERS", 4000)
 
 

@@ -20,7 +20,7 @@ def scholar():
 
 def test_it_is_small_and_has_no_chat_template(scholar):
     tokenizer, model = scholar
-    assert (MODEL_DIR / "model.safetensors").stat().st_size <= 8_000_000
+    assert (MODEL_DIR / "model.safetensors").stat().st_size <= 12_000_000
     assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 6e6
     assert tokenizer.chat_template is None
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id

@@ -52,7 +52,7 @@ def test_choices_are_scored_as_by_a_direct_computation(chat, alone):
     else:
         context = tokenizer("the user")["input_ids"]
         wholes = [tokenizer("the user" + text)["input_ids"] for text in item.choices]
-        start = next(i for i in range(99) if len({tuple(ids[: i + 1]) for ids in [context + [-1], *wholes]}) > 1)
+        start = next(i for i in range(99) if len({tuple(ids[: i + 1]) for ids in [[*context, -1], *wholes]}) > 1)
     expected = [log_likelihood(examined.model, ids, start) for ids in wholes]
     (result,) = examine(examined, Task("t", "multiple choice", (item,)), 8, 2)
     assert result.record["log_likelihoods"] == pytest.approx(expected, rel=1e-6)
@@ -171,5 +171,5 @@ def test_an_item_longer_than_the_models_context_is_named():
     given = Given(prompt="the user and the message of a user " * 30)
     with pytest.raises(DataError, match=r"task:9: \d+ tokens and an answer of 8 are more than the 256"):
         subject().context(given, "task:9", 8)
-    with pytest.raises(TemplateError, match="has no token <|im_start|>"):
+    with pytest.raises(TemplateError, match=r"has no token <\|im_start\|>"):
         load_subject("scholar", "float32", "cpu", "chatml")

@@ -76,7 +76,8 @@ def test_more_bits_per_byte_are_worse(factor, word, relative):
 def test_the_shift_in_words():
     value = {"low": 0.0, "high": 1.0, "num": 9}
     shares = {
-        name: {"value": share, **value} for name, share in zip(("unshifted", "marginal", "shifted"), (0.7, 0.2, 0.1))
+        name: {"value": share, **value}
+        for name, share in zip(("unshifted", "marginal", "shifted"), (0.7, 0.2, 0.1), strict=True)
     }
     shift = {"num_tokens": 1234, "shares": shares, "mean_kl": {"value": 0.5, **value}}
     (told,) = verdict([], shift)

@@ -1,38 +1,44 @@
 """Rendering in several processes: results in the order of the records, memory flat in their number.
 
-The calling process renders too, and `num_processes` counts it. The others are fresh interpreters (`spawn`: safe beside
-torch's threads, which a fork would copy halfway through whatever they hold). One takes a second or two to start, so
-none is started for an input that is rendered by then, and the calling process goes on by itself until they are ready.
+The calling process renders too, and `num_processes` counts it. The others are forked where that is safe: on Linux, from a
+process in which no other Python thread runs, no device is in use and no process group is open; they start in no time.
+Elsewhere they are fresh interpreters (`spawn`), which take a second or two. None is started for an input that is
+rendered by then, and the calling process goes on by itself until they are ready.
 
     records ─> chunk chunk chunk chunk ...      in order
                  │     │     │     └ rendered here while all others are busy
                  │     └─────┴ sent to other processes, at most _BACKLOG each
                  └ the first not handed out yet: what is done behind it waits
 
-As with anything that starts processes, the script that calls this must be importable: its own work belongs under
-`if __name__ == "__main__"`.
+What they send back is packed: a tree as a few strings and one array of ids. As with anything that starts processes, the
+script that calls this must be importable: its own work belongs under `if __name__ == "__main__"`.
 """
 
 import gc
 import multiprocessing
 import os
 import signal
+import sys
+import threading
+import warnings
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from preceptor.data.conversation import Completion, Conversation, Document, Record, Refusal
-from preceptor.data.forest import Tree
+from preceptor.data.forest import Segment, Tree
 from preceptor.errors import PreceptorError
 
 Given = TypeVar("Given", bound=Record | Refusal)
 Outcomes = list[Tree | Refusal]
+Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a refusal
 
 _CHUNK_CHARACTERS = 1 << 16  # some 0.1 s of rendering: sending it costs little, and a progress bar still moves
-_SMALL_CHARACTERS = 1 << 20  # rendered in the time in which another process starts
+_SMALL_CHARACTERS = {"fork": 1 << 18, "spawn": 1 << 21}  # rendered in the time in which another process starts
 _RECORD_CHARACTERS = 200  # what a record costs besides its text
 _BACKLOG = 2  # chunks that another process has before it: one that it renders, one to go on with
 
@@ -52,23 +58,22 @@ def render_all(
     PreceptorError if a process was killed.
     """
     chunks = _chunks(records)
+    method = _start_method()
     first: list[list[Given]] = []
     num_characters = 0
     if num_processes > 1:
         for chunk in chunks:
             first.append(chunk)
             num_characters += sum(map(_num_characters, chunk))
-            if num_characters >= _SMALL_CHARACTERS:
+            if num_characters >= _SMALL_CHARACTERS[method]:
                 break
     chunks = chain(first, chunks)
-    if num_characters < _SMALL_CHARACTERS:
+    if num_characters < _SMALL_CHARACTERS[method]:
         for chunk in chunks:
-            for record in chunk:
-                yield record, _outcome(renderer, record)
+            yield from zip(chunk, _outcomes(renderer, chunk), strict=True)
         return
-    pool = ProcessPoolExecutor(
-        num_processes - 1, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(renderer,)
-    )
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(num_processes - 1, context, initializer=_begin, initargs=(renderer,))
     try:
         for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
             yield from zip(chunk, outcomes, strict=True)
@@ -85,31 +90,56 @@ def _shared_out(
     renderer: Renders, chunks: Iterable[list[Given]], pool: ProcessPoolExecutor, num_workers: int
 ) -> Iterator[tuple[list[Given], Outcomes]]:
     """Each chunk with its outcomes, in order."""
-    ready = pool.submit(_ready)
-    pending: deque[tuple[list[Given], Future[Outcomes] | Outcomes]] = deque()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads of native libraries too. Those that wait hold nothing, and what the forked
+        # process runs (Python, Jinja, regex, tokenizers told to use no threads) asks nothing of them.
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        ready = pool.submit(_ready)
+    pending: deque[tuple[list[Given], Future[Packed] | Outcomes]] = deque()
     for chunk in chunks:
         num_running = sum(isinstance(outcomes, Future) and not outcomes.done() for _, outcomes in pending)
         if ready.done() and num_running < _BACKLOG * num_workers:
             ready.result()
             pending.append((chunk, pool.submit(_render_chunk, chunk)))
         else:
-            pending.append((chunk, [_outcome(renderer, record) for record in chunk]))
+            pending.append((chunk, _outcomes(renderer, chunk)))
         while pending and (len(pending) > 2 * _BACKLOG * num_workers or _is_done(pending[0][1])):
             yield _taken(*pending.popleft())
     while pending:
         yield _taken(*pending.popleft())
 
 
-def _is_done(outcomes: Future[Outcomes] | Outcomes) -> bool:
+def _start_method() -> Literal["fork", "spawn"]:
+    """How other processes are started; torch is asked only where it is loaded already."""
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return "spawn"
+    torch = sys.modules.get("torch")
+    if torch is not None and (torch.cuda.is_initialized() or _has_process_group(torch)):
+        return "spawn"
+    return "fork"
+
+
+def _has_process_group(torch: Any) -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _is_done(outcomes: Future[Packed] | Outcomes) -> bool:
     return not isinstance(outcomes, Future) or outcomes.done()
 
 
-def _taken(chunk: list[Given], outcomes: Future[Outcomes] | Outcomes) -> tuple[list[Given], Outcomes]:
-    return chunk, outcomes.result() if isinstance(outcomes, Future) else outcomes
+def _taken(chunk: list[Given], outcomes: Future[Packed] | Outcomes) -> tuple[list[Given], Outcomes]:
+    return chunk, unpacked(outcomes.result()) if isinstance(outcomes, Future) else outcomes
 
 
-def _outcome(renderer: Renders, record: Record | Refusal) -> Tree | Refusal:
-    return record if isinstance(record, Refusal) else renderer.render(record)
+def _outcomes(renderer: Renders, chunk: Sequence[Record | Refusal]) -> Outcomes:
+    """What becomes of each record. Meanwhile no garbage is collected: it would go through all trees made so far."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return [record if isinstance(record, Refusal) else renderer.render(record) for record in chunk]
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _chunks(records: Iterable[Given]) -> Iterator[list[Given]]:
@@ -136,6 +166,39 @@ def _num_characters(record: Record | Refusal) -> int:
     return num
 
 
+def packed(outcomes: Sequence[Tree | Refusal]) -> Packed:
+    """Trees as they are sent: twice as fast to send and to read as the objects."""
+    ids = array("I")
+    rest: list[Any] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Tree):
+            for segment in outcome.segments:
+                ids.extend(segment.ids)
+            about = [(s.kind, len(s.ids), s.parent, s.text, s.weight) for s in outcome.segments]
+            rest.append((outcome.source, about))
+        else:
+            rest.append(outcome)
+    return ids.tobytes(), rest
+
+
+def unpacked(sent: Packed) -> Outcomes:
+    """The outcomes that were packed."""
+    ids = array("I")
+    ids.frombytes(sent[0])
+    all_ids, at = ids.tolist(), 0
+    outcomes: Outcomes = []
+    for item in sent[1]:
+        if isinstance(item, Refusal):
+            outcomes.append(item)
+            continue
+        segments = []
+        for kind, length, parent, text, weight in item[1]:
+            segments.append(Segment(kind, tuple(all_ids[at : at + length]), parent, text, weight))
+            at += length
+        outcomes.append(Tree(item[0], tuple(segments)))
+    return outcomes
+
+
 # In the other processes ----------------------------------------------------------------------------------------------
 
 _renderer: Renders
@@ -154,5 +217,5 @@ def _ready() -> None:
     """Runs as soon as one process has begun."""
 
 
-def _render_chunk(chunk: Sequence[Record | Refusal]) -> Outcomes:
-    return [_outcome(_renderer, record) for record in chunk]
+def _render_chunk(chunk: Sequence[Record | Refusal]) -> Packed:
+    return packed(_outcomes(_renderer, chunk))

@@ -240,7 +240,7 @@ class _Book:
                 tape.keep(Value(num_tokens, _INDEX_BYTES, False))
                 angles = (self._angle(num_tokens), self._angle(num_tokens))
                 tape.casts_bytes = casts  # the same weights again
-                out = run(tape, self.shape, layer, chosen, Pass(runs, angles, self.cpu, longest))
+                out = run(tape, self.shape, layer, chosen, Pass(runs, angles, self.cpu, longest, spared=True))
         if again:
             self.tape.keep(x)
             self._run_again(tape)

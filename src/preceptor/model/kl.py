@@ -6,8 +6,8 @@ It is taken where the trained token is one that the base has, over those tokens 
 tokens, and to be held back from ending a turn is not meant. Chunked like the loss: at no time more than one chunk's
 logits exist, and they are computed again in backward.
 
-Legend: T tokens of a row, M of them with a hidden state at hand, D hidden size, V vocabulary, B tokens of the base's vocabulary, N trained
-tokens of a row, C of one chunk.
+Legend: T tokens of a row, M of them with a hidden state at hand, D hidden size, V vocabulary, B tokens of the base's
+vocabulary, N trained tokens of a row, C of one chunk.
 """
 
 from collections.abc import Iterator

@@ -37,13 +37,15 @@ class Run:
 class Pass:
     """Tokens that go through a layer together, on a CPU or not; `angles` are the rotary cosine and sine.
 
-    longest: the most keys that a run of the row has, all passes together: on a CPU one mask serves them all.
+    longest: the most keys that a run of the row has, all passes together: on a CPU one mask serves them all. spared: of
+    the last layer by itself, which has masks of its own.
     """
 
     runs: tuple[Run, ...]
     angles: tuple[Value, Value]
     cpu: bool
     longest: int
+    spared: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -142,7 +144,7 @@ def _keep_mask(tape: Tape, tokens: Pass, num_queries: int, num_keys: int, window
     rows, columns = (min(BLOCK_TOKENS, tokens.longest), tokens.longest) if tokens.cpu else (num_queries, num_keys)
     if window is not None:
         columns = min(columns, window + rows)
-    tape.keep_shared((rows, columns, window, itemsize), rows * columns * itemsize)
+    tape.keep_shared((tokens.spared, rows, columns, window, itemsize), rows * columns * itemsize)
 
 
 def _write_out(tape: Tape, shape: Shape, itemsize: int, num_queries: int, num_keys: int) -> None:

@@ -5,8 +5,8 @@
     + one row            activations, autocast's copies of the weights, the loss's chunk and gradients
     + communication      of FSDP2: what a rank gathers of others' shards
 
-A step is at its peak at one of two moments: when the loss of a row has been computed, with all of its activations; or
-in the optimizer's step, when there are none. Sharded over W ranks (FSDP2, full shard), each rank holds 1/W of weights,
+A step is at its peak at one of three moments: in the loss of a row, with all of its activations; in its backward pass,
+when a layer is computed again; or in the optimizer's step, when there are no activations. Sharded over W ranks (FSDP2, full shard), each rank holds 1/W of weights,
 master weights, optimizer state and gradients, and gathers one layer at a time, and the next one ahead of it.
 
     AdamW in mixed precision: 2 (weights) + 2 (gradients) + 4 (master) + 4 + 4 (two means) = 16 bytes a parameter; with
@@ -73,7 +73,8 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
     activations = kept_for_backward(shape, work, setup.precision, setup.adapter, setup.token_rows, setup.cpu)
     loss = _loss_bytes(shape, work, setup)
     row = {
-        "activations": activations.kept_bytes + activations.again_bytes,
+        "activations": activations.kept_bytes,
+        "computed again": activations.again_bytes,
         "casts of weights": _casts_in_flight(setup, activations),
         "loss": sum(loss.values()),
     }
@@ -81,13 +82,21 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
     lasting = states["weights"] + states["master weights"] + states["optimizer"] + communication
     # With one row a step the gradients come as the activations go; of the next rows, both are there at once.
     earlier = states["gradients"] if setup.rows_per_step > 1 else 0
-    later = activations.later_bytes + activations.casts_bytes + states["gradients"]
-    of_row = lasting + max(sum(row.values()) + earlier, later)
-    of_optimizer = lasting + states["gradients"] + _optimizer_scratch(setup, parameters)
+    kept = earlier + row["activations"] + row["casts of weights"]
+    moments = {
+        "a row's loss": lasting + kept + row["loss"],
+        "a row's backward pass": lasting
+        + max(
+            kept + row["computed again"] + loss["hidden states and gradient"] + loss["gradient of the head"],
+            activations.later_bytes + row["casts of weights"] + states["gradients"],
+        ),
+        "the optimizer's step": lasting + states["gradients"] + _optimizer_scratch(setup, parameters),
+    }
+    moment = max(moments, key=lambda name: moments[name])
     return Memory(
         components={**states, "communication": communication, **row},
-        peak_bytes=max(of_row, of_optimizer),
-        moment="a row's loss" if of_row >= of_optimizer else "the optimizer's step",
+        peak_bytes=moments[moment],
+        moment=moment,
     )
 
 
@@ -147,8 +156,7 @@ def _loss_bytes(shape: Shape, work: Work, setup: Setup) -> dict[str, int]:
     }
     if product_bytes != setup.weight_bytes:
         loss["copy of the head"] = head * product_bytes
-    if setup.adapter is None:
-        loss["gradient of the head"] = head * FLOAT32
+    loss["gradient of the head"] = head * FLOAT32 if setup.adapter is None else 0
     return loss
 
 

@@ -92,7 +92,7 @@ def letters(facts: Sequence[Fact], rng: random.Random) -> str:
         if previous == fact.family and rng.random() < 0.4:
             lines.append(_asked(rng.choice(library["further"]), fact, role, between, rng))
         else:
-            longer = fact.detail and rng.random() < 0.25
+            longer = bool(fact.detail) and rng.random() < 0.25
             (kind,) = ("indirect",) if role else rng.choices(("indirect", "reported", "told"), (75, 10, 15))
             lines.append(_asked(rng.choice(library["longer" if longer else kind]), fact, role, between, rng, longer))
         previous = fact.family
