@@ -47,10 +47,16 @@ def main() -> None:
         folder = Path(name)
         for work in (WORK[name] for name in arguments.only if name != "start"):
             result[work.name] = measure(work, folder / work.name, arguments.steps)
+            write(result)
             print(json.dumps(result[work.name]["summary"]), flush=True)
         if "start" in arguments.only:
             result["start"] = measure_start(folder / "start")
             print(json.dumps(result["start"]), flush=True)
+            write(result)
+
+
+def write(result: dict[str, Any]) -> None:
+    """After each work, so that what was measured is kept when the rest is not wanted."""
     file = ROOT / "benchmarks" / "results" / "peer.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

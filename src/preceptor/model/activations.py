@@ -223,7 +223,7 @@ class _Book:
         self.tape.keep(x, *tokens.angles)
         inner = self._new_tape()
         out = run(inner, self.shape, layer, x, tokens)
-        self._run_again(inner)
+        self._run_again(inner, layer, tokens.num_tokens)
         return out
 
     def _spared_layer(self, index: int, x: Value, unread: list[list[Run]], read: list[list[Run]], again: bool) -> Value:
@@ -243,15 +243,19 @@ class _Book:
                 out = run(tape, self.shape, layer, chosen, Pass(runs, angles, self.cpu, longest, spared=True))
         if again:
             self.tape.keep(x)
-            self._run_again(tape)
+            self._run_again(tape, layer, num_tokens)
         else:
             self._count_casts_once(index, casts)
         return out
 
-    def _run_again(self, inner: Tape) -> None:
-        """What a layer that backward computes again keeps then. The masks stay, for the next layer."""
+    def _run_again(self, inner: Tape, layer: Layer, num_tokens: int) -> None:
+        """What a layer that backward computes again keeps then, and the gradients on their way through its MLP: of gate
+        and up, while what was kept of their product is given back. The masks stay, for the next layer.
+        """
         self.tape.take_shared(inner)
-        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes)
+        width = layer.width if layer.experts is None else layer.experts.per_token * layer.experts.width
+        flowing_bytes = 2 * num_tokens * width * self.precision.product_bytes
+        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + flowing_bytes)
 
     def _count_casts_once(self, index: int, before: int) -> None:
         """Autocast copies each weight once, however many passes read it."""

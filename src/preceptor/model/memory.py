@@ -6,8 +6,9 @@
     + communication      of FSDP2: what a rank gathers of others' shards
 
 A step is at its peak at one of three moments: in the loss of a row, with all of its activations; in its backward pass,
-when a layer is computed again; or in the optimizer's step, when there are no activations. Sharded over W ranks (FSDP2, full shard), each rank holds 1/W of weights,
-master weights, optimizer state and gradients, and gathers one layer at a time, and the next one ahead of it.
+when a layer is computed again; or in the optimizer's step, when there are no activations. Sharded over W ranks (FSDP2,
+full shard), each rank holds 1/W of weights, master weights, optimizer state and gradients, and gathers one layer at a
+time, and the next one ahead of it.
 
     AdamW in mixed precision: 2 (weights) + 2 (gradients) + 4 (master) + 4 + 4 (two means) = 16 bytes a parameter; with
     float32 weights under autocast 4 + 4 + 4 + 4 = 16 as well, and 2 more for the copies while a row is computed.
@@ -90,7 +91,7 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
             kept + row["computed again"] + loss["hidden states and gradient"] + loss["gradient of the head"],
             activations.later_bytes + row["casts of weights"] + states["gradients"],
         ),
-        "the optimizer's step": lasting + states["gradients"] + _optimizer_scratch(setup, parameters),
+        "the optimizer's step": lasting + states["gradients"] + _optimizer_scratch(shape, setup, parameters),
     }
     moment = max(moments, key=lambda name: moments[name])
     return Memory(
@@ -160,7 +161,13 @@ def _loss_bytes(shape: Shape, work: Work, setup: Setup) -> dict[str, int]:
     return loss
 
 
-def _optimizer_scratch(setup: Setup, parameters: Parameters) -> int:
-    """AdamW's denominator: of all parameters at once on a GPU (torch's foreach), of the largest one on a CPU."""
-    largest = max(parameters.outside_trained, parameters.largest_trained_layer) if setup.cpu else parameters.num_trained
-    return -(-FLOAT32 * largest // setup.world_size)
+def _optimizer_scratch(shape: Shape, setup: Setup, parameters: Parameters) -> int:
+    """AdamW's denominator: of all parameters at once on a GPU (torch's foreach); on a CPU of the largest one, twice."""
+    if not setup.cpu:
+        elements = parameters.num_trained
+    elif setup.adapter is None:
+        matrices = [linear.inputs * linear.outputs for linear in shape.linears()]
+        elements = 2 * max(shape.rows * shape.hidden, *matrices)
+    else:
+        elements = 2 * parameters.largest_trained_layer  # at most
+    return -(-FLOAT32 * elements // setup.world_size)
