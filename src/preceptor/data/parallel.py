@@ -1,7 +1,7 @@
 """Rendering in several processes: results in the order of the records, memory flat in their number.
 
-The calling process renders too, and `num_processes` counts it. The others are forked where that is safe: on Linux, from a
-process in which no other Python thread runs, no device is in use and no process group is open; they start in no time.
+The calling process renders too, and `num_processes` counts it. The others are forked where that is safe: on Linux, from
+a process in which no other Python thread runs, no device is in use and no process group is open; they start in no time.
 Elsewhere they are fresh interpreters (`spawn`), which take a second or two. None is started for an input that is
 rendered by then, and the calling process goes on by itself until they are ready.
 
