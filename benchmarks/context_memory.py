@@ -171,7 +171,8 @@ def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str,
     return result
 
 
-def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+def memory(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Each row in each mode; `write` takes what was measured so far."""
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**MODELS[arguments.model], max_position_embeddings=16_384))
@@ -183,6 +184,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         row = conversation(context, answer, num_turns, model.config.vocab_size)
         result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
         print(table(name, result[name]), flush=True)
+        write(result)
     return result
 
 
@@ -242,10 +244,14 @@ def main() -> None:
     used = ["seeds"] if arguments.learning else ["device", "model", "precision", "repeats", "rows"]
     command = f"python benchmarks/context_memory.py{' --learning' if arguments.learning else ''} "
     command += " ".join(f"--{key} {said[key]}" for key in used)
-    found = learning(arguments.seeds) if arguments.learning else memory(arguments)
-    result = {"command": command, **describe(), "threads": torch.get_num_threads(), "result": found}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    about = {"command": command, **describe(), "threads": torch.get_num_threads()}
+
+    def write(found: dict[str, Any]) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({**about, "result": found}, indent=1) + "\n"
+        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+    write(learning(arguments.seeds) if arguments.learning else memory(arguments, write))
 
 
 if __name__ == "__main__":

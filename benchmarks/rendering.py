@@ -253,6 +253,37 @@ def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
     return result
 
 
+def by_tool_turns(repetitions: int) -> list[dict[str, float]]:
+    """The same for agents' conversations, in which every assistant's turn but a few calls tools; no two are of a shape."""
+    tokenizer = make_tokenizer("qwen3_instruct_2507")
+    renderer, text, rng = make_renderer(tokenizer), Text(5), random.Random(5)
+
+    def conversation(turns: int) -> Conversation:
+        given: list[dict[str, Any]] = []
+        while turns > 0:
+            given.append({"role": "user", "content": text.message((40, 40))})
+            for _ in range(min(turns - 1, rng.randint(1, 6))):
+                call = {"type": "function", "function": {"name": "find", "arguments": {"words": text.message((4, 8))}}}
+                given.append({"role": "assistant", "content": "", "tool_calls": [call] * rng.choice((1, 1, 2))})
+                given += [{"role": "tool", "content": text.message((40, 40))} for _ in given[-1]["tool_calls"]]
+                turns -= 1
+            given.append({"role": "assistant", "content": text.message((40, 40))})
+            turns -= 1
+        return Conversation("", tuple(Message(m, train=m["role"] == "assistant") for m in given))
+
+    for _ in range(20):
+        renderer.render(conversation(6))
+    result = []
+    for turns in TURNS:
+        records = [conversation(turns) for _ in range(10 * repetitions)]
+        start = time.process_time()
+        trees = [renderer.render(record) for record in records]
+        each = 1000 * (time.process_time() - start) / len(records)
+        assert not any(isinstance(tree, Refusal) for tree in trees)
+        result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
+    return result
+
+
 def peak_megabytes(file: str, times: int, tokenizer: Any, num_processes: int) -> tuple[float, float]:
     """The most memory that this process, and the largest of those that it started, ever held; rows are let go."""
 
@@ -295,6 +326,7 @@ def main() -> None:
             "processes": NUM_PROCESSES,
             "memory": memory(tokenizer, Path(folder)),
             "turns": by_turns(tokenizer, arguments.repetitions),
+            "tool_turns": by_tool_turns(arguments.repetitions),
             "against_trl": compare(tokenizer, files, arguments.template, arguments.repetitions),
         }
     file = ROOT / "benchmarks" / "results" / "rendering.json"
@@ -314,6 +346,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['trained_tokens']:16}{row['trained_tokens_trl']:12}"
         )
     lines += [f"{row['turns']:3} turns {row['milliseconds']:8} ms, {row['per_turn']} a turn" for row in result["turns"]]
+    for row in result["tool_turns"]:
+        lines.append(f"{row['turns']:3} turns with tools {row['milliseconds']:8} ms, {row['per_turn']} a turn")
     lines += [f"{row['rows']:6} rows: peak {row['peak_megabytes']} MB" for row in result["memory"]]
     return "\n".join(lines)
 

@@ -19,10 +19,11 @@ from preceptor.data.conversation import Completion, Conversation, Document, Mess
 from preceptor.data.forest import Tree
 from preceptor.data.refusals import Refused
 from preceptor.data.rendering.forms import Forms, find_forms
-from preceptor.data.rendering.origins import leaves_of
+from preceptor.data.rendering.origins import Leaf, leaves_of
+from preceptor.data.rendering.plans import RenderCache
 from preceptor.data.rendering.proof import Stops, target_of
 from preceptor.data.rendering.reasoning import INLINE_WORDS, has_reasoning
-from preceptor.data.rendering.renders import RenderCache, Renders
+from preceptor.data.rendering.renders import Renders
 from preceptor.data.rendering.tokenise import Context, Ids, Tokeniser, any_of
 from preceptor.data.rendering.tree import GrowingTree
 from preceptor.data.template import Template
@@ -132,12 +133,17 @@ class Renderer:
         messages = record.messages[: turns[-1] + 1]
         tools = _frozen(record.tools)
         self._check_special(tools.replace('\\"', '"'), "tools", may_be_plain=False)
-        spelled_out = self._check_messages(messages)
+        leaves = [leaves_of(message.given, k) for k, message in enumerate(messages)]
+        spelled_out = self._check_messages(messages, leaves)
         given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
+        for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
+            if fitted is not message.given:
+                leaves[k] = leaves_of(fitted, k)
         arguments = {**self.template_kwargs, **record.template_kwargs}
         key = (tuple(turns), tuple(has_reasoning(given[k]) for k in turns), tools, _frozen(arguments))
+        first = [(k, self._attempts(given[k], arguments)[0]) for k in turns]
         for cache_key in (key, None):
-            renders = Renders(self.template, given, record.tools, self._cache, cache_key)
+            renders = Renders(self.template, given, record.tools, self._cache, cache_key, first, leaves)
             tree = GrowingTree(all_targets=self.targets == "all")
             for k in turns:
                 context, target, texts = self._turn(renders, k, arguments, spelled_out)
@@ -195,7 +201,7 @@ class Renderer:
 
     # Checks ----------------------------------------------------------------------------------------------------------
 
-    def _check_messages(self, messages: Sequence[Message]) -> bool:
+    def _check_messages(self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]]) -> bool:
         """Whether special tokens are spelled out and must be read as plain text. Raises Refused where they may not."""
         if self.special_tokens_in_text == "allow":
             return False
@@ -203,7 +209,7 @@ class Renderer:
         for index, message in enumerate(messages):
             own = INLINE_WORDS if message.role == "assistant" else ()
             where = f"messages[{index}]"
-            for leaf in leaves_of(message.given, index):
+            for leaf in leaves[index]:
                 found = self._check_special(leaf.text, where, own) or found
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
                 found = self._check_special(message.content, where, own) or found

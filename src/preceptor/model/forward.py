@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from preceptor.data.forest import Row, Segment, Tree, build_row
 from preceptor.errors import ModelError
 from preceptor.model.attention import attention_implementation, causal_lm, decoder_of
+from preceptor.model.embedding import gradient_of, takes_gradient_in_place
 from preceptor.model.levels import split
 from preceptor.model.loss import TrainedRows, linear_cross_entropy
 from preceptor.model.loss_options import CROSS_ENTROPY, LossOptions
@@ -153,6 +154,7 @@ def loss_of(
     a step; backward must then follow, with a gradient of 1.
     """
     device = hidden_MD.device
+    in_place = add_to_grad and torch.is_grad_enabled() and takes_gradient_in_place(head.weight_VD)
     return linear_cross_entropy(
         hidden_MD,
         head.weight_VD if head.trained_rows is None else head.weight_VD.detach(),
@@ -164,18 +166,8 @@ def loss_of(
         logit_scale=head.logit_scale,
         trained_rows=head.trained_rows,
         options=options,
-        head_grad_VD=_grad_buffer(head.weight_VD) if add_to_grad and torch.is_grad_enabled() else None,
+        head_grad_VD=gradient_of(head.weight_VD) if in_place else None,
     )
-
-
-def _grad_buffer(weight_VD: Tensor) -> Tensor | None:
-    """The `.grad` of a plain float32 parameter, made if it has none; None for anything that autograd must see to."""
-    plain = type(weight_VD) is nn.Parameter and weight_VD.requires_grad and weight_VD.dtype == torch.float32
-    if not plain or weight_VD._backward_hooks or weight_VD._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
-        return None
-    if weight_VD.grad is None:
-        weight_VD.grad = torch.zeros_like(weight_VD)
-    return weight_VD.grad
 
 
 @torch.no_grad()

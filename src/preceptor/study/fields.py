@@ -18,7 +18,8 @@ from preceptor.data.rendering import reasoning
 from preceptor.data.rendering.forms import find_forms
 from preceptor.data.rendering.origins import Leaf, Rendered
 from preceptor.data.rendering.proof import Stops, Turn, target_of
-from preceptor.data.rendering.renders import RenderCache, Renders
+from preceptor.data.rendering.plans import RenderCache
+from preceptor.data.rendering.renders import Renders
 from preceptor.data.rendering.tokenise import any_of
 from preceptor.study.tokens import spans, special_ids
 
@@ -216,7 +217,7 @@ def _runs(
     """
     lost = {leaf.text.strip() for at, leaf in enumerate(leaves) if _is_text(leaf) and not rendered.spelled(at)} - {""}
     runs: list[Run] = []
-    for piece, origin in zip(rendered.pieces, rendered.origins, strict=True):
+    for piece, origin in rendered.parts():
         if origin is not None:
             runs.append((piece, field_of(leaves[origin], messages) if origin < len(leaves) else UNKNOWN))
             continue

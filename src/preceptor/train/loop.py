@@ -10,6 +10,7 @@ from preceptor import config
 from preceptor.data.forest import Row
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
+from preceptor.model.embedding import embedding_gradient_in_place
 from preceptor.model.loss import head_cast_once
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.train import checkpoint
@@ -80,7 +81,7 @@ def take_step(
     divisor = math.fsum(row.divisor for row in rows) or 1.0
     loss = 0.0
     state.model.train()
-    with head_cast_once():
+    with head_cast_once(), embedding_gradient_in_place(state.model):
         for row in rows:
             with autocast(state.model.device, precision):
                 share = objective(state.model, row, divisor, add_to_grad=True)

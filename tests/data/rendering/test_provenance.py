@@ -109,7 +109,7 @@ def test_every_character_of_a_message_keeps_its_origin():
     tape = Tape(2)
     template = "<|{{ a | trim }}|>{{ {'b': b} | tojson }}"
     result, _ = render_marked(template, tape, {"a": Marked.leaf(tape, 0, a), "b": Marked.leaf(tape, 1, b)})
-    assert list(zip(result.pieces, result.origins, strict=True)) == [
+    assert list(result.parts()) == [
         ("<|", None),
         (a, 0),
         ("|>", None),

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from preceptor.data.rendering.boundaries import Boundaries
 from preceptor.data.rendering.tokenise import Tokeniser, any_of
+from preceptor.data.rendering.words import Words
 from tiny import tiny_tokenizer
 
 SPECIAL = ["<eos>", "<|a|>", "<|a|>b", "<|"]
@@ -88,6 +89,10 @@ def test_characters_without_a_token_are_noticed():
     assert not silent.spells_all(silent.whole("a🙂b"), "a🙂b")
 
 
+def boundaries(tokenizer):
+    return Boundaries(tokenizer, Words(tokenizer))
+
+
 @settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(["byte level", "split"]),
@@ -100,7 +105,7 @@ def test_where_no_token_crosses_the_two_are_tokenised_apart(kind, before, start)
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    if Boundaries(tokenizer).between(before, start + LONG):
+    if boundaries(tokenizer).between(before, start + LONG):
         assert ids(before + start + LONG) == ids(before) + ids(start + LONG)
 
 
@@ -115,14 +120,14 @@ def test_where_no_token_crosses_the_two_are_tokenised_apart(kind, before, start)
 def test_patterns_that_look_far_are_not_trusted(pattern, before, after):
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    assert not Boundaries(PreTrainedTokenizerFast(tokenizer_object=backend)).between(before, after)
+    assert not boundaries(PreTrainedTokenizerFast(tokenizer_object=backend)).between(before, after)
 
 
 def test_boundaries_are_known_where_they_matter():
     for kind in ("byte level", "split"):
-        assert Boundaries(TOKENIZERS[kind]).between("assistant\n", LONG)
+        assert boundaries(TOKENIZERS[kind]).between("assistant\n", LONG)
     for kind in ("prefix", "normalised", "metaspace-first"):
-        assert not Boundaries(TOKENIZERS[kind]).between("assistant\n", LONG)
+        assert not boundaries(TOKENIZERS[kind]).between("assistant\n", LONG)
 
 
 def test_history_is_not_tokenised_twice():

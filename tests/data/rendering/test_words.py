@@ -1,13 +1,14 @@
 """Word by word gives the tokenizer's own ids, for every kind of text; what cannot be cut so is left to it."""
 
 import random
+import re
 
 import pytest
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.rendering.words import Words
+from preceptor.data.rendering.words import Words, _ascii_pattern
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -79,10 +80,31 @@ def test_gives_the_ids_of_the_tokenizer(pattern: str | None, normalizer: normali
 def test_leaves_characters_that_the_engines_treat_differently_to_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     words = Words(make(QWEN))
     # Such characters come and go with versions of the engines (letters of a new Unicode); here one is made up.
-    monkeypatch.setattr(words, "_pattern", regex.compile(QWEN.replace(r"|\p{N}|", "|[0-8]|")))
-    assert words.ids("the end of 8") is not None
-    assert words.ids("the end of 9") is None
-    assert words.ids("the end") is not None
+    monkeypatch.setattr(words, "_pattern", regex.compile(QWEN.replace(r"|\p{N}|", "|[0-9½]|")))
+    assert words.ids("the end of ½") is not None
+    assert words.ids("the end of ٣") is None
+    assert words.ids("the end of é") is not None
+
+
+def test_leaves_characters_of_ascii_that_are_cut_differently_to_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = make(QWEN)("the end of 9", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("preceptor.data.rendering.words._ascii_pattern", lambda _: re.compile(r" ?[a-z]+|[0-8]| ?9|\s"))
+    words = Words(make(QWEN))
+    assert words._not_ascii >= {"9"}
+    assert words.ids("the end of 9") == tuple(asked)
+
+
+@pytest.mark.parametrize("pattern", [QWEN, LLAMA3, GPT4O])
+def test_ascii_is_cut_by_the_faster_engine(pattern: str) -> None:
+    words = Words(make(pattern))
+    assert words._ascii is not None and words._not_ascii == set()
+
+
+def test_expressions_that_cannot_be_written_for_ascii() -> None:
+    for source in (r"\p{Greek}+", r"[\P{L}]", "[[a]]", r"(?<name"):
+        assert _ascii_pattern(source) is None
+    found = _ascii_pattern(r"[^\p{L}]|\p{Lu}\p{Ll}+|\P{N}|\p{M}")
+    assert found is not None and found.pattern == "[^A-Za-z]|[A-Z][a-z]+|[^0-9]|(?!)"
 
 
 def test_leaves_other_kinds_of_tokenizers_alone() -> None:

@@ -10,6 +10,8 @@ the second text alone.
 import json
 from typing import Any
 
+from preceptor.data.rendering.words import Words
+
 _LOOKS_BACK = ("(?<", "\\b", "\\B", "\\A", "\\G", "^")
 _SHOWN = 24  # characters after the boundary that the pattern may look at; none in use looks further than one
 _KEPT_BEHAVIORS = ("Isolated", "Removed")
@@ -18,9 +20,9 @@ _KEPT_BEHAVIORS = ("Isolated", "Removed")
 class Boundaries:
     """Answers for one tokenizer; always "no" where it splits words in a way that is not known to be local."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, words: Words) -> None:
         self._pre_tokenizer = None
-        self._known: dict[tuple[str, str], bool] = {}
+        self._words = words
         if not tokenizer.is_fast or any(token.normalized for token in tokenizer.added_tokens_decoder.values()):
             return
         backend = tokenizer.backend_tokenizer
@@ -37,14 +39,10 @@ class Boundaries:
         # Patterns look ahead over white space and over digits; and the end of a short text is no end of what may come.
         if len(after) <= _SHOWN or shown[0].isspace() or before[-1].isalnum():
             return False
-        key = before, shown
-        known = self._known.get(key)
-        if known is None:
-            if len(self._known) > 10_000:
-                self._known.clear()
-            words = self._pre_tokenizer.pre_tokenize_str(before + shown)
-            known = self._known[key] = any(start == len(before) for _, (start, _) in words)
-        return bool(known)
+        ends = self._words.ends(before + shown)
+        if ends is None:
+            ends = [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(before + shown)]
+        return len(before) in ends
 
 
 def _is_local(state: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from preceptor.data.rendering.environment import SETTINGS, prepare
 from preceptor.data.rendering.marked import Marked, atoms_of, join, plain
 from preceptor.data.rendering.marked_length import MarkedLength
+from preceptor.data.rendering.onepass_form import one_pass
 from preceptor.data.rendering.origins import Rendered, map_leaves
 from preceptor.data.rendering.tape import Atom, Tape, is_part_of, json_body, with_separator
 
@@ -44,12 +45,18 @@ def render_marked(text: str, tape: Tape, variables: Mapping[str, Any]) -> tuple[
         outputs = list(template.root_render_func(context))
     except Exception:
         template.environment.handle_exception()
+    pieces, atoms = pieces_of(tape, outputs)
+    return Rendered(pieces, [atom.origin for atom in atoms]), atoms
+
+
+def pieces_of(tape: Tape, outputs: Iterable[str]) -> tuple[list[str], list[Atom]]:
+    """What a template wrote, in pieces of one origin each, and their atoms."""
     atoms: list[Atom] = []
     pieces: list[str] = []
     for output in outputs:
         atoms += atoms_of(tape, output)
         pieces += output.pieces() if isinstance(output, Marked) else [output] if output else []
-    return Rendered(pieces, [atom.origin for atom in atoms]), atoms
+    return pieces, atoms
 
 
 class MarkedCode(CodeGenerator):
@@ -258,3 +265,9 @@ def marked_environment() -> jinja2.Environment:
 @lru_cache(maxsize=256)
 def compiled_marked(text: str) -> jinja2.Template:
     return marked_environment().from_string(text)
+
+
+@lru_cache(maxsize=256)
+def compiled_one_pass(text: str, head_again: bool) -> jinja2.Template | None:
+    """The template in its one-pass form for marked strings, where it has one."""
+    return one_pass(marked_environment(), text, head_again)

@@ -1,136 +1,32 @@
 """The renders of one conversation that the proof asks for, and where their characters came from.
 
-A conversation whose like has not been met is rendered as often as the proof asks. From the second of a *shape* on (the
-same roles and fields, whatever the words) what the template does is recorded (`tape.Tape`) and replayed for all later
-ones of that shape for which the template would decide the same way. Every render with origins is compared, byte for
-byte, with the plain render of the same messages; of a replayed conversation, the longest is; and plain renders are
-compared with transformers' own for the first of a run and then for a few in a thousand.
+All of them are made in one run of the template where it allows that (`onepass.py`), else one by one. What the template
+did is recorded (`tape.Tape`) and replayed for all later conversations of that *shape* (the same roles and fields,
+whatever the words) for which it would decide the same way; one by one, from the second of a shape on. Every render with
+origins is compared, byte for byte, with the plain render of the same messages; of a pass and of a replay, the longest
+is, and all of the first passes; and plain renders are compared with transformers' own for the first of a run and then
+for a few in a thousand.
 """
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from preceptor.data.refusals import Refused
 from preceptor.data.rendering.marked import Marked
-from preceptor.data.rendering.origins import Leaf, Rendered, leaves_of, places_of, shape_of
+from preceptor.data.rendering.onepass import Asked, Line, LooksAhead, Pass
+from preceptor.data.rendering.origins import Head, Leaf, Rendered, leaves_of, shape_of
+from preceptor.data.rendering.plans import Output, Plan, RenderCache, Replay, Request, Shape, Strand
 from preceptor.data.rendering.proof import Followed, Turn
-from preceptor.data.rendering.provenance import marked_message, render_marked
+from preceptor.data.rendering.provenance import compiled_one_pass, marked_message, pieces_of, render_marked
 from preceptor.data.rendering.tape import Atom, Tape
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 
-_MAX_SHAPES = 512
 _MAX_PLANS_PER_SHAPE = 8
-_MAX_REFS = 500_000  # of all plans together; about 20 bytes each
-_CHECKED_RENDERS = 16
-_CHECK_EVERY = 499
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
-
-    num_messages: int
-    add_generation_prompt: bool
-    arguments: str
-    follower: str = ""
-
-
-class Output:
-    """One render on a tape: the values that its pieces are, the leaves that they come from, and the pieces by leaf.
-
-    Pieces by leaf are kept from `first_leaf` on, those of the last message: a plan of many turns has many outputs.
-    """
-
-    __slots__ = ("_first_leaf", "_origins", "_places", "refs")
-
-    def __init__(self, atoms: Sequence[Atom], first_leaf: int) -> None:
-        self.refs = [atom.ref for atom in atoms]
-        self._origins = [atom.origin for atom in atoms]
-        self._places = places_of(self._origins, first_leaf)
-        self._first_leaf = first_leaf
-
-    def rendered(self, values: Sequence[str]) -> Rendered:
-        return Rendered([values[ref] for ref in self.refs], self._origins, self._places, self._first_leaf)
-
-
-@dataclass(eq=False, slots=True)
-class Plan:
-    """What the template does with conversations of one shape: a tape, and each render on it."""
-
-    tape: Tape
-    outputs: dict[Request, Output] = field(default_factory=dict)
-
-    @property
-    def exact(self) -> bool:
-        return self.tape.exact and all(-1 not in output.refs for output in self.outputs.values())
-
-    @property
-    def num_refs(self) -> int:
-        return sum(len(output.refs) for output in self.outputs.values())
-
-
-@dataclass(eq=False, slots=True)
-class Shape:
-    """All conversations with the same roles, fields and arguments: how many were met, and the plans for them."""
-
-    num_met: int = 0
-    plans: list[Plan] = field(default_factory=list)
-    recordable: bool = True
-
-
-class RenderCache:
-    """The shapes that were met, the least recently used forgotten; and how many renders there were."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._shapes: OrderedDict[Any, Shape] = OrderedDict()
-        self._num_refs = 0
-        self._tokenizer = tokenizer
-        self._num_renders = 0
-
-    def shape(self, key: Any) -> Shape:
-        shape = self._shapes.get(key)
-        if shape is None:
-            shape = self._shapes[key] = Shape()
-            self._forget_some()
-        else:
-            self._shapes.move_to_end(key)
-        shape.num_met += 1
-        return shape
-
-    def add(self, shape: Shape, plan: Plan) -> None:
-        shape.plans.insert(0, plan)
-        self._num_refs += plan.num_refs
-        self._forget_some()
-
-    def _forget_some(self) -> None:
-        while len(self._shapes) > _MAX_SHAPES or (self._num_refs > _MAX_REFS and len(self._shapes) > 1):
-            _, shape = self._shapes.popitem(last=False)
-            self._num_refs -= sum(plan.num_refs for plan in shape.plans)
-            shape.plans.clear()
-
-    def remove(self, shape: Shape, plan: Plan) -> None:
-        shape.plans.remove(plan)
-        self._num_refs -= plan.num_refs
-
-    def compares(self) -> bool:
-        """Whether the next plain render is to be compared with transformers'."""
-        self._num_renders += 1
-        return self._num_renders <= _CHECKED_RENDERS or self._num_renders % _CHECK_EVERY == 0
-
-    def transformers_render(self, template: Template, messages: Sequence[Any], tools: Any, **arguments: Any) -> str:
-        text = template.text_for(tools)
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, chat_template=text, tokenize=False, **arguments
-                )
-            )
-        except Exception as error:  # transformers refuses what the sandbox here allows
-            raise Refused("render_differs", f"template {template.name} in transformers: {error}") from error
+Turns = Sequence[tuple[int, Mapping[str, Any]]]
 
 
 class Renders:
@@ -143,8 +39,14 @@ class Renders:
         tools: Sequence[Mapping[str, Any]] | None,
         cache: RenderCache,
         key: Any = None,
+        turns: Turns = (),
+        leaves: Sequence[Sequence[Leaf]] | None = None,
     ) -> None:
-        """key: what the renders hang on besides the messages (tools, arguments, turns); None: do not use the cache."""
+        """key: what the renders hang on besides the messages (tools, arguments, turns); None: do not use the cache.
+
+        turns: those that will be asked for, with the arguments that will be tried first. leaves: `leaves_of` each
+        message, where they are known already.
+        """
         self.messages = messages
         self._template, self._tools, self._cache = template, tools, cache
         self._seen = [template.message_rules.apply(message) for message in messages]
@@ -152,28 +54,84 @@ class Renders:
         self.leaves: list[Leaf] = []
         self._starts = [0]
         for index, message in enumerate(messages):
-            self.leaves += leaves_of(message, index)
+            self.leaves += leaves_of(message, index) if leaves is None else leaves[index]
             self._starts.append(len(self.leaves))
         self._shape: Shape | None = None
-        self._plan: Plan | None = None
-        self._values: list[Any] = []
+        self._replay: Replay | None = None
         self._longest: Request | None = None  # of the replayed renders
+        self._live: dict[Request, Rendered] = {}  # of one pass
         self._recording: Plan | None = None
         self._marked: list[dict[str, Any]] = []
         if key is not None:
-            self._use_plan(cache.shape((key, tuple(map(shape_of, messages)))))
+            self._use_plan(cache.shape((key, tuple(map(shape_of, messages)))), turns)
 
-    def _use_plan(self, shape: Shape) -> None:
+    def _use_plan(self, shape: Shape, turns: Turns) -> None:
         self._shape = shape
         texts = [leaf.text for leaf in self.leaves]
         for plan in shape.plans:
             values = plan.tape.replay(texts)
             if values is not None:
-                self._plan, self._values = plan, values
+                self._replay = Replay(plan, values)
                 return
-        if shape.recordable and shape.num_met > 1 and len(shape.plans) < _MAX_PLANS_PER_SHAPE:
+        if self._cache.one_pass and any(self._run_once(turns, head_again) for head_again in (False, True)):
+            return
+        if shape.num_met > 1:
+            self._record()
+
+    def _record(self) -> None:
+        assert self._shape is not None
+        if self._shape.recordable and len(self._shape.plans) < _MAX_PLANS_PER_SHAPE:
             self._recording = Plan(Tape(len(self.leaves)))
             self._marked = self._mark(self._recording.tape, len(self.messages))
+
+    def _run_once(self, turns: Turns, head_again: bool) -> bool:
+        """Makes all renders in one pass for each of the arguments; whether that can be done."""
+        template = compiled_one_pass(self._template.text_for(self._tools), head_again)
+        if template is None:
+            return False
+        plan = Plan(Tape(len(self.leaves)))
+        marked = self._mark(plan.tape, len(self.messages))
+        asked: dict[str, list[Asked]] = {}
+        for k, arguments in turns:
+            asked.setdefault(self._key(arguments), []).extend((Asked(k, True), Asked(k + 1, False)))
+        try:
+            for key, several in asked.items():
+                done = Pass(marked, several)
+                done.run(template, self._template.all_variables((), self._tools, False, self._arguments[key]))
+                self._keep(plan, key, done)
+        except (LooksAhead, Exception):  # what the template refuses, it refuses one by one too, and there it is told
+            self._live.clear()
+            return False
+        compared = list(self._live) if self._cache.compares_pass() else [max(self._live, key=lambda r: r.num_messages)]
+        if any(self._live[request].text != self._plain(request) for request in compared):
+            self._cache.one_pass = False
+            self._live.clear()
+            return False
+        self._recording = plan
+        return True
+
+    def _keep(self, plan: Plan, key: str, done: Pass) -> None:
+        strands: dict[Line, tuple[list[str], Strand, list[int]]] = {}  # pieces, strand, how many pieces by outputs
+        for asked, (line, num_outputs, outputs) in done.written.items():
+            if line not in strands:
+                each = [pieces_of(plan.tape, [output]) for output in line.outputs]
+                ends = [0, *accumulate(len(pieces) for pieces, _ in each)]
+                strand = Strand([atom for _, atoms in each for atom in atoms])
+                strands[line] = [piece for pieces, _ in each for piece in pieces], strand, ends
+            shared, strand, ends = strands[line]
+            pieces, atoms = pieces_of(plan.tape, outputs)
+            output = Output(strand, ends[num_outputs], atoms, self._starts[max(asked.num_messages - 1, 0)])
+            if output.num_shared != ends[num_outputs]:
+                pieces = shared[: ends[num_outputs]] + pieces
+            head = Head("".join(shared[: output.num_shared]), shared, strand.origins, output.num_shared)
+            request = Request(asked.num_messages, asked.add_generation_prompt, key)
+            plan.outputs[request] = output
+            self._live[request] = Rendered(pieces, output.origins, head, output.first_leaf, output.places)
+
+    def _key(self, arguments: Mapping[str, Any]) -> str:
+        key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+        self._arguments[key] = arguments
+        return key
 
     def _mark(self, tape: Tape, upto: int) -> list[dict[str, Any]]:
         return [self._mark_one(tape, index) for index in range(upto)]
@@ -188,19 +146,18 @@ class Renders:
             return True
         if self._recording is not None:
             self._shape.recordable = self._recording.exact
-            if self._recording.exact:
+            if self._recording.exact and len(self._shape.plans) < _MAX_PLANS_PER_SHAPE:
                 self._cache.add(self._shape, self._recording)
-        if self._plan is None or self._longest is None:
+        if self._replay is None or self._longest is None:
             return True
-        if self._replayed(self._longest).text == self._plain(self._longest):
+        if self._replay.text(self._longest) == self._plain(self._longest):
             return True
-        self._cache.remove(self._shape, self._plan)
+        self._cache.remove(self._shape, self._replay.plan)
         return False
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
         """What the proof needs to know of turn k. Raises Refused where the template refuses the messages."""
-        key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
-        self._arguments[key] = arguments
+        key = self._key(arguments)
         prompt, full = Request(k, True, key), Request(k + 1, False, key)
         return Turn(
             where=f"messages[{k}]",
@@ -215,9 +172,12 @@ class Renders:
         )
 
     def _prompt(self, request: Request) -> str:
-        if self._plan is None and self._recording is None:
-            return self._plain(request)
-        return self._rendered(request).text
+        if self._replay is not None and request in self._replay.plan.outputs:
+            self._note(request)
+            return self._replay.text(request)
+        if request in self._live or self._recording is not None:
+            return self._rendered(request).text
+        return self._plain(request)
 
     def _followed(self, k: int, key: str) -> Followed | None:
         """F with a message after turn k: a tool's result after tool calls, else a user's words; None if refused."""
@@ -231,11 +191,17 @@ class Renders:
 
     def _rendered(self, request: Request, only: int | None = None) -> Rendered:
         """A render with all leaves marked; `only`: those of that message suffice."""
-        if self._plan is not None and request in self._plan.outputs:
-            return self._replayed(request)
+        if self._replay is not None and request in self._replay.plan.outputs:
+            self._note(request)
+            return self._replay.rendered(request)
+        if request in self._live:
+            return self._live[request]
         if self._recording is not None:
+            if not self._marked:
+                self._marked = self._mark(self._recording.tape, len(self.messages))
             rendered, atoms = self._marked_render(request, self._recording.tape, self._marked)
-            self._recording.outputs[request] = Output(atoms, self._starts[max(request.num_messages - 1, 0)])
+            first_leaf = self._starts[max(request.num_messages - 1, 0)]
+            self._recording.outputs[request] = Output(Strand(()), 0, atoms, first_leaf)
             return rendered
         tape = Tape(len(self.leaves))
         if only is None:
@@ -244,11 +210,9 @@ class Renders:
         seen[only] = self._mark_one(tape, only)
         return self._marked_render(request, tape, seen)[0]
 
-    def _replayed(self, request: Request) -> Rendered:
-        assert self._plan is not None
+    def _note(self, request: Request) -> None:
         if self._longest is None or request.num_messages >= self._longest.num_messages:
             self._longest = request
-        return self._plan.outputs[request].rendered(self._values)
 
     def _marked_render(
         self, request: Request, tape: Tape, messages: Sequence[Mapping[str, Any]]

@@ -8,12 +8,13 @@ so that tokenizers which treat the start of a text differently (SentencePiece's 
     <|im_start|>user\\nHi | <|im_end|>\\n | <|im_start|>assistant\\n
 
 Where this cannot be relied on (a slow tokenizer; added tokens that swallow white space to their left or stand between
-word boundaries) the whole text is tokenised. The first texts of a run, and then a few in a thousand, are tokenised both
-ways; if the two ever differ, chunks are given up for good.
+word boundaries) the whole text is tokenised. The first texts of a run, and then less than one in a hundred, are
+tokenised both ways; if the two ever differ, chunks are given up for good.
 """
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from preceptor.data.rendering.words import Words
 Ids = tuple[int, ...]
 
 _CHECKED_TEXTS = 16
-_CHECK_EVERY = 251
+_CHECK_EVERY = 150  # times the characters of a text
 _CACHE_CHARACTERS = 4_000_000
 
 
@@ -43,11 +44,13 @@ class Tokeniser:
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         self._cuts, self._longest = _cut_pattern(tokenizer.added_tokens_decoder.values())
         self._chunked = self._backend is not None and self._longest > 0
-        self._boundaries = Boundaries(tokenizer)
         self._words = Words(tokenizer)
+        self._boundaries = Boundaries(tokenizer, self._words)
+        self._unknown = tokenizer.unk_token_id
         self._cache: dict[str, Ids] = {}
         self._cached_characters = 0
         self._num_texts = 0
+        self._unchecked_characters = 0
         self._text = ""  # the last context, where its chunks start, and how many ids stand before each
         self._starts: list[int] = [0]
         self._num_before: list[int] = [0]
@@ -63,8 +66,7 @@ class Tokeniser:
 
         A tokenizer that has a token for what it does not know says so; one that has not drops it, and is asked back.
         """
-        unknown = self._tokenizer.unk_token_id
-        if unknown is not None and unknown in (ids[num_known:] if num_known else ids):
+        if self._unknown is not None and self._unknown in (ids[num_known:] if num_known else ids):
             return False
         if not self._drops_characters:
             return True
@@ -80,12 +82,8 @@ class Tokeniser:
 
         The result is valid until the next call.
         """
-        self._num_texts += 1
         if not self._chunked:
             return Context(self.whole(text), 0)
-        assert self._backend is not None
-        self._backend.no_truncation()
-        self._backend.no_padding()
         keep = self._num_kept(text)
         num_shared = self._num_before[keep]
         new = [match.start() for match in self._cuts.finditer(text, self._starts[keep])]
@@ -96,7 +94,10 @@ class Tokeniser:
             self._num_before.append(len(self._ids))
             self._ids += self._chunk(text[start:end])
         self._text = text
-        if self._num_texts <= _CHECKED_TEXTS or self._num_texts % _CHECK_EVERY == 0:
+        self._num_texts += 1
+        self._unchecked_characters += len(text) - starts[0]
+        if self._num_texts <= _CHECKED_TEXTS or self._unchecked_characters > _CHECK_EVERY * len(text):
+            self._unchecked_characters = 0
             expected = self.whole(text)
             if tuple(self._ids) != expected:
                 self._chunked = False
@@ -105,16 +106,19 @@ class Tokeniser:
 
     def _num_kept(self, text: str) -> int:
         """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
-        starts, last = self._starts, self._text
-        keep, past = 0, len(starts)  # all starts up to `keep` hold for this text, those from `past` on are not known to
-        while past - keep > 1:
-            index = max(past - 3, keep + 1) if past == len(starts) else (keep + past) // 2
-            decided = starts[index] + self._longest  # what follows this cannot change that a token starts there
-            if decided <= len(last) and text.startswith(last[:decided]):
-                keep = index
-            else:
-                past = index
-        return keep
+        last = self._text
+        num_same = len(last)
+        if not text.startswith(last):
+            low = 0  # the first `low` characters are the same, the first `num_same` are not
+            while num_same - low > 1:
+                middle = (low + num_same) // 2
+                if text.startswith(last[low:middle], low):
+                    low = middle
+                else:
+                    num_same = middle
+            num_same = low
+        # What follows the longest token that may start there cannot change that one does.
+        return max(bisect_right(self._starts, num_same - self._longest) - 1, 0)
 
     def continuation(self, text: str, after: str) -> Ids:
         """The ids of a text that follows `after`, tokenised on its own: no token crosses the boundary.
@@ -166,6 +170,8 @@ class Tokeniser:
             ids = self._words.ids(text[token.end() :])
             ids = None if ids is None else (self._backend.token_to_id(token.group()), *ids)
         if ids is None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
             ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return ids
 

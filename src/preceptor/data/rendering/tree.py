@@ -94,8 +94,8 @@ class GrowingTree:
         stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
         while stack:
             node, parent = stack.pop()
-            text = node.segment.text or decode(node.segment.ids)
-            segments.append(replace(node.segment, parent=parent, text=text))
+            own = node.segment
+            segments.append(Segment(own.kind, own.ids, parent, own.text or decode(own.ids), own.weight, own.share))
             stack.extend((child, len(segments) - 1) for child in reversed(node.children))
         return Tree(source, tuple(segments))
 

@@ -1,0 +1,186 @@
+"""What the template was seen to do with conversations of one shape, kept so that it can be done again without it.
+
+A *shape* is what a template can see of a conversation without reading its text: the roles and fields. A `Plan` holds
+the tape of one run (`tape.Tape`) and, for each render of it, which of the tape's values its pieces are. Renders that
+begin alike share a *line*: the open world of `onepass`, of which each has the first so many pieces.
+
+    line      v0 v7 v1 v8 v2 ...
+    P of 2    └─ 2 ─┘ v9          F of 3    └─── 3 ───┘ v10 v11
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from preceptor.data.refusals import Refused
+from preceptor.data.rendering.origins import NO_HEAD, Head, Rendered, places_of
+from preceptor.data.rendering.tape import Atom, Tape
+from preceptor.data.template import Template
+
+_MAX_SHAPES = 512
+_MAX_REFS = 500_000  # of all plans together; about 20 bytes each
+_CHECKED_RENDERS = 16
+_CHECKED_PASSES = 4
+_CHECK_EVERY = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
+
+    num_messages: int
+    add_generation_prompt: bool
+    arguments: str
+    follower: str = ""
+
+
+class Strand:
+    """Pieces on a tape: the values that they are, and the leaves that they come from."""
+
+    __slots__ = ("origins", "refs")
+
+    def __init__(self, atoms: Sequence[Atom]) -> None:
+        self.refs = [atom.ref for atom in atoms]
+        self.origins = [atom.origin for atom in atoms]
+
+
+class Output(Strand):
+    """One render on a tape: the first `num_shared` pieces of a line, then its own.
+
+    Leaves from `first_leaf` on, those of the last message, do not occur in the line's part.
+    """
+
+    __slots__ = ("first_leaf", "line", "num_shared", "places")
+
+    def __init__(self, line: Strand, num_shared: int, atoms: Sequence[Atom], first_leaf: int) -> None:
+        super().__init__(atoms)
+        if any(origin is not None and origin >= first_leaf for origin in line.origins[:num_shared]):
+            self.refs = line.refs[:num_shared] + self.refs
+            self.origins = line.origins[:num_shared] + self.origins
+            num_shared = 0
+        self.line, self.num_shared = line, num_shared
+        self.first_leaf = first_leaf
+        self.places = places_of(self.origins, first_leaf)
+
+
+@dataclass(eq=False, slots=True)
+class Plan:
+    """What the template does with conversations of one shape: a tape, and each render on it."""
+
+    tape: Tape
+    outputs: dict[Request, Output] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        return self.tape.exact and all(-1 not in strand.refs for strand in self._strands())
+
+    @property
+    def num_refs(self) -> int:
+        return sum(len(strand.refs) for strand in self._strands())
+
+    def _strands(self) -> Sequence[Strand]:
+        return [*{id(output.line): output.line for output in self.outputs.values()}.values(), *self.outputs.values()]
+
+
+class Replay:
+    """The renders of a plan for one conversation, whose values the tape gave."""
+
+    __slots__ = ("_head", "_line", "_pieces", "plan", "values")
+
+    def __init__(self, plan: Plan, values: Sequence[str]) -> None:
+        self.plan = plan
+        self.values = values
+        self._line: Strand | None = None  # of the last render
+        self._pieces: Sequence[str] = ()
+        self._head: Head = NO_HEAD
+
+    def text(self, request: Request) -> str:
+        output, values = self.plan.outputs[request], self.values
+        return self._shared(output).text + "".join([values[ref] for ref in output.refs])
+
+    def rendered(self, request: Request) -> Rendered:
+        output, values = self.plan.outputs[request], self.values
+        pieces = [values[ref] for ref in output.refs]
+        return Rendered(pieces, output.origins, self._shared(output), output.first_leaf, output.places)
+
+    def _shared(self, output: Output) -> Head:
+        """What the render has of its line: the last render's, and a little more, if turns come in order."""
+        if output.num_shared == 0:
+            return NO_HEAD
+        if output.line is not self._line:
+            self._line = output.line
+            self._pieces = [self.values[ref] for ref in output.line.refs]
+            self._head = Head("", self._pieces, output.line.origins, 0)
+        head, num = self._head, output.num_shared
+        if num != head.num_pieces:
+            text, start = (head.text, head.num_pieces) if num > head.num_pieces else ("", 0)
+            self._head = head = Head(text + "".join(self._pieces[start:num]), self._pieces, head.origins, num)
+        return head
+
+
+@dataclass(eq=False, slots=True)
+class Shape:
+    """All conversations with the same roles, fields and arguments: how many were met, and the plans for them."""
+
+    num_met: int = 0
+    plans: list[Plan] = field(default_factory=list)
+    recordable: bool = True
+
+
+class RenderCache:
+    """The shapes that were met, the least recently used forgotten; and how many renders there were."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._shapes: OrderedDict[Any, Shape] = OrderedDict()
+        self._num_refs = 0
+        self._tokenizer = tokenizer
+        self._num_renders = 0
+        self._num_passes = 0
+        self.one_pass = True  # until one gives another text than the template
+
+    def shape(self, key: Any) -> Shape:
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shapes[key] = Shape()
+            self._forget_some()
+        else:
+            self._shapes.move_to_end(key)
+        shape.num_met += 1
+        return shape
+
+    def add(self, shape: Shape, plan: Plan) -> None:
+        shape.plans.insert(0, plan)
+        self._num_refs += plan.num_refs
+        self._forget_some()
+
+    def _forget_some(self) -> None:
+        while len(self._shapes) > _MAX_SHAPES or (self._num_refs > _MAX_REFS and len(self._shapes) > 1):
+            _, shape = self._shapes.popitem(last=False)
+            self._num_refs -= sum(plan.num_refs for plan in shape.plans)
+            shape.plans.clear()
+
+    def remove(self, shape: Shape, plan: Plan) -> None:
+        shape.plans.remove(plan)
+        self._num_refs -= plan.num_refs
+
+    def compares(self) -> bool:
+        """Whether the next plain render is to be compared with transformers'."""
+        self._num_renders += 1
+        return self._num_renders <= _CHECKED_RENDERS or self._num_renders % _CHECK_EVERY == 0
+
+    def compares_pass(self) -> bool:
+        """Whether all renders of the next pass, and not its longest alone, are to be compared with plain ones."""
+        self._num_passes += 1
+        return self._num_passes <= _CHECKED_PASSES or self._num_passes % _CHECK_EVERY == 0
+
+    def transformers_render(self, template: Template, messages: Sequence[Any], tools: Any, **arguments: Any) -> str:
+        text = template.text_for(tools)
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tools=tools, chat_template=text, tokenize=False, **arguments
+                )
+            )
+        except Exception as error:  # transformers refuses what the sandbox here allows
+            raise Refused("render_differs", f"template {template.name} in transformers: {error}") from error
