@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LEARNING_RATE = 1e-5
-ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
@@ -31,13 +30,49 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     run = config.Train(precision=options["precision"], learning_rate=LEARNING_RATE)
     state = State(model, build_optimizer(model, run.weight_decay, run.beta1, run.beta2))
     longest = max(tree.num_tokens for tree in trees)
-    loader = Loader(trees, max_row_tokens=max(ROW_TOKENS[_device()], longest), rows_per_step=len(trees), seed=0)
+    loader = Loader(trees, max_row_tokens=max(int(options["how"]), longest), rows_per_step=len(trees), seed=0)
     seconds, losses = [], []
     for step in range(options["steps"] + 1):
         started = time.perf_counter()
         losses.append(take_step(state, loader.rows(step), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
         seconds.append(time.perf_counter() - started)
-    return {"seconds": min(seconds[1:]), "loss": losses[0], "peak_bytes": _peak_bytes()}
+    found = {"seconds": min(seconds[1:]), "loss": losses[0], "peak_bytes": _peak_bytes()}
+    work = sum(_operations(model.config.to_dict(), tree) for tree in trees)
+    rate = matrix_product_rate(options["precision"], model.device)
+    return found | {
+        "tflops": work / found["seconds"] / 1e12,
+        "share_of_matrix_product_rate": work / found["seconds"] / rate,
+    }
+
+
+def _operations(settings: dict[str, Any], tree: Any) -> float:
+    """Floating-point operations of one conversation, forward and backward; each segment of a tree counts once."""
+    from preceptor.model.activations import Work
+    from preceptor.model.flops import operations
+    from preceptor.model.shapes import shape_of
+
+    turns: list[tuple[int, int]] = []
+    for segment in tree.segments:
+        if segment.kind == "context":
+            turns.append((len(segment.ids), 0))
+        elif turns:
+            turns[-1] = (turns[-1][0], turns[-1][1] + len(segment.ids))
+    return operations(shape_of(settings), Work([turns])).total
+
+
+def matrix_product_rate(precision: str, device: Any, side: int = 2048) -> float:
+    """Operations per second of a plain matrix product of this type, the fastest of a few."""
+    import torch
+
+    one = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
+    product, seconds = torch.empty_like(one), []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(one, one, out=product)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds)
 
 
 def theirs(options: dict[str, Any]) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
 
 
 def by_tool_turns(repetitions: int) -> list[dict[str, float]]:
-    """The same for agents' conversations, in which every assistant's turn but a few calls tools; no two are of a shape."""
+    """The same for agents' conversations, in which most of the assistant's turns call tools; no two are of a shape."""
     tokenizer = make_tokenizer("qwen3_instruct_2507")
     renderer, text, rng = make_renderer(tokenizer), Text(5), random.Random(5)
 

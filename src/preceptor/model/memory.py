@@ -91,7 +91,7 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
             kept + row["computed again"] + loss["hidden states and gradient"] + loss["gradient of the head"],
             activations.later_bytes + row["casts of weights"] + states["gradients"],
         ),
-        "the optimizer's step": lasting + states["gradients"] + _optimizer_scratch(shape, setup, parameters),
+        "the optimizer's step": lasting + states["gradients"],
     }
     moment = max(moments, key=lambda name: moments[name])
     return Memory(
@@ -159,15 +159,3 @@ def _loss_bytes(shape: Shape, work: Work, setup: Setup) -> dict[str, int]:
         loss["copy of the head"] = head * product_bytes
     loss["gradient of the head"] = head * FLOAT32 if setup.adapter is None else 0
     return loss
-
-
-def _optimizer_scratch(shape: Shape, setup: Setup, parameters: Parameters) -> int:
-    """AdamW's denominator: of all parameters at once on a GPU (torch's foreach); on a CPU of the largest one, twice."""
-    if not setup.cpu:
-        elements = parameters.num_trained
-    elif setup.adapter is None:
-        matrices = [linear.inputs * linear.outputs for linear in shape.linears()]
-        elements = 2 * max(shape.rows * shape.hidden, *matrices)
-    else:
-        elements = 2 * parameters.largest_trained_layer  # at most
-    return -(-FLOAT32 * elements // setup.world_size)
