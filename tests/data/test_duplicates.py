@@ -148,6 +148,31 @@ def test_in_a_crowded_band_the_last_held_out_row_is_compared_too():
     assert duplicates._near(np.array([half, other_half, said, said, said]), num_reference=3).tolist()[3:] == [2, 2]
 
 
+def test_a_prompt_with_another_answer_is_a_leak_of_its_own_kind():
+    rng = random.Random(6)
+    asked = [text(rng, 30) for _ in range(6)]
+    answers = [text(rng, 30) for _ in range(6)]
+    held_out = [conversation(("user", asked[k]), ("assistant", answers[k])) for k in range(5)]
+    held_out += [Document("x:6", ""), conversation(("assistant", "Good day."))]
+    other = text(rng, 30)
+    train = [
+        conversation(("user", asked[0]), ("assistant", answers[0])),  # exactly
+        conversation(("user", asked[1]), ("assistant", answers[1] + " more")),  # nearly
+        conversation(("user", "  " + asked[2].upper()), ("assistant", other)),  # the prompt, but for space and case
+        conversation(("system", "Be brief."), ("user", asked[3]), ("assistant", other)),
+        Completion("x:5", asked[4], other),
+        conversation(("user", asked[4]), ("assistant", "x"), ("user", asked[0]), ("assistant", other)),  # asks more
+        conversation(("user", asked[5]), ("assistant", other)),  # not held out
+        Document("x:8", ""),  # nothing is asked: no prompt that others could have too
+        conversation(("assistant", "Well?")),
+    ]
+    found = leaks(fingerprints(train), fingerprints(held_out))
+    assert found.exact_N.tolist() == [0, -1, -1, -1, -1, -1, -1, 5, -1]
+    assert found.near_N.tolist() == [-1, 1, -1, -1, -1, -1, -1, -1, -1]
+    assert found.prompt_N.tolist() == [-1, -1, 2, 3, 4, -1, -1, -1, -1]
+    assert (repeats(fingerprints([*held_out, *train])).prompt_N == -1).all()
+
+
 def test_empty_sets():
     none, some = of_texts([]), of_texts(["a"])
     assert len(repeats(none).exact_N) == 0 and repeats(some).near_N.tolist() == [-1]
@@ -160,9 +185,10 @@ def test_where_a_record_stands():
     assert [found.source(index) for index in range(5)] == places
 
 
-def test_state_is_156_bytes_a_record_and_signatures_never_change():
+def test_state_is_172_bytes_a_record_and_signatures_never_change():
     found = of_texts(["one two three four five six", "seven"])
-    assert len(found._digests) + len(found._signatures) + 12 * len(found) == 156 * len(found)
+    state = len(found._digests) + len(found._prompt_digests) + len(found._signatures) + 12 * len(found)
+    assert state == 172 * len(found)
     again = of_texts(["one two three four five six", "seven"])
     assert (found.signature_NK == again.signature_NK).all() and (found.digest_N2 == again.digest_N2).all()
     assert found.signature_NK[0, :3].tolist() == [44026, 45553, 19181]  # not of this process only: the seed is fixed

@@ -129,6 +129,28 @@ def test_a_template_that_ends_turns_late_and_hides_the_system_prompt(look):
     )
 
 
+def test_special_tokens_in_the_manner_of_minimax(look):
+    """Neither `<|...|>` nor in brackets of one kind; the prompt's own is not taken for a system prompt."""
+    found = look(
+        "{{ ']~!b[' }}{%- for m in messages -%}{{ ']~b]' + m.role + '\n' + m.content + '[e~[\n' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ ']~b]assistant\n' }}{%- endif -%}"
+    )
+    assert found["stops"]["answer"] == {"token": "[e~[", "written": "turn", "after": "\n"}
+    assert found["stop_tokens"] == ("[e~[",) and found["first_token"] == "]~!b["
+    assert found["system"]["default"] == "" and found["system"]["place"] == "own"
+
+
+def test_the_end_of_a_part_of_the_answer_does_not_end_the_turn(look):
+    """As Cohere's Command A: a response within a turn."""
+    found = look(
+        "{%- for m in messages -%}{{ '<|START_OF_TURN|>' + m.role }}"
+        "{%- if m.role == 'assistant' -%}{{ '<|START_RESPONSE|>' + m.content + '<|END_RESPONSE|>' }}"
+        "{%- else -%}{{ '<|START_TEXT|>' + m.content }}{%- endif -%}{{ '<|END_OF_TURN|>' }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|START_OF_TURN|>assistant' }}{%- endif -%}"
+    )
+    assert found["stops"]["answer"]["token"] == "<|END_OF_TURN|>" and found["stop_tokens"] == ("<|END_OF_TURN|>",)
+
+
 def test_the_lines_say_it(look):
     text = to_text(look(FORGETS))
     for line in (
@@ -169,3 +191,55 @@ def test_the_command(preceptor, base_folder, tmp_path):
     assert code == 2 and "taken for a model itself" in err
     code, _, err = preceptor("template", tmp_path / "gone.jinja")
     assert code == 4 and "no file" in err
+
+
+ASKS = HEAD.replace("{{ opening }}", "{% if not terse %}<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_the_command_with_arguments_of_the_template(preceptor, base_folder, tmp_path, with_model):
+    """They are in force in all that is found: the prompt, the conversations, what is left out."""
+    file = tmp_path / "asks.jinja"
+    told = "{%- if style -%}{{ '<|im_start|>system\nBe ' + style.tone + '.<|im_end|>\n' }}{%- endif -%}"
+    tools = "{%- if terse and tools -%}{{ tools | tojson }}{%- endif -%}"
+    file.write_text(told + tools + "{%- for message in messages -%}" + TURN + "{%- endfor -%}" + ASKS)
+    command = ["template", file, *(["--model", base_folder] if with_model else []), "--json"]
+
+    def found(*arguments):
+        code, out, _ = preceptor(*command, *arguments)
+        assert code == 0
+        return json.loads(out)
+
+    plain, terse = found(), found("--kwargs", "terse=true", "--kwargs", "style={tone: kind}")
+    assert plain["arguments_given"] == {} and terse["arguments_given"] == {"terse": True, "style": {"tone": "kind"}}
+    assert plain["openings"][""]["opens"] == "<think>" and terse["openings"][""]["opens"] == ""
+    assert plain["system"]["default"] == "" and terse["system"]["default"] == "Be kind."
+    assert not plain["tools_shown"] and terse["tools_shown"]
+    offered = [outcome(each, "tools offered, none called") for each in (plain, terse)]
+    assert [(each["code"], each["left_out"]) for each in offered] == [("prompt_opens_reasoning", ["tools"]), ("", [])]
+    code, out, _ = preceptor(*command[:-1], "--kwargs", "terse=true")
+    assert code == 0 and out.startswith(f"Template {file} with terse=true\n")
+
+
+def test_a_reasoning_switch_that_is_given_is_not_tried(preceptor, tmp_path):
+    file = tmp_path / "forgets.jinja"
+    file.write_text(FORGETS)
+    found = json.loads(preceptor("template", file, "--kwargs", "enable_thinking=false", "--json")[1])
+    assert list(found["openings"]) == [""] and found["openings"][""]["closes"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("terse", "give KEY=VALUE"),
+        ("a-b=1", "give KEY=VALUE"),
+        ("x={", "no YAML value"),
+        ("tools=[]", "is what the template is tried with"),
+        ("trese=true", "reads no argument of this name"),
+    ],
+)
+def test_arguments_that_cannot_be_given(preceptor, tmp_path, pair, message):
+    file = tmp_path / "asks.jinja"
+    file.write_text("{%- for message in messages -%}" + TURN + "{%- endfor -%}" + ASKS)
+    code, out, err = preceptor("template", file, "--kwargs", pair)
+    assert code == 2 and out == "" and message in err

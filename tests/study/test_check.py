@@ -9,10 +9,12 @@ import pytest
 
 from conftest import conversations
 from preceptor import cli, config
+from preceptor.data import parallel
 from preceptor.data.conversation import Conversation, Refusal
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.sources import read_records
 from preceptor.data.tally import Tally
+from preceptor.study import check as check_module
 from preceptor.study.check import Lengths, check_data, path_lengths, to_json, turn_lengths
 from preceptor.study.check_text import to_text
 from preceptor.train.prepare import give_voice, prepare
@@ -223,5 +225,81 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     file = run_file(conversations(6))
     first = config.load(file).data.train[0].path
     sources = [{"path": first, "weight": 0.5}, {"path": other, "count": 10}]
-    prepared = prepare(config.load(run_file(conversations(6), data__train=sources)))
+    run = config.load(run_file(conversations(6), data__train=sources))
+    prepared = prepare(run)
     assert len(prepared.train) == 3 + 10
+    checked = check_data(run, give_voice(run.model, run.data).renderer(run.data))
+    found = to_json(checked, run)
+    mixture = found["mixture"]
+    lengths = [tree.num_tokens for tree in prepared.train]
+    turns = [lengths_of for tree in prepared.train for lengths_of in turn_lengths(tree)]
+    assert mixture["num_tokens"] == sum(lengths) != found["num_tokens"]
+    assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train)
+    assert mixture["share_trained"] == mixture["num_trained"] / mixture["num_tokens"]
+    for kind, values in (("row", lengths), ("context", [c for c, _ in turns]), ("target", [t for _, t in turns])):
+        assert mixture["lengths"][kind] == {
+            "count": len(values),
+            "median": np.median(values),
+            "mean": np.mean(values),
+            "percentile_95": np.percentile(values, 95),
+            "longest": max(values),
+        }
+    assert [(s["path"], s["num_rows"]) for s in mixture["sources"]] == [(first, 3), (other, 10)]
+    assert sum(s["num_tokens"] for s in mixture["sources"]) == mixture["num_tokens"]
+    assert sum(s["num_trained"] for s in mixture["sources"]) == mixture["num_trained"]
+    lines = to_text(found).splitlines()
+    assert any(line.startswith("One epoch") for line in lines)
+    share = sum(lengths[3:]) / sum(lengths)
+    assert any(line.startswith(f"  {other}: 10 rows, {share:.1%} of the tokens, ") for line in lines)
+
+
+def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_training(run_file):
+    """`weight: 0.5` is half of the examples that are trained, not of the rows of the file."""
+    rows = conversations(5, turns=6)
+    settings = {"data__max_row_tokens": 200, "data__too_long": "split"}
+    first = config.load(run_file(rows)).data.train[0].path
+    run = config.load(run_file(rows, data__train=[{"path": first, "weight": 1.5}], **settings))
+    prepared = prepare(run)
+    found = to_json(check_data(run, give_voice(run.model, run.data).renderer(run.data)), run)
+    assert len(prepared.train) > 10
+    assert found["mixture"]["sources"][0]["num_rows"] == len(prepared.train)
+    assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train)
+
+
+def test_without_weights_there_is_no_mixture(run_file):
+    run = config.load(run_file(conversations(3)))
+    found = to_json(check_data(run, give_voice(run.model, run.data).renderer(run.data)), run)
+    assert found["mixture"] is None and "One epoch" not in to_text(found)
+
+
+def test_a_prompt_of_the_evaluation_set_with_another_answer(check, run_file, tmp_path):
+    rows = conversations(6)
+    leak = {"messages": [{**rows[2]["messages"][0]}, {"role": "assistant", "content": "Something else entirely."}]}
+    file = run_file(rows, eval_rows=[rows[4], leak])
+    found = json.loads(check(file, "--json")[1])["in_the_evaluation_set"]
+    places = {kind: [(p["source"][-7:], p["repeats"][-7:]) for p in found[kind]["first"]] for kind in found}
+    assert places["exact"] == [("jsonl:5", "jsonl:1")] and places["prompt"] == [("jsonl:3", "jsonl:2")]
+    assert found["prompt"]["count"] == 1
+    out = check(file)[1]
+    assert "1 row to train on has the prompt of a row of the evaluation set, with another answer" in out
+    assert f"{tmp_path}/train.jsonl:3 asks what {tmp_path}/eval.jsonl:2 asks" in out
+
+
+def test_several_processes_find_the_same(run_file, monkeypatch):
+    """Refusals, places and progress too; as many processes as were asked for do render."""
+    rows = [*conversations(30, turns=2), {"messages": [USER]}, {"text": ""}, *conversations(20)]
+    run = config.load(run_file(rows, eval_rows=conversations(8)))
+    renderer = give_voice(run.model, run.data).renderer(run.data)
+    alone = to_json(check_data(run, renderer), run)
+    asked = []
+
+    def asks(renderer, records, num_processes):
+        asked.append(num_processes)
+        return parallel.render_all(renderer, records, num_processes)
+
+    monkeypatch.setattr(check_module, "render_all", asks)
+    monkeypatch.setattr(parallel, "_CHUNK_CHARACTERS", 300)
+    monkeypatch.setattr(parallel, "_SMALL_CHARACTERS", {"fork": 0, "spawn": 0})
+    rows_seen = []
+    found = check_data(run, renderer, lambda: rows_seen.append(1), num_processes=2)
+    assert to_json(found, run) == alone and asked == [2, 2] and len(rows_seen) == 60

@@ -1,7 +1,8 @@
 """`show`, `check` and `template`: what will be trained, before it is."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ def check(
 
     renderer = give_voice(run.model, run.data).renderer(run.data)
     with row_progress(tables, "checking") as on_row:
-        found = to_json(check_data(run, renderer, on_row))
+        found = to_json(check_data(run, renderer, on_row, num_processes=min(4, os.cpu_count() or 1)), run)
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
     if not found["passed"]:
         raise typer.Exit(REFUSED)
@@ -70,6 +71,10 @@ def check(
 def template(
     name: Annotated[str, typer.Argument(help="`chatml`, `llama3`, a .jinja file, or a model with its own.")],
     model: Annotated[str | None, typer.Option(help="With a template's name or file: whose tokenizer to use.")] = None,
+    kwargs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An argument of the template, e.g. enable_thinking=false; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a chat template can and cannot do, from the same proofs as training."""
@@ -83,18 +88,44 @@ def template(
         raise errors.ConfigError(
             f"--model goes with chatml, llama3 or a .jinja file; {name} is taken for a model itself"
         )
+    arguments = _template_kwargs(kwargs or [])
+    assumed: tuple[str, ...] | None = None
     if is_template and model is None:
-        found = find_abilities(*stand_in_renderer(name))
+        renderer, assumed = stand_in_renderer(name, arguments)
     else:
-        found = find_abilities(_renderer_of(model or name, name if is_template else "tokenizer"))
-    print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if as_json else to_text(to_json(found)))
+        renderer = _renderer_of(model or name, name if is_template else "tokenizer", arguments)
+    for unread in sorted(arguments.keys() - renderer.template.names_read):
+        raise errors.ConfigError(f"--kwargs {unread}: the template {name} reads no argument of this name")
+    found = to_json(find_abilities(renderer, assumed))
+    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
 
 
-def _renderer_of(model: str, template: str) -> Any:
+def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` with YAML values -> arguments of a template. Raises ConfigError."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise errors.ConfigError(f"--kwargs {pair}: give KEY=VALUE, e.g. --kwargs enable_thinking=false")
+        if key in ("messages", "tools", "add_generation_prompt"):
+            raise errors.ConfigError(
+                f"--kwargs {pair}: {key} is what the template is tried with; give another argument"
+            )
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise errors.ConfigError(f"--kwargs {pair}: {text!r} is no YAML value ({error})") from error
+    return found
+
+
+def _renderer_of(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
     from preceptor import config
     from preceptor.train.prepare import give_voice
 
-    tree = {"model": {"path": model}, "data": {"train": [{"path": "-"}], "template": template}, "out": "-"}
+    data = {"train": [{"path": "-"}], "template": template, "template_kwargs": template_kwargs}
+    tree = {"model": {"path": model}, "data": data, "out": "-"}
     run = config.build(tree, "command line")
     return give_voice(run.model, run.data).renderer(run.data)
 

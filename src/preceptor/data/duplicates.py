@@ -6,12 +6,15 @@ words (lower case, no punctuation; a character of Chinese, Japanese or Thai is a
 least `NEAR` = 0.8: four fifths of the sequences that occur in either occur in both. Then about one word in 45 differs,
 or up to a fifth of the text is missing.
 
-A record is reduced to a digest (16 bytes), its place (12 bytes) and a signature of 64 MinHash values (128 bytes): 156
-MB for a million records, whatever their length, and about as much again while they are compared. The 64 hash functions
-are drawn from a fixed seed. The share of equal values estimates the similarity s with a standard deviation of
-sqrt(s (1 - s) / 64): 0.05 at 0.8. Records that agree in all 4 values of one of 16 bands are compared, which 99.98 % of
-pairs at s = 0.8 do. In a band a record is compared with the first that has its values and with the one before it, so
-time is linear in the number of records but for sorting: 4 s for a million.
+*Prompt*: what the users say in a conversation, or the prompt of a completion, is exactly the same, whatever the
+answers and the system prompt; white space and case do not count.
+
+A record is reduced to two digests (16 bytes each), its place (12 bytes) and a signature of 64 MinHash values (128
+bytes): 172 MB for a million records, whatever their length, and about as much again while they are compared. The 64
+hash functions are drawn from a fixed seed. The share of equal values estimates the similarity s with a standard
+deviation of sqrt(s (1 - s) / 64): 0.05 at 0.8. Records that agree in all 4 values of one of 16 bands are compared,
+which 99.98 % of pairs at s = 0.8 do. In a band a record is compared with the first that has its values and with the one
+before it, so time is linear in the number of records but for sorting: 4 s for a million.
 
 Legend: N records, K = 64 hash functions, B = 16 bands, W word sequences of a record.
 """
@@ -48,7 +51,7 @@ class Fingerprints:
     """Digests and signatures of records, and where they stand, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._digests, self._signatures = bytearray(), bytearray()
+        self._digests, self._prompt_digests, self._signatures = bytearray(), bytearray(), bytearray()
         # "train.jsonl:12" and "train.parquet:row 12" are kept as an index of what is before the number, and the number.
         self._tables: dict[str, int] = {}
         self._table_N, self._number_N = array("i"), array("q")
@@ -58,6 +61,7 @@ class Fingerprints:
 
     def add(self, record: Record) -> None:
         self._digests += digest_of(record)
+        self._prompt_digests += prompt_digest_of(record)
         self._signatures += signature_of(" ".join(_said(record))).tobytes()
         match = _PLACE.fullmatch(record.source)
         table, number = (match[1], int(match[2])) if match else (record.source, -1)
@@ -74,16 +78,25 @@ class Fingerprints:
         return np.frombuffer(self._digests, np.uint64).reshape(-1, 2)
 
     @property
+    def prompt_digest_N2(self) -> np.ndarray:
+        """Digests of the prompts; 0 where there is none."""
+        return np.frombuffer(self._prompt_digests, np.uint64).reshape(-1, 2)
+
+    @property
     def signature_NK(self) -> np.ndarray:
         return np.frombuffer(self._signatures, np.uint16).reshape(-1, _HASHES)
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """For each record one that it repeats: exactly (exact_N), or nearly but not exactly (near_N); -1 where none."""
+    """For each record one that it repeats; -1 where none.
+
+    exact_N: exactly. near_N: nearly but not exactly. prompt_N: neither, but its prompt (not in `repeats`).
+    """
 
     exact_N: np.ndarray
     near_N: np.ndarray
+    prompt_N: np.ndarray
 
 
 def repeats(records: Fingerprints) -> Matches:
@@ -93,16 +106,23 @@ def repeats(records: Fingerprints) -> Matches:
     found = _near(records.signature_NK[distinct], num_reference=None)
     near_N = np.full(len(records), -1, np.int64)
     near_N[distinct[found >= 0]] = distinct[found[found >= 0]]
-    return Matches(exact_N, near_N)
+    return Matches(exact_N, near_N, np.full(len(records), -1, np.int64))
 
 
 def leaks(records: Fingerprints, held_out: Fingerprints) -> Matches:
     """Which records repeat one of `held_out`: rows to train on that occur in the evaluation set."""
     num = len(held_out)
-    first = _first_equal(np.concatenate([held_out.digest_N2, records.digest_N2]))[num:]
-    exact_N = np.where(first < num, first, -1)  # not an earlier one of the records themselves
+
+    def equal(held_out_N2: np.ndarray, record_N2: np.ndarray) -> np.ndarray:
+        first = _first_equal(np.concatenate([held_out_N2, record_N2]))[num:]
+        return np.where(first < num, first, -1)  # not an earlier one of the records themselves
+
+    exact_N = equal(held_out.digest_N2, records.digest_N2)
     near_N = _near(np.concatenate([held_out.signature_NK, records.signature_NK]), num_reference=num)[num:]
-    return Matches(exact_N, np.where(exact_N >= 0, -1, near_N))
+    near_N = np.where(exact_N >= 0, -1, near_N)
+    prompt_N = equal(held_out.prompt_digest_N2, records.prompt_digest_N2)
+    other = (exact_N < 0) & (near_N < 0) & records.prompt_digest_N2.any(axis=1)
+    return Matches(exact_N, near_N, np.where(other, prompt_N, -1))
 
 
 def _first_equal(digest_N2: np.ndarray) -> np.ndarray:
@@ -163,6 +183,18 @@ def digest_of(record: Record) -> bytes:
         said = [type(record).__name__, *map(_spaced, _said(record))]
     text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def prompt_digest_of(record: Record) -> bytes:
+    """16 bytes that are the same for records with the same prompt; zeros where there is none."""
+    if isinstance(record, Conversation):
+        asked = [m.content for m in record.messages if m.role == "user"]
+    else:
+        asked = [record.prompt] if isinstance(record, Completion) else []
+    asked = [_spaced(text).lower() for text in asked]
+    if not any(asked):
+        return bytes(16)
+    return hashlib.blake2b("\0".join(asked).encode(), digest_size=16).digest()
 
 
 def _spaced(text: str) -> str:

@@ -73,12 +73,13 @@ class Template:
 
     needed_tokens: special tokens that the template writes and that must be single tokens of the vocabulary: all of a
     built-in's; for a file, those that look special (`<|...|>`) and that the tokenizer lacks. stop: a built-in's stop
-    token, None for others. variables: the tokenizer's special tokens (`bos_token`, `eos_token`, ...).
+    token, None for others. variables: the tokenizer's special tokens (`bos_token`, `eos_token`, ...), and arguments
+    that are always given; those of a single render win over them.
     """
 
     name: str
     texts: Mapping[str, str]
-    variables: Mapping[str, str]
+    variables: Mapping[str, Any]
     needed_tokens: tuple[str, ...] = ()
     stop: str | None = None
     message_rules: MessageRules = field(default_factory=MessageRules)
@@ -95,8 +96,12 @@ class Template:
     @cached_property
     def reasoning_switches(self) -> tuple[str, ...]:
         """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        read = {name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text))}
-        return tuple(name for name in ("enable_thinking", "thinking") if name in read)
+        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """The variables and arguments that the texts read: any other argument changes nothing."""
+        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
 
     def render(
         self,

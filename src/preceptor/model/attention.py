@@ -1,7 +1,7 @@
 """Attention over a forest: token j is visible to token i iff `j <= i < subtree_end[j]` (see data/forest.py).
 
 `attend_reference` is the dense mask, for any length that fits; `attend_runs` goes run by run, so no token is compared
-with a token that it cannot see. Both have one signature and honour what a layer asks for:
+with a token that it cannot see; attention_cuda.py has fused kernels. All have one signature and honour what is asked:
 
     sliding window W   of what i sees, only j with position_i - position_j < W
     soft-cap c         scores become c * tanh(score / c)                                           (Gemma 2)
@@ -24,7 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from preceptor.errors import ModelError
-from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range, dense_mask
+from preceptor.model.attention_cuda import fast_path
+from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range, dense_mask, product_dtype
 
 IMPLEMENTATION = "preceptor_forest"
 BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
@@ -72,7 +73,7 @@ def attend_runs(
             attended = _attend_path(query_Q, key_P, value_P, scale, sliding_window, softcap, sinks, layout.masks)
             outputs.append(attended.transpose(1, 2))
         output = torch.cat(outputs, dim=1).transpose(1, 2)
-    return output.to(_product_dtype(value))
+    return output.to(product_dtype(value))
 
 
 def keep_runs(
@@ -85,7 +86,7 @@ def keep_runs(
     """
     lengths = [end - start for start, end, _ in layout.runs]
     assert sum(lengths) == key.shape[2], "runs cover the tokens"
-    dtype = _fastest_dtype(_product_dtype(value), lengths, value.device)
+    dtype = _fastest_dtype(product_dtype(value), lengths, value.device)
     pieces = zip(key.to(dtype).split(lengths, dim=2), value.to(dtype).split(lengths, dim=2), strict=True)
     for (start, end, _), piece in zip(layout.runs, pieces, strict=True):
         seen[start, end] = piece
@@ -94,14 +95,6 @@ def keep_runs(
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return pieces[0].to(dtype) if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces], dim=2)
-
-
-def _product_dtype(value: Tensor) -> torch.dtype:
-    """Autocast's where that is on: rotary embeddings then give float32 queries and keys beside bfloat16 values."""
-    device_type = value.device.type
-    if torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return value.dtype
 
 
 def _fastest_dtype(asked: torch.dtype, lengths: list[int], device: torch.device) -> torch.dtype:
@@ -234,7 +227,8 @@ def forest_attention_forward(
     if forest_keys_only:
         keep_runs(key, value, forest, seen)
         raise KeysKept
-    output = attend_runs(query, key, value, forest, scale, sliding_window, softcap, s_aux, seen)
+    attend = fast_path(query, key, value, forest, softcap, s_aux) or attend_runs
+    output = attend(query, key, value, forest, scale, sliding_window, softcap, s_aux, seen)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -4,7 +4,8 @@ Legend: T tokens of a row, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,16 @@ class PathMasks:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ForestLayout:
-    """A whole row. `runs` are in layout order and cover its T tokens."""
+    """A whole row. `runs` are in layout order and cover its T tokens.
+
+    made: what a kernel needs besides, made by the first layer that asks and kept for all others.
+    """
 
     position_T: Tensor
     subtree_end_T: Tensor
     runs: tuple[Run, ...]
     masks: PathMasks
+    made: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def from_row(cls, row: Row, device: torch.device | str) -> "ForestLayout":
@@ -81,13 +86,14 @@ class PassLayout:
 
     kept: for each attention module, keys and values of the ranges that earlier passes computed. recorded: where the
     modules leave theirs, with the earlier ones, for the passes to come; None: nowhere, as when a layer runs again in
-    backward and its keys are known already.
+    backward and its keys are known already. made: as in ForestLayout.
     """
 
     runs: tuple[Run, ...]
     kept: Mapping[nn.Module, Mapping[Range, KeysValues]]
     recorded: dict[nn.Module, dict[Range, KeysValues]] | None
     masks: PathMasks
+    made: dict[Any, Any] = field(default_factory=dict)
 
 
 def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | None = None) -> Tensor:
@@ -97,3 +103,12 @@ def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | 
     if sliding_window is not None:
         mask_TT &= position_T[:, None] - position_T[None, :] < sliding_window
     return mask_TT
+
+
+def product_dtype(value: Tensor) -> torch.dtype:
+    """The dtype of attention's products: autocast's where that is on, for there rotary embeddings give float32 queries
+    and keys beside bfloat16 values."""
+    device_type = value.device.type
+    if torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return value.dtype

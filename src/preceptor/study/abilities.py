@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from preceptor.data.conversation import Refusal
@@ -16,7 +16,7 @@ from preceptor.study.outcomes import Outcome, outcome, render_or_none
 from preceptor.study.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
 from preceptor.study.tokens import special_ids
 
-_TAG = re.compile(r"<+[^<>\s]*>+|\[[^\[\]\s]*\]")
+_TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,13 @@ class Stop:
 class Abilities:
     """All findings on one template with one tokenizer.
 
-    stops: by kind of turn (`answer`, `tool call`), where proved. openings: by template argument, "" for none of them.
+    arguments_given: those of the template that all of it was found with. stops: by kind of turn (`answer`, `tool
+    call`), where proved. openings: by further template argument, "" for none.
     assumed_special: the special tokens that were assumed, since no tokenizer was given; None: it was a real one.
     """
 
     template: str
+    arguments_given: Mapping[str, Any]
     assumed_special: tuple[str, ...] | None
     bos: str
     starts_with_bos: bool
@@ -83,7 +85,8 @@ class Abilities:
 
 
 def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> Abilities:
-    template, tokenizer = renderer.template, renderer.tokenizer
+    tokenizer, given = renderer.tokenizer, renderer.template_kwargs
+    template = replace(renderer.template, variables={**renderer.template.variables, **given})
     trees = {probe.kind: renderer.render(probe.record()) for probe in PROBES}
     asked = [says("user", QUESTIONS[0])]
     forms = find_forms(template)
@@ -94,19 +97,20 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return Abilities(
         template=template.name,
+        arguments_given=given,
         assumed_special=None if assumed_special is None else tuple(assumed_special),
         bos=bos,
         starts_with_bos=bool(bos) and prompt.startswith(bos),
         first_token=str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
         system=_system(template, stop_tokens),
-        openings=_openings(template, asked),
+        openings=_openings(template, asked, given),
         stops=_stops(template, renderer, trees),
         stop_tokens=stop_tokens,
         tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
         tool_template="tool_use" in template.texts and len(template.texts) > 1,
         arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
         text_parts=forms.text_parts,
-        outcomes=tuple(outcome(probe, trees[probe.kind], renderer) for probe in PROBES),
+        outcomes=tuple(outcome(probe, trees[probe.kind], renderer, template) for probe in PROBES),
     )
 
 
@@ -173,9 +177,10 @@ def _common_end(one: str, other: str) -> str:
 # Where the answer starts and ends ------------------------------------------------------------------------------------
 
 
-def _openings(template: Template, asked: Sequence[Mapping[str, Any]]) -> dict[str, Opening]:
+def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Opening]:
+    """As the template is asked, and for each reasoning switch that is not `given`, switched on and off."""
     found = {"": _opening(template, asked)}
-    for name in template.reasoning_switches:
+    for name in (name for name in template.reasoning_switches if name not in given):
         for value in (True, False):
             found[f"{name}: {str(value).lower()}"] = _opening(template, asked, **{name: value})
     return found

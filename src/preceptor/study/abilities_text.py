@@ -21,7 +21,8 @@ _HISTORY = {"several turns": "plain", "reasoning_content": "reasoning", "reasoni
 
 def to_text(found: dict[str, Any]) -> str:
     """What `abilities.to_json` gives, as lines."""
-    lines = [f"Template {found['template']}"]
+    given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
+    lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
     if found["assumed_special"] is not None:
         lines += [f"  {line}" for line in _assumed(found["assumed_special"])]
     sections = {

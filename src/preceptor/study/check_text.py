@@ -8,7 +8,8 @@ from preceptor.data.fitting import Shortened
 
 def to_text(found: dict[str, Any]) -> str:
     """What `check.to_json` gives, as lines."""
-    parts = [_files(found["files"]), _tokens(found), _repeated(found), _refusals(found), _verdict(found)]
+    parts = [_files(found["files"]), _tokens(found), _mixture(found["mixture"])]
+    parts += [_repeated(found), _refusals(found), _verdict(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -29,20 +30,41 @@ def format_line(name: str, formats: Mapping[str, int]) -> str:
 def _tokens(found: dict[str, Any]) -> str:
     if not found["num_tokens"]:
         return ""
-    lines = [f"{'Tokens':<12}{'number':>10}{'median':>10}{'mean':>10}{'95 %':>10}{'longest':>10}  longest at"]
-    for name, key in (("row", "row"), ("context", "context"), ("target", "target")):
-        lengths = found["lengths"][key]
-        if lengths is not None:
-            numbers = [lengths[column] for column in ("median", "mean", "percentile_95", "longest")]
-            cells = f"{lengths['count']:>10,}" + "".join(f"{number:>10,.0f}" for number in numbers)
-            lines.append(f"  {name:<10}{cells}  {lengths['longest_at']}")
-    trained = f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+    lines = [*_lengths("Tokens", found["lengths"])]
     saved = (
         f"one sample a turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
     shortened = [f"  {line}" for line in str(Shortened(**found["too_long"])).splitlines()]
-    return "\n".join([*lines, f"  {trained}", f"  {saved}", *shortened])
+    return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *shortened])
+
+
+def _lengths(title: str, lengths_by_kind: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    found = {kind: lengths for kind, lengths in lengths_by_kind.items() if lengths is not None}
+    where = "  longest at" if any("longest_at" in lengths for lengths in found.values()) else ""
+    lines = [f"{title:<12}{'number':>10}{'median':>10}{'mean':>10}{'95 %':>10}{'longest':>10}{where}"]
+    for kind, lengths in found.items():
+        numbers = [lengths[column] for column in ("median", "mean", "percentile_95", "longest")]
+        cells = f"{lengths['count']:>10,}" + "".join(f"{number:>10,.0f}" for number in numbers)
+        lines.append(f"  {kind:<10}{cells}" + (f"  {lengths['longest_at']}" if where else ""))
+    return lines
+
+
+def _share_trained(found: Mapping[str, Any]) -> str:
+    return f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+
+
+def _mixture(mixture: Mapping[str, Any] | None) -> str:
+    """What an epoch holds after the sources' weights and counts."""
+    if mixture is None or not mixture["num_tokens"]:
+        return ""
+    lines = [*_lengths("One epoch", mixture["lengths"]), f"  {_share_trained(mixture)}"]
+    for source in mixture["sources"]:
+        share = source["num_tokens"] / mixture["num_tokens"]
+        trained = source["num_trained"] / mixture["num_trained"] if mixture["num_trained"] else 0.0
+        rows = _plural(source["num_rows"], "row")
+        lines.append(f"  {source['path']}: {rows}, {share:.1%} of the tokens, {trained:.1%} of the trained")
+    return "\n".join(lines)
 
 
 def _repeated(found: dict[str, Any]) -> str:
@@ -55,6 +77,14 @@ def _repeated(found: dict[str, Any]) -> str:
                 verb = "repeats" if repeated["count"] == 1 else "repeat"
                 lines.append(f"  {_plural(repeated['count'], 'row')} to train on {verb} {where} {how}")
                 lines.extend(f"      {pair['source']} repeats {pair['repeats']}" for pair in repeated["first"])
+    prompted = (found["in_the_evaluation_set"] or {}).get("prompt")
+    if prompted is not None:
+        verb = "has" if prompted["count"] == 1 else "have"
+        lines.append(
+            f"  {_plural(prompted['count'], 'row')} to train on {verb} the prompt of a row of the evaluation set, "
+            "with another answer"
+        )
+        lines.extend(f"      {pair['source']} asks what {pair['repeats']} asks" for pair in prompted["first"])
     return "\n".join(lines)
 
 

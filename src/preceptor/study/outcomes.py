@@ -47,8 +47,9 @@ class Outcome:
     message: str = ""
 
 
-def outcome(probe: Probe, tree: Tree | Refusal, renderer: Renderer) -> Outcome:
-    left_out = tuple(_left_out(probe, renderer.template))
+def outcome(probe: Probe, tree: Tree | Refusal, renderer: Renderer, template: Template) -> Outcome:
+    """template: the renderer's, with the renderer's arguments among its variables."""
+    left_out = tuple(_left_out(probe, template))
     if isinstance(tree, Refusal):
         return Outcome(probe.kind, False, left_out=left_out, code=tree.code, message=tree.message)
     chain = all(segment.parent == (index - 1 if index else None) for index, segment in enumerate(tree.segments))

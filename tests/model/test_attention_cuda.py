@@ -1,0 +1,354 @@
+"""CUDA's kernels without a GPU: flex runs on the CPU as it is, and in varlen's place stands what its page describes.
+
+So masks, scores, arguments and the choice between the kernels are tested; the kernels themselves are not.
+"""
+
+import sys
+from inspect import signature
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_attention import FEATURES, error, forest_row, naive, outputs_and_grads, tensors
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as flex_function
+
+from preceptor.data.forest import build_row
+from preceptor.model import attention, attention_cuda
+from preceptor.model.attention import attend_runs
+from preceptor.model.attention_cuda import attend_flex, attend_varlen, block_mask, fast_path
+from preceptor.model.forward import row_loss
+from preceptor.model.layout import ForestLayout, PassLayout, PathMasks, dense_mask
+from preceptor.model.passes import Keep
+from tiny import MODELS, branching, chain, tiny_model
+
+FLEX_MODULE = sys.modules["torch.nn.attention.flex_attention"]
+H, K, D = 4, 2, 8
+
+
+def flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False):
+    """Sequence by sequence: query i of Q stands beside key i + P - Q of P and sees `left` keys before it and no later
+    one; -1: all before it. (Q, H, D), (P, K, D), (P, K, D) -> (Q, H, D)."""
+    left, right = window_size
+    assert right == 0 and query.dtype == key.dtype == value.dtype
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and len(cu_seq_q) == len(cu_seq_k)
+    assert (cu_seq_q[-1], cu_seq_k[-1]) == (len(query), len(key)) and cu_seq_q[0] == cu_seq_k[0] == 0
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max()
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and key.shape == value.shape
+    assert query.stride(2) == key.stride(2) == value.stride(2) == 1
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for q0, q1, k0, k1 in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
+        query_i, key_j, value_j = query[q0:q1], key[k0:k1], value[k0:k1]
+        scores = torch.einsum("ihd,jhd->hij", query_i, key_j.repeat_interleave(groups, 1)) * scale
+        i = torch.arange(len(query_i))[:, None] + len(key_j) - len(query_i)
+        j = torch.arange(len(key_j))[None, :]
+        visible = (j <= i) & ((j >= i - left) if left >= 0 else True)
+        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), -1)
+        outputs.append(torch.einsum("hij,jhd->ihd", weights, value_j.repeat_interleave(groups, 1)))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Flex as it is, with gradients, which torch has on the CPU but does not offer there."""
+    monkeypatch.setattr(attention_cuda, "varlen_attn", flash)
+    monkeypatch.setattr(FLEX_MODULE, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(FLEX_MODULE, "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """All that hangs on the device or on its kernels' smallest sizes is said to be there."""
+    for name in ("_is_half_on_cuda", "_flex_takes", "_has_flash"):
+        monkeypatch.setattr(attention_cuda, name, lambda *_: True)
+
+
+def chains_row():
+    rng = np.random.default_rng(3)
+    return build_row([chain(rng, (4, 9)), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12))])
+
+
+ROWS = {
+    "chains": chains_row(),
+    "trees": forest_row(),
+    "one chain": build_row([chain(np.random.default_rng(4), (9, 5))]),
+}
+PLAIN = {name: FEATURES[name] for name in ("plain", "window", "wide window")}
+
+
+def test_the_stand_in_takes_what_varlen_takes():
+    theirs, ours = signature(varlen.varlen_attn).parameters, signature(flash).parameters
+    assert list(ours)[:7] == list(theirs)[:7]
+    assert set(ours) <= set(theirs)
+    assert all(theirs[name].kind == ours[name].kind for name in ours)
+
+
+@pytest.mark.parametrize("features", PLAIN.values(), ids=PLAIN)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_varlen_equals_the_dense_mask_in_float64(row, features):
+    layout = ForestLayout.from_row(row, "cpu")
+    found = outputs_and_grads(attend_varlen, layout, torch.float64, features)
+    true = outputs_and_grads(naive, layout, torch.float64, features)
+    assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 1000])
+def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
+    told = {}
+
+    def tell(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        told.update(options, q=cu_seq_q.tolist(), k=cu_seq_k.tolist(), max=(max_q, max_k), dtype=query.dtype)
+        told["heads"] = (query.shape[1], key.shape[1], value.shape[1])
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(attention_cuda, "varlen_attn", tell)
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    (query, key, value), _ = tensors(layout, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend_varlen(query, key, value.bfloat16(), layout, 0.4, window)
+    paths = [(end - start, end - start + sum(b - a for a, b in above)) for start, end, above in layout.runs]
+    assert any(above for _, _, above in layout.runs)
+    assert told.pop("q") == [0, *np.cumsum([q for q, _ in paths])] and told["k"] == [
+        0,
+        *np.cumsum([k for _, k in paths]),
+    ]
+    assert told["max"] == (max(q for q, _ in paths), max(k for _, k in paths))
+    assert (told["scale"], told["enable_gqa"], told["heads"]) == (0.4, True, (H, K, K))
+    assert told["window_size"] == ((-1, 0) if window in (None, 1000) else (window - 1, 0))
+    assert told["dtype"] == torch.bfloat16 == output.dtype and output.shape == query.shape
+
+
+def test_without_groups_varlen_is_not_asked_for_them():
+    layout = ForestLayout.from_row(chains_row(), "cpu")
+    (query, _, _), _ = tensors(layout)
+    assert error(attend_varlen(query, query, query, layout, 0.4), attend_runs(query, query, query, layout, 0.4)) < 1e-13
+
+
+def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
+    """Tokens 5-8 of a chain after tokens 0-4, as two levels."""
+    layout = ForestLayout.from_row(ROWS["one chain"], "cpu")
+    (query, key, value), _ = tensors(layout)
+    whole = attend_runs(query, key, value, layout, 0.4, 6)
+    runs = ((5, 9, ((0, 5),)),)
+    seen = {(0, 5): (key[:, :, :5], value[:, :, :5])}
+    level = PassLayout(runs, {}, None, PathMasks(runs))
+    found = attend_varlen(query[:, :, 5:9], key[:, :, 5:9], value[:, :, 5:9], level, 0.4, 6, seen=seen)
+    assert error(found, whole[:, :, 5:9]) < 1e-13
+    assert torch.equal(seen[5, 9][0], key[:, :, 5:9]) and torch.equal(seen[5, 9][1], value[:, :, 5:9])
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_flex_equals_the_dense_mask_in_float64(row, features):
+    layout = ForestLayout.from_row(row, "cpu")
+    found = outputs_and_grads(attend_flex, layout, torch.float64, features)
+    true = outputs_and_grads(naive, layout, torch.float64, features)
+    assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+def test_flex_in_bfloat16_is_no_further_from_the_truth_than_the_naive_path(features):
+    layout = ForestLayout.from_row(forest_row(), "cpu")
+    true = outputs_and_grads(naive, layout, torch.float64, features)
+    found = outputs_and_grads(attend_flex, layout, torch.bfloat16, features)
+    other = outputs_and_grads(naive, layout, torch.bfloat16, features)
+    assert found[0].dtype == torch.bfloat16
+    for one, two, exact in zip(found, other, true, strict=True):
+        leeway = 2 if exact.numel() == H else 1.25  # the sinks' gradient is 4 numbers: their errors scatter
+        assert error(one, exact) <= leeway * error(two, exact)
+
+
+def long_row(seed, num_trees):
+    rng = np.random.default_rng(seed)
+    trees = []
+    for _ in range(num_trees):
+        lengths = tuple(int(n) for n in rng.integers(1, 60, 6))
+        trees.append(branching(rng) if rng.random() < 0.5 else chain(rng, lengths))
+    return build_row(trees)
+
+
+def spelled_out(blocks, num_tokens, block):
+    """(T, T): what the tables of a BlockMask say of each pair of tokens: 0 left out, 1 by the mask, 2 visible."""
+    table = torch.zeros(blocks.kv_num_blocks.shape[-1], blocks.kv_indices.shape[-1], dtype=torch.long)
+    for kind, counts, which in (
+        (1, blocks.kv_num_blocks, blocks.kv_indices),
+        (2, blocks.full_kv_num_blocks, blocks.full_kv_indices),
+    ):
+        for query_block, count in enumerate(counts[0, 0].tolist()):
+            chosen = which[0, 0, query_block, :count].long()
+            assert (table[query_block, chosen] == 0).all()
+            table[query_block, chosen] = kind
+    return table.repeat_interleave(block, 0).repeat_interleave(block, 1)[:num_tokens, :num_tokens]
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 40, 5000])
+@pytest.mark.parametrize("block", [4, 16, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_that_flex_skips_are_seen_by_none_and_full_ones_by_all(seed, block, window, monkeypatch):
+    monkeypatch.setattr(attention_cuda, "BLOCK", block)
+    layout = ForestLayout.from_row(long_row(seed, 4), "cpu")
+    num_tokens = len(layout.position_T)
+    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, window)
+    found = block_mask(layout, window)
+    table_TT = spelled_out(found, num_tokens, block)
+    assert not mask_TT[table_TT == 0].any()
+    assert mask_TT[table_TT == 2].all()
+    assert found.seq_lengths == (num_tokens, num_tokens) and (block, block) == found.BLOCK_SIZE
+
+    def visible(batch, head, i, j):
+        return mask_TT[i, j]
+
+    if window is None:  # then nothing is computed in vain either
+        theirs = create_block_mask(visible, None, None, num_tokens, num_tokens, "cpu", block)
+        assert torch.equal(table_TT, spelled_out(theirs, num_tokens, block))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
+    """Loss and gradient of each way of keeping less, with the kernels that would be chosen, against runs."""
+    used = set()
+    for name in ("attend_varlen", "attend_flex"):
+        function = getattr(attention_cuda, name)
+        monkeypatch.setattr(attention_cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
+    model = tiny_model(kind, dtype=torch.float64)
+    tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
+    keeps = [Keep("full"), Keep("recompute"), Keep("none")]
+    if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
+        keeps.append(Keep("full", "all"))
+    for row in (ROWS["chains"], ROWS["trees"]):
+        for keep in keeps:
+            assert_as_by_runs(model, row, keep, tolerance, monkeypatch)
+    # Gemma 2 caps its scores and gpt-oss has sinks: flex, and its levels run by run.
+    assert used == ({"attend_flex"} if kind in ("gemma2", "gpt_oss") else {"attend_varlen", "attend_flex"})
+
+
+def assert_as_by_runs(model, row, keep, tolerance, monkeypatch):
+    """Loss and all gradients, with the kernels that `fast_path` chooses and run by run."""
+    results = []
+    for choose in (fast_path, lambda *_: None):
+        monkeypatch.setattr(attention, "fast_path", choose)
+        loss = row_loss(model, row, keep)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    assert len(results[0]) == len(results[1]) > 5
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
+def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monkeypatch):
+    """Traced as on CUDA, up to the kernels; what was compiled for two lengths serves all."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(flex_function, backend=backend, fullgraph=True)
+    monkeypatch.setattr(attention_cuda, "_flex", lambda _: compiled)
+    model = tiny_model("gemma2", dtype=torch.float64)
+    num_graphs = []
+    for length in (3, 8, 13, 21):
+        rng = np.random.default_rng(length)
+        row = build_row([branching(rng), chain(rng, (length, 9))])
+        assert_as_by_runs(model, row, Keep("full", "all"), 1e-7, monkeypatch)
+        num_graphs.append(len(graphs))
+    assert num_graphs[1] == num_graphs[-1] <= 8
+
+
+def test_a_row_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        attention_cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window)
+    )
+    model = tiny_model("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    row_loss(model, forest_row())  # proves, with rows of its own, what may be spared
+    made.clear()
+    row_loss(model, forest_row(), Keep("full", "all")).backward()
+    assert sorted(made, key=str) == [7, None]
+    with torch.no_grad():
+        row_loss(model, forest_row())
+    assert len(made) == 4
+
+
+def test_flex_is_compiled_once_and_on_cuda_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or (lambda *_: None))
+    attention_cuda._flex.cache_clear()
+    try:
+        assert attention_cuda._flex("cpu") is flex_function and asked == []
+        assert attention_cuda._flex("cuda") is attention_cuda._flex("cuda") is not flex_function
+        assert asked == [{"fullgraph": True}] and torch._dynamo.config.recompile_limit >= 32
+    finally:
+        attention_cuda._flex.cache_clear()
+    assert attention_cuda._softcapped(2.5) is attention_cuda._softcapped(2.5)
+
+
+def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
+    return SimpleNamespace(shape=(1, num_heads, num_tokens, head_size), dtype=dtype, device=torch.device(device))
+
+
+CHAINS, TREES = (ForestLayout.from_row(row, "cpu") for row in (chains_row(), forest_row()))
+LEVEL = PassLayout(TREES.runs, {}, None, TREES.masks)
+OLD = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1): None  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes"),
+    [
+        ("attend_varlen", {}),
+        ("attend_varlen", {"dtype": torch.float16}),
+        ("attend_varlen", {"triton": False}),
+        ("attend_varlen", {"layout": LEVEL}),
+        ("attend_varlen", {"layout": TREES, "num_tokens": 127}),
+        ("attend_varlen", {"layout": TREES, "triton": False}),
+        ("attend_varlen", {"varlen": OLD, "heads": (4, 4)}),
+        ("attend_flex", {"layout": TREES}),
+        ("attend_flex", {"softcap": 2.0}),
+        ("attend_flex", {"sinks": torch.zeros(4)}),
+        ("attend_flex", {"head_size": 288}),
+        ("attend_flex", {"head_size": 20}),
+        ("attend_flex", {"value_size": 128}),
+        ("attend_flex", {"varlen": OLD}),
+        ("attend_flex", {"capability": (7, 5)}),
+        ("attend_flex", {"flash": False}),
+        (None, {"device": "cpu"}),
+        (None, {"device": "mps"}),
+        (None, {"dtype": torch.float32}),
+        (None, {"dtype": torch.float64}),
+        (None, {"softcap": 2.0, "layout": LEVEL}),
+        (None, {"sinks": torch.zeros(4), "num_tokens": 127}),
+        (None, {"softcap": 2.0, "head_size": 8}),
+        (None, {"softcap": 2.0, "triton": False}),
+        (None, {"flash": False, "layout": LEVEL}),
+    ],
+    ids=str,
+)
+def test_what_is_chosen(chosen, changes, monkeypatch):
+    asked = {"dtype": torch.bfloat16, "device": "cuda", "num_tokens": 300, "head_size": 64, "heads": (4, 2)}
+    asked |= {"layout": CHAINS, "softcap": None, "sinks": None, "triton": True, "flash": True, "capability": (8, 0)}
+    asked |= {"varlen": flash, **changes}
+    monkeypatch.setattr(attention_cuda, "varlen_attn", asked["varlen"])
+    monkeypatch.setattr(attention_cuda, "_has_triton", lambda: asked["triton"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: asked["flash"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: asked["capability"])
+    attention_cuda._has_flash.cache_clear()
+    sizes = (asked["num_tokens"], asked["head_size"], asked["dtype"], asked["device"])
+    query, key = (tensor(heads, *sizes) for heads in asked["heads"])
+    value = tensor(asked["heads"][1], sizes[0], asked.get("value_size", sizes[1]), *sizes[2:])
+    found = fast_path(query, key, value, asked["layout"], asked["softcap"], asked["sinks"])
+    attention_cuda._has_flash.cache_clear()
+    assert getattr(found, "__name__", None) == chosen
+
+
+def test_autocast_makes_float32_half(monkeypatch):
+    query = tensor(4, dtype=torch.float32)
+    monkeypatch.setattr(attention_cuda, "_has_flash", lambda _: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    assert fast_path(query, query, query, CHAINS) is attend_varlen
