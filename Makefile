@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format table clean
+.PHONY: setup demo test check format table study clean
 
 setup: $(VENV)/ready
 
@@ -34,6 +34,11 @@ format: setup
 # The full table of the first run: base, intern and control on every held-out question.
 table: setup
 	$(BIN)/python benchmarks/first_run.py
+
+# docs/study.md: base and intern, the LIMA curve, the tax and what lowers it, the shift; under 30 minutes on 2 cores.
+# Interrupted, it goes on where it was; what has been measured is kept in runs/study.
+study: setup
+	$(BIN)/python recipes/study.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -57,7 +57,7 @@ def _operations(settings: dict[str, Any], tree: Any) -> float:
             turns.append((len(segment.ids), 0))
         elif turns:
             turns[-1] = (turns[-1][0], turns[-1][1] + len(segment.ids))
-    return operations(shape_of(settings), Work([turns])).total
+    return operations(shape_of(settings), Work((turns,))).total
 
 
 def matrix_product_rate(precision: str, device: Any, side: int = 2048) -> float:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from machine import describe
 from preceptor.data.forest import Row, Segment, Tree, build_row
 from preceptor.model.activations import Work, kept_for_backward
+from preceptor.model.embedding import embedding_gradient_in_place
 from preceptor.model.forward import read_hidden_states, row_loss
 from preceptor.model.memory import Setup, predict_memory
 from preceptor.model.passes import Keep
@@ -94,7 +95,7 @@ def measured_peak(model: Any, row: Row, keep: Keep, precision: str) -> int:
             tracker.peak_bytes = tracker.live_bytes
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with autocast(model.device, precision):
+            with embedding_gradient_in_place(model), autocast(model.device, precision):
                 loss = row_loss(model, row, keep)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss

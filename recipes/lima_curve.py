@@ -3,241 +3,238 @@
     python recipes/lima_curve.py --seeds 3 --out runs/lima_curve
 
 From a pool that also holds noise, repeats and narrow data (lima_pool.py) the scholar is trained on 10, 30, 100, 300 and
-1,000 conversations: drawn at random by the seed, chosen by `select`, and, for the largest sets, narrow ones only.
-Every training takes the same number of steps of 1,024 tokens, whatever the size of its set, so small sets are seen in
-many epochs and only the data differ. Measured: exact answers to held-out questions and how many end by themselves;
-bits per byte on held-out text of the library, whose rise over the base is the alignment tax.
+1,000 conversations: drawn at random by the seed, chosen by `select`, and, for the largest set, narrow ones only. Every
+training takes the same number of steps of 1,024 tokens, whatever the size of its set, so that only the data differ:
+with the same number of epochs ten conversations would be three steps, and the curve would be one of steps. Small sets
+are so seen in many epochs. What is measured: measures.py; how trials are kept, so that a run can go on: trial.py.
 
-Intervals are bootstraps over questions or texts of the mean over the seeds. Writes a JSON result with machine, versions
-and date, and prints the table and what became of three expectations.
+Writes a JSON result with machine, versions and date, and prints the table and what became of the expectations.
 """
 
 import argparse
+import hashlib
 import json
-import shutil
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lima_pool import make_pool, narrow_rows, write_pool
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from preceptor import config
-from preceptor.demo import demo_run
-from preceptor.study.bootstrap import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
-from preceptor.study.examine import examine
+from claims import SAYS, Claim, Outcome, by_level, by_margin, by_sign
+from lima_pool import NARROW_FAMILY, Row, make_pool, narrow_rows, write_pool
+from measures import (
+    CLOZE,
+    EXACT,
+    SKILLS,
+    STOPS,
+    TAX,
+    TAXES,
+    Measure,
+    changed,
+    of_seeds,
+    shown,
+    write_new_pages,
+    yardsticks,
+)
 from preceptor.study.select import load_reader
 from preceptor.study.selection.choice import Settings, choose
 from preceptor.study.selection.pool import Pool, sources_of
-from preceptor.study.selection.survey import Survey, survey
-from preceptor.study.subject import load_subject
-from preceptor.study.tasks import Task, read_task
-from preceptor.train.execute import execute
-from preceptor.train.prepare import prepare
+from preceptor.study.selection.survey import survey
+from trial import BASE, ROW_TOKENS, Measured, Result, Trial, Yardstick, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from machine import describe  # noqa: E402
+from machine import describe as describe  # noqa: E402 (study.py has it from here)
 
 SIZES = (10, 30, 100, 300, 1000)
-MAX_NEW_TOKENS = 96
-ROW_TOKENS = 1024
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model: per question whether it was right and whether it stopped; per text its bits and bytes."""
-
-    right: list[float]
-    stopped: list[float]
-    bits: list[float]
-    num_bytes: list[float]
+STEPS, LEARNING_RATE = 80, 2e-4  # an intern of 1,000 in a quarter of the demo's steps, at twice its rate
+MARGIN = 0.03  # exact answers; a set that falls short of another by less "reaches" it
+ENOUGH = 0.5  # exact answers; facts that no row mentions count as answered above this
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way of choosing at one size: the mean over seeds, question by question and text by text."""
+    """One way of choosing at one size. models: what was measured, a training seed each. planted: rows of each kind."""
 
     way: str
     size: int
-    by_seed: tuple[Measured, ...]
-    planted: dict[str, int]
+    models: tuple[Measured, ...]
+    planted: Mapping[str, float]
 
-    def mean(self, name: str) -> list[float]:
-        return np.mean([getattr(measured, name) for measured in self.by_seed], axis=0).tolist()  # type: ignore[no-any-return]
+
+def write_sets(
+    folder: Path, sizes: Sequence[int], num_seeds: int, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The sets as files: WAY-SIZE-SEED -> {"file", "planted"}. Made once; they are seeded, and kept in `folder`."""
+    rows, pool_file, index = make_pool(), folder / "pool.jsonl", folder / "sets.json"
+    write_pool(rows, pool_file)
+    key = hashlib.sha256(pool_file.read_bytes() + repr((tuple(sizes), num_seeds)).encode()).hexdigest()
+    if index.is_file():
+        kept = json.loads(index.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            sets: dict[str, Any] = kept["sets"]
+            return sets
+    say(f"choosing among {len(rows):,} rows")
+    found = survey(Pool(sources_of([str(pool_file)], {}, None)), load_reader(BASE, ROW_TOKENS), None)
+    sets = {}
+    for size in sizes:
+        for seed in range(num_seeds):
+            drawn = np.random.default_rng(seed).permutation(len(rows))[:size].tolist()
+            kept_rows = found.number_N[choose(found, Settings(size, seed)).kept].tolist()
+            ways = {"random": [rows[at] for at in drawn], "select": [rows[at] for at in kept_rows]}
+            if size == max(sizes):
+                ways["narrow"] = narrow_rows(size, seed)
+            sets |= {f"{way}-{size}-{seed}": _written(chosen, folder / f"{way}-{size}-{seed}.jsonl")
+                     for way, chosen in ways.items()}  # fmt: skip
+    index.write_text(json.dumps({"key": key, "sets": sets}, indent=1) + "\n", encoding="utf-8")
+    return sets
+
+
+def _written(rows: Sequence[Row], file: Path) -> dict[str, Any]:
+    write_pool(rows, file)
+    return {"file": str(file), "planted": dict(Counter(row["planted"] for row in rows))}
+
+
+def curve_trials(sets: Mapping[str, Any], steps: int) -> list[Trial]:
+    """A trial for each set, its seed that of the training too."""
+    changes = {"train.duration": f"{steps} steps", "train.learning_rate": LEARNING_RATE}
+    return [
+        Trial(name, seed=int(name.rpartition("-")[2]), data=own["file"], changes=changes) for name, own in sets.items()
+    ]
+
+
+def points_of(sets: Mapping[str, Any], results: Mapping[str, Result]) -> list[Point]:
+    """The trials of one way and size together, ways in turn, sizes rising."""
+    together: dict[tuple[str, int], list[str]] = {}
+    for name in sets:
+        way, size, _ = name.split("-")
+        together.setdefault((way, int(size)), []).append(name)
+    order = ("random", "select", "narrow")
+    return [
+        Point(way, size, tuple(results[name]["model"] for name in names), _mean_planted([sets[n] for n in names]))
+        for (way, size), names in sorted(together.items(), key=lambda each: (order.index(each[0][0]), each[0][1]))
+    ]
+
+
+def _mean_planted(sets: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    total = sum((Counter(own["planted"]) for own in sets), Counter[str]())
+    return {kind: count / len(sets) for kind, count in sorted(total.items())}
+
+
+def point_figures(points: Sequence[Point], base: Measured, measures: Sequence[Measure]) -> list[dict[str, Any]]:
+    """For the JSON: every measure of every point, and the change from the base."""
+    return [
+        {
+            "way": point.way,
+            "rows": point.size,
+            "planted": point.planted,
+            "figures": {m.name: asdict(m.of(point.models)) for m in measures},
+            "from_base": {m.name: asdict(m.between([base], point.models)) for m in measures},
+        }
+        for point in points
+    ]
+
+
+def curve_claims(points: Sequence[Point], taxes: Sequence[Measure]) -> list[Claim]:
+    """What was expected of the curve, and what came of it. taxes: by which a narrow set is judged."""
+    at = {(point.way, point.size): point.models for point in points}
+    sizes = sorted(size for way, size in at if way == "select")
+    largest = sizes[-1]
+    claims = [
+        by_margin(
+            f"{size:,} chosen conversations reach {largest:,} random ones, within {100 * MARGIN:.0f} points",
+            EXACT, EXACT.between(at["random", largest], at["select", size]), MARGIN,
+        )
+        for size in sizes[:-1]
+        if size >= 100 or len(sizes) < 4
+    ]  # fmt: skip
+    claims.append(_better_at_every_size(at, sizes))
+    own = EXACT.of(at["select", largest])
+    facts = (
+        f"facts that none of {largest:,} chosen conversations mentions are answered, over {100 * ENOUGH:.0f} % of them"
+    )
+    claims.append(by_level(facts, own, ENOUGH, shown(EXACT, own)))
+    narrow, wide = at["narrow", largest], at["select", largest]
+    for measure in taxes:
+        expected = f"{largest:,} narrow conversations cost more than as many chosen ones: {measure.label}"
+        claims.append(by_sign(expected, measure, measure.between(wide, narrow), -1))
+    for measure in (EXACT, CLOZE):
+        others = outside(measure.task, len(narrow[0][measure.task][measure.above]))
+        expected = f"and on other families than the narrow set's: {measure.label}"
+        claims.append(by_sign(expected, measure, measure.between(wide, narrow, others), -1))
+    return claims
+
+
+def _better_at_every_size(at: Mapping[tuple[str, int], Sequence[Measured]], sizes: Sequence[int]) -> Claim:
+    changes = [EXACT.between(at["random", size], at["select", size]) for size in sizes]
+    signs = [change.sign for change in changes]
+    outcome: Outcome = "shown" if min(signs) == 1 else "refuted" if min(signs) == -1 else "open"
+    found = "; ".join(f"{size:,}: {changed(EXACT, change)}" for size, change in zip(sizes, changes, strict=True))
+    return Claim("chosen conversations do better than as many random ones, at every size", outcome, found)
+
+
+def outside(task: str, num_items: int) -> list[int]:
+    """Places of the task's items whose family is not that of the narrow set."""
+    items = Yardstick(task, num_items, ()).read().items
+    return [place for place, item in enumerate(items) if item.groups.get("family") != NARROW_FAMILY]
+
+
+def table(points: Sequence[Point], base: Measured) -> str:
+    lines = [f"{'way':<8}{'rows':>6}  {'exact, 95 %':<28}{'seeds':<16}{'stops':<28}tax on new pages"]
+    for point in points:
+        exact, stops = EXACT.of(point.models), STOPS.of(point.models)
+        line = f"{point.way:<8}{point.size:>6,}  {shown(EXACT, exact):<28}{of_seeds(EXACT, exact):<16}"
+        lines.append(f"{line}{shown(STOPS, stops):<28}{changed(TAX, TAX.between([base], point.models))}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each training")
     parser.add_argument("--questions", type=int, default=300, help="held-out questions")
-    parser.add_argument("--out", type=Path, default=Path("runs/lima_curve"), help="folder for pool, sets and runs")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/lima_curve"), help="folder for sets and measurements")
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "lima_curve.json")
     given = parser.parse_args()
     started = time.perf_counter()
     disable_progress_bar()  # transformers' own, for models that load in a blink
-    tasks = (_some(read_task("scholar:heldout.jsonl"), given.questions), read_task("scholar:library_heldout.jsonl"))
-    rows, pool_file = make_pool(), given.out / "pool.jsonl"
-    write_pool(rows, pool_file)
-    base = measure("scholar", tasks)
-    found = survey(Pool(sources_of([str(pool_file)], {}, None)), load_reader("scholar", ROW_TOKENS), None)
-    points = []
-    for way in ("random", "select", "narrow"):
-        for size in sorted(given.sizes)[-2:] if way == "narrow" else given.sizes:
-            sets = [chosen_rows(way, size, seed, rows, found) for seed in range(given.seeds)]
-            by_seed = [train_and_measure(s, f"{way}-{size}-{k}", k, given, tasks) for k, s in enumerate(sets)]
-            points.append(Point(way, size, tuple(by_seed), dict(Counter(row["planted"] for row in sets[0]))))
-            print(f"{time.perf_counter() - started:6.0f} s  {line(points[-1], base)}", flush=True)
-    result = to_json(points, base, given) | {"seconds": round(time.perf_counter() - started)}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("\n".join([table(points, base), "", *result["verdicts"]]))
-
-
-def chosen_rows(way: str, size: int, seed: int, rows: Sequence[Row], found: Survey) -> list[Row]:
-    """The set to train on."""
-    if way == "narrow":
-        return narrow_rows(size, seed)
-    if way == "random":
-        return [rows[k] for k in np.random.default_rng(seed).permutation(len(rows))[:size].tolist()]
-    return [rows[k] for k in found.number_N[choose(found, Settings(size, seed)).kept].tolist()]
-
-
-def train_and_measure(
-    rows: Sequence[Row], name: str, seed: int, given: argparse.Namespace, tasks: tuple[Task, Task]
-) -> Measured:
-    """One training as the demo does it, on these rows for the given number of steps; its run folder is removed."""
-    out = given.out / name
-    data = given.out / f"{name}.jsonl"
-    write_pool(rows, data)
-    tree = demo_run(out).model_dump(mode="json")
-    tree["data"] |= {"train": [{"path": str(data)}], "max_row_tokens": ROW_TOKENS}
-    tree["train"] |= {"duration": f"{given.steps} steps", "seed": seed}
-    execute(prepare(config.build(tree, name)), Console(quiet=True), replace=True)
-    measured = measure(str(out / "model"), tasks)
-    shutil.rmtree(out)
-    return measured
-
-
-def measure(model: str, tasks: tuple[Task, Task]) -> Measured:
-    subject = load_subject(model, "float32", "auto")
-    answers, texts = (examine(subject, task, MAX_NEW_TOKENS, batch_size=64) for task in tasks)
-    return Measured(
-        right=[result.values["right"] for result in answers],
-        stopped=[result.values["stop_token"] for result in answers],
-        bits=[result.values["bits"] for result in texts],
-        num_bytes=[result.values["num_bytes"] for result in texts],
+    sets = write_sets(given.out / "sets", sorted(given.sizes), given.seeds)
+    trials = [Trial("base", trained=False), *curve_trials(sets, given.steps)]
+    results = run_all(
+        trials,
+        yardsticks(given.questions, None, write_new_pages(given.out / "pages.jsonl")),
+        given.out,
+        given.processes,
     )
-
-
-def _some(task: Task, num: int) -> Task:
-    """A seeded part of a task's items, in their order."""
-    chosen = np.random.default_rng(0).permutation(len(task.items))[:num]
-    return replace(task, items=tuple(task.items[k] for k in sorted(chosen.tolist())))
-
-
-# What came of it -----------------------------------------------------------------------------------------------------
-
-
-def accuracy(point: Point) -> Interval:
-    return interval(point.mean("right"), bounds=SHARE)
-
-
-def tax(point: Point, base: Measured) -> Interval:
-    """Bits per byte over the base's."""
-    return paired_interval(base.bits, point.mean("bits"), base.num_bytes, base.num_bytes)
-
-
-def line(point: Point, base: Measured) -> str:
-    right, cost = accuracy(point), tax(point, base)
-    seeds = [float(np.mean(measured.right)) for measured in point.by_seed]
-    return (
-        f"{point.way:<8}{point.size:>6,}{right.value:>8.1%} ({_range(right, 100, '.1f')})  "
-        f"{min(seeds):>6.1%} to {max(seeds):<6.1%}{np.mean(point.mean('stopped')):>8.1%}"
-        f"{cost.value:>+9.3f} ({_range(cost, 1, '+.3f')})"
-    )
-
-
-def _range(found: Interval, scale: float, form: str) -> str:
-    if found.low is None or found.high is None:
-        return "one item"
-    return f"{found.low * scale:{form}} to {found.high * scale:{form}}"
-
-
-def table(points: Sequence[Point], base: Measured) -> str:
-    header = f"{'way':<8}{'rows':>6}{'exact':>8} {'(95 %)':<16}{'seeds':<17}{'stops':>7}{'tax, bits per byte':>22}"
-    base_line = f"{'base':<8}{0:>6}{np.mean(base.right):>8.1%}{'':>33}{np.mean(base.stopped):>8.1%}"
-    return "\n".join([header, base_line, *(line(point, base) for point in points)])
-
-
-def verdicts(points: Sequence[Point], base: Measured) -> list[str]:
-    """What was expected and what was found; an interval that holds zero tells neither."""
-    at = {(point.way, point.size): point for point in points}
-    largest = max(size for way, size in at if way == "random")
-    whole = at["random", largest]
-    lines = []
-    for size in sorted(size for way, size in at if way == "select" and size < largest):
-        more = paired_interval(whole.mean("right"), at["select", size].mean("right"), bounds=DIFFERENCE_OF_SHARES)
-        says = ("are level with", "answer more than", "fall short of")[more.sign]
-        lines.append(
-            f"{size:,} chosen rows {says} {largest:,} random ones: {more.value * 100:+.1f} points of exact answers "
-            f"({_range(more, 100, '+.1f')})"
-        )
-    for size in sorted(size for way, size in at if way == "select"):
-        gain = paired_interval(base.right, at["select", size].mean("right"), bounds=DIFFERENCE_OF_SHARES)
-        says = "answer" if gain.sign > 0 else "do not answer"
-        lines.append(
-            f"after {size:,} chosen rows, facts that no row mentions: {says} them, {gain.value * 100:+.1f} points"
-        )
-    for size in sorted(size for way, size in at if way == "narrow"):
-        other = at["select", size]
-        more = paired_interval(other.mean("bits"), at["narrow", size].mean("bits"), base.num_bytes, base.num_bytes)
-        says = ("the same, as far as can be told", "more", "less")[more.sign]
-        lines.append(
-            f"{size:,} narrow rows cost {says} on general text, beside as many chosen ones: {more.value:+.3f} "
-            f"bits per byte ({_range(more, 1, '+.3f')})"
-        )
-    return lines
-
-
-def to_json(points: Sequence[Point], base: Measured, given: argparse.Namespace) -> dict[str, Any]:
-    return {
+    points, base = points_of(sets, results), results["base"]["model"]
+    claims = curve_claims(points, TAXES)
+    measures = (*SKILLS, *TAXES)
+    result = {
         "command": f"python recipes/lima_curve.py --seeds {given.seeds} --steps {given.steps} "
         f"--questions {given.questions} --sizes {' '.join(map(str, given.sizes))}",
         **describe(),
         "seeds": given.seeds,
         "steps": given.steps,
+        "learning_rate": LEARNING_RATE,
         "row_tokens": ROW_TOKENS,
-        "num_questions": len(base.right),
-        "base": {
-            "exact": float(np.mean(base.right)),
-            "stops": float(np.mean(base.stopped)),
-            "bits_per_byte": sum(base.bits) / sum(base.num_bytes),
-        },
-        "points": [
-            {
-                "way": point.way,
-                "rows": point.size,
-                "exact": asdict(accuracy(point)),
-                "exact_by_seed": [float(np.mean(measured.right)) for measured in point.by_seed],
-                "stops": asdict(interval(point.mean("stopped"), bounds=SHARE)),
-                "tax_bits_per_byte": asdict(tax(point, base)),
-                "planted_of_first_seed": point.planted,
-            }
-            for point in points
-        ],
-        "verdicts": verdicts(points, base),
+        "base": {m.name: asdict(m.of([base])) for m in measures},
+        "points": point_figures(points, base, measures),
+        "claims": [asdict(claim) for claim in claims],
+        "seconds": round(time.perf_counter() - started),
     }
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(points, base), "", sep="\n")
+    for claim in claims:
+        print(f"{claim.expected}: {SAYS[claim.outcome]}; {claim.found}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
 """The pool of the LIMA curve: seeded, of known parts, and without a held-out question."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from preceptor.scholar import data_file
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
 def pool():
-    spec = importlib.util.spec_from_file_location("lima_pool", RECIPES / "lima_pool.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["lima_pool"] = module
-    return module
+    return load_recipe("lima_pool")
 
 
 def said(row):

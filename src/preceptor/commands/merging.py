@@ -1,23 +1,87 @@
 """`merge`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from preceptor import errors
+from preceptor.commands.studying import BatchSize, Device, Dtype, Limit, MaxNewTokens, Seed, saying, wide_console
+
+if TYPE_CHECKING:
+    from preceptor.study.compare import Questions
+
+_ONE_WEIGHT = 0.5
 
 
 def merge(
     base: Annotated[str, typer.Argument(help="The base model: folder, Hub id or `scholar`.")],
     tuned: Annotated[str, typer.Argument(help="The model after tuning.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    weight: Annotated[float, typer.Option(help="Share of the tuned model: 0 is the base, 1 the tuned model.")] = 0.5,
+    out: Annotated[Path, typer.Option(help="Folder to write: the model; with --sweep, sweep.json and plots.")],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the tuned model: 0 is the base, 1 the tuned model (0.5). --sweep takes several."),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Write no model; put each weight (0, 0.1 ... 1) to tasks and texts.")
+    ] = False,
+    trained: Annotated[
+        list[str] | None, typer.Option(help="Sweep: a task that shows the skill; several may be.")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Sweep: a task that shows the tax; several may be.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Sweep: texts that show it, .jsonl or .txt.")] = None,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
 ) -> None:
     """Average the weights of base and tuned model: (1 - weight) * base + weight * tuned (WiSE-FT)."""
-    if not 0 <= weight <= 1:
-        raise errors.ConfigError(f"--weight {weight:g}: must be from 0 (the base) to 1 (the tuned model)")
+    for share in weight or ():
+        if not 0 <= share <= 1:
+            raise errors.ConfigError(f"--weight {share:g}: must be from 0 (the base) to 1 (the tuned model)")
+    if not sweep:
+        _merge(base, tuned, weight or [_ONE_WEIGHT], out, bool(trained or tasks or text))
+        return
+    if not trained or not (tasks or text):
+        raise errors.ConfigError(
+            "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
+        )
+    from preceptor.study.tasks import read_task, read_texts
+
+    named = [(path, "trained", read_task) for path in trained]
+    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
+    wanted = [(read(path).limited(limit, seed), role) for path, role, read in named]
+    from preceptor.study.compare import Questions
+
+    _sweep(base, tuned, weight, out, Questions(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
+
+
+def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
+    if len(weight) > 1 or has_tasks:
+        raise errors.ConfigError("several weights, and tasks or texts, go with --sweep")
     from preceptor.model.merge import merge_weights
 
-    merge_weights(base, tuned, weight, out)
-    print(f"{out}: {1 - weight:g} of {base}, {weight:g} of {tuned}")
+    merge_weights(base, tuned, weight[0], out)
+    print(f"{out}: {1 - weight[0]:g} of {base}, {weight[0]:g} of {tuned}")
+
+
+def _sweep(
+    base: str, tuned: str, weight: list[float] | None, out: Path, questions: "Questions", dtype: str, device: str
+) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.CheckpointError(f"{out}: cannot be written: {error}") from None
+    from preceptor.study.subject import load_subject
+    from preceptor.study.sweep import WEIGHTS, write
+    from preceptor.study.sweep import sweep as sweep_weights
+    from preceptor.study.sweep_text import print_sweep
+
+    with saying() as say:
+        found = sweep_weights(
+            base, tuned, weight or WEIGHTS, questions, lambda path: load_subject(path, dtype, device), out, say
+        )
+    files = write(out, found)
+    print_sweep(found, files, wide_console())

@@ -50,7 +50,7 @@ def eval(
     from preceptor.study.subject import load_subject
 
     items: list[dict[str, Any]] = []
-    with _status() as status:
+    with saying() as status:
         subject = load_subject(model, dtype, device, template)
         found: dict[str, Any] = {
             "model": model,
@@ -68,7 +68,7 @@ def eval(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print_evaluation(found, _wide_console())
+        print_evaluation(found, wide_console())
 
 
 def compare(
@@ -107,7 +107,7 @@ def compare(
     from preceptor.study.subject import load_subject
 
     questions = Questions(wanted, asked, max_new_tokens, batch_size, seed)
-    with _status() as status:
+    with saying() as status:
         found, items = compare_models(
             lambda: load_subject(base, dtype, device), lambda: load_subject(tuned, dtype, device), questions, status
         )
@@ -117,11 +117,11 @@ def compare(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print_comparison(found, _wide_console())
+        print_comparison(found, wide_console())
 
 
 @contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
+def saying() -> Iterator[Callable[[str], None]]:
     """What is being done, on standard error where that is a terminal."""
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
@@ -131,7 +131,7 @@ def _status() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _wide_console() -> Any:
+def wide_console() -> Any:
     """Tables are not squeezed where standard output is a file."""
     from preceptor.train.metrics import standard_console
 

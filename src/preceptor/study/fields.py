@@ -17,8 +17,8 @@ from preceptor.data.render import Renderer
 from preceptor.data.rendering import reasoning
 from preceptor.data.rendering.forms import find_forms
 from preceptor.data.rendering.origins import Leaf, Rendered
-from preceptor.data.rendering.proof import Stops, Turn, target_of
 from preceptor.data.rendering.plans import RenderCache
+from preceptor.data.rendering.proof import Stops, Turn, target_of
 from preceptor.data.rendering.renders import Renders
 from preceptor.data.rendering.tokenise import any_of
 from preceptor.study.tokens import spans, special_ids

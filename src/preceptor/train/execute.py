@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from preceptor.data.grouping import chains_of
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.model.adapters import add_adapter
 from preceptor.model.load import load_model, resolve_model_path, save_model
+from preceptor.model.peak import peak_memory_bytes
 from preceptor.model.vocabulary import align_model, resize_embeddings
+from preceptor.study.plan_trees import predict_peak_bytes
 from preceptor.study.report import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
@@ -73,6 +76,7 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     device = choose_device(run.train.device)
     folder = Path(run.out)
     torch.manual_seed(run.train.seed)
+    before_bytes = peak_memory_bytes(device)
     model = build_model(prepared, device)
     objective = Objective.of(run.train, model, prepared.voice.num_base_tokens)
     passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
@@ -107,11 +111,26 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "preflight_seconds": passed.seconds,
         "num_steps": state.step,
         "held_out": watch.last,
+        "memory_before_bytes": before_bytes,
+        **_predicted(prepared, loader, device),
         "seconds": time.perf_counter() - started,
     }
     write_summary(folder, summary)
     write_report([folder])
     return summary
+
+
+def _predicted(prepared: Prepared, loader: Loader, device: torch.device) -> dict[str, int]:
+    """`predicted_memory_bytes` of the largest row of the first epoch; nothing where the plan knows no prediction."""
+    rows = [loader.trees(planned) for planned in loader.plan(0)]
+    if loader.alone:
+        rows = [[chain] for row in rows for tree in row for chain in chains_of(tree)]
+    largest = max(rows, key=lambda row: sum(tree.num_tokens for tree in row))
+    voice = prepared.voice
+    found = predict_peak_bytes(
+        prepared.run, largest, len(voice.tokens.added), len(voice.tokenizer), cpu=device.type == "cpu"
+    )
+    return {} if found is None else {"predicted_memory_bytes": found}
 
 
 def _saying(console: Console) -> Callable[[str], None]:

@@ -50,7 +50,7 @@ def _closing(
     tail = _tail(template, messages, tools)
     if tail is None:
         return None
-    eos = template.variables.get("eos_token")
+    eos: str | None = template.variables.get("eos_token")
     if eos is not None and special.findall(tail)[:1] == [eos]:
         return eos
     after = _tail(template, [*messages, follower], tools)

@@ -24,8 +24,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         **_losses(run),
         "answers exactly": _share(summary.get("intern_exact_match")),
         "tokens a second (median)": _number(_throughput(run)),
-        "peak memory": _megabytes(max((step.get("peak_memory_bytes") or 0 for step in run.steps), default=0)),
-        "predicted memory": _megabytes(summary.get("predicted_memory_bytes") or 0),
+        **_memory(run),
         "time": _seconds(summary.get("seconds")),
     }
     return {label: text for label, text in found.items() if text}
@@ -55,6 +54,26 @@ def _steps(run: RunRecord) -> str:
 def _throughput(run: RunRecord) -> float | None:
     rates = [step["num_tokens"] / step["seconds"] for step in run.steps if step.get("seconds") and "num_tokens" in step]
     return median(rates) if rates else None
+
+
+def _memory(run: RunRecord) -> dict[str, str]:
+    """The peak, and the plan's prediction beside it.
+
+    On a processor the peak is the whole process; what it held before the model came is no part of the prediction, which
+    is of tensors alone.
+    """
+    peak = max((step.get("peak_memory_bytes") or 0 for step in run.steps), default=0)
+    found = {"peak memory": _megabytes(peak)}
+    before = run.summary.get("memory_before_bytes")
+    if before is None or not peak:
+        return found
+    if before:
+        found["peak memory"] += f", {_megabytes(before)} of them before the model was loaded"
+    predicted = run.summary.get("predicted_memory_bytes")
+    if predicted is None:
+        return found | {"predicted memory": "none: the plan does not know this kind of model or run"}
+    grown = peak - before
+    return found | {"predicted memory": f"{_megabytes(predicted)} for tensors, {_megabytes(grown) or '0 MB'} measured"}
 
 
 def _number(value: float | None) -> str:

@@ -2,13 +2,14 @@
 
 A plot is drawn once, in colours that stand for CSS variables; light, dark and print are then the page's to decide. The
 values go along as JSON, from which the page's script reads out what lies under the pointer; without a script the
-picture is all there.
+picture is all there. `draw_file` makes a picture that stands alone, its colours and its legend within.
 """
 
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -16,12 +17,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 MOST_POINTS = 400  # of a curve; more than the plot is wide would only make the page heavy
 SIZE_INCHES = (5.6, 3.0)  # small enough that its letters can still be read on a phone
 NUM_COLOURS = 6
 
+# CSS variable -> its colour in a light and in a dark theme, of a picture that stands alone; as page.css has them.
+FILE_COLOURS = {
+    "paper": ("#ffffff", "#1c1f25"), "ink": ("#1d1f23", "#e4e6ea"), "faint": ("#5f6570", "#9aa1ad"),
+    "line": ("#d9d6cd", "#333842"), "c1": ("#2563a8", "#6fa8ea"), "c2": ("#c2571a", "#f0935a"),
+    "c3": ("#23803f", "#63c886"), "c4": ("#8a3fa0", "#c68bdc"), "c5": ("#a0730a", "#dcb346"),
+    "c6": ("#0f8080", "#4cc3c3"),
+}  # fmt: skip
 # Colours of the drawing -> CSS variables of the page.
 _VARIABLES = {
     "#010001": "ink",
@@ -53,7 +61,10 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One curve. colour: 1 to NUM_COLOURS. faint: what the next series is the mean of. marks: a point at each value."""
+    """One curve. colour: 1 to NUM_COLOURS. faint: what the next series is the mean of. marks: a point at each value.
+
+    x_ends, y_ends: (low, high) of each value, drawn as a cross. labels: what stands beside each point.
+    """
 
     name: str
     x: Sequence[float]
@@ -61,11 +72,17 @@ class Series:
     colour: int = 1
     faint: bool = False
     marks: bool = False
+    x_ends: Sequence[tuple[float, float]] = ()
+    y_ends: Sequence[tuple[float, float]] = ()
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What a plot shows. level: (name, height) of a horizontal line to hold the curves against. unit: after numbers."""
+    """What a plot shows. level: (name, height) of a horizontal line to hold the curves against. unit: after numbers.
+
+    ticks: of the x axis, which is then logarithmic; whole: x has whole numbers only.
+    """
 
     title: str
     y_label: str
@@ -80,6 +97,8 @@ class Panel:
     intervals: Sequence[
         tuple[str, float, float | None, float | None]
     ] = ()  # label, value, low, high: in place of curves
+    ticks: Sequence[float] = ()
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +138,10 @@ def draw(panel: Panel, name: str) -> Plot:
         if panel.intervals:
             height = 0.6 + 0.32 * len(panel.intervals)
         figure = Figure(figsize=(width, height))
-        FigureCanvasSVG(figure)
         left = 0.34 if panel.intervals else 0.125
         axes = figure.add_axes((left, 0.3 / height, 0.985 - left, 1 - 0.42 / height))
         _fill(axes, panel)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        svg = _svg_of(figure)
     x0, y0, across, up = axes.get_position().bounds
     shown = [series for series in panel.series if not series.faint]
     readout = {
@@ -140,7 +157,37 @@ def draw(panel: Panel, name: str) -> Plot:
     legend = [(s.name, s.colour, False) for s in shown] if len(shown) > 1 or panel.level else []
     if panel.level is not None:
         legend.append((panel.level[0], 0, True))
-    return Plot(panel.title, panel.note, _themed(text.getvalue(), name, panel.title), legend, readout)
+    return Plot(panel.title, panel.note, _themed(svg, name, panel.title), legend, readout)
+
+
+def draw_file(panel: Panel) -> str:
+    """An SVG file: title, names of the axes and legend within, in the colours of the reader's theme."""
+    with matplotlib.rc_context(_STYLE):
+        width = 1.15 * SIZE_INCHES[0]
+        height = 1.3 + 0.34 * len(panel.intervals) if panel.intervals else 1.15 * SIZE_INCHES[1]
+        figure = Figure(figsize=(width, height))
+        left = 0.36 if panel.intervals else 0.115
+        axes = figure.add_axes((left, 0.56 / height, 0.97 - left, 1 - 0.98 / height))
+        _fill(axes, panel)
+        axes.set_title(panel.title, loc="left", x=-left / (0.97 - left) + 0.02, fontsize=12, pad=10)
+        axes.set_xlabel(panel.x_label)
+        if not panel.intervals:
+            axes.set_ylabel(panel.y_label)
+        if len([series for series in panel.series if series.name]) > 1 or panel.level:
+            axes.legend(frameon=False, fontsize=9.5, handlelength=1.6)
+        svg = _themed(_svg_of(figure), "plot", panel.title)
+    light, dark = ("; ".join(f"--{name}: {pair[at]}" for name, pair in FILE_COLOURS.items()) for at in (0, 1))
+    style = f"svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}"
+    head, within = svg.replace("<svg ", f'<svg width="{width * 100:.0f}" height="{height * 100:.0f}" ', 1).split(">", 1)
+    paper = '<rect width="100%" height="100%" rx="6" fill="var(--paper)"/>'
+    return f"{head}><style>{style} text {{ font-family: system-ui, sans-serif }}</style>{paper}{within.rstrip()}\n"
+
+
+def _svg_of(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return text.getvalue()
 
 
 def _fill(axes: Axes, panel: Panel) -> None:
@@ -149,6 +196,9 @@ def _fill(axes: Axes, panel: Panel) -> None:
         alpha, width = (0.3, 1.0) if series.faint else (1.0, 1.8)
         (line,) = axes.plot(series.x, series.y, color=colour, alpha=alpha, linewidth=width, marker=mark, markersize=4)
         line.set_gid(f"series-{series.colour}-{number}")
+        if not series.faint:
+            line.set_label(series.name)
+        _fill_ends(axes, series, colour)
     if panel.bars is not None:
         edges, counts = panel.bars
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOUR["c1"], alpha=0.85)
@@ -159,7 +209,8 @@ def _fill(axes: Axes, panel: Panel) -> None:
         _fill_intervals(axes, panel)
         return
     if panel.level is not None:
-        axes.axhline(panel.level[1], color=_COLOUR["ink"], linewidth=1.2, linestyle=(0, (4, 3)))
+        name, height = panel.level
+        axes.axhline(height, color=_COLOUR["ink"], linewidth=1.2, linestyle=(0, (4, 3)), label=name)
     if panel.log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -171,8 +222,23 @@ def _fill(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=panel.bars is not None))
         if panel.from_zero:
             axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1] / 1.05, panel.level[1] if panel.level else 0))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if panel.ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(panel.ticks, [f"{tick:,g}" for tick in panel.ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
     axes.tick_params(length=0, pad=5, which="both")
+
+
+def _fill_ends(axes: Axes, series: Series, colour: str) -> None:
+    for x, y, (low, high) in zip(series.x, series.y, series.x_ends, strict=bool(series.x_ends)):
+        axes.plot([low, high], [y, y], color=colour, alpha=0.6, linewidth=1.1)
+        assert low <= x <= high
+    for x, (low, high) in zip(series.x, series.y_ends, strict=bool(series.y_ends)):
+        axes.plot([x, x], [low, high], color=colour, alpha=0.6, linewidth=1.1)
+    for x, y, label in zip(series.x, series.y, series.labels, strict=bool(series.labels)):
+        axes.annotate(label, (x, y), (5, -11), textcoords="offset points", fontsize=9, color=_COLOUR["faint"])
 
 
 def _fill_intervals(axes: Axes, panel: Panel) -> None:
@@ -206,4 +272,4 @@ def _themed(svg: str, name: str, title: str) -> str:
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
