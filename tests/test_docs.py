@@ -49,3 +49,9 @@ def test_the_benchmarks_say_what_they_do():
         if "__main__" in script.read_text(encoding="utf-8"):
             shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
             assert shown.returncode == 0 and "usage" in shown.stdout, f"{script.name}: {shown.stderr}"
+
+
+def test_the_performance_section_says_what_was_measured():
+    module = made_by("make_performance")
+    found = module.SECTION.search(README)
+    assert found is not None and found.group() == module.section(), "run python docs/make_performance.py"

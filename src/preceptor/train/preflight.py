@@ -29,7 +29,7 @@ from preceptor.model.sparing import check_levels, rounding
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.precision import autocast
 
-_SAMPLE_TOKENS = 2048  # of the run's data, for proofs 2 and 3; more, where two conversations take more
+_SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_ROWS = 16  # rows of the plan to take them from
 _STATE_PER_PARAMETER = 2  # AdamW's two means
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
