@@ -327,7 +327,7 @@ OLD = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
         (None, {"softcap": 2.0, "triton": False}),
         (None, {"flash": False, "layout": LEVEL}),
     ],
-    ids=str,
+    ids=lambda given: "+".join(given) if isinstance(given, dict) else str(given),
 )
 def test_what_is_chosen(chosen, changes, monkeypatch):
     asked = {"dtype": torch.bfloat16, "device": "cuda", "num_tokens": 300, "head_size": 64, "heads": (4, 2)}
