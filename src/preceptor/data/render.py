@@ -16,14 +16,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from preceptor.data.conversation import Completion, Conversation, Document, Message, Record, Refusal, trainable_turns
-from preceptor.data.forest import Tree
+from preceptor.data.forest import Kind, Segment, Tree
 from preceptor.data.refusals import Refused
 from preceptor.data.rendering.forms import Forms, find_forms
 from preceptor.data.rendering.origins import Leaf, leaves_of
 from preceptor.data.rendering.plans import RenderCache
 from preceptor.data.rendering.proof import Stops, target_of
 from preceptor.data.rendering.reasoning import INLINE_WORDS, has_reasoning
-from preceptor.data.rendering.renders import Renders
+from preceptor.data.rendering.renders import Renders, Turns
 from preceptor.data.rendering.tokenise import Context, Ids, Tokeniser, any_of
 from preceptor.data.rendering.tree import GrowingTree
 from preceptor.data.template import Template
@@ -144,14 +144,47 @@ class Renderer:
         first = [(k, self._attempts(given[k], arguments)[0]) for k in turns]
         for cache_key in (key, None):
             renders = Renders(self.template, given, record.tools, self._cache, cache_key, first, leaves)
-            tree = GrowingTree(all_targets=self.targets == "all")
-            for k in turns:
-                context, target, texts = self._turn(renders, k, arguments, spelled_out)
-                num_shared = context.num_shared if k != turns[0] else 0
-                tree.add(context.ids, target, texts, messages[k].weight, num_shared)
+            weights = [messages[k].weight for k in turns]
+            stencilled = None if spelled_out else self._by_stencil(renders, first, weights, record.source)
+            compares = stencilled is not None and self._cache.compares_stencil()
+            if stencilled is not None and not compares:
+                tree = stencilled
+            else:
+                self._cache.stencils = self._cache.stencils and not compares
+                tree = self._turn_by_turn(renders, turns, weights, arguments, spelled_out, record.source)
+                self._cache.stencils = self._cache.stencils or (compares and tree == stencilled)
             if renders.finish():
                 break
-        return tree.finish(record.source, self._decode)
+        return tree
+
+    def _by_stencil(
+        self, renders: Renders, first: Turns, weights: Sequence[float], source: str
+    ) -> Tree | None:
+        filled = renders.fill(first, self._tokeniser, self._stops, self.stop_token_ids)
+        if filled is None:
+            return None
+        kind: Kind = "target" if self.targets == "all" else "context"
+        segments: list[Segment] = []
+        for turn, weight in zip(filled, weights, strict=True):
+            segments.append(Segment(kind, turn.context, len(segments) - 1 if segments else None, turn.context_text))
+            segments.append(Segment("target", turn.target, len(segments) - 1, turn.target_text, weight))
+        return Tree(source, tuple(segments))
+
+    def _turn_by_turn(
+        self,
+        renders: Renders,
+        turns: Sequence[int],
+        weights: Sequence[float],
+        arguments: Mapping[str, Any],
+        spelled_out: bool,
+        source: str,
+    ) -> Tree:
+        tree = GrowingTree(all_targets=self.targets == "all")
+        for k, weight in zip(turns, weights, strict=True):
+            context, target, texts = self._turn(renders, k, arguments, spelled_out)
+            num_shared = context.num_shared if k != turns[0] else 0
+            tree.add(context.ids, target, texts, weight, num_shared)
+        return tree.finish(source, self._decode)
 
     def _turn(
         self, renders: Renders, k: int, arguments: Mapping[str, Any], spelled_out: bool

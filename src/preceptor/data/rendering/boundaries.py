@@ -31,6 +31,11 @@ class Boundaries:
         if _is_local(json.loads(backend.pre_tokenizer.__getstate__())):
             self._pre_tokenizer = backend.pre_tokenizer
 
+    @property
+    def are_local(self) -> bool:
+        """Whether the words from the end of any word on are those of the text from there on."""
+        return self._pre_tokenizer is not None
+
     def between(self, before: str, after: str) -> bool:
         """Whether the tokens of before + after are those of `before` and then those of `after`."""
         if self._pre_tokenizer is None or not before:

@@ -22,6 +22,7 @@ _MAX_SHAPES = 512
 _MAX_REFS = 500_000  # of all plans together; about 20 bytes each
 _CHECKED_RENDERS = 16
 _CHECKED_PASSES = 4
+_CHECKED_STENCILS = 8
 _CHECK_EVERY = 499
 
 
@@ -63,13 +64,26 @@ class Output(Strand):
         self.first_leaf = first_leaf
         self.places = places_of(self.origins, first_leaf)
 
+    @property
+    def all_refs(self) -> list[int]:
+        """The line's part, and its own."""
+        return self.line.refs[: self.num_shared] + self.refs
+
+    @property
+    def all_origins(self) -> list[int | None]:
+        return self.line.origins[: self.num_shared] + self.origins
+
 
 @dataclass(eq=False, slots=True)
 class Plan:
-    """What the template does with conversations of one shape: a tape, and each render on it."""
+    """What the template does with conversations of one shape: a tape, and each render on it.
+
+    stencil: a `stencil.Stencil`, None if there can be none, False as long as none was made.
+    """
 
     tape: Tape
     outputs: dict[Request, Output] = field(default_factory=dict)
+    stencil: Any = False
 
     @property
     def exact(self) -> bool:
@@ -137,7 +151,9 @@ class RenderCache:
         self._tokenizer = tokenizer
         self._num_renders = 0
         self._num_passes = 0
+        self._num_filled = 0
         self.one_pass = True  # until one gives another text than the template
+        self.stencils = True  # until one gives another tree than the proof turn by turn
 
     def shape(self, key: Any) -> Shape:
         shape = self._shapes.get(key)
@@ -173,6 +189,11 @@ class RenderCache:
         """Whether all renders of the next pass, and not its longest alone, are to be compared with plain ones."""
         self._num_passes += 1
         return self._num_passes <= _CHECKED_PASSES or self._num_passes % _CHECK_EVERY == 0
+
+    def compares_stencil(self) -> bool:
+        """Whether the next conversation that a stencil gives is to be proved turn by turn too."""
+        self._num_filled += 1
+        return self._num_filled <= _CHECKED_STENCILS or self._num_filled % _CHECK_EVERY == 0
 
     def transformers_render(self, template: Template, messages: Sequence[Any], tools: Any, **arguments: Any) -> str:
         text = template.text_for(tools)

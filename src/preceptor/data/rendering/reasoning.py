@@ -76,6 +76,11 @@ def _at_end(pattern: re.Pattern[str], prompt: str) -> tuple[str, int]:
     return found.group(1) if found.re.groups else found.group(), len(prompt) - len(tail) + found.start()
 
 
+def may_end_a_tag(text: str) -> bool:
+    """Whether the text, with others before it, might end in a tag that opens a reasoning block, and does not itself."""
+    return any(tag.endswith(text.rstrip()) for tag in _TAGS) and opened_by(text)[1] < 0
+
+
 def empty_block_end(text: str, at: int) -> int:
     """Where an empty reasoning block that starts at `at` ends; `at` if there is none."""
     found = _EMPTY_AT_START.match(text, at)

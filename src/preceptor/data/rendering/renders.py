@@ -9,7 +9,7 @@ for a few in a thousand.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -18,9 +18,12 @@ from preceptor.data.rendering.marked import Marked
 from preceptor.data.rendering.onepass import Asked, Line, LooksAhead, Pass
 from preceptor.data.rendering.origins import Head, Leaf, Rendered, leaves_of, shape_of
 from preceptor.data.rendering.plans import Output, Plan, RenderCache, Replay, Request, Shape, Strand
-from preceptor.data.rendering.proof import Followed, Turn
+from preceptor.data.rendering.proof import Followed, Stops, Turn
 from preceptor.data.rendering.provenance import compiled_one_pass, marked_message, pieces_of, render_marked
+from preceptor.data.rendering.stencil import Filled
+from preceptor.data.rendering.stencil_form import stencil_of
 from preceptor.data.rendering.tape import Atom, Tape
+from preceptor.data.rendering.tokenise import Tokeniser
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 
@@ -154,6 +157,25 @@ class Renders:
             return True
         self._cache.remove(self._shape, self._replay.plan)
         return False
+
+    def fill(
+        self, turns: Turns, tokeniser: Tokeniser, stops: Stops, stop_token_ids: Collection[int]
+    ) -> list[Filled] | None:
+        """The turns by the stencil of the plan that is replayed; None where they must be proved one by one."""
+        if self._replay is None or not (self._cache.stencils and tokeniser.goes_by_words):
+            return None
+        plan = self._replay.plan
+        if plan.stencil is False:
+            asked = [(k, self._key(arguments)) for k, arguments in turns]
+            parts = self.messages, self.leaves, self._starts
+            plan.stencil = stencil_of(plan, asked, *parts, tokeniser, stops, stop_token_ids)
+        if plan.stencil is None:
+            return None
+        filled: list[Filled] | None = plan.stencil.fill(self._replay.values, self.leaves, self.messages, tokeniser)
+        if filled is not None:
+            self._key(turns[-1][1])
+            self._note(plan.stencil.longest)
+        return filled
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
         """What the proof needs to know of turn k. Raises Refused where the template refuses the messages."""

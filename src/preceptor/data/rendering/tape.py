@@ -53,6 +53,11 @@ class Tape:
         ref = self._refs.get(key)
         return self._append(key, function, refs) if ref is None else ref
 
+    def constant_at(self, ref: int) -> str | None:
+        """The text of a value that is the same for all leaves; None for others."""
+        function, payload = self.steps[ref - self.num_leaves] if ref >= self.num_leaves else (str, None)
+        return payload if function is None and isinstance(payload, str) else None
+
     def _append(self, key: Any, function: Callable[..., Any] | None, payload: Any) -> int:
         self.steps.append((function, payload))
         self._refs[key] = ref = self.num_leaves + len(self.steps) - 1

@@ -110,8 +110,8 @@ def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
     return best, best_shared
 
 
-def shared_length(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many tokens the two have in common at their start."""
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens the two, of one type, have in common at their start."""
     limit = min(len(one), len(other))
     if one[:limit] == other[:limit]:
         return limit
