@@ -3,7 +3,7 @@
     python benchmarks/rendering.py [--repetitions 3] [--template llama3]
 
 Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
-by `read_records` and `render_all`; TRL's by `load_dataset` and the SFTTrainer's own preparation (`assistant_only_loss`,
+by `read_records` and `render_all`, in a process of its own, as `preceptor check` has; TRL's by `load_dataset` and the SFTTrainer's own preparation (`assistant_only_loss`,
 `dataset_num_proc=2`, no truncation, no packing). They take turns; each figure is the fastest of the repetitions. The
 trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin also trains the
 newline after each turn. Writes benchmarks/results/rendering.json (with machine, versions, date).
@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -202,8 +203,9 @@ def compare(tokenizer: Any, files: dict[str, str], template: str, repetitions: i
     """Conversations per second of both sides for each file, and the load of the machine while they ran."""
     theirs = trl_side(tokenizer)
     result = {}
+    own_process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     for name, file in files.items():
-        pairs = [(ours(file, tokenizer), theirs(file)) for _ in range(repetitions)]
+        pairs = [(own_process.submit(ours, file, tokenizer).result(), theirs(file)) for _ in range(repetitions)]
         for one, other in pairs:
             extra = EXTRA_TOKENS_PER_TURN[template] * one.num_turns
             assert one.num_conversations == other.num_conversations

@@ -40,7 +40,8 @@ Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all el
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
 _RECORD_CHARACTERS = 200  # what a record costs besides its text
-_BACKLOG = 2  # chunks that another process has before it: one that it renders, one to go on with
+_SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send and receive while this one renders
+_BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
 
 class Renders(Protocol):
@@ -75,17 +76,21 @@ def render_all(
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(num_processes - 1, context, initializer=_begin, initargs=(renderer,))
     gc.freeze()  # what was there before (torch, transformers) need not be looked through while trees are made
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
             yield from zip(chunk, outcomes, strict=True)
     except BrokenProcessPool as error:
         raise PreceptorError(
             "a process that renders the data ended before its work was done, often for want of memory: use fewer "
-            f"processes than {num_processes} (1 needs no others)"
+            f"processes than {num_processes} (1 needs no others). A script that calls this needs its own work under "
+            '`if __name__ == "__main__":`'
         ) from error
     finally:
+        sys.setswitchinterval(interval)
         gc.unfreeze()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # its threads too: with them, the next input could not be forked for
 
 
 def _shared_out(

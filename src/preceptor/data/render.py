@@ -23,7 +23,7 @@ from preceptor.data.rendering.origins import Leaf, leaves_of
 from preceptor.data.rendering.plans import RenderCache
 from preceptor.data.rendering.proof import Stops, target_of
 from preceptor.data.rendering.reasoning import INLINE_WORDS, has_reasoning
-from preceptor.data.rendering.renders import Renders, Turns
+from preceptor.data.rendering.renders import Renders
 from preceptor.data.rendering.tokenise import Context, Ids, Tokeniser, any_of
 from preceptor.data.rendering.tree import GrowingTree
 from preceptor.data.template import Template
@@ -140,12 +140,12 @@ class Renderer:
             if fitted is not message.given:
                 leaves[k] = leaves_of(fitted, k)
         arguments = {**self.template_kwargs, **record.template_kwargs}
-        key = (tuple(turns), tuple(has_reasoning(given[k]) for k in turns), tools, _frozen(arguments))
+        key = tools, _frozen(arguments)
         first = [(k, self._attempts(given[k], arguments)[0]) for k in turns]
         for cache_key in (key, None):
             renders = Renders(self.template, given, record.tools, self._cache, cache_key, first, leaves)
             weights = [messages[k].weight for k in turns]
-            stencilled = None if spelled_out else self._by_stencil(renders, first, weights, record.source)
+            stencilled = None if spelled_out else self._by_stencil(renders, weights, record.source)
             compares = stencilled is not None and self._cache.compares_stencil()
             if stencilled is not None and not compares:
                 tree = stencilled
@@ -157,10 +157,8 @@ class Renderer:
                 break
         return tree
 
-    def _by_stencil(
-        self, renders: Renders, first: Turns, weights: Sequence[float], source: str
-    ) -> Tree | None:
-        filled = renders.fill(first, self._tokeniser, self._stops, self.stop_token_ids)
+    def _by_stencil(self, renders: Renders, weights: Sequence[float], source: str) -> Tree | None:
+        filled = renders.fill(self._tokeniser, self._stops, self.stop_token_ids)
         if filled is None:
             return None
         kind: Kind = "target" if self.targets == "all" else "context"

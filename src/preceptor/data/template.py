@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 
-from preceptor.data.rendering.environment import compiled, parsed
+from preceptor.data.rendering.environment import compiled, parsed, rendered
 from preceptor.data.rendering.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
@@ -125,9 +125,9 @@ class Template:
         kwargs: Mapping[str, Any],
     ) -> str:
         """As `render`, for messages to which the rules have been applied."""
-        template = compiled(self.text_for(tools))
+        text = self.text_for(tools)
         try:
-            return template.render(self.all_variables(seen, tools, add_generation_prompt, kwargs))
+            return rendered(text, self.all_variables(seen, tools, add_generation_prompt, kwargs))
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error

@@ -1,5 +1,6 @@
 """How many rows have been read, on standard error, so that standard output holds results alone."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,27 +9,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from preceptor.data.reading.tables import Table
 
-_EVERY_ROWS = 20  # an update takes as long as rendering a short conversation
+_EVERY_ROWS = 20
+_SECONDS = 0.1  # between two drawings
 
 
 @contextmanager
 def row_progress(tables: Sequence[Table], what: str) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing elsewhere; what it yields is to be called after each row.
 
-    Where a table does not know how many rows it has, the bar has no end.
+    Where a table does not know how many rows it has, the bar has no end. It is drawn when rows come, by no thread of
+    its own, so that processes can be forked meanwhile (data/parallel.py).
     """
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     progress = Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not console.is_terminal,
     )
-    rows = 0
+    rows, drawn = 0, time.perf_counter()
 
     def on_row() -> None:
-        nonlocal rows
+        nonlocal rows, drawn
         rows += 1
-        if rows % _EVERY_ROWS == 0:
-            progress.update(task, completed=rows)
+        if rows % _EVERY_ROWS == 0 and time.perf_counter() - drawn > _SECONDS:
+            progress.update(task, completed=rows, refresh=True)
+            drawn = time.perf_counter()
 
     with progress:
         numbers = [table.num_rows() for table in tables] if console.is_terminal else [None]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tokenizers import Regex, pre_tokenizers
 
 from preceptor.data.conversation import Conversation, Message
@@ -28,7 +27,19 @@ LLAMA3_WORDS = (
 )
 PIECES = (
     *("Hello", "it's 12345", " ", "\n", "\n\n", "\n\n\n", "<", ">", "<|im_", "end|>", "tail|>", "<|im_tail|>", "|>"),
-    *("<think>", "</think>", "<think>a</think>b", "assistant", "user\n", "é", "e\u0301", "日本", "🙂", "\u0085", "x" * 40),
+    *(
+        "<think>",
+        "</think>",
+        "<think>a</think>b",
+        "assistant",
+        "user\n",
+        "é",
+        "e\u0301",
+        "日本",
+        "🙂",
+        "\u0085",
+        "x" * 40,
+    ),
 )
 
 

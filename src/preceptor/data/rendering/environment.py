@@ -30,6 +30,20 @@ class GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which hangs on types and names alone, asked once for each of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = type(obj), attr
+        if key not in self._is_safe:
+            self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[key]
+
+
 class PlainDict:
     """`dict` as templates may use it: to build one, without the type's own attributes."""
 
@@ -69,13 +83,28 @@ def prepare(environment: jinja2.Environment) -> jinja2.Environment:
 
 @lru_cache(maxsize=1)
 def plain_environment() -> jinja2.Environment:
-    return prepare(ImmutableSandboxedEnvironment(**SETTINGS))
+    return prepare(Sandbox(**SETTINGS))
 
 
 @lru_cache(maxsize=256)
 def compiled(text: str) -> jinja2.Template:
     """The template, compiled once. Raises jinja2.TemplateSyntaxError."""
     return plain_environment().from_string(text)
+
+
+def rendered(text: str, variables: dict[str, Any]) -> str:
+    """The template rendered; as `jinja2.Template.render`, which goes through all globals for each text."""
+    template = compiled(text)
+    context = template.new_context({**_globals(), **variables}, shared=True)
+    try:
+        return "".join(template.root_render_func(context))
+    except Exception:
+        template.environment.handle_exception()
+
+
+@lru_cache(maxsize=1)
+def _globals() -> dict[str, Any]:
+    return dict(plain_environment().globals)
 
 
 def parsed(text: str) -> jinja2.nodes.Template:

@@ -1,7 +1,6 @@
 """Where the characters of a rendered text came from: the strings of messages (leaves), and renders in pieces."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _NAMES = ("role", "type")  # names that a template reads as such, not text; but inside a call's arguments all is text
@@ -11,8 +10,7 @@ def _names_below(key: str, names: Sequence[str]) -> Sequence[str]:
     return () if key == "arguments" else names
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One string of a message: the message's index, the keys that lead to it, its text."""
 
     message: int
@@ -23,26 +21,26 @@ class Leaf:
 def leaves_of(message: Mapping[str, Any], index: int) -> list[Leaf]:
     """The strings of a message in the order in which they stand."""
     leaves: list[Leaf] = []
-
-    def walk(value: Any, path: tuple[str | int, ...], names: Sequence[str]) -> None:
-        if isinstance(value, str):
-            leaves.append(Leaf(index, path, value))
-        elif isinstance(value, Mapping):
-            for key, inner in value.items():
-                if key not in names:
-                    walk(inner, (*path, key), _names_below(key, names))
-        elif isinstance(value, list | tuple):
-            for place, inner in enumerate(value):
-                walk(inner, (*path, place), names)
-
     for key, value in message.items():
         if key in _NAMES:
             continue
         if isinstance(value, str):
             leaves.append(Leaf(index, (key,), value))
         elif value is not None:
-            walk(value, (key,), _NAMES)
+            leaves += _leaves_in(value, index, (key,), _NAMES)
     return leaves
+
+
+def _leaves_in(value: Any, index: int, path: tuple[str | int, ...], names: Sequence[str]) -> Iterator[Leaf]:
+    if isinstance(value, str):
+        yield Leaf(index, path, value)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in names:
+                yield from _leaves_in(inner, index, (*path, key), _names_below(key, names))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from _leaves_in(inner, index, (*path, place), names)
 
 
 def map_leaves(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:

@@ -1,24 +1,27 @@
 """What the template was seen to do with conversations of one shape, kept so that it can be done again without it.
 
 A *shape* is what a template can see of a conversation without reading its text: the roles and fields. A `Plan` holds
-the tape of one run (`tape.Tape`) and, for each render of it, which of the tape's values its pieces are. Renders that
-begin alike share a *line*: the open world of `onepass`, of which each has the first so many pieces.
+the tape of one run (`tape.Tape`) and, for each render of it, which of the tape's values its pieces are. It serves all
+conversations whose shape the recorded one begins with: a render of the first messages knows nothing of later ones.
+Renders that begin alike share a *line*: the open world of `onepass`, of which each has the first so many pieces.
 
     line      v0 v7 v1 v8 v2 ...
     P of 2    └─ 2 ─┘ v9          F of 3    └─── 3 ───┘ v10 v11
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from preceptor.data.refusals import Refused
-from preceptor.data.rendering.origins import NO_HEAD, Head, Rendered, places_of
+from preceptor.data.rendering.origins import NO_HEAD, Head, Leaf, Rendered, places_of
 from preceptor.data.rendering.tape import Atom, Tape
 from preceptor.data.template import Template
 
-_MAX_SHAPES = 512
+_MAX_PLANS = 512
+_MAX_PLANS_PER_SHAPE = 8
+_MAX_NUMBERS = 100_000
 _MAX_REFS = 500_000  # of all plans together; about 20 bytes each
 _CHECKED_RENDERS = 16
 _CHECKED_PASSES = 4
@@ -74,6 +77,23 @@ class Output(Strand):
         return self.line.origins[: self.num_shared] + self.origins
 
 
+class Recorded(NamedTuple):
+    """The conversation that a plan was recorded with.
+
+    leaves: of all messages; `starts[k]` is the first of message k. turns: the messages that are trained, and the key of
+    the arguments of each.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    leaves: Sequence[Leaf]
+    starts: Sequence[int]
+    turns: Sequence[tuple[int, str]]
+
+    def own(self, k: int) -> range:
+        """The leaves of message k."""
+        return range(self.starts[k], self.starts[k + 1])
+
+
 @dataclass(eq=False, slots=True)
 class Plan:
     """What the template does with conversations of one shape: a tape, and each render on it.
@@ -81,9 +101,18 @@ class Plan:
     stencil: a `stencil.Stencil`, None if there can be none, False as long as none was made.
     """
 
+    recorded: Recorded
     tape: Tape
     outputs: dict[Request, Output] = field(default_factory=dict)
     stencil: Any = False
+
+    def replay(self, leaves: Sequence[Leaf]) -> list[Any] | None:
+        """The tape's values for a conversation of this shape, or of the shape that this one begins with.
+
+        The texts that it lacks are those of the recorded one, for which all guards hold.
+        """
+        both = (*leaves, *self.recorded.leaves[len(leaves) :])
+        return self.tape.replay([leaf.text for leaf in both])
 
     @property
     def exact(self) -> bool:
@@ -143,10 +172,12 @@ class Shape:
 
 
 class RenderCache:
-    """The shapes that were met, the least recently used forgotten; and how many renders there were."""
+    """The shapes that were met and the plans, the least recently used forgotten; and how many renders there were."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._shapes: OrderedDict[Any, Shape] = OrderedDict()
+        self._numbers: dict[tuple[int, Any], int] = {}  # (of what comes before, what comes next) -> of a shape
+        self._shapes: dict[int, Shape] = {}
+        self._plans: OrderedDict[Plan, list[Shape]] = OrderedDict()
         self._num_refs = 0
         self._tokenizer = tokenizer
         self._num_renders = 0
@@ -155,29 +186,44 @@ class RenderCache:
         self.one_pass = True  # until one gives another text than the template
         self.stencils = True  # until one gives another tree than the proof turn by turn
 
-    def shape(self, key: Any) -> Shape:
-        shape = self._shapes.get(key)
-        if shape is None:
-            shape = self._shapes[key] = Shape()
-            self._forget_some()
-        else:
-            self._shapes.move_to_end(key)
-        shape.num_met += 1
-        return shape
+    def shapes(self, base: Any, messages: Sequence[tuple[Any, bool]]) -> list[Shape]:
+        """The shapes of a conversation up to each of its turns; the last is its own, which is met once more.
 
-    def add(self, shape: Shape, plan: Plan) -> None:
-        shape.plans.insert(0, plan)
+        base: what they hang on besides the messages. messages: what a template can see of each, and whether it is a
+        turn; the last is.
+        """
+        if len(self._numbers) > _MAX_NUMBERS:
+            self._numbers.clear()
+            self._shapes.clear()
+            self._plans.clear()
+            self._num_refs = 0
+        numbers, shapes = self._numbers, []
+        number = numbers.setdefault((-1, base), len(numbers))
+        for seen, is_turn in messages:
+            number = numbers.setdefault((number, (seen, is_turn)), len(numbers))
+            if is_turn:
+                shapes.append(self._shapes.setdefault(number, Shape()))
+        shapes[-1].num_met += 1
+        return shapes
+
+    def use(self, plan: Plan) -> None:
+        self._plans.move_to_end(plan)
+
+    def add(self, shapes: Sequence[Shape], plan: Plan) -> None:
+        """From now on the plan serves these shapes."""
+        served = [shape for shape in shapes if len(shape.plans) < _MAX_PLANS_PER_SHAPE]
+        if not served:
+            return
+        for shape in served:
+            shape.plans.insert(0, plan)
+        self._plans[plan] = served
         self._num_refs += plan.num_refs
-        self._forget_some()
+        while len(self._plans) > _MAX_PLANS or (self._num_refs > _MAX_REFS and len(self._plans) > 1):
+            self.remove(next(iter(self._plans)))
 
-    def _forget_some(self) -> None:
-        while len(self._shapes) > _MAX_SHAPES or (self._num_refs > _MAX_REFS and len(self._shapes) > 1):
-            _, shape = self._shapes.popitem(last=False)
-            self._num_refs -= sum(plan.num_refs for plan in shape.plans)
-            shape.plans.clear()
-
-    def remove(self, shape: Shape, plan: Plan) -> None:
-        shape.plans.remove(plan)
+    def remove(self, plan: Plan) -> None:
+        for shape in self._plans.pop(plan):
+            shape.plans.remove(plan)
         self._num_refs -= plan.num_refs
 
     def compares(self) -> bool:

@@ -17,17 +17,16 @@ from preceptor.data.refusals import Refused
 from preceptor.data.rendering.marked import Marked
 from preceptor.data.rendering.onepass import Asked, Line, LooksAhead, Pass
 from preceptor.data.rendering.origins import Head, Leaf, Rendered, leaves_of, shape_of
-from preceptor.data.rendering.plans import Output, Plan, RenderCache, Replay, Request, Shape, Strand
+from preceptor.data.rendering.plans import Output, Plan, Recorded, RenderCache, Replay, Request, Shape, Strand
 from preceptor.data.rendering.proof import Followed, Stops, Turn
 from preceptor.data.rendering.provenance import compiled_one_pass, marked_message, pieces_of, render_marked
+from preceptor.data.rendering.reasoning import has_reasoning
 from preceptor.data.rendering.stencil import Filled
 from preceptor.data.rendering.stencil_form import stencil_of
 from preceptor.data.rendering.tape import Atom, Tape
 from preceptor.data.rendering.tokenise import Tokeniser
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
-
-_MAX_PLANS_PER_SHAPE = 8
 
 Turns = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -45,10 +44,10 @@ class Renders:
         turns: Turns = (),
         leaves: Sequence[Sequence[Leaf]] | None = None,
     ) -> None:
-        """key: what the renders hang on besides the messages (tools, arguments, turns); None: do not use the cache.
+        """key: what the renders hang on besides messages and turns (tools, arguments); None: do not use the cache.
 
-        turns: those that will be asked for, with the arguments that will be tried first. leaves: `leaves_of` each
-        message, where they are known already.
+        turns: those that will be asked for, with the arguments that will be tried first; the last message is one.
+        leaves: `leaves_of` each message, where they are known already.
         """
         self.messages = messages
         self._template, self._tools, self._cache = template, tools, cache
@@ -59,44 +58,54 @@ class Renders:
         for index, message in enumerate(messages):
             self.leaves += leaves_of(message, index) if leaves is None else leaves[index]
             self._starts.append(len(self.leaves))
-        self._shape: Shape | None = None
+        self._num_leaves = len(self.leaves)  # of the plan where one is replayed, which may have more
+        self._turns = turns
+        self._shapes: list[Shape] = []
         self._replay: Replay | None = None
         self._longest: Request | None = None  # of the replayed renders
         self._live: dict[Request, Rendered] = {}  # of one pass
         self._recording: Plan | None = None
         self._marked: list[dict[str, Any]] = []
         if key is not None:
-            self._use_plan(cache.shape((key, tuple(map(shape_of, messages)))), turns)
+            self._shapes = cache.shapes(key, self._seen_of_messages())
+            self._use_plan()
 
-    def _use_plan(self, shape: Shape, turns: Turns) -> None:
-        self._shape = shape
-        texts = [leaf.text for leaf in self.leaves]
+    def _seen_of_messages(self) -> list[tuple[Any, bool]]:
+        """What a template can see of each message, and whether it is a turn."""
+        seen: list[tuple[Any, bool]] = [(shape_of(message), False) for message in self.messages]
+        for k, _ in self._turns:
+            seen[k] = (seen[k][0], has_reasoning(self.messages[k])), True
+        return seen
+
+    def _use_plan(self) -> None:
+        shape = self._shapes[-1]
         for plan in shape.plans:
-            values = plan.tape.replay(texts)
+            values = plan.replay(self.leaves)
             if values is not None:
                 self._replay = Replay(plan, values)
+                self._cache.use(plan)
+                self._num_leaves = plan.tape.num_leaves
                 return
-        if self._cache.one_pass and any(self._run_once(turns, head_again) for head_again in (False, True)):
+        if self._cache.one_pass and any(self._run_once(head_again) for head_again in (False, True)):
             return
-        if shape.num_met > 1:
-            self._record()
-
-    def _record(self) -> None:
-        assert self._shape is not None
-        if self._shape.recordable and len(self._shape.plans) < _MAX_PLANS_PER_SHAPE:
-            self._recording = Plan(Tape(len(self.leaves)))
+        if shape.num_met > 1 and shape.recordable:
+            self._recording = self._new_plan()
             self._marked = self._mark(self._recording.tape, len(self.messages))
 
-    def _run_once(self, turns: Turns, head_again: bool) -> bool:
+    def _new_plan(self) -> Plan:
+        turns = [(k, self._key(arguments)) for k, arguments in self._turns]
+        return Plan(Recorded(self.messages, self.leaves, self._starts, turns), Tape(len(self.leaves)))
+
+    def _run_once(self, head_again: bool) -> bool:
         """Makes all renders in one pass for each of the arguments; whether that can be done."""
         template = compiled_one_pass(self._template.text_for(self._tools), head_again)
         if template is None:
             return False
-        plan = Plan(Tape(len(self.leaves)))
+        plan = self._new_plan()
         marked = self._mark(plan.tape, len(self.messages))
         asked: dict[str, list[Asked]] = {}
-        for k, arguments in turns:
-            asked.setdefault(self._key(arguments), []).extend((Asked(k, True), Asked(k + 1, False)))
+        for k, key in plan.recorded.turns:
+            asked.setdefault(key, []).extend((Asked(k, True), Asked(k + 1, False)))
         try:
             for key, several in asked.items():
                 done = Pass(marked, several)
@@ -145,36 +154,33 @@ class Renders:
 
     def finish(self) -> bool:
         """Call when a conversation is done: keeps what was recorded; False if what was replayed proves stale."""
-        if self._shape is None:
-            return True
         if self._recording is not None:
-            self._shape.recordable = self._recording.exact
-            if self._recording.exact and len(self._shape.plans) < _MAX_PLANS_PER_SHAPE:
-                self._cache.add(self._shape, self._recording)
+            self._shapes[-1].recordable = self._recording.exact
+            if self._recording.exact:
+                self._cache.add(self._shapes, self._recording)
         if self._replay is None or self._longest is None:
             return True
         if self._replay.text(self._longest) == self._plain(self._longest):
             return True
-        self._cache.remove(self._shape, self._replay.plan)
+        self._cache.remove(self._replay.plan)
         return False
 
-    def fill(
-        self, turns: Turns, tokeniser: Tokeniser, stops: Stops, stop_token_ids: Collection[int]
-    ) -> list[Filled] | None:
+    def fill(self, tokeniser: Tokeniser, stops: Stops, stop_token_ids: Collection[int]) -> list[Filled] | None:
         """The turns by the stencil of the plan that is replayed; None where they must be proved one by one."""
         if self._replay is None or not (self._cache.stencils and tokeniser.goes_by_words):
             return None
         plan = self._replay.plan
         if plan.stencil is False:
-            asked = [(k, self._key(arguments)) for k, arguments in turns]
-            parts = self.messages, self.leaves, self._starts
-            plan.stencil = stencil_of(plan, asked, *parts, tokeniser, stops, stop_token_ids)
+            plan.stencil = stencil_of(plan, tokeniser, stops, stop_token_ids)
         if plan.stencil is None:
             return None
-        filled: list[Filled] | None = plan.stencil.fill(self._replay.values, self.leaves, self.messages, tokeniser)
+        turns = [k for k, _ in self._turns]
+        filled: list[Filled] | None = plan.stencil.fill(
+            turns, self._replay.values, self.leaves, self.messages, tokeniser
+        )
         if filled is not None:
-            self._key(turns[-1][1])
-            self._note(plan.stencil.longest)
+            last, arguments = self._turns[-1]
+            self._note(Request(last + 1, False, self._key(arguments)))
         return filled
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
@@ -203,7 +209,7 @@ class Renders:
 
     def _followed(self, k: int, key: str) -> Followed | None:
         """F with a message after turn k: a tool's result after tool calls, else a user's words; None if refused."""
-        end = range(len(self.leaves), len(self.leaves) + 1)
+        end = range(self._num_leaves, self._num_leaves + 1)
         for role in ("tool", "user") if self.messages[k].get("tool_calls") else ("user",):
             try:
                 return Followed(self._rendered(Request(k + 1, False, key, role), only=k), end)
@@ -255,7 +261,7 @@ class Renders:
 
     def _follower(self, request: Request, tape: Tape) -> dict[str, Any]:
         """The message after the turn; what it takes over from the turn's call does not count as the turn's."""
-        origin, start = len(self.leaves), self._starts[request.num_messages - 1]
+        origin, start = self._num_leaves, self._starts[request.num_messages - 1]
         own = self.leaves[start : self._starts[request.num_messages]]
         marked: dict[str, Any] = {}
         for name, text in self._plain_follower(request).items():

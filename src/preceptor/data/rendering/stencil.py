@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from preceptor.data.rendering import reasoning
 from preceptor.data.rendering.origins import Leaf
-from preceptor.data.rendering.plans import Request
 from preceptor.data.rendering.tokenise import Ids, Tokeniser
 
 Part = str | int  # the template's own text, or the number of a value
@@ -84,25 +83,32 @@ class TurnCheck:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stencil:
-    """The turns of all conversations of one plan: `pieces` are the context and the target of each of `checks`.
-
-    values: those that the longest render, `longest`, consists of.
+    """The turns of all conversations of one plan, or the first of them: `pieces` are the context and the target of
+    each of `checks`. values: those that the pieces consist of, in order; of the first n turns, `num_values[n]`.
     """
 
     pieces: Sequence[tuple[Piece, Piece]]
     checks: Sequence[TurnCheck]
     values: Sequence[int]
-    longest: Request
+    num_values: Sequence[int]
     stop_token_ids: Collection[int]
 
     def fill(
-        self, values: Sequence[Any], leaves: Sequence[Leaf], messages: Sequence[Mapping[str, Any]], tokeniser: Tokeniser
+        self,
+        turns: Sequence[int],
+        values: Sequence[Any],
+        leaves: Sequence[Leaf],
+        messages: Sequence[Mapping[str, Any]],
+        tokeniser: Tokeniser,
     ) -> list[Filled] | None:
         """The turns of a conversation with these values; None where its words need the proof turn by turn."""
-        if tokeniser.has_added_token("\n".join([values[ref] for ref in self.values])):
+        num = len(turns)
+        if num > len(self.checks):
+            return None
+        if tokeniser.has_added_token("\n".join([values[ref] for ref in self.values[: self.num_values[num]]])):
             return None
         filled = []
-        for (context, target), check in zip(self.pieces, self.checks, strict=True):
+        for (context, target), check in zip(self.pieces[:num], self.checks[:num], strict=True):
             if not check.holds(values, leaves, messages[check.index]):
                 return None
             context_ids, target_ids = _ids(context, values, tokeniser), _ids(target, values, tokeniser)
@@ -125,7 +131,7 @@ def _ids(piece: Piece, values: Sequence[Any], tokeniser: Tokeniser) -> Ids | Non
         if not isinstance(known, Stretch):
             ids += known
             continue
-        words = tokeniser.cut("".join([part if type(part) is str else values[part] for part in known.parts]))
+        words = tokeniser.cut("".join([part if isinstance(part, str) else values[part] for part in known.parts]))
         if words is None:
             return None
         if known.lead:
@@ -138,4 +144,4 @@ def _ids(piece: Piece, values: Sequence[Any], tokeniser: Tokeniser) -> Ids | Non
 
 
 def _text(piece: Piece, values: Sequence[Any]) -> str:
-    return "".join([part if type(part) is str else values[part] for part in piece.text])
+    return "".join([part if isinstance(part, str) else values[part] for part in piece.text])

@@ -1,11 +1,10 @@
 """Making the stencil of a plan (`stencil.py`): where in the template's own text the turns start and end."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from preceptor.data.rendering import reasoning
-from preceptor.data.rendering.origins import Leaf
-from preceptor.data.rendering.plans import Output, Plan, Request
+from preceptor.data.rendering.plans import Output, Plan, Recorded, Request
 from preceptor.data.rendering.proof import Stops
 from preceptor.data.rendering.stencil import Part, Piece, Stencil, Stretch, TurnCheck
 from preceptor.data.rendering.tokenise import Ids, Tokeniser
@@ -25,45 +24,41 @@ class NoStencil(Exception):
     """What the turns are hangs on the words of the conversation."""
 
 
-def stencil_of(
-    plan: Plan,
-    asked: Sequence[tuple[int, str]],
-    messages: Sequence[Mapping[str, Any]],
-    leaves: Sequence[Leaf],
-    starts: Sequence[int],
-    tokeniser: Tokeniser,
-    stops: Stops,
-    stop_token_ids: Collection[int],
-) -> Stencil | None:
-    """The stencil of a plan; None where there can be none.
-
-    asked: the turns, and the key of the arguments of each. leaves: those of the plan's conversation, of which
-    `starts[k]` is the first of message k.
-    """
+def stencil_of(plan: Plan, tokeniser: Tokeniser, stops: Stops, stop_token_ids: Collection[int]) -> Stencil | None:
+    """The stencil of a plan, of all its turns or of the first of them; None where there can be none."""
     if not tokeniser.goes_by_words:
         return None
-    longest = Request(asked[-1][0] + 1, False, asked[-1][1])
-    try:
-        render = _Render(plan, plan.outputs[longest])
-        turns = []
-        for k, key in asked:
-            own = range(starts[k], starts[k + 1])
-            turns.append(_turn(render, plan, Request(k, True, key), Request(k + 1, False, key), own, stops))
-        places = [place for start, end in turns for place in (start, end)]
-        pieces = _Pieces(render, tokeniser, stop_token_ids).cut(places)
-        checks = [
-            _check(render, k, start, end, messages[k], leaves, range(starts[k], starts[k + 1]))
-            for (k, _), (start, end) in zip(asked, turns, strict=True)
-        ]
-    except (NoStencil, KeyError):
-        return None
-    return Stencil(
-        pieces=list(zip(pieces[::2], pieces[1::2], strict=True)),
-        checks=checks,
-        values=sorted(set(render.values)),
-        longest=longest,
-        stop_token_ids=stop_token_ids,
-    )
+    asked = list(plan.recorded.turns)
+    while asked:
+        checks: list[TurnCheck] = []
+        places: list[Place] = []
+        try:
+            render = _Render(plan, _output(plan, asked[-1], prompt=False))
+            for turn in asked:
+                start, end = _places(render, plan, turn, stops)
+                checks.append(_check(render, turn[0], start, end, plan.recorded))
+                places += [start, end]
+            pieces = _Pieces(render, tokeniser, stop_token_ids).cut(places)
+        except NoStencil:
+            asked = asked[: max(1, len(checks))] if len(checks) < len(asked) > 1 else []
+            continue
+        return Stencil(
+            pieces=list(zip(pieces[::2], pieces[1::2], strict=True)),
+            checks=checks,
+            values=render.values,
+            num_values=[0, *(place.text for place in places[1::2])],
+            stop_token_ids=stop_token_ids,
+        )
+    return None
+
+
+def _output(plan: Plan, turn: tuple[int, str], prompt: bool) -> Output:
+    """The prompt of a turn, or the render up to it. Raises NoStencil where it was not recorded."""
+    k, key = turn
+    output = plan.outputs.get(Request(k, True, key) if prompt else Request(k + 1, False, key))
+    if output is None:
+        raise NoStencil
+    return output
 
 
 class _Render:
@@ -106,9 +101,10 @@ class _Render:
         return Place(index, at)
 
 
-def _turn(render: _Render, plan: Plan, prompt: Request, full: Request, own: range, stops: Stops) -> tuple[Place, Place]:
+def _places(render: _Render, plan: Plan, turn: tuple[int, str], stops: Stops) -> tuple[Place, Place]:
     """Where the target of a turn starts and ends. Raises NoStencil."""
-    start, end = render.end_of(plan.outputs[prompt]), render.end_of(plan.outputs[full])
+    start, end = (render.end_of(_output(plan, turn, prompt)) for prompt in (True, False))
+    own = plan.recorded.own(turn[0])
     origins = render.origins[start.text : end.text]
     found = stops.pattern.search(render.texts[end.text], 0, end.at)
     if not origins or found is None or any(origin is None or origin not in own for origin in origins):
@@ -116,30 +112,20 @@ def _turn(render: _Render, plan: Plan, prompt: Request, full: Request, own: rang
     return start, Place(end.text, found.end())
 
 
-def _check(
-    render: _Render,
-    k: int,
-    start: Place,
-    end: Place,
-    message: Mapping[str, Any],
-    leaves: Sequence[Leaf],
-    own: range,
-) -> TurnCheck:
-    if message.get("tool_calls"):
+def _check(render: _Render, k: int, start: Place, end: Place, recorded: Recorded) -> TurnCheck:
+    """What of turn k hangs on its words. Raises NoStencil where that is more than a TurnCheck asks."""
+    before = render.texts[start.text][: start.at]
+    if recorded.messages[k].get("tool_calls") or (start.text and reasoning.may_end_a_tag(before)):
         raise NoStencil
-    span = range(start.text, end.text)
     spelled = []
-    for leaf in own:
-        refs = tuple(render.values[at] for at in span if render.origins[at] == leaf)
-        if leaves[leaf].path[0] in _FIELDS:
+    for leaf in recorded.own(k):
+        refs = tuple(render.values[at] for at in range(start.text, end.text) if render.origins[at] == leaf)
+        if recorded.leaves[leaf].path[0] in _FIELDS:
             if not refs:
                 raise NoStencil
             spelled.append((leaf, refs))
-    before = render.texts[start.text][: start.at]
     between = "".join([render.texts[start.text][start.at :], *render.texts[start.text + 1 : end.text]])
     opened = bool(reasoning.opened_by(before)[0])
-    if start.text and reasoning.may_end_a_tag(before):
-        raise NoStencil  # with the end of a message's text
     return TurnCheck(k, tuple(spelled), render.values[end.text - 1], opened, opened or reasoning.has_tag(between))
 
 

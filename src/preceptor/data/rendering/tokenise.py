@@ -176,46 +176,6 @@ class Tokeniser:
             ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return ids
 
-    # Word by word, for stencils -----------------------------------------------------------------------------------------
-
-    @property
-    def goes_by_words(self) -> bool:
-        """Whether a text's ids are those of its added tokens and of the words between, one after the other."""
-        exact = self._chunked and not (self._start_is_special or self._drops_characters)
-        return exact and self._words.known and self._boundaries.are_local
-
-    def added_tokens(self, text: str) -> list[tuple[int, int, int]]:
-        """(start, end, id) of each added token in a text."""
-        assert self._backend is not None
-        return [(*found.span(), self._backend.token_to_id(found.group())) for found in self._cuts.finditer(text)]
-
-    def has_added_token(self, text: str) -> bool:
-        return self._cuts.search(text) is not None
-
-    def may_cross(self, before: str, after: str) -> bool:
-        """Whether an added token may begin in `before`, or end in `after`, for some text between the two."""
-        near = before[-self._longest :], after[: self._longest]
-        if near not in self._crossed:
-            tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
-            self._crossed[near] = any(
-                near[0].endswith(token[:cut]) or near[1].startswith(token[cut:])
-                for token in tokens
-                for cut in range(1, len(token))
-            )
-        return self._crossed[near]
-
-    def cut(self, text: str) -> list[str] | None:
-        """The words of a text without added tokens; None if the tokenizer has to be asked."""
-        return self._words.cut(text)
-
-    def add_words(self, ids: list[int], words: Iterable[str]) -> None:
-        ids.extend(self._words.ids_of(words))
-
-    def has_unknown(self, ids: Sequence[int]) -> bool:
-        return self._unknown is not None and self._unknown in ids
-
-    # -------------------------------------------------------------------------------------------------------------------
-
     def _remember(self, text: str, ids: Ids) -> None:
         if self._cached_characters > _CACHE_CHARACTERS:
             self._cache.clear()
@@ -262,6 +222,44 @@ class Tokeniser:
             for before in befores
             for sample in ("a", "é")
         )
+
+    # Word by word, for stencils ---------------------------------------------------------------------------------------
+
+    @property
+    def goes_by_words(self) -> bool:
+        """Whether a text's ids are those of its added tokens and of the words between, one after the other."""
+        exact = self._chunked and not (self._start_is_special or self._drops_characters)
+        return exact and self._words.known and self._boundaries.are_local
+
+    def added_tokens(self, text: str) -> list[tuple[int, int, int]]:
+        """(start, end, id) of each added token in a text."""
+        assert self._backend is not None
+        return [(*found.span(), self._backend.token_to_id(found.group())) for found in self._cuts.finditer(text)]
+
+    def has_added_token(self, text: str) -> bool:
+        return self._cuts.search(text) is not None
+
+    def may_cross(self, before: str, after: str) -> bool:
+        """Whether an added token may begin in `before`, or end in `after`, for some text between the two."""
+        near = before[-self._longest :], after[: self._longest]
+        if near not in self._crossed:
+            tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+            self._crossed[near] = any(
+                near[0].endswith(token[:cut]) or near[1].startswith(token[cut:])
+                for token in tokens
+                for cut in range(1, len(token))
+            )
+        return self._crossed[near]
+
+    def cut(self, text: str) -> list[str] | None:
+        """The words of a text without added tokens; None if the tokenizer has to be asked."""
+        return self._words.cut(text)
+
+    def add_words(self, ids: list[int], words: Iterable[str]) -> None:
+        ids.extend(self._words.ids_of(words))
+
+    def has_unknown(self, ids: Sequence[int]) -> bool:
+        return self._unknown is not None and self._unknown in ids
 
 
 def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
