@@ -3,10 +3,10 @@
     python benchmarks/rendering.py [--repetitions 3] [--template llama3]
 
 Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
-by `read_records` and `render_all`, in a process of its own, as `preceptor check` has; TRL's by `load_dataset` and the SFTTrainer's own preparation (`assistant_only_loss`,
-`dataset_num_proc=2`, no truncation, no packing). They take turns; each figure is the fastest of the repetitions. The
-trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin also trains the
-newline after each turn. Writes benchmarks/results/rendering.json (with machine, versions, date).
+by `read_records` and `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
+SFTTrainer's own preparation (`assistant_only_loss`, `dataset_num_proc=2`, no truncation, no packing). They take turns;
+each figure is the fastest of the repetitions. The trained tokens of both are counted: with llama3 they are the same;
+with a ChatML template TRL's twin also trains the newline after each turn. Writes benchmarks/results/rendering.json.
 """
 
 import argparse
@@ -140,6 +140,11 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def in_own_process(measure: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
 def make_renderer(tokenizer: Any) -> Renderer:
     return Renderer(tokenizer, load_template("tokenizer", tokenizer), stop_token_ids=[])
 
@@ -203,9 +208,8 @@ def compare(tokenizer: Any, files: dict[str, str], template: str, repetitions: i
     """Conversations per second of both sides for each file, and the load of the machine while they ran."""
     theirs = trl_side(tokenizer)
     result = {}
-    own_process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     for name, file in files.items():
-        pairs = [(own_process.submit(ours, file, tokenizer).result(), theirs(file)) for _ in range(repetitions)]
+        pairs = [(in_own_process(ours, file, tokenizer), theirs(file)) for _ in range(repetitions)]
         for one, other in pairs:
             extra = EXTRA_TOKENS_PER_TURN[template] * one.num_turns
             assert one.num_conversations == other.num_conversations
@@ -305,8 +309,7 @@ def memory(tokenizer: Any, folder: Path) -> list[dict[str, Any]]:
     result = []
     for times in (1, 3, 10):
         file = write(folder / f"rows-{times}.jsonl", Size(times * 1_000, (3, 8), (20, 100)), seed=times)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            own, _ = pool.apply(peak_megabytes, (file, 1, tokenizer, 1))
+        own, _ = in_own_process(peak_megabytes, file, 1, tokenizer, 1)
         result.append({"rows": times * 1_000, "peak_megabytes": own})
     return result
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,24 +56,13 @@ def demo(
 def _prepare(run: Any, console: Any) -> Any:
     from preceptor.data.sources import resolve
     from preceptor.study.check_text import format_line
+    from preceptor.study.progress import row_progress
     from preceptor.train.prepare import prepare
 
-    for source in (*run.data.train, *run.data.eval):
-        resolve(source)
-    with console.status("reading and rendering the data") as status:
-        prepared = prepare(run, on_row=_count_rows(status.update), num_processes=min(4, os.cpu_count() or 1))
+    sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
+    tables = [table for source in sources for table in resolve(source)]
+    with row_progress(tables, "reading and rendering") as on_row:
+        prepared = prepare(run, on_row, num_processes=min(4, os.cpu_count() or 1))
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared
-
-
-def _count_rows(update: Callable[[str], None]) -> Callable[[], None]:
-    rows = 0
-
-    def on_row() -> None:
-        nonlocal rows
-        rows += 1
-        if rows % 500 == 0:
-            update(f"reading and rendering the data: {rows:,} rows")
-
-    return on_row
