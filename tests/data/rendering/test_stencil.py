@@ -11,6 +11,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from preceptor.data.conversation import Conversation, Message
 from preceptor.data.render import Renderer
+from preceptor.data.rendering.onepass import Pass
 from preceptor.data.rendering.stencil import Stencil
 from preceptor.data.template import load_template
 from tiny import tiny_tokenizer
@@ -124,6 +125,16 @@ def test_where_words_decide_the_proof_is_made_turn_by_turn(monkeypatch, tokens, 
     for record in (chat(["Hello there", "Good day"]), chat(["How are", "you today"]), chat(["So", content])):
         assert quick.render(record) == slow.render(record)
     assert filled == ([] if tokens == CROSSING else [True, False])
+
+
+def test_a_plan_serves_the_conversations_that_its_own_begins_with(monkeypatch):
+    passes, run = [], Pass.run
+    monkeypatch.setattr(Pass, "run", lambda self, *args: (passes.append(1), run(self, *args))[1])
+    renderer = make("llama3", LLAMA3)
+    for turns in (4, 2, 1, 3):
+        record = chat([f"message {at} of {turns}" for at in range(2 * turns)])
+        assert renderer.render(record) == without_stencils(make("llama3", LLAMA3)).render(record)
+    assert sum(passes) == 1 + 4  # of the first, and of the renderers that it is compared with
 
 
 def test_a_stencil_that_is_wrong_is_found_out_and_not_used_again(monkeypatch):

@@ -161,7 +161,9 @@ def _with_system(row: Row, messages: list[Any]) -> list[Any]:
 
 
 def _tools(row: Row, nulls: Nulls) -> list[dict[str, Any]]:
-    tools = parsed("[]" if row.get("tools", "") == "" else row["tools"])
+    if row.get("tools", "") == "":
+        return []
+    tools = parsed(row["tools"])
     if isinstance(tools, list):
         tools = [parsed(tool) for tool in tools]
         if all(isinstance(tool, dict) for tool in tools):
@@ -170,7 +172,9 @@ def _tools(row: Row, nulls: Nulls) -> list[dict[str, Any]]:
 
 
 def _template_kwargs(row: Row, nulls: Nulls) -> dict[str, Any]:
-    kwargs = parsed("{}" if row.get("chat_template_kwargs", "") == "" else row["chat_template_kwargs"])
+    if row.get("chat_template_kwargs", "") == "":
+        return {}
+    kwargs = parsed(row["chat_template_kwargs"])
     if not isinstance(kwargs, dict):
         raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")
     given = {k: v for k, v in kwargs.items() if v is not None or not isinstance(kwargs, Struct)}

@@ -45,8 +45,10 @@ def check_characters(value: Any, where: str) -> None:
             ) from None
     elif isinstance(value, dict):
         for key, inner in value.items():
-            check_characters(key, where)
-            check_characters(inner, f"{where}.{key}" if where else str(key))
+            if not (isinstance(key, str) and key.isascii()):
+                check_characters(key, where)
+            if not (isinstance(inner, str) and inner.isascii()):  # most are, and a call for each takes its time
+                check_characters(inner, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             check_characters(inner, f"{where}[{index}]")
