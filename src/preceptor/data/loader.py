@@ -55,19 +55,16 @@ class Loader:
         return [row for planned in self.plan(epoch)[start:end] for row in lay_out(self.trees(planned), self.alone)]
 
     def largest_rows(self) -> list[Row]:
-        """Of the first epoch: the row of most tokens, and the row of most trained tokens."""
+        """Of the first epoch: the row of most tokens, and the row of most trained tokens if that is another."""
         plan = self.plan(0)
         num_tokens = [sum(self._lengths[index] for index in planned) for planned in plan]
         num_trained = [sum(tree.num_trained for tree in self.trees(planned)) for planned in plan]
         longest = max(range(len(plan)), key=lambda row: (num_tokens[row], num_trained[row]))
         most_trained = max(range(len(plan)), key=lambda row: (num_trained[row], num_tokens[row]))
-        return [
-            max(lay_out(self.trees(plan[row]), self.alone), key=size)
-            for row, size in (
-                (longest, lambda row: (row.num_tokens, row.num_trained)),
-                (most_trained, lambda row: (row.num_trained, row.num_tokens)),
-            )
-        ]
+        rows = [row for at in {longest, most_trained} for row in lay_out(self.trees(plan[at]), self.alone)]
+        most_tokens = max(rows, key=lambda row: (row.num_tokens, row.num_trained))
+        most_targets = max(rows, key=lambda row: (row.num_trained, row.num_tokens))
+        return [most_tokens] if most_tokens is most_targets else [most_tokens, most_targets]
 
     @property
     def fill(self) -> float:

@@ -12,7 +12,6 @@ from rich.console import Console
 from preceptor.data.grouping import chains_of
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.model.adapters import add_adapter
 from preceptor.model.load import load_model, resolve_model_path, save_model
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.model.vocabulary import align_model, resize_embeddings
@@ -52,6 +51,8 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
     resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
     align_model(model, voice.tokenizer, voice.stop_token_ids)
     if run.adapter is not None:
+        from preceptor.model.adapters import add_adapter  # peft takes a while to import
+
         assert run.adapter.alpha is not None, "a resolved run has an alpha"
         model = add_adapter(
             model,

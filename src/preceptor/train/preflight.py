@@ -156,12 +156,15 @@ def _require_equal(size: float, difference: float, dtype: torch.dtype, found: st
 
 
 def _check_largest(model: Any, rows: list[Row], loader: Loader, precision: str, objective: Objective) -> None:
-    """Both rows one after the other, as a step takes them, with room held for the optimizer's state."""
+    """The rows one after the other, beside what a step has: the optimizer's state, and the gradients of rows before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = _STATE_PER_PARAMETER * sum(p.numel() * p.element_size() for p in trained)
     model.train()
     for row in rows:
         try:
+            if loader.rows_per_step > 1:
+                for p in trained:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             state = torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
             with autocast(model.device, precision):
                 loss = objective(model, row) / max(1.0, row.divisor)
