@@ -142,20 +142,37 @@ class Renderer:
         arguments = {**self.template_kwargs, **record.template_kwargs}
         key = tools, _frozen(arguments)
         first = [(k, self._attempts(given[k], arguments)[0]) for k in turns]
+        weights = [messages[k].weight for k in turns]
         for cache_key in (key, None):
             renders = Renders(self.template, given, record.tools, self._cache, cache_key, first, leaves)
-            weights = [messages[k].weight for k in turns]
-            stencilled = None if spelled_out else self._by_stencil(renders, weights, record.source)
-            compares = stencilled is not None and self._cache.compares_stencil()
-            if stencilled is not None and not compares:
-                tree = stencilled
-            else:
-                self._cache.stencils = self._cache.stencils and not compares
-                tree = self._turn_by_turn(renders, turns, weights, arguments, spelled_out, record.source)
-                self._cache.stencils = self._cache.stencils or (compares and tree == stencilled)
+            tree = self._tree(renders, turns, weights, arguments, spelled_out, record.source)
             if renders.finish():
                 break
         return tree
+
+    def _tree(
+        self,
+        renders: Renders,
+        turns: Sequence[int],
+        weights: Sequence[float],
+        arguments: Mapping[str, Any],
+        spelled_out: bool,
+        source: str,
+    ) -> Tree:
+        """By the stencil of the plan, where it has one for these words, or turn by turn; now and then by both."""
+        stencilled = None if spelled_out else self._by_stencil(renders, weights, source)
+        if stencilled is not None and not self._cache.compares_stencil():
+            return stencilled
+        if stencilled is not None:
+            self._cache.stencils = False  # unless the proof, which may refuse, comes to the same
+        tree = GrowingTree(all_targets=self.targets == "all")
+        for k, weight in zip(turns, weights, strict=True):
+            context, target, texts = self._turn(renders, k, arguments, spelled_out)
+            num_shared = context.num_shared if k != turns[0] else 0
+            tree.add(context.ids, target, texts, weight, num_shared)
+        proved = tree.finish(source, self._decode)
+        self._cache.stencils = self._cache.stencils or proved == stencilled
+        return proved
 
     def _by_stencil(self, renders: Renders, weights: Sequence[float], source: str) -> Tree | None:
         filled = renders.fill(self._tokeniser, self._stops, self.stop_token_ids)
@@ -167,22 +184,6 @@ class Renderer:
             segments.append(Segment(kind, turn.context, len(segments) - 1 if segments else None, turn.context_text))
             segments.append(Segment("target", turn.target, len(segments) - 1, turn.target_text, weight))
         return Tree(source, tuple(segments))
-
-    def _turn_by_turn(
-        self,
-        renders: Renders,
-        turns: Sequence[int],
-        weights: Sequence[float],
-        arguments: Mapping[str, Any],
-        spelled_out: bool,
-        source: str,
-    ) -> Tree:
-        tree = GrowingTree(all_targets=self.targets == "all")
-        for k, weight in zip(turns, weights, strict=True):
-            context, target, texts = self._turn(renders, k, arguments, spelled_out)
-            num_shared = context.num_shared if k != turns[0] else 0
-            tree.add(context.ids, target, texts, weight, num_shared)
-        return tree.finish(source, self._decode)
 
     def _turn(
         self, renders: Renders, k: int, arguments: Mapping[str, Any], spelled_out: bool

@@ -84,6 +84,13 @@ class Head(NamedTuple):
     origins: Sequence[int | None]
     num_pieces: int
 
+    def upto(self, num_pieces: int) -> "Head":
+        """The same with so many of the pieces; of one that goes further only what is new is joined."""
+        if num_pieces == self.num_pieces:
+            return self
+        text, start = (self.text, self.num_pieces) if num_pieces > self.num_pieces else ("", 0)
+        return self._replace(text=text + "".join(self.pieces[start:num_pieces]), num_pieces=num_pieces)
+
 
 NO_HEAD = Head("", (), (), 0)
 

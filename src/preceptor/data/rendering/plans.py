@@ -9,9 +9,11 @@ Renders that begin alike share a *line*: the open world of `onepass`, of which e
     P of 2    └─ 2 ─┘ v9          F of 3    └─── 3 ───┘ v10 v11
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from preceptor.data.refusals import Refused
@@ -42,11 +44,18 @@ class Request:
 class Strand:
     """Pieces on a tape: the values that they are, and the leaves that they come from."""
 
-    __slots__ = ("origins", "refs")
+    __slots__ = ("_highest", "origins", "refs")
 
     def __init__(self, atoms: Sequence[Atom]) -> None:
         self.refs = [atom.ref for atom in atoms]
         self.origins = [atom.origin for atom in atoms]
+        self._highest: list[int] | None = None
+
+    def num_before(self, leaf: int, num: int) -> int:
+        """How many of the first `num` pieces stand before the first that came from this leaf or a later one."""
+        if self._highest is None:  # leaf up to each piece
+            self._highest = list(accumulate([-1 if origin is None else origin for origin in self.origins], max))
+        return bisect_left(self._highest, leaf, 0, num)
 
 
 class Output(Strand):
@@ -59,11 +68,10 @@ class Output(Strand):
 
     def __init__(self, line: Strand, num_shared: int, atoms: Sequence[Atom], first_leaf: int) -> None:
         super().__init__(atoms)
-        if any(origin is not None and origin >= first_leaf for origin in line.origins[:num_shared]):
-            self.refs = line.refs[:num_shared] + self.refs
-            self.origins = line.origins[:num_shared] + self.origins
-            num_shared = 0
-        self.line, self.num_shared = line, num_shared
+        before = line.num_before(first_leaf, num_shared)
+        self.refs = line.refs[before:num_shared] + self.refs
+        self.origins = line.origins[before:num_shared] + self.origins
+        self.line, self.num_shared = line, before
         self.first_leaf = first_leaf
         self.places = places_of(self.origins, first_leaf)
 
@@ -129,13 +137,12 @@ class Plan:
 class Replay:
     """The renders of a plan for one conversation, whose values the tape gave."""
 
-    __slots__ = ("_head", "_line", "_pieces", "plan", "values")
+    __slots__ = ("_head", "_line", "plan", "values")
 
     def __init__(self, plan: Plan, values: Sequence[str]) -> None:
         self.plan = plan
         self.values = values
         self._line: Strand | None = None  # of the last render
-        self._pieces: Sequence[str] = ()
         self._head: Head = NO_HEAD
 
     def text(self, request: Request) -> str:
@@ -153,13 +160,9 @@ class Replay:
             return NO_HEAD
         if output.line is not self._line:
             self._line = output.line
-            self._pieces = [self.values[ref] for ref in output.line.refs]
-            self._head = Head("", self._pieces, output.line.origins, 0)
-        head, num = self._head, output.num_shared
-        if num != head.num_pieces:
-            text, start = (head.text, head.num_pieces) if num > head.num_pieces else ("", 0)
-            self._head = head = Head(text + "".join(self._pieces[start:num]), self._pieces, head.origins, num)
-        return head
+            self._head = Head("", [self.values[ref] for ref in output.line.refs], output.line.origins, 0)
+        self._head = self._head.upto(output.num_shared)
+        return self._head
 
 
 @dataclass(eq=False, slots=True)

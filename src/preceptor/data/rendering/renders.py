@@ -124,18 +124,19 @@ class Renders:
 
     def _keep(self, plan: Plan, key: str, done: Pass) -> None:
         strands: dict[Line, tuple[list[str], Strand, list[int]]] = {}  # pieces, strand, how many pieces by outputs
+        heads: dict[Line, Head] = {}  # of the last render on the line: the next begins with a little more
         for asked, (line, num_outputs, outputs) in done.written.items():
             if line not in strands:
                 each = [pieces_of(plan.tape, [output]) for output in line.outputs]
                 ends = [0, *accumulate(len(pieces) for pieces, _ in each)]
                 strand = Strand([atom for _, atoms in each for atom in atoms])
                 strands[line] = [piece for pieces, _ in each for piece in pieces], strand, ends
+                heads[line] = Head("", strands[line][0], strand.origins, 0)
             shared, strand, ends = strands[line]
             pieces, atoms = pieces_of(plan.tape, outputs)
             output = Output(strand, ends[num_outputs], atoms, self._starts[max(asked.num_messages - 1, 0)])
-            if output.num_shared != ends[num_outputs]:
-                pieces = shared[: ends[num_outputs]] + pieces
-            head = Head("".join(shared[: output.num_shared]), shared, strand.origins, output.num_shared)
+            pieces = shared[output.num_shared : ends[num_outputs]] + pieces
+            heads[line] = head = heads[line].upto(output.num_shared)
             request = Request(asked.num_messages, asked.add_generation_prompt, key)
             plan.outputs[request] = output
             self._live[request] = Rendered(pieces, output.origins, head, output.first_leaf, output.places)
