@@ -76,7 +76,7 @@ class Tokeniser:
 
     def whole(self, text: str) -> Ids:
         """The tokenizer's own answer."""
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def context(self, text: str) -> Context:
         """The ids of a text that stands at the beginning, as `tokenizer(text, add_special_tokens=False)`.
@@ -210,8 +210,8 @@ class Tokeniser:
             return ()
         before = "\n" if self._start_is_special else ""
         num_before = len(self.whole(before)) if before else 0
-        ids = self._tokenizer(before + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return tuple(ids[num_before:])
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tuple(self._tokenizer(before + text, **options)["input_ids"][num_before:])
 
     def _treats_start_differently(self) -> bool:
         """Whether a text on its own is tokenised otherwise than behind a newline or an added token."""
