@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rendering import Text, make_tokenizer
+from rendering_work import Text, make_tokenizer
 
 from preceptor.data.conversation import Refusal
 from preceptor.data.forest import Tree, path_ids
