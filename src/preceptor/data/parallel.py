@@ -40,6 +40,7 @@ Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all el
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
 _RECORD_CHARACTERS = 200  # what a record costs besides its text
+_GARBAGE_THRESHOLDS = (50_000, 20, 20)
 _SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send and receive while this one renders
 _BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
@@ -76,8 +77,9 @@ def render_all(
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(num_processes - 1, context, initializer=_begin, initargs=(renderer,))
     gc.freeze()  # what was there before (torch, transformers) need not be looked through while trees are made
-    interval = sys.getswitchinterval()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
     try:
         for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
             yield from zip(chunk, outcomes, strict=True)
@@ -89,6 +91,7 @@ def render_all(
         ) from error
     finally:
         sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
         pool.shutdown(cancel_futures=True)  # its threads too: with them, the next input could not be forked for
 
@@ -230,7 +233,7 @@ def _begin(renderer: Renders) -> None:
     global _renderer
     _renderer = renderer
     gc.freeze()  # what lives as long as the process need not be looked at again; worth 5 to 10 % of the time
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process ends the work
 
