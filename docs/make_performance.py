@@ -22,23 +22,24 @@ WORK = {
 
 def section() -> str:
     """The section, without what has not been measured."""
-    parts = ["## Performance", *filter(None, (_peer(), _context(), _learning(), _scaling(), _rendering(), _plans()))]
-    return "\n\n".join(parts) + "\n"
-
-
-def _read(name: str) -> Any:
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    says = {
+        "peer": _peer,
+        "context_memory": _context,
+        "context_learning": _learning,
+        "scaling": _scaling,
+        "rendering": _rendering,
+        "packing": _plans,
+    }
+    measured = [(say, RESULTS / f"{name}.json") for name, say in says.items()]
+    parts = [say(json.loads(file.read_text(encoding="utf-8"))) for say, file in measured if file.exists()]
+    return "\n\n".join(["## Performance", *parts]) + "\n"
 
 
 def _on(about: dict[str, Any], command: str) -> str:
     return f"`{command}`; {about['machine']}, {about['date']}"
 
 
-def _peer() -> str:
-    found = _read("peer")
-    if found is None:
-        return ""
+def _peer(found: Any) -> str:
     works = [(says, found[name]) for name, says in WORK.items() if name in found]
     about = works[0][1]
     lines = [
@@ -81,10 +82,7 @@ def _largest_difference(works: list[tuple[str, Any]]) -> float:
     return float(max(abs(ours - theirs) / theirs for ours, theirs in pairs))
 
 
-def _context() -> str:
-    found = _read("context_memory")
-    if found is None:
-        return ""
+def _context(found: Any) -> str:
     table = "| context / answer | | activations | time | gradient error |\n|---|---|---:|---:|---:|"
     for name, modes in found["result"].items():
         for mode in ("recompute", "none"):
@@ -99,10 +97,7 @@ def _context() -> str:
     )
 
 
-def _learning() -> str:
-    found = _read("context_learning")
-    if found is None:
-        return ""
+def _learning(found: Any) -> str:
     parts = []
     for mode, runs in found["result"].items():
         exact = [run["all"]["exact_match"] for run in runs]
@@ -114,10 +109,7 @@ def _learning() -> str:
     )
 
 
-def _scaling() -> str:
-    found = _read("scaling")
-    if found is None:
-        return ""
+def _scaling(found: Any) -> str:
     packed, points = found["fits"]["packed"], found["curves"]["packed"]
     share = packed["more_per_1000_tokens_of_length"] / packed["microseconds_per_token"]
     return (
@@ -127,10 +119,7 @@ def _scaling() -> str:
     )
 
 
-def _rendering() -> str:
-    found = _read("rendering")
-    if found is None:
-        return ""
+def _rendering(found: Any) -> str:
     sizes = ", ".join(
         f"{row['ratio']} × ({row['conversations']:,} {name} conversations)"
         for name, row in found["against_trl"].items()
@@ -146,10 +135,7 @@ def _rendering() -> str:
     )
 
 
-def _plans() -> str:
-    found = _read("packing")
-    if found is None:
-        return ""
+def _plans(found: Any) -> str:
     ours = [row for row in found["plans"] if row["plan"] == "plan_rows"]
     full = [row for row in ours if row["mean_fill"] >= 0.98]
     least = min(ours, key=lambda row: row["mean_fill"])

@@ -36,6 +36,8 @@ from measures import (
     TAX,
     TAXES,
     Measure,
+    all_changes,
+    all_figures,
     changed,
     of_seeds,
     shown,
@@ -134,8 +136,8 @@ def point_figures(points: Sequence[Point], base: Measured, measures: Sequence[Me
             "way": point.way,
             "rows": point.size,
             "planted": point.planted,
-            "figures": {m.name: asdict(m.of(point.models)) for m in measures},
-            "from_base": {m.name: asdict(m.between([base], point.models)) for m in measures},
+            "figures": all_figures(measures, point.models),
+            "from_base": all_changes(measures, [base], point.models),
         }
         for point in points
     ]
@@ -225,7 +227,7 @@ def main() -> None:
         "steps": given.steps,
         "learning_rate": LEARNING_RATE,
         "row_tokens": ROW_TOKENS,
-        "base": {m.name: asdict(m.of([base])) for m in measures},
+        "base": all_figures(measures, [base]),
         "points": point_figures(points, base, measures),
         "claims": [asdict(claim) for claim in claims],
         "seconds": round(time.perf_counter() - started),

@@ -5,7 +5,7 @@ of pretraining (plain text to be continued), which no conversation has, and abou
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +133,15 @@ def _signed(value: float, digits: int) -> str:
     """With its sign, a true minus; what rounds to zero has none."""
     text = f"{value:+.{digits}f}"
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def all_figures(measures: Sequence[Measure], models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For the JSON: each measure of models that were trained alike, a seed each."""
+    return {measure.name: asdict(measure.of(models)) for measure in measures}
+
+
+def all_changes(
+    measures: Sequence[Measure], before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """For the JSON: by how much each measure of `after` is more than that of `before`."""
+    return {measure.name: asdict(measure.between(before, after)) for measure in measures}

@@ -12,12 +12,12 @@ The trials of `none` also give the merged models and the token-distribution shif
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from claims import Claim, Outcome, by_sign
-from measures import EXACT, SKILLS, TAX, TAXES, changed
+from measures import EXACT, SKILLS, TAX, TAXES, all_changes, all_figures, changed
 from preceptor.scholar.facts import load_facts
 from preceptor.scholar.library import library, write_pages
 from trial import Measured, Result, Trial
@@ -100,9 +100,9 @@ def mitigation_figures(found: Sequence[Mitigated], base: Measured) -> list[dict[
             "way": own.way,
             "label": own.label,
             "weight": own.weight,
-            "figures": {m.name: asdict(m.of(own.models)) for m in measures},
-            "from_base": {m.name: asdict(m.between([base], own.models)) for m in measures},
-            "from_none": None if own is found[0] else {m.name: asdict(m.between(plain, own.models)) for m in measures},
+            "figures": all_figures(measures, own.models),
+            "from_base": all_changes(measures, [base], own.models),
+            "from_none": None if own is found[0] else all_changes(measures, plain, own.models),
         }
         for own in found
     ]

@@ -35,7 +35,7 @@ from lima_curve import (
     points_of,
     write_sets,
 )
-from measures import EXACT, HELDOUT, SKILLS, STOPS, TAXES, shown, write_new_pages, yardsticks
+from measures import EXACT, HELDOUT, SKILLS, STOPS, TAXES, all_changes, all_figures, shown, write_new_pages, yardsticks
 from mitigations import mitigated, mitigation_claims, mitigation_figures, mitigation_trials, write_replay
 from study_page import write_page
 from trial import Measured, Result, Trial, Yardstick, run_all
@@ -138,10 +138,10 @@ def figures_of(
     interns = [results[f"none-{seed}"] for seed in range(sizes.seeds)]
     shift = _shift([result["comparison"]["shift"] for result in interns])
     return {
-        "base": {m.name: asdict(m.of([base])) for m in MEASURES},
+        "base": all_figures(MEASURES, [base]),
         "intern": {
-            "figures": {m.name: asdict(m.of(ways[0].models)) for m in MEASURES},
-            "from_base": {m.name: asdict(m.between([base], ways[0].models)) for m in MEASURES},
+            "figures": all_figures(MEASURES, ways[0].models),
+            "from_base": all_changes(MEASURES, [base], ways[0].models),
             "num_steps": interns[0]["num_steps"],
         },
         "curve": point_figures(points, base, MEASURES),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -44,6 +45,31 @@ def base_folder(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def preceptor(monkeypatch, capsys):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    from preceptor import cli
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["preceptor", *map(str, arguments)])
+        if stdin is not None:
+            lines = iter(stdin)
+            monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or end())
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    def end():
+        raise EOFError
+
+    return run
 
 
 @pytest.fixture

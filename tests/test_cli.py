@@ -7,33 +7,9 @@ import sys
 import pytest
 
 from conftest import conversations
-from preceptor import cli
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
-
-
-@pytest.fixture
-def preceptor(monkeypatch, capsys):
-    """Runs a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments, stdin=None):
-        monkeypatch.setattr(sys, "argv", ["preceptor", *map(str, arguments)])
-        if stdin is not None:
-            lines = iter(stdin)
-            monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or end())
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    def end():
-        raise EOFError
-
-    return run
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy():

@@ -1,7 +1,9 @@
 """Rendering in several processes gives what one process gives, in order, reads little ahead, and hides no error."""
 
+import gc
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +126,14 @@ def test_reads_a_bounded_number_of_records_ahead(
     ahead = [num_read - number for number, _ in enumerate(render_all(shows_process, read(), num_processes))]
     assert len(ahead) >= 3000
     assert max(ahead) <= 14 * (2 * parallel._BACKLOG + 2)  # 14 of these make a chunk
+
+
+@pytest.mark.skipif(parallel._start_method() == "spawn", reason="processes cannot be forked here")
+def test_the_next_input_can_be_forked_for_too(shows_process: ShowsProcess, started_at_once: None) -> None:
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    list(render_all(shows_process, waiting_for_the_pool(shows_process, documents(3000)), num_processes=2))
+    assert parallel._start_method() == "fork"
+    assert (sys.getswitchinterval(), gc.get_threshold()) == (interval, thresholds)
 
 
 def test_can_be_left_early(shows_process: ShowsProcess, started_at_once: None) -> None:

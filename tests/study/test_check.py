@@ -1,14 +1,14 @@
 """`preceptor check`: what it counts against counts made another way, what it prints, and when it passes."""
 
 import json
-import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from conftest import conversations
-from preceptor import cli, config
+from preceptor import config
 from preceptor.data import parallel
 from preceptor.data.conversation import Conversation, Refusal
 from preceptor.data.forest import Segment, Tree
@@ -33,20 +33,9 @@ FORGETS = """{%- for m in messages -%}
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
+def check(preceptor):
     """Runs the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["preceptor", "check", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(preceptor, "check")
 
 
 def segment(kind, length, parent):

@@ -1,12 +1,10 @@
 """`eval` and `compare` from the command line, on a tiny base and what training made of it."""
 
 import json
-import sys
 
 import pytest
 
 from conftest import conversations
-from preceptor import cli
 from preceptor.study.bootstrap import NUM_RESAMPLES
 
 CHOICES = [{"prompt": f"the {word}", "choices": [" user", " message"], "answer": 0} for word in ("start", "end", "and")]
@@ -15,21 +13,6 @@ ASKED = [
     for n in range(4)
 ]
 TEXTS = [{"text": f"the start of the message {n} and the end of it"} for n in range(5)]
-
-
-@pytest.fixture
-def preceptor(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["preceptor", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """`preceptor select`: what the base makes of a row against the model's own loss, what is kept, dropped and why."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import WORDS, conversations
-from preceptor import cli
 from preceptor.config import Source
 from preceptor.data.conversation import Conversation, Message, Refusal
 from preceptor.data.reading.padding import Struct
@@ -39,19 +37,11 @@ def good_rows(num):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, base_folder):
+def command(preceptor, base_folder):
     """Runs the command with the tiny base: (exit code, standard output, standard error)."""
 
     def run(*arguments, model=base_folder):
-        given = [*map(str, arguments), *(["--model", str(model)] if model else [])]
-        monkeypatch.setattr(sys, "argv", ["preceptor", "select", *given])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return preceptor("select", *arguments, *(["--model", model] if model else []))
 
     return run
 

@@ -1,14 +1,12 @@
 """`merge --sweep`: both ends are the models themselves, taxes are told by their intervals, plots stand alone."""
 
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preceptor import cli
 from preceptor.study.compare import Questions
 from preceptor.study.examine import examine
 from preceptor.study.figures import figures
@@ -93,21 +91,6 @@ def test_the_verdict_claims_no_more_than_the_intervals():
     assert "no weight pays less without losing on trained" in verdict([skill, tax])[0]
     tax["points"][3]["from_base"]["low"] = -0.1
     assert "pays no tax that can be told from zero" in verdict([skill, tax])[0]
-
-
-@pytest.fixture
-def preceptor(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["preceptor", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_the_command_writes_table_json_and_a_plot(preceptor, base_folder, tuned, write_jsonl, tmp_path):

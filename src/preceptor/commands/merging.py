@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.studying import BatchSize, Device, Dtype, Limit, MaxNewTokens, Seed, saying, wide_console
+from preceptor.commands.studying import (
+    BatchSize,
+    Device,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Seed,
+    saying,
+    wanted_tasks,
+    wide_console,
+)
 
 if TYPE_CHECKING:
     from preceptor.study.compare import Questions
@@ -48,11 +58,7 @@ def merge(
         raise errors.ConfigError(
             "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
         )
-    from preceptor.study.tasks import read_task, read_texts
-
-    named = [(path, "trained", read_task) for path in trained]
-    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
-    wanted = [(read(path).limited(limit, seed), role) for path, role, read in named]
+    wanted = wanted_tasks(trained, tasks, text, limit, seed)
     from preceptor.study.compare import Questions
 
     _sweep(base, tuned, weight, out, Questions(wanted, (), max_new_tokens, batch_size, seed), dtype, device)

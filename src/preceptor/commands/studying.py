@@ -93,11 +93,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write compare.json and items.jsonl here.")] = None,
 ) -> None:
     """Show what tuning did to a model: the alignment tax and the token-distribution shift (docs/evaluate.md)."""
-    from preceptor.study.tasks import choose_prompts, read_task, read_texts
+    from preceptor.study.tasks import choose_prompts
 
-    paths = [(path, "trained", read_task) for path in trained or ()]
-    paths += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
-    wanted = [(read(path).limited(limit, seed), role) for path, role, read in paths]
+    wanted = wanted_tasks(trained, tasks, text, limit, seed)
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
@@ -118,6 +116,17 @@ def compare(
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print_comparison(found, wide_console())
+
+
+def wanted_tasks(
+    trained: list[str] | None, tasks: list[str] | None, text: list[str] | None, limit: int | None, seed: int
+) -> list[tuple[Any, str]]:
+    """The tasks and texts of the options, each with its role: `trained`, `tax` or `text`."""
+    from preceptor.study.tasks import read_task, read_texts
+
+    named = [(path, "trained", read_task) for path in trained or ()]
+    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
+    return [(read(path).limited(limit, seed), role) for path, role, read in named]
 
 
 @contextmanager

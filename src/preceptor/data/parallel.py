@@ -93,7 +93,8 @@ def render_all(
         sys.setswitchinterval(interval)
         gc.set_threshold(*thresholds)
         gc.unfreeze()
-        pool.shutdown(cancel_futures=True)  # its threads too: with them, the next input could not be forked for
+        # While its threads live, the next input could not be forked for; fresh interpreters may take seconds to end.
+        pool.shutdown(wait=method == "fork", cancel_futures=True)
 
 
 def _shared_out(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from preceptor.data.refusals import Refused
 from preceptor.data.rendering.origins import NO_HEAD, Head, Leaf, Rendered, places_of
+from preceptor.data.rendering.stencil import Stencil
 from preceptor.data.rendering.tape import Atom, Tape
 from preceptor.data.template import Template
 
@@ -106,13 +107,14 @@ class Recorded(NamedTuple):
 class Plan:
     """What the template does with conversations of one shape: a tape, and each render on it.
 
-    stencil: a `stencil.Stencil`, None if there can be none, False as long as none was made.
+    stencil: made at the plan's first replay (`stencil_tried`); None if there can be none.
     """
 
     recorded: Recorded
     tape: Tape
     outputs: dict[Request, Output] = field(default_factory=dict)
-    stencil: Any = False
+    stencil: Stencil | None = None
+    stencil_tried: bool = False
 
     def replay(self, leaves: Sequence[Leaf]) -> list[Any] | None:
         """The tape's values for a conversation of this shape, or of the shape that this one begins with.

@@ -171,14 +171,12 @@ class Renders:
         if self._replay is None or not (self._cache.stencils and tokeniser.goes_by_words):
             return None
         plan = self._replay.plan
-        if plan.stencil is False:
-            plan.stencil = stencil_of(plan, tokeniser, stops, stop_token_ids)
+        if not plan.stencil_tried:
+            plan.stencil, plan.stencil_tried = stencil_of(plan, tokeniser, stops, stop_token_ids), True
         if plan.stencil is None:
             return None
         turns = [k for k, _ in self._turns]
-        filled: list[Filled] | None = plan.stencil.fill(
-            turns, self._replay.values, self.leaves, self.messages, tokeniser
-        )
+        filled = plan.stencil.fill(turns, self._replay.values, self.leaves, self.messages, tokeniser)
         if filled is not None:
             last, arguments = self._turns[-1]
             self._note(Request(last + 1, False, self._key(arguments)))
