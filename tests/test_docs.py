@@ -55,3 +55,10 @@ def test_the_performance_section_says_what_was_measured():
     module = made_by("make_performance")
     found = module.SECTION.search(README)
     assert found is not None and found.group() == module.section(), "run python docs/make_performance.py"
+
+
+def test_the_page_on_plans_says_what_was_measured_and_planned():
+    module = made_by("make_plan_page")
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_plan_page.py"
+    assert module.PLANNED.search(page).group() == module.planned(), "run python docs/make_plan_page.py"

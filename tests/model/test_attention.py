@@ -192,4 +192,4 @@ def test_activation_checkpointing_hands_the_layout_on():
     with forest_attention(checkpointed):
         row_loss(checkpointed, row).backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
+        torch.testing.assert_close(one.grad, other.grad, rtol=3e-5, atol=3e-5)

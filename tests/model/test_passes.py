@@ -167,7 +167,7 @@ def test_less_is_kept_for_long_contexts():
     }
     shares = [num_bytes / whole_row for num_bytes in kept.values()]
     assert shares[0] < 0.9  # in one of four layers little for three of four tokens
-    assert shares[1] < 0.31
+    assert shares[1] < 0.33
     assert shares[2] < 0.1
 
 

@@ -40,7 +40,7 @@ def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(grads[name], parameter.grad, rtol=2e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=2e-5, atol=3e-7, msg=name)
 
 
 def test_each_conversation_counts_the_same_however_rows_are_made():

@@ -18,7 +18,7 @@ from typing import Literal
 
 from preceptor.model.layers import Pass, Run, keys_only, run_layer
 from preceptor.model.parameters import Adapter
-from preceptor.model.saved import NORMS, Precision, Tape, Value
+from preceptor.model.saved import Precision, Tape, Value, norm
 from preceptor.model.shapes import Layer, Shape
 
 ContextGradient = Literal["full", "recompute", "none"]
@@ -265,4 +265,4 @@ class _Book:
             self._cast_layers.add(index)
 
     def _leave(self, x: Value, num_tokens: int) -> None:
-        NORMS[self.shape.family.norm](self.tape, x, num_tokens)
+        norm(self.tape, self.shape.family.norm, x, num_tokens)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from preceptor.model.saved import (
     FLOAT32,
-    NORMS,
     Tape,
     Value,
     add,
     cast,
+    gated,
     linear,
     multiply,
-    pointwise,
+    norm,
     product,
     rotate,
 )
@@ -59,21 +59,21 @@ class Pass:
 
 def run_layer(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
     """One decoder layer: what comes out of it; the tape has what it keeps."""
-    norm, num_tokens = NORMS[shape.family.norm], tokens.num_tokens
-    y = attention(tape, shape, layer, norm(tape, x, num_tokens), tokens)
+    kind, num_tokens = shape.family.norm, tokens.num_tokens
+    y = attention(tape, shape, layer, norm(tape, kind, x, num_tokens), tokens)
     if shape.family.norms == 4:
-        y = norm(tape, y, num_tokens)
+        y = norm(tape, kind, y, num_tokens)
     x = add(x, y)
-    y = norm(tape, x, num_tokens)
+    y = norm(tape, kind, x, num_tokens)
     y = mlp(tape, shape, layer, y, num_tokens)
     if shape.family.norms == 4:
-        y = norm(tape, y, num_tokens)
+        y = norm(tape, kind, y, num_tokens)
     return add(x, y)
 
 
 def keys_only(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
     """A layer up to its keys and values, for tokens that others see and no loss reads."""
-    normed = NORMS[shape.family.norm](tape, x, tokens.num_tokens)
+    normed = norm(tape, shape.family.norm, x, tokens.num_tokens)
     project(tape, shape, normed, tokens, queries=False)
     return x
 
@@ -101,9 +101,9 @@ def project(tape: Tape, shape: Shape, x: Value, tokens: Pass, queries: bool = Tr
         projected = [Value(num_tokens * width, joint.itemsize, joint.grad, joint.elements) for width in widths]
     query, key, value = projected
     if shape.family.qk_norm:
-        norm = NORMS[shape.family.norm]
-        query = norm(of_queries, query, num_tokens * shape.num_heads)
-        key = norm(tape, key, num_tokens * shape.num_kv_heads)
+        kind = shape.family.norm
+        query = norm(of_queries, kind, query, num_tokens * shape.num_heads)
+        key = norm(tape, kind, key, num_tokens * shape.num_kv_heads)
     return rotate(of_queries, query, tokens.angles), rotate(tape, key, tokens.angles), value
 
 
@@ -170,7 +170,7 @@ def mlp(tape: Tape, shape: Shape, layer: Layer, x: Value, num_tokens: int) -> Va
     if shape.family.fused:
         return linear(tape, _gate_joint(tape, projected[0]), down, num_tokens)
     gate, up = projected
-    return linear(tape, multiply(tape, pointwise(tape, gate), up), down, num_tokens)
+    return linear(tape, gated(tape, gate, up), down, num_tokens)
 
 
 def _gate_joint(tape: Tape, joint: Value) -> Value:

@@ -24,6 +24,7 @@ from preceptor.model.loss_softmax import LossForm, blocks, losses_and_gradients,
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
 _HEAD_ROWS = {"cpu": 2048, "cuda": 2**15}
+_FEW_COLUMNS, _MANY_ROWS = 640, 512
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -220,7 +221,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     products_CV, target_N[chunk], weight_N[chunk], bias_V, grad_bias_V, form
                 )
                 if grad_hidden_TD is not None:  # a source may occur several times: where a tree branches
-                    grad_hidden_TD.index_add_(0, source_N[chunk], (products_CV @ head_VD).to(hidden_TD.dtype))
+                    grad_hidden_TD.index_add_(0, source_N[chunk], _through_head(products_CV, head_VD, hidden_TD.dtype))
                 if head_total_VD is not None:
                     _add_product(head_total_VD, products_CV, hidden_CD)
                 if grad_weight_RD is not None:
@@ -269,6 +270,14 @@ def _to_gradients(
         if grad_bias_V is not None:
             grad_bias_V += logits_RV.sum(dim=0)
     return losses_C
+
+
+def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad W, as `dtype`; in halves where oneDNN would leave it all to one core: many rows, few columns, bfloat16."""
+    narrow = head_VD.dtype.itemsize == 2 and head_VD.shape[1] < _FEW_COLUMNS and len(grad_CV) >= _MANY_ROWS
+    if head_VD.device.type != "cpu" or not narrow:
+        return (grad_CV @ head_VD).to(dtype)
+    return torch.cat([(grad_CV @ half_VD).to(dtype) for half_VD in head_VD.chunk(2, dim=1)], dim=1)
 
 
 def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:

@@ -32,6 +32,7 @@ from preceptor.data.forest import Row
 from preceptor.errors import ModelError
 from preceptor.model.attention import KeysKept, attention_implementation, decoder_of, forest_attention
 from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range
+from preceptor.model.lean import lean_modules
 from preceptor.model.levels import Level, levels
 
 Forward = Callable[..., Any]
@@ -68,7 +69,8 @@ def decode(model: nn.Module, row: Row, index_M: Tensor | None, layout: ForestLay
     ids_M, position_M = torch.from_numpy(row.ids_T).to(device), torch.from_numpy(row.position_T).to(device)
     if index_M is not None:
         ids_M, position_M = ids_M[index_M], position_M[index_M]
-    output = decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
+    with lean_modules(model):
+        output = decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
     hidden_MD: Tensor = output.last_hidden_state[0]
     return hidden_MD
 
@@ -99,21 +101,22 @@ def decode_levels(model: nn.Module, row: Row, keep: Keep) -> tuple[Tensor, np.nd
     hidden, index = [], []
     plan = levels(row)
     masks = PathMasks(run for level in plan for run in level.runs)
-    for level in plan:
-        layout = PassLayout(level.runs, kept, None if level is plan[-1] else {}, masks)
-        index_M = level.index_T()
-        constant = keep.context_gradient == "none" and not level.read
-        with (
-            forest_attention(model),
-            _layers_through(model, _wrap_for(model, level, keep)),
-            torch.no_grad() if constant else nullcontext(),
-        ):
-            hidden_MD = decode(model, row, torch.from_numpy(index_M).to(device), layout)
-        if level.read:
-            hidden.append(hidden_MD)
-            index.append(index_M)
-        # a layer that runs again must not leave its keys a second time, nor hold on to those of later levels
-        kept, layout.recorded = layout.recorded or {}, None
+    with lean_modules(model):  # one for all levels, which read the same weights
+        for level in plan:
+            layout = PassLayout(level.runs, kept, None if level is plan[-1] else {}, masks)
+            index_M = level.index_T()
+            constant = keep.context_gradient == "none" and not level.read
+            with (
+                forest_attention(model),
+                _layers_through(model, _wrap_for(model, level, keep)),
+                torch.no_grad() if constant else nullcontext(),
+            ):
+                hidden_MD = decode(model, row, torch.from_numpy(index_M).to(device), layout)
+            if level.read:
+                hidden.append(hidden_MD)
+                index.append(index_M)
+            # a layer that runs again must not leave its keys a second time, nor hold on to those of later levels
+            kept, layout.recorded = layout.recorded or {}, None
     return torch.cat(hidden), np.concatenate(index)
 
 
@@ -167,7 +170,7 @@ def _checkpointed(model: nn.Module, forward: Forward) -> Forward:
     attention = decoder_of(model).config._attn_implementation
 
     def run(*arguments: Any, **named: Any) -> Any:
-        with attention_implementation(model, attention):  # when it runs again, nothing else has set it
+        with attention_implementation(model, attention), lean_modules(model):  # when it runs again, nothing else has
             return forward(*arguments, **named)
 
     def checkpointed(*arguments: Any, **named: Any) -> Any:

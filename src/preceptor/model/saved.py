@@ -11,7 +11,7 @@ Legend: T tokens, D hidden size, H query heads.
 
 from dataclasses import dataclass, field
 
-from preceptor.model.shapes import Linear
+from preceptor.model.shapes import Linear, NormKind
 
 FLOAT32, HALF = 4, 2  # bytes of an element
 
@@ -61,6 +61,7 @@ class Tape:
     casts_bytes: int = 0
     _kept: dict[Value, int] = field(default_factory=dict)
     _shared: dict[object, int] = field(default_factory=dict)
+    _copies: dict[tuple[Value, int], Value] = field(default_factory=dict)
 
     @property
     def kept_bytes(self) -> int:
@@ -69,6 +70,10 @@ class Tape:
     def keep(self, *values: Value) -> None:
         for value in values:
             self._kept[value] = value.num_bytes
+
+    def copy_of(self, value: Value, itemsize: int) -> Value:
+        """Its copy of that type, one for all who ask; itself where the type is right already."""
+        return self._copies.setdefault((value, itemsize), cast(value, itemsize))
 
     def keep_shared(self, name: object, num_bytes: int) -> None:
         """What several layers keep together, such as a mask, counts once, at its largest, under its name."""
@@ -107,44 +112,27 @@ def pointwise(tape: Tape, value: Value, keeps_input: bool = True) -> Value:
     return result
 
 
-def llama_norm(tape: Tape, x: Value, tokens: int) -> Value:
-    """weight * (x * rsqrt(mean(x^2) + eps)), the inner part in float32: keeps x and x-hat, as well as the root."""
-    wide = cast(x, FLOAT32)
-    normed = cast(_by_root(tape, wide, tokens), x.itemsize)
-    return multiply(tape, _weight(tape), normed)
+def norm(tape: Tape, kind: NormKind, x: Value, tokens: int) -> Value:
+    """model/norms.py: keeps its input and the root of each token; Llama's result has the wider type of x and weight."""
+    grad = x.grad or tape.full
+    if grad:
+        tape.keep(x, Value(tokens, FLOAT32, False))
+    itemsize = max(x.itemsize, tape.precision.weight_bytes) if kind == "llama" else x.itemsize
+    return Value(x.elements, itemsize, grad)
 
 
-def gpt_oss_norm(tape: Tape, x: Value, tokens: int) -> Value:
-    """As llama_norm, but all of it in float32."""
-    return cast(multiply(tape, _weight(tape), _by_root(tape, cast(x, FLOAT32), tokens)), x.itemsize)
-
-
-def gemma_norm(tape: Tape, x: Value, tokens: int) -> Value:
-    """x-hat * (1 + weight), all of it in float32; the sum is a tensor of its own."""
-    normed = _by_root(tape, cast(x, FLOAT32), tokens)
-    scale = Value(x.elements // tokens, FLOAT32, tape.full)
-    return cast(multiply(tape, normed, scale), x.itemsize)
-
-
-NORMS = {"llama": llama_norm, "gemma": gemma_norm, "gpt_oss": gpt_oss_norm}
-
-
-def _by_root(tape: Tape, x: Value, tokens: int) -> Value:
-    root = Value(tokens, FLOAT32, x.grad)
-    if x.grad:
-        tape.keep(x, root)  # of x^2, of rsqrt, of their product
-    return Value(x.elements, FLOAT32, x.grad)
-
-
-def _weight(tape: Tape) -> Value:
-    """A norm's weight: a parameter, so that it counts nothing where it is kept."""
-    return Value(0, tape.precision.weight_bytes, tape.full)
+def gated(tape: Tape, gate: Value, up: Value) -> Value:
+    """act(gate) * up, model/gates.py: keeps both and nothing of its own."""
+    grad = gate.grad or up.grad
+    if grad:
+        tape.keep(gate, up)
+    return Value(gate.elements, max(gate.itemsize, up.itemsize), grad)
 
 
 def linear(tape: Tape, x: Value, layer: Linear, tokens: int) -> Value:
     """x W^T + b, with LoRA beside it where the tape has an adapter for the layer's name.
 
-    Autocast copies the input anew for each layer that reads it, and each weight once.
+    Under autocast, layers that read the same float32 input share one copy of it (model/lean.py).
     """
     out = _product(tape, x, layer.inputs, layer.outputs, tokens, tape.full, tape.precision.weight_bytes)
     if tape.rank == 0 or (tape.targets is not None and layer.name not in tape.targets):
@@ -161,7 +149,7 @@ def linear(tape: Tape, x: Value, layer: Linear, tokens: int) -> Value:
 def _product(tape: Tape, x: Value, inputs: int, outputs: int, tokens: int, trained: bool, weight_bytes: int) -> Value:
     itemsize = HALF if tape.precision.autocast else weight_bytes
     if trained:
-        tape.keep(cast(x, itemsize))
+        tape.keep(tape.copy_of(x, itemsize))
     if (x.grad or trained) and weight_bytes != itemsize:
         # the cast of a trained weight is kept by autocast's cache even where no gradient needs it
         tape.casts_bytes += inputs * outputs * itemsize
