@@ -148,12 +148,12 @@ def _clock(seconds: list[float], hopeless_seconds: float) -> Any:
 
 
 def start_ours(options: dict[str, Any]) -> dict[str, Any]:
-    """`preceptor train` for one step; its end is when metrics.jsonl is written."""
+    """`preceptor train` for one step over all conversations; its end is when metrics.jsonl is written."""
     folder, out = Path(options["folder"]), Path(options["out"])
     run_file = folder / "run.yaml"
     run_file.write_text(
         f"model: {{path: {folder}/model}}\ndata: {{train: [{{path: {folder}/messages.jsonl}}]}}\nout: {out}\n"
-        "train: {duration: 1 steps, rows_per_step: 1, eval_every: null}\n"
+        "train: {duration: 1 steps, rows_per_step: 16, eval_every: null}\n"
     )
     from preceptor.cli import app
 

@@ -41,7 +41,7 @@ def _on(about: dict[str, Any], command: str) -> str:
 
 def _peer(found: Any) -> str:
     works = [(says, found[name]) for name, says in WORK.items() if name in found]
-    about = works[0][1]
+    about = works[0][1] | {"date": " and ".join(sorted({work["date"] for _, work in works}))}
     lines = [
         f"**A training step against TRL {about['trl']}**, in the best of its configurations for this machine (a batch "
         "of one, padded, padding-free, packed), ours in the better of two row lengths; same model (Qwen3, 8 layers, "

@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ class ShowsProcess:
     def render(self, record: Record) -> Tree | Refusal:
         assert isinstance(record, Document)
         (self.folder / str(os.getpid())).touch()
+        if record.text == "slow":
+            time.sleep(0.001)
         if record.text == "fail":
             raise ValueError(f"cannot render {record.source}")
         if record.text == "die" and os.getpid() != int((self.folder / "caller").read_text()):
@@ -55,7 +58,7 @@ def documents(num: int) -> list[Document]:
 
 def waiting_for_the_pool(shows_process: ShowsProcess, records: list[Document]) -> Iterator[Document]:
     """Records that keep coming until another process has rendered some of them."""
-    while len(list(shows_process.folder.iterdir())) < 3:  # "caller", this process, another
+    while {file.name for file in shows_process.folder.iterdir()} <= {"caller", str(os.getpid())}:
         time.sleep(0.01)
         yield Document("more", "x" * 4000)
     yield from records
@@ -83,11 +86,12 @@ def test_gives_the_same_in_order_as_one_process(started_at_once: None) -> None:
 
 
 def test_other_processes_do_a_part_of_the_work(shows_process: ShowsProcess, started_at_once: None) -> None:
-    given = waiting_for_the_pool(shows_process, documents(3000))
-    outcomes = [(record, tree) for record, tree in render_all(shows_process, given, num_processes=2)]
+    slow = [Document(f"file:{number}", "slow") for number in range(400)]  # what one process alone cannot keep up with
+    given = waiting_for_the_pool(shows_process, slow)
+    outcomes = list(render_all(shows_process, given, num_processes=2))
     processes = {tree.segments[0].ids[0] for _, tree in outcomes if isinstance(tree, Tree)}
     assert len(processes) == 2 and os.getpid() in processes
-    assert [record for record, _ in outcomes][-3000:] == documents(3000)
+    assert [record for record, _ in outcomes][-400:] == slow
 
 
 def test_starts_no_process_for_a_small_input(shows_process: ShowsProcess) -> None:
@@ -128,11 +132,14 @@ def test_reads_a_bounded_number_of_records_ahead(
     assert max(ahead) <= 14 * (2 * parallel._BACKLOG + 2)  # 14 of these make a chunk
 
 
-@pytest.mark.skipif(parallel._start_method() == "spawn", reason="processes cannot be forked here")
-def test_the_next_input_can_be_forked_for_too(shows_process: ShowsProcess, started_at_once: None) -> None:
-    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are not forked here")
+def test_the_next_input_can_be_forked_for_too(
+    shows_process: ShowsProcess, started_at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "_start_method", lambda: "fork")  # whatever threads other tests have left
+    threads, interval, thresholds = threading.enumerate(), sys.getswitchinterval(), gc.get_threshold()
     list(render_all(shows_process, waiting_for_the_pool(shows_process, documents(3000)), num_processes=2))
-    assert parallel._start_method() == "fork"
+    assert threading.enumerate() == threads
     assert (sys.getswitchinterval(), gc.get_threshold()) == (interval, thresholds)
 
 

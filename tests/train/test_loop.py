@@ -151,6 +151,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
 
+def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file):
+    prepared = prepare(config.load(run_file()))
+    model = build_model(prepared, torch.device("cpu"))
+    state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
+    state.step = 6
+
+    def more_than_there_is(*_, **__):
+        return torch.empty(1 << 60)
+
+    with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_row_tokens") as raised:
+        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32", more_than_there_is)
+    assert "allocate" in str(raised.value.__cause__)
+
+
 @pytest.mark.parametrize("adapter", [(), ("adapter.rank=4",)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_what_is_saved_speaks_and_stops_in_plain_transformers(run_file, adapter, precision):

@@ -10,6 +10,7 @@ import typer
 
 from preceptor import errors
 from preceptor.commands.arguments import REFUSED, DataFile, ModelPath, OptionalRunFile, TemplateName, run_of
+from preceptor.commands.importing import large_imports
 
 
 def show(
@@ -58,7 +59,9 @@ def check(
     from preceptor.study.check import check_data, to_json
     from preceptor.study.check_text import to_text
     from preceptor.study.progress import row_progress
-    from preceptor.train.prepare import give_voice
+
+    with large_imports():
+        from preceptor.train.prepare import give_voice
 
     renderer = give_voice(run.model, run.data).renderer(run.data)
     with row_progress(tables, "checking") as on_row:
@@ -122,7 +125,9 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _renderer_of(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
     from preceptor import config
-    from preceptor.train.prepare import give_voice
+
+    with large_imports():
+        from preceptor.train.prepare import give_voice
 
     data = {"train": [{"path": "-"}], "template": template, "template_kwargs": template_kwargs}
     tree = {"model": {"path": model}, "data": data, "out": "-"}
@@ -132,7 +137,9 @@ def _renderer_of(model: str, template: str, template_kwargs: dict[str, Any]) -> 
 
 def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
     from preceptor.data.sources import read_records, resolve
-    from preceptor.train.prepare import give_voice
+
+    with large_imports():
+        from preceptor.train.prepare import give_voice
 
     for source in run.data.train:
         resolve(source)

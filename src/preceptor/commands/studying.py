@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from preceptor import errors
+from preceptor.commands.importing import large_imports
 
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of weights and matrix products.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU where there is one.")]
@@ -43,11 +44,13 @@ def eval(
 
     wanted = [read_task(path).limited(limit, seed) for path in tasks]
     _check_file(out)
-    from preceptor.study.compare import settings_of
-    from preceptor.study.examine import examine
-    from preceptor.study.figures import records, summary
-    from preceptor.study.figures_text import print_evaluation
-    from preceptor.study.subject import load_subject
+
+    with large_imports():
+        from preceptor.study.compare import settings_of
+        from preceptor.study.examine import examine
+        from preceptor.study.figures import records, summary
+        from preceptor.study.figures_text import print_evaluation
+        from preceptor.study.subject import load_subject
 
     items: list[dict[str, Any]] = []
     with saying() as status:
@@ -99,10 +102,12 @@ def compare(
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
-    from preceptor.study.compare import Questions, write
-    from preceptor.study.compare import compare as compare_models
-    from preceptor.study.figures_text import print_comparison
-    from preceptor.study.subject import load_subject
+
+    with large_imports():
+        from preceptor.study.compare import Questions, write
+        from preceptor.study.compare import compare as compare_models
+        from preceptor.study.figures_text import print_comparison
+        from preceptor.study.subject import load_subject
 
     questions = Questions(wanted, asked, max_new_tokens, batch_size, seed)
     with saying() as status:

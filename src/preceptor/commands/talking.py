@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from preceptor.commands.importing import large_imports
+
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
@@ -14,7 +16,8 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")] = 256,
 ) -> None:
     """Talk to a model in the terminal. An empty line does nothing, /new starts anew, Ctrl-D ends."""
-    from preceptor.study.chat import converse, load_speaker
+    with large_imports():
+        from preceptor.study.chat import converse, load_speaker
     from preceptor.train.metrics import standard_console
 
     speakers = [load_speaker(path, max_new_tokens) for path in ([base] if base else []) + [model]]

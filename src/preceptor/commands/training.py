@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from preceptor.commands.arguments import Overrides, Replace, RunFile
+from preceptor.commands.importing import large_imports
 
 
 def train(
@@ -26,7 +27,8 @@ def train(
         check_out(run.out, replace)
     console = standard_console()
     prepared = _prepare(run, console)
-    from preceptor.train.execute import execute
+    with large_imports():
+        from preceptor.train.execute import execute
 
     try:
         summary = execute(prepared, console, resume=resume, replace=replace)
@@ -48,7 +50,8 @@ def demo(
     from preceptor.train.metrics import standard_console
 
     check_out(str(out), replace)
-    from preceptor.demo import run_demo
+    with large_imports():
+        from preceptor.demo import run_demo
 
     run_demo(out, questions, standard_console(), replace=replace)
 
@@ -57,7 +60,9 @@ def _prepare(run: Any, console: Any) -> Any:
     from preceptor.data.sources import resolve
     from preceptor.study.check_text import format_line
     from preceptor.study.progress import row_progress
-    from preceptor.train.prepare import prepare
+
+    with large_imports():
+        from preceptor.train.prepare import prepare
 
     sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
     tables = [table for source in sources for table in resolve(source)]

@@ -16,7 +16,6 @@ from preceptor.model.load import load_model, resolve_model_path, save_model
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.study.plan_trees import predict_peak_bytes
-from preceptor.study.report import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.folder import open_folder, write_summary
@@ -117,6 +116,8 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "seconds": time.perf_counter() - started,
     }
     write_summary(folder, summary)
+    from preceptor.study.report import write_report  # matplotlib takes a while to import
+
     write_report([folder])
     return summary
 

@@ -19,6 +19,7 @@ from preceptor.train.metrics import Display, append_line
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
+from preceptor.train.room import naming_what_does_not_fit
 from preceptor.train.watch import Watch
 
 
@@ -35,8 +36,7 @@ def train(
     """Train `state` to the end of the run.
 
     Each step divides the summed loss of its rows once, by the step's number of trained tokens (or of conversations,
-    data/weights.py), so that how tokens are spread over rows changes nothing. Raises ModelError, before any weight is
-    touched, when loss or gradient is not finite.
+    data/weights.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
     """
     total_steps = run.duration.steps(loader.steps_per_epoch)
     warmup_steps = run.warmup.steps(loader.steps_per_epoch, total_steps)
@@ -77,15 +77,19 @@ def take_step(
     precision: str,
     objective: Objective = CROSS_ENTROPY_OF_A_ROW,
 ) -> tuple[float, float]:
-    """One optimizer step over `rows`: (mean loss in nats, by default per trained token; gradient norm, not clipped)."""
+    """One optimizer step over `rows`: (mean loss in nats, by default per trained token; gradient norm, not clipped).
+
+    Raises ModelError, before any weight is touched, when loss or gradient is not finite, or when memory runs out.
+    """
     divisor = math.fsum(row.divisor for row in rows) or 1.0
     loss = 0.0
     state.model.train()
     with head_cast_once(), embedding_gradient_in_place(state.model):
         for row in rows:
-            with autocast(state.model.device, precision):
-                share = objective(state.model, row, divisor, add_to_grad=True)
-            share.backward()
+            with naming_what_does_not_fit(row, f"step {state.step + 1}: a row"):
+                with autocast(state.model.device, precision):
+                    share = objective(state.model, row, divisor, add_to_grad=True)
+                share.backward()
             loss += share.item()
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -28,11 +28,11 @@ from preceptor.model.plain import check_plain
 from preceptor.model.sparing import check_levels, rounding
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.precision import autocast
+from preceptor.train.room import naming_what_does_not_fit
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_ROWS = 16  # rows of the plan to take them from
 _STATE_PER_PARAMETER = 2  # AdamW's two means
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,11 @@ def _check_largest(model: Any, rows: list[Row], loader: Loader, precision: str, 
     """The rows one after the other, beside what a step has: the optimizer's state, and the gradients of rows before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = _STATE_PER_PARAMETER * sum(p.numel() * p.element_size() for p in trained)
+    several = loader.rows_per_step > 1 or loader.alone
     model.train()
     for row in rows:
-        try:
-            if loader.rows_per_step > 1:
+        with naming_what_does_not_fit(row, "the largest row of the run"):
+            if several:
                 for p in trained:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             state = torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
@@ -170,22 +171,10 @@ def _check_largest(model: Any, rows: list[Row], loader: Loader, precision: str, 
                 loss = objective(model, row) / max(1.0, row.divisor)
             loss.backward()
             del state
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and not any(words in str(error) for words in _OUT_OF_MEMORY):
-                raise
-            raise _out_of_memory(row) from error
         if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained) or not loss.isfinite():
             raise ModelError(
                 f"a row of {row.num_tokens:,} tokens has a loss of {loss.item():.4g} or a gradient that is not finite "
                 f"before the first step: look for broken weights, or use train.precision: float32"
             )
-        if loader.rows_per_step == 1:
+        if not several:
             model.zero_grad(set_to_none=True)
-
-
-def _out_of_memory(row: Row) -> ModelError:
-    return ModelError(
-        f"the largest row of the run, {row.num_tokens:,} tokens, {row.num_trained:,} of them trained, does not fit in "
-        f"memory beside weights, gradients and optimizer state. Lower data.max_row_tokens, save activations "
-        f"(train.context_gradient, train.recompute), or train an adapter"
-    )
