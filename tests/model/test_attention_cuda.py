@@ -52,6 +52,11 @@ def flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_
     return torch.cat(outputs)
 
 
+def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """As torch 2.11 has it: as many key heads as query heads."""
+    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Flex as it is, with gradients, which torch has on the CPU but does not offer there."""
@@ -83,13 +88,15 @@ PLAIN = {name: FEATURES[name] for name in ("plain", "window", "wide window")}
 def test_the_stand_in_takes_what_varlen_takes():
     theirs, ours = signature(varlen.varlen_attn).parameters, signature(flash).parameters
     assert list(ours)[:7] == list(theirs)[:7]
-    assert set(ours) <= set(theirs)
-    assert all(theirs[name].kind == ours[name].kind for name in ours)
+    assert set(ours) - {"enable_gqa"} == set(signature(old_flash).parameters) <= set(theirs)
+    assert all(theirs[name].kind == ours[name].kind for name in set(ours) & set(theirs))
 
 
 @pytest.mark.parametrize("features", PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_varlen_equals_the_dense_mask_in_float64(row, features):
+@pytest.mark.parametrize("varlen_attn", [flash, old_flash])
+def test_varlen_equals_the_dense_mask_in_float64(varlen_attn, row, features, monkeypatch):
+    monkeypatch.setattr(attention_cuda, "varlen_attn", varlen_attn)
     layout = ForestLayout.from_row(row, "cpu")
     found = outputs_and_grads(attend_varlen, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
@@ -100,8 +107,15 @@ def test_varlen_equals_the_dense_mask_in_float64(row, features):
 def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
     told = {}
 
-    def tell(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
-        told.update(options, q=cu_seq_q.tolist(), k=cu_seq_k.tolist(), max=(max_q, max_k), dtype=query.dtype)
+    def tell(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, enable_gqa, **options):
+        told.update(
+            options,
+            enable_gqa=enable_gqa,
+            q=cu_seq_q.tolist(),
+            k=cu_seq_k.tolist(),
+            max=(max_q, max_k),
+            dtype=query.dtype,
+        )
         told["heads"] = (query.shape[1], key.shape[1], value.shape[1])
         return torch.zeros_like(query)
 
@@ -295,7 +309,6 @@ def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device
 
 CHAINS, TREES = (ForestLayout.from_row(row, "cpu") for row in (chains_row(), forest_row()))
 LEVEL = PassLayout(TREES.runs, {}, None, TREES.masks)
-OLD = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1): None  # noqa: E731
 
 
 @pytest.mark.parametrize(
@@ -307,14 +320,16 @@ OLD = lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
         ("attend_varlen", {"layout": LEVEL}),
         ("attend_varlen", {"layout": TREES, "num_tokens": 127}),
         ("attend_varlen", {"layout": TREES, "triton": False}),
-        ("attend_varlen", {"varlen": OLD, "heads": (4, 4)}),
+        ("attend_varlen", {"varlen": old_flash, "heads": (4, 4)}),
+        ("attend_varlen", {"varlen": old_flash, "layout": LEVEL}),
+        ("attend_varlen", {"varlen": old_flash, "triton": False}),
         ("attend_flex", {"layout": TREES}),
         ("attend_flex", {"softcap": 2.0}),
         ("attend_flex", {"sinks": torch.zeros(4)}),
         ("attend_flex", {"head_size": 288}),
         ("attend_flex", {"head_size": 20}),
         ("attend_flex", {"value_size": 128}),
-        ("attend_flex", {"varlen": OLD}),
+        ("attend_flex", {"varlen": old_flash}),
         ("attend_flex", {"capability": (7, 5)}),
         ("attend_flex", {"flash": False}),
         (None, {"device": "cpu"}),

@@ -39,7 +39,8 @@ def logits(model):
 def test_a_saved_model_is_the_same_in_plain_transformers(kind, tmp_path):
     model, tokenizer, _ = assistant(kind)
     save_model(model, tokenizer, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    attention = model.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation=attention)
     read = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.generation_config.eos_token_id == read.eos_token_id == 287

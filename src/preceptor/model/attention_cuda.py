@@ -1,7 +1,8 @@
 """Attention over a forest by CUDA's fused kernels: same signature and result as `attend_runs`, few launches a layer.
 
     tokens go through the layers       kernel                       work and memory
-    a row of chains, or some of a row  `varlen_attn` (flash)        one launch; keys of a branch are copied per path
+    a row of chains, or some of a row  `varlen_attn` (flash)        one launch; keys of a branch are copied per path,
+                                                                    and per query head by torch 2.11
     a whole row with branches          `flex_attention` (Triton)    one launch over blocks of 128 x 128 tokens, of which
                                                                     those that nothing sees are left out; no copies
 
@@ -49,8 +50,8 @@ def fast_path(
         return None
     by_varlen = softcap is None and sinks is None and _varlen_takes(query, key, value)
     by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
-    branches = any(ancestors for _, _, ancestors in layout.runs)
-    if by_varlen and not (by_flex and branches):
+    copies = any(ancestors for _, _, ancestors in layout.runs) or _copies_heads(query, key)
+    if by_varlen and not (by_flex and copies):
         return attend_varlen
     return attend_flex if by_flex else None
 
@@ -61,14 +62,18 @@ def _is_half_on_cuda(value: Tensor) -> bool:
 
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     head_size = query.shape[-1]
-    needed = {"scale", "window_size"} | ({"enable_gqa"} if query.shape[1] != key.shape[1] else set())
     return (
-        needed <= signature(varlen_attn).parameters.keys()
+        signature(varlen_attn).parameters.keys() >= {"scale", "window_size"}
         and head_size == key.shape[-1] == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= _LARGEST_FLASH_HEAD
         and _has_flash(query.device)
     )
+
+
+def _copies_heads(query: Tensor, key: Tensor) -> bool:
+    """Whether several query heads share a key head, and `varlen_attn` does not know of it (torch 2.11)."""
+    return query.shape[1] != key.shape[1] and "enable_gqa" not in signature(varlen_attn).parameters
 
 
 @lru_cache
@@ -114,7 +119,10 @@ def attend_varlen(
     cu_query, cu_key, longest_run, longest_path = layout.made["varlen"]
     path_key, path_value = _join_paths(key, value, layout, {} if seen is None else seen)
     windowed = sliding_window is not None and sliding_window < longest_path
-    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    if _copies_heads(query, key):
+        num_copies = query.shape[1] // key.shape[1]
+        path_key, path_value = (each.repeat_interleave(num_copies, dim=1) for each in (path_key, path_value))
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != path_key.shape[1] else {}
     with torch.autocast(query.device.type, enabled=False):
         output_THD = varlen_attn(
             query[0].to(dtype).transpose(0, 1),

@@ -104,6 +104,7 @@ def load_model(
             )
             _require_all_weights(place, report)
         _make_savable(model)
+        _honour_softcap(model)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -172,6 +173,13 @@ def _make_savable(model: "PreTrainedModel") -> None:
     except ValueError:
         generation.do_sample = True
         generation.validate(strict=True)
+
+
+def _honour_softcap(model: "PreTrainedModel") -> None:
+    """Torch's attention has no soft-cap; transformers 5.17 calls it all the same, and answers without (Gemma 2)."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def save_model(

@@ -72,7 +72,11 @@ def session(device: torch.device) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "directory": str(Path.cwd()),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "torch": torch.__version__,  # with its build, which a package's own version may leave out
+        },
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "cuda": torch.version.cuda if cuda else None,
