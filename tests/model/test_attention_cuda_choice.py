@@ -1,0 +1,78 @@
+"""Which of CUDA's kernels is taken for what; no GPU is needed to choose."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_attention import forest_row
+from test_attention_cuda import chains_row, flash, old_flash
+
+from preceptor.model import attention_cuda
+from preceptor.model.attention_cuda import attend_varlen, fast_path
+from preceptor.model.layout import ForestLayout, PassLayout
+
+
+def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
+    return SimpleNamespace(shape=(1, num_heads, num_tokens, head_size), dtype=dtype, device=torch.device(device))
+
+
+CHAINS, TREES = (ForestLayout.from_row(row, "cpu") for row in (chains_row(), forest_row()))
+LEVEL = PassLayout(TREES.runs, {}, None, TREES.masks)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "changes"),
+    [
+        ("attend_varlen", {}),
+        ("attend_varlen", {"dtype": torch.float16}),
+        ("attend_varlen", {"triton": False}),
+        ("attend_varlen", {"layout": LEVEL}),
+        ("attend_varlen", {"layout": TREES, "num_tokens": 127}),
+        ("attend_varlen", {"layout": TREES, "triton": False}),
+        ("attend_varlen", {"varlen": old_flash, "heads": (4, 4)}),
+        ("attend_varlen", {"varlen": old_flash, "layout": LEVEL}),
+        ("attend_varlen", {"varlen": old_flash, "triton": False}),
+        ("attend_flex", {"layout": TREES}),
+        ("attend_flex", {"softcap": 2.0}),
+        ("attend_flex", {"sinks": torch.zeros(4)}),
+        ("attend_flex", {"head_size": 288}),
+        ("attend_flex", {"head_size": 20}),
+        ("attend_flex", {"value_size": 128}),
+        ("attend_flex", {"varlen": old_flash}),
+        ("attend_flex", {"capability": (7, 5)}),
+        ("attend_flex", {"flash": False}),
+        (None, {"device": "cpu"}),
+        (None, {"device": "mps"}),
+        (None, {"dtype": torch.float32}),
+        (None, {"dtype": torch.float64}),
+        (None, {"softcap": 2.0, "layout": LEVEL}),
+        (None, {"sinks": torch.zeros(4), "num_tokens": 127}),
+        (None, {"softcap": 2.0, "head_size": 8}),
+        (None, {"softcap": 2.0, "triton": False}),
+        (None, {"flash": False, "layout": LEVEL}),
+    ],
+    ids=lambda given: "+".join(given) if isinstance(given, dict) else str(given),
+)
+def test_what_is_chosen(chosen, changes, monkeypatch):
+    asked = {"dtype": torch.bfloat16, "device": "cuda", "num_tokens": 300, "head_size": 64, "heads": (4, 2)}
+    asked |= {"layout": CHAINS, "softcap": None, "sinks": None, "triton": True, "flash": True, "capability": (8, 0)}
+    asked |= {"varlen": flash, **changes}
+    monkeypatch.setattr(attention_cuda, "varlen_attn", asked["varlen"])
+    monkeypatch.setattr(attention_cuda, "_has_triton", lambda: asked["triton"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: asked["flash"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: asked["capability"])
+    attention_cuda._has_flash.cache_clear()
+    sizes = (asked["num_tokens"], asked["head_size"], asked["dtype"], asked["device"])
+    query, key = (tensor(heads, *sizes) for heads in asked["heads"])
+    value = tensor(asked["heads"][1], sizes[0], asked.get("value_size", sizes[1]), *sizes[2:])
+    found = fast_path(query, key, value, asked["layout"], asked["softcap"], asked["sinks"])
+    attention_cuda._has_flash.cache_clear()
+    assert getattr(found, "__name__", None) == chosen
+
+
+def test_autocast_makes_float32_half(monkeypatch):
+    query = tensor(4, dtype=torch.float32)
+    monkeypatch.setattr(attention_cuda, "_has_flash", lambda _: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    assert fast_path(query, query, query, CHAINS) is attend_varlen
