@@ -88,6 +88,8 @@ def measure(work: Work, folder: Path, num_steps: int, num_again: int) -> dict[st
     for entry in fastest * num_again:
         options = {key: entry[key] for key in ("side", "precision", "how")} | {"steps": num_steps}
         found = run_side(options | {"folder": str(folder), "hopeless_seconds": None})
+        if "seconds" not in found:
+            continue
         entry["all_seconds"] = [*entry.get("all_seconds", [entry["seconds"]]), found["seconds"]]
         if found["seconds"] < entry["seconds"]:
             entry |= found

@@ -1,5 +1,6 @@
 """The commands as a user types them: what goes right, and each mistake with its message and exit code."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -7,9 +8,23 @@ import sys
 import pytest
 
 from conftest import conversations
+from preceptor.commands.importing import large_imports
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_large_imports_leave_the_collector_as_they_found_it(collects):
+    if not collects:
+        gc.disable()
+    try:
+        with pytest.raises(ImportError), large_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy():

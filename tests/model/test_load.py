@@ -53,6 +53,15 @@ def test_a_saved_model_is_the_same_in_plain_transformers(kind, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_soft_cap_is_not_left_to_an_attention_without():
+    """As transformers 5.17 loads Gemma 2; later ones choose as is chosen here."""
+    for kind, chosen in (("gemma2", "eager"), ("llama", "sdpa")):
+        model = tiny_model(kind)
+        model.config._attn_implementation = "sdpa"
+        load._honour_softcap(model)
+        assert model.config._attn_implementation == chosen
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
     from peft import PeftModel

@@ -74,8 +74,8 @@ def test_the_largest_rows_are_the_longest_and_the_one_with_most_targets():
     assert most_trained.num_trained == max(sum(tree.num_trained for tree in row) for row in plan) >= 50
 
 
-@pytest.mark.parametrize("rows_per_step", [1, 2])
-def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(rows_per_step):
+@pytest.mark.parametrize(("rows_per_step", "alone"), [(1, False), (2, False), (1, True)])
+def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(rows_per_step, alone):
     model = tiny_model("llama", dtype=torch.float32)
     trees = [chain(RNG, (30, 90)), *(chain(RNG, (8, 4)) for _ in range(3))]
     seen = []
@@ -85,9 +85,11 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
             seen.append((row.num_tokens, all(p.grad is not None for p in model.parameters())))
         return row_loss(model, row)
 
-    preflight(model, Loader(trees, 128, rows_per_step, seed=0), "float32", lambda line: None, planted(loss_of))
+    together = Loader(trees, 128, rows_per_step, seed=0)
+    given = together.apart() if alone else together
+    preflight(model, given, "float32", lambda line: None, planted(loss_of))
     ((num_tokens, beside_gradients),) = seen
-    assert num_tokens >= 120 and beside_gradients == (rows_per_step > 1)
+    assert num_tokens >= 120 and beside_gradients == (rows_per_step > 1 or alone)
 
 
 def fails_on_largest(error):

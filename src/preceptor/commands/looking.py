@@ -60,10 +60,7 @@ def check(
     from preceptor.study.check_text import to_text
     from preceptor.study.progress import row_progress
 
-    with large_imports():
-        from preceptor.train.prepare import give_voice
-
-    renderer = give_voice(run.model, run.data).renderer(run.data)
+    renderer = _renderer_of(run)
     with row_progress(tables, "checking") as on_row:
         found = to_json(check_data(run, renderer, on_row, num_processes=min(4, os.cpu_count() or 1)), run)
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
@@ -96,7 +93,7 @@ def template(
     if is_template and model is None:
         renderer, assumed = stand_in_renderer(name, arguments)
     else:
-        renderer = _renderer_of(model or name, name if is_template else "tokenizer", arguments)
+        renderer = _renderer_for(model or name, name if is_template else "tokenizer", arguments)
     for unread in sorted(arguments.keys() - renderer.template.names_read):
         raise errors.ConfigError(f"--kwargs {unread}: the template {name} reads no argument of this name")
     found = to_json(find_abilities(renderer, assumed))
@@ -123,26 +120,25 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _renderer_of(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
+def _renderer_for(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
     from preceptor import config
-
-    with large_imports():
-        from preceptor.train.prepare import give_voice
 
     data = {"train": [{"path": "-"}], "template": template, "template_kwargs": template_kwargs}
     tree = {"model": {"path": model}, "data": data, "out": "-"}
-    run = config.build(tree, "command line")
-    return give_voice(run.model, run.data).renderer(run.data)
+    return _renderer_of(config.build(tree, "command line"))
 
 
 def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
     from preceptor.data.sources import read_records, resolve
 
+    for source in run.data.train:
+        resolve(source)
+    renderer = _renderer_of(run)
+    return renderer, (record for source in run.data.train for record in read_records(source))
+
+
+def _renderer_of(run: Any) -> Any:
     with large_imports():
         from preceptor.train.prepare import give_voice
 
-    for source in run.data.train:
-        resolve(source)
-    voice = give_voice(run.model, run.data)
-    records = (record for source in run.data.train for record in read_records(source))
-    return voice.renderer(run.data), records
+    return give_voice(run.model, run.data).renderer(run.data)

@@ -27,8 +27,7 @@ def train(
         check_out(run.out, replace)
     console = standard_console()
     prepared = _prepare(run, console)
-    with large_imports():
-        from preceptor.train.execute import execute
+    from preceptor.train.execute import execute
 
     try:
         summary = execute(prepared, console, resume=resume, replace=replace)
