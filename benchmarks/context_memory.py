@@ -1,6 +1,7 @@
 """What a context token costs: activation bytes, time and gradient of each way to keep less, context 500 to 7,000 long.
 
     python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
+    python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)
     python benchmarks/context_memory.py --learning [--seeds 3]
 
 The first form sends one row, a conversation of random tokens, forward and backward through a Qwen3 of random weights.
@@ -8,8 +9,9 @@ The first form sends one row, a conversation of random tokens, forward and backw
 backward needs and the hidden states that the loss reads. `peak`: the most that lives at once in forward, loss and
 backward, beyond what is there before (weights and gradients). `seconds`: the least of `repeats`, the modes in turn.
 `gradient_error`: |g - g_whole| / |g_whole| over all parameters. `whole` is the authors' model under plain autograd,
-with transformers' own attention: nothing is spared anywhere.
-Writes benchmarks/results/context_memory.json.
+with transformers' own attention: nothing is spared anywhere. Of `full`, the operations of the row a second as a share
+of the machine's rate at a plain matrix product too. What the plan predicts of the memory: benchmarks/plan.py.
+Writes benchmarks/results/context_memory.json, of another model context_memory-MODEL.json.
 
 The second form trains the scholar to an intern in each mode, as benchmarks/first_run.py does, and asks it all held-out
 questions. Writes benchmarks/results/context_learning.json.
@@ -30,10 +32,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from shapes import SHAPES, matrix_product_rate, operations_of, random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from machine import describe
 from preceptor import config
@@ -54,11 +56,10 @@ MODES: dict[str, Keep | None] = {
     "full, recompute: all": Keep("full", "all"),
     "none, recompute: all": Keep("none", "all"),
 }
-MODELS = {
-    "small": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "vocab_size": 8192}
-    | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151_936}
-    | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
+    | {"vocab_size": 8192, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64},
+    **SHAPES,
 }
 
 
@@ -149,8 +150,8 @@ def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str,
     for name, keep in MODES.items():
         model.zero_grad(set_to_none=False)
         loss = step(model, row, keep, precision)
-        grads = [p.grad.detach().clone() for p in model.parameters()]
-        true = true or grads
+        grads = [p.grad for p in model.parameters()]
+        true = true or [grad.clone() for grad in grads]
         distance = sum(float((g - t).double().square().sum()) for g, t in zip(grads, true, strict=True))
         error = (distance / sum(float(t.double().square().sum()) for t in true)) ** 0.5
         with autocast(model.device, precision):
@@ -176,15 +177,16 @@ def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str,
 def memory(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Each row in each mode; `write` takes what was measured so far."""
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**MODELS[arguments.model], max_position_embeddings=16_384))
-    model = model.to("cuda" if cuda else "cpu").train()
+    model = random_model(MODELS[arguments.model], arguments.dtype, "cuda" if cuda else "cpu")
+    rate = matrix_product_rate(arguments.precision, model.device)
     result: dict[str, Any] = {}
     rows = [(*lengths, 1) for lengths in LENGTHS] + [(3000, 1000, TURNS)]
     for context, answer, num_turns in rows[: arguments.rows]:
         name = f"{context}/{answer}" + (f" in {num_turns} turns" if num_turns > 1 else "")
         row = conversation(context, answer, num_turns, model.config.vocab_size)
         result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
+        work = operations_of(model.config.to_dict(), ((context // num_turns, answer // num_turns),) * num_turns)
+        result[name]["full"]["share_of_matrix_product_rate"] = work / result[name]["full"]["seconds"] / rate
         print(table(name, result[name]), flush=True)
         write(result)
     return result
@@ -240,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", choices=list(MODELS), default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=len(LENGTHS) + 1, help="only the first so many rows")
@@ -247,8 +250,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     name = "context_learning" if arguments.learning else "context_memory"
+    if not arguments.learning and arguments.model != "small":
+        name += f"-{arguments.model}"
     said = vars(arguments)
-    used = ["seeds"] if arguments.learning else ["device", "model", "precision", "repeats", "rows"]
+    used = ["seeds"] if arguments.learning else ["device", "model", "dtype", "precision", "repeats", "rows"]
     command = f"python benchmarks/context_memory.py{' --learning' if arguments.learning else ''} "
     command += " ".join(f"--{key} {said[key]}" for key in used)
     about = {"command": command, **describe(), "threads": torch.get_num_threads()}

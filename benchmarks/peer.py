@@ -1,6 +1,7 @@
 """Training steps against TRL: the same model, conversations, batches, precision and loss, each in a process of its own.
 
     python benchmarks/peer.py [--only a b c d large start] [--steps 2] [--again 2]
+    python benchmarks/peer.py --model llama-3.1-8b --dtype bfloat16 --precisions bfloat16 --only a b c d      (a GPU)
 
 Work, on a Qwen3 of 8 layers, hidden 384 (random weights), vocabulary 32,000 unless said otherwise:
 
@@ -17,7 +18,7 @@ tokens and labels, so that both train the same; the loss of the first step is re
 most 1,024 and of at most 4,096 tokens. `seconds` is the fastest of the steps after the first; a configuration of TRL's
 whose first step takes more than three times its fastest so far is not measured further, and that step is reported.
 The fastest of each side and precision are then measured again, in turn, since a machine is not equally fast for long.
-Adds to benchmarks/results/peer.json (with machine, versions, date).
+Adds to benchmarks/results/peer.json, with --model to peer-MODEL.json (with machine, versions, date).
 """
 
 import argparse
@@ -32,10 +33,11 @@ from pathlib import Path
 from typing import Any
 
 from peer_work import WORK, Work, make_model, prepare
+from shapes import SHAPES
 
 from machine import describe
 
-RESULTS = Path(__file__).parent / "results" / "peer.json"
+RESULTS = Path(__file__).parent / "results"
 SIDES = Path(__file__).with_name("peer_sides.py")
 OURS = ("1024", "4096")  # tokens of a row at most: shorter ones need less memory
 THEIRS = ("single", "padded", "packing", "padding_free")
@@ -47,54 +49,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*WORK, "start"], default=[*WORK, "start"])
     parser.add_argument("--steps", type=int, default=2, help="measured steps, after one that is not")
+    parser.add_argument("--model", choices=list(SHAPES), help="a published shape in place of the small one")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of the weights, on both sides")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--again", type=int, default=2, help="further measurements of the fastest, in turn")
     arguments = parser.parse_args()
     about = {**describe(), "trl": version("trl")}
-    result: dict[str, Any] = {"command": "python benchmarks/peer.py"}
-    if RESULTS.exists():
-        result = json.loads(RESULTS.read_text(encoding="utf-8"))
+    file, command = RESULTS / "peer.json", "python benchmarks/peer.py"
+    if arguments.model:
+        file = RESULTS / f"peer-{arguments.model}.json"
+        command += f" --model {arguments.model} --dtype {arguments.dtype}"
+    result: dict[str, Any] = {"command": command}
+    if file.exists():
+        result = json.loads(file.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for work in (WORK[name] for name in arguments.only if name != "start"):
-            result[work.name] = about | measure(work, folder / work.name, arguments.steps, arguments.again)
-            write(result)
+            result[work.name] = about | measure(work, folder / work.name, arguments)
+            write(file, result)
             print(json.dumps(result[work.name]["summary"]), flush=True)
         if "start" in arguments.only:
             result["start"] = about | measure_start(folder / "start")
             print(json.dumps(result["start"]), flush=True)
-            write(result)
+            write(file, result)
 
 
-def write(result: dict[str, Any]) -> None:
+def write(file: Path, result: dict[str, Any]) -> None:
     """After each work, so that what was measured is kept when the rest is not wanted."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(work: Work, folder: Path, num_steps: int, num_again: int) -> dict[str, Any]:
+def measure(work: Work, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both sides in every configuration, the fastest again, and what the best of them come to."""
-    make_model(folder / "model", work)
-    about = prepare(work, folder)
-    sides = [("ours", precision, how) for precision in PRECISIONS for how in OURS]
-    sides += [("theirs", precision, how) for precision in PRECISIONS for how in THEIRS]
+    shape, precisions = arguments.model, arguments.precisions
+    make_model(folder / "model", work, shape, arguments.dtype)
+    about = prepare(work, folder) | {"vocabulary": SHAPES[shape]["vocab_size"] if shape else work.vocab_size}
+    common = {"steps": arguments.steps, "dtype": arguments.dtype, "folder": str(folder)}
+    sides = [("ours", precision, how) for precision in precisions for how in OURS]
+    sides += [("theirs", precision, how) for precision in precisions for how in THEIRS]
     measured: list[dict[str, Any]] = []
     for side, precision, how in sides:
-        options = {"side": side, "precision": precision, "how": how, "steps": num_steps, "folder": str(folder)}
+        options = {"side": side, "precision": precision, "how": how, **common}
         known = [entry["seconds"] for entry in measured if entry["side"] == side == "theirs" and "seconds" in entry]
         options["hopeless_seconds"] = HOPELESS * min(known) if known else None
         measured.append({"side": side, "precision": precision, "how": how} | run_side(options))
         print(json.dumps(measured[-1]), flush=True)
-    fastest = [fastest_of(measured, side, precision) for precision in PRECISIONS for side in ("ours", "theirs")]
-    for entry in fastest * num_again:
-        options = {key: entry[key] for key in ("side", "precision", "how")} | {"steps": num_steps}
-        found = run_side(options | {"folder": str(folder), "hopeless_seconds": None})
+    fastest = [fastest_of(measured, side, precision) for precision in precisions for side in ("ours", "theirs")]
+    for entry in fastest * arguments.again:
+        found = run_side({key: entry[key] for key in ("side", "precision", "how")} | common)
         if "seconds" not in found:
             continue
         entry["all_seconds"] = [*entry.get("all_seconds", [entry["seconds"]]), found["seconds"]]
         if found["seconds"] < entry["seconds"]:
             entry |= found
         print(json.dumps(entry), flush=True)
-    return {"work": about, "measured": measured, "summary": summarise(work, measured)}
+    return {"work": about, "measured": measured, "summary": summarise(work, precisions, measured)}
 
 
 def fastest_of(measured: list[dict[str, Any]], side: str, precision: str) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def run_side(options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def summarise(work: Work, measured: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(work: Work, precisions: list[str], measured: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of our speed and memory to TRL's best: at the same precision, and of any."""
     worked = [entry for entry in measured if "seconds" in entry]
     ours = [entry for entry in worked if entry["side"] == "ours"]
@@ -124,14 +134,15 @@ def summarise(work: Work, measured: list[dict[str, Any]]) -> dict[str, Any]:
         return min(entries, key=lambda entry: entry[key])
 
     found: dict[str, Any] = {"work": work.name}
-    for precision in PRECISIONS:
+    for precision in precisions:
         own, same = (fastest_of(measured, side, precision) for side in ("ours", "theirs"))
         found[f"speed_{precision}"] = round(same["seconds"] / own["seconds"], 2)
         found[f"best_{precision}"] = [own["how"], same["how"]]
         found[f"loss_{precision}"] = [own["loss"], same["loss"]]
     fastest = best("seconds", theirs)
-    own = fastest_of(measured, "ours", "bfloat16")
-    found["speed_bfloat16_over_any"] = round(fastest["seconds"] / own["seconds"], 2)
+    if "bfloat16" in precisions:
+        own = fastest_of(measured, "ours", "bfloat16")
+        found["speed_bfloat16_over_any"] = round(fastest["seconds"] / own["seconds"], 2)
     least, leanest = best("peak_bytes", ours), best("peak_bytes", theirs)
     found["memory_share_of_fastest"] = round(least["peak_bytes"] / fastest["peak_bytes"], 2)
     found["memory_share_of_leanest"] = round(least["peak_bytes"] / leanest["peak_bytes"], 2)

@@ -17,6 +17,8 @@ LEARNING_RATE = 1e-5
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
     """Steps over all conversations as `preceptor train` takes them."""
+    from shapes import matrix_product_rate, operations_of
+
     from preceptor import config
     from preceptor.data.loader import Loader
     from preceptor.model.load import load_model
@@ -26,7 +28,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(options["folder"])
     trees = pickle.loads((folder / "trees.pickle").read_bytes())
-    model = load_model(folder / "model", dtype="float32", device=_device())
+    model = load_model(folder / "model", dtype=options["dtype"], device=_device())
     run = config.Train(precision=options["precision"], learning_rate=LEARNING_RATE)
     state = State(model, build_optimizer(model, run.weight_decay, run.beta1, run.beta2))
     longest = max(tree.num_tokens for tree in trees)
@@ -37,7 +39,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         losses.append(take_step(state, loader.rows(step), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
         seconds.append(time.perf_counter() - started)
     found = {"seconds": min(seconds[1:]), "loss": losses[0], "peak_bytes": _peak_bytes()}
-    work = sum(_operations(model.config.to_dict(), tree) for tree in trees)
+    work = sum(operations_of(model.config.to_dict(), _turns(tree)) for tree in trees)
     rate = matrix_product_rate(options["precision"], model.device)
     return found | {
         "tflops": work / found["seconds"] / 1e12,
@@ -45,34 +47,15 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _operations(settings: dict[str, Any], tree: Any) -> float:
-    """Floating-point operations of one conversation, forward and backward; each segment of a tree counts once."""
-    from preceptor.model.activations import Work
-    from preceptor.model.flops import operations
-    from preceptor.model.shapes import shape_of
-
+def _turns(tree: Any) -> tuple[tuple[int, int], ...]:
+    """Tokens of context and target of each turn; each segment of a tree counts once."""
     turns: list[tuple[int, int]] = []
     for segment in tree.segments:
         if segment.kind == "context":
             turns.append((len(segment.ids), 0))
         elif turns:
             turns[-1] = (turns[-1][0], turns[-1][1] + len(segment.ids))
-    return operations(shape_of(settings), Work((turns,))).total
-
-
-def matrix_product_rate(precision: str, device: Any, side: int = 2048) -> float:
-    """Operations per second of a plain matrix product of this type, the fastest of a few."""
-    import torch
-
-    one = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
-    product, seconds = torch.empty_like(one), []
-    for _ in range(8):
-        started = time.perf_counter()
-        torch.mm(one, one, out=product)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)
+    return tuple(turns)
 
 
 def theirs(options: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +106,7 @@ def _trainer(options: dict[str, Any], data: Any, num_steps: int) -> Any:
         disable_tqdm=True,
         seed=0,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.bos_token

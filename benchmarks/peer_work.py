@@ -48,27 +48,22 @@ WORK = {
 }
 
 
-def make_model(folder: Path, work: Work) -> None:
-    """A Qwen3 with random weights, and a tokenizer with the template."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+SMALL = {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8} | {
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(folder: Path, work: Work, shape: str | None = None, dtype: str = "float32") -> None:
+    """A model with random weights, small or of a published shape (shapes.py), and a tokenizer with the template."""
+    from shapes import SHAPES, random_model
 
     tokenizer = make_tokenizer(work.template)
-    config = Qwen3Config(
-        vocab_size=work.vocab_size,
-        hidden_size=384,
-        intermediate_size=1152,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = SHAPES[shape] if shape else SMALL | {"vocab_size": work.vocab_size}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    random_model(settings | ends, dtype, max_tokens=8192).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -99,7 +94,6 @@ def prepare(work: Work, folder: Path) -> dict[str, Any]:
         "trained_tokens": num_trained,
         "trl_samples": len(samples),
         "trl_tokens": sum(len(s["input_ids"]) for s in samples),
-        "vocabulary": work.vocab_size,
     }
 
 

@@ -1,13 +1,14 @@
 """What `preceptor plan` predicts, beside what is measured: activations and the peak of a step, for every mode.
 
     python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full none ...] [--device cpu|cuda]
+    python benchmarks/plan.py --models llama-3.1-8b --weights bfloat16 --tokens 4096 --device cuda
 
 Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation a row, three
 quarters of it context, full fine-tuning with AdamW, in float32 and under bfloat16 autocast. *Activations*: bytes of the
 tensors that live after the forward pass and did not before, but for the hidden states that come out. *Peak*: the most
 bytes of tensors that live at one time in the second step, weights and optimizer state included; on CUDA the allocator's
 own peak. Tensors inside one operation (a matrix product's workspace) are not seen on a CPU. Writes
-benchmarks/results/plan.json (with machine, versions, date).
+benchmarks/results/plan.json, of chosen models plan-MODELS.json (with machine, versions, date).
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from live_bytes import Tracker
-from transformers import AutoConfig, AutoModelForCausalLM
+from shapes import SHAPES, random_model
 
 from machine import describe
 from preceptor.data.forest import Row, Segment, Tree, build_row
@@ -32,7 +33,7 @@ from preceptor.model.shapes import shape_of
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import autocast
 
-RESULTS = Path(__file__).parent / "results" / "plan.json"
+RESULTS = Path(__file__).parent / "results"
 COMMON: dict[str, Any] = {
     "vocab_size": 4096,
     "hidden_size": 128,
@@ -40,10 +41,6 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 1 << 17,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 448, "tie_word_embeddings": False},
@@ -66,10 +63,9 @@ def row_of(num_tokens: int) -> Row:
     return build_row([Tree("made-up:1", segments)])
 
 
-def model_of(kind: str, device: str) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **COMMON, **MODELS[kind])
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device).train()
+def model_of(kind: str, weights: str, device: str) -> Any:
+    small = {"model_type": kind} | COMMON | MODELS.get(kind, {})
+    return random_model(SHAPES.get(kind, small), weights, device, max_tokens=1 << 17)
 
 
 def measured_activations(model: Any, row: Row, keep: Keep, precision: str) -> int:
@@ -105,8 +101,8 @@ def measured_peak(model: Any, row: Row, keep: Keep, precision: str) -> int:
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for kind in MODELS:
-        model = model_of(kind, arguments.device)
+    for kind in arguments.models:
+        model = model_of(kind, arguments.weights, arguments.device)
         shape = shape_of(model.config.to_dict())
         with torch.no_grad():
             row_loss(model, row_of(64))  # what it finds out about a model once, it has found out
@@ -118,7 +114,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     keep = MODES[mode]
                     again = keep.recomputed_layers(len(shape.layers))
                     work = Work((((context, num_tokens - context),),), keep.context_gradient, again)
-                    setup = Setup(autocast=precision == "bfloat16", cpu=arguments.device == "cpu")
+                    setup = Setup(arguments.weights, precision == "bfloat16", cpu=arguments.device == "cpu")
                     kept = kept_for_backward(shape, work, setup.precision, cpu=setup.cpu)
                     yield {
                         "model": kind,
@@ -136,6 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *SHAPES], default=list(MODELS))
+    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     print(f"{'':<48}{'activations, MB':>28}{'peak of a step, MB':>28}")
@@ -154,7 +152,8 @@ def main() -> None:
         for what in ("activations", "peak")
     }
     print(f"furthest off: activations {worst['activations']:.1%}, peak {worst['peak']:.1%}")
-    RESULTS.write_text(json.dumps({**describe(), "worst": worst, "cases": found}, indent=2) + "\n")
+    name = "plan" if arguments.models == list(MODELS) else f"plan-{'-'.join(arguments.models)}"
+    (RESULTS / f"{name}.json").write_text(json.dumps({**describe(), "worst": worst, "cases": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a token costs as rows grow, as conversations share a row, and as answers share a prompt.
 
     python benchmarks/scaling.py [--model small] [--precision float32] [--seconds 3]
+    python benchmarks/scaling.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16                   (a GPU)
 
 Forward and backward of single rows through a model of random weights, the loss on the answers (a quarter of each
 conversation). Four curves:
@@ -11,7 +12,9 @@ conversation). Four curves:
     answers   1 to 32 answers of 64 tokens to one prompt of 1,024: in one tree, and each with a prompt of its own
 
 To each of `packed` and `one`, cost per token = constant + slope * length is fitted by least relative squares; `packed`
-should have no slope. Each point is the least time of a few repetitions. Writes benchmarks/results/scaling.json.
+should have no slope. Each point is the least time of a few repetitions; but for `answers`, its operations a second are
+given as a share of the machine's rate at a plain matrix product. Writes benchmarks/results/scaling.json, of another
+model scaling-MODEL.json.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from shapes import SHAPES, matrix_product_rate, operations_of, random_model
 
 from machine import describe
 from preceptor.data.forest import Row, Segment, Tree, build_row
@@ -35,25 +38,10 @@ RESULTS = Path(__file__).parent / "results"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)
 NUM_SHARING = (1, 2, 4, 8, 16, 32, 64, 128)
 NUM_ANSWERS = (1, 2, 4, 8, 16, 32)
-MODELS: dict[str, dict[str, int]] = {
-    "small": {
-        "vocab_size": 8192,
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 32,
-    },
-    "qwen3-0.6b": {
-        "vocab_size": 151_936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"model_type": "qwen3", "vocab_size": 8192, "hidden_size": 192, "intermediate_size": 512}
+    | {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32},
+    **SHAPES,
 }
 
 
@@ -121,15 +109,15 @@ def fit(found: list[dict[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seconds", type=float, default=3, help="time for the repetitions of one point")
     parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out rows of more tokens")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
     shape = MODELS[options.model]
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**shape, max_position_embeddings=LENGTHS[-1])).to(device)
-    model.train()
+    model = random_model(shape, options.dtype, device, LENGTHS[-1])
+    rate = matrix_product_rate(options.precision, model.device)
     curves: dict[str, list[dict[str, Any]]] = {}
     seconds_of(
         model, next(points(shape["vocab_size"]))[2], options.precision, 1
@@ -147,6 +135,10 @@ def main() -> None:
             "microseconds_per_token": round(1e6 * seconds / num_tokens, 3),
             "milliseconds_per_conversation": round(1e3 * seconds / num, 3),
         }
+        if not curve.startswith("answers"):
+            length = num_tokens // num
+            work = num * operations_of(model.config.to_dict(), ((length * 3 // 4, length - length * 3 // 4),))
+            point["share_of_matrix_product_rate"] = round(work / seconds / rate, 3)
         curves.setdefault(curve, []).append(point)
         print(
             f"{curve:<18}{num:>5} conversations {num_tokens:>7,} tokens {seconds:>8.3f} s "
@@ -156,7 +148,9 @@ def main() -> None:
     fits = {name: fit(curves[name]) for name in ("packed", "one")}
     for name, found in fits.items():
         print(name, found)
-    arguments = f"--model {options.model} --precision {options.precision} --seconds {options.seconds:g}"
+    arguments = (
+        f"--model {options.model} --dtype {options.dtype} --precision {options.precision} --seconds {options.seconds:g}"
+    )
     name = "scaling.json" if options.model == "small" else f"scaling-{options.model}.json"
     (RESULTS / name).write_text(
         json.dumps(
@@ -164,7 +158,7 @@ def main() -> None:
                 "command": f"python benchmarks/scaling.py {arguments}",
                 **describe(),
                 "threads": torch.get_num_threads(),
-                "model": {"type": "qwen3", **shape},
+                "model": shape,
                 "curves": curves,
                 "fits": fits,
             },
