@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from preceptor.data.forest import build_row
-from preceptor.model import attention, forward
+from preceptor.model import attention, attention_path, forward
 from preceptor.model.activations import _WORTH, Work, kept_for_backward
 from preceptor.model.adapters import add_adapter
 from preceptor.model.forward import hidden_states, read_hidden_states
@@ -149,5 +149,5 @@ def test_what_is_computed_again_is_less_than_what_would_be_kept():
 
 
 def test_constants_are_those_of_the_attention_and_the_forward_pass():
-    assert (BLOCK_TOKENS, SHORT_RUN_TOKENS) == (attention.BLOCK_TOKENS, attention.SHORT_RUN_TOKENS)
+    assert (BLOCK_TOKENS, SHORT_RUN_TOKENS) == (attention_path.BLOCK_TOKENS, attention.SHORT_RUN_TOKENS)
     assert _WORTH == forward._WORTH

@@ -6,7 +6,7 @@ import torch
 
 from preceptor.data.forest import build_row
 from preceptor.errors import ModelError
-from preceptor.model import attention
+from preceptor.model import attention, attention_path
 from preceptor.model.attention import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
 from preceptor.model.forward import hidden_states, row_loss
 from tiny import branching, chain, tiny_model
@@ -78,7 +78,7 @@ def error(found, true):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("block_tokens", [4, 1024])
 def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(attention_path, "BLOCK_TOKENS", block_tokens)
     layout = ForestLayout.from_row(forest_row(), "cpu")
     found = outputs_and_grads(attend_runs, layout, torch.float64, features)
     reference = outputs_and_grads(attend_reference, layout, torch.float64, features)
@@ -109,9 +109,9 @@ def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype,
 def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch):
     """Rotary embeddings give float32 queries and keys beside bfloat16 values; short runs are faster in float32."""
     seen = set()
-    attend_path = attention._attend_path
+    attend_path = attention.attend_path
     monkeypatch.setattr(attention, "SHORT_RUN_TOKENS", short_run_tokens)
-    monkeypatch.setattr(attention, "_attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
+    monkeypatch.setattr(attention, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -169,6 +169,7 @@ class _Book:
                 recorded_bytes += self._keys_values_bytes(runs)
         if self.runs_again:
             self.tape.take_shared(masks)
+            self.tape.keep_held()
             self.tape.keep(Value(held_bytes, 1, False))
 
     def _keys_values_bytes(self, runs: tuple[Run, ...]) -> int:
@@ -253,6 +254,7 @@ class _Book:
         and up, while what was kept of their product is given back. The masks stay, for the next layer.
         """
         self.tape.take_shared(inner)
+        self.tape.keep_held()
         width = layer.width if layer.experts is None else layer.experts.per_token * layer.experts.width
         flowing_bytes = 2 * num_tokens * width * self.precision.product_bytes
         self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + flowing_bytes)

@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from preceptor.errors import ModelError
 from preceptor.model.attention_cuda import fast_path
-from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range, dense_mask, product_dtype
+from preceptor.model.attention_path import attend_path, attend_under_mask
+from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, Range, Run, dense_mask, product_dtype
 
 IMPLEMENTATION = "preceptor_forest"
-BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
-SHORT_RUN_TOKENS = 224  # below, float32 attention forward and backward beats bfloat16 on a CPU with AMX
+SHORT_RUN_TOKENS = 160  # below, float32 attention forward and backward beats bfloat16 on a CPU with AMX
 
 
 def attend_reference(
@@ -44,7 +43,7 @@ def attend_reference(
 ) -> Tensor:
     """query (1, H, T, D), key and value (1, K, T, D), sinks (H,) -> (1, H, T, D), by the dense mask."""
     mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
-    return _attend_written_out(query, key, value, mask_TT, scale, softcap, sinks)
+    return attend_under_mask(query, key, value, mask_TT, scale, softcap, sinks)
 
 
 def attend_runs(
@@ -70,7 +69,7 @@ def attend_runs(
         for (start, end, ancestors), query_Q in zip(layout.runs, query.to(dtype).split(lengths, dim=2), strict=True):
             path = [seen[run] for run in (*ancestors, (start, end))]
             key_P, value_P = (_joined(pieces, dtype) for pieces in zip(*path, strict=True))
-            attended = _attend_path(query_Q, key_P, value_P, scale, sliding_window, softcap, sinks, layout.masks)
+            attended = attend_path(query_Q, key_P, value_P, scale, sliding_window, softcap, sinks, layout.masks)
             outputs.append(attended.transpose(1, 2))
         output = torch.cat(outputs, dim=1).transpose(1, 2)
     return output.to(product_dtype(value))
@@ -86,7 +85,7 @@ def keep_runs(
     """
     lengths = [end - start for start, end, _ in layout.runs]
     assert sum(lengths) == key.shape[2], "runs cover the tokens"
-    dtype = _fastest_dtype(product_dtype(value), lengths, value.device)
+    dtype = _fastest_dtype(product_dtype(value), layout.runs, value.device)
     pieces = zip(key.to(dtype).split(lengths, dim=2), value.to(dtype).split(lengths, dim=2), strict=True)
     for (start, end, _), piece in zip(layout.runs, pieces, strict=True):
         seen[start, end] = piece
@@ -97,79 +96,20 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return pieces[0].to(dtype) if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces], dim=2)
 
 
-def _fastest_dtype(asked: torch.dtype, lengths: list[int], device: torch.device) -> torch.dtype:
-    """On CPU, half precision is the slower one for short runs, 3 times so for 32 tokens: then float32 it is."""
-    short_tokens = sum(length for length in lengths if length < SHORT_RUN_TOKENS)
-    if device.type == "cpu" and asked.itemsize == 2 and 2 * short_tokens > sum(lengths):
-        return torch.float32
-    return asked
+def _fastest_dtype(asked: torch.dtype, runs: Sequence[Run], device: torch.device) -> torch.dtype:
+    """On CPU, half precision is the slower one for short runs, 3 times so for 32 tokens: then float32 it is.
 
-
-def _attend_path(
-    query_Q: Tensor,
-    key_P: Tensor,
-    value_P: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    masks: PathMasks,
-) -> Tensor:
-    """Causal attention of a path's last Q tokens to all its P tokens. The index on a path is the position."""
-    num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
-    window = None if sliding_window is None or sliding_window >= num_keys else sliding_window
-    written_out = softcap is not None or sinks is not None
-    if not written_out and window is None and num_queries == num_keys:
-        return scaled_dot_product_attention(
-            query_Q, key_P, value_P, is_causal=True, scale=scale, enable_gqa=query_Q.shape[1] != key_P.shape[1]
-        )
-    offset = num_keys - num_queries
-    outputs = []
-    for start in range(0, num_queries, BLOCK_TOKENS):
-        end = min(start + BLOCK_TOKENS, num_queries)
-        first_key = 0 if window is None else max(0, offset + start - window + 1)
-        keys = slice(first_key, offset + end)
-        dtype = torch.bool if written_out else query_Q.dtype
-        mask_QP = masks.mask(end - start, keys.stop - first_key, window, dtype, query_Q.device, BLOCK_TOKENS)
-        block = (query_Q[:, :, start:end], key_P[:, :, keys], value_P[:, :, keys])
-        if written_out:
-            outputs.append(_attend_written_out(*block, mask_QP, scale, softcap, sinks))
-        else:
-            outputs.append(_attend_masked(*block, mask_QP, scale))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type == "cuda":  # with a mask, CUDA's fused kernels do not take grouped heads
-        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask_QP, scale=scale, enable_gqa=groups > 1)
-
-
-def _attend_written_out(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_QP: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Softmax attention with its scores written out; the softmax is float32 at least."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask_QP, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores, dim=-1)
-    if sinks is not None:
-        weights = weights[..., :-1]
-    return weights.to(value.dtype) @ value
+    A run of few tokens on a long path is as long as the square root of queries times keys.
+    """
+    if device.type != "cpu" or asked.itemsize != 2:
+        return asked
+    num_tokens = short_tokens = 0
+    for start, end, ancestors in runs:
+        num_queries = end - start
+        num_keys = num_queries + sum(last - first for first, last in ancestors)
+        num_tokens += num_queries
+        short_tokens += num_queries if num_queries * num_keys < SHORT_RUN_TOKENS**2 else 0
+    return torch.float32 if 2 * short_tokens > num_tokens else asked
 
 
 class KeysKept(Exception):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from preceptor.model.saved import (
     FLOAT32,
+    HALF,
     Tape,
     Value,
     add,
@@ -20,8 +21,8 @@ from preceptor.model.saved import (
 )
 from preceptor.model.shapes import Layer, Linear, Shape
 
-BLOCK_TOKENS = 256  # these two as in model/attention.py; a test holds them together
-SHORT_RUN_TOKENS = 224
+BLOCK_TOKENS = 256  # these two as in model/attention_path.py and model/attention.py; a test holds them together
+SHORT_RUN_TOKENS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Pass:
 
     def attention_bytes(self, product_bytes: int) -> int:
         """On a CPU short runs are computed in float32."""
-        short = sum(run.queries for run in self.runs if run.queries < SHORT_RUN_TOKENS)
+        short = sum(run.queries for run in self.runs if run.queries * run.keys < SHORT_RUN_TOKENS**2)
         return FLOAT32 if self.cpu and product_bytes == 2 and 2 * short > self.num_tokens else product_bytes
 
 
@@ -115,9 +116,12 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
     if not grad:
         return result
     written_out = shape.softcap is not None or shape.family.sinks
+    own_backward = tokens.cpu and query.itemsize == HALF and not written_out  # computes the weights again
     if not written_out:
-        tape.keep(query, Value(query.elements, query.itemsize, True))
-        tape.keep(Value(query.elements // shape.head_dim, FLOAT32, True))  # log-sum-exp
+        tape.keep(query)
+        if not own_backward:
+            log_sum_exp = Value(query.elements // shape.head_dim, FLOAT32, True)
+            tape.keep(Value(query.elements, query.itemsize, True), log_sum_exp)
         if not all(run.joined for run in tokens.runs):
             tape.keep(key, value)
     for run in tokens.runs:
@@ -133,18 +137,19 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
             if written_out:
                 _write_out(tape, shape, query.itemsize, last - first, num_keys)
                 continue
-            _keep_mask(tape, tokens, last - first, num_keys, window, query.itemsize)
+            share = tape.hold_shared if own_backward else tape.keep_shared
+            share(*_mask_bytes(tokens, last - first, num_keys, window, query.itemsize))
             if not tokens.cpu and shape.num_heads != shape.num_kv_heads:  # no grouped heads under a mask on CUDA
                 tape.keep(*(Value(num_keys * shape.query_width, query.itemsize, True) for _ in range(2)))
     return result
 
 
-def _keep_mask(tape: Tape, tokens: Pass, num_queries: int, num_keys: int, window: int | None, itemsize: int) -> None:
-    """On a CPU all masks of one window are views of the largest (PathMasks of model/layout.py)."""
+def _mask_bytes(tokens: Pass, num_queries: int, num_keys: int, window: int | None, itemsize: int) -> tuple[object, int]:
+    """A name and a size. On a CPU all masks of one window are views of the largest (PathMasks of model/layout.py)."""
     rows, columns = (min(BLOCK_TOKENS, tokens.longest), tokens.longest) if tokens.cpu else (num_queries, num_keys)
     if window is not None:
         columns = min(columns, window + rows)
-    tape.keep_shared((tokens.spared, rows, columns, window, itemsize), rows * columns * itemsize)
+    return (tokens.spared, rows, columns, window, itemsize), rows * columns * itemsize
 
 
 def _write_out(tape: Tape, shape: Shape, itemsize: int, num_queries: int, num_keys: int) -> None:

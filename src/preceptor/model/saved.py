@@ -61,6 +61,7 @@ class Tape:
     casts_bytes: int = 0
     _kept: dict[Value, int] = field(default_factory=dict)
     _shared: dict[object, int] = field(default_factory=dict)
+    _held: dict[object, int] = field(default_factory=dict)
     _copies: dict[tuple[Value, int], Value] = field(default_factory=dict)
 
     @property
@@ -79,10 +80,21 @@ class Tape:
         """What several layers keep together, such as a mask, counts once, at its largest, under its name."""
         self._shared[name] = max(num_bytes, self._shared.get(name, 0))
 
+    def hold_shared(self, name: object, num_bytes: int) -> None:
+        """What layers share and only those that run again hold on to; see `keep_held`."""
+        self._held[name] = max(num_bytes, self._held.get(name, 0))
+
+    def keep_held(self) -> None:
+        """A layer runs again: it keeps the row's layout, and so what that holds."""
+        for name, num_bytes in self._held.items():
+            self.keep_shared(name, num_bytes)
+        self._held = {}
+
     def take_shared(self, other: "Tape") -> None:
         """Move what is shared by layers from another tape to this one."""
         self._shared |= other._shared
-        other._shared = {}
+        self._held |= other._held
+        other._shared, other._held = {}, {}
 
 
 def cast(value: Value, itemsize: int) -> Value:

@@ -1,0 +1,220 @@
+"""Attention of one path: its last Q tokens attend to all P tokens of it. The index on a path is the position.
+
+Three ways, by what is asked and where:
+
+    written out    soft-cap and sinks, which torch's fused kernels do not know: scores of a block of queries at a time
+    fused          all else, by torch's `scaled_dot_product_attention`, a path with ancestors in blocks under a mask
+    bfloat16, CPU  forward as fused; backward of our own, which computes the weights again by batched matrix products
+
+Torch's fused backward takes up to three times as long in bfloat16 on a CPU as those products do, most under a mask, and
+is never faster by more than noise. Ours keeps queries, keys and values alone: neither the output nor a mask.
+
+Legend: H query heads, K key-value heads, G = H / K, D head size, Q queries and P keys of one path or block.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from preceptor.model.layout import PathMasks
+
+BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
+_SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
+
+
+def attend_path(
+    query_Q: Tensor,
+    key_P: Tensor,
+    value_P: Tensor,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    masks: PathMasks,
+) -> Tensor:
+    """query (1, H, Q, D), key and value (1, K, P, D) -> (1, H, Q, D)."""
+    num_keys = key_P.shape[2]
+    window = None if sliding_window is None or sliding_window >= num_keys else sliding_window
+    if softcap is not None or sinks is not None:
+        return _attend_written_out(query_Q, key_P, value_P, scale, window, softcap, sinks, masks)
+    parts = (query_Q, key_P, value_P)
+    own_backward = query_Q.device.type == "cpu" and query_Q.dtype == torch.bfloat16
+    if own_backward and torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        output: Tensor = _AttendInHalf.apply(*parts, scale, window, masks)
+        return output
+    return _attend_fused(*parts, scale, window, masks)
+
+
+def _blocks(num_queries: int, num_keys: int, window: int | None, block_tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Queries of a block and the keys that any of them sees; the last of those is the last query's own."""
+    offset = num_keys - num_queries
+    for start in range(0, num_queries, block_tokens):
+        end = min(start + block_tokens, num_queries)
+        first_key = 0 if window is None else max(0, offset + start - window + 1)
+        yield slice(start, end), slice(first_key, offset + end)
+
+
+def _attend_fused(
+    query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
+) -> Tensor:
+    num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
+    if window is None and num_queries == num_keys:
+        grouped = query_Q.shape[1] != key_P.shape[1]
+        return scaled_dot_product_attention(query_Q, key_P, value_P, is_causal=True, scale=scale, enable_gqa=grouped)
+    outputs = []
+    for queries, keys in _blocks(num_queries, num_keys, window, BLOCK_TOKENS):
+        form = (queries.stop - queries.start, keys.stop - keys.start, window)
+        mask_QP = masks.mask(*form, query_Q.dtype, query_Q.device, BLOCK_TOKENS)
+        block = (query_Q[:, :, queries], key_P[:, :, keys], value_P[:, :, keys])
+        outputs.append(_attend_masked(*block, mask_QP, scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cuda":  # with a mask, CUDA's fused kernels do not take grouped heads
+        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask_QP, scale=scale, enable_gqa=groups > 1)
+
+
+# Soft-cap and sinks --------------------------------------------------------------------------------------------------
+
+
+def _attend_written_out(
+    query_Q: Tensor,
+    key_P: Tensor,
+    value_P: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    masks: PathMasks,
+) -> Tensor:
+    outputs = []
+    for queries, keys in _blocks(query_Q.shape[2], key_P.shape[2], window, BLOCK_TOKENS):
+        form = (queries.stop - queries.start, keys.stop - keys.start, window)
+        mask_QP = masks.mask(*form, torch.bool, query_Q.device, BLOCK_TOKENS)
+        block = (query_Q[:, :, queries], key_P[:, :, keys], value_P[:, :, keys])
+        outputs.append(attend_under_mask(*block, mask_QP, scale, softcap, sinks))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def attend_under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_QP: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Softmax attention with its scores written out, under any mask of bools; the softmax is float32 at least."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask_QP, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights.to(value.dtype) @ value
+
+
+# bfloat16 on a CPU ---------------------------------------------------------------------------------------------------
+
+
+class _AttendInHalf(torch.autograd.Function):
+    """Fused attention whose backward computes a block's weights again.
+
+    With scores S = scale * q k^T, weights P = softmax(S), output O = P v and its gradient dO:
+    dv = P^T dO,  dP = dO v^T,  dS = P * (dP - rowsum(dP * P)),  dq = scale * dS k,  dk = scale * dS^T q.
+    Products round their results to bfloat16, as the written-out path's do; sums over blocks are in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
+    ) -> Tensor:
+        ctx.save_for_backward(query_Q, key_P, value_P)
+        ctx.scale, ctx.window = scale, window
+        return _attend_fused(query_Q, key_P, value_P, scale, window, masks)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
+        query_Q, key_P, value_P = ctx.saved_tensors
+        key_KPD, value_KPD = key_P[0].contiguous(), value_P[0].contiguous()
+        query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
+        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, ctx.scale, ctx.window)
+        return grads[0].flatten(0, 1)[None], grads[1][None], grads[2][None], None, None, None
+
+
+def _backward(
+    query_KGQD: Tensor, key_KPD: Tensor, value_KPD: Tensor, grad_KGQD: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values: block by block, for so many heads at once as scratch memory is for."""
+    num_kv_heads, groups, num_queries, _ = query_KGQD.shape
+    num_keys = key_KPD.shape[1]
+    block_tokens = math.ceil(num_queries / max(1, round(num_queries / BLOCK_TOKENS)))
+    scores_of_head = groups * block_tokens * num_keys
+    heads_at_once = min(num_kv_heads, max(1, _SCRATCH_ELEMENTS // scores_of_head))
+    scratch = query_KGQD.new_empty(3, heads_at_once * scores_of_head)
+    if block_tokens == num_queries and heads_at_once == num_kv_heads:
+        return _block_backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, scale, window, scratch)
+    grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
+    grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key_KPD, value_KPD))
+    for first_head in range(0, num_kv_heads, heads_at_once):
+        heads = slice(first_head, first_head + heads_at_once)
+        for queries, keys in _blocks(num_queries, num_keys, window, block_tokens):
+            pieces = query_KGQD[heads, :, queries], key_KPD[heads, keys], value_KPD[heads, keys]
+            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], scale, window, scratch)
+            grad_query[heads, :, queries] = found[0]
+            grad_key[heads, keys] += found[1]
+            grad_value[heads, keys] += found[2]
+    return grad_query, grad_key.to(key_KPD.dtype), grad_value.to(value_KPD.dtype)
+
+
+def _block_backward(
+    query_KGQD: Tensor,
+    key_KPD: Tensor,
+    value_KPD: Tensor,
+    grad_KGQD: Tensor,
+    scale: float,
+    window: int | None,
+    scratch: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries (K, G, Q, D), keys and values. scratch: three buffers of K * G * Q * P elements at least."""
+    num_kv_heads, groups, num_queries, _ = query_KGQD.shape
+    num_keys = key_KPD.shape[1]
+    query, grad = query_KGQD.flatten(1, 2), grad_KGQD.flatten(1, 2)  # (K, G * Q, D)
+    shape = (num_kv_heads, groups * num_queries, num_keys)
+    scores, weights, grad_weights = (buffer[: math.prod(shape)].view(shape) for buffer in scratch)
+    torch.baddbmm(scores, query, key_KPD.transpose(1, 2), beta=0, alpha=scale, out=scores)
+    _hide(scores.view(-1, num_queries, num_keys), window)
+    torch.softmax(scores, dim=-1, out=weights)
+    torch.bmm(grad, value_KPD.transpose(1, 2), out=grad_weights)
+    grad_value = torch.bmm(weights.transpose(1, 2), grad)
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=scores)
+    grad_query = torch.baddbmm(query, grad_scores, key_KPD, beta=0, alpha=scale)
+    grad_key = torch.baddbmm(key_KPD, grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
+    return grad_query.unflatten(1, (groups, num_queries)), grad_key, grad_value
+
+
+def _hide(scores_HQP: Tensor, window: int | None) -> None:
+    """Put -inf, in place, where a block's query does not see a key; the last key is the last query's own."""
+    num_queries, num_keys = scores_HQP.shape[1:]
+    own = scores_HQP[:, :, num_keys - num_queries :]
+    own += torch.full_like(own[0], -torch.inf, memory_format=torch.contiguous_format).triu_(1)
+    if window is not None and window < num_keys:
+        before = torch.full_like(scores_HQP[0], -torch.inf).tril_(num_keys - num_queries - window)
+        scores_HQP += before
