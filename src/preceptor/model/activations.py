@@ -58,12 +58,14 @@ class Activations:
 
     again_bytes: what the largest layer that is computed again keeps for as long as its backward takes. later_bytes: all
     that is kept when backward has done with the read tokens and computes a layer of unread ones again; else 0.
+    scratch_bytes: what the backward of one run's attention writes down for itself, where a layer is not computed again.
     """
 
     kept_bytes: int
     casts_bytes: int
     again_bytes: int
     later_bytes: int
+    scratch_bytes: int = 0
 
 
 def kept_for_backward(
@@ -84,7 +86,8 @@ def kept_for_backward(
         book.whole_row(unread, read)
     else:
         book.by_levels(unread, read)
-    return Activations(book.tape.kept_bytes, book.tape.casts_bytes, book.again_bytes, book.later_bytes)
+    tape = book.tape
+    return Activations(tape.kept_bytes, tape.casts_bytes, book.again_bytes, book.later_bytes, tape.scratch_bytes)
 
 
 def _pieces(work: Work) -> tuple[list[list[Run]], list[list[Run]]]:
@@ -251,13 +254,15 @@ class _Book:
 
     def _run_again(self, inner: Tape, layer: Layer, num_tokens: int) -> None:
         """What a layer that backward computes again keeps then, and the gradients on their way through its MLP: of gate
-        and up, while what was kept of their product is given back. The masks stay, for the next layer.
+        and up, while what was kept of their product is given back. Attention's scratch memory comes when gate and up
+        themselves have gone. The masks stay, for the next layer.
         """
         self.tape.take_shared(inner)
         self.tape.keep_held()
         width = layer.width if layer.experts is None else layer.experts.per_token * layer.experts.width
         flowing_bytes = 2 * num_tokens * width * self.precision.product_bytes
-        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + flowing_bytes)
+        beside_bytes = max(flowing_bytes, inner.scratch_bytes - flowing_bytes)
+        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + beside_bytes)
 
     def _count_casts_once(self, index: int, before: int) -> None:
         """Autocast copies each weight once, however many passes read it."""

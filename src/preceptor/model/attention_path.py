@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from preceptor.model.layout import PathMasks
 
 BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
-_SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
+SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
 
 
 def attend_path(
@@ -166,10 +166,11 @@ def _backward(
     num_kv_heads, groups, num_queries, _ = query_KGQD.shape
     num_keys = key_KPD.shape[1]
     block_tokens = math.ceil(num_queries / max(1, round(num_queries / BLOCK_TOKENS)))
-    scores_of_head = groups * block_tokens * num_keys
-    heads_at_once = min(num_kv_heads, max(1, _SCRATCH_ELEMENTS // scores_of_head))
+    widest = num_keys if window is None else min(num_keys, window - 1 + block_tokens)
+    scores_of_head = groups * block_tokens * widest
+    heads_at_once = min(num_kv_heads, max(1, SCRATCH_ELEMENTS // scores_of_head))
     scratch = query_KGQD.new_empty(3, heads_at_once * scores_of_head)
-    if block_tokens == num_queries and heads_at_once == num_kv_heads:
+    if block_tokens == num_queries and window is None and heads_at_once == num_kv_heads:
         return _block_backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, scale, window, scratch)
     grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
     grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key_KPD, value_KPD))

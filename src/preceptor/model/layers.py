@@ -3,6 +3,7 @@
 Legend: D hidden size, H query heads. A run's tokens are Q queries, the last of the P keys on their path.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from preceptor.model.saved import (
@@ -21,7 +22,8 @@ from preceptor.model.saved import (
 )
 from preceptor.model.shapes import Layer, Linear, Shape
 
-BLOCK_TOKENS = 256  # these two as in model/attention_path.py and model/attention.py; a test holds them together
+BLOCK_TOKENS = 256  # these as in model/attention_path.py and model/attention.py; a test holds them together
+SCRATCH_ELEMENTS = 1 << 22
 SHORT_RUN_TOKENS = 160
 
 
@@ -128,6 +130,8 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
         if run.joined and not written_out:
             tape.keep(*(Value(run.keys * shape.key_width, query.itemsize, True) for _ in range(2)))
         window = layer.window if layer.window is not None and layer.window < run.keys else None
+        if own_backward:
+            tape.scratch_bytes = max(tape.scratch_bytes, _scratch_bytes(shape, run, window))
         if not written_out and window is None and run.queries == run.keys:
             continue
         for first in range(0, run.queries, BLOCK_TOKENS):
@@ -142,6 +146,14 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
             if not tokens.cpu and shape.num_heads != shape.num_kv_heads:  # no grouped heads under a mask on CUDA
                 tape.keep(*(Value(num_keys * shape.query_width, query.itemsize, True) for _ in range(2)))
     return result
+
+
+def _scratch_bytes(shape: Shape, run: Run, window: int | None) -> int:
+    """Of the bfloat16 backward on a CPU: three times (heads, Q, P) of a block, for as many heads as the limit lets."""
+    block = math.ceil(run.queries / max(1, round(run.queries / BLOCK_TOKENS)))
+    keys = run.keys if window is None else min(run.keys, window - 1 + block)
+    of_head = shape.num_heads // shape.num_kv_heads * block * keys
+    return 3 * HALF * of_head * min(shape.num_kv_heads, max(1, SCRATCH_ELEMENTS // of_head))
 
 
 def _mask_bytes(tokens: Pass, num_queries: int, num_keys: int, window: int | None, itemsize: int) -> tuple[object, int]:

@@ -88,7 +88,10 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
         "a row's loss": lasting + kept + row["loss"],
         "a row's backward pass": lasting
         + max(
-            kept + row["computed again"] + loss["hidden states and gradient"] + loss["gradient of the head"],
+            kept
+            + max(activations.again_bytes, activations.scratch_bytes)
+            + loss["hidden states and gradient"]
+            + loss["gradient of the head"],
             activations.later_bytes + row["casts of weights"] + states["gradients"],
         ),
         "the optimizer's step": lasting + states["gradients"],

@@ -48,6 +48,7 @@ class Precision:
 @dataclass(slots=True)
 class Tape:
     """What has been kept. `casts_bytes`: half-precision copies of weights that autocast made, kept beside the rest.
+    scratch_bytes: the most that the backward of one operation writes down for itself, of those that say.
 
     full: whether the weights are trained; rank, targets, dropout: of the adapter, where they are not.
     """
@@ -59,6 +60,7 @@ class Tape:
     dropout: bool = False
     token_rows: bool = False
     casts_bytes: int = 0
+    scratch_bytes: int = 0
     _kept: dict[Value, int] = field(default_factory=dict)
     _shared: dict[object, int] = field(default_factory=dict)
     _held: dict[object, int] = field(default_factory=dict)
