@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
+from preceptor.model.grid import on_grid
 from preceptor.model.layout import PathMasks
 
 BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
+_WHOLE_TOKENS = 384  # queries up to which the backward in bfloat16 is one block
 SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
 
 
@@ -146,39 +148,63 @@ class _AttendInHalf(torch.autograd.Function):
         ctx: Any, query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
     ) -> Tensor:
         ctx.save_for_backward(query_Q, key_P, value_P)
-        ctx.scale, ctx.window = scale, window
+        ctx.scale, ctx.window, ctx.masks = scale, window, masks
         return _attend_fused(query_Q, key_P, value_P, scale, window, masks)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
         query_Q, key_P, value_P = ctx.saved_tensors
-        key_KPD, value_KPD = key_P[0].contiguous(), value_P[0].contiguous()
+        num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
+        block_tokens = num_queries if num_queries <= _WHOLE_TOKENS else BLOCK_TOKENS
+        blocks = list(_blocks(num_queries, num_keys, ctx.window, block_tokens))
+        end = max(keys.start + on_grid(keys.stop - keys.start) for _, keys in blocks)
+        key_KPD, value_KPD = (_padded(part[0], end) for part in (key_P, value_P))
         query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
-        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, ctx.scale, ctx.window)
-        return grads[0].flatten(0, 1)[None], grads[1][None], grads[2][None], None, None, None
+        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.scale, ctx.window, ctx.masks)
+        grad_key, grad_value = (grad[None, :, :num_keys] for grad in grads[1:])
+        return grads[0].flatten(0, 1)[None], grad_key, grad_value, None, None, None
+
+
+def _padded(tensor: Tensor, num_tokens: int) -> Tensor:
+    """A copy of (..., tokens, D) with zeros behind it."""
+    *heads, present, size = tensor.shape
+    padded = tensor.new_empty(*heads, num_tokens, size)
+    padded[..., :present, :] = tensor
+    padded[..., present:, :] = 0
+    return padded
 
 
 def _backward(
-    query_KGQD: Tensor, key_KPD: Tensor, value_KPD: Tensor, grad_KGQD: Tensor, scale: float, window: int | None
+    query_KGQD: Tensor,
+    key_KPD: Tensor,
+    value_KPD: Tensor,
+    grad_KGQD: Tensor,
+    blocks: list[tuple[slice, slice]],
+    scale: float,
+    window: int | None,
+    masks: PathMasks,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values: block by block, for so many heads at once as scratch memory is for."""
-    num_kv_heads, groups, num_queries, _ = query_KGQD.shape
-    num_keys = key_KPD.shape[1]
-    block_tokens = math.ceil(num_queries / max(1, round(num_queries / BLOCK_TOKENS)))
-    widest = num_keys if window is None else min(num_keys, window - 1 + block_tokens)
-    scores_of_head = groups * block_tokens * widest
+    """Gradients of queries, keys and values: block by block, for so many heads at once as scratch memory is for.
+
+    Keys and values have rows enough for each block's on the grid; those of theirs that are no keys get zeros.
+    """
+    num_kv_heads, groups = query_KGQD.shape[:2]
+    scores_of_head = groups * max(
+        on_grid(queries.stop - queries.start) * on_grid(keys.stop - keys.start) for queries, keys in blocks
+    )
     heads_at_once = min(num_kv_heads, max(1, SCRATCH_ELEMENTS // scores_of_head))
-    scratch = query_KGQD.new_empty(3, heads_at_once * scores_of_head)
-    if block_tokens == num_queries and window is None and heads_at_once == num_kv_heads:
-        return _block_backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, scale, window, scratch)
+    scratch = masks.scratch(3 * heads_at_once * scores_of_head, query_KGQD.dtype).view(3, -1)
     grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
-    grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key_KPD, value_KPD))
+    sum_dtype = key_KPD.dtype if len(blocks) == 1 else torch.float32
+    grad_key, grad_value = (torch.zeros_like(part, dtype=sum_dtype) for part in (key_KPD, value_KPD))
     for first_head in range(0, num_kv_heads, heads_at_once):
         heads = slice(first_head, first_head + heads_at_once)
-        for queries, keys in _blocks(num_queries, num_keys, window, block_tokens):
+        for queries, keys in blocks:
+            num_keys = keys.stop - keys.start
+            keys = slice(keys.start, keys.start + on_grid(num_keys))
             pieces = query_KGQD[heads, :, queries], key_KPD[heads, keys], value_KPD[heads, keys]
-            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], scale, window, scratch)
+            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], num_keys, scale, window, scratch)
             grad_query[heads, :, queries] = found[0]
             grad_key[heads, keys] += found[1]
             grad_value[heads, keys] += found[2]
@@ -190,32 +216,36 @@ def _block_backward(
     key_KPD: Tensor,
     value_KPD: Tensor,
     grad_KGQD: Tensor,
+    num_keys: int,
     scale: float,
     window: int | None,
     scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries (K, G, Q, D), keys and values. scratch: three buffers of K * G * Q * P elements at least."""
+    """Gradients of queries (K, G, Q, D), keys and values, of whose P tokens the first `num_keys` are keys.
+
+    Queries are padded to the grid by zeros, whose gradient is zero. scratch: three buffers of K * G * Q * P elements.
+    """
     num_kv_heads, groups, num_queries, _ = query_KGQD.shape
-    num_keys = key_KPD.shape[1]
-    query, grad = query_KGQD.flatten(1, 2), grad_KGQD.flatten(1, 2)  # (K, G * Q, D)
-    shape = (num_kv_heads, groups * num_queries, num_keys)
+    padded = on_grid(num_queries)
+    query, grad = (_padded(part, padded).flatten(1, 2) for part in (query_KGQD, grad_KGQD))  # (K, G * Q, D)
+    shape = (num_kv_heads, groups * padded, key_KPD.shape[1])
     scores, weights, grad_weights = (buffer[: math.prod(shape)].view(shape) for buffer in scratch)
     torch.baddbmm(scores, query, key_KPD.transpose(1, 2), beta=0, alpha=scale, out=scores)
-    _hide(scores.view(-1, num_queries, num_keys), window)
+    _hide(scores.view(-1, padded, shape[2])[:, :num_queries], num_keys, window)
     torch.softmax(scores, dim=-1, out=weights)
     torch.bmm(grad, value_KPD.transpose(1, 2), out=grad_weights)
     grad_value = torch.bmm(weights.transpose(1, 2), grad)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=scores)
     grad_query = torch.baddbmm(query, grad_scores, key_KPD, beta=0, alpha=scale)
     grad_key = torch.baddbmm(key_KPD, grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
-    return grad_query.unflatten(1, (groups, num_queries)), grad_key, grad_value
+    return grad_query.unflatten(1, (groups, padded))[:, :, :num_queries], grad_key, grad_value
 
 
-def _hide(scores_HQP: Tensor, window: int | None) -> None:
-    """Put -inf, in place, where a block's query does not see a key; the last key is the last query's own."""
-    num_queries, num_keys = scores_HQP.shape[1:]
+def _hide(scores_HQP: Tensor, num_keys: int, window: int | None) -> None:
+    """Put -inf, in place, where a block's query does not see a key; the last query's own key is the last of all."""
+    num_queries = scores_HQP.shape[1]
     own = scores_HQP[:, :, num_keys - num_queries :]
     own += torch.full_like(own[0], -torch.inf, memory_format=torch.contiguous_format).triu_(1)
     if window is not None and window < num_keys:
-        before = torch.full_like(scores_HQP[0], -torch.inf).tril_(num_keys - num_queries - window)
-        scores_HQP += before
+        before = torch.full_like(scores_HQP[0], -torch.inf, memory_format=torch.contiguous_format)
+        scores_HQP += before.tril_(num_keys - num_queries - window)

@@ -34,6 +34,13 @@ class PathMasks:
         """runs: all that will ask, so that one mask is large enough for them."""
         self._longest = max(end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in runs)
         self._masks: dict[object, Tensor] = {}
+        self._scratch = torch.empty(0)
+
+    def scratch(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        """CPU memory to write in, the same for all runs and layers; of no use to two at a time."""
+        if self._scratch.dtype != dtype or len(self._scratch) < num_elements:
+            self._scratch = torch.empty(num_elements, dtype=dtype)
+        return self._scratch[:num_elements]
 
     def mask(
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int
