@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import Row, runs
+from preceptor.model.grid import on_grid
 
 Range = tuple[int, int]
 """Tokens `start` to `end` of a row."""
@@ -110,6 +111,15 @@ def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | 
     if sliding_window is not None:
         mask_TT &= position_T[:, None] - position_T[None, :] < sliding_window
     return mask_TT
+
+
+def computed_tokens(num_tokens: int, value: Tensor) -> int:
+    """How many tokens go through the layers for so many: on a CPU in bfloat16 as many as the grid has (grid.py).
+
+    Those that are added are the last; they are in no run, so attention gives zeros for them and nothing sees them.
+    """
+    in_half = value.device.type == "cpu" and product_dtype(value) == torch.bfloat16
+    return on_grid(num_tokens) if in_half else num_tokens
 
 
 def product_dtype(value: Tensor) -> torch.dtype:

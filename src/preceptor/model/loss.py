@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
+from preceptor.model.layout import computed_tokens
 from preceptor.model.loss_options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens
 from preceptor.model.loss_softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
 
@@ -149,13 +151,19 @@ def _form(
 def _chunks(
     hidden_TD: Tensor, head_VD: Tensor, source_N: Tensor, form: LossForm
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each chunk's trained tokens, hidden states and products h W^T, the last in one buffer for all chunks."""
+    """Each chunk's trained tokens, hidden states and products h W^T, the last in one buffer for all chunks.
+
+    Of hidden states and products there may be more than tokens (`computed_tokens`): zeros, which stay zeros.
+    """
     num_trained, vocab_size = len(source_N), head_VD.shape[0]
-    buffer_CV = hidden_TD.new_empty(min(form.chunk_tokens, num_trained), vocab_size, dtype=form.product_dtype)
+    most = computed_tokens(min(form.chunk_tokens, num_trained), head_VD)
+    buffer_CV = hidden_TD.new_empty(most, vocab_size, dtype=form.product_dtype)
     for start in range(0, num_trained, form.chunk_tokens):
         chunk = slice(start, min(num_trained, start + form.chunk_tokens))
-        hidden_CD = hidden_TD[source_N[chunk]].to(form.product_dtype)
-        products_CV = buffer_CV[: chunk.stop - start]
+        num_tokens = chunk.stop - start
+        added = computed_tokens(num_tokens, head_VD) - num_tokens
+        hidden_CD = pad(hidden_TD[source_N[chunk]].to(form.product_dtype), (0, 0, 0, added))
+        products_CV = buffer_CV[: num_tokens + added]
         for rows in _head_rows(head_VD):
             torch.mm(hidden_CD, head_VD[rows].T, out=products_CV[:, rows])
         yield chunk, hidden_CD, products_CV
@@ -175,7 +183,7 @@ def _losses(
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
         for chunk, _, products_CV in _chunks(hidden_TD, _cast(weight_VD, form.product_dtype), source_N, form):
             target_C, losses_C, correct_C = target_N[chunk], losses_N[chunk], correct_N[chunk]
-            for rows, block_RV in blocks(products_CV, form, write_back=False):
+            for rows, block_RV in blocks(products_CV[: len(target_C)], form, write_back=False):
                 logits_RV = to_logits(block_RV, bias_V, form)
                 correct_C[rows] = logits_RV.max(dim=-1).indices == target_C[rows]  # argmax is three times slower
                 losses_C[rows] = token_losses_of(logits_RV, target_C[rows])
@@ -217,11 +225,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_TD.device.type, enabled=False):
             head_VD = _cast(weight_VD, form.product_dtype)
             for chunk, hidden_CD, products_CV in _chunks(hidden_TD, head_VD, source_N, form):
+                source_C, target_C = source_N[chunk], target_N[chunk]
                 losses_N[chunk] = _to_gradients(
-                    products_CV, target_N[chunk], weight_N[chunk], bias_V, grad_bias_V, form
+                    products_CV[: len(target_C)], target_C, weight_N[chunk], bias_V, grad_bias_V, form
                 )
                 if grad_hidden_TD is not None:  # a source may occur several times: where a tree branches
-                    grad_hidden_TD.index_add_(0, source_N[chunk], _through_head(products_CV, head_VD, hidden_TD.dtype))
+                    grad_CD = _through_head(products_CV, head_VD, hidden_TD.dtype)[: len(source_C)]
+                    grad_hidden_TD.index_add_(0, source_C, grad_CD)
                 if head_total_VD is not None:
                     _add_product(head_total_VD, products_CV, hidden_CD)
                 if grad_weight_RD is not None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from preceptor.data.forest import Row
 from preceptor.errors import ModelError
 from preceptor.model.attention import KeysKept, attention_implementation, decoder_of, forest_attention
-from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range
+from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, PathMasks, Range, computed_tokens
 from preceptor.model.lean import lean_modules
 from preceptor.model.levels import Level, levels
 
@@ -63,12 +64,17 @@ KEEP_ALL = Keep()
 
 
 def decode(model: nn.Module, row: Row, index_M: Tensor | None, layout: ForestLayout | PassLayout) -> Tensor:
-    """Last hidden states (M, D) of the row's tokens `index_M` (None: all), which go through the decoder together."""
+    """Last hidden states (M, D) of the row's tokens `index_M` (None: all), which go through the decoder together.
+
+    More may come behind them, see `computed_tokens`.
+    """
     decoder = decoder_of(model)
     device = decoder.get_input_embeddings().weight.device
     ids_M, position_M = torch.from_numpy(row.ids_T).to(device), torch.from_numpy(row.position_T).to(device)
     if index_M is not None:
         ids_M, position_M = ids_M[index_M], position_M[index_M]
+    added = computed_tokens(len(ids_M), decoder.get_input_embeddings().weight) - len(ids_M)
+    ids_M, position_M = pad(ids_M, (0, added)), pad(position_M, (0, added))
     with lean_modules(model):
         output = decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
     hidden_MD: Tensor = output.last_hidden_state[0]
@@ -79,7 +85,7 @@ def decode_whole(model: nn.Module, row: Row, keep: Keep, parts: tuple[Level, Lev
     """Hidden states of a whole row in one pass: of all tokens (T, D), or with `parts` = (unread, read) of the read."""
     layout = ForestLayout.from_row(row, decoder_of(model).get_input_embeddings().weight.device)
     with forest_attention(model), recomputing(model, keep, parts):
-        return decode(model, row, None, layout)
+        return decode(model, row, None, layout)[: row.num_tokens if parts is None else parts[1].num_tokens]
 
 
 def recomputing(model: nn.Module, keep: Keep, parts: tuple[Level, Level] | None = None) -> AbstractContextManager[None]:
@@ -111,7 +117,7 @@ def decode_levels(model: nn.Module, row: Row, keep: Keep) -> tuple[Tensor, np.nd
                 _layers_through(model, _wrap_for(model, level, keep)),
                 torch.no_grad() if constant else nullcontext(),
             ):
-                hidden_MD = decode(model, row, torch.from_numpy(index_M).to(device), layout)
+                hidden_MD = decode(model, row, torch.from_numpy(index_M).to(device), layout)[: level.num_tokens]
             if level.read:
                 hidden.append(hidden_MD)
                 index.append(index_M)
@@ -194,16 +200,19 @@ def _keys_only(forward: Forward) -> Forward:
 
 def _for_read_tokens(forward: Forward, unread: Level, read: Level, device: torch.device) -> Forward:
     """A layer that takes all tokens and returns the read ones: of the others it computes keys and values only."""
-    unread_U, read_M = (torch.from_numpy(part.index_T()).to(device) for part in (unread, read))
     masks = PathMasks(read.runs)
 
-    def for_read_tokens(*arguments: Any, forest: ForestLayout, **named: Any) -> Any:
-        num_tokens = len(forest.position_T)
+    def for_read_tokens(hidden: Tensor, *rest: Any, forest: ForestLayout, **named: Any) -> Any:
+        def of(part: Level) -> Any:
+            added = computed_tokens(part.num_tokens, hidden) - part.num_tokens
+            index_M = pad(torch.from_numpy(part.index_T()).to(device), (0, added))
+            return _choose(((hidden, *rest), named), index_M, hidden.shape[1])
+
         before = PassLayout(unread.runs, {}, {}, masks)
         if unread.runs:
-            chosen, chosen_named = _choose((arguments, named), unread_U, num_tokens)
+            chosen, chosen_named = of(unread)
             _keys_only(forward)(*chosen, forest=before, **chosen_named)
-        chosen, chosen_named = _choose((arguments, named), read_M, num_tokens)
+        chosen, chosen_named = of(read)
         return forward(*chosen, forest=PassLayout(read.runs, before.recorded or {}, None, masks), **chosen_named)
 
     return for_read_tokens
