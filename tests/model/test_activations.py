@@ -13,7 +13,7 @@ from preceptor.model import attention, attention_path, forward
 from preceptor.model.activations import _WORTH, Work, kept_for_backward
 from preceptor.model.adapters import add_adapter
 from preceptor.model.forward import hidden_states, read_hidden_states
-from preceptor.model.layers import BLOCK_TOKENS, SCRATCH_ELEMENTS, SHORT_RUN_TOKENS
+from preceptor.model.layers import BLOCK_TOKENS, SCRATCH_ELEMENTS, SHORT_RUN_TOKENS, WHOLE_TOKENS
 from preceptor.model.parameters import Adapter
 from preceptor.model.passes import Keep
 from preceptor.model.saved import Precision
@@ -149,6 +149,7 @@ def test_what_is_computed_again_is_less_than_what_would_be_kept():
 
 
 def test_constants_are_those_of_the_attention_and_the_forward_pass():
-    assert (BLOCK_TOKENS, SCRATCH_ELEMENTS) == (attention_path.BLOCK_TOKENS, attention_path.SCRATCH_ELEMENTS)
+    of_paths = attention_path.BLOCK_TOKENS, attention_path.WHOLE_TOKENS, attention_path.SCRATCH_ELEMENTS
+    assert of_paths == (BLOCK_TOKENS, WHOLE_TOKENS, SCRATCH_ELEMENTS)
     assert attention.SHORT_RUN_TOKENS == SHORT_RUN_TOKENS
     assert _WORTH == forward._WORTH

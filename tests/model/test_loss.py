@@ -264,7 +264,8 @@ def test_token_losses():
 
 def test_chunks_are_of_about_one_size_and_within_the_budget():
     assert chunk_tokens(29, V, 4, holding(8)) == 8  # 8, 8, 8, 5
-    assert chunk_tokens(2000, 152_000, 2, 128 * 2**20) == 400  # not 441 and a rest
+    assert chunk_tokens(2000, 152_000, 4, 256 * 2**20) == 400  # not 441 and a rest
+    assert chunk_tokens(2000, 152_000, 2, 128 * 2**20) == 334  # of at most 384, which is on the grid
     assert chunk_tokens(5, 152_000, 2, 128 * 2**20) == 5
     assert chunk_tokens(100, 152_000, 2, 1000) == 1
     assert chunk_tokens(0, 152_000, 2) == 1

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from preceptor.model.grid import on_grid
 from preceptor.model.layers import Pass, Run, keys_only, run_layer
 from preceptor.model.parameters import Adapter
-from preceptor.model.saved import Precision, Tape, Value, norm
+from preceptor.model.saved import HALF, Precision, Tape, Value, norm
 from preceptor.model.shapes import Layer, Shape
 
 ContextGradient = Literal["full", "recompute", "none"]
@@ -58,7 +59,7 @@ class Activations:
 
     again_bytes: what the largest layer that is computed again keeps for as long as its backward takes. later_bytes: all
     that is kept when backward has done with the read tokens and computes a layer of unread ones again; else 0.
-    scratch_bytes: what the backward of one run's attention writes down for itself, where a layer is not computed again.
+    scratch_bytes: what attention's backward writes in, the same for all runs and layers of the row.
     """
 
     kept_bytes: int
@@ -140,14 +141,15 @@ class _Book:
         spared = num_read > 0 and _WORTH * (self.work.num_tokens - num_read) >= self.work.num_tokens
         runs = tuple(Run(length, length) for length in lengths if length)
         self.longest = max(lengths)
-        x, angles = self._enter(self.work.num_tokens)
+        num_tokens = self._computed(self.work.num_tokens)
+        x, angles = self._enter(num_tokens)
         for index, layer in enumerate(self.shape.layers):
             again = index < self.work.recomputed_layers
             if spared and index == len(self.shape.layers) - 1:
                 x = self._spared_layer(index, x, unread, read, again)
             else:
                 x = self._layer(index, x, self._pass(runs, angles, layer), again)
-        self._leave(x, num_read if spared else self.work.num_tokens)
+        self._leave(x, self._computed(num_read) if spared else num_tokens)
 
     def by_levels(self, unread: list[list[Run]], read: list[list[Run]]) -> None:
         """Unread and read tokens of each level in turn, each pass given the keys and values that earlier ones left."""
@@ -177,12 +179,12 @@ class _Book:
 
     def _keys_values_bytes(self, runs: tuple[Run, ...]) -> int:
         """What a pass leaves for later ones, in all layers."""
-        tokens = Pass(runs, (_NO_ANGLE, _NO_ANGLE), self.cpu, self.longest)
+        tokens = self._of_runs(runs, (_NO_ANGLE, _NO_ANGLE))
         itemsize = tokens.attention_bytes(self.precision.product_bytes)
         return 2 * tokens.num_tokens * self.shape.key_width * itemsize * len(self.shape.layers)
 
     def _level(self, runs: tuple[Run, ...], is_read: bool, num_again: int, constant: bool, masks: Tape) -> None:
-        num_tokens, num_layers = sum(run.queries for run in runs), len(self.shape.layers)
+        num_tokens, num_layers = self._computed(sum(run.queries for run in runs)), len(self.shape.layers)
         if constant:  # nothing is kept but what it leaves for others: its masks as well
             own, self.tape = (self.tape, self._cast_layers), self._new_tape()
             self._cast_layers, num_again = set(), 0
@@ -214,7 +216,15 @@ class _Book:
         return Value(num_tokens * width, self.precision.weight_bytes, False)
 
     def _pass(self, runs: tuple[Run, ...], angles: dict[bool, tuple[Value, Value]], layer: Layer) -> Pass:
-        return Pass(runs, angles[self._angle_kind(layer)], self.cpu, self.longest)
+        return self._of_runs(runs, angles[self._angle_kind(layer)])
+
+    def _of_runs(self, runs: tuple[Run, ...], angles: tuple[Value, Value]) -> Pass:
+        num_tokens = self._computed(sum(run.queries for run in runs))
+        return Pass(runs, num_tokens, angles, self.cpu, self.longest)
+
+    def _computed(self, num_tokens: int) -> int:
+        """As `computed_tokens` of model/layout.py has it."""
+        return on_grid(num_tokens) if self.cpu and self.precision.product_bytes == HALF else num_tokens
 
     def _layer(self, index: int, x: Value, tokens: Pass, again: bool, keys_alone: bool = False) -> Value:
         layer = self.shape.layers[index]
@@ -238,13 +248,14 @@ class _Book:
         out = x
         for levels, run in ((unread, keys_only), (read, run_layer)):
             runs = tuple(each for level in levels for each in level)
-            num_tokens = sum(each.queries for each in runs)
+            num_tokens = self._computed(sum(each.queries for each in runs))
             if num_tokens:
                 chosen = Value(num_tokens * self.shape.hidden, x.itemsize, x.grad)
                 tape.keep(Value(num_tokens, _INDEX_BYTES, False))
                 angles = (self._angle(num_tokens), self._angle(num_tokens))
                 tape.casts_bytes = casts  # the same weights again
-                out = run(tape, self.shape, layer, chosen, Pass(runs, angles, self.cpu, longest, spared=True))
+                tokens = Pass(runs, num_tokens, angles, self.cpu, longest, spared=True)
+                out = run(tape, self.shape, layer, chosen, tokens)
         if again:
             self.tape.keep(x)
             self._run_again(tape, layer, num_tokens)
@@ -254,15 +265,13 @@ class _Book:
 
     def _run_again(self, inner: Tape, layer: Layer, num_tokens: int) -> None:
         """What a layer that backward computes again keeps then, and the gradients on their way through its MLP: of gate
-        and up, while what was kept of their product is given back. Attention's scratch memory comes when gate and up
-        themselves have gone. The masks stay, for the next layer.
+        and up, while what was kept of their product is given back. The masks stay, for the next layer.
         """
         self.tape.take_shared(inner)
         self.tape.keep_held()
         width = layer.width if layer.experts is None else layer.experts.per_token * layer.experts.width
         flowing_bytes = 2 * num_tokens * width * self.precision.product_bytes
-        beside_bytes = max(flowing_bytes, inner.scratch_bytes - flowing_bytes)
-        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + beside_bytes)
+        self.again_bytes = max(self.again_bytes, inner.kept_bytes + inner.casts_bytes + flowing_bytes)
 
     def _count_casts_once(self, index: int, before: int) -> None:
         """Autocast copies each weight once, however many passes read it."""

@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from preceptor.model.grid import on_grid
-from preceptor.model.layout import PathMasks
+from preceptor.model.layout import PathMasks, Scratch
 
 BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
-_WHOLE_TOKENS = 384  # queries up to which the backward in bfloat16 is one block
+WHOLE_TOKENS = 384  # queries up to which the backward in bfloat16 is one block
 SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
 
 
@@ -148,7 +148,7 @@ class _AttendInHalf(torch.autograd.Function):
         ctx: Any, query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
     ) -> Tensor:
         ctx.save_for_backward(query_Q, key_P, value_P)
-        ctx.scale, ctx.window, ctx.masks = scale, window, masks
+        ctx.scale, ctx.window, ctx.scratch = scale, window, masks.scratch
         return _attend_fused(query_Q, key_P, value_P, scale, window, masks)
 
     @staticmethod
@@ -156,12 +156,12 @@ class _AttendInHalf(torch.autograd.Function):
     def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
         query_Q, key_P, value_P = ctx.saved_tensors
         num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
-        block_tokens = num_queries if num_queries <= _WHOLE_TOKENS else BLOCK_TOKENS
+        block_tokens = num_queries if num_queries <= WHOLE_TOKENS else BLOCK_TOKENS
         blocks = list(_blocks(num_queries, num_keys, ctx.window, block_tokens))
         end = max(keys.start + on_grid(keys.stop - keys.start) for _, keys in blocks)
         key_KPD, value_KPD = (_padded(part[0], end) for part in (key_P, value_P))
         query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
-        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.scale, ctx.window, ctx.masks)
+        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.scale, ctx.window, ctx.scratch)
         grad_key, grad_value = (grad[None, :, :num_keys] for grad in grads[1:])
         return grads[0].flatten(0, 1)[None], grad_key, grad_value, None, None, None
 
@@ -183,7 +183,7 @@ def _backward(
     blocks: list[tuple[slice, slice]],
     scale: float,
     window: int | None,
-    masks: PathMasks,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values: block by block, for so many heads at once as scratch memory is for.
 
@@ -194,7 +194,7 @@ def _backward(
         on_grid(queries.stop - queries.start) * on_grid(keys.stop - keys.start) for queries, keys in blocks
     )
     heads_at_once = min(num_kv_heads, max(1, SCRATCH_ELEMENTS // scores_of_head))
-    scratch = masks.scratch(3 * heads_at_once * scores_of_head, query_KGQD.dtype).view(3, -1)
+    buffers = scratch.take(3 * heads_at_once * scores_of_head, query_KGQD).view(3, -1)
     grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
     sum_dtype = key_KPD.dtype if len(blocks) == 1 else torch.float32
     grad_key, grad_value = (torch.zeros_like(part, dtype=sum_dtype) for part in (key_KPD, value_KPD))
@@ -204,7 +204,7 @@ def _backward(
             num_keys = keys.stop - keys.start
             keys = slice(keys.start, keys.start + on_grid(num_keys))
             pieces = query_KGQD[heads, :, queries], key_KPD[heads, keys], value_KPD[heads, keys]
-            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], num_keys, scale, window, scratch)
+            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], num_keys, scale, window, buffers)
             grad_query[heads, :, queries] = found[0]
             grad_key[heads, keys] += found[1]
             grad_value[heads, keys] += found[2]
@@ -219,17 +219,17 @@ def _block_backward(
     num_keys: int,
     scale: float,
     window: int | None,
-    scratch: Tensor,
+    buffers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (K, G, Q, D), keys and values, of whose P tokens the first `num_keys` are keys.
 
-    Queries are padded to the grid by zeros, whose gradient is zero. scratch: three buffers of K * G * Q * P elements.
+    Queries are padded to the grid by zeros, whose gradient is zero. buffers: three of K * G * Q * P elements.
     """
     num_kv_heads, groups, num_queries, _ = query_KGQD.shape
     padded = on_grid(num_queries)
     query, grad = (_padded(part, padded).flatten(1, 2) for part in (query_KGQD, grad_KGQD))  # (K, G * Q, D)
     shape = (num_kv_heads, groups * padded, key_KPD.shape[1])
-    scores, weights, grad_weights = (buffer[: math.prod(shape)].view(shape) for buffer in scratch)
+    scores, weights, grad_weights = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
     torch.baddbmm(scores, query, key_KPD.transpose(1, 2), beta=0, alpha=scale, out=scores)
     _hide(scores.view(-1, padded, shape[2])[:, :num_queries], num_keys, window)
     torch.softmax(scores, dim=-1, out=weights)

@@ -3,9 +3,9 @@
 Legend: D hidden size, H query heads. A run's tokens are Q queries, the last of the P keys on their path.
 """
 
-import math
 from dataclasses import dataclass, replace
 
+from preceptor.model.grid import on_grid
 from preceptor.model.saved import (
     FLOAT32,
     HALF,
@@ -22,7 +22,10 @@ from preceptor.model.saved import (
 )
 from preceptor.model.shapes import Layer, Linear, Shape
 
-BLOCK_TOKENS = 256  # these as in model/attention_path.py and model/attention.py; a test holds them together
+BLOCK_TOKENS, WHOLE_TOKENS = (
+    256,
+    384,
+)  # these as in model/attention_path.py and model/attention.py; a test holds them together
 SCRATCH_ELEMENTS = 1 << 22
 SHORT_RUN_TOKENS = 160
 
@@ -40,24 +43,23 @@ class Run:
 class Pass:
     """Tokens that go through a layer together, on a CPU or not; `angles` are the rotary cosine and sine.
 
-    longest: the most keys that a run of the row has, all passes together: on a CPU one mask serves them all. spared: of
-    the last layer by itself, which has masks of its own.
+    num_tokens: those of the runs, in bfloat16 on a CPU rounded up to the grid. longest: the most keys that a run of the
+    row has, all passes together: on a CPU one mask serves them all. spared: of the last layer by itself, with masks of
+    its own.
     """
 
     runs: tuple[Run, ...]
+    num_tokens: int
     angles: tuple[Value, Value]
     cpu: bool
     longest: int
     spared: bool = False
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(run.queries for run in self.runs)
-
     def attention_bytes(self, product_bytes: int) -> int:
         """On a CPU short runs are computed in float32."""
+        tokens = sum(run.queries for run in self.runs)
         short = sum(run.queries for run in self.runs if run.queries * run.keys < SHORT_RUN_TOKENS**2)
-        return FLOAT32 if self.cpu and product_bytes == 2 and 2 * short > self.num_tokens else product_bytes
+        return FLOAT32 if self.cpu and product_bytes == HALF and 2 * short > tokens else product_bytes
 
 
 def run_layer(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
@@ -122,8 +124,9 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
     if not written_out:
         tape.keep(query)
         if not own_backward:
-            log_sum_exp = Value(query.elements // shape.head_dim, FLOAT32, True)
-            tape.keep(Value(query.elements, query.itemsize, True), log_sum_exp)
+            queries = sum(run.queries for run in tokens.runs)
+            log_sum_exp = Value(queries * shape.num_heads, FLOAT32, True)
+            tape.keep(Value(queries * shape.query_width, query.itemsize, True), log_sum_exp)
         if not all(run.joined for run in tokens.runs):
             tape.keep(key, value)
     for run in tokens.runs:
@@ -150,9 +153,9 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
 
 def _scratch_bytes(shape: Shape, run: Run, window: int | None) -> int:
     """Of the bfloat16 backward on a CPU: three times (heads, Q, P) of a block, for as many heads as the limit lets."""
-    block = math.ceil(run.queries / max(1, round(run.queries / BLOCK_TOKENS)))
+    block = run.queries if run.queries <= WHOLE_TOKENS else BLOCK_TOKENS
     keys = run.keys if window is None else min(run.keys, window - 1 + block)
-    of_head = shape.num_heads // shape.num_kv_heads * block * keys
+    of_head = shape.num_heads // shape.num_kv_heads * on_grid(block) * on_grid(keys)
     return 3 * HALF * of_head * min(shape.num_kv_heads, max(1, SCRATCH_ELEMENTS // of_head))
 
 

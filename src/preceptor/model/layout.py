@@ -23,6 +23,19 @@ KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one range, each (1, heads, tokens, head size), with rotary positions in them."""
 
 
+class Scratch:
+    """Memory that the backward of each run and layer of a row writes in, one after the other."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, num_elements: int, like: Tensor) -> Tensor:
+        """So many elements of the dtype and on the device of `like`, whatever they hold."""
+        if len(self._buffer) < num_elements or self._buffer.dtype != like.dtype:
+            self._buffer = like.new_empty(num_elements)
+        return self._buffer[:num_elements]
+
+
 class PathMasks:
     """What the last tokens of a path see of it: one mask that all runs, blocks and layers of a row have views of.
 
@@ -35,13 +48,7 @@ class PathMasks:
         """runs: all that will ask, so that one mask is large enough for them."""
         self._longest = max(end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in runs)
         self._masks: dict[object, Tensor] = {}
-        self._scratch = torch.empty(0)
-
-    def scratch(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """CPU memory to write in, the same for all runs and layers; of no use to two at a time."""
-        if self._scratch.dtype != dtype or len(self._scratch) < num_elements:
-            self._scratch = torch.empty(num_elements, dtype=dtype)
-        return self._scratch[:num_elements]
+        self.scratch = Scratch()
 
     def mask(
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from preceptor.model.layout import computed_tokens
-from preceptor.model.loss_options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens
+from preceptor.model.loss_options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
 from preceptor.model.loss_softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
 
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
@@ -144,8 +143,9 @@ def _form(
     product_dtype = weight_VD.dtype
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    tokens = chunk_tokens(len(target_N), weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type)
-    return LossForm(softcap, logit_scale, options, product_dtype, tokens)
+    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type
+    chunk = chunk_tokens(len(target_N), *sizes)
+    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes))
 
 
 def _chunks(
@@ -153,15 +153,15 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each chunk's trained tokens, hidden states and products h W^T, the last in one buffer for all chunks.
 
-    Of hidden states and products there may be more than tokens (`computed_tokens`): zeros, which stay zeros.
+    Of hidden states and products there may be more than tokens (LossForm.computed_tokens): zeros, which stay zeros.
     """
     num_trained, vocab_size = len(source_N), head_VD.shape[0]
-    most = computed_tokens(min(form.chunk_tokens, num_trained), head_VD)
+    most = form.computed_tokens(min(form.chunk_tokens, num_trained), head_VD)
     buffer_CV = hidden_TD.new_empty(most, vocab_size, dtype=form.product_dtype)
     for start in range(0, num_trained, form.chunk_tokens):
         chunk = slice(start, min(num_trained, start + form.chunk_tokens))
         num_tokens = chunk.stop - start
-        added = computed_tokens(num_tokens, head_VD) - num_tokens
+        added = form.computed_tokens(num_tokens, head_VD) - num_tokens
         hidden_CD = pad(hidden_TD[source_N[chunk]].to(form.product_dtype), (0, 0, 0, added))
         products_CV = buffer_CV[: num_tokens + added]
         for rows in _head_rows(head_VD):

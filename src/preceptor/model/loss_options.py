@@ -9,6 +9,8 @@ token multiplies all of it.
 
 from dataclasses import dataclass
 
+from preceptor.model.grid import FINEST
+
 # The head and its gradient are read and written once a chunk, which 512 tokens or more make up for: at a vocabulary of
 # 152,000, 64 MiB (220 tokens) take 1.4 times as long. On CPU chunks of 2048 tokens take 5 to 15 % longer than of 1024,
 # as the products' operands leave the cache (benchmarks/loss.py).
@@ -44,8 +46,15 @@ def chunk_tokens(
     bytes_per_logit: of the type that the matrix products give. So the logits of a row take
     chunk_tokens * vocab_size * bytes_per_logit bytes.
     """
+    most = most_tokens(vocab_size, bytes_per_logit, logits_bytes, device_type)
+    num_chunks = max(1, -(-num_trained // most))
+    return max(1, -(-num_trained // num_chunks))
+
+
+def most_tokens(vocab_size: int, bytes_per_logit: int, logits_bytes: int, device_type: str) -> int:
+    """Tokens whose logits `logits_bytes` hold, at least 1; in half precision on a CPU a size on the grid (grid.py)."""
     assert logits_bytes > 0
     most = max(1, logits_bytes // (bytes_per_logit * vocab_size))
     most = min(most, _MOST_TOKENS.get(device_type, most))
-    num_chunks = max(1, -(-num_trained // most))
-    return max(1, -(-num_trained // num_chunks))
+    on_grids = device_type == "cpu" and bytes_per_logit == 2 and most >= FINEST
+    return most // FINEST * FINEST if on_grids else most

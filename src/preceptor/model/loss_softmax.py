@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from preceptor.model.layout import computed_tokens
 from preceptor.model.loss_options import LossOptions
 
 _BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # 1 MiB of float32, half of a core's cache; enough to fill a GPU
@@ -28,6 +29,12 @@ class LossForm:
     options: LossOptions
     product_dtype: torch.dtype
     chunk_tokens: int
+    most_tokens: int
+
+    def computed_tokens(self, num_tokens: int, head_VD: Tensor) -> int:
+        """With those that round so many up to the grid, unless memory is not for so many."""
+        computed = computed_tokens(num_tokens, head_VD)
+        return computed if computed <= self.most_tokens else num_tokens
 
     @property
     def softmax_dtype(self) -> torch.dtype:

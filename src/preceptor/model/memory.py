@@ -87,11 +87,9 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
     moments = {
         "a row's loss": lasting + kept + row["loss"],
         "a row's backward pass": lasting
+        + activations.scratch_bytes
         + max(
-            kept
-            + max(activations.again_bytes, activations.scratch_bytes)
-            + loss["hidden states and gradient"]
-            + loss["gradient of the head"],
+            kept + row["computed again"] + loss["hidden states and gradient"] + loss["gradient of the head"],
             activations.later_bytes + row["casts of weights"] + states["gradients"],
         ),
         "the optimizer's step": lasting + states["gradients"],

@@ -208,6 +208,7 @@ def _for_read_tokens(forward: Forward, unread: Level, read: Level, device: torch
             index_M = pad(torch.from_numpy(part.index_T()).to(device), (0, added))
             return _choose(((hidden, *rest), named), index_M, hidden.shape[1])
 
+        masks.scratch = forest.masks.scratch
         before = PassLayout(unread.runs, {}, {}, masks)
         if unread.runs:
             chosen, chosen_named = of(unread)

@@ -93,10 +93,11 @@ class Tape:
         self._held = {}
 
     def take_shared(self, other: "Tape") -> None:
-        """Move what is shared by layers from another tape to this one."""
+        """Move what is shared by layers, scratch memory too, from another tape to this one."""
         self._shared |= other._shared
         self._held |= other._held
         other._shared, other._held = {}, {}
+        self.scratch_bytes = max(self.scratch_bytes, other.scratch_bytes)
 
 
 def cast(value: Value, itemsize: int) -> Value:
