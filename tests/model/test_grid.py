@@ -1,0 +1,93 @@
+"""Tokens that only round a number up to the grid change no loss and no gradient, in no way of keeping less."""
+
+import numpy as np
+import pytest
+import torch
+from test_passes import ROWS, assert_same, loss_and_grads, rounding_in_float64
+
+from preceptor.data.forest import build_row
+from preceptor.model import loss_softmax, passes
+from preceptor.model.adapters import add_adapter
+from preceptor.model.attention import ForestLayout, attend_runs
+from preceptor.model.forward import read_hidden_states, row_loss
+from preceptor.model.grid import FINEST, on_grid
+from preceptor.model.layout import computed_tokens
+from preceptor.model.passes import Keep
+from preceptor.train.precision import autocast
+from tiny import MODELS, branching, chain, tiny_model
+
+MODES = [Keep(gradient, again) for gradient in ("full", "recompute", "none") for again in ("none", "all", 1)]
+
+
+def to_tens(num_tokens, _):
+    """A coarser grid than there is, for float64 too."""
+    return -(-num_tokens // 10) * 10
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 1000, 2047, 2049, 4095, 5000, 70_000])
+def test_the_grid(num_tokens):
+    size = on_grid(num_tokens)
+    assert num_tokens <= size < num_tokens + max(FINEST, num_tokens / 16)
+    assert on_grid(size) == size and size % FINEST == 0
+
+
+def test_a_long_run_meets_few_sizes():
+    assert len({on_grid(num_tokens) for num_tokens in range(1, 8193)}) == 32 + 16 + 16
+
+
+def test_only_bfloat16_on_a_cpu_is_rounded_up():
+    assert computed_tokens(70, torch.zeros(1, dtype=torch.bfloat16)) == 128
+    assert computed_tokens(70, torch.zeros(1)) == 70
+    with torch.autocast("cpu", torch.bfloat16):
+        assert computed_tokens(70, torch.zeros(1)) == 128
+    assert computed_tokens(70, torch.zeros(1, dtype=torch.bfloat16, device="meta")) == 70
+
+
+@pytest.mark.parametrize("keep", MODES, ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_are_those_without(kind, keep, monkeypatch):
+    row = ROWS["packed"]
+    model = tiny_model(kind, dtype=torch.float64)
+    true = loss_and_grads(model, row_loss(model, row, keep))
+    computed = []
+    monkeypatch.setattr(passes, "computed_tokens", lambda n, like: computed.append(n) or to_tens(n, like))
+    monkeypatch.setattr(loss_softmax, "computed_tokens", to_tens)
+    found = loss_and_grads(model, row_loss(model, row, keep))
+    assert any(n % 10 for n in computed), "nothing was rounded up"
+    assert_same(found, true, rounding_in_float64(kind))
+
+
+def test_with_an_adapter_and_new_tokens(monkeypatch):
+    row, losses = ROWS["packed"], []
+    for rounded in (False, True):
+        if rounded:
+            monkeypatch.setattr(passes, "computed_tokens", to_tens)
+            monkeypatch.setattr(loss_softmax, "computed_tokens", to_tens)
+        model = add_adapter(tiny_model("llama", dtype=torch.float64), 4, 8.0, 0.0, None, [5, 7], seed=0).double()
+        losses.append(loss_and_grads(model, row_loss(model, row, Keep("recompute"))))
+    assert_same(losses[1], losses[0], 1e-11)
+
+
+def test_attention_gives_zeros_for_tokens_in_no_run():
+    layout = ForestLayout.from_row(build_row([branching(np.random.default_rng(0))]), "cpu")
+    num_tokens = len(layout.position_T)
+    query, key, value = (torch.randn(1, heads, num_tokens + 3, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    found = attend_runs(query, key, value, layout, 0.4)
+    alone = attend_runs(*(part[:, :, :num_tokens] for part in (query, key, value)), layout, 0.4)
+    assert torch.equal(found[:, :, :num_tokens], alone)
+    assert not found[:, :, num_tokens:].any() and found.shape == query.shape
+
+
+@pytest.mark.parametrize("context_gradient", ["full", "recompute", "none"])
+def test_bfloat16_gives_what_float32_gives_but_for_rounding(context_gradient):
+    """Long enough for attention in bfloat16, with branches, and hidden states are those of the tokens asked for."""
+    rng = np.random.default_rng(0)
+    row = build_row([chain(rng, (150, 100, 60, 40)), branching(rng), chain(rng, (190, 30))])
+    model, keep = tiny_model("qwen3"), Keep(context_gradient)
+    true = loss_and_grads(model, row_loss(model, row, keep))
+    with autocast(model.device, "bfloat16"):
+        hidden_MD, source_N = read_hidden_states(model, row, keep)
+        loss = row_loss(model, row, keep)
+    assert len(source_N) == row.num_trained and source_N.max() < len(hidden_MD) <= row.num_tokens
+    found = loss_and_grads(model, loss)
+    assert_same(found, true, 0.02)
