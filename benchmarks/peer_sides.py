@@ -16,7 +16,7 @@ LEARNING_RATE = 1e-5
 
 
 def ours(options: dict[str, Any]) -> dict[str, Any]:
-    """Steps over all conversations as `preceptor train` takes them."""
+    """Steps as `preceptor train` takes them."""
     from shapes import matrix_product_rate, operations_of
 
     from preceptor import config
@@ -27,19 +27,19 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     from preceptor.train.optimizer import build_optimizer
 
     folder = Path(options["folder"])
-    trees = pickle.loads((folder / "trees.pickle").read_bytes())
+    steps = pickle.loads((folder / "trees.pickle").read_bytes())
     model = load_model(folder / "model", dtype=options["dtype"], device=_device())
     run = config.Train(precision=options["precision"], learning_rate=LEARNING_RATE)
     state = State(model, build_optimizer(model, run.weight_decay, run.beta1, run.beta2))
-    longest = max(tree.num_tokens for tree in trees)
-    loader = Loader(trees, max_row_tokens=max(int(options["how"]), longest), rows_per_step=len(trees), seed=0)
     seconds, losses = [], []
-    for step in range(options["steps"] + 1):
+    for trees in steps:
+        longest = max(tree.num_tokens for tree in trees)
+        loader = Loader(trees, max_row_tokens=max(int(options["how"]), longest), rows_per_step=len(trees), seed=0)
         started = time.perf_counter()
-        losses.append(take_step(state, loader.rows(step), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
+        losses.append(take_step(state, loader.rows(0), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
         seconds.append(time.perf_counter() - started)
-    found = {"seconds": min(seconds[1:]), "loss": losses[0], "peak_bytes": _peak_bytes()}
-    work = sum(operations_of(model.config.to_dict(), _turns(tree)) for tree in trees)
+    found = {"seconds": sum(seconds[1:]), "loss": losses[0], "first_seconds": seconds[0], "peak_bytes": _peak_bytes()}
+    work = sum(operations_of(model.config.to_dict(), _turns(tree)) for trees in steps[1:] for tree in trees)
     rate = matrix_product_rate(options["precision"], model.device)
     return found | {
         "tflops": work / found["seconds"] / 1e12,
@@ -59,24 +59,29 @@ def _turns(tree: Any) -> tuple[tuple[int, int], ...]:
 
 
 def theirs(options: dict[str, Any]) -> dict[str, Any]:
-    """The same steps by TRL's SFTTrainer in one of its configurations."""
+    """The same steps by TRL's SFTTrainer in one of its configurations: a trainer each, one model and optimizer."""
     import datasets
+    from transformers import AutoModelForCausalLM
 
     folder = Path(options["folder"])
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    data = datasets.Dataset.from_list(samples)
-    trainer = _trainer(options, data, options["steps"] + 1)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options["dtype"])
+    optimizer, losses = None, []
     seconds: list[float] = []
-    trainer.add_callback(_clock(seconds, options.get("hopeless_seconds") or float("inf")))
-    trainer.train()
-    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    found = {"seconds": min(seconds[1:] or seconds), "loss": float(loss), "peak_bytes": _peak_bytes()}
-    return found if len(seconds) > 1 else found | {"first_step_only": True}
+    for line in (folder / "samples.jsonl").read_text().splitlines():
+        trainer = _trainer(options, datasets.Dataset.from_list(json.loads(line)), model, optimizer)
+        trainer.add_callback(_clock(seconds))
+        trainer.train()
+        optimizer = trainer.optimizer.optimizer  # with its state, out of accelerate's wrapper
+        losses.append(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+        if seconds[0] > (options.get("hopeless_seconds") or float("inf")):
+            break
+    found = {"loss": float(losses[0]), "first_seconds": seconds[0], "peak_bytes": _peak_bytes()}
+    return found | ({"seconds": sum(seconds[1:])} if len(seconds) > 1 else {})
 
 
-def _trainer(options: dict[str, Any], data: Any, num_steps: int) -> Any:
+def _trainer(options: dict[str, Any], data: Any, model: Any, optimizer: Any) -> Any:
     """All of `data` in one optimizer step, in the batches that the configuration asks for."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     folder, how = Path(options["folder"]), options["how"]
@@ -91,7 +96,7 @@ def _trainer(options: dict[str, Any], data: Any, num_steps: int) -> Any:
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=num_batches,
-        max_steps=num_steps,
+        max_steps=1,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         bf16=options["precision"] == "bfloat16",
@@ -106,26 +111,29 @@ def _trainer(options: dict[str, Any], data: Any, num_steps: int) -> Any:
         disable_tqdm=True,
         seed=0,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=options["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.bos_token
-    return SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
 
 
-def _clock(seconds: list[float], hopeless_seconds: float) -> Any:
+def _clock(seconds: list[float]) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Wall time of each optimizer step; ends the training if the first takes too long."""
+        """Wall time of each optimizer step."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seconds.append(time.perf_counter() - self.started)
-            if seconds[0] > hopeless_seconds:
-                control.should_training_stop = True
 
     return Clock()
 

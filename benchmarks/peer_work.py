@@ -2,8 +2,8 @@
 
 FOLDER/model/           the model and its tokenizer
 FOLDER/messages.jsonl   the conversations
-FOLDER/trees.pickle     ours: one tree a conversation
-FOLDER/samples.jsonl    TRL's: `input_ids` and `labels`, one sample for what one forward pass must be alone
+FOLDER/trees.pickle     ours: for each step one tree a conversation
+FOLDER/samples.jsonl    TRL's: for each step a list of `input_ids` and `labels`, a sample for what must go alone
 """
 
 import json
@@ -24,7 +24,10 @@ from preceptor.data.template import load_template
 
 @dataclass(frozen=True)
 class Work:
-    """Conversations of one kind. Words are of a made-up language, about 1.3 tokens each; ranges: at least, at most."""
+    """Conversations of one kind, so many a step; ranges are (at least, at most).
+
+    Words are of a made-up language, about 1.3 tokens each.
+    """
 
     name: str
     template: str
@@ -67,14 +70,15 @@ def make_model(folder: Path, work: Work, shape: str | None = None, dtype: str = 
     tokenizer.save_pretrained(folder)
 
 
-def prepare(work: Work, folder: Path) -> dict[str, Any]:
-    """Write the conversations and what both sides train on; returns their sizes."""
+def prepare(work: Work, folder: Path, num_steps: int = 1) -> dict[str, Any]:
+    """Write other conversations for each step, and what both sides train on; returns the sizes of all."""
     from transformers import AutoTokenizer
 
     from preceptor.config import Source
 
     messages = folder / "messages.jsonl"
-    messages.write_text("".join(json.dumps({"messages": m}) + "\n" for m in _conversations(work)), encoding="utf-8")
+    conversations = _conversations(work, num_steps * work.num_conversations)
+    messages.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     renderer = Renderer(tokenizer, load_template(None, tokenizer), stop_token_ids=(tokenizer.eos_token_id,))
     trees = []
@@ -83,12 +87,15 @@ def prepare(work: Work, folder: Path) -> dict[str, Any]:
         tree = renderer.render(record)
         assert not isinstance(tree, Refusal), tree
         trees.append(tree)
-    (folder / "trees.pickle").write_bytes(pickle.dumps(trees))
-    samples = [sample for tree in trees for sample in _samples(tree)]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+    steps = [trees[start::num_steps] for start in range(num_steps)]
+    (folder / "trees.pickle").write_bytes(pickle.dumps(steps))
+    samples_of = [[sample for tree in step for sample in _samples(tree)] for step in steps]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples_of), encoding="utf-8")
+    samples = [sample for each in samples_of for sample in each]
     num_trained = sum(tree.num_trained for tree in trees)
     assert num_trained == sum(label != -100 for s in samples for label in s["labels"][1:])
     return {
+        "steps": num_steps,
         "conversations": len(trees),
         "tokens": sum(tree.num_tokens for tree in trees),
         "trained_tokens": num_trained,
@@ -97,10 +104,10 @@ def prepare(work: Work, folder: Path) -> dict[str, Any]:
     }
 
 
-def _conversations(work: Work) -> list[list[dict[str, str]]]:
+def _conversations(work: Work, number: int) -> list[list[dict[str, str]]]:
     text, rng = Text(2), random.Random(3)
     conversations = []
-    for _ in range(work.num_conversations):
+    for _ in range(number):
         messages = []
         for _ in range(rng.randint(*work.turns)):
             answer = {"role": "assistant", "content": text.message(work.answer_words)}
