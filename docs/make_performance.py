@@ -45,16 +45,14 @@ def _peer(found: Any) -> str:
     lines = [
         f"**A training step against TRL {about['trl']}**, in the best of its configurations for this machine (a batch "
         "of one, padded, padding-free, packed), ours in the better of two row lengths; same model (Qwen3, 8 layers, "
-        f"hidden 384), conversations and batch, losses equal to {_largest_difference(works):.0e} in float32. How many "
-        "times as fast ours is, and the peak memory of our leaner configuration as a share of theirs. "
+        f"hidden 384), conversations and batch, losses equal to {_largest_difference(works):.0e} in float32. The step that "
+        "is timed has conversations not seen before. How many times as fast ours is, and the peak memory of our leaner configuration as a share of theirs. "
         f"{_on(about, 'python benchmarks/peer.py')}.",
         "| | float32 | bfloat16 | bfloat16 against its fastest of any | memory, of its fastest | of its leanest |\n"
         "|---|---:|---:|---:|---:|---:|",
     ]
     for says, work in works:
         summary = work["summary"]
-        if all(entry["how"] == "" for entry in work["measured"] if entry["side"] == "ours"):
-            says += " (rows of 4,096 tokens only)"
         lines[-1] += (
             f"\n| {says} | {summary['speed_float32']} × | {summary['speed_bfloat16']} × | "
             f"{summary['speed_bfloat16_over_any']} × | {summary['memory_share_of_fastest']:.0%} | "
