@@ -3,7 +3,7 @@
     python benchmarks/new_sizes.py [--sizes 50]
 
 Products of a layer of hidden 384 with so many tokens, forward and for both gradients, and attention of 6 heads of 64
-over conversations of so many tokens: torch's own backward, and ours, whose sizes are rounded up (model/grid.py). Each
+over conversations of so many tokens: torch's own backward, and ours, whose sizes are rounded up (model/sizes.py). Each
 number of tokens is new; milliseconds a call, KiB of the process that stay for each. Linux only. Writes
 benchmarks/results/new_sizes.json.
 """

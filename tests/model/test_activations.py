@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from preceptor.data.forest import build_row
-from preceptor.model import attention, attention_path, forward
+from preceptor.model import forward
 from preceptor.model.activations import _WORTH, Work, kept_for_backward
 from preceptor.model.adapters import add_adapter
 from preceptor.model.forward import hidden_states, read_hidden_states
-from preceptor.model.layers import BLOCK_TOKENS, SCRATCH_ELEMENTS, SHORT_RUN_TOKENS, WHOLE_TOKENS
 from preceptor.model.parameters import Adapter
 from preceptor.model.passes import Keep
 from preceptor.model.saved import Precision
@@ -148,8 +147,5 @@ def test_what_is_computed_again_is_less_than_what_would_be_kept():
     assert again.kept_bytes < again.again_bytes < kept.kept_bytes and again.later_bytes == 0
 
 
-def test_constants_are_those_of_the_attention_and_the_forward_pass():
-    of_paths = attention_path.BLOCK_TOKENS, attention_path.WHOLE_TOKENS, attention_path.SCRATCH_ELEMENTS
-    assert of_paths == (BLOCK_TOKENS, WHOLE_TOKENS, SCRATCH_ELEMENTS)
-    assert attention.SHORT_RUN_TOKENS == SHORT_RUN_TOKENS
+def test_the_share_of_unread_tokens_is_that_of_the_forward_pass():
     assert _WORTH == forward._WORTH

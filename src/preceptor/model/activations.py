@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from preceptor.model.grid import on_grid
 from preceptor.model.layers import Pass, Run, keys_only, run_layer
 from preceptor.model.parameters import Adapter
 from preceptor.model.saved import HALF, Precision, Tape, Value, norm
 from preceptor.model.shapes import Layer, Shape
+from preceptor.model.sizes import on_grid
 
 ContextGradient = Literal["full", "recompute", "none"]
 _WORTH = 8  # the last layer is spared for unread tokens if they are at least one in so many (model/forward.py)

@@ -26,9 +26,9 @@ from preceptor.errors import ModelError
 from preceptor.model.attention_cuda import fast_path
 from preceptor.model.attention_path import attend_path, attend_under_mask
 from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, Range, Run, dense_mask, product_dtype
+from preceptor.model.sizes import SHORT_RUN_TOKENS
 
 IMPLEMENTATION = "preceptor_forest"
-SHORT_RUN_TOKENS = 160  # below, float32 attention forward and backward beats bfloat16 on a CPU with AMX
 
 
 def attend_reference(

@@ -6,8 +6,8 @@ Three ways, by what is asked and where:
     fused          all else, by torch's `scaled_dot_product_attention`, a path with ancestors in blocks under a mask
     bfloat16, CPU  forward as fused; backward of our own, which computes the weights again by batched matrix products
 
-Torch's fused backward takes up to three times as long in bfloat16 on a CPU as those products do, most under a mask, and
-is never faster by more than noise. Ours keeps queries, keys and values alone: neither the output nor a mask.
+Torch's fused backward in bfloat16 on a CPU has kernels compiled for every length that it meets. Ours multiplies sizes
+on a grid (sizes.py), and keeps queries, keys and values alone: neither the output nor a mask.
 
 Legend: H query heads, K key-value heads, G = H / K, D head size, Q queries and P keys of one path or block.
 """
@@ -21,12 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from preceptor.model.grid import on_grid
 from preceptor.model.layout import PathMasks, Scratch
-
-BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster on a CPU
-WHOLE_TOKENS = 384  # queries up to which the backward in bfloat16 is one block
-SCRATCH_ELEMENTS = 1 << 22  # of one of the three (heads, Q, P) that a block's backward writes
+from preceptor.model.sizes import BLOCK_TOKENS, SCRATCH_ELEMENTS, WHOLE_TOKENS, on_grid
 
 
 def attend_path(

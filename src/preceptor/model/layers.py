@@ -5,7 +5,6 @@ Legend: D hidden size, H query heads. A run's tokens are Q queries, the last of 
 
 from dataclasses import dataclass, replace
 
-from preceptor.model.grid import on_grid
 from preceptor.model.saved import (
     FLOAT32,
     HALF,
@@ -21,13 +20,7 @@ from preceptor.model.saved import (
     rotate,
 )
 from preceptor.model.shapes import Layer, Linear, Shape
-
-BLOCK_TOKENS, WHOLE_TOKENS = (
-    256,
-    384,
-)  # these as in model/attention_path.py and model/attention.py; a test holds them together
-SCRATCH_ELEMENTS = 1 << 22
-SHORT_RUN_TOKENS = 160
+from preceptor.model.sizes import BLOCK_TOKENS, SCRATCH_ELEMENTS, SHORT_RUN_TOKENS, WHOLE_TOKENS, on_grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import Row, runs
-from preceptor.model.grid import on_grid
+from preceptor.model.sizes import on_grid
 
 Range = tuple[int, int]
 """Tokens `start` to `end` of a row."""
@@ -121,7 +121,7 @@ def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | 
 
 
 def computed_tokens(num_tokens: int, value: Tensor) -> int:
-    """How many tokens go through the layers for so many: on a CPU in bfloat16 as many as the grid has (grid.py).
+    """How many tokens go through the layers for so many: on a CPU in bfloat16 as many as the grid has (sizes.py).
 
     Those that are added are the last; they are in no run, so attention gives zeros for them and nothing sees them.
     """

@@ -9,7 +9,7 @@ token multiplies all of it.
 
 from dataclasses import dataclass
 
-from preceptor.model.grid import FINEST
+from preceptor.model.sizes import FINEST
 
 # The head and its gradient are read and written once a chunk, which 512 tokens or more make up for: at a vocabulary of
 # 152,000, 64 MiB (220 tokens) take 1.4 times as long. On CPU chunks of 2048 tokens take 5 to 15 % longer than of 1024,
@@ -52,7 +52,7 @@ def chunk_tokens(
 
 
 def most_tokens(vocab_size: int, bytes_per_logit: int, logits_bytes: int, device_type: str) -> int:
-    """Tokens whose logits `logits_bytes` hold, at least 1; in half precision on a CPU a size on the grid (grid.py)."""
+    """Tokens whose logits `logits_bytes` hold, at least 1; in half precision on a CPU a size on the grid (sizes.py)."""
     assert logits_bytes > 0
     most = max(1, logits_bytes // (bytes_per_logit * vocab_size))
     most = min(most, _MOST_TOKENS.get(device_type, most))

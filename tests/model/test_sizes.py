@@ -10,9 +10,9 @@ from preceptor.model import loss_softmax, passes
 from preceptor.model.adapters import add_adapter
 from preceptor.model.attention import ForestLayout, attend_runs
 from preceptor.model.forward import read_hidden_states, row_loss
-from preceptor.model.grid import FINEST, on_grid
 from preceptor.model.layout import computed_tokens
 from preceptor.model.passes import Keep
+from preceptor.model.sizes import FINEST, on_grid
 from preceptor.train.precision import autocast
 from tiny import MODELS, branching, chain, tiny_model
 

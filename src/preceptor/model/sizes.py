@@ -1,0 +1,18 @@
+"""Sizes that attention and matrix products on a CPU are cut and rounded to. No torch here: a plan needs them too.
+
+oneDNN compiles a kernel for every size of a product in bfloat16 that it meets: milliseconds and up to a megabyte each,
+of which it keeps the last thousand (benchmarks/new_sizes.py). Tokens of rows, of what a loss reads and of single
+conversations are hardly ever as many twice. On the grid they are, at the price of about one token in forty.
+"""
+
+FINEST = 64  # tokens
+BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster
+WHOLE_TOKENS = 384  # queries up to which attention's backward in bfloat16 is one block
+SCRATCH_ELEMENTS = 1 << 22  # of each of the three (heads, Q, P) that a block of that backward writes, or one head's
+SHORT_RUN_TOKENS = 160  # below, float32 attention forward and backward beats bfloat16, with AMX
+
+
+def on_grid(num_tokens: int) -> int:
+    """The next size on the grid: multiples of 64, and from 2,048 on of 1/32 to 1/16 of the size; 0 for none."""
+    step = max(FINEST, 1 << max(0, (num_tokens - 1).bit_length() - 5))
+    return -(-num_tokens // step) * step
