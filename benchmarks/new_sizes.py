@@ -41,7 +41,7 @@ def main() -> None:
         "product, gradient of the input": lambda n: y[:n] @ weight,
         "product, gradient of the weight": lambda n: y[:n].T @ x[:n],
         "attention's backward, torch": backward_of(torch_attention, sizes),
-        "attention's backward, ours": backward_of(our_attention, sizes),
+        "attention's backward, ours": backward_of(our_attention(PathMasks([(0, sizes.stop, ())])), sizes),
     }
     result = {}
     for name, call in cases.items():
@@ -74,9 +74,9 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def our_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    masks = PathMasks([(0, query.shape[2], ())])
-    return attend_path(query, key, value, HEAD_SIZE**-0.5, None, None, None, masks)
+def our_attention(masks: PathMasks) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """masks: one for all calls, as for the conversations of a row."""
+    return lambda query, key, value: attend_path(query, key, value, HEAD_SIZE**-0.5, None, None, None, masks)
 
 
 def backward_of(attention: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: range) -> Callable[[int], object]:
