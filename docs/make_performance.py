@@ -45,8 +45,9 @@ def _peer(found: Any) -> str:
     lines = [
         f"**A training step against TRL {about['trl']}**, in the best of its configurations for this machine (a batch "
         "of one, padded, padding-free, packed), ours in the better of two row lengths; same model (Qwen3, 8 layers, "
-        f"hidden 384), conversations and batch, losses equal to {_largest_difference(works):.0e} in float32. The step that "
-        "is timed has conversations not seen before. How many times as fast ours is, and the peak memory of our leaner configuration as a share of theirs. "
+        f"hidden 384), conversations and batch, losses equal to {_largest_difference(works):.0e} in float32. The step "
+        "that is timed has conversations not seen before. How many times as fast ours is, and the peak memory of our "
+        "leaner configuration as a share of theirs. "
         f"{_on(about, 'python benchmarks/peer.py')}.",
         "| | float32 | bfloat16 | bfloat16 against its fastest of any | memory, of its fastest | of its leanest |\n"
         "|---|---:|---:|---:|---:|---:|",
