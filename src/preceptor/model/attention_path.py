@@ -136,7 +136,8 @@ class _AttendInHalf(torch.autograd.Function):
 
     With scores S = scale * q k^T, weights P = softmax(S), output O = P v and its gradient dO:
     dv = P^T dO,  dP = dO v^T,  dS = P * (dP - rowsum(dP * P)),  dq = scale * dS k,  dk = scale * dS^T q.
-    Products round their results to bfloat16, as the written-out path's do; sums over blocks are in float32.
+    Products round their results to bfloat16, as the written-out path's do; sums over blocks are in float32. Keys are
+    centred first.
     """
 
     @staticmethod
@@ -155,11 +156,21 @@ class _AttendInHalf(torch.autograd.Function):
         block_tokens = num_queries if num_queries <= WHOLE_TOKENS else BLOCK_TOKENS
         blocks = list(_blocks(num_queries, num_keys, ctx.window, block_tokens))
         end = max(keys.start + on_grid(keys.stop - keys.start) for _, keys in blocks)
-        key_KPD, value_KPD = (_padded(part[0], end) for part in (key_P, value_P))
+        key_KPD, value_KPD = (_padded(part, end) for part in (_centred(key_P[0]), value_P[0]))
         query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
         grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.scale, ctx.window, ctx.scratch)
         grad_key, grad_value = (grad[None, :, :num_keys] for grad in grads[1:])
         return grads[0].flatten(0, 1)[None], grad_key, grad_value, None, None, None
+
+
+def _centred(key_KPD: Tensor) -> Tensor:
+    """Keys less their mean over the tokens: no weight changes by it, nor does dS k, as the rows of dS add up to zero.
+
+    The scores that are rounded are smaller by what all keys have in common, which in trained models is most of them
+    (Zhang et al. 2024, SageAttention, arXiv:2410.02367).
+    """
+    wide = key_KPD.float()
+    return (wide - wide.mean(dim=1, keepdim=True)).to(key_KPD.dtype)
 
 
 def _padded(tensor: Tensor, num_tokens: int) -> Tensor:
