@@ -132,7 +132,7 @@ def _clock(seconds: list[float]) -> Any:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.started)
 
     return Clock()

@@ -6,7 +6,7 @@ import torch
 
 from preceptor.data.forest import build_row
 from preceptor.errors import ModelError
-from preceptor.model import attention, attention_path
+from preceptor.model import attention, attention_path, sizes
 from preceptor.model.attention import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
 from preceptor.model.forward import hidden_states, row_loss
 from tiny import branching, chain, tiny_model
@@ -93,7 +93,7 @@ def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch
     ("dtype", "short_run_tokens"), [(torch.float32, 224), (torch.bfloat16, 0), (torch.bfloat16, 224)]
 )
 def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype, short_run_tokens, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_RUN_TOKENS", short_run_tokens)
+    monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), sinks = tensors(layout, dtype)
     features = {**features, "sinks": sinks} if "sinks" in features else features
@@ -110,7 +110,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     """Rotary embeddings give float32 queries and keys beside bfloat16 values; short runs are faster in float32."""
     seen = set()
     attend_path = attention.attend_path
-    monkeypatch.setattr(attention, "SHORT_RUN_TOKENS", short_run_tokens)
+    monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
     monkeypatch.setattr(attention, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)

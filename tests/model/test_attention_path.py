@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preceptor.model import attention_path
+from preceptor.model import attention_path, sizes
 from preceptor.model.attention_path import attend_path
 from preceptor.model.layout import PathMasks
 
@@ -53,7 +53,9 @@ def test_gradients_are_no_further_from_the_truth_than_the_naive_path(
     num_queries, num_keys, scratch_elements, window, monkeypatch
 ):
     monkeypatch.setattr(attention_path, "BLOCK_TOKENS", 16)
-    monkeypatch.setattr(attention_path, "SCRATCH_ELEMENTS", scratch_elements)
+    monkeypatch.setattr(sizes, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(sizes, "_WHOLE_TOKENS", 24)
+    monkeypatch.setattr(sizes, "SCRATCH_ELEMENTS", scratch_elements)
     leaves, grad = path(num_queries, num_keys, D)
     true = grads(naive, leaves, grad, torch.float64, window)
     found = grads(ours, leaves, grad, torch.bfloat16, window)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_passes import ROWS, assert_same, loss_and_grads, rounding_in_float64
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import build_row
 from preceptor.model import loss_softmax, passes
@@ -12,7 +13,8 @@ from preceptor.model.attention import ForestLayout, attend_runs
 from preceptor.model.forward import read_hidden_states, row_loss
 from preceptor.model.layout import computed_tokens
 from preceptor.model.passes import Keep
-from preceptor.model.sizes import FINEST, on_grid
+from preceptor.model.sizes import FINEST, mostly_short, on_grid
+from preceptor.model.sparing import spares_the_last_layer
 from preceptor.train.precision import autocast
 from tiny import MODELS, branching, chain, tiny_model
 
@@ -76,6 +78,41 @@ def test_attention_gives_zeros_for_tokens_in_no_run():
     alone = attend_runs(*(part[:, :, :num_tokens] for part in (query, key, value)), layout, 0.4)
     assert torch.equal(found[:, :, :num_tokens], alone)
     assert not found[:, :, num_tokens:].any() and found.shape == query.shape
+
+
+class Products(TorchDispatchMode):
+    """Sizes of the bfloat16 matrix products that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
+            factors = [arg for arg in args if isinstance(arg, torch.Tensor)][-2:]
+            if factors[0].dtype == torch.bfloat16:
+                self.sizes.add((operation.overloadpacket.__name__, *(tuple(factor.shape) for factor in factors)))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("context_gradient", ["full", "recompute", "none"])
+def test_rows_of_other_lengths_multiply_the_same_sizes(context_gradient):
+    """Or else oneDNN compiles for each: the loss, all layers and attention's backward, whatever is kept."""
+    model, found = tiny_model("qwen3"), []
+    spares_the_last_layer(model)  # what it finds out about a model once, it has found out
+    for more in (0, 3, 11):
+        rng = np.random.default_rng(0)
+        row = build_row([chain(rng, (410 + more, 200 + more)), chain(rng, (140 + more, 150))])
+        with autocast(model.device, "bfloat16"), Products() as products:
+            row_loss(model, row, Keep(context_gradient)).backward()
+        found.append(products.sizes)
+    assert {name for name, *_ in found[0]} >= {"mm", "bmm", "baddbmm"}
+    assert found[0] == found[1] == found[2]
+
+
+def test_few_tokens_on_a_long_path_are_no_short_run():
+    assert mostly_short([(100, 100)]) and mostly_short([(30, 800)]) and not mostly_short([(30, 1500)])
+    assert mostly_short([(100, 100), (90, 90), (180, 180)]) and not mostly_short([(100, 100), (180, 180)])
 
 
 @pytest.mark.parametrize("context_gradient", ["full", "recompute", "none"])

@@ -26,7 +26,7 @@ from preceptor.errors import ModelError
 from preceptor.model.attention_cuda import fast_path
 from preceptor.model.attention_path import attend_path, attend_under_mask
 from preceptor.model.layout import ForestLayout, KeysValues, PassLayout, Range, Run, dense_mask, product_dtype
-from preceptor.model.sizes import SHORT_RUN_TOKENS
+from preceptor.model.sizes import mostly_short
 
 IMPLEMENTATION = "preceptor_forest"
 
@@ -100,19 +100,13 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _fastest_dtype(asked: torch.dtype, runs: Sequence[Run], device: torch.device) -> torch.dtype:
-    """On CPU, half precision is the slower one for short runs, 3 times so for 32 tokens: then float32 it is.
-
-    A run of few tokens on a long path is as long as the square root of queries times keys.
-    """
+    """On a CPU half precision is the slower one for short runs."""
     if device.type != "cpu" or asked.itemsize != 2:
         return asked
-    num_tokens = short_tokens = 0
-    for start, end, ancestors in runs:
-        num_queries = end - start
-        num_keys = num_queries + sum(last - first for first, last in ancestors)
-        num_tokens += num_queries
-        short_tokens += num_queries if num_queries * num_keys < SHORT_RUN_TOKENS**2 else 0
-    return torch.float32 if 2 * short_tokens > num_tokens else asked
+    lengths = [end - start for start, end, _ in runs]
+    before = [sum(end - start for start, end in ancestors) for _, _, ancestors in runs]
+    path_lengths = [length + more for length, more in zip(lengths, before, strict=True)]
+    return torch.float32 if mostly_short(zip(lengths, path_lengths, strict=True)) else asked
 
 
 class KeysKept(Exception):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from preceptor.model.layout import PathMasks, Scratch
-from preceptor.model.sizes import BLOCK_TOKENS, SCRATCH_ELEMENTS, WHOLE_TOKENS, on_grid
+from preceptor.model.sizes import BLOCK_TOKENS, backward_block, heads_at_once, on_grid
 
 
 def attend_path(
@@ -153,8 +153,7 @@ class _AttendInHalf(torch.autograd.Function):
     def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
         query_Q, key_P, value_P = ctx.saved_tensors
         num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
-        block_tokens = num_queries if num_queries <= WHOLE_TOKENS else BLOCK_TOKENS
-        blocks = list(_blocks(num_queries, num_keys, ctx.window, block_tokens))
+        blocks = list(_blocks(num_queries, num_keys, ctx.window, backward_block(num_queries)))
         end = max(keys.start + on_grid(keys.stop - keys.start) for _, keys in blocks)
         key_KPD, value_KPD = (_padded(part, end) for part in (_centred(key_P[0]), value_P[0]))
         query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
@@ -200,13 +199,13 @@ def _backward(
     scores_of_head = groups * max(
         on_grid(queries.stop - queries.start) * on_grid(keys.stop - keys.start) for queries, keys in blocks
     )
-    heads_at_once = min(num_kv_heads, max(1, SCRATCH_ELEMENTS // scores_of_head))
-    buffers = scratch.take(3 * heads_at_once * scores_of_head, query_KGQD).view(3, -1)
+    num_together = heads_at_once(num_kv_heads, scores_of_head)
+    buffers = scratch.take(3 * num_together * scores_of_head, query_KGQD).view(3, -1)
     grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
     sum_dtype = key_KPD.dtype if len(blocks) == 1 else torch.float32
     grad_key, grad_value = (torch.zeros_like(part, dtype=sum_dtype) for part in (key_KPD, value_KPD))
-    for first_head in range(0, num_kv_heads, heads_at_once):
-        heads = slice(first_head, first_head + heads_at_once)
+    for first_head in range(0, num_kv_heads, num_together):
+        heads = slice(first_head, first_head + num_together)
         for queries, keys in blocks:
             num_keys = keys.stop - keys.start
             keys = slice(keys.start, keys.start + on_grid(num_keys))

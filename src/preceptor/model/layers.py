@@ -20,7 +20,7 @@ from preceptor.model.saved import (
     rotate,
 )
 from preceptor.model.shapes import Layer, Linear, Shape
-from preceptor.model.sizes import BLOCK_TOKENS, SCRATCH_ELEMENTS, SHORT_RUN_TOKENS, WHOLE_TOKENS, on_grid
+from preceptor.model.sizes import BLOCK_TOKENS, backward_block, heads_at_once, mostly_short, on_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,8 @@ class Pass:
 
     def attention_bytes(self, product_bytes: int) -> int:
         """On a CPU short runs are computed in float32."""
-        tokens = sum(run.queries for run in self.runs)
-        short = sum(run.queries for run in self.runs if run.queries * run.keys < SHORT_RUN_TOKENS**2)
-        return FLOAT32 if self.cpu and product_bytes == HALF and 2 * short > tokens else product_bytes
+        short = self.cpu and product_bytes == HALF and mostly_short((run.queries, run.keys) for run in self.runs)
+        return FLOAT32 if short else product_bytes
 
 
 def run_layer(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
@@ -146,10 +145,10 @@ def attend(tape: Tape, shape: Shape, layer: Layer, parts: list[Value], tokens: P
 
 def _scratch_bytes(shape: Shape, run: Run, window: int | None) -> int:
     """Of the bfloat16 backward on a CPU: three times (heads, Q, P) of a block, for as many heads as the limit lets."""
-    block = run.queries if run.queries <= WHOLE_TOKENS else BLOCK_TOKENS
+    block = backward_block(run.queries)
     keys = run.keys if window is None else min(run.keys, window - 1 + block)
     of_head = shape.num_heads // shape.num_kv_heads * on_grid(block) * on_grid(keys)
-    return 3 * HALF * of_head * min(shape.num_kv_heads, max(1, SCRATCH_ELEMENTS // of_head))
+    return 3 * HALF * of_head * heads_at_once(shape.num_kv_heads, of_head)
 
 
 def _mask_bytes(tokens: Pass, num_queries: int, num_keys: int, window: int | None, itemsize: int) -> tuple[object, int]:
