@@ -15,11 +15,10 @@ Work, on a Qwen3 of 8 layers, hidden 384 (random weights), vocabulary 32,000 unl
 Each step has conversations that were not seen before, as in an epoch of training. TRL is measured in every
 configuration that it documents for this machine: padded batches, a batch of one, padding-free and packing, without
 activation checkpointing, in float32 and bfloat16 autocast; its best counts. It is given our tokens and labels, so that
-both train the same; the loss of the first step is reported for both. Ours are rows of at most 1,024 and of at most
-4,096 tokens. `seconds` is that of the steps after the first, together; a configuration of
-TRL's whose first step takes half as long again as the shortest first one so far is not measured further. The fastest of
-each side and precision are then measured again, in turn, since a machine is not equally fast for long, and the shorter
-time counts.
+both train the same; the losses of the first and of the last step are reported for both. Ours are rows of at most 1,024
+and of at most 4,096 tokens. `seconds` is that of the steps after the first, together; a configuration of TRL's whose
+first step takes half as long again as the shortest first one so far is not measured further. The fastest of each side
+and precision are then measured again, in turn, since a machine is not equally fast for long; the shorter time counts.
 Adds to benchmarks/results/peer.json, with --model to peer-MODEL.json (with machine, versions, date).
 """
 

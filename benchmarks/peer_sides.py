@@ -38,7 +38,8 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         losses.append(take_step(state, loader.rows(0), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
         seconds.append(time.perf_counter() - started)
-    found = {"seconds": sum(seconds[1:]), "loss": losses[0], "first_seconds": seconds[0], "peak_bytes": _peak_bytes()}
+    found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
+    found["peak_bytes"] = _peak_bytes()
     work = sum(operations_of(model.config.to_dict(), _turns(tree)) for trees in steps[1:] for tree in trees)
     rate = matrix_product_rate(options["precision"], model.device)
     return found | {
@@ -76,7 +77,7 @@ def theirs(options: dict[str, Any]) -> dict[str, Any]:
         if seconds[0] > (options.get("hopeless_seconds") or float("inf")):
             break
     found = {"loss": float(losses[0]), "first_seconds": seconds[0], "peak_bytes": _peak_bytes()}
-    return found | ({"seconds": sum(seconds[1:])} if len(seconds) > 1 else {})
+    return found | ({"seconds": sum(seconds[1:]), "last_loss": float(losses[-1])} if len(seconds) > 1 else {})
 
 
 def _trainer(options: dict[str, Any], data: Any, model: Any, optimizer: Any) -> Any:
