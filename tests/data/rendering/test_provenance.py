@@ -68,6 +68,22 @@ def test_marked_strings_behave_as_plain_ones_and_replay(one, other, operations, 
                     assert "".join(values[atom.ref] for atom in marked.atoms) == run(*leaves)
 
 
+def test_that_a_joined_string_has_no_lines_is_not_replayed_for_others():
+    tape = Tape(2)
+    assert (Marked.leaf(tape, 0, "") + Marked.leaf(tape, 1, "")).splitlines() == []
+    assert not tape.exact
+
+
+@pytest.mark.parametrize("split", [str.split, str.rsplit])
+def test_a_piece_of_a_joined_string_is_not_looked_for_in_the_separator(split):
+    tape = Tape(1)
+    text = join(tape, ("<think>why</think>", Marked.leaf(tape, 0, "k")))
+    before, after = getattr(text, split.__name__)("</think>")
+    assert (plain(before), plain(after)) == ("<think>why", "k")
+    assert [atom.origin for atom in before.atoms] == [None]
+    assert [atom.origin for atom in after.atoms] == [0]
+
+
 TEMPLATES = [
     "{{ '<' ~ a ~ '|' ~ b }}",
     "{% for x in [a, b] %}{{ x | trim }}{% if not loop.last %}, {% endif %}{% endfor %}",

@@ -159,19 +159,22 @@ class Marked(str):
     def _split(self, method: Callable[..., Sequence[str]], *args: Any) -> list["Marked"]:
         pieces = method(plain(self), *[plain(a) if isinstance(a, str) else a for a in args])
         if len(self.atoms) != 1:
-            return self._split_atoms(pieces)
+            separator = args[0] if method in (str.split, str.rsplit) else None
+            return self._split_atoms(pieces, plain(separator or ""))
         tape, origin = self.tape, self.atoms[0].origin
         result = tape.step(method, self.atoms[0].ref, *[_ref(tape, a) for a in args])
         tape.guard(tape.step(len, result), len(pieces))
         refs = [tape.step(operator.getitem, result, tape.constant(index)) for index in range(len(pieces))]
         return [Marked.make(tape, text, (Atom(len(text), origin, r),)) for text, r in zip(pieces, refs, strict=True)]
 
-    def _split_atoms(self, pieces: Iterable[str]) -> list["Marked"]:
+    def _split_atoms(self, pieces: Iterable[str], separator: str) -> list["Marked"]:
+        """The pieces with their atoms; between any two stands the separator or, where none is given, blank space."""
+        self.tape.exact = False  # how many pieces there are hangs on all atoms, that there are none as well
         marked, at = [], 0
         for text in pieces:
             at = str.index(self, text, at)
             marked.append(self._part(text, at, at + len(text)))
-            at += len(text)
+            at += len(text) + len(separator)
         return marked
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> Any:  # type: ignore[override]
