@@ -137,9 +137,9 @@ def test_the_next_input_can_be_forked_for_too(
     shows_process: ShowsProcess, started_at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "_start_method", lambda: "fork")  # whatever threads other tests have left
-    threads, interval, thresholds = threading.enumerate(), sys.getswitchinterval(), gc.get_threshold()
+    threads, interval, thresholds = set(threading.enumerate()), sys.getswitchinterval(), gc.get_threshold()
     list(render_all(shows_process, waiting_for_the_pool(shows_process, documents(3000)), num_processes=2))
-    assert threading.enumerate() == threads
+    assert set(threading.enumerate()) <= threads  # one that another test has left may have ended
     assert (sys.getswitchinterval(), gc.get_threshold()) == (interval, thresholds)
 
 
