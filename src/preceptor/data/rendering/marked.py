@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
-from preceptor.data.rendering.tape import Atom, Tape, cut, is_true, join_texts, with_separator
+from preceptor.data.rendering.tape import Atom, Tape, between, cut, is_true, join_texts, with_separator
 
 
 def plain(text: str) -> str:
@@ -90,7 +90,7 @@ class Marked(str):
 
     def _part(self, text: str, start: int, stop: int) -> "Marked":
         self.tape.exact = False  # where an atom is cut hangs on the lengths of those before it
-        return Marked.make(self.tape, text, _between(self.atoms, start, stop))
+        return Marked.make(self.tape, text, between(self.atoms, start, stop))
 
     def __iter__(self) -> Iterator["Marked"]:  # type: ignore[override]
         for index in range(len(self)):
@@ -298,15 +298,3 @@ def _strip_first(texts: list[Marked], method: Callable[..., str], chars: str | N
         if stripped:  # observed: whether the next one is stripped too hangs on it
             return [stripped, *texts[index + 1 :]]
     return []
-
-
-def _between(atoms: Sequence[Atom], start: int, stop: int) -> list[Atom]:
-    """The atoms of the characters start to stop; those that are cut cannot be spelled by the tape."""
-    kept, at = [], 0
-    for atom in atoms:
-        end = at + atom.length
-        low, high = max(at, start), min(end, stop)
-        if low < high:
-            kept.append(atom if high - low == atom.length else Atom(high - low, atom.origin, -1))
-        at = end
-    return kept

@@ -28,6 +28,18 @@ class Atom(NamedTuple):
     ref: int
 
 
+def between(atoms: Sequence[Atom], start: int, stop: int) -> list[Atom]:
+    """The atoms of the characters start to stop; those that are cut cannot be spelled by the tape."""
+    kept, at = [], 0
+    for atom in atoms:
+        end = at + atom.length
+        low, high = max(at, start), min(end, stop)
+        if low < high:
+            kept.append(atom if high - low == atom.length else Atom(high - low, atom.origin, -1))
+        at = end
+    return kept
+
+
 class Tape:
     """Steps over numbered values: the leaves are 0 to num_leaves - 1, constants and results follow."""
 
