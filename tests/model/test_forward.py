@@ -110,6 +110,8 @@ def test_autocast_gives_a_float32_loss_near_the_true_one():
 
 HEADS = {
     "softcap": ("gemma2", {}),
+    "logits_soft_cap": ("recurrent_gemma", {"logits_soft_cap": 2.0}),
+    "output_logit_soft_cap": ("xlstm", {"output_logit_soft_cap": 2.0}),
     "logit_scale": ("cohere", {"logit_scale": 0.25}),
     "logits_scaling": ("granite", {"logits_scaling": 4.0}),
     "bias": ("phi", {}),

@@ -9,7 +9,7 @@ from preceptor.errors import ModelError
 from preceptor.model import attention, forward, passes, sparing
 from preceptor.model.adapters import add_adapter
 from preceptor.model.attention import attend_reference
-from preceptor.model.forward import hidden_states, row_loss
+from preceptor.model.forward import check_isolation, hidden_states, row_loss
 from preceptor.model.passes import Keep
 from preceptor.model.sparing import check_levels, spares_the_last_layer
 from tiny import MODELS, branching, chain, tiny_model
@@ -22,6 +22,18 @@ ROWS = {
     "packed": build_row(
         [chain(RNG, (7, 9, 2, 3)), branching(RNG), chain(RNG, (0, 4, 5, 1), weight=0.5), chain(RNG, (6,))]
     ),
+}
+LONGCAT = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "moe_topk": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 16,
 }
 EXACT = [Keep(gradient, again) for gradient in ("full", "recompute") for again in ("none", "all", 1)]
 
@@ -206,6 +218,23 @@ def test_a_model_whose_last_layer_wants_all_tokens_gets_them(monkeypatch):
     model, row = tiny_model("llama", dtype=torch.float64), ROWS["1 turn"]
     assert not spares_the_last_layer(model)
     assert_same(loss_and_grads(model, row_loss(model, row)), loss_and_grads(model, whole(model, row)), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "found"),
+    [
+        ("diffllama", {}, "hidden states move"),
+        ("longcat_flash", LONGCAT, "a layer fails when a row goes through the model level by level"),
+    ],
+)
+def test_layers_with_two_attentions_are_not_taken_apart(kind, settings, found):
+    """One that asks its only attention twice, and two in each layer. In one pass they are like any other."""
+    model = tiny_model(kind, **settings)
+    check_isolation(model)
+    check_levels(model, Keep("full"))
+    for how in ("none", "recompute"):
+        with pytest.raises(ModelError, match=f"{kind}: {found}.*Set train.context_gradient to `full`"):
+            check_levels(model, Keep(how))
 
 
 def test_levels_that_differ_are_found(monkeypatch):

@@ -26,7 +26,6 @@ def test_chunked_attention_is_refused_by_layer():
         intermediate_size_mlp=48,
         layer_types=["full_attention", "chunked_attention"],
     )
-    model.get_decoder = lambda: model.model
     with pytest.raises(ModelError, match="Llama4TextAttention of layer 1 asks attention for no sliding window"):
         check_visibility(model)
 

@@ -186,17 +186,22 @@ def forest_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the block, the decoder's attention is the one registered as `name`."""
-    config = decoder_of(model).config
-    former = config._attn_implementation
+    """Within the block, the decoder's attention is the one registered as `name`. Raises ModelError where it is fixed."""
+    decoder = decoder_of(model)
+    former = decoder.config._attn_implementation
     if former == name:
         yield
         return
-    config._attn_implementation = name
+    if not decoder._can_set_attn_implementation():
+        raise ModelError(
+            f"{type(decoder).__name__} computes attention by itself, not through transformers' AttentionInterface, so "
+            f"conversations cannot be kept apart in one row. Use a model type that supports attn_implementation."
+        )
+    decoder.config._attn_implementation = name
     try:
         yield
     finally:
-        config._attn_implementation = former
+        decoder.config._attn_implementation = former
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -206,14 +211,13 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The part of a causal LM that turns tokens into hidden states. Raises ModelError where its attention is fixed."""
+    """The part of a causal LM that turns tokens into hidden states. Raises ModelError where there is no telling."""
     bare = causal_lm(model)
-    decoder: PreTrainedModel = bare.get_decoder()
-    if decoder is bare:
+    decoder = bare.get_decoder()
+    if decoder is not bare and isinstance(decoder, PreTrainedModel):
+        return decoder
+    # transformers looks it up by names that are not those of all models: Llama 4's, and what ModernBERT calls its head
+    inner = [child for child in bare.children() if isinstance(child, PreTrainedModel)]
+    if len(inner) != 1:
         raise ModelError(f"{type(bare).__name__} does not say which part of it is the decoder. Use another model type.")
-    if not decoder._can_set_attn_implementation():
-        raise ModelError(
-            f"{type(decoder).__name__} computes attention by itself, not through transformers' AttentionInterface, so "
-            f"conversations cannot be kept apart in one row. Use a model type that supports attn_implementation."
-        )
-    return decoder
+    return inner[0]

@@ -12,6 +12,9 @@ from preceptor.model.attention import causal_lm, decoder_of
 from preceptor.model.levels import split
 from preceptor.model.passes import KEEP_ALL, Keep, decode_levels, decode_whole
 
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What a layer may raise that does not like what it is handed; running out of memory, a RuntimeError too, is none."""
+
 _PROVED: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
@@ -34,7 +37,7 @@ def spares_the_last_layer(model: nn.Module) -> bool:
     if bare not in _PROVED:
         try:
             _PROVED[bare] = _error_of_last_layer(model) <= rounding(next(bare.parameters()).dtype)
-        except (ModelError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (ModelError, *FAILURES):
             _PROVED[bare] = False  # whatever a layer does not like about fewer tokens: it then gets all of them
     return _PROVED[bare]
 
@@ -64,6 +67,13 @@ def check_levels(model: nn.Module, keep: Keep) -> None:
     try:
         found_MD, index_M = decode_levels(model, row, keep)
         true_TD = decode_whole(model, row, KEEP_ALL)
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except FAILURES as error:  # LongCat's layers have two attentions each, of which only the first leaves its keys
+        raise ModelError(
+            f"{causal_lm(model).config.model_type}: a layer fails when a row goes through the model level by level "
+            f"({type(error).__name__}: {error}). Set train.context_gradient to `full`."
+        ) from error
     finally:
         model.train(was_training)
     error, bound = relative_error(found_MD, true_TD[index_M]), rounding(found_MD.dtype)
