@@ -174,7 +174,7 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before each update."""
     target_modules: list[str] | None = None
-    """Names of the linear layers to adapt. Absent: all but the output head."""
+    """Names of the linear layers to adapt. Absent: all of the decoder's; of a state-space mixer only `in_proj`."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -73,6 +73,34 @@ def test_gradients_of_new_rows_equal_those_of_full_training(kind):
             torch.testing.assert_close(p.grad, table.weight.grad[NEW], rtol=1e-4, atol=1e-4)
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+MIXER = {"mamba_d_state": 4, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+REACH = {
+    "falcon_h1": (MIXER, {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, {"q_proj", "up_proj"}),
+    "gemma3": ({"vision_config": {**VISION, "image_size": 28, "patch_size": 14}}, {"q_proj", "up_proj"}),
+}
+
+
+@pytest.mark.parametrize("kind", REACH)
+def test_every_adapter_has_a_part_in_the_loss(kind):
+    """Mixers whose kernels take the weights, routers that return more than scores, and a tower that sees no text."""
+    settings, expected = REACH[kind]
+    if kind == "gemma3":
+        settings = {**settings, "text_config": tiny_model("gemma3_text").config.to_dict()}
+    model = add_adapter(tiny_model(kind, **settings), 4, 8.0, 0.0, None, [], seed=0)
+    names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A" in name}
+    assert expected <= names
+    assert not names & {"out_proj", "router", "fc1"}
+    row_loss(model, build_row([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_peft_refuses_is_a_model_error():
+    with pytest.raises(ModelError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
+        add_adapter(tiny_model("falcon_h1", **MIXER), 4, 8.0, 0.0, ["out_proj"], [], seed=0)
+
+
 def test_a_frozen_head_never_gets_a_gradient_of_all_rows():
     head = output_head(adapted("llama"))
     assert head.trained_rows.rows_R.tolist() == NEW

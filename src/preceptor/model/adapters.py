@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
+from preceptor.model.attention import decoder_of
 
 ALL_LINEAR = "all-linear"
 
@@ -26,10 +27,11 @@ def add_adapter(
 ) -> PeftModel:
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
-    target_modules: names of linear layers as in `q_proj`; None for all but the output head. new_token_ids: rows of
-    the embedding (and of an untied head) that are trained as they are, since tokens that the base never saw would
-    otherwise stay at their first values; only these rows get gradients and optimizer state. What is trained is
-    float32. The first values of A follow from `seed`. Raises ModelError for a target that the model has not.
+    target_modules: names of linear layers as in `q_proj`; None for all of the decoder's that an adapter has an effect
+    on (see `_out_of_reach`). new_token_ids: rows of the embedding (and of an untied head) that are trained as they
+    are, since tokens that the base never saw would otherwise stay at their first values; only these rows get gradients
+    and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises ModelError for a
+    target that the model has not, or that peft refuses.
     """
     names = _linear_names(model)
     unknown = sorted(set(target_modules or ()) - names)
@@ -44,6 +46,7 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else ALL_LINEAR,
+        exclude_modules=_out_of_reach(model, target_modules) or None,
         trainable_token_indices=_token_rows(model, new_token_ids),
     )
     device = next(model.parameters()).device
@@ -51,18 +54,55 @@ def add_adapter(
         # peft asks transformers by a name that 5.2x deprecates; nothing a user could mend
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"adapter: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
 
 
 def _linear_names(model: PreTrainedModel) -> set[str]:
-    head = model.get_output_embeddings()
+    """Last parts of the names of what may be adapted."""
+    return {name.rpartition(".")[2] for name in _linear_layers(model)}
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers that an adapter works on: not the head, not a vision tower's, which text does not go
+    through, and not a router that returns more than x W^T."""
+    head, within = model.get_output_embeddings(), set(decoder_of(model).modules())
     return {
-        name.rpartition(".")[2]
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module in within and module is not head and not _returns_more(module)
     }
+
+
+def _out_of_reach(model: PreTrainedModel, target_modules: Sequence[str] | None) -> list[str]:
+    """Names of linear layers that get no adapter: all but `_linear_layers`; and, unless asked for by name, those of a
+    state-space mixer but for its `in_proj`: its fused kernels take the weights, so an adapter would be passed by.
+    """
+    modules, head, works = dict(model.named_modules()), model.get_output_embeddings(), _linear_layers(model)
+    found = []
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and module is not head:
+            parent, _, last = name.rpartition(".")
+            mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
+            if name not in works or (mixer and target_modules is None and last != "in_proj"):
+                found.append(name)
+    return found
+
+
+@torch.no_grad()
+def _returns_more(module: nn.Linear) -> bool:
+    """Whether a subclass of nn.Linear gives something else than one output of its size, as Llama 4's router does."""
+    if type(module).forward is nn.Linear.forward:
+        return False
+    try:
+        output = module(module.weight.new_zeros(1, module.in_features))
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
 
 
 def _token_rows(model: PreTrainedModel, new_token_ids: Sequence[int]) -> dict[str, list[int]] | None:

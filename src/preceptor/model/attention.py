@@ -186,7 +186,7 @@ def forest_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the block, the decoder's attention is the one registered as `name`. Raises ModelError where it is fixed."""
+    """Within the block, the decoder's attention is the one registered as `name`; a ModelError where it is fixed."""
     decoder = decoder_of(model)
     former = decoder.config._attn_implementation
     if former == name:
