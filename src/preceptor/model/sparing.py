@@ -76,10 +76,10 @@ def check_levels(model: nn.Module, keep: Keep) -> None:
         ) from error
     finally:
         model.train(was_training)
-    error, bound = relative_error(found_MD, true_TD[index_M]), rounding(found_MD.dtype)
-    if not error <= bound:
+    moved, bound = relative_error(found_MD, true_TD[index_M]), rounding(found_MD.dtype)
+    if not moved <= bound:
         raise ModelError(
-            f"{causal_lm(model).config.model_type}: hidden states move by a relative {error:.1e} (rounding allows "
+            f"{causal_lm(model).config.model_type}: hidden states move by a relative {moved:.1e} (rounding allows "
             f"{bound:.1e}) when a row goes through the model level by level. Set train.context_gradient to `full`."
         )
 
