@@ -6,7 +6,13 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from preceptor.data.forest import Segment, Tree
 
@@ -60,6 +66,43 @@ def tiny_model(
     if dtype == torch.float64 and kind == "gpt_oss":
         model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model.to(dtype).train()
+
+
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_QWEN_TOWER = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is particular of text and of tower
+    "gemma3": ({}, {}),
+    "qwen3_vl": (
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
+        {**_QWEN_TOWER, "deepstack_visual_indexes": [0]},
+    ),
+    "llama4": (
+        {"num_local_experts": 2, "intermediate_size_mlp": 48},
+        {
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+            "intermediate_size": 64,
+        },
+    ),
+}
+
+
+def seeing_model(kind: str, vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
+    """A random model of `kind`, one of SEEING: a causal LM with a vision tower beside its decoder."""
+    text, tower = SEEING[kind]
+    text_config = {**_SHAPE, "vocab_size": vocab_size, "pad_token_id": 0, **text}
+    config = AutoConfig.for_model(kind, text_config=text_config, vision_config={**_TOWER, **tower})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForMultimodalLM.from_config(config).train()
 
 
 def tiny_tokenizer(

@@ -215,7 +215,7 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     bare = causal_lm(model)
     decoder = bare.get_decoder()
     if decoder is not bare and isinstance(decoder, PreTrainedModel):
-        return decoder
+        return decoder_of(decoder) if decoder.can_generate() else decoder  # Llama 4 with a tower: a causal LM in it
     # transformers looks it up by names that are not those of all models: Llama 4's, and what ModernBERT calls its head
     inner = [child for child in bare.children() if isinstance(child, PreTrainedModel)]
     if len(inner) != 1:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.errors import CheckpointError, ModelError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SCHOLAR = "scholar"
+# What a model that sees or hears has beside its tokenizer; written where it is saved, as it was found.
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -84,7 +86,7 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     place = resolve_model_path(path)
     _require_reachable(place, revision)
@@ -92,17 +94,19 @@ def load_model(
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(place, **source)
-        _require_causal(place, config)
+        auto_class = _auto_class(place, config)
         if init == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             _read_generation_config(model, place, revision)
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 place, config=config, dtype=dtype, output_loading_info=True, **source
             )
             _require_all_weights(place, report)
+        if not Path(place).is_dir() and not auto_class.__name__.endswith("CausalLM"):
+            _fetch_processor(place, revision)
         _make_savable(model)
         _honour_softcap(model)
     except ModelError:
@@ -131,16 +135,28 @@ def _explain(place: str, what: str, error: Exception) -> str:
     return f"{place}: no such folder, and no {what} of this name can be had from the Hub: {first_line}"
 
 
-def _require_causal(place: str, config: "PretrainedConfig") -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _auto_class(place: str, config: "PretrainedConfig") -> Any:
+    """The transformers class that loads this checkpoint as its authors wrote it.
 
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    named = list(config.architectures or ())
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    names = known if isinstance(known, tuple) else (known,)
-    if config.is_encoder_decoder or not (remote or known) or (named and not remote and not set(named) & set(names)):
-        found = f"{config.model_type} ({', '.join(named)})" if named else config.model_type
-        raise ModelError(f"{place}: {found} is no causal language model; only those can be trained here")
+    One that also sees or hears is loaded whole, so that it can be saved whole: `model/towers.py` freezes what no text
+    goes through. Raises ModelError for what is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto import modeling_auto as auto
+
+    named = set(config.architectures or ())
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    for loads, mapping in (
+        (AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForMultimodalLM, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    ):
+        known = mapping.get(config.model_type, ())
+        known = {known} if isinstance(known, str) else set(known)
+        if known and (not named or named & known) and not config.is_encoder_decoder:
+            return loads
+    found = f"{config.model_type} ({', '.join(sorted(named))})" if named else config.model_type
+    raise ModelError(f"{place}: {found} is no causal language model; only those can be trained here")
 
 
 def _require_all_weights(place: str, report: dict[str, object]) -> None:
@@ -226,9 +242,35 @@ def _write(
     full.save_pretrained(folder)
     (generation_config or full.generation_config).save_pretrained(folder)  # type: ignore[union-attr]
     tokenizer.save_pretrained(folder)
+    for file in _processor_files(full):
+        shutil.copyfile(file, folder / file.name)
     if isinstance(model, PeftModel):
         # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+
+
+def _processor_files(model: "PreTrainedModel") -> list[Path]:
+    """Those of the checkpoint that the model was read from: beside its config.json, or in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place = model.name_or_path
+    if not place or Path(place).is_dir():
+        return [file for name in _PROCESSOR_FILES if place and (file := Path(place) / name).is_file()]
+    commit = getattr(model.config, "_commit_hash", None)
+    cached = (try_to_load_from_cache(place, name, revision=commit) for name in _PROCESSOR_FILES)
+    return [Path(file) for file in cached if isinstance(file, str)]
+
+
+def _fetch_processor(place: str, revision: str | None) -> None:
+    """Into the Hub's cache now, so that saving after the training needs no network."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in _PROCESSOR_FILES:
+        try:
+            hf_hub_download(place, name, revision=revision)
+        except EntryNotFoundError:  # not every model has each of them
+            continue
 
 
 def _make_durable(folder: Path) -> None:

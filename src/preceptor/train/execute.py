@@ -14,6 +14,7 @@ from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.model.load import load_model, resolve_model_path, save_model
 from preceptor.model.peak import peak_memory_bytes
+from preceptor.model.towers import freeze_towers, tower_parameters
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.study.plan_trees import predict_peak_bytes
 from preceptor.train import checkpoint, loop
@@ -47,6 +48,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
+    freeze_towers(model)
     resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
     align_model(model, voice.tokenizer, voice.stop_token_ids)
     if run.adapter is not None:
@@ -149,7 +151,9 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )
-    for line in filter(None, (str(tokens), str(prepared.shortened))):
+    towers = sum(p.numel() for p in tower_parameters(model))
+    of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
+    for line in filter(None, (of_towers, str(tokens), str(prepared.shortened))):
         console.print(line, highlight=False, markup=False)
     if prepared.voice.tokens.added:
         console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
