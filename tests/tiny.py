@@ -79,6 +79,7 @@ _TOWER: dict[str, Any] = {
 _QWEN_TOWER = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
 SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is particular of text and of tower
     "gemma3": ({}, {}),
+    "mistral3": ({"model_type": "ministral3"}, {"model_type": "pixtral", "head_dim": 8}),
     "qwen3_vl": (
         {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
         {**_QWEN_TOWER, "deepstack_visual_indexes": [0]},

@@ -1,5 +1,7 @@
 """Counts from config.json alone against transformers' own models, without values (meta device)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -7,9 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preceptor.errors import ModelError
 from preceptor.model import vocabulary
 from preceptor.model.adapters import add_adapter
+from preceptor.model.attention import decoder_of
 from preceptor.model.parameters import ROWS_MULTIPLE, Adapter, check_targets, count_parameters, rows_for
 from preceptor.model.shapes import FAMILIES, shape_of
-from tiny import tiny_model
+from preceptor.model.towers import tower_parameters
+from tiny import seeing_model, tiny_model
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -238,6 +242,27 @@ def test_tiny_models_of_every_family_are_counted_exactly(kind):
     assert counted.base == kinds_of(model)
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
     assert counted.casts == sum(module.weight.numel() for module in linear)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen3_vl"])
+def test_of_a_model_that_sees_the_text_model_is_counted(kind):
+    model = seeing_model(kind)
+    towers = sum(p.numel() for p in tower_parameters(model))
+    shape = shape_of(model.config.to_dict())
+    assert count_parameters(shape).num_base == sum(p.numel() for p in model.parameters()) - towers
+    counted = count_parameters(replace(shape, towers=towers))
+    assert counted.num_base == sum(p.numel() for p in model.parameters())
+    assert counted.num_trained == counted.active == counted.num_base - towers
+
+
+def test_sizes_that_gemma_3_leaves_out_of_its_config_are_filled_in():
+    """As config.json of Gemma 3 4B has it."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    config = {"model_type": "gemma3", "text_config": text | {"sliding_window": 1024}}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    of_text = sum(p.numel() for p in decoder_of(model).parameters())
+    assert count_parameters(shape_of(config)).num_base == of_text
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -11,6 +11,7 @@ from preceptor import config
 from preceptor.commands.planning import measured_rate
 from preceptor.errors import ConfigError, ModelError
 from preceptor.model.devices import _read_gpu, find_device
+from preceptor.model.towers import tower_parameters
 from preceptor.study.plan import make_case, make_plan
 from preceptor.study.plan_changes import find_change
 from preceptor.study.plan_data import sample_data
@@ -45,6 +46,24 @@ def plan_of(run, device="H100", world_size=1, rate=None):
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)
     return make_plan(run, model, sample, find_device(device), world_size, rate)
+
+
+def test_towers_are_held_and_not_trained(tmp_path):
+    from tiny import seeing_model
+
+    model = seeing_model("qwen3_vl")
+    model.save_pretrained(tmp_path)
+    total, towers = (sum(p.numel() for p in of) for of in (model.parameters(), tower_parameters(model)))
+    plan = plan_of(run_of(tmp_path))
+    assert plan["parameters"]["total"] == total
+    assert plan["parameters"]["base"]["towers"] == towers
+    assert plan["parameters"]["trained_total"] == total - towers
+    assert plan["memory"]["components"]["weights"] == 4 * total
+    assert plan["memory"]["components"]["optimizer"] == 8 * (total - towers)
+    (tmp_path / "model.safetensors").unlink()
+    plan = plan_of(run_of(tmp_path))
+    assert plan["parameters"]["total"] == total - towers and plan["model"]["towers_open"]
+    assert "its text model alone" in to_text(plan)
 
 
 def test_no_torch_and_under_a_second(tmp_path):

@@ -108,11 +108,10 @@ def state_bytes(shape: Shape, setup: Setup, parameters: Parameters) -> dict[str,
     if setup.adapter is not None:  # what is trained is float32 beside a frozen base
         weights = base_bytes(shape, setup, parameters) + FLOAT32 * trained
         states = {"weights": weights, "gradients": FLOAT32 * trained, "master weights": 0}
-    elif setup.weights == "bfloat16 + float32 master":
-        states = {"weights": HALF * trained, "gradients": HALF * trained, "master weights": FLOAT32 * trained}
     else:
-        each = setup.weight_bytes * trained
-        states = {"weights": each, "gradients": each, "master weights": 0}
+        master = FLOAT32 * trained if setup.weights == "bfloat16 + float32 master" else 0
+        states = {"weights": setup.weight_bytes * parameters.num_base, "gradients": setup.weight_bytes * trained}
+        states["master weights"] = master
     states["optimizer"] = _ADAM * trained
     return {name: -(-count // setup.world_size) for name, count in states.items()}
 

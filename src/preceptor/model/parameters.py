@@ -81,17 +81,18 @@ def count_parameters(shape: Shape, adapter: Adapter | None = None, num_new_token
         for layer in shape.layers
         if layer.experts is not None
     )
-    trained: Mapping[str, int] = base
+    trained: Mapping[str, int] = dict(base)
     trained_layers = per_layer
+    base["towers"] = shape.towers
     if adapter is not None:
         trained_layers = [_adapter_parameters(shape, layer, adapter) for layer in shape.layers]
         trained = Counter({"adapter": sum(trained_layers)})
         trained["token rows"] = num_new_tokens * shape.hidden * (1 if shape.tied else 2)
     total, num_trained = sum(base.values()), sum(trained.values())
     return Parameters(
-        base=dict(base),
+        base={kind: count for kind, count in base.items() if count},
         trained={kind: count for kind, count in trained.items() if count},
-        active=total - idle,
+        active=total - idle - shape.towers,
         casts=sum(linear.inputs * linear.outputs for linear in shape.linears()),
         largest_layer=max(per_layer),
         largest_trained_layer=max(trained_layers),

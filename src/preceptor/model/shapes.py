@@ -6,7 +6,7 @@ has no shape here, and whoever asks for one is told so by name: a guess would be
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from preceptor.errors import ModelError
@@ -21,6 +21,7 @@ class Family:
     qkv_bias, o_bias: None where config.json's `attention_bias` decides. fused: one matrix for q, k and v, one for gate
     and up. norms: of a layer, without those of queries and keys. windows: which layers attend to a sliding window.
     adapts_experts: an adapter on all linear layers also goes on experts and router (peft's rewriting of these types).
+    defaults: what a config.json that leaves a size out means by it.
     """
 
     head_dim: int | None = None
@@ -36,12 +37,16 @@ class Family:
     expert_bias: bool = False
     expert_width_key: str | None = None
     adapts_experts: bool = False
-    windows: Literal["all", "late", "alternate", "all_but_sixth"] = "all"
+    windows: Literal["all", "late", "alternate", "all_but_sixth", "fourth"] = "all"
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(qkv_bias=None, o_bias=None),
     "mistral": Family(),
+    "ministral3": Family(),
+    "smollm3": Family(qkv_bias=None, o_bias=None, windows="fourth"),
+    "granite": Family(qkv_bias=None, o_bias=None),
     "mixtral": Family(expert_width_key="intermediate_size", adapts_experts=True),
     "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True, windows="late"),
@@ -52,7 +57,16 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": Family(256, True, None, None, norm="gemma", scaled_embedding=True),
     "gemma2": Family(256, True, None, None, norm="gemma", norms=4, scaled_embedding=True, windows="alternate"),
     "gemma3_text": Family(
-        256, True, None, None, norm="gemma", norms=4, qk_norm=True, scaled_embedding=True, windows="all_but_sixth"
+        256,
+        True,
+        None,
+        None,
+        norm="gemma",
+        norms=4,
+        qk_norm=True,
+        scaled_embedding=True,
+        windows="all_but_sixth",
+        defaults={"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
     "gpt_oss": Family(
         head_dim=64,
@@ -64,6 +78,15 @@ FAMILIES: Mapping[str, Family] = {
         expert_width_key="intermediate_size",
         windows="alternate",
     ),
+}
+
+
+# Text models of those that also see, by the family that they are built as.
+_BUILT_AS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
 }
 
 
@@ -102,7 +125,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A causal language model: `rows` of embedding, hidden size, heads and layers."""
+    """A causal language model: `rows` of embedding, hidden size, heads and layers.
+
+    towers: parameters beside the text model, which see or hear and are not trained (model/towers.py).
+    """
 
     model_type: str
     family: Family
@@ -117,6 +143,7 @@ class Shape:
     mlp_bias: bool
     softcap: float | None
     layers: tuple[Layer, ...]
+    towers: int = 0
 
     @property
     def query_width(self) -> int:
@@ -151,16 +178,31 @@ class Shape:
         )
 
 
+def text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that is about text: all of it, or of a model that also sees or hears its text_config,
+    with `model_type` the family that it is built as.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    model_type = str(text.get("model_type"))
+    found = {**text, "model_type": _BUILT_AS.get(model_type, model_type)}
+    return found if tied is None else {**found, "tie_word_embeddings": tied}
+
+
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
-    """The shape that a config.json describes.
+    """The shape that a config.json describes; of a model that also sees or hears, that of its text model.
 
     Raises ModelError naming a model type that is not known here, or a key that is missing.
     """
+    config = text_settings(config)
     model_type = str(config.get("model_type"))
     family = FAMILIES.get(model_type)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{where}: model_type {model_type!r} is not known to the plan, which knows {known}")
+    config = {**family.defaults, **config}
     read = _Reader(config, where)
     heads, hidden = read.number("num_attention_heads"), read.number("hidden_size")
     attention_bias = bool(config.get("attention_bias", model_type == "gpt_oss"))
@@ -175,7 +217,7 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> Shape:
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=attention_bias if family.o_bias is None else family.o_bias,
-        mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+        mlp_bias=model_type in ("llama", "granite", "smollm3") and bool(config.get("mlp_bias", False)),
         softcap=config.get("attn_logit_softcapping", 50.0) if model_type == "gemma2" else None,
         layers=tuple(_layer(read, family, index) for index in range(read.number("num_hidden_layers"))),
     )
@@ -217,6 +259,8 @@ def _window(config: Mapping[str, Any], family: Family, index: int) -> int | None
         slides = types[index] == "sliding_attention"
     elif family.windows == "late":
         slides = bool(config.get("use_sliding_window")) and index >= int(config.get("max_window_layers") or 28)
+    elif family.windows == "fourth":
+        slides = bool(config.get("use_sliding_window")) and (index + 1) % 4 == 0
     else:
         every = 2 if family.windows == "alternate" else int(config.get("sliding_window_pattern") or 6)
         slides = (index + 1) % every != 0

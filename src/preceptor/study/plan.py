@@ -46,7 +46,12 @@ def make_plan(
     Raises ModelError for adapter targets that the model has not.
     """
     plan: dict[str, Any] = {
-        "model": {"path": model.path, "model_type": model.model_type, "known": model.shape is not None},
+        "model": {
+            "path": model.path,
+            "model_type": model.model_type,
+            "known": model.shape is not None,
+            "towers_open": model.towers_open,
+        },
         "run": _run_facts(run, world_size),
         "device": _device_facts(device),
     }

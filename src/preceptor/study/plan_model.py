@@ -6,25 +6,30 @@ Where the model type is not known (model/shapes.py), what can be known is how ma
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.load import resolve_model_path
-from preceptor.model.shapes import FAMILIES, Shape, shape_of
+from preceptor.model.parameters import count_parameters
+from preceptor.model.shapes import FAMILIES, Shape, shape_of, text_settings
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """shape: None for a model type that is not known; num_stored: parameters in its weight files, where they are."""
+    """shape: None for a model type that is not known; num_stored: parameters in its weight files, where they are.
+
+    towers_open: it also sees or hears, and without its weight files there is no telling how large its towers are.
+    """
 
     path: str
     model_type: str
     shape: Shape | None
     num_stored: int | None
     tokenizer_file: Path | None
+    towers_open: bool = False
 
 
 def read_model(model: config.Model) -> PlannedModel:
@@ -37,13 +42,19 @@ def read_model(model: config.Model) -> PlannedModel:
         raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: holds {type(values).__name__}, not an object with the model's settings")
-    known = values.get("model_type") in FAMILIES
+    text = text_settings(values)
+    shape, stored, several = None, _stored_parameters(Path(place)), text is not values
+    if text.get("model_type") in FAMILIES:
+        shape = shape_of(values, str(file))
+        if several and stored is not None:
+            shape = replace(shape, towers=max(0, stored - count_parameters(shape).num_base))
     return PlannedModel(
         path=model.path,
         model_type=str(values.get("model_type")),
-        shape=shape_of(values, str(file)) if known else None,
-        num_stored=None if known else _stored_parameters(Path(place)),
+        shape=shape,
+        num_stored=stored if shape is None else None,
         tokenizer_file=_file(place, "tokenizer.json", model.revision),
+        towers_open=several and stored is None,
     )
 
 

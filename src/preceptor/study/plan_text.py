@@ -28,6 +28,8 @@ def _model(plan: Mapping[str, Any]) -> str:
     active = f", {parameters['active']:,} active for a token" if parameters["active"] != parameters["total"] else ""
     if run["trained"] != "everything":
         active = ""
+    if model["towers_open"]:
+        lines.append("  its text model alone; what it sees or hears with comes on top: its weight files are not here")
     share = parameters["trained_total"] / parameters["total"]
     lines.append(f"  parameters  {parameters['total']:>18,}{active}")
     lines += [f"    {kind:<12}{count:>16,}" for kind, count in parameters["base"].items()]
