@@ -57,6 +57,10 @@ def test_the_performance_section_says_what_was_measured():
     assert found is not None and found.group() == module.section(), "run python docs/make_performance.py"
 
 
+def test_the_page_on_models_says_what_was_measured():
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == made_by("make_models_page").page()
+
+
 def test_the_page_on_plans_says_what_was_measured_and_planned():
     module = made_by("make_plan_page")
     page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")

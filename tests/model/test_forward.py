@@ -136,6 +136,11 @@ def test_a_head_that_does_more_is_refused(monkeypatch):
         check_head(model)
 
 
+def test_a_head_that_reads_something_else_than_hidden_states_is_refused():
+    with pytest.raises(ModelError, match=r"electra: the output embedding reads \d+ values a token"):
+        check_head(tiny_model("electra", embedding_size=16))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_models_are_isolated(kind, dtype):

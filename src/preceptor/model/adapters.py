@@ -79,17 +79,20 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
 
 
 def _out_of_reach(model: PreTrainedModel, target_modules: Sequence[str] | None) -> list[str]:
-    """Names of linear layers that get no adapter: all but `_linear_layers`; and, unless asked for by name, those of a
-    state-space mixer but for its `in_proj`: its fused kernels take the weights, so an adapter would be passed by.
+    """Names of layers that get no adapter: all outside the decoder but for the head, whatever they are called;
+    routers; and, unless asked for by name, those of a state-space mixer but for its `in_proj`: its fused kernels take
+    the weights, so an adapter would be passed by.
     """
-    modules, head, works = dict(model.named_modules()), model.get_output_embeddings(), _linear_layers(model)
+    modules, works = dict(model.named_modules()), _linear_layers(model)
+    within = {*decoder_of(model).modules(), model.get_output_embeddings()}
     found = []
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) and module is not head:
-            parent, _, last = name.rpartition(".")
-            mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
-            if name not in works or (mixer and target_modules is None and last != "in_proj"):
-                found.append(name)
+        parent, _, last = name.rpartition(".")
+        mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
+        passed_by = mixer and target_modules is None and last != "in_proj"
+        linear = isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        if (module not in within and not [*module.children()]) or (linear and (name not in works or passed_by)):
+            found.append(name)
     return found
 
 

@@ -185,6 +185,12 @@ def check_head(model: nn.Module) -> None:
         hidden_ND = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0].double()
     finally:
         model.train(was_training)
+    if hidden_ND.shape[-1] != head.weight_VD.shape[-1]:
+        raise ModelError(
+            f"{bare.config.model_type}: the output embedding reads {head.weight_VD.shape[-1]} values a token, hidden "
+            f"states have {hidden_ND.shape[-1]}: this model does more between them than is known here, so its loss "
+            f"would be wrong. Use another model type."
+        )
     found_NV = hidden_ND @ head.weight_VD.double().T
     if head.bias_V is not None:
         found_NV = found_NV + head.bias_V.double()

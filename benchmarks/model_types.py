@@ -1,0 +1,165 @@
+"""Every causal model type of transformers, tiny and random: does a row give transformers' own gradient, and how?
+
+    python benchmarks/model_types.py [TYPE ...]
+
+Of each type: whether the proofs before a run pass, whether conversations share a row or go through alone, the largest
+relative error of the gradient against the model's own forward pass over each conversation alone, in each way of keeping
+less for backward, and whether every parameter of a LoRA adapter has a part in the loss.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_types import VOCABULARY, model_types, tiny_of
+
+from machine import describe
+from preceptor.data.forest import Row, Segment, Tree, build_row
+from preceptor.data.grouping import chains_of
+from preceptor.errors import ModelError
+from preceptor.model.adapters import add_adapter
+from preceptor.model.forward import check_head, check_isolation, row_loss
+from preceptor.model.passes import Keep
+from preceptor.model.plain import check_plain
+from preceptor.model.sparing import check_levels
+from preceptor.model.towers import freeze_towers
+
+FILE = Path(__file__).parent / "results" / "model_types.json"
+SECONDS = 60  # of one type at most
+MODES = {
+    "full": Keep(),
+    "recompute: all": Keep(recompute="all"),
+    "context_gradient: recompute": Keep(context_gradient="recompute"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="absent: all, and the result is written")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # such models are smaller than a thread's start
+    signal.signal(signal.SIGALRM, _too_long)
+    found = {}
+    for kind in arguments.types or model_types():
+        signal.alarm(SECONDS)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found[kind] = examine(kind)
+        except _TooLong:
+            found[kind] = {"outcome": "not tried", "why": f"took more than {SECONDS} s"}
+        except Exception as error:  # a fault of ours, and to be seen as one
+            found[kind] = {"outcome": "broke", "why": f"{type(error).__name__}: {error}"}
+        finally:
+            signal.alarm(0)
+        print(kind, json.dumps(found[kind]), flush=True)
+    if not arguments.types:
+        result = {"command": "python benchmarks/model_types.py", **describe(), "types": found}
+        FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+class _TooLong(BaseException):
+    """Not an Exception, since those of models are caught where they arise."""
+
+
+def _too_long(*_: Any) -> None:
+    raise _TooLong
+
+
+def examine(kind: str) -> dict[str, Any]:
+    """outcome: packed, alone, refused or not tried; why, but for packed; errors by mode; lora: whether it works."""
+    try:
+        model = tiny_of(kind)
+    except ValueError as error:
+        return {"outcome": "not tried", "why": str(error)}
+    with contextlib.suppress(ModelError):  # of which check_head speaks next
+        freeze_towers(model)
+    try:
+        check_head(model)
+        outcome, why = _how(model)
+    except ModelError as error:
+        return {"outcome": "refused", "why": str(error)}
+    rng = np.random.default_rng(0)
+    trees = [_tree(rng, (5, 6, 4, 7)), _branching(rng), _tree(rng, (9, 3))]
+    chains = [build_row([chain], alone=True) for tree in trees for chain in chains_of(tree)]
+    rows = chains if outcome == "alone" else [build_row(trees)]
+    true = gradient(model, chains, None)
+    found: dict[str, Any] = {"outcome": outcome} | ({"why": why} if why else {}) | {"errors": {}}
+    for mode, keep in MODES.items():
+        if outcome == "alone" and keep.context_gradient != "full":
+            continue
+        try:
+            check_levels(model, keep)
+            own = gradient(model, rows, keep)
+            found["errors"][mode] = float(f"{(own - true).norm() / true.norm():.1e}")
+        except ModelError as error:
+            found["errors"][mode] = str(error)
+    return found | {"lora": lora(model, rows)}
+
+
+def _how(model: Any) -> tuple[str, str]:
+    try:
+        check_isolation(model)
+    except ModelError as error:
+        check_plain(model)
+        return "alone", str(error)
+    return "packed", ""
+
+
+def gradient(model: Any, rows: list[Row], keep: Keep | None) -> torch.Tensor:
+    """Of all trained parameters, in float64. keep: None for the model's own forward pass and torch's cross-entropy."""
+    model.zero_grad(set_to_none=True)
+    for row in rows:
+        (_own_loss(model, row) if keep is None else row_loss(model, row, keep)).backward()
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+def _own_loss(model: Any, row: Row) -> torch.Tensor:
+    logits_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0].float()
+    targets_N = torch.from_numpy(row.target_N)
+    return torch.nn.functional.cross_entropy(logits_TV[torch.from_numpy(row.source_N)], targets_N, reduction="sum")
+
+
+def lora(model: Any, rows: list[Row]) -> str:
+    """`works`, or what does not."""
+    try:
+        adapted = add_adapter(model, 2, 4.0, 0.0, None, [], seed=0)
+        for row in rows:
+            row_loss(adapted, row).backward()
+    except Exception as error:  # whatever peft and a model make of each other
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+    idle = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+    return f"{len(idle)} parameters have no part in the loss, such as {idle[0]}" if idle else "works"
+
+
+def _ids(rng: np.random.Generator, length: int) -> tuple[int, ...]:
+    return tuple(rng.integers(VOCABULARY, size=length).tolist())
+
+
+def _tree(rng: np.random.Generator, lengths: tuple[int, ...]) -> Tree:
+    """A conversation: contexts and targets of these lengths in turn."""
+    kinds = ("context", "target")
+    return Tree(
+        "chain", tuple(Segment(kinds[i % 2], _ids(rng, n), i - 1 if i else None) for i, n in enumerate(lengths))
+    )
+
+
+def _branching(rng: np.random.Generator) -> Tree:
+    """Two branches after the first context, as a template that rewrites history makes them."""
+    parts = (("context", 6, None), ("target", 5, 0), ("context", 9, 0), ("target", 4, 2))
+    return Tree("tree", tuple(Segment(kind, _ids(rng, length), parent) for kind, length, parent in parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Writes the outcomes of docs/models.md from benchmarks/results/model_types.json.
+
+python docs/make_models_page.py
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+RESULTS = ROOT / "benchmarks" / "results" / "model_types.json"
+BLOCK = re.compile(r"Measured on .*\Z", re.DOTALL)
+
+
+def outcomes() -> str:
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    types: dict[str, dict[str, Any]] = found["types"]
+    named = {outcome: [t for t in types if types[t]["outcome"] == outcome] for outcome in ("packed", "alone")}
+    trained = [*named["packed"], *named["alone"]]
+    worst = max(error for t in trained for error in types[t]["errors"].values() if not isinstance(error, str))
+    parts = [
+        f"Measured on {found['machine']}, {found['date']}, torch {found['torch']}, transformers "
+        f"{found['transformers']}, by `{found['command']}`: of the {len(types)} types of transformers that generate "
+        f"text, {len(trained)} are trained. The largest relative error of a gradient, of any of them in any mode, is "
+        f"{worst:.0e} in float32.",
+        f"**Conversations share rows** ({len(named['packed'])}): {_listed(named['packed'])}.",
+        f"**Each conversation goes through alone** ({len(named['alone'])}): {_listed(named['alone'])}.",
+        _where("Ways of keeping less for backward that a type refuses, by name", _modes_refused(types, trained)),
+        _where("Linear layers whose adapter has no part in the loss", {t: types[t]["lora"] for t in trained}, "works"),
+        _where("Refused", _why(types, "refused")),
+        _where("Broke", _why(types, "broke")),
+        f"**Not tried**, as no small one could be made ({len(_why(types, 'not tried'))}): "
+        f"{_listed([*_why(types, 'not tried')])}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _modes_refused(types: dict[str, dict[str, Any]], trained: list[str]) -> dict[str, str]:
+    refused = {t: [mode for mode, error in types[t]["errors"].items() if isinstance(error, str)] for t in trained}
+    return {t: ", ".join(modes) for t, modes in refused.items() if modes}
+
+
+def _why(types: dict[str, dict[str, Any]], outcome: str) -> dict[str, str]:
+    return {t: entry["why"] for t, entry in types.items() if entry["outcome"] == outcome}
+
+
+def _where(title: str, why: dict[str, str], fine: str = "") -> str:
+    """Types by what is said of them; those that are `fine` are left out."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        if reason != fine:
+            by_reason.setdefault(_plain(name, reason), []).append(name)
+    if not by_reason:
+        return ""
+    count = sum(len(names) for names in by_reason.values())
+    rows = [f"| {_listed(names)} | {reason} |" for reason, names in by_reason.items()]
+    return "\n".join([f"**{title}** ({count}):", "", "| types | |", "|---|---|", *rows])
+
+
+def _plain(name: str, reason: str) -> str:
+    """Without the type's own name, figures and advice, so that equal reasons are one."""
+    reason = reason.removeprefix(f"{name}: ").partition(" Use another model type")[0]
+    reason = re.sub(
+        r"reads \d+ values a token, hidden states have \d+", "reads something else than hidden states", reason
+    )
+    reason = re.sub(
+        r"\d+ parameters have no part in the loss, such as .*layers\.\d+\.(.*)\.lora_A.*", r"on `\1`", reason
+    )
+    reason = re.sub(r" by a relative [\d.e+-]+ \(rounding allows [^)]*\)| \(relative [^)]*\)", "", reason)
+    return reason.replace("|", "\\|").replace("\n", " ").rstrip(". ")
+
+
+def page() -> str:
+    return BLOCK.sub(lambda _: outcomes(), PAGE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
