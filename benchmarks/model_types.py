@@ -115,7 +115,8 @@ def gradient(model: Any, rows: list[Row], keep: Keep | None) -> torch.Tensor:
     """Of all trained parameters, in float64. keep: None for the model's own forward pass and torch's cross-entropy."""
     model.zero_grad(set_to_none=True)
     for row in rows:
-        (_own_loss(model, row) if keep is None else row_loss(model, row, keep)).backward()
+        loss = _own_loss(model, row) if keep is None else row_loss(model, row, keep)
+        torch.autograd.backward(loss)
     return torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten().double()
@@ -136,29 +137,28 @@ def lora(model: Any, rows: list[Row]) -> str:
     try:
         adapted = add_adapter(model, 2, 4.0, 0.0, None, [], seed=0)
         for row in rows:
-            row_loss(adapted, row).backward()
+            torch.autograd.backward(row_loss(adapted, row))
     except Exception as error:  # whatever peft and a model make of each other
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
     idle = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     return f"{len(idle)} parameters have no part in the loss, such as {idle[0]}" if idle else "works"
 
 
-def _ids(rng: np.random.Generator, length: int) -> tuple[int, ...]:
-    return tuple(rng.integers(VOCABULARY, size=length).tolist())
-
-
 def _tree(rng: np.random.Generator, lengths: tuple[int, ...]) -> Tree:
     """A conversation: contexts and targets of these lengths in turn."""
-    kinds = ("context", "target")
-    return Tree(
-        "chain", tuple(Segment(kinds[i % 2], _ids(rng, n), i - 1 if i else None) for i, n in enumerate(lengths))
-    )
+    segments = [_segment(rng, i % 2 == 1, length, i - 1 if i else None) for i, length in enumerate(lengths)]
+    return Tree("chain", tuple(segments))
 
 
 def _branching(rng: np.random.Generator) -> Tree:
     """Two branches after the first context, as a template that rewrites history makes them."""
-    parts = (("context", 6, None), ("target", 5, 0), ("context", 9, 0), ("target", 4, 2))
-    return Tree("tree", tuple(Segment(kind, _ids(rng, length), parent) for kind, length, parent in parts))
+    parts = ((False, 6, None), (True, 5, 0), (False, 9, 0), (True, 4, 2))
+    return Tree("tree", tuple(_segment(rng, target, length, parent) for target, length, parent in parts))
+
+
+def _segment(rng: np.random.Generator, target: bool, length: int, parent: int | None) -> Segment:
+    ids = tuple(rng.integers(VOCABULARY, size=length).tolist())
+    return Segment("target" if target else "context", ids, parent)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ _OLDER = {
     "decoder_ffn_dim": 48,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
-_TOWER = {
+_TOWER: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -74,7 +74,7 @@ _TOWER = {
     "image_size": 28,
     "patch_size": 14,
 }
-_QWEN_TOWER = {
+_QWEN_TOWER: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -196,16 +196,13 @@ def _candidates(kind: str) -> Iterator[dict[str, Any]]:
                 yield {**base, **extra, **particular}
         yield {"vocab_size": VOCABULARY, **particular}
     text = {**_BASE, "pad_token_id": 0, **_PARTICULAR.get(f"{kind}_text", {})}
-    families = ({}, {"model_type": "llama"}, {"model_type": "ministral3"}, {"model_type": "gemma"})
-    for extra in (
-        {"rope_parameters": _ROPE},
-        {},
-        {"rope_parameters": _ROPE, **more},
-        {**_MIXED, **more, "rope_parameters": _ROPE},
-    ):
+    rope: dict[str, Any] = {"rope_parameters": _ROPE}
+    extras: list[dict[str, Any]] = [rope, {}, {**rope, **more}, {**rope, **more, **_MIXED}]
+    families: list[dict[str, Any]] = [{}, *({"model_type": each} for each in ("llama", "ministral3", "gemma"))]
+    for sizes in extras:
         for tower in (_TOWERS.get(kind, _TOWER), _QWEN_TOWER):
             for family in families:
-                yield {"text_config": {**text, **extra, **family}, "vision_config": tower}
+                yield {"text_config": {**text, **sizes, **family}, "vision_config": tower}
 
 
 def _is_small(config: Any) -> bool:
