@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from rich.console import Console
 from transformers import AutoModelForMultimodalLM
 
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
+from preceptor.model import load
 from preceptor.model.attention import decoder_of
 from preceptor.model.forward import check_head, check_isolation
 from preceptor.model.load import load_model
@@ -76,3 +79,26 @@ def test_a_run_changes_the_text_and_saves_the_whole(run_file, tmp_path, kind, ad
             assert not torch.equal(parameter, before[name]), name
     assert towers
     assert type(load_model(saved, "float32", "cpu")) is type(tuned)
+
+
+def test_of_a_hub_model_the_processor_is_fetched_when_it_is_loaded(monkeypatch, tmp_path):
+    """The Hub is played: it has one of the three files. Saving reads the cache, so that it needs no network."""
+    cache = {}
+
+    def download(place, name, revision):
+        if name != "preprocessor_config.json":
+            raise EntryNotFoundError(f"{place} has no {name}")
+        cache[place, name] = tmp_path / name
+        cache[place, name].write_text("{}")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda place, name, revision: str(cache.get((place, name), "")) or None,
+    )
+    model = seeing_model("gemma3")
+    model.name_or_path = "owner/name"
+    assert load._processor_files(model) == []
+    load._fetch_processor("owner/name", None)
+    assert load._processor_files(model) == [tmp_path / "preprocessor_config.json"]

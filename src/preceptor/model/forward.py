@@ -212,8 +212,8 @@ def check_isolation(model: nn.Module) -> None:
     """Prove on the model itself that a row keeps its trees and their branches apart, and changes nothing else.
 
     First `check_visibility`. Then the tokens of document 1, and those of one branch of document 2, are replaced: no
-    hidden state that must not see them may move by more than rounding. Last, document 1 and the other branch of
-    document 2, each alone, must give what the model gives without us. Raises ModelError if one of these fails.
+    hidden state that must not see them may move by more than rounding. Last, the other branch of document 2 must be the
+    same in a row of its own, and document 1 what the model gives without us. Raises ModelError if one of these fails.
     """
     was_training = model.training
     model.eval()

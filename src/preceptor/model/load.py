@@ -105,7 +105,7 @@ def load_model(
                 place, config=config, dtype=dtype, output_loading_info=True, **source
             )
             _require_all_weights(place, report)
-        if not Path(place).is_dir() and not auto_class.__name__.endswith("CausalLM"):
+        if not Path(place).is_dir() and config.get_text_config() is not config:
             _fetch_processor(place, revision)
         _make_savable(model)
         _honour_softcap(model)
