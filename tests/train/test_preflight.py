@@ -165,6 +165,7 @@ def test_a_model_that_mixes_conversations_reads_each_chain_alone():
     packed = loader()
     passed = preflight(model, packed, "float32", lines.append)
     assert "each conversation goes through the model alone" in lines[1] and "lfm2" in lines[1]
+    assert "Use a" not in lines[1]
     apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):

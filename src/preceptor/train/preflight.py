@@ -79,7 +79,8 @@ def _prove(model: Any, loader: Loader, precision: str, say: Callable[[str], None
         with _line(say, "conversations of a row do not see each other"):
             check_isolation(model)
     except ModelError as error:
-        with _line(say, f"each conversation goes through the model alone, as {error}"):
+        reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
+        with _line(say, f"each conversation goes through the model alone, as {reason}"):
             check_plain(model)
         loader = loader.apart()
     trees: list[Tree] = []
