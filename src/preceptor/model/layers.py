@@ -56,21 +56,23 @@ class Pass:
 
 def run_layer(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
     """One decoder layer: what comes out of it; the tape has what it keeps."""
-    kind, num_tokens = shape.family.norm, tokens.num_tokens
-    y = attention(tape, shape, layer, norm(tape, kind, x, num_tokens), tokens)
-    if shape.family.norms == 4:
+    kind, place, num_tokens = shape.family.norm, shape.family.norms, tokens.num_tokens
+    y = norm(tape, kind, x, num_tokens) if place != "after" else x
+    y = attention(tape, shape, layer, y, tokens)
+    if place != "before":
         y = norm(tape, kind, y, num_tokens)
     x = add(x, y)
-    y = norm(tape, kind, x, num_tokens)
+    y = norm(tape, kind, x, num_tokens) if place != "after" else x
     y = mlp(tape, shape, layer, y, num_tokens)
-    if shape.family.norms == 4:
+    if place != "before":
         y = norm(tape, kind, y, num_tokens)
     return add(x, y)
 
 
 def keys_only(tape: Tape, shape: Shape, layer: Layer, x: Value, tokens: Pass) -> Value:
     """A layer up to its keys and values, for tokens that others see and no loss reads."""
-    normed = norm(tape, shape.family.norm, x, tokens.num_tokens)
+    family = shape.family
+    normed = norm(tape, family.norm, x, tokens.num_tokens) if family.norms != "after" else x
     project(tape, shape, normed, tokens, queries=False)
     return x
 
@@ -99,8 +101,9 @@ def project(tape: Tape, shape: Shape, x: Value, tokens: Pass, queries: bool = Tr
     query, key, value = projected
     if shape.family.qk_norm:
         kind = shape.family.norm
-        query = norm(of_queries, kind, query, num_tokens * shape.num_heads)
-        key = norm(tape, kind, key, num_tokens * shape.num_kv_heads)
+        heads, kv_heads = (1, 1) if shape.family.qk_norm == "joint" else (shape.num_heads, shape.num_kv_heads)
+        query = norm(of_queries, kind, query, num_tokens * heads)
+        key = norm(tape, kind, key, num_tokens * kv_heads)
     return rotate(of_queries, query, tokens.angles), rotate(tape, key, tokens.angles), value
 
 

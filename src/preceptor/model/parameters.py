@@ -111,7 +111,8 @@ def expert_parameters(shape: Shape, layer: Layer) -> int:
 def _layer_kinds(shape: Shape, layer: Layer) -> "Counter[str]":
     kinds = Counter(attention=sum(linear.num_parameters for linear in shape.attention_linears()))
     kinds["attention"] += shape.num_heads * shape.family.sinks
-    kinds["norms"] = shape.family.norms * shape.hidden + 2 * shape.head_dim * shape.family.qk_norm
+    of_keys = {"each head": 2 * shape.head_dim, "joint": shape.query_width + shape.key_width, None: 0}
+    kinds["norms"] = (4 if shape.family.norms == "both" else 2) * shape.hidden + of_keys[shape.family.qk_norm]
     if layer.experts is None:
         kinds["mlp"] = sum(linear.num_parameters for linear in shape.mlp_linears(layer))
     else:

@@ -19,7 +19,8 @@ class Family:
     """What a model type fixes. Keys of config.json win over the defaults here (`head_dim`, `tied`).
 
     qkv_bias, o_bias: None where config.json's `attention_bias` decides. fused: one matrix for q, k and v, one for gate
-    and up. norms: of a layer, without those of queries and keys. windows: which layers attend to a sliding window.
+    and up. norms: before attention and MLP, after, or both. qk_norm: of each head's queries and keys, or of all heads'
+    together. windows: which layers attend to a sliding window.
     adapts_experts: an adapter on all linear layers also goes on experts and router (peft's rewriting of these types).
     defaults: what a config.json that leaves a size out means by it.
     """
@@ -29,15 +30,15 @@ class Family:
     qkv_bias: bool | None = False
     o_bias: bool | None = False
     norm: NormKind = "llama"
-    norms: int = 2
-    qk_norm: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    qk_norm: Literal["each head", "joint"] | None = None
     fused: bool = False
     sinks: bool = False
     scaled_embedding: bool = False
     expert_bias: bool = False
     expert_width_key: str | None = None
     adapts_experts: bool = False
-    windows: Literal["all", "late", "alternate", "all_but_sixth", "fourth"] = "all"
+    windows: Literal["all", "late", "alternate", "all_but_fourth", "all_but_sixth", "fourth"] = "all"
     defaults: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -47,23 +48,25 @@ FAMILIES: Mapping[str, Family] = {
     "ministral3": Family(),
     "smollm3": Family(qkv_bias=None, o_bias=None, windows="fourth"),
     "granite": Family(qkv_bias=None, o_bias=None),
+    "olmo2": Family(qkv_bias=None, o_bias=None, norms="after", qk_norm="joint"),
+    "olmo3": Family(qkv_bias=None, o_bias=None, norms="after", qk_norm="joint", windows="all_but_fourth"),
     "mixtral": Family(expert_width_key="intermediate_size", adapts_experts=True),
     "phi3": Family(fused=True),
     "qwen2": Family(qkv_bias=True, windows="late"),
-    "qwen3": Family(head_dim=128, qkv_bias=None, o_bias=None, qk_norm=True, windows="late"),
+    "qwen3": Family(head_dim=128, qkv_bias=None, o_bias=None, qk_norm="each head", windows="late"),
     "qwen3_moe": Family(
-        qkv_bias=None, o_bias=None, qk_norm=True, expert_width_key="moe_intermediate_size", adapts_experts=True
+        qkv_bias=None, o_bias=None, qk_norm="each head", expert_width_key="moe_intermediate_size", adapts_experts=True
     ),
     "gemma": Family(256, True, None, None, norm="gemma", scaled_embedding=True),
-    "gemma2": Family(256, True, None, None, norm="gemma", norms=4, scaled_embedding=True, windows="alternate"),
+    "gemma2": Family(256, True, None, None, norm="gemma", norms="both", scaled_embedding=True, windows="alternate"),
     "gemma3_text": Family(
         256,
         True,
         None,
         None,
         norm="gemma",
-        norms=4,
-        qk_norm=True,
+        norms="both",
+        qk_norm="each head",
         scaled_embedding=True,
         windows="all_but_sixth",
         defaults={"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -262,6 +265,7 @@ def _window(config: Mapping[str, Any], family: Family, index: int) -> int | None
     elif family.windows == "fourth":
         slides = bool(config.get("use_sliding_window")) and (index + 1) % 4 == 0
     else:
-        every = 2 if family.windows == "alternate" else int(config.get("sliding_window_pattern") or 6)
+        fixed = {"alternate": 2, "all_but_fourth": 4}
+        every = fixed.get(family.windows) or int(config.get("sliding_window_pattern") or 6)
         slides = (index + 1) % every != 0
     return int(window) if slides else None
