@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto as auto
 
 VOCABULARY = 64
 _LARGEST = 20_000_000  # parameters
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -65,8 +65,8 @@ _OLDER = {
     "decoder_attention_heads": 4,
     "decoder_ffn_dim": 48,
 }
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
-_TOWER: dict[str, Any] = {
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+TOWER: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -74,7 +74,7 @@ _TOWER: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
-_QWEN_TOWER: dict[str, Any] = {
+QWEN_TOWER: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -127,14 +127,14 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
         "attention_window_size": 16,
     },
 }
-_TOWERS: dict[str, dict[str, Any]] = {
-    "mistral3": {**_TOWER, "model_type": "pixtral", "head_dim": 8},
-    "llama4": {**_TOWER, "intermediate_size": 64, "vision_output_dim": 32, "projector_input_dim": 32}
+TOWERS: dict[str, dict[str, Any]] = {
+    "mistral3": {**TOWER, "model_type": "pixtral", "head_dim": 8},
+    "llama4": {**TOWER, "intermediate_size": 64, "vision_output_dim": 32, "projector_input_dim": 32}
     | {"projector_output_dim": 32},
-    "gemma4": {**_TOWER, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "patch_size": 4},
-    "qwen2_vl": {**_QWEN_TOWER, "embed_dim": 16, "hidden_size": 32},
-    "internvl": {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
-    "paligemma": {**_TOWER, "model_type": "siglip_vision_model", "projection_dim": 32},
+    "gemma4": {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "patch_size": 4},
+    "qwen2_vl": {**QWEN_TOWER, "embed_dim": 16, "hidden_size": 32},
+    "internvl": {**TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
+    "paligemma": {**TOWER, "model_type": "siglip_vision_model", "projection_dim": 32},
 }
 
 
@@ -190,17 +190,17 @@ def _candidates(kind: str) -> Iterator[dict[str, Any]]:
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
     particular = _PARTICULAR.get(kind, {})
     if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        without = {key: value for key, value in _BASE.items() if key != "head_dim"}
-        for base in (_BASE, without):
+        without = {key: value for key, value in BASE.items() if key != "head_dim"}
+        for base in (BASE, without):
             for extra in ({}, more, {**more, **_INDEXER}, {**more, **ids}, {**more, **_INDEXER, **ids}):
                 yield {**base, **extra, **particular}
         yield {"vocab_size": VOCABULARY, **particular}
-    text = {**_BASE, "pad_token_id": 0, **_PARTICULAR.get(f"{kind}_text", {})}
-    rope: dict[str, Any] = {"rope_parameters": _ROPE}
+    text = {**BASE, "pad_token_id": 0, **_PARTICULAR.get(f"{kind}_text", {})}
+    rope: dict[str, Any] = {"rope_parameters": ROPE}
     extras: list[dict[str, Any]] = [rope, {}, {**rope, **more}, {**rope, **more, **_MIXED}]
     families: list[dict[str, Any]] = [{}, *({"model_type": each} for each in ("llama", "ministral3", "gemma"))]
     for sizes in extras:
-        for tower in (_TOWERS.get(kind, _TOWER), _QWEN_TOWER):
+        for tower in (TOWERS.get(kind, TOWER), QWEN_TOWER):
             for family in families:
                 yield {"text_config": {**text, **sizes, **family}, "vision_config": tower}
 

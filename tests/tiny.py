@@ -15,22 +15,12 @@ from transformers import (
 )
 
 from preceptor.data.forest import Segment, Tree
+from recipe import load_recipe
+
+_sizes = load_recipe("tiny_types")  # of the benchmark that goes through all model types
 
 MODELS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "gpt_oss")
 
-_SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # large enough that attention is far from uniform and a wrong mask shows
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 _WINDOW = 7  # tokens; shorter than the tests' conversations
 
 _PARTICULAR: dict[str, dict[str, Any]] = {
@@ -55,7 +45,7 @@ def tiny_model(
     kind: str, vocab_size: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
     """A random causal LM of `kind` (one of MODELS, or any model type that transformers knows), in training mode."""
-    settings = {**_SHAPE, **_PARTICULAR.get(kind, {}), "vocab_size": vocab_size, **overrides}
+    settings = {**_sizes.BASE, **_PARTICULAR.get(kind, {}), "vocab_size": vocab_size, **overrides}
     config = AutoConfig.for_model(kind, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,39 +58,19 @@ def tiny_model(
     return model.to(dtype).train()
 
 
-_TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "image_size": 28,
-    "patch_size": 14,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-_QWEN_TOWER = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
-SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is particular of text and of tower
-    "gemma3": ({}, {}),
-    "mistral3": ({"model_type": "ministral3"}, {"model_type": "pixtral", "head_dim": 8}),
-    "qwen3_vl": (
-        {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
-        {**_QWEN_TOWER, "deepstack_visual_indexes": [0]},
-    ),
-    "llama4": (
-        {"num_local_experts": 2, "intermediate_size_mlp": 48},
-        {
-            "vision_output_dim": 32,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-            "intermediate_size": 64,
-        },
-    ),
+SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is particular of the text, and the tower
+    "gemma3": ({}, _sizes.TOWER),
+    "mistral3": ({"model_type": "ministral3"}, _sizes.TOWERS["mistral3"]),
+    "qwen3_vl": ({"rope_parameters": _sizes.ROPE}, _sizes.QWEN_TOWER),
+    "llama4": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, _sizes.TOWERS["llama4"]),
 }
 
 
 def seeing_model(kind: str, vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     """A random model of `kind`, one of SEEING: a causal LM with a vision tower beside its decoder."""
     text, tower = SEEING[kind]
-    text_config = {**_SHAPE, "vocab_size": vocab_size, "pad_token_id": 0, **text}
-    config = AutoConfig.for_model(kind, text_config=text_config, vision_config={**_TOWER, **tower})
+    text_config = {**_sizes.BASE, "vocab_size": vocab_size, "pad_token_id": 0, **text}
+    config = AutoConfig.for_model(kind, text_config=text_config, vision_config=dict(tower))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForMultimodalLM.from_config(config).train()

@@ -8,6 +8,7 @@ from preceptor.data.forest import build_row
 from preceptor.errors import ModelError
 from preceptor.model.adapters import add_adapter, merge_adapter
 from preceptor.model.forward import check_head, check_isolation, output_head, row_loss
+from recipe import load_recipe
 from tiny import SEEING, chain, seeing_model, tiny_model
 
 NEW = [60, 63]
@@ -86,6 +87,13 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
     assert ("in_proj" in names) == (kind == "falcon_h1")
     row_loss(model, build_row([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
+def test_no_adapter_is_on_a_towers_convolution_either():
+    """For a mixture of experts peft takes the ends of names: `proj` of the tower's attention, and of its patches."""
+    model = add_adapter(load_recipe("tiny_types").tiny_of("glm4v_moe"), 4, 8.0, 0.0, None, [], seed=0)
+    assert not [name for name, p in model.named_parameters() if "visual" in name and p.requires_grad]
 
 
 def test_what_peft_refuses_is_a_model_error():

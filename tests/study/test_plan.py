@@ -6,6 +6,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from preceptor import config
 from preceptor.commands.planning import measured_rate
@@ -17,6 +19,7 @@ from preceptor.study.plan_changes import find_change
 from preceptor.study.plan_data import sample_data
 from preceptor.study.plan_model import read_model
 from preceptor.study.plan_text import number, seconds, size, to_text
+from tiny import seeing_model
 
 LLAMA_70B = {
     "model_type": "llama",
@@ -49,8 +52,6 @@ def plan_of(run, device="H100", world_size=1, rate=None):
 
 
 def test_towers_are_held_and_not_trained(tmp_path):
-    from tiny import seeing_model
-
     model = seeing_model("qwen3_vl")
     model.save_pretrained(tmp_path)
     total, towers = (sum(p.numel() for p in of) for of in (model.parameters(), tower_parameters(model)))
@@ -60,9 +61,26 @@ def test_towers_are_held_and_not_trained(tmp_path):
     assert plan["parameters"]["trained_total"] == total - towers
     assert plan["memory"]["components"]["weights"] == 4 * total
     assert plan["memory"]["components"]["optimizer"] == 8 * (total - towers)
+
+
+def test_a_tied_head_that_is_stored_too_is_no_tower(tmp_path):
+    model = seeing_model("gemma3")
+    model.save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(64, 32)}, tmp_path / "more.safetensors")
+    towers = sum(p.numel() for p in tower_parameters(model))
+    assert plan_of(run_of(tmp_path))["parameters"]["base"]["towers"] == towers
+
+
+@pytest.mark.parametrize("weights", [None, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_towers_are_left_open_where_no_weight_files_are(tmp_path, weights):
+    model = seeing_model("qwen3_vl")
+    model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
     plan = plan_of(run_of(tmp_path))
-    assert plan["parameters"]["total"] == total - towers and plan["model"]["towers_open"]
+    of_text = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tower_parameters(model))
+    assert plan["parameters"]["total"] == of_text and plan["model"]["towers_open"]
     assert "its text model alone" in to_text(plan)
 
 

@@ -33,7 +33,8 @@ def add_adapter(
     and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises ModelError for a
     target that the model has not, or that peft refuses.
     """
-    names = _linear_names(model)
+    layers = _linear_layers(model)
+    names = {name.rpartition(".")[2] for name in layers}
     unknown = sorted(set(target_modules or ()) - names)
     if unknown:
         raise ModelError(
@@ -46,7 +47,7 @@ def add_adapter(
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else ALL_LINEAR,
-        exclude_modules=_out_of_reach(model, target_modules) or None,
+        exclude_modules=_out_of_reach(model, layers, asked=target_modules is not None) or None,
         trainable_token_indices=_token_rows(model, new_token_ids),
     )
     device = next(model.parameters()).device
@@ -62,11 +63,6 @@ def add_adapter(
     return adapted
 
 
-def _linear_names(model: PreTrainedModel) -> set[str]:
-    """Last parts of the names of what may be adapted."""
-    return {name.rpartition(".")[2] for name in _linear_layers(model)}
-
-
 def _linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers that an adapter works on: not the head, not a vision tower's, which text does not go
     through, and not a router that returns more than x W^T."""
@@ -78,20 +74,20 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
     }
 
 
-def _out_of_reach(model: PreTrainedModel, target_modules: Sequence[str] | None) -> list[str]:
-    """Names of layers that get no adapter: all outside the decoder but for the head, whatever they are called;
-    routers; and, unless asked for by name, those of a state-space mixer but for its `in_proj`: its fused kernels take
-    the weights, so an adapter would be passed by.
+def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool) -> list[str]:
+    """Names of what gets no adapter: all outside the decoder but for the head, whatever it is called; linear layers
+    that are none of `layers`; and, unless they were asked for by name, those of a state-space mixer but for its
+    `in_proj`: its fused kernels take the weights, so an adapter would be passed by.
     """
-    modules, works = dict(model.named_modules()), _linear_layers(model)
-    within = {*decoder_of(model).modules(), model.get_output_embeddings()}
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    within = {*decoder_of(model).modules(), head}
     found = []
     for name, module in modules.items():
         parent, _, last = name.rpartition(".")
         mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
-        passed_by = mixer and target_modules is None and last != "in_proj"
-        linear = isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-        if (module not in within and not [*module.children()]) or (linear and (name not in works or passed_by)):
+        passed_by = mixer and not asked and last != "in_proj"
+        linear = isinstance(module, nn.Linear) and module is not head
+        if (module not in within and not [*module.children()]) or (linear and (name not in layers or passed_by)):
             found.append(name)
     return found
 

@@ -43,18 +43,19 @@ def read_model(model: config.Model) -> PlannedModel:
     if not isinstance(values, dict):
         raise ModelError(f"{file}: holds {type(values).__name__}, not an object with the model's settings")
     text = text_settings(values)
-    shape, stored, several = None, _stored_parameters(Path(place)), text is not values
-    if text.get("model_type") in FAMILIES:
-        shape = shape_of(values, str(file))
-        if several and stored is not None:
-            shape = replace(shape, towers=max(0, stored - count_parameters(shape).num_base))
+    sees = text is not values
+    shape = shape_of(values, str(file)) if text.get("model_type") in FAMILIES else None
+    # of a model of text that is known the weight files say nothing new
+    stored = None if shape is not None and not sees else _stored_parameters(Path(place), shape)
+    if shape is not None and stored is not None:
+        shape = replace(shape, towers=max(0, stored - count_parameters(shape).num_base))
     return PlannedModel(
         path=model.path,
         model_type=str(values.get("model_type")),
         shape=shape,
         num_stored=stored if shape is None else None,
         tokenizer_file=_file(place, "tokenizer.json", model.revision),
-        towers_open=several and stored is None,
+        towers_open=sees and stored is None,
     )
 
 
@@ -81,14 +82,26 @@ def _download(place: str, revision: str | None) -> Path:
         ) from error
 
 
-def _stored_parameters(folder: Path) -> int | None:
-    """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none."""
+def _stored_parameters(folder: Path, shape: Shape | None) -> int | None:
+    """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none, or where
+    what lies there is none, as a pointer of Git LFS. A head that is tied counts once, also where it is stored twice.
+    """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return sum(_elements(file) for file in files) if files else None
+    tied = shape is not None and shape.tied
+    try:
+        return sum(_elements(file, tied) for file in files) if files else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def _elements(file: Path) -> int:
+def _elements(file: Path, tied: bool) -> int:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
+        if size > file.stat().st_size:
+            raise ValueError(f"{file}: no safetensors file")
         header: Mapping[str, Any] = json.loads(stream.read(size))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return sum(
+        math.prod(tensor["shape"])
+        for name, tensor in header.items()
+        if name != "__metadata__" and not (tied and name.endswith("lm_head.weight"))
+    )
