@@ -39,10 +39,10 @@ from torch.utils._pytree import tree_leaves
 
 from machine import describe
 from preceptor import config
-from preceptor.data.forest import Row, Segment, Tree, build_row
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.model.activations.passes import Keep
 from preceptor.model.forward import output_head, read_hidden_states, row_loss
-from preceptor.model.loss import linear_cross_entropy
-from preceptor.model.passes import Keep
+from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
@@ -110,17 +110,17 @@ def held_and_peak(device: torch.device, work: Callable[[], object]) -> tuple[int
     return held, peak
 
 
-def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> Row:
+def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> PackedSequence:
     rng = np.random.default_rng(0)
     segments = []
     for place in range(2 * num_turns):
         length = (answer if place % 2 else context) // num_turns
         ids = tuple(rng.integers(vocab_size, size=length).tolist())
         segments.append(Segment("target" if place % 2 else "context", ids, place - 1 if place else None))
-    return build_row([Tree("random:1", tuple(segments))])
+    return pack_trees([Tree("random:1", tuple(segments))])
 
 
-def states(model: Any, row: Row, keep: Keep | None) -> tuple[Tensor, Tensor]:
+def states(model: Any, row: PackedSequence, keep: Keep | None) -> tuple[Tensor, Tensor]:
     if keep is not None:
         return read_hidden_states(model, row, keep)
     ids_T = torch.from_numpy(row.ids_T).to(model.device)
@@ -128,7 +128,7 @@ def states(model: Any, row: Row, keep: Keep | None) -> tuple[Tensor, Tensor]:
     return hidden_TD, torch.from_numpy(row.source_N).to(hidden_TD.device)
 
 
-def loss_of(model: Any, row: Row, keep: Keep | None) -> Tensor:
+def loss_of(model: Any, row: PackedSequence, keep: Keep | None) -> Tensor:
     if keep is not None:
         return row_loss(model, row, keep)
     hidden_TD, source_N = states(model, row, None)
@@ -136,14 +136,14 @@ def loss_of(model: Any, row: Row, keep: Keep | None) -> Tensor:
     return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
 
 
-def step(model: Any, row: Row, keep: Keep | None, precision: str) -> float:
+def step(model: Any, row: PackedSequence, keep: Keep | None, precision: str) -> float:
     with autocast(model.device, precision):
         loss = loss_of(model, row, keep)
     loss.backward()
     return loss.item()
 
 
-def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str, Any]:
+def measure_row(model: Any, row: PackedSequence, precision: str, repeats: int) -> dict[str, Any]:
     """All modes on one row, each beside `whole`."""
     result: dict[str, dict[str, Any]] = {}
     true: list[Tensor] = []
@@ -213,10 +213,10 @@ def learning(seeds: int) -> dict[str, Any]:
     from first_run import measure
 
     from preceptor.demo import QUESTIONS, demo_run
-    from preceptor.study.questions import read_questions
-    from preceptor.train.execute import execute
+    from preceptor.evaluate.questions import read_questions
     from preceptor.train.metrics import standard_console
     from preceptor.train.prepare import prepare
+    from preceptor.train.run import execute
 
     questions = read_questions(QUESTIONS)
     result: dict[str, Any] = {}

@@ -17,10 +17,10 @@ from typing import Any
 from machine import describe
 from preceptor import config
 from preceptor.demo import QUESTIONS, ask, demo_run
-from preceptor.study.questions import Question, read_questions, score, score_by
-from preceptor.train.execute import execute
+from preceptor.evaluate.questions import Question, read_questions, score, score_by
 from preceptor.train.metrics import standard_console
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("family", "wording", "kind")

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 from rendering_work import SIZES, SPECIAL, Size, Text, make_tokenizer, write
 
 from machine import describe
-from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import load_template
+from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.parallel import render_all
-from preceptor.data.render import Renderer
 from preceptor.data.sources import read_records
-from preceptor.data.template import load_template
+from preceptor.data.workers import render_all
 
 ROOT = Path(__file__).parents[1]
 NUM_PROCESSES = 2
@@ -81,7 +81,7 @@ def ours(file: str, tokenizer: Any, num_processes: int = NUM_PROCESSES) -> Prepa
     trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_records(file), num_processes)]
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
-    assert not any(isinstance(tree, Refusal) for tree in trees)
+    assert not any(isinstance(tree, Rejection) for tree in trees)
     num_turns = sum(segment.kind == "target" for tree in trees if isinstance(tree, Tree) for segment in tree.segments)
     num_trained = sum(tree.num_trained for tree in trees if isinstance(tree, Tree))
     return Prepared(seconds, 0.0, cpu, len(trees), num_trained, num_turns)
@@ -219,7 +219,7 @@ def by_tool_turns(repetitions: int) -> list[dict[str, float]]:
         start = time.process_time()
         trees = [renderer.render(record) for record in records]
         each = 1000 * (time.process_time() - start) / len(records)
-        assert not any(isinstance(tree, Refusal) for tree in trees)
+        assert not any(isinstance(tree, Rejection) for tree in trees)
         result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
     return result
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from machine import describe
 from preceptor.config import Source
-from preceptor.study.selection.diversity import Points, facility_location, k_centre
-from preceptor.study.selection.pool import Pool
-from preceptor.study.selection.survey import survey
+from preceptor.select.diversity import Points, facility_location, k_centre
+from preceptor.select.pool import Pool
+from preceptor.select.survey import survey
 
 RESULT = Path(__file__).parent / "results" / "select_cost.json"
 WORDS = 120

@@ -19,11 +19,11 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.chat.render import Renderer
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import Template, load_template
+from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.render import Renderer
-from preceptor.data.rendering.closings import closing_tokens
-from preceptor.data.template import Template, load_template
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT.parent / "shared" / "templates"
@@ -142,11 +142,11 @@ def renderer_for(entry: Entry, tokenizer: Any) -> Renderer:
 
 
 def stop_ids(template: Template, tokenizer: Any) -> list[int]:
-    tokens = (*closing_tokens(template, tokenizer), tokenizer.eos_token)
+    tokens = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
 
 
-def render(renderer: Renderer, kind: str) -> Tree | Refusal:
+def render(renderer: Renderer, kind: str) -> Tree | Rejection:
     messages, tools = conversation(kind)
     return renderer.render(Conversation(kind, tuple(Message(message) for message in messages), tools))
 
@@ -157,7 +157,7 @@ def outcomes(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
     for entry in entries:
         renderer = renderer_for(entry, tokenizer_for(entry))
         results = {kind: render(renderer, kind) for kind in KINDS}
-        table[entry.name] = {k: r.code if isinstance(r, Refusal) else "proved" for k, r in results.items()}
+        table[entry.name] = {k: r.code if isinstance(r, Rejection) else "proved" for k, r in results.items()}
     return table
 
 

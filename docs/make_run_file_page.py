@@ -1,4 +1,4 @@
-"""Writes docs/run-file.md from the fields of sections.py and the line under each.
+"""Writes docs/run-file.md from the fields of config/sections.py and the line under each.
 
 python docs/make_run_file_page.py
 """

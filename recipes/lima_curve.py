@@ -44,10 +44,10 @@ from measures import (
     write_new_pages,
     yardsticks,
 )
-from preceptor.study.select import load_reader
-from preceptor.study.selection.choice import Settings, choose
-from preceptor.study.selection.pool import Pool, sources_of
-from preceptor.study.selection.survey import survey
+from preceptor.select.choice import Settings, choose
+from preceptor.select.pool import Pool, sources_of
+from preceptor.select.select import load_reader
+from preceptor.select.survey import survey
 from trial import BASE, ROW_TOKENS, Measured, Result, Trial, Yardstick, run_all
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE
 from preceptor.scholar.facts import load_facts
 from preceptor.scholar.library import SEED, library, write_pages
-from preceptor.study.bootstrap import DIFFERENCE_OF_SHARES, SHARE
 from seeds import Figure, Values, difference, figure
 from trial import Yardstick
 

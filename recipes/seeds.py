@@ -6,7 +6,7 @@ seed and other questions would have changed. Of three seeds all three draws are 
 the interval is hardly narrower than from the lowest seed to the highest. The same items are drawn for both sides of a
 difference, but seeds apart: no two trainings are a pair.
 
-Shares are widened to the exact binomial interval of the items (study/bootstrap.py says why); a difference in which no
+Shares are widened to the exact binomial interval of the items (intervals.py says why); a difference in which no
 item changed, to what could have been missed.
 
 Legend: S seeds, I items, R resamples.
@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from preceptor.study.bootstrap import DIFFERENCE_OF_SHARES, LEVEL, NUM_RESAMPLES, SHARE, Bounds, exact_share
+from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, LEVEL, NUM_RESAMPLES, SHARE, Bounds, exact_share
 
 Array = NDArray[np.float64]
 

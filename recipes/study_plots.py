@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from measures import EXACT, TAX, Measure
-from preceptor.study.reporting.plots import Panel, Series, draw_file, smooth
+from preceptor.report.plots import Panel, Series, draw_file, smooth
 
 COLOURS = {"random": 2, "select": 1, "narrow": 4}
 NAMES = {"random": "at random", "select": "chosen", "narrow": "narrow"}

@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from preceptor.study.tasks import Task, choose_prompts, read_task
+from preceptor.evaluate.tasks import Task, choose_prompts, read_task
 
 BASE = "scholar"
 ROW_TOKENS = 1024
@@ -164,8 +164,8 @@ def _train(trial: Trial, out: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from preceptor import config
-    from preceptor.train.execute import execute
     from preceptor.train.prepare import prepare
+    from preceptor.train.run import execute
 
     run = config.build(run_tree(trial, out), trial.name)
     return execute(prepare(run), Console(quiet=True), replace=True)
@@ -173,10 +173,10 @@ def _train(trial: Trial, out: Path) -> dict[str, Any]:
 
 def measure(model: str, yardsticks: Sequence[Yardstick]) -> Measured:
     """What a model does with each item of each task."""
-    from preceptor.study.examine import examine
-    from preceptor.study.subject import load_subject
+    from preceptor.evaluate.model import load_evaluated_model
+    from preceptor.evaluate.run import examine
 
-    subject = load_subject(model, "float32", "auto")
+    subject = load_evaluated_model(model, "float32", "auto")
     found: Measured = {}
     for yardstick in yardsticks:
         results = examine(subject, yardstick.read(), yardstick.max_new_tokens, BATCH_SIZE)
@@ -185,7 +185,7 @@ def measure(model: str, yardsticks: Sequence[Yardstick]) -> Measured:
 
 
 def _measure_merged(model: str, weight: float, yardsticks: Sequence[Yardstick]) -> Measured:
-    from preceptor.model.merge import merge_weights
+    from preceptor.model.interpolate import merge_weights
 
     place = Path(model).with_name(f"merged-{weight:g}")
     shutil.rmtree(place, ignore_errors=True)
@@ -195,13 +195,15 @@ def _measure_merged(model: str, weight: float, yardsticks: Sequence[Yardstick]) 
 
 def _compare(model: str, num_prompts: int) -> dict[str, Any]:
     """The token-distribution shift over held-out questions, and answers of both side by side."""
-    from preceptor.study.compare import Questions, compare
-    from preceptor.study.subject import load_subject
+    from preceptor.compare.compare import Questions, compare
+    from preceptor.evaluate.model import load_evaluated_model
 
     prompts = choose_prompts(None, [read_task(f"{BASE}:heldout")], num_prompts, seed=0)
     questions = Questions((), prompts, max_new_tokens=96, batch_size=BATCH_SIZE)
     found, _ = compare(
-        lambda: load_subject(BASE, "float32", "auto"), lambda: load_subject(model, "float32", "auto"), questions
+        lambda: load_evaluated_model(BASE, "float32", "auto"),
+        lambda: load_evaluated_model(model, "float32", "auto"),
+        questions,
     )
     shift = found["shift"]
     kept = ("num_prompts", "num_tokens", "num_added", "shares", "mean_prob", "mean_kl", "by_position", "most_shifted")

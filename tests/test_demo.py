@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from preceptor import demo
-from preceptor.durations import Duration
+from preceptor.config.durations import Duration
 from preceptor.errors import CheckpointError
 from preceptor.scholar import MODEL_DIR
 

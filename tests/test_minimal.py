@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
-from preceptor.train.execute import execute
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "minimal.py"
 

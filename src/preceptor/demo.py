@@ -12,17 +12,17 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from preceptor import config
+from preceptor.evaluate.generate import Answer
+from preceptor.evaluate.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
+from preceptor.evaluate.score import is_exact
 from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
 from preceptor.model.vocabulary import stop_token_ids
+from preceptor.report.report import write_report
 from preceptor.scholar import MODEL_DIR
-from preceptor.study.evaluate import is_exact
-from preceptor.study.generate import Answer
-from preceptor.study.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
-from preceptor.study.report import write_report
-from preceptor.train.execute import choose_device, execute
 from preceptor.train.folder import write_summary
 from preceptor.train.metrics import append_line
 from preceptor.train.prepare import prepare
+from preceptor.train.run import choose_device, execute
 
 QUESTIONS = "scholar:heldout.jsonl"
 BASE_TOKENS = 48  # room for the first line that a base model goes on with

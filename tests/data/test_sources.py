@@ -5,7 +5,7 @@ import json
 import pytest
 
 from preceptor.config import Source
-from preceptor.data.conversation import Completion, Conversation, Document, Refusal
+from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.sources import mix, read_records
 from preceptor.errors import DataError
 
@@ -84,7 +84,7 @@ def test_a_row_that_cannot_be_trained_is_refused_with_its_reason(tmp_path, row, 
     path = write(tmp_path, {"text": "fine"}, row)
     fine, refusal = read_records(path)
     assert isinstance(fine, Document)
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, Rejection)
     assert (refusal.source, refusal.code) == (f"{path}:2", code)
     assert len(refusal.message) > 10
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.model import load
-from preceptor.model.adapters import add_adapter
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import row_loss
 from preceptor.model.load import load_model, load_tokenizer, resolve_model_path, save_model
 from preceptor.model.vocabulary import add_tokens, align_model, align_tokenizer, resize_embeddings
@@ -68,7 +68,7 @@ def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
 
     model, tokenizer, plan = assistant(kind)
     adapted = add_adapter(model, 4, 8.0, 0.0, None, plan.new_ids, 0)
-    row = build_row([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
+    row = pack_trees([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
         row_loss(adapted, row).backward()

@@ -5,9 +5,9 @@ import torch
 from test_loss import D, N, V, error, holding, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preceptor.model import loss_softmax
-from preceptor.model.loss import head_cast_once, linear_cross_entropy
-from preceptor.model.loss_reference import linear_cross_entropy_reference
+from preceptor.model.loss import softmax
+from preceptor.model.loss.linear_cross_entropy import head_cast_once, linear_cross_entropy
+from preceptor.model.loss.reference import linear_cross_entropy_reference
 
 
 class Watch(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_logits_never_exceed_one_chunk_nor_their_float32_one_block(monkeypatch):
-    monkeypatch.setitem(loss_softmax._BLOCK_LOGITS, "cpu", 2 * V)
+    monkeypatch.setitem(softmax._BLOCK_LOGITS, "cpu", 2 * V)
     arguments, _ = inputs()
     with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
         linear_cross_entropy(*arguments, softcap=2.0, logits_bytes=holding(8, torch.bfloat16))

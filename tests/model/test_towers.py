@@ -13,11 +13,11 @@ from transformers import AutoModelForMultimodalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
+from preceptor.model.checks.sequential import check_plain
 from preceptor.model.forward import check_head, check_isolation
 from preceptor.model.load import load_model
-from preceptor.model.plain import check_plain
 from preceptor.model.towers import freeze_towers, tower_parameters
-from preceptor.train import execute as execution
+from preceptor.train import run as execution
 from preceptor.train.prepare import prepare
 from tiny import SEEING, seeing_model, tiny_model, tiny_tokenizer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from preceptor.errors import ModelError
-from preceptor.model import visibility
-from preceptor.model.visibility import check_visibility
+from preceptor.model.checks import visibility
+from preceptor.model.checks.visibility import check_visibility
 from tiny import MODELS, tiny_model
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from preceptor.study.bootstrap import DIFFERENCE_OF_SHARES, SHARE, interval
+from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, interval
 from recipe import load_recipe
 
 seeds = load_recipe("seeds")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from preceptor.data.conversation import read_messages
+from preceptor.data.examples import read_messages
 from preceptor.scholar import data_file
 from preceptor.scholar.facts import load_facts
 from preceptor.scholar.questions import heldout_rows, sft_rows, split_facts

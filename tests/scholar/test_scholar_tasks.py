@@ -5,12 +5,12 @@ import re
 
 import pytest
 
+from preceptor.evaluate.score import is_right
+from preceptor.evaluate.tasks import read_task
 from preceptor.scholar import data_file
 from preceptor.scholar.facts import load_facts
 from preceptor.scholar.questions import split_facts
 from preceptor.scholar.tasks import tasks
-from preceptor.study.score import is_right
-from preceptor.study.tasks import read_task
 
 TASKS = tasks()
 SAID = "\n".join(

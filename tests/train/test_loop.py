@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
 from preceptor import config
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train import loop
 from preceptor.train.checkpoint import State
-from preceptor.train.execute import build_model, execute
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
+from preceptor.train.run import build_model, execute
 
 QUIET = Console(quiet=True)
 
@@ -46,7 +46,7 @@ def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
         model = build_model(prepared, torch.device("cpu"))
         state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
         groups = [prepared.train[i : i + per_row] for i in range(0, 8, per_row)]
-        rows = [build_row(group) for group in groups]
+        rows = [pack_trees(group) for group in groups]
         trajectories.append([loop.take_step(state, rows, 1e-3, 1.0, "float32") for _ in range(5)])
     for other in trajectories[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file
         model.get_input_embeddings().weight[prepared.train[0].segments[0].ids[0]] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ModelError, match="step 1: loss nan"):
-        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32")
+        loop.take_step(state, [pack_trees(prepared.train[:1])], 1e-3, 1.0, "float32")
     after = dict(model.named_parameters())
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
@@ -161,7 +161,7 @@ def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file)
         return torch.empty(1 << 60)
 
     with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_row_tokens") as raised:
-        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32", more_than_there_is)
+        loop.take_step(state, [pack_trees(prepared.train[:1])], 1e-3, 1.0, "float32", more_than_there_is)
     assert "allocate" in str(raised.value.__cause__)
 
 

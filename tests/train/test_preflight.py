@@ -14,8 +14,8 @@ from preceptor import config
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.model.forward import row_loss
-from preceptor.train import execute as execution
 from preceptor.train import preflight as proofs
+from preceptor.train import run as execution
 from preceptor.train.objective import Objective
 from preceptor.train.preflight import Passed, preflight
 from preceptor.train.prepare import prepare

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import conversations
 from preceptor import config
-from preceptor.data.template import load_template
+from preceptor.chat.template import load_template
 from preceptor.errors import DataError
 from preceptor.train.prepare import _closings, prepare
 from tiny import tiny_tokenizer

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from conftest import conversations
 from preceptor import config
+from preceptor.chat.token_text import special_ids
 from preceptor.data.forest import Segment, Tree
-from preceptor.study.tokens import special_ids
 from preceptor.train import record
-from preceptor.train.execute import execute
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 from tiny import branching, chain, tiny_tokenizer
 
 

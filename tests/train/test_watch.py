@@ -9,8 +9,8 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError
-from preceptor.train.execute import execute
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 TASK = [{"messages": [{"role": "user", "content": f"start of a message {n}?"}], "accepted": ["x"]} for n in range(5)]
 

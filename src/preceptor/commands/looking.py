@@ -25,8 +25,8 @@ def show(
     ] = None,
 ) -> None:
     """Show which tokens of each conversation are context and which are trained."""
-    from preceptor.study.page import check_page_file, write_page
-    from preceptor.study.show import show_rows
+    from preceptor.inspect.page import check_page_file, write_page
+    from preceptor.inspect.show import show_rows
     from preceptor.train.metrics import standard_console
 
     if html is not None:
@@ -56,9 +56,9 @@ def check(
 
     run = run_of(run_file, model, data, template)
     tables = [table for source in (*run.data.train, *run.data.eval) for table in resolve(source)]
-    from preceptor.study.check import check_data, to_json
-    from preceptor.study.check_text import to_text
-    from preceptor.study.progress import row_progress
+    from preceptor.console import row_progress
+    from preceptor.inspect.check import check_data, to_json
+    from preceptor.inspect.check_text import to_text
 
     renderer = _renderer_of(run)
     with row_progress(tables, "checking") as on_row:
@@ -78,10 +78,9 @@ def template(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Show what a chat template can and cannot do, from the same proofs as training."""
-    from preceptor.data.template import BUILTIN
-    from preceptor.study.abilities import find_abilities, to_json
-    from preceptor.study.abilities_text import to_text
-    from preceptor.study.stand_in import stand_in_renderer
+    from preceptor.chat.template import BUILTIN
+    from preceptor.inspect.stand_in import stand_in_renderer
+    from preceptor.inspect.template import find_abilities, to_json, to_text
 
     is_template = name in BUILTIN or Path(name).suffix == ".jinja" or Path(name).is_file()
     if model is not None and not is_template:
@@ -139,6 +138,6 @@ def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
 
 def _renderer_of(run: Any) -> Any:
     with large_imports():
-        from preceptor.train.prepare import give_voice
+        from preceptor.train.prepare import load_chat_format
 
-    return give_voice(run.model, run.data).renderer(run.data)
+    return load_chat_format(run.model, run.data).renderer(run.data)

@@ -19,7 +19,7 @@ from preceptor.commands.studying import (
 )
 
 if TYPE_CHECKING:
-    from preceptor.study.compare import Questions
+    from preceptor.compare.compare import Questions
 
 _ONE_WEIGHT = 0.5
 
@@ -59,7 +59,7 @@ def merge(
             "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
         )
     wanted = wanted_tasks(trained, tasks, text, limit, seed)
-    from preceptor.study.compare import Questions
+    from preceptor.compare.compare import Questions
 
     _sweep(base, tuned, weight, out, Questions(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
 
@@ -67,7 +67,7 @@ def merge(
 def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
     if len(weight) > 1 or has_tasks:
         raise errors.ConfigError("several weights, and tasks or texts, go with --sweep")
-    from preceptor.model.merge import merge_weights
+    from preceptor.model.interpolate import merge_weights
 
     merge_weights(base, tuned, weight[0], out)
     print(f"{out}: {1 - weight[0]:g} of {base}, {weight[0]:g} of {tuned}")
@@ -80,14 +80,13 @@ def _sweep(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.CheckpointError(f"{out}: cannot be written: {error}") from None
-    from preceptor.study.subject import load_subject
-    from preceptor.study.sweep import WEIGHTS, write
-    from preceptor.study.sweep import sweep as sweep_weights
-    from preceptor.study.sweep_text import print_sweep
+    from preceptor.compare.sweep import WEIGHTS, print_sweep, write
+    from preceptor.compare.sweep import sweep as sweep_weights
+    from preceptor.evaluate.model import load_evaluated_model
 
     with saying() as say:
         found = sweep_weights(
-            base, tuned, weight or WEIGHTS, questions, lambda path: load_subject(path, dtype, device), out, say
+            base, tuned, weight or WEIGHTS, questions, lambda path: load_evaluated_model(path, dtype, device), out, say
         )
     files = write(out, found)
     print_sweep(found, files, wide_console())

@@ -19,12 +19,12 @@ def plan(
 ) -> None:
     """What a run will cost and whether it fits, from the model's config.json and the run file alone."""
     from preceptor import config
-    from preceptor.model.devices import find_device
-    from preceptor.study.plan import make_plan
-    from preceptor.study.plan_changes import find_change
-    from preceptor.study.plan_data import sample_data
-    from preceptor.study.plan_model import read_model
-    from preceptor.study.plan_text import to_text
+    from preceptor.plan.changes import find_change
+    from preceptor.plan.devices import find_device
+    from preceptor.plan.model import read_model
+    from preceptor.plan.plan import make_plan
+    from preceptor.plan.sample import sample_data
+    from preceptor.plan.text import to_text
 
     run = config.load(run_file, overrides or [])
     target = find_device(device)

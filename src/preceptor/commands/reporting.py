@@ -13,6 +13,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page on a run, or on several beside one another, from their folders alone."""
-    from preceptor.study.report import write_report
+    from preceptor.report.report import write_report
 
     print(f"{write_report(runs, out)}: open it in a browser")

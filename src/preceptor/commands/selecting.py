@@ -44,17 +44,16 @@ def select(
 ) -> None:
     """Choose the conversations to train on: no repeats, the good ones, and of these such as cover all."""
     _check_files(data, out, explain, replace)
-    from preceptor.study.selection.choice import Settings
-    from preceptor.study.selection.pool import Pool, sources_of
-    from preceptor.study.selection.quality import read_weights
+    from preceptor.select.choice import Settings
+    from preceptor.select.pool import Pool, sources_of
+    from preceptor.select.quality import read_weights
 
     settings = Settings(keep, seed, read_weights(weight or []), quality_share, diversity)
     pool = Pool(sources_of(data, _columns_of(columns or []), split))
+    from preceptor.console import row_progress
     from preceptor.data.sources import resolve
-    from preceptor.study.progress import row_progress
-    from preceptor.study.select import load_reader, needs_model
-    from preceptor.study.select import select as select_rows
-    from preceptor.study.select_text import to_text
+    from preceptor.select.select import load_reader, needs_model, to_text
+    from preceptor.select.select import select as select_rows
 
     tables = [table for source in pool.sources for table in resolve(source)]
     if model is None and needs_model(settings):

@@ -40,21 +40,21 @@ def eval(
     ] = None,
 ) -> None:
     """Put tasks to a model: generation, multiple choice and perplexity, with 95 % intervals (docs/evaluate.md)."""
-    from preceptor.study.tasks import read_task
+    from preceptor.evaluate.tasks import read_task
 
     wanted = [read_task(path).limited(limit, seed) for path in tasks]
     _check_file(out)
 
     with large_imports():
-        from preceptor.study.compare import settings_of
-        from preceptor.study.examine import examine
-        from preceptor.study.figures import records, summary
-        from preceptor.study.figures_text import print_evaluation
-        from preceptor.study.subject import load_subject
+        from preceptor.compare.compare import settings_of
+        from preceptor.evaluate.figures import records, summary
+        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.evaluate.run import examine
+        from preceptor.evaluate.text import print_evaluation
 
     items: list[dict[str, Any]] = []
     with saying() as status:
-        subject = load_subject(model, dtype, device, template)
+        subject = load_evaluated_model(model, dtype, device, template)
         found: dict[str, Any] = {
             "model": model,
             "reads": subject.reads,
@@ -96,7 +96,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write compare.json and items.jsonl here.")] = None,
 ) -> None:
     """Show what tuning did to a model: the alignment tax and the token-distribution shift (docs/evaluate.md)."""
-    from preceptor.study.tasks import choose_prompts
+    from preceptor.evaluate.tasks import choose_prompts
 
     wanted = wanted_tasks(trained, tasks, text, limit, seed)
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
@@ -104,15 +104,18 @@ def compare(
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
 
     with large_imports():
-        from preceptor.study.compare import Questions, write
-        from preceptor.study.compare import compare as compare_models
-        from preceptor.study.figures_text import print_comparison
-        from preceptor.study.subject import load_subject
+        from preceptor.compare.compare import Questions, write
+        from preceptor.compare.compare import compare as compare_models
+        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.evaluate.text import print_comparison
 
     questions = Questions(wanted, asked, max_new_tokens, batch_size, seed)
     with saying() as status:
         found, items = compare_models(
-            lambda: load_subject(base, dtype, device), lambda: load_subject(tuned, dtype, device), questions, status
+            lambda: load_evaluated_model(base, dtype, device),
+            lambda: load_evaluated_model(tuned, dtype, device),
+            questions,
+            status,
         )
     found["settings"]["limit"] = limit
     if out is not None:
@@ -127,7 +130,7 @@ def wanted_tasks(
     trained: list[str] | None, tasks: list[str] | None, text: list[str] | None, limit: int | None, seed: int
 ) -> list[tuple[Any, str]]:
     """The tasks and texts of the options, each with its role: `trained`, `tax` or `text`."""
-    from preceptor.study.tasks import read_task, read_texts
+    from preceptor.evaluate.tasks import read_task, read_texts
 
     named = [(path, "trained", read_task) for path in trained or ()]
     named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]

@@ -17,7 +17,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. An empty line does nothing, /new starts anew, Ctrl-D ends."""
     with large_imports():
-        from preceptor.study.chat import converse, load_speaker
+        from preceptor.serve.chat import converse, load_speaker
     from preceptor.train.metrics import standard_console
 
     speakers = [load_speaker(path, max_new_tokens) for path in ([base] if base else []) + [model]]

@@ -27,7 +27,7 @@ def train(
         check_out(run.out, replace)
     console = standard_console()
     prepared = _prepare(run, console)
-    from preceptor.train.execute import execute
+    from preceptor.train.run import execute
 
     try:
         summary = execute(prepared, console, resume=resume, replace=replace)
@@ -56,9 +56,9 @@ def demo(
 
 
 def _prepare(run: Any, console: Any) -> Any:
+    from preceptor.console import row_progress
     from preceptor.data.sources import resolve
-    from preceptor.study.check_text import format_line
-    from preceptor.study.progress import row_progress
+    from preceptor.inspect.check_text import format_line
 
     with large_imports():
         from preceptor.train.prepare import prepare

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preceptor.data.conversation import Completion, Conversation, Document, Record
+from preceptor.data.examples import Completion, Conversation, Document, Example
 
 NEAR = 0.8
 
@@ -59,7 +59,7 @@ class Fingerprints:
     def __len__(self) -> int:
         return len(self._table_N)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Example) -> None:
         self._digests += digest_of(record)
         self._prompt_digests += prompt_digest_of(record)
         self._signatures += signature_of(" ".join(_said(record))).tobytes()
@@ -172,7 +172,7 @@ def _settle(signature_NK: np.ndarray, records: np.ndarray, candidates: np.ndarra
         result[these[near]] = those[near]
 
 
-def digest_of(record: Record) -> bytes:
+def digest_of(record: Example) -> bytes:
     """16 bytes that are the same for records that say exactly the same."""
     if isinstance(record, Conversation):
         messages = [
@@ -185,7 +185,7 @@ def digest_of(record: Record) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def prompt_digest_of(record: Record) -> bytes:
+def prompt_digest_of(record: Example) -> bytes:
     """16 bytes that are the same for records with the same prompt; zeros where there is none."""
     if isinstance(record, Conversation):
         asked = [m.content for m in record.messages if m.role == "user"]
@@ -201,7 +201,7 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _said(record: Record) -> Iterator[str]:
+def _said(record: Example) -> Iterator[str]:
     """The texts of a record, without system prompts: these are often long, and the same for a whole file."""
     if isinstance(record, Completion):
         yield from (record.prompt, record.completion)

@@ -31,7 +31,7 @@ Kind = Literal["context", "target"]
 class Segment:
     """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root.
 
-    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/weights.py).
+    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/mixture.py).
     """
 
     kind: Kind
@@ -81,12 +81,12 @@ class Span:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Row:
+class PackedSequence:
     """A forest of trees laid out for one forward pass.
 
     ids_T, position_T, subtree_end_T: int64. source_N, target_N: int64; weight_N: float64. spans: in layout order.
     divisor: what its trained tokens add to the number by which the step's loss is divided.
-    alone: the row is one chain, for the model's own attention and whatever else mixes its tokens (model/plain.py).
+    alone: the row is one chain, for the model's own attention and whatever else mixes its tokens (sequential.py).
     """
 
     ids_T: np.ndarray
@@ -108,7 +108,7 @@ class Row:
         return len(self.target_N)
 
 
-def build_row(trees: Sequence[Tree], alone: bool = False) -> Row:
+def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
     """Lay the trees out depth-first, one after the other. Raises ValueError if there is not a single token."""
     ids: list[int] = []
     positions: list[int] = []
@@ -122,7 +122,7 @@ def build_row(trees: Sequence[Tree], alone: bool = False) -> Row:
     for span in spans:
         subtree_end_T[span.start : span.end] = span.subtree_end
     source, target, weight, share = zip(*pairs, strict=True) if pairs else ((), (), (), ())
-    return Row(
+    return PackedSequence(
         ids_T=np.array(ids, dtype=np.int64),
         position_T=np.array(positions, dtype=np.int64),
         subtree_end_T=subtree_end_T,

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from preceptor.data.forest import Row, Tree, build_row
-from preceptor.data.grouping import chains_of
+from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.packing import count_rows, plan_epoch
+from preceptor.data.prefix_sharing import chains_of
 
 
 class Loader:
@@ -34,7 +34,7 @@ class Loader:
         self.steps_per_epoch = math.ceil(self.rows_per_epoch / rows_per_step)
 
     def apart(self) -> "Loader":
-        """The same steps for a model whose layers cannot keep conversations apart (model/plain.py)."""
+        """The same steps for a model whose layers cannot keep conversations apart (model/checks/sequential.py)."""
         loader = copy.copy(self)
         loader.alone = True
         return loader
@@ -48,13 +48,13 @@ class Loader:
     def trees(self, planned_row: Sequence[int]) -> list[Tree]:
         return [self._trees[index] for index in planned_row]
 
-    def rows(self, step: int) -> list[Row]:
+    def rows(self, step: int) -> list[PackedSequence]:
         """The rows of step 0, 1, 2, ..."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start, end = (at * self.rows_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         return [row for planned in self.plan(epoch)[start:end] for row in lay_out(self.trees(planned), self.alone)]
 
-    def largest_rows(self) -> list[Row]:
+    def largest_rows(self) -> list[PackedSequence]:
         """Of the first epoch: the row of most tokens, and the row of most trained tokens if that is another."""
         plan = self.plan(0)
         num_tokens = [sum(self._lengths[index] for index in planned) for planned in plan]
@@ -72,8 +72,8 @@ class Loader:
         return sum(self._lengths) / (self.rows_per_epoch * self._max_row_tokens)
 
 
-def lay_out(trees: Sequence[Tree], alone: bool) -> list[Row]:
+def lay_out(trees: Sequence[Tree], alone: bool) -> list[PackedSequence]:
     """One row of all the trees; alone: a row for each of their chains."""
     if alone:
-        return [build_row([chain], alone=True) for tree in trees for chain in chains_of(tree)]
-    return [build_row(trees)]
+        return [pack_trees([chain], alone=True) for tree in trees for chain in chains_of(tree)]
+    return [pack_trees(trees)]

@@ -1,8 +1,8 @@
 """The sources of a run file -> rows and records, each with the place that it comes from, and the mixture of them.
 
-reading/tables.py says what a path may name, reading/formats.py how a row becomes a record. Rows come one by one:
-memory does not grow with their number. A row that is no record, or cannot be trained, is a Refusal; a file that cannot
-be read is a DataError.
+formats/tables.py says what a path may name, formats/rows.py how a row becomes a record. Rows come one by one:
+memory does not grow with their number. A row that is no record, or cannot be trained, is a Rejection; a file that
+cannot be read is a DataError.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +13,11 @@ from typing import TypeVar
 import numpy as np
 
 from preceptor.config import ROW_KEYS, Source
-from preceptor.data.conversation import Record, Refusal
-from preceptor.data.reading.formats import format_of, has_format, to_record, unknown_format
-from preceptor.data.reading.pairs import PARTS_OF_A_QUESTION
-from preceptor.data.reading.tables import Rows, Table, Wanted, find_tables
+from preceptor.config.sections import nearest
+from preceptor.data.examples import Example, Rejection
+from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, format_of, has_format, to_record, unknown_format
+from preceptor.data.formats.tables import Rows, Table, Wanted, find_tables
 from preceptor.errors import ConfigError, DataError
-from preceptor.sections import nearest
 
 Item = TypeVar("Item")
 
@@ -31,7 +30,7 @@ class Entry:
 
     table: str
     format: str
-    record: Record | Refusal
+    record: Example | Rejection
 
 
 def resolve(source: Source | str) -> list[Table]:
@@ -51,7 +50,7 @@ def read_rows(source: Source | str) -> Rows:
         yield from _rows_of(table, None)
 
 
-def read_records(source: Source | str) -> Iterator[Record | Refusal]:
+def read_records(source: Source | str) -> Iterator[Example | Rejection]:
     """Each row as a record or a refusal. Raises DataError as `read_rows`, and for columns that are not there."""
     for entry in read_entries(source):
         yield entry.record
@@ -79,7 +78,7 @@ def _rows_of(table: Table, wanted: Wanted) -> Rows:
 
 
 def _named(table: Table, source: Source) -> Rows:
-    """The rows under the keys of data/reading/formats.py; with `columns`, these keys only."""
+    """The rows under the keys of data/formats/rows.py; with `columns`, these keys only."""
     columns = table.columns()
     if columns is not None:
         _check_columns(table.name, columns, source)

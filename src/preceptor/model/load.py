@@ -236,7 +236,7 @@ def _write(
 ) -> None:
     from peft import PeftModel
 
-    from preceptor.model.adapters import merge_adapter
+    from preceptor.model.adapters.lora import merge_adapter
 
     full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     full.save_pretrained(folder)

@@ -10,7 +10,7 @@ OUT/samples.jsonl    one line a sampled answer to a held-out prompt
 OUT/checkpoints/     with train.save_every: what `--resume` needs
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
 OUT/summary.json     what came out
-OUT/report.html      all of it for the eye, written last (study/report.py)
+OUT/report.html      all of it for the eye, written last (report/report.py)
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.data.conversation import Refusal
+from preceptor.data.examples import Rejection
 from preceptor.errors import CheckpointError
 from preceptor.train.metrics import append_line
 
@@ -38,7 +38,7 @@ def check_out(out: str, replace: bool) -> Path:
     return folder
 
 
-def open_folder(folder: Path, run: config.Run, refusals: Sequence[Refusal], replace: bool) -> None:
+def open_folder(folder: Path, run: config.Run, refusals: Sequence[Rejection], replace: bool) -> None:
     """Begin a run on disk. Raises CheckpointError if the folder cannot be written."""
     check_out(str(folder), replace)
     try:

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.data.forest import Row
+from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
-from preceptor.model.embedding import embedding_gradient_in_place
-from preceptor.model.loss import head_cast_once
+from preceptor.model.activations.embedding import embedding_gradient_in_place
+from preceptor.model.loss.linear_cross_entropy import head_cast_once
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import State
+from preceptor.train.evaluations import Evaluations
 from preceptor.train.metrics import Display, append_line
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.room import naming_what_does_not_fit
-from preceptor.train.watch import Watch
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     objective: Objective,
     state: State,
     loader: Loader,
-    watch: Watch,
+    watch: Evaluations,
     display: Display,
     folder: Path,
     fingerprint: str,
@@ -36,7 +36,7 @@ def train(
     """Train `state` to the end of the run.
 
     Each step divides the summed loss of its rows once, by the step's number of trained tokens (or of conversations,
-    data/weights.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
+    data/mixture.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
     """
     total_steps = run.duration.steps(loader.steps_per_epoch)
     warmup_steps = run.warmup.steps(loader.steps_per_epoch, total_steps)
@@ -71,7 +71,7 @@ def train(
 
 def take_step(
     state: State,
-    rows: Sequence[Row],
+    rows: Sequence[PackedSequence],
     learning_rate: float,
     max_grad_norm: float,
     precision: str,

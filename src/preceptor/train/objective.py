@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from preceptor import config
-from preceptor.data.forest import Row
+from preceptor.data.forest import PackedSequence
+from preceptor.model.activations.passes import KEEP_ALL, Keep
 from preceptor.model.forward import loss_of, output_head, read_hidden_states
-from preceptor.model.kl import Base, kl_to_base
-from preceptor.model.loss_options import CROSS_ENTROPY, LossOptions
-from preceptor.model.passes import KEEP_ALL, Keep
+from preceptor.model.loss.kl import Base, kl_to_base
+from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Objective:
             base=Base.of(model, num_base_tokens) if train.kl_to_base else None,
         )
 
-    def __call__(self, model: Any, row: Row, divisor: float = 1.0, add_to_grad: bool = False) -> Tensor:
+    def __call__(self, model: Any, row: PackedSequence, divisor: float = 1.0, add_to_grad: bool = False) -> Tensor:
         """The sum over `divisor`. add_to_grad: see `loss_of`; backward must follow."""
         hidden_MD, source_N = read_hidden_states(model, row, self.keep)
         head = output_head(model)

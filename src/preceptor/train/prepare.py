@@ -11,30 +11,29 @@ from itertools import islice
 from typing import Any
 
 from preceptor import config
-from preceptor.data.conversation import Completion, Document, Record, Refusal
-from preceptor.data.fitting import Fitter, Shortened
+from preceptor.chat.render import Renderer
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import Template, load_template
+from preceptor.data.examples import Completion, Document, Example, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.grouping import group_prompts
 from preceptor.data.loader import Loader
-from preceptor.data.parallel import render_all
-from preceptor.data.render import Renderer
-from preceptor.data.rendering.closings import closing_tokens
-from preceptor.data.replay import draw_replay
+from preceptor.data.mixture import draw_replay, weigh
+from preceptor.data.prefix_sharing import group_prompts
+from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import mix, read_entries, read_records
-from preceptor.data.tally import Tally
-from preceptor.data.template import Template, load_template
-from preceptor.data.weights import weigh
+from preceptor.data.truncation import Fitter, Shortened
+from preceptor.data.workers import render_all
 from preceptor.errors import DataError, TemplateError
+from preceptor.evaluate.tasks import Task, read_task
+from preceptor.inspect.check import path_lengths, turn_lengths
 from preceptor.model.load import load_tokenizer, resolve_model_path
 from preceptor.model.vocabulary import TokenPlan, add_tokens, align_tokenizer, stop_token_ids
-from preceptor.study.check import path_lengths, turn_lengths
-from preceptor.study.tasks import Task, read_task
 
 FIRST_ROWS = 100  # of each source, to see whether a chat template is needed
 
 
 @dataclass(frozen=True)
-class Voice:
+class ChatFormat:
     """A tokenizer made ready to speak in a template: what both training and inference use.
 
     Without a template it reads plain text only, and nothing was added to it: a base model stays one.
@@ -101,11 +100,11 @@ class Prepared:
     """
 
     run: config.Run
-    voice: Voice
+    voice: ChatFormat
     train: list[Tree]
-    held_out: list[tuple[Record, Tree]]
+    held_out: list[tuple[Example, Tree]]
     tasks: list[Task]
-    refusals: list[Refusal]
+    refusals: list[Rejection]
     num_rows: int
     num_examples: int
     tokens: Tokens
@@ -126,7 +125,7 @@ class Prepared:
         return Loader(self.train, run.data.max_row_tokens, run.train.rows_per_step, run.train.seed)
 
 
-def give_voice(model: config.Model, data: config.Data) -> Voice:
+def load_chat_format(model: config.Model, data: config.Data) -> ChatFormat:
     """Load the tokenizer, add the tokens that the template needs, and settle what ends a turn.
 
     Where neither the run file nor the model names a template and the data begins with plain text, there is none.
@@ -143,7 +142,7 @@ def give_voice(model: config.Model, data: config.Data) -> Voice:
         tokens = align_tokenizer(tokenizer, template.text, closings[0], tokens)
     stops = stop_token_ids(path, tokenizer, trust_remote_code=model.trust_remote_code, revision=model.revision)
     stops = tuple(dict.fromkeys([*stops, *tokenizer.convert_tokens_to_ids(list(closings))]))
-    return Voice(tokenizer, template, tokens, stops)
+    return ChatFormat(tokenizer, template, tokens, stops)
 
 
 def _has_conversations(data: config.Data) -> bool:
@@ -160,7 +159,7 @@ def _closings(template: Template, tokenizer: Any) -> tuple[str, ...]:
 
     Base models often carry a chat template whose end of turn is not their eos.
     """
-    closings = closing_tokens(template, tokenizer)
+    closings = find_stop_tokens(template, tokenizer)
     if not closings and tokenizer.eos_token is None:
         raise TemplateError(
             f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
@@ -172,26 +171,26 @@ def _closings(template: Template, tokenizer: Any) -> tuple[str, ...]:
 def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_processes: int = 1) -> Prepared:
     """Read, render and check all data of a run. `on_row` is called after each row, for a progress display.
 
-    With more than one process, large inputs are rendered in several (data/parallel.py says what the caller must heed).
+    With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
-    are refused; ModelError and TemplateError as `give_voice`.
+    are refused; ModelError and TemplateError as `load_chat_format`.
     """
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
-    voice = give_voice(run.model, run.data)
+    voice = load_chat_format(run.model, run.data)
     renderer = voice.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
-    refusals: list[Refusal] = []
+    refusals: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
-    def records(source: config.Source) -> Iterator[Record | Refusal]:
+    def records(source: config.Source) -> Iterator[Example | Rejection]:
         for entry in read_entries(source):
             formats.setdefault(entry.table, Counter())[entry.format] += 1
             yield entry.record
 
-    def rendered(source: config.Source) -> Iterator[tuple[Record, Tree]]:
+    def rendered(source: config.Source) -> Iterator[tuple[Example, Tree]]:
         for record, tree in render_all(renderer, records(source), num_processes):
             fitted = fitter.fit(record, tree)
-            if isinstance(fitted, Refusal):
+            if isinstance(fitted, Rejection):
                 refusals.append(fitted)
             else:
                 yield from fitted
@@ -201,7 +200,7 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
     held_out = [(list(rendered(s)), s) for s in run.data.eval]
     replay = [t for s in (run.replay.data if run.replay else ()) for _, t in rendered(s)]
     num_rows = sum(count for counts in formats.values() for count in counts.values())
-    tally = Tally(run.data.refusals, refusals)
+    tally = RejectionCounts(run.data.refusals, refusals)
     check_refusals(tally, num_rows, run.data.max_refused)
     trees = [weigh(tree, run.train.normalize) for tree in mix(train, run.train.seed)]
     if not trees:
@@ -225,7 +224,7 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
     )
 
 
-def check_refusals(tally: Tally, num_rows: int, max_refused: float) -> None:
+def check_refusals(tally: RejectionCounts, num_rows: int, max_refused: float) -> None:
     """Raises DataError, with the table of reasons, if more than the allowed share of rows was refused."""
     refused = tally.num_not_allowed
     if refused > max_refused * num_rows:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from preceptor import config
+from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader
 from preceptor.data.sources import resolve
 from preceptor.model.load import resolve_model_path
-from preceptor.study.tokens import pieces_of, special_ids
 from preceptor.train.metrics import append_line
 from preceptor.train.prepare import Prepared
 

@@ -1,0 +1,278 @@
+"""The renders of many beginnings of one conversation in one run of the template: linear where one by one is quadratic.
+
+The proof asks for the prompt before, and the render up to, every turn. Nearly all templates have the form
+
+    HEAD {% for message in messages %} BODY {% endfor %} TAIL
+
+and what they have written when they come to message i hangs on little that comes after it. So the template is compiled
+as
+
+    HEAD {% for world in worlds %} {% for message in stretch(messages) %} BODY {% endfor %} TAIL {% endfor %}
+
+and run once. A *world* is one of the renders asked for, of the first n messages, shorter ones first; in it the
+conversation has n messages, whichever way the template asks. What BODY writes for a message holds in longer worlds too
+unless it was told what is not so there: that there is no message n, how many there are, whether a generation prompt is
+wanted. As long as it was told nothing of the kind, a world leaves what it wrote, and the state that it came to (the
+template's namespaces: the only variables that outlive a turn of a loop), to the next, which goes on from there.
+
+    n=2   HEAD 0 1 TAIL       n=3   2 TAIL       n=4   2 3 TAIL       (at n=3, message 2 was told that it is the last)
+
+Where HEAD itself asks such things (which user's message is the last, say) it is run again in each world, and worlds go
+on from others in which it came to the same. `LooksAhead` is raised where that saves nothing; then, and for templates
+of another form, renders are made one by one.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jinja2
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.utils import Namespace, missing
+
+from preceptor.chat.marked import Marked, plain
+
+_WORTH = 0.75  # of the turns of the main loop that one by one would take; a pass that takes more saves nothing
+_FEW_TURNS = 24
+
+
+class LooksAhead(BaseException):
+    """The template asked for what is not the same in a shorter conversation.
+
+    No Exception, since tests of Jinja's (`is sequence`) take those for an answer.
+    """
+
+
+class Asked(NamedTuple):
+    """A render of the first `num_messages` messages."""
+
+    num_messages: int
+    add_generation_prompt: bool
+
+
+@dataclass(eq=False, slots=True)
+class Line:
+    """What worlds have in common that go on from one another: the outputs, and where and in which state they end."""
+
+    outputs: list[str]
+    item: int = 0  # the message that comes next
+    state: list[dict[str, Any]] = field(default_factory=list)  # of the namespaces, in the order of their making
+
+
+class Written(NamedTuple):
+    """What was written for one render: the first `num_shared` outputs of a line, then these."""
+
+    line: Line
+    num_shared: int
+    outputs: list[str]
+
+
+class Pass:
+    """One run of a template in its one-pass form (`onepass_form.py`) over `messages`, for the renders `asked`."""
+
+    def __init__(self, messages: Sequence[Any], asked: Sequence[Asked]) -> None:
+        self._messages = messages
+        self._asked = sorted(asked)
+        self._now: Asked | None = None  # the world; None: before the first, in what is common to all
+        self._told = False  # since the main loop began, what does not hold in longer worlds
+        self._lines: dict[Any, Line] = {}
+        self._line = Line([])
+        self._namespaces: list[Namespace] = []
+        self._outputs: list[str] = []  # that are no line's yet
+        self._common: list[str] = []  # outputs before the first world
+        self._turns_left = _FEW_TURNS + _WORTH * sum(one.num_messages for one in asked)
+        self.written: dict[Asked, Written] = {}
+
+    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> None:
+        """Fills `written`. Raises LooksAhead, and what the template raises."""
+        own = {
+            "messages": Messages(self, 0),
+            "namespace": self._namespace,
+            "__worlds__": self._worlds(),
+            "__stretch__": self._stretch,
+            "__prompted__": self._prompted,
+        }
+        for output in template.root_render_func(template.new_context({**variables, **own})):
+            self._outputs.append(output)
+
+    def _worlds(self) -> Iterator[None]:
+        self._common, self._outputs = self._outputs, []
+        state = self._state(len(self._namespaces))
+        for asked in self._asked:
+            self._now = asked
+            del self._namespaces[len(state) :]
+            self._put_back(state)
+            yield None
+            self.written[asked] = Written(self._line, len(self._line.outputs), self._outputs)
+            self._outputs = []
+
+    # What the template asks ------------------------------------------------------------------------------------------
+
+    def has(self, index: int) -> bool:
+        """Whether there is a message of this number."""
+        if self._now is None:
+            if index >= self._asked[0].num_messages:
+                raise LooksAhead
+            return True
+        if index >= self._now.num_messages:
+            self._told = True
+            return False
+        return True
+
+    def message(self, index: int) -> Any:
+        if not self.has(index):
+            raise IndexError(index)
+        return self._messages[index]
+
+    def world(self) -> Asked:
+        """For what is not the same in longer worlds."""
+        if self._now is None:
+            raise LooksAhead
+        self._told = True
+        return self._now
+
+    def _prompted(self) -> bool:
+        return self.world().add_generation_prompt
+
+    def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
+        self._namespaces.append(Namespace(*args, **kwargs))
+        return self._namespaces[-1]
+
+    # The main loop ---------------------------------------------------------------------------------------------------
+
+    def _stretch(self, messages: Any, *of_head: Any) -> Any:
+        """What the main loop goes over in this world; of_head: the variables that HEAD has set."""
+        if not isinstance(messages, Messages):
+            self._line = Line([])
+            self._outputs = [*self._common, *self._outputs]
+            self._turns_left -= self.world().num_messages
+            return messages
+        key = messages.start, _frozen([of_head, [_attributes(n) for n in self._namespaces], self._outputs])
+        line = self._lines.get(key)
+        if line is None:
+            state = self._state(len(self._namespaces))
+            line = self._lines[key] = Line([*self._common, *self._outputs], messages.start, state)
+        self._put_back(line.state)
+        self._line, self._outputs, self._told = line, [], False
+        return Stretch(self, messages, line.item - messages.start)
+
+    def ends_turn(self, item: int) -> None:
+        """BODY is through with the message before `item`."""
+        self._turns_left -= 1
+        if self._turns_left < 0:
+            raise LooksAhead
+        if not self._told:
+            self._line.outputs += self._outputs
+            self._outputs = []
+            self._line.item, self._line.state = item, self._state(len(self._line.state))
+
+    def begins_turn(self, item: int) -> bool:
+        assert self._now is not None
+        return item < self._now.num_messages
+
+    def _state(self, num_namespaces: int) -> list[dict[str, Any]]:
+        return [dict(_attributes(namespace)) for namespace in self._namespaces[:num_namespaces]]
+
+    def _put_back(self, state: Sequence[dict[str, Any]]) -> None:
+        for namespace, attributes in zip(self._namespaces, state, strict=False):
+            namespace._Namespace__attrs = dict(attributes)  # type: ignore[attr-defined]
+
+
+def _attributes(namespace: Namespace) -> dict[str, Any]:
+    attributes: dict[str, Any] = namespace._Namespace__attrs  # type: ignore[attr-defined]
+    return attributes
+
+
+def _frozen(value: Any) -> Any:
+    """The same for values that a template cannot tell apart, read without a word to their tapes."""
+    if isinstance(value, Marked):
+        return Marked, plain(value), value.atoms
+    if type(value) in (str, int, float, bool, type(None)):
+        return type(value), value
+    if isinstance(value, Messages):
+        return Messages, value.start
+    if isinstance(value, Undefined):
+        return Undefined
+    if isinstance(value, Namespace):
+        return Namespace  # their attributes are frozen by themselves
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_frozen, value))
+    if isinstance(value, dict):
+        return (dict, *[(key, _frozen(inner)) for key, inner in value.items()])
+    return type(value), id(value)
+
+
+class Messages(Sequence[Any]):
+    """The messages from number `start` on, as many as this world has; tells the pass what it is asked."""
+
+    def __init__(self, told: Pass, start: int) -> None:
+        self._pass = told
+        self.start = start
+
+    def __bool__(self) -> bool:
+        return self._pass.has(self.start)
+
+    def __len__(self) -> int:
+        return max(0, self._pass.world().num_messages - self.start)
+
+    def __iter__(self) -> Iterator[Any]:
+        at = self.start
+        while self._pass.has(at):
+            yield self._pass.message(at)
+            at += 1
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            first = key.start or 0
+            if first >= 0 and key.stop is None and key.step in (None, 1):
+                return Messages(self._pass, self.start + first)
+            return list(self)[key]
+        index = operator.index(key)
+        if index < 0:
+            index += len(self)
+            if index < 0:
+                raise IndexError(key)
+        return self._pass.message(self.start + index)
+
+    def __eq__(self, other: object) -> bool:
+        raise LooksAhead
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Stretch:
+    """Messages from `at` on, for a loop that believes to have come there from the first."""
+
+    def __init__(self, told: Pass, messages: Messages, at: int) -> None:
+        self.told = told
+        self.messages = messages
+        self.at = at
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __iter__(self) -> Iterator[Any]:
+        item = self.messages.start + self.at
+        while self.told.begins_turn(item):
+            yield self.told.message(item)
+            item += 1
+            self.told.ends_turn(item)
+
+
+class StretchLoop(LoopContext):
+    """Jinja's `loop`; over a stretch it counts from the first message, and looks at the next one without taking it."""
+
+    def __init__(self, iterable: Any, *args: Any) -> None:
+        super().__init__(iterable, *args)
+        if isinstance(iterable, Stretch):
+            self.index0 = iterable.at - 1
+            if iterable.at > 0:
+                self._current = iterable.messages[iterable.at - 1]
+
+    def _peek_next(self) -> Any:
+        stretch = self._iterable
+        if not isinstance(stretch, Stretch):
+            return super()._peek_next()
+        item = stretch.messages.start + self.index0 + 1
+        return stretch.told.message(item) if stretch.told.has(item) else missing

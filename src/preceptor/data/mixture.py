@@ -1,0 +1,62 @@
+"""`train.normalize`: what one trained token counts, as weights. There is one way to divide a loss, and this is not it.
+
+    step loss = sum_n  weight_n * loss_n  /  sum_n share_n           over the trained tokens of all rows of the step
+
+With `token` every trained token has the share 1 and the divisor is their number. With `conversation` it has the share
+1 / (trained tokens of its conversation), so a conversation's shares add up to 1, the divisor is the number of
+conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own weight.
+
+Shares belong to the conversation, so they are given to its tree before trees are put together (equal prompts) or taken
+apart (one chain a row): then weights and divisor are right however the tokens come to lie in rows and steps.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from preceptor.data.forest import Tree
+
+Normalize = Literal["token", "conversation"]
+
+
+def share_of(tree: Tree, normalize: Normalize) -> float:
+    """What each trained token of the tree, which is one conversation, adds to the divisor; 0 where it has none."""
+    if normalize == "token":
+        return 1.0
+    return 1.0 / tree.num_trained if tree.num_trained else 0.0
+
+
+def weigh(tree: Tree, normalize: Normalize) -> Tree:
+    """The tree with its segments' weights times their share."""
+    share = share_of(tree, normalize)
+    if share == 1.0:
+        return tree
+    return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
+
+
+def step_divisor(conversations: Iterable[Tree], normalize: Normalize) -> float:
+    """By what the weighted loss of a step is divided: its trained tokens, or its conversations that have any.
+
+    conversations: as they were before `weigh`.
+    """
+    return sum(share_of(tree, normalize) * tree.num_trained for tree in conversations)
+
+
+def draw_replay(replay: Sequence[Tree], tuning: Sequence[Tree], share: float, seed: int) -> list[Tree]:
+    """A seeded choice of `replay` with `share` of all trained tokens, beside `tuning`; within one record's length.
+
+    No record is drawn again before all were. share: over 0, under 1.
+    """
+    wanted = share / (1.0 - share) * sum(tree.num_trained for tree in tuning)
+    usable = [tree for tree in replay if tree.num_trained]
+    rng = random.Random(f"replay {seed}")
+    drawn: list[Tree] = []
+    num_trained = 0
+    while usable and num_trained < wanted:
+        for tree in rng.sample(usable, len(usable)):
+            if num_trained >= wanted:
+                break
+            drawn.append(tree)
+            num_trained += tree.num_trained
+    return drawn
