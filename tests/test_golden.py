@@ -1,7 +1,6 @@
 """Trees and losses are those that were recorded in tests/golden (record.py there records them anew)."""
 
 import pytest
-
 from golden import conversations, data, subject
 
 ENTRIES = conversations.read_entries() if conversations.TEMPLATES.is_dir() else []

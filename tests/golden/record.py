@@ -3,8 +3,8 @@
     python tests/golden/record.py trees losses demo              write trees.json, losses.json and demo.json
     python tests/golden/record.py demo --compare                 print what differs; exit code 1 where something does
 
-tests/test_golden.py compares trees and losses; the demo takes a minute or two and is compared by hand. Record only where
-a change of behaviour is wanted.
+tests/test_golden.py compares trees and losses; the demo takes a minute or two and is compared by hand. Record
+only where a change of behaviour is wanted.
 """
 
 import argparse
@@ -17,7 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-
 from golden import data
 
 

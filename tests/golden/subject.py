@@ -84,7 +84,7 @@ BASE: dict[str, Any] = {
 }
 _LORA = {"adapter.kind": "lora", "adapter.rank": 4, "adapter.alpha": 8.0, "adapter.dropout": 0.0}
 _LONG = {"data.train": [{"path": "long.jsonl"}], "data.max_row_tokens": 96}
-_SHORT = {"train.duration": "6 steps"}
+_SHORT = {"train.duration": "8 steps", "train.eval_every": "4 steps"}
 
 # name of the case: (model, keys of the run file that differ from BASE)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -97,11 +97,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"train.recompute": 1, "train.context_gradient": "recompute", **_SHORT},
     ),
     "lora": ("qwen3", _LORA),
-    "lora with dropout": ("qwen3", {**_LORA, "adapter.dropout": 0.1}),
-    "lora on some modules": ("llama", {**_LORA, "adapter.target_modules": ["q_proj", "v_proj"]}),
-    "lora bfloat16 weights": ("qwen3", {**_LORA, "model.dtype": "bfloat16", "train.precision": "bfloat16"}),
+    "lora with dropout": ("qwen3", {**_LORA, "adapter.dropout": 0.1, **_SHORT}),
+    "lora on some modules": ("llama", {**_LORA, "adapter.target_modules": ["q_proj", "v_proj"], **_SHORT}),
+    "lora bfloat16 weights": ("qwen3", {**_LORA, "model.dtype": "bfloat16", "train.precision": "bfloat16", **_SHORT}),
     "kl_to_base": ("qwen3", {"train.kl_to_base": 0.2}),
-    "kl_to_base with lora": ("qwen3", {**_LORA, "train.kl_to_base": 0.2}),
+    "kl_to_base with lora": ("qwen3", {**_LORA, "train.kl_to_base": 0.2, **_SHORT}),
     "dft": ("qwen3", {"train.dft": True}),
     "label_smoothing and z_loss": ("qwen3", {"train.label_smoothing": 0.1, "train.z_loss": 1e-3}),
     "normalize conversation": ("qwen3", {"train.normalize": "conversation"}),
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"train.precision": "bfloat16", "train.context_gradient": "recompute", **_SHORT},
     ),
     "llama3 template on tied embeddings": ("qwen3", {"data.template": "llama3"}),
-    "llama3 template with lora": ("qwen3", {"data.template": "llama3", **_LORA}),
+    "llama3 template with lora": ("qwen3", {"data.template": "llama3", **_LORA, **_SHORT}),
     "reasoning template": ("qwen3", {"data.train": [{"path": "branches.jsonl"}], "data.template": "branches.jinja"}),
     "reasoning template, context_gradient recompute": (
         "qwen3",
@@ -128,6 +128,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "data.train": [{"path": "branches.jsonl"}],
             "data.template": "branches.jinja",
             "train.context_gradient": "recompute",
+            **_SHORT,
         },
     ),
     "targets all": ("qwen3", {"data.targets": "all"}),
