@@ -1,0 +1,215 @@
+"""All that the golden tests know of the package: its rendering, its command line, keys and files of a run."""
+
+import contextlib
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from preceptor import cli
+from preceptor.data.conversation import Conversation, Refusal, read_messages
+from preceptor.data.forest import Tree
+from preceptor.data.render import Renderer
+from preceptor.data.rendering.closings import closing_tokens
+from preceptor.data.template import load_template
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+def render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What becomes of the rows in turn, by one renderer, whose caches are empty at first."""
+    template = load_template("tokenizer", tokenizer)
+    closings = (*closing_tokens(template, tokenizer), tokenizer.eos_token)
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in closings if token is not None]
+    renderer = Renderer(tokenizer, template, stop_token_ids=stops)
+    outcomes = []
+    for number, row in enumerate(rows):
+        messages = read_messages(row["messages"], f"row:{number}")
+        if isinstance(messages, Refusal):
+            outcomes.append(messages)
+        else:
+            outcomes.append(renderer.render(Conversation(f"row:{number}", messages, row.get("tools"))))
+    return [outcome_of(outcome) for outcome in outcomes]
+
+
+def outcome_of(outcome: Tree | Refusal) -> str:
+    """A hash over kind, ids, parent and weight of all segments, their number and that of trained tokens; or a code."""
+    if isinstance(outcome, Refusal):
+        return outcome.code
+    segments = [[s.kind, list(s.ids), s.parent, float(s.weight)] for s in outcome.segments]
+    sha256 = hashlib.sha256(json.dumps(segments).encode()).hexdigest()
+    return f"{sha256[:12]} segments {len(segments)} trained {outcome.num_trained}"
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+# Every key that matters is written out, so that another default changes nothing.
+BASE: dict[str, Any] = {
+    "model": {"path": "MODEL", "dtype": "float32"},
+    "data": {
+        "train": [{"path": "train.jsonl"}],
+        "eval": [{"path": "eval.jsonl"}],
+        "template": "chatml",
+        "targets": "assistant",
+        "max_row_tokens": 256,
+        "too_long": "refuse",
+    },
+    "train": {
+        "duration": "20 steps",
+        "rows_per_step": 2,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": "5 %",
+        "final_learning_rate_share": 0.1,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "normalize": "token",
+        "precision": "float32",
+        "context_gradient": "full",
+        "recompute": "none",
+        "eval_every": "10 steps",
+        "num_samples": 0,
+        "seed": 0,
+        "device": "cpu",
+    },
+    "out": "run",
+}
+_LORA = {"adapter.kind": "lora", "adapter.rank": 4, "adapter.alpha": 8.0, "adapter.dropout": 0.0}
+_LONG = {"data.train": [{"path": "long.jsonl"}], "data.max_row_tokens": 96}
+_SHORT = {"train.duration": "8 steps", "train.eval_every": "4 steps"}
+
+# name of the case: (model, keys of the run file that differ from BASE)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("qwen3", {}),
+    "context_gradient recompute": ("qwen3", {"train.context_gradient": "recompute"}),
+    "context_gradient none": ("qwen3", {"train.context_gradient": "none"}),
+    "recompute all": ("qwen3", {"train.recompute": "all"}),
+    "recompute 1 and context_gradient recompute": (
+        "qwen3",
+        {"train.recompute": 1, "train.context_gradient": "recompute", **_SHORT},
+    ),
+    "lora": ("qwen3", _LORA),
+    "lora with dropout": ("qwen3", {**_LORA, "adapter.dropout": 0.1, **_SHORT}),
+    "lora on some modules": ("llama", {**_LORA, "adapter.target_modules": ["q_proj", "v_proj"], **_SHORT}),
+    "lora bfloat16 weights": ("qwen3", {**_LORA, "model.dtype": "bfloat16", "train.precision": "bfloat16", **_SHORT}),
+    "kl_to_base": ("qwen3", {"train.kl_to_base": 0.2}),
+    "kl_to_base with lora": ("qwen3", {**_LORA, "train.kl_to_base": 0.2, **_SHORT}),
+    "dft": ("qwen3", {"train.dft": True}),
+    "label_smoothing and z_loss": ("qwen3", {"train.label_smoothing": 0.1, "train.z_loss": 1e-3}),
+    "normalize conversation": ("qwen3", {"train.normalize": "conversation"}),
+    "group_prompts": ("qwen3", {"data.group_prompts": True, "data.train": [{"path": "prompts.jsonl"}]}),
+    "too_long split": ("qwen3", {"data.too_long": "split", **_LONG}),
+    "too_long truncate_context": ("qwen3", {"data.too_long": "truncate_context", **_LONG}),
+    "too_long refuse": ("qwen3", {"data.max_refused": 1.0, **_LONG, **_SHORT}),
+    "replay": ("qwen3", {"replay.data": [{"path": "text.jsonl"}], "replay.share": 0.3}),
+    "mixture": (
+        "qwen3",
+        {"data.train": [{"path": "train.jsonl", "weight": 0.5}, {"path": "text.jsonl", "count": 7}], "train.seed": 3},
+    ),
+    "bfloat16": ("qwen3", {"train.precision": "bfloat16"}),
+    "bfloat16 context_gradient recompute": (
+        "qwen3",
+        {"train.precision": "bfloat16", "train.context_gradient": "recompute", **_SHORT},
+    ),
+    "llama3 template on tied embeddings": ("qwen3", {"data.template": "llama3"}),
+    "llama3 template with lora": ("qwen3", {"data.template": "llama3", **_LORA, **_SHORT}),
+    "reasoning template": ("qwen3", {"data.train": [{"path": "branches.jsonl"}], "data.template": "branches.jinja"}),
+    "reasoning template, context_gradient recompute": (
+        "qwen3",
+        {
+            "data.train": [{"path": "branches.jsonl"}],
+            "data.template": "branches.jinja",
+            "train.context_gradient": "recompute",
+            **_SHORT,
+        },
+    ),
+    "targets all": ("qwen3", {"data.targets": "all"}),
+    "targets last": ("qwen3", {"data.targets": "last"}),
+    "linear schedule": ("qwen3", {"train.schedule": "linear", "train.warmup": "4 steps", "train.max_grad_norm": 0.5}),
+    "untied head": ("llama", {}),
+    "mistral": ("mistral", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt2": ("gpt2", {}),
+    "mamba2": ("mamba2", _SHORT),
+    "lfm2": ("lfm2", _SHORT),
+}
+
+
+def run_file(case: str, model: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(BASE))
+    tree["model"]["path"] = str(model)
+    for key, value in CASES[case][1].items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def is_coarse(case: str) -> bool:
+    """Whether numbers are rounded to bfloat16 on the way."""
+    return CASES[case][1].get("train.precision") == "bfloat16"
+
+
+def trajectory(case: str, model: Path, folder: Path) -> dict[str, Any]:
+    """Train as the command does, in `folder`, which holds the data files; what the run wrote of its steps."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_file(case, model)), encoding="utf-8")
+    command("train", folder / "run.yaml", f"out={folder / 'run'}")
+    steps = _lines(folder / "run" / "metrics.jsonl")
+    held_out = _lines(folder / "run" / "eval.jsonl")
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "num_examples": summary["num_examples"],
+        "num_rejected": summary["num_refused"],
+        "num_tokens": [step["num_tokens"] for step in steps],
+        "num_trained": [step["num_trained"] for step in steps],
+        "learning_rate": [step["learning_rate"] for step in steps],
+        "loss": [step["loss"] for step in steps],
+        "grad_norm": [step["grad_norm"] for step in steps],
+        "held_out_loss": [line["loss"] for line in held_out],
+    }
+
+
+def command(*arguments: Any) -> None:
+    """`preceptor ...` in this process; what it prints comes up only where it fails."""
+    printed = io.StringIO()
+    with (
+        mock.patch("preceptor.study.report.write_report"),  # it draws for half the time of such a short run
+        mock.patch.object(sys, "argv", ["preceptor", *map(str, arguments)]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            if stop.code:
+                raise AssertionError(f"preceptor {arguments}: exit code {stop.code}\n{printed.getvalue()}") from None
+
+
+# Demo ----------------------------------------------------------------------------------------------------------------
+
+
+def demo(folder: Path) -> dict[str, Any]:
+    command("demo", "--out", folder / "demo")
+    steps = _lines(folder / "demo" / "metrics.jsonl")
+    held_out = _lines(folder / "demo" / "eval.jsonl")
+    summary = json.loads((folder / "demo" / "summary.json").read_text(encoding="utf-8"))
+    keys = ("base_exact_match", "intern_exact_match", "stop_rate", "base_continues_with_question")
+    return {
+        **{key: summary[key] for key in (*keys, "num_questions", "num_examples", "num_steps", "tokens")},
+        "loss": [step["loss"] for step in steps[:10] + steps[-10:]],
+        "held_out_loss": [line["loss"] for line in held_out],
+        "answers": [line["answer"] for line in _lines(folder / "demo" / "samples.jsonl") if "base" in line][:20],
+    }
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
