@@ -13,11 +13,11 @@ from unittest import mock
 import yaml
 
 from preceptor import cli
-from preceptor.data.conversation import Conversation, Refusal, read_messages
+from preceptor.chat.render import Renderer
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import load_template
+from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import Tree
-from preceptor.data.render import Renderer
-from preceptor.data.rendering.closings import closing_tokens
-from preceptor.data.template import load_template
 
 # Trees ---------------------------------------------------------------------------------------------------------------
 
@@ -25,22 +25,22 @@ from preceptor.data.template import load_template
 def render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What becomes of the rows in turn, by one renderer, whose caches are empty at first."""
     template = load_template("tokenizer", tokenizer)
-    closings = (*closing_tokens(template, tokenizer), tokenizer.eos_token)
+    closings = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in closings if token is not None]
     renderer = Renderer(tokenizer, template, stop_token_ids=stops)
     outcomes = []
     for number, row in enumerate(rows):
         messages = read_messages(row["messages"], f"row:{number}")
-        if isinstance(messages, Refusal):
+        if isinstance(messages, Rejection):
             outcomes.append(messages)
         else:
             outcomes.append(renderer.render(Conversation(f"row:{number}", messages, row.get("tools"))))
     return [outcome_of(outcome) for outcome in outcomes]
 
 
-def outcome_of(outcome: Tree | Refusal) -> str:
+def outcome_of(outcome: Tree | Rejection) -> str:
     """A hash over kind, ids, parent and weight of all segments, their number and that of trained tokens; or a code."""
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, Rejection):
         return outcome.code
     segments = [[s.kind, list(s.ids), s.parent, float(s.weight)] for s in outcome.segments]
     sha256 = hashlib.sha256(json.dumps(segments).encode()).hexdigest()
@@ -182,7 +182,7 @@ def command(*arguments: Any) -> None:
     """`preceptor ...` in this process; what it prints comes up only where it fails."""
     printed = io.StringIO()
     with (
-        mock.patch("preceptor.study.report.write_report"),  # it draws for half the time of such a short run
+        mock.patch("preceptor.report.report.write_report"),  # it draws for half the time of such a short run
         mock.patch.object(sys, "argv", ["preceptor", *map(str, arguments)]),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),
