@@ -52,9 +52,9 @@ MODES: dict[str, Keep | None] = {
     "whole": None,
     "full": Keep(),
     "recompute": Keep("recompute"),
-    "none": Keep("none"),
-    "full, recompute: all": Keep("full", "all"),
-    "none, recompute: all": Keep("none", "all"),
+    "detach": Keep("detach"),
+    "full, checkpointing: all": Keep("full", "all"),
+    "detach, checkpointing: all": Keep("detach", "all"),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
@@ -221,12 +221,13 @@ def learning(seeds: int) -> dict[str, Any]:
     questions = read_questions(QUESTIONS)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for mode in ("full", "recompute", "none"):
+        for mode in ("full", "recompute", "detach"):
             result[mode] = []
             for seed in range(seeds):
                 out = Path(folder) / f"{mode}-{seed}"
                 tree = config.Run.model_dump(demo_run(out), mode="json")
-                tree["train"] |= {"seed": seed, "context_gradient": mode}
+                tree["train"]["seed"] = seed
+                tree["memory"]["context_gradient"] = mode
                 summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
                 answers = measure(str(out / "model"), questions)
                 result[mode].append(

@@ -58,7 +58,7 @@ def train_and_measure(out: Path, init: str, seed: int, questions: list[Question]
     summary = execute(prepare(run), standard_console())
     return measure(str(out / "model"), questions) | {
         "training_seconds": round(summary["seconds"], 1),
-        "num_examples": summary["num_examples"],
+        "examples_per_epoch": summary["examples_per_epoch"],
     }
 
 
@@ -87,8 +87,9 @@ def table(result: dict[str, Any]) -> str:
         "# The first run: base, intern, control",
         "",
         f"Made by `{result['command']}`: {base[0]['all']['num']} held-out questions, greedy; none of the "
-        f"facts they ask for occurs in the {intern[0]['num_examples']} training conversations. Intern and control: "
-        f"mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to {max(spread):.1%}). "
+        f"facts they ask for occurs in the {intern[0]['examples_per_epoch']} training conversations. Intern and "
+        f"control: mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to "
+        f"{max(spread):.1%}). "
         "An answer counts only if it is, letter for letter, one of the accepted sentences. "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",

@@ -34,7 +34,7 @@ FILE = Path(__file__).parent / "results" / "model_types.json"
 SECONDS = 60  # of one type at most
 MODES = {
     "full": Keep(),
-    "recompute: all": Keep(recompute="all"),
+    "activation_checkpointing: all": Keep(activation_checkpointing="all"),
     "context_gradient: recompute": Keep(context_gradient="recompute"),
 }
 
@@ -72,7 +72,7 @@ def _too_long(*_: Any) -> None:
 
 
 def examine(kind: str) -> dict[str, Any]:
-    """outcome: packed, alone, refused or not tried; why, but for packed; errors by mode; lora: whether it works."""
+    """outcome: packed, alone, rejected or not tried; why, but for packed; errors by mode; lora: whether it works."""
     try:
         model = tiny_of(kind)
     except ValueError as error:
@@ -83,7 +83,7 @@ def examine(kind: str) -> dict[str, Any]:
         check_head(model)
         outcome, why = _how(model)
     except ModelError as error:
-        return {"outcome": "refused", "why": str(error)}
+        return {"outcome": "rejected", "why": str(error)}
     rng = np.random.default_rng(0)
     trees = [_tree(rng, (5, 6, 4, 7)), _branching(rng), _tree(rng, (9, 3))]
     chains = [pack_trees([chain], alone=True) for tree in trees for chain in chains_of(tree)]

@@ -24,7 +24,7 @@ from preceptor.data import packing
 from preceptor.data.packing import plan_rows
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
-MAX_ROW_TOKENS = (2048, 4096, 8192, 16_384)
+MAX_LENGTH = (2048, 4096, 8192, 16_384)
 FULL = 0.98
 
 Plan = Callable[[Sequence[int], int, int], list[list[int]]]
@@ -53,23 +53,23 @@ def reasoning(rng: np.random.Generator, num: int) -> np.ndarray:
 DISTRIBUTIONS = {draw.__name__: draw for draw in (chat, long_tail, bimodal, reasoning)}
 
 
-def best_fit_decreasing(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
-    return packing.best_fit_decreasing(np.asarray(lengths), max_row_tokens, np.random.default_rng(seed))
+def best_fit_decreasing(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
+    return packing.best_fit_decreasing(np.asarray(lengths), max_length, np.random.default_rng(seed))
 
 
-def measure(plan_of: Plan, lengths: list[int], max_row_tokens: int, num_seeds: int) -> dict[str, float]:
+def measure(plan_of: Plan, lengths: list[int], max_length: int, num_seeds: int) -> dict[str, float]:
     """Means over the seeds, of seconds the least; memory is the peak while a plan is made, the plan included."""
     fills, below, mixed, seconds, num_rows = [], [], [], [], []
     length_N = np.array(lengths)
     log_N = np.log(length_N)
     for seed in range(num_seeds):
         start = time.perf_counter()
-        plan = plan_of(lengths, max_row_tokens, seed)
+        plan = plan_of(lengths, max_length, seed)
         seconds.append(time.perf_counter() - start)
         assert sum(map(len, plan)) == len(lengths)
         size_R = np.array([len(row) for row in plan])
         order_N, start_R = np.concatenate([np.array(row) for row in plan]), np.cumsum(size_R) - size_R
-        fill_R = np.add.reduceat(length_N[order_N], start_R) / max_row_tokens
+        fill_R = np.add.reduceat(length_N[order_N], start_R) / max_length
         assert fill_R.max() <= 1
         mean_R = np.add.reduceat(log_N[order_N], start_R) / size_R
         fills.append(float(fill_R.mean()))
@@ -86,9 +86,9 @@ def measure(plan_of: Plan, lengths: list[int], max_row_tokens: int, num_seeds: i
     }
 
 
-def memory_bytes(plan_of: Plan, lengths: list[int], max_row_tokens: int) -> int:
+def memory_bytes(plan_of: Plan, lengths: list[int], max_length: int) -> int:
     tracemalloc.start()
-    plan_of(lengths, max_row_tokens, 0)
+    plan_of(lengths, max_length, 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
@@ -104,23 +104,23 @@ def main() -> None:
         f"{'lengths':<10} {'row':>6}  {'plan':<20} {'fill':>8} {'< 98 %':>8} {'alike':>8} {'rows':>10} {'seconds':>8}"
     )
     for name, draw in DISTRIBUTIONS.items():
-        for max_row_tokens in MAX_ROW_TOKENS:
+        for max_length in MAX_LENGTH:
             drawn_N = draw(np.random.default_rng(0), options.records).astype(np.int64).clip(8)
-            lengths = drawn_N[drawn_N <= max_row_tokens].tolist()
+            lengths = drawn_N[drawn_N <= max_length].tolist()
             for plan_of in (plan_rows, best_fit_decreasing):
-                found = measure(plan_of, lengths, max_row_tokens, options.seeds)
+                found = measure(plan_of, lengths, max_length, options.seeds)
                 rows.append(
                     {
                         "lengths": name,
-                        "max_row_tokens": max_row_tokens,
+                        "max_length": max_length,
                         "plan": plan_of.__name__,
                         "num_records": len(lengths),
-                        "fewest_rows_possible": -(-sum(lengths) // max_row_tokens),
+                        "fewest_rows_possible": -(-sum(lengths) // max_length),
                         **found,
                     }
                 )
                 print(
-                    f"{name:<10} {max_row_tokens:>6}  {plan_of.__name__:<20} {found['mean_fill']:>8.3%} "
+                    f"{name:<10} {max_length:>6}  {plan_of.__name__:<20} {found['mean_fill']:>8.3%} "
                     f"{found['share_of_rows_below_98']:>8.2%} {found['alike']:>8.1f} {found['fewest_rows']:>10,} "
                     f"{found['seconds']:>8.2f}",
                     flush=True,

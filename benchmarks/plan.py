@@ -1,6 +1,6 @@
 """What `preceptor plan` predicts, beside what is measured: activations and the peak of a step, for every mode.
 
-    python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full none ...] [--device cpu|cuda]
+    python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full detach ...] [--device cpu|cuda]
     python benchmarks/plan.py --models llama-3.1-8b --weights bfloat16 --tokens 4096 --device cuda
 
 Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation a row, three
@@ -50,9 +50,9 @@ MODELS: dict[str, dict[str, Any]] = {
 MODES = {
     "full": Keep(),
     "recompute": Keep("recompute"),
-    "none": Keep("none"),
-    "full, recompute all": Keep("full", "all"),
-    "none, recompute all": Keep("none", "all"),
+    "detach": Keep("detach"),
+    "full, checkpointing all": Keep("full", "all"),
+    "detach, checkpointing all": Keep("detach", "all"),
 }
 
 
@@ -83,7 +83,7 @@ def measured_activations(model: Any, row: PackedSequence, keep: Keep, precision:
 
 def measured_peak(model: Any, row: PackedSequence, keep: Keep, precision: str) -> int:
     """Of the second step, when the optimizer has its state."""
-    optimizer = build_optimizer(model, 0.0, 0.9, 0.95)
+    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
     gc.collect()
     with Tracker([*model.parameters(), *model.buffers()]) as tracker:
         for _ in range(2):
@@ -112,7 +112,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for precision in ("float32", "bfloat16"):
                 for mode in arguments.modes:
                     keep = MODES[mode]
-                    again = keep.recomputed_layers(len(shape.layers))
+                    again = keep.checkpointed_layers(len(shape.layers))
                     work = Work((((context, num_tokens - context),),), keep.context_gradient, again)
                     setup = Setup(arguments.weights, precision == "bfloat16", cpu=arguments.device == "cpu")
                     kept = kept_for_backward(shape, work, setup.precision, cpu=setup.cpu)

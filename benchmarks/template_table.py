@@ -30,9 +30,9 @@ TEMPLATES = ROOT.parent / "shared" / "templates"
 PAGE = ROOT / "docs" / "templates.md"
 
 KINDS = ("plain", "system", "reasoning_content", "inline think", "tools", "tools + reasoning")
-# The template refuses the messages, or leaves out of a turn what the kind is about: there is nothing to prove.
+# The template rejects the messages, or leaves out of a turn what the kind is about: there is nothing to prove.
 NOT_REPRESENTED = (
-    "template_refuses",
+    "template_rejects",
     "turn_missing",
     "content_dropped",
     "reasoning_dropped",
@@ -152,7 +152,7 @@ def render(renderer: Renderer, kind: str) -> Tree | Rejection:
 
 
 def outcomes(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
-    """For each template and kind: `proved`, or the code of the refusal."""
+    """For each template and kind: `proved`, or the code of the rejection."""
     table: dict[str, dict[str, str]] = {}
     for entry in entries:
         renderer = renderer_for(entry, tokenizer_for(entry))
@@ -177,9 +177,9 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
         "",
         f"Made by `python benchmarks/template_table.py` from {len(table)} templates and {len(KINDS)} kinds of",
         "conversation. *Proved*: every turn's context is what a server builds, token for token, and its target holds",
-        "every field of the turn and ends in a stop token. Any other entry is the code of the refusal. A pair is",
+        "every field of the turn and ends in a stop token. Any other entry is the code of the rejection. A pair is",
         "*represented* if the template renders the conversation with every field of every turn in it; where it raises",
-        "an error or leaves something out, nothing could be trained right and the refusal says so. No template",
+        "an error or leaves something out, nothing could be trained right and the rejection says so. No template",
         "arguments were set by hand.",
         "",
         "| kind | proved | of those represented | of all |",

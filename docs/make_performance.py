@@ -87,14 +87,14 @@ def _context(found: Any) -> str:
         "|---|---|---:|---:|---:|---:|---:|"
     )
     for name, modes in found["result"].items():
-        for mode in ("full", "recompute", "none"):
+        for mode in ("full", "recompute", "detach"):
             m = modes[mode]
             table += (
                 f"\n| {name} | `{mode}` | {m['held_of_whole']:.1%} | {m['held_of_full']:.1%} | "
                 f"{m['seconds_of_whole']:.0%} | {m['seconds_of_full']:.0%} | {m['gradient_error']:.0e} |"
             )
     return (
-        "**The price of a context token**: what `train.context_gradient` keeps for backward and takes, of the model "
+        "**The price of a context token**: what `memory.context_gradient` keeps for backward and takes, of the model "
         "under plain autograd with transformers' own attention, and of our `full`. "
         f"{_on(found, 'python benchmarks/context_memory.py')}.\n\n{table}"
     )
@@ -146,7 +146,7 @@ def _plans(found: Any) -> str:
     return (
         f"**The plan of an epoch**: of {len(ours)} kinds of lengths and rows, {len(full)} fill their rows to 98 % or "
         f"more; the least is {least['mean_fill']:.1%} ({least['lengths']} lengths in rows of "
-        f"{least['max_row_tokens']:,}). Up to {most:,} records take at most "
+        f"{least['max_length']:,}). Up to {most:,} records take at most "
         f"{max(row['seconds'] for row in ours):.1f} s. {_on(found, 'python benchmarks/packing.py')}."
     )
 

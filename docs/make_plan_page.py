@@ -79,7 +79,7 @@ def _would_fit() -> str:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
         tree: dict[str, Any] = {
             "model": {"path": folder},
-            "data": {"train": [{"path": "absent.jsonl"}], "max_row_tokens": 4096},
+            "data": {"train": [{"path": "absent.jsonl"}], "max_length": 4096},
             "train": {"precision": "bfloat16"},
             "out": "runs/llama-70b",
         }

@@ -105,7 +105,7 @@ def _written(rows: Sequence[Row], file: Path) -> dict[str, Any]:
 
 def curve_trials(sets: Mapping[str, Any], steps: int) -> list[Trial]:
     """A trial for each set, its seed that of the training too."""
-    changes = {"train.duration": f"{steps} steps", "train.learning_rate": LEARNING_RATE}
+    changes = {"train.duration": f"{steps} steps", "optimizer.learning_rate": LEARNING_RATE}
     return [
         Trial(name, seed=int(name.rpartition("-")[2]), data=own["file"], changes=changes) for name, own in sets.items()
     ]

@@ -4,7 +4,7 @@ Each trains on the package's 1,000 conversations, seen the same number of times:
 
     none      full fine-tuning, as the demo does it
     replay    as much again of the library's pages, as a share of the trained tokens (`replay`)
-    kl        a penalty for leaving the base's distribution on the answers' tokens (`train.kl_to_base`)
+    kl        a penalty for leaving the base's distribution on the answers' tokens (`loss.kl_coef`)
     lora      LoRA instead of full fine-tuning (`adapter`), at ten times the learning rate and more
     merge a   no further training: the weights of `none` averaged with the base's, a share `a` of them (WiSE-FT)
 
@@ -57,8 +57,8 @@ def mitigation_trials(num_seeds: int, duration: str, replay: Path, num_prompts: 
     changes: dict[str, dict[str, Any]] = {
         "none": {},
         "replay": {"replay": {"data": [{"path": str(replay)}], "share": REPLAY_SHARE}},
-        "kl": {"train.kl_to_base": KL_WEIGHT},
-        "lora": {"adapter": {"rank": LORA_RANK}, "train.learning_rate": LORA_LEARNING_RATE},
+        "kl": {"loss.kl_coef": KL_WEIGHT},
+        "lora": {"adapter": {"rank": LORA_RANK}, "optimizer.learning_rate": LORA_LEARNING_RATE},
     }
     return [
         Trial(

@@ -4,8 +4,8 @@ A trial is the demo's run with some of it changed (`changes`: dotted key -> valu
 `measured/NAME.json` with a fingerprint of all that it depends on: a batch that was interrupted goes on where it was,
 and what has changed is measured anew. Run folders are removed.
 
-    {"name", "fingerprint", "seconds", "num_steps", "num_rows", "model": MEASURED, "merged": {WEIGHT: MEASURED},
-     "comparison": of `preceptor compare` to the base, or null}
+    {"name", "fingerprint", "seconds", "num_steps", "examples_per_epoch", "model": MEASURED,
+     "merged": {WEIGHT: MEASURED}, "comparison": of `preceptor compare` to the base, or null}
 
 MEASURED: {task: {value's name: [of each item]}}
 """
@@ -121,13 +121,13 @@ def run_trial(trial: Trial, yardsticks: Sequence[Yardstick], folder: Path) -> Re
     disable_progress_bar()  # transformers' own, for models that load in a blink
     started = time.perf_counter()
     out = folder / "runs" / trial.name
-    summary = _train(trial, out) if trial.trained else {"num_steps": 0, "num_examples": 0}
+    summary = _train(trial, out) if trial.trained else {"num_steps": 0, "examples_per_epoch": 0}
     model = str(out / "model") if trial.trained else BASE
     result = {
         "name": trial.name,
         "fingerprint": trial.fingerprint(yardsticks),
         "num_steps": summary["num_steps"],
-        "num_rows": summary["num_examples"],
+        "examples_per_epoch": summary["examples_per_epoch"],
         "model": measure(model, yardsticks),
         "merged": {str(weight): _measure_merged(model, weight, yardsticks) for weight in trial.merge},
         "comparison": _compare(model, trial.num_prompts) if trial.num_prompts else None,
@@ -147,7 +147,7 @@ def run_tree(trial: Trial, out: Path) -> dict[str, Any]:
     from preceptor.demo import demo_run
 
     tree = demo_run(out).model_dump(mode="json")
-    tree["data"]["max_row_tokens"] = ROW_TOKENS
+    tree["data"]["max_length"] = ROW_TOKENS
     tree["train"]["seed"] = trial.seed
     if trial.data is not None:
         tree["data"]["train"] = [{"path": trial.data}]

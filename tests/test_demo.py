@@ -34,10 +34,10 @@ def test_the_demo_shows_both_and_records_everything(short, tmp_path):
     assert json.loads((out / "summary.json").read_text()) == summary
     for key in ("base_exact_match", "intern_exact_match", "stop_rate", "base_continues_with_question", "seconds"):
         assert summary[key] >= 0
-    assert summary["num_examples"] <= 1000 and summary["num_questions"] == 12
+    assert summary["examples_per_epoch"] <= 1000 and summary["num_questions"] == 12
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12 and all({"prompt", "base", "answer", "reference", "exact"} <= set(s) for s in samples)
-    assert {"config.yaml", "metrics.jsonl", "refusals.jsonl", "model"} <= {path.name for path in out.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "rejections.jsonl", "model"} <= {path.name for path in out.iterdir()}
     assert summary["base_exact_match"] <= 0.1 and summary["base_continues_with_question"] >= 0.5
     with pytest.raises(CheckpointError, match="exists already"):
         demo.run_demo(out, 12, console, replace=False)

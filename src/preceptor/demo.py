@@ -132,7 +132,7 @@ def _print_figures(
     console.print(table)
     console.print(
         f"{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training on "
-        f"{summary['num_examples']:,} conversations. All answers: {out}/samples.jsonl",
+        f"{summary['examples_per_epoch']:,} conversations. All answers: {out}/samples.jsonl",
         highlight=False,
     )
     console.print(f"talk to both: preceptor chat {out}/model --base scholar", highlight=False)

@@ -198,7 +198,7 @@ def test_real_templates():
                     num_ahead += 1
                     continue
                 except Exception:
-                    assert any(refuses(text, messages, asked, variables) for asked in every_turn(messages)), file.name
+                    assert any(rejects(text, messages, asked, variables) for asked in every_turn(messages)), file.name
                     continue
                 num_passes += 1
                 expected = {asked: plainly(text, messages, asked, **variables) for asked in every_turn(messages)}
@@ -206,7 +206,7 @@ def test_real_templates():
     assert num_passes > 2 * num_ahead > 0
 
 
-def refuses(text, messages, asked, variables):
+def rejects(text, messages, asked, variables):
     try:
         plainly(text, messages, asked, **variables)
     except Exception:

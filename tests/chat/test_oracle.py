@@ -38,7 +38,7 @@ REASONS = {
     "end": "the twin trains the token that closes a turn in the history, not the one that the model must sample",
     "endless": "the twin does not train the token at which a server stops",
 }
-# Refusals are listed as !code. The twin then trains something else than the turn that was given, or raises an error.
+# Rejections are listed as !code. The twin then trains something else than the turn that was given, or raises an error.
 
 TABLE = Path(__file__).with_name("oracle.txt")  # one line a twin, one column a kind of conversation
 KINDS = ("one turn", "three turns", "system", "reasoning_content", "inline think", "tools")
@@ -188,7 +188,7 @@ class Pair:
         return [tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in built]
 
     def differences(self, kind: str) -> str:
-        """The words of REASONS for all turns, joined by +; !code for a refusal. Fails for what has no word."""
+        """The words of REASONS for all turns, joined by +; !code for a rejection. Fails for what has no word."""
         ours = self.ours(kind)
         if isinstance(ours, Rejection):
             return f"!{ours.code}"

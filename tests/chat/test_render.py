@@ -1,4 +1,4 @@
-"""Conversations become trees: what is trained, in which context, and what is refused."""
+"""Conversations become trees: what is trained, in which context, and what is rejected."""
 
 import json
 
@@ -45,9 +45,9 @@ def segments(renderer, rows, **kwargs):
 
 
 def code(renderer, rows, **kwargs):
-    refusal = renderer.render(conversation(rows, **kwargs))
-    assert isinstance(refusal, Rejection), refusal
-    return refusal.code
+    rejection = renderer.render(conversation(rows, **kwargs))
+    assert isinstance(rejection, Rejection), rejection
+    return rejection.code
 
 
 def contexts_and_targets(tree):
@@ -172,7 +172,7 @@ def test_special_tokens_are_found_in_every_field(rows):
     assert code(make(), rows) == "special_token_in_text"
 
 
-def test_special_tokens_in_tools_are_refused():
+def test_special_tokens_in_tools_are_rejected():
     tools = [{"type": "function", "function": {"name": "f", "description": "say <|im_end|>"}}]
     assert code(make(special_tokens_in_text="plain"), CHAT, tools=tools) == "special_token_in_text"
 

@@ -81,11 +81,11 @@ def test_a_prompt_that_opens_reasoning():
         (LOOP.replace("m.content }}", "m.content[:3] }}") + PROMPT, CHAT, "content_changed"),
         (LOOP.replace("{{ m.content }}", "") + PROMPT, CHAT, "turn_missing"),
         (LOOP + PROMPT, [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}], "reasoning_dropped"),
-        ("{{ raise_exception('no') }}", CHAT, "template_refuses"),
+        ("{{ raise_exception('no') }}", CHAT, "template_rejects"),
         (LOOP + "{% if add_generation_prompt %}<|im_start|>bot\n{% endif %}", CHAT, "prompt_conflicts"),
     ],
 )
-def test_what_the_template_does_not_say_is_refused(text, rows, expected):
+def test_what_the_template_does_not_say_is_rejected(text, rows, expected):
     assert code(make(text=text), rows) == expected
 
 
@@ -248,7 +248,7 @@ def test_a_renderer_goes_to_another_process():
     assert copy.special_tokens_in_text == "allow"
 
 
-def test_text_that_the_vocabulary_cannot_spell_is_refused():
+def test_text_that_the_vocabulary_cannot_spell_is_rejected():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The stock templates: every turn proved or refused; what is proved is checked against transformers from outside."""
+"""The stock templates: every turn proved or rejected; what is proved is checked against transformers from outside."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ ALIASES = probe_message_rules(tt.tokenizer_for(ENTRIES["EXAONE-4"])).aliases_rea
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_turn_is_proved_or_refused(name):
+def test_every_turn_is_proved_or_rejected(name):
     tokenizer = tt.tokenizer_for(ENTRIES[name])
     renderer = tt.renderer_for(ENTRIES[name], tokenizer)
     for kind in tt.KINDS:
@@ -128,24 +128,24 @@ def test_nine_pairs_in_ten_are_proved_and_the_page_says_so():
         assert page == tt.page(table), "out of date: run python benchmarks/template_table.py"
 
 
-# What is refused where another might train wrong tokens, by name.
-REFUSED = {
+# What is rejected where another might train wrong tokens, by name.
+REJECTED = {
     ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "plain"): "prompt_opens_reasoning",
     ("MiniMax-M2", "system"): "prompt_opens_reasoning",
     ("hfjs-default-blenderbot", "plain"): "prompt_conflicts",
     ("openinstruct-olmo_thinker_rlzero", "plain"): "prompt_conflicts",
     ("meta-llama-Llama-3.1-8B-Instruct", "reasoning_content"): "reasoning_dropped",
     ("lcpp-Phi-3-mini", "tools"): "tool_call_dropped",
-    ("lcpp-google-gemma-7b-it", "system"): "template_refuses",
+    ("lcpp-google-gemma-7b-it", "system"): "template_rejects",
     ("lcpp-yandex-YandexGPT-5-Lite-8B-instruct", "plain"): "turn_missing",
     ("GigaChat3-10B-A1.8B", "tools"): "stop_inside_turn",
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), REFUSED)
-def test_what_cannot_be_right_is_refused_by_name(name, kind):
-    refusal = tt.render(tt.renderer_for(ENTRIES[name], tt.tokenizer_for(ENTRIES[name])), kind)
-    assert isinstance(refusal, Rejection) and refusal.code == REFUSED[name, kind]
+@pytest.mark.parametrize(("name", "kind"), REJECTED)
+def test_what_cannot_be_right_is_rejected_by_name(name, kind):
+    rejection = tt.render(tt.renderer_for(ENTRIES[name], tt.tokenizer_for(ENTRIES[name])), kind)
+    assert isinstance(rejection, Rejection) and rejection.code == REJECTED[name, kind]
 
 
 TARGETS = {

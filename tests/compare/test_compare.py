@@ -22,7 +22,7 @@ def files(write_jsonl):
 
 @pytest.fixture
 def tuned(preceptor, run_file, tmp_path):
-    code, _, err = preceptor("train", run_file(conversations(6), train__eval_every=None))
+    code, _, err = preceptor("train", run_file(conversations(6), eval__every=None))
     assert code == 0, err
     return tmp_path / "run" / "model"
 
@@ -48,7 +48,7 @@ def test_eval_for_the_eye_and_for_programs(preceptor, base_folder, files, tmp_pa
 def test_a_tuned_model_reads_through_its_template_or_plain_where_asked(preceptor, tuned, files):
     arguments = ("eval", tuned, files[1], "--json", "--max-new-tokens", 2)
     assert json.loads(preceptor(*arguments)[1])["reads"] == "chat template (tokenizer)"
-    assert json.loads(preceptor(*arguments, "--template", "plain")[1])["reads"] == "plain text"
+    assert json.loads(preceptor(*arguments, "--chat-template", "plain")[1])["reads"] == "plain text"
 
 
 def test_mistakes(preceptor, base_folder, files, write_jsonl, tmp_path):
@@ -56,8 +56,8 @@ def test_mistakes(preceptor, base_folder, files, write_jsonl, tmp_path):
     assert code == 3 and "train.jsonl:1" in err
     code, _, err = preceptor("eval", base_folder, files[0], "--out", tmp_path / "no" / "found.json")
     assert code == 6 and "make it first" in err
-    code, _, err = preceptor("eval", base_folder, files[1], "--template", "chatml")
-    assert code == 4 and "has no token <|im_start|>" in err and "--template plain" in err
+    code, _, err = preceptor("eval", base_folder, files[1], "--chat-template", "chatml")
+    assert code == 4 and "has no token <|im_start|>" in err and "--chat-template plain" in err
     code, _, err = preceptor("eval", base_folder, "scholar:nothing")
     assert code == 3 and "no such data file" in err and "arithmetic.jsonl" in err
     code, _, err = preceptor("compare", base_folder, base_folder)

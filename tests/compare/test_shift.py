@@ -144,7 +144,7 @@ def test_shares_and_positions_are_counted():
     assert shifted == {decode([10]): (2, 1), decode([12]): (1, 1)}
 
 
-def test_other_vocabularies_and_too_long_answers_are_refused():
+def test_other_vocabularies_and_too_long_answers_are_rejected():
     with pytest.raises(ModelError, match="have different tokenizers"):
         shared_ids({"a": 0, "b": 1}, {"a": 1, "b": 0})
     model = subject()

@@ -1,4 +1,4 @@
-"""normalize: token | conversation: weights, and one gradient however conversations are spread over rows."""
+"""reduction: token | conversation: weights, and one gradient however conversations are spread over rows."""
 
 import numpy as np
 import pytest
@@ -48,13 +48,13 @@ def test_the_divisor_counts_tokens_or_conversations_that_have_any():
     assert weigh(untrained, "conversation").num_trained == 0
 
 
-@pytest.mark.parametrize("normalize", ["token", "conversation"])
-def test_how_conversations_are_spread_over_rows_changes_nothing(normalize):
+@pytest.mark.parametrize("reduction", ["token", "conversation"])
+def test_how_conversations_are_spread_over_rows_changes_nothing(reduction):
     """One row of eight, eight rows of one, two uneven rows, every chain alone: one gradient (norms are float32)."""
     model = tiny_model("llama", dtype=torch.float64)
     trees = conversations()
-    divisor = step_divisor(trees, normalize)
-    weighed = [weigh(tree, normalize) for tree in trees]
+    divisor = step_divisor(trees, reduction)
+    weighed = [weigh(tree, reduction) for tree in trees]
     loss, grad = gradient(model, [pack_trees(weighed)], divisor)
     for rows in (
         [pack_trees([tree]) for tree in weighed],

@@ -28,13 +28,13 @@ def reasoning_lengths(num):
     return np.where(rng.random(num) < 0.6, rng.lognormal(5, 0.6, num), rng.lognormal(7.6, 0.5, num)).astype(int)
 
 
-@pytest.mark.parametrize("max_row_tokens", [4096, 16_384])
+@pytest.mark.parametrize("max_length", [4096, 16_384])
 @pytest.mark.parametrize("draw", [chat_lengths, reasoning_lengths])
-def test_rows_are_full(draw, max_row_tokens):
+def test_rows_are_full(draw, max_length):
     lengths = draw(10_000)
-    lengths = [length for length in lengths if 8 <= length <= max_row_tokens]
-    plan = plan_rows(lengths, max_row_tokens, seed=1)
-    fill = np.array([sum(lengths[index] for index in row) for row in plan]) / max_row_tokens
+    lengths = [length for length in lengths if 8 <= length <= max_length]
+    plan = plan_rows(lengths, max_length, seed=1)
+    fill = np.array([sum(lengths[index] for index in row) for row in plan]) / max_length
     assert fill.mean() > 0.995 and (fill < 0.98).mean() < 0.01
 
 

@@ -1,4 +1,4 @@
-"""Files -> records: formats, provenance, refusals by reason, and files that cannot be read."""
+"""Files -> records: formats, provenance, rejections by reason, and files that cannot be read."""
 
 import json
 
@@ -80,13 +80,13 @@ def test_text(tmp_path):
         ({}, "unknown_format"),
     ],
 )
-def test_a_row_that_cannot_be_trained_is_refused_with_its_reason(tmp_path, row, code):
+def test_a_row_that_cannot_be_trained_is_rejected_with_its_reason(tmp_path, row, code):
     path = write(tmp_path, {"text": "fine"}, row)
-    fine, refusal = read_records(path)
+    fine, rejection = read_records(path)
     assert isinstance(fine, Document)
-    assert isinstance(refusal, Rejection)
-    assert (refusal.source, refusal.code) == (f"{path}:2", code)
-    assert len(refusal.message) > 10
+    assert isinstance(rejection, Rejection)
+    assert (rejection.source, rejection.code) == (f"{path}:2", code)
+    assert len(rejection.message) > 10
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Records longer than a row: refused, shortened or split, always proved, never half a target, always counted."""
+"""Records longer than a row: rejected, shortened or split, always proved, never half a target, always counted."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -39,9 +39,9 @@ def conversation(rows):
     return Conversation("file:1", read_messages(rows, "file:1"))
 
 
-def fit(record, max_row_tokens, too_long, render=None):
+def fit(record, max_length, overflow, render=None):
     render = render or renderer()
-    fitter = Fitter(render, max_row_tokens, too_long)
+    fitter = Fitter(render, max_length, overflow)
     return fitter.fit(record, render.render(record)), fitter.shortened, render.tokenizer
 
 
@@ -54,11 +54,11 @@ def turns(tree, tokenizer):
     ]
 
 
-def test_what_fits_stays_as_it_is_and_what_does_not_is_refused():
+def test_what_fits_stays_as_it_is_and_what_does_not_is_rejected():
     found, shortened, _ = fit(chat(1), 4096, "split")
     assert found == [(chat(1), renderer().render(chat(1)))] and str(shortened) == ""
-    refusal, shortened, _ = fit(chat(9), 100, "refuse")
-    assert (refusal.code, refusal.source) == ("too_long", "file:1") and "data.max_row_tokens" in refusal.message
+    rejection, shortened, _ = fit(chat(9), 100, "reject")
+    assert (rejection.code, rejection.source) == ("too_long", "file:1") and "data.max_length" in rejection.message
     assert str(shortened) == ""
 
 
@@ -80,22 +80,22 @@ def test_truncated_context_is_what_a_server_builds_from_the_messages_that_are_le
 
 
 @pytest.mark.parametrize("text", [None, REWRITES])
-@pytest.mark.parametrize("max_row_tokens", [60, 90, 150, 400])
-def test_split_trains_every_turn_once_each_with_much_of_what_came_before(text, max_row_tokens):
+@pytest.mark.parametrize("max_length", [60, 90, 150, 400])
+def test_split_trains_every_turn_once_each_with_much_of_what_came_before(text, max_length):
     render = renderer(text)
     record = chat(9, system="", reasoning_content="so") if text else chat(9, system="")
-    found, shortened, tokenizer = fit(record, max_row_tokens, "split", render)
+    found, shortened, tokenizer = fit(record, max_length, "split", render)
     whole = render.render(record)
     pieces = [turns(tree, tokenizer) for _, tree in found]
     assert [answer for piece in pieces for _, answer in piece] == [answer for _, answer in turns(whole, tokenizer)]
     assert sum(tree.num_trained for _, tree in found) == whole.num_trained
     for (kept, tree), after in zip(found, [*found[1:], None], strict=True):
-        assert tree.num_tokens <= max_row_tokens
+        assert tree.num_tokens <= max_length
         assert [s.ids for s in tree.segments] == [s.ids for s in render.render(kept).segments]
-        if after is not None and max_row_tokens >= 150:
+        if after is not None and max_length >= 150:
             first = next(i for i, s in enumerate(after[1].segments) if s.kind == "target")
-            assert len(path_ids(after[1], first)) > max_row_tokens // 2 - 40
-    if max_row_tokens == 150:  # no part could begin with the exchange before, and few are needed
+            assert len(path_ids(after[1], first)) > max_length // 2 - 40
+    if max_length == 150:  # no part could begin with the exchange before, and few are needed
         assert len(found) <= (4 if text is None else 7)
         for kept, _ in found[1:]:
             given = [message.given for message in record.messages]
@@ -103,7 +103,7 @@ def test_split_trains_every_turn_once_each_with_much_of_what_came_before(text, m
             assert [message.given for message in kept.messages[1:]] == given[first : first + len(kept.messages) - 1]
             before = [replace(message, train=False) for message in record.messages[first - 2 : first]]
             longer = (kept.messages[0], *before, *kept.messages[1:])
-            assert render.render(replace(kept, messages=longer)).num_tokens > max_row_tokens
+            assert render.render(replace(kept, messages=longer)).num_tokens > max_length
     assert (shortened.num_split, shortened.num_parts) == ((1, len(found)) if len(found) > 1 else (0, 0))
     assert shortened.num_turns_left_out == shortened.num_truncated == 0
     if len(found) > 1:
@@ -123,11 +123,11 @@ def test_within_one_exchange_the_oldest_steps_of_an_agent_go_first():
     assert shortened.num_turns_left_out == 9 - sum(m.role == "assistant" for m in kept.messages) > 0
 
 
-@pytest.mark.parametrize("too_long", ["truncate_context", "split"])
-def test_the_beginning_of_a_long_question_is_cut_where_nothing_else_can_be(too_long):
+@pytest.mark.parametrize("overflow", ["truncate_context", "split"])
+def test_the_beginning_of_a_long_question_is_cut_where_nothing_else_can_be(overflow):
     words = " ".join(f"word{n}" for n in range(300))
     rows = [{"role": "user", "content": words}, {"role": "assistant", "content": "the answer"}]
-    ((kept, tree),), shortened, tokenizer = fit(conversation(rows), 200, too_long)
+    ((kept, tree),), shortened, tokenizer = fit(conversation(rows), 200, overflow)
     left = kept.messages[0].content
     assert words.endswith(" " + left) and 190 <= tree.num_tokens <= 200
     context, answer = turns(tree, tokenizer)[0]
@@ -135,15 +135,15 @@ def test_the_beginning_of_a_long_question_is_cut_where_nothing_else_can_be(too_l
         context == f"<|im_start|>user\n{left}<|im_end|>\n<|im_start|>assistant\n" and answer == "the answer<|im_end|>"
     )
     assert (shortened.num_truncated, shortened.num_texts_cut) == (1, 1)
-    ((kept, tree),), shortened, tokenizer = fit(Completion("file:1", words, " the answer"), 200, too_long)
+    ((kept, tree),), shortened, tokenizer = fit(Completion("file:1", words, " the answer"), 200, overflow)
     assert words.endswith(kept.prompt) and 190 <= tree.num_tokens <= 200 and shortened.num_texts_cut == 1
     assert turns(tree, tokenizer)[0][1] == " the answer<|endoftext|>"
 
 
-@pytest.mark.parametrize("too_long", ["truncate_context", "split"])
-def test_a_target_that_does_not_fit_is_refused_whole(too_long):
+@pytest.mark.parametrize("overflow", ["truncate_context", "split"])
+def test_a_target_that_does_not_fit_is_rejected_whole(overflow):
     rows = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "message " * 200}]
-    found, shortened, _ = fit(conversation(rows), 100, too_long)
+    found, shortened, _ = fit(conversation(rows), 100, overflow)
     assert isinstance(found, Rejection) and found.code == "too_long" and str(shortened) == ""
 
 
@@ -160,4 +160,4 @@ def test_texts_are_split_into_rows_and_every_token_is_trained_once(record):
     for (_, before), (_, after) in pairwise(found):
         assert after.segments[0] == Segment("context", before.segments[-1].ids[-1:], None)
     if isinstance(record, Document):
-        assert fit(record, 100, "truncate_context", render)[0].message.endswith("data.too_long: split")
+        assert fit(record, 100, "truncate_context", render)[0].message.endswith("data.overflow: split")

@@ -55,60 +55,53 @@ BASE: dict[str, Any] = {
     "data": {
         "train": [{"path": "train.jsonl"}],
         "eval": [{"path": "eval.jsonl"}],
-        "template": "chatml",
-        "targets": "assistant",
-        "max_row_tokens": 256,
-        "too_long": "refuse",
+        "chat_template": "chatml",
+        "train_on": "assistant",
+        "max_length": 256,
+        "overflow": "reject",
     },
-    "train": {
-        "duration": "20 steps",
-        "rows_per_step": 2,
+    "train": {"duration": "20 steps", "batch_size": 2, "precision": "float32", "seed": 0, "device": "cpu"},
+    "optimizer": {
         "learning_rate": 1e-3,
-        "schedule": "cosine",
+        "lr_scheduler": "cosine",
         "warmup": "5 %",
-        "final_learning_rate_share": 0.1,
+        "min_lr_ratio": 0.1,
         "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
+        "betas": [0.9, 0.95],
         "max_grad_norm": 1.0,
-        "normalize": "token",
-        "precision": "float32",
-        "context_gradient": "full",
-        "recompute": "none",
-        "eval_every": "10 steps",
-        "num_samples": 0,
-        "seed": 0,
-        "device": "cpu",
     },
+    "loss": {"type": "nll", "reduction": "token"},
+    "memory": {"activation_checkpointing": "none", "context_gradient": "full"},
+    "eval": {"every": "10 steps", "num_samples": 0},
     "out": "run",
 }
 _LORA = {"adapter.kind": "lora", "adapter.rank": 4, "adapter.alpha": 8.0, "adapter.dropout": 0.0}
-_LONG = {"data.train": [{"path": "long.jsonl"}], "data.max_row_tokens": 96}
-_SHORT = {"train.duration": "8 steps", "train.eval_every": "4 steps"}
+_LONG = {"data.train": [{"path": "long.jsonl"}], "data.max_length": 96}
+_SHORT = {"train.duration": "8 steps", "eval.every": "4 steps"}
 
 # name of the case: (model, keys of the run file that differ from BASE)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("qwen3", {}),
-    "context_gradient recompute": ("qwen3", {"train.context_gradient": "recompute"}),
-    "context_gradient none": ("qwen3", {"train.context_gradient": "none"}),
-    "recompute all": ("qwen3", {"train.recompute": "all"}),
-    "recompute 1 and context_gradient recompute": (
+    "context_gradient recompute": ("qwen3", {"memory.context_gradient": "recompute"}),
+    "context_gradient detach": ("qwen3", {"memory.context_gradient": "detach"}),
+    "activation_checkpointing all": ("qwen3", {"memory.activation_checkpointing": "all"}),
+    "activation_checkpointing 1 and context_gradient recompute": (
         "qwen3",
-        {"train.recompute": 1, "train.context_gradient": "recompute", **_SHORT},
+        {"memory.activation_checkpointing": 1, "memory.context_gradient": "recompute", **_SHORT},
     ),
     "lora": ("qwen3", _LORA),
     "lora with dropout": ("qwen3", {**_LORA, "adapter.dropout": 0.1, **_SHORT}),
     "lora on some modules": ("llama", {**_LORA, "adapter.target_modules": ["q_proj", "v_proj"], **_SHORT}),
     "lora bfloat16 weights": ("qwen3", {**_LORA, "model.dtype": "bfloat16", "train.precision": "bfloat16", **_SHORT}),
-    "kl_to_base": ("qwen3", {"train.kl_to_base": 0.2}),
-    "kl_to_base with lora": ("qwen3", {**_LORA, "train.kl_to_base": 0.2, **_SHORT}),
-    "dft": ("qwen3", {"train.dft": True}),
-    "label_smoothing and z_loss": ("qwen3", {"train.label_smoothing": 0.1, "train.z_loss": 1e-3}),
-    "normalize conversation": ("qwen3", {"train.normalize": "conversation"}),
-    "group_prompts": ("qwen3", {"data.group_prompts": True, "data.train": [{"path": "prompts.jsonl"}]}),
-    "too_long split": ("qwen3", {"data.too_long": "split", **_LONG}),
-    "too_long truncate_context": ("qwen3", {"data.too_long": "truncate_context", **_LONG}),
-    "too_long refuse": ("qwen3", {"data.max_refused": 1.0, **_LONG, **_SHORT}),
+    "kl_coef": ("qwen3", {"loss.kl_coef": 0.2}),
+    "kl_coef with lora": ("qwen3", {**_LORA, "loss.kl_coef": 0.2, **_SHORT}),
+    "dft": ("qwen3", {"loss.type": "dft"}),
+    "label_smoothing and z_loss": ("qwen3", {"loss.label_smoothing": 0.1, "loss.z_loss": 1e-3}),
+    "reduction conversation": ("qwen3", {"loss.reduction": "conversation"}),
+    "share_prefixes": ("qwen3", {"data.share_prefixes": True, "data.train": [{"path": "prompts.jsonl"}]}),
+    "overflow split": ("qwen3", {"data.overflow": "split", **_LONG}),
+    "overflow truncate_context": ("qwen3", {"data.overflow": "truncate_context", **_LONG}),
+    "overflow reject": ("qwen3", {"data.max_rejected": 1.0, **_LONG, **_SHORT}),
     "replay": ("qwen3", {"replay.data": [{"path": "text.jsonl"}], "replay.share": 0.3}),
     "mixture": (
         "qwen3",
@@ -117,23 +110,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("qwen3", {"train.precision": "bfloat16"}),
     "bfloat16 context_gradient recompute": (
         "qwen3",
-        {"train.precision": "bfloat16", "train.context_gradient": "recompute", **_SHORT},
+        {"train.precision": "bfloat16", "memory.context_gradient": "recompute", **_SHORT},
     ),
-    "llama3 template on tied embeddings": ("qwen3", {"data.template": "llama3"}),
-    "llama3 template with lora": ("qwen3", {"data.template": "llama3", **_LORA, **_SHORT}),
-    "reasoning template": ("qwen3", {"data.train": [{"path": "branches.jsonl"}], "data.template": "branches.jinja"}),
+    "llama3 template on tied embeddings": ("qwen3", {"data.chat_template": "llama3"}),
+    "llama3 template with lora": ("qwen3", {"data.chat_template": "llama3", **_LORA, **_SHORT}),
+    "reasoning template": (
+        "qwen3",
+        {"data.train": [{"path": "branches.jsonl"}], "data.chat_template": "branches.jinja"},
+    ),
     "reasoning template, context_gradient recompute": (
         "qwen3",
         {
             "data.train": [{"path": "branches.jsonl"}],
-            "data.template": "branches.jinja",
-            "train.context_gradient": "recompute",
+            "data.chat_template": "branches.jinja",
+            "memory.context_gradient": "recompute",
             **_SHORT,
         },
     ),
-    "targets all": ("qwen3", {"data.targets": "all"}),
-    "targets last": ("qwen3", {"data.targets": "last"}),
-    "linear schedule": ("qwen3", {"train.schedule": "linear", "train.warmup": "4 steps", "train.max_grad_norm": 0.5}),
+    "train_on all": ("qwen3", {"data.train_on": "all"}),
+    "train_on last": ("qwen3", {"data.train_on": "last"}),
+    "linear lr_scheduler": (
+        "qwen3",
+        {"optimizer.lr_scheduler": "linear", "optimizer.warmup": "4 steps", "optimizer.max_grad_norm": 0.5},
+    ),
     "untied head": ("llama", {}),
     "mistral": ("mistral", {}),
     "gemma2": ("gemma2", {}),
@@ -167,8 +166,8 @@ def trajectory(case: str, model: Path, folder: Path) -> dict[str, Any]:
     held_out = _lines(folder / "run" / "eval.jsonl")
     summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     return {
-        "num_examples": summary["num_examples"],
-        "num_rejected": summary["num_refused"],
+        "num_examples": summary["examples_per_epoch"],
+        "num_rejected": summary["num_rejected"],
         "num_tokens": [step["num_tokens"] for step in steps],
         "num_trained": [step["num_trained"] for step in steps],
         "learning_rate": [step["learning_rate"] for step in steps],
@@ -204,7 +203,7 @@ def demo(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "demo" / "summary.json").read_text(encoding="utf-8"))
     keys = ("base_exact_match", "intern_exact_match", "stop_rate", "base_continues_with_question")
     return {
-        **{key: summary[key] for key in (*keys, "num_questions", "num_examples", "num_steps", "tokens")},
+        **{key: summary[key] for key in (*keys, "num_questions", "examples_per_epoch", "num_steps", "tokens")},
         "loss": [step["loss"] for step in steps[:10] + steps[-10:]],
         "held_out_loss": [line["loss"] for line in held_out],
         "answers": [line["answer"] for line in _lines(folder / "demo" / "samples.jsonl") if "base" in line][:20],

@@ -79,14 +79,14 @@ def test_lengths_and_where_the_longest_stands():
 
 
 def test_a_tally_counts_by_reason_and_keeps_the_first():
-    refusals = [Rejection(f"x:{n}", code, f"sentence {n}") for n, code in enumerate(["a", "b", "b", "c", "b", "a"])]
-    tally = RejectionCounts({"b": "allow", "typo": "allow"}, refusals)
+    rejections = [Rejection(f"x:{n}", code, f"sentence {n}") for n, code in enumerate(["a", "b", "b", "c", "b", "a"])]
+    tally = RejectionCounts({"b": "allow", "typo": "allow"}, rejections)
     assert [(r.first.code, r.count, r.first.source, r.allowed) for r in tally.reasons] == [
         ("b", 3, "x:1", True),
         ("a", 2, "x:0", False),
         ("c", 1, "x:3", False),
     ]
-    assert (tally.num_refused, tally.num_not_allowed, tally.never_seen) == (6, 3, ["typo"])
+    assert (tally.num_rejected, tally.num_not_allowed, tally.never_seen) == (6, 3, ["typo"])
     assert str(tally).splitlines()[0] == "       3 x b (allowed): first at x:1: sentence 1"
 
 
@@ -103,10 +103,10 @@ def test_what_the_trees_save_against_one_sample_a_turn(run_file, tmp_path, templ
     """The other way of counting: each turn as a conversation of its own, cut off after it and trained on it alone."""
     (tmp_path / "forgets.jinja").write_text(FORGETS)
     name = template if template == "chatml" else str(tmp_path / "forgets.jinja")
-    run = config.load(run_file(reasoning_rows(5), data__template=name, data__max_row_tokens=2000))
+    run = config.load(run_file(reasoning_rows(5), data__chat_template=name, data__max_length=2000))
     renderer = load_chat_format(run.model, run.data).renderer(run.data)
     found = to_json(check_data(run, renderer))
-    assert found["num_refused"] == 0, found["refusals"]
+    assert found["num_rejected"] == 0, found["rejections"]
     separate, tree_tokens, targets = 0, 0, []
     for record in read_records(run.data.train[0]):
         assert isinstance(record, Conversation)
@@ -130,17 +130,17 @@ def test_all_that_is_found_in_one_object(check, run_file, tmp_path):
     assert code == 3 and err == ""
     found = json.loads(out)
     assert found["passed"] is False
-    assert (found["num_rows"], found["num_refused"], found["num_refused_not_allowed"]) == (14, 4, 4)
-    assert {r["code"]: (r["count"], r["first_at"].rpartition("/")[2]) for r in found["refusals"]} == {
+    assert (found["num_examples"], found["num_rejected"], found["num_rejected_not_allowed"]) == (14, 4, 4)
+    assert {r["code"]: (r["count"], r["first_at"].rpartition("/")[2]) for r in found["rejections"]} == {
         "no_assistant_message": (2, "train.jsonl:7"),
         "empty_text": (1, "train.jsonl:9"),
         "too_long": (1, "train.jsonl:11"),
     }
-    assert all(reason["message"] and reason["allowed"] is False for reason in found["refusals"])
+    assert all(reason["message"] and reason["allowed"] is False for reason in found["rejections"])
     train, held_out = found["files"]
-    assert (train["part"], train["num_rows"], train["num_refused"]) == ("train", 11, 4)
+    assert (train["part"], train["num_examples"], train["num_rejected"]) == ("train", 11, 4)
     assert train["formats"] == {"messages": 9, "ShareGPT conversations": 1, "text": 1}
-    assert (held_out["part"], held_out["num_rows"]) == ("eval", 3) and held_out["name"].endswith("eval.jsonl")
+    assert (held_out["part"], held_out["num_examples"]) == ("eval", 3) and held_out["name"].endswith("eval.jsonl")
     assert found["num_tokens"] == train["num_tokens"] and found["num_trained"] == train["num_trained"] > 0
     assert found["share_trained"] == pytest.approx(found["num_trained"] / found["num_tokens"])
 
@@ -155,31 +155,31 @@ def test_the_same_as_text(check, run_file, tmp_path):
     rows = [*conversations(3), {"messages": [USER]}]
     code, out, err = check(run_file(rows))
     assert code == 3 and err == ""
-    assert f"{tmp_path}/train.jsonl: messages (4 rows), 1 refused" in out
-    assert "Refused: 1 of 4 rows" in out and "25.0%  no_assistant_message" in out
+    assert f"{tmp_path}/train.jsonl: messages (4 rows), 1 rejected" in out
+    assert "Rejected: 1 of 4 rows" in out and "25.0%  no_assistant_message" in out
     assert f"first at {tmp_path}/train.jsonl:4: no message has the role assistant" in out
     assert "tokens" in out and "are trained" in out and "the trees save" in out
     assert "0 rows to train on repeat an earlier row exactly" in out and "evaluation set" not in out
-    assert "not passed: 1 row refused" in out and "{no_assistant_message: allow}" in out
+    assert "not passed: 1 row rejected" in out and "data.allow_rejected: [no_assistant_message]" in out
 
 
-def test_it_passes_only_if_every_refusal_is_allowed(check, run_file):
+def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     assert check(run_file())[0] == 0
     rows = [*conversations(3), {"messages": [USER]}, {"text": ""}]
-    code, out, _ = check(run_file(rows, data__refusals={"no_assistant_message": "allow"}))
-    assert code == 3 and "not passed: 1 row refused" in out and "allowed by data.refusals" in out
-    allowed = {"no_assistant_message": "allow", "empty_text": "allow"}
-    code, out, _ = check(run_file(rows, data__refusals=allowed))
+    code, out, _ = check(run_file(rows, data__allow_rejected=["no_assistant_message"]))
+    assert code == 3 and "not passed: 1 row rejected" in out and "allowed by data.allow_rejected" in out
+    allowed = ["no_assistant_message", "empty_text"]
+    code, out, _ = check(run_file(rows, data__allow_rejected=allowed))
     assert code == 0 and "passed: every row is proved but 2 rows that may be left out" in out
-    code, out, _ = check(run_file(rows[3:], data__refusals=allowed))
+    code, out, _ = check(run_file(rows[3:], data__allow_rejected=allowed))
     assert code == 3 and "not a single row is left to train" in out
-    code, out, _ = check(run_file(data__refusals={"empty_txt": "allow"}))
-    assert code == 0 and "data.refusals allows empty_txt, for which no row was refused" in out
+    code, out, _ = check(run_file(data__allow_rejected=["empty_txt"]))
+    assert code == 0 and "data.allow_rejected allows empty_txt, for which no row was rejected" in out
 
 
 def test_without_a_run_file(check, base_folder, write_jsonl):
     data = write_jsonl(conversations(2))
-    code, out, _ = check("--model", base_folder, "--data", data, "--template", "chatml")
+    code, out, _ = check("--model", base_folder, "--data", data, "--chat-template", "chatml")
     assert code == 0 and "passed: every row is proved" in out
     code, _, err = check("--model", base_folder)
     assert code == 2 and "--model and --data go together" in err
@@ -193,20 +193,22 @@ def test_a_file_that_cannot_be_read_ends_the_check(check, run_file, tmp_path):
 
 
 def test_the_prompt_trained_too(run_file):
-    run = config.load(run_file(conversations(3, turns=2), data__targets="all"))
+    run = config.load(run_file(conversations(3, turns=2), data__train_on="all"))
     found = to_json(check_data(run, load_chat_format(run.model, run.data).renderer(run.data)))
     assert found["lengths"]["context"] is None and found["num_tokens_saved_by_trees"] == 0
-    assert "context" not in to_text(found) and "row" in to_text(found)
+    assert "context" not in to_text(found) and "example" in to_text(found)
 
 
 def test_training_does_not_count_what_is_allowed(run_file):
     rows = [*conversations(3), {"messages": [USER]}]
-    file = run_file(rows, data__refusals={"no_assistant_message": "allow"}, data__max_refused=0.0)
+    file = run_file(rows, data__allow_rejected=["no_assistant_message"], data__max_rejected=0.0)
     prepared = prepare(config.load(file))
-    assert len(prepared.train) == 3 and [refusal.code for refusal in prepared.refusals] == ["no_assistant_message"]
+    assert len(prepared.train) == 3 and [rejection.code for rejection in prepared.rejections] == [
+        "no_assistant_message"
+    ]
     assert [dict(formats) for formats in prepared.formats.values()] == [{"messages": 4}]
     with pytest.raises(ValueError, match="1 of 4 rows cannot be trained"):
-        prepare(config.load(run_file(rows, data__max_refused=0.0)))
+        prepare(config.load(run_file(rows, data__max_rejected=0.0)))
 
 
 def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
@@ -225,7 +227,7 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     assert mixture["num_tokens"] == sum(lengths) != found["num_tokens"]
     assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train)
     assert mixture["share_trained"] == mixture["num_trained"] / mixture["num_tokens"]
-    for kind, values in (("row", lengths), ("context", [c for c, _ in turns]), ("target", [t for _, t in turns])):
+    for kind, values in (("example", lengths), ("context", [c for c, _ in turns]), ("target", [t for _, t in turns])):
         assert mixture["lengths"][kind] == {
             "count": len(values),
             "median": np.median(values),
@@ -233,7 +235,7 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
             "percentile_95": np.percentile(values, 95),
             "longest": max(values),
         }
-    assert [(s["path"], s["num_rows"]) for s in mixture["sources"]] == [(first, 3), (other, 10)]
+    assert [(s["path"], s["num_examples"]) for s in mixture["sources"]] == [(first, 3), (other, 10)]
     assert sum(s["num_tokens"] for s in mixture["sources"]) == mixture["num_tokens"]
     assert sum(s["num_trained"] for s in mixture["sources"]) == mixture["num_trained"]
     lines = to_text(found).splitlines()
@@ -245,13 +247,13 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
 def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_training(run_file):
     """`weight: 0.5` is half of the examples that are trained, not of the rows of the file."""
     rows = conversations(5, turns=6)
-    settings = {"data__max_row_tokens": 200, "data__too_long": "split"}
+    settings = {"data__max_length": 200, "data__overflow": "split"}
     first = config.load(run_file(rows)).data.train[0].path
     run = config.load(run_file(rows, data__train=[{"path": first, "weight": 1.5}], **settings))
     prepared = prepare(run)
     found = to_json(check_data(run, load_chat_format(run.model, run.data).renderer(run.data)), run)
     assert len(prepared.train) > 10
-    assert found["mixture"]["sources"][0]["num_rows"] == len(prepared.train)
+    assert found["mixture"]["sources"][0]["num_examples"] == len(prepared.train)
     assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train)
 
 
@@ -275,7 +277,7 @@ def test_a_prompt_of_the_evaluation_set_with_another_answer(check, run_file, tmp
 
 
 def test_several_processes_find_the_same(run_file, monkeypatch):
-    """Refusals, places and progress too; as many processes as were asked for do render."""
+    """Rejections, places and progress too; as many processes as were asked for do render."""
     rows = [*conversations(30, turns=2), {"messages": [USER]}, {"text": ""}, *conversations(20)]
     run = config.load(run_file(rows, eval_rows=conversations(8)))
     renderer = load_chat_format(run.model, run.data).renderer(run.data)

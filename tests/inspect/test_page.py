@@ -106,13 +106,15 @@ def test_the_island_equals_the_trees(renderer):
     for row, record in zip(rows, RECORDS, strict=True):
         rendered = record if isinstance(record, Rejection) else chosen.render(record)
         expected = json.loads(json.dumps(to_json(record.source, rendered)))
-        assert {key: row[key] for key in ("source", "refusal")} == {key: expected[key] for key in ("source", "refusal")}
+        assert {key: row[key] for key in ("source", "rejection")} == {
+            key: expected[key] for key in ("source", "rejection")
+        }
         kept = [{key: segment[key] for key in ("id", "parent", "kind", "ids", "text")} for segment in row["segments"]]
         assert kept == expected["segments"]
         for segment in row["segments"]:
             assert sum(piece[0] for piece in segment["pieces"]) == len(segment["ids"])
             assert "".join(piece[1] for piece in segment["pieces"]) == segment["text"]
-    assert [row["refusal"]["code"] for row in rows if row["refusal"]] == ["special_token_in_text", "bad_message"]
+    assert [row["rejection"]["code"] for row in rows if row["rejection"]] == ["special_token_in_text", "bad_message"]
     assert rows[2]["given"][1] == ["messages[1] (assistant)", "<|im_end|>" + NASTY]
 
 
@@ -217,7 +219,7 @@ def test_a_page_is_limited_and_says_so(renderer, monkeypatch):
     chosen = renderer()
     monkeypatch.setattr(pages, "MAX_ROWS", 2)
     page = make_page(RECORDS, chosen, "about")
-    assert page.num_rows == 2 and "The first 2 rows" in page.text and "--row N" in page.text
+    assert page.num_rows == 2 and "The first 2 rows" in page.text and "--example N" in page.text
     assert "All 2 rows" in make_page(RECORDS[:2], chosen, "about").text
     one = make_page(RECORDS, chosen, "about", row=5)
     assert [row["source"] for row in island_of(one.text)["rows"]] == ["rows.jsonl:5"]
@@ -236,7 +238,7 @@ def test_the_page_does_not_overwrite_data(tmp_path, renderer):
 def test_show_writes_the_page(monkeypatch, capsys, tmp_path, base_folder, write_jsonl):
     data = write_jsonl([{"messages": [user("Hi"), assistant("Hello.")]}] * 3)
     out = tmp_path / "page.html"
-    arguments = ["show", "--model", str(base_folder), "--data", data, "--template", "chatml", "--html", str(out)]
+    arguments = ["show", "--model", str(base_folder), "--data", data, "--chat-template", "chatml", "--html", str(out)]
     monkeypatch.setattr(sys, "argv", ["preceptor", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -31,12 +31,12 @@ def test_targets_are_styled_and_line_ends_are_visible():
     assert all(("green" in style) == (piece in "message") for piece, style in styles.items())
 
 
-def test_branches_and_refusals_are_said():
+def test_branches_and_rejections_are_said():
     tokenizer = tiny_tokenizer()
     branched = Tree(
         "f:1",
         (Segment("context", (5,), None), Segment("target", (6,), 0), Segment("target", (7,), 0)),
     )
     assert "continues segment 0" in to_text(branched, tokenizer).plain
-    assert "refused: too_long: cut it" in to_text(Rejection("f:1", "too_long", "cut it"), tokenizer).plain
+    assert "rejected: too_long: cut it" in to_text(Rejection("f:1", "too_long", "cut it"), tokenizer).plain
     assert summary_line(branched) == "3 tokens, 2 trained in 2 turns (67%)"

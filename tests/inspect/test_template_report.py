@@ -67,9 +67,9 @@ def outcome(found, kind):
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_the_built_in_templates_prove_every_kind(name):
     found = to_json(find_abilities(*stand_in_renderer(name)))
-    refused = {each["kind"]: each["code"] for each in found["outcomes"] if not each["proved"]}
+    rejected = {each["kind"]: each["code"] for each in found["outcomes"] if not each["proved"]}
     reasoning = dict.fromkeys(["reasoning_content", "reasoning with tool calls"], "reasoning_dropped")
-    assert refused == {"chatml": {}, "llama3": reasoning}[name]
+    assert rejected == {"chatml": {}, "llama3": reasoning}[name]
     assert not any(each["left_out"] for each in found["outcomes"])
     assert found["system"]["place"] == "own" and not found["system"]["default"] and found["tools_shown"]
     assert found["stops"]["answer"]["token"] == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[name]
@@ -114,8 +114,8 @@ def test_a_template_that_moves_the_system_prompt(look):
     assert found["openings"][""]["text"] == ""
     assert outcome(found, "system prompt")["rewrite"]["moves"]
     assert outcome(found, "several turns")["shape"] == "chain"
-    refused = outcome(found, "two user messages in a row")
-    assert refused["code"] == "template_refuses" and "roles must alternate" in refused["message"]
+    rejected = outcome(found, "two user messages in a row")
+    assert rejected["code"] == "template_rejects" and "roles must alternate" in rejected["message"]
     assert found["stops"]["answer"] == {"token": "<eos>", "written": "turn", "after": ""}
 
 
@@ -160,7 +160,7 @@ def test_the_lines_say_it(look):
         "tools offered: LEFT OUT",
         "reasoning: rewritten, so a conversation is a tree; earlier reasoning dropped",
         "the template LEAVES OUT the tools",
-        "refused  tool call",
+        "rejected  tool call",
     ):
         assert line in text, line
 

@@ -96,7 +96,7 @@ def test_no_adapter_is_on_a_towers_convolution_either():
     assert not [name for name, p in model.named_parameters() if "visual" in name and p.requires_grad]
 
 
-def test_what_peft_refuses_is_a_model_error():
+def test_what_peft_rejects_is_a_model_error():
     with pytest.raises(ModelError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
         add_adapter(tiny_model("falcon_h1", **MIXER), 4, 8.0, 0.0, ["out_proj"], [], seed=0)
 

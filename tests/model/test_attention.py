@@ -1,4 +1,4 @@
-"""Attention run by run against the dense reference and float64; what it refuses, by name."""
+"""Attention run by run against the dense reference and float64; what it rejects, by name."""
 
 import numpy as np
 import pytest
@@ -132,7 +132,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
         ({"unheard_of": 3}, "unheard_of"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(asked, word):
+def test_what_cannot_be_honoured_is_rejected_by_name(asked, word):
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout)
     arguments = {"attention_mask": None, "forest": layout, **asked}
@@ -172,14 +172,14 @@ def test_no_mask_is_built(monkeypatch):
     assert seen == [None, None]
 
 
-def test_dropout_in_attention_is_refused_in_training_only():
+def test_dropout_in_attention_is_rejected_in_training_only():
     model = tiny_model("llama", attention_dropout=0.1)
     hidden_states(model.eval(), forest_row())
     with pytest.raises(ModelError, match="attention_dropout"):
         hidden_states(model.train(), forest_row())
 
 
-def test_a_model_with_attention_of_its_own_is_refused():
+def test_a_model_with_attention_of_its_own_is_rejected():
     with pytest.raises(ModelError, match="BloomModel computes attention by itself"):
         hidden_states(tiny_model("bloom", n_head=4, n_layer=1), forest_row())
 

@@ -229,7 +229,7 @@ def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
         monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
     model = tiny_model(kind, dtype=torch.float64)
     tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
-    keeps = [Keep("full"), Keep("recompute"), Keep("none")]
+    keeps = [Keep("full"), Keep("recompute"), Keep("detach")]
     if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
         keeps.append(Keep("full", "all"))
     for row in (ROWS["chains"], ROWS["trees"]):

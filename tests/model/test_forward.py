@@ -129,14 +129,14 @@ def test_the_head_is_the_models_own(kind, settings, dtype):
     check_head(model)
 
 
-def test_a_head_that_does_more_is_refused(monkeypatch):
+def test_a_head_that_does_more_is_rejected(monkeypatch):
     model = tiny_model("granite", logits_scaling=4.0)
     monkeypatch.setattr(forward, "_number", lambda settings, name, default: default)
     with pytest.raises(ModelError, match="granite: the logits"):
         check_head(model)
 
 
-def test_a_head_that_reads_something_else_than_hidden_states_is_refused():
+def test_a_head_that_reads_something_else_than_hidden_states_is_rejected():
     with pytest.raises(ModelError, match=r"electra: the output embedding reads \d+ values a token"):
         check_head(tiny_model("electra", embedding_size=16))
 
@@ -188,11 +188,11 @@ def test_attention_that_differs_from_the_models_own_is_found(monkeypatch):
         check_isolation(tiny_model("llama"))
 
 
-def test_rotary_frequencies_that_follow_the_longest_conversation_are_refused():
+def test_rotary_frequencies_that_follow_the_longest_conversation_are_rejected():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
     rng = np.random.default_rng(0)
     hidden_states(model, pack_trees([chain(rng, (8, 8)), chain(rng, (3, 3))]))
     hidden_states(model, pack_trees([chain(rng, (9, 9))]))
-    with pytest.raises(ModelError, match="max_row_tokens to at most 16"):
+    with pytest.raises(ModelError, match="max_length to at most 16"):
         hidden_states(model, pack_trees([chain(rng, (9, 9)), chain(rng, (3, 3))]))

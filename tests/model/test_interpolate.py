@@ -1,4 +1,4 @@
-"""Averaged weights: the formula for every tensor, added rows kept, the result loads, what does not fit is refused."""
+"""Averaged weights: the formula for every tensor, added rows kept, the result loads, what does not fit is rejected."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_a_base_with_one_table_for_both_ends(tmp_path):
     torch.testing.assert_close(load(tmp_path / "out")["lm_head.weight"], expected.detach())
 
 
-def test_another_model_is_refused_and_nothing_is_written(folders, tmp_path):
+def test_another_model_is_rejected_and_nothing_is_written(folders, tmp_path):
     _, tuned = folders
     tiny_model("qwen3", num_hidden_layers=1).save_pretrained(tmp_path / "shallow")
     with pytest.raises(ModelError, match=r"layers\.1.*base has not"):

@@ -148,7 +148,7 @@ def test_sampling_values_without_do_sample_do_not_make_the_last_save_fail(base_f
         assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, True)
 
 
-def test_what_is_no_causal_language_model_is_refused(base_folder, tmp_path):
+def test_what_is_no_causal_language_model_is_rejected(base_folder, tmp_path):
     classifier = changed_config(base_folder, tmp_path / "a", architectures=["LlamaForSequenceClassification"])
     with pytest.raises(ModelError, match=r"LlamaForSequenceClassification.*no causal language model"):
         load_model(classifier, "float32", "cpu")

@@ -85,7 +85,7 @@ def test_rows_add_up_in_a_given_buffer(autocast):
         assert error(hidden_TD.grad, true[0]) < tolerance
 
 
-def test_a_given_buffer_refuses_a_loss_that_is_multiplied_later():
+def test_a_given_buffer_rejects_a_loss_that_is_multiplied_later():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=torch.zeros_like(weight_VD))
     with pytest.raises(RuntimeError, match="weight_N"):

@@ -81,12 +81,12 @@ def test_a_chain_alone_is_what_the_model_computes(kind):
         torch.testing.assert_close(model.get_output_embeddings()(hidden_TD), true_TV, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_looks_ahead_is_refused():
+def test_a_model_that_looks_ahead_is_rejected():
     with pytest.raises(ModelError, match="bert: its hidden states follow later tokens"):
         check_plain(tiny_model("bert"))
 
 
-def test_attention_that_is_not_the_authors_is_refused(monkeypatch):
+def test_attention_that_is_not_the_authors_is_rejected(monkeypatch):
     """Planted: the implementation in force leaves out the scale."""
     from transformers.models.llama import modeling_llama
 

@@ -94,7 +94,7 @@ def test_a_reserved_token_becomes_the_pad_token(specials, pad):
     assert tokenizer.pad_token == pad
 
 
-def test_a_stop_token_that_is_none_is_refused():
+def test_a_stop_token_that_is_none_is_rejected():
     with pytest.raises(ModelError, match="<nope>"):
         align_tokenizer(tiny_tokenizer(), TEMPLATE, "<nope>", TokenPlan())
 

@@ -70,7 +70,7 @@ def test_weights_gradients_and_optimizer_of_a_real_model(kind, adapter):
     setup = Setup(adapter=adapter, num_new_tokens=1 if adapter else 0)
     shape = shape_of(model.config.to_dict())
     trained = model if adapter is None else add_adapter(model, 4, 8.0, 0.0, None, [5], seed=0)
-    optimizer = build_optimizer(trained, 0.0, 0.9, 0.95)
+    optimizer = build_optimizer(trained, 0.0, (0.9, 0.95))
     row_loss(trained, row_of([((20, 20),)])).backward()
     optimizer.step()
     found = state_bytes(shape, setup, count_parameters(shape, setup.adapter, setup.num_new_tokens))
@@ -81,7 +81,7 @@ def test_weights_gradients_and_optimizer_of_a_real_model(kind, adapter):
     assert found["optimizer"] == sum(mean.numel() * mean.element_size() for mean in means)
 
 
-@pytest.mark.parametrize("mode", [Keep(), Keep("recompute"), Keep("none"), Keep("full", "all")], ids=str)
+@pytest.mark.parametrize("mode", [Keep(), Keep("recompute"), Keep("detach"), Keep("full", "all")], ids=str)
 @pytest.mark.parametrize(("kind", "precision", "tokens"), [("llama", "float32", 800), ("qwen3", "bfloat16", 1200)])
 def test_the_peak_of_a_step(kind, precision, tokens, mode):
     model = tiny_model(
@@ -96,7 +96,7 @@ def test_the_peak_of_a_step(kind, precision, tokens, mode):
     )
     turns = ((tokens * 3 // 4, tokens // 4),)
     row, shape = row_of([turns]), shape_of(model.config.to_dict())
-    optimizer = build_optimizer(model, 0.0, 0.9, 0.95)
+    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
     with torch.no_grad():
         row_loss(model, row, mode)  # what it finds out about a model once, it has found out
     gc.collect()
@@ -109,7 +109,7 @@ def test_the_peak_of_a_step(kind, precision, tokens, mode):
             del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    work = Work((turns,), mode.context_gradient, mode.recomputed_layers(4))
+    work = Work((turns,), mode.context_gradient, mode.checkpointed_layers(4))
     found = predict_memory(shape, work, Setup(autocast=precision == "bfloat16", cpu=True))
     assert found.peak_bytes == pytest.approx(tracker.peak_bytes, rel=0.1)
 
@@ -128,7 +128,7 @@ def test_operations_that_are_left_out_or_added():
     turns = ((3000, 1000),)
     full, none, again, all_again = (
         operations(shape, Work((turns,), mode, layers))
-        for mode, layers in (("full", 0), ("none", 0), ("recompute", 0), ("full", 32))
+        for mode, layers in (("full", 0), ("detach", 0), ("recompute", 0), ("full", 32))
     )
     assert none.linear == pytest.approx(full.linear * (4000 + 2 * 1000) / (3 * 4000), rel=1e-3)
     assert again.again == pytest.approx(0.75 * all_again.again, rel=1e-3)

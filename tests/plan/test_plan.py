@@ -14,7 +14,7 @@ from preceptor.commands.planning import measured_rate
 from preceptor.errors import ConfigError, ModelError
 from preceptor.model.towers import tower_parameters
 from preceptor.plan.changes import find_change
-from preceptor.plan.devices import _read_gpu, find_device
+from preceptor.plan.devices import Device, _read_gpu, find_device
 from preceptor.plan.model import read_model
 from preceptor.plan.plan import make_case, make_plan
 from preceptor.plan.sample import sample_data
@@ -106,7 +106,7 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
 
     run = run_of(
         "scholar",
-        data={"train": [{"path": "scholar:conversations.jsonl"}], "template": "chatml", "max_row_tokens": 512},
+        data={"train": [{"path": "scholar:conversations.jsonl"}], "chat_template": "chatml", "max_length": 512},
         adapter={"rank": 4},
     )
     plan = plan_of(run)
@@ -115,7 +115,7 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     assert plan["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert plan["parameters"]["trained_total"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokens = sum(tree.num_tokens for tree in prepared.train)
-    assert plan["data"]["num_examples"] == len(prepared.train)
+    assert plan["data"]["examples_per_epoch"] == len(prepared.train)
     assert plan["data"]["tokens_per_epoch"] == pytest.approx(tokens, rel=0.1)
     assert plan["data"]["share_trained"] == pytest.approx(sum(t.num_trained for t in prepared.train) / tokens, rel=0.1)
     assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.1)
@@ -130,7 +130,7 @@ def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
     ways = {(entry["way"].partition(" ")[0], entry["world_size"]): entry for entry in plan["would_fit"]}
     assert len(plan["would_fit"]) == 16
     assert ways["QLoRA", 1]["states_bytes"] < ways["LoRA", 1]["states_bytes"] / 3
-    assert "H100" in ways["QLoRA", 1]["fits_on_recomputed"] and ways["LoRA", 1]["fits_on_recomputed"] == ["B200"]
+    assert "H100" in ways["QLoRA", 1]["fits_on_checkpointed"] and ways["LoRA", 1]["fits_on_checkpointed"] == ["B200"]
     sharded = [ways["everything,", count]["states_bytes"] for count in (1, 8, 16, 64)]
     assert [round(sharded[0] / states) for states in sharded] == [1, 8, 16, 64]
     text = to_text({**plan, "change": None, "four_bits_peak_bytes": None})
@@ -138,13 +138,13 @@ def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["RTX 4090", "A100 80", "H200"])
-@pytest.mark.parametrize("max_row_tokens", [2048, 32768])
-def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_takes(tmp_path, device, max_row_tokens):
+@pytest.mark.parametrize("max_length", [2048, 32768])
+def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_takes(tmp_path, device, max_length):
     settings = {**LLAMA_70B, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
     settings["num_hidden_layers"] = 32
     folder = folder_of(tmp_path, settings)
     run_file = tmp_path / "run.yaml"
-    tree = {"model": {"path": str(folder)}, "data": {"train": [{"path": "x"}], "max_row_tokens": max_row_tokens}}
+    tree = {"model": {"path": str(folder)}, "data": {"train": [{"path": "x"}], "max_length": max_length}}
     run_file.write_text(json.dumps({**tree, "out": "x"}))
     run = config.load(run_file)
     shape = read_model(run.model).shape
@@ -159,11 +159,11 @@ def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_t
 
 
 def test_changes_that_keep_the_gradient_come_first(tmp_path):
-    run = run_of(folder_of(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4}), data={"max_row_tokens": 16384})
+    run = run_of(folder_of(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4}), data={"max_length": 16384})
     shape, target = read_model(run.model).shape, find_device("H200")
     found = find_change(run, shape, "none", target, 1)
     tried = [change["set"] for change in found["tried"]]
-    assert tried == [["train.context_gradient=recompute"], ["train.recompute=all"]][: len(tried)]
+    assert tried == [["memory.context_gradient=recompute"], ["memory.activation_checkpointing=all"]][: len(tried)]
     assert found["change"]["set"] == tried[-1]
 
 
@@ -198,10 +198,28 @@ def test_what_is_wrong_is_said(tmp_path):
 def test_devices_by_name_and_by_driver():
     assert find_device("4090").name == "RTX 4090" and find_device("a100-80").name == "A100 80"
     assert find_device(None).memory_bytes > 2**28
-    gpu = _read_gpu(["NVIDIA H100 80GB HBM3, 81559"])
+    gpu = _read_gpu(["NVIDIA H100 80GB HBM3, 81559, 9.0"])
     assert gpu is not None and gpu.half_rate == 989e12 and gpu.memory_bytes == 81559 * 2**20
     assert _read_gpu(["NVIDIA GeForce RTX 4090, 24564"]).half_rate == 165.2e12
     assert _read_gpu(["some new thing, 1000"]).half_rate is None and _read_gpu([]) is None
+
+
+def test_the_default_precision_is_that_of_the_device():
+    old = _read_gpu(["Tesla T4, 15360, 7.5"])
+    this_cpu = Device("cpu", 1, None, None, cpu=True)
+    assert [device.precision(None) for device in (find_device("H100"), old, this_cpu)] == [
+        "bfloat16",
+        "float32",
+        "float32",
+    ]
+    assert find_device("H100").precision("float32") == "float32" and old.precision("bfloat16") == "bfloat16"
+
+
+def test_the_plan_of_a_run_without_a_precision_follows_the_device(tmp_path):
+    run = run_of(folder_of(tmp_path, LLAMA_70B))
+    assert run.train.precision is None and plan_of(run, "H100")["run"]["precision"] == "bfloat16"
+    given = run.model_copy(update={"train": run.train.model_copy(update={"precision": "bfloat16"})})
+    assert plan_of(run, "H100")["memory"] == plan_of(given, "H100")["memory"]
 
 
 def test_time_follows_from_the_rate(tmp_path):

@@ -37,13 +37,13 @@ def test_longer_rows_take_more_and_what_is_not_known_has_no_prediction(run_file)
     run = config.load(run_file())
     short, long = (predict_peak_bytes(run, [tree_of(size, size)], 2, 302, cpu=True) for size in (8, 800))
     assert short is not None and long is not None and long > short + 4 * 32 * 1600
-    held = config.load(run_file(train__kl_to_base=0.5))
+    held = config.load(run_file(loss__kl_coef=0.5))
     assert predict_peak_bytes(held, [tree_of(8, 8)], 2, 302, cpu=True) is None
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known):
-    prepared = prepare(config.load(run_file(train__kl_to_base=0.0 if known else 0.1)))
+    prepared = prepare(config.load(run_file(loss__kl_coef=0.0 if known else 0.1)))
     summary = execute(prepared, Console(file=io.StringIO()))
     folder = Path(prepared.run.out)
     assert json.loads((folder / "summary.json").read_text()) == summary

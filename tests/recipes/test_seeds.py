@@ -60,7 +60,7 @@ def test_shares_that_cannot_vary_are_not_certain():
     assert nothing.sign == 0 and nothing.high == pytest.approx(1 - 0.025 ** (1 / 20))
 
 
-def test_other_items_are_refused():
+def test_other_items_are_rejected():
     with pytest.raises(ValueError, match="2 items and 3"):
         seeds.difference(values([[1.0, 2.0]]), values([[1.0, 2.0, 3.0]]))
     with pytest.raises(ValueError, match="same items"):

@@ -25,7 +25,7 @@ def trained(monkeypatch):
         out.mkdir(parents=True)
         if own.name == "broken":
             raise RuntimeError("killed")
-        return {"num_steps": 2, "num_examples": 5}
+        return {"num_steps": 2, "examples_per_epoch": 5}
 
     monkeypatch.setattr(trial, "_train", train)
     monkeypatch.setattr(trial, "measure", lambda model, tasks: MEASURED)
@@ -66,7 +66,7 @@ def test_changes_make_a_run_that_is_valid(tmp_path):
     assert [bool(own.merge) for own in trials] == [own.name.startswith("none") for own in trials]
     runs = {own.name: config.build(trial.run_tree(own, tmp_path / "out"), own.name) for own in trials}
     assert runs["replay-1"].replay.share == mitigations.REPLAY_SHARE and runs["replay-1"].train.seed == 1
-    assert runs["kl-0"].train.kl_to_base > 0 and runs["none-0"].train.kl_to_base == 0
+    assert runs["kl-0"].loss.kl_coef > 0 and runs["none-0"].loss.kl_coef == 0
     assert runs["lora-0"].adapter.rank == mitigations.LORA_RANK and runs["none-0"].adapter is None
     assert {str(run.train.duration) for run in runs.values()} == {"3 epochs"}
 

@@ -28,12 +28,12 @@ def page(folder, **files):
 
 
 def test_the_page_holds_what_the_folder_holds(tmp_path):
-    refusals = [{"source": "rows.jsonl:7", "code": "too_long", "message": "200 tokens: raise data.max_row_tokens"}] * 2
-    found = page(tmp_path / "a", refusals=refusals)
+    rejections = [{"source": "rows.jsonl:7", "code": "too_long", "message": "200 tokens: raise data.max_length"}] * 2
+    found = page(tmp_path / "a", rejections=rejections)
     words = text_of(found)
     assert words.index("It learned") < words.index("What was trained") < words.index("How it went")
     for expected in (
-        "too_long 2 rows.jsonl:7 200 tokens: raise data.max_row_tokens",
+        "too_long 2 rows.jsonl:7 200 tokens: raise data.max_length",
         "the first that branches · rows.jsonl:2 · 7 tokens, 3 trained (43%) · a tree of 2 branches",
         "10 to 29 tokens, median 18, 95% up to 28",
         "tokens a second (median) 200",
@@ -60,7 +60,7 @@ def test_nothing_of_a_run_is_read_as_html_and_nothing_is_loaded(tmp_path):
     found = page(
         tmp_path / "a",
         samples=[sample(0, NASTY, NASTY), sample(20, NASTY, NASTY)],
-        refusals=[{"source": NASTY, "code": NASTY, "message": NASTY}],
+        rejections=[{"source": NASTY, "code": NASTY, "message": NASTY}],
         examples=[example(segment(0, None, "context", NASTY), source=NASTY, why=[NASTY])],
         environment=ENVIRONMENT | {"command": NASTY},
         config={"model": {"path": NASTY}},
@@ -83,7 +83,7 @@ def test_nothing_of_a_run_is_read_as_html_and_nothing_is_loaded(tmp_path):
 
 def test_a_run_that_is_going_on_or_old_is_read_as_far_as_it_goes(tmp_path):
     folder = tmp_path / "a"
-    bare = dict.fromkeys(("eval", "samples", "refusals", "examples", "summary", "environment", "data"))
+    bare = dict.fromkeys(("eval", "samples", "rejections", "examples", "summary", "environment", "data"))
     write_run(folder, **bare, metrics=None)
     assert "It has not begun" in page_of_run(read_run(folder))
     (folder / "metrics.jsonl").write_text(json.dumps(steps([2.0])[0]) + '\n{"step": 2, "lo', encoding="utf-8")
@@ -125,12 +125,12 @@ def test_tax_and_shift_are_shown_where_they_were_measured(tmp_path):
 
 def test_several_runs_stand_beside_one_another(tmp_path):
     first = write_run(tmp_path / "x" / "a")
-    train = CONFIG["train"] | {"learning_rate": 0.1, "seed": 1}
-    second = write_run(tmp_path / "y" / "a", config={"train": train}, metrics=steps([2.0] * 20))
+    changes = {"train": {"seed": 1}, "optimizer": CONFIG["optimizer"] | {"learning_rate": 0.1}}
+    second = write_run(tmp_path / "y" / "a", config=changes, metrics=steps([2.0] * 20))
     runs = [read_run(first), read_run(second)]
     assert distinct_names(runs) == ["x/a", "y/a"] and distinct_names(runs[:1]) == ["a"]
     words = text_of(page_of_runs(runs))
-    assert "train.learning_rate 0.001 0.1 train.seed 0 1" in words and "train.max_grad_norm" not in words
+    assert "optimizer.learning_rate 0.001 0.1 train.seed 0 1" in words and "optimizer.max_grad_norm" not in words
     assert "y/a: Something went wrong" in words and "x/a: It learned; nothing" in words
     assert "training loss, first and last tenth 2.8500, 0.4278 2.0000, 2.0000" in words
     assert "1? base a x/a, step 20 One. y/a, step 20 One." in words

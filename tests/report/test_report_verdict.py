@@ -24,7 +24,7 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
 FLAT, RISING = [2.0] * 20, [1.0 + step / 10 for step in range(20)]
 NORMS = [0.5] * 15 + [9.0] + [0.5] * 4
 LAST = {"num_truncated": 3, "num_split": 1}
-REFUSED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too long: cut it"} for line in range(6)]
+REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too long: cut it"} for line in range(6)]
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ REFUSED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too 
         ({"eval": []}, "note", "No held-out loss"),
         ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "knows its training rows much better (0.428)"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "look", "at 1 step: 16"),
-        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled down to train.max_grad"),
+        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),
         ({"data": DATA | {"fill": 0.4}}, "note", "Only 40% of the rows' room"),
         ({"data": DATA | {"shortened": LAST}}, "note", "3 rows lost their oldest context and 1 were split"),
-        ({"refusals": REFUSED}, "look", "6 of 100 (6.0%) rows were refused"),
-        ({"refusals": REFUSED[:1]}, "note", "1 of 100 (1.0%) row"),
+        ({"rejections": REJECTED}, "look", "6 of 100 (6.0%) rows were rejected"),
+        ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) row"),
         ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "look", "do not stop by themselves: 0 of 1"),
         ({"samples": [sample(20, "1?", " ")]}, "look", "1 of 1 answers are empty"),
         ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "look", "All 3 prompts got the same answer"),
@@ -71,10 +71,10 @@ def test_what_is_wrong_is_said(tmp_path, files, level, words):
 
 
 def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
-    verdict = judged(tmp_path / "a", metrics=steps(FLAT), refusals=REFUSED)
+    verdict = judged(tmp_path / "a", metrics=steps(FLAT), rejections=REJECTED)
     assert [finding.level for finding in verdict.findings][:2] == ["wrong", "look"]
     assert verdict.headline == "Something went wrong" and verdict.level == "wrong"
-    assert judged(tmp_path / "b", refusals=REFUSED).headline == "It learned, but look at 1 thing"
+    assert judged(tmp_path / "b", rejections=REJECTED).headline == "It learned, but look at 1 thing"
     unfinished = judged(tmp_path / "c", summary=None, metrics=[], eval=[], samples=[])
     assert unfinished.headline == "It has not begun, but look at 1 thing"
 

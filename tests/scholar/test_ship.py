@@ -1,4 +1,4 @@
-"""What is shipped is a bfloat16 base model with its history; what cannot be shipped is refused."""
+"""What is shipped is a bfloat16 base model with its history; what cannot be shipped is rejected."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def test_thinning_is_even_keeps_the_last_line_and_the_limit():
     assert len({b - a for a, b in itertools.pairwise(kept)}) == 1
 
 
-def test_an_unfinished_run_is_refused(run, tmp_path):
+def test_an_unfinished_run_is_rejected(run, tmp_path):
     (run / "summary.json").unlink()
     with pytest.raises(ModelError, match="not the folder of a finished run"):
         ship(run, tmp_path / "shipped")

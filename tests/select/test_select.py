@@ -101,7 +101,7 @@ def test_the_embedding_is_of_the_prompt_alone_whatever_shares_its_row():
     np.testing.assert_allclose(alone.embedding_E, beside.embedding_E, atol=1e-5)
 
 
-def test_a_conversation_that_is_too_long_is_refused_and_a_large_model_is_projected():
+def test_a_conversation_that_is_too_long_is_rejected_and_a_large_model_is_projected():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=320, head_dim=80)
     reader = BaseReader(model, tokenizer, 64)
@@ -109,9 +109,9 @@ def test_a_conversation_that_is_too_long_is_refused_and_a_large_model_is_project
         "x:1", (Message({"role": "user", "content": "a " * 80}), Message({"role": "assistant", "content": "b"}))
     )
     assert reader.embedding_size == 256
-    refused = reader.trees_of(record)
-    assert isinstance(refused, Rejection) and refused.code == "too_long" and "64" in refused.message
-    assert [m for _, _, m in reader.measure([(0, record)])] == [refused]
+    rejected = reader.trees_of(record)
+    assert isinstance(rejected, Rejection) and rejected.code == "too_long" and "64" in rejected.message
+    assert [m for _, _, m in reader.measure([(0, record)])] == [rejected]
 
 
 # The choice ----------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_more_than_there_is_keeps_all_and_says_so(command, write_jsonl, tmp_path
     assert "--keep 50 is more than there is: all 5 rows" in text and "exact_repeat" in text
 
 
-def test_rows_without_an_answer_are_refused_with_their_place(command, write_jsonl, tmp_path):
+def test_rows_without_an_answer_are_rejected_with_their_place(command, write_jsonl, tmp_path):
     rows = [*good_rows(3), {"messages": [{"role": "user", "content": "Hi"}]}, {"text": "plain"}, {"messages": []}]
     data, why = write_jsonl(rows), tmp_path / "why.jsonl"
     code, text, _ = command(data, "--keep", 2, "--out", tmp_path / "kept.jsonl", "--explain", why)

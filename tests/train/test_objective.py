@@ -7,6 +7,7 @@ import torch
 from preceptor import config
 from preceptor.data.forest import pack_trees
 from preceptor.data.mixture import weigh
+from preceptor.model.activations.passes import Keep
 from preceptor.model.forward import row_loss
 from preceptor.model.loss.options import LossOptions
 from preceptor.train.checkpoint import State
@@ -52,19 +53,19 @@ def test_each_conversation_counts_the_same_however_rows_are_made():
 
 
 def test_the_variants_of_the_run_file_are_used():
-    train = config.Train(label_smoothing=0.1, z_loss=0.01, dft=True, context_gradient="none", recompute=1)
+    loss = config.Loss(type="dft", label_smoothing=0.1, z_loss=0.01)
+    memory = config.Memory(context_gradient="detach", activation_checkpointing=1)
     model = tiny_model("llama", dtype=torch.float64)
-    objective = Objective.of(train, model, num_base_tokens=64)
+    objective = Objective.of(loss, memory, model, num_base_tokens=64)
     row = pack_trees(TREES)
     expected = row_loss(model, row, objective.keep, LossOptions(0.1, 0.01, True))
-    assert objective.keep.context_gradient == "none" and objective.base is None
+    assert objective.keep == Keep("detach", 1) and objective.base is None
     assert objective(model, row).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_the_divergence_from_the_base_grows_with_the_distance_and_holds_back():
-    train = config.Train(kl_to_base=0.5)
     model = tiny_model("llama", dtype=torch.float64)
-    objective, row = Objective.of(train, model, num_base_tokens=64), pack_trees(TREES)
+    objective, row = Objective.of(config.Loss(kl_coef=0.5), config.Memory(), model, 64), pack_trees(TREES)
     plain = row_loss(model, row).item()
     assert objective(model, row).item() == pytest.approx(plain, rel=1e-9)
     with torch.no_grad():

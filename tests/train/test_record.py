@@ -22,7 +22,7 @@ from tiny import branching, chain, tiny_tokenizer
 
 
 def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_path):
-    prepared = prepare(config.load(run_file(eval_rows=conversations(2)), ["data.max_row_tokens=256"]))
+    prepared = prepare(config.load(run_file(eval_rows=conversations(2)), ["data.max_length=256"]))
     execute(prepared, Console(file=io.StringIO()))
     folder = Path(prepared.run.out)
     environment = json.loads((folder / "environment.json").read_text())
@@ -36,7 +36,8 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert environment["model"]["config_sha256"] and environment["model"]["weights"][0]["num_bytes"] > 0
     assert environment["template"]["name"] == "chatml" and environment["versions"]["torch"] == torch.__version__
     data = json.loads((folder / "data.json").read_text())
-    assert data["num_examples"] == 12 and data["num_steps"] == 4 and data["tokens"]["computed"] > 0
+    assert (data["num_examples"], data["examples_per_epoch"], data["num_steps"]) == (14, 12, 4)
+    assert data["tokens"]["computed"] > 0
     assert sum(data["lengths"]["trees"]["counts"]) == 12 == sum(data["lengths"]["targets"]["counts"])
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     by_source = {tree.source: tree for tree in prepared.train}

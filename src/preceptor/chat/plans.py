@@ -254,5 +254,5 @@ class RenderCache:
                     list(messages), tools=tools, chat_template=text, tokenize=False, **arguments
                 )
             )
-        except Exception as error:  # transformers refuses what the sandbox here allows
+        except Exception as error:  # transformers rejects what the sandbox here allows
             raise Rejected("render_differs", f"template {template.name} in transformers: {error}") from error

@@ -7,7 +7,7 @@ For each turn k, with the template arguments that a server would use:
 5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
 6. `tree.GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
 
-Codes of refusals and what to do about each: `refusals.ADVICE`.
+Codes of rejections and what to do about each: `rejections.ADVICE`.
 """
 
 import json
@@ -29,7 +29,7 @@ from preceptor.data.forest import Kind, Segment, Tree
 from preceptor.data.rejections import Rejected
 
 Targets = Literal["assistant", "last", "all"]
-SpecialTokens = Literal["refuse", "plain", "allow"]
+SpecialTokens = Literal["reject", "plain", "allow"]
 
 
 class Renderer:
@@ -46,7 +46,7 @@ class Renderer:
         template: Template | None,
         *,
         stop_token_ids: Collection[int],
-        special_tokens_in_text: SpecialTokens = "refuse",
+        special_tokens_in_text: SpecialTokens = "reject",
         targets: Targets = "assistant",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -91,8 +91,8 @@ class Renderer:
             if tree.num_trained == 0:
                 raise Rejected("nothing_to_predict", "the record has no token to train")
             return tree
-        except Rejected as refused:
-            return Rejection(record.source, refused.code, str(refused))
+        except Rejected as rejected:
+            return Rejection(record.source, rejected.code, str(rejected))
 
     # Plain text ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Renderer:
         if stencilled is not None and not self._cache.compares_stencil():
             return stencilled
         if stencilled is not None:
-            self._cache.stencils = False  # unless the proof, which may refuse, comes to the same
+            self._cache.stencils = False  # unless the proof, which may reject, comes to the same
         tree = GrowingTree(all_targets=self.targets == "all")
         for k, weight in zip(turns, weights, strict=True):
             context, target, texts = self._turn(renders, k, arguments, spelled_out)
@@ -189,13 +189,13 @@ class Renderer:
         self, renders: Renders, k: int, arguments: Mapping[str, Any], spelled_out: bool
     ) -> tuple[Context, Ids, tuple[str, str]]:
         """(context, target ids, their texts) of turn k. Raises Rejected."""
-        refused: Rejected | None = None
+        rejected: Rejected | None = None
         for attempt in self._attempts(renders.messages[k], arguments):
             try:
                 turn = renders.turn(k, attempt)
                 target = target_of(turn, self._stops)
             except Rejected as error:
-                refused = refused or error
+                rejected = rejected or error
                 continue
             if spelled_out:
                 context = Context(self._tokeniser.plain(turn.prompt_marked().runs(), self._special), 0)
@@ -209,8 +209,8 @@ class Renderer:
             if not self._tokeniser.spells_all(target_ids, target):
                 raise Rejected("unknown_token", turn.where)
             return context, target_ids, (turn.prompt, target)
-        assert refused is not None
-        raise refused
+        assert rejected is not None
+        raise rejected
 
     def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The template arguments to try: those that turn reasoning on where the turn has some and off where not.
@@ -256,7 +256,7 @@ class Renderer:
         for match in self._special.finditer(text):
             if match.group() in own:
                 continue
-            if self.special_tokens_in_text == "refuse" or not may_be_plain:
+            if self.special_tokens_in_text == "reject" or not may_be_plain:
                 raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
             return True
         return False

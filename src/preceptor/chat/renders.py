@@ -111,7 +111,7 @@ class Renders:
                 done = Pass(marked, several)
                 done.run(template, self._template.all_variables((), self._tools, False, self._arguments[key]))
                 self._keep(plan, key, done)
-        except (LooksAhead, Exception):  # what the template refuses, it refuses one by one too, and there it is told
+        except (LooksAhead, Exception):  # what the template rejects, it rejects one by one too, and there it is told
             self._live.clear()
             return False
         compared = list(self._live) if self._cache.compares_pass() else [max(self._live, key=lambda r: r.num_messages)]
@@ -183,7 +183,7 @@ class Renders:
         return filled
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
-        """What the proof needs to know of turn k. Raises Rejected where the template refuses the messages."""
+        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
         key = self._key(arguments)
         prompt, full = Request(k, True, key), Request(k + 1, False, key)
         return Turn(
@@ -207,7 +207,7 @@ class Renders:
         return self._plain(request)
 
     def _followed(self, k: int, key: str) -> Followed | None:
-        """F with a message after turn k: a tool's result after tool calls, else a user's words; None if refused."""
+        """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
         end = range(self._num_leaves, self._num_leaves + 1)
         for role in ("tool", "user") if self.messages[k].get("tool_calls") else ("user",):
             try:
@@ -281,14 +281,14 @@ class Renders:
         }
 
     def _plain(self, request: Request) -> str:
-        """The render of plain strings. Raises Rejected where the template refuses the messages."""
+        """The render of plain strings. Raises Rejected where the template rejects the messages."""
         seen = self._seen[: request.num_messages]
         follower = [self._plain_follower(request)] if request.follower else []
         arguments = self._arguments[request.arguments]
         try:
             text = self._template.render_seen(seen + follower, self._tools, request.add_generation_prompt, arguments)
         except TemplateError as error:
-            raise Rejected("template_refuses", str(error)) from error
+            raise Rejected("template_rejects", str(error)) from error
         if self._cache.compares():
             given = [*self.messages[: request.num_messages], *follower]
             prompted = {"add_generation_prompt": request.add_generation_prompt, **arguments}

@@ -12,7 +12,7 @@ have rendered.
 
 Where an operation cannot be recorded, `exact` turns False and the tape is not used again. Where the origin of
 characters cannot be followed they count as the template's own and `lost` turns True; the proof, which misses the field
-then, refuses.
+then, rejects.
 """
 
 import json

@@ -112,7 +112,7 @@ class Template:
     ) -> str:
         """`tokenizer.apply_chat_template(messages, tools, add_generation_prompt=..., tokenize=False, **kwargs)`.
 
-        Raises TemplateError with the template's own message where it refuses the messages.
+        Raises TemplateError with the template's own message where it rejects the messages.
         """
         seen = [self.message_rules.apply(message) for message in messages]
         return self.render_seen(seen, tools, add_generation_prompt, kwargs)

@@ -27,7 +27,7 @@ class Turn:
 
     leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the turn itself. prompt:
     P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F with all leaves
-    marked. followed: F with a message after the turn; None where the template refuses that.
+    marked. followed: F with a message after the turn; None where the template rejects that.
     """
 
     where: str

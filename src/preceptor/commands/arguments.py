@@ -21,24 +21,24 @@ ModelPath = Annotated[
 ]
 DataFile = Annotated[str | None, typer.Option("--data", help="With --model: a data file.")]
 TemplateName = Annotated[
-    str | None, typer.Option("--template", help="With --model: the chat template, as in a run file.")
+    str | None, typer.Option("--chat-template", help="With --model: the chat template, as in a run file.")
 ]
 
 
-REFUSED = 3  # exit code of a check that does not pass, as for data that cannot be trained
+REJECTED = 3  # exit code of a check that does not pass, as for data that cannot be trained
 
 
-def run_of(run_file: Path | None, model: str | None, data: str | None, template: str | None) -> "Run":
+def run_of(run_file: Path | None, model: str | None, data: str | None, chat_template: str | None) -> "Run":
     """The run of a run file, or of --model and --data. Raises ConfigError."""
     from preceptor import config
 
     if (run_file is None) == (model is None and data is None):
         raise errors.ConfigError("name either a run file, or --model and --data")
     if run_file is not None:
-        if template is not None:
-            raise errors.ConfigError("--template goes with --model; a run file has data.template")
+        if chat_template is not None:
+            raise errors.ConfigError("--chat-template goes with --model; a run file has data.chat_template")
         return config.load(run_file)
     if model is None or data is None:
         raise errors.ConfigError("--model and --data go together")
-    tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "template": template}, "out": "-"}
+    tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "chat_template": chat_template}, "out": "-"}
     return config.build(tree, "command line")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from preceptor import errors
-from preceptor.commands.arguments import REFUSED, DataFile, ModelPath, OptionalRunFile, TemplateName, run_of
+from preceptor.commands.arguments import REJECTED, DataFile, ModelPath, OptionalRunFile, TemplateName, run_of
 from preceptor.commands.importing import large_imports
 
 
@@ -17,8 +17,8 @@ def show(
     run_file: OptionalRunFile = None,
     model: ModelPath = None,
     data: DataFile = None,
-    template: TemplateName = None,
-    row: Annotated[int | None, typer.Option(min=1, help="Only this row of the data, counted from 1.")] = None,
+    chat_template: TemplateName = None,
+    example: Annotated[int | None, typer.Option(min=1, help="Only this example of the data, counted from 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a conversation.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="A page on which to step through rows.")
@@ -31,30 +31,32 @@ def show(
 
     if html is not None:
         check_page_file(html, as_json)
-    run = run_of(run_file, model, data, template)
+    run = run_of(run_file, model, data, chat_template)
     renderer, records = _open_data(run)
     console = standard_console()
     if html is not None:
         about = f"{', '.join(source.path for source in run.data.train)}, as {run.model.path} reads it"
-        num_rows = write_page(html, records, renderer, about, row)
+        num_rows = write_page(html, records, renderer, about, example)
         console.print(f"rows in {html}: {num_rows}; open it in a browser", highlight=False)
     else:
-        num_rows = show_rows(records, renderer, row, as_json, console)
+        num_rows = show_rows(records, renderer, example, as_json, console)
     if not num_rows:
-        raise errors.DataError("the data has no rows" if row is None else f"--row {row}: the data has fewer rows")
+        raise errors.DataError(
+            "the data has no examples" if example is None else f"--example {example}: the data has fewer examples"
+        )
 
 
 def check(
     run_file: OptionalRunFile = None,
     model: ModelPath = None,
     data: DataFile = None,
-    template: TemplateName = None,
+    chat_template: TemplateName = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Prove every row of the data and count what is refused and why; exit code 3 unless the run file allows it."""
+    """Prove every row of the data and count what is rejected and why; exit code 3 unless the run file allows it."""
     from preceptor.data.sources import resolve
 
-    run = run_of(run_file, model, data, template)
+    run = run_of(run_file, model, data, chat_template)
     tables = [table for source in (*run.data.train, *run.data.eval) for table in resolve(source)]
     from preceptor.console import row_progress
     from preceptor.inspect.check import check_data, to_json
@@ -65,7 +67,7 @@ def check(
         found = to_json(check_data(run, renderer, on_row, num_processes=min(4, os.cpu_count() or 1)), run)
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
     if not found["passed"]:
-        raise typer.Exit(REFUSED)
+        raise typer.Exit(REJECTED)
 
 
 def template(
@@ -122,7 +124,7 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 def _renderer_for(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
     from preceptor import config
 
-    data = {"train": [{"path": "-"}], "template": template, "template_kwargs": template_kwargs}
+    data = {"train": [{"path": "-"}], "chat_template": template, "chat_template_kwargs": template_kwargs}
     tree = {"model": {"path": model}, "data": data, "out": "-"}
     return _renderer_of(config.build(tree, "command line"))
 

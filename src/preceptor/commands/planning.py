@@ -30,7 +30,11 @@ def plan(
     target = find_device(device)
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)
-    rate = measured_rate(half=run.train.precision == "bfloat16" or run.model.dtype == "bfloat16") if measure else None
+    rate = (
+        measured_rate(half=target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16")
+        if measure
+        else None
+    )
     found = make_plan(run, model, sample, target, world_size, rate)
     if model.shape is not None:
         none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}

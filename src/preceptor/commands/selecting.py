@@ -36,8 +36,8 @@ def select(
     diversity: Annotated[
         str, typer.Option(help="`facility-location`, `k-centre`, or `none`: the best rows, whatever they are like.")
     ] = "facility-location",
-    max_row_tokens: Annotated[
-        int, typer.Option(min=64, help="Tokens of a forward pass; a longer conversation is refused.")
+    max_length: Annotated[
+        int, typer.Option(min=64, help="Tokens of a forward pass; a longer conversation is rejected.")
     ] = 4096,
     replace: Annotated[bool, typer.Option("--replace", help="Replace FILE where it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -61,7 +61,7 @@ def select(
             "--model: name the base model, which tells how well the prompts help and how rows are alike; "
             "to do without, give --diversity none --weight difficulty=0 --weight loss=0"
         )
-    reader = None if model is None else load_reader(model, max_row_tokens)
+    reader = None if model is None else load_reader(model, max_length)
     with row_progress([*tables, *tables], "reading") as on_row:
         summary = select_rows(pool, reader, settings, out, explain, on_row)
     print(json.dumps(summary, indent=2, ensure_ascii=False) if as_json else to_text(summary))

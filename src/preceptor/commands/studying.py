@@ -27,7 +27,7 @@ def eval(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files, or `scholar:NAME`.")],
     as_json: AsJson = False,
     limit: Limit = None,
-    template: Annotated[
+    chat_template: Annotated[
         str | None, typer.Option(help="Chat template, as in a run file, or `plain`. Absent: the model's own.")
     ] = None,
     dtype: Dtype = "float32",
@@ -54,7 +54,7 @@ def eval(
 
     items: list[dict[str, Any]] = []
     with saying() as status:
-        subject = load_evaluated_model(model, dtype, device, template)
+        subject = load_evaluated_model(model, dtype, device, chat_template)
         found: dict[str, Any] = {
             "model": model,
             "reads": subject.reads,

@@ -32,7 +32,7 @@ def train(
     try:
         summary = execute(prepared, console, resume=resume, replace=replace)
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the newest checkpoint" if run.train.save_every else ""
+        hint = "; --resume goes on from the newest checkpoint" if run.checkpoint.every else ""
         print(f"interrupted{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
     console.print(f"done in {summary['seconds']:.0f} s; the model is in {run.out}/model", highlight=False)

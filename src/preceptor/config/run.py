@@ -1,18 +1,33 @@
 """The run file: what to train, on what, how, and where to put it. Frozen, typed, validated when built; no torch here.
 
 Every field (sections.py) has a good default except `model.path`, `data.train` and `out`. `load` reads a YAML file,
-applies `key=value` overrides, and refuses an unknown key by naming the nearest known one.
+applies `key=value` overrides, and rejects an unknown key by naming the nearest known one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from preceptor.config.sections import Adapter, Data, Eval, Model, Path_, Replay, Section, Train, nearest
+from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
+from preceptor.config.sections import (
+    Adapter,
+    Checkpoint,
+    Data,
+    Eval,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    Path_,
+    Replay,
+    Section,
+    Train,
+    nearest,
+)
 from preceptor.config.yaml_text import apply_override, dump_yaml, parse_yaml
 from preceptor.errors import ConfigError
 
@@ -23,6 +38,10 @@ class Run(Section):
     model: Model
     data: Data
     train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    loss: Loss = Loss()
+    memory: Memory = Memory()
+    checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     adapter: Adapter | None = None
     """Absent: full fine-tuning."""
@@ -41,18 +60,19 @@ class Run(Section):
                 "model.dtype: bfloat16 weights lose every update smaller than 1/256 of the weight in full fine-tuning. "
                 "Use `dtype: float32` with `train.precision: bfloat16`, or train an `adapter`"
             )
-        train, adapter = self.train, self.adapter
-        if train.duration.unit == "percent":
+        optimizer, adapter = self.optimizer, self.adapter
+        if self.train.duration.unit == "percent":
             raise ConfigError("train.duration: a run's length is in epochs or steps, not in percent of itself")
-        for key in ("duration", "save_every", "eval_every"):
-            duration = getattr(train, key)
-            if duration is not None and duration.count == 0:
-                raise ConfigError(f"train.{key}: must be more than 0" + ("" if key == "duration" else "; null: never"))
-        if train.learning_rate is None:
-            train = train.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
+        if self.train.duration.count == 0:
+            raise ConfigError("train.duration: must be more than 0")
+        for key, every in (("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every)):
+            if every is not None and every.count == 0:
+                raise ConfigError(f"{key}: must be more than 0; null: never")
+        if optimizer.learning_rate is None:
+            optimizer = optimizer.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
         if adapter is not None and adapter.alpha is None:
             adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
-        return self.model_copy(update={"train": train, "adapter": adapter})
+        return self.model_copy(update={"optimizer": optimizer, "adapter": adapter})
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -106,7 +126,7 @@ def beside(run: Run, folder: Path) -> Run:
         update={
             "train": [s.model_copy(update={"path": find(s.path)}) for s in run.data.train],
             "eval": [s.model_copy(update={"path": find(s.path)}) for s in run.data.eval],
-            "template": run.data.template and find(run.data.template),
+            "chat_template": run.data.chat_template and find(run.data.chat_template),
         }
     )
     tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks]})
@@ -116,28 +136,40 @@ def beside(run: Run, folder: Path) -> Run:
     return run.model_copy(update={"data": data, "eval": tasks, "replay": replay})
 
 
+def all_keys(section: type[BaseModel] = Run, place: str = "") -> Iterator[str]:
+    """Every key of the run file, dotted, such as `optimizer.learning_rate` and `data.train[].path`."""
+    for name, field in section.model_fields.items():
+        yield f"{place}{name}"
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{place}{name}{'[]' * (get_origin(field.annotation) is list)}.")
+
+
 def _sentence(detail: ErrorDetails) -> str:
     place = ".".join(str(part) for part in detail["loc"])
+    named = ".".join(part for part in detail["loc"] if isinstance(part, str))
     if detail["type"] == "missing":
         return f"{place}: required, but absent"
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
-        return f"{place}: unknown key; {nearest(str(detail['loc'][-1]), known)}"
+        section, _, name = named.rpartition(".")
+        return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, _known_keys(section))}"
+    if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:
+        return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     return f"{place}: {message[:1].lower()}{message[1:]}; found {detail['input']!r}"
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+def _known_keys(place: str) -> list[str]:
     section: type[BaseModel] = Run
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        section = _section_type(section.model_fields[part].annotation)
+    for part in place.split(".") if place else ():
+        inner = _section_type(section.model_fields[part].annotation)
+        assert inner is not None, place
+        section = inner
     return list(section.model_fields)
 
 
-def _section_type(annotation: Any) -> type[BaseModel]:
-    """The Section inside `Section`, `Section | None` or `list[Section]`."""
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The Section inside `Section`, `Section | None` or `list[Section]`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_section_type(inner) for inner in get_args(annotation) if inner is not type(None))
+    return next(filter(None, map(_section_type, get_args(annotation))), None)

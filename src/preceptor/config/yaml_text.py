@@ -43,7 +43,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     """Set one value in the tree of a run file, in place. Raises ConfigError if the key leads nowhere."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: write key=value, for example train.learning_rate=1e-4")
+        raise ConfigError(f"override {text!r}: write key=value, for example optimizer.learning_rate=1e-4")
     *parents, last = key.strip().split(".")
     try:
         parsed = parse_yaml(value)

@@ -17,21 +17,21 @@ from preceptor.data.prefix_sharing import chains_of
 class Loader:
     """The rows of a whole run. Every tree occurs once an epoch; epochs differ in packing and order, not in steps.
 
-    A step holds rows of one epoch, `rows_per_step` at most; an epoch's rows are spread evenly over its steps. Where
+    A step holds rows of one epoch, `batch_size` at most; an epoch's rows are spread evenly over its steps. Where
     conversations must not meet in a row (`apart`), each planned row becomes a row for each of its chains: the same
     steps over the same tokens, in smaller pieces.
     """
 
-    def __init__(self, trees: Sequence[Tree], max_row_tokens: int, rows_per_step: int, seed: int) -> None:
+    def __init__(self, trees: Sequence[Tree], max_length: int, batch_size: int, seed: int) -> None:
         assert trees
         self._trees = trees
         self._lengths = [tree.num_tokens for tree in trees]
-        self._max_row_tokens = max_row_tokens
+        self._max_length = max_length
         self._seed = seed
-        self.rows_per_step = rows_per_step
+        self.batch_size = batch_size
         self.alone = False
-        self.rows_per_epoch = count_rows(self._lengths, max_row_tokens, seed)
-        self.steps_per_epoch = math.ceil(self.rows_per_epoch / rows_per_step)
+        self.rows_per_epoch = count_rows(self._lengths, max_length, seed)
+        self.steps_per_epoch = math.ceil(self.rows_per_epoch / batch_size)
 
     def apart(self) -> "Loader":
         """The same steps for a model whose layers cannot keep conversations apart (model/checks/sequential.py)."""
@@ -43,7 +43,7 @@ class Loader:
     def plan(self, epoch: int) -> list[list[int]]:
         """Tree indices of each row of an epoch, in training order."""
         seed = self._seed * 1_000_003 + epoch
-        return plan_epoch(self._lengths, self._max_row_tokens, self.rows_per_epoch, seed)
+        return plan_epoch(self._lengths, self._max_length, self.rows_per_epoch, seed)
 
     def trees(self, planned_row: Sequence[int]) -> list[Tree]:
         return [self._trees[index] for index in planned_row]
@@ -69,7 +69,7 @@ class Loader:
     @property
     def fill(self) -> float:
         """Share of the rows' room that tokens take."""
-        return sum(self._lengths) / (self.rows_per_epoch * self._max_row_tokens)
+        return sum(self._lengths) / (self.rows_per_epoch * self._max_length)
 
 
 def lay_out(trees: Sequence[Tree], alone: bool) -> list[PackedSequence]:

@@ -1,4 +1,4 @@
-"""`train.normalize`: what one trained token counts, as weights. There is one way to divide a loss, and this is not it.
+"""`loss.reduction`: what one trained token counts, as weights. There is one way to divide a loss, and this is not it.
 
     step loss = sum_n  weight_n * loss_n  /  sum_n share_n           over the trained tokens of all rows of the step
 
@@ -17,30 +17,30 @@ from typing import Literal
 
 from preceptor.data.forest import Tree
 
-Normalize = Literal["token", "conversation"]
+Reduction = Literal["token", "conversation"]
 
 
-def share_of(tree: Tree, normalize: Normalize) -> float:
+def share_of(tree: Tree, reduction: Reduction) -> float:
     """What each trained token of the tree, which is one conversation, adds to the divisor; 0 where it has none."""
-    if normalize == "token":
+    if reduction == "token":
         return 1.0
     return 1.0 / tree.num_trained if tree.num_trained else 0.0
 
 
-def weigh(tree: Tree, normalize: Normalize) -> Tree:
+def weigh(tree: Tree, reduction: Reduction) -> Tree:
     """The tree with its segments' weights times their share."""
-    share = share_of(tree, normalize)
+    share = share_of(tree, reduction)
     if share == 1.0:
         return tree
     return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
 
 
-def step_divisor(conversations: Iterable[Tree], normalize: Normalize) -> float:
+def step_divisor(conversations: Iterable[Tree], reduction: Reduction) -> float:
     """By what the weighted loss of a step is divided: its trained tokens, or its conversations that have any.
 
     conversations: as they were before `weigh`.
     """
-    return sum(share_of(tree, normalize) * tree.num_trained for tree in conversations)
+    return sum(share_of(tree, reduction) * tree.num_trained for tree in conversations)
 
 
 def draw_replay(replay: Sequence[Tree], tuning: Sequence[Tree], share: float, seed: int) -> list[Tree]:

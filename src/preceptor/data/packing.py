@@ -19,49 +19,49 @@ _LONG = 0.9  # the quantile of the lengths that counts as long; with the median,
 _TRIES = 4
 
 
-def plan_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, each index once, no row over `max_row_tokens`, in an order that `seed` chooses.
+def plan_rows(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, each index once, no row over `max_length`, in an order that `seed` chooses.
 
-    Raises ValueError for a length over `max_row_tokens`.
+    Raises ValueError for a length over `max_length`.
     """
     rng = np.random.default_rng(seed)
-    return _shuffled(_fill_rows(_checked(lengths, max_row_tokens), max_row_tokens, rng), rng)
+    return _shuffled(_fill_rows(_checked(lengths, max_length), max_length, rng), rng)
 
 
-def count_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> int:
+def count_rows(lengths: Sequence[int], max_length: int, seed: int) -> int:
     """How many rows each epoch shall have: as many as two ways of planning need, and half a percent over."""
-    lengths_N = _checked(lengths, max_row_tokens)
-    filled = _fill_rows(lengths_N, max_row_tokens, np.random.default_rng(seed))
-    decreasing = best_fit_decreasing(lengths_N, max_row_tokens, np.random.default_rng(seed))
+    lengths_N = _checked(lengths, max_length)
+    filled = _fill_rows(lengths_N, max_length, np.random.default_rng(seed))
+    decreasing = best_fit_decreasing(lengths_N, max_length, np.random.default_rng(seed))
     num_rows = max(len(filled), len(decreasing))
     return min(len(lengths_N), num_rows + num_rows // 200)
 
 
-def plan_epoch(lengths: Sequence[int], max_row_tokens: int, num_rows: int, seed: int) -> list[list[int]]:
+def plan_epoch(lengths: Sequence[int], max_length: int, num_rows: int, seed: int) -> list[list[int]]:
     """As `plan_rows`, in exactly `num_rows` rows (from `count_rows`), so that all epochs take the same steps.
 
     Plans of two seeds differ by a few rows in a thousand. One that has too many is drawn anew, at last by best-fit
     decreasing, which makes the same number for every seed; where there are too few, rows of many records are halved.
     Raises ValueError as `plan_rows`, and for a `num_rows` that cannot be kept.
     """
-    lengths_N = _checked(lengths, max_row_tokens)
+    lengths_N = _checked(lengths, max_length)
     for attempt in range(_TRIES):
         rng = np.random.default_rng([seed, attempt])
-        rows = _fill_rows(lengths_N, max_row_tokens, rng)
+        rows = _fill_rows(lengths_N, max_length, rng)
         if len(rows) <= num_rows:
             break
     else:
         rng = np.random.default_rng([seed, _TRIES])
-        rows = best_fit_decreasing(lengths_N, max_row_tokens, rng)
+        rows = best_fit_decreasing(lengths_N, max_length, rng)
     if not len(rows) <= num_rows <= len(lengths_N):
         raise ValueError(f"{len(lengths_N)} records make {len(rows)} rows, not {num_rows}")
     return _shuffled(_halved(rows, num_rows), rng)
 
 
-def _checked(lengths: Sequence[int], max_row_tokens: int) -> np.ndarray:
+def _checked(lengths: Sequence[int], max_length: int) -> np.ndarray:
     lengths_N = np.asarray(lengths, dtype=np.int64)
-    if len(lengths_N) and lengths_N.max() > max_row_tokens:
-        raise ValueError(f"record {int(lengths_N.argmax())} has {lengths_N.max()} tokens, a row holds {max_row_tokens}")
+    if len(lengths_N) and lengths_N.max() > max_length:
+        raise ValueError(f"record {int(lengths_N.argmax())} has {lengths_N.max()} tokens, a row holds {max_length}")
     return lengths_N
 
 
@@ -69,7 +69,7 @@ def _shuffled(rows: list[list[int]], rng: np.random.Generator) -> list[list[int]
     return [rows[r] for r in rng.permutation(len(rows)).tolist()]
 
 
-def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
+def _fill_rows(lengths_N: np.ndarray, max_length: int, rng: np.random.Generator) -> list[list[int]]:
     """Row after row, full to the brim; the last rows hold what is left. 1 to 3 us a record."""
     if not len(lengths_N):
         return []
@@ -86,7 +86,7 @@ def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Genera
         if taken[first]:
             continue
         row: list[int] = []
-        free = max_row_tokens
+        free = max_length
         for next_place in range(place, num):  # as they come
             index = order[next_place]
             if taken[index]:
@@ -111,7 +111,7 @@ def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Genera
     return rows
 
 
-def best_fit_decreasing(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
+def best_fit_decreasing(lengths_N: np.ndarray, max_length: int, rng: np.random.Generator) -> list[list[int]]:
     """The longest first, each to the fullest row that still holds it; ties between equal lengths are shuffled."""
     shuffled = rng.permutation(len(lengths_N))
     order = shuffled[np.argsort(-lengths_N[shuffled], kind="stable")]
@@ -127,7 +127,7 @@ def best_fit_decreasing(lengths_N: np.ndarray, max_row_tokens: int, rng: np.rand
                 occurring ^= 1 << free
             rows[row].append(index)
         else:
-            row, free = len(rows), max_row_tokens
+            row, free = len(rows), max_length
             rows.append([index])
         rows_with_free.setdefault(free - length, []).append(row)
         occurring |= 1 << (free - length)

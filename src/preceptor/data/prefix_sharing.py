@@ -3,7 +3,7 @@
     "Name a colour." -> "Red."                    c ─┬─ "Red."
     "Name a colour." -> "Teal, for example."  ->     └─ "Teal, for example."
 
-`group_prompts` makes one tree of those whose first context is the same, token for token, and of those whose first
+`share_prefixes` makes one tree of those whose first context is the same, token for token, and of those whose first
 contexts begin with the same `MIN_SHARED_TOKENS` or more, such as a long system prompt. Only contexts are shared: what
 is trained stays trained as often as before, and each target reads exactly what it read before, so loss and gradient
 are those of the separate trees. `chains_of` is the way back, for models that can read one chain at a time only.
@@ -38,8 +38,8 @@ def chains_of(tree: Tree) -> list[Tree]:
     return chains
 
 
-def group_prompts(trees: Sequence[Tree], max_row_tokens: int, seed: int) -> list[Tree]:
-    """The same trained tokens in fewer trees of at most `max_row_tokens`, those that share nothing as they were.
+def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tree]:
+    """The same trained tokens in fewer trees of at most `max_length`, those that share nothing as they were.
 
     Copies of one tree (a source's weight) stay apart, so that a row seen twice an epoch is not seen twice at once. What
     shares a mere beginning is put together in groups of a few, drawn by `seed`, so that rows stay mixed.
@@ -47,7 +47,7 @@ def group_prompts(trees: Sequence[Tree], max_row_tokens: int, seed: int) -> list
     grouped: list[Tree] = []
     for copies in _apart(trees):
         whole = _by_beginning(copies, None)
-        copies = [tree for group in whole for tree in _merged(group, len(_root(group[0])), max_row_tokens, seed)]
+        copies = [tree for group in whole for tree in _merged(group, len(_root(group[0])), max_length, seed)]
         longest = max(len(_root(tree)) for tree in copies)
         for power in range(longest.bit_length(), MIN_SHARED_TOKENS.bit_length() - 2, -1):
             left: list[Tree] = []
@@ -56,7 +56,7 @@ def group_prompts(trees: Sequence[Tree], max_row_tokens: int, seed: int) -> list
                     left += group
                     continue
                 shared = _num_shared([_root(tree) for tree in group])
-                most_tokens = min(max_row_tokens, max(4 * shared, max_row_tokens // 4))
+                most_tokens = min(max_length, max(4 * shared, max_length // 4))
                 grouped += _merged(group, shared, most_tokens, seed)
             copies = left
         grouped += copies

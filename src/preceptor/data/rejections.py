@@ -14,10 +14,10 @@ ADVICE: dict[str, str] = {
     "nothing_to_predict": "a record needs at least two tokens, one to read and one to predict",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
-    "data.template",
+    "data.chat_template",
     "no_prompt": "no server asks a model to speak before anyone has said anything: put a user message first, or set "
     "train: false on this message",
-    "template_refuses": "change the messages as the template asks, or choose another template",
+    "template_rejects": "change the messages as the template asks, or choose another template",
     "arguments_not_object": "write a tool call's arguments as an object, or as a string that holds a JSON object",
     "render_differs": "the template does something that cannot be followed exactly: choose another, and report it",
     # what the template makes of the turn
@@ -55,7 +55,7 @@ class Rejected(Exception):
 
 @dataclass(slots=True)
 class Reason:
-    """How many rows were refused with one code; `first` is the first of them, whose sentence says what to do."""
+    """How many rows were rejected with one code; `first` is the first of them, whose sentence says what to do."""
 
     first: Rejection
     count: int
@@ -63,16 +63,16 @@ class Reason:
 
 
 class RejectionCounts:
-    """Counts refusals. allowed: the codes for which rows may be left out (`data.refusals`)."""
+    """Counts rejections. allowed: the codes for which rows may be left out (`data.allow_rejected`)."""
 
-    def __init__(self, allowed: Collection[str] = (), refusals: Iterable[Rejection] = ()) -> None:
+    def __init__(self, allowed: Collection[str] = (), rejections: Iterable[Rejection] = ()) -> None:
         self._allowed = frozenset(allowed)
         self._reasons: dict[str, Reason] = {}
-        for refusal in refusals:
-            self.add(refusal)
+        for rejection in rejections:
+            self.add(rejection)
 
-    def add(self, refusal: Rejection) -> None:
-        reason = self._reasons.setdefault(refusal.code, Reason(refusal, 0, refusal.code in self._allowed))
+    def add(self, rejection: Rejection) -> None:
+        reason = self._reasons.setdefault(rejection.code, Reason(rejection, 0, rejection.code in self._allowed))
         reason.count += 1
 
     @property
@@ -81,7 +81,7 @@ class RejectionCounts:
         return sorted(self._reasons.values(), key=lambda reason: -reason.count)
 
     @property
-    def num_refused(self) -> int:
+    def num_rejected(self) -> int:
         return sum(reason.count for reason in self._reasons.values())
 
     @property
@@ -90,7 +90,7 @@ class RejectionCounts:
 
     @property
     def never_seen(self) -> list[str]:
-        """Allowed codes that no refusal has: perhaps misspelt."""
+        """Allowed codes that no rejection has: perhaps misspelt."""
         return sorted(self._allowed - self._reasons.keys())
 
     def __str__(self) -> str:

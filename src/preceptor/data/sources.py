@@ -51,13 +51,13 @@ def read_rows(source: Source | str) -> Rows:
 
 
 def read_records(source: Source | str) -> Iterator[Example | Rejection]:
-    """Each row as a record or a refusal. Raises DataError as `read_rows`, and for columns that are not there."""
+    """Each row as a record or a rejection. Raises DataError as `read_rows`, and for columns that are not there."""
     for entry in read_entries(source):
         yield entry.record
 
 
 def read_entries(source: Source | str) -> Iterator[Entry]:
-    """Each row as a record or a refusal, with its table and format. Raises DataError as `read_records`."""
+    """Each row as a record or a rejection, with its table and format. Raises DataError as `read_records`."""
     source = _source(source)
     for table in resolve(source):
         for place, row in _named(table, source):

@@ -1,6 +1,6 @@
-"""What becomes of records that are longer than a row: `data.too_long`.
+"""What becomes of records that are longer than a row: `data.overflow`.
 
-`refuse`: they are not trained. `truncate_context`: the oldest messages are left out, as a chat program does when a
+`reject`: they are not trained. `truncate_context`: the oldest messages are left out, as a chat program does when a
 conversation outgrows the model's context. `split`: nothing is left out; the turns are shared among several examples.
 
     system │ user 1 │ turn 1 │ user 2 │ turn 2 │ user 3 │ turn 3 │ user 4 │ turn 4
@@ -15,7 +15,7 @@ with a user's message; within the last exchange, an assistant's messages with th
 beginning of the text of the user's message (or of a completion's prompt). System messages stay. In `split`, a turn
 that does not fit with all that was said before it comes with about half a row of it at least, as messages allow, and
 with more where the turns of its example leave room. Plain text is cut into rows; each piece begins with the last token
-of the one before, so that every token is trained once. A target that is longer than a row is refused.
+of the one before, so that every token is trained once. A target that is longer than a row is rejected.
 """
 
 from bisect import bisect_left
@@ -26,7 +26,7 @@ from typing import Literal, Protocol
 from preceptor.data.examples import Completion, Conversation, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree
 
-TooLong = Literal["refuse", "truncate_context", "split"]
+Overflow = Literal["reject", "truncate_context", "split"]
 ExampleTree = tuple[Example, Tree]
 
 _CUT_TRIES = 12  # renders in search of the longest end of a text that fits
@@ -73,31 +73,31 @@ class Shortened:
 class Fitter:
     """Makes records fit a row; counts in `shortened` what it did."""
 
-    def __init__(self, renderer: Renders, max_row_tokens: int, too_long: TooLong) -> None:
+    def __init__(self, renderer: Renders, max_length: int, overflow: Overflow) -> None:
         self._renderer = renderer
-        self._max_row_tokens = max_row_tokens
-        self._too_long = too_long
+        self._max_length = max_length
+        self._overflow = overflow
         self.shortened = Shortened()
 
     def fit(self, record: Example | Rejection, tree: Tree | Rejection) -> list[ExampleTree] | Rejection:
-        """A record as it is, or what stands for it; the refusal of one that has one or cannot be made to fit."""
+        """A record as it is, or what stands for it; the rejection of one that has one or cannot be made to fit."""
         if isinstance(tree, Rejection):
             return tree
         assert not isinstance(record, Rejection)
-        if tree.num_tokens <= self._max_row_tokens:
+        if tree.num_tokens <= self._max_length:
             return [(record, tree)]
-        if self._too_long == "refuse":
-            return self._refusal(record, f"it has {tree.num_tokens:,} tokens", "or set data.too_long")
+        if self._overflow == "reject":
+            return self._rejection(record, f"it has {tree.num_tokens:,} tokens", "or set data.overflow")
         done = Shortened()
-        if isinstance(record, Conversation) and not (self._too_long == "split" and self._renderer.targets == "all"):
-            found = self._split(record, done) if self._too_long == "split" else self._truncate(record, done)
+        if isinstance(record, Conversation) and not (self._overflow == "split" and self._renderer.targets == "all"):
+            found = self._split(record, done) if self._overflow == "split" else self._truncate(record, done)
         elif isinstance(record, Completion):
             found = self._cut(record, done)
         else:
             found = self._pieces(record, tree)
         if isinstance(found, Rejection):
             return found
-        if self._too_long == "split" and len(found) > 1:
+        if self._overflow == "split" and len(found) > 1:
             done.num_split, done.num_parts = 1, len(found)
             named = enumerate(found, start=1)
             found = [(r, replace(t, source=f"{t.source} (part {n} of {len(found)})")) for n, (r, t) in named]
@@ -106,8 +106,8 @@ class Fitter:
         self.shortened.add(done)
         return found
 
-    def _refusal(self, record: Example, found: str, advice: str) -> Rejection:
-        sentence = f"{found}, a row holds {self._max_row_tokens:,}: raise data.max_row_tokens, {advice}"
+    def _rejection(self, record: Example, found: str, advice: str) -> Rejection:
+        sentence = f"{found}, a row holds {self._max_length:,}: raise data.max_length, {advice}"
         return Rejection(record.source, "too_long", sentence)
 
     # Conversations ----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class Fitter:
         num_options = len(options)
         start = None if first else _first(1, lambda _: self._fits(example(0)))
         if start is None:
-            start = _first(num_options, lambda option: self._fits(example(option), self._max_row_tokens // 2))
+            start = _first(num_options, lambda option: self._fits(example(option), self._max_length // 2))
         if start is None:
             start = _first(num_options, lambda option: self._fits(example(option)))
         if start is None:
@@ -180,7 +180,7 @@ class Fitter:
         return None if isinstance(tree, Rejection) else (record, tree)
 
     def _fits(self, example: ExampleTree | None, most_tokens: int | None = None) -> bool:
-        return example is not None and example[1].num_tokens <= (most_tokens or self._max_row_tokens)
+        return example is not None and example[1].num_tokens <= (most_tokens or self._max_length)
 
     def _first_that_fits(self, example: Callable[[int], ExampleTree | None], num_options: int) -> ExampleTree | None:
         option = _first(num_options, lambda option: self._fits(example(option)))
@@ -195,10 +195,10 @@ class Fitter:
         best = self._rendered(_with_text(record, text[short:])) if text else None
         whole = self._rendered(record)
         if best is None or whole is None or not self._fits(best):
-            return self._refusal(record, "its last turn is too long even without what comes before", "or shorten it")
+            return self._rejection(record, "its last turn is too long even without what comes before", "or shorten it")
         fewest, most = best[1].num_tokens, whole[1].num_tokens
         for _ in range(_CUT_TRIES):
-            share = (self._max_row_tokens - fewest) / (most - fewest)
+            share = (self._max_length - fewest) / (most - fewest)
             at = len(text) - len(_end(text, int((short - long) * share) + len(text) - short))
             if not long < at < short:
                 break
@@ -214,20 +214,20 @@ class Fitter:
 
     def _pieces(self, record: Example, tree: Tree) -> list[ExampleTree] | Rejection:
         """A chain of which every token is trained, cut into rows."""
-        if self._too_long != "split":
+        if self._overflow != "split":
             found = f"all its {tree.num_tokens:,} tokens are trained"
-            return self._refusal(record, found, "or set data.too_long: split")
+            return self._rejection(record, found, "or set data.overflow: split")
         if any(segment.parent != (index - 1 if index else None) for index, segment in enumerate(tree.segments)):
             found = f"it has {tree.num_tokens:,} tokens and its template rewrites earlier turns"
-            return self._refusal(record, found, "or set data.too_long: truncate_context")
+            return self._rejection(record, found, "or set data.overflow: truncate_context")
         pieces: list[list[Segment]] = [[]]
-        room = self._max_row_tokens
+        room = self._max_length
         for segment in tree.segments:
             ids = segment.ids
             while ids:
                 if not room:
                     pieces.append([Segment("context", pieces[-1][-1].ids[-1:], None)])
-                    room = self._max_row_tokens - 1
+                    room = self._max_length - 1
                 piece = pieces[-1]
                 parent = len(piece) - 1 if piece else None
                 piece.append(replace(segment, ids=ids[:room], parent=parent, text=""))

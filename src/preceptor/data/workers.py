@@ -35,7 +35,7 @@ from preceptor.errors import PreceptorError
 
 Given = TypeVar("Given", bound=Example | Rejection)
 Outcomes = list[Tree | Rejection]
-Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a refusal
+Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a rejection
 
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts

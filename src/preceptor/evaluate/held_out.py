@@ -87,12 +87,12 @@ def _number(record: Example, turn: int | None) -> int | None:
     return sum(message.role == "assistant" for message in record.messages[: turn + 1])
 
 
-def measure(model: Any, held_out: Sequence[HeldOut], max_row_tokens: int, alone: bool = False) -> dict[str, Any]:
+def measure(model: Any, held_out: Sequence[HeldOut], max_length: int, alone: bool = False) -> dict[str, Any]:
     """Figures of all targets, and `by_source`, `by_kind`, `by_turn`; each token counted once in each.
 
     Under the caller's autocast. Raises ValueError if there is no held-out target.
     """
-    losses = segment_losses(model, [each.tree for each in held_out], max_row_tokens, alone)
+    losses = segment_losses(model, [each.tree for each in held_out], max_length, alone)
     pairs = [
         (labels, own)
         for each, tree_losses in zip(held_out, losses, strict=True)

@@ -58,11 +58,11 @@ def must_read_alone(model: Any) -> bool:
     return False
 
 
-def segment_losses(model: Any, trees: Sequence[Tree], max_row_tokens: int, alone: bool = False) -> list[list[Losses]]:
+def segment_losses(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> list[list[Losses]]:
     """For each tree the losses of each of its segments (none for contexts), under the caller's autocast."""
     found = [[Losses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
     head = output_head(model)
-    for read in read_trees(model, trees, max_row_tokens, alone):
+    for read in read_trees(model, trees, max_length, alone):
         loss_N, correct_N = token_losses(
             read.hidden_MD,
             head.weight_VD,
@@ -80,11 +80,11 @@ def segment_losses(model: Any, trees: Sequence[Tree], max_row_tokens: int, alone
 
 
 @torch.no_grad()
-def read_trees(model: Any, trees: Sequence[Tree], max_row_tokens: int, alone: bool = False) -> Iterator[Read]:
+def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> Iterator[Read]:
     """Let the model read the trees, a row at a time, in a fixed order; the model is left in its mode."""
     paths = [(number, path) for number, tree in enumerate(trees) for path in (chains(tree) if alone else [whole(tree)])]
     lengths = [path.tree.num_tokens for _, path in paths]
-    plan = [[at] for at in range(len(paths))] if alone else plan_rows(lengths, max([max_row_tokens, *lengths]), seed=0)
+    plan = [[at] for at in range(len(paths))] if alone else plan_rows(lengths, max([max_length, *lengths]), seed=0)
     with evaluating(model):
         for indices in plan:
             row = pack_trees([paths[index][1].tree for index in indices], alone=alone)

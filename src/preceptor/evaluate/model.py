@@ -59,7 +59,7 @@ class EvaluatedModel:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, given: Given) -> str:
-        """What the model reads, as text. Raises TemplateError where the template refuses the messages."""
+        """What the model reads, as text. Raises TemplateError where the template rejects the messages."""
         if given.messages is None:
             return given.prompt or ""
         if self.template is None:
@@ -104,7 +104,7 @@ def load_evaluated_model(path: str, dtype: str, device: str, template: str | Non
         if missing:
             raise TemplateError(
                 f"template {chosen.name}: {path} has no token {', '.join(missing)}, so it was not trained with this "
-                f"template; let it read messages as plain text: --template {PLAIN}"
+                f"template; let it read messages as plain text: --chat-template {PLAIN}"
             )
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     model = load_model(folder, dtype=dtype, device=place)

@@ -96,7 +96,7 @@ def read_task(path: str) -> Task:
             raise DataError(f"{source}: a {found} item in a {kind} task; give each kind a file of its own")
         kind = found
         items.append(_READ[kind](row, source))
-    assert kind is not None, "a file without rows is refused when it is read"
+    assert kind is not None, "a file without rows is rejected when it is read"
     return Task(path, kind, tuple(items))
 
 

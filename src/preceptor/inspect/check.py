@@ -7,7 +7,7 @@ sources have a weight or a count, an epoch's rows (the *mixture*) are counted ap
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -67,21 +67,21 @@ class TableCount:
     part: str
     name: str
     formats: Counter[str] = field(default_factory=Counter)
-    num_rows: int = 0
-    num_refused: int = 0
+    num_examples: int = 0
+    num_rejected: int = 0
     num_tokens: int = 0
     num_trained: int = 0
 
 
 @dataclass
 class Check:
-    """All that is counted. Lengths, samples and duplicates are of the rows to train on, refusals of all.
+    """All that is counted. Lengths, samples and duplicates are of the rows to train on, rejections of all.
 
     trained: trained tokens of each tree. tree_of_turn: which tree a turn is of. tree_ends: how many trees there are up
     to and with those of each source.
     """
 
-    allowed: dict[str, Any]
+    allowed: Collection[str]
     tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
     rows: Lengths = field(default_factory=Lengths)
     contexts: Lengths = field(default_factory=Lengths)
@@ -99,7 +99,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether something is left to train and every refusal is one that the run file allows."""
+        """Whether something is left to train and every rejection is one that the run file allows."""
         return self.tally.num_not_allowed == 0 and len(self.train) > 0
 
     def count_tree(self, tree: Tree, whole: bool) -> None:
@@ -123,18 +123,18 @@ def check_data(
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read.
     """
-    found = Check(run.data.refusals)
-    fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
+    found = Check(run.data.allow_rejected)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
     found.shortened = fitter.shortened
     for part, sources in (("train", run.data.train), ("eval", run.data.eval)):
         for source in sources:
             for entry, tree in _rendered(source, renderer, num_processes):
                 table = found.tables.setdefault((part, entry.table), TableCount(part, entry.table))
-                table.num_rows += 1
+                table.num_examples += 1
                 table.formats[entry.format] += 1
                 fitted = fitter.fit(entry.record, tree)
                 if isinstance(fitted, Rejection):
-                    table.num_refused += 1
+                    table.num_rejected += 1
                     found.tally.add(fitted)
                 else:
                     assert not isinstance(entry.record, Rejection)
@@ -142,7 +142,7 @@ def check_data(
                         table.num_tokens += tree.num_tokens
                         table.num_trained += tree.num_trained
                         if part == "train":
-                            found.count_tree(tree, whole=run.data.targets == "all")
+                            found.count_tree(tree, whole=run.data.train_on == "all")
                     (found.train if part == "train" else found.held_out).add(entry.record)
                 on_row()
             if part == "train":
@@ -203,17 +203,17 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
     num_tokens = sum(table.num_tokens for table in train)
     num_trained = sum(table.num_trained for table in train)
     saved = found.num_sample_tokens - num_tokens
-    num_rows = sum(table.num_rows for table in found.tables.values())
+    num_examples = sum(table.num_examples for table in found.tables.values())
     return {
         "passed": found.passed,
-        "num_rows": num_rows,
-        "num_refused": found.tally.num_refused,
-        "num_refused_not_allowed": found.tally.num_not_allowed,
-        "refusals": [
+        "num_examples": num_examples,
+        "num_rejected": found.tally.num_rejected,
+        "num_rejected_not_allowed": found.tally.num_not_allowed,
+        "rejections": [
             {
                 "code": reason.first.code,
                 "count": reason.count,
-                "share": reason.count / num_rows,
+                "share": reason.count / num_examples,
                 "allowed": reason.allowed,
                 "first_at": reason.first.source,
                 "message": reason.first.message,
@@ -226,14 +226,14 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
                 "part": table.part,
                 "name": table.name,
                 "formats": dict(table.formats.most_common()),
-                "num_rows": table.num_rows,
-                "num_refused": table.num_refused,
+                "num_examples": table.num_examples,
+                "num_rejected": table.num_rejected,
                 "num_tokens": table.num_tokens,
                 "num_trained": table.num_trained,
             }
             for table in found.tables.values()
         ],
-        "too_long": asdict(found.shortened),
+        "shortened": asdict(found.shortened),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
@@ -241,7 +241,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "num_tokens_saved_by_trees": saved,
         "share_saved_by_trees": saved / found.num_sample_tokens if found.num_sample_tokens else 0.0,
         "lengths": {
-            "row": found.rows.to_json(),
+            "example": found.rows.to_json(),
             "context": found.contexts.to_json(),
             "target": found.targets.to_json(),
         },
@@ -268,14 +268,14 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
         "lengths": {
-            "row": _summary(np.repeat(rows, times_N)),
+            "example": _summary(np.repeat(rows, times_N)),
             "context": _summary(np.repeat(found.contexts.all, turn_times)),
             "target": _summary(np.repeat(found.targets.all, turn_times)),
         },
         "sources": [
             {
                 "path": source.path,
-                "num_rows": int(times_N[start:end].sum()),
+                "num_examples": int(times_N[start:end].sum()),
                 "num_tokens": int(rows[start:end] @ times_N[start:end]),
                 "num_trained": int(trained_N[start:end] @ times_N[start:end]),
             }

@@ -9,16 +9,16 @@ from preceptor.data.truncation import Shortened
 def to_text(found: dict[str, Any]) -> str:
     """What `check.to_json` gives, as lines."""
     parts = [_files(found["files"]), _tokens(found), _mixture(found["mixture"])]
-    parts += [_repeated(found), _refusals(found), _verdict(found)]
+    parts += [_repeated(found), _rejections(found), _verdict(found)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _files(files: Sequence[dict[str, Any]]) -> str:
     lines = ["Files"]
     for file in files:
-        refused = f", {file['num_refused']:,} refused" if file["num_refused"] else ""
+        rejected = f", {file['num_rejected']:,} rejected" if file["num_rejected"] else ""
         held_out = "  (evaluation)" if file["part"] == "eval" else ""
-        lines.append(f"  {format_line(file['name'], file['formats'])}{refused}{held_out}")
+        lines.append(f"  {format_line(file['name'], file['formats'])}{rejected}{held_out}")
     return "\n".join(lines)
 
 
@@ -35,7 +35,7 @@ def _tokens(found: dict[str, Any]) -> str:
         f"one sample a turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
-    shortened = [f"  {line}" for line in str(Shortened(**found["too_long"])).splitlines()]
+    shortened = [f"  {line}" for line in str(Shortened(**found["shortened"])).splitlines()]
     return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *shortened])
 
 
@@ -62,7 +62,7 @@ def _mixture(mixture: Mapping[str, Any] | None) -> str:
     for source in mixture["sources"]:
         share = source["num_tokens"] / mixture["num_tokens"]
         trained = source["num_trained"] / mixture["num_trained"] if mixture["num_trained"] else 0.0
-        rows = _plural(source["num_rows"], "row")
+        rows = _plural(source["num_examples"], "row")
         lines.append(f"  {source['path']}: {rows}, {share:.1%} of the tokens, {trained:.1%} of the trained")
     return "\n".join(lines)
 
@@ -88,12 +88,12 @@ def _repeated(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _refusals(found: dict[str, Any]) -> str:
-    if not found["refusals"]:
+def _rejections(found: dict[str, Any]) -> str:
+    if not found["rejections"]:
         return ""
-    lines = [f"Refused: {found['num_refused']:,} of {_plural(found['num_rows'], 'row')}"]
-    for reason in found["refusals"]:
-        allowed = "  allowed by data.refusals" if reason["allowed"] else ""
+    lines = [f"Rejected: {found['num_rejected']:,} of {_plural(found['num_examples'], 'row')}"]
+    for reason in found["rejections"]:
+        allowed = "  allowed by data.allow_rejected" if reason["allowed"] else ""
         lines.append(f"  {reason['count']:>8,}  {reason['share']:>6.1%}  {reason['code']}{allowed}")
         lines.append(f"      first at {reason['first_at']}: {reason['message']}")
     return "\n".join(lines)
@@ -103,17 +103,17 @@ def _verdict(found: dict[str, Any]) -> str:
     lines = []
     if found["allowed_but_never_seen"]:
         codes = ", ".join(found["allowed_but_never_seen"])
-        lines.append(f"data.refusals allows {codes}, for which no row was refused; check the spelling")
-    if found["num_refused_not_allowed"]:
-        codes = ", ".join(f"{reason['code']}: allow" for reason in found["refusals"] if not reason["allowed"])
+        lines.append(f"data.allow_rejected allows {codes}, for which no row was rejected; check the spelling")
+    if found["num_rejected_not_allowed"]:
+        codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
         lines.append(
-            f"not passed: {_plural(found['num_refused_not_allowed'], 'row')} refused. Mend the data, or let such rows "
-            f"be left out with `data.refusals: {{{codes}}}`"
+            f"not passed: {_plural(found['num_rejected_not_allowed'], 'row')} rejected. Fix the data, or let "
+            f"such rows be left out with `data.allow_rejected: [{codes}]`"
         )
     elif not found["passed"]:
         lines.append("not passed: not a single row is left to train")
     else:
-        left_out = f" but {_plural(found['num_refused'], 'row')} that may be left out" if found["num_refused"] else ""
+        left_out = f" but {_plural(found['num_rejected'], 'row')} that may be left out" if found["num_rejected"] else ""
         lines.append(f"passed: every row is proved{left_out}")
     return "\n".join(lines)
 

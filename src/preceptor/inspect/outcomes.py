@@ -1,4 +1,4 @@
-"""What the proof makes of a small conversation: a chain, a tree (and what was rewritten), or a refusal."""
+"""What the proof makes of a small conversation: a chain, a tree (and what was rewritten), or a rejection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Rewrite:
 class Outcome:
     """What the proof makes of one kind of conversation.
 
-    left_out: what others said (or the tools) that the template does not show to the model. code, message: why refused.
+    left_out: what others said (or the tools) that the template does not show to the model. code, message: why rejected.
     """
 
     kind: str
@@ -60,7 +60,7 @@ def outcome(probe: Probe, tree: Tree | Rejection, renderer: Renderer, template: 
 def render_or_none(
     template: Template, messages: Sequence[Mapping[str, Any]], tools: Any = None, prompt: bool = False, **arguments: Any
 ) -> str | None:
-    """The render; None where the template refuses the messages."""
+    """The render; None where the template rejects the messages."""
     try:
         return template.render(messages, tools, prompt, **arguments)
     except TemplateError:

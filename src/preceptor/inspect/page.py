@@ -79,12 +79,12 @@ def make_page(records: Iterable[Example | Rejection], renderer: Renderer, about:
 
 def _note(num_rows: int, row: int | None, complete: bool) -> str:
     if row is not None:
-        return f"Row {row} of the data, as asked for with --row {row}."
+        return f"Row {row} of the data, as asked for with --example {row}."
     if complete:
         return f"All {num_rows} rows of the data." if num_rows > 1 else "The only row of the data."
     return (
         f"The first {num_rows} rows of the data; a page holds at most {MAX_ROWS} rows or {MAX_TOKENS:,} tokens. "
-        "`--row N` shows any other."
+        "`--example N` shows any other."
     )
 
 
@@ -160,7 +160,7 @@ def _num_saved(tree: Tree) -> int:
 
 
 def _given(record: Example | Rejection) -> Iterator[tuple[str, str]]:
-    """What the file holds of a refused record, as (name, text)."""
+    """What the file holds of a rejected record, as (name, text)."""
     if isinstance(record, Conversation):
         if record.tools:
             yield "tools", json.dumps(record.tools, ensure_ascii=False, indent=1)

@@ -12,7 +12,7 @@ from preceptor.chat.token_text import pieces_of
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 
-FIRST_ROWS = 5  # in the terminal, without --row
+FIRST_ROWS = 5  # in the terminal, without --example
 
 # Neighbouring tokens differ in shade, so that their borders can be seen.
 _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
@@ -36,7 +36,7 @@ def show_rows(
             if not isinstance(rendered, Rejection):
                 console.print(summary_line(rendered), style="italic", highlight=False)
             if row is None and num_shown == FIRST_ROWS:
-                console.print(f"the first {FIRST_ROWS} rows; --row N shows another, --json all", highlight=False)
+                console.print(f"the first {FIRST_ROWS} rows; --example N shows another, --json all", highlight=False)
                 break
         if row is not None:
             break
@@ -44,21 +44,21 @@ def show_rows(
 
 
 def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
-    """One object a conversation: its segments, each continuing its parent's ids, or its refusal."""
+    """One object a conversation: its segments, each continuing its parent's ids, or its rejection."""
     if isinstance(rendered, Rejection):
-        refusal = {"code": rendered.code, "message": rendered.message}
-        return {"source": source, "segments": [], "refusal": refusal}
+        rejection = {"code": rendered.code, "message": rendered.message}
+        return {"source": source, "segments": [], "rejection": rejection}
     segments = [
         {"id": index, "parent": segment.parent, "kind": segment.kind, "ids": list(segment.ids), "text": segment.text}
         for index, segment in enumerate(rendered.segments)
     ]
-    return {"source": source, "segments": segments, "refusal": None}
+    return {"source": source, "segments": segments, "rejection": None}
 
 
 def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
     """Coloured text for a terminal: tokens with their borders, line ends and special tokens visible."""
     if isinstance(rendered, Rejection):
-        return Text.assemble((f"refused: {rendered.code}: ", "bold red"), rendered.message)
+        return Text.assemble((f"rejected: {rendered.code}: ", "bold red"), rendered.message)
     text = Text()
     for index, segment in enumerate(rendered.segments):
         branches = segment.parent is not None and segment.parent != index - 1

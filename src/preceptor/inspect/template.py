@@ -28,7 +28,7 @@ class System:
     default: what the template itself says before the first message; default_stays: also when a system prompt is given.
     """
 
-    place: Literal["own", "merged", "dropped", "refused"]
+    place: Literal["own", "merged", "dropped", "rejected"]
     moves: bool
     developer: bool
     default: str
@@ -142,10 +142,12 @@ def _system(template: Template, stop_tokens: Sequence[str]) -> System:
     )
 
 
-def _place(plain: str, given: str | None, stop_tokens: Sequence[str]) -> Literal["own", "merged", "dropped", "refused"]:
+def _place(
+    plain: str, given: str | None, stop_tokens: Sequence[str]
+) -> Literal["own", "merged", "dropped", "rejected"]:
     """Own: what opens a user's message, or a stop token, stands between the system prompt and the user's words."""
     if given is None:
-        return "refused"
+        return "rejected"
     if SYSTEM not in given:
         return "dropped"
     between = given[given.find(SYSTEM) + len(SYSTEM) : given.find(QUESTIONS[0])]
@@ -234,7 +236,7 @@ _PLACES = {
     "own": "in a place of its own",
     "merged": "merged into the user's message",
     "dropped": "LEFT OUT: the model never sees it",
-    "refused": "refused by the template",
+    "rejected": "rejected by the template",
 }
 _ARGUMENTS = {
     "object": "arguments as objects (strings of JSON are converted)",
@@ -282,7 +284,7 @@ def _prompt(found: dict[str, Any]) -> Iterator[str]:
     yield "default system prompt: " + (f'"{_shortened(system["default"])}"' if system["default"] else "none")
     if system["default_stays"]:
         yield "    stays when a system prompt is given"
-    yield f"developer prompt: {'shown' if system['developer'] else 'refused or left out'}"
+    yield f"developer prompt: {'shown' if system['developer'] else 'rejected or left out'}"
     for setting, opening in found["openings"].items():
         yield f"asking for an answer{f' ({setting})' if setting else ''}: {_opening_text(opening)}"
 
@@ -328,7 +330,7 @@ def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if name is None:
             continue
         if not found["proved"]:
-            yield f"{name}: not known, the turn is refused ({found['code']})"
+            yield f"{name}: not known, the turn is rejected ({found['code']})"
         elif found["shape"] == "chain":
             yield f"{name}: kept as generated, so a conversation is a chain"
         else:
@@ -355,7 +357,7 @@ def _conversations(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             shape = found["shape"] if found["shape"] == "chain" else f"tree: {_rewritten(rewrite)}"
             yield f"proved   {found['kind']:<{width}}  {shape}{left_out}"
         else:
-            yield f"refused  {found['kind']:<{width}}  {found['code']}{left_out}"
+            yield f"rejected  {found['kind']:<{width}}  {found['code']}{left_out}"
             yield f"    {found['message']}"
 
 

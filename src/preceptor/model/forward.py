@@ -60,7 +60,7 @@ def read_hidden_states(model: nn.Module, row: PackedSequence, keep: Keep = KEEP_
     """
     if row.alone and keep.context_gradient != "full":
         raise ModelError(
-            f"train.context_gradient: {keep.context_gradient}, but the layers of a {_model_type(model)} model mix "
+            f"memory.context_gradient: {keep.context_gradient}, but the layers of a {_model_type(model)} model mix "
             f"tokens outside attention, so a context cannot go through them apart from its targets. Set it to `full`."
         )
     _, read = parts = split(row)
@@ -80,7 +80,7 @@ def read_hidden_states(model: nn.Module, row: PackedSequence, keep: Keep = KEEP_
 
 
 def _require_rope_for(row: PackedSequence, decoder: PreTrainedModel, keep: Keep) -> None:
-    """Refuse rows in which rotary frequencies that follow the longest position would tie conversations together, or
+    """Reject rows in which rotary frequencies that follow the longest position would tie conversations together, or
     set the tokens of one level apart from those of another.
     """
     settings = getattr(decoder.config, "rope_parameters", None) or {}
@@ -91,7 +91,7 @@ def _require_rope_for(row: PackedSequence, decoder: PreTrainedModel, keep: Keep)
     if row.position_T.max() >= limit:
         raise ModelError(
             f"{type(decoder).__name__} changes its rotary frequencies beyond position {limit}, for all conversations "
-            f"of a pass at once. Set data.max_row_tokens to at most {limit}."
+            f"of a pass at once. Set data.max_length to at most {limit}."
         )
 
 

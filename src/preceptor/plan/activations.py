@@ -4,9 +4,9 @@ Every layer is run on sizes (layers.py, saved.py), a pass at a time, as the trai
 
     full        one pass over all tokens; of unread tokens the last layer computes keys and values only
     recompute   level by level; of unread tokens each layer's input is kept, and what read tokens attend to
-    none        level by level; of unread tokens only the keys and values that read tokens attend to
+    detach      level by level; of unread tokens only the keys and values that read tokens attend to
 
-A token is read if a loss reads its hidden state (levels.py). With `recomputed_layers` the first so many layers
+A token is read if a loss reads its hidden state (levels.py). With `checkpointed_layers` the first so many layers
 keep nothing but their input; while backward computes one of them again, what it keeps is in memory as well.
 
 Legend: a turn is (context, target): so many tokens to read, then so many to generate.
@@ -22,7 +22,7 @@ from preceptor.plan.parameters import Adapter
 from preceptor.plan.saved import HALF, Precision, Tape, Value, norm
 from preceptor.plan.shapes import Layer, Shape
 
-ContextGradient = Literal["full", "recompute", "none"]
+ContextGradient = Literal["full", "recompute", "detach"]
 _WORTH = 8  # the last layer is spared for unread tokens if they are at least one in so many (model/forward.py)
 _INDEX_BYTES = 8
 _NO_ANGLE = Value(0, 1, False)
@@ -33,11 +33,11 @@ Turns = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row, and how it is computed: `recomputed_layers`, from the first on, are computed again in backward."""
+    """One row, and how it is computed: `checkpointed_layers`, from the first on, are computed again in backward."""
 
     conversations: tuple[Turns, ...]
     context_gradient: ContextGradient = "full"
-    recomputed_layers: int = 0
+    checkpointed_layers: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +144,7 @@ class _Book:
         num_tokens = self._computed(self.work.num_tokens)
         x, angles = self._enter(num_tokens)
         for index, layer in enumerate(self.shape.layers):
-            again = index < self.work.recomputed_layers
+            again = index < self.work.checkpointed_layers
             if spared and index == len(self.shape.layers) - 1:
                 x = self._spared_layer(index, x, unread, read, again)
             else:
@@ -160,8 +160,8 @@ class _Book:
             for is_read, runs in ((False, tuple(unread[depth])), (True, tuple(read[depth]))):
                 if not runs:
                     continue
-                num_again = self.work.recomputed_layers if is_read else len(self.shape.layers)
-                constant = not is_read and self.work.context_gradient == "none"
+                num_again = self.work.checkpointed_layers if is_read else len(self.shape.layers)
+                constant = not is_read and self.work.context_gradient == "detach"
                 self.runs_again |= num_again > 0 and not constant
                 again_bytes, self.again_bytes = self.again_bytes, 0
                 self._level(runs, is_read, num_again, constant, masks)

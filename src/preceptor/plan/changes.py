@@ -2,7 +2,7 @@
 
 1. computed again instead of kept: the same gradient, more time
 2. shorter rows: the same gradient, as long as the longest conversation fits
-3. context_gradient: none: another gradient (that of target tokens alone)
+3. context_gradient: detach: another gradient (that of target tokens alone)
 4. an adapter, then frozen weights in bfloat16: fewer trained parameters
 5. more devices, each with a part of weights, gradients and optimizer
 """
@@ -66,16 +66,16 @@ def find_change(run: config.Run, shape: Shape, sample: Sample | str, device: Dev
 
 def _candidates(run: config.Run, shape: Shape, sample: Sample | str, world_size: int) -> Iterator[tuple[Keys, int]]:
     """Each change as keys of the run file, alone and then on top of those that only cost time."""
-    again: Keys = {"train.recompute": "all"}
-    yield {"train.context_gradient": "recompute"}, world_size
+    again: Keys = {"memory.activation_checkpointing": "all"}
+    yield {"memory.context_gradient": "recompute"}, world_size
     yield again, world_size
     shortest = again
     for tokens in _shorter(run, sample):
-        shortest = {**again, "data.max_row_tokens": tokens}
-        yield {"data.max_row_tokens": tokens}, world_size
+        shortest = {**again, "data.max_length": tokens}
+        yield {"data.max_length": tokens}, world_size
         yield shortest, world_size
-    yield {"train.context_gradient": "none"}, world_size
-    yield {"train.context_gradient": "none", **again}, world_size
+    yield {"memory.context_gradient": "detach"}, world_size
+    yield {"memory.context_gradient": "detach", **again}, world_size
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
     half: Keys = {**adapter, "model.dtype": "bfloat16", "train.precision": "bfloat16"}
     for frozen in (adapter, half):
@@ -89,7 +89,7 @@ def _candidates(run: config.Run, shape: Shape, sample: Sample | str, world_size:
 def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
     """Halves of the row, down to what the longest conversation of the sample still fits in."""
     longest = _SHORTEST_ROW if isinstance(sample, str) else max([_SHORTEST_ROW, *sample.lengths])
-    tokens = run.data.max_row_tokens // 2
+    tokens = run.data.max_length // 2
     while tokens >= longest:
         yield tokens
         tokens //= 2
@@ -114,7 +114,9 @@ def _changed(
 
 def _in_four_bits(run: config.Run, shape: Shape, sample: Sample | str, device: Device, world_size: int) -> int | None:
     """The peak of LoRA on 4-bit weights, recomputing. No change to propose: this program does not train in them."""
-    case = _changed(run, {"adapter.kind": "lora", "train.recompute": "all"}, shape, sample, device, world_size)
+    case = _changed(
+        run, {"adapter.kind": "lora", "memory.activation_checkpointing": "all"}, shape, sample, device, world_size
+    )
     if case is None:
         return None
     setup = Setup("4 bits", True, case.setup.adapter, case.setup.num_new_tokens, world_size, case.setup.rows_per_step)

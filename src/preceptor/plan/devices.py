@@ -16,6 +16,7 @@ MIB = 2**20
 SHARE_OF_RATE = 0.4  # assumed: well-tuned training of 1-8 B models reaches 35-55 % of the makers' dense bfloat16 rates
 USABLE = 0.92  # share of a device's memory that a plan may fill; the rest: the driver's context and fragmentation
 THIS_MACHINE = "this machine"
+_WITHOUT_BFLOAT16 = ("3.", "5.", "6.", "7.")  # compute capabilities of GPUs before Ampere
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,15 @@ class Device:
     half_rate: float | None
     float_rate: float | None
     cpu: bool = False
+    has_bfloat16: bool = True
 
     @property
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * USABLE)
+
+    def precision(self, precision: str | None) -> str:
+        """`train.precision` as given; absent: bfloat16 on a GPU that has it, otherwise float32, as the trainer."""
+        return precision or ("bfloat16" if self.has_bfloat16 and not self.cpu else "float32")
 
     def rate(self, half: bool) -> float | None:
         return self.half_rate if half else self.float_rate
@@ -77,7 +83,7 @@ def _gpu_by_driver() -> Device | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
@@ -86,10 +92,15 @@ def _gpu_by_driver() -> Device | None:
 
 
 def _read_gpu(lines: Sequence[str]) -> Device | None:
-    """`NVIDIA H100 80GB HBM3, 81559` -> a device, with the rates of the one in the table that it is."""
-    name, comma, mib = lines[0].partition(",") if lines else ("", "", "")
-    if not comma or not mib.strip().isdigit():
+    """`NVIDIA H100 80GB HBM3, 81559, 9.0` -> a device, with the rates of the one in the table that it is."""
+    name, mib, capability = (*lines[0].split(","), "", "", "")[:3] if lines else ("", "", "")
+    if not mib.strip().isdigit():
         return None
     known = next((device for device in DEVICES if device.name.split()[-1 if "RTX" in device.name else 0] in name), None)
     rates = (None, None) if known is None else (known.half_rate, known.float_rate)
-    return Device(f"{THIS_MACHINE} ({name.strip()})", int(mib) * MIB, *rates)
+    return Device(
+        f"{THIS_MACHINE} ({name.strip()})",
+        int(mib) * MIB,
+        *rates,
+        has_bfloat16=not capability.strip().startswith(_WITHOUT_BFLOAT16),
+    )

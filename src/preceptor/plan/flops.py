@@ -32,13 +32,13 @@ class Operations:
 def operations(shape: Shape, work: Work, adapter: Adapter | None = None) -> Operations:
     """What one row takes, forward and backward. What the last layer spares of unread tokens (at most 1/L) counts."""
     tokens, read = work.num_tokens, work.num_trained
-    backward_tokens = read if work.context_gradient == "none" else tokens
+    backward_tokens = read if work.context_gradient == "detach" else tokens
     matrices = [_active_matrices(shape, layer) for layer in shape.layers]
     updates = [_adapter_matrices(shape, layer, adapter) for layer in shape.layers]
     pairs = [_visible_pairs(layer.window, work) for layer in shape.layers]
     weight_share = 2 if adapter is None else 1  # gradients of input and weight, or of the input alone
     linear = sum(matrices) * 2.0 * (tokens + weight_share * backward_tokens)
-    seen_share = 1.0 if work.context_gradient != "none" else _share_of_read_pairs(work)
+    seen_share = 1.0 if work.context_gradient != "detach" else _share_of_read_pairs(work)
     attention = sum(4.0 * shape.query_width * count * (1 + 2 * seen_share) for count in pairs)
     head_share = 3 if adapter is None else 2
     head = 2.0 * head_share * shape.rows * shape.hidden * read
@@ -53,9 +53,9 @@ def operations(shape: Shape, work: Work, adapter: Adapter | None = None) -> Oper
 def _share_again(work: Work, index: int) -> float:
     """Share of a layer's forward work that backward does once more."""
     read_share = work.num_trained / max(1, work.num_tokens)
-    share = read_share if index < work.recomputed_layers else 0.0
+    share = read_share if index < work.checkpointed_layers else 0.0
     unread_runs_again = work.context_gradient == "recompute" or (
-        work.context_gradient == "full" and index < work.recomputed_layers
+        work.context_gradient == "full" and index < work.checkpointed_layers
     )
     return share + (1 - read_share) * unread_runs_again
 

@@ -54,7 +54,7 @@ def make_plan(
             "known": model.shape is not None,
             "towers_open": model.towers_open,
         },
-        "run": _run_facts(run, world_size),
+        "run": _run_facts(run, device, world_size),
         "device": _device_facts(device),
     }
     if model.shape is None:
@@ -63,7 +63,7 @@ def make_plan(
     fits = case.memory.peak_bytes <= device.usable_bytes
     return plan | {
         "parameters": case.parameters.to_json(),
-        "row": _row_facts(case.work, sample),
+        "sequence": _sequence_facts(case.work, sample),
         "memory": {
             "components": dict(case.memory.components),
             "peak_bytes": case.memory.peak_bytes,
@@ -85,11 +85,11 @@ def make_case(run: config.Run, shape: Shape, sample: Sample | str, device: Devic
         adapter = Adapter(run.adapter.rank, None if targets is None else tuple(targets), run.adapter.dropout)
     setup = Setup(
         weights=run.model.dtype,
-        autocast=run.train.precision == "bfloat16",
+        autocast=device.precision(run.train.precision) == "bfloat16",
         adapter=adapter,
         num_new_tokens=0 if isinstance(sample, str) else sample.num_new_tokens,
         world_size=world_size,
-        rows_per_step=math.ceil(run.train.rows_per_step / world_size),
+        rows_per_step=math.ceil(run.train.batch_size / world_size),
         cpu=device.cpu,
     )
     return _case(run, with_rows(shape, sample), setup, largest_row(run, sample))
@@ -97,14 +97,14 @@ def make_case(run: config.Run, shape: Shape, sample: Sample | str, device: Devic
 
 def _case(run: config.Run, shape: Shape, setup: Setup, row: tuple[Turns, ...]) -> Case:
     parameters = count_parameters(shape, setup.adapter, setup.num_new_tokens)
-    work = Work(row, run.train.context_gradient, _recomputed(run, shape))
+    work = Work(row, run.memory.context_gradient, _checkpointed(run, shape))
     return Case(shape, parameters, work, setup, predict_memory(shape, work, setup, parameters))
 
 
-def _recomputed(run: config.Run, shape: Shape) -> int:
-    if isinstance(run.train.recompute, int):
-        return run.train.recompute
-    return len(shape.layers) if run.train.recompute == "all" else 0
+def _checkpointed(run: config.Run, shape: Shape) -> int:
+    if isinstance(run.memory.activation_checkpointing, int):
+        return run.memory.activation_checkpointing
+    return len(shape.layers) if run.memory.activation_checkpointing == "all" else 0
 
 
 def with_rows(shape: Shape, sample: Sample | str) -> Shape:
@@ -113,11 +113,11 @@ def with_rows(shape: Shape, sample: Sample | str) -> Shape:
 
 
 def largest_row(run: config.Run, sample: Sample | str) -> tuple[Turns, ...]:
-    """The sample's largest row, stretched to `max_row_tokens` where there may be more data than the sample.
+    """The sample's largest row, stretched to `max_length` where there may be more data than the sample.
 
     Without a sample: one conversation that fills the row, CONTEXT_SHARE of it context.
     """
-    limit = run.data.max_row_tokens
+    limit = run.data.max_length
     found = None if isinstance(sample, str) else sample.largest_row(limit)
     if found is None:
         context = int(limit * CONTEXT_SHARE)
@@ -125,15 +125,15 @@ def largest_row(run: config.Run, sample: Sample | str) -> tuple[Turns, ...]:
     return found
 
 
-def _run_facts(run: config.Run, world_size: int) -> dict[str, Any]:
+def _run_facts(run: config.Run, device: Device, world_size: int) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
         "weights": run.model.dtype,
-        "precision": run.train.precision,
-        "context_gradient": run.train.context_gradient,
-        "recompute": run.train.recompute,
-        "max_row_tokens": run.data.max_row_tokens,
-        "rows_per_step": run.train.rows_per_step,
+        "precision": device.precision(run.train.precision),
+        "context_gradient": run.memory.context_gradient,
+        "activation_checkpointing": run.memory.activation_checkpointing,
+        "max_length": run.data.max_length,
+        "batch_size": run.train.batch_size,
         "world_size": world_size,
     }
 
@@ -142,7 +142,7 @@ def _device_facts(device: Device) -> dict[str, Any]:
     return {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes}
 
 
-def _row_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
+def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
     return {
         "num_tokens": work.num_tokens,
         "num_trained": work.num_trained,
@@ -167,19 +167,19 @@ def _data_facts(run: config.Run, sample: Sample | str, world_size: int) -> dict[
     """Rows, tokens and steps; `open` says why there are none."""
     if isinstance(sample, str):
         return {"open": sample}
-    rows_per_epoch = sample.rows_per_epoch(run.data.max_row_tokens)
+    rows_per_epoch = sample.rows_per_epoch(run.data.max_length)
     if rows_per_epoch is None or sample.num_rows is None:
         return {"open": "how many rows the data has only reading it would tell"}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)
-    steps_per_epoch = math.ceil(rows_per_epoch / run.train.rows_per_step)
+    steps_per_epoch = math.ceil(rows_per_epoch / run.train.batch_size)
     return {
-        "num_examples": round(sample.num_rows),
+        "examples_per_epoch": round(sample.num_rows),
         "num_sampled": count,
         "tokens_per_epoch": round(tokens * sample.num_rows / count),
         "share_trained": trained / tokens,
-        "rows_per_epoch": rows_per_epoch,
+        "sequences_per_epoch": rows_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": run.train.duration.steps(steps_per_epoch),
     }
@@ -218,7 +218,7 @@ def would_fit(run: config.Run, shape: Shape, sample: Sample | str) -> list[dict[
     """The run's model and row on GPUs, in four ways on 1, 8, 16 and 64 of them: bytes of a rank, and where that fits.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
-    activations that the run keeps, and with `recompute: all`.
+    activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
     ways: Sequence[tuple[str, Weights, Adapter | None]] = (
@@ -244,8 +244,8 @@ def would_fit(run: config.Run, shape: Shape, sample: Sample | str) -> list[dict[
                     "components": dict(memory.components),
                     "peak_bytes": memory.peak_bytes,
                     "fits_on": _fits_on(memory),
-                    "peak_bytes_recomputed": again.peak_bytes,
-                    "fits_on_recomputed": _fits_on(again),
+                    "peak_bytes_checkpointed": again.peak_bytes,
+                    "fits_on_checkpointed": _fits_on(again),
                 }
             )
     return found
@@ -261,9 +261,9 @@ def predict_peak_bytes(
     """Bytes of tensors at a step's peak on one device. row: the trees of the run's largest row.
 
     num_new_tokens: added to the tokenizer, which has `num_tokenizer` with them. None where the plan does not know the
-    model type or what the run asks for (`kl_to_base`: the base's own row of logits, and its copy in full fine-tuning).
+    model type or what the run asks for (`loss.kl_coef`: the base's own row of logits, and its copy in full training).
     """
-    if run.train.kl_to_base > 0:
+    if run.loss.kl_coef > 0:
         return None
     try:
         model = read_model(run.model)

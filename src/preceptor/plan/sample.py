@@ -43,17 +43,15 @@ class Sample:
     def lengths(self) -> list[int]:
         return [sum(context + target for context, target in turns) for turns in self.conversations]
 
-    def rows(self, max_row_tokens: int) -> list[tuple[Turns, ...]]:
+    def rows(self, max_length: int) -> list[tuple[Turns, ...]]:
         """The sample's conversations packed as training packs them, without those that do not fit into a row."""
         fitting = [
-            turns
-            for turns, length in zip(self.conversations, self.lengths, strict=True)
-            if 0 < length <= max_row_tokens
+            turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
         ]
         lengths = [sum(context + target for context, target in turns) for turns in fitting]
-        return [tuple(fitting[index] for index in row) for row in plan_rows(lengths, max_row_tokens, seed=0)]
+        return [tuple(fitting[index] for index in row) for row in plan_rows(lengths, max_length, seed=0)]
 
-    def largest_row(self, max_row_tokens: int) -> tuple[Turns, ...] | None:
+    def largest_row(self, max_length: int) -> tuple[Turns, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
 
         def size(row: tuple[Turns, ...]) -> tuple[int, int]:
@@ -62,13 +60,13 @@ class Sample:
                 sum(target for turns in row for _, target in turns),
             )
 
-        return max(self.rows(max_row_tokens), key=size, default=None)
+        return max(self.rows(max_length), key=size, default=None)
 
-    def rows_per_epoch(self, max_row_tokens: int) -> int | None:
+    def rows_per_epoch(self, max_length: int) -> int | None:
         """Rows of an epoch, from how densely the sample packs; None where the number of data rows is not known."""
         if self.num_rows is None or not self.conversations:
             return None
-        rows = self.rows(max_row_tokens)
+        rows = self.rows(max_length)
         if self.whole and self.num_rows == len(self.conversations):
             return len(rows)
         return math.ceil(len(rows) * self.num_rows / len(self.conversations))
@@ -92,10 +90,10 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
         whole &= len(records) <= SAMPLE_ROWS
         good = [record for record in records[:SAMPLE_ROWS] if not isinstance(record, Rejection)]
         has_conversations |= any(isinstance(record, Conversation) for record in good)
-        conversations += _turns_of(good, tokenizer, run.data.targets)
+        conversations += _turns_of(good, tokenizer, run.data.train_on)
         in_source = _rows_in(source, records)
         num_rows = None if num_rows is None or in_source is None else num_rows + in_source
-    added = _added_tokens(run.data.template, tokenizer_file, tokenizer) if has_conversations else 0
+    added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
     return Sample(tuple(conversations), num_rows, whole, added, tokenizer.get_vocab_size() + added)
 
 

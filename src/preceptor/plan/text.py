@@ -45,11 +45,11 @@ def _memory(plan: Mapping[str, Any]) -> str:
         return ""
     ranks = f" on each of {run['world_size']} devices" if run["world_size"] > 1 else ""
     held = f"{run['weights']} weights, products in {run['precision']}"
-    mode = f"context_gradient {run['context_gradient']}, recompute {run['recompute']}"
+    mode = f"context_gradient {run['context_gradient']}, activation_checkpointing {run['activation_checkpointing']}"
     lines = [f"Memory{ranks} ({held}; {mode})"]
     lines += [f"  {name:<18}{size(count):>10}" for name, count in memory["components"].items() if count]
     if "peak_bytes" in memory:
-        row = plan["row"]
+        row = plan["sequence"]
         lines.append(f"  {'at the most':<18}{size(memory['peak_bytes']):>10}, at {memory['moment']}")
         assumed = "; three quarters context are assumed" if row["assumed"] else ""
         conversations = f"{row['num_conversations']} conversation{'s' * (row['num_conversations'] != 1)}"
@@ -78,7 +78,8 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     four = plan["four_bits_peak_bytes"]
     if four is not None and four <= device["usable_bytes"] and change is not None and change["world_size"] > 1:
         lines.append(
-            f"  (LoRA on 4-bit weights, which this program does not train in, with recompute: all: {size(four)})"
+            "  (LoRA on 4-bit weights, which this program does not train in, with activation_checkpointing: all: "
+            f"{size(four)})"
         )
     return "\n".join(lines)
 
@@ -90,11 +91,11 @@ def _work(plan: Mapping[str, Any]) -> str:
         lines.append(f"  steps and tokens are left open: {data['open']}")
     else:
         lines.append(
-            f"  about {data['tokens_per_epoch']:,} tokens an epoch in {data['num_examples']:,} examples, "
+            f"  about {data['tokens_per_epoch']:,} tokens an epoch in {data['examples_per_epoch']:,} examples, "
             f"{data['share_trained']:.0%} of them trained (from {data['num_sampled']:,} examples)"
         )
         lines.append(
-            f"  about {data['rows_per_epoch']:,} rows and {data['steps_per_epoch']:,} steps an epoch; "
+            f"  about {data['sequences_per_epoch']:,} rows and {data['steps_per_epoch']:,} steps an epoch; "
             f"{data['num_steps']:,} steps in all"
         )
     kinds = ", ".join(f"{name} {number(count)}" for name, count in work["by_kind"].items() if count)
@@ -115,17 +116,17 @@ def _work(plan: Mapping[str, Any]) -> str:
 
 def _table(plan: Mapping[str, Any]) -> str:
     lines = [
-        "What would fit, in mixed precision: bytes on each device at the most, and with recompute: all",
-        f"  {'':<14}{'states':>10}{'at the most':>14}{'recompute':>12}   fits, recomputing, on",
+        "What would fit, in mixed precision: bytes on each device at the most, and with activation_checkpointing: all",
+        f"  {'':<14}{'states':>10}{'at the most':>14}{'checkpointed':>14}   fits, checkpointed, on",
     ]
     way = ""
     for entry in plan["would_fit"]:
         if entry["way"] != way:
             way = entry["way"]
             lines.append(f"  {way}")
-        on = ", ".join(entry["fits_on_recomputed"]) or "none of these"
+        on = ", ".join(entry["fits_on_checkpointed"]) or "none of these"
         count = f"{entry['world_size']} device{'s' * (entry['world_size'] != 1)}"
-        peaks = f"{size(entry['peak_bytes']):>14}{size(entry['peak_bytes_recomputed']):>12}"
+        peaks = f"{size(entry['peak_bytes']):>14}{size(entry['peak_bytes_checkpointed']):>14}"
         lines.append(f"    {count:<12}{size(entry['states_bytes']):>10}{peaks}   {on}")
     lines.append("  (states: weights, gradients, optimizer)")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ def verdict_on_speech(run: RunRecord) -> Iterator[tuple[Literal["wrong", "look",
         stopped = [bool(sample["stopped"]) for sample in last]
         if stopped.count(False) > RUNS_ON * len(last):
             advice = (
-                "Either the stop token was not learned, or train.max_new_tokens cuts long answers off: look at them."
+                "Either the stop token was not learned, or eval.max_new_tokens cuts long answers off: look at them."
             )
             yield "look", f"Answers do not stop by themselves: {_of(stopped)} did.", advice
         else:

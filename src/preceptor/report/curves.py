@@ -22,7 +22,7 @@ def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     found.append(_over_looks(runs, names, "Held-out tokens guessed right", "%", "token_accuracy", 100.0))
     found.append(_over_looks(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
     found.append(_over_steps(runs, names, "Learning rate", "", "learning_rate", plain=True, from_zero=True))
-    limits = {run.config.get("train", {}).get("max_grad_norm") for run in runs}
+    limits = {run.config.get("optimizer", {}).get("max_grad_norm") for run in runs}
     limit = limits.pop() if len(limits) == 1 else None
     level = None if limit is None else (f"max_grad_norm {limit:g}", float(limit))
     found.append(

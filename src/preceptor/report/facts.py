@@ -14,9 +14,9 @@ def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure, in words; what is not known is not there."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
     found: dict[str, Any] = {
-        "rows of data": _number(data.get("num_rows")),
-        "refused": _number(len(run.refusals)),
-        "conversations an epoch": _number(data.get("num_examples", summary.get("num_examples"))),
+        "rows of data": _number(data.get("num_examples")),
+        "rejected": _number(len(run.rejections)),
+        "conversations an epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
         "tokens an epoch": _number(tokens.get("computed")),
         "of them trained": _number(tokens.get("trained")),
         "rows' room filled": _share(data.get("fill")),

@@ -23,7 +23,7 @@ from preceptor.report.verdict import judge
 
 MOST_THREADS = 300  # prompts whose answers are shown
 FIRST_THREADS = 6  # of them unfolded
-MOST_REFUSALS = 200  # listed one by one
+MOST_REJECTIONS = 200  # listed one by one
 
 
 @lru_cache(maxsize=1)
@@ -53,8 +53,8 @@ def page_of_run(run: RunRecord) -> str:
             {"about": example, "path": trees.paths(example), "branches": trees.num_branches(example)}
             for example in run.examples
         ],
-        reasons=RejectionCounts(run.config.get("data", {}).get("refusals", {}), _refusals(run)).reasons,
-        refusals=run.refusals[:MOST_REFUSALS],
+        reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), _rejections(run)).reasons,
+        rejections=run.rejections[:MOST_REJECTIONS],
         lengths=_plots(curves.lengths(run), "l"),
         curves=_plots(curves.panels([run], [""]), "c"),
         groups=facts.held_out_groups(run),
@@ -114,8 +114,8 @@ def _plots(panels: Any, prefix: str) -> list[Plot]:
     return [draw(panel, f"{prefix}{number}") for number, panel in enumerate(panels, start=1)]
 
 
-def _refusals(run: RunRecord) -> list[Rejection]:
-    return [Rejection(line["source"], line["code"], line["message"]) for line in run.refusals]
+def _rejections(run: RunRecord) -> list[Rejection]:
+    return [Rejection(line["source"], line["code"], line["message"]) for line in run.rejections]
 
 
 def _speech(run: RunRecord) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class RunRecord:
     steps: list[Line]
     looks: list[Line]
     samples: list[Line]
-    refusals: list[Line]
+    rejections: list[Line]
     examples: list[Line]
     summary: Line
     environment: Line
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> RunRecord:
         steps=_lines(folder / "metrics.jsonl"),
         looks=_lines(folder / "eval.jsonl"),
         samples=_lines(folder / "samples.jsonl"),
-        refusals=_lines(folder / "refusals.jsonl"),
+        rejections=_lines(folder / "rejections.jsonl"),
         examples=_lines(folder / "examples.jsonl"),
         summary=_object(folder / "summary.json"),
         environment=_object(folder / "environment.json"),

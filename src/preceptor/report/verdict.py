@@ -24,7 +24,7 @@ SPIKE_STEPS = 50  # steps of that median; fewer than SPIKE_FIRST: no judgement
 SPIKE_FIRST = 10
 OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
 LOW_FILL = 0.7  # share of the rows' room that tokens take
-MANY_REFUSED = 0.05  # share of the data's rows
+MANY_REJECTED = 0.05  # share of the data's rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def ends(run: RunRecord) -> tuple[float, float] | None:
 def _training_loss(run: RunRecord) -> Iterator[Finding]:
     broken = [step["step"] for step in run.steps if not math.isfinite(step["loss"])]
     if broken:
-        yield Finding("wrong", f"The loss is not finite from step {broken[0]:,} on.", "Lower train.learning_rate.")
+        yield Finding("wrong", f"The loss is not finite from step {broken[0]:,} on.", "Lower optimizer.learning_rate.")
         return
     both = ends(run)
     if both is None:
@@ -100,9 +100,13 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
     first, last = both
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
     if last > first * (1 + NOTHING_LEARNED):
-        yield Finding("wrong", f"The training loss rose: {course}.", "Lower train.learning_rate, lengthen the warm-up.")
+        yield Finding(
+            "wrong", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
+        )
     elif last > first * (1 - NOTHING_LEARNED):
-        advice = "Raise train.learning_rate or train.duration; if the loss was low from the start, the model knew this."
+        advice = (
+            "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
+        )
         yield Finding("wrong", f"Nothing was learned: training loss {course}.", advice)
     else:
         yield Finding("good", f"The training loss fell by {_share(1 - last / first)}: {course}.")
@@ -111,7 +115,7 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     looks = [look for look in run.looks if "loss" in look]
     if not looks:
-        advice = "Name a file in data.eval" + (" and set train.eval_every." if run.config.get("data") else ".")
+        advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
         yield Finding("note", "No held-out loss: what it learned beyond its training rows is not measured.", advice)
         return
     if len(looks) < 2:
@@ -159,13 +163,13 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
     if found:
         shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
         seen = f"The gradient jumped to {SPIKE:.0f} times its usual norm at {_count(len(found), 'step')}: {shown}."
-        yield Finding("look", seen, "Look at what these steps read; a lower train.learning_rate makes jumps rarer.")
-    limit = run.config.get("train", {}).get("max_grad_norm")
+        yield Finding("look", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer.")
+    limit = run.config.get("optimizer", {}).get("max_grad_norm")
     norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
     if limit and norms:
         clipped = sum(norm > limit for norm in norms) / len(norms)
         if clipped > OFTEN_CLIPPED:
-            seen = f"The gradient was scaled down to train.max_grad_norm ({limit:g}) in {_share(clipped)} of the steps."
+            seen = f"In {_share(clipped)} of the steps the gradient was scaled to optimizer.max_grad_norm ({limit:g})."
             yield Finding("note", seen, "So the step size hardly depends on the gradient; that is often harmless.")
 
 
@@ -173,19 +177,21 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
 
 
 def _data(run: RunRecord) -> Iterator[Finding]:
-    num_rows = run.data.get("num_rows")
-    num = len(run.refusals)
+    num_examples = run.data.get("num_examples")
+    num = len(run.rejections)
     if num:
-        of = f" of {num_rows:,} ({_share(num / num_rows)})" if num_rows else ""
-        level: Level = "look" if num_rows and num > MANY_REFUSED * num_rows else "note"
-        seen = f"{num:,}{of} rows were refused and not trained."
+        of = f" of {num_examples:,} ({_share(num / num_examples)})" if num_examples else ""
+        level: Level = "look" if num_examples and num > MANY_REJECTED * num_examples else "note"
+        seen = f"{num:,}{of} rows were rejected and not trained."
         yield Finding(level, seen, "The reasons stand under “What was trained”.")
-    elif num_rows:
-        yield Finding("good", f"All {num_rows:,} rows of the data could be trained exactly as inference will see them.")
+    elif num_examples:
+        yield Finding(
+            "good", f"All {num_examples:,} rows of the data could be trained exactly as inference will see them."
+        )
     fill = run.data.get("fill")
     if fill is not None and fill < LOW_FILL:
         seen = f"Only {_share(fill)} of the rows' room holds tokens."
-        yield Finding("note", seen, "A larger data.max_row_tokens packs conversations more tightly.")
+        yield Finding("note", seen, "A larger data.max_length packs conversations more tightly.")
     shortened: dict[str, Any] = run.data.get("shortened", {})
     cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
     if cut or split:

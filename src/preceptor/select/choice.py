@@ -1,6 +1,6 @@
 """Which rows of a surveyed pool are kept, and why each of the others is not.
 
-refused          the reader's or the model's reason, with its code
+rejected         the reader's or the model's reason, with its code
 exact_repeat     says exactly what an earlier row says
 near_repeat      nearly says what another row says; of such rows the best is kept, of equals the first
 low_quality      not among the best rows, from which the choice is made: the best `quality_share` of the rows that

@@ -15,15 +15,15 @@ KEPT, EXACT, NEAR, LOW, COVERED = "kept", "exact_repeat", "near_repeat", "low_qu
 def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
     """One object a row, in the order of the pool: source, kept, code, reason, and, where it was measured, its scores.
 
-    code: KEPT, EXACT, NEAR, LOW, COVERED, or that of a refusal.
+    code: KEPT, EXACT, NEAR, LOW, COVERED, or that of a rejection.
     """
     place_of = {number: place for place, number in enumerate(found.number_N.tolist())}
     rank_of = {place: rank for rank, place in enumerate(choice.kept.tolist())}
     candidates = frozenset(choice.candidates.tolist())
     for number, source in enumerate(found.sources):
-        if number in found.refused:
-            refusal = found.refused[number]
-            yield {"source": source, "kept": False, "code": refusal.code, "reason": refusal.message}
+        if number in found.rejected:
+            rejection = found.rejected[number]
+            yield {"source": source, "kept": False, "code": rejection.code, "reason": rejection.message}
         elif number in found.exact:
             like = found.sources[found.exact[number]]
             yield {
@@ -118,14 +118,14 @@ def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
     settings = choice.settings
     all_rows = np.arange(len(found.number_N))
     return {
-        "num_rows": len(found.sources),
+        "num_examples": len(found.sources),
         "asked_to_keep": settings.keep,
         "num_kept": len(choice.kept),
         "all_kept": choice.is_short,
         "codes": _codes(found, choice),
-        "first_refused": [
-            {"source": refusal.source, "code": refusal.code, "message": refusal.message}
-            for refusal in list(found.refused.values())[:5]
+        "first_rejected": [
+            {"source": rejection.source, "code": rejection.code, "message": rejection.message}
+            for rejection in list(found.rejected.values())[:5]
         ],
         "lengths": {"before": _lengths(found, all_rows), "after": _lengths(found, choice.kept)},
         "quality": {
@@ -144,7 +144,7 @@ def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
 def _codes(found: Survey, choice: Choice) -> dict[str, int]:
     """How many rows there are of each code of `explain`, the most frequent first."""
     num_kept, num_candidates = len(choice.kept), len(choice.candidates)
-    counts = Counter(refusal.code for refusal in found.refused.values())
+    counts = Counter(rejection.code for rejection in found.rejected.values())
     counts[KEPT], counts[EXACT], counts[NEAR] = num_kept, len(found.exact), int((choice.twin_N >= 0).sum())
     counts[LOW] = len(choice.left) - num_candidates
     counts[LOW if choice.coverage is None else COVERED] += num_candidates - num_kept

@@ -77,17 +77,17 @@ def answers_of(record: Answered) -> list[str]:
 class BaseReader:
     """A base model that reads conversations.
 
-    max_row_tokens: tokens of one forward pass; a longer conversation, or one that is longer than the model's own
-    limit, is refused. Raises ModelError where the model cannot keep conversations of one pass apart.
+    max_length: tokens of one forward pass; a longer conversation, or one that is longer than the model's own
+    limit, is rejected. Raises ModelError where the model cannot keep conversations of one pass apart.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_row_tokens: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
         check_head(model)
         check_isolation(model)
         self._model, self._tokenizer = model.eval(), tokenizer
         settings = decoder_of(model).config
-        self._max_row_tokens = max_row_tokens
-        self._max_tokens = min(max_row_tokens, getattr(settings, "max_position_embeddings", None) or max_row_tokens)
+        self._max_length = max_length
+        self._max_tokens = min(max_length, getattr(settings, "max_position_embeddings", None) or max_length)
         bos = tokenizer.bos_token_id
         self._bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
         self._start = [*self._bos, *self._ids("\n")]
@@ -107,7 +107,7 @@ class BaseReader:
             trees = self.trees_of(record)
             waiting.append((number, record, trees))
             num_tokens += 0 if isinstance(trees, Rejection) else sum(tree.num_tokens for tree in trees)
-            if num_tokens >= _ROWS_AT_A_TIME * self._max_row_tokens:
+            if num_tokens >= _ROWS_AT_A_TIME * self._max_length:
                 yield from self._measured(waiting)
                 waiting, num_tokens = [], 0
         yield from self._measured(waiting)
@@ -131,7 +131,7 @@ class BaseReader:
             return Rejection(
                 record.source,
                 "too_long",
-                f"the conversation has {longest:,} tokens; --max-row-tokens and the model allow {self._max_tokens:,}",
+                f"the conversation has {longest:,} tokens; --max-length and the model allow {self._max_tokens:,}",
             )
         return [whole, *alone]
 
@@ -160,7 +160,7 @@ class BaseReader:
         loss_U3 = np.zeros((len(waiting), 3))
         embedding_UE = np.zeros((len(waiting), self.embedding_size), np.float32)
         lengths = [tree.num_tokens for _, _, tree in trees]
-        for row in plan_rows(lengths, self._max_row_tokens, seed=0) if trees else []:
+        for row in plan_rows(lengths, self._max_length, seed=0) if trees else []:
             chosen = [trees[index] for index in row]
             hidden_TD, losses = self._forward([tree for _, _, tree in chosen])
             token, pair = 0, 0

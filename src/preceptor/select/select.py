@@ -24,20 +24,20 @@ from preceptor.select.pool import Pool
 from preceptor.select.quality import MODEL_SIGNALS
 from preceptor.select.survey import survey
 
-MAX_ROW_TOKENS = 4096
+MAX_LENGTH = 4096
 
 
 def needs_model(settings: Settings) -> bool:
     return settings.diversity != NO_DIVERSITY or any(settings.weights[name] > 0 for name in MODEL_SIGNALS)
 
 
-def load_reader(model: str, max_row_tokens: int = MAX_ROW_TOKENS) -> BaseReader:
+def load_reader(model: str, max_length: int = MAX_LENGTH) -> BaseReader:
     """The base model ready to read: bfloat16 on a GPU where there is one, else float32. Raises ModelError."""
     import torch
 
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     path = resolve_model_path(model)
-    return BaseReader(load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_row_tokens)
+    return BaseReader(load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_length)
 
 
 def select(
@@ -86,21 +86,21 @@ _MEANINGS = {
 
 def to_text(summary: dict[str, Any]) -> str:
     """What `select` returns, as lines."""
-    parts = [_codes(summary), _refused(summary), _lengths(summary), _verdict(summary)]
+    parts = [_codes(summary), _rejected(summary), _lengths(summary), _verdict(summary)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _codes(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['num_rows']:,} rows"]
+    lines = [f"{summary['num_examples']:,} rows"]
     for code, count in sorted(summary["codes"].items(), key=lambda item: (item[0] != "kept", -item[1])):
-        share = count / summary["num_rows"]
-        lines.append(f"  {count:>9,}  {share:>6.1%}  {code:<14} {_MEANINGS.get(code, 'refused')}")
+        share = count / summary["num_examples"]
+        lines.append(f"  {count:>9,}  {share:>6.1%}  {code:<14} {_MEANINGS.get(code, 'rejected')}")
     return "\n".join(lines)
 
 
-def _refused(summary: dict[str, Any]) -> str:
-    lines = [f"  {first['source']}: {first['code']}: {first['message']}" for first in summary["first_refused"]]
-    return "\n".join(["The first refused rows", *lines]) if lines else ""
+def _rejected(summary: dict[str, Any]) -> str:
+    lines = [f"  {first['source']}: {first['code']}: {first['message']}" for first in summary["first_rejected"]]
+    return "\n".join(["The first rejected rows", *lines]) if lines else ""
 
 
 def _lengths(summary: dict[str, Any]) -> str:
@@ -128,5 +128,5 @@ def _verdict(summary: dict[str, Any]) -> str:
             "trained and repeat no other are kept, whatever their quality"
         )
     else:
-        lines.append(f"kept {summary['num_kept']:,} of {summary['num_rows']:,} rows")
+        lines.append(f"kept {summary['num_kept']:,} of {summary['num_examples']:,} rows")
     return "\n".join(lines)

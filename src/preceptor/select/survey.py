@@ -1,4 +1,4 @@
-"""Reading a pool once and for all: what is refused, what repeats, and every signal of the rest.
+"""Reading a pool once and for all: what is rejected, what repeats, and every signal of the rest.
 
 The pool is read twice: for fingerprints (data/duplicates.py), then for the signals of the rows that repeat no other
 exactly; only those cost a forward pass. Nothing of a row's text is kept: some 750 bytes a row in memory
@@ -40,13 +40,13 @@ class ModelSignals:
 class Survey:
     """A pool's rows, by number.
 
-    sources: of every row. refused: those that are no conversation, or too long for the model. exact: rows that repeat
+    sources: of every row. rejected: those that are no conversation, or too long for the model. exact: rows that repeat
     an earlier one, and which. number_N: the others, N of them; head_N: for each of them the place in number_N of the
     row that it nearly repeats, its own place if none. signals: N; model: None if none read them.
     """
 
     sources: list[str]
-    refused: Mapping[int, Rejection]
+    rejected: Mapping[int, Rejection]
     exact: Mapping[int, int]
     number_N: np.ndarray
     head_N: np.ndarray
@@ -63,7 +63,7 @@ def survey(
     """
     first = _first_pass(pool, on_row)
     distinct = np.array([first.number[k] for k in np.flatnonzero(first.exact_N < 0).tolist()], np.int64)
-    refused = dict(first.refused)
+    rejected = dict(first.rejected)
     signals: list[TextSignals] = []
     kept = np.zeros(len(distinct), bool)
     table = _Table(len(distinct), reader.embedding_size, folder) if reader is not None else None
@@ -71,14 +71,14 @@ def survey(
     for place, (number, record, measured) in enumerate(_measured(rows, reader)):
         on_row()
         if isinstance(measured, Rejection):
-            refused[number] = measured
+            rejected[number] = measured
             continue
         if table is not None and measured is not None:
             table.set(len(signals), measured)
         signals.append(text_signals(answers_of(record)))
         kept[place] = True
     if not signals:
-        some = next(iter(refused.values()))
+        some = next(iter(rejected.values()))
         raise DataError(f"not a single row to choose from; {some.source}: {some.message}")
     number_N = distinct[kept]
     place_of = {number: place for place, number in enumerate(number_N.tolist())}
@@ -88,7 +88,7 @@ def survey(
             head_N[place_of[number]] = place_of[head]
     return Survey(
         sources=first.sources,
-        refused=refused,
+        rejected=rejected,
         exact={
             first.number[k]: first.number[int(first.exact_N[k])] for k in np.flatnonzero(first.exact_N >= 0).tolist()
         },
@@ -101,10 +101,10 @@ def survey(
 
 @dataclass
 class _FirstPass:
-    """Every row's place, the refused ones, and which of the others (by fingerprint) repeat which."""
+    """Every row's place, the rejected ones, and which of the others (by fingerprint) repeat which."""
 
     sources: list[str] = field(default_factory=list)
-    refused: dict[int, Rejection] = field(default_factory=dict)
+    rejected: dict[int, Rejection] = field(default_factory=dict)
     number: list[int] = field(default_factory=list)
     prints: Fingerprints = field(default_factory=Fingerprints)
     exact_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -131,13 +131,13 @@ def _first_pass(pool: Pool, on_row: Callable[[], None]) -> _FirstPass:
     for number, record in enumerate(pool.records()):
         found.sources.append(record.source)
         if isinstance(record, Rejection):
-            found.refused[number] = record
+            found.rejected[number] = record
         else:
             found.number.append(number)
             found.prints.add(record)
         on_row()
     if not found.number:
-        some = next(iter(found.refused.values()))
+        some = next(iter(found.rejected.values()))
         raise DataError(f"not a single row to choose from; {some.source}: {some.message}")
     matches = repeats(found.prints)
     found.exact_N, found.near_N = matches.exact_N, matches.near_N

@@ -65,7 +65,7 @@ def restore(state: State, folder: Path, fingerprint: str) -> None:
     """
     checkpoints = found(folder)
     if not checkpoints:
-        raise CheckpointError(f"{folder}: no checkpoint to resume from; set train.save_every, or start the run anew")
+        raise CheckpointError(f"{folder}: no checkpoint to resume from; set checkpoint.every, or start the run anew")
     file = checkpoints[-1] / "state.pt"
     content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     if content["fingerprint"] != fingerprint:

@@ -43,7 +43,7 @@ class Evaluations:
     tasks: Sequence[Task]
     prompts: Sequence[Prompt]
     subject: Callable[[Any], EvaluatedModel]
-    max_row_tokens: int
+    max_length: int
     max_new_tokens: int
     sampling: Sampling
     precision: str
@@ -59,7 +59,7 @@ class Evaluations:
         measured: dict[str, Any] = {}
         with autocast(state.model.device, self.precision):
             if self.held_out:
-                measured |= measure(state.model, self.held_out, self.max_row_tokens, subject.alone)
+                measured |= measure(state.model, self.held_out, self.max_length, subject.alone)
             if self.tasks:
                 measured["tasks"] = [self._examine(subject, task) for task in self.tasks]
         if measured:
@@ -100,14 +100,15 @@ class Evaluations:
 def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
     """The looks of a run. alone: the model reads one conversation at a time."""
     run, voice = prepared.run, prepared.voice
+    assert run.train.precision is not None, "a run that starts has a precision"
     renderer = voice.renderer(run.data)
-    enabled = run.train.eval_every is not None
+    enabled = run.eval.every is not None
     conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
     return Evaluations(
         folder=folder,
         held_out=labelled(prepared.held_out, renderer) if enabled else [],
         tasks=prepared.tasks,
-        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.train.num_samples]],
+        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.eval.num_samples]],
         subject=lambda model: EvaluatedModel(
             name=str(run.out),
             model=model,
@@ -116,8 +117,8 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
             stop_token_ids=voice.stop_token_ids,
             alone=alone,
         ),
-        max_row_tokens=run.data.max_row_tokens,
-        max_new_tokens=run.train.max_new_tokens,
+        max_length=run.data.max_length,
+        max_new_tokens=run.eval.max_new_tokens,
         sampling=Sampling(run.eval.temperature, run.train.seed),
         precision=run.train.precision,
         enabled=enabled,

@@ -1,13 +1,13 @@
 """The folder of a run.
 
 OUT/config.yaml      the resolved run file
-OUT/refusals.jsonl   rows that were not trained: source, code, message
+OUT/rejections.jsonl examples that were not trained: source, code, message
 OUT/environment.json, data.json, examples.jsonl
                      what the run is made of (train/record.py)
 OUT/metrics.jsonl    one line a step
-OUT/eval.jsonl       one line an evaluation on held-out rows
+OUT/eval.jsonl       one line an evaluation
 OUT/samples.jsonl    one line a sampled answer to a held-out prompt
-OUT/checkpoints/     with train.save_every: what `--resume` needs
+OUT/checkpoints/     with checkpoint.every: what `--resume` needs
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
 OUT/summary.json     what came out
 OUT/report.html      all of it for the eye, written last (report/report.py)
@@ -38,7 +38,7 @@ def check_out(out: str, replace: bool) -> Path:
     return folder
 
 
-def open_folder(folder: Path, run: config.Run, refusals: Sequence[Rejection], replace: bool) -> None:
+def open_folder(folder: Path, run: config.Run, rejections: Sequence[Rejection], replace: bool) -> None:
     """Begin a run on disk. Raises CheckpointError if the folder cannot be written."""
     check_out(str(folder), replace)
     try:
@@ -46,12 +46,12 @@ def open_folder(folder: Path, run: config.Run, refusals: Sequence[Rejection], re
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config.dump(run), encoding="utf-8")
-        for name in ("refusals.jsonl", "metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+        for name in ("rejections.jsonl", "metrics.jsonl", "eval.jsonl", "samples.jsonl"):
             (folder / name).touch()
     except OSError as error:
         raise CheckpointError(f"{folder}: the run's folder cannot be written: {error}") from None
-    for refusal in refusals:
-        append_line(folder / "refusals.jsonl", asdict(refusal))
+    for rejection in rejections:
+        append_line(folder / "rejections.jsonl", asdict(rejection))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@ def _check_largest(
     """The rows one after the other, beside what a step has: the optimizer's state, and the gradients of rows before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = _STATE_PER_PARAMETER * sum(p.numel() * p.element_size() for p in trained)
-    several = loader.rows_per_step > 1 or loader.alone
+    several = loader.batch_size > 1 or loader.alone
     model.train()
     for row in rows:
         with naming_what_does_not_fit(row, "the largest row of the run"):

@@ -1,4 +1,4 @@
-"""Run file -> everything that a run needs before a model is loaded: tokenizer, template, trees, refusals.
+"""Run file -> everything that a run needs before a model is loaded: tokenizer, template, trees, rejections.
 
 Whatever can be found wrong with a run is found here, in seconds, with nothing written.
 """
@@ -18,7 +18,7 @@ from preceptor.data.examples import Completion, Document, Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.mixture import draw_replay, weigh
-from preceptor.data.prefix_sharing import group_prompts
+from preceptor.data.prefix_sharing import share_prefixes
 from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import mix, read_entries, read_records
 from preceptor.data.truncation import Fitter, Shortened
@@ -55,8 +55,8 @@ class ChatFormat:
             self.template,
             stop_token_ids=self.stop_token_ids,
             special_tokens_in_text=data.special_tokens_in_text,
-            targets=data.targets,
-            template_kwargs=data.template_kwargs,
+            targets=data.train_on,
+            template_kwargs=data.chat_template_kwargs,
         )
 
 
@@ -64,7 +64,7 @@ class ChatFormat:
 class Tokens:
     """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise.
 
-    ungrouped: without `data.group_prompts`. one_sample_a_turn: each turn with its whole context, as most trainers do.
+    ungrouped: without `data.share_prefixes`. one_sample_a_turn: each turn with its whole context, as most trainers do.
     """
 
     computed: int
@@ -104,9 +104,9 @@ class Prepared:
     train: list[Tree]
     held_out: list[tuple[Example, Tree]]
     tasks: list[Task]
-    refusals: list[Rejection]
-    num_rows: int
+    rejections: list[Rejection]
     num_examples: int
+    examples_per_epoch: int
     tokens: Tokens
     shortened: Shortened
     formats: Mapping[str, Mapping[str, int]]
@@ -122,7 +122,7 @@ class Prepared:
 
     def loader(self) -> Loader:
         run = self.run
-        return Loader(self.train, run.data.max_row_tokens, run.train.rows_per_step, run.train.seed)
+        return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
 
 
 def load_chat_format(model: config.Model, data: config.Data) -> ChatFormat:
@@ -135,8 +135,8 @@ def load_chat_format(model: config.Model, data: config.Data) -> ChatFormat:
     tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     template, tokens = None, TokenPlan()
     closings: tuple[str, ...] = ()
-    if data.template is not None or tokenizer.chat_template or _has_conversations(data):
-        template = load_template(data.template, tokenizer)
+    if data.chat_template is not None or tokenizer.chat_template or _has_conversations(data):
+        template = load_template(data.chat_template, tokenizer)
         tokens = add_tokens(tokenizer, template.needed_tokens)
         closings = _closings(template, tokenizer)
         tokens = align_tokenizer(tokenizer, template.text, closings[0], tokens)
@@ -146,7 +146,7 @@ def load_chat_format(model: config.Model, data: config.Data) -> ChatFormat:
 
 
 def _has_conversations(data: config.Data) -> bool:
-    """Whether one of the first rows of a source is a conversation, or is refused and might have been one."""
+    """Whether one of the first rows of a source is a conversation, or is rejected and might have been one."""
     return any(
         not isinstance(record, Document | Completion)
         for source in (*data.train, *data.eval)
@@ -172,14 +172,14 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
     """Read, render and check all data of a run. `on_row` is called after each row, for a progress display.
 
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
-    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
-    are refused; ModelError and TemplateError as `load_chat_format`.
+    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the rows
+    are rejected; ModelError and TemplateError as `load_chat_format`.
     """
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     voice = load_chat_format(run.model, run.data)
     renderer = voice.renderer(run.data)
-    fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
-    refusals: list[Rejection] = []
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
     def records(source: config.Source) -> Iterator[Example | Rejection]:
@@ -191,7 +191,7 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
         for record, tree in render_all(renderer, records(source), num_processes):
             fitted = fitter.fit(record, tree)
             if isinstance(fitted, Rejection):
-                refusals.append(fitted)
+                rejections.append(fitted)
             else:
                 yield from fitted
             on_row()
@@ -199,36 +199,36 @@ def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_proc
     train = [([t for _, t in rendered(s)], s) for s in run.data.train]
     held_out = [(list(rendered(s)), s) for s in run.data.eval]
     replay = [t for s in (run.replay.data if run.replay else ()) for _, t in rendered(s)]
-    num_rows = sum(count for counts in formats.values() for count in counts.values())
-    tally = RejectionCounts(run.data.refusals, refusals)
-    check_refusals(tally, num_rows, run.data.max_refused)
-    trees = [weigh(tree, run.train.normalize) for tree in mix(train, run.train.seed)]
+    num_examples = sum(count for counts in formats.values() for count in counts.values())
+    tally = RejectionCounts(run.data.allow_rejected, rejections)
+    check_rejections(tally, num_examples, run.data.max_rejected)
+    trees = [weigh(tree, run.loss.reduction) for tree in mix(train, run.train.seed)]
     if not trees:
         raise DataError(f"data.train: not a single row is left to train; {str(tally) or 'weight too small'}")
     if run.replay is not None:
-        weighed = [weigh(tree, run.train.normalize) for tree in replay]
+        weighed = [weigh(tree, run.loss.reduction) for tree in replay]
         trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
-    grouped = group_prompts(trees, run.data.max_row_tokens, run.train.seed) if run.data.group_prompts else trees
+    grouped = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
         voice=voice,
         train=grouped,
         held_out=mix(held_out, run.train.seed),
         tasks=tasks,
-        refusals=refusals,
-        num_rows=num_rows,
-        num_examples=len(trees),
-        tokens=Tokens.of(trees, grouped, whole=run.data.targets == "all"),
+        rejections=rejections,
+        num_examples=num_examples,
+        examples_per_epoch=len(trees),
+        tokens=Tokens.of(trees, grouped, whole=run.data.train_on == "all"),
         shortened=fitter.shortened,
         formats=formats,
     )
 
 
-def check_refusals(tally: RejectionCounts, num_rows: int, max_refused: float) -> None:
-    """Raises DataError, with the table of reasons, if more than the allowed share of rows was refused."""
-    refused = tally.num_not_allowed
-    if refused > max_refused * num_rows:
+def check_rejections(tally: RejectionCounts, num_examples: int, max_rejected: float) -> None:
+    """Raises DataError, with the table of reasons, if more than the allowed share of rows was rejected."""
+    rejected = tally.num_not_allowed
+    if rejected > max_rejected * num_examples:
         raise DataError(
-            f"{refused} of {num_rows} rows cannot be trained ({refused / num_rows:.1%}; "
-            f"data.max_refused allows {max_refused:.1%}):\n{tally}"
+            f"{rejected} of {num_examples} rows cannot be trained ({rejected / num_examples:.1%}; "
+            f"data.max_rejected allows {max_rejected:.1%}):\n{tally}"
         )

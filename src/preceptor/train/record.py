@@ -156,9 +156,9 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
     """Counts of rows, tokens and steps, and histograms of lengths."""
     targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
     return {
-        "num_rows": prepared.num_rows,
-        "num_refused": len(prepared.refusals),
         "num_examples": prepared.num_examples,
+        "num_rejected": len(prepared.rejections),
+        "examples_per_epoch": prepared.examples_per_epoch,
         "num_held_out": len(prepared.held_out),
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),

@@ -21,6 +21,6 @@ def naming_what_does_not_fit(row: PackedSequence, what: str) -> Iterator[None]:
             raise
         raise ModelError(
             f"{what}, {row.num_tokens:,} tokens, {row.num_trained:,} of them trained, does not fit in memory beside "
-            f"weights, gradients and optimizer state. Lower data.max_row_tokens, save activations "
-            f"(train.context_gradient, train.recompute), or train an adapter"
+            f"weights, gradients and optimizer state. Lower data.max_length, save activations "
+            f"(memory.context_gradient, memory.activation_checkpointing), or train an adapter"
         ) from error

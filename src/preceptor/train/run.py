@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from preceptor.train.folder import open_folder, write_summary
 from preceptor.train.metrics import Display, drop_lines_after
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
+from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.record import record_resume, record_start
@@ -34,6 +35,15 @@ def choose_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: cuda, but torch sees no GPU here; use `auto` or `cpu`")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str], None]) -> Prepared:
+    """The run with `train.precision` written out; says so where the default is not the fastest on this CPU."""
+    train = prepared.run.train
+    if train.precision is None and device.type == "cpu" and (feature := cpu_bfloat16_feature()):
+        say(f"precision: float32; this CPU has {feature}: `train.precision: bfloat16` would be faster")
+    train = train.model_copy(update={"precision": resolve_precision(train.precision, device)})
+    return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
 
 
 def build_model(prepared: Prepared, device: torch.device) -> Any:
@@ -74,17 +84,19 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     nothing behind.
     """
     started = time.perf_counter()
+    device = choose_device(prepared.run.train.device)
+    prepared = _with_precision(prepared, device, _saying(console))
     run = prepared.run
-    device = choose_device(run.train.device)
     folder = Path(run.out)
     torch.manual_seed(run.train.seed)
     before_bytes = peak_memory_bytes(device)
     model = build_model(prepared, device)
-    objective = Objective.of(run.train, model, prepared.voice.num_base_tokens)
+    objective = Objective.of(run.loss, run.memory, model, prepared.voice.num_base_tokens)
+    assert run.train.precision is not None, "resolved above"
     passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
     loader = passed.loader
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
-    state = State(model, build_optimizer(model, run.train.weight_decay, run.train.beta1, run.train.beta2))
+    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     if resume:
         if (folder / "model").exists():
             raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
@@ -92,7 +104,7 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
             drop_lines_after(folder / name, state.step)
     else:
-        open_folder(folder, run, prepared.refusals, replace)
+        open_folder(folder, run, prepared.rejections, replace)
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if resume:
         record_resume(folder, device, state.step)
@@ -101,12 +113,12 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     _announce(console, prepared, model, num_steps, loader)
     with Display(console, num_steps, state.step) as display:
         watch = build_evaluations(prepared, folder, display.say, loader.alone)
-        loop.train(run.train, objective, state, loader, watch, display, folder, prepared.fingerprint)
+        loop.train(run, objective, state, loader, watch, display, folder, prepared.fingerprint)
     save_model(model, prepared.voice.tokenizer, folder / "model")
     summary = {
-        "num_examples": prepared.num_examples,
-        "num_refused": len(prepared.refusals),
-        "too_long": asdict(prepared.shortened),
+        "examples_per_epoch": prepared.examples_per_epoch,
+        "num_rejected": len(prepared.rejections),
+        "shortened": asdict(prepared.shortened),
         "tokens": asdict(prepared.tokens),
         "fill": loader.fill,
         "each_conversation_alone": loader.alone,
@@ -146,7 +158,7 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
     console.print(
-        f"{prepared.num_examples:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
         f"({tokens.trained / tokens.computed:.0%}); rows {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
@@ -157,6 +169,6 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
         console.print(line, highlight=False, markup=False)
     if prepared.voice.tokens.added:
         console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
-    if prepared.refusals:
-        num = len(prepared.refusals)
-        console.print(f"{num} row{'s' * (num != 1)} refused, see {prepared.run.out}/refusals.jsonl", style="yellow")
+    if prepared.rejections:
+        num = len(prepared.rejections)
+        console.print(f"{num} row{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow")

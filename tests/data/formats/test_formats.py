@@ -1,4 +1,4 @@
-"""Rows in every format -> the messages that they mean, or a refusal with its reason."""
+"""Rows in every format -> the messages that they mean, or a rejection with its reason."""
 
 import json
 
@@ -15,7 +15,7 @@ ANSWER = {"role": "assistant", "content": "Hello."}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
-def messages(row, nulls="refuse"):
+def messages(row, nulls="reject"):
     record = to_record(row, "x:1", nulls)
     assert isinstance(record, Conversation), record
     return [dict(message.given) for message in record.messages]
@@ -168,10 +168,10 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_refused_with_its_reason(row, code, words):
-    refusal = to_record(row, "x:1")
-    assert isinstance(refusal, Rejection)
-    assert refusal.code == code and words in refusal.message, refusal
+def test_a_row_that_cannot_be_read_is_rejected_with_its_reason(row, code, words):
+    rejection = to_record(row, "x:1")
+    assert isinstance(rejection, Rejection)
+    assert rejection.code == code and words in rejection.message, rejection
 
 
 def test_the_keys_of_the_formats_are_those_of_the_run_file():
@@ -196,7 +196,7 @@ def test_columns_say_what_the_files_keys_are_and_no_other_is_read(tmp_path):
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
 
 
-def test_a_column_that_is_not_there_is_refused_with_the_nearest(tmp_path):
+def test_a_column_that_is_not_there_is_rejected_with_the_nearest(tmp_path):
     path = write(tmp_path, [{"frage": "a", "antwort": "b"}])
     with pytest.raises(DataError, match=r"a\.jsonl: has no column 'antwrt', .*did you mean 'antwort'"):
         list(read_records(Source(path=path, columns={"prompt": "frage", "response": "antwrt"})))

@@ -87,12 +87,12 @@ def test_an_argument_that_may_be_null_cannot_be_told_from_padding(tmp_path):
         {"messages": [ASK, call("clock", zone="UTC", at=None)], "tools": [CLOCK]},
     ]
     path = parquet(tmp_path, rows)
-    fine, refusal = read_records(path)
-    assert isinstance(fine, Conversation) and isinstance(refusal, Rejection)
-    assert refusal.code == "ambiguous_null" and refusal.source.endswith("a.parquet:row 2")
+    fine, rejection = read_records(path)
+    assert isinstance(fine, Conversation) and isinstance(rejection, Rejection)
+    assert rejection.code == "ambiguous_null" and rejection.source.endswith("a.parquet:row 2")
     assert (
-        "messages[1].tool_calls[0].function.arguments.at is null" in refusal.message
-        and "JSON strings" in refusal.message
+        "messages[1].tool_calls[0].function.arguments.at is null" in rejection.message
+        and "JSON strings" in rejection.message
     )
     arguments = {
         nulls: list(read_records(Source(path=path, nulls=nulls)))[1].messages[1].tool_calls[0]["function"]["arguments"]
@@ -134,10 +134,10 @@ def test_a_default_of_null_cannot_be_told_from_padding(tmp_path):
     without = tool("f", {"a": {"type": "string"}})
     rows = [{"messages": [ASK, {"role": "assistant", "content": "x"}], "tools": [t]} for t in (with_default, without)]
     path = parquet(tmp_path, rows)
-    fine, refusal = read_records(path)
+    fine, rejection = read_records(path)
     assert fine.tools == [with_default]
-    assert refusal.code == "ambiguous_null"
-    assert "tools[0].function.parameters.properties.a.default is null" in refusal.message
+    assert rejection.code == "ambiguous_null"
+    assert "tools[0].function.parameters.properties.a.default is null" in rejection.message
     assert list(read_records(Source(path=path, nulls="drop")))[1].tools == [without]
 
 
@@ -146,9 +146,9 @@ def test_a_default_that_is_an_object_is_data_and_no_schema(tmp_path):
     first = tool("f", {"a": {"type": "object", "default": {"type": "x", "b": 1}}})
     second = tool("f", {"a": {"type": "object", "default": {"type": None, "b": 1}}})
     rows = [{"messages": [ASK, {"role": "assistant", "content": "x"}], "tools": [t]} for t in (first, second)]
-    fine, refusal = read_records(parquet(tmp_path, rows))
+    fine, rejection = read_records(parquet(tmp_path, rows))
     assert fine.tools == [first]
-    assert refusal.code == "ambiguous_null" and "default.type is null" in refusal.message
+    assert rejection.code == "ambiguous_null" and "default.type is null" in rejection.message
 
 
 def test_properties_named_like_keywords(tmp_path):

@@ -10,13 +10,13 @@ read so. A null in one is *padding for sure* where a null could not be meant:
     in a tool call's arguments                       where the tool declares no such parameter, or declares one that
                                                      is not required and does not take null
 
-and is dropped there. Elsewhere nobody can know; `nulls` says what to do: refuse (AmbiguousNull), drop or keep.
+and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject (AmbiguousNull), drop or keep.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-Nulls = Literal["refuse", "drop", "keep"]
+Nulls = Literal["reject", "drop", "keep"]
 
 # Keywords of JSON Schema (2020-12, draft 7, OpenAPI) and keys of a tool that cannot hold null.
 _NEVER_NULL = frozenset(
@@ -61,7 +61,7 @@ def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
 
 
 def _kept(nulls: Nulls, where: str) -> bool:
-    if nulls == "refuse":
+    if nulls == "reject":
         raise AmbiguousNull(where)
     return nulls == "keep"
 

@@ -12,7 +12,7 @@ A row is recognised by its keys, each row for itself; a key that holds null is a
 With any conversation go `system` (a system prompt, put first), `tools` and `chat_template_kwargs`; lists and objects
 may be JSON strings. `messages` or `conversations` win over other keys, and all win over `text`, which next to them is a
 rendering of the same. A row that fits two formats otherwise, or has a key without which the question is not whole, is
-refused: `columns` in the run file says what is meant. All other keys are ignored.
+rejected: `columns` in the run file says what is meant. All other keys are ignored.
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def has_format(keys: Sequence[str]) -> bool:
         return False
 
 
-def to_record(row: RawRecord, source: str, nulls: Nulls = "refuse") -> Example | Rejection:
+def to_record(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
     """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:

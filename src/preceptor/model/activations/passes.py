@@ -3,11 +3,11 @@
     full        all tokens in one pass
     recompute   level by level (levels.py): of unread tokens only each layer's input, keys and values are kept; the
                 rest of a layer is computed again when backward comes to it. The exact gradient
-    none        level by level: keys and values of unread tokens are constants (TokenTune, Simoulin et al. 2024), so
+    detach      level by level: keys and values of unread tokens are constants (TokenTune, Simoulin et al. 2024), so
                 nothing else of them is kept and backward never comes to them
 
 In each, the last layer gives no output for unread tokens, only keys and values. A token is read if a loss reads its
-hidden state, so with `none` the gradient of each trained token flows through all of the computation that predicts it,
+hidden state, so with `detach` the gradient of each trained token flows through all of the computation that predicts it,
 the last token of its context included, and stops at the keys and values of the context's other tokens.
 
 Layers are reached by wrapping their `forward` for the time of a pass: their own code runs, unchanged, on the tokens
@@ -43,21 +43,21 @@ Wrap = Callable[[int, int, Forward], Forward]
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What a forward pass keeps for its backward: the keys `train.context_gradient` and `train.recompute`."""
+    """What a forward pass keeps for its backward: the keys of the run file's section `memory`."""
 
-    context_gradient: Literal["full", "recompute", "none"] = "full"
-    recompute: Literal["none", "all"] | int = "none"
+    context_gradient: Literal["full", "recompute", "detach"] = "full"
+    activation_checkpointing: Literal["none", "all"] | int = "none"
 
-    def recomputed_layers(self, num_layers: int) -> int:
+    def checkpointed_layers(self, num_layers: int) -> int:
         """How many layers, from the first on, are computed again in backward. Raises ModelError if there are fewer."""
-        if isinstance(self.recompute, int):
-            if self.recompute > num_layers:
+        if isinstance(self.activation_checkpointing, int):
+            if self.activation_checkpointing > num_layers:
                 raise ModelError(
-                    f"train.recompute: {self.recompute} layers are to be recomputed, but the model has {num_layers}; "
-                    f"set it to `all` or at most {num_layers}"
+                    f"memory.activation_checkpointing: {self.activation_checkpointing} layers, but the model has "
+                    f"{num_layers}; set it to `all` or at most {num_layers}"
                 )
-            return self.recompute
-        return num_layers if self.recompute == "all" else 0
+            return self.activation_checkpointing
+        return num_layers if self.activation_checkpointing == "all" else 0
 
 
 KEEP_ALL = Keep()
@@ -89,15 +89,15 @@ def decode_whole(model: nn.Module, row: PackedSequence, keep: Keep, parts: tuple
 
 
 def recomputing(model: nn.Module, keep: Keep, parts: tuple[Level, Level] | None = None) -> AbstractContextManager[None]:
-    """Within the block, `keep.recompute` holds for the layers; with `parts`, the last one returns read tokens only."""
+    """Within the block, the layers run as `keep` says; with `parts`, the last one returns read tokens only."""
     device = decoder_of(model).get_input_embeddings().weight.device
 
     def wrap(index: int, num_layers: int, forward: Forward) -> Forward:
         if parts is not None and index == num_layers - 1:
             forward = _for_read_tokens(forward, *parts, device)
-        return _checkpointed(model, forward) if index < keep.recomputed_layers(num_layers) else forward
+        return _checkpointed(model, forward) if index < keep.checkpointed_layers(num_layers) else forward
 
-    return nullcontext() if parts is None and keep.recompute == "none" else _layers_through(model, wrap)
+    return nullcontext() if parts is None and keep.activation_checkpointing == "none" else _layers_through(model, wrap)
 
 
 def decode_levels(model: nn.Module, row: PackedSequence, keep: Keep) -> tuple[Tensor, np.ndarray]:
@@ -111,7 +111,7 @@ def decode_levels(model: nn.Module, row: PackedSequence, keep: Keep) -> tuple[Te
         for level in plan:
             layout = PassLayout(level.runs, kept, None if level is plan[-1] else {}, masks)
             index_M = level.index_T()
-            constant = keep.context_gradient == "none" and not level.read
+            constant = keep.context_gradient == "detach" and not level.read
             with (
                 forest_attention(model),
                 _layers_through(model, _wrap_for(model, level, keep)),
@@ -130,7 +130,7 @@ def _wrap_for(model: nn.Module, level: Level, keep: Keep) -> Wrap:
     def wrap(index: int, num_layers: int, forward: Forward) -> Forward:
         if not level.read and index == num_layers - 1:
             forward = _keys_only(forward)
-        recomputed = keep.recomputed_layers(num_layers) if level.read else num_layers
+        recomputed = keep.checkpointed_layers(num_layers) if level.read else num_layers
         return _checkpointed(model, forward) if index < recomputed else forward
 
     return wrap
@@ -143,8 +143,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ModelError(
             f"{type(decoder).__name__} does not say which of its modules are layers (transformers' "
-            f"GradientCheckpointingLayer), so none can be run again. Set train.context_gradient to `full` and "
-            f"train.recompute to `none`."
+            f"GradientCheckpointingLayer), so none can be run again. Set memory.context_gradient to `full` and "
+            f"memory.activation_checkpointing to `none`."
         )
     return layers
 
@@ -156,7 +156,7 @@ def _layers_through(model: nn.Module, wrap: Wrap) -> Iterator[None]:
     if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         raise ModelError(
             "the model has transformers' gradient checkpointing switched on, which would run layers again in a way "
-            "of its own. Call gradient_checkpointing_disable() and set train.recompute."
+            "of its own. Call gradient_checkpointing_disable() and set memory.activation_checkpointing."
         )
     former = [layer.__dict__.get("forward") for layer in layers]
     for index, layer in enumerate(layers):

@@ -31,7 +31,7 @@ def add_adapter(
     on (see `_out_of_reach`). new_token_ids: rows of the embedding (and of an untied head) that are trained as they
     are, since tokens that the base never saw would otherwise stay at their first values; only these rows get gradients
     and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises ModelError for a
-    target that the model has not, or that peft refuses.
+    target that the model has not, or that peft rejects.
     """
     layers = _linear_layers(model)
     names = {name.rpartition(".")[2] for name in layers}

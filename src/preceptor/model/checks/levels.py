@@ -72,7 +72,7 @@ def check_levels(model: nn.Module, keep: Keep) -> None:
     except FAILURES as error:  # LongCat's layers have two attentions each, of which only the first leaves its keys
         raise ModelError(
             f"{causal_lm(model).config.model_type}: a layer fails when a row goes through the model level by level "
-            f"({type(error).__name__}: {error}). Set train.context_gradient to `full`."
+            f"({type(error).__name__}: {error}). Set memory.context_gradient to `full`."
         ) from error
     finally:
         model.train(was_training)
@@ -80,7 +80,7 @@ def check_levels(model: nn.Module, keep: Keep) -> None:
     if not moved <= bound:
         raise ModelError(
             f"{causal_lm(model).config.model_type}: hidden states move by a relative {moved:.1e} (rounding allows "
-            f"{bound:.1e}) when a row goes through the model level by level. Set train.context_gradient to `full`."
+            f"{bound:.1e}) when a row goes through the model level by level. Set memory.context_gradient to `full`."
         )
 
 
