@@ -69,13 +69,9 @@ def sweep(
     return {"base": base, "tuned": tuned, "settings": settings, "tasks": tasks, "verdict": verdict(tasks)}
 
 
-def write(folder: Path, found: dict[str, Any]) -> list[Path]:
-    """`sweep.json`, and a plot for each pair of a trained task and a tax. Raises CheckpointError."""
-    from preceptor.report.plots import draw_file
-    from preceptor.report.tradeoff import panels
-
-    files = {"sweep.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n"}
-    files |= {f"{name}.svg": draw_file(panel) for name, panel in panels(found).items()}
+def write(folder: Path, found: dict[str, Any], plots: Mapping[str, str]) -> list[Path]:
+    """`sweep.json` and the plots, file name -> SVG (report/tradeoff.py). Raises CheckpointError."""
+    files = {"sweep.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n", **plots}
     try:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

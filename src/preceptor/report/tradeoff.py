@@ -7,11 +7,11 @@ from typing import Any
 from preceptor.compare.sweep import gain
 from preceptor.compare.verdict import TOLD, short_name
 from preceptor.evaluate.intervals import Interval
-from preceptor.report.plots import Panel, Series
+from preceptor.report.plots import Panel, Series, draw_file
 
 
-def panels(found: Mapping[str, Any]) -> dict[str, Panel]:
-    """File name without suffix -> plot, for each pair of a trained task and a task or text that shows the tax."""
+def draw_plots(found: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> SVG, for each pair of a trained task and a task or text that shows the tax."""
     plots = {}
     skills, taxes = (
         [row for row in found["tasks"] if (row["role"] == "trained") == wanted] for wanted in (True, False)
@@ -20,7 +20,7 @@ def panels(found: Mapping[str, Any]) -> dict[str, Panel]:
         for tax in taxes:
             names = [short_name(row["task"]) for row in (skill, tax)]
             stem = re.sub(r"[^\w.-]", "_", f"sweep-{names[0]}-{names[1]}")
-            plots[stem] = _panel(skill, tax, names)
+            plots[f"{stem}.svg"] = draw_file(_panel(skill, tax, names))
     return plots
 
 
