@@ -110,12 +110,13 @@ def states(subject: EvaluatedModel, trees: Sequence[Tree]) -> States:
                 f"{subject.max_tokens} of its context; shorten the prompt or the answer's limit"
             )
     head = output_head(subject.model)
-    found = [torch.zeros(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)] * len(trees)
+    found: list[list[Tensor]] = [[] for _ in trees]
     for read in read_trees(subject.model, trees, subject.row_tokens, subject.alone):
         hidden_ND = read.hidden_MD[read.source_N].cpu()
-        for tree in dict.fromkeys(read.tree_N.tolist()):
-            found[tree] = hidden_ND[torch.from_numpy(read.tree_N == tree)]
-    return States(torch.cat(found), head)
+        for number, _, own in read.owners:
+            found[number].append(hidden_ND[own])
+    nothing_ND = torch.zeros(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)
+    return States(torch.cat([nothing_ND, *(part for parts in found for part in parts)]), head)
 
 
 @torch.inference_mode()

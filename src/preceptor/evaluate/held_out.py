@@ -23,7 +23,7 @@ from preceptor.chat.token_origins import whence
 from preceptor.chat.token_text import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree
-from preceptor.evaluate.likelihood import Losses, segment_losses
+from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 
 Figures = dict[str, float]
 
@@ -101,7 +101,7 @@ def measure(model: Any, held_out: Sequence[HeldOut], max_length: int, alone: boo
     ]
     if not pairs:
         raise ValueError("no held-out target to measure on")
-    groups: dict[str, dict[str, list[tuple[Labels, Losses]]]] = {"by_source": {}, "by_kind": {}, "by_turn": {}}
+    groups: dict[str, dict[str, list[tuple[Labels, SegmentLosses]]]] = {"by_source": {}, "by_kind": {}, "by_turn": {}}
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
@@ -126,7 +126,7 @@ def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
     return (int(item[0]), "") if item[0].isdigit() else (0, item[0])
 
 
-def _figures(pairs: Sequence[tuple[Labels, Losses]]) -> Figures:
+def _figures(pairs: Sequence[tuple[Labels, SegmentLosses]]) -> Figures:
     loss_N = np.concatenate([own.loss_N for _, own in pairs])
     num_bytes = sum(labels.num_bytes for labels, _ in pairs)
     found: Figures = {
