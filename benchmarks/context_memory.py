@@ -213,12 +213,12 @@ def learning(seeds: int) -> dict[str, Any]:
     from first_run import measure
 
     from preceptor.demo import QUESTIONS, demo_run
-    from preceptor.evaluate.questions import read_questions
+    from preceptor.evaluate.tasks import read_task
     from preceptor.train.metrics import standard_console
     from preceptor.train.prepare import prepare
     from preceptor.train.run import execute
 
-    questions = read_questions(QUESTIONS)
+    questions = read_task(QUESTIONS)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("full", "recompute", "detach"):

@@ -17,10 +17,12 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
     with large_imports():
-        from preceptor.serve.chat import converse, load_speaker
+        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.serve.chat import Speaker, converse
     from preceptor.train.metrics import standard_console
 
-    speakers = [load_speaker(path, max_new_tokens) for path in ([base] if base else []) + [model]]
+    paths = [*([base] if base else []), model]
+    speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]
     console = standard_console()
 
     def write(name: str, text: str) -> None:

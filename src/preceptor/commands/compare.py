@@ -54,17 +54,17 @@ def compare(
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
 
     with large_imports():
-        from preceptor.compare.compare import Questions, write
+        from preceptor.compare.compare import EvaluationSuite, write
         from preceptor.compare.compare import compare as compare_models
+        from preceptor.compare.text import print_comparison
         from preceptor.evaluate.model import load_evaluated_model
-        from preceptor.evaluate.text import print_comparison
 
-    questions = Questions(wanted, asked, max_new_tokens, batch_size, seed)
+    suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)
     with status_line() as say:
         found, items = compare_models(
             lambda: load_evaluated_model(base, dtype, device),
             lambda: load_evaluated_model(tuned, dtype, device),
-            questions,
+            suite,
             say,
         )
     found["settings"]["limit"] = limit

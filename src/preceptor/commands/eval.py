@@ -47,24 +47,23 @@ def eval(
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
     with large_imports():
-        from preceptor.compare.compare import settings_of
         from preceptor.evaluate.figures import records, summary
         from preceptor.evaluate.model import load_evaluated_model
-        from preceptor.evaluate.run import examine
+        from preceptor.evaluate.run import evaluation_settings, run_task
         from preceptor.evaluate.text import print_evaluation
 
     items: list[dict[str, Any]] = []
     with status_line() as say:
-        subject = load_evaluated_model(model, dtype, device, chat_template)
+        evaluated = load_evaluated_model(model, dtype, device, chat_template)
         found: dict[str, Any] = {
             "model": model,
-            "reads": subject.reads,
-            "settings": settings_of(subject, seed) | {"limit": limit, "max_new_tokens": max_new_tokens},
+            "prompt_format": evaluated.prompt_format,
+            "settings": evaluation_settings(evaluated, seed, max_new_tokens) | {"limit": limit},
             "tasks": [],
         }
         for task in wanted:
             say(f"{task.name}: {len(task.items):,} items")
-            results = examine(subject, task, max_new_tokens, batch_size)
+            results = run_task(evaluated, task, max_new_tokens, batch_size)
             found["tasks"].append(summary(task, results, seed))
             items += records(task, results)
     if out is not None:

@@ -21,7 +21,7 @@ from preceptor.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from preceptor.compare.compare import Questions
+    from preceptor.compare.compare import EvaluationSuite
 
 _ONE_WEIGHT = 0.5
 
@@ -61,9 +61,9 @@ def merge(
             "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
         )
     wanted = read_tasks(trained, tasks, text, limit, seed)
-    from preceptor.compare.compare import Questions
+    from preceptor.compare.compare import EvaluationSuite
 
-    _sweep(base, tuned, weight, out, Questions(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
+    _sweep(base, tuned, weight, out, EvaluationSuite(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
 
 
 def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
@@ -76,20 +76,21 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 
 
 def _sweep(
-    base: str, tuned: str, weight: list[float] | None, out: Path, questions: "Questions", dtype: str, device: str
+    base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise errors.CheckpointError(f"{out}: cannot be written: {error}") from None
-    from preceptor.compare.sweep import WEIGHTS, print_sweep, write
+    from preceptor.compare.sweep import WEIGHTS, write
     from preceptor.compare.sweep import sweep as sweep_weights
+    from preceptor.compare.text import print_sweep
     from preceptor.evaluate.model import load_evaluated_model
     from preceptor.report.tradeoff import draw_plots
 
     with status_line() as say:
         found = sweep_weights(
-            base, tuned, weight or WEIGHTS, questions, lambda path: load_evaluated_model(path, dtype, device), out, say
+            base, tuned, weight or WEIGHTS, suite, lambda path: load_evaluated_model(path, dtype, device), out, say
         )
     files = write(out, found, draw_plots(found))
     print_sweep(found, files, wide_console())

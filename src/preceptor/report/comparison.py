@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.verdict import TOLD, short_name
+from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.evaluate.intervals import Interval
 from preceptor.report.facts import Table
 from preceptor.report.plots import Panel, Series, smooth, thin
 from preceptor.report.reading import Line
@@ -54,7 +55,7 @@ def read_comparison(compare: Line) -> Comparison | None:
 
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, figure in task["figures"].items():
-        unit = 100.0 if figure["base"]["value"] <= 1 and TOLD[task["kind"]][1] > 1 else 1.0
+        unit = 100.0 if figure["base"]["value"] <= 1 and HEADLINES[task["kind"]].scale > 1 else 1.0
         cells = [
             _interval(figure[which], unit, sign=which == "difference") for which in ("base", "tuned", "difference")
         ]
@@ -72,20 +73,16 @@ def _interval(figure: Mapping[str, Any], unit: float, sign: bool = False) -> str
 
 def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
     """Tuned minus base, by the figure that each task is told by; better is to the right, also where less is better."""
-    for unit_name, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
+    for unit, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
         lines = []
         for task in tasks:
-            name, unit, own_unit, better = TOLD[task["kind"]]
-            difference = task["figures"][name]["difference"]
-            if own_unit == unit_name:
-                low, high = (
-                    None if difference[end] is None else better * unit * difference[end] for end in ("low", "high")
-                )
-                ends = (low, high) if better > 0 else (high, low)
-                lines.append((_label(task), better * unit * difference["value"], *ends))
+            metric = HEADLINES[task["kind"]]
+            if metric.unit == unit:
+                own = Interval(**task["figures"][metric.name]["difference"]).times(metric.better * metric.scale)
+                lines.append((_label(task), own.value, own.low, own.high))
         if lines:
-            note = f"{unit_name}; right of zero is better than before"
-            yield Panel(title, unit_name, [], note, unit_name, intervals=lines)
+            note = f"{unit}; right of zero is better than before"
+            yield Panel(title, unit, [], note, unit, intervals=lines)
 
 
 def _label(task: Mapping[str, Any]) -> str:
