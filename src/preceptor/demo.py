@@ -15,7 +15,7 @@ from preceptor.evaluate.figures import groups_of
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
 from preceptor.evaluate.tasks import Task, read_task
-from preceptor.report.report import write_report
+from preceptor.report.page import write_report
 from preceptor.scholar import MODEL_DIR
 from preceptor.train.folder import write_summary
 from preceptor.train.metrics import append_line

@@ -13,6 +13,6 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page about a run, or one that compares several, from their folders alone."""
-    from preceptor.report.report import write_report
+    from preceptor.report.page import write_report
 
     print(f"{write_report(runs, out)}: open it in a browser")

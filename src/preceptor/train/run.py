@@ -130,7 +130,7 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "seconds": time.perf_counter() - started,
     }
     write_summary(folder, summary)
-    from preceptor.report.report import write_report
+    from preceptor.report.page import write_report
 
     write_report([folder])
     return summary
