@@ -58,7 +58,7 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
             "warning",
             "An alignment tax: lost 10.0 ± 2.0 points on arithmetic; predicts library worse",
         ),
-        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "No alignment tax"),
+        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "found no significant alignment tax"),
         ({"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}}, "good", "gained 10.0 ± 5.0 points"),
     ],
 )

@@ -92,9 +92,13 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
     first, last = both
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
     if last > first * (1 + NOTHING_LEARNED):
-        yield Finding("error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up.")
+        yield Finding(
+            "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
+        )
     elif last > first * (1 - NOTHING_LEARNED):
-        advice = "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
+        advice = (
+            "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
+        )
         yield Finding("error", f"Nothing was learned: training loss {course}.", advice)
     else:
         yield Finding("good", f"The training loss fell by {_share(1 - last / first)}: {course}.")
@@ -155,7 +159,9 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
     if found:
         shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
         seen = f"The gradient jumped to {SPIKE:.0f} times its usual norm at {_count(len(found), 'step')}: {shown}."
-        yield Finding("warning", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer.")
+        yield Finding(
+            "warning", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer."
+        )
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
     norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
     if limit and norms:
