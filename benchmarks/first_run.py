@@ -15,9 +15,9 @@ from typing import Any
 
 from machine import describe
 from preceptor import config
+from preceptor.console import standard_console
 from preceptor.demo import MAX_BASE_TOKENS, MAX_TUNED_TOKENS, QUESTIONS, answer, demo_run, shares, shares_by
 from preceptor.evaluate.tasks import GROUPS, Task, read_task
-from preceptor.train.metrics import standard_console
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 

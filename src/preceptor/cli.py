@@ -1,7 +1,8 @@
 """The command line: registers the commands, catches errors and picks exit codes.
 
 Exit codes: 0 done; 2 an error in the command line or run file; 3 in the data; 4 in the chat template; 5 in the model;
-6 in the run folder or a checkpoint; 130 interrupted. Any other error is a bug of this program and shows a traceback.
+6 a file or folder cannot be written, or a run folder is broken; 130 interrupted. Any other error is a bug of this
+program and shows a traceback.
 """
 
 import os

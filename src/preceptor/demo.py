@@ -15,10 +15,9 @@ from preceptor.evaluate.figures import groups_of
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
 from preceptor.evaluate.tasks import Task, read_task
+from preceptor.files import append_line, write_json
 from preceptor.report.page import write_report
 from preceptor.scholar import MODEL_DIR
-from preceptor.train.folder import write_summary
-from preceptor.train.metrics import append_line
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 
@@ -60,7 +59,7 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "training_seconds": summary["seconds"],
         "seconds": time.perf_counter() - started,
     }
-    write_summary(out, summary)
+    write_json(out / "summary.json", summary)
     write_report([out])  # again, with these answers
     _print_answers(console, base, intern)
     _print_shares(console, base_shares, intern_shares, summary, out)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
+from preceptor.data.dataset import Dataset
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.model.forward import row_loss
@@ -36,7 +37,7 @@ def planted(loss):
 
 
 def loader(trees=TREES, batch_size=2):
-    return Loader(trees, max_length=64, batch_size=batch_size, seed=0)
+    return Loader(Dataset(trees), max_length=64, batch_size=batch_size, seed=0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -85,7 +86,7 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
             seen.append((row.num_tokens, all(p.grad is not None for p in model.parameters())))
         return row_loss(model, row)
 
-    together = Loader(trees, 128, batch_size, seed=0)
+    together = Loader(Dataset(trees), 128, batch_size, seed=0)
     given = together.apart() if alone else together
     preflight(model, given, "float32", lambda line: None, planted(loss_of))
     ((num_tokens, beside_gradients),) = seen

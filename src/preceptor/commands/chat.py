@@ -16,10 +16,11 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
+    from preceptor.console import standard_console
+
     with large_imports():
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.serve.chat import Speaker, converse
-    from preceptor.train.metrics import standard_console
 
     paths = [*([base] if base else []), model]
     speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]

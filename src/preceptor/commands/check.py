@@ -11,8 +11,8 @@ from preceptor.commands.options import (
     ModelPath,
     OptionalRunFile,
     TemplateName,
-    load_renderer,
-    print_json,
+    large_imports,
+    print_result,
     run_of,
 )
 
@@ -25,20 +25,12 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Prove every example of the data and count what is rejected and why. Exit code 3 unless the run file allows it."""
-    from preceptor.data.sources import resolve
-
     run = run_of(run_file, model, data, chat_template)
-    tables = [table for source in (*run.data.train, *run.data.eval) for table in resolve(source)]
-    from preceptor.console import row_progress
-    from preceptor.inspect.check import check_data, to_json
-    from preceptor.inspect.check_text import to_text
+    with large_imports():
+        from preceptor.inspect.check import check_data, to_json
+        from preceptor.inspect.check_text import to_text
 
-    renderer = load_renderer(run)
-    with row_progress(tables, "checking") as on_row:
-        found = to_json(check_data(run, renderer, on_row, num_processes=min(4, os.cpu_count() or 1)), run)
-    if as_json:
-        print_json(found)
-    else:
-        print(to_text(found))
+    found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)), run)
+    print_result(found, as_json, to_text)
     if not found["passed"]:
         raise typer.Exit(CHECK_FAILED)

@@ -19,8 +19,6 @@ from preceptor.commands.options import (
     large_imports,
     print_json,
     read_tasks,
-    status_line,
-    wide_console,
 )
 
 
@@ -57,6 +55,7 @@ def compare(
         from preceptor.compare.compare import EvaluationSuite, write
         from preceptor.compare.compare import compare as compare_models
         from preceptor.compare.text import print_comparison
+        from preceptor.console import status_line, table_console
         from preceptor.evaluate.model import load_evaluated_model
 
     suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)
@@ -73,4 +72,4 @@ def compare(
     if as_json:
         print_json(found)
     else:
-        print_comparison(found, wide_console())
+        print_comparison(found, table_console())

@@ -14,8 +14,8 @@ def demo(
     replace: Replace = False,
 ) -> None:
     """Fine-tune the base model that ships with the package, and show its answers before and after."""
-    from preceptor.train.folder import check_out
-    from preceptor.train.metrics import standard_console
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
 
     check_out(str(out), replace)
     with large_imports():

@@ -1,6 +1,5 @@
 """The command `eval`: the scores of one model on tasks."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +16,6 @@ from preceptor.commands.options import (
     Seed,
     large_imports,
     print_json,
-    status_line,
-    wide_console,
 )
 
 
@@ -47,10 +44,12 @@ def eval(
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
     with large_imports():
+        from preceptor.console import status_line, table_console
         from preceptor.evaluate.figures import records, summary
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.evaluate.run import evaluation_settings, run_task
         from preceptor.evaluate.text import print_evaluation
+        from preceptor.files import write_json
 
     items: list[dict[str, Any]] = []
     with status_line() as say:
@@ -67,15 +66,8 @@ def eval(
             found["tasks"].append(summary(task, results, seed))
             items += records(task, results)
     if out is not None:
-        _write(out, {**found, "items": items})
+        write_json(out, {**found, "items": items})
     if as_json:
         print_json(found)
     else:
-        print_evaluation(found, wide_console())
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise errors.CheckpointError(f"{file}: cannot be written: {error}") from None
+        print_evaluation(found, table_console())

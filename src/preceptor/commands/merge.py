@@ -16,8 +16,6 @@ from preceptor.commands.options import (
     Seed,
     TunedModel,
     read_tasks,
-    status_line,
-    wide_console,
 )
 
 if TYPE_CHECKING:
@@ -78,13 +76,14 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 def _sweep(
     base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
-    try:
+    from preceptor.files import writing
+
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.CheckpointError(f"{out}: cannot be written: {error}") from None
     from preceptor.compare.sweep import WEIGHTS, write
     from preceptor.compare.sweep import sweep as sweep_weights
     from preceptor.compare.text import print_sweep
+    from preceptor.console import status_line, table_console
     from preceptor.evaluate.model import load_evaluated_model
     from preceptor.report.tradeoff import draw_plots
 
@@ -93,4 +92,4 @@ def _sweep(
             base, tuned, weight or WEIGHTS, suite, lambda path: load_evaluated_model(path, dtype, device), out, say
         )
     files = write(out, found, draw_plots(found))
-    print_sweep(found, files, wide_console())
+    print_sweep(found, files, table_console())

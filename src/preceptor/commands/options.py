@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they are turned into: a run, a renderer, tasks, a console."""
+"""Options that several commands share, and what they are turned into."""
 
 import gc
 import json
@@ -12,9 +12,6 @@ import typer
 from preceptor import errors
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from preceptor.chat.render import Renderer
     from preceptor.config import Run
     from preceptor.evaluate.tasks import Task
 
@@ -44,8 +41,6 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampled items and of
 
 CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that cannot be trained
 
-_FILE_WIDTH = 160  # characters of a table's line where standard output is a file
-
 
 def run_of(run_file: Path | None, model: str | None, data: str | None, chat_template: str | None) -> "Run":
     """The run of a run file, or of --model and --data. Raises ConfigError."""
@@ -61,14 +56,6 @@ def run_of(run_file: Path | None, model: str | None, data: str | None, chat_temp
         raise errors.ConfigError("--model and --data go together")
     tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "chat_template": chat_template}, "out": "-"}
     return config.build(tree, "command line")
-
-
-def load_renderer(run: "Run") -> "Renderer":
-    """The renderer of a run's data: its tokenizer, chat template and stop tokens. No model is loaded."""
-    with large_imports():
-        from preceptor.train.prepare import load_chat_format
-
-    return load_chat_format(run.model, run.data).renderer(run.data)
 
 
 def read_tasks(
@@ -94,26 +81,12 @@ def large_imports() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on standard error where that is a terminal."""
-    from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # transformers' own
-    with Console(stderr=True).status("loading") as status:
-        yield status.update
-
-
-def wide_console() -> "Console":
-    """A console for tables, which are not squeezed where standard output is a file."""
-    from preceptor.train.metrics import standard_console
-
-    console = standard_console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    return console
-
-
 def print_json(found: dict[str, Any]) -> None:
     print(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def print_result(found: dict[str, Any], as_json: bool, to_text: Callable[[dict[str, Any]], str]) -> None:
+    if as_json:
+        print_json(found)
+    else:
+        print(to_text(found))

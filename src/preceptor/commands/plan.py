@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preceptor.commands.options import AsJson, Overrides, RunFile, print_json
+from preceptor.commands.options import AsJson, Overrides, RunFile, print_result
 
 
 def plan(
@@ -39,10 +39,7 @@ def plan(
         none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
         fits = found["memory"]["fits"]
         found |= none_needed if fits else find_change(run, model.shape, sample, target, world_size)
-    if as_json:
-        print_json(found)
-    else:
-        print(to_text(found))
+    print_result(found, as_json, to_text)
 
 
 def measured_rate(half: bool, seconds: float = 1.0) -> float:

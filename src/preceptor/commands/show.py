@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import DataFile, ModelPath, OptionalRunFile, TemplateName, load_renderer, run_of
+from preceptor.commands.options import DataFile, ModelPath, OptionalRunFile, TemplateName, large_imports, run_of
 
 
 def show(
@@ -21,18 +21,20 @@ def show(
     ] = None,
 ) -> None:
     """Show which tokens of each conversation are context and which are trained."""
-    from preceptor.data.sources import read_records, resolve
+    from preceptor.console import standard_console
     from preceptor.inspect.page import check_page_file, write_page
     from preceptor.inspect.show import show_rows
-    from preceptor.train.metrics import standard_console
 
     if html is not None:
         check_page_file(html, as_json)
     run = run_of(run_file, model, data, chat_template)
-    for source in run.data.train:
-        resolve(source)
-    renderer = load_renderer(run)
-    records = (record for source in run.data.train for record in read_records(source))
+    with large_imports():
+        from preceptor.chat.format import load_chat_format
+        from preceptor.data.sources import OpenSource
+
+    train, held_out = ([OpenSource(source) for source in part] for part in (run.data.train, run.data.eval))
+    renderer = load_chat_format(run.model, run.data, [*train, *held_out]).renderer(run.data)
+    records = (example for source in train for example in source.examples())
     console = standard_console()
     if html is not None:
         about = f"{', '.join(source.path for source in run.data.train)}, as {run.model.path} reads it"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import AsJson, load_renderer, print_json
+from preceptor.commands.options import AsJson, large_imports, print_result
 
 if TYPE_CHECKING:
     from preceptor.chat.render import Renderer
@@ -41,10 +41,7 @@ def template(
     for unread in sorted(arguments.keys() - renderer.template.names_read):
         raise errors.ConfigError(f"--kwargs {unread}: the template {name} reads no argument of this name")
     found = to_json(find_abilities(renderer, assumed))
-    if as_json:
-        print_json(found)
-    else:
-        print(to_text(found))
+    print_result(found, as_json, to_text)
 
 
 def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
@@ -68,6 +65,10 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 def _model_renderer(model: str, template: str, template_kwargs: dict[str, Any]) -> "Renderer":
     from preceptor import config
 
+    with large_imports():
+        from preceptor.chat.format import load_chat_format
+
     data = {"train": [{"path": "-"}], "chat_template": template, "chat_template_kwargs": template_kwargs}
     tree = {"model": {"path": model}, "data": data, "out": "-"}
-    return load_renderer(config.build(tree, "command line"))
+    run = config.build(tree, "command line")
+    return load_chat_format(run.model, run.data).renderer(run.data)

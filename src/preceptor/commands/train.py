@@ -23,8 +23,8 @@ def train(
 ) -> None:
     """Fine-tune a model as described by a run file."""
     from preceptor import config
-    from preceptor.train.folder import check_out
-    from preceptor.train.metrics import standard_console
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
 
     run = config.load(run_file, overrides or [])
     if not resume:
@@ -44,17 +44,12 @@ def train(
 
 
 def _prepare(run: "Run", console: "Console") -> "Prepared":
-    from preceptor.console import row_progress
-    from preceptor.data.sources import resolve
     from preceptor.inspect.check_text import format_line
 
     with large_imports():
         from preceptor.train.prepare import prepare
 
-    sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
-    tables = [table for source in sources for table in resolve(source)]
-    with row_progress(tables, "reading and rendering") as on_row:
-        prepared = prepare(run, on_row, num_processes=min(4, os.cpu_count() or 1))
+    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1))
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared

@@ -12,7 +12,6 @@ tokenizer, chat template and added rows. `sweep` returns, and `write` leaves as 
 Differences are paired: the same items before and after. One merged model is on disk and in memory at a time.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,12 +20,12 @@ from typing import Any
 
 from preceptor.compare.compare import EvaluationSuite
 from preceptor.compare.verdict import HEADLINES, short_name
-from preceptor.errors import CheckpointError
 from preceptor.evaluate.figures import figures, paired
 from preceptor.evaluate.intervals import Interval
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import ItemResult, evaluation_settings
 from preceptor.evaluate.tasks import Task
+from preceptor.files import write_atomically, write_json
 from preceptor.model.interpolate import merge_weights
 
 WEIGHTS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
@@ -67,13 +66,10 @@ def sweep(
 
 def write(folder: Path, found: dict[str, Any], plots: Mapping[str, str]) -> list[Path]:
     """`sweep.json` and the plots, file name -> SVG (report/tradeoff.py). Raises CheckpointError."""
-    files = {"sweep.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n", **plots}
-    try:
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from None
-    return [folder / name for name in files]
+    write_json(folder / "sweep.json", found)
+    for name, text in plots.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in ("sweep.json", *plots)]
 
 
 def _task(task: Task, role: str, by_weight: dict[float, list[ItemResult]], seed: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+from preceptor.data.dataset import Dataset
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.packing import count_rows, plan_epoch
 from preceptor.data.prefix_sharing import chains_of
@@ -22,10 +23,10 @@ class Loader:
     steps over the same tokens, in smaller pieces.
     """
 
-    def __init__(self, trees: Sequence[Tree], max_length: int, batch_size: int, seed: int) -> None:
-        assert trees
-        self._trees = trees
-        self._lengths = [tree.num_tokens for tree in trees]
+    def __init__(self, dataset: Dataset, max_length: int, batch_size: int, seed: int) -> None:
+        assert len(dataset.lengths)
+        self._dataset = dataset
+        self._lengths: list[int] = dataset.lengths.tolist()
         self._max_length = max_length
         self._seed = seed
         self.batch_size = batch_size
@@ -46,7 +47,7 @@ class Loader:
         return plan_epoch(self._lengths, self._max_length, self.rows_per_epoch, seed)
 
     def trees(self, planned_row: Sequence[int]) -> list[Tree]:
-        return [self._trees[index] for index in planned_row]
+        return self._dataset.trees(planned_row)
 
     def rows(self, step: int) -> list[PackedSequence]:
         """The rows of step 0, 1, 2, ..."""

@@ -21,23 +21,16 @@ of the one before, so that every token is trained once. A target that is longer 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 from preceptor.data.examples import Completion, Conversation, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree
+from preceptor.data.workers import ExampleRenderer
 
 Overflow = Literal["reject", "truncate_context", "split"]
 ExampleTree = tuple[Example, Tree]
 
 _CUT_TRIES = 12  # renders in search of the longest end of a text that fits
-
-
-class Renders(Protocol):
-    """What renders again: a `render.Renderer`."""
-
-    targets: Literal["assistant", "last", "all"]
-
-    def render(self, record: Example) -> Tree | Rejection: ...
 
 
 @dataclass
@@ -73,7 +66,7 @@ class Shortened:
 class Fitter:
     """Makes records fit a row; counts in `shortened` what it did."""
 
-    def __init__(self, renderer: Renders, max_length: int, overflow: Overflow) -> None:
+    def __init__(self, renderer: ExampleRenderer, max_length: int, overflow: Overflow) -> None:
         self._renderer = renderer
         self._max_length = max_length
         self._overflow = overflow

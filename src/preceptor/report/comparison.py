@@ -6,7 +6,7 @@ from typing import Any
 
 from preceptor.compare.verdict import HEADLINES, short_name
 from preceptor.evaluate.intervals import Interval
-from preceptor.report.facts import TableRows
+from preceptor.report.facts import LabelledRows
 from preceptor.report.plots import Panel, Series, smooth, thin
 from preceptor.report.run_record import JsonObject
 
@@ -21,11 +21,11 @@ class Comparison:
     base: str
     tuned: str
     sentences: Sequence[str]
-    rows: TableRows
+    rows: LabelledRows
     panels: list[Panel]
     skipped: str
-    shares: TableRows
-    tokens: TableRows
+    shares: LabelledRows
+    tokens: LabelledRows
     answers: list[tuple[str, list[tuple[str, str, str]]]]  # (source, [(text, class of its rank, explanation)])
 
 
@@ -116,7 +116,7 @@ def _by_position(shift: Mapping[str, Any]) -> Iterator[Panel]:
     )
 
 
-def _shares(shift: Mapping[str, Any]) -> TableRows:
+def _shares(shift: Mapping[str, Any]) -> LabelledRows:
     rows = [(name, [_interval(shift["shares"][name], 100.0)]) for name in CLASSES]
     rows.append(("mean probability under the base", [_interval(shift["mean_prob"], 1.0)]))
     rows.append(("mean KL from the base, nats per token", [_interval(shift["mean_kl"], 1.0)]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from preceptor.report.run_record import RunRecord, flat, tokens_per_second
 
-TableRows = list[tuple[str, list[str]]]  # (label, cells)
+LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 
 
 def facts(run: RunRecord) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], TableRows]]:
+def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]:
     """(name, columns, rows) of the held-out figures by source, kind and turn, if there are several of them."""
     found = []
     for key, by in (("by_source", "source"), ("by_kind", "kind of message"), ("by_turn", "turn")):
@@ -120,7 +120,7 @@ def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], TableRows]]:
     return found
 
 
-def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> TableRows:
+def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> LabelledRows:
     """(label, a cell for each run), labels in the order of their first occurrence. differing: only rows that differ."""
     labels = list(dict.fromkeys(label for column in columns for label in column))
     rows = [(label, [_cell(column, label) for column in columns]) for label in labels]
@@ -134,12 +134,12 @@ def _cell(column: dict[str, Any], label: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def config_differences(runs: Sequence[RunRecord]) -> TableRows:
+def config_differences(runs: Sequence[RunRecord]) -> LabelledRows:
     """The keys of the run files whose values differ, without `out`, which always differs."""
     return [row for row in side_by_side([flat(run.config) for run in runs], differing=True) if row[0] != "out"]
 
 
-def environment_differences(runs: Sequence[RunRecord]) -> TableRows:
+def environment_differences(runs: Sequence[RunRecord]) -> LabelledRows:
     """Where the environments of runs differ: versions, machine, hashes of model and data."""
     columns = []
     for run in runs:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from preceptor.data.examples import Rejection
 from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import ConfigError
+from preceptor.files import write_atomically
 from preceptor.report import curves, facts, trees
 from preceptor.report.comparison import Comparison, read_comparison
 from preceptor.report.findings import judge
@@ -47,7 +48,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several side by side, from their folders; returns where.
 
     out: None for the folder of the only run. Raises ConfigError for several runs without `out`, and for an `out` that
-    is not an HTML file or cannot be written; CheckpointError for a folder that is not a run's, or has a broken file.
+    is not an HTML file; CheckpointError for a folder that is not a run's, has a broken file, or cannot be written.
     """
     if out is None:
         if len(folders) > 1:
@@ -57,10 +58,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError(f"--out {out}: an HTML page is written there; give a name that ends in .html")
     runs = [read_run(folder) for folder in folders]
     text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}") from None
+    write_atomically(out, text)
     return out
 
 

@@ -4,7 +4,6 @@ Only `config.yaml` must exist: the folder of a run that is still going on, or wa
 A last line without a line end is still being written, and is left out.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +13,14 @@ from typing import Any
 import yaml
 
 from preceptor.errors import CheckpointError
+from preceptor.files import read_json, read_json_lines
 
 JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run folder, which train/folder.py and train/record.py describe; missing ones are empty."""
+    """The files of a run folder, which train/run_folder.py describes; missing ones are empty."""
 
     folder: Path
     name: str
@@ -108,15 +108,15 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         config=config,
         config_text=text,
-        steps=_lines(folder / "metrics.jsonl"),
-        evaluations=_lines(folder / "eval.jsonl"),
-        samples=_lines(folder / "samples.jsonl"),
-        rejections=_lines(folder / "rejections.jsonl"),
-        examples=_lines(folder / "examples.jsonl"),
-        summary=_object(folder / "summary.json"),
-        environment=_object(folder / "environment.json"),
-        data=_object(folder / "data.json"),
-        compare=_object(folder / "compare.json"),
+        steps=read_json_lines(folder / "metrics.jsonl"),
+        evaluations=read_json_lines(folder / "eval.jsonl"),
+        samples=read_json_lines(folder / "samples.jsonl"),
+        rejections=read_json_lines(folder / "rejections.jsonl"),
+        examples=read_json_lines(folder / "examples.jsonl"),
+        summary=read_json(folder / "summary.json"),
+        environment=read_json(folder / "environment.json"),
+        data=read_json(folder / "data.json"),
+        compare=read_json(folder / "compare.json"),
     )
 
 
@@ -128,28 +128,6 @@ def _mean_loss(steps: Sequence[JsonObject]) -> float:
     """Nats per trained token over some steps."""
     num = sum(step.get("num_trained", 1) for step in steps)
     return sum(step["loss"] * step.get("num_trained", 1) for step in steps) / max(1, num)
-
-
-def _lines(file: Path) -> list[JsonObject]:
-    if not file.is_file():
-        return []
-    *lines, unfinished = file.read_text(encoding="utf-8").split("\n")
-    del unfinished
-    return [_parsed(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _object(file: Path) -> JsonObject:
-    return _parsed(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
-
-
-def _parsed(text: str, where: str) -> JsonObject:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: broken JSON: {error.msg}; was the file changed by hand?") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {type(value).__name__}, not an object; was the file changed by hand?")
-    return value
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
