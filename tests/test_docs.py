@@ -22,12 +22,6 @@ def made_by(script):
     return module
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    module = made_by("make_tree")
-    assert module.BLOCK.search(README).group() == module.tree(), "run python docs/make_tree.py"
-    assert README.count("render.py") >= 1
-
-
 def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
