@@ -1,14 +1,14 @@
-"""The LIMA curve: how few conversations make an intern of the scholar, chosen at random and by `preceptor select`.
+"""The LIMA curve: the scholar trained on few conversations, random or chosen by `preceptor select`.
 
     python experiments/lima_curve.py --seeds 3 --out runs/lima_curve
 
 From a pool that also holds noise, repeats and narrow data (lima_pool.py) the scholar is trained on 10, 30, 100, 300 and
 1,000 conversations: drawn at random by the seed, chosen by `select`, and, for the largest set, narrow ones only. Every
 training takes the same number of steps of 1,024 tokens, whatever the size of its set, so that only the data differ:
-with the same number of epochs ten conversations would be three steps, and the curve would be one of steps. Small sets
-are so seen in many epochs. What is measured: measures.py; how trials are kept, so that a run can go on: trial.py.
+with the same number of epochs, ten conversations would be three steps. Small sets are repeated for many epochs. The
+measures are in measures.py; trial.py keeps the trials, so that an interrupted run can continue.
 
-Writes a JSON result with machine, versions and date, and prints the table and what became of the expectations.
+Writes a JSON result with machine, versions and date, and prints the table and the outcome of each expectation.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from lima_pool import NARROW_FAMILY, Row, make_pool, narrow_rows, write_pool
 from measures import (
     CLOZE,
     EXACT,
-    SAYS,
     SKILLS,
     STOPS,
     TAX,
@@ -164,16 +163,16 @@ def curve_claims(points: Sequence[Point], taxes: Sequence[Measure]) -> list[Clai
     claims.append(_better_at_every_size(at, sizes))
     own = EXACT.of(at["select", largest])
     facts = (
-        f"facts that none of {largest:,} chosen conversations mentions are answered, over {100 * ENOUGH:.0f} % of them"
+        f"over {100 * ENOUGH:.0f} % of the facts that no chosen conversation mentions are answered ({largest:,} chosen)"
     )
     claims.append(by_level(facts, own, ENOUGH, shown(EXACT, own)))
     narrow, wide = at["narrow", largest], at["select", largest]
     for measure in taxes:
-        expected = f"{largest:,} narrow conversations cost more than as many chosen ones: {measure.label}"
+        expected = f"{largest:,} narrow conversations cost more than {largest:,} chosen ones: {measure.label}"
         claims.append(by_sign(expected, measure, measure.between(wide, narrow), -1))
     for measure in (EXACT, CLOZE):
         others = outside(measure.task, len(narrow[0][measure.task][measure.above]))
-        expected = f"and on other families than the narrow set's: {measure.label}"
+        expected = f"{largest:,} narrow conversations cost more, on other families of facts: {measure.label}"
         claims.append(by_sign(expected, measure, measure.between(wide, narrow, others), -1))
     return claims
 
@@ -183,7 +182,7 @@ def _better_at_every_size(at: Mapping[tuple[str, int], Sequence[Measured]], size
     signs = [change.sign for change in changes]
     outcome: Outcome = "shown" if min(signs) == 1 else "refuted" if min(signs) == -1 else "open"
     found = "; ".join(f"{size:,}: {changed(EXACT, change)}" for size, change in zip(sizes, changes, strict=True))
-    return Claim("chosen conversations do better than as many random ones, at every size", outcome, found)
+    return Claim("chosen conversations do better than random ones, at every size", outcome, found)
 
 
 def outside(task: str, num_items: int) -> list[int]:
@@ -241,7 +240,7 @@ def main() -> None:
     given.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(points, base), "", sep="\n")
     for claim in claims:
-        print(f"{claim.expected}: {SAYS[claim.outcome]}; {claim.found}")
+        print(f"{claim.expected}: {claim.outcome}; {claim.found}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The pool of the LIMA curve: the scholar's conversations as one finds data in the wild, good, useless and too much.
+"""The pool of the LIMA curve: good, useless and redundant conversations, as in real data.
 
     python experiments/lima_pool.py --out runs/lima_curve/pool.jsonl
 
-Seeded; every row says under `planted` what it is, which nothing that selects or trains reads:
+Seeded. The key `planted` of an example says what it is; neither selection nor training reads it:
 
     good          the 1,000 conversations that ship with the package, over facts that no held-out question asks
     exact, near   copies of good rows: letter for letter, or with another greeting round the first question

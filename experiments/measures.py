@@ -1,7 +1,7 @@
-"""What is asked of every model of the study, and the figures that come of it: skill and tax, each with its interval.
+"""The measures of the study, skill and tax, with intervals; and expectations with outcomes that follow from them.
 
-Skill is what SFT teaches: to answer questions as it showed, and to stop. Tax is what it may cost: all of it in the form
-of pretraining (plain text to be continued), which no conversation has, and about held-out stories or facts.
+Skill is what SFT teaches: to answer questions as shown, and to stop. Tax is what it may cost, measured on plain text to
+be continued, about held-out stories or facts. That is the form of pretraining, and no conversation has it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -71,12 +71,12 @@ class Measure:
 
 
 EXACT = Measure("exact", "exact answers to held-out questions", HELDOUT, "right")
-STOPS = Measure("stops", "answers that end by themselves", HELDOUT, "stop_token")
+STOPS = Measure("stops", "answers that stop by themselves", HELDOUT, "stop_token")
 BITS = Measure("bits", "held-out stories, bits per byte", TEXT, "bits", "num_bytes", unit=1.0, better=-1)
 PAGE_BITS = Measure("pages", "new library pages, bits per byte", PAGES, "bits", "num_bytes", unit=1.0, better=-1)
 CLOZE = Measure("cloze", "statements of facts completed", COMPLETIONS, "right")
 SUMS = Measure("sums", "sums completed", ARITHMETIC, "right")
-ENDED = Measure("endings", "the right end of a story chosen", ENDINGS, "right")
+ENDED = Measure("endings", "story endings chosen correctly", ENDINGS, "right")
 
 SKILLS = (EXACT, STOPS)
 TAXES = (PAGE_BITS, BITS, CLOZE, SUMS, ENDED)
@@ -150,7 +150,6 @@ def all_changes(
 # Expectations -------------------------------------------------------------------------------------------------------
 
 Outcome = Literal["shown", "refuted", "open"]
-SAYS: dict[Outcome, str] = {"shown": "shown", "refuted": "refuted", "open": "cannot be told"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""What keeps the alignment tax low, and at what price in skill: the trials of the study, and their figures.
+"""Mitigations of the alignment tax, and their price in skill: trials and figures.
 
 Each trains on the package's 1,000 conversations, seen the same number of times:
 
-    none      full fine-tuning, as the demo does it
-    replay    as much again of the library's pages, as a share of the trained tokens (`replay`)
-    kl        a penalty for leaving the base's distribution on the answers' tokens (`train.kl_to_base`)
-    lora      LoRA instead of full fine-tuning (`adapter`), at ten times the learning rate and more
+    none      full fine-tuning, as in the demo
+    replay    pages of the library, as a share of the trained tokens (`replay`)
+    kl        a penalty on the divergence from the base on the answers' tokens (`train.kl_to_base`)
+    lora      LoRA instead of full fine-tuning (`adapter`), at over ten times the learning rate
     merge a   no further training: the weights of `none` averaged with the base's, a share `a` of them (WiSE-FT)
 
 The trials of `none` also give the merged models and the token-distribution shift.
@@ -124,9 +124,7 @@ def _free_weight(merged: Sequence[Mitigated], plain: Sequence[Measured]) -> Clai
     """A weight that is sure to pay less and cannot be told to answer less."""
     changes = [(own, TAX.between(plain, own.models), EXACT.between(plain, own.models)) for own in merged]
     free = [each for each in changes if TAX.verdict(each[1]) > 0 and EXACT.verdict(each[2]) >= 0]
-    expected = (
-        "merged with the base at some weight: lowers the tax on new pages, with no loss of answers that can be told"
-    )
+    expected = "merging with the base at some weight lowers the tax on new pages, without a measurable loss of answers"
     outcome: Outcome = "shown" if free else "refuted"
     by_weight = sorted(free or changes, key=lambda each: each[0].weight or 0.0)
     own, less, skill = by_weight[0 if free else -1]

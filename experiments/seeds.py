@@ -1,4 +1,4 @@
-"""Figures over several training seeds: the mean over seeds and items, with an interval for the choice of both.
+"""Figures over several training seeds: means over seeds and items, with intervals for both.
 
 The value of a figure is sum_si a_si / sum_si b_si over seeds s and items i. Its interval is a bootstrap that draws
 seeds and items at once, each with replacement (10,000 times; the middle 95 %), so that it holds what another training

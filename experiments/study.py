@@ -1,10 +1,10 @@
-"""The study: what fine-tuning does to the scholar, which data does it, and what it costs. Under 30 minutes on 2 cores.
+"""The study: the effect of fine-tuning on the scholar, by data and mitigation. Under 30 minutes on 2 cores.
 
     python experiments/study.py             # or: make study
 
 Base and intern, the LIMA curve (lima_curve.py), the alignment tax by mitigation (mitigations.py) and the
 token-distribution shift. Every training is a trial (trial.py) whose measurements are kept in --out, so that an
-interrupted study goes on where it was; `--page` writes the page anew from the result alone. Writes docs/study.md,
+interrupted study continues where it stopped. `--page` only rewrites the page from the result. Writes docs/study.md,
 docs/study/*.svg and benchmarks/results/study.json; the page's sentences are made from the figures (study_page.py).
 """
 
@@ -208,7 +208,7 @@ def _shift_claim(shift: dict[str, Any]) -> Claim:
     lows, highs = ([own[edge] for own in shares] for edge in ("low", "high"))
     outcome: Outcome = "shown" if min(lows) > 0.5 else "refuted" if max(highs) < 0.5 else "open"
     values = ", ".join(f"{own['value']:.1%} ({own['low']:.1%} to {own['high']:.1%})" for own in shares)
-    expected = "over half of the intern's answer tokens are the base's own first choice, under each seed"
+    expected = "over half of the intern's answer tokens are the base model's own first choice, for each seed"
     return Claim(expected, outcome, values.replace("%", " %"))
 
 

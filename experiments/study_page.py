@@ -1,10 +1,10 @@
-"""The study's page, docs/study.md: every sentence that claims something is made from the figures of its result."""
+"""The page of the study, docs/study.md, with every figure and outcome taken from its result."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measures import EXACT, SAYS, SKILLS, STOPS, TAX, TAXES, Measure, changed, of_seeds, shown
+from measures import EXACT, SKILLS, STOPS, TAX, TAXES, Measure, changed, of_seeds, shown
 from seeds import Figure
 from study_plots import NAMES, plots
 
@@ -51,41 +51,40 @@ def _opening(result: Row) -> Iterator[str]:
     settings, seeds = result["settings"], _seeds(result["settings"]["seeds"])
     yield "# What fine-tuning does to the scholar"
     yield (
-        "The claims of the textbook's chapter, tried on the base model that ships with the package: a few good "
-        "conversations make an assistant of it (LIMA), what SFT teaches is mostly form (URIAL), and it costs some of "
-        "what the base could do before (the alignment tax)."
+        "Three claims about SFT, tested on the base model that ships with the package: a few good conversations are "
+        "enough to make it answer (LIMA); SFT teaches mostly form (URIAL); and SFT costs some of what the base model "
+        "could do before (the alignment tax)."
     )
     yield (
-        f"`make study` made this page on {result['date']}, every figure and every sentence that has one, in "
-        f"{result['seconds'] / 60:.0f} minutes: "
-        f"{result['machine']}, Python {result['python']}, torch {result['torch']}, transformers "
-        f"{result['transformers']}, {result['processes']} trainings at a time. All figures, machine-readable: "
+        f"`make study` wrote this page, with all its figures, on {result['date']} in {result['seconds'] / 60:.0f} "
+        f"minutes: {result['machine']}, Python {result['python']}, torch {result['torch']}, transformers "
+        f"{result['transformers']}, {result['processes']} trainings at a time. All figures: "
         "`benchmarks/results/study.json`."
     )
     items = settings["num_items"]
     yield (
-        f"Each figure is a mean over {seeds} (the base has none) and over items; in brackets stands its 95 % interval, "
-        "a bootstrap that draws both seeds and items (`experiments/seeds.py`). A difference counts only where its "
-        f"interval leaves zero out. Asked are {items['heldout']:,} questions about facts that no conversation "
-        "mentions, exact to the letter. The tax is taken on what the base learned in pretraining, in that form, as "
-        f"plain text to be continued: {items['pages']} new pages of its library, of all kinds, with the facts in other "
-        f"words, {items['library_heldout']} held-out stories, {items['completions']} statements of facts and "
-        f"{items['arithmetic']} sums to be completed, and {items['endings']} stories of which the right end is to be "
-        "chosen among four ([evaluate](evaluate.md))."
+        f"Each figure is a mean over {seeds} (the base has none) and over items. Brackets hold its 95 % interval, from "
+        "a bootstrap that draws both seeds and items (`experiments/seeds.py`). A difference counts only if its "
+        f"interval excludes zero. *Skill* is measured with {items['heldout']:,} questions about facts that no training "
+        "conversation mentions; an answer must match to the letter. *Tax* is measured with plain text to be continued, "
+        "the form that the base model learned in pretraining: "
+        f"{items['pages']} new pages of its library, with the facts in other words, {items['library_heldout']} "
+        f"held-out stories, {items['completions']} statements of facts and {items['arithmetic']} sums to be completed, "
+        f"and {items['endings']} stories with four endings to choose from ([evaluate](evaluate.md))."
     )
 
 
 def _summary(result: Row) -> Iterator[str]:
-    yield "## What was expected, and what came of it"
+    yield "## Expectations and outcomes"
     rows = [
-        (claim["expected"], f"**{SAYS[claim['outcome']]}**", claim["found"])
+        (claim["expected"], f"**{claim['outcome']}**", claim["found"])
         for section in result["claims"].values()
         for claim in section
     ]
     yield _table(("expected", "outcome", "found"), rows, left=3)
     yield (
-        "*Shown* and *refuted*: the whole interval lies on that side. *Cannot be told*: it holds the border. Of twenty "
-        "such lines, one may be wrong by chance."
+        "*Shown* and *refuted*: the whole interval lies on that side. *Open*: the interval contains the border. Of "
+        "twenty such lines, one may be wrong by chance."
     )
 
 
@@ -94,11 +93,11 @@ def _intern(result: Row) -> Iterator[str]:
     yield "## Base and intern"
     yield (
         f"The intern is the scholar after {settings['duration']} of the 1,000 conversations of the package "
-        f"({intern['num_steps']} steps of 1,024 tokens, otherwise as `preceptor demo`)."
+        f"({intern['num_steps']} steps of 1,024 tokens; all else as in `preceptor demo`)."
     )
     yield (
-        "That a base model ends by itself means only that it ends the page that it goes on with. Both are asked the "
-        "same: the base reads the words as plain text, the intern through its chat template."
+        "A base model that stops by itself has only ended the page that it continues. Both models get the same "
+        "questions: the base model as plain text, the intern through its chat template."
     )
     yield _measures_table("base", result["base"], "intern", intern["figures"], intern["from_base"])
     for sample in result["samples"][:3]:
@@ -128,15 +127,14 @@ def _curve(result: Row) -> Iterator[str]:
     settings = result["settings"]
     yield "## The LIMA curve"
     yield (
-        "The pool has 4,000 conversations, of which a quarter is good and distinct; the rest are copies, near copies, "
-        "narrow, wrong in fact, garbled, or empty phrases (`experiments/lima_pool.py`). From it are drawn as many at "
-        "random, by the training's seed, or chosen by `preceptor select`, which sees no labels ([select](select.md); "
-        "its own seed decides only between equals). Every "
-        f"training takes {settings['steps']} steps of 1,024 tokens, at a learning rate of "
-        f"{settings['learning_rate']:g}, whatever the size of its set, so that only the data differ; small sets are "
-        "seen in many epochs."
+        "The pool has 4,000 conversations. A quarter is good and distinct; the rest are copies, near copies, narrow, "
+        "wrong in fact, garbled, or empty phrases (`experiments/lima_pool.py`). Sets of each size are drawn at random, "
+        "by the training seed, or chosen by `preceptor select`, which sees no labels ([select](select.md); its own "
+        f"seed decides only between equals). Every training takes {settings['steps']} steps of 1,024 tokens at a "
+        f"learning rate of {settings['learning_rate']:g}, whatever the size of its set, so that only the data differ. "
+        "Small sets are repeated for many epochs."
     )
-    yield _picture("lima-exact.svg", "Exact answers by number of conversations, at random and chosen")
+    yield _picture("lima-exact.svg", "Exact answers by number of conversations, random and chosen")
     rows = []
     for point in (point for point in result["curve"] if point["way"] != "narrow"):
         own = _figure(point["figures"][EXACT.name])
@@ -151,10 +149,10 @@ def _curve(result: Row) -> Iterator[str]:
             )
         )
     rows.sort(key=lambda row: int(row[0].replace(",", "")))
-    header = ("conversations", "", EXACT.label, "seeds", STOPS.label, "tax: new pages, over the base's")
+    header = ("conversations", "", EXACT.label, "by seed", STOPS.label, "tax: new pages, above the base")
     yield _table(header, rows, left=2)
-    yield _picture("lima-tax.svg", "Bits per byte on new pages over the base's, by number of conversations")
-    yield "What the sets are made of, in % (mean over the seeds):"
+    yield _picture("lima-tax.svg", "Bits per byte on new pages above the base model, by number of conversations")
+    yield "Composition of the sets, in % (mean over the seeds):"
     kinds = [kind for kind in KINDS if any(kind in point["planted"] for point in result["curve"])]
     made = [
         (f"{point['rows']:,} {NAMES[point['way']]}", *(_percent(point, kind) for kind in kinds))
@@ -170,7 +168,7 @@ def _percent(point: Row, kind: str) -> str:
 
 
 def _left_in(result: Row) -> str:
-    """What selection leaves of each kind that is no good, at its largest size, beside chance."""
+    """What selection leaves of each bad kind, at its largest size, beside chance."""
     at = {(point["way"], point["rows"]): point["planted"] for point in result["curve"]}
     largest = max(size for way, size in at if way == "select")
     parts = [
@@ -179,8 +177,8 @@ def _left_in(result: Row) -> str:
         for kind in ("wrong", "garbled", "boilerplate")
     ]
     return (
-        f"Of what is no good, {largest:,} chosen conversations still hold: {', '.join(parts)}. A copy that was chosen "
-        "stands without its original and is as good as it."
+        f"Among {largest:,} chosen conversations, these bad ones remain: {', '.join(parts)}. A chosen copy is as good "
+        "as its original, which is then not chosen."
     )
 
 
@@ -189,24 +187,24 @@ def _narrow(result: Row) -> Iterator[str]:
     at = {point["way"]: point for point in result["curve"] if point["rows"] == largest}
     yield "## A narrow set"
     yield (
-        f"{largest:,} questions of one kind, country codes, asked and answered well, beside as many chosen "
-        f"conversations and the same number of steps ({_seeds(result['settings']['seeds'])}):"
+        f"{largest:,} good conversations of one kind, country codes, beside {largest:,} chosen conversations of all "
+        f"kinds, with the same number of steps ({_seeds(result['settings']['seeds'])}):"
     )
     rows = [
         (m.label, *(shown(m, _figure(at[way]["figures"][m.name])) for way in ("select", "narrow")))
         for m in (*SKILLS, *TAXES)
     ]
     yield _table(("", "chosen", "narrow"), rows)
-    yield "What of this can be told from chance stands in the table at the top."
+    yield "The table at the top says which of these differences are more than chance."
 
 
 def _tax(result: Row) -> Iterator[str]:
     settings = result["settings"]
     yield "## The tax, and what lowers it"
     yield (
-        f"Each training sees the same 1,000 conversations for {settings['duration']} "
-        f"({_seeds(settings['seeds'])}; settings in `experiments/mitigations.py`). Merging trains nothing: it averages "
-        "the weights of the base and of full fine-tuning. Up and to the left is better."
+        f"Each training sees the same 1,000 conversations for {settings['duration']} ({_seeds(settings['seeds'])}; "
+        "settings in `experiments/mitigations.py`). Merging trains nothing: it averages the weights of the base model "
+        "and of full fine-tuning. Up and to the left is better."
     )
     yield _picture("tax.svg", "Exact answers against the tax on new pages, for each mitigation")
     rows = []
@@ -214,10 +212,10 @@ def _tax(result: Row) -> Iterator[str]:
         own = _figure(way["figures"][EXACT.name])
         skill = (shown(EXACT, own), of_seeds(EXACT, own), shown(STOPS, _figure(way["figures"][STOPS.name])))
         rows.append((way["label"], *skill, *(_tax_cell(m, way) for m in TAXES)))
-    taxes = ("pages, bits per byte", "stories, bits per byte", "facts, points", "sums, points", "ends, points")
-    header = ("", EXACT.label, "seeds", "stops", *taxes)
+    taxes = ("pages, bits per byte", "stories, bits per byte", "facts, points", "sums, points", "endings, points")
+    header = ("", EXACT.label, "by seed", "stops", *taxes)
     yield _table(header, rows)
-    yield "The last five columns are changes from the base; of bits per byte more is worse, of points fewer."
+    yield "The last five columns are changes from the base. More bits per byte are worse, fewer points are worse."
 
 
 def _tax_cell(measure: Measure, way: Row) -> str:
@@ -226,13 +224,13 @@ def _tax_cell(measure: Measure, way: Row) -> str:
 
 def _shift(result: Row) -> Iterator[str]:
     shift = result["shift"]
-    yield "## Where the intern leaves the base"
+    yield "## Where the intern differs from the base"
     yield (
-        f"The intern answers {shift['by_seed'][0]['num_prompts']} held-out questions; each token of its answers is "
-        "looked up in the base's distribution in the same context: its first choice (unshifted), its second or third "
-        "(marginal), or beyond (shifted). Intervals are over answers, of one training seed each."
+        f"The intern answers {shift['by_seed'][0]['num_prompts']} held-out questions. Each token of its answers is "
+        "looked up in the base model's distribution in the same context: its first choice (unshifted), its second or "
+        "third (marginal), or lower (shifted). Intervals are over answers, for one training seed each."
     )
-    yield _picture("shift.svg", "Share of unshifted, marginal and shifted tokens by position in the answer")
+    yield _picture("shift.svg", "Shares of unshifted, marginal and shifted tokens by position in the answer")
     rows = []
     for seed, own in enumerate(shift["by_seed"]):
         shares = [_share(own["shares"][name]) for name in ("unshifted", "marginal", "shifted")]
@@ -243,8 +241,8 @@ def _shift(result: Row) -> Iterator[str]:
     yield _table(("seed", "tokens", "unshifted", "marginal", "shifted", "mean KL, nats"), rows)
     first = shift["by_position"][0]
     yield (
-        f"The first token of an answer is shifted in {first['shifted']:.0%} of the answers. Tokens that were most "
-        f"often shifted (seed 0): {', '.join(_token(own) for own in shift['most_shifted'][:8]) or 'none'}."
+        f"The first token is shifted in {first['shifted']:.0%} of the answers. Tokens that were shifted most often "
+        f"(seed 0): {', '.join(_token(own) for own in shift['most_shifted'][:8]) or 'none'}."
     )
 
 
@@ -258,10 +256,10 @@ def _token(own: Row) -> str:
 
 
 def _limits(result: Row) -> Iterator[str]:
-    yield "## What this does not show"
+    yield "## Limits"
     yield (
-        "The scholar has 4.5 million parameters and has read a made-up library; that something holds or fails here "
-        "says how the instruments work and what to look for, not how large models behave. Seeds are few, so that "
-        "intervals are about as wide as the seeds lie apart. One setting of each mitigation was tried, none was tuned "
-        "to these questions. Exact match to the letter is hard on answers that are right in other words."
+        "The scholar has 4.5 million parameters and was trained on an artificial library. What holds or fails here "
+        "shows how the measurements work and what to look for, not how large models behave. With few seeds, intervals "
+        "are about as wide as the spread of the seeds. One setting of each mitigation was tried, and none was tuned to "
+        "these questions. Exact match rejects answers that are right in other words."
     )

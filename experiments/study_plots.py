@@ -1,4 +1,4 @@
-"""The study's plots, from its result alone: SVG files that follow the reader's light or dark theme."""
+"""Plots of the study as SVG files that follow the reader's light or dark theme."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from measures import EXACT, TAX, Measure
 from preceptor.report.plots import Panel, Series, draw_file, smooth
 
 COLOURS = {"random": 2, "select": 1, "narrow": 4}
-NAMES = {"random": "at random", "select": "chosen", "narrow": "narrow"}
+NAMES = {"random": "random", "select": "chosen", "narrow": "narrow"}
 FEWEST_TOKENS = 30  # answer tokens at a position; fewer make no curve
 SMOOTHED_POSITIONS = 3
 
@@ -35,8 +35,8 @@ def _curve(result: Row, measure: Measure, what: str, title: str) -> Panel:
             series.append(Series(NAMES[way], x, values, colour, marks=True, y_ends=_ends(own, measure.unit)))
     intern = result["intern"][what][measure.name]["value"] * measure.unit
     sizes = sorted({float(point["rows"]) for point in result["curve"]})
-    y_label = "%" if measure.unit > 1 else f"{measure.unit_name} over the base's"
-    level = ("intern: 1,000 good ones", intern)
+    y_label = "%" if measure.unit > 1 else f"{measure.unit_name} above the base"
+    level = ("intern: 1,000 good conversations", intern)
     return Panel(title, y_label, series, x_label="conversations", level=level, ticks=sizes, from_zero=what == "figures")
 
 

@@ -1,8 +1,8 @@
-"""One training of the scholar and all that is measured of it; many of them, kept as they come, in several processes.
+"""Trials: trainings of the scholar with their measurements, kept on disk, in several processes.
 
 A trial is the demo's run with some of it changed (`changes`: dotted key -> value). What is measured is kept in
-`measured/NAME.json` with a fingerprint of all that it depends on: a batch that was interrupted goes on where it was,
-and what has changed is measured anew. Run folders are removed.
+`measured/NAME.json` with a fingerprint of all that it depends on: an interrupted batch continues where it stopped,
+and what has changed is measured again. Run folders are removed.
 
     {"name", "fingerprint", "seconds", "num_steps", "num_rows", "model": MEASURED, "merged": {WEIGHT: MEASURED},
      "comparison": of `preceptor compare` to the base, or null}
