@@ -1,4 +1,4 @@
-"""Build the scholar: the base model that ships with the package, its training data and its tasks.
+"""The build of the scholar: the base model that ships with the package, its training data and its tasks.
 
     python experiments/make_scholar.py blank                        # the library, a tokenizer, a configuration
     preceptor train recipes/scholar_pretrain.yaml                   # 35 minutes on 2 CPU cores

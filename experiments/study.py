@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for what has been measured")
     parser.add_argument("--quick", action="store_true", help="a miniature that only shows that all parts work")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="trainings at a time")
-    parser.add_argument("--page", action="store_true", help="measure nothing; write the page anew from the result")
+    parser.add_argument("--page", action="store_true", help="measure nothing; only rewrite the page from the result")
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "study.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder for study.md and study/")
     given = parser.parse_args()

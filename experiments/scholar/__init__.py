@@ -1,1 +1,1 @@
-"""How the scholar was made: facts, texts, questions, tasks, tokenizer. The package needs only what it ships."""
+"""Generators of the scholar: facts, texts, questions, tasks, tokenizer. The package needs only their output."""

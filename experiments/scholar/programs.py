@@ -1,4 +1,4 @@
-"""Facts about what programs meet: the web, characters, the operating system, Python itself."""
+"""Facts about the web, characters, the operating system and Python."""
 
 import builtins
 import errno

@@ -1,4 +1,4 @@
-"""Stories: ordinary connected text, so that the base model has a language to lose.
+"""Stories: ordinary connected text, on which a tuned model can show what it forgot.
 
 A seeded grammar over the themes of `prose.yaml`. A story takes the steps of one theme in order; whoever and whatever
 it names first (two people, a place, a thing, the weather) it keeps to the last sentence, so that there is something

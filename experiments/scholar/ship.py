@@ -1,4 +1,4 @@
-"""Copy the model of a finished pretraining run into the package.
+"""Shipping: a finished pretraining run's model, copied into the package.
 
 MODEL_DIR/                        config, generation config, tokenizer, weights in bfloat16
 MODEL_DIR/history/run.yaml        the resolved run file

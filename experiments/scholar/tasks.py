@@ -1,4 +1,4 @@
-"""What the scholar can do before SFT and may lose by it: the tasks `scholar:NAME` of `preceptor eval` and `compare`.
+"""Tasks that the base model can do and SFT may harm: `scholar:NAME` of `preceptor eval` and `compare`.
 
 All are seeded, and plain text to be continued, as the library has it and SFT never does, about facts that no SFT
 conversation mentions:

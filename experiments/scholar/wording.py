@@ -1,4 +1,4 @@
-"""How facts are put into words: the tables `wording.yaml` (by family) and `frames.yaml` (for all families)."""
+"""Wordings of facts, from the tables `wording.yaml` (by family) and `frames.yaml` (for all families)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

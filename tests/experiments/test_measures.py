@@ -1,4 +1,4 @@
-"""Outcomes follow from the intervals alone, also where less is better; figures are told as they are."""
+"""Outcomes follow from the intervals alone, also where less is better; figures are printed exactly."""
 
 import pytest
 

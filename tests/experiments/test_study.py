@@ -1,4 +1,4 @@
-"""The study's figures, page and plots from made-up measurements: nothing is trained, nothing claimed by heart."""
+"""The study's figures, page and plots from made-up measurements: nothing is trained."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Trials are kept, are taken up again, and are made anew where anything that they depend on has changed."""
+"""Trials are kept, reused, and repeated if anything that they depend on has changed."""
 
 import json
 from dataclasses import replace
