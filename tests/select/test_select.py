@@ -200,7 +200,7 @@ def test_what_the_command_line_cannot_mean(command, write_jsonl, tmp_path):
         (("--keep", 1, "--out", out, "--quality-share", 0), "share above 0"),
         (("--keep", 1, "--out", out, "--diversity", "x"), "must be one of"),
         (("--keep", 1, "--out", out, "--columns", "x"), "OURS=THEIRS"),
-        (("--keep", 1, "--out", out, "--columns", "x=y"), "not a key of any row format"),
+        (("--keep", 1, "--out", out, "--columns", "x=y"), "not a key of any format"),
     ):
         code, _, error = command(data, *arguments)
         assert code == 2 and says in error, (arguments, error)
