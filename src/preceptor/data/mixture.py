@@ -4,7 +4,8 @@
 
 With `loss.reduction: token` every trained token has the share 1 and the divisor is their number. With `conversation` it
 has the share 1 / (trained tokens of its conversation), so a conversation's shares add up to 1, the divisor is the
-number of conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own weight.
+number of conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own
+weight.
 
 Shares belong to the conversation, so they are given to its tree before trees are put together (equal prompts) or taken
 apart (one chain a sequence): then weights and divisor are right however the tokens are spread over sequences.
