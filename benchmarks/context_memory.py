@@ -212,9 +212,9 @@ def learning(seeds: int) -> dict[str, Any]:
     """The demo's training in each mode, with so many seeds, and all held-out questions."""
     from first_run import measure
 
+    from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
     from preceptor.evaluate.questions import read_questions
-    from preceptor.train.metrics import standard_console
     from preceptor.train.prepare import prepare
     from preceptor.train.run import execute
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from machine import describe
 from preceptor import config
+from preceptor.console import standard_console
 from preceptor.demo import QUESTIONS, ask, demo_run
 from preceptor.evaluate.questions import Question, read_questions, score, score_by
-from preceptor.train.metrics import standard_console
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 

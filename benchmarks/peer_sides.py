@@ -20,6 +20,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     from shapes import matrix_product_rate, operations_of
 
     from preceptor import config
+    from preceptor.data.dataset import Dataset
     from preceptor.data.loader import Loader
     from preceptor.model.load import load_model
     from preceptor.train.checkpoint import State
@@ -34,9 +35,9 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     seconds, losses = [], []
     for trees in steps:
         longest = max(tree.num_tokens for tree in trees)
-        loader = Loader(trees, max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
+        loader = Loader(Dataset(trees), max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
         started = time.perf_counter()
-        losses.append(take_step(state, loader.rows(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
+        losses.append(take_step(state, loader.batch(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
         seconds.append(time.perf_counter() - started)
     found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
     found["peak_bytes"] = _peak_bytes()

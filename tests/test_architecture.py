@@ -13,8 +13,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "preceptor"
 
 # Floors from the ground up: a part imports from floors below its own. Parts of one floor do not know each other.
 FLOORS = (
-    ("errors", "files", "scholar"),
-    ("console", "config"),
+    ("errors",),
+    ("files", "scholar"),
+    ("hub", "console", "config"),
     ("data",),
     ("chat", "model"),
     ("plan", "evaluate", "select"),

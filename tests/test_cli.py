@@ -69,7 +69,7 @@ BAD_ROWS = {
 def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run_file, tmp_path, code):
     exit_code, _, err = preceptor("train", run_file([*conversations(3), BAD_ROWS[code]]))
     assert exit_code == 3
-    assert "1 of 4 rows cannot be trained" in err
+    assert "1 of 4 examples cannot be trained" in err
     assert f"1 x {code}: first at {tmp_path}/train.jsonl:4:" in err
     assert not (tmp_path / "run").exists()
 

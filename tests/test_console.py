@@ -5,7 +5,7 @@ import threading
 from rich.console import Console
 
 from preceptor import console
-from preceptor.data.sources import resolve
+from preceptor.data.sources import OpenSource
 
 
 def test_the_bar_has_no_thread_so_that_processes_can_be_forked_while_it_is_shown(tmp_path, monkeypatch, capsys):
@@ -14,7 +14,7 @@ def test_the_bar_has_no_thread_so_that_processes_can_be_forked_while_it_is_shown
     monkeypatch.setattr(console, "Console", lambda **_: Console(stderr=True, force_terminal=True))
     monkeypatch.setattr(console, "_SECONDS", 0)
     before = threading.active_count()
-    with console.row_progress(resolve(str(file)), "checking") as on_row:
+    with console.example_progress(OpenSource(str(file)).tables, "checking") as on_row:
         for _ in range(40):
             on_row()
         assert threading.active_count() == before

@@ -1,7 +1,8 @@
 """The commands. The only place that catches errors, and that picks exit codes.
 
-Exit codes: 0 done; 2 the command line or run file is wrong; 3 the data; 4 the chat template; 5 the model; 6 the run
-directory or a checkpoint; 130 interrupted. Whatever else goes wrong is a defect of this program and shows a traceback.
+Exit codes: 0 done; 2 the command line or run file is wrong; 3 the data; 4 the chat template; 5 the model; 6 a file or
+folder cannot be written, or a run's folder is broken; 130 interrupted. Whatever else goes wrong is a defect of this
+program and shows a traceback.
 """
 
 import os

@@ -12,15 +12,14 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from preceptor import config
+from preceptor.chat.format import load_trained_format
 from preceptor.evaluate.generate import Answer
 from preceptor.evaluate.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
 from preceptor.evaluate.score import is_exact
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
-from preceptor.model.vocabulary import stop_token_ids
+from preceptor.files import append_line, write_json
+from preceptor.model.load import load_model
 from preceptor.report.report import write_report
 from preceptor.scholar import MODEL_DIR
-from preceptor.train.folder import write_summary
-from preceptor.train.metrics import append_line
 from preceptor.train.prepare import prepare
 from preceptor.train.run import choose_device, execute
 
@@ -59,7 +58,7 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "training_seconds": summary["seconds"],
         "seconds": time.perf_counter() - started,
     }
-    write_summary(out, summary)
+    write_json(out / "summary.json", summary)
     write_report([out])  # anew, with these answers
     _print_sides(console, questions, base, intern)
     _print_figures(console, base_score, intern_score, score_by("wording", questions, intern), summary, out)
@@ -68,12 +67,11 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
 
 def ask(model_path: str, questions: Sequence[Question]) -> list[Answer]:
     """Ask a model folder: through its chat template where it has one, as plain text where it has none."""
-    folder = resolve_model_path(model_path)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype="float32", device=choose_device("auto"))
-    if tokenizer.chat_template is None:
-        return ask_base(model, tokenizer, questions, BASE_TOKENS)
-    return ask_tuned(model, tokenizer, questions, stop_token_ids(folder, tokenizer), TUNED_TOKENS)
+    chat = load_trained_format(model_path)
+    model = load_model(model_path, dtype="float32", device=choose_device("auto"))
+    if chat.template is None:
+        return ask_base(model, chat.tokenizer, questions, BASE_TOKENS)
+    return ask_tuned(model, chat.tokenizer, questions, chat.stop_token_ids, TUNED_TOKENS)
 
 
 def sample_lines(

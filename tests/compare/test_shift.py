@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from preceptor.chat.format import add_tokens
 from preceptor.compare.shift import (
     Said,
     States,
@@ -19,7 +20,6 @@ from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.generate import generate
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.model.forward import Head
-from preceptor.model.vocabulary import add_tokens
 from tiny import tiny_model, tiny_tokenizer
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

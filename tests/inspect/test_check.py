@@ -9,15 +9,15 @@ import pytest
 
 from conftest import conversations
 from preceptor import config
-from preceptor.data import workers
+from preceptor.chat.format import load_chat_format
+from preceptor.data import dataset, workers
 from preceptor.data.examples import Conversation, Rejection
-from preceptor.data.forest import Segment, Tree
+from preceptor.data.forest import Segment, Tree, path_lengths, turn_lengths
 from preceptor.data.rejections import RejectionCounts
-from preceptor.data.sources import read_records
-from preceptor.inspect import check as check_module
-from preceptor.inspect.check import Lengths, check_data, path_lengths, to_json, turn_lengths
+from preceptor.data.sources import read_examples
+from preceptor.inspect.check import Lengths, check_data, to_json
 from preceptor.inspect.check_text import to_text
-from preceptor.train.prepare import load_chat_format, prepare
+from preceptor.train.prepare import prepare
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
@@ -105,10 +105,10 @@ def test_what_the_trees_save_against_one_sample_a_turn(run_file, tmp_path, templ
     name = template if template == "chatml" else str(tmp_path / "forgets.jinja")
     run = config.load(run_file(reasoning_rows(5), data__chat_template=name, data__max_length=2000))
     renderer = load_chat_format(run.model, run.data).renderer(run.data)
-    found = to_json(check_data(run, renderer))
+    found = to_json(check_data(run))
     assert found["num_rejected"] == 0, found["rejections"]
     separate, tree_tokens, targets = 0, 0, []
-    for record in read_records(run.data.train[0]):
+    for record in read_examples(run.data.train[0]):
         assert isinstance(record, Conversation)
         tree_tokens += renderer.render(record).num_tokens
         for k in range(1, len(record.messages), 2):
@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_ends_the_check(check, run_file, tmp_path):
 
 def test_the_prompt_trained_too(run_file):
     run = config.load(run_file(conversations(3, turns=2), data__train_on="all"))
-    found = to_json(check_data(run, load_chat_format(run.model, run.data).renderer(run.data)))
+    found = to_json(check_data(run))
     assert found["lengths"]["context"] is None and found["num_tokens_saved_by_trees"] == 0
     assert "context" not in to_text(found) and "example" in to_text(found)
 
@@ -203,11 +203,11 @@ def test_training_does_not_count_what_is_allowed(run_file):
     rows = [*conversations(3), {"messages": [USER]}]
     file = run_file(rows, data__allow_rejected=["no_assistant_message"], data__max_rejected=0.0)
     prepared = prepare(config.load(file))
-    assert len(prepared.train) == 3 and [rejection.code for rejection in prepared.rejections] == [
+    assert len(prepared.train.lengths) == 3 and [rejection.code for rejection in prepared.rejections] == [
         "no_assistant_message"
     ]
     assert [dict(formats) for formats in prepared.formats.values()] == [{"messages": 4}]
-    with pytest.raises(ValueError, match="1 of 4 rows cannot be trained"):
+    with pytest.raises(ValueError, match="1 of 4 examples cannot be trained"):
         prepare(config.load(run_file(rows, data__max_rejected=0.0)))
 
 
@@ -218,14 +218,14 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     sources = [{"path": first, "weight": 0.5}, {"path": other, "count": 10}]
     run = config.load(run_file(conversations(6), data__train=sources))
     prepared = prepare(run)
-    assert len(prepared.train) == 3 + 10
-    checked = check_data(run, load_chat_format(run.model, run.data).renderer(run.data))
+    assert len(prepared.train.lengths) == 3 + 10
+    checked = check_data(run)
     found = to_json(checked, run)
     mixture = found["mixture"]
-    lengths = [tree.num_tokens for tree in prepared.train]
-    turns = [lengths_of for tree in prepared.train for lengths_of in turn_lengths(tree)]
+    lengths = [tree.num_tokens for tree in prepared.train.trees()]
+    turns = [lengths_of for tree in prepared.train.trees() for lengths_of in turn_lengths(tree)]
     assert mixture["num_tokens"] == sum(lengths) != found["num_tokens"]
-    assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train)
+    assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train.trees())
     assert mixture["share_trained"] == mixture["num_trained"] / mixture["num_tokens"]
     for kind, values in (("example", lengths), ("context", [c for c, _ in turns]), ("target", [t for _, t in turns])):
         assert mixture["lengths"][kind] == {
@@ -251,15 +251,15 @@ def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_traini
     first = config.load(run_file(rows)).data.train[0].path
     run = config.load(run_file(rows, data__train=[{"path": first, "weight": 1.5}], **settings))
     prepared = prepare(run)
-    found = to_json(check_data(run, load_chat_format(run.model, run.data).renderer(run.data)), run)
-    assert len(prepared.train) > 10
-    assert found["mixture"]["sources"][0]["num_examples"] == len(prepared.train)
-    assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train)
+    found = to_json(check_data(run), run)
+    assert len(prepared.train.lengths) > 10
+    assert found["mixture"]["sources"][0]["num_examples"] == len(prepared.train.lengths)
+    assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train.trees())
 
 
 def test_without_weights_there_is_no_mixture(run_file):
     run = config.load(run_file(conversations(3)))
-    found = to_json(check_data(run, load_chat_format(run.model, run.data).renderer(run.data)), run)
+    found = to_json(check_data(run), run)
     assert found["mixture"] is None and "One epoch" not in to_text(found)
 
 
@@ -277,20 +277,18 @@ def test_a_prompt_of_the_evaluation_set_with_another_answer(check, run_file, tmp
 
 
 def test_several_processes_find_the_same(run_file, monkeypatch):
-    """Rejections, places and progress too; as many processes as were asked for do render."""
+    """Rejections and places too; as many processes as were asked for do render."""
     rows = [*conversations(30, turns=2), {"messages": [USER]}, {"text": ""}, *conversations(20)]
     run = config.load(run_file(rows, eval_rows=conversations(8)))
-    renderer = load_chat_format(run.model, run.data).renderer(run.data)
-    alone = to_json(check_data(run, renderer), run)
+    alone = to_json(check_data(run), run)
     asked = []
 
     def asks(renderer, records, num_processes):
         asked.append(num_processes)
         return workers.render_all(renderer, records, num_processes)
 
-    monkeypatch.setattr(check_module, "render_all", asks)
+    monkeypatch.setattr(dataset, "render_all", asks)
     monkeypatch.setattr(workers, "_CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(workers, "_SMALL_CHARACTERS", {"fork": 0, "spawn": 0})
-    rows_seen = []
-    found = check_data(run, renderer, lambda: rows_seen.append(1), num_processes=2)
-    assert to_json(found, run) == alone and asked == [2, 2] and len(rows_seen) == 60
+    found = check_data(run, num_processes=2)
+    assert to_json(found, run) == alone and asked == [2, 2]

@@ -10,16 +10,16 @@ import sys
 import pytest
 
 from preceptor import cli
+from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.chat.token_origins import TEMPLATE, UNKNOWN, Field, whence
 from preceptor.chat.token_text import pieces_of, spans
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
-from preceptor.errors import ConfigError
+from preceptor.errors import CheckpointError, ConfigError
 from preceptor.inspect import page as pages
 from preceptor.inspect.page import check_page_file, make_page, row_json
 from preceptor.inspect.show import to_json
-from preceptor.model.vocabulary import add_tokens, align_tokenizer
 from tiny import tiny_tokenizer
 
 NASTY = (
@@ -60,8 +60,8 @@ def renderer(tmp_path):
             (tmp_path / "own.jinja").write_text(text)
         tokenizer = tiny_tokenizer()
         template = load_template(name, tokenizer)
-        plan = add_tokens(tokenizer, template.needed_tokens)
-        align_tokenizer(tokenizer, template.text, "<|im_end|>", plan)
+        add_tokens(tokenizer, template.needed_tokens)
+        align_tokenizer(tokenizer, template, "<|im_end|>")
         return Renderer(tokenizer, template, stop_token_ids=(), **chosen)
 
     return make
@@ -231,7 +231,7 @@ def test_the_page_does_not_overwrite_data(tmp_path, renderer):
     for name, as_json, said in (("rows.jsonl", False, "ends in .html"), ("page.html", True, "two ways")):
         with pytest.raises(ConfigError, match=said):
             check_page_file(tmp_path / name, as_json)
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(CheckpointError, match="No such file"):
         pages.write_page(tmp_path / "nowhere" / "page.html", RECORDS, renderer(), "about", None)
 
 

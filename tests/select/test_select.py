@@ -10,6 +10,7 @@ from conftest import WORDS, conversations
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.formats.nulls import Struct
+from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose
 from preceptor.select.explain import explain, summarise
 from preceptor.select.measure import BaseReader, answers_of
@@ -150,7 +151,7 @@ def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_js
         row(f"Tell me {words}", "It is (the start of a message."),
         row(f"Tell me {words}", "It is the start of a message."),
     ]
-    found = survey(Pool((Source(path=write_jsonl([*rows, *good_rows(6)])),)), None, None)
+    found = survey(Pool((OpenSource(write_jsonl([*rows, *good_rows(6)])),)), None, None)
     choice = choose(found, Settings(keep=3, diversity="none"))
     assert choice.twin_N.tolist() == [1, -1, *[-1] * 6] and found.model is None
     lines = list(explain(found, choice))
@@ -160,7 +161,7 @@ def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_js
 
 @pytest.mark.parametrize("method", ["facility-location", "k-centre", "none"])
 def test_the_seed_decides_what_nothing_else_does(base_folder, write_jsonl, method):
-    pool = Pool((Source(path=write_jsonl([row(f"What is {k}?", f"It is {k}.") for k in range(40)])),))
+    pool = Pool((OpenSource(write_jsonl([row(f"What is {k}?", f"It is {k}.") for k in range(40)])),))
     found = survey(pool, load_reader(str(base_folder), 256), None)
     weights = dict.fromkeys(Settings(1).weights, 0.0)
     kept = [choose(found, Settings(8, seed, weights, 0.5, method)).kept.tolist() for seed in (0, 0, 1)]
@@ -242,8 +243,8 @@ def test_weights_and_untrained_turns_survive(write_jsonl):
 
 
 def _read(given):
-    from preceptor.data.formats.rows import to_record
+    from preceptor.data.formats.rows import to_example
 
-    record = to_record(given, "x:1")
+    record = to_example(given, "x:1")
     assert not isinstance(record, Rejection), record
     return record

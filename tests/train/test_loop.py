@@ -39,13 +39,13 @@ def weights(folder):
 def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
     """Eight conversations of uneven targets, in one row or in eight, in four rows of two and so on."""
     prepared = prepare(config.load(run_file(conversations(8))))
-    assert len({tree.num_trained for tree in prepared.train}) > 2
+    assert len({tree.num_trained for tree in prepared.train.trees()}) > 2
     trajectories = []
     for per_row in (8, 4, 1):
         torch.manual_seed(0)
         model = build_model(prepared, torch.device("cpu"))
         state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
-        groups = [prepared.train[i : i + per_row] for i in range(0, 8, per_row)]
+        groups = [prepared.train.trees(range(i, i + per_row)) for i in range(0, 8, per_row)]
         rows = [pack_trees(group) for group in groups]
         trajectories.append([loop.take_step(state, rows, 1e-3, 1.0, "float32") for _ in range(5)])
     for other in trajectories[1:]:
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(run_file):
     for key in ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "seconds", "peak_memory_bytes"):
         assert all(line[key] > 0 for line in lines), key
     run = config.load(folder / "config.yaml")
-    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train)
+    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train.trees())
     assert sum(line["num_tokens"] for line in lines) == 2 * epoch_tokens
     looks = metrics(folder, "eval.jsonl")
     assert looks[0]["step"] == 0 and looks[-1]["step"] == lines[-1]["step"]
@@ -143,10 +143,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = float("nan")
-        model.get_input_embeddings().weight[prepared.train[0].segments[0].ids[0]] = float("nan")
+        model.get_input_embeddings().weight[prepared.train.trees([0])[0].segments[0].ids[0]] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ModelError, match="step 1: loss nan"):
-        loop.take_step(state, [pack_trees(prepared.train[:1])], 1e-3, 1.0, "float32")
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32")
     after = dict(model.named_parameters())
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
@@ -161,7 +161,7 @@ def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file)
         return torch.empty(1 << 60)
 
     with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_length") as raised:
-        loop.take_step(state, [pack_trees(prepared.train[:1])], 1e-3, 1.0, "float32", more_than_there_is)
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", more_than_there_is)
     assert "allocate" in str(raised.value.__cause__)
 
 

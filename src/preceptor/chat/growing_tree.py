@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from preceptor.data.forest import Kind, Segment, Tree
+from preceptor.data.forest import Segment, SegmentKind, Tree
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +39,7 @@ class GrowingTree:
         self._path: list[Node] = [self._root]  # ends with the last turn's target
         self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
         self._text = ""  # what the path spells
-        self._context_kind: Kind = "target" if all_targets else "context"
+        self._context_kind: SegmentKind = "target" if all_targets else "context"
 
     def add(
         self,

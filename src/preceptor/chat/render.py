@@ -25,7 +25,7 @@ from preceptor.chat.template import Template
 from preceptor.chat.tokenise import Context, Ids, Tokeniser, any_of
 from preceptor.chat.turns import Stops, target_of
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
-from preceptor.data.forest import Kind, Segment, Tree
+from preceptor.data.forest import Segment, SegmentKind, Tree
 from preceptor.data.rejections import Rejected
 
 Targets = Literal["assistant", "last", "all"]
@@ -178,7 +178,7 @@ class Renderer:
         filled = renders.fill(self._tokeniser, self._stops, self.stop_token_ids)
         if filled is None:
             return None
-        kind: Kind = "target" if self.targets == "all" else "context"
+        kind: SegmentKind = "target" if self.targets == "all" else "context"
         segments: list[Segment] = []
         for turn, weight in zip(filled, weights, strict=True):
             segments.append(Segment(kind, turn.context, len(segments) - 1 if segments else None, turn.context_text))

@@ -25,9 +25,9 @@ def show(
     ] = None,
 ) -> None:
     """Show which tokens of each conversation are context and which are trained."""
+    from preceptor.console import standard_console
     from preceptor.inspect.page import check_page_file, write_page
     from preceptor.inspect.show import show_rows
-    from preceptor.train.metrics import standard_console
 
     if html is not None:
         check_page_file(html, as_json)
@@ -54,17 +54,12 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Prove every row of the data and count what is rejected and why; exit code 3 unless the run file allows it."""
-    from preceptor.data.sources import resolve
-
     run = run_of(run_file, model, data, chat_template)
-    tables = [table for source in (*run.data.train, *run.data.eval) for table in resolve(source)]
-    from preceptor.console import row_progress
-    from preceptor.inspect.check import check_data, to_json
-    from preceptor.inspect.check_text import to_text
+    with large_imports():
+        from preceptor.inspect.check import check_data, to_json
+        from preceptor.inspect.check_text import to_text
 
-    renderer = _renderer_of(run)
-    with row_progress(tables, "checking") as on_row:
-        found = to_json(check_data(run, renderer, on_row, num_processes=min(4, os.cpu_count() or 1)), run)
+    found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)), run)
     print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
     if not found["passed"]:
         raise typer.Exit(REJECTED)
@@ -124,22 +119,21 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 def _renderer_for(model: str, template: str, template_kwargs: dict[str, Any]) -> Any:
     from preceptor import config
 
+    with large_imports():
+        from preceptor.chat.format import load_chat_format
+
     data = {"train": [{"path": "-"}], "chat_template": template, "chat_template_kwargs": template_kwargs}
     tree = {"model": {"path": model}, "data": data, "out": "-"}
-    return _renderer_of(config.build(tree, "command line"))
+    run = config.build(tree, "command line")
+    return load_chat_format(run.model, run.data).renderer(run.data)
 
 
 def _open_data(run: Any) -> tuple[Any, Iterator[Any]]:
-    from preceptor.data.sources import read_records, resolve
-
-    for source in run.data.train:
-        resolve(source)
-    renderer = _renderer_of(run)
-    return renderer, (record for source in run.data.train for record in read_records(source))
-
-
-def _renderer_of(run: Any) -> Any:
+    """The renderer of a run and its examples to train on."""
     with large_imports():
-        from preceptor.train.prepare import load_chat_format
+        from preceptor.chat.format import load_chat_format
+        from preceptor.data.sources import OpenSource
 
-    return load_chat_format(run.model, run.data).renderer(run.data)
+    train, held_out = ([OpenSource(source) for source in part] for part in (run.data.train, run.data.eval))
+    renderer = load_chat_format(run.model, run.data, [*train, *held_out]).renderer(run.data)
+    return renderer, (example for source in train for example in source.examples())

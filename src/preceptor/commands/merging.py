@@ -13,9 +13,7 @@ from preceptor.commands.studying import (
     Limit,
     MaxNewTokens,
     Seed,
-    saying,
     wanted_tasks,
-    wide_console,
 )
 
 if TYPE_CHECKING:
@@ -76,17 +74,18 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 def _sweep(
     base: str, tuned: str, weight: list[float] | None, out: Path, questions: "Questions", dtype: str, device: str
 ) -> None:
-    try:
+    from preceptor.files import writing
+
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.CheckpointError(f"{out}: cannot be written: {error}") from None
     from preceptor.compare.sweep import WEIGHTS, print_sweep, write
     from preceptor.compare.sweep import sweep as sweep_weights
+    from preceptor.console import status_line, table_console
     from preceptor.evaluate.model import load_evaluated_model
 
-    with saying() as say:
+    with status_line() as say:
         found = sweep_weights(
             base, tuned, weight or WEIGHTS, questions, lambda path: load_evaluated_model(path, dtype, device), out, say
         )
     files = write(out, found)
-    print_sweep(found, files, wide_console())
+    print_sweep(found, files, table_console())

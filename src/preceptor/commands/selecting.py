@@ -45,24 +45,23 @@ def select(
     """Choose the conversations to train on: no repeats, the good ones, and of these such as cover all."""
     _check_files(data, out, explain, replace)
     from preceptor.select.choice import Settings
-    from preceptor.select.pool import Pool, sources_of
+    from preceptor.select.pool import open_pool
     from preceptor.select.quality import read_weights
 
     settings = Settings(keep, seed, read_weights(weight or []), quality_share, diversity)
-    pool = Pool(sources_of(data, _columns_of(columns or []), split))
-    from preceptor.console import row_progress
-    from preceptor.data.sources import resolve
+    pool = open_pool(data, _columns_of(columns or []), split)
+    from preceptor.console import example_progress
     from preceptor.select.select import load_reader, needs_model, to_text
     from preceptor.select.select import select as select_rows
 
-    tables = [table for source in pool.sources for table in resolve(source)]
+    tables = [table for source in pool.sources for table in source.tables]
     if model is None and needs_model(settings):
         raise errors.ConfigError(
             "--model: name the base model, which tells how well the prompts help and how rows are alike; "
             "to do without, give --diversity none --weight difficulty=0 --weight loss=0"
         )
     reader = None if model is None else load_reader(model, max_length)
-    with row_progress([*tables, *tables], "reading") as on_row:
+    with example_progress([*tables, *tables], "reading") as on_row:
         summary = select_rows(pool, reader, settings, out, explain, on_row)
     print(json.dumps(summary, indent=2, ensure_ascii=False) if as_json else to_text(summary))
 

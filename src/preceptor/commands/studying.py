@@ -1,8 +1,6 @@
 """`eval` and `compare`: what a model can do, and what training did to it."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +16,6 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at a time
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of an answer, in tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of --limit's choice and of the resampling.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-
-_FILE_WIDTH = 160  # characters
 
 
 def eval(
@@ -47,13 +43,15 @@ def eval(
 
     with large_imports():
         from preceptor.compare.compare import settings_of
+        from preceptor.console import status_line, table_console
         from preceptor.evaluate.figures import records, summary
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.evaluate.run import examine
         from preceptor.evaluate.text import print_evaluation
+        from preceptor.files import write_json
 
     items: list[dict[str, Any]] = []
-    with saying() as status:
+    with status_line() as status:
         subject = load_evaluated_model(model, dtype, device, chat_template)
         found: dict[str, Any] = {
             "model": model,
@@ -67,11 +65,11 @@ def eval(
             found["tasks"].append(summary(task, results, seed))
             items += records(task, results)
     if out is not None:
-        _write(out, {**found, "items": items})
+        write_json(out, {**found, "items": items})
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print_evaluation(found, wide_console())
+        print_evaluation(found, table_console())
 
 
 def compare(
@@ -106,11 +104,12 @@ def compare(
     with large_imports():
         from preceptor.compare.compare import Questions, write
         from preceptor.compare.compare import compare as compare_models
+        from preceptor.console import status_line, table_console
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.evaluate.text import print_comparison
 
     questions = Questions(wanted, asked, max_new_tokens, batch_size, seed)
-    with saying() as status:
+    with status_line() as status:
         found, items = compare_models(
             lambda: load_evaluated_model(base, dtype, device),
             lambda: load_evaluated_model(tuned, dtype, device),
@@ -123,7 +122,7 @@ def compare(
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print_comparison(found, wide_console())
+        print_comparison(found, table_console())
 
 
 def wanted_tasks(
@@ -137,35 +136,7 @@ def wanted_tasks(
     return [(read(path).limited(limit, seed), role) for path, role, read in named]
 
 
-@contextmanager
-def saying() -> Iterator[Callable[[str], None]]:
-    """What is being done, on standard error where that is a terminal."""
-    from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # transformers' own
-    with Console(stderr=True).status("loading") as status:
-        yield status.update
-
-
-def wide_console() -> Any:
-    """Tables are not squeezed where standard output is a file."""
-    from preceptor.train.metrics import standard_console
-
-    console = standard_console()
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
-    return console
-
-
 def _check_file(file: Path | None) -> None:
     """Before hours of work, that its result can be kept."""
     if file is not None and not file.parent.is_dir():
         raise errors.CheckpointError(f"{file}: the folder {file.parent} does not exist; make it first")
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    try:
-        file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise errors.CheckpointError(f"{file}: cannot be written: {error}") from None

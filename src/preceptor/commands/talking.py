@@ -18,7 +18,7 @@ def chat(
     """Talk to a model in the terminal. An empty line does nothing, /new starts anew, Ctrl-D ends."""
     with large_imports():
         from preceptor.serve.chat import converse, load_speaker
-    from preceptor.train.metrics import standard_console
+    from preceptor.console import standard_console
 
     speakers = [load_speaker(path, max_new_tokens) for path in ([base] if base else []) + [model]]
     console = standard_console()

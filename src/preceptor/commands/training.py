@@ -19,8 +19,8 @@ def train(
 ) -> None:
     """Fine-tune a model as a run file says."""
     from preceptor import config
-    from preceptor.train.folder import check_out
-    from preceptor.train.metrics import standard_console
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
 
     run = config.load(run_file, overrides or [])
     if not resume:
@@ -45,8 +45,8 @@ def demo(
     replace: Replace = False,
 ) -> None:
     """Make an assistant of the scholar, the base model that ships with the package, and show the difference."""
-    from preceptor.train.folder import check_out
-    from preceptor.train.metrics import standard_console
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
 
     check_out(str(out), replace)
     with large_imports():
@@ -56,17 +56,12 @@ def demo(
 
 
 def _prepare(run: Any, console: Any) -> Any:
-    from preceptor.console import row_progress
-    from preceptor.data.sources import resolve
     from preceptor.inspect.check_text import format_line
 
     with large_imports():
         from preceptor.train.prepare import prepare
 
-    sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
-    tables = [table for source in sources for table in resolve(source)]
-    with row_progress(tables, "reading and rendering") as on_row:
-        prepared = prepare(run, on_row, num_processes=min(4, os.cpu_count() or 1))
+    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1))
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared

@@ -19,7 +19,6 @@ Samples: the base continues the same rendered context that it reads for the shif
 """
 
 import gc
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -41,13 +40,14 @@ from preceptor.compare.shift import (
     tuned_tree,
 )
 from preceptor.compare.verdict import sentence, verdict
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import ModelError
 from preceptor.evaluate.figures import comparison, records
 from preceptor.evaluate.generate import Answer, generate
 from preceptor.evaluate.intervals import LEVEL, NUM_RESAMPLES
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import Result, examine
 from preceptor.evaluate.tasks import Given, Task
+from preceptor.files import write_json, write_json_lines, writing
 
 NUM_SAMPLES = 20
 
@@ -116,13 +116,10 @@ def compare(
 
 def write(folder: Path, found: dict[str, Any], items: Sequence[dict[str, Any]]) -> None:
     """`compare.json` and `items.jsonl`. Raises CheckpointError where the folder cannot be written."""
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "items.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "compare.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from None
+    write_json_lines(folder / "items.jsonl", items)
+    write_json(folder / "compare.json", found)
 
 
 def settings_of(subject: EvaluatedModel, seed: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ tokenizer, chat template and added rows. `sweep` returns, and `write` leaves as 
 Differences are paired: the same items before and after. One merged model is on disk and in memory at a time.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,12 +24,12 @@ from rich.table import Table
 
 from preceptor.compare.compare import Questions, settings_of
 from preceptor.compare.verdict import TOLD, short_name
-from preceptor.errors import CheckpointError
 from preceptor.evaluate.figures import figures, paired
 from preceptor.evaluate.intervals import Interval
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import Result, examine
 from preceptor.evaluate.tasks import Task
+from preceptor.files import write_atomically, write_json
 from preceptor.model.interpolate import merge_weights
 
 WEIGHTS = tuple(round(0.1 * tenth, 1) for tenth in range(11))
@@ -74,14 +73,11 @@ def write(folder: Path, found: dict[str, Any]) -> list[Path]:
     from preceptor.report.plots import draw_file
     from preceptor.report.tradeoff import panels
 
-    files = {"sweep.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n"}
-    files |= {f"{name}.svg": draw_file(panel) for name, panel in panels(found).items()}
-    try:
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from None
-    return [folder / name for name in files]
+    plots = {folder / f"{name}.svg": draw_file(panel) for name, panel in panels(found).items()}
+    write_json(folder / "sweep.json", found)
+    for file, text in plots.items():
+        write_atomically(file, text)
+    return [folder / "sweep.json", *plots]
 
 
 def _examine(

@@ -1,8 +1,8 @@
-"""Message, Conversation and their validation.
+"""Examples: conversations with their messages, completions, documents; and the validation of messages.
 
-A *record* is what one entry of a data file becomes: a `Conversation` (messages, rendered by a chat template), a
-`Completion` (a prompt and what must follow it, as plain strings) or a `Document` (plain text, every token trained).
-Every record knows its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
+An *example* is one record of the data: a `Conversation` (messages, rendered by a chat template), a `Completion` (a
+prompt and what must follow it, as plain strings) or a `Document` (plain text, every token trained). Every example knows
+its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A record that is not trained: where it stands, a reason code to count by, and a sentence that says what to do."""
+    """An example that is not trained: its place, a reason code to count by, and a sentence that says what to do."""
 
     source: str
     code: str

@@ -1,4 +1,4 @@
-"""Every reason for which a record is not trained: its code, and what to do about it."""
+"""Every reason for which an example is not trained: its code, what to do about it, and counts by reason."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from preceptor.data.examples import Rejection
 
 ADVICE: dict[str, str] = {
-    # the record itself
+    # the example itself
     "no_turn": "give it an assistant message that is to be trained (train: true, weight above 0)",
     "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read "
     "as ordinary characters) or allow (it acts as the token)",
     "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or mend it",
-    "nothing_to_predict": "a record needs at least two tokens, one to read and one to predict",
+    "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
     "data.chat_template",
@@ -45,7 +45,7 @@ ADVICE: dict[str, str] = {
 
 
 class Rejected(Exception):
-    """Raised while a record is rendered, with a code of ADVICE and what was found; `Renderer` makes it a Rejection."""
+    """Raised while an example is rendered, with a code of ADVICE and what was found; becomes a Rejection."""
 
     def __init__(self, code: str, found: str) -> None:
         assert code in ADVICE, code

@@ -1,16 +1,16 @@
-"""Rendering in several processes: results in the order of the records, memory flat in their number.
+"""Rendering in several processes: results in the order of the examples, memory flat in their number.
 
 The calling process renders too, and `num_processes` counts it. The others are forked where that is safe: on Linux, from
 a process in which no other Python thread runs, no device is in use and no process group is open; they start in no time.
 Elsewhere they are fresh interpreters (`spawn`), which take a second or two. None is started for an input that is
 rendered by then, and the calling process goes on by itself until they are ready.
 
-    records ─> chunk chunk chunk chunk ...      in order
+    examples ─> chunk chunk chunk chunk ...      in order
                  │     │     │     └ rendered here while all others are busy
                  │     └─────┴ sent to other processes, at most _BACKLOG each
                  └ the first not handed out yet: what is done behind it waits
 
-What is sent either way is packed: records and trees as tuples, ids as one array. As with anything that starts
+What is sent either way is packed: examples and trees as tuples, ids as one array. As with anything that starts
 processes, the script that calls this must be importable: its own work belongs under `if __name__ == "__main__"`.
 """
 
@@ -33,35 +33,37 @@ from preceptor.data.examples import Completion, Conversation, Document, Example,
 from preceptor.data.forest import Segment, Tree
 from preceptor.errors import PreceptorError
 
-Given = TypeVar("Given", bound=Example | Rejection)
+T = TypeVar("T", bound=Example | Rejection)
 Outcomes = list[Tree | Rejection]
 Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a rejection
 
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
-_RECORD_CHARACTERS = 200  # what a record costs besides its text
+_EXAMPLE_CHARACTERS = 200  # what an example costs besides its text
 _GARBAGE_THRESHOLDS = (50_000, 20, 20)
 _SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send and receive while this one renders
 _BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
 
-class Renders(Protocol):
-    """What renders: a `render.Renderer`, or anything that can be pickled and has its method."""
+class ExampleRenderer(Protocol):
+    """What makes trees of examples: `chat.render.Renderer`. It can be pickled."""
 
-    def render(self, record: Example) -> Tree | Rejection: ...
+    targets: Literal["assistant", "last", "all"]
+
+    def render(self, example: Example) -> Tree | Rejection: ...
 
 
 def render_all(
-    renderer: Renders, records: Iterable[Given], num_processes: int = 1
-) -> Iterator[tuple[Given, Tree | Rejection]]:
-    """Each record with what became of it, in order; what is a Rejection already stays one.
+    renderer: ExampleRenderer, examples: Iterable[T], num_processes: int = 1
+) -> Iterator[tuple[T, Tree | Rejection]]:
+    """Each example with what became of it, in order; what is a Rejection already stays one.
 
-    Records are read a bounded number ahead of what is handed out. Raises what reading and rendering raise, and
+    Examples are read a bounded number ahead of what is handed out. Raises what reading and rendering raise, and
     PreceptorError if a process was killed.
     """
-    chunks = _chunks(records)
+    chunks = _chunks(examples)
     method = _start_method()
-    first: list[list[Given]] = []
+    first: list[list[T]] = []
     num_characters = 0
     if num_processes > 1:
         for chunk in chunks:
@@ -98,20 +100,20 @@ def render_all(
 
 
 def _shared_out(
-    renderer: Renders, chunks: Iterable[list[Given]], pool: ProcessPoolExecutor, num_workers: int
-) -> Iterator[tuple[list[Given], Outcomes]]:
+    renderer: ExampleRenderer, chunks: Iterable[list[T]], pool: ProcessPoolExecutor, num_workers: int
+) -> Iterator[tuple[list[T], Outcomes]]:
     """Each chunk with its outcomes, in order."""
     with warnings.catch_warnings():
         # Python 3.12 warns of threads of native libraries too. Those that wait hold nothing, and what the forked
         # process runs (Python, Jinja, regex, tokenizers told to use no threads) asks nothing of them.
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
         ready = pool.submit(_ready)
-    pending: deque[tuple[list[Given], Future[Packed] | Outcomes]] = deque()
+    pending: deque[tuple[list[T], Future[Packed] | Outcomes]] = deque()
     for chunk in chunks:
         num_running = sum(isinstance(outcomes, Future) and not outcomes.done() for _, outcomes in pending)
         if ready.done() and num_running < _BACKLOG * num_workers:
             ready.result()
-            pending.append((chunk, pool.submit(_render_chunk, [_as_sent(record) for record in chunk])))
+            pending.append((chunk, pool.submit(_render_chunk, [_as_sent(example) for example in chunk])))
         else:
             pending.append((chunk, _outcomes(renderer, chunk)))
         while pending and (len(pending) > 2 * _BACKLOG * num_workers or _is_done(pending[0][1])):
@@ -138,27 +140,27 @@ def _is_done(outcomes: Future[Packed] | Outcomes) -> bool:
     return not isinstance(outcomes, Future) or outcomes.done()
 
 
-def _taken(chunk: list[Given], outcomes: Future[Packed] | Outcomes) -> tuple[list[Given], Outcomes]:
+def _taken(chunk: list[T], outcomes: Future[Packed] | Outcomes) -> tuple[list[T], Outcomes]:
     return chunk, unpacked(outcomes.result()) if isinstance(outcomes, Future) else outcomes
 
 
-def _outcomes(renderer: Renders, chunk: Sequence[Example | Rejection]) -> Outcomes:
-    """What becomes of each record. Meanwhile no garbage is collected: it would go through all trees made so far."""
+def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
+    """What becomes of each example. Meanwhile no garbage is collected: it would go through all trees made so far."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        return [record if isinstance(record, Rejection) else renderer.render(record) for record in chunk]
+        return [example if isinstance(example, Rejection) else renderer.render(example) for example in chunk]
     finally:
         if collects:
             gc.enable()
 
 
-def _chunks(records: Iterable[Given]) -> Iterator[list[Given]]:
-    chunk: list[Given] = []
+def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
+    chunk: list[T] = []
     num_characters = 0
-    for record in records:
-        chunk.append(record)
-        num_characters += _num_characters(record)
+    for example in examples:
+        chunk.append(example)
+        num_characters += _num_characters(example)
         if num_characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, num_characters = [], 0
@@ -166,23 +168,23 @@ def _chunks(records: Iterable[Given]) -> Iterator[list[Given]]:
         yield chunk
 
 
-def _num_characters(record: Example | Rejection) -> int:
-    num = _RECORD_CHARACTERS
-    if isinstance(record, Conversation):
-        num += sum(len(message.content) for message in record.messages)
-    elif isinstance(record, Completion):
-        num += len(record.prompt) + len(record.completion)
-    elif isinstance(record, Document):
-        num += len(record.text)
+def _num_characters(example: Example | Rejection) -> int:
+    num = _EXAMPLE_CHARACTERS
+    if isinstance(example, Conversation):
+        num += sum(len(message.content) for message in example.messages)
+    elif isinstance(example, Completion):
+        num += len(example.prompt) + len(example.completion)
+    elif isinstance(example, Document):
+        num += len(example.text)
     return num
 
 
-def _as_sent(record: Example | Rejection) -> Any:
-    """A conversation as tuples: three times as fast to send and to read as the objects; other records as they are."""
-    if not isinstance(record, Conversation):
-        return record
-    messages = [(message.given, message.train, message.weight) for message in record.messages]
-    return record.source, messages, record.tools, record.template_kwargs
+def _as_sent(example: Example | Rejection) -> Any:
+    """A conversation as tuples: three times as fast to send and to read as the objects; other examples as they are."""
+    if not isinstance(example, Conversation):
+        return example
+    messages = [(message.given, message.train, message.weight) for message in example.messages]
+    return example.source, messages, example.tools, example.template_kwargs
 
 
 def _as_given(sent: Any) -> Example | Rejection:
@@ -227,10 +229,10 @@ def unpacked(sent: Packed) -> Outcomes:
 
 # In the other processes ----------------------------------------------------------------------------------------------
 
-_renderer: Renders
+_renderer: ExampleRenderer
 
 
-def _begin(renderer: Renders) -> None:
+def _begin(renderer: ExampleRenderer) -> None:
     global _renderer
     _renderer = renderer
     gc.freeze()  # what lives as long as the process need not be looked at again; worth 5 to 10 % of the time

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from preceptor.data.forest import Tree, pack_trees
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.forward import check_isolation, output_head, read_hidden_states
@@ -84,7 +84,7 @@ def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool =
     """Let the model read the trees, a row at a time, in a fixed order; the model is left in its mode."""
     paths = [(number, path) for number, tree in enumerate(trees) for path in (chains(tree) if alone else [whole(tree)])]
     lengths = [path.tree.num_tokens for _, path in paths]
-    plan = [[at] for at in range(len(paths))] if alone else plan_rows(lengths, max([max_length, *lengths]), seed=0)
+    plan = [[at] for at in range(len(paths))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
     with evaluating(model):
         for indices in plan:
             row = pack_trees([paths[index][1].tree for index in indices], alone=alone)

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from preceptor.chat.template import Template, load_template
+from preceptor.chat.format import load_trained_format
+from preceptor.chat.template import Template
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import Given
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
-from preceptor.model.vocabulary import stop_token_ids
+from preceptor.model.load import load_model
 
-PLAIN = "plain"
 ROW_TOKENS = 4096  # tokens in one forward pass, and the window in which longer texts are read
 
 Ids = tuple[int, ...]
@@ -92,20 +91,9 @@ class EvaluatedModel:
 def load_evaluated_model(path: str, dtype: str, device: str, template: str | None = None) -> EvaluatedModel:
     """Load a model to be examined.
 
-    template: as in a run file, or `plain` for none; absent: the model's own, and none where it has none. Raises
-    ModelError, or TemplateError for a template whose special tokens the model lacks.
+    template: as in a run file, or `plain` for none. Raises ModelError and TemplateError as `load_trained_format`.
     """
-    folder = resolve_model_path(path)
-    tokenizer = load_tokenizer(folder)
-    chosen = None
-    if template != PLAIN and (template is not None or tokenizer.chat_template):
-        chosen = load_template(template, tokenizer)
-        missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]
-        if missing:
-            raise TemplateError(
-                f"template {chosen.name}: {path} has no token {', '.join(missing)}, so it was not trained with this "
-                f"template; let it read messages as plain text: --chat-template {PLAIN}"
-            )
+    chat = load_trained_format(path, template)
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = load_model(folder, dtype=dtype, device=place)
-    return EvaluatedModel(path, model, tokenizer, chosen, stop_token_ids(folder, tokenizer), must_read_alone(model))
+    model = load_model(path, dtype=dtype, device=place)
+    return EvaluatedModel(path, model, chat.tokenizer, chat.template, chat.stop_token_ids, must_read_alone(model))

@@ -6,8 +6,8 @@ sources have a weight or a count, an epoch's rows (the *mixture*) are counted ap
 """
 
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from preceptor import config
-from preceptor.chat.render import Renderer
+from preceptor.chat.format import load_chat_format
+from preceptor.console import example_progress
+from preceptor.data.dataset import num_sample_tokens, read_trees
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
-from preceptor.data.examples import Example, Rejection
-from preceptor.data.forest import Tree
+from preceptor.data.examples import Rejection
+from preceptor.data.forest import Tree, turn_lengths
+from preceptor.data.mixture import mix
 from preceptor.data.rejections import RejectionCounts
-from preceptor.data.sources import Entry, mix, read_entries
-from preceptor.data.truncation import Fitter, Shortened
-from preceptor.data.workers import render_all
+from preceptor.data.sources import Entry, OpenSource
+from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 
 _FIRST_PLACES = 5
 
@@ -102,6 +104,23 @@ class Check:
         """Whether something is left to train and every rejection is one that the run file allows."""
         return self.tally.num_not_allowed == 0 and len(self.train) > 0
 
+    def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, whole: bool) -> None:
+        """One entry, of the part `train` or `eval`, with what is trained for it. whole: as for `count_tree`."""
+        table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
+        table.num_examples += 1
+        table.formats[entry.format] += 1
+        if isinstance(fitted, Rejection):
+            table.num_rejected += 1
+            self.tally.add(fitted)
+            return
+        for _, tree in fitted:
+            table.num_tokens += tree.num_tokens
+            table.num_trained += tree.num_trained
+            if part == "train":
+                self.count_tree(tree, whole)
+        assert not isinstance(entry.example, Rejection)
+        (self.train if part == "train" else self.held_out).add(entry.example)
+
     def count_tree(self, tree: Tree, whole: bool) -> None:
         """One row to train on. whole: the prompt is trained too, so that the tree's paths have no turns."""
         self.rows.add(tree.num_tokens, tree.source)
@@ -110,91 +129,30 @@ class Check:
             self.tree_of_turn.append(len(self.trained) - 1)
             self.contexts.add(context, tree.source)
             self.targets.add(target, tree.source)
-            self.num_sample_tokens += context + target
-        if whole:
-            self.num_sample_tokens += sum(path_lengths(tree))
+        self.num_sample_tokens += num_sample_tokens(tree, whole)
 
 
-def check_data(
-    run: config.Run, renderer: Renderer, on_row: Callable[[], None] = lambda: None, num_processes: int = 1
-) -> Check:
-    """Read and render all data of a run. `on_row` is called after each row.
+def check_data(run: config.Run, num_processes: int = 1) -> Check:
+    """Read and render all data of a run, with a progress bar on a terminal.
 
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
-    Raises DataError if a file cannot be read.
+    Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
     found = Check(run.data.allow_rejected)
+    sources = [("train", OpenSource(source)) for source in run.data.train]
+    sources += [("eval", OpenSource(source)) for source in run.data.eval]
+    renderer = load_chat_format(run.model, run.data, [source for _, source in sources]).renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
     found.shortened = fitter.shortened
-    for part, sources in (("train", run.data.train), ("eval", run.data.eval)):
-        for source in sources:
-            for entry, tree in _rendered(source, renderer, num_processes):
-                table = found.tables.setdefault((part, entry.table), TableCount(part, entry.table))
-                table.num_examples += 1
-                table.formats[entry.format] += 1
-                fitted = fitter.fit(entry.record, tree)
-                if isinstance(fitted, Rejection):
-                    table.num_rejected += 1
-                    found.tally.add(fitted)
-                else:
-                    assert not isinstance(entry.record, Rejection)
-                    for _, tree in fitted:
-                        table.num_tokens += tree.num_tokens
-                        table.num_trained += tree.num_trained
-                        if part == "train":
-                            found.count_tree(tree, whole=run.data.train_on == "all")
-                    (found.train if part == "train" else found.held_out).add(entry.record)
-                on_row()
+    tables = [table for _, source in sources for table in source.tables]
+    with example_progress(tables, "checking") as on_example:
+        for part, source in sources:
+            for entry, fitted in read_trees(source, renderer, fitter, num_processes):
+                found.count(part, entry, fitted, whole=run.data.train_on == "all")
+                on_example()
             if part == "train":
                 found.tree_ends.append(len(found.trained))
     return found
-
-
-def _rendered(
-    source: config.Source, renderer: Renderer, num_processes: int
-) -> Iterator[tuple[Entry, Tree | Rejection]]:
-    """Each row of a source with what became of it."""
-    entries: deque[Entry] = deque()  # those that are being rendered
-
-    def records() -> Iterator[Example | Rejection]:
-        for entry in read_entries(source):
-            entries.append(entry)
-            yield entry.record
-
-    for _, outcome in render_all(renderer, records(), num_processes):
-        yield entries.popleft(), outcome
-
-
-def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
-    """(context, target) tokens of each turn, in the order of the segments.
-
-    A target may be in several segments, where a later context shares its beginning only; they are one turn.
-    """
-    depths: list[int] = []  # tokens from the root to the end of each segment
-    turn_of: dict[int, int] = {}
-    turns: list[tuple[int, int]] = []
-    for index, segment in enumerate(tree.segments):
-        before = 0 if segment.parent is None else depths[segment.parent]
-        depths.append(before + len(segment.ids))
-        if segment.kind != "target":
-            continue
-        if segment.parent in turn_of:
-            turn_of[index] = turn_of[segment.parent]
-            context, target = turns[turn_of[index]]
-            turns[turn_of[index]] = (context, target + len(segment.ids))
-        else:
-            turn_of[index] = len(turns)
-            turns.append((before, len(segment.ids)))
-    return turns
-
-
-def path_lengths(tree: Tree) -> list[int]:
-    """Tokens from the root to the end of each segment that nothing continues."""
-    depths: list[int] = []
-    for segment in tree.segments:
-        depths.append(len(segment.ids) + (0 if segment.parent is None else depths[segment.parent]))
-    parents = {segment.parent for segment in tree.segments}
-    return [depth for index, depth in enumerate(depths) if index not in parents]
 
 
 def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:

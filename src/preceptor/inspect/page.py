@@ -19,6 +19,7 @@ from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, path_ids
 from preceptor.errors import ConfigError
+from preceptor.files import write_atomically
 from preceptor.inspect.show import to_json
 
 MAX_ROWS = 100
@@ -46,14 +47,11 @@ def write_page(
 ) -> int:
     """Write the page of the first rows, or of row `row` only (counted from 1); returns how many rows it has.
 
-    Without any row nothing is written. Raises ConfigError if the file cannot be.
+    Without any row nothing is written. Raises CheckpointError if the file cannot be.
     """
     page = make_page(records, renderer, about, row)
     if page.num_rows:
-        try:
-            file.write_text(page.text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--html {file}: {error.strerror}") from error
+        write_atomically(file, page.text)
     return page.num_rows
 
 

@@ -7,14 +7,14 @@ float32; the result has the tuned model's types, files, configuration and tokeni
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.model.load import resolve_model_path
+from preceptor.files import replacing
+from preceptor.hub import fetch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,33 +33,18 @@ def merge_weights(base: str | Path, tuned: str | Path, weight: float, out: str |
         raise CheckpointError(f"{out}: exists already; choose another folder or remove this one")
     base_folder, tuned_folder = _folder(base), _folder(tuned)
     places = _places(base_folder)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
+    with replacing(out) as partial:
         partial.mkdir(parents=True)
         for file in sorted(tuned_folder.iterdir()):
             if file.suffix == ".safetensors":
                 _merge_file(file, places, weight, partial / file.name)
             elif file.is_file():
                 shutil.copyfile(file, partial / file.name)
-        partial.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _folder(path: str | Path) -> Path:
     """The local folder of a model; what is on the Hub is downloaded. Raises ModelError without safetensors in it."""
-    place = Path(resolve_model_path(path))
-    if not place.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"]
-            place = Path(snapshot_download(str(path), allow_patterns=patterns))
-        except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise ModelError(f"{path}: cannot be fetched from the Hub: {error}") from error
+    place = fetch_folder(path, ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model"])
     if not any(place.glob("*.safetensors")):
         raise ModelError(f"{place}: holds no .safetensors file; load and save it once with transformers to get them")
     return place

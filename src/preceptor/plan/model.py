@@ -12,7 +12,7 @@ from typing import Any
 
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.load import resolve_model_path
+from preceptor.hub import fetch_file, find_file, resolve_model_path
 from preceptor.plan.parameters import count_parameters
 from preceptor.plan.shapes import FAMILIES, Shape, shape_of, text_settings
 
@@ -35,7 +35,7 @@ class PlannedModel:
 def read_model(model: config.Model) -> PlannedModel:
     """Raises ModelError for a model that is not there, or whose config.json is broken or lacks a key."""
     place = resolve_model_path(model.path)
-    file = _file(place, "config.json", model.revision) or _download(place, model.revision)
+    file = fetch_file(place, "config.json", model.revision)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -54,32 +54,9 @@ def read_model(model: config.Model) -> PlannedModel:
         model_type=str(values.get("model_type")),
         shape=shape,
         num_stored=stored if shape is None else None,
-        tokenizer_file=_file(place, "tokenizer.json", model.revision),
+        tokenizer_file=find_file(place, "tokenizer.json", model.revision),
         towers_open=sees and stored is None,
     )
-
-
-def _file(place: str, name: str, revision: str | None) -> Path | None:
-    """A file of the model, if it is on this machine."""
-    if Path(place).is_dir():
-        found = Path(place) / name
-        return found if found.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(place, name, revision=revision)
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _download(place: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(place, "config.json", revision=revision, etag_timeout=10))
-    except Exception as error:  # whatever its HTTP client raises: no connection, no such name, no access, offline
-        first_line = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"{place}: no such folder, and no config.json of this name can be had from the Hub: {first_line}"
-        ) from error
 
 
 def _stored_parameters(folder: Path, shape: Shape | None) -> int | None:

@@ -16,8 +16,8 @@ from typing import Any
 from preceptor import config
 from preceptor.chat.template import BUILTIN, builtin_stop, builtin_tokens
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
-from preceptor.data.packing import plan_rows
-from preceptor.data.sources import read_records, resolve
+from preceptor.data.packing import plan_sequences
+from preceptor.data.sources import OpenSource
 
 SAMPLE_ROWS = 200  # of each source
 _MARKS = 5  # tokens around a message: <|im_start|>, its role, a line's end, <|im_end|>, a line's end
@@ -49,7 +49,7 @@ class Sample:
             turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
         ]
         lengths = [sum(context + target for context, target in turns) for turns in fitting]
-        return [tuple(fitting[index] for index in row) for row in plan_rows(lengths, max_length, seed=0)]
+        return [tuple(fitting[index] for index in row) for row in plan_sequences(lengths, max_length, seed=0)]
 
     def largest_row(self, max_length: int) -> tuple[Turns, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
@@ -86,25 +86,27 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     whole = True
     has_conversations = False
     for source in run.data.train:
-        records = list(islice(read_records(source), SAMPLE_ROWS + 1))
+        opened = OpenSource(source)
+        records = list(islice(opened.examples(), SAMPLE_ROWS + 1))
         whole &= len(records) <= SAMPLE_ROWS
         good = [record for record in records[:SAMPLE_ROWS] if not isinstance(record, Rejection)]
         has_conversations |= any(isinstance(record, Conversation) for record in good)
         conversations += _turns_of(good, tokenizer, run.data.train_on)
-        in_source = _rows_in(source, records)
+        in_source = _rows_in(opened, records)
         num_rows = None if num_rows is None or in_source is None else num_rows + in_source
     added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
     return Sample(tuple(conversations), num_rows, whole, added, tokenizer.get_vocab_size() + added)
 
 
-def _rows_in(source: config.Source, records: Sequence[Example | Rejection]) -> float | None:
+def _rows_in(opened: OpenSource, records: Sequence[Example | Rejection]) -> float | None:
     """Rows that a source gives in an epoch."""
+    source = opened.source
     if source.count is not None:
         return source.count
     if len(records) <= SAMPLE_ROWS:
         known: float | None = sum(not isinstance(record, Rejection) for record in records)
     else:
-        counts = [table.num_rows() for table in resolve(source)]
+        counts = [table.num_rows() for table in opened.tables]
         known = None if None in counts else sum(count for count in counts if count is not None)
     return None if known is None else known * (source.weight or 1.0)
 

@@ -4,7 +4,6 @@ Only `config.yaml` must be there: a run that is going on, was killed, or was mad
 as it goes. A last line without its line end is being written just now, and is left out.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from preceptor.errors import CheckpointError
+from preceptor.files import read_json, read_json_lines
 
 Line = dict[str, Any]
 
@@ -21,8 +21,8 @@ Line = dict[str, Any]
 class RunRecord:
     """What a run left behind. Empty lists and dicts stand for files that are not there.
 
-    steps: metrics.jsonl. looks: eval.jsonl. The others are named as their files; train/folder.py and train/record.py
-    say what is in them.
+    steps: metrics.jsonl. looks: eval.jsonl. The others are named as their files; train/run_folder.py
+    says what is in them.
     """
 
     folder: Path
@@ -100,38 +100,16 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         config=config,
         config_text=text,
-        steps=_lines(folder / "metrics.jsonl"),
-        looks=_lines(folder / "eval.jsonl"),
-        samples=_lines(folder / "samples.jsonl"),
-        rejections=_lines(folder / "rejections.jsonl"),
-        examples=_lines(folder / "examples.jsonl"),
-        summary=_object(folder / "summary.json"),
-        environment=_object(folder / "environment.json"),
-        data=_object(folder / "data.json"),
-        compare=_object(folder / "compare.json"),
+        steps=read_json_lines(folder / "metrics.jsonl"),
+        looks=read_json_lines(folder / "eval.jsonl"),
+        samples=read_json_lines(folder / "samples.jsonl"),
+        rejections=read_json_lines(folder / "rejections.jsonl"),
+        examples=read_json_lines(folder / "examples.jsonl"),
+        summary=read_json(folder / "summary.json"),
+        environment=read_json(folder / "environment.json"),
+        data=read_json(folder / "data.json"),
+        compare=read_json(folder / "compare.json"),
     )
-
-
-def _lines(file: Path) -> list[Line]:
-    if not file.is_file():
-        return []
-    *lines, unfinished = file.read_text(encoding="utf-8").split("\n")
-    del unfinished
-    return [_parsed(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
-
-
-def _object(file: Path) -> Line:
-    return _parsed(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
-
-
-def _parsed(text: str, where: str) -> Line:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: broken JSON: {error.msg}; was the file changed by hand?") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: {type(value).__name__}, not an object; was the file changed by hand?")
-    return value
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

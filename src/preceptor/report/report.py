@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from preceptor.errors import ConfigError
+from preceptor.files import write_atomically
 from preceptor.report.reading import read_run
 
 REPORT = "report.html"
@@ -12,8 +13,8 @@ REPORT = "report.html"
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page of one run, or of several beside one another; returns where.
 
-    out: absent, the folder of the only run. Raises ConfigError for several runs without `out`, for an `out` that is no
-    HTML file or cannot be written; CheckpointError for a folder that is no run's, or holds a broken file.
+    out: absent, the folder of the only run. Raises ConfigError for several runs without `out` and for an `out` that
+    is no HTML file; CheckpointError for a folder that is no run's, holds a broken file, or cannot be written.
     """
     from preceptor.report.page import page_of_run, page_of_runs
 
@@ -25,8 +26,5 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError(f"--out {out}: the page is written there; give a name that ends in .html")
     runs = [read_run(folder) for folder in folders]
     text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {out}: {error.strerror}") from None
+    write_atomically(out, text)
     return out

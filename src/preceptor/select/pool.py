@@ -12,9 +12,10 @@ from typing import Any
 
 from preceptor.config import Source
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
-from preceptor.data.formats.rows import to_record
-from preceptor.data.sources import read_entries, read_rows
+from preceptor.data.formats.rows import to_example
+from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
+from preceptor.files import replacing
 
 Answered = Conversation | Completion
 
@@ -23,13 +24,13 @@ Answered = Conversation | Completion
 class Pool:
     """Sources whose rows are numbered through, 0, 1, 2, ..., in the order in which they are named."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[OpenSource, ...]
 
     def records(self) -> Iterator[Answered | Rejection]:
-        """Each row as a conversation or completion, or as a Rejection. Raises DataError as `read_entries`."""
+        """Each row as a conversation or completion, or as a Rejection. Raises DataError as `OpenSource.entries`."""
         for source in self.sources:
-            for entry in read_entries(source):
-                yield _answered(entry.record)
+            for entry in source.entries():
+                yield _answered(entry.example)
 
     def chosen(self, numbers: Collection[int]) -> Iterator[tuple[int, Answered]]:
         """The rows of these numbers, in order. Raises DataError if one of them is no longer a row to train on."""
@@ -40,25 +41,18 @@ class Pool:
     def write(self, numbers: Collection[int], file: Path) -> None:
         """Write the rows of these numbers to `file` as JSON lines, in order; all or nothing.
 
-        Raises DataError for a row that JSON cannot hold, ConfigError if the file cannot be written.
+        Raises DataError for a row that JSON cannot hold, CheckpointError if the file cannot be written.
         """
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as lines:
-                for line in self._lines(numbers):
-                    lines.write(line + "\n")
-            partial.replace(file)
-        except OSError as error:
-            raise ConfigError(f"--out {file}: cannot be written: {error.strerror}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(file) as partial, partial.open("w", encoding="utf-8") as lines:
+            for line in self._lines(numbers):
+                lines.write(line + "\n")
 
     def _lines(self, numbers: Collection[int]) -> Iterator[str]:
         number = 0
         for source in self.sources:
-            for (_, row), entry in zip(read_rows(source), read_entries(source), strict=True):
+            for (_, row), entry in zip(source.rows(), source.entries(), strict=True):
                 if number in numbers:
-                    yield line_of(row, _unchanged(_answered(entry.record)), source)
+                    yield line_of(row, _unchanged(_answered(entry.example)), source.source)
                 number += 1
 
 
@@ -89,7 +83,7 @@ def line_of(row: dict[str, Any], record: Answered, source: Source) -> str:
             line = json.dumps(form, ensure_ascii=False)
         except (TypeError, ValueError):
             continue  # a date or bytes in some other column
-        if form and to_record(json.loads(line), record.source) == record:
+        if form and to_example(json.loads(line), record.source) == record:
             return line
     raise DataError(f"{record.source}: holds values that JSON does not have, so the row cannot be written; mend it")
 
@@ -116,11 +110,11 @@ def _message(record: Conversation, index: int) -> dict[str, Any]:
     return given
 
 
-def sources_of(paths: Sequence[str], columns: dict[str, str], split: str | None) -> tuple[Source, ...]:
-    """The sources that a command line names. Raises ConfigError for columns that are no keys of a row."""
+def open_pool(paths: Sequence[str], columns: dict[str, str], split: str | None) -> Pool:
+    """The pool that a command line names. Raises ConfigError for columns that are no keys of a row."""
     from pydantic import ValidationError
 
     try:
-        return tuple(Source(path=path, columns=columns, split=split) for path in paths)
+        return Pool(tuple(OpenSource(Source(path=path, columns=columns, split=split)) for path in paths))
     except ValidationError as error:
         raise ConfigError(f"--columns: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

@@ -8,15 +8,15 @@ reads each prompt once and each answer twice; memory and the cost of the choice 
 selection/diversity.py.
 """
 
-import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import ConfigError
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
+from preceptor.chat.format import load_tokenizer
+from preceptor.files import write_json_lines
+from preceptor.model.load import load_model
 from preceptor.select.choice import NO_DIVERSITY, Settings, choose
 from preceptor.select.explain import explain, summarise
 from preceptor.select.measure import BaseReader
@@ -36,8 +36,7 @@ def load_reader(model: str, max_length: int = MAX_LENGTH) -> BaseReader:
     import torch
 
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    path = resolve_model_path(model)
-    return BaseReader(load_model(path, dtype=dtype, device=device), load_tokenizer(path), max_length)
+    return BaseReader(load_model(model, dtype=dtype, device=device), load_tokenizer(model), max_length)
 
 
 def select(
@@ -50,8 +49,8 @@ def select(
 ) -> dict[str, Any]:
     """Survey the pool, choose, write the kept rows to `out` and a line a row to `explain_file`; return the figures.
 
-    Raises ConfigError if a file cannot be written or a model is needed, DataError if the pool cannot be read or holds
-    nothing to choose from.
+    Raises CheckpointError if a file cannot be written, ConfigError if a model is needed, DataError if the pool cannot
+    be read or holds nothing to choose from.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -61,18 +60,9 @@ def select(
         chosen = time.perf_counter()
         pool.write(frozenset(found.number_N[choice.kept].tolist()), out)
         if explain_file is not None:
-            _write_lines(explain(found, choice), explain_file)
+            write_json_lines(explain_file, explain(found, choice))
         summary = summarise(found, choice)
     return summary | {"seconds": {"survey": surveyed - started, "choice": chosen - surveyed}}
-
-
-def _write_lines(lines: Iterable[dict[str, Any]], file: Path) -> None:
-    try:
-        with file.open("w", encoding="utf-8") as text:
-            for line in lines:
-                text.write(json.dumps(line, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--explain {file}: cannot be written: {error.strerror}") from None
 
 
 _MEANINGS = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from preceptor.chat.format import load_trained_format
 from preceptor.evaluate.generate import generate
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
-from preceptor.model.vocabulary import stop_token_ids
+from preceptor.model.load import load_model
 
 
 @dataclass
@@ -37,10 +37,9 @@ class Speaker:
 
 def load_speaker(path: str, max_new_tokens: int) -> Speaker:
     """Raises ModelError if `path` is no model."""
-    folder = resolve_model_path(path)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
-    return Speaker(path, model, tokenizer, stop_token_ids(folder, tokenizer), max_new_tokens)
+    chat = load_trained_format(path)
+    model = load_model(path, dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu")
+    return Speaker(path, model, chat.tokenizer, chat.stop_token_ids, max_new_tokens)
 
 
 def converse(

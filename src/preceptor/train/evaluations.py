@@ -13,14 +13,14 @@ from preceptor.evaluate.held_out import HeldOut, labelled, measure
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import examine
 from preceptor.evaluate.tasks import Task
+from preceptor.files import append_line
 from preceptor.train.checkpoint import State
-from preceptor.train.metrics import append_line
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """A held-out prompt: its context tokens, the words that a person reads, and the reference answer."""
 
     source: str
@@ -41,7 +41,7 @@ class Evaluations:
     folder: Path
     held_out: Sequence[HeldOut]
     tasks: Sequence[Task]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[SamplePrompt]
     subject: Callable[[Any], EvaluatedModel]
     max_length: int
     max_new_tokens: int
@@ -99,9 +99,9 @@ class Evaluations:
 
 def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
     """The looks of a run. alone: the model reads one conversation at a time."""
-    run, voice = prepared.run, prepared.voice
+    run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
-    renderer = voice.renderer(run.data)
+    renderer = chat.renderer(run.data)
     enabled = run.eval.every is not None
     conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
     return Evaluations(
@@ -112,9 +112,9 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         subject=lambda model: EvaluatedModel(
             name=str(run.out),
             model=model,
-            tokenizer=voice.tokenizer,
-            template=None if voice.template is None else renderer.template,
-            stop_token_ids=voice.stop_token_ids,
+            tokenizer=chat.tokenizer,
+            template=None if chat.template is None else renderer.template,
+            stop_token_ids=chat.stop_token_ids,
             alone=alone,
         ),
         max_length=run.data.max_length,
@@ -140,11 +140,11 @@ def _shown(measured: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def first_prompt(conversation: Conversation, tree: Tree) -> Prompt:
+def first_prompt(conversation: Conversation, tree: Tree) -> SamplePrompt:
     """The conversation's first trained turn as a prompt."""
     turn = trainable_turns(conversation.messages)[0]
     target = next(segment for segment in tree.segments if segment.kind == "target")
-    return Prompt(
+    return SamplePrompt(
         source=conversation.source,
         context=path_ids(tree, target.parent),
         asked=conversation.messages[turn - 1].content if turn else "",

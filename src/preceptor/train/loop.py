@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
+from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
+from preceptor.files import append_line
 from preceptor.model.activations.embedding import embedding_gradient_in_place
 from preceptor.model.loss.linear_cross_entropy import head_cast_once
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import Evaluations
-from preceptor.train.metrics import Display, append_line
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
@@ -48,7 +49,7 @@ def train(
         watch.look(state)
     for step in range(state.step, total_steps):
         started = time.perf_counter()
-        rows = loader.rows(step)
+        rows = loader.batch(step)
         learning_rate = learning_rate_at(
             step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
         )

@@ -1,4 +1,4 @@
-"""A prepared run -> a trained model in its folder (train/folder.py lists what is in it)."""
+"""A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
 
 import time
 from collections.abc import Callable
@@ -9,25 +9,26 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from preceptor.console import Display
 from preceptor.data.loader import Loader
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.model.load import load_model, resolve_model_path, save_model
+from preceptor.files import write_json
+from preceptor.model.load import load_model, save_model
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.model.towers import freeze_towers, tower_parameters
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
+from preceptor.report.report import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import build_evaluations
-from preceptor.train.folder import open_folder, write_summary
-from preceptor.train.metrics import Display, drop_lines_after
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.record import record_resume, record_start
+from preceptor.train.run_folder import resume_run, start_run
 
 
 def choose_device(device: str) -> torch.device:
@@ -48,9 +49,9 @@ def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str
 
 def build_model(prepared: Prepared, device: torch.device) -> Any:
     """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted."""
-    run, voice = prepared.run, prepared.voice
+    run, chat = prepared.run, prepared.chat
     model = load_model(
-        resolve_model_path(run.model.path),
+        run.model.path,
         dtype=run.model.dtype,
         device=device,
         init=run.model.init,
@@ -59,8 +60,8 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         trust_remote_code=run.model.trust_remote_code,
     )
     freeze_towers(model)
-    resize_embeddings(model, voice.tokenizer, voice.tokens, seed=run.train.seed)
-    align_model(model, voice.tokenizer, voice.stop_token_ids)
+    resize_embeddings(model, chat.tokenizer, chat.added, seed=run.train.seed)
+    align_model(model, chat.tokenizer, chat.stop_token_ids)
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter
 
@@ -71,7 +72,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
             alpha=run.adapter.alpha,
             dropout=run.adapter.dropout,
             target_modules=run.adapter.target_modules,
-            new_token_ids=voice.tokens.new_ids,
+            new_token_ids=sorted(chat.added.values()),
             seed=run.train.seed,
         )
     return model
@@ -80,41 +81,33 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
 def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
     """Train to the end and save; return the summary.
 
-    The folder comes into being when the model is loaded and has passed the preflight, so that what cannot work leaves
-    nothing behind.
+    The folder is made when the model is loaded and has passed the preflight, so that what cannot work leaves nothing
+    behind.
     """
     started = time.perf_counter()
     device = choose_device(prepared.run.train.device)
     prepared = _with_precision(prepared, device, _saying(console))
-    run = prepared.run
-    folder = Path(run.out)
-    torch.manual_seed(run.train.seed)
-    before_bytes = peak_memory_bytes(device)
-    model = build_model(prepared, device)
-    objective = Objective.of(run.loss, run.memory, model, prepared.voice.num_base_tokens)
+    run, folder = prepared.run, Path(prepared.run.out)
     assert run.train.precision is not None, "resolved above"
+    memory_before_bytes = peak_memory_bytes(device)
+    torch.manual_seed(run.train.seed)
+    model = build_model(prepared, device)
+    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
     passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
     loader = passed.loader
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
+    num_steps = run.train.duration.steps(loader.steps_per_epoch)
+    predicted_memory_bytes = _predicted_memory_bytes(prepared, loader, device)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     if resume:
-        if (folder / "model").exists():
-            raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
-        checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
-        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-            drop_lines_after(folder / name, state.step)
+        _resume(state, prepared, folder)
     else:
-        open_folder(folder, run, prepared.rejections, replace)
-    num_steps = run.train.duration.steps(loader.steps_per_epoch)
-    if resume:
-        record_resume(folder, device, state.step)
-    else:
-        record_start(folder, prepared, loader, num_steps, device)
+        start_run(folder, prepared, loader, num_steps, device, replace)
     _announce(console, prepared, model, num_steps, loader)
     with Display(console, num_steps, state.step) as display:
-        watch = build_evaluations(prepared, folder, display.say, loader.alone)
-        loop.train(run, objective, state, loader, watch, display, folder, prepared.fingerprint)
-    save_model(model, prepared.voice.tokenizer, folder / "model")
+        evaluations = build_evaluations(prepared, folder, display.say, loader.alone)
+        loop.train(run, objective, state, loader, evaluations, display, folder, prepared.fingerprint)
+    save_model(model, prepared.chat.tokenizer, folder / "model")
     summary = {
         "examples_per_epoch": prepared.examples_per_epoch,
         "num_rejected": len(prepared.rejections),
@@ -124,29 +117,32 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "each_conversation_alone": loader.alone,
         "preflight_seconds": passed.seconds,
         "num_steps": state.step,
-        "held_out": watch.last,
-        "memory_before_bytes": before_bytes,
-        **_predicted(prepared, loader, device),
+        "held_out": evaluations.last,
+        "memory_before_bytes": memory_before_bytes,
+        **({} if predicted_memory_bytes is None else {"predicted_memory_bytes": predicted_memory_bytes}),
         "seconds": time.perf_counter() - started,
     }
-    write_summary(folder, summary)
-    from preceptor.report.report import write_report
-
+    write_json(folder / "summary.json", summary)
     write_report([folder])
     return summary
 
 
-def _predicted(prepared: Prepared, loader: Loader, device: torch.device) -> dict[str, int]:
-    """`predicted_memory_bytes` of the largest row of the first epoch; nothing where the plan knows no prediction."""
-    rows = [loader.trees(planned) for planned in loader.plan(0)]
+def _resume(state: State, prepared: Prepared, folder: Path) -> None:
+    """Bring model, optimizer and the run's files to its newest checkpoint. Raises CheckpointError."""
+    if (folder / "model").exists():
+        raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
+    checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
+    resume_run(folder, state.step, state.model.device)
+
+
+def _predicted_memory_bytes(prepared: Prepared, loader: Loader, device: torch.device) -> int | None:
+    """Of the longest sequence of the first epoch; None where the plan knows no prediction."""
+    sequences = [loader.trees(planned) for planned in loader.plan(0)]
     if loader.alone:
-        rows = [[chain] for row in rows for tree in row for chain in chains_of(tree)]
-    largest = max(rows, key=lambda row: sum(tree.num_tokens for tree in row))
-    voice = prepared.voice
-    found = predict_peak_bytes(
-        prepared.run, largest, len(voice.tokens.added), len(voice.tokenizer), cpu=device.type == "cpu"
-    )
-    return {} if found is None else {"predicted_memory_bytes": found}
+        sequences = [[chain] for trees in sequences for tree in trees for chain in chains_of(tree)]
+    largest = max(sequences, key=lambda trees: sum(tree.num_tokens for tree in trees))
+    chat, cpu = prepared.chat, device.type == "cpu"
+    return predict_peak_bytes(prepared.run, largest, len(chat.added), len(chat.tokenizer), cpu=cpu)
 
 
 def _saying(console: Console) -> Callable[[str], None]:
@@ -167,8 +163,8 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     for line in filter(None, (of_towers, str(tokens), str(prepared.shortened))):
         console.print(line, highlight=False, markup=False)
-    if prepared.voice.tokens.added:
-        console.print(f"new tokens: {' '.join(prepared.voice.tokens.added)}", highlight=False, markup=False)
+    if prepared.chat.added:
+        console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
         console.print(f"{num} row{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow")

@@ -6,8 +6,8 @@ import pytest
 
 from preceptor.config import ROW_KEYS, Source
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
-from preceptor.data.formats.rows import PAIRS, format_of, has_format, to_record
-from preceptor.data.sources import read_entries, read_records
+from preceptor.data.formats.rows import PAIRS, format_of, has_format, to_example
+from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -16,7 +16,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 
 
 def messages(row, nulls="reject"):
-    record = to_record(row, "x:1", nulls)
+    record = to_example(row, "x:1", nulls)
     assert isinstance(record, Conversation), record
     return [dict(message.given) for message in record.messages]
 
@@ -64,8 +64,8 @@ def test_a_conversation_in_every_format(row, expected, name):
 
 
 def test_what_is_no_conversation():
-    assert to_record({"prompt": "a", "completion": "b", "text": "ab"}, "x:1") == Completion("x:1", "a", "b")
-    assert to_record({"text": "a", "messages": None}, "x:1") == Document("x:1", "a")
+    assert to_example({"prompt": "a", "completion": "b", "text": "ab"}, "x:1") == Completion("x:1", "a", "b")
+    assert to_example({"text": "a", "messages": None}, "x:1") == Document("x:1", "a")
     assert format_of({"text": "a"}) == "text" and format_of({"body": "a"}) == "no known format"
 
 
@@ -83,7 +83,7 @@ def test_sharegpt_with_tools_as_llama_factory_writes_them():
         ],
         "tools": json.dumps([TOOL]),
     }
-    record = to_record(row, "x:1")
+    record = to_example(row, "x:1")
     given = [dict(message.given) for message in record.messages]
     assert [message["role"] for message in given] == [
         "system",
@@ -104,18 +104,18 @@ def test_sharegpt_with_tools_as_llama_factory_writes_them():
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [json.dumps(TOOL)]])
 def test_tools_as_a_list_or_as_json(tools):
-    assert to_record({"messages": [USER, ANSWER], "tools": tools}, "x:1").tools == [TOOL]
-    assert to_record({"question": "a", "answer": "b", "tools": tools}, "x:1").tools == [TOOL]
+    assert to_example({"messages": [USER, ANSWER], "tools": tools}, "x:1").tools == [TOOL]
+    assert to_example({"question": "a", "answer": "b", "tools": tools}, "x:1").tools == [TOOL]
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
 def test_no_tools(tools):
-    assert to_record({"messages": [USER, ANSWER], "tools": tools}, "x:1").tools is None
+    assert to_example({"messages": [USER, ANSWER], "tools": tools}, "x:1").tools is None
 
 
 def test_template_kwargs_as_an_object_or_as_json():
     for kwargs in ({"enable_thinking": None}, '{"enable_thinking": null}'):
-        record = to_record({"messages": [USER, ANSWER], "chat_template_kwargs": kwargs}, "x:1")
+        record = to_example({"messages": [USER, ANSWER], "chat_template_kwargs": kwargs}, "x:1")
         assert record.template_kwargs == {"enable_thinking": None}
 
 
@@ -126,7 +126,7 @@ def test_nulls_that_a_json_file_holds_are_meant():
         "type": "function",
         "function": {"name": "f", "parameters": {"properties": {"a": {"default": None}, "b": None}}},
     }
-    record = to_record({"messages": [USER, message], "tools": [tool]}, "x:1")
+    record = to_example({"messages": [USER, message], "tools": [tool]}, "x:1")
     assert record.messages[1].given == message and record.tools == [tool]
 
 
@@ -168,8 +168,8 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_rejected_with_its_reason(row, code, words):
-    rejection = to_record(row, "x:1")
+def test_a_row_that_cannot_be_read_is_refused_with_its_reason(row, code, words):
+    rejection = to_example(row, "x:1")
     assert isinstance(rejection, Rejection)
     assert rejection.code == code and words in rejection.message, rejection
 
@@ -191,7 +191,7 @@ def test_columns_say_what_the_files_keys_are_and_no_other_is_read(tmp_path):
         {"frage": "d", "antwort": "e", "rolle": "S"},
     ]
     columns = {"prompt": "frage", "response": "antwort", "system": "rolle"}
-    first, second = read_records(Source(path=write(tmp_path, rows), columns=columns))
+    first, second = read_examples(Source(path=write(tmp_path, rows), columns=columns))
     assert [dict(m.given) for m in first.messages] == said("a", "b")
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
 
@@ -199,16 +199,16 @@ def test_columns_say_what_the_files_keys_are_and_no_other_is_read(tmp_path):
 def test_a_column_that_is_not_there_is_rejected_with_the_nearest(tmp_path):
     path = write(tmp_path, [{"frage": "a", "antwort": "b"}])
     with pytest.raises(DataError, match=r"a\.jsonl: has no column 'antwrt', .*did you mean 'antwort'"):
-        list(read_records(Source(path=path, columns={"prompt": "frage", "response": "antwrt"})))
+        list(read_examples(Source(path=path, columns={"prompt": "frage", "response": "antwrt"})))
     (tmp_path / "a.csv").write_text("frage,antwort\na,b\n")
     with pytest.raises(DataError, match=r"a\.csv: has no column 'antwrt', .*did you mean 'antwort'"):
-        list(read_records(Source(path=str(tmp_path / "a.csv"), columns={"prompt": "frage", "response": "antwrt"})))
+        list(read_examples(Source(path=str(tmp_path / "a.csv"), columns={"prompt": "frage", "response": "antwrt"})))
     with pytest.raises(ConfigError, match="`columns` names prompt, which make no format"):
-        list(read_records(Source(path=path, columns={"prompt": "frage"})))
+        list(read_examples(Source(path=path, columns={"prompt": "frage"})))
 
 
 def test_the_format_of_each_row_is_named(tmp_path):
     path = write(tmp_path, [{"text": "a"}, {"conversations": SHAREGPT}, {}])
-    entries = list(read_entries(path))
+    entries = list(OpenSource(path).entries())
     assert [entry.format for entry in entries] == ["text", "ShareGPT conversations", "no known format"]
     assert {entry.table for entry in entries} == {path}

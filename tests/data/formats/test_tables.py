@@ -9,7 +9,7 @@ import pytest
 from preceptor.config import Source
 from preceptor.data.formats import arrow
 from preceptor.data.formats.tables import find_tables
-from preceptor.data.sources import read_records, read_rows, resolve
+from preceptor.data.sources import OpenSource, read_examples, read_rows
 from preceptor.errors import ConfigError, DataError
 
 
@@ -124,7 +124,7 @@ def test_a_hub_id_is_passed_on_with_its_keys(monkeypatch):
 
 def test_a_hub_id_that_cannot_be_reached_says_so():
     with pytest.raises(DataError, match="owner/no-such-data: no such file or folder here, and it cannot be loaded"):
-        list(read_records("owner/no-such-data"))
+        list(read_examples("owner/no-such-data"))
 
 
 def test_only_the_columns_of_the_formats_are_read(tmp_path):
@@ -133,7 +133,7 @@ def test_only_the_columns_of_the_formats_are_read(tmp_path):
 
     broken = pa.array(["{"], pa.string()).cast(pa.json_()) if hasattr(pa, "json_") else None
     pq.write_table(pa.table({"text": ["a"], "image": broken}), tmp_path / "a.parquet")
-    (record,) = read_records(str(tmp_path / "a.parquet"))
+    (record,) = read_examples(str(tmp_path / "a.parquet"))
     assert record.text == "a"
     with pytest.raises(DataError, match="a JSON column holds what is no JSON"):
         list(read_rows(str(tmp_path / "a.parquet")))
@@ -149,23 +149,23 @@ def test_only_the_columns_of_the_formats_are_read(tmp_path):
 )
 def test_a_key_that_does_not_apply_is_an_error(make, keys, message):
     with pytest.raises(ConfigError, match=message):
-        resolve(Source(path=str(make("a.jsonl") / "a.jsonl"), **keys))
+        OpenSource(Source(path=str(make("a.jsonl") / "a.jsonl"), **keys))
     if "split" not in keys:
         with pytest.raises(ConfigError, match="is a folder, and"):
-            resolve(Source(path=str(make("a.jsonl")), **keys))
+            OpenSource(Source(path=str(make("a.jsonl")), **keys))
 
 
 def test_a_file_of_nearly_that_name_is_named(make):
     folder = make("conversations.jsonl")
     with pytest.raises(DataError, match=r"no such data file; did you mean '.*/conversations\.jsonl'"):
-        resolve(str(folder / "conversation.jsonl"))
+        OpenSource(str(folder / "conversation.jsonl"))
 
 
 def test_the_number_of_rows_for_a_progress_display(make, tmp_path, datasets):
     folder = make("a.jsonl", "b.parquet", "c.csv")
-    assert [table.num_rows() for table in resolve(str(folder))] == [1, 1, None]
+    assert [table.num_rows() for table in OpenSource(str(folder)).tables] == [1, 1, None]
     datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
-    assert [table.num_rows() for table in resolve(str(tmp_path / "saved"))] == [2]
+    assert [table.num_rows() for table in OpenSource(str(tmp_path / "saved")).tables] == [2]
 
 
 def test_reading_text_imports_neither_arrow_nor_datasets():

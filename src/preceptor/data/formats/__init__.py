@@ -1,1 +1,1 @@
-"""File formats and record formats: JSON lines, JSON, CSV, Parquet, Arrow; messages, pairs, ShareGPT, text."""
+"""Formats of files and of examples: JSON lines, JSON, CSV, Parquet, Arrow; messages, pairs, ShareGPT, text."""

@@ -5,17 +5,18 @@ them may be padding (padding.py); columns of Arrow's JSON type (`datasets.Json`)
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from preceptor.data.formats.nulls import Struct
+from preceptor.data.formats.values import Columns, TableRows
 from preceptor.errors import DataError
+from preceptor.hub import first_line
 
 _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131,072 rows in memory
 
 Convert = Callable[[Any], Any]
-Wanted = Collection[str] | None
 
 
 def open_parquet(file: Path, name: str) -> Any:
@@ -29,14 +30,14 @@ def open_parquet(file: Path, name: str) -> Any:
         raise _broken(name, error) from None
 
 
-def parquet_rows(file: Path, name: str, wanted: Wanted = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(file: Path, name: str, wanted: Columns = None) -> TableRows:
     """Each row with its source, "file:row N", counted from 1; of `wanted` columns only, if given. Raises DataError."""
     parquet = open_parquet(file, name)
     columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
     yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
 
 
-def batch_rows(batches: Iterable[Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def batch_rows(batches: Iterable[Any], name: str) -> TableRows:
     """The rows of Arrow record batches or tables."""
     import pyarrow as pa
 
@@ -58,8 +59,7 @@ def batch_rows(batches: Iterable[Any], name: str) -> Iterator[tuple[str, dict[st
 
 
 def _broken(where: str, error: Exception) -> DataError:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"{where}: cannot be read: {text}. Write or download the file anew")
+    return DataError(f"{where}: cannot be read: {first_line(error)}. Write or download the file anew")
 
 
 def _converter(kind: Any) -> Convert | None:
@@ -125,14 +125,13 @@ def load_hub(hub_id: str, config: str | None, split: str | None, revision: str |
     except DataError:
         raise
     except Exception as error:  # as above, and the network's
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{hub_id}: no such file or folder here, and it cannot be loaded from the Hub: {text}. Check the id, "
-            "`name`, `split` and `revision`, and for a private data set that you are logged in"
+            f"{hub_id}: no such file or folder here, and it cannot be loaded from the Hub: {first_line(error)}. Check "
+            "the id, `name`, `split` and `revision`, and for a private data set that you are logged in"
         ) from None
 
 
-def dataset_rows(dataset: Any, name: str, wanted: Wanted = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def dataset_rows(dataset: Any, name: str, wanted: Columns = None) -> TableRows:
     """Each row of a `datasets.Dataset` with its source, "name:row N", counted from 1."""
     columns = [c for c in dataset.column_names if wanted is None or c in wanted]
     batches = dataset.select_columns(columns).with_format("arrow").iter(_BATCH_ROWS)

@@ -1,4 +1,4 @@
-"""Which format a row has, and the record that it becomes.
+"""Which format a row has, and the example that it becomes.
 
 A row is recognised by its keys, each row for itself; a key that holds null is absent.
 
@@ -69,19 +69,19 @@ def has_format(keys: Sequence[str]) -> bool:
         return False
 
 
-def to_record(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
+def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
     """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:
         check_characters(row, "")
-        return _record(row, source, nulls)
+        return _example(row, source, nulls)
     except Unreadable as error:
         return Rejection(source, error.code, str(error))
     except AmbiguousNull as error:
         return Rejection(source, "ambiguous_null", str(error))
 
 
-def _record(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
+def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
     if "messages" in row and "conversations" in row:
         raise Unreadable("ambiguous_format", "the row has messages and conversations; say which with `columns`")
     key = next((key for key in ("messages", "conversations") if key in row), None)
@@ -114,10 +114,10 @@ def unknown_format(row: RawRecord) -> str:
     )
 
 
-Part = tuple[str, Any, bool]  # the key that holds messages, the messages, whether they are trained
+MessageField = tuple[str, Any, bool]  # the key that holds messages, the messages, whether they are trained
 
 
-def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[Part]) -> Conversation | Rejection:
+def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation | Rejection:
     tools = _tools(row, nulls)
     messages: list[Message] = []
     for key, value, trained in parts:

@@ -10,7 +10,7 @@ files tell of several splits, so that no test set is trained on unseen.
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,22 +18,24 @@ from typing import Any, Protocol
 
 from preceptor.config import Source
 from preceptor.data.formats import arrow, text_files
+from preceptor.data.formats.values import Columns, TableRows
 from preceptor.errors import ConfigError, DataError
 from preceptor.scholar import data_file
 
 PACKAGED = "scholar:"
-Wanted = Collection[str] | None
-Rows = Iterator[tuple[str, dict[str, Any]]]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
 
 
-class Table(Protocol):
+class DataTable(Protocol):
     """Rows under one name, in a fixed order."""
 
     @property
     def name(self) -> str: ...
+
+    def files(self) -> list[Path]:
+        """The files that it is read from; none for a data set of the Hub, which its id and revision name."""
 
     def columns(self) -> Sequence[str] | None:
         """Names of the columns; None where each row has keys of its own. Raises DataError."""
@@ -41,7 +43,7 @@ class Table(Protocol):
     def num_rows(self) -> int | None:
         """How many rows there are, for a progress display; None where only reading them would tell."""
 
-    def rows(self, wanted: Wanted) -> Rows:
+    def rows(self, wanted: Columns) -> TableRows:
         """Each row with its source; where there are columns, only the `wanted` ones (None: all). Raises DataError."""
 
 
@@ -56,6 +58,9 @@ class TextFile:
     def _kind(self) -> str:
         return _suffix(self.file)
 
+    def files(self) -> list[Path]:
+        return [self.file]
+
     def columns(self) -> Sequence[str] | None:
         return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
 
@@ -65,7 +70,7 @@ class TextFile:
         with self.file.open("rb") as pieces:
             return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
 
-    def rows(self, wanted: Wanted) -> Rows:
+    def rows(self, wanted: Columns) -> TableRows:
         read = {".json": text_files.json_rows, ".csv": text_files.csv_rows, ".tsv": text_files.csv_rows}
         return read.get(self._kind, text_files.jsonl_rows)(self.file, self.name)
 
@@ -75,18 +80,21 @@ class ParquetFile:
     file: Path
     name: str
 
+    def files(self) -> list[Path]:
+        return [self.file]
+
     def columns(self) -> Sequence[str]:
         return list(arrow.open_parquet(self.file, self.name).schema_arrow.names)
 
     def num_rows(self) -> int:
         return int(arrow.open_parquet(self.file, self.name).metadata.num_rows)
 
-    def rows(self, wanted: Wanted) -> Rows:
+    def rows(self, wanted: Columns) -> TableRows:
         return arrow.parquet_rows(self.file, self.name, wanted)
 
 
 @dataclass(frozen=True)
-class Dataset:
+class HuggingFaceDataset:
     """A Hugging Face data set: saved in a folder, or on the Hub; loaded when it is first asked."""
 
     place: Path | Source
@@ -98,17 +106,20 @@ class Dataset:
             return arrow.load_saved(self.place, self.name)
         return arrow.load_hub(self.place.path, self.place.name, self.place.split, self.place.revision)
 
+    def files(self) -> list[Path]:
+        return sorted(file for file in self.place.rglob("*") if file.is_file()) if isinstance(self.place, Path) else []
+
     def columns(self) -> Sequence[str]:
         return list(self._loaded.column_names)
 
     def num_rows(self) -> int:
         return len(self._loaded)
 
-    def rows(self, wanted: Wanted) -> Rows:
+    def rows(self, wanted: Columns) -> TableRows:
         return arrow.dataset_rows(self._loaded, self.name, wanted)
 
 
-def find_tables(source: Source) -> list[Table]:
+def find_tables(source: Source) -> list[DataTable]:
     """The tables of a source. Raises DataError if there are none, ConfigError for a key that does not apply."""
     if source.path.startswith(PACKAGED):
         _only_keys(source, (), "a file")
@@ -123,7 +134,7 @@ def find_tables(source: Source) -> list[Table]:
         return [_file(place, source.path)]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and _suffix(place) not in _SUFFIXES:
         parts = (source.path, source.name, source.split)
-        return [Dataset(source, "/".join(part for part in parts if part))]
+        return [HuggingFaceDataset(source, "/".join(part for part in parts if part))]
     raise DataError(f"{source.path}: no such data file{_near(place)}")
 
 
@@ -146,7 +157,7 @@ def _suffix(file: Path) -> str:
     return (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
 
 
-def _file(file: Path, name: str) -> Table:
+def _file(file: Path, name: str) -> DataTable:
     suffix = _suffix(file)
     if suffix == ".parquet" and file.suffix != ".gz":
         return ParquetFile(file, name)
@@ -158,13 +169,13 @@ def _file(file: Path, name: str) -> Table:
     )
 
 
-def _saved(source: Source, folder: Path, splits: list[str]) -> Table:
+def _saved(source: Source, folder: Path, splits: list[str]) -> DataTable:
     if not splits:
         if source.split is not None:
             raise DataError(f"{source.path}: holds a single data set without splits; remove `split: {source.split}`")
-        return Dataset(folder, source.path)
+        return HuggingFaceDataset(folder, source.path)
     split = _chosen(source, splits)
-    return Dataset(folder / split, str(folder / split))
+    return HuggingFaceDataset(folder / split, str(folder / split))
 
 
 def _chosen(source: Source, splits: Sequence[str]) -> str:
@@ -176,7 +187,7 @@ def _chosen(source: Source, splits: Sequence[str]) -> str:
     return source.split or splits[0]
 
 
-def _files_in(source: Source, folder: Path) -> list[Table]:
+def _files_in(source: Source, folder: Path) -> list[DataTable]:
     """All data files of a folder, or those of a split, in the order of their names."""
     files = sorted(
         path

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from preceptor.config import ROW_KEYS
+from preceptor.data.formats.values import TableRows
 from preceptor.errors import DataError
-
-Rows = Iterator[tuple[str, dict[str, Any]]]
 
 _PIECE_CHARACTERS = 1 << 20
 _LONGEST_LINE_CHARACTERS = 1 << 26
@@ -43,7 +42,7 @@ def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[Tex
         raise DataError(f"{name}: cannot be read: {error}") from None
 
 
-def jsonl_rows(file: Path, name: str) -> Rows:
+def jsonl_rows(file: Path, name: str) -> TableRows:
     """One JSON object a line; blank lines are passed over."""
     with open_text(file, name) as lines:
         for number, line in enumerate(lines, start=1):
@@ -66,7 +65,7 @@ def _parse_line(line: str, source: str) -> dict[str, Any]:
     return row
 
 
-def json_rows(file: Path, name: str) -> Rows:
+def json_rows(file: Path, name: str) -> TableRows:
     """A list of objects, an object that holds one such list, or, for many files named .json are that, JSON lines."""
     with open_text(file, name) as text:
         lines = (line.lstrip() for line in iter(lambda: text.readline(_LONGEST_LINE_CHARACTERS), "") if line.strip())
@@ -85,7 +84,7 @@ def _is_row(line: str, following: str) -> bool:
     return following.startswith("{") or any(key in ROW_KEYS for key in value)
 
 
-def _streamed_rows(file: Path, name: str) -> Rows:
+def _streamed_rows(file: Path, name: str) -> TableRows:
     with open_text(file, name) as text:
         stream = _JsonStream(text, name)
         opening = stream.peek()
@@ -100,7 +99,7 @@ def _streamed_rows(file: Path, name: str) -> Rows:
             raise stream.broken("there is more after the end of the JSON value; for JSON lines name the file .jsonl")
 
 
-def _rows_in_object(stream: "_JsonStream", name: str) -> Rows:
+def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
     """The rows of the one list of objects in an object; what else the object holds is not data."""
     found: str | None = None
     for key in stream.names():
@@ -218,7 +217,7 @@ class _JsonStream:
         return DataError(f"{self._name}:{line}: broken JSON: {message}. Mend the file, or write it anew")
 
 
-def csv_rows(file: Path, name: str) -> Rows:
+def csv_rows(file: Path, name: str) -> TableRows:
     """Rows under a header line, separated by commas, or by tabs in a .tsv; a quoted cell may hold line ends."""
     header: list[str] = []
     for number, cells in _csv_lines(file, name):

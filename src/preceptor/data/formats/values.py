@@ -1,14 +1,18 @@
-"""The values in a row: texts, lists and objects that may be written as JSON strings, and what is wrong with them."""
+"""Rows of a file and the values in them: texts, lists and objects, which may be written as JSON strings."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 RawRecord = Mapping[str, Any]
+TableRows = Iterator[tuple[str, dict[str, Any]]]
+"""The rows of a file, each with its place, "file:line" or "file:row N"."""
+Columns = Collection[str] | None
+"""The columns to read; None: all."""
 
 
 class Unreadable(Exception):
-    """Raised inside a row's reading with a code and a sentence; `to_record` makes it a Rejection."""
+    """Raised inside a row's reading with a code and a sentence; `to_example` makes it a Rejection."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.chat.token_text import special_ids
-from preceptor.data.forest import Segment, Tree
-from preceptor.train import record
+from preceptor.data.dataset import Dataset
+from preceptor.train import run_folder
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from tiny import branching, chain, tiny_tokenizer
@@ -40,7 +39,7 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert data["tokens"]["computed"] > 0
     assert sum(data["lengths"]["trees"]["counts"]) == 12 == sum(data["lengths"]["targets"]["counts"])
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
-    by_source = {tree.source: tree for tree in prepared.train}
+    by_source = {tree.source: tree for tree in prepared.train.trees()}
     for line in lines:
         tree = by_source[line["source"]]
         assert [
@@ -60,18 +59,18 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
 
 def test_a_resumed_run_adds_its_session(tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps({"command": "first", "resumed": []}))
-    record.record_resume(tmp_path, torch.device("cpu"), 7)
+    run_folder.resume_run(tmp_path, 7, torch.device("cpu"))
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["command"] == "first" and found["resumed"][0]["step"] == 7 and found["resumed"][0]["versions"]
-    record.record_resume(tmp_path / "old", torch.device("cpu"), 7)
+    run_folder.resume_run(tmp_path / "old", 7, torch.device("cpu"))
 
 
 def test_long_examples_have_gaps_that_add_up(monkeypatch):
     tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(record, "EXAMPLE_TOKENS", 12)
-    monkeypatch.setattr(record, "EXAMPLE_SEGMENTS", 3)
+    monkeypatch.setattr(run_folder, "EXAMPLE_TOKENS", 12)
+    monkeypatch.setattr(run_folder, "EXAMPLE_SEGMENTS", 3)
     tree = chain(np.random.default_rng(0), (30, 5, 4, 3), vocab_size=200)
-    found = record.example(tree, tokenizer, special_ids(tokenizer))
+    found = run_folder.example(tree, tokenizer, special_ids(tokenizer))
     assert found["num_segments_left_out"] == 1 and found["num_tokens"] == 42
     for segment, own in zip(found["segments"], tree.segments, strict=False):
         pieces = segment["pieces"]
@@ -87,8 +86,8 @@ def test_long_examples_have_gaps_that_add_up(monkeypatch):
 def test_a_branching_tree_is_among_the_examples():
     rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
     trees = [chain(rng, (length, 4)) for length in (9, 8, 20, 7)] + [branching(rng), chain(rng, (50, 2))]
-    assert [record.branches(tree) for tree in trees] == [False] * 4 + [True, False]
-    found = {line["number"]: line["why"] for line in record.examples(trees, tokenizer)}
+    assert [run_folder.branches(tree) for tree in trees] == [False] * 4 + [True, False]
+    found = {line["number"]: line["why"] for line in run_folder.examples(Dataset(trees), tokenizer)}
     assert found == {
         1: ["the first"],
         3: ["of median length"],
@@ -100,19 +99,6 @@ def test_a_branching_tree_is_among_the_examples():
 
 def test_histograms_count_every_length():
     for lengths in ([5], [1, 2, 2, 9], list(range(1, 1000, 7))):
-        found = record.histogram(lengths)
+        found = run_folder.histogram(np.array(lengths))
         expected = [sum(low <= length < high for length in lengths) for low, high in pairwise(found["edges"])]
-        assert found["counts"] == expected and sum(expected) == len(lengths) and len(expected) <= record.NUM_BINS
-
-
-def test_the_hash_of_the_trees_changes_with_what_is_trained():
-    tree = Tree("f:1", (Segment("context", (1, 2), None), Segment("target", (3,), 0)))
-    context, target = tree.segments
-    others = [
-        replace(tree, segments=(context, replace(target, ids=(4,)))),
-        replace(tree, segments=(context, replace(target, kind="context"))),
-        replace(tree, segments=(context, replace(target, weight=0.5))),
-        replace(tree, segments=(replace(context, ids=(1,)), replace(target, ids=(2, 3)))),
-    ]
-    hashes = {record.trees_hash([each]) for each in (tree, *others)}
-    assert len(hashes) == 5 and record.trees_hash([replace(tree, source="g:9")]) in hashes
+        assert found["counts"] == expected and sum(expected) == len(lengths) and len(expected) <= run_folder.NUM_BINS

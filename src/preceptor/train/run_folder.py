@@ -1,15 +1,24 @@
-"""What a run is made of, written into its folder when it starts, so that it can be looked at and repeated.
+"""The folder of a run.
 
-OUT/environment.json   command, versions, machine; the model and every data file with their hashes
-OUT/data.json          how many rows, tokens and steps; how long the trees and targets are
-OUT/examples.jsonl     a few of the trained trees, token by token
+OUT/config.yaml      the resolved run file
+OUT/rejections.jsonl examples that were not trained: source, code, message
+OUT/environment.json command, versions, machine; the model and every data file with their hashes
+OUT/data.json        counts of rows, tokens and steps; lengths of trees and targets
+OUT/examples.jsonl   a few of the trained trees, token by token
+OUT/metrics.jsonl    one line a step
+OUT/eval.jsonl       one line an evaluation
+OUT/samples.jsonl    one line a sampled answer to a held-out prompt
+OUT/checkpoints/     with checkpoint.every: what `--resume` needs
+OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
+OUT/summary.json     the results
+OUT/report.html      all of it on one page, written last (report/report.py)
 """
 
 import hashlib
-import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -23,11 +32,21 @@ import torch
 
 from preceptor import config
 from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader
-from preceptor.data.sources import resolve
-from preceptor.model.load import resolve_model_path
-from preceptor.train.metrics import append_line
+from preceptor.data.sources import OpenSource
+from preceptor.errors import CheckpointError
+from preceptor.files import (
+    read_json,
+    read_json_lines,
+    sha256_of,
+    write_atomically,
+    write_json,
+    write_json_lines,
+    writing,
+)
+from preceptor.hub import resolve_model_path
 from preceptor.train.prepare import Prepared
 
 PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
@@ -36,30 +55,46 @@ EXAMPLE_SEGMENTS = 40
 NUM_BINS = 30
 
 
-def record_start(folder: Path, prepared: Prepared, loader: Loader, num_steps: int, device: torch.device) -> None:
-    """Write the three files of a run that begins."""
-    environment = {**session(device), **origins(prepared), "resumed": []}
-    _write(folder / "environment.json", environment)
-    _write(folder / "data.json", amounts(prepared, loader, num_steps))
-    (folder / "examples.jsonl").touch()
-    for line in examples(prepared.train, prepared.voice.tokenizer):
-        append_line(folder / "examples.jsonl", line)
+def check_out(out: str, replace: bool) -> Path:
+    """The run's folder, which must not exist, or be a run's folder that may be replaced. Raises CheckpointError."""
+    folder = Path(out)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    if not replace:
+        raise CheckpointError(f"{out}: exists already; choose another `out`, or replace that run with --replace")
+    if not (folder.is_dir() and (folder / "config.yaml").is_file()):
+        raise CheckpointError(f"{out}: is not the folder of a run, so --replace leaves it alone; choose another `out`")
+    return folder
 
 
-def record_resume(folder: Path, device: torch.device, step: int) -> None:
-    """Add to the record of a run that it goes on from `step`, and where."""
-    file = folder / "environment.json"
-    if file.is_file():
-        environment = json.loads(file.read_text(encoding="utf-8"))
+def start_run(
+    folder: Path, prepared: Prepared, loader: Loader, num_steps: int, device: torch.device, replace: bool
+) -> None:
+    """Make the folder and write what the run is made of. Raises CheckpointError if it cannot be written."""
+    check_out(str(folder), replace)
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+            (folder / name).touch()
+    write_atomically(folder / "config.yaml", config.dump(prepared.run))
+    write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections))
+    write_json(folder / "environment.json", {**session(device), **origins(prepared), "resumed": []})
+    write_json(folder / "data.json", amounts(prepared, loader, num_steps))
+    write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
+
+
+def resume_run(folder: Path, step: int, device: torch.device) -> None:
+    """Take the run's files back to `step`, from where it goes on, and record that it was resumed, and where."""
+    for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+        if (folder / name).is_file():
+            lines = read_json_lines(folder / name)
+            write_json_lines(folder / name, (line for line in lines if line["step"] <= step))
+    environment = read_json(folder / "environment.json")
+    if environment:
         environment["resumed"].append({"step": step, **session(device)})
-        _write(file, environment)
-
-
-def _write(file: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+        write_json(folder / "environment.json", environment)
 
 
 # Where and with what -------------------------------------------------------------------------------------------------
@@ -94,17 +129,12 @@ def _version(package: str) -> str | None:
 
 def origins(prepared: Prepared) -> dict[str, Any]:
     """What the run was made from, with hashes (SHA-256): model, data files, chat template, and all trained trees."""
-    run, template = prepared.run, prepared.voice.template
+    run, template = prepared.run, prepared.chat.template
     return {
         "model": _model(run.model),
-        "data": [
-            {"use": use, **file}
-            for use, sources in (("train", run.data.train), ("held out", run.data.eval))
-            for source in sources
-            for file in _files(source)
-        ],
+        "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
-        "trees_sha256": trees_hash(prepared.train),
+        "trees_sha256": prepared.train.sha256,
     }
 
 
@@ -114,39 +144,22 @@ def _model(model: config.Model) -> dict[str, Any]:
     found: dict[str, Any] = {"path": model.path, "folder": path if folder.is_dir() else None}
     found["revision"] = model.revision
     if folder.is_dir():
-        found["config_sha256"] = _file_hash(folder / "config.json")
+        found["config_sha256"] = sha256_of(folder / "config.json")
         weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
         found["weights"] = [{"name": file.name, "num_bytes": file.stat().st_size} for file in weights]
     return found
 
 
-def _files(source: config.Source) -> Iterator[dict[str, Any]]:
-    """The files of a source; a data set of the Hub has none here, and is known by its id and revision."""
-    for table in resolve(source):
-        place = getattr(table, "file", None) or getattr(table, "place", None)
-        files = [place] if isinstance(place, Path) else []
-        if files and files[0].is_dir():
-            files = sorted(file for file in files[0].rglob("*") if file.is_file())
-        for file in files:
-            name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
-            yield {"name": name, "num_bytes": file.stat().st_size, "sha256": _file_hash(file)}
-        if not files:
-            yield {"name": table.name, "revision": source.revision, "num_bytes": None, "sha256": None}
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def trees_hash(trees: Sequence[Tree]) -> str:
-    """Changes with any token that is computed, and with which tokens are trained."""
-    digest = hashlib.sha256()
-    for tree in trees:
-        for segment in tree.segments:
-            digest.update(repr((segment.kind, segment.parent, segment.weight, len(segment.ids))).encode())
-            digest.update(np.array(segment.ids, dtype=np.int64).tobytes())
-    return digest.hexdigest()
+def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
+    """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
+    for source in sources:
+        for table in source.tables:
+            files = table.files()
+            for file in files:
+                name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
+                yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            if not files:
+                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
 
 
 # How much ------------------------------------------------------------------------------------------------------------
@@ -154,7 +167,7 @@ def trees_hash(trees: Sequence[Tree]) -> str:
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
     """Counts of rows, tokens and steps, and histograms of lengths."""
-    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
+    targets = [len(s.ids) for tree in prepared.train.trees() for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
@@ -163,20 +176,19 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
-        "new_tokens": list(prepared.voice.tokens.added),
+        "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
         "steps_per_epoch": loader.steps_per_epoch,
         "num_steps": num_steps,
         "lengths": {
-            "trees": histogram([tree.num_tokens for tree in prepared.train]),
-            "targets": histogram(targets),
+            "trees": histogram(prepared.train.lengths),
+            "targets": histogram(np.array(targets)),
         },
     }
 
 
-def histogram(lengths_tokens: Sequence[int]) -> dict[str, Any]:
+def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """Counts between `edges` (the last edge included), with quantiles; lengths are whole numbers, so edges are too."""
-    lengths = np.array(lengths_tokens, dtype=np.int64)
     low, high = int(lengths.min()), int(lengths.max())
     width = max(1, -(-(high + 1 - low) // NUM_BINS))
     edges = np.arange(low, high + 1 + width, width)
@@ -188,9 +200,10 @@ def histogram(lengths_tokens: Sequence[int]) -> dict[str, Any]:
 # Examples ------------------------------------------------------------------------------------------------------------
 
 
-def examples(trees: Sequence[Tree], tokenizer: Any) -> Iterator[dict[str, Any]]:
+def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
-    order = sorted(range(len(trees)), key=lambda index: trees[index].num_tokens)
+    trees = dataset.trees()
+    order = np.argsort(dataset.lengths, stable=True).tolist()
     chosen: dict[int, list[str]] = {0: ["the first"]}
     for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
         chosen.setdefault(order[place], []).append(name)
