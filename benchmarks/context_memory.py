@@ -214,11 +214,11 @@ def learning(seeds: int) -> dict[str, Any]:
 
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
-    from preceptor.evaluate.questions import read_questions
+    from preceptor.evaluate.tasks import read_task
     from preceptor.train.prepare import prepare
     from preceptor.train.run import execute
 
-    questions = read_questions(QUESTIONS)
+    questions = read_task(QUESTIONS)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("full", "recompute", "detach"):

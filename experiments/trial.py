@@ -174,12 +174,12 @@ def _train(trial: Trial, out: Path) -> dict[str, Any]:
 def measure(model: str, yardsticks: Sequence[Yardstick]) -> Measured:
     """What a model does with each item of each task."""
     from preceptor.evaluate.model import load_evaluated_model
-    from preceptor.evaluate.run import examine
+    from preceptor.evaluate.run import run_task
 
-    subject = load_evaluated_model(model, "float32", "auto")
+    evaluated = load_evaluated_model(model, "float32", "auto")
     found: Measured = {}
     for yardstick in yardsticks:
-        results = examine(subject, yardstick.read(), yardstick.max_new_tokens, BATCH_SIZE)
+        results = run_task(evaluated, yardstick.read(), yardstick.max_new_tokens, BATCH_SIZE)
         found[yardstick.task] = {name: [result.values[name] for result in results] for name in yardstick.values}
     return found
 
@@ -195,15 +195,15 @@ def _measure_merged(model: str, weight: float, yardsticks: Sequence[Yardstick]) 
 
 def _compare(model: str, num_prompts: int) -> dict[str, Any]:
     """The token-distribution shift over held-out questions, and answers of both side by side."""
-    from preceptor.compare.compare import Questions, compare
+    from preceptor.compare.compare import EvaluationSuite, compare
     from preceptor.evaluate.model import load_evaluated_model
 
     prompts = choose_prompts(None, [read_task(f"{BASE}:heldout")], num_prompts, seed=0)
-    questions = Questions((), prompts, max_new_tokens=96, batch_size=BATCH_SIZE)
+    suite = EvaluationSuite((), prompts, max_new_tokens=96, batch_size=BATCH_SIZE)
     found, _ = compare(
         lambda: load_evaluated_model(BASE, "float32", "auto"),
         lambda: load_evaluated_model(model, "float32", "auto"),
-        questions,
+        suite,
     )
     shift = found["shift"]
     kept = ("num_prompts", "num_tokens", "num_added", "shares", "mean_prob", "mean_kl", "by_position", "most_shifted")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import conversations
-from preceptor.commands.importing import large_imports
+from preceptor.commands.options import large_imports
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}

@@ -36,7 +36,7 @@ def test_eval_for_the_eye_and_for_programs(preceptor, base_folder, files, tmp_pa
     code, printed, _ = preceptor("eval", base_folder, *common, "--json", "--limit", 2, "--out", out)
     found = json.loads(printed)
     assert code == 0 and [task["num_items"] for task in found["tasks"]] == [2, 2, 2]
-    assert found["reads"] == "plain text" and found["settings"]["num_resamples"] == NUM_RESAMPLES
+    assert found["prompt_format"] == "plain text" and found["settings"]["num_resamples"] == NUM_RESAMPLES
     figure = found["tasks"][0]["figures"]["acc"]
     assert set(figure) == {"value", "low", "high", "num"} and figure["low"] <= figure["value"] <= figure["high"]
     kept = json.loads(out.read_text())
@@ -47,8 +47,8 @@ def test_eval_for_the_eye_and_for_programs(preceptor, base_folder, files, tmp_pa
 
 def test_a_tuned_model_reads_through_its_template_or_plain_where_asked(preceptor, tuned, files):
     arguments = ("eval", tuned, files[1], "--json", "--max-new-tokens", 2)
-    assert json.loads(preceptor(*arguments)[1])["reads"] == "chat template (tokenizer)"
-    assert json.loads(preceptor(*arguments, "--chat-template", "plain")[1])["reads"] == "plain text"
+    assert json.loads(preceptor(*arguments)[1])["prompt_format"] == "chat template (tokenizer)"
+    assert json.loads(preceptor(*arguments, "--chat-template", "plain")[1])["prompt_format"] == "plain text"
 
 
 def test_mistakes(preceptor, base_folder, files, write_jsonl, tmp_path):
@@ -77,7 +77,7 @@ def test_compare_with_itself_finds_nothing(preceptor, base_folder, files):
     assert found["shift"]["shares"]["unshifted"]["value"] == 1.0 and found["shift"]["mean_kl"]["value"] < 1e-9
     assert all(sample["base"] == sample["tuned"] for sample in found["samples"]) and len(found["samples"]) == 4
     (tax, shift) = found["verdict"]
-    assert "nothing changed on choices" in tax and "100.0% are the base's own first choice" in shift
+    assert "nothing changed on choices" in tax and "100.0% are the base's first choice" in shift
 
 
 def test_compare_base_and_tuned(preceptor, base_folder, tuned, files, tmp_path):
@@ -90,7 +90,7 @@ def test_compare_base_and_tuned(preceptor, base_folder, tuned, files, tmp_path):
     )
     found = json.loads((out / "compare.json").read_text())
     assert [task["role"] for task in found["tasks"]] == ["trained", "tax", "text"]
-    assert found["settings"]["base_reads"] == "plain text"
+    assert found["settings"]["base_prompt_format"] == "plain text"
     bits = found["tasks"][2]["figures"]["bits_per_byte"]
     assert bits["tuned"]["value"] - bits["base"]["value"] == pytest.approx(bits["difference"]["value"])
     assert bits["num_changed"] == len(TEXTS)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preceptor.compare.compare import Questions
+from preceptor.compare.compare import EvaluationSuite
 from preceptor.compare.sweep import sweep, verdict
 from preceptor.evaluate.figures import figures
 from preceptor.evaluate.model import load_evaluated_model
-from preceptor.evaluate.run import examine
+from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import read_task
 
 CHOICES = [{"prompt": f"the {word}", "choices": [" user", " message"], "answer": 0} for word in ("start", "end", "and")]
@@ -33,24 +33,22 @@ def tuned(base_folder, tmp_path):
 
 
 @pytest.fixture
-def questions(write_jsonl):
+def suite(write_jsonl):
     texts = read_task(write_jsonl(TEXTS, "texts.jsonl"))
-    return Questions([(read_task(write_jsonl(CHOICES, "skill.jsonl")), "trained"), (texts, "text")])
+    return EvaluationSuite([(read_task(write_jsonl(CHOICES, "skill.jsonl")), "trained"), (texts, "text")])
 
 
 def load(path):
     return load_evaluated_model(path, "float32", "cpu")
 
 
-def test_ends_are_the_two_models_and_differences_are_from_them(base_folder, tuned, questions, tmp_path):
-    found = sweep(str(base_folder), str(tuned), [0.5], questions, load, tmp_path)
+def test_ends_are_the_two_models_and_differences_are_from_them(base_folder, tuned, suite, tmp_path):
+    found = sweep(str(base_folder), str(tuned), [0.5], suite, load, tmp_path)
     text = found["tasks"][1]
     assert [point["weight"] for point in text["points"]] == [0.0, 0.5, 1.0] and text["figure"] == "bits_per_byte"
     for at, model in ((0, base_folder), (2, tuned)):
-        results = examine(load(str(model)), questions.tasks[1][0], 1, 8)
-        assert text["points"][at]["value"] == pytest.approx(
-            figures(questions.tasks[1][0], results)["bits_per_byte"].value
-        )
+        results = run_task(load(str(model)), suite.tasks[1][0], 1, 8)
+        assert text["points"][at]["value"] == pytest.approx(figures(suite.tasks[1][0], results)["bits_per_byte"].value)
     values = [point["value"] for point in text["points"]]
     for point in text["points"]:
         assert point["from_base"]["value"] == pytest.approx(point["value"] - values[0], abs=1e-12)
@@ -88,9 +86,9 @@ def test_the_verdict_claims_no_more_than_the_intervals():
     (said,) = verdict([skill, tax])
     assert said.startswith("The tuned model pays 0.2000 bits per byte on text; a weight of 0.8 pays 0.1200")
     skill["points"][2]["from_tuned"] |= {"low": -0.03, "high": -0.01}
-    assert "no weight pays less without losing on trained" in verdict([skill, tax])[0]
+    assert "no weight pays less without a loss on trained" in verdict([skill, tax])[0]
     tax["points"][3]["from_base"]["low"] = -0.1
-    assert "pays no tax that can be told from zero" in verdict([skill, tax])[0]
+    assert "pays no significant tax" in verdict([skill, tax])[0]
 
 
 def test_the_command_writes_table_json_and_a_plot(preceptor, base_folder, tuned, write_jsonl, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.forest import Segment, Tree, pack_trees, path_ids, runs
+from preceptor.data.forest import Segment, Tree, leaf_paths, pack_trees, path_ids, runs
 
 
 def chain(*lengths, first=10):
@@ -51,6 +51,31 @@ def test_one_token_can_have_two_next_tokens():
     both = Tree("t", (Segment("context", (1, 2), None), Segment("target", (3,), 0), Segment("target", (4,), 0)))
     row = pack_trees([both])
     assert row.source_N.tolist() == [1, 1] and row.target_N.tolist() == [3, 4]
+
+
+def test_spans_say_whose_each_token_and_target_is():
+    """In layout order, which is depth-first: the branch of a tree comes before the later segment of the trunk."""
+    fork = Tree(
+        "t",
+        (
+            Segment("context", (1, 2), None),
+            Segment("context", (3,), 0),
+            Segment("target", (4, 5), 1),
+            Segment("target", (6,), 0, weight=0.0),
+            Segment("target", (7, 8), 0),
+        ),
+    )
+    row = pack_trees([chain(2, 1), fork])
+    assert [(span.tree, span.segment) for span in row.spans] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert [row.ids_T[span.start : span.end].tolist() for span in row.spans][2:] == [[1, 2], [3], [4, 5], [6], [7, 8]]
+    assert [row.target_N[span.targets].tolist() for span in row.spans] == [[], [12], [], [], [4, 5], [], [7, 8]]
+    deep = Tree("t", (fork.segments[0], fork.segments[4], Segment("target", (9,), 0), Segment("target", (3,), 1)))
+    assert [span.segment for span in pack_trees([deep]).spans] == [0, 1, 3, 2]
+
+
+def test_leaf_paths_lead_from_the_root_to_each_leaf():
+    assert leaf_paths(BRANCHED) == [(0, 1), (0, 2, 3)]
+    assert leaf_paths(chain(2, 1, 1)) == [(0, 1, 2)]
 
 
 def test_weights_reach_the_pairs_and_weight_zero_is_not_trained():

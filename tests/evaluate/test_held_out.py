@@ -9,7 +9,7 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
 from preceptor.data.sources import read_examples
-from preceptor.evaluate.held_out import HeldOut, Labels, labelled, measure
+from preceptor.evaluate.held_out import LabelledTree, TargetLabels, label_targets, measure
 from tiny import tiny_model, tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "a start"}
@@ -31,7 +31,7 @@ def rendered(write_jsonl):
     file = write_jsonl(ROWS)
     pairs = [(record, renderer.render(record)) for record in read_examples(file)]
     assert not any(isinstance(tree, Rejection) for _, tree in pairs)
-    return file, tokenizer, labelled(pairs, renderer)
+    return file, tokenizer, label_targets(pairs, renderer)
 
 
 def test_labels(rendered):
@@ -92,7 +92,7 @@ def test_tools_and_reasoning_are_kinds_and_a_turn_may_have_several(write_jsonl):
 def test_nothing_held_out_is_an_error(rendered):
     with pytest.raises(ValueError, match="no held-out target"):
         measure(tiny_model("llama"), [], 64)
-    context_only = HeldOut(rendered[2][0].tree, (None,) * len(rendered[2][0].labels))
-    assert Labels("a", ("plain",), 1, 0).num_bytes == 0
+    context_only = LabelledTree(rendered[2][0].tree, (None,) * len(rendered[2][0].labels))
+    assert TargetLabels("a", ("plain",), 1, 0).num_bytes == 0
     with pytest.raises(ValueError, match="no held-out target"):
         measure(tiny_model("llama", vocab_size=300), [context_only], 64)

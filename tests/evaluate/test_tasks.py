@@ -18,8 +18,12 @@ def test_each_kind_is_read(write_jsonl):
     )
     first, second = task.items
     assert task.kind == "generation" and first.source.endswith("train.jsonl:1")
-    assert first.given.messages == tuple(ASKED) and first.match == "exact" and first.given.asked == "Which region?"
-    assert second.given.prompt == "7 is" and second.until == ("\n",) and second.given.messages is None
+    assert (
+        first.prompt.messages == tuple(ASKED)
+        and first.match == "exact"
+        and first.prompt.last_message == "Which region?"
+    )
+    assert second.prompt.text == "7 is" and second.until == ("\n",) and second.prompt.messages is None
     (choice,) = read_task(write_jsonl([{**CHOICE, "family": "so"}])).items
     assert choice.choices == (" so.", " not.") and choice.answer == 1 and choice.groups == {"family": "so"}
     (text,) = read_task(write_jsonl([TEXT])).items
@@ -29,7 +33,7 @@ def test_each_kind_is_read(write_jsonl):
 def test_a_question_file_is_a_generation_task(write_jsonl):
     row = {"messages": [*ASKED, ANSWER], "answers": ["It is America.", "America."], "wording": "new"}
     (item,) = read_task(write_jsonl([row])).items
-    assert item.given.messages == tuple(ASKED) and item.accepted == ("It is America.", "America.")
+    assert item.prompt.messages == tuple(ASKED) and item.accepted == ("It is America.", "America.")
     assert item.groups == {"wording": "new"}
 
 
@@ -42,9 +46,9 @@ BAD = {
     "`accepted` must be a list of texts": {**GENERATION, "accepted": "It is America."},
     "`accepted` must be a list of texts, none of them empty": {**GENERATION, "accepted": [""]},
     "match is 'fuzzy'": {**GENERATION, "match": "fuzzy"},
-    "is no regular expression": {**GENERATION, "accepted": ["("], "match": "regex"},
+    "is not a regular expression": {**GENERATION, "accepted": ["("], "match": "regex"},
     "is not a number": {**GENERATION, "accepted": ["seven"], "match": "numeric"},
-    "nothing is left to answer": {**GENERATION, "messages": [*ASKED, ANSWER]},
+    "there is nothing to answer": {**GENERATION, "messages": [*ASKED, ANSWER]},
     "the only message is the assistant's": {"messages": [ANSWER], "answers": ["x"]},
     "has role 'robot'": {**GENERATION, "messages": [{"role": "robot", "content": "x"}]},
     "at least two different texts": {**CHOICE, "choices": ["a", "a"]},
@@ -98,9 +102,9 @@ def test_paragraphs_of_a_text_file(tmp_path):
 
 def test_prompts_come_from_a_file_or_from_the_messages_of_tasks(write_jsonl):
     file = write_jsonl([{"messages": [*ASKED, ANSWER], "id": 7}, {"prompt": "x"}], "prompts.jsonl")
-    (source, given, reference), (_, plain, none) = read_prompts(file)
-    assert source == f"{file}:1" and given.messages == tuple(ASKED) and reference == ANSWER["content"]
-    assert plain.prompt == "x" and none == ""
+    (source, prompt, reference), (_, plain, none) = read_prompts(file)
+    assert source == f"{file}:1" and prompt.messages == tuple(ASKED) and reference == ANSWER["content"]
+    assert plain.text == "x" and none == ""
     task = read_task(write_jsonl([GENERATION, {"prompt": "x", "accepted": ["y"]}]))
     (chosen,) = choose_prompts(None, [task], 5, seed=0)
     assert chosen[1].messages == tuple(ASKED) and chosen[2] == "It is America."

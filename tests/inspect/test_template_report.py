@@ -232,8 +232,8 @@ def test_a_reasoning_switch_that_is_given_is_not_tried(preceptor, tmp_path):
     [
         ("terse", "give KEY=VALUE"),
         ("a-b=1", "give KEY=VALUE"),
-        ("x={", "no YAML value"),
-        ("tools=[]", "is what the template is tried with"),
+        ("x={", "not a YAML value"),
+        ("tools=[]", "this command sets tools itself"),
         ("trese=true", "reads no argument of this name"),
     ],
 )

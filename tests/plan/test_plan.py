@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from preceptor import config
-from preceptor.commands.planning import measured_rate
+from preceptor.commands.plan import measured_rate
 from preceptor.errors import ConfigError, ModelError
 from preceptor.model.towers import tower_parameters
 from preceptor.plan.changes import find_change

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.report.page import distinct_names, page_of_run, page_of_runs, repeat_command
+from preceptor.report.page import distinct_names, page_of_run, page_of_runs, repeat_command, write_report
 from preceptor.report.plots import Panel, Series, draw, smooth, thin
-from preceptor.report.reading import flat, read_run
-from preceptor.report.report import write_report
+from preceptor.report.run_record import flat, read_run
 from preceptor.report.trees import Fork, paths, visible
 from runs import CHAIN, COMPARE, CONFIG, ENVIRONMENT, NASTY, TREE, example, sample, segment, steps, write_run
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from browser import CHROMIUM, REASON, browser
-from preceptor.report.report import write_report
+from preceptor.report.page import write_report
 from runs import COMPARE, sample, steps, write_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=REASON)
@@ -82,7 +82,7 @@ def test_a_curve_can_be_hidden(chromium, pages):
 
 def test_answers_can_be_chosen(chromium, pages):
     chromium.open(pages[0])
-    visible = "[...document.querySelectorAll('.thread')].filter(e => e.checkVisibility()).length"
+    visible = "[...document.querySelectorAll('.prompt')].filter(e => e.checkVisibility()).length"
     assert chromium.run(visible) == 6
     choose = "(e => { e.value = %s; e.dispatchEvent(new Event('change')); })(document.getElementById('filter'))"
     chromium.run(choose % "'not-exact'")

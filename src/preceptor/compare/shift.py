@@ -1,15 +1,15 @@
-"""The token-distribution shift: what of a tuned model's answers the base would have said (Lin et al. 2023, "URIAL",
+"""Token-distribution shift: how the base model ranks the tokens of the tuned model's answers (Lin et al. 2023, "URIAL",
 arXiv:2312.01552).
 
-The tuned model answers greedily. Then both models read context and answer, and for each answer token:
+The tuned model answers greedily. Then both models process context and answer, and for each answer token:
 
-    rank   1 + the number of tokens that the base finds more likely there:  1 unshifted, 2 and 3 marginal, > 3 shifted
+    rank   1 + the number of tokens that are more likely under the base: 1 unshifted, 2 and 3 marginal, > 3 shifted
     prob   its probability under the base
     kl     sum_v p(v) (log p(v) - log q(v)), p of the tuned model, q of the base, both over the vocabulary they share
 
-The base reads the same rendered context as plain text: token for token the same ids where its tokenizer has them under
-the same name; a token that it lacks (an added <|im_end|>) is spelled, and its text tokenised by the base's own
-tokenizer. A generated token that the base lacks has no rank, no probability and no kl: `rank` 0, counted apart.
+The base is given the same rendered context as plain text: the same ids where its tokenizer has the same tokens. A token
+that it lacks (an added <|im_end|>) is replaced by the base's own tokens of its text. A generated token that the base
+lacks has no rank, probability or kl: its `rank` is 0, and it is counted apart.
 
 Legend: N answer tokens of all prompts, K those that the base has, C a chunk of them, D hidden size, V rows of a head,
 S tokens that both models have.
@@ -29,7 +29,7 @@ from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import read_trees
-from preceptor.evaluate.model import EvaluatedModel, Ids
+from preceptor.evaluate.model import EvaluatedModel, TokenIds
 from preceptor.model.forward import Head, output_head
 
 CHUNK_BYTES = 256 * 2**20  # of one model's float32 logits over a chunk of answer tokens
@@ -37,17 +37,17 @@ MARGINAL, SHIFTED = 2, 4  # the first rank of each class
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """A context and the answer to it, in the tuned model's tokens, the stop token included where there was one."""
+class AnswerTokens:
+    """A context and its answer, in the tuned model's tokens, with the stop token if there was one."""
 
     source: str
-    context: Ids
-    answer: Ids
+    context: TokenIds
+    ids: TokenIds
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class States:
-    """The hidden state before each target of all trees, in order, on the CPU, and the head that reads them."""
+class TargetStates:
+    """The hidden state that predicts each target of all trees, in order, on the CPU, and the model's head."""
 
     hidden_ND: Tensor
     head: Head
@@ -55,78 +55,85 @@ class States:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Shift:
-    """Of each answer token: its answer, its place in it (from 1), its id, the base's rank (0: the base lacks it)."""
+    """The shift of each answer token."""
 
-    answer_N: np.ndarray
-    position_N: np.ndarray
+    answer_N: np.ndarray  # index of its answer
+    position_N: np.ndarray  # place in the answer, from 1
     token_N: np.ndarray
-    rank_N: np.ndarray
+    rank_N: np.ndarray  # under the base; 0: the base lacks the token
     prob_N: np.ndarray
     kl_N: np.ndarray
 
 
 def shared_ids(base_vocabulary: Mapping[str, int], tuned_vocabulary: Mapping[str, int]) -> frozenset[int]:
-    """The ids that name the same token in both. Raises ModelError where these are not nearly all of the base's."""
+    """The ids of the same token in both. Raises ModelError if these are less than 90 % of the base's."""
     shared = frozenset(id_ for token, id_ in base_vocabulary.items() if tuned_vocabulary.get(token) == id_)
     if len(shared) < 0.9 * len(base_vocabulary):
         raise ModelError(
-            f"only {len(shared):,} of the base's {len(base_vocabulary):,} tokens are the tuned model's too: the two "
-            "have different tokenizers, so there is no rank of a token under the other; compare tasks and texts only"
+            f"only {len(shared):,} of the base's {len(base_vocabulary):,} tokens are also the tuned model's: the two "
+            "have different tokenizers, so tokens of one have no rank under the other; compare tasks and texts only"
         )
     return shared
 
 
-def tuned_tree(said: Said) -> Tree:
-    return Tree(said.source, (Segment("context", said.context, None), Segment("target", said.answer, 0)))
+def tuned_tree(answer: AnswerTokens) -> Tree:
+    return Tree(answer.source, (Segment("context", answer.context, None), Segment("target", answer.ids, 0)))
 
 
-def base_tree(said: Said, shared: frozenset[int], spell: Callable[[Ids], Ids]) -> Tree:
-    """Context and answer as the base reads them; its targets are the answer tokens that it has."""
-    context = [ids for _, ids in _runs(said.context, shared, spell)]
+def base_tree(answer: AnswerTokens, shared: frozenset[int], spell: Callable[[TokenIds], TokenIds]) -> Tree:
+    """Context and answer in the base's tokens; the targets are the answer tokens that it has."""
+    context = [ids for _, ids in _runs(answer.context, shared, spell)]
     segments = [Segment("context", tuple(id_ for ids in context for id_ in ids), None)]
-    for known, ids in _runs(said.answer, shared, spell):
+    for known, ids in _runs(answer.ids, shared, spell):
         segments.append(Segment("target" if known else "context", ids, len(segments) - 1))
-    return Tree(said.source, tuple(segments))
+    return Tree(answer.source, tuple(segments))
 
 
-def _runs(ids: Ids, shared: frozenset[int], spell: Callable[[Ids], Ids]) -> Iterator[tuple[bool, Ids]]:
-    """The ids in runs that the base has, and runs that it lacks, spelled."""
+def _runs(
+    ids: TokenIds, shared: frozenset[int], spell: Callable[[TokenIds], TokenIds]
+) -> Iterator[tuple[bool, TokenIds]]:
+    """The ids in runs that the base has, and runs that it lacks, respelled in its own tokens."""
     for known, run in groupby(ids, key=shared.__contains__):
         own = tuple(run)
         yield known, own if known else spell(own)
 
 
-def speller(tuned_tokenizer: Any, base_tokenizer: Any) -> Callable[[Ids], Ids]:
+def speller(tuned_tokenizer: Any, base_tokenizer: Any) -> Callable[[TokenIds], TokenIds]:
     """Tokens of the tuned model -> the base's tokens of their text."""
     return lambda ids: tuple(base_tokenizer(decode(ids, tuned_tokenizer), add_special_tokens=False)["input_ids"])
 
 
-def states(subject: EvaluatedModel, trees: Sequence[Tree]) -> States:
-    """What a model makes of trees that are chains. Raises DataError for one longer than the model's context."""
+def target_states(evaluated: EvaluatedModel, trees: Sequence[Tree]) -> TargetStates:
+    """The hidden states at the targets of chains. Raises DataError for a chain longer than the model's context."""
     for tree in trees:
-        if subject.max_tokens is not None and tree.num_tokens > subject.max_tokens:
+        if evaluated.max_tokens is not None and tree.num_tokens > evaluated.max_tokens:
             raise DataError(
-                f"{tree.source}: with its answer it has {tree.num_tokens} tokens for {subject.name}, more than the "
-                f"{subject.max_tokens} of its context; shorten the prompt or the answer's limit"
+                f"{tree.source}: with its answer it has {tree.num_tokens} tokens for {evaluated.name}, more than the "
+                f"{evaluated.max_tokens} of its context; shorten the prompt or the answer's limit"
             )
-    head = output_head(subject.model)
-    found = [torch.zeros(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)] * len(trees)
-    for read in read_trees(subject.model, trees, subject.row_tokens, subject.alone):
-        hidden_ND = read.hidden_MD[read.source_N].cpu()
-        for tree in dict.fromkeys(read.tree_N.tolist()):
-            found[tree] = hidden_ND[torch.from_numpy(read.tree_N == tree)]
-    return States(torch.cat(found), head)
+    head = output_head(evaluated.model)
+    found: list[list[Tensor]] = [[] for _ in trees]
+    for states in read_trees(evaluated.model, trees, evaluated.window_tokens, evaluated.alone):
+        hidden_ND = states.hidden_MD[states.source_N].cpu()
+        for number, _, own in states.owners:
+            found[number].append(hidden_ND[own])
+    nothing_ND = torch.zeros(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)
+    return TargetStates(torch.cat([nothing_ND, *(part for parts in found for part in parts)]), head)
 
 
 @torch.inference_mode()
 def measure_shift(
-    said: Sequence[Said], base: States, tuned: States, shared: frozenset[int], chunk_tokens: int | None = None
+    answers: Sequence[AnswerTokens],
+    base: TargetStates,
+    tuned: TargetStates,
+    shared: frozenset[int],
+    chunk_tokens: int | None = None,
 ) -> Shift:
-    """Rank, probability and KL of each answer token; logits exist for `chunk_tokens` tokens at a time only.
+    """Rank, probability and KL of each answer token; at most `chunk_tokens` tokens have logits at a time.
 
-    base: of `base_tree`s, tuned: of `tuned_tree`s, of the same answers in the same order.
+    base and tuned: the states of `base_tree`s and of `tuned_tree`s of the answers, in their order.
     """
-    token_N = np.array([token for each in said for token in each.answer], dtype=np.int64)
+    token_N = np.array([token for each in answers for token in each.ids], dtype=np.int64)
     known_N = np.array([token in shared for token in token_N.tolist()], dtype=bool)
     assert len(token_N) == len(tuned.hidden_ND) and known_N.sum() == len(base.hidden_ND)
     rank_N, prob_N, kl_N = (np.zeros(len(token_N)) for _ in range(3))
@@ -145,8 +152,8 @@ def measure_shift(
         prob_N[places_C] = own_C1[:, 0].exp().cpu().numpy()
         kl_N[places_C] = (tuned_CS.exp() * (tuned_CS - base_CS)).sum(dim=-1).numpy()
     return Shift(
-        answer_N=np.repeat(np.arange(len(said)), [len(each.answer) for each in said]),
-        position_N=np.concatenate([np.arange(1, len(each.answer) + 1) for each in said]),
+        answer_N=np.repeat(np.arange(len(answers)), [len(each.ids) for each in answers]),
+        position_N=np.concatenate([np.arange(1, len(each.ids) + 1) for each in answers]),
         token_N=token_N,
         rank_N=rank_N.astype(np.int64),
         prob_N=prob_N,
@@ -169,26 +176,28 @@ def _log_probs(head: Head, hidden_CD: Tensor) -> Tensor:
 NUM_POSITIONS, NUM_TOKENS, NUM_ANSWERS = 256, 50, 50
 
 
-def shift_figures(shift: Shift, said: Sequence[Said], tokenizer: Any, seed: int = 0) -> dict[str, Any] | None:
-    """None where no token has a rank. tokenizer: the tuned model's."""
+def shift_figures(
+    shift: Shift, answers: Sequence[AnswerTokens], tokenizer: Any, seed: int = 0
+) -> dict[str, Any] | None:
+    """The figures of a shift; None if no token has a rank. tokenizer: the tuned model's."""
     known_N = shift.rank_N > 0
     if not known_N.any():
         return None
     classes = _classes(shift.rank_N)
-    num_P = _by_answer(known_N, shift, len(said))
+    num_P = _by_answer(known_N, shift, len(answers))
     return {
-        "num_prompts": len(said),
+        "num_prompts": len(answers),
         "num_tokens": int(known_N.sum()),
         "num_added": int((~known_N).sum()),
         "shares": {
-            name: asdict(interval(_by_answer(own_N, shift, len(said)), num_P, seed=seed))
+            name: asdict(interval(_by_answer(own_N, shift, len(answers)), num_P, seed=seed))
             for name, own_N in classes.items()
         },
-        "mean_prob": asdict(interval(_by_answer(shift.prob_N, shift, len(said)), num_P, seed=seed)),
-        "mean_kl": asdict(interval(_by_answer(shift.kl_N, shift, len(said)), num_P, seed=seed)),
+        "mean_prob": asdict(interval(_by_answer(shift.prob_N, shift, len(answers)), num_P, seed=seed)),
+        "mean_kl": asdict(interval(_by_answer(shift.kl_N, shift, len(answers)), num_P, seed=seed)),
         "by_position": _by_position(shift, classes, known_N),
         "most_shifted": _most_shifted(shift, classes, tokenizer),
-        "answers": _answers(shift, said, tokenizer),
+        "answers": _answer_tokens(shift, answers, tokenizer),
     }
 
 
@@ -235,14 +244,14 @@ def _most_shifted(shift: Shift, classes: dict[str, np.ndarray], tokenizer: Any) 
     return found
 
 
-def _answers(shift: Shift, said: Sequence[Said], tokenizer: Any) -> list[dict[str, Any]]:
+def _answer_tokens(shift: Shift, answers: Sequence[AnswerTokens], tokenizer: Any) -> list[dict[str, Any]]:
     found = []
-    for number, each in enumerate(said[:NUM_ANSWERS]):
+    for number, each in enumerate(answers[:NUM_ANSWERS]):
         own_N = shift.answer_N == number
         found.append(
             {
                 "source": each.source,
-                "texts": [decode([id_], tokenizer) for id_ in each.answer],
+                "texts": [decode([id_], tokenizer) for id_ in each.ids],
                 "ranks": shift.rank_N[own_N].tolist(),
                 "probs": [round(value, 6) for value in shift.prob_N[own_N].tolist()],
                 "kls": [round(value, 6) for value in shift.kl_N[own_N].tolist()],

@@ -70,6 +70,19 @@ def path_ids(tree: Tree, index: int | None) -> tuple[int, ...]:
     return ids
 
 
+def leaf_paths(tree: Tree) -> list[tuple[int, ...]]:
+    """The paths from root to leaf, each as the indices of its segments."""
+    parents = {segment.parent for segment in tree.segments}
+    paths = []
+    for leaf in range(len(tree.segments)):
+        if leaf not in parents:
+            path = [leaf]
+            while (parent := tree.segments[path[-1]].parent) is not None:
+                path.append(parent)
+            paths.append(tuple(reversed(path)))
+    return paths
+
+
 def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
     """(context, target) tokens of each turn, in the order of the segments.
 
@@ -94,22 +107,21 @@ def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
 
 
 def path_lengths(tree: Tree) -> list[int]:
-    """Tokens from the root to the end of each segment that nothing continues."""
-    depths: list[int] = []
-    for segment in tree.segments:
-        depths.append(len(segment.ids) + (0 if segment.parent is None else depths[segment.parent]))
-    parents = {segment.parent for segment in tree.segments}
-    return [depth for index, depth in enumerate(depths) if index not in parents]
+    """The tokens of each path from root to leaf."""
+    return [sum(len(tree.segments[index].ids) for index in path) for path in leaf_paths(tree)]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A segment in a sequence: tokens `start` to `end`, its subtree to `subtree_end`; `parent` indexes spans."""
+    """Where a segment lies in a sequence."""
 
     start: int
     end: int
     subtree_end: int
-    parent: int | None
+    parent: int | None  # index of the parent's span
+    tree: int  # index among the packed trees
+    segment: int  # index in its tree
+    targets: slice  # its places in source_N, target_N and weight_N
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -146,8 +158,8 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
     positions: list[int] = []
     spans: list[Span] = []
     pairs: list[tuple[int, int, float, float]] = []
-    for tree in trees:
-        _lay_out(tree, ids, positions, spans, pairs)
+    for number, tree in enumerate(trees):
+        _lay_out(number, tree, ids, positions, spans, pairs)
     if not ids:
         raise ValueError("a sequence needs at least one token")
     subtree_end_T = np.empty(len(ids), dtype=np.int64)
@@ -168,7 +180,12 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
 
 
 def _lay_out(
-    tree: Tree, ids: list[int], positions: list[int], spans: list[Span], pairs: list[tuple[int, int, float, float]]
+    number: int,
+    tree: Tree,
+    ids: list[int],
+    positions: list[int],
+    spans: list[Span],
+    pairs: list[tuple[int, int, float, float]],
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
     children: list[list[int]] = [[] for _ in tree.segments]
@@ -182,11 +199,13 @@ def _lay_out(
         index, done = stack.pop()
         if done:
             span = spans[place[index]]
-            spans[place[index]] = Span(span.start, span.end, len(ids), span.parent)
+            spans[place[index]] = Span(
+                span.start, span.end, len(ids), span.parent, span.tree, span.segment, span.targets
+            )
             continue
         segment = tree.segments[index]
         parent = None if segment.parent is None else place[segment.parent]
-        start = len(ids)
+        start, first_target = len(ids), len(pairs)
         last = _last_token(spans, parent)  # the token that the first of this segment follows
         position = 0 if last is None else positions[last] + 1
         ids.extend(segment.ids)
@@ -197,7 +216,7 @@ def _lay_out(
                 if source is not None:
                     pairs.append((source, token, segment.weight, segment.share))
         place[index] = len(spans)
-        spans.append(Span(start, len(ids), len(ids), parent))
+        spans.append(Span(start, len(ids), len(ids), parent, number, index, slice(first_target, len(pairs))))
         stack.append((index, True))
         stack.extend((child, False) for child in reversed(children[index]))
 

@@ -12,7 +12,7 @@ are those of the separate trees. `chains_of` is the way back, for models that ca
 from collections.abc import Sequence
 from dataclasses import replace
 
-from preceptor.data.forest import Segment, Tree
+from preceptor.data.forest import Segment, Tree, leaf_paths
 from preceptor.data.packing import plan_sequences
 
 MIN_SHARED_TOKENS = 64  # a shorter beginning in common, such as a template's header, is not worth a branch
@@ -25,12 +25,9 @@ def chains_of(tree: Tree) -> list[Tree]:
         return [tree]
     trained: set[int] = set()
     chains = []
-    for leaf in (index for index in range(len(tree.segments)) if index not in parents):
-        path = [leaf]
-        while (parent := tree.segments[path[-1]].parent) is not None:
-            path.append(parent)
+    for path in leaf_paths(tree):
         segments = []
-        for place, index in enumerate(reversed(path)):
+        for place, index in enumerate(path):
             segment = replace(tree.segments[index], parent=place - 1 if place else None)
             segments.append(replace(segment, kind="context") if index in trained else segment)
         trained.update(path)

@@ -1,11 +1,11 @@
-"""Results of items -> figures with their intervals, over all items and by group; one shape for files and for programs.
+"""Metrics with confidence intervals, from the results of items: over all items and by group.
 
     {"task", "kind", "num_items", "figures": {NAME: {"value", "low", "high", "num"}},
      "counts": {"stop_token", "until", "length"} | {"num_tokens", "num_bytes"} | {"chance"},
      "groups": {KEY: {VALUE: {NAME: ...}}}}
 
 For two models each figure is {"base", "tuned", "difference", "num_changed"}: the difference with its paired interval,
-and how many items have another value than before.
+and the number of items whose value changed.
 """
 
 import math
@@ -15,15 +15,12 @@ from typing import Any
 
 from preceptor.errors import DataError
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
-from preceptor.evaluate.run import METRICS, STOP_REASONS, Result
+from preceptor.evaluate.run import METRICS, STOP_REASONS, ItemResult
 from preceptor.evaluate.tasks import GROUPS, Task
 
-Metrics = dict[str, dict[str, Any]]
 
-
-def comparison(task: Task, base: Sequence[Result], tuned: Sequence[Result], seed: int = 0) -> dict[str, Any]:
+def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
     """What `preceptor compare` reports of a task."""
-    groups = groups_of(base)
     return {
         "task": task.name,
         "kind": task.kind,
@@ -35,12 +32,12 @@ def comparison(task: Task, base: Sequence[Result], tuned: Sequence[Result], seed
                 value: paired(task, [base[i] for i in members], [tuned[i] for i in members], seed)
                 for value, members in values.items()
             }
-            for key, values in groups.items()
+            for key, values in groups_of(base).items()
         },
     }
 
 
-def summary(task: Task, results: Sequence[Result], seed: int = 0) -> dict[str, Any]:
+def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
     """What `preceptor eval` reports of a task."""
     return {
         "task": task.name,
@@ -58,8 +55,8 @@ def summary(task: Task, results: Sequence[Result], seed: int = 0) -> dict[str, A
     }
 
 
-def figures(task: Task, results: Sequence[Result], seed: int = 0) -> dict[str, Interval]:
-    """Each metric of the task's kind with its interval. Raises DataError where no token could be predicted."""
+def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Interval]:
+    """Each metric of the task's kind with its interval. Raises DataError if no token could be predicted."""
     found = {}
     for name, (above, below) in METRICS[task.kind].items():
         weights = _values(results, below) if below else None
@@ -69,7 +66,9 @@ def figures(task: Task, results: Sequence[Result], seed: int = 0) -> dict[str, I
     return found
 
 
-def paired(task: Task, base: Sequence[Result], tuned: Sequence[Result], seed: int = 0) -> Metrics:
+def paired(
+    task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """Each metric of both models, and the difference on the same items."""
     ours, theirs = figures(task, base, seed), figures(task, tuned, seed)
     found = {}
@@ -88,8 +87,8 @@ def paired(task: Task, base: Sequence[Result], tuned: Sequence[Result], seed: in
     return found
 
 
-def counts(task: Task, results: Sequence[Result]) -> dict[str, float]:
-    """What is counted besides the figures."""
+def counts(task: Task, results: Sequence[ItemResult]) -> dict[str, float]:
+    """The counts of a task's kind, beside its metrics."""
 
     def total(key: str) -> float:
         return sum(_values(results, key))
@@ -103,8 +102,8 @@ def counts(task: Task, results: Sequence[Result]) -> dict[str, float]:
     return {"num_tokens": num_tokens, "num_bytes": int(total("num_bytes")), "perplexity": perplexity}
 
 
-def groups_of(results: Sequence[Result]) -> dict[str, dict[str, list[int]]]:
-    """Group key -> value -> indices of the items that have it; keys that no item has are left out."""
+def groups_of(results: Sequence[ItemResult]) -> dict[str, dict[str, list[int]]]:
+    """Group key -> value -> indices of the items that have it, without keys that no item has."""
     found: dict[str, dict[str, list[int]]] = {}
     for index, result in enumerate(results):
         for key in GROUPS:
@@ -113,13 +112,13 @@ def groups_of(results: Sequence[Result]) -> dict[str, dict[str, list[int]]]:
     return {key: dict(sorted(values.items())) for key, values in found.items()}
 
 
-def records(task: Task, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One object an item: where it stands, what was asked, its groups, its values and what the model did."""
+def records(task: Task, results: Sequence[ItemResult]) -> list[dict[str, Any]]:
+    """One object per item: its place, prompt and groups, its values and what the model did."""
     return [
         {
             "task": task.name,
             "source": result.item.source,
-            "asked": result.item.text if result.item.given is None else result.item.given.asked,
+            "asked": result.item.text if result.item.prompt is None else result.item.prompt.last_message,
             **result.item.groups,
             **result.record,
             **result.values,
@@ -128,5 +127,5 @@ def records(task: Task, results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def _values(results: Sequence[Result], key: str) -> list[float]:
+def _values(results: Sequence[ItemResult], key: str) -> list[float]:
     return [result.values[key] for result in results]

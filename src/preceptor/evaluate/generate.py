@@ -1,4 +1,4 @@
-"""Batched decoding, with the context tokens of training and the stop tokens of the saved model."""
+"""Batched generation from context tokens, greedy or sampled."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,22 +9,22 @@ import torch
 
 from preceptor.evaluate.likelihood import evaluating
 
-_UNTIL_EVERY_TOKENS = 4  # decoding a whole answer after each token would cost more than a few tokens too many
+_UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Generated tokens without the stop token, their text, and whether the model stopped by itself, and with what."""
+class GeneratedAnswer:
+    """The answer of a model to one context."""
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # without the stop token
     text: str
-    stopped: bool
+    stopped: bool  # by a stop token; otherwise the length limit ended it
     stop_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Tokens drawn from softmax(logits / temperature), by `seed`; what else draws random numbers does not notice."""
+    """Tokens are drawn from softmax(logits / temperature) by `seed`; the global random state is left unchanged."""
 
     temperature: float
     seed: int
@@ -40,11 +40,11 @@ def generate(
     batch_size: int = 64,
     sampling: Sampling | None = None,
     until: Sequence[Sequence[str]] = (),
-) -> list[Answer]:
-    """The answer to each context, in the order given: greedy, or sampled.
+) -> list[GeneratedAnswer]:
+    """The answer to each context, in order: greedy, or sampled.
 
-    Contexts go in batches of similar length, padded on the left; a KV cache is used. An answer ends before the first
-    stop token, or after `max_new_tokens`, or soon after the first of its `until` texts (one list a context).
+    Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
+    token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context).
     """
     if not contexts:
         return []
@@ -52,12 +52,12 @@ def generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     settings = _settings(model, stop, pad, max_new_tokens, sampling)
-    answers: dict[int, Answer] = {}
-    with evaluating(model), _drawing(model, sampling):
+    answers: dict[int, GeneratedAnswer] = {}
+    with evaluating(model), _seeded(model, sampling):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
-            ends = _Until(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
+            ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
             output_BT = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -71,8 +71,8 @@ def generate(
 
 
 @contextmanager
-def _drawing(model: Any, sampling: Sampling | None) -> Iterator[None]:
-    """Random numbers from the seed, and the generators left as they were."""
+def _seeded(model: Any, sampling: Sampling | None) -> Iterator[None]:
+    """Draw random numbers from the seed, and restore the generators."""
     if sampling is None:
         yield
         return
@@ -84,10 +84,10 @@ def _drawing(model: Any, sampling: Sampling | None) -> Iterator[None]:
 def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampling: Sampling | None) -> Any:
     from transformers import GenerationConfig
 
-    # top_k 0: transformers would otherwise draw from the 50 likeliest only
-    drawn = {"do_sample": False} if sampling is None else {"temperature": sampling.temperature, "top_k": 0}
+    # top_k 0: transformers would otherwise draw from the 50 most likely tokens only
+    sampled = {"do_sample": False} if sampling is None else {"temperature": sampling.temperature, "top_k": 0}
     return GenerationConfig(
-        **{"do_sample": True, **drawn},
+        **{"do_sample": True, **sampled},
         max_new_tokens=max_new_tokens,
         eos_token_id=stop or None,
         pad_token_id=pad,
@@ -96,14 +96,11 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
     )
 
 
-class _Until:
-    """A stopping criterion of transformers: every few tokens, which answers hold a text at which they end.
-
-    lengths: of the answers that do, the tokens of context and answer; what comes after is padding.
-    """
+class _StopTexts:
+    """A stopping criterion of transformers: ends an answer that contains one of its `until` texts."""
 
     def __init__(self, tokenizer: Any, until: Sequence[Sequence[str]], num_context: int) -> None:
-        self.lengths: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}  # tokens of context and answer, for the answers that have ended
         self._tokenizer, self._until, self._num_context = tokenizer, until, num_context
 
     def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -127,7 +124,7 @@ def _pad_left(contexts: list[Sequence[int]], pad: int, device: Any) -> tuple[tor
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def _cut(ids: list[int], stop: set[int], tokenizer: Any) -> Answer:
+def _cut(ids: list[int], stop: set[int], tokenizer: Any) -> GeneratedAnswer:
     end = next((place for place, token in enumerate(ids) if token in stop), None)
     kept = ids if end is None else ids[:end]
-    return Answer(tuple(kept), tokenizer.decode(kept), end is not None, None if end is None else ids[end])
+    return GeneratedAnswer(tuple(kept), tokenizer.decode(kept), end is not None, None if end is None else ids[end])

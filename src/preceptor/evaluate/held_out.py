@@ -23,13 +23,13 @@ from preceptor.chat.token_origins import whence
 from preceptor.chat.token_text import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree
-from preceptor.evaluate.likelihood import Losses, segment_losses
+from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class TargetLabels:
     """What a target segment counts as, and the bytes that its tokens spell. turn: from 1; None: not known."""
 
     source: str
@@ -39,20 +39,20 @@ class Labels:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOut:
+class LabelledTree:
     """A held-out record's tree with the labels of its segments, None for contexts."""
 
     tree: Tree
-    labels: tuple[Labels | None, ...]
+    labels: tuple[TargetLabels | None, ...]
 
 
-def labelled(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[HeldOut]:
+def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
     """Find out for each record which turn each target segment is, by rendering it once more."""
     specials = {id_: str(renderer.tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(renderer.tokenizer)}
     found = []
     for record, tree in records:
         turns = whence(record, tree, renderer).turns
-        labels: list[Labels | None] = []
+        labels: list[TargetLabels | None] = []
         for segment, turn in zip(tree.segments, turns, strict=True):
             if segment.kind == "context":
                 labels.append(None)
@@ -62,8 +62,8 @@ def labelled(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> lis
                 not_predicted.append(decode(segment.ids[:1], renderer.tokenizer))
             num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
             file = record.source.rpartition(":")[0] or record.source
-            labels.append(Labels(file, _kinds(record, turn), _number(record, turn), max(0, num_bytes)))
-        found.append(HeldOut(tree, tuple(labels)))
+            labels.append(TargetLabels(file, _kinds(record, turn), _number(record, turn), max(0, num_bytes)))
+        found.append(LabelledTree(tree, tuple(labels)))
     return found
 
 
@@ -87,7 +87,7 @@ def _number(record: Example, turn: int | None) -> int | None:
     return sum(message.role == "assistant" for message in record.messages[: turn + 1])
 
 
-def measure(model: Any, held_out: Sequence[HeldOut], max_length: int, alone: bool = False) -> dict[str, Any]:
+def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:
     """Figures of all targets, and `by_source`, `by_kind`, `by_turn`; each token counted once in each.
 
     Under the caller's autocast. Raises ValueError if there is no held-out target.
@@ -101,7 +101,11 @@ def measure(model: Any, held_out: Sequence[HeldOut], max_length: int, alone: boo
     ]
     if not pairs:
         raise ValueError("no held-out target to measure on")
-    groups: dict[str, dict[str, list[tuple[Labels, Losses]]]] = {"by_source": {}, "by_kind": {}, "by_turn": {}}
+    groups: dict[str, dict[str, list[tuple[TargetLabels, SegmentLosses]]]] = {
+        "by_source": {},
+        "by_kind": {},
+        "by_turn": {},
+    }
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
@@ -114,7 +118,7 @@ def measure(model: Any, held_out: Sequence[HeldOut], max_length: int, alone: boo
     }
 
 
-def _memberships(labels: Labels) -> Iterator[tuple[str, str]]:
+def _memberships(labels: TargetLabels) -> Iterator[tuple[str, str]]:
     yield "by_source", labels.source
     for kind in labels.kinds:
         yield "by_kind", kind
@@ -126,7 +130,7 @@ def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
     return (int(item[0]), "") if item[0].isdigit() else (0, item[0])
 
 
-def _figures(pairs: Sequence[tuple[Labels, Losses]]) -> Figures:
+def _figures(pairs: Sequence[tuple[TargetLabels, SegmentLosses]]) -> Figures:
     loss_N = np.concatenate([own.loss_N for _, own in pairs])
     num_bytes = sum(labels.num_bytes for labels, _ in pairs)
     found: Figures = {

@@ -1,15 +1,15 @@
-"""How far a figure may be off by the choice of items: bootstrap intervals (Efron 1979), also of paired differences.
+"""Confidence intervals of metrics over the choice of items: the bootstrap (Efron 1979), also for paired differences.
 
-A figure is a ratio of sums over items, sum_i a_i / sum_i b_i: a mean (b = 1), bits per byte (bits and bytes of a text),
-a share of tokens (by prompt). Items are drawn with replacement, whole, `num_resamples` times by `seed`; the interval
-holds the middle 95 % of the resampled figures (percentile bootstrap). For two models on the same items the same items
-are drawn for both and the difference is resampled, so that what makes an item hard for both does not count as noise.
+A metric is a ratio of sums over items, sum_i a_i / sum_i b_i: a mean (b = 1), bits per byte (bits and bytes of a text),
+a share of tokens (by prompt). Items are resampled with replacement `num_resamples` times by `seed`; the interval is the
+middle 95 % of the resampled metrics (percentile bootstrap). For two models on the same items, the same items are drawn
+for both and their difference is resampled, so that the difficulty of items does not count as noise.
 
-Of shares, few items tell the story: where 4 of 140 answers were lost and none was gained, next to no resample is
-without a loss, though a fair coin falls so one time in eight; where 20 of 20 are right no resample differs at all. So
-for values with `bounds` the interval is widened to the exact one of the binomial distribution (Clopper and Pearson
-1934): of the share itself, or, for differences, of the share of gains among the items that changed, as in McNemar's
-exact test. Where none changed, at most 1 - 0.025^(1/n) would.
+For shares of few items the bootstrap is too narrow: where 4 of 140 answers were lost and none was gained, nearly every
+resample has a loss, although a fair coin gives this result one time in eight; where 20 of 20 answers are right, all
+resamples are equal. So for values with `bounds` the interval is widened to the exact one of the binomial distribution
+(Clopper and Pearson 1934): of the share itself, or, for differences, of the share of gains among the items that
+changed, as in McNemar's exact test. Where no item changed, the bound is 1 - 0.025^(1/n).
 
 Legend: I items.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
-_CHUNK_DRAWS = 2_000_000  # drawn indices held at once: 16 MB
+_CHUNK_DRAWS = 2_000_000  # indices drawn at once: 16 MB
 
 Bounds = tuple[float, float]
 SHARE: Bounds = (0.0, 1.0)
@@ -30,7 +30,7 @@ DIFFERENCE_OF_SHARES: Bounds = (-1.0, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure over `num` items and its 95 % interval; low and high are None where one item alone shows no spread."""
+    """A metric over `num` items and its 95 % interval; low and high are None for a single item without bounds."""
 
     value: float
     low: float | None
@@ -47,6 +47,10 @@ class Interval:
         if self.low is None or self.high is None:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    def times(self, factor: float) -> "Interval":
+        low, high = (None if end is None else end * factor for end in (self.low, self.high))
+        return Interval(self.value * factor, *((low, high) if factor > 0 else (high, low)), self.num)
 
 
 def interval(
@@ -72,7 +76,7 @@ def paired_interval(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
-    """The interval of the figure of `tuned` less that of `base`, item by item the same. Raises ValueError as above."""
+    """The interval of the metric of `tuned` minus that of `base`, on the same items. Raises ValueError as above."""
     if len(base_I) != len(tuned_I):
         raise ValueError(f"{len(base_I)} items of the base and {len(tuned_I)} of the tuned model are not pairs")
     both = [_both(base_I, base_denominator_I), _both(tuned_I, tuned_denominator_I)]
@@ -93,7 +97,7 @@ def _both(numerator_I: Sequence[float], denominator_I: Sequence[float] | None) -
 def _interval(
     parts: Sequence[Sums], signs: Sequence[float], bounds: Bounds | None, seed: int, num_resamples: int
 ) -> Interval:
-    """Of the signed sum of the parts' ratios."""
+    """The interval of the signed sum of the parts' ratios."""
     num = len(parts[0][0])
     value = float(sum(sign * above.sum() / below.sum() for sign, (above, below) in zip(signs, parts, strict=True)))
     if num < 2 and bounds is None:
@@ -123,14 +127,14 @@ def exact_difference(change_I: np.ndarray) -> Bounds:
 
 
 def _clopper_pearson(num_hits: int, num: int) -> Bounds:
-    """The shares under which at most so many hits, and at least so many, are not rarer than 2.5 % each."""
+    """The exact interval of a share, from `num_hits` of `num` items."""
     rest = (1 - LEVEL) / 2
     low = 0.0 if num_hits == 0 else 1 - _largest_share(num - num_hits, num, rest)
     return low, 1.0 if num_hits == num else _largest_share(num_hits, num, rest)
 
 
 def _largest_share(num_hits: int, num: int, rest: float) -> float:
-    """p with P(at most `num_hits` of `num` hits) = rest, by halving; num_hits < num."""
+    """p with P(at most `num_hits` of `num` hits) = rest, by bisection; num_hits < num."""
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
     hits_H = np.arange(num_hits + 1)
     log_ways_H = log_factorial[num] - log_factorial[hits_H] - log_factorial[num - hits_H]
@@ -150,6 +154,6 @@ def _resampled(parts: Sequence[Sums], signs: Sequence[float], seed: int, num_res
         drawn_RI = rng.integers(num, size=(min(chunk, num_resamples - start), num))
         figures_R = np.zeros(len(drawn_RI))
         for sign, (above_I, below_I) in zip(signs, parts, strict=True):
-            with np.errstate(divide="ignore", invalid="ignore"):  # a draw of empty items only has no figure
+            with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty items only has no value
                 figures_R += sign * above_I[drawn_RI].sum(axis=1) / below_I[drawn_RI].sum(axis=1)
         yield figures_R

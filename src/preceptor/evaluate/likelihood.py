@@ -1,9 +1,9 @@
-"""What a model makes of given tokens: its hidden states and losses at the targets of trees, each token computed once.
+"""Hidden states and losses of a model at the targets of trees, each token computed once.
 
-Trees are packed into rows as in training, so that choices share their context and conversations their prefixes. Models
-whose layers mix tokens outside attention read one chain at a time instead (`alone`).
+Trees are packed into sequences as in training: choices share their context, conversations their prefixes. A model whose
+layers mix tokens outside attention processes one chain at a time instead (`alone`).
 
-Legend: M tokens of a row that are read at least, D hidden size, N targets of a row or segment.
+Legend: M tokens of a sequence that predict a target, at least; D hidden size; N targets of a sequence or segment.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.data.forest import Tree, pack_trees
+from preceptor.data.forest import Tree, leaf_paths, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
@@ -24,11 +24,11 @@ from preceptor.model.loss.linear_cross_entropy import token_losses
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Losses:
-    """Of the predicted tokens of one segment: loss in nats, and whether the token was the most likely one."""
+class SegmentLosses:
+    """Losses of the predicted tokens of one segment."""
 
-    loss_N: np.ndarray
-    correct_N: np.ndarray
+    loss_N: np.ndarray  # nats
+    correct_N: np.ndarray  # whether the token was the most likely one
 
     @property
     def nats(self) -> float:
@@ -39,18 +39,17 @@ class Losses:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Read:
-    """A row that the model has read: for each target where to read hidden_MD, the token, its tree and its segment."""
+class SequenceStates:
+    """The hidden states of one packed sequence at its N targets, and whose each target is."""
 
-    hidden_MD: Tensor
-    source_N: Tensor
-    target_N: Tensor
-    tree_N: np.ndarray
-    segment_N: np.ndarray
+    hidden_MD: Tensor  # of the tokens that predict a target, at least
+    source_N: Tensor  # for each target the place in hidden_MD that predicts it
+    target_N: Tensor  # the target tokens
+    owners: list[tuple[int, int, slice]]  # (tree, segment, its places in source_N and target_N)
 
 
 def must_read_alone(model: Any) -> bool:
-    """Whether conversations cannot share a row, because layers mix tokens outside attention."""
+    """Whether conversations cannot share a sequence, because layers mix tokens outside attention."""
     try:
         check_isolation(model)
     except ModelError:
@@ -58,48 +57,57 @@ def must_read_alone(model: Any) -> bool:
     return False
 
 
-def segment_losses(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> list[list[Losses]]:
+def segment_losses(
+    model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False
+) -> list[list[SegmentLosses]]:
     """For each tree the losses of each of its segments (none for contexts), under the caller's autocast."""
-    found = [[Losses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
+    found = [[SegmentLosses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
     head = output_head(model)
-    for read in read_trees(model, trees, max_length, alone):
+    for states in read_trees(model, trees, max_length, alone):
         loss_N, correct_N = token_losses(
-            read.hidden_MD,
+            states.hidden_MD,
             head.weight_VD,
-            read.source_N,
-            read.target_N,
+            states.source_N,
+            states.target_N,
             bias_V=head.bias_V,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
         )
         losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
-        for tree, segment in dict.fromkeys(zip(read.tree_N.tolist(), read.segment_N.tolist(), strict=True)):
-            own_N = (read.tree_N == tree) & (read.segment_N == segment)
-            found[tree][segment] = Losses(losses_N[own_N], hits_N[own_N])
+        for tree, segment, own in states.owners:
+            found[tree][segment] = SegmentLosses(losses_N[own], hits_N[own])
     return found
 
 
 @torch.no_grad()
-def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> Iterator[Read]:
-    """Let the model read the trees, a row at a time, in a fixed order; the model is left in its mode."""
-    paths = [(number, path) for number, tree in enumerate(trees) for path in (chains(tree) if alone else [whole(tree)])]
-    lengths = [path.tree.num_tokens for _, path in paths]
-    plan = [[at] for at in range(len(paths))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
+def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> Iterator[SequenceStates]:
+    """Run the model over the trees, one packed sequence at a time, in a fixed order; its mode is restored.
+
+    alone: one chain at a time; a target that several chains share is predicted in the first.
+    """
+    parts = [
+        (number, part, path)
+        for number, tree in enumerate(trees)
+        for part, path in (
+            zip(chains_of(tree), leaf_paths(tree), strict=True) if alone else [(tree, range(len(tree.segments)))]
+        )
+    ]
+    lengths = [part.num_tokens for _, part, _ in parts]
+    plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
     with evaluating(model):
         for indices in plan:
-            row = pack_trees([paths[index][1].tree for index in indices], alone=alone)
-            if not row.num_trained:
+            packed = [parts[index] for index in indices]
+            sequence = pack_trees([part for _, part, _ in packed], alone=alone)
+            if not sequence.num_trained:
                 continue
+            hidden_MD, source_N = read_hidden_states(model, sequence)
+            target_N = torch.from_numpy(sequence.target_N).to(source_N.device)
             owners = [
-                (number, segment)
-                for number, path in (paths[index] for index in indices)
-                for place, segment in zip(path.order, (path.segments[at] for at in path.order), strict=True)
-                for _ in range(_num_predicted(path.tree, place))
+                (packed[span.tree][0], packed[span.tree][2][span.segment], span.targets)
+                for span in sequence.spans
+                if span.targets.start < span.targets.stop
             ]
-            assert len(owners) == row.num_trained, "targets are laid out depth-first"
-            tree_N, segment_N = np.array(owners).T
-            hidden_MD, source_N = read_hidden_states(model, row)
-            yield Read(hidden_MD, source_N, torch.from_numpy(row.target_N).to(source_N.device), tree_N, segment_N)
+            yield SequenceStates(hidden_MD, source_N, target_N, owners)
 
 
 @contextmanager
@@ -111,50 +119,3 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@dataclass(frozen=True, slots=True)
-class Path:
-    """A tree, or one chain of it; `segments` are their indices in the whole tree, `order` that of the layout."""
-
-    tree: Tree
-    segments: tuple[int, ...]
-    order: tuple[int, ...]
-
-
-def whole(tree: Tree) -> Path:
-    """All of a tree; its segments are laid out depth-first."""
-    children: list[list[int]] = [[] for _ in tree.segments]
-    order: list[int] = []
-    stack = [index for index, segment in enumerate(tree.segments) if segment.parent is None][::-1]
-    for index, segment in enumerate(tree.segments):
-        if segment.parent is not None:
-            children[segment.parent].append(index)
-    while stack:
-        order.append(stack.pop())
-        stack += reversed(children[order[-1]])
-    return Path(tree, tuple(range(len(tree.segments))), tuple(order))
-
-
-def chains(tree: Tree) -> list[Path]:
-    """The paths from root to leaf; a target that several share is predicted in the first."""
-    parents = {segment.parent for segment in tree.segments}
-    found = []
-    leaves = (index for index in range(len(tree.segments)) if index not in parents)
-    for leaf, chain in zip(leaves, chains_of(tree), strict=True):
-        path = [leaf]
-        while (parent := tree.segments[path[0]].parent) is not None:
-            path.insert(0, parent)
-        found.append(Path(chain, tuple(path), tuple(range(len(path)))))
-    return found
-
-
-def _num_predicted(tree: Tree, index: int) -> int:
-    """How many tokens of a segment are predicted: all of a target's but one that no token comes before."""
-    segment = tree.segments[index]
-    if segment.kind == "context" or segment.weight <= 0 or not segment.ids:
-        return 0
-    parent = segment.parent
-    while parent is not None and not tree.segments[parent].ids:
-        parent = tree.segments[parent].parent
-    return len(segment.ids) - (parent is None)

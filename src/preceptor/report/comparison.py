@@ -1,13 +1,14 @@
-"""What `preceptor compare` left in the folder of a run (compare/compare.py): tax and shift, for the page."""
+"""The results of `preceptor compare` in a run folder (compare/compare.py), prepared for the page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.verdict import TOLD, short_name
-from preceptor.report.facts import Table
+from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.evaluate.intervals import Interval
+from preceptor.report.facts import LabelledRows
 from preceptor.report.plots import Panel, Series, smooth, thin
-from preceptor.report.reading import Line
+from preceptor.report.run_record import JsonObject
 
 CLASSES = ("unshifted", "marginal", "shifted")
 MOST_ANSWERS = 12
@@ -17,21 +18,19 @@ SMOOTHED_POSITIONS = 5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tables as (label, cells); answers as (source, [(text, class of its rank, what it is)])."""
-
     base: str
     tuned: str
     sentences: Sequence[str]
-    rows: Table
+    rows: LabelledRows
     panels: list[Panel]
     skipped: str
-    shares: Table
-    tokens: Table
-    answers: list[tuple[str, list[tuple[str, str, str]]]]
+    shares: LabelledRows
+    tokens: LabelledRows
+    answers: list[tuple[str, list[tuple[str, str, str]]]]  # (source, [(text, class of its rank, explanation)])
 
 
-def read_comparison(compare: Line) -> Comparison | None:
-    """None where there is no comparison."""
+def read_comparison(compare: JsonObject) -> Comparison | None:
+    """The comparison, or None if there is none."""
     if not compare:
         return None
     shift = compare.get("shift") or {}
@@ -54,7 +53,7 @@ def read_comparison(compare: Line) -> Comparison | None:
 
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, figure in task["figures"].items():
-        unit = 100.0 if figure["base"]["value"] <= 1 and TOLD[task["kind"]][1] > 1 else 1.0
+        unit = 100.0 if figure["base"]["value"] <= 1 and HEADLINES[task["kind"]].scale > 1 else 1.0
         cells = [
             _interval(figure[which], unit, sign=which == "difference") for which in ("base", "tuned", "difference")
         ]
@@ -71,21 +70,17 @@ def _interval(figure: Mapping[str, Any], unit: float, sign: bool = False) -> str
 
 
 def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
-    """Tuned minus base, by the figure that each task is told by; better is to the right, also where less is better."""
-    for unit_name, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
+    """Tuned minus base by the headline metric of each task, with better to the right."""
+    for unit, title in (("points", "Tasks: tuned minus base"), ("bits per byte", "Texts: base minus tuned")):
         lines = []
         for task in tasks:
-            name, unit, own_unit, better = TOLD[task["kind"]]
-            difference = task["figures"][name]["difference"]
-            if own_unit == unit_name:
-                low, high = (
-                    None if difference[end] is None else better * unit * difference[end] for end in ("low", "high")
-                )
-                ends = (low, high) if better > 0 else (high, low)
-                lines.append((_label(task), better * unit * difference["value"], *ends))
+            metric = HEADLINES[task["kind"]]
+            if metric.unit == unit:
+                own = Interval(**task["figures"][metric.name]["difference"]).times(metric.better * metric.scale)
+                lines.append((_label(task), own.value, own.low, own.high))
         if lines:
-            note = f"{unit_name}; right of zero is better than before"
-            yield Panel(title, unit_name, [], note, unit_name, intervals=lines)
+            note = f"{unit}; right of zero is better than before"
+            yield Panel(title, unit, [], note, unit, intervals=lines)
 
 
 def _label(task: Mapping[str, Any]) -> str:
@@ -121,10 +116,10 @@ def _by_position(shift: Mapping[str, Any]) -> Iterator[Panel]:
     )
 
 
-def _shares(shift: Mapping[str, Any]) -> Table:
+def _shares(shift: Mapping[str, Any]) -> LabelledRows:
     rows = [(name, [_interval(shift["shares"][name], 100.0)]) for name in CLASSES]
     rows.append(("mean probability under the base", [_interval(shift["mean_prob"], 1.0)]))
-    rows.append(("mean KL from the base, nats a token", [_interval(shift["mean_kl"], 1.0)]))
+    rows.append(("mean KL from the base, nats per token", [_interval(shift["mean_kl"], 1.0)]))
     counted = (
         f"{shift['num_tokens']:,} of {shift['num_prompts']:,} answers; {shift['num_added']:,} more that the base lacks"
     )

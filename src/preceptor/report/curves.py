@@ -1,10 +1,10 @@
-"""The plots of one run, or of several in one picture each."""
+"""Plots of the course of a run, or of several runs in one picture each."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from preceptor.report.plots import NUM_COLOURS, Panel, Series, smooth, thin
-from preceptor.report.reading import Line, RunRecord
+from preceptor.report.run_record import JsonObject, RunRecord, tokens_per_second
 
 MEGABYTE = 1e6
 PREDICTED = "predicted_memory_bytes"
@@ -12,15 +12,15 @@ _SMOOTH_SHARE = 25  # a curve is smoothed over 1/25 of its steps
 
 
 def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
-    """Loss, what is held out, learning rate, gradient norm, throughput and memory, as far as they were recorded."""
+    """Plots of whatever was recorded: losses, held-out figures, learning rate, gradient norm, throughput, memory."""
     one = len(runs) == 1
     found: list[Panel | None] = (
         [_loss(runs[0])] if one else [_over_steps(runs, names, "Training loss", "nats per trained token", "loss")]
     )
     if not one:
-        found.append(_over_looks(runs, names, "Held-out loss", "nats per trained token", "loss"))
-    found.append(_over_looks(runs, names, "Held-out tokens guessed right", "%", "token_accuracy", 100.0))
-    found.append(_over_looks(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
+        found.append(_over_evaluations(runs, names, "Held-out loss", "nats per trained token", "loss"))
+    found.append(_over_evaluations(runs, names, "Held-out token accuracy", "%", "token_accuracy", 100.0))
+    found.append(_over_evaluations(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
     found.append(_over_steps(runs, names, "Learning rate", "", "learning_rate", plain=True, from_zero=True))
     limits = {run.config.get("optimizer", {}).get("max_grad_norm") for run in runs}
     limit = limits.pop() if len(limits) == 1 else None
@@ -29,7 +29,7 @@ def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
         _over_steps(runs, names, "Gradient norm", "before it is scaled down", "grad_norm", log=True, level=level)
     )
     found += _tasks(runs, names)
-    found.append(_over_steps(runs, names, "Throughput", "tokens per second", _throughput, from_zero=True))
+    found.append(_over_steps(runs, names, "Throughput", "tokens per second", tokens_per_second, from_zero=True))
     found.append(_memory(runs, names))
     return [panel for panel in found if panel is not None and panel.series]
 
@@ -56,9 +56,9 @@ def _loss(run: RunRecord) -> Panel:
         series.append(Series(f"training, mean of {width} steps", x, y))
     elif y:
         series.append(Series("training", shown_x, shown_y))
-    look_x, look_y = _points(run.looks, "loss")
-    if look_y:
-        series.append(Series("held out", look_x, look_y, colour=2, marks=True))
+    held_x, held_y = _points(run.evaluations, "loss")
+    if held_y:
+        series.append(Series("held out", held_x, held_y, colour=2, marks=True))
     return Panel("Loss", "nats per trained token", series, "nats per trained token")
 
 
@@ -71,7 +71,7 @@ def _over_steps(
     plain: bool = False,
     **settings: Any,
 ) -> Panel | None:
-    """plain: as it is; otherwise smoothed, with the values themselves behind it where there is but one run."""
+    """plain: the values themselves; otherwise smoothed, with the values behind the curve if there is only one run."""
     series: list[Series] = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         x, y = _points(run.steps, key)
@@ -86,12 +86,12 @@ def _over_steps(
     return Panel(title, note, series, note, **settings) if series else None
 
 
-def _over_looks(
+def _over_evaluations(
     runs: Sequence[RunRecord], names: Sequence[str], title: str, note: str, key: Any, factor: float = 1.0
 ) -> Panel | None:
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        x, y = _points(run.looks, key)
+        x, y = _points(run.evaluations, key)
         label = title.lower() if len(runs) == 1 else name
         if y:
             series.append(Series(label, x, [factor * value for value in y], 1 + index % NUM_COLOURS, marks=True))
@@ -99,19 +99,20 @@ def _over_looks(
 
 
 def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel | None]:
-    """A plot for each task that was asked at every look: the first of its figures, which tells most."""
-    asked = {
+    """A plot of the first figure of each task."""
+    known = {
         (task["task"], next(iter(task["figures"])))
         for run in runs
-        for look in run.looks
-        for task in look.get("tasks", ())
+        for evaluation in run.evaluations
+        for task in evaluation.get("tasks", ())
     }
-    for task, figure in sorted(asked):
+    for task, figure in sorted(known):
 
-        def value(look: Line, task: str = task, figure: str = figure) -> float | None:
-            return next((own["figures"][figure]["value"] for own in look.get("tasks", ()) if own["task"] == task), None)
+        def value(evaluation: JsonObject, task: str = task, figure: str = figure) -> float | None:
+            tasks = evaluation.get("tasks", ())
+            return next((own["figures"][figure]["value"] for own in tasks if own["task"] == task), None)
 
-        yield _over_looks(runs, names, f"Task {task}", figure, value)
+        yield _over_evaluations(runs, names, f"Task {task}", figure, value)
 
 
 def _memory(runs: Sequence[RunRecord], names: Sequence[str]) -> Panel | None:
@@ -123,21 +124,17 @@ def _memory(runs: Sequence[RunRecord], names: Sequence[str]) -> Panel | None:
     return Panel(panel.title, panel.y_label, panel.series, panel.note, level=level, from_zero=True)
 
 
-def _points(lines: Sequence[Line], key: Any) -> tuple[list[float], list[float]]:
-    """(steps, values) of the lines that have a value; key: its name, or a function of the line."""
+def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[float]]:
+    """(steps, values) of the lines that have a value. key: its name, or a function of the line."""
     pairs = [(line["step"], key(line) if callable(key) else line.get(key)) for line in lines]
     known = [(step, value) for step, value in pairs if isinstance(value, int | float) and value == value]
     return [float(step) for step, _ in known], [float(value) for _, value in known]
 
 
 def _window(num: int) -> int:
-    """An odd number of values to smooth over; 1 where there are too few to be hard to read."""
+    """An odd number of values to smooth over; 1 for short curves."""
     return 2 * (num // (2 * _SMOOTH_SHARE)) + 1
 
 
-def _throughput(step: Line) -> float | None:
-    return step["num_tokens"] / step["seconds"] if step.get("seconds") and "num_tokens" in step else None
-
-
-def _megabytes(step: Line) -> float | None:
+def _megabytes(step: JsonObject) -> float | None:
     return step["peak_memory_bytes"] / MEGABYTE if step.get("peak_memory_bytes") else None

@@ -1,17 +1,16 @@
-"""The figures of a run that stand in a table: alone, or beside those of other runs."""
+"""Tables of figures of a run, or of several side by side."""
 
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from preceptor.report.reading import RunRecord, flat
-from preceptor.report.verdict import ends
+from preceptor.report.run_record import RunRecord, flat, tokens_per_second
 
-Table = list[tuple[str, list[str]]]
+LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 
 
 def facts(run: RunRecord) -> dict[str, str]:
-    """Label -> figure, in words; what is not known is not there."""
+    """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
     found: dict[str, Any] = {
         "rows of data": _number(data.get("num_examples")),
@@ -31,18 +30,17 @@ def facts(run: RunRecord) -> dict[str, str]:
 
 
 def _losses(run: RunRecord) -> dict[str, str]:
-    both = ends(run)
+    both = run.loss_ends
     found = {"training loss, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
-    looks = [look for look in run.looks if "loss" in look]
-    if looks:
-        best = min(looks, key=lambda look: float(look["loss"]))
-        found["held-out loss, first and last"] = f"{looks[0]['loss']:.4f}, {looks[-1]['loss']:.4f}"
+    if run.held_out:
+        first, last, best = run.held_out[0], run.held_out[-1], min(run.held_out, key=lambda own: float(own["loss"]))
+        found["held-out loss, first and last"] = f"{first['loss']:.4f}, {last['loss']:.4f}"
         found["lowest held-out loss"] = f"{best['loss']:.4f} after step {best['step']:,}"
-        if "bits_per_byte" in looks[-1] and "bits_per_byte" in looks[0]:
-            pair = (looks[0]["bits_per_byte"], looks[-1]["bits_per_byte"])
+        if "bits_per_byte" in first and "bits_per_byte" in last:
+            pair = (first["bits_per_byte"], last["bits_per_byte"])
             found["held-out bits per byte, first and last"] = f"{pair[0]:.4f}, {pair[1]:.4f}"
-        if "token_accuracy" in looks[-1]:
-            found["held-out tokens guessed right"] = f"{looks[-1]['token_accuracy']:.1%}"
+        if "token_accuracy" in last:
+            found["held-out token accuracy"] = f"{last['token_accuracy']:.1%}"
     return found
 
 
@@ -52,15 +50,15 @@ def _steps(run: RunRecord) -> str:
 
 
 def _throughput(run: RunRecord) -> float | None:
-    rates = [step["num_tokens"] / step["seconds"] for step in run.steps if step.get("seconds") and "num_tokens" in step]
+    rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
     return median(rates) if rates else None
 
 
 def _memory(run: RunRecord) -> dict[str, str]:
-    """The peak, and the plan's prediction beside it.
+    """The measured peak and the plan's prediction.
 
-    On a processor the peak is the whole process; what it held before the model came is no part of the prediction, which
-    is of tensors alone.
+    On a CPU the peak is that of the whole process; the prediction is of tensors alone, without what the process held
+    before the model was loaded.
     """
     peak = max((step.get("peak_memory_bytes") or 0 for step in run.steps), default=0)
     found = {"peak memory": _megabytes(peak)}
@@ -96,16 +94,16 @@ def _seconds(value: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], Table]]:
-    """(what by, columns, rows) of the held-out figures by source, kind and turn, where there are several of them."""
-    looks = [look for look in run.looks if "loss" in look]
+def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]:
+    """(name, columns, rows) of the held-out figures by source, kind and turn, if there are several of them."""
     found = []
     for key, by in (("by_source", "source"), ("by_kind", "kind of message"), ("by_turn", "turn")):
-        groups: dict[str, Any] = looks[-1].get(key, {}) if looks else {}
+        groups: dict[str, Any] = run.held_out[-1].get(key, {}) if run.held_out else {}
         if len(groups) < 2:
             continue
-        before = looks[0].get(key, {})
-        columns = [f"loss at step {look['step']:,}" for look in (looks[0], looks[-1])]
+        first, last = run.held_out[0], run.held_out[-1]
+        before = first.get(key, {})
+        columns = [f"loss at step {own['step']:,}" for own in (first, last)]
         rows = [
             (
                 str(name),
@@ -118,12 +116,12 @@ def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], Table]]:
             )
             for name, own in groups.items()
         ]
-        found.append((by, [*columns, "tokens guessed right", "tokens"], rows))
+        found.append((by, [*columns, "token accuracy", "tokens"], rows))
     return found
 
 
-def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> Table:
-    """(label, a cell for each run), labels in the order in which they first occur. differing: only rows that differ."""
+def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> LabelledRows:
+    """(label, a cell for each run), labels in the order of their first occurrence. differing: only rows that differ."""
     labels = list(dict.fromkeys(label for column in columns for label in column))
     rows = [(label, [_cell(column, label) for column in columns]) for label in labels]
     return [(label, cells) for label, cells in rows if not differing or len(set(cells)) > 1]
@@ -136,13 +134,13 @@ def _cell(column: dict[str, Any], label: str) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def config_differences(runs: Sequence[RunRecord]) -> Table:
-    """The keys of the run files whose values differ; `out` differs always and is left out."""
+def config_differences(runs: Sequence[RunRecord]) -> LabelledRows:
+    """The keys of the run files whose values differ, without `out`, which always differs."""
     return [row for row in side_by_side([flat(run.config) for run in runs], differing=True) if row[0] != "out"]
 
 
-def environment_differences(runs: Sequence[RunRecord]) -> Table:
-    """Where the surroundings of runs differ: versions, machine, hashes of model and data."""
+def environment_differences(runs: Sequence[RunRecord]) -> LabelledRows:
+    """Where the environments of runs differ: versions, machine, hashes of model and data."""
     columns = []
     for run in runs:
         known = {

@@ -129,13 +129,13 @@ document.addEventListener("keydown", event => { if (event.key === "Escape") choo
 
 const filter = document.getElementById("filter");
 if (filter) {
-  const threads = [...document.querySelectorAll(".thread")], shown = document.getElementById("shown");
+  const prompts = [...document.querySelectorAll(".prompt")], shown = document.getElementById("shown");
   const further = document.getElementById("further");
   filter.closest(".controls").hidden = false;
   filter.addEventListener("change", () => {
-    for (const thread of threads) thread.hidden = filter.value !== "all" && !thread.dataset.is.split(" ").includes(filter.value);
-    const num = threads.filter(thread => !thread.hidden).length;
-    shown.textContent = `${num} of ${threads.length}`;
+    for (const prompt of prompts) prompt.hidden = filter.value !== "all" && !prompt.dataset.is.split(" ").includes(filter.value);
+    const num = prompts.filter(prompt => !prompt.hidden).length;
+    shown.textContent = `${num} of ${prompts.length}`;
     if (further) further.open = filter.value !== "all";
   });
 }

@@ -1,13 +1,13 @@
-"""One self-contained HTML page of one run, or of several: it loads nothing, and all of it can be read without a script.
+"""The report of a run, or of several side by side: one HTML file that loads nothing and can be read without its script.
 
-What comes from a run is text to the templates, which escape it; the values for the page's script are JSON in which no
-`<` occurs.
+Text from a run is escaped by the templates; the values for the page's script are JSON without any `<`.
 """
 
 import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,20 +15,23 @@ from markupsafe import Markup
 
 from preceptor.data.examples import Rejection
 from preceptor.data.rejections import RejectionCounts
+from preceptor.errors import ConfigError
+from preceptor.files import write_atomically
 from preceptor.report import curves, facts, trees
 from preceptor.report.comparison import Comparison, read_comparison
+from preceptor.report.findings import judge
 from preceptor.report.plots import Plot, draw
-from preceptor.report.reading import RunRecord, Thread
-from preceptor.report.verdict import judge
+from preceptor.report.run_record import RunRecord, read_run
 
-MOST_THREADS = 300  # prompts whose answers are shown
-FIRST_THREADS = 6  # of them unfolded
+REPORT = "report.html"
+MOST_PROMPTS = 300  # whose answers are shown
+FIRST_PROMPTS = 6  # shown unfolded
 MOST_REJECTIONS = 200  # listed one by one
 
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    """The page's templates; everything that is put into them is escaped."""
+    """The page's templates, which escape all values."""
     environment = Environment(
         loader=PackageLoader("preceptor.report", ""),
         autoescape=True,
@@ -41,8 +44,26 @@ def _environment() -> Environment:
     return environment
 
 
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several side by side, from their folders; returns where.
+
+    out: None for the folder of the only run. Raises ConfigError for several runs without `out`, and for an `out` that
+    is not an HTML file; CheckpointError for a folder that is not a run's, has a broken file, or cannot be written.
+    """
+    if out is None:
+        if len(folders) > 1:
+            raise ConfigError("several runs have no folder in common; say where the page goes: --out FILE.html")
+        out = folders[0] / REPORT
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}: an HTML page is written there; give a name that ends in .html")
+    runs = [read_run(folder) for folder in folders]
+    text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
+    write_atomically(out, text)
+    return out
+
+
 def page_of_run(run: RunRecord) -> str:
-    """Everything about one run, the verdict first."""
+    """The page of one run, the verdict first."""
     return _render(
         "run.html",
         title=run.name,
@@ -58,18 +79,18 @@ def page_of_run(run: RunRecord) -> str:
         lengths=_plots(curves.lengths(run), "l"),
         curves=_plots(curves.panels([run], [""]), "c"),
         groups=facts.held_out_groups(run),
-        speech=_speech(run),
+        answers=_answers(run),
         comparison=_comparison(run),
         command=repeat_command(run),
     )
 
 
 def page_of_runs(runs: Sequence[RunRecord]) -> str:
-    """Several runs beside one another: where they differ, what came of it."""
+    """The page of several runs: how they differ, and with what result."""
     names = distinct_names(runs)
-    prompts = dict.fromkeys((thread.source, thread.prompt) for run in runs for thread in run.threads)
-    threads = [{(thread.source, thread.prompt): thread for thread in run.threads} for run in runs]
-    common = [key for key in prompts if sum(key in own for own in threads) > 1]
+    samples = [{(each.source, each.prompt): each for each in run.prompts} for run in runs]
+    prompts = dict.fromkeys(key for own in samples for key in own)
+    common = [key for key in prompts if sum(key in own for own in samples) > 1]
     return _render(
         "runs.html",
         title=f"{len(runs)} runs",
@@ -78,16 +99,16 @@ def page_of_runs(runs: Sequence[RunRecord]) -> str:
         runs=list(runs),
         facts=facts.side_by_side([facts.facts(run) for run in runs]),
         differences=facts.config_differences(runs),
-        surroundings=facts.environment_differences(runs),
+        environments=facts.environment_differences(runs),
         curves=_plots(curves.panels(runs, names), "c"),
-        spoken=[(key[1], [own.get(key) for own in threads]) for key in common[:MOST_THREADS]],
-        first=FIRST_THREADS,
+        common=[(key[1], [own.get(key) for own in samples]) for key in common[:MOST_PROMPTS]],
+        first=FIRST_PROMPTS,
         commands=[repeat_command(run) for run in runs],
     )
 
 
 def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
-    """The folders' names; with the folder above, and so on, as far as it takes to tell them apart."""
+    """The folders' names, with as many parent folders as are needed to make them distinct."""
     parts = [run.folder.resolve().parts for run in runs]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
@@ -97,7 +118,7 @@ def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def repeat_command(run: RunRecord) -> str:
-    """What to type to train the same again, beside the first run."""
+    """The command that repeats the run in a new folder."""
     folder = run.folder.resolve()
     command = f"preceptor train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'out={folder}-again')}"
     directory = run.environment.get("directory")
@@ -118,15 +139,15 @@ def _rejections(run: RunRecord) -> list[Rejection]:
     return [Rejection(line["source"], line["code"], line["message"]) for line in run.rejections]
 
 
-def _speech(run: RunRecord) -> dict[str, Any]:
-    shown: list[Thread] = run.threads[:MOST_THREADS]
+def _answers(run: RunRecord) -> dict[str, Any]:
+    shown = run.prompts[:MOST_PROMPTS]
     return {
-        "threads": shown,
-        "first": FIRST_THREADS,
-        "num": len(run.threads),
-        "has_base": any(thread.base is not None for thread in shown),
-        "has_exact": any("exact" in thread.last for thread in shown),
-        "has_stopped": any("stopped" in thread.last for thread in shown),
+        "prompts": shown,
+        "first": FIRST_PROMPTS,
+        "num": len(run.prompts),
+        "has_base": any(each.base is not None for each in shown),
+        "has_exact": any("exact" in each.last for each in shown),
+        "has_stopped": any("stopped" in each.last for each in shown),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from preceptor.report.reading import Line
+from preceptor.report.run_record import JsonObject
 
 _MARKS = {"\n": '<i class="nl"></i>\n', "\t": '<i class="tab">\t</i>'}
 
@@ -18,12 +18,12 @@ class Fork:
     branches: list[list[Any]] = field(default_factory=list)
 
 
-def paths(example: Line) -> list[Any]:
+def paths(example: JsonObject) -> list[Any]:
     """The segments of an example from the root on, each with `position`, and a Fork before each that has siblings.
 
     The last child goes straight on, as later turns see it; those before it are branches.
     """
-    children: dict[int | None, list[Line]] = {}
+    children: dict[int | None, list[JsonObject]] = {}
     for segment in example["segments"]:
         children.setdefault(segment["parent"], []).append(segment)
 
@@ -44,7 +44,7 @@ def paths(example: Line) -> list[Any]:
     return grow(None, 0)
 
 
-def num_branches(example: Line) -> int:
+def num_branches(example: JsonObject) -> int:
     parents = {segment["parent"] for segment in example["segments"]}
     return sum(segment["id"] not in parents for segment in example["segments"])
 

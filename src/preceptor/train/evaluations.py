@@ -8,10 +8,10 @@ from typing import Any
 from preceptor.data.examples import Conversation, trainable_turns
 from preceptor.data.forest import Tree, path_ids
 from preceptor.evaluate.figures import summary
-from preceptor.evaluate.generate import Sampling, generate
-from preceptor.evaluate.held_out import HeldOut, labelled, measure
+from preceptor.evaluate.generate import Sampling
+from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.evaluate.run import examine
+from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line
 from preceptor.train.checkpoint import State
@@ -39,10 +39,10 @@ class Evaluations:
     """
 
     folder: Path
-    held_out: Sequence[HeldOut]
+    held_out: Sequence[LabelledTree]
     tasks: Sequence[Task]
     prompts: Sequence[SamplePrompt]
-    subject: Callable[[Any], EvaluatedModel]
+    evaluated: Callable[[Any], EvaluatedModel]
     max_length: int
     max_new_tokens: int
     sampling: Sampling
@@ -55,30 +55,27 @@ class Evaluations:
         """Measure and sample; nothing that influences training changes."""
         if not self.enabled:
             return
-        subject = self.subject(state.model)
+        evaluated = self.evaluated(state.model)
         measured: dict[str, Any] = {}
         with autocast(state.model.device, self.precision):
             if self.held_out:
-                measured |= measure(state.model, self.held_out, self.max_length, subject.alone)
+                measured |= measure(state.model, self.held_out, self.max_length, evaluated.alone)
             if self.tasks:
-                measured["tasks"] = [self._examine(subject, task) for task in self.tasks]
+                measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
         if measured:
             self.last = {"step": state.step, **measured}
             append_line(self.folder / "eval.jsonl", self.last)
             self.say(f"after {state.step} steps: {_shown(measured)}")
-        self._sample(subject, state.step)
+        self._sample(evaluated, state.step)
 
-    def _examine(self, subject: EvaluatedModel, task: Task) -> dict[str, Any]:
-        results = examine(subject, task, self.max_new_tokens, batch_size=64)
+    def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
+        results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)
         return summary(task, results, self.sampling.seed)
 
-    def _sample(self, subject: EvaluatedModel, step: int) -> None:
+    def _sample(self, evaluated: EvaluatedModel, step: int) -> None:
         contexts = [prompt.context for prompt in self.prompts]
         greedy, sampled = (
-            generate(
-                subject.model, subject.tokenizer, contexts, subject.stop_token_ids, self.max_new_tokens, sampling=how
-            )
-            for how in (None, self.sampling)
+            evaluated.generate(contexts, self.max_new_tokens, sampling=sampling) for sampling in (None, self.sampling)
         )
         for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
             append_line(
@@ -106,10 +103,10 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
     conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
     return Evaluations(
         folder=folder,
-        held_out=labelled(prepared.held_out, renderer) if enabled else [],
+        held_out=label_targets(prepared.held_out, renderer) if enabled else [],
         tasks=prepared.tasks,
         prompts=[first_prompt(record, tree) for record, tree in conversations[: run.eval.num_samples]],
-        subject=lambda model: EvaluatedModel(
+        evaluated=lambda model: EvaluatedModel(
             name=str(run.out),
             model=model,
             tokenizer=chat.tokenizer,

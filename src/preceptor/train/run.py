@@ -19,7 +19,7 @@ from preceptor.model.peak import peak_memory_bytes
 from preceptor.model.towers import freeze_towers, tower_parameters
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
-from preceptor.report.report import write_report
+from preceptor.report.page import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import build_evaluations

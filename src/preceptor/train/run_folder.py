@@ -11,7 +11,7 @@ OUT/samples.jsonl    one line a sampled answer to a held-out prompt
 OUT/checkpoints/     with checkpoint.every: what `--resume` needs
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
 OUT/summary.json     the results
-OUT/report.html      all of it on one page, written last (report/report.py)
+OUT/report.html      all of it on one page, written last (report/page.py)
 """
 
 import hashlib

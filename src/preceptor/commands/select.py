@@ -1,48 +1,51 @@
-"""`select`."""
+"""The command `select`: which conversations to train on."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from preceptor import errors
+from preceptor.commands.options import AsJson, print_result
 
 
 def select(
-    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Data files, folders, Hub ids, `scholar:NAME`.")],
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help="Data files, folders, Hub ids or `scholar:NAME`.")
+    ],
     keep: Annotated[int, typer.Option(help="How many rows to keep.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where the kept rows are written, as JSON lines.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Write the kept rows here, as JSON lines.")],
     model: Annotated[str | None, typer.Option(help="The base model: a folder, Hub id or `scholar`.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     explain: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write every row's place, scores and reason there.")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write source, scores and reason of every row here.")
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column's name in the data, as in a run file.")
+        list[str] | None,
+        typer.Option(metavar="OURS=THEIRS", help="Name of a column in the data, as in a run file; repeatable."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of a folder or Hub id.")] = None,
     quality_share: Annotated[
-        float, typer.Option(help="Share of the distinct rows, the best, that the choice is made from.")
+        float, typer.Option(help="Share of the distinct rows to choose from, the best first.")
     ] = 0.5,
     weight: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SIGNAL=WEIGHT",
-            help="Most that a signal takes from the quality, 0 (off) to 1: refusal, formatting, repetition, length, "
-            "difficulty, loss.",
+            help="How much a signal can lower the quality, 0 (off) to 1; signals: refusal, formatting, repetition, "
+            "length, difficulty, loss. Repeatable.",
         ),
     ] = None,
     diversity: Annotated[
-        str, typer.Option(help="`facility-location`, `k-centre`, or `none`: the best rows, whatever they are like.")
+        str, typer.Option(help="`facility-location`, `k-centre`, or `none`: quality alone.")
     ] = "facility-location",
     max_length: Annotated[
         int, typer.Option(min=64, help="Tokens of a forward pass; a longer conversation is rejected.")
     ] = 4096,
     replace: Annotated[bool, typer.Option("--replace", help="Replace FILE where it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Choose the conversations to train on: no repeats, the good ones, and of these such as cover all."""
+    """Choose conversations to train on: deduplicate, filter by quality, then choose a diverse subset."""
     _check_files(data, out, explain, replace)
     from preceptor.select.choice import Settings
     from preceptor.select.pool import open_pool
@@ -63,7 +66,7 @@ def select(
     reader = None if model is None else load_reader(model, max_length)
     with example_progress([*tables, *tables], "reading") as on_row:
         summary = select_rows(pool, reader, settings, out, explain, on_row)
-    print(json.dumps(summary, indent=2, ensure_ascii=False) if as_json else to_text(summary))
+    print_result(summary, as_json, to_text)
 
 
 def _check_files(data: list[str], out: Path, explain: Path | None, replace: bool) -> None:

@@ -1,23 +1,22 @@
-"""`plan`."""
+"""The command `plan`: time and memory of a run, predicted."""
 
-import json
 import time
 from typing import Annotated, Any
 
 import typer
 
-from preceptor.commands.arguments import Overrides, RunFile
+from preceptor.commands.options import AsJson, Overrides, RunFile, print_result
 
 
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="On how many devices the run is spread.")] = 1,
-    device: Annotated[str | None, typer.Option(help="A device such as `H100`; absent: this machine.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of devices that the run uses.")] = 1,
+    device: Annotated[str | None, typer.Option(help="A device such as `H100`. Default: this machine.")] = None,
+    as_json: AsJson = False,
     measure: Annotated[bool, typer.Option(help="Measure this machine's matrix products first.")] = False,
 ) -> None:
-    """What a run will cost and whether it fits, from the model's config.json and the run file alone."""
+    """Predict what a run costs and whether it fits, from the run file and the model's config.json alone."""
     from preceptor import config
     from preceptor.plan.changes import find_change
     from preceptor.plan.devices import find_device
@@ -40,7 +39,7 @@ def plan(
         none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
         fits = found["memory"]["fits"]
         found |= none_needed if fits else find_change(run, model.shape, sample, target, world_size)
-    print(json.dumps(found, indent=2, ensure_ascii=False) if as_json else to_text(found))
+    print_result(found, as_json, to_text)
 
 
 def measured_rate(half: bool, seconds: float = 1.0) -> float:

@@ -1,23 +1,27 @@
-"""`train` and `demo`."""
+"""The command `train`."""
 
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preceptor.commands.arguments import Overrides, Replace, RunFile
-from preceptor.commands.importing import large_imports
+from preceptor.commands.options import Overrides, Replace, RunFile, large_imports
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from preceptor.config import Run
+    from preceptor.train.prepare import Prepared
 
 
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     replace: Replace = False,
 ) -> None:
-    """Fine-tune a model as a run file says."""
+    """Fine-tune a model as described by a run file."""
     from preceptor import config
     from preceptor.console import standard_console
     from preceptor.train.run_folder import check_out
@@ -32,30 +36,14 @@ def train(
     try:
         summary = execute(prepared, console, resume=resume, replace=replace)
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the newest checkpoint" if run.checkpoint.every else ""
+        hint = "; --resume continues from the newest checkpoint" if run.checkpoint.every else ""
         print(f"interrupted{hint}", file=sys.stderr)
         raise typer.Exit(130) from None
     console.print(f"done in {summary['seconds']:.0f} s; the model is in {run.out}/model", highlight=False)
     console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
-    questions: Annotated[int, typer.Option(min=1, help="Held-out questions to ask.")] = 300,
-    replace: Replace = False,
-) -> None:
-    """Make an assistant of the scholar, the base model that ships with the package, and show the difference."""
-    from preceptor.console import standard_console
-    from preceptor.train.run_folder import check_out
-
-    check_out(str(out), replace)
-    with large_imports():
-        from preceptor.demo import run_demo
-
-    run_demo(out, questions, standard_console(), replace=replace)
-
-
-def _prepare(run: Any, console: Any) -> Any:
+def _prepare(run: "Run", console: "Console") -> "Prepared":
     from preceptor.inspect.check_text import format_line
 
     with large_imports():

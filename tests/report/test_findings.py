@@ -2,8 +2,8 @@
 
 import pytest
 
-from preceptor.report.reading import read_run
-from preceptor.report.verdict import judge, spikes
+from preceptor.report.findings import judge, spikes
+from preceptor.report.run_record import read_run
 from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
 
 
@@ -30,35 +30,35 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
 @pytest.mark.parametrize(
     ("files", "level", "words"),
     [
-        ({"metrics": steps(FLAT)}, "wrong", "Nothing was learned: training loss 2.000"),
-        ({"metrics": steps(RISING)}, "wrong", "The training loss rose"),
-        ({"metrics": steps([1.0, float("nan"), 1.0])}, "wrong", "not finite from step 2"),
-        ({"eval": looks((0, 2.0), (20, 2.0))}, "look", "held-out loss did not fall"),
+        ({"metrics": steps(FLAT)}, "error", "Nothing was learned: training loss 2.000"),
+        ({"metrics": steps(RISING)}, "error", "The training loss rose"),
+        ({"metrics": steps([1.0, float("nan"), 1.0])}, "error", "not finite from step 2"),
+        ({"eval": looks((0, 2.0), (20, 2.0))}, "warning", "held-out loss did not fall"),
         (
             {"eval": looks((0, 3.0), (10, 1.0), (20, 1.1))},
-            "look",
+            "warning",
             "lowest after step 10 (1.000) and then rose to 1.100",
         ),
         ({"eval": []}, "note", "No held-out loss"),
-        ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "knows its training rows much better (0.428)"),
-        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "look", "at 1 step: 16"),
+        ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "The training loss (0.428) is much lower"),
+        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),
         ({"data": DATA | {"fill": 0.4}}, "note", "Only 40% of the rows' room"),
         ({"data": DATA | {"shortened": LAST}}, "note", "3 rows lost their oldest context and 1 were split"),
-        ({"rejections": REJECTED}, "look", "6 of 100 (6.0%) rows were rejected"),
+        ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) rows were rejected"),
         ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) row"),
-        ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "look", "do not stop by themselves: 0 of 1"),
-        ({"samples": [sample(20, "1?", " ")]}, "look", "1 of 1 answers are empty"),
-        ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "look", "All 3 prompts got the same answer"),
-        ({"samples": [sample(step, "1?", "base") for step in (0, 20)]}, "look", "letter for letter"),
+        ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "warning", "do not stop by themselves: 0 of 1"),
+        ({"samples": [sample(20, "1?", " ")]}, "warning", "1 of 1 answers are empty"),
+        ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "warning", "All 3 prompts got the same answer"),
+        ({"samples": [sample(step, "1?", "base") for step in (0, 20)]}, "warning", "identical to the base model's"),
         ({"samples": [sample(20, "1?", "x", exact=True)]}, "note", "answered exactly: 1 of 1"),
-        ({"summary": None}, "look", "not finished: 20 of 20 steps"),
+        ({"summary": None}, "warning", "not finished: 20 of 20 steps"),
         (
             {"compare": COMPARE},
-            "look",
+            "warning",
             "An alignment tax: lost 10.0 ± 2.0 points on arithmetic; predicts library worse",
         ),
-        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "No alignment tax"),
+        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "found no significant alignment tax"),
         ({"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}}, "good", "gained 10.0 ± 5.0 points"),
     ],
 )
@@ -72,11 +72,11 @@ def test_what_is_wrong_is_said(tmp_path, files, level, words):
 
 def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
     verdict = judged(tmp_path / "a", metrics=steps(FLAT), rejections=REJECTED)
-    assert [finding.level for finding in verdict.findings][:2] == ["wrong", "look"]
-    assert verdict.headline == "Something went wrong" and verdict.level == "wrong"
-    assert judged(tmp_path / "b", rejections=REJECTED).headline == "It learned, but look at 1 thing"
+    assert [finding.level for finding in verdict.findings][:2] == ["error", "warning"]
+    assert verdict.headline == "Something went wrong" and verdict.level == "error"
+    assert judged(tmp_path / "b", rejections=REJECTED).headline == "It learned, with 1 warning"
     unfinished = judged(tmp_path / "c", summary=None, metrics=[], eval=[], samples=[])
-    assert unfinished.headline == "It has not begun, but look at 1 thing"
+    assert unfinished.headline == "It has not begun, with 1 warning"
 
 
 def test_a_spike_is_held_against_the_steps_before_it():

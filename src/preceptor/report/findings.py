@@ -1,6 +1,6 @@
-"""What to think of a run, in words: findings of four levels, the worst first. Each says what was seen and what to do.
+"""Findings about a run in four levels, the worst first. Each says what was found and what to do.
 
-The thresholds are judgement, not statistics; each stands below with what it is for.
+The thresholds are judgement, not statistics.
 """
 
 import math
@@ -10,13 +10,13 @@ from statistics import median
 from typing import Any, Literal
 
 from preceptor.compare.verdict import change, sentence
-from preceptor.report.answers import verdict_on_speech
-from preceptor.report.reading import Line, RunRecord
+from preceptor.evaluate.intervals import SHARE, interval
+from preceptor.report.run_record import JsonObject, RunRecord
 
-Level = Literal["wrong", "look", "note", "good"]
-LEVELS: tuple[Level, ...] = ("wrong", "look", "note", "good")
+Severity = Literal["error", "warning", "note", "good"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
 
-NOTHING_LEARNED = 0.02  # a loss that falls by a smaller share has not moved
+NOTHING_LEARNED = 0.02  # a loss that falls by a smaller share has not changed
 OVERFITTED = 0.02  # held-out loss at the end above its lowest by this share
 MEMORISED = 0.5  # training loss below this share of the held-out loss
 SPIKE = 10.0  # gradient norm over the median of the steps before
@@ -25,13 +25,15 @@ SPIKE_FIRST = 10
 OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
 LOW_FILL = 0.7  # share of the rows' room that tokens take
 MANY_REJECTED = 0.05  # share of the data's rows
+NOT_STOPPED = 0.1  # share of answers that do not stop
+ENOUGH_ANSWERS = 3  # for a statement about all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`seen`: a sentence or two. `advice`: what to do about it, or nothing."""
+    """What was found, in a sentence or two, and what to do about it."""
 
-    level: Level
+    level: Severity
     seen: str
     advice: str = ""
 
@@ -39,28 +41,28 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     headline: str
-    level: Level
+    level: Severity
     findings: list[Finding]
 
 
 def judge(run: RunRecord) -> Verdict:
-    """All findings of a run, the worst first, and one sentence over them."""
+    """All findings of a run, the worst first, with a headline."""
     found = [
         *_whether_finished(run),
         *_training_loss(run),
         *_held_out(run),
         *_gradients(run),
-        *(Finding(level, seen, advice) for level, seen, advice in verdict_on_speech(run)),
+        *_answers(run),
         *_data(run),
         *_tax(run),
     ]
-    found.sort(key=lambda finding: LEVELS.index(finding.level))
-    wrong, look = (sum(finding.level == level for finding in found) for level in ("wrong", "look"))
-    if wrong:
-        return Verdict("Something went wrong", "wrong", found)
+    found.sort(key=lambda finding: SEVERITIES.index(finding.level))
+    errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
+    if errors:
+        return Verdict("Something went wrong", "error", found)
     state = "It learned" if run.is_finished else "It is learning" if run.steps else "It has not begun"
-    if look:
-        return Verdict(f"{state}, but look at {_count(look, 'thing')}", "look", found)
+    if warnings:
+        return Verdict(f"{state}, with {_count(warnings, 'warning')}", "warning", found)
     return Verdict(f"{state}; nothing looks suspicious", "good", found)
 
 
@@ -69,66 +71,60 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
     if not run.is_finished:
         of = f" of {planned:,}" if planned else ""
         seen = f"The run is not finished: {run.num_steps:,}{of} steps are on record."
-        yield Finding("look", seen, "If it was stopped, `preceptor train ... --resume` goes on from its checkpoint.")
+        yield Finding(
+            "warning", seen, "If it was stopped, `preceptor train ... --resume` continues from its checkpoint."
+        )
     for resumed in run.environment.get("resumed", ()):
-        yield Finding("note", f"It was resumed after step {resumed['step']:,} ({resumed['date']}).")
+        yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
 
 
 # The loss ------------------------------------------------------------------------------------------------------------
 
 
-def mean_loss(steps: Sequence[Line]) -> float:
-    """Nats per trained token over some steps."""
-    num = sum(step.get("num_trained", 1) for step in steps)
-    return sum(step["loss"] * step.get("num_trained", 1) for step in steps) / max(1, num)
-
-
-def ends(run: RunRecord) -> tuple[float, float] | None:
-    """Training loss over the first and the last tenth of the steps; None for fewer than two steps."""
-    tenth = max(1, len(run.steps) // 10)
-    return (mean_loss(run.steps[:tenth]), mean_loss(run.steps[-tenth:])) if len(run.steps) > 1 else None
-
-
 def _training_loss(run: RunRecord) -> Iterator[Finding]:
     broken = [step["step"] for step in run.steps if not math.isfinite(step["loss"])]
     if broken:
-        yield Finding("wrong", f"The loss is not finite from step {broken[0]:,} on.", "Lower optimizer.learning_rate.")
+        yield Finding("error", f"The loss is not finite from step {broken[0]:,} on.", "Lower optimizer.learning_rate.")
         return
-    both = ends(run)
+    both = run.loss_ends
     if both is None:
         return
     first, last = both
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
     if last > first * (1 + NOTHING_LEARNED):
         yield Finding(
-            "wrong", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
+            "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
         )
     elif last > first * (1 - NOTHING_LEARNED):
         advice = (
             "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
         )
-        yield Finding("wrong", f"Nothing was learned: training loss {course}.", advice)
+        yield Finding("error", f"Nothing was learned: training loss {course}.", advice)
     else:
         yield Finding("good", f"The training loss fell by {_share(1 - last / first)}: {course}.")
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:
-    looks = [look for look in run.looks if "loss" in look]
-    if not looks:
+    evaluations = run.held_out
+    if not evaluations:
         advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
-        yield Finding("note", "No held-out loss: what it learned beyond its training rows is not measured.", advice)
+        yield Finding(
+            "note", "No held-out loss: what was learned beyond the training examples is not measured.", advice
+        )
         return
-    if len(looks) < 2:
+    if len(evaluations) < 2:
         return
-    first, last, best = looks[0], looks[-1], min(looks, key=lambda look: float(look["loss"]))
+    first, last, best = evaluations[0], evaluations[-1], min(evaluations, key=lambda each: float(each["loss"]))
     began = "before the first step" if first["step"] == 0 else f"after step {first['step']:,}"
     course = f"{first['loss']:.3f} {began}, {last['loss']:.3f} after step {last['step']:,}"
     accuracy = ""
     if "token_accuracy" in last and "token_accuracy" in first:
-        accuracy = f" Tokens guessed right: {first['token_accuracy']:.1%}, then {last['token_accuracy']:.1%}."
+        accuracy = f" Token accuracy: {first['token_accuracy']:.1%}, then {last['token_accuracy']:.1%}."
     if last["loss"] > first["loss"] * (1 - NOTHING_LEARNED):
-        advice = "The training rows may be too few or too unlike the held-out ones, or the learning rate wrong."
-        yield Finding("look", f"The held-out loss did not fall: {course}.{accuracy}", advice)
+        advice = (
+            "The training examples may be too few or too different from the held-out ones, or the learning rate wrong."
+        )
+        yield Finding("warning", f"The held-out loss did not fall: {course}.{accuracy}", advice)
     else:
         yield Finding(
             "good", f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}"
@@ -138,17 +134,17 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
             f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
             f"to {last['loss']:.3f} (+{_share(last['loss'] / best['loss'] - 1)})."
         )
-        yield Finding("look", seen, f"Train shorter: `train.duration: {best['step']} steps`; or on more data.")
-    both = ends(run)
+        yield Finding("warning", seen, f"Train shorter: `train.duration: {best['step']} steps`; or on more data.")
+    both = run.loss_ends
     if both is not None and both[1] < MEMORISED * last["loss"]:
-        seen = f"It knows its training rows much better ({both[1]:.3f}) than held-out ones ({last['loss']:.3f})."
+        seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
         yield Finding("note", seen, "More data, fewer epochs or an adapter of lower rank close that gap.")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
-def spikes(steps: Sequence[Line]) -> list[int]:
+def spikes(steps: Sequence[JsonObject]) -> list[int]:
     """Steps whose gradient norm is over SPIKE times the median of the steps before."""
     norms = [float(step["grad_norm"]) for step in steps if "grad_norm" in step]
     found = []
@@ -163,7 +159,9 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
     if found:
         shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
         seen = f"The gradient jumped to {SPIKE:.0f} times its usual norm at {_count(len(found), 'step')}: {shown}."
-        yield Finding("look", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer.")
+        yield Finding(
+            "warning", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer."
+        )
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
     norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
     if limit and norms:
@@ -171,6 +169,52 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
         if clipped > OFTEN_CLIPPED:
             seen = f"In {_share(clipped)} of the steps the gradient was scaled to optimizer.max_grad_norm ({limit:g})."
             yield Finding("note", seen, "So the step size hardly depends on the gradient; that is often harmless.")
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def _answers(run: RunRecord) -> Iterator[Finding]:
+    """The last answers to each prompt: whether they stop, are right, are empty, all alike, or the base model's."""
+    step = max((each.last["step"] for each in run.prompts), default=0)
+    prompts = [each for each in run.prompts if each.last["step"] == step]
+    if not prompts or step == 0:
+        return
+    last = [each.last for each in prompts]
+    if all("stopped" in sample for sample in last):
+        stopped = [bool(sample["stopped"]) for sample in last]
+        if stopped.count(False) > NOT_STOPPED * len(last):
+            advice = "Either the stop token was not learned, or eval.max_new_tokens is too low: look at the answers."
+            yield Finding("warning", f"Answers do not stop by themselves: {_of(stopped)} did.", advice)
+        else:
+            yield Finding("good", f"Answers stop by themselves: {_of(stopped)}.")
+    if all("exact" in sample for sample in last):
+        right = _of([bool(sample["exact"]) for sample in last])
+        before = run.summary.get("base_exact_match")
+        base = "" if before is None else f"; the base model: {before:.1%}"
+        yield Finding("note", f"Held-out questions answered exactly: {right}{base}.")
+    yield from _suspicious_answers([str(sample["answer"]) for sample in last], [each.base for each in prompts])
+
+
+def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> Iterator[Finding]:
+    empty = sum(not answer.strip() for answer in answers)
+    if empty:
+        advice = "The stop token comes first: look for empty or cut answers in the data."
+        yield Finding("warning", f"{empty} of {len(answers)} answers are empty.", advice)
+    if len(answers) >= ENOUGH_ANSWERS and len(set(answers)) == 1 and not empty:
+        advice = "The model ignores the prompt."
+        yield Finding("warning", f"All {len(answers)} prompts got the same answer.", advice)
+    known = [(answer, before) for answer, before in zip(answers, base, strict=True) if before is not None]
+    if known and all(answer == before for answer, before in known):
+        advice = "Training changed next to nothing."
+        yield Finding("warning", f"All {len(known)} answers are identical to the base model's.", advice)
+
+
+def _of(right: Sequence[bool]) -> str:
+    """`38 of 40 (95%; 95% interval 83% to 99%)`."""
+    found = interval([float(own) for own in right], bounds=SHARE)
+    spread = "" if found.low is None or found.high is None else f"; 95% interval {found.low:.0%} to {found.high:.0%}"
+    return f"{sum(right):,} of {len(right):,} ({found.value:.0%}{spread})"
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -181,7 +225,7 @@ def _data(run: RunRecord) -> Iterator[Finding]:
     num = len(run.rejections)
     if num:
         of = f" of {num_examples:,} ({_share(num / num_examples)})" if num_examples else ""
-        level: Level = "look" if num_examples and num > MANY_REJECTED * num_examples else "note"
+        level: Severity = "warning" if num_examples and num > MANY_REJECTED * num_examples else "note"
         seen = f"{num:,}{of} rows were rejected and not trained."
         yield Finding(level, seen, "The reasons stand under “What was trained”.")
     elif num_examples:
@@ -206,9 +250,11 @@ def _tax(run: RunRecord) -> Iterator[Finding]:
     lost = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained" and change(task) < 0]
     if lost:
         said = "; ".join(sentence(task) for task in lost)
-        yield Finding("look", f"An alignment tax: {said}.", "Replay, KL to the base, an adapter or averaging lower it.")
+        yield Finding(
+            "warning", f"An alignment tax: {said}.", "Replay, KL to the base, an adapter or averaging lower it."
+        )
     elif run.compare:
-        yield Finding("good", "No alignment tax that can be told from zero was found by `preceptor compare`.")
+        yield Finding("good", "`preceptor compare` found no significant alignment tax.")
 
 
 def _share(value: float) -> str:

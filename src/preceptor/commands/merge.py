@@ -1,4 +1,4 @@
-"""`merge`."""
+"""The command `merge`: the weights of two models averaged, and a sweep over the averages."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,41 +6,43 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.studying import (
+from preceptor.commands.options import (
+    BaseModel,
     BatchSize,
-    Device,
+    DeviceName,
     Dtype,
     Limit,
     MaxNewTokens,
     Seed,
-    wanted_tasks,
+    TunedModel,
+    read_tasks,
 )
 
 if TYPE_CHECKING:
-    from preceptor.compare.compare import Questions
+    from preceptor.compare.compare import EvaluationSuite
 
 _ONE_WEIGHT = 0.5
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="The base model: folder, Hub id or `scholar`.")],
-    tuned: Annotated[str, typer.Argument(help="The model after tuning.")],
+    base: BaseModel,
+    tuned: TunedModel,
     out: Annotated[Path, typer.Option(help="Folder to write: the model; with --sweep, sweep.json and plots.")],
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the tuned model: 0 is the base, 1 the tuned model (0.5). --sweep takes several."),
+        typer.Option(help="Weight of the tuned model: 0 is the base, 1 the tuned model (0.5). --sweep takes several."),
     ] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Write no model; put each weight (0, 0.1 ... 1) to tasks and texts.")
+        bool, typer.Option("--sweep", help="Write no model; evaluate each weight (0, 0.1 ... 1) on tasks and texts.")
     ] = False,
-    trained: Annotated[
-        list[str] | None, typer.Option(help="Sweep: a task that shows the skill; several may be.")
+    trained: Annotated[list[str] | None, typer.Option(help="Sweep: a task that shows the skill; repeatable.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Sweep: a task that shows the tax; repeatable.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Sweep: texts that show the tax, .jsonl or .txt; repeatable.")
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Sweep: a task that shows the tax; several may be.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Sweep: texts that show it, .jsonl or .txt.")] = None,
     limit: Limit = None,
     dtype: Dtype = "float32",
-    device: Device = "auto",
+    device: DeviceName = "auto",
     max_new_tokens: MaxNewTokens = 256,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -56,10 +58,10 @@ def merge(
         raise errors.ConfigError(
             "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
         )
-    wanted = wanted_tasks(trained, tasks, text, limit, seed)
-    from preceptor.compare.compare import Questions
+    wanted = read_tasks(trained, tasks, text, limit, seed)
+    from preceptor.compare.compare import EvaluationSuite
 
-    _sweep(base, tuned, weight, out, Questions(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
+    _sweep(base, tuned, weight, out, EvaluationSuite(wanted, (), max_new_tokens, batch_size, seed), dtype, device)
 
 
 def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
@@ -72,20 +74,22 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 
 
 def _sweep(
-    base: str, tuned: str, weight: list[float] | None, out: Path, questions: "Questions", dtype: str, device: str
+    base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
     from preceptor.files import writing
 
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    from preceptor.compare.sweep import WEIGHTS, print_sweep, write
+    from preceptor.compare.sweep import WEIGHTS, write
     from preceptor.compare.sweep import sweep as sweep_weights
+    from preceptor.compare.text import print_sweep
     from preceptor.console import status_line, table_console
     from preceptor.evaluate.model import load_evaluated_model
+    from preceptor.report.tradeoff import draw_plots
 
     with status_line() as say:
         found = sweep_weights(
-            base, tuned, weight or WEIGHTS, questions, lambda path: load_evaluated_model(path, dtype, device), out, say
+            base, tuned, weight or WEIGHTS, suite, lambda path: load_evaluated_model(path, dtype, device), out, say
         )
-    files = write(out, found)
+    files = write(out, found, draw_plots(found))
     print_sweep(found, files, table_console())
