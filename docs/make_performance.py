@@ -176,7 +176,7 @@ def _rendering(found: Any) -> str:
 
 
 def _packing(found: Any) -> str:
-    ours = [row for row in found["plans"] if row["plan"] == "plan_rows"]
+    ours = [row for row in found["plans"] if row["plan"] == "plan_sequences"]
     full = [row for row in ours if row["mean_fill"] >= 0.98]
     least = min(ours, key=lambda row: row["mean_fill"])
     most = max(row["num_records"] for row in ours)
