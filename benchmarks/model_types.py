@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_types import VOCABULARY, model_types, tiny_of
 
 from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
@@ -29,6 +28,7 @@ from preceptor.model.checks.levels import check_levels
 from preceptor.model.checks.sequential import check_plain
 from preceptor.model.forward import check_head, check_isolation, row_loss
 from preceptor.model.towers import freeze_towers
+from tiny_types import VOCABULARY, model_types, tiny_of
 
 FILE = Path(__file__).parent / "results" / "model_types.json"
 SECONDS = 60  # of one type at most

@@ -3,7 +3,7 @@
     python benchmarks/packing.py [--records 1000000] [--seeds 2]
 
 Lengths are drawn from distributions like those of chats, long-tailed collections, a mixture of short and long
-reasoning, and long reasoning alone; what is longer than a row is left out. Beside `plan_rows` stands best-fit
+reasoning, and long reasoning alone; what is longer than a row is left out. Beside `plan_sequences` stands best-fit
 decreasing, the usual plan. For each: the mean fill of the rows, the share of rows below 98 %, seconds, memory, and how
 alike the records of a row are in length: the variance of the rows' means of log length, over what random groups of the
 same sizes would have (1: as mixed as chance; more: like beside like). Writes benchmarks/results/packing.json.
@@ -21,7 +21,7 @@ import numpy as np
 
 from machine import describe
 from preceptor.data import packing
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
 MAX_LENGTH = (2048, 4096, 8192, 16_384)
@@ -107,7 +107,7 @@ def main() -> None:
         for max_length in MAX_LENGTH:
             drawn_N = draw(np.random.default_rng(0), options.records).astype(np.int64).clip(8)
             lengths = drawn_N[drawn_N <= max_length].tolist()
-            for plan_of in (plan_rows, best_fit_decreasing):
+            for plan_of in (plan_sequences, best_fit_decreasing):
                 found = measure(plan_of, lengths, max_length, options.seeds)
                 rows.append(
                     {
@@ -126,7 +126,7 @@ def main() -> None:
                     flush=True,
                 )
     lengths = chat(np.random.default_rng(0), options.records).astype(np.int64).clip(8, 4096).tolist()
-    peak = memory_bytes(plan_rows, lengths, 4096)
+    peak = memory_bytes(plan_sequences, lengths, 4096)
     print(f"memory for {len(lengths):,} chats in rows of 4,096: {peak / 1e6:.0f} MB")
     RESULT.write_text(
         json.dumps(

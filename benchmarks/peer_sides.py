@@ -37,7 +37,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         longest = max(tree.num_tokens for tree in trees)
         loader = Loader(Dataset(trees), max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
         started = time.perf_counter()
-        losses.append(take_step(state, loader.rows(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
+        losses.append(take_step(state, loader.batch(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
         seconds.append(time.perf_counter() - started)
     found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
     found["peak_bytes"] = _peak_bytes()

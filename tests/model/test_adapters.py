@@ -8,8 +8,8 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter, merge_adapter
 from preceptor.model.forward import check_head, check_isolation, output_head, row_loss
-from recipe import load_recipe
 from tiny import SEEING, chain, seeing_model, tiny_model
+from tiny_types import tiny_of
 
 NEW = [60, 63]
 
@@ -92,7 +92,7 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
 def test_no_adapter_is_on_a_towers_convolution_either():
     """For a mixture of experts peft takes the ends of names: `proj` of the tower's attention, and of its patches."""
-    model = add_adapter(load_recipe("tiny_types").tiny_of("glm4v_moe"), 4, 8.0, 0.0, None, [], seed=0)
+    model = add_adapter(tiny_of("glm4v_moe"), 4, 8.0, 0.0, None, [], seed=0)
     assert not [name for name, p in model.named_parameters() if "visual" in name and p.requires_grad]
 
 

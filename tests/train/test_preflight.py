@@ -69,7 +69,7 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
 
 def test_the_largest_rows_are_the_longest_and_the_one_with_most_targets():
     trees = [chain(RNG, (60, 2)), chain(RNG, (2, 50)), *(chain(RNG, (20, 4)) for _ in range(9))]
-    longest, most_trained = loader(trees).largest_rows()
+    longest, most_trained = loader(trees).largest_sequences()
     plan = [loader(trees).trees(row) for row in loader(trees).plan(0)]
     assert longest.num_tokens == max(sum(tree.num_tokens for tree in row) for row in plan) >= 62
     assert most_trained.num_trained == max(sum(tree.num_trained for tree in row) for row in plan) >= 50
@@ -170,10 +170,10 @@ def test_a_model_that_mixes_conversations_reads_each_chain_alone():
     apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):
-        rows = apart.rows(step)
+        rows = apart.batch(step)
         assert all(row.alone and len(set(row.subtree_end_T.tolist())) == 1 for row in rows)
-        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.rows(step))
-        assert len(rows) > len(packed.rows(step))
+        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.batch(step))
+        assert len(rows) > len(packed.batch(step))
 
 
 @pytest.mark.parametrize("context_gradient", ["full", "detach"])

@@ -1,13 +1,14 @@
-"""`loss.reduction`: what one trained token counts, as weights. There is one way to divide a loss, and this is not it.
+"""The examples of an epoch, drawn from its sources and from replay, and the weight of each trained token.
 
-    step loss = sum_n  weight_n * loss_n  /  sum_n share_n           over the trained tokens of all rows of the step
+    step loss = sum_n  weight_n * loss_n  /  sum_n share_n           over the trained tokens of the step's sequences
 
-With `token` every trained token has the share 1 and the divisor is their number. With `conversation` it has the share
-1 / (trained tokens of its conversation), so a conversation's shares add up to 1, the divisor is the number of
-conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own weight.
+With `loss.reduction: token` every trained token has the share 1 and the divisor is their number. With `conversation` it
+has the share 1 / (trained tokens of its conversation), so a conversation's shares add up to 1, the divisor is the
+number of conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own
+weight.
 
 Shares belong to the conversation, so they are given to its tree before trees are put together (equal prompts) or taken
-apart (one chain a row): then weights and divisor are right however the tokens come to lie in rows and steps.
+apart (one chain a sequence): then weights and divisor are right however the tokens are spread over sequences.
 """
 
 import random

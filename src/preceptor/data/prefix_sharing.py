@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from preceptor.data.forest import Segment, Tree, leaf_paths
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 
 MIN_SHARED_TOKENS = 64  # a shorter beginning in common, such as a template's header, is not worth a branch
 
@@ -38,8 +38,8 @@ def chains_of(tree: Tree) -> list[Tree]:
 def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tree]:
     """The same trained tokens in fewer trees of at most `max_length`, those that share nothing as they were.
 
-    Copies of one tree (a source's weight) stay apart, so that a row seen twice an epoch is not seen twice at once. What
-    shares a mere beginning is put together in groups of a few, drawn by `seed`, so that rows stay mixed.
+    Copies of one tree (a source's weight) stay apart, so that an example seen twice an epoch is not seen twice at once.
+    Trees that share only a beginning are merged in small groups, drawn by `seed`, so that sequences stay mixed.
     """
     grouped: list[Tree] = []
     for copies in _apart(trees):
@@ -100,8 +100,8 @@ def _merged(group: Sequence[Tree], num_shared: int, most_tokens: int, seed: int)
         return list(group)
     rests = [tree.num_tokens - num_shared for tree in group]
     fitting = [number for number, rest in enumerate(rests) if rest + num_shared <= most_tokens]
-    plan = plan_rows([rests[number] for number in fitting], most_tokens - num_shared, seed)
-    merged = [_merge([group[fitting[place]] for place in row], num_shared) for row in plan]
+    plan = plan_sequences([rests[number] for number in fitting], most_tokens - num_shared, seed)
+    merged = [_merge([group[fitting[place]] for place in sequence], num_shared) for sequence in plan]
     return merged + [tree for tree, rest in zip(group, rests, strict=True) if rest + num_shared > most_tokens]
 
 

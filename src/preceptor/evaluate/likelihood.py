@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from preceptor.data.forest import Tree, leaf_paths, pack_trees
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.forward import check_isolation, output_head, read_hidden_states
@@ -93,7 +93,7 @@ def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool =
         )
     ]
     lengths = [part.num_tokens for _, part, _ in parts]
-    plan = [[at] for at in range(len(parts))] if alone else plan_rows(lengths, max([max_length, *lengths]), seed=0)
+    plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
     with evaluating(model):
         for indices in plan:
             packed = [parts[index] for index in indices]

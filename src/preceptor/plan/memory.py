@@ -59,7 +59,7 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class PredictedMemory:
     """Bytes on one rank. `components` in the order in which they are shown; peak_bytes: the most at one time."""
 
     components: Mapping[str, int]
@@ -67,7 +67,7 @@ class Memory:
     moment: str
 
 
-def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameters | None = None) -> Memory:
+def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameters | None = None) -> PredictedMemory:
     """Weights, gradients and optimizer exactly; the rest from what each operation keeps (activations.py)."""
     parameters = parameters or count_parameters(shape, setup.adapter, setup.num_new_tokens)
     states = state_bytes(shape, setup, parameters)
@@ -95,7 +95,7 @@ def predict_memory(shape: Shape, work: Work, setup: Setup, parameters: Parameter
         "the optimizer's step": lasting + states["gradients"],
     }
     moment = max(moments, key=lambda name: moments[name])
-    return Memory(
+    return PredictedMemory(
         components={**states, "communication": communication, **row},
         peak_bytes=moments[moment],
         moment=moment,

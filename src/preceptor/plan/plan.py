@@ -15,7 +15,7 @@ from preceptor.errors import ModelError
 from preceptor.plan.activations import Work
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, Device
 from preceptor.plan.flops import operations
-from preceptor.plan.memory import Memory, Setup, Weights, predict_memory
+from preceptor.plan.memory import PredictedMemory, Setup, Weights, predict_memory
 from preceptor.plan.model import PlannedModel, read_model
 from preceptor.plan.parameters import Adapter, Parameters, check_targets, count_parameters, rows_for
 from preceptor.plan.sample import Sample, Turns
@@ -36,7 +36,7 @@ class Case:
     parameters: Parameters
     work: Work
     setup: Setup
-    memory: Memory
+    memory: PredictedMemory
 
 
 def make_plan(
@@ -251,7 +251,7 @@ def would_fit(run: config.Run, shape: Shape, sample: Sample | str) -> list[dict[
     return found
 
 
-def _fits_on(memory: Memory) -> list[str]:
+def _fits_on(memory: PredictedMemory) -> list[str]:
     return [device.name for device in DEVICES if memory.peak_bytes <= device.usable_bytes]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from preceptor import config
 from preceptor.chat.template import BUILTIN, builtin_stop, builtin_tokens
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource
 
 SAMPLE_ROWS = 200  # of each source
@@ -49,7 +49,7 @@ class Sample:
             turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
         ]
         lengths = [sum(context + target for context, target in turns) for turns in fitting]
-        return [tuple(fitting[index] for index in row) for row in plan_rows(lengths, max_length, seed=0)]
+        return [tuple(fitting[index] for index in row) for row in plan_sequences(lengths, max_length, seed=0)]
 
     def largest_row(self, max_length: int) -> tuple[Turns, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""

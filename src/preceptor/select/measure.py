@@ -33,7 +33,7 @@ from torch import Tensor
 
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 from preceptor.errors import ModelError
 from preceptor.model.attention.runs import decoder_of
 from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head
@@ -160,7 +160,7 @@ class BaseReader:
         loss_U3 = np.zeros((len(waiting), 3))
         embedding_UE = np.zeros((len(waiting), self.embedding_size), np.float32)
         lengths = [tree.num_tokens for _, _, tree in trees]
-        for row in plan_rows(lengths, self._max_length, seed=0) if trees else []:
+        for row in plan_sequences(lengths, self._max_length, seed=0) if trees else []:
             chosen = [trees[index] for index in row]
             hidden_TD, losses = self._forward([tree for _, _, tree in chosen])
             token, pair = 0, 0

@@ -49,7 +49,7 @@ def train(
         watch.look(state)
     for step in range(state.step, total_steps):
         started = time.perf_counter()
-        rows = loader.rows(step)
+        rows = loader.batch(step)
         learning_rate = learning_rate_at(
             step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
         )

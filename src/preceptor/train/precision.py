@@ -2,11 +2,9 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-
-Precision = Literal["float32", "bfloat16"]
 
 _CPU_FEATURES = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16"}
 """Flags of /proc/cpuinfo: instructions that multiply bfloat16 matrices faster than float32 ones."""
@@ -17,7 +15,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
-def resolve_precision(precision: Precision | None, device: torch.device) -> Precision:
+def resolve_precision(precision: str | None, device: torch.device) -> str:
     """`train.precision` as given; absent: bfloat16 on a GPU that has it, otherwise float32."""
     if precision is not None:
         return precision

@@ -92,7 +92,7 @@ def _prove(model: Any, loader: Loader, precision: str, say: Callable[[str], None
             _check_sample_isolation(model, trees, precision)
         with _line(say, "their loss in one row is the sum of the losses of each alone"):
             _check_sum(model, trees, precision, objective)
-    rows = loader.largest_rows()
+    rows = loader.largest_sequences()
     sizes = f"{max(row.num_tokens for row in rows):,} tokens, {max(row.num_trained for row in rows):,} trained"
     with _line(say, f"the largest rows ({sizes}) go forward and backward, and all is finite"):
         _check_largest(model, rows, loader, precision, objective)
