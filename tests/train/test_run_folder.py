@@ -57,6 +57,19 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert "held-out loss" in page and "token by token" in page
 
 
+def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
+    def fail(folders):
+        raise ZeroDivisionError("no axes")
+
+    monkeypatch.setattr("preceptor.train.run.write_report", fail)
+    prepared = prepare(config.load(run_file()))
+    shown = io.StringIO()
+    summary = execute(prepared, Console(file=shown))
+    folder = Path(prepared.run.out)
+    assert json.loads((folder / "summary.json").read_text()) == summary and (folder / "model").is_dir()
+    assert "could not be written (ZeroDivisionError: no axes)" in shown.getvalue().replace("\n", " ")
+
+
 def test_a_resumed_run_adds_its_session(tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps({"command": "first", "resumed": []}))
     run_folder.resume_run(tmp_path, 7, torch.device("cpu"))
