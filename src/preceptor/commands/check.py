@@ -1,4 +1,4 @@
-"""The command `check`: every example through the proof, counted."""
+"""The command `check`: the proof of every example, counted."""
 
 import os
 
