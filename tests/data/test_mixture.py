@@ -7,7 +7,7 @@ import torch
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.mixture import share_of, step_divisor, weigh
 from preceptor.data.prefix_sharing import chains_of
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
 
 
@@ -21,7 +21,7 @@ def conversations():
 def gradient(model, rows, divisor):
     """Loss and gradient of a step that accumulates over these rows."""
     model.zero_grad()
-    losses = [row_loss(model, row) / divisor for row in rows]
+    losses = [Engine(model)(row) / divisor for row in rows]
     for loss in losses:
         loss.backward()
     return sum(loss.item() for loss in losses), torch.cat([p.grad.flatten() for p in model.parameters()])

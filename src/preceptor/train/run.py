@@ -15,14 +15,14 @@ from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
 from preceptor.model.load import load_model, save_model
-from preceptor.model.peak import peak_memory_bytes
-from preceptor.model.towers import freeze_towers, tower_parameters
+from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.report.page import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import build_evaluations
+from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
