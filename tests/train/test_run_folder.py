@@ -72,6 +72,19 @@ def test_a_plain_run_has_the_same_losses_and_says_so(run_file, tmp_path):
     assert "engine: attention, " in console.file.getvalue() and "engine: plain" in console.file.getvalue()
 
 
+def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
+    def fail(folders):
+        raise ZeroDivisionError("no axes")
+
+    monkeypatch.setattr("preceptor.train.run.write_report", fail)
+    prepared = prepare(config.load(run_file()))
+    shown = io.StringIO()
+    summary = execute(prepared, Console(file=shown))
+    folder = Path(prepared.run.out)
+    assert json.loads((folder / "summary.json").read_text()) == summary and (folder / "model").is_dir()
+    assert "could not be written (ZeroDivisionError: no axes)" in shown.getvalue().replace("\n", " ")
+
+
 def test_a_resumed_run_adds_its_session(tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps({"command": "first", "resumed": []}))
     run_folder.resume_run(tmp_path, 7, torch.device("cpu"))

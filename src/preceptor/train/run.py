@@ -126,8 +126,21 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "seconds": time.perf_counter() - started,
     }
     write_json(folder / "summary.json", summary)
-    write_report([folder])
+    _write_report(folder, console)
     return summary
+
+
+def _write_report(folder: Path, console: Console) -> None:
+    """The run is complete without its report, so no error of the report may fail it."""
+    try:
+        write_report([folder])
+    except Exception as error:
+        console.print(
+            f"the report could not be written ({type(error).__name__}: {error}); the run itself is complete. "
+            f"Try `preceptor report {folder}`",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _resume(state: State, prepared: Prepared, folder: Path) -> None:
