@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import first_run
 from preceptor import config
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,11 @@ def test_the_table_in_the_readme_says_what_was_measured():
     for label, path in rows.items():
         assert f"| {label} | {' | '.join(cells(*path))} |" in README
     assert f"{found['base'][0]['all']['num']:,} held-out questions" in README
+
+
+def test_the_page_on_the_first_run_says_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "first_run.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8") == first_run.table(found)
 
 
 def test_the_run_file_in_the_readme_is_valid(tmp_path):
