@@ -212,7 +212,6 @@ def table(name: str, modes: dict[str, dict[str, Any]]) -> str:
 def learning(seeds: int) -> dict[str, Any]:
     """The demo's training in each mode, with so many seeds, and all held-out questions."""
     from first_run import measure
-
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
     from preceptor.evaluate.tasks import read_task
