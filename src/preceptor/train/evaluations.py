@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: held-out rows, tasks, and its answers to the same prompts each time."""
+"""Evaluations during training: loss on held-out examples, tasks, and answers to the same prompts each time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,21 @@ from preceptor.train.prepare import Prepared
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt: its context tokens, the words that a person reads, and the reference answer."""
+    """A held-out prompt: its context tokens, its last message as text, and the reference answer."""
 
     source: str
     context: tuple[int, ...]
-    asked: str
+    text: str
     reference: str
 
 
 @dataclass
 class Evaluations:
-    """Writes `eval.jsonl` (one line a look) and `samples.jsonl` (one line a prompt and look).
+    """Writes `eval.jsonl`, a line for each evaluation, and `samples.jsonl`, a line for each prompt and evaluation.
 
-    A line of eval.jsonl has `step` and, where there are held-out rows, `loss`, `bits_per_byte`, `token_accuracy`,
+    A line of eval.jsonl has `step` and, where there are held-out examples, `loss`, `bits_per_byte`, `token_accuracy`,
     `num_trained`, and the same by `by_source`, `by_kind`, `by_turn` (held_out.py); where there are tasks, `tasks`
-    (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one, drawn by the same seed at each look.
+    (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one, drawn by the same seed each time.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ class Evaluations:
                 {
                     "step": step,
                     "source": prompt.source,
-                    "prompt": prompt.asked,
+                    "prompt": prompt.text,
                     "answer": answer.text,
                     "stopped": answer.stopped,
                     "sampled": drawn.text,
@@ -95,17 +95,17 @@ class Evaluations:
 
 
 def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
-    """The looks of a run. alone: the model reads one conversation at a time."""
+    """The evaluations of a run. alone: the model reads one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
     renderer = chat.renderer(run.data)
     enabled = run.eval.every is not None
-    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
+    conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
     return Evaluations(
         folder=folder,
         held_out=label_targets(prepared.held_out, renderer) if enabled else [],
         tasks=prepared.tasks,
-        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.eval.num_samples]],
+        prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
         evaluated=lambda model: EvaluatedModel(
             name=str(run.out),
             model=model,
@@ -124,7 +124,7 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
 
 
 def _shown(measured: dict[str, Any]) -> str:
-    """A look in one line."""
+    """An evaluation in one line."""
     parts = []
     if "loss" in measured:
         per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
@@ -144,6 +144,6 @@ def first_prompt(conversation: Conversation, tree: Tree) -> SamplePrompt:
     return SamplePrompt(
         source=conversation.source,
         context=path_ids(tree, target.parent),
-        asked=conversation.messages[turn - 1].content if turn else "",
+        text=conversation.messages[turn - 1].content if turn else "",
         reference=conversation.messages[turn].content,
     )

@@ -155,7 +155,7 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
     tokens = prepared.tokens
     console.print(
         f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
-        f"({tokens.trained / tokens.computed:.0%}); rows {loader.fill:.0%} full; {num_steps:,} steps\n"
+        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )
@@ -167,4 +167,6 @@ def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, 
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
-        console.print(f"{num} row{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow")
+        console.print(
+            f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
+        )
