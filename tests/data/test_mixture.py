@@ -1,4 +1,4 @@
-"""reduction: token | conversation: weights, and one gradient however conversations are spread over sequences; mixing and replay."""
+"""The mixture: weights by `loss.reduction`, the same gradient for any spread over sequences; mixing and replay."""
 
 from collections import Counter
 
