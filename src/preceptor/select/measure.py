@@ -35,9 +35,11 @@ from preceptor.data.examples import Completion, Message, Rejection, trainable_tu
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.errors import ModelError
-from preceptor.model.attention.runs import decoder_of
-from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head
-from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
+from preceptor.model.parts import decoder_of
 from preceptor.select.pool import AnsweredExample
 
 EMBEDDING_SIZE = 256
@@ -182,17 +184,9 @@ class BaseScorer:
     def _forward(self, trees: Sequence[Tree]) -> tuple[Tensor, np.ndarray]:
         """The last hidden states of a sequence and the losses (float64) of its targets, both in layout order."""
         sequence = pack_trees(trees)
-        hidden_TD = hidden_states(self._model, sequence)
-        head = output_head(self._model)
-        losses_N, _ = token_losses(
-            hidden_TD,
-            head.weight_VD,
-            torch.from_numpy(sequence.source_N).to(hidden_TD.device),
-            torch.from_numpy(sequence.target_N).to(hidden_TD.device),
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        hidden_TD = Engine(self._model).hidden_states(sequence)
+        pairs = (torch.from_numpy(each_N).to(hidden_TD.device) for each_N in (sequence.source_N, sequence.target_N))
+        losses_N, _ = output_head(self._model).token_losses(hidden_TD, *pairs)
         return hidden_TD, losses_N.double().cpu().numpy()
 
     def _embedding(self, hidden_TD: Tensor, tree: Tree) -> np.ndarray:
