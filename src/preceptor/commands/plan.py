@@ -16,7 +16,7 @@ def plan(
     as_json: AsJson = False,
     measure: Annotated[bool, typer.Option(help="Measure this machine's matrix products first.")] = False,
 ) -> None:
-    """Predict what a run costs and whether it fits, from the run file and the model's config.json alone."""
+    """Predict time and memory of a run. Reads the run file and the model's config.json only."""
     from preceptor import config
     from preceptor.plan.changes import find_change
     from preceptor.plan.devices import find_device
