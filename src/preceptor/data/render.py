@@ -11,6 +11,7 @@ Codes of refusals and what to do about each: `refusals.ADVICE`.
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -64,6 +65,7 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
         self._cache = RenderCache(tokenizer)
+        self.served: Counter[str] = Counter()  # conversations by the layer that gave their renders
         self._forms: Forms | None = None
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
@@ -162,6 +164,7 @@ class Renderer:
         """By the stencil of the plan, where it has one for these words, or turn by turn; now and then by both."""
         stencilled = None if spelled_out else self._by_stencil(renders, weights, source)
         if stencilled is not None and not self._cache.compares_stencil():
+            self.served["stencil"] += 1
             return stencilled
         if stencilled is not None:
             self._cache.stencils = False  # unless the proof, which may refuse, comes to the same
@@ -171,6 +174,7 @@ class Renderer:
             num_shared = context.num_shared if k != turns[0] else 0
             tree.add(context.ids, target, texts, weight, num_shared)
         proved = tree.finish(source, self._decode)
+        self.served[renders.layer] += 1
         self._cache.stencils = self._cache.stencils or proved == stencilled
         return proved
 

@@ -92,6 +92,13 @@ class Renders:
             self._recording = self._new_plan()
             self._marked = self._mark(self._recording.tape, len(self.messages))
 
+    @property
+    def layer(self) -> str:
+        """What gives the renders."""
+        if self._replay is not None:
+            return "replay"
+        return "one pass" if self._live else "one by one"
+
     def _new_plan(self) -> Plan:
         turns = [(k, self._key(arguments)) for k, arguments in self._turns]
         return Plan(Recorded(self.messages, self.leaves, self._starts, turns), Tape(len(self.leaves)))
