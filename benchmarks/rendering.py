@@ -38,14 +38,10 @@ ROOT = Path(__file__).parents[1]
 NUM_PROCESSES = 2
 FEW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 TURNS = (2, 4, 8, 15, 30, 60)
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "find",
-        "description": "Find what holds these words.",
-        "parameters": {"type": "object", "properties": {"words": {"type": "string"}}, "required": ["words"]},
-    },
-}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": about, "parameters": {"type": "object"}}}
+    for name, about in (("find", "Find what holds these words."), ("read", "Read a file."), ("weather", "The weather."))
+]
 
 
 class Profile(NamedTuple):
@@ -246,9 +242,7 @@ def conversation_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] 
 def profile_records(profile: Profile) -> list[Conversation]:
     text = Text(7)
     if profile.kind == "tools":
-        return [
-            conversation_of(text.tool_conversation(turns), [TOOL]) for turns in (3, 4, 6, 8) * (profile.number // 4)
-        ]
+        return [conversation_of(text.tool_conversation(turns), TOOLS) for turns in (3, 4, 6, 8) * (profile.number // 4)]
     make = text.reasoning_conversation if profile.kind == "reasoning" else text.conversation
     return [conversation_of(make(SIZES[profile.size])) for _ in range(profile.number)]
 
@@ -269,13 +263,15 @@ def by_profile(repetitions: int, names: Sequence[str] = tuple(PROFILES)) -> dict
             renderer = make_renderer(tokenizer)
             num_first = len(records) // 10
             first = [renderer.render(record) for record in records[:num_first]]
-            renderer.served.clear()
+            renderer.counts.clear()
             gc.collect()
+            gc.disable()  # as `render_all` does
             start = time.process_time()
             trees = [renderer.render(record) for record in records[num_first:]]
             seconds.append(time.process_time() - start)
+            gc.enable()
             assert not any(isinstance(tree, Refusal) for tree in [*first, *trees])
-            served = {way: round(number / len(trees), 4) for way, number in renderer.served.most_common()}
+            served = {way: round(number / len(trees), 4) for way, number in renderer.counts.most_common()}
         num_tokens = sum(tree.num_tokens for tree in trees if isinstance(tree, Tree))
         each = 1000 * min(seconds) / len(trees)
         result[name] = {"milliseconds": round(each, 4), "tokens": round(num_tokens / len(trees)), "served": served}

@@ -56,13 +56,22 @@ class Text:
         while turns > 0:
             given.append({"role": "user", "content": self.message((40, 40))})
             for _ in range(min(turns - 1, self._rng.randint(1, 6))):
-                call = {"type": "function", "function": {"name": "find", "arguments": {"words": self.message((4, 8))}}}
-                given.append({"role": "assistant", "content": "", "tool_calls": [call] * self._rng.choice((1, 1, 2))})
+                calls = [self._call() for _ in range(self._rng.choice((1, 1, 2)))]
+                given.append({"role": "assistant", "content": "", "tool_calls": calls})
                 given += [{"role": "tool", "content": self.message((40, 40))} for _ in given[-1]["tool_calls"]]
                 turns -= 1
             given.append({"role": "assistant", "content": self.message((40, 40))})
             turns -= 1
         return given
+
+    def _call(self) -> dict[str, Any]:
+        arguments: dict[str, dict[str, Any]] = {
+            "find": {"words": self.message((4, 8)), "limit": self._rng.randint(1, 20)},
+            "read": {"path": self.message((1, 3)), "lines": [self._rng.randint(1, 900), self._rng.randint(900, 2000)]},
+            "weather": {"city": self.message((1, 2)), "metric": self._rng.random() < 0.5},
+        }
+        name = self._rng.choice(list(arguments))
+        return {"type": "function", "function": {"name": name, "arguments": arguments[name]}}
 
     def reasoning_conversation(self, size: Size) -> list[dict[str, str]]:
         """As `conversation`; every answer has reasoning in a field of its own."""
