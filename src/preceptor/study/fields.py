@@ -16,10 +16,9 @@ from preceptor.data.refusals import Refused
 from preceptor.data.render import Renderer
 from preceptor.data.rendering import reasoning
 from preceptor.data.rendering.forms import find_forms
-from preceptor.data.rendering.origins import Leaf, Rendered
-from preceptor.data.rendering.plans import RenderCache
+from preceptor.data.rendering.origins import Leaf, Rendered, leaves_of
 from preceptor.data.rendering.proof import Stops, Turn, target_of
-from preceptor.data.rendering.renders import Renders
+from preceptor.data.rendering.renders import Chat, Renders, Runs
 from preceptor.data.rendering.tokenise import any_of
 from preceptor.study.tokens import spans, special_ids
 
@@ -193,7 +192,8 @@ def _turns(record: Conversation, tree: Tree, renderer: Renderer) -> Iterator[tup
     stops = Stops(any_of(map(tokenizer.convert_ids_to_tokens, renderer.stop_token_ids)), tokenizer.eos_token)
     arguments = {**renderer.template_kwargs, **record.template_kwargs}
     switches = [name for name in template.reasoning_switches if name not in arguments]
-    renders = Renders(template, given, record.tools, RenderCache(tokenizer))
+    chat = Chat(template, given, record.tools, [leaves_of(message, k) for k, message in enumerate(given)])
+    renders = Renders(chat, Runs(tokenizer))
     for k in turns:
         switched = [{**arguments, **dict.fromkeys(switches, reasoning.has_reasoning(given[k]))}] if switches else []
         for attempt in (*switched, arguments):

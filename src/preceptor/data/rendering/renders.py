@@ -25,7 +25,8 @@ from preceptor.data.rendering.provenance import compiled_marked, marked_message,
 from preceptor.data.template import Template
 from preceptor.errors import TemplateError
 
-_MANY_TURNS = 12  # from here on one pass is faster than a run of the template for each render
+_FEW_TURNS = 4  # up to here a run of the template for each render is faster than one pass
+_MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands before the main loop again each time
 _COMPARED_RENDERS = 16
 _COMPARED_PASSES = 4
 _COMPARE_EVERY = 499
@@ -120,6 +121,7 @@ class Runs:
         self._tokenizer = tokenizer
         self._num_renders = self._num_passes = 0
         self._pass_is_wrong = False
+        self._looks_ahead: set[str] = set()  # templates: before the main loop, for some conversation
         self.alignments = Alignments()
         self.counts: Counter[str] = Counter()
 
@@ -155,19 +157,26 @@ class Runs:
         if expected != text:
             raise Refused("render_differs", f"template {name} renders otherwise in transformers")
 
-    def in_one_pass(self, chat: Chat, requests: Sequence[Request]) -> dict[Request, str]:
-        """The renders, by one run of the template for each of the arguments; {} where that cannot be done."""
-        if self._pass_is_wrong:
-            return {}
+    def in_one_pass(self, chat: Chat, requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
+        """The renders, by one run of the template for each of the arguments; {} where that cannot be done.
+
+        head_again: also if what stands before the main loop has to be run again for each render.
+        """
         text = chat.template.text_for(chat.tools)
-        for head_again in (False, True):
-            template = compiled_one_pass(text, head_again)
+        if self._pass_is_wrong or (text in self._looks_ahead and not head_again):
+            return {}
+        for again in (False, True) if head_again else (False,):
+            if not again and text in self._looks_ahead:
+                continue
+            template = compiled_one_pass(text, again)
             if template is None:
                 self.counts["one by one: the template has another form"] += 1
                 return {}
             try:
                 made = _passes(chat, template, requests)
             except LooksAhead:
+                if not again:
+                    self._looks_ahead.add(text)
                 continue
             except Exception as error:
                 if raised_in_pass(error):
@@ -220,10 +229,11 @@ class Renders:
     def __init__(self, chat: Chat, runs: Runs, turns: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> None:
         self._chat, self._runs = chat, runs
         self._texts: dict[Request, str] = {}
-        if len(turns) >= _MANY_TURNS:
+        if len(turns) > _FEW_TURNS:
             asked = [(k, chat.key(arguments)) for k, arguments in turns]
             both = [(Request(k, True, key), Request(k + 1, False, key)) for k, key in asked]
-            self._texts = runs.in_one_pass(chat, [request for pair in both for request in pair])
+            requests = [request for pair in both for request in pair]
+            self._texts = runs.in_one_pass(chat, requests, head_again=len(turns) >= _MANY_TURNS)
 
     def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
         """What the proof needs to know of turn k. Raises Refused where the template refuses the messages."""

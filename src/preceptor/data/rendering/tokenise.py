@@ -17,8 +17,8 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from preceptor.data.rendering.boundaries import Boundaries
 from preceptor.data.rendering.tree import shared_length
@@ -26,7 +26,7 @@ from preceptor.data.rendering.words import Words
 
 Ids = tuple[int, ...]
 
-_CACHE_CHARACTERS = 4_000_000
+_CACHED_IDS = 1_000_000
 
 
 class Tokeniser:
@@ -41,8 +41,10 @@ class Tokeniser:
             self._words = Words(tokenizer)
             self._boundaries = Boundaries(tokenizer, self._words)
         self._unknown = tokenizer.unk_token_id
-        self._cache: dict[str, Ids] = {}
-        self._cached_characters = 0
+        self._single = {token.content: (number,) for number, token in tokenizer.added_tokens_decoder.items()} | {"": ()}
+        self._is_whole: dict[str, bool] = {}
+        self._cache: dict[tuple[str, str], Ids] = {}
+        self._num_cached = 0
         self.start_is_special = self._treats_start_differently()
         self._drops_characters = any(
             tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
@@ -71,9 +73,9 @@ class Tokeniser:
 
     # Chunks ----------------------------------------------------------------------------------------------------------
 
-    def starts(self, text: str, at: int = 0) -> list[int]:
-        """Where the added tokens of a text start, from `at` on: it may be cut there."""
-        return [match.start() for match in self._added.finditer(text, at)]
+    def cut(self, text: str) -> list[str]:
+        """The added tokens of a text with what stands before, between and behind them, by turns."""
+        return self._added.split(text)
 
     def num_safe(self, num_same: int) -> int:
         """Of two texts that begin alike, up to where they are cut alike.
@@ -82,40 +84,45 @@ class Tokeniser:
         """
         return num_same - self._longest
 
-    def chunk(self, text: str) -> Ids:
-        """The ids of a text that holds no added token but at its start."""
-        ids = self._cache.get(text)
+    def head(self, text: str) -> Ids:
+        """The ids of a text without added tokens that stands at the beginning."""
+        return self.chunk("", text) if text else ()
+
+    def chunk(self, token: str, text: str) -> Ids:
+        """The ids of an added token and of a text without added tokens behind it."""
+        if not text:
+            return self._single[token]
+        ids = self._cache.get((token, text))
         if ids is None:
-            ids = self._new_chunk(text)
-            self._remember(text, ids)
+            words = self._words.ids(text)
+            ids = self._asked(token + text) if words is None else (*self._single[token], *words)
+            self._remember(token, text, ids)
         return ids
 
-    def join(self, before: str, after: str) -> None:
-        """Chunk `after` follows chunk `before` in a text: if no token crosses, their ids are those of both."""
-        token = self._added.match(before)
-        if self._boundaries.between(before[token.end() :] if token else before, after):
-            self._remember(before + after, self.chunk(before) + self.chunk(after))
+    def is_whole(self, token: str) -> bool:
+        """Whether an added token stays one, whatever stands around it: none of the others holds it."""
+        if token not in self._is_whole:
+            self._is_whole[token] = sum(token in other for other in self._single) == 1
+        return self._is_whole[token]
 
-    def _new_chunk(self, text: str) -> Ids:
+    def parts_at(self, before: str, head: str, after: str) -> bool:
+        """Whether the ids of before + after are those of both; `before` holds no added token, `after` begins by `head`
+        and then one."""
+        near = self.cut(before + after[: self._longest])[0]
+        return len(near) >= len(before) and (not head or self._boundaries.between(before, head))
+
+    def _asked(self, text: str) -> Ids:
         assert self._backend is not None
-        token = self._added.match(text)
-        if token is None:
-            ids = self._words.ids(text)
-        else:  # an added token is one id, whatever follows
-            ids = self._words.ids(text[token.end() :])
-            ids = None if ids is None else (self._backend.token_to_id(token.group()), *ids)
-        if ids is None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-        return ids
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
-    def _remember(self, text: str, ids: Ids) -> None:
-        if self._cached_characters > _CACHE_CHARACTERS:
+    def _remember(self, token: str, text: str, ids: Ids) -> None:
+        if self._num_cached > _CACHED_IDS:
             self._cache.clear()
-            self._cached_characters = 0
-        self._cache[text] = ids
-        self._cached_characters += len(text)
+            self._num_cached = 0
+        self._cache[token, text] = ids
+        self._num_cached += len(ids)
 
     # Otherwise -------------------------------------------------------------------------------------------------------
 
@@ -175,6 +182,14 @@ class Tokeniser:
         )
 
 
+class Said(NamedTuple):
+    """What followed a prompt, if its ids are the same in a longer prompt; last: how long its last token is."""
+
+    text: str
+    ids: Ids
+    last: int
+
+
 class Path:
     """The prompts of one conversation, read one after the other, and what follows each.
 
@@ -185,24 +200,37 @@ class Path:
         self._tokeniser = tokeniser
         self.ids: list[int] = []
         self._text = ""
-        self._starts = [0]  # of the chunks of the text
+        self._starts = [0]  # of the chunks of the text: its beginning, and each added token
         self._num_before = [0]  # ids before each of them
+        self._last = ""  # what the text holds behind its last added token
+        self._said: Said | None = None
 
     def read(self, text: str) -> int:
-        """Tokenise the next prompt; how many of the last one's ids are the first of its own."""
+        """Tokenise the next prompt; how many ids of the last one, and of what followed it, are the first of its own."""
         tokeniser = self._tokeniser
         if not tokeniser.in_chunks:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
-        keep = self._num_kept(text)
-        num_shared, first = self._num_before[keep], self._starts[keep]
-        new = [start for start in tokeniser.starts(text, first) if start > first]
+        said, self._said = self._said, None
+        if said is not None and text.startswith(said.text, len(self._text)) and text.startswith(self._text):
+            self.ids += said.ids
+            self._starts.append(len(self._text) + len(said.text) - said.last)
+            self._num_before.append(len(self.ids) - 1)
+            keep = len(self._starts) - 1
+        else:
+            keep = self._num_kept(text)
+        num_shared, at = self._num_before[keep], self._starts[keep]
+        keep = max(keep, 1)  # the beginning stays
         del self._starts[keep:], self._num_before[keep:], self.ids[num_shared:]
-        for start, end in pairwise((first, *new, len(text))):
-            self._starts.append(start)
+        head, *rest = tokeniser.cut(text[at:])
+        self.ids += tokeniser.head(head)
+        at += len(head)
+        for token, plain in zip(rest[::2], rest[1::2], strict=True):
+            self._starts.append(at)
             self._num_before.append(len(self.ids))
-            self.ids += tokeniser.chunk(text[start:end])
-        self._text = text
+            self.ids += tokeniser.chunk(token, plain)
+            at += len(token) + len(plain)
+        self._text, self._last = text, rest[-1] if rest else head
         return num_shared
 
     def _num_kept(self, text: str) -> int:
@@ -213,16 +241,16 @@ class Path:
     def continuation(self, text: str) -> Ids:
         """The ids of a text that follows the one read last, tokenised on its own: no token crosses the boundary."""
         tokeniser = self._tokeniser
-        before = self._text[self._starts[-1] :]
         if tokeniser.start_is_special:
-            return tokeniser.behind(before, text)
+            return tokeniser.behind(self._text[self._starts[-1] :], text)
         if not tokeniser.in_chunks:
             return tokeniser.whole(text)
-        cuts = [0, *(start for start in tokeniser.starts(text) if start), len(text)]
-        chunks = [text[start:end] for start, end in pairwise(cuts)]
-        ids = [token for chunk in chunks for token in tokeniser.chunk(chunk)]
-        tokeniser.join(before, chunks[0])  # as the next prompt will have it
-        return tuple(ids)
+        head, *rest = tokeniser.cut(text)
+        found = [tokeniser.head(head), *map(tokeniser.chunk, rest[::2], rest[1::2])]
+        ids = tuple(chain.from_iterable(found))
+        if rest and not rest[-1] and tokeniser.parts_at(self._last, head, text) and tokeniser.is_whole(rest[-2]):
+            self._said = Said(text, ids, len(rest[-2]))
+        return ids
 
 
 def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
@@ -235,7 +263,8 @@ def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
     found = [token for token in tokens if token.content and not token.normalized]
     if not found or any(token.lstrip or token.single_word for token in found):
         return any_of(()), 0
-    return any_of(token.content for token in found), max(len(token.content) for token in found)
+    pattern = any_of(token.content for token in found).pattern
+    return re.compile(f"({pattern})"), max(len(token.content) for token in found)
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
