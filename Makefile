@@ -38,7 +38,7 @@ table: setup
 # docs/study.md: base and intern, the LIMA curve, the tax and what lowers it, the shift; under 30 minutes on 2 cores.
 # Interrupted, it goes on where it was; what has been measured is kept in runs/study.
 study: setup
-	$(BIN)/python recipes/study.py
+	$(BIN)/python experiments/study.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

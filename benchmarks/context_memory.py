@@ -39,10 +39,10 @@ from torch.utils._pytree import tree_leaves
 
 from machine import describe
 from preceptor import config
-from preceptor.data.forest import Row, Segment, Tree, build_row
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.model.activations.passes import Keep
 from preceptor.model.forward import output_head, read_hidden_states, row_loss
-from preceptor.model.loss import linear_cross_entropy
-from preceptor.model.passes import Keep
+from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,9 +52,9 @@ MODES: dict[str, Keep | None] = {
     "whole": None,
     "full": Keep(),
     "recompute": Keep("recompute"),
-    "none": Keep("none"),
-    "full, recompute: all": Keep("full", "all"),
-    "none, recompute: all": Keep("none", "all"),
+    "detach": Keep("detach"),
+    "full, checkpointing: all": Keep("full", "all"),
+    "detach, checkpointing: all": Keep("detach", "all"),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
@@ -110,17 +110,17 @@ def held_and_peak(device: torch.device, work: Callable[[], object]) -> tuple[int
     return held, peak
 
 
-def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> Row:
+def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> PackedSequence:
     rng = np.random.default_rng(0)
     segments = []
     for place in range(2 * num_turns):
         length = (answer if place % 2 else context) // num_turns
         ids = tuple(rng.integers(vocab_size, size=length).tolist())
         segments.append(Segment("target" if place % 2 else "context", ids, place - 1 if place else None))
-    return build_row([Tree("random:1", tuple(segments))])
+    return pack_trees([Tree("random:1", tuple(segments))])
 
 
-def states(model: Any, row: Row, keep: Keep | None) -> tuple[Tensor, Tensor]:
+def states(model: Any, row: PackedSequence, keep: Keep | None) -> tuple[Tensor, Tensor]:
     if keep is not None:
         return read_hidden_states(model, row, keep)
     ids_T = torch.from_numpy(row.ids_T).to(model.device)
@@ -128,7 +128,7 @@ def states(model: Any, row: Row, keep: Keep | None) -> tuple[Tensor, Tensor]:
     return hidden_TD, torch.from_numpy(row.source_N).to(hidden_TD.device)
 
 
-def loss_of(model: Any, row: Row, keep: Keep | None) -> Tensor:
+def loss_of(model: Any, row: PackedSequence, keep: Keep | None) -> Tensor:
     if keep is not None:
         return row_loss(model, row, keep)
     hidden_TD, source_N = states(model, row, None)
@@ -136,14 +136,14 @@ def loss_of(model: Any, row: Row, keep: Keep | None) -> Tensor:
     return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
 
 
-def step(model: Any, row: Row, keep: Keep | None, precision: str) -> float:
+def step(model: Any, row: PackedSequence, keep: Keep | None, precision: str) -> float:
     with autocast(model.device, precision):
         loss = loss_of(model, row, keep)
     loss.backward()
     return loss.item()
 
 
-def measure_row(model: Any, row: Row, precision: str, repeats: int) -> dict[str, Any]:
+def measure_row(model: Any, row: PackedSequence, precision: str, repeats: int) -> dict[str, Any]:
     """All modes on one row, each beside `whole`."""
     result: dict[str, dict[str, Any]] = {}
     true: list[Tensor] = []
@@ -212,21 +212,22 @@ def learning(seeds: int) -> dict[str, Any]:
     """The demo's training in each mode, with so many seeds, and all held-out questions."""
     from first_run import measure
 
+    from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
-    from preceptor.study.questions import read_questions
-    from preceptor.train.execute import execute
-    from preceptor.train.metrics import standard_console
+    from preceptor.evaluate.tasks import read_task
     from preceptor.train.prepare import prepare
+    from preceptor.train.run import execute
 
-    questions = read_questions(QUESTIONS)
+    questions = read_task(QUESTIONS)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for mode in ("full", "recompute", "none"):
+        for mode in ("full", "recompute", "detach"):
             result[mode] = []
             for seed in range(seeds):
                 out = Path(folder) / f"{mode}-{seed}"
                 tree = config.Run.model_dump(demo_run(out), mode="json")
-                tree["train"] |= {"seed": seed, "context_gradient": mode}
+                tree["train"]["seed"] = seed
+                tree["memory"]["context_gradient"] = mode
                 summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
                 answers = measure(str(out / "model"), questions)
                 result[mode].append(

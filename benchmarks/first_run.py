@@ -10,29 +10,27 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from machine import describe
 from preceptor import config
-from preceptor.demo import QUESTIONS, ask, demo_run
-from preceptor.study.questions import Question, read_questions, score, score_by
-from preceptor.train.execute import execute
-from preceptor.train.metrics import standard_console
+from preceptor.console import standard_console
+from preceptor.demo import MAX_BASE_TOKENS, MAX_TUNED_TOKENS, QUESTIONS, answer, demo_run, shares, shares_by
+from preceptor.evaluate.tasks import GROUPS, Task, read_task
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("family", "wording", "kind")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     seeds = range(parser.parse_args().seeds)
-    questions = read_questions(QUESTIONS)
+    questions = read_task(QUESTIONS)
     result: dict[str, Any] = {"command": "python benchmarks/first_run.py", **describe(), "seeds": len(seeds)}
-    result["base"] = [measure("scholar", questions)]
+    result["base"] = [measure("scholar", questions, MAX_BASE_TOKENS)]
     with tempfile.TemporaryDirectory() as folder:
         for name, init in (("intern", "pretrained"), ("control", "random")):
             result[name] = [train_and_measure(Path(folder) / f"{name}-{s}", init, s, questions) for s in seeds]
@@ -44,7 +42,7 @@ def main() -> None:
     print(table(result))
 
 
-def train_and_measure(out: Path, init: str, seed: int, questions: list[Question]) -> dict[str, Any]:
+def train_and_measure(out: Path, init: str, seed: int, questions: Task) -> dict[str, Any]:
     """One training as the demo does it, with other first weights and another seed, asked all questions."""
     run = demo_run(out)
     run = config.build(
@@ -58,14 +56,13 @@ def train_and_measure(out: Path, init: str, seed: int, questions: list[Question]
     summary = execute(prepare(run), standard_console())
     return measure(str(out / "model"), questions) | {
         "training_seconds": round(summary["seconds"], 1),
-        "num_examples": summary["num_examples"],
+        "examples_per_epoch": summary["examples_per_epoch"],
     }
 
 
-def measure(model_path: str, questions: list[Question]) -> dict[str, Any]:
-    answers = ask(model_path, questions)
-    by_group = {group: {name: asdict(s) for name, s in score_by(group, questions, answers).items()} for group in GROUPS}
-    return {"all": asdict(score(questions, answers))} | by_group
+def measure(model: str, questions: Task, max_new_tokens: int = MAX_TUNED_TOKENS) -> dict[str, Any]:
+    results = answer(model, questions, max_new_tokens)
+    return {"all": shares(results)} | {group: shares_by(group, results) for group in GROUPS}
 
 
 def mean(runs: list[dict[str, Any]], *path: str) -> float:
@@ -87,8 +84,9 @@ def table(result: dict[str, Any]) -> str:
         "# The first run: base, intern, control",
         "",
         f"Made by `{result['command']}`: {base[0]['all']['num']} held-out questions, greedy; none of the "
-        f"facts they ask for occurs in the {intern[0]['num_examples']} training conversations. Intern and control: "
-        f"mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to {max(spread):.1%}). "
+        f"facts they ask for occurs in the {intern[0]['examples_per_epoch']} training conversations. Intern and "
+        f"control: mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to "
+        f"{max(spread):.1%}). "
         "An answer counts only if it is, letter for letter, one of the accepted sentences. "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",

@@ -49,8 +49,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: seconds, bytes and the share of the matrix-product rate."""
     import torch
 
-    from preceptor.model.loss import head_cast_once, linear_cross_entropy
-    from preceptor.model.loss_options import chunk_tokens
+    from preceptor.model.loss.linear_cross_entropy import head_cast_once, linear_cross_entropy
+    from preceptor.model.loss.options import chunk_tokens
 
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)

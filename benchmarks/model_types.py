@@ -17,24 +17,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_types import VOCABULARY, model_types, tiny_of
 
 from machine import describe
-from preceptor.data.forest import Row, Segment, Tree, build_row
-from preceptor.data.grouping import chains_of
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.adapters import add_adapter
+from preceptor.model.activations.passes import Keep
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.checks.levels import check_levels
+from preceptor.model.checks.sequential import check_plain
 from preceptor.model.forward import check_head, check_isolation, row_loss
-from preceptor.model.passes import Keep
-from preceptor.model.plain import check_plain
-from preceptor.model.sparing import check_levels
 from preceptor.model.towers import freeze_towers
+from tiny_types import VOCABULARY, model_types, tiny_of
 
 FILE = Path(__file__).parent / "results" / "model_types.json"
 SECONDS = 60  # of one type at most
 MODES = {
     "full": Keep(),
-    "recompute: all": Keep(recompute="all"),
+    "activation_checkpointing: all": Keep(activation_checkpointing="all"),
     "context_gradient: recompute": Keep(context_gradient="recompute"),
 }
 
@@ -72,7 +72,7 @@ def _too_long(*_: Any) -> None:
 
 
 def examine(kind: str) -> dict[str, Any]:
-    """outcome: packed, alone, refused or not tried; why, but for packed; errors by mode; lora: whether it works."""
+    """outcome: packed, alone, rejected or not tried; why, but for packed; errors by mode; lora: whether it works."""
     try:
         model = tiny_of(kind)
     except ValueError as error:
@@ -83,11 +83,11 @@ def examine(kind: str) -> dict[str, Any]:
         check_head(model)
         outcome, why = _how(model)
     except ModelError as error:
-        return {"outcome": "refused", "why": str(error)}
+        return {"outcome": "rejected", "why": str(error)}
     rng = np.random.default_rng(0)
     trees = [_tree(rng, (5, 6, 4, 7)), _branching(rng), _tree(rng, (9, 3))]
-    chains = [build_row([chain], alone=True) for tree in trees for chain in chains_of(tree)]
-    rows = chains if outcome == "alone" else [build_row(trees)]
+    chains = [pack_trees([chain], alone=True) for tree in trees for chain in chains_of(tree)]
+    rows = chains if outcome == "alone" else [pack_trees(trees)]
     true = gradient(model, chains, None)
     found: dict[str, Any] = {"outcome": outcome} | ({"why": why} if why else {}) | {"errors": {}}
     for mode, keep in MODES.items():
@@ -111,7 +111,7 @@ def _how(model: Any) -> tuple[str, str]:
     return "packed", ""
 
 
-def gradient(model: Any, rows: list[Row], keep: Keep | None) -> torch.Tensor:
+def gradient(model: Any, rows: list[PackedSequence], keep: Keep | None) -> torch.Tensor:
     """Of all trained parameters, in float64. keep: None for the model's own forward pass and torch's cross-entropy."""
     model.zero_grad(set_to_none=True)
     for row in rows:
@@ -126,13 +126,13 @@ def gradient(model: Any, rows: list[Row], keep: Keep | None) -> torch.Tensor:
     )
 
 
-def _own_loss(model: Any, row: Row) -> torch.Tensor:
+def _own_loss(model: Any, row: PackedSequence) -> torch.Tensor:
     logits_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0].float()
     targets_N = torch.from_numpy(row.target_N)
     return torch.nn.functional.cross_entropy(logits_TV[torch.from_numpy(row.source_N)], targets_N, reduction="sum")
 
 
-def lora(model: Any, rows: list[Row]) -> str:
+def lora(model: Any, rows: list[PackedSequence]) -> str:
     """`works`, or what does not."""
     try:
         adapted = add_adapter(model, 2, 4.0, 0.0, None, [], seed=0)

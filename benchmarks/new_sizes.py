@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from machine import describe
-from preceptor.model.attention_path import attend_path
-from preceptor.model.layout import PathMasks
+from preceptor.model.attention.cpu import attend_path
+from preceptor.model.attention.layout import PathMasks
 
 RESULTS = Path(__file__).parent / "results" / "new_sizes.json"
 HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD_SIZE = 384, 1152, 6, 2, 64

@@ -3,7 +3,7 @@
     python benchmarks/packing.py [--records 1000000] [--seeds 2]
 
 Lengths are drawn from distributions like those of chats, long-tailed collections, a mixture of short and long
-reasoning, and long reasoning alone; what is longer than a row is left out. Beside `plan_rows` stands best-fit
+reasoning, and long reasoning alone; what is longer than a row is left out. Beside `plan_sequences` stands best-fit
 decreasing, the usual plan. For each: the mean fill of the rows, the share of rows below 98 %, seconds, memory, and how
 alike the records of a row are in length: the variance of the rows' means of log length, over what random groups of the
 same sizes would have (1: as mixed as chance; more: like beside like). Writes benchmarks/results/packing.json.
@@ -21,10 +21,10 @@ import numpy as np
 
 from machine import describe
 from preceptor.data import packing
-from preceptor.data.packing import plan_rows
+from preceptor.data.packing import plan_sequences
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
-MAX_ROW_TOKENS = (2048, 4096, 8192, 16_384)
+MAX_LENGTH = (2048, 4096, 8192, 16_384)
 FULL = 0.98
 
 Plan = Callable[[Sequence[int], int, int], list[list[int]]]
@@ -53,23 +53,23 @@ def reasoning(rng: np.random.Generator, num: int) -> np.ndarray:
 DISTRIBUTIONS = {draw.__name__: draw for draw in (chat, long_tail, bimodal, reasoning)}
 
 
-def best_fit_decreasing(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
-    return packing.best_fit_decreasing(np.asarray(lengths), max_row_tokens, np.random.default_rng(seed))
+def best_fit_decreasing(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
+    return packing.best_fit_decreasing(np.asarray(lengths), max_length, np.random.default_rng(seed))
 
 
-def measure(plan_of: Plan, lengths: list[int], max_row_tokens: int, num_seeds: int) -> dict[str, float]:
+def measure(plan_of: Plan, lengths: list[int], max_length: int, num_seeds: int) -> dict[str, float]:
     """Means over the seeds, of seconds the least; memory is the peak while a plan is made, the plan included."""
     fills, below, mixed, seconds, num_rows = [], [], [], [], []
     length_N = np.array(lengths)
     log_N = np.log(length_N)
     for seed in range(num_seeds):
         start = time.perf_counter()
-        plan = plan_of(lengths, max_row_tokens, seed)
+        plan = plan_of(lengths, max_length, seed)
         seconds.append(time.perf_counter() - start)
         assert sum(map(len, plan)) == len(lengths)
         size_R = np.array([len(row) for row in plan])
         order_N, start_R = np.concatenate([np.array(row) for row in plan]), np.cumsum(size_R) - size_R
-        fill_R = np.add.reduceat(length_N[order_N], start_R) / max_row_tokens
+        fill_R = np.add.reduceat(length_N[order_N], start_R) / max_length
         assert fill_R.max() <= 1
         mean_R = np.add.reduceat(log_N[order_N], start_R) / size_R
         fills.append(float(fill_R.mean()))
@@ -86,9 +86,9 @@ def measure(plan_of: Plan, lengths: list[int], max_row_tokens: int, num_seeds: i
     }
 
 
-def memory_bytes(plan_of: Plan, lengths: list[int], max_row_tokens: int) -> int:
+def memory_bytes(plan_of: Plan, lengths: list[int], max_length: int) -> int:
     tracemalloc.start()
-    plan_of(lengths, max_row_tokens, 0)
+    plan_of(lengths, max_length, 0)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
@@ -104,29 +104,29 @@ def main() -> None:
         f"{'lengths':<10} {'row':>6}  {'plan':<20} {'fill':>8} {'< 98 %':>8} {'alike':>8} {'rows':>10} {'seconds':>8}"
     )
     for name, draw in DISTRIBUTIONS.items():
-        for max_row_tokens in MAX_ROW_TOKENS:
+        for max_length in MAX_LENGTH:
             drawn_N = draw(np.random.default_rng(0), options.records).astype(np.int64).clip(8)
-            lengths = drawn_N[drawn_N <= max_row_tokens].tolist()
-            for plan_of in (plan_rows, best_fit_decreasing):
-                found = measure(plan_of, lengths, max_row_tokens, options.seeds)
+            lengths = drawn_N[drawn_N <= max_length].tolist()
+            for plan_of in (plan_sequences, best_fit_decreasing):
+                found = measure(plan_of, lengths, max_length, options.seeds)
                 rows.append(
                     {
                         "lengths": name,
-                        "max_row_tokens": max_row_tokens,
+                        "max_length": max_length,
                         "plan": plan_of.__name__,
                         "num_records": len(lengths),
-                        "fewest_rows_possible": -(-sum(lengths) // max_row_tokens),
+                        "fewest_rows_possible": -(-sum(lengths) // max_length),
                         **found,
                     }
                 )
                 print(
-                    f"{name:<10} {max_row_tokens:>6}  {plan_of.__name__:<20} {found['mean_fill']:>8.3%} "
+                    f"{name:<10} {max_length:>6}  {plan_of.__name__:<20} {found['mean_fill']:>8.3%} "
                     f"{found['share_of_rows_below_98']:>8.2%} {found['alike']:>8.1f} {found['fewest_rows']:>10,} "
                     f"{found['seconds']:>8.2f}",
                     flush=True,
                 )
     lengths = chat(np.random.default_rng(0), options.records).astype(np.int64).clip(8, 4096).tolist()
-    peak = memory_bytes(plan_rows, lengths, 4096)
+    peak = memory_bytes(plan_sequences, lengths, 4096)
     print(f"memory for {len(lengths):,} chats in rows of 4,096: {peak / 1e6:.0f} MB")
     RESULT.write_text(
         json.dumps(

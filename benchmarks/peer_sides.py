@@ -20,6 +20,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     from shapes import matrix_product_rate, operations_of
 
     from preceptor import config
+    from preceptor.data.dataset import Dataset
     from preceptor.data.loader import Loader
     from preceptor.model.load import load_model
     from preceptor.train.checkpoint import State
@@ -29,14 +30,14 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     folder = Path(options["folder"])
     steps = pickle.loads((folder / "trees.pickle").read_bytes())
     model = load_model(folder / "model", dtype=options["dtype"], device=_device())
-    run = config.Train(precision=options["precision"], learning_rate=LEARNING_RATE)
-    state = State(model, build_optimizer(model, run.weight_decay, run.beta1, run.beta2))
+    settings = config.Optimizer()
+    state = State(model, build_optimizer(model, settings.weight_decay, settings.betas))
     seconds, losses = [], []
     for trees in steps:
         longest = max(tree.num_tokens for tree in trees)
-        loader = Loader(trees, max_row_tokens=max(int(options["how"]), longest), rows_per_step=len(trees), seed=0)
+        loader = Loader(Dataset(trees), max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
         started = time.perf_counter()
-        losses.append(take_step(state, loader.rows(0), LEARNING_RATE, run.max_grad_norm, run.precision)[0])
+        losses.append(take_step(state, loader.batch(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
         seconds.append(time.perf_counter() - started)
     found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
     found["peak_bytes"] = _peak_bytes()
@@ -145,7 +146,7 @@ def start_ours(options: dict[str, Any]) -> dict[str, Any]:
     run_file = folder / "run.yaml"
     run_file.write_text(
         f"model: {{path: {folder}/model}}\ndata: {{train: [{{path: {folder}/messages.jsonl}}]}}\nout: {out}\n"
-        "train: {duration: 1 steps, rows_per_step: 16, eval_every: null}\n"
+        "train: {duration: 1 steps, batch_size: 16}\neval: {every: null}\n"
     )
     from preceptor.cli import app
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from rendering_work import Text, make_tokenizer
 
-from preceptor.data.conversation import Refusal
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import load_template
+from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, path_ids
-from preceptor.data.render import Renderer
-from preceptor.data.sources import read_records
-from preceptor.data.template import load_template
+from preceptor.data.sources import read_examples
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def prepare(work: Work, folder: Path, num_steps: int = 1) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     renderer = Renderer(tokenizer, load_template(None, tokenizer), stop_token_ids=(tokenizer.eos_token_id,))
     trees = []
-    for record in read_records(Source(path=str(messages))):
-        assert not isinstance(record, Refusal), record
+    for record in read_examples(Source(path=str(messages))):
+        assert not isinstance(record, Rejection), record
         tree = renderer.render(record)
-        assert not isinstance(tree, Refusal), tree
+        assert not isinstance(tree, Rejection), tree
         trees.append(tree)
     steps = [trees[start::num_steps] for start in range(num_steps)]
     (folder / "trees.pickle").write_bytes(pickle.dumps(steps))

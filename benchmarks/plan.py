@@ -1,6 +1,6 @@
 """What `preceptor plan` predicts, beside what is measured: activations and the peak of a step, for every mode.
 
-    python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full none ...] [--device cpu|cuda]
+    python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full detach ...] [--device cpu|cuda]
     python benchmarks/plan.py --models llama-3.1-8b --weights bfloat16 --tokens 4096 --device cuda
 
 Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation a row, three
@@ -23,13 +23,13 @@ from live_bytes import Tracker
 from shapes import SHAPES, random_model
 
 from machine import describe
-from preceptor.data.forest import Row, Segment, Tree, build_row
-from preceptor.model.activations import Work, kept_for_backward
-from preceptor.model.embedding import embedding_gradient_in_place
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.model.activations.embedding import embedding_gradient_in_place
+from preceptor.model.activations.passes import Keep
 from preceptor.model.forward import read_hidden_states, row_loss
-from preceptor.model.memory import Setup, predict_memory
-from preceptor.model.passes import Keep
-from preceptor.model.shapes import shape_of
+from preceptor.plan.activations import Work, kept_for_backward
+from preceptor.plan.memory import Setup, predict_memory
+from preceptor.plan.shapes import shape_of
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import autocast
 
@@ -50,17 +50,17 @@ MODELS: dict[str, dict[str, Any]] = {
 MODES = {
     "full": Keep(),
     "recompute": Keep("recompute"),
-    "none": Keep("none"),
-    "full, recompute all": Keep("full", "all"),
-    "none, recompute all": Keep("none", "all"),
+    "detach": Keep("detach"),
+    "full, checkpointing all": Keep("full", "all"),
+    "detach, checkpointing all": Keep("detach", "all"),
 }
 
 
-def row_of(num_tokens: int) -> Row:
+def row_of(num_tokens: int) -> PackedSequence:
     context = num_tokens * 3 // 4
     ids = torch.randint(4096, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     segments = (Segment("context", tuple(ids[:context]), None), Segment("target", tuple(ids[context:]), 0))
-    return build_row([Tree("made-up:1", segments)])
+    return pack_trees([Tree("made-up:1", segments)])
 
 
 def model_of(kind: str, weights: str, device: str) -> Any:
@@ -68,7 +68,7 @@ def model_of(kind: str, weights: str, device: str) -> Any:
     return random_model(SHAPES.get(kind, small), weights, device, max_tokens=1 << 17)
 
 
-def measured_activations(model: Any, row: Row, keep: Keep, precision: str) -> int:
+def measured_activations(model: Any, row: PackedSequence, keep: Keep, precision: str) -> int:
     """Live after the forward pass and not before, without what comes out of it."""
     gc.collect()
     with Tracker([*model.parameters(), *model.buffers()]) as tracker:
@@ -81,9 +81,9 @@ def measured_activations(model: Any, row: Row, keep: Keep, precision: str) -> in
     return kept_bytes
 
 
-def measured_peak(model: Any, row: Row, keep: Keep, precision: str) -> int:
+def measured_peak(model: Any, row: PackedSequence, keep: Keep, precision: str) -> int:
     """Of the second step, when the optimizer has its state."""
-    optimizer = build_optimizer(model, 0.0, 0.9, 0.95)
+    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
     gc.collect()
     with Tracker([*model.parameters(), *model.buffers()]) as tracker:
         for _ in range(2):
@@ -112,7 +112,7 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for precision in ("float32", "bfloat16"):
                 for mode in arguments.modes:
                     keep = MODES[mode]
-                    again = keep.recomputed_layers(len(shape.layers))
+                    again = keep.checkpointed_layers(len(shape.layers))
                     work = Work((((context, num_tokens - context),),), keep.context_gradient, again)
                     setup = Setup(arguments.weights, precision == "bfloat16", cpu=arguments.device == "cpu")
                     kept = kept_for_backward(shape, work, setup.precision, cpu=setup.cpu)

@@ -3,7 +3,7 @@
     python benchmarks/rendering.py [--repetitions 3] [--template llama3]
 
 Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
-by `read_records` and `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
+by `read_examples` and `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
 SFTTrainer's own preparation (`assistant_only_loss`, `dataset_num_proc=2`, no truncation, no packing). Both have
 prepared four rows before, so that the template is compiled. They take turns; each figure is the fastest of the
 repetitions. The trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin
@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 from rendering_work import SIZES, SPECIAL, Size, Text, make_tokenizer, write
 
 from machine import describe
-from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import load_template
+from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.parallel import render_all
-from preceptor.data.render import Renderer
-from preceptor.data.sources import read_records
-from preceptor.data.template import load_template
+from preceptor.data.sources import read_examples
+from preceptor.data.workers import render_all
 
 ROOT = Path(__file__).parents[1]
 NUM_PROCESSES = 2
@@ -103,10 +103,10 @@ def make_renderer(tokenizer: Any) -> Renderer:
 
 def ours(file: str, tokenizer: Any, num_processes: int = NUM_PROCESSES) -> Prepared:
     cpu, start = cpu_seconds(), time.perf_counter()
-    trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_records(file), num_processes)]
+    trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_examples(file), num_processes)]
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
-    assert not any(isinstance(tree, Refusal) for tree in trees)
+    assert not any(isinstance(tree, Rejection) for tree in trees)
     num_turns = sum(segment.kind == "target" for tree in trees if isinstance(tree, Tree) for segment in tree.segments)
     num_trained = sum(tree.num_trained for tree in trees if isinstance(tree, Tree))
     return Prepared(seconds, 0.0, cpu, len(trees), num_trained, num_turns)
@@ -230,7 +230,7 @@ def by_tool_turns(repetitions: int) -> list[dict[str, float]]:
         start = time.process_time()
         trees = [renderer.render(record) for record in records]
         each = 1000 * (time.process_time() - start) / len(records)
-        assert not any(isinstance(tree, Refusal) for tree in trees)
+        assert not any(isinstance(tree, Rejection) for tree in trees)
         result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
     return result
 
@@ -270,7 +270,7 @@ def by_profile(repetitions: int, names: Sequence[str] = tuple(PROFILES)) -> dict
             trees = [renderer.render(record) for record in records[num_first:]]
             seconds.append(time.process_time() - start)
             gc.enable()
-            assert not any(isinstance(tree, Refusal) for tree in [*first, *trees])
+            assert not any(isinstance(tree, Rejection) for tree in [*first, *trees])
             served = {way: round(number / len(trees), 4) for way, number in renderer.counts.most_common()}
         num_tokens = sum(tree.num_tokens for tree in trees if isinstance(tree, Tree))
         each = 1000 * min(seconds) / len(trees)
@@ -284,7 +284,7 @@ def peak_megabytes(file: str, times: int, tokenizer: Any, num_processes: int) ->
 
     def rows() -> Iterator[Any]:
         for _ in range(times):
-            yield from read_records(file)
+            yield from read_examples(file)
 
     for _ in render_all(make_renderer(tokenizer), rows(), num_processes):
         pass

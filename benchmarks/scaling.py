@@ -29,8 +29,8 @@ import torch
 from shapes import SHAPES, matrix_product_rate, operations_of, random_model
 
 from machine import describe
-from preceptor.data.forest import Row, Segment, Tree, build_row
-from preceptor.data.grouping import group_prompts
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.data.prefix_sharing import share_prefixes
 from preceptor.model.forward import row_loss
 from preceptor.train.precision import autocast
 
@@ -60,21 +60,21 @@ def answers(rng: np.random.Generator, num: int, vocab_size: int) -> list[Tree]:
     ]
 
 
-def points(vocab_size: int) -> Iterator[tuple[str, int, list[Row]]]:
+def points(vocab_size: int) -> Iterator[tuple[str, int, list[PackedSequence]]]:
     """(curve, number of conversations, rows)."""
     rng = np.random.default_rng(0)
     for length in LENGTHS:
-        yield "packed", length // 128, [build_row([conversation(rng, 128, vocab_size) for _ in range(length // 128)])]
-        yield "one", 1, [build_row([conversation(rng, length, vocab_size)])]
+        yield "packed", length // 128, [pack_trees([conversation(rng, 128, vocab_size) for _ in range(length // 128)])]
+        yield "one", 1, [pack_trees([conversation(rng, length, vocab_size)])]
     for num in NUM_SHARING:
-        yield "shared", num, [build_row([conversation(rng, 4096 // num, vocab_size) for _ in range(num)])]
+        yield "shared", num, [pack_trees([conversation(rng, 4096 // num, vocab_size) for _ in range(num)])]
     for num in NUM_ANSWERS:
         trees = answers(rng, num, vocab_size)
-        yield "answers, one tree", num, [build_row(group_prompts(trees, 4096, seed=0))]
-        yield "answers, separate", num, [build_row(trees[at : at + 3]) for at in range(0, num, 3)]
+        yield "answers, one tree", num, [pack_trees(share_prefixes(trees, 4096, seed=0))]
+        yield "answers, separate", num, [pack_trees(trees[at : at + 3]) for at in range(0, num, 3)]
 
 
-def seconds_of(model: Any, rows: list[Row], precision: str, limit_seconds: float) -> float:
+def seconds_of(model: Any, rows: list[PackedSequence], precision: str, limit_seconds: float) -> float:
     """The least time in which the rows go forward and backward, of as many tries as the limit holds; two at least."""
     least, begun, tries = float("inf"), time.perf_counter(), 0
     while tries < 2 or (time.perf_counter() - begun < limit_seconds and tries < 10):

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from machine import describe
-from preceptor.config import Source
-from preceptor.study.selection.diversity import Points, facility_location, k_centre
-from preceptor.study.selection.pool import Pool
-from preceptor.study.selection.survey import survey
+from preceptor.data.sources import OpenSource
+from preceptor.select.diversity import Points, facility_location, k_centre
+from preceptor.select.pool import Pool
+from preceptor.select.survey import survey
 
 RESULT = Path(__file__).parent / "results" / "select_cost.json"
 WORDS = 120
@@ -50,7 +50,7 @@ def reading(num_rows: int) -> dict[str, float]:
                 lines.write(json.dumps({"messages": [{"role": r, "content": t + "."} for r, t in roles]}) + "\n")
         before = peak_bytes()
         started = time.perf_counter()
-        survey(Pool((Source(path=str(file)),)), None, None)
+        survey(Pool((OpenSource(str(file)),)), None, None)
         return {
             "reading_seconds": time.perf_counter() - started,
             "reading_bytes_a_row": (peak_bytes() - before) / num_rows,

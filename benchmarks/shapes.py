@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preceptor.model.activations import Work
-from preceptor.model.flops import operations
-from preceptor.model.shapes import shape_of
+from preceptor.plan.activations import Work
+from preceptor.plan.flops import operations
+from preceptor.plan.shapes import shape_of
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {

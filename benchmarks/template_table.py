@@ -19,20 +19,20 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.data.conversation import Conversation, Message, Refusal
+from preceptor.chat.render import Renderer
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import Template, load_template
+from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.render import Renderer
-from preceptor.data.rendering.closings import closing_tokens
-from preceptor.data.template import Template, load_template
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT.parent / "shared" / "templates"
 PAGE = ROOT / "docs" / "templates.md"
 
 KINDS = ("plain", "system", "reasoning_content", "inline think", "tools", "tools + reasoning")
-# The template refuses the messages, or leaves out of a turn what the kind is about: there is nothing to prove.
+# The template rejects the messages, or leaves out of a turn what the kind is about: there is nothing to prove.
 NOT_REPRESENTED = (
-    "template_refuses",
+    "template_rejects",
     "turn_missing",
     "content_dropped",
     "reasoning_dropped",
@@ -142,22 +142,22 @@ def renderer_for(entry: Entry, tokenizer: Any) -> Renderer:
 
 
 def stop_ids(template: Template, tokenizer: Any) -> list[int]:
-    tokens = (*closing_tokens(template, tokenizer), tokenizer.eos_token)
+    tokens = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
 
 
-def render(renderer: Renderer, kind: str) -> Tree | Refusal:
+def render(renderer: Renderer, kind: str) -> Tree | Rejection:
     messages, tools = conversation(kind)
     return renderer.render(Conversation(kind, tuple(Message(message) for message in messages), tools))
 
 
 def outcomes(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
-    """For each template and kind: `proved`, or the code of the refusal."""
+    """For each template and kind: `proved`, or the code of the rejection."""
     table: dict[str, dict[str, str]] = {}
     for entry in entries:
         renderer = renderer_for(entry, tokenizer_for(entry))
         results = {kind: render(renderer, kind) for kind in KINDS}
-        table[entry.name] = {k: r.code if isinstance(r, Refusal) else "proved" for k, r in results.items()}
+        table[entry.name] = {k: r.code if isinstance(r, Rejection) else "proved" for k, r in results.items()}
     return table
 
 
@@ -177,9 +177,9 @@ def page(table: Mapping[str, Mapping[str, str]]) -> str:
         "",
         f"Made by `python benchmarks/template_table.py` from {len(table)} templates and {len(KINDS)} kinds of",
         "conversation. *Proved*: every turn's context is what a server builds, token for token, and its target holds",
-        "every field of the turn and ends in a stop token. Any other entry is the code of the refusal. A pair is",
+        "every field of the turn and ends in a stop token. Any other entry is the code of the rejection. A pair is",
         "*represented* if the template renders the conversation with every field of every turn in it; where it raises",
-        "an error or leaves something out, nothing could be trained right and the refusal says so. No template",
+        "an error or leaves something out, nothing could be trained right and the rejection says so. No template",
         "arguments were set by hand.",
         "",
         "| kind | proved | of those represented | of all |",

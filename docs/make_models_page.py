@@ -27,9 +27,9 @@ def outcomes() -> str:
         f"{worst:.0e} in float32.",
         f"**Conversations share rows** ({len(named['packed'])}): {_listed(named['packed'])}.",
         f"**Each conversation goes through alone** ({len(named['alone'])}): {_listed(named['alone'])}.",
-        _where("Ways of keeping less for backward that a type refuses, by name", _modes_refused(types, trained)),
+        _where("Ways of keeping less for backward that a type rejects, by name", _modes_rejected(types, trained)),
         _where("Linear layers whose adapter has no part in the loss", {t: types[t]["lora"] for t in trained}, "works"),
-        _where("Refused", _why(types, "refused")),
+        _where("Rejected", _why(types, "rejected")),
         _where("Broke", _why(types, "broke")),
         f"**Not tried**, as no small one could be made ({len(_why(types, 'not tried'))}): "
         f"{_listed([*_why(types, 'not tried')])}.",
@@ -41,9 +41,9 @@ def _listed(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _modes_refused(types: dict[str, dict[str, Any]], trained: list[str]) -> dict[str, str]:
-    refused = {t: [mode for mode, error in types[t]["errors"].items() if isinstance(error, str)] for t in trained}
-    return {t: ", ".join(modes) for t, modes in refused.items() if modes}
+def _modes_rejected(types: dict[str, dict[str, Any]], trained: list[str]) -> dict[str, str]:
+    rejected = {t: [mode for mode, error in types[t]["errors"].items() if isinstance(error, str)] for t in trained}
+    return {t: ", ".join(modes) for t, modes in rejected.items() if modes}
 
 
 def _why(types: dict[str, dict[str, Any]], outcome: str) -> dict[str, str]:

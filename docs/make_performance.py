@@ -1,16 +1,24 @@
-"""Writes the performance section of README.md from the figures in benchmarks/results.
+"""Writes docs/performance.md, and the README's sentence on speed, from the figures in benchmarks/results.
 
 python docs/make_performance.py
 """
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SECTION = re.compile(r"## Performance\n.*?(?=\n## )", re.DOTALL)
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+SENTENCE = re.compile(r"(?<=## Speed\n\n).*?(?=\n\n## )", re.DOTALL)
+INTRODUCTION = """# Performance
+
+Each figure comes from a benchmark of this repository: the command, the machine and the date stand beside it. All values
+are in `benchmarks/results/`; `python docs/make_performance.py` makes this page from them.
+"""
 WORK = {
     "a": "short chats, vocabulary 32k",
     "large": "short chats, vocabulary 152k",
@@ -20,19 +28,44 @@ WORK = {
 }
 
 
-def section() -> str:
-    """The section, without what has not been measured."""
-    says = {
+def page() -> str:
+    """The page, without what has not been measured."""
+    sections = {
         "peer": _peer,
         "context_memory": _context,
         "context_learning": _learning,
         "scaling": _scaling,
         "rendering": _rendering,
-        "packing": _plans,
+        "packing": _packing,
     }
-    measured = [(say, RESULTS / f"{name}.json") for name, say in says.items()]
-    parts = [say(json.loads(file.read_text(encoding="utf-8"))) for say, file in measured if file.exists()]
-    return "\n\n".join(["## Performance", *parts]) + "\n"
+    return "\n".join(
+        [INTRODUCTION, *(section(_read(name)) + "\n" for name, section in sections.items() if _read(name))]
+    )
+
+
+def sentence() -> str:
+    """The README's sentence: a training step and rendering, beside TRL's."""
+    peer, rendering = _read("peer"), _read("rendering")
+    works = [peer[name]["summary"] for name in WORK if name in peer]
+    memory = [work["memory_share_of_fastest"] for work in works]
+    ratios = [row["ratio"] for row in rendering["against_trl"].values()]
+    text = (
+        f"On {peer['a']['machine'].partition(' (')[0]}, a training step is "
+        f"{_range([work['speed_float32'] for work in works])} times as fast as that of TRL {peer['a']['trl']} in "
+        f"float32, {_range([work['speed_bfloat16'] for work in works])} times in bfloat16, with {min(memory):.0%} to "
+        f"{max(memory):.0%} of its peak memory, at the same losses. Rendering and tokenising are {_range(ratios)} "
+        "times as fast. [All figures](docs/performance.md), each with the command that measures it."
+    )
+    return "\n".join(textwrap.wrap(text, 120, break_on_hyphens=False))
+
+
+def _read(name: str) -> Any:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 def _on(about: dict[str, Any], command: str) -> str:
@@ -43,13 +76,15 @@ def _peer(found: Any) -> str:
     works = [(says, found[name]) for name, says in WORK.items() if name in found]
     about = works[0][1] | {"date": " and ".join(sorted({work["date"] for _, work in works}))}
     lines = [
-        f"**A training step against TRL {about['trl']}**, in the best of its configurations for this machine (a batch "
-        "of one, padded, padding-free, packed), ours in the better of two row lengths; same model (Qwen3, 8 layers, "
-        f"hidden 384), conversations and batch, losses equal to {_largest_difference(works):.0e} in float32. The step "
-        "that is timed has conversations not seen before. How many times as fast ours is, and the peak memory of our "
-        "leaner configuration as a share of theirs. "
+        "## A training step, against TRL",
+        f"The same model (Qwen3, 8 layers, hidden 384), conversations and batch on both sides. TRL {about['trl']} runs "
+        "in its fastest configuration for this machine: a batch of one, padded, padding-free or packed. Preceptor runs "
+        "with the better of two values of `max_length`. The losses are equal to "
+        f"{_largest_difference(works):.0e} in float32. Every timed step has conversations that were not seen before. "
         f"{_on(about, 'python benchmarks/peer.py')}.",
-        "| | float32 | bfloat16 | bfloat16 against its fastest of any | memory, of its fastest | of its leanest |\n"
+        "Speed-up over TRL in the same precision, bfloat16 over TRL's fastest in any precision, and our lowest peak "
+        "memory as a percentage of that of TRL's fastest and of its leanest configuration:",
+        "| | float32 | bfloat16 | bfloat16, over any | memory, of fastest | memory, of leanest |\n"
         "|---|---:|---:|---:|---:|---:|",
     ]
     for says, work in works:
@@ -66,12 +101,12 @@ def _peer(found: Any) -> str:
         if "share_of_matrix_product_rate" not in fastest:
             continue
         shares.append(f"{fastest['share_of_matrix_product_rate']:.0%} ({says})")
-    lines.append(f"Our bfloat16 step as a share of the rate of a plain bfloat16 matrix product: {', '.join(shares)}.")
+    lines.append(f"Our bfloat16 step reaches this share of the rate of a plain matrix product: {', '.join(shares)}.")
     if "start" in found:
         start = found["start"]
         lines.append(
-            f"From the start of the process to the end of the first step: {start['share']:.0%} of TRL's time "
-            f"({start['ours']} s, {start['theirs']} s)."
+            f"From the start of the process to the end of the first step: {start['ours']} s, {start['share']:.0%} of "
+            f"TRL's {start['theirs']} s."
         )
     return "\n\n".join(lines)
 
@@ -83,19 +118,19 @@ def _largest_difference(works: list[tuple[str, Any]]) -> float:
 
 def _context(found: Any) -> str:
     table = (
-        "| context / answer | | activations | of `full` | time | of `full` | gradient error |\n"
+        "| context / answer tokens | mode | activations | of `full` | time | of `full` | gradient error |\n"
         "|---|---|---:|---:|---:|---:|---:|"
     )
     for name, modes in found["result"].items():
-        for mode in ("full", "recompute", "none"):
+        for mode in ("full", "recompute", "detach"):
             m = modes[mode]
             table += (
                 f"\n| {name} | `{mode}` | {m['held_of_whole']:.1%} | {m['held_of_full']:.1%} | "
                 f"{m['seconds_of_whole']:.0%} | {m['seconds_of_full']:.0%} | {m['gradient_error']:.0e} |"
             )
     return (
-        "**The price of a context token**: what `train.context_gradient` keeps for backward and takes, of the model "
-        "under plain autograd with transformers' own attention, and of our `full`. "
+        "## The price of a context token\n\nActivation memory and time of a step by `train.context_gradient`, as a "
+        "percentage of the same model under plain autograd with transformers' own attention, and of our `full`. "
         f"{_on(found, 'python benchmarks/context_memory.py')}.\n\n{table}"
     )
 
@@ -107,7 +142,7 @@ def _learning(found: Any) -> str:
         mean = sum(exact) / len(exact)
         parts.append(f"`{mode}` {mean:.1%} ({min(exact):.1%} to {max(exact):.1%}, {len(exact)} seeds)")
     return (
-        f"What it does to learning: the scholar's intern answers exactly {', '.join(parts)}. "
+        f"Effect on learning, as exact answers of the scholar's intern: {', '.join(parts)}. "
         f"{_on(found, 'python benchmarks/context_memory.py --learning')}."
     )
 
@@ -116,9 +151,10 @@ def _scaling(found: Any) -> str:
     packed, points = found["fits"]["packed"], found["curves"]["packed"]
     share = packed["more_per_1000_tokens_of_length"] / packed["microseconds_per_token"]
     return (
-        f"**Rows of {points[0]['num_tokens']:,} to {points[-1]['num_tokens']:,} tokens** of short conversations: a "
-        f"token costs {share:+.2%} more for each 1,000 tokens that the row is longer (a line fits the points to "
-        f"{packed['largest_deviation']:.0%}). {_on(found, 'python benchmarks/scaling.py')}."
+        f"## Sequence length\n\nPacked sequences of {points[0]['num_tokens']:,} to {points[-1]['num_tokens']:,} "
+        f"tokens, made of short conversations: the cost per token changes by {share:+.2%} for each 1,000 tokens of "
+        f"length (a straight line fits all points to {packed['largest_deviation']:.0%}). "
+        f"{_on(found, 'python benchmarks/scaling.py')}."
     )
 
 
@@ -130,28 +166,29 @@ def _rendering(found: Any) -> str:
     first, last = found["tool_turns"][1], found["tool_turns"][-1]
     memory = [f"{row['peak_megabytes']:.0f}" for row in (found["memory"][0], found["memory"][-1])]
     return (
-        f"**Rendering and tokenising** a file with assistant-only loss, both with {found['processes']} processes, "
-        f"against TRL {found['trl']}: {sizes}, the same trained tokens. An agent's conversation of a form not met "
-        f"before takes {first['per_turn']} ms a turn at {first['turns']} turns, {last['per_turn']} ms at "
-        f"{last['turns']}. Memory at {found['memory'][0]['rows']:,} and {found['memory'][-1]['rows']:,} rows: "
-        f"{' and '.join(memory)} MB. {_on(found, 'python benchmarks/rendering.py')}."
+        f"## Rendering and tokenising\n\nA file of conversations with assistant-only loss, {found['processes']} "
+        f"processes on each side, against TRL {found['trl']}: {sizes}, with the same trained tokens. An agent's "
+        f"conversation of a shape not met before takes {first['per_turn']} ms per turn at {first['turns']} turns, "
+        f"{last['per_turn']} ms at {last['turns']}. Peak memory: {memory[0]} MB for {found['memory'][0]['rows']:,} "
+        f"examples, {memory[1]} MB for {found['memory'][-1]['rows']:,}. "
+        f"{_on(found, 'python benchmarks/rendering.py')}."
     )
 
 
-def _plans(found: Any) -> str:
-    ours = [row for row in found["plans"] if row["plan"] == "plan_rows"]
+def _packing(found: Any) -> str:
+    ours = [row for row in found["plans"] if row["plan"] == "plan_sequences"]
     full = [row for row in ours if row["mean_fill"] >= 0.98]
     least = min(ours, key=lambda row: row["mean_fill"])
     most = max(row["num_records"] for row in ours)
     return (
-        f"**The plan of an epoch**: of {len(ours)} kinds of lengths and rows, {len(full)} fill their rows to 98 % or "
-        f"more; the least is {least['mean_fill']:.1%} ({least['lengths']} lengths in rows of "
-        f"{least['max_row_tokens']:,}). Up to {most:,} records take at most "
-        f"{max(row['seconds'] for row in ours):.1f} s. {_on(found, 'python benchmarks/packing.py')}."
+        f"## Packing\n\nOf {len(ours)} combinations of example lengths and `max_length`, {len(full)} fill their "
+        f"sequences to 98% or more. The lowest is {least['mean_fill']:.1%} ({least['lengths']} lengths, "
+        f"{least['max_length']:,} tokens). Planning an epoch of up to {most:,} examples takes at most "
+        f"{max(row['seconds'] for row in ours):.1f} s. "
+        f"{_on(found, 'python benchmarks/packing.py')}."
     )
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(SECTION.sub(lambda _: section(), text), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(SENTENCE.sub(lambda _: sentence(), README.read_text(encoding="utf-8")), encoding="utf-8")

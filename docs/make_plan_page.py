@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.model.activations import Work
-from preceptor.model.devices import find_device
-from preceptor.model.memory import Setup, Weights, predict_memory
-from preceptor.model.shapes import shape_of
-from preceptor.study.plan import make_plan
-from preceptor.study.plan_model import read_model
-from preceptor.study.plan_text import size, to_text
+from preceptor.plan.activations import Work
+from preceptor.plan.devices import find_device
+from preceptor.plan.memory import Setup, Weights, predict_memory
+from preceptor.plan.model import read_model
+from preceptor.plan.plan import make_plan
+from preceptor.plan.shapes import shape_of
+from preceptor.plan.text import size, to_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"
@@ -79,7 +79,7 @@ def _would_fit() -> str:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
         tree: dict[str, Any] = {
             "model": {"path": folder},
-            "data": {"train": [{"path": "absent.jsonl"}], "max_row_tokens": 4096},
+            "data": {"train": [{"path": "absent.jsonl"}], "max_length": 4096},
             "train": {"precision": "bfloat16"},
             "out": "runs/llama-70b",
         }

@@ -1,4 +1,4 @@
-"""Writes docs/run-file.md from the fields of sections.py and the line under each.
+"""Writes docs/run-file.md from the fields of config/sections.py and the line under each.
 
 python docs/make_run_file_page.py
 """
@@ -16,7 +16,11 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("data", config.Data, "Required: `train`."),
     ("data.train[], data.eval[], replay.data[]", config.Source, "Required: `path`."),
     ("train", config.Train, "Everything has a default."),
-    ("eval", config.Eval, "What is measured besides the held-out rows of `data.eval`, each `train.eval_every`."),
+    ("optimizer", config.Optimizer, "AdamW. Everything has a default."),
+    ("loss", config.Loss, "Everything has a default."),
+    ("memory", config.Memory, "What is kept for backward and what is computed again. Everything has a default."),
+    ("checkpoint", config.Checkpoint, "Everything has a default."),
+    ("eval", config.Eval, "What is measured, besides the loss of `data.eval`, and when."),
     ("adapter", config.Adapter, "Absent: full fine-tuning."),
     ("replay", config.Replay, "Absent: only `data.train` is trained on. Required: `data`."),
 ]
@@ -24,14 +28,14 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
 INTRODUCTION = """# The run file
 
 `preceptor train RUN.yaml [key=value ...]` trains what a run file says. Dotted keys override it
-(`train.learning_rate=1e-4`, `data.train.0.weight=2`). Everything but `model.path`, `data.train` and `out` has a
-default. An unknown key, a wrong type, or a combination that cannot work is refused before anything is loaded; the
+(`optimizer.learning_rate=1e-4`, `data.train.0.weight=2`). Everything but `model.path`, `data.train` and `out` has a
+default. An unknown key, a wrong type, or a combination that cannot work is rejected before anything is loaded; the
 resolved file, with every default written out, is kept in the run's folder as `config.yaml`. Paths are relative to the
 working directory; a data or template file that is not there is looked for beside the run file.
 
 Durations are written `3 epochs`, `500 steps` or, where a share of the run makes sense, `5 %`.
 
-This page is made from `src/preceptor/sections.py` by `python docs/make_run_file_page.py`.
+This page is made from `src/preceptor/config/sections.py` by `python docs/make_run_file_page.py`.
 """
 
 

@@ -92,13 +92,14 @@ def run_file(tmp_path, base_folder, write_jsonl):
             "model": {"path": str(base_folder)},
             "data": {
                 "train": [{"path": write_jsonl(conversations(12) if rows is None else rows)}],
-                "template": "chatml",
-                "max_row_tokens": 128,
+                "chat_template": "chatml",
+                "max_length": 128,
             },
-            "train": {"duration": "4 steps", "rows_per_step": 2, "learning_rate": 1e-3, "num_samples": 1},
+            "train": {"duration": "4 steps", "batch_size": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "eval": {"num_samples": 1, "max_new_tokens": 4},
             "out": str(tmp_path / "run"),
         }
-        tree["train"]["max_new_tokens"] = 4
         if eval_rows is not None:
             tree["data"]["eval"] = [{"path": write_jsonl(eval_rows, "eval.jsonl")}]
         for key, value in changes.items():

@@ -6,8 +6,9 @@ import yaml
 
 CONFIG = {
     "model": {"path": "scholar"},
-    "data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "eval.jsonl"}], "refusals": {}},
-    "train": {"max_grad_norm": 1.0, "learning_rate": 0.001, "seed": 0},
+    "data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "eval.jsonl"}], "allow_rejected": []},
+    "train": {"seed": 0},
+    "optimizer": {"learning_rate": 0.001, "max_grad_norm": 1.0},
     "adapter": None,
     "out": "runs/a",
 }
@@ -57,8 +58,8 @@ TREE = example(
     why=("the first that branches",),
 )
 DATA = {
-    "num_rows": 100,
     "num_examples": 100,
+    "examples_per_epoch": 100,
     "num_steps": 20,
     "fill": 0.9,
     "tokens": {"computed": 9000, "trained": 3000},
@@ -151,7 +152,7 @@ def write_run(folder, **files):
             for step, answers in ((0, ("a", "b", "c")), (10, ("d", "e", "f")), (20, ("One.", "Two.", "Three.")))
             for prompt, answer in zip(("1?", "2?", "3?"), answers, strict=True)
         ],
-        "refusals": [],
+        "rejections": [],
         "examples": [CHAIN, TREE, {**CHAIN, "why": ["the longest"]}],
         "summary": {"num_steps": 20, "seconds": 12.0},
         "environment": ENVIRONMENT,

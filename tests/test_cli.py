@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import conversations
-from preceptor.commands.importing import large_imports
+from preceptor.commands.options import large_imports
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
@@ -38,7 +38,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     assert shown.endswith("False\n")
 
 
-def test_train_then_refuse_the_same_folder_then_replace_it(preceptor, run_file):
+def test_train_then_reject_the_same_folder_then_replace_it(preceptor, run_file):
     file = run_file()
     code, out, _ = preceptor("train", file)
     assert code == 0 and "step 4/4" in out and "preceptor chat" in out
@@ -69,23 +69,23 @@ BAD_ROWS = {
 def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run_file, tmp_path, code):
     exit_code, _, err = preceptor("train", run_file([*conversations(3), BAD_ROWS[code]]))
     assert exit_code == 3
-    assert "1 of 4 rows cannot be trained" in err
+    assert "1 of 4 examples cannot be trained" in err
     assert f"1 x {code}: first at {tmp_path}/train.jsonl:4:" in err
     assert not (tmp_path / "run").exists()
 
 
 def test_a_few_bad_rows_are_left_out_and_recorded(preceptor, run_file, tmp_path):
     rows = [*conversations(3), BAD_ROWS["empty_answer"]]
-    code, out, _ = preceptor("train", run_file(rows, data__max_refused=0.5))
-    assert code == 0 and "1 row refused" in " ".join(out.split())
-    (refusal,) = map(json.loads, (tmp_path / "run" / "refusals.jsonl").read_text().splitlines())
-    assert refusal["source"].endswith("train.jsonl:4") and refusal["code"] == "empty_answer"
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_refused"] == 1
+    code, out, _ = preceptor("train", run_file(rows, data__max_rejected=0.5))
+    assert code == 0 and "1 row rejected" in " ".join(out.split())
+    (rejection,) = map(json.loads, (tmp_path / "run" / "rejections.jsonl").read_text().splitlines())
+    assert rejection["source"].endswith("train.jsonl:4") and rejection["code"] == "empty_answer"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_rejected"] == 1
 
 
-def test_a_conversation_longer_than_a_row_is_refused_not_cut(preceptor, run_file):
-    code, _, err = preceptor("train", run_file(data__max_row_tokens=16))
-    assert code == 3 and "too_long" in err and "raise data.max_row_tokens" in err
+def test_a_conversation_longer_than_a_row_is_rejected_not_cut(preceptor, run_file):
+    code, _, err = preceptor("train", run_file(data__max_length=16))
+    assert code == 3 and "too_long" in err and "raise data.max_length" in err
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_a_bad_file_is_named(preceptor, run_file, tmp_path, text, message):
 
 
 def test_mistakes_in_the_run_file(preceptor, run_file, tmp_path):
-    code, _, err = preceptor("train", run_file(train__learnin_rate=1))
+    code, _, err = preceptor("train", run_file(optimizer__learnin_rate=1))
     assert code == 2 and "did you mean 'learning_rate'" in err
-    code, _, err = preceptor("train", run_file(data__template="no.jinja"))
+    code, _, err = preceptor("train", run_file(data__chat_template="no.jinja"))
     assert code == 4 and "no.jinja" in err
-    code, _, err = preceptor("train", run_file(data__template="tokenizer"))
+    code, _, err = preceptor("train", run_file(data__chat_template="tokenizer"))
     assert code == 4 and "no chat template" in err
     code, _, err = preceptor("train", run_file(adapter={"target_modules": ["no_such_layer"]}))
     assert code == 5 and "no_such_layer" in err
@@ -133,30 +133,30 @@ def test_a_model_folder_that_is_none(preceptor, run_file, tmp_path, kind):
 
 def test_show_as_json(preceptor, base_folder, write_jsonl, tmp_path):
     data = write_jsonl([*conversations(1, turns=2), {"messages": [USER]}, {"prompt": "a", "completion": "b"}])
-    arguments = ("show", "--model", base_folder, "--data", data, "--template", "chatml", "--json")
+    arguments = ("show", "--model", base_folder, "--data", data, "--chat-template", "chatml", "--json")
     code, out, _ = preceptor(*arguments)
     assert code == 0
-    chat, refused, pair = map(json.loads, out.splitlines())
-    assert chat["source"] == f"{data}:1" and chat["refusal"] is None
+    chat, rejected, pair = map(json.loads, out.splitlines())
+    assert chat["source"] == f"{data}:1" and chat["rejection"] is None
     kinds = [segment["kind"] for segment in chat["segments"]]
     assert kinds == ["context", "target", "context", "target"]
     assert [segment["parent"] for segment in chat["segments"]] == [None, 0, 1, 2]
     assert chat["segments"][1]["text"].endswith("<|im_end|>")
     assert chat["segments"][2]["text"].startswith("\n<|im_start|>user")
-    assert refused == {
+    assert rejected == {
         "source": f"{data}:2",
         "segments": [],
-        "refusal": {"code": "no_assistant_message", "message": refused["refusal"]["message"]},
+        "rejection": {"code": "no_assistant_message", "message": rejected["rejection"]["message"]},
     }
     assert pair["segments"][0]["text"] == "a"
-    code, out, _ = preceptor(*arguments, "--row", 3)
+    code, out, _ = preceptor(*arguments, "--example", 3)
     assert code == 0 and json.loads(out) == pair
-    code, _, err = preceptor(*arguments, "--row", 9)
-    assert code == 3 and "fewer rows" in err
+    code, _, err = preceptor(*arguments, "--example", 9)
+    assert code == 3 and "fewer examples" in err
 
 
 def test_show_for_the_eye(preceptor, run_file):
-    code, out, _ = preceptor("show", run_file(), "--row", 1)
+    code, out, _ = preceptor("show", run_file(), "--example", 1)
     assert code == 0
     assert "<|im_start|>assistant⏎" in out and "trained in 1 turn" in out
 

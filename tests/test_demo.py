@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from preceptor import demo
-from preceptor.durations import Duration
+from preceptor.config.durations import Duration
 from preceptor.errors import CheckpointError
+from preceptor.evaluate.run import ItemResult
+from preceptor.evaluate.tasks import TaskItem, TaskPrompt
 from preceptor.scholar import MODEL_DIR
 
 
@@ -34,13 +36,34 @@ def test_the_demo_shows_both_and_records_everything(short, tmp_path):
     assert json.loads((out / "summary.json").read_text()) == summary
     for key in ("base_exact_match", "intern_exact_match", "stop_rate", "base_continues_with_question", "seconds"):
         assert summary[key] >= 0
-    assert summary["num_examples"] <= 1000 and summary["num_questions"] == 12
+    assert summary["examples_per_epoch"] <= 1000 and summary["num_questions"] == 12
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12 and all({"prompt", "base", "answer", "reference", "exact"} <= set(s) for s in samples)
-    assert {"config.yaml", "metrics.jsonl", "refusals.jsonl", "model"} <= {path.name for path in out.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "rejections.jsonl", "model"} <= {path.name for path in out.iterdir()}
     assert summary["base_exact_match"] <= 0.1 and summary["base_continues_with_question"] >= 0.5
     with pytest.raises(CheckpointError, match="exists already"):
         demo.run_demo(out, 12, console, replace=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"), [("\nWhich one is it?\nNo", 1), ("It is so.\nIs it?", 0), ("", 0), ("Is it", 0)]
+)
+def test_shares_of_answers_by_group(text, begins):
+    def result(answer, right, stopped, wording):
+        item = TaskItem("t:1", TaskPrompt(text="x"), groups={"wording": wording})
+        return ItemResult(item, {"right": right, "stop_token": stopped}, {"answer": answer})
+
+    results = [result(text, 0.0, 1.0, "new"), result("y", 1.0, 0.0, "seen"), result("z", 0.0, 0.0, "new")]
+    everything = {"num": 3, "exact_match": 1 / 3, "stop_rate": 1 / 3, "continues_with_question": begins / 3}
+    assert demo.shares(results) == everything
+    by_wording = demo.shares_by("wording", results)
+    assert list(by_wording) == ["new", "seen"] and by_wording["seen"]["exact_match"] == 1.0
+    assert by_wording["new"] == {
+        "num": 2,
+        "exact_match": 0.0,
+        "stop_rate": 0.5,
+        "continues_with_question": begins / 2,
+    }
 
 
 def test_the_scholar_is_a_true_base_model():

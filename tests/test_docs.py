@@ -1,7 +1,10 @@
-"""What is written is true: the tree in the README, the run-file page, the recipes, and no trace of a private place."""
+"""Docs are true: generated pages are current, recipes and the README's run file are valid, links lead somewhere."""
 
+import functools
 import importlib.util
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +25,6 @@ def made_by(script):
     return module
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    module = made_by("make_tree")
-    assert module.BLOCK.search(README).group() == module.tree(), "run python docs/make_tree.py"
-    assert README.count("render.py") >= 1
-
-
 def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
@@ -36,6 +33,38 @@ def test_the_run_file_page_is_made_from_the_fields():
 def test_recipes_parse(recipe):
     run = config.load(recipe)
     assert run.out.startswith("runs/")
+
+
+def listed_files(page):
+    """Path under src/ -> phrase, of the tree in docs/architecture.md; a folder stands for its `__init__.py`."""
+    (tree,) = re.findall(r"```\nsrc/(preceptor/\n.*?)```", page, re.DOTALL)
+    folders, found = [], {}
+    for line in tree.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        path = "".join(folders)
+        found[f"{path}__init__.py" if path.endswith("/") else path] = phrase.strip()
+    return found
+
+
+def test_every_file_is_in_the_tree_with_a_phrase():
+    found = listed_files((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    found["preceptor/__init__.py"] = "the package"
+    files = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    assert sorted(files - set(found)) == [], "add these files to the tree of docs/architecture.md"
+    assert sorted(set(found) - files) == [], "these files of the tree of docs/architecture.md are gone"
+    assert {path: phrase for path, phrase in found.items() if not 3 <= len(phrase) <= 60 or "…" in phrase} == {}
+
+
+def test_a_file_that_is_missing_from_the_tree_is_seen():
+    tree = "```\nsrc/preceptor/\n  cli.py  the commands\n  data/  files\n    forest.py  layout\n```"
+    assert listed_files(tree) == {
+        "preceptor/__init__.py": "",
+        "preceptor/cli.py": "the commands",
+        "preceptor/data/__init__.py": "files",
+        "preceptor/data/forest.py": "layout",
+    }
 
 
 def test_links_between_pages_lead_somewhere():
@@ -51,10 +80,30 @@ def test_the_benchmarks_say_what_they_do():
             assert shown.returncode == 0 and "usage" in shown.stdout, f"{script.name}: {shown.stderr}"
 
 
-def test_the_performance_section_says_what_was_measured():
+def test_the_performance_page_and_sentence_say_what_was_measured():
     module = made_by("make_performance")
-    found = module.SECTION.search(README)
-    assert found is not None and found.group() == module.section(), "run python docs/make_performance.py"
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert page == module.page(), "run python docs/make_performance.py"
+    assert module.SENTENCE.search(README).group() == module.sentence(), "run python docs/make_performance.py"
+
+
+def test_the_table_in_the_readme_says_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "first_run.json").read_text(encoding="utf-8"))
+
+    def cells(*path):
+        for side in ("base", "intern", "control"):
+            values = [functools.reduce(dict.__getitem__, path, run) for run in found[side]]
+            yield f"{statistics.mean(values):.1%}"
+
+    rows = {
+        "exact answers, letter for letter": ("all", "exact_match"),
+        "exact answers to questions in new wordings": ("wording", "new", "exact_match"),
+        "answers that stop by themselves": ("all", "stop_rate"),
+        "answers that continue with another question": ("all", "continues_with_question"),
+    }
+    for label, path in rows.items():
+        assert f"| {label} | {' | '.join(cells(*path))} |" in README
+    assert f"{found['base'][0]['all']['num']:,} held-out questions" in README
 
 
 def test_the_page_on_models_says_what_was_measured():

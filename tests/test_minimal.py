@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
-from preceptor.train.execute import execute
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "minimal.py"
 
@@ -23,8 +23,8 @@ def test_the_flat_example_takes_the_same_steps(run_file, tmp_path, write_jsonl):
     model = tmp_path / "first" / "model"  # has a chat template, which the flat example needs
 
     rows = conversations(6, turns=2)
-    file = run_file(rows, model__path=str(model), data__template="tokenizer", train__rows_per_step=100)
-    run = config.load(file, ["train.duration=5 steps", "train.warmup=1 steps"])
+    file = run_file(rows, model__path=str(model), data__chat_template="tokenizer", train__batch_size=100)
+    run = config.load(file, ["train.duration=5 steps", "optimizer.warmup=1 steps"])
     execute(prepare(run), Console(quiet=True))
     lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
 

@@ -14,10 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import tiny_types  # the benchmark that goes through all model types
 from preceptor.data.forest import Segment, Tree
-from recipe import load_recipe
-
-_sizes = load_recipe("tiny_types")  # of the benchmark that goes through all model types
 
 MODELS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "gpt_oss")
 
@@ -45,7 +43,7 @@ def tiny_model(
     kind: str, vocab_size: int = 64, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
     """A random causal LM of `kind` (one of MODELS, or any model type that transformers knows), in training mode."""
-    settings = {**_sizes.BASE, **_PARTICULAR.get(kind, {}), "vocab_size": vocab_size, **overrides}
+    settings = {**tiny_types.BASE, **_PARTICULAR.get(kind, {}), "vocab_size": vocab_size, **overrides}
     config = AutoConfig.for_model(kind, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,17 +57,17 @@ def tiny_model(
 
 
 SEEING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is particular of the text, and the tower
-    "gemma3": ({}, _sizes.TOWER),
-    "mistral3": ({"model_type": "ministral3"}, _sizes.TOWERS["mistral3"]),
-    "qwen3_vl": ({"rope_parameters": _sizes.ROPE}, _sizes.QWEN_TOWER),
-    "llama4": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, _sizes.TOWERS["llama4"]),
+    "gemma3": ({}, tiny_types.TOWER),
+    "mistral3": ({"model_type": "ministral3"}, tiny_types.TOWERS["mistral3"]),
+    "qwen3_vl": ({"rope_parameters": tiny_types.ROPE}, tiny_types.QWEN_TOWER),
+    "llama4": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, tiny_types.TOWERS["llama4"]),
 }
 
 
 def seeing_model(kind: str, vocab_size: int = 64, seed: int = 0) -> PreTrainedModel:
     """A random model of `kind`, one of SEEING: a causal LM with a vision tower beside its decoder."""
     text, tower = SEEING[kind]
-    text_config = {**_sizes.BASE, "vocab_size": vocab_size, "pad_token_id": 0, **text}
+    text_config = {**tiny_types.BASE, "vocab_size": vocab_size, "pad_token_id": 0, **text}
     config = AutoConfig.for_model(kind, text_config=text_config, vision_config=dict(tower))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

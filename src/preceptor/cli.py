@@ -1,7 +1,8 @@
-"""The commands. The only place that catches errors, and that picks exit codes.
+"""The command line: registers the commands, catches errors and picks exit codes.
 
-Exit codes: 0 done; 2 the command line or run file is wrong; 3 the data; 4 the chat template; 5 the model; 6 the run
-directory or a checkpoint; 130 interrupted. Whatever else goes wrong is a defect of this program and shows a traceback.
+Exit codes: 0 done; 2 an error in the command line or run file; 3 in the data; 4 in the chat template; 5 in the model;
+6 a file or folder cannot be written, or a run folder is broken; 130 interrupted. Any other error is a bug of this
+program and shows a traceback.
 """
 
 import os
@@ -11,7 +12,20 @@ from typing import Annotated
 import typer
 
 from preceptor import __version__, errors
-from preceptor.commands import looking, merging, planning, reporting, selecting, studying, talking, training
+from preceptor.commands import (
+    chat,
+    check,
+    compare,
+    demo,
+    eval,
+    merge,
+    plan,
+    report,
+    select,
+    show,
+    template,
+    train,
+)
 
 app = typer.Typer(
     name="preceptor",
@@ -19,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Supervised fine-tuning: make an assistant of a base model.",
+    help="Supervised fine-tuning of language models: turn a base model into an assistant.",
 )
 
 EXIT_CODES: dict[type[errors.PreceptorError], int] = {
@@ -33,10 +47,10 @@ EXIT_CODES: dict[type[errors.PreceptorError], int] = {
 
 def main() -> None:
     """Entry point: run a command, turn an error into its message and exit code."""
-    # Threads that wait for one another sleep instead of spinning. On a machine with anything else to do, spinning made
-    # small models 7 to 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
+    # Waiting threads sleep instead of spinning. On a machine with anything else to do, spinning made small models 7 to
+    # 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: fresh ones are written faster
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: first writes are faster
     try:
         app()
     except errors.PreceptorError as error:
@@ -52,17 +66,17 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 for command in (
-    training.train,
-    training.demo,
-    looking.show,
-    looking.check,
-    looking.template,
-    planning.plan,
-    reporting.report,
-    talking.chat,
-    merging.merge,
-    selecting.select,
-    studying.eval,
-    studying.compare,
+    train.train,
+    demo.demo,
+    show.show,
+    check.check,
+    template.template,
+    plan.plan,
+    report.report,
+    chat.chat,
+    merge.merge,
+    select.select,
+    eval.eval,
+    compare.compare,
 ):
     app.command()(command)

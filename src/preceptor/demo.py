@@ -1,9 +1,8 @@
-"""The first run: the scholar before and after fine-tuning, side by side on facts that the training never mentioned."""
+"""The first run: the base model that ships with the package, before and after fine-tuning, on held-out questions."""
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,22 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from preceptor import config
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path
-from preceptor.model.vocabulary import stop_token_ids
+from preceptor.evaluate.figures import groups_of
+from preceptor.evaluate.model import load_evaluated_model
+from preceptor.evaluate.run import ItemResult, run_task
+from preceptor.evaluate.tasks import Task, read_task
+from preceptor.files import append_line, write_json
+from preceptor.report.page import write_report
 from preceptor.scholar import MODEL_DIR
-from preceptor.study.evaluate import is_exact
-from preceptor.study.generate import Answer
-from preceptor.study.questions import Question, Score, ask_base, ask_tuned, read_questions, sample, score, score_by
-from preceptor.study.report import write_report
-from preceptor.train.execute import choose_device, execute
-from preceptor.train.folder import write_summary
-from preceptor.train.metrics import append_line
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
-QUESTIONS = "scholar:heldout.jsonl"
-BASE_TOKENS = 48  # room for the first line that a base model goes on with
-TUNED_TOKENS = 96
+QUESTIONS = "scholar:heldout"
+MAX_BASE_TOKENS = 48  # room for the line with which a base model continues
+MAX_TUNED_TOKENS = 96
+NUM_SHOWN = 8  # questions whose answers are printed, one of each family
+
+Shares = dict[str, float]
 
 
 def demo_run(out: Path) -> config.Run:
@@ -39,100 +39,105 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
     started = time.perf_counter()
     disable_progress_bar()  # transformers' own, for models that load in a blink
     run = demo_run(out)
-    console.print("The scholar is a base model: it has read, and only continues text. Now it is taught to answer.")
+    console.print("The scholar is a base model: it only continues text. Now it is trained to answer questions.")
     summary = execute(prepare(run), console, replace=replace)
-    questions = sample(read_questions(QUESTIONS), num_questions, seed=run.train.seed)
-    with console.status(f"asking {len(questions)} held-out questions"):
-        base = ask(run.model.path, questions)
-        intern = ask(str(out / "model"), questions)
-    for line in sample_lines(questions, base, intern, summary["num_steps"]):
-        append_line(out / "samples.jsonl", line)
-    base_score, intern_score = score(questions, base), score(questions, intern)
+    task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
+    with console.status(f"asking {len(task.items)} held-out questions"):
+        base = answer(run.model.path, task, MAX_BASE_TOKENS)
+        intern = answer(str(out / "model"), task, MAX_TUNED_TOKENS)
+    for before, after in zip(base, intern, strict=True):
+        append_line(out / "samples.jsonl", _sample(before, after, summary["num_steps"]))
+    base_shares, intern_shares = shares(base), shares(intern)
     summary |= {
-        "base_exact_match": base_score.exact_match,
-        "intern_exact_match": intern_score.exact_match,
-        "stop_rate": intern_score.stop_rate,
-        "base_continues_with_question": base_score.continues_with_question,
-        "num_questions": len(questions),
-        "by_wording": {name: asdict(s) for name, s in score_by("wording", questions, intern).items()},
-        "by_kind": {name: asdict(s) for name, s in score_by("kind", questions, intern).items()},
+        "base_exact_match": base_shares["exact_match"],
+        "intern_exact_match": intern_shares["exact_match"],
+        "stop_rate": intern_shares["stop_rate"],
+        "base_continues_with_question": base_shares["continues_with_question"],
+        "num_questions": len(task.items),
+        "by_wording": shares_by("wording", intern),
+        "by_kind": shares_by("kind", intern),
         "training_seconds": summary["seconds"],
         "seconds": time.perf_counter() - started,
     }
-    write_summary(out, summary)
-    write_report([out])  # anew, with these answers
-    _print_sides(console, questions, base, intern)
-    _print_figures(console, base_score, intern_score, score_by("wording", questions, intern), summary, out)
+    write_json(out / "summary.json", summary)
+    write_report([out])  # again, with these answers
+    _print_answers(console, base, intern)
+    _print_shares(console, base_shares, intern_shares, summary, out)
     return summary
 
 
-def ask(model_path: str, questions: Sequence[Question]) -> list[Answer]:
-    """Ask a model folder: through its chat template where it has one, as plain text where it has none."""
-    folder = resolve_model_path(model_path)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype="float32", device=choose_device("auto"))
-    if tokenizer.chat_template is None:
-        return ask_base(model, tokenizer, questions, BASE_TOKENS)
-    return ask_tuned(model, tokenizer, questions, stop_token_ids(folder, tokenizer), TUNED_TOKENS)
+def answer(model: str, task: Task, max_new_tokens: int) -> list[ItemResult]:
+    """A model's answers: through its chat template if it has one, else as continuations of plain text."""
+    return run_task(load_evaluated_model(model, "float32", "auto"), task, max_new_tokens, batch_size=64)
 
 
-def sample_lines(
-    questions: Sequence[Question], base: Sequence[Answer], intern: Sequence[Answer], step: int
-) -> list[dict[str, Any]]:
-    """One object a question: what was asked, what both said, and what is right."""
-    return [
-        {
-            "step": step,
-            "source": question.source,
-            "prompt": question.asked,
-            "base": said.text,
-            "answer": answer.text,
-            "stopped": answer.stopped,
-            "exact": is_exact(answer.text, question.answers),
-            "reference": question.ideal,
-            "messages": list(question.messages),
-        }
-        for question, said, answer in zip(questions, base, intern, strict=True)
-    ]
+def shares(results: Sequence[ItemResult]) -> Shares:
+    """How many answers there are, and which shares are right, end with a stop token, and begin with a question."""
+    num = len(results)
+    return {
+        "num": num,
+        "exact_match": sum(result.values["right"] for result in results) / num,
+        "stop_rate": sum(result.values["stop_token"] for result in results) / num,
+        "continues_with_question": sum(_begins_with_question(result.record["answer"]) for result in results) / num,
+    }
 
 
-def _print_sides(
-    console: Console, questions: Sequence[Question], base: Sequence[Answer], intern: Sequence[Answer], num: int = 8
-) -> None:
-    """One question of each family, as far as `num` goes."""
-    table = Table(title="Held-out questions: the base goes on, the intern answers", show_lines=True)
+def shares_by(group: str, results: Sequence[ItemResult]) -> dict[str, Shares]:
+    """The shares of each value of `family`, `wording` or `kind`, in the order of their names."""
+    members = groups_of(results)[group]
+    return {value: shares([results[index] for index in indices]) for value, indices in members.items()}
+
+
+def _begins_with_question(text: str) -> bool:
+    """Whether the first line that is not blank is a question: how a base model continues a question."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return first.endswith("?")
+
+
+def _sample(base: ItemResult, intern: ItemResult, step: int) -> dict[str, Any]:
+    """A question with both answers, as a line of samples.jsonl."""
+    prompt, record = intern.item.prompt, intern.record
+    assert prompt is not None and prompt.messages is not None
+    return {
+        "step": step,
+        "source": intern.item.source,
+        "prompt": prompt.last_message,
+        "base": base.record["answer"],
+        "answer": record["answer"],
+        "stopped": record["stop"] == "stop_token",
+        "exact": record["right"],
+        "reference": intern.item.accepted[0],
+        "messages": list(prompt.messages),
+    }
+
+
+def _print_answers(console: Console, base: Sequence[ItemResult], intern: Sequence[ItemResult]) -> None:
+    table = Table(title="Held-out questions: the base continues, the intern answers", show_lines=True)
     for column in ("asked", "base", "intern"):
         table.add_column(column, ratio=1, overflow="fold")
-    families = {question.family: index for index, question in reversed(list(enumerate(questions)))}
-    for index in sorted(families.values())[:num]:
-        first_lines = "\n".join(base[index].text.strip().splitlines()[:2])
-        table.add_row(questions[index].asked, first_lines, intern[index].text)
+    first_of_family = sorted(indices[0] for indices in groups_of(intern)["family"].values())
+    for index in first_of_family[:NUM_SHOWN]:
+        sample = _sample(base[index], intern[index], 0)
+        first_lines = "\n".join(sample["base"].strip().splitlines()[:2])
+        table.add_row(sample["prompt"], first_lines, sample["answer"])
     console.print(table)
 
 
-def _print_figures(
-    console: Console,
-    base: Score,
-    intern: Score,
-    by_wording: dict[str, Score],
-    summary: dict[str, Any],
-    out: Path,
-) -> None:
-    table = Table(title=f"{intern.num} held-out questions, greedy")
+def _print_shares(console: Console, base: Shares, intern: Shares, summary: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{intern['num']} held-out questions, greedy")
     table.add_column("")
     table.add_column("base", justify="right")
     table.add_column("intern", justify="right")
-    table.add_row("answers exactly", f"{base.exact_match:.1%}", f"{intern.exact_match:.1%}")
-    for name, figures in by_wording.items():
-        table.add_row(f"  question's wording {name} in training", "", f"{figures.exact_match:.1%} of {figures.num}")
-    table.add_row("stops by itself", f"{base.stop_rate:.1%}", f"{intern.stop_rate:.1%}")
-    table.add_row(
-        "goes on with a question", f"{base.continues_with_question:.1%}", f"{intern.continues_with_question:.1%}"
-    )
+    table.add_row("answers exactly", f"{base['exact_match']:.1%}", f"{intern['exact_match']:.1%}")
+    for name, own in summary["by_wording"].items():
+        table.add_row(f"  question's wording {name} in training", "", f"{own['exact_match']:.1%} of {own['num']}")
+    table.add_row("stops by itself", f"{base['stop_rate']:.1%}", f"{intern['stop_rate']:.1%}")
+    asks = (f"{side['continues_with_question']:.1%}" for side in (base, intern))
+    table.add_row("continues with a question", *asks)
     console.print(table)
     console.print(
         f"{summary['seconds']:.0f} s in all, {summary['training_seconds']:.0f} s of them training on "
-        f"{summary['num_examples']:,} conversations. All answers: {out}/samples.jsonl",
+        f"{summary['examples_per_epoch']:,} conversations. All answers: {out}/samples.jsonl",
         highlight=False,
     )
     console.print(f"talk to both: preceptor chat {out}/model --base scholar", highlight=False)

@@ -26,4 +26,4 @@ class ModelError(PreceptorError, ValueError):
 
 
 class CheckpointError(PreceptorError, OSError):
-    """A run directory or checkpoint cannot be written, or is not what a resumed run needs."""
+    """A file or folder cannot be written, or a run's folder is not what a resumed run needs."""

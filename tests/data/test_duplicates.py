@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from preceptor.data import duplicates
-from preceptor.data.conversation import Completion, Conversation, Document, Message
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats, signature_of
+from preceptor.data.examples import Completion, Conversation, Document, Message
 
 WORDS = [f"word{number}" for number in range(2000)]
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.forest import Segment, Tree, build_row, path_ids, runs
+from preceptor.data.forest import Segment, Tree, leaf_paths, pack_trees, path_ids, runs
 
 
 def chain(*lengths, first=10):
@@ -29,7 +29,7 @@ BRANCHED = Tree(
 
 
 def test_a_chain_attends_causally_and_is_one_run():
-    row = build_row([chain(3, 2, 2, 1)])
+    row = pack_trees([chain(3, 2, 2, 1)])
     assert row.ids_T.tolist() == list(range(10, 18))
     assert row.position_T.tolist() == list(range(8))
     assert row.subtree_end_T.tolist() == [8] * 8
@@ -38,7 +38,7 @@ def test_a_chain_attends_causally_and_is_one_run():
 
 
 def test_a_branch_shares_its_prefix_and_restarts_its_positions():
-    row = build_row([chain(2, 1), BRANCHED])
+    row = pack_trees([chain(2, 1), BRANCHED])
     assert row.ids_T.tolist() == [10, 11, 12, 1, 2, 3, 4, 5, 6, 7, 8]
     assert row.position_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4, 5]
     assert row.subtree_end_T.tolist() == [3, 3, 3, 11, 11, 11, 8, 8, 11, 11, 11]
@@ -49,8 +49,33 @@ def test_a_branch_shares_its_prefix_and_restarts_its_positions():
 
 def test_one_token_can_have_two_next_tokens():
     both = Tree("t", (Segment("context", (1, 2), None), Segment("target", (3,), 0), Segment("target", (4,), 0)))
-    row = build_row([both])
+    row = pack_trees([both])
     assert row.source_N.tolist() == [1, 1] and row.target_N.tolist() == [3, 4]
+
+
+def test_spans_say_whose_each_token_and_target_is():
+    """In layout order, which is depth-first: the branch of a tree comes before the later segment of the trunk."""
+    fork = Tree(
+        "t",
+        (
+            Segment("context", (1, 2), None),
+            Segment("context", (3,), 0),
+            Segment("target", (4, 5), 1),
+            Segment("target", (6,), 0, weight=0.0),
+            Segment("target", (7, 8), 0),
+        ),
+    )
+    row = pack_trees([chain(2, 1), fork])
+    assert [(span.tree, span.segment) for span in row.spans] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert [row.ids_T[span.start : span.end].tolist() for span in row.spans][2:] == [[1, 2], [3], [4, 5], [6], [7, 8]]
+    assert [row.target_N[span.targets].tolist() for span in row.spans] == [[], [12], [], [], [4, 5], [], [7, 8]]
+    deep = Tree("t", (fork.segments[0], fork.segments[4], Segment("target", (9,), 0), Segment("target", (3,), 1)))
+    assert [span.segment for span in pack_trees([deep]).spans] == [0, 1, 3, 2]
+
+
+def test_leaf_paths_lead_from_the_root_to_each_leaf():
+    assert leaf_paths(BRANCHED) == [(0, 1), (0, 2, 3)]
+    assert leaf_paths(chain(2, 1, 1)) == [(0, 1, 2)]
 
 
 def test_weights_reach_the_pairs_and_weight_zero_is_not_trained():
@@ -62,26 +87,26 @@ def test_weights_reach_the_pairs_and_weight_zero_is_not_trained():
             Segment("target", (4,), 1, weight=0.0),
         ),
     )
-    row = build_row([tree])
+    row = pack_trees([tree])
     assert row.target_N.tolist() == [2, 3] and row.weight_N.tolist() == [0.5, 0.5]
     assert tree.num_trained == row.num_trained == 2
 
 
 def test_a_document_trains_all_but_its_first_token():
     tree = Tree("d", (Segment("target", (1, 2, 3), None),))
-    row = build_row([tree])
+    row = pack_trees([tree])
     assert row.source_N.tolist() == [0, 1] and row.target_N.tolist() == [2, 3]
     assert tree.num_trained == row.num_trained == 2
 
 
 def test_an_empty_segment_is_passed_over():
     tree = Tree("t", (Segment("context", (1, 2), None), Segment("context", (), 0), Segment("target", (3,), 1)))
-    row = build_row([tree])
+    row = pack_trees([tree])
     assert row.source_N.tolist() == [1] and row.position_T.tolist() == [0, 1, 2]
 
 
 def test_a_thousand_turns_do_not_meet_the_recursion_limit():
-    row = build_row([chain(*([1] * 4000))])
+    row = pack_trees([chain(*([1] * 4000))])
     assert row.num_tokens == 4000 and row.num_trained == 2000
 
 
@@ -105,7 +130,7 @@ def trees(draw):
 @given(st.lists(trees(), min_size=1, max_size=4))
 def test_every_pair_reads_its_own_path(forest):
     """What is visible to a token is its path from the root, in order: exactly what a server would have fed."""
-    row = build_row(forest)
+    row = pack_trees(forest)
     index = np.arange(row.num_tokens)
     paths = []
     for tree in forest:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader
 
@@ -15,34 +16,34 @@ def tokens(rows):
 
 
 def test_every_token_once_an_epoch():
-    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
     expected = Counter(token for tree in TREES for segment in tree.segments for token in segment.ids)
     for epoch in range(3):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
-        assert sum((tokens(loader.rows(step)) for step in steps), Counter()) == expected
+        assert sum((tokens(loader.batch(step)) for step in steps), Counter()) == expected
 
 
 def test_epochs_differ_and_a_step_is_reproducible():
-    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
-    again = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
-    other = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=1)
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    again = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    other = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=1)
     late = loader.steps_per_epoch + 1
-    assert [r.ids_T.tolist() for r in again.rows(late)] == [r.ids_T.tolist() for r in loader.rows(late)]
+    assert [r.ids_T.tolist() for r in again.batch(late)] == [r.ids_T.tolist() for r in loader.batch(late)]
     assert loader.plan(0) != loader.plan(1)
     assert loader.plan(0) != other.plan(0)
 
 
 def test_steps_are_even_and_hold_no_more_rows_than_asked():
-    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
     for epoch in range(3):
-        sizes = [len(loader.rows(epoch * loader.steps_per_epoch + step)) for step in range(loader.steps_per_epoch)]
-        assert sum(sizes) == loader.rows_per_epoch and max(sizes) <= 3 and max(sizes) - min(sizes) <= 1
+        sizes = [len(loader.batch(epoch * loader.steps_per_epoch + step)) for step in range(loader.steps_per_epoch)]
+        assert sum(sizes) == loader.sequences_per_epoch and max(sizes) <= 3 and max(sizes) - min(sizes) <= 1
 
 
 def test_apart_every_tree_is_a_row_in_the_same_step():
-    loader = Loader(TREES, max_row_tokens=16, rows_per_step=3, seed=0)
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
     apart = loader.apart()
     assert apart.alone and not loader.alone
     for step in range(loader.steps_per_epoch):
-        assert tokens(apart.rows(step)) == tokens(loader.rows(step))
-        assert all(row.alone for row in apart.rows(step))
+        assert tokens(apart.batch(step)) == tokens(loader.batch(step))
+        assert all(row.alone for row in apart.batch(step))

@@ -1,11 +1,11 @@
-"""The plan of an epoch: every record once, rows full, epochs alike in number and unlike in content."""
+"""The plan of an epoch: every example once, sequences full, epochs alike in number and unlike in content."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.packing import best_fit_decreasing, count_rows, plan_epoch, plan_rows
+from preceptor.data.packing import best_fit_decreasing, count_sequences, plan_epoch, plan_sequences
 
 
 def chat_lengths(num, most=2048, seed=0):
@@ -14,12 +14,12 @@ def chat_lengths(num, most=2048, seed=0):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 64), max_size=200), st.integers(0, 5))
-def test_the_plan_holds_every_record_once_and_no_row_overflows(lengths, seed):
-    num_rows = count_rows(lengths, 64, seed)
-    for plan in (plan_rows(lengths, 64, seed), plan_epoch(lengths, 64, num_rows, seed + 9)):
+def test_the_plan_holds_every_example_once_and_no_sequence_overflows(lengths, seed):
+    num_sequences = count_sequences(lengths, 64, seed)
+    for plan in (plan_sequences(lengths, 64, seed), plan_epoch(lengths, 64, num_sequences, seed + 9)):
         assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
         assert all(row and sum(lengths[index] for index in row) <= 64 for row in plan)
-    assert len(plan) == num_rows
+    assert len(plan) == num_sequences
 
 
 def reasoning_lengths(num):
@@ -28,55 +28,61 @@ def reasoning_lengths(num):
     return np.where(rng.random(num) < 0.6, rng.lognormal(5, 0.6, num), rng.lognormal(7.6, 0.5, num)).astype(int)
 
 
-@pytest.mark.parametrize("max_row_tokens", [4096, 16_384])
+@pytest.mark.parametrize("max_length", [4096, 16_384])
 @pytest.mark.parametrize("draw", [chat_lengths, reasoning_lengths])
-def test_rows_are_full(draw, max_row_tokens):
+def test_rows_are_full(draw, max_length):
     lengths = draw(10_000)
-    lengths = [length for length in lengths if 8 <= length <= max_row_tokens]
-    plan = plan_rows(lengths, max_row_tokens, seed=1)
-    fill = np.array([sum(lengths[index] for index in row) for row in plan]) / max_row_tokens
+    lengths = [length for length in lengths if 8 <= length <= max_length]
+    plan = plan_sequences(lengths, max_length, seed=1)
+    fill = np.array([sum(lengths[index] for index in row) for row in plan]) / max_length
     assert fill.mean() > 0.995 and (fill < 0.98).mean() < 0.01
 
 
 def test_rows_are_as_mixed_as_chance_makes_them():
     """Lengths within a row are no more alike than those of random groups; best-fit decreasing gives 12 and more."""
     lengths = np.array(chat_lengths(20_000))
-    plan = plan_rows(lengths.tolist(), 4096, seed=1)
+    plan = plan_sequences(lengths.tolist(), 4096, seed=1)
     logs = np.log(lengths)
     between = sum(len(row) * (logs[row].mean() - logs.mean()) ** 2 for row in plan) / len(plan)
     assert between / logs.var() < 1.5
 
 
-def test_epochs_share_few_pairs_of_records():
+def test_epochs_share_few_pairs_of_examples():
     lengths = chat_lengths(3000)
 
     def pairs(plan):
         return {(a, b) for row in plan for a in row for b in row if a < b}
 
-    first, second = (pairs(plan_epoch(lengths, 4096, count_rows(lengths, 4096, 0), seed)) for seed in (0, 1))
+    first, second = (pairs(plan_epoch(lengths, 4096, count_sequences(lengths, 4096, 0), seed)) for seed in (0, 1))
     chance = len(first) / (3000 * 2999 / 2)
     assert len(first & second) / len(first) < 2 * chance
 
 
 def test_the_plan_is_a_function_of_its_seed():
     lengths = chat_lengths(500)
-    assert plan_rows(lengths, 4096, seed=1) == plan_rows(lengths, 4096, seed=1) != plan_rows(lengths, 4096, seed=2)
+    assert (
+        plan_sequences(lengths, 4096, seed=1)
+        == plan_sequences(lengths, 4096, seed=1)
+        != plan_sequences(lengths, 4096, seed=2)
+    )
 
 
-def test_epochs_have_the_same_number_of_rows():
-    """Long records leave plans of different seeds with different numbers of rows."""
+def test_epochs_have_the_same_number_of_sequences():
+    """Long examples leave plans of different seeds with different numbers of sequences."""
     lengths = np.random.default_rng(0).integers(200, 700, 400).tolist()
-    assert len({len(plan_rows(lengths, 1024, seed)) for seed in range(10)}) > 1
-    num_rows = count_rows(lengths, 1024, 0)
-    assert {len(plan_epoch(lengths, 1024, num_rows, seed)) for seed in range(10)} == {num_rows}
-    assert len(plan_epoch(lengths, 1024, num_rows + 5, 0)) == num_rows + 5
+    assert len({len(plan_sequences(lengths, 1024, seed)) for seed in range(10)}) > 1
+    num_sequences = count_sequences(lengths, 1024, 0)
+    assert {len(plan_epoch(lengths, 1024, num_sequences, seed)) for seed in range(10)} == {num_sequences}
+    assert len(plan_epoch(lengths, 1024, num_sequences + 5, 0)) == num_sequences + 5
     decreasing = len(best_fit_decreasing(np.array(lengths), 1024, np.random.default_rng(0)))
-    assert decreasing < len(plan_rows(lengths, 1024, seed=0))  # the plan that is left when others have too many rows
+    assert decreasing < len(
+        plan_sequences(lengths, 1024, seed=0)
+    )  # the plan that is left when others have too many sequences
     assert {len(plan_epoch(lengths, 1024, decreasing, seed)) for seed in range(3)} == {decreasing}
-    with pytest.raises(ValueError, match=r"400 records make .* rows, not 3"):
+    with pytest.raises(ValueError, match=r"400 examples make .* sequences, not 3"):
         plan_epoch(lengths, 1024, 3, 0)
 
 
-def test_a_record_longer_than_a_row_is_an_error():
-    with pytest.raises(ValueError, match="record 1 has 9 tokens, a row holds 8"):
-        plan_rows([3, 9], 8, seed=0)
+def test_an_example_longer_than_a_sequence_is_an_error():
+    with pytest.raises(ValueError, match="example 1 has 9 tokens, a sequence holds 8"):
+        plan_sequences([3, 9], 8, seed=0)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from preceptor.data.replay import draw_replay
+from preceptor.data.mixture import draw_replay
 from tiny import chain
 
 

@@ -1,12 +1,14 @@
-"""Files -> records: formats, provenance, refusals by reason, and files that cannot be read."""
+"""Files -> examples: formats, provenance, rejections by reason, and files that cannot be read."""
 
 import json
 
 import pytest
 
 from preceptor.config import Source
-from preceptor.data.conversation import Completion, Conversation, Document, Refusal
-from preceptor.data.sources import mix, read_records
+from preceptor.data.examples import Completion, Conversation, Document, Rejection
+from preceptor.data.formats import text_files
+from preceptor.data.mixture import mix
+from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -20,14 +22,14 @@ def write(tmp_path, *rows):
 
 
 def one(tmp_path, row):
-    (record,) = read_records(write(tmp_path, row))
+    (record,) = read_examples(write(tmp_path, row))
     return record
 
 
 def test_messages(tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     path = write(tmp_path, "", {"messages": [USER, ANSWER], "tools": [tool], "chat_template_kwargs": {"a": 1}})
-    (record,) = read_records(path)
+    (record,) = read_examples(path)
     assert isinstance(record, Conversation)
     assert record.source == f"{path}:2"
     assert [m.given for m in record.messages] == [USER, ANSWER]
@@ -80,13 +82,13 @@ def test_text(tmp_path):
         ({}, "unknown_format"),
     ],
 )
-def test_a_row_that_cannot_be_trained_is_refused_with_its_reason(tmp_path, row, code):
+def test_a_row_that_cannot_be_trained_is_rejected_with_its_reason(tmp_path, row, code):
     path = write(tmp_path, {"text": "fine"}, row)
-    fine, refusal = read_records(path)
+    fine, rejection = read_examples(path)
     assert isinstance(fine, Document)
-    assert isinstance(refusal, Refusal)
-    assert (refusal.source, refusal.code) == (f"{path}:2", code)
-    assert len(refusal.message) > 10
+    assert isinstance(rejection, Rejection)
+    assert (rejection.source, rejection.code) == (f"{path}:2", code)
+    assert len(rejection.message) > 10
 
 
 @pytest.mark.parametrize(
@@ -102,19 +104,19 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, 
     file = tmp_path / "data.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=message):
-        list(read_records(str(file)))
+        list(read_examples(str(file)))
 
 
 def test_missing_files_folders_and_other_encodings(tmp_path):
     with pytest.raises(DataError, match="no such data file"):
-        list(read_records(str(tmp_path / "none.jsonl")))
+        list(read_examples(str(tmp_path / "none.jsonl")))
     with pytest.raises(DataError, match="the folder holds no data file"):
-        list(read_records(str(tmp_path)))
+        list(read_examples(str(tmp_path)))
     with pytest.raises(DataError, match=r"scholar:none\.jsonl: the package has no such data file"):
-        list(read_records("scholar:none.jsonl"))
+        list(read_examples("scholar:none.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        list(read_records(str(tmp_path / "latin.jsonl")))
+        list(read_examples(str(tmp_path / "latin.jsonl")))
 
 
 def test_mix_copies_whole_and_chooses_parts_by_seed():
@@ -140,3 +142,17 @@ def test_mix_by_count():
     assert more[:200] == rows + rows and len(set(more[200:])) == 30
     assert mixed(100, rows) == rows
     assert mixed(5, []) == []
+
+
+def test_what_was_peeked_at_is_not_read_again(tmp_path, monkeypatch):
+    path = write(tmp_path, *({"text": f"text {number}"} for number in range(150)))
+    times = []
+    rows = text_files.jsonl_rows
+    monkeypatch.setattr(text_files, "jsonl_rows", lambda *arguments: times.append(1) or rows(*arguments))
+    source = OpenSource(path)
+    first = source.peek()
+    assert len(first) == 100 and source.peek() == first
+    examples = list(source.examples())
+    assert [example.text for example in examples] == [f"text {number}" for number in range(150)]
+    assert examples[:100] == first and len(times) == 1
+    assert list(source.examples()) == examples and len(times) == 2

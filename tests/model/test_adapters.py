@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model.adapters import add_adapter, merge_adapter
+from preceptor.model.adapters.lora import add_adapter, merge_adapter
 from preceptor.model.forward import check_head, check_isolation, output_head, row_loss
-from recipe import load_recipe
 from tiny import SEEING, chain, seeing_model, tiny_model
+from tiny_types import tiny_of
 
 NEW = [60, 63]
 
@@ -17,7 +17,7 @@ NEW = [60, 63]
 def row():
     """New tokens occur as inputs and as targets."""
     rng = np.random.default_rng(0)
-    return build_row([chain(rng, (6, 9, 3, 8)), chain(rng, (4, 30))])
+    return pack_trees([chain(rng, (6, 9, 3, 8)), chain(rng, (4, 30))])
 
 
 def adapted(kind, new_token_ids=NEW, seed=0, dtype=torch.float32, **options):
@@ -85,18 +85,18 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
     names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A" in name}
     assert names >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
     assert ("in_proj" in names) == (kind == "falcon_h1")
-    row_loss(model, build_row([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
+    row_loss(model, pack_trees([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
 def test_no_adapter_is_on_a_towers_convolution_either():
     """For a mixture of experts peft takes the ends of names: `proj` of the tower's attention, and of its patches."""
-    model = add_adapter(load_recipe("tiny_types").tiny_of("glm4v_moe"), 4, 8.0, 0.0, None, [], seed=0)
+    model = add_adapter(tiny_of("glm4v_moe"), 4, 8.0, 0.0, None, [], seed=0)
     assert not [name for name, p in model.named_parameters() if "visual" in name and p.requires_grad]
 
 
-def test_what_peft_refuses_is_a_model_error():
+def test_what_peft_rejects_is_a_model_error():
     with pytest.raises(ModelError, match=r"adapter: .*'out_proj' is incompatible with Mamba"):
         add_adapter(tiny_model("falcon_h1", **MIXER), 4, 8.0, 0.0, ["out_proj"], [], seed=0)
 

@@ -1,13 +1,14 @@
-"""Attention run by run against the dense reference and float64; what it refuses, by name."""
+"""Attention run by run against the dense reference and float64; what it rejects, by name."""
 
 import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model import attention, attention_path, sizes
-from preceptor.model.attention import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
+from preceptor.model import sizes
+from preceptor.model.attention import cpu, runs
+from preceptor.model.attention.runs import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
 from preceptor.model.forward import hidden_states, row_loss
 from tiny import branching, chain, tiny_model
 
@@ -25,7 +26,7 @@ FEATURES = {
 
 def forest_row(seed=0):
     rng = np.random.default_rng(seed)
-    return build_row(
+    return pack_trees(
         [chain(rng, (4, 9)), branching(rng), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12)), branching(rng)]
     )
 
@@ -78,7 +79,7 @@ def error(found, true):
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("block_tokens", [4, 1024])
 def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch):
-    monkeypatch.setattr(attention_path, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", block_tokens)
     layout = ForestLayout.from_row(forest_row(), "cpu")
     found = outputs_and_grads(attend_runs, layout, torch.float64, features)
     reference = outputs_and_grads(attend_reference, layout, torch.float64, features)
@@ -109,9 +110,9 @@ def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype,
 def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch):
     """Rotary embeddings give float32 queries and keys beside bfloat16 values; short runs are faster in float32."""
     seen = set()
-    attend_path = attention.attend_path
+    attend_path = runs.attend_path
     monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
-    monkeypatch.setattr(attention, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
+    monkeypatch.setattr(runs, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -131,12 +132,12 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
         ({"unheard_of": 3}, "unheard_of"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(asked, word):
+def test_what_cannot_be_honoured_is_rejected_by_name(asked, word):
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout)
     arguments = {"attention_mask": None, "forest": layout, **asked}
     with pytest.raises(ModelError, match=f"Linear asks attention for.*{word}"):
-        attention.forest_attention_forward(torch.nn.Linear(1, 1), query, key, value, **arguments)
+        runs.forest_attention_forward(torch.nn.Linear(1, 1), query, key, value, **arguments)
 
 
 def test_without_a_layout_attention_is_an_error():
@@ -149,7 +150,7 @@ def test_the_former_attention_comes_back():
     model = tiny_model("qwen3")
     former = model.config._attn_implementation
     with pytest.raises(KeyError), forest_attention(model):
-        assert model.config._attn_implementation == attention.IMPLEMENTATION
+        assert model.config._attn_implementation == runs.IMPLEMENTATION
         raise KeyError
     assert model.config._attn_implementation == former
     hidden_states(model, forest_row())
@@ -161,24 +162,24 @@ def test_the_former_attention_comes_back():
 def test_no_mask_is_built(monkeypatch):
     """T squared memory must not come back through transformers' masks."""
     seen = []
-    forward = attention.forest_attention_forward
+    forward = runs.forest_attention_forward
     monkeypatch.setitem(
-        attention.AttentionInterface._global_mapping,
-        attention.IMPLEMENTATION,
+        runs.AttentionInterface._global_mapping,
+        runs.IMPLEMENTATION,
         lambda *arguments, **named: seen.append(arguments[4]) or forward(*arguments, **named),
     )
     hidden_states(tiny_model("gemma2"), forest_row())
     assert seen == [None, None]
 
 
-def test_dropout_in_attention_is_refused_in_training_only():
+def test_dropout_in_attention_is_rejected_in_training_only():
     model = tiny_model("llama", attention_dropout=0.1)
     hidden_states(model.eval(), forest_row())
     with pytest.raises(ModelError, match="attention_dropout"):
         hidden_states(model.train(), forest_row())
 
 
-def test_a_model_with_attention_of_its_own_is_refused():
+def test_a_model_with_attention_of_its_own_is_rejected():
     with pytest.raises(ModelError, match="BloomModel computes attention by itself"):
         hidden_states(tiny_model("bloom", n_head=4, n_layer=1), forest_row())
 

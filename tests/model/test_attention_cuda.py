@@ -15,13 +15,13 @@ from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_function
 
-from preceptor.data.forest import build_row
-from preceptor.model import attention, attention_cuda
-from preceptor.model.attention import attend_runs
-from preceptor.model.attention_cuda import attend_flex, attend_varlen, block_mask, fast_path
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations.passes import Keep
+from preceptor.model.attention import cuda, runs
+from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
+from preceptor.model.attention.layout import ForestLayout, PassLayout, PathMasks, dense_mask
+from preceptor.model.attention.runs import attend_runs
 from preceptor.model.forward import row_loss
-from preceptor.model.layout import ForestLayout, PassLayout, PathMasks, dense_mask
-from preceptor.model.passes import Keep
 from tiny import MODELS, branching, chain, tiny_model
 
 FLEX_MODULE = sys.modules["torch.nn.attention.flex_attention"]
@@ -59,7 +59,7 @@ def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Flex as it is, with gradients, which torch has on the CPU but does not offer there."""
-    monkeypatch.setattr(attention_cuda, "varlen_attn", flash)
+    monkeypatch.setattr(cuda, "varlen_attn", flash)
     monkeypatch.setattr(FLEX_MODULE, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(FLEX_MODULE, "_validate_device", lambda *_: None)
 
@@ -68,18 +68,18 @@ def on_the_cpu(monkeypatch):
 def as_on_cuda(monkeypatch):
     """All that hangs on the device or on its kernels' smallest sizes is said to be there."""
     for name in ("_is_half_on_cuda", "_flex_takes", "_has_flash"):
-        monkeypatch.setattr(attention_cuda, name, lambda *_: True)
+        monkeypatch.setattr(cuda, name, lambda *_: True)
 
 
 def chains_row():
     rng = np.random.default_rng(3)
-    return build_row([chain(rng, (4, 9)), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12))])
+    return pack_trees([chain(rng, (4, 9)), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12))])
 
 
 ROWS = {
     "chains": chains_row(),
     "trees": forest_row(),
-    "one chain": build_row([chain(np.random.default_rng(4), (9, 5))]),
+    "one chain": pack_trees([chain(np.random.default_rng(4), (9, 5))]),
 }
 PLAIN = {name: FEATURES[name] for name in ("plain", "window", "wide window")}
 
@@ -95,7 +95,7 @@ def test_the_stand_in_takes_what_varlen_takes():
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("varlen_attn", [flash, old_flash])
 def test_varlen_equals_the_dense_mask_in_float64(varlen_attn, row, features, monkeypatch):
-    monkeypatch.setattr(attention_cuda, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
     layout = ForestLayout.from_row(row, "cpu")
     found = outputs_and_grads(attend_varlen, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
@@ -118,7 +118,7 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
         told["heads"] = (query.shape[1], key.shape[1], value.shape[1])
         return torch.zeros_like(query)
 
-    monkeypatch.setattr(attention_cuda, "varlen_attn", tell)
+    monkeypatch.setattr(cuda, "varlen_attn", tell)
     layout = ForestLayout.from_row(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -181,7 +181,7 @@ def long_row(seed, num_trees):
     for _ in range(num_trees):
         lengths = tuple(int(n) for n in rng.integers(1, 60, 6))
         trees.append(branching(rng) if rng.random() < 0.5 else chain(rng, lengths))
-    return build_row(trees)
+    return pack_trees(trees)
 
 
 def spelled_out(blocks, num_tokens, block):
@@ -202,7 +202,7 @@ def spelled_out(blocks, num_tokens, block):
 @pytest.mark.parametrize("block", [4, 16, 128])
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_that_flex_skips_are_seen_by_none_and_full_ones_by_all(seed, block, window, monkeypatch):
-    monkeypatch.setattr(attention_cuda, "BLOCK", block)
+    monkeypatch.setattr(cuda, "BLOCK", block)
     layout = ForestLayout.from_row(long_row(seed, 4), "cpu")
     num_tokens = len(layout.position_T)
     mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, window)
@@ -225,11 +225,11 @@ def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
     """Loss and gradient of each way of keeping less, with the kernels that would be chosen, against runs."""
     used = set()
     for name in ("attend_varlen", "attend_flex"):
-        function = getattr(attention_cuda, name)
-        monkeypatch.setattr(attention_cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
+        function = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
     model = tiny_model(kind, dtype=torch.float64)
     tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
-    keeps = [Keep("full"), Keep("recompute"), Keep("none")]
+    keeps = [Keep("full"), Keep("recompute"), Keep("detach")]
     if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
         keeps.append(Keep("full", "all"))
     for row in (ROWS["chains"], ROWS["trees"]):
@@ -243,7 +243,7 @@ def assert_as_by_runs(model, row, keep, tolerance, monkeypatch):
     """Loss and all gradients, with the kernels that `fast_path` chooses and run by run."""
     results = []
     for choose in (fast_path, lambda *_: None):
-        monkeypatch.setattr(attention, "fast_path", choose)
+        monkeypatch.setattr(runs, "fast_path", choose)
         loss = row_loss(model, row, keep)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -263,12 +263,12 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
         return lookup_backend("aot_eager")(graph, inputs)
 
     compiled = torch.compile(flex_function, backend=backend, fullgraph=True)
-    monkeypatch.setattr(attention_cuda, "_flex", lambda _: compiled)
+    monkeypatch.setattr(cuda, "_flex", lambda _: compiled)
     model = tiny_model("gemma2", dtype=torch.float64)
     num_graphs = []
     for length in (3, 8, 13, 21):
         rng = np.random.default_rng(length)
-        row = build_row([branching(rng), chain(rng, (length, 9))])
+        row = pack_trees([branching(rng), chain(rng, (length, 9))])
         assert_as_by_runs(model, row, Keep("full", "all"), 1e-7, monkeypatch)
         num_graphs.append(len(graphs))
     assert num_graphs[1] == num_graphs[-1] <= 8
@@ -276,9 +276,7 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
 
 def test_a_row_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
     made = []
-    monkeypatch.setattr(
-        attention_cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window)
-    )
+    monkeypatch.setattr(cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window))
     model = tiny_model("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
     row_loss(model, forest_row())  # proves, with rows of its own, what may be spared
     made.clear()
@@ -292,11 +290,11 @@ def test_a_row_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda
 def test_flex_is_compiled_once_and_on_cuda_only(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or (lambda *_: None))
-    attention_cuda._flex.cache_clear()
+    cuda._flex.cache_clear()
     try:
-        assert attention_cuda._flex("cpu") is flex_function and asked == []
-        assert attention_cuda._flex("cuda") is attention_cuda._flex("cuda") is not flex_function
+        assert cuda._flex("cpu") is flex_function and asked == []
+        assert cuda._flex("cuda") is cuda._flex("cuda") is not flex_function
         assert asked == [{"fullgraph": True}] and torch._dynamo.config.recompile_limit >= 32
     finally:
-        attention_cuda._flex.cache_clear()
-    assert attention_cuda._softcapped(2.5) is attention_cuda._softcapped(2.5)
+        cuda._flex.cache_clear()
+    assert cuda._softcapped(2.5) is cuda._softcapped(2.5)

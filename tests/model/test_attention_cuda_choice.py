@@ -7,9 +7,9 @@ import torch
 from test_attention import forest_row
 from test_attention_cuda import chains_row, flash, old_flash
 
-from preceptor.model import attention_cuda
-from preceptor.model.attention_cuda import attend_varlen, fast_path
-from preceptor.model.layout import ForestLayout, PassLayout
+from preceptor.model.attention import cuda
+from preceptor.model.attention.cuda import attend_varlen, fast_path
+from preceptor.model.attention.layout import ForestLayout, PassLayout
 
 
 def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
@@ -57,22 +57,22 @@ def test_what_is_chosen(chosen, changes, monkeypatch):
     asked = {"dtype": torch.bfloat16, "device": "cuda", "num_tokens": 300, "head_size": 64, "heads": (4, 2)}
     asked |= {"layout": CHAINS, "softcap": None, "sinks": None, "triton": True, "flash": True, "capability": (8, 0)}
     asked |= {"varlen": flash, **changes}
-    monkeypatch.setattr(attention_cuda, "varlen_attn", asked["varlen"])
-    monkeypatch.setattr(attention_cuda, "_has_triton", lambda: asked["triton"])
+    monkeypatch.setattr(cuda, "varlen_attn", asked["varlen"])
+    monkeypatch.setattr(cuda, "_has_triton", lambda: asked["triton"])
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: asked["flash"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: asked["capability"])
-    attention_cuda._has_flash.cache_clear()
+    cuda._has_flash.cache_clear()
     sizes = (asked["num_tokens"], asked["head_size"], asked["dtype"], asked["device"])
     query, key = (tensor(heads, *sizes) for heads in asked["heads"])
     value = tensor(asked["heads"][1], sizes[0], asked.get("value_size", sizes[1]), *sizes[2:])
     found = fast_path(query, key, value, asked["layout"], asked["softcap"], asked["sinks"])
-    attention_cuda._has_flash.cache_clear()
+    cuda._has_flash.cache_clear()
     assert getattr(found, "__name__", None) == chosen
 
 
 def test_autocast_makes_float32_half(monkeypatch):
     query = tensor(4, dtype=torch.float32)
-    monkeypatch.setattr(attention_cuda, "_has_flash", lambda _: True)
+    monkeypatch.setattr(cuda, "_has_flash", lambda _: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     assert fast_path(query, query, query, CHAINS) is attend_varlen

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from preceptor.model import attention_path, sizes
-from preceptor.model.attention_path import attend_path
-from preceptor.model.layout import PathMasks
+from preceptor.model import sizes
+from preceptor.model.attention import cpu
+from preceptor.model.attention.cpu import attend_path
+from preceptor.model.attention.layout import PathMasks
 
 H, K, D, V = 6, 2, 16, 24
 SCALE = 0.4
@@ -52,7 +53,7 @@ def error(found, true):
 def test_gradients_are_no_further_from_the_truth_than_the_naive_path(
     num_queries, num_keys, scratch_elements, window, monkeypatch
 ):
-    monkeypatch.setattr(attention_path, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(cpu, "BLOCK_TOKENS", 16)
     monkeypatch.setattr(sizes, "BLOCK_TOKENS", 16)
     monkeypatch.setattr(sizes, "_WHOLE_TOKENS", 24)
     monkeypatch.setattr(sizes, "SCRATCH_ELEMENTS", scratch_elements)

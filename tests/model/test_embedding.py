@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
-from preceptor.model.embedding import embedding_gradient_in_place
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations.embedding import embedding_gradient_in_place
 from preceptor.model.forward import row_loss
 from tiny import chain, tiny_model
 
 
 def rows():
     rng = np.random.default_rng(0)
-    return [build_row([chain(rng, (7, 9)), chain(rng, (5, 4))]) for _ in range(2)]
+    return [pack_trees([chain(rng, (7, 9)), chain(rng, (5, 4))]) for _ in range(2)]
 
 
 def gradients(model, in_place):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import forward
+from preceptor.model.attention.layout import ForestLayout
 from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head, row_loss
-from preceptor.model.layout import ForestLayout
 from tiny import MODELS, branching, chain, separate_chains, tiny_model
 
 
@@ -30,7 +30,7 @@ def own_loss(model, trees):
     model.set_attn_implementation("eager")  # sdpa leaves out the soft-cap in some versions of transformers
     total = torch.zeros((), dtype=torch.float64)
     for tree in trees:
-        row = build_row([tree])
+        row = pack_trees([tree])
         logits_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0]
         log_probs_NV = torch.log_softmax(logits_TV[torch.from_numpy(row.source_N)].double(), dim=-1)
         losses_N = -log_probs_NV.gather(1, torch.from_numpy(row.target_N)[:, None])[:, 0]
@@ -49,9 +49,9 @@ def assert_same(found, true, tolerance):
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_row_equals_its_conversations_and_the_formula(kind):
     model, trees = tiny_model(kind), conversations()
-    loss = row_loss(model, build_row(trees))
+    loss = row_loss(model, pack_trees(trees))
     grads = grads_of(loss, model)
-    singles = sum(row_loss(model, build_row([tree])) for tree in trees)
+    singles = sum(row_loss(model, pack_trees([tree])) for tree in trees)
     exact = tiny_model(kind, dtype=torch.float64)
     true_loss = own_loss(exact, trees)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-5)
@@ -67,8 +67,8 @@ def test_a_tree_equals_its_separate_chains(kind):
     trees = [branching(rng), chain(rng, (3, 4)), branching(rng)]
     chains = [single for tree in trees for single in separate_chains(tree)]
     assert len(chains) == 7
-    row = build_row(trees)
-    assert row.num_trained == sum(build_row([single]).num_trained for single in chains)
+    row = pack_trees(trees)
+    assert row.num_trained == sum(pack_trees([single]).num_trained for single in chains)
     loss = row_loss(model, row)
     exact = tiny_model(kind, dtype=torch.float64)
     true_loss = own_loss(exact, chains)
@@ -79,10 +79,10 @@ def test_a_tree_equals_its_separate_chains(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_changing_one_conversation_changes_no_other(kind):
     model, trees = tiny_model(kind), conversations()
-    before_TD = hidden_states(model, build_row(trees))
+    before_TD = hidden_states(model, pack_trees(trees))
     start, end = trees[0].num_tokens, trees[0].num_tokens + trees[1].num_tokens
     trees[1] = chain(np.random.default_rng(9), (1, 3))
-    after_TD = hidden_states(model, build_row(trees))
+    after_TD = hidden_states(model, pack_trees(trees))
     others = torch.cat([torch.arange(start), torch.arange(end, len(before_TD))])
     torch.testing.assert_close(after_TD[others], before_TD[others], rtol=1e-6, atol=1e-6)
     assert (after_TD[start:end] - before_TD[start:end]).abs().max() > 0.1
@@ -90,14 +90,14 @@ def test_changing_one_conversation_changes_no_other(kind):
 
 def test_a_row_without_trained_tokens_still_has_a_graph():
     model = tiny_model("llama")
-    loss = row_loss(model, build_row([chain(np.random.default_rng(0), (6,))]))
+    loss = row_loss(model, pack_trees([chain(np.random.default_rng(0), (6,))]))
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_autocast_gives_a_float32_loss_near_the_true_one():
-    model, row = tiny_model("qwen3"), build_row(conversations())
+    model, row = tiny_model("qwen3"), pack_trees(conversations())
     true = row_loss(model, row)
     with torch.autocast("cpu", torch.bfloat16):
         loss = row_loss(model, row)
@@ -129,14 +129,14 @@ def test_the_head_is_the_models_own(kind, settings, dtype):
     check_head(model)
 
 
-def test_a_head_that_does_more_is_refused(monkeypatch):
+def test_a_head_that_does_more_is_rejected(monkeypatch):
     model = tiny_model("granite", logits_scaling=4.0)
     monkeypatch.setattr(forward, "_number", lambda settings, name, default: default)
     with pytest.raises(ModelError, match="granite: the logits"):
         check_head(model)
 
 
-def test_a_head_that_reads_something_else_than_hidden_states_is_refused():
+def test_a_head_that_reads_something_else_than_hidden_states_is_rejected():
     with pytest.raises(ModelError, match=r"electra: the output embedding reads \d+ values a token"):
         check_head(tiny_model("electra", embedding_size=16))
 
@@ -180,21 +180,19 @@ def _one_run(from_row):
 
 def test_attention_that_differs_from_the_models_own_is_found(monkeypatch):
     """Planted: our attention takes the wrong scale."""
-    from preceptor.model import attention
+    from preceptor.model.attention import runs
 
-    attend = attention.attend_runs
-    monkeypatch.setattr(
-        attention, "attend_runs", lambda q, k, v, layout, scale, *rest: attend(q, k, v, layout, 1.0, *rest)
-    )
+    attend = runs.attend_runs
+    monkeypatch.setattr(runs, "attend_runs", lambda q, k, v, layout, scale, *rest: attend(q, k, v, layout, 1.0, *rest))
     with pytest.raises(ModelError, match="between the model's own attention and ours"):
         check_isolation(tiny_model("llama"))
 
 
-def test_rotary_frequencies_that_follow_the_longest_conversation_are_refused():
+def test_rotary_frequencies_that_follow_the_longest_conversation_are_rejected():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
     rng = np.random.default_rng(0)
-    hidden_states(model, build_row([chain(rng, (8, 8)), chain(rng, (3, 3))]))
-    hidden_states(model, build_row([chain(rng, (9, 9))]))
-    with pytest.raises(ModelError, match="max_row_tokens to at most 16"):
-        hidden_states(model, build_row([chain(rng, (9, 9)), chain(rng, (3, 3))]))
+    hidden_states(model, pack_trees([chain(rng, (8, 8)), chain(rng, (3, 3))]))
+    hidden_states(model, pack_trees([chain(rng, (9, 9))]))
+    with pytest.raises(ModelError, match="max_length to at most 16"):
+        hidden_states(model, pack_trees([chain(rng, (9, 9)), chain(rng, (3, 3))]))

@@ -7,7 +7,7 @@ from transformers import Gemma3nTextConfig, LlamaConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from preceptor.model.gates import gate_activation, lean_gate
+from preceptor.model.activations.glu import gate_activation, lean_gate
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 

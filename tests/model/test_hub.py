@@ -16,8 +16,9 @@ COMMIT = "a" * 40
 USER = """
 import os, sys, urllib.request
 from preceptor import config
-from preceptor.model.load import load_model, load_tokenizer, save_model
-from preceptor.study.plan_model import read_model
+from preceptor.chat.format import load_tokenizer
+from preceptor.model.load import load_model, save_model
+from preceptor.plan.model import read_model
 assert read_model(config.Model(path="owner/name")).towers_open
 model, tokenizer = load_model("owner/name", "float32", "cpu"), load_tokenizer("owner/name")
 urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/saving").close()

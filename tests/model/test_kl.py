@@ -5,9 +5,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.model.forward import hidden_states, output_head, read_hidden_states
-from preceptor.model.kl import Base, kl_to_base
+from preceptor.model.loss.kl import Base, kl_to_base
 from tiny import chain, tiny_model
 
 NUM_BASE = 56  # of 64 tokens
@@ -16,7 +16,7 @@ NUM_BASE = 56  # of 64 tokens
 @pytest.fixture
 def row():
     rng = np.random.default_rng(0)
-    return build_row([chain(rng, (5, 9)), chain(rng, (3, 4, 2, 6))])
+    return pack_trees([chain(rng, (5, 9)), chain(rng, (3, 4, 2, 6))])
 
 
 def moved(model, seed=5):

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from preceptor.data.forest import build_row
-from preceptor.model import lean, passes
-from preceptor.model.adapters import add_adapter
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations import modules, passes
+from preceptor.model.activations.modules import lean_modules
+from preceptor.model.activations.passes import Keep
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import row_loss
-from preceptor.model.lean import lean_modules
-from preceptor.model.passes import Keep
 from preceptor.train.precision import autocast
 from tiny import MODELS, chain, tiny_model
 
@@ -19,7 +19,7 @@ from tiny import MODELS, chain, tiny_model
 @pytest.fixture
 def row():
     rng = np.random.default_rng(0)
-    return build_row([chain(rng, (9, 12, 5, 8)), chain(rng, (4, 7))])
+    return pack_trees([chain(rng, (9, 12, 5, 8)), chain(rng, (4, 7))])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,9 +92,9 @@ def test_loss_and_gradients_are_those_of_the_authors_modules(kind, precision, ro
     assert error < (3e-5 if precision == "float32" else 0.05)
 
 
-@pytest.mark.parametrize("keep", [Keep("recompute"), Keep("none"), Keep("full", "all"), Keep("none", "all")])
+@pytest.mark.parametrize("keep", [Keep("recompute"), Keep("detach"), Keep("full", "all"), Keep("detach", "all")])
 def test_layers_that_run_again_are_lean_as_well(keep, row):
-    """Else what they keep would differ from what they kept at first, which torch refuses."""
+    """Else what they keep would differ from what they kept at first, which torch rejects."""
     model = tiny_model("qwen3")
     with autocast(model.device, "bfloat16"):
         loss = row_loss(model, row, keep)
@@ -116,7 +116,7 @@ def test_no_module_is_changed_by_it_even_when_the_pass_fails():
         assert nn.Linear.forward not in forwards
         raise ZeroDivisionError
     assert [cls.forward for cls in (nn.Linear, LlamaRMSNorm)] == forwards
-    assert "forward" not in Inherits.__dict__ and not lean._within
+    assert "forward" not in Inherits.__dict__ and not modules._within
 
 
 def test_nothing_changes_under_transformers_own_checkpointing():
@@ -130,9 +130,9 @@ def test_nothing_changes_under_transformers_own_checkpointing():
 def test_an_adapter_reads_the_copy_that_its_layer_reads(row):
     model = add_adapter(tiny_model("llama"), 4, 8.0, 0.0, None, [], seed=0)
     seen = []
-    copy = lean.Casts.of_input
+    copy = modules.Casts.of_input
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean.Casts, "of_input", lambda *given: seen.append(copy(*given)) or seen[-1])
+        patch.setattr(modules.Casts, "of_input", lambda *given: seen.append(copy(*given)) or seen[-1])
         with autocast(model.device, "bfloat16"):
             row_loss(model, row)
     assert len({id(tensor) for tensor in seen}) < len(seen) / 3  # q, k, v and the A of each: one copy for six

@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 
-from preceptor.data.forest import Segment, Tree, build_row
-from preceptor.model.levels import levels, split
+from preceptor.data.forest import Segment, Tree, pack_trees
+from preceptor.model.activations.levels import levels, split
 from tiny import branching, chain
 
 
 def rows():
     rng = np.random.default_rng(0)
     return {
-        "one turn": build_row([chain(rng, (9, 4))]),
-        "five turns": build_row([chain(rng, (5, 3, 4, 2, 6, 3, 1, 5, 2, 2))]),
-        "no context": build_row([chain(rng, (0, 7))]),
-        "branches": build_row([branching(rng)]),
-        "packed": build_row([chain(rng, (4, 9, 2, 3)), branching(rng), chain(rng, (1, 1)), chain(rng, (6,))]),
-        "weight 0": build_row([chain(rng, (4, 5), weight=0.0), chain(rng, (3, 3))]),
+        "one turn": pack_trees([chain(rng, (9, 4))]),
+        "five turns": pack_trees([chain(rng, (5, 3, 4, 2, 6, 3, 1, 5, 2, 2))]),
+        "no context": pack_trees([chain(rng, (0, 7))]),
+        "branches": pack_trees([branching(rng)]),
+        "packed": pack_trees([chain(rng, (4, 9, 2, 3)), branching(rng), chain(rng, (1, 1)), chain(rng, (6,))]),
+        "weight 0": pack_trees([chain(rng, (4, 5), weight=0.0), chain(rng, (3, 3))]),
     }
 
 
@@ -50,13 +50,13 @@ def test_a_chain_has_two_levels_for_each_turn(name, num):
 
 def test_all_trees_of_a_row_share_their_levels():
     rng = np.random.default_rng(0)
-    assert len(levels(build_row([chain(rng, (4, 3)) for _ in range(20)]))) == 2
+    assert len(levels(pack_trees([chain(rng, (4, 3)) for _ in range(20)]))) == 2
 
 
 def test_what_no_read_token_sees_is_in_no_level():
     ids = (1, 2, 3)
     segments = (Segment("context", ids, None), Segment("target", ids, 0), Segment("context", ids, 0))
-    plan = levels(build_row([Tree("dead end:1", segments)]))
+    plan = levels(pack_trees([Tree("dead end:1", segments)]))
     assert [level.index_T().tolist() for level in plan] == [[0, 1], [2, 3, 4]]
 
 

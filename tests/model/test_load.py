@@ -7,13 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preceptor.data.forest import build_row
+from preceptor import files
+from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer
+from preceptor.chat.template import Template
+from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.model import load
-from preceptor.model.adapters import add_adapter
+from preceptor.hub import resolve_model_path
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import row_loss
-from preceptor.model.load import load_model, load_tokenizer, resolve_model_path, save_model
-from preceptor.model.vocabulary import add_tokens, align_model, align_tokenizer, resize_embeddings
+from preceptor.model.load import _honour_softcap, load_model, save_model
+from preceptor.model.vocabulary import align_model, resize_embeddings
 from tiny import chain, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -22,11 +25,11 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% end
 def assistant(kind):
     tokenizer = tiny_tokenizer()
     model = tiny_model(kind, vocab_size=len(tokenizer))
-    plan = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
-    plan = align_tokenizer(tokenizer, TEMPLATE, "<|im_end|>", plan)
-    resize_embeddings(model, tokenizer, plan, seed=0)
+    added = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
+    added |= align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, tuple(added)), "<|im_end|>")
+    resize_embeddings(model, tokenizer, added, seed=0)
     align_model(model, tokenizer)
-    return model, tokenizer, plan
+    return model, tokenizer, added
 
 
 def logits(model):
@@ -58,7 +61,7 @@ def test_a_soft_cap_is_not_left_to_an_attention_without():
     for kind, chosen in (("gemma2", "eager"), ("llama", "sdpa")):
         model = tiny_model(kind)
         model.config._attn_implementation = "sdpa"
-        load._honour_softcap(model)
+        _honour_softcap(model)
         assert model.config._attn_implementation == chosen
 
 
@@ -66,9 +69,9 @@ def test_a_soft_cap_is_not_left_to_an_attention_without():
 def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
     from peft import PeftModel
 
-    model, tokenizer, plan = assistant(kind)
-    adapted = add_adapter(model, 4, 8.0, 0.0, None, plan.new_ids, 0)
-    row = build_row([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
+    model, tokenizer, added = assistant(kind)
+    adapted = add_adapter(model, 4, 8.0, 0.0, None, sorted(added.values()), 0)
+    row = pack_trees([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
         row_loss(adapted, row).backward()
@@ -104,7 +107,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(load, "_make_durable", full_disk)
+    monkeypatch.setattr(files, "_flush", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         save_model(model, tokenizer, tmp_path / "runs" / "model")
     assert not any((tmp_path / "runs").iterdir())
@@ -148,7 +151,7 @@ def test_sampling_values_without_do_sample_do_not_make_the_last_save_fail(base_f
         assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, True)
 
 
-def test_what_is_no_causal_language_model_is_refused(base_folder, tmp_path):
+def test_what_is_no_causal_language_model_is_rejected(base_folder, tmp_path):
     classifier = changed_config(base_folder, tmp_path / "a", architectures=["LlamaForSequenceClassification"])
     with pytest.raises(ModelError, match=r"LlamaForSequenceClassification.*no causal language model"):
         load_model(classifier, "float32", "cpu")
@@ -172,14 +175,6 @@ def test_missing_weights_never_start_at_random_values(base_folder, tmp_path):
         load_model(deeper, "float32", "cpu")
 
 
-def test_a_folder_without_tokenizer(base_folder, tmp_path):
-    folder = changed_config(base_folder, tmp_path / "a")
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
-        load_tokenizer(folder)
-
-
 def test_names_that_lead_nowhere(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
@@ -192,6 +187,5 @@ def test_names_that_lead_nowhere(tmp_path):
         with pytest.raises(ModelError, match=words):
             resolve_model_path(path)
     assert resolve_model_path("owner/name") == "owner/name"
-    for load_one in (load_tokenizer, lambda name: load_model(name, "float32", "cpu")):
-        with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
-            load_one("owner/name")
+    with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
+        load_model("owner/name", "float32", "cpu")

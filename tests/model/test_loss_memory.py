@@ -5,9 +5,9 @@ import torch
 from test_loss import D, N, V, error, holding, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preceptor.model import loss_softmax
-from preceptor.model.loss import head_cast_once, linear_cross_entropy
-from preceptor.model.loss_reference import linear_cross_entropy_reference
+from preceptor.model.loss import softmax
+from preceptor.model.loss.linear_cross_entropy import head_cast_once, linear_cross_entropy
+from preceptor.model.loss.reference import linear_cross_entropy_reference
 
 
 class Watch(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
 
 
 def test_logits_never_exceed_one_chunk_nor_their_float32_one_block(monkeypatch):
-    monkeypatch.setitem(loss_softmax._BLOCK_LOGITS, "cpu", 2 * V)
+    monkeypatch.setitem(softmax._BLOCK_LOGITS, "cpu", 2 * V)
     arguments, _ = inputs()
     with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
         linear_cross_entropy(*arguments, softcap=2.0, logits_bytes=holding(8, torch.bfloat16))
@@ -85,7 +85,7 @@ def test_rows_add_up_in_a_given_buffer(autocast):
         assert error(hidden_TD.grad, true[0]) < tolerance
 
 
-def test_a_given_buffer_refuses_a_loss_that_is_multiplied_later():
+def test_a_given_buffer_rejects_a_loss_that_is_multiplied_later():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=torch.zeros_like(weight_VD))
     with pytest.raises(RuntimeError, match="weight_N"):

@@ -8,9 +8,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from preceptor.model.norms import FORMS, lean_norm, norm_form, root_mean_square_norm
-from preceptor.model.shapes import FAMILIES
-from preceptor.model.sparing import relative_error
+from preceptor.model.activations.norms import FORMS, lean_norm, norm_form, root_mean_square_norm
+from preceptor.model.checks.levels import relative_error
+from preceptor.plan.shapes import FAMILIES
 
 NORMS = {"llama": Qwen3RMSNorm, "gemma": Gemma2RMSNorm, "gpt_oss": GptOssRMSNorm}
 SIZE = 48

@@ -4,22 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model import attention, forward, passes, sparing
-from preceptor.model.adapters import add_adapter
-from preceptor.model.attention import attend_reference
+from preceptor.model import forward
+from preceptor.model.activations import passes
+from preceptor.model.activations.passes import Keep
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.attention import runs
+from preceptor.model.attention.runs import attend_reference
+from preceptor.model.checks import levels
+from preceptor.model.checks.levels import check_levels, spares_the_last_layer
 from preceptor.model.forward import check_isolation, hidden_states, row_loss
-from preceptor.model.passes import Keep
-from preceptor.model.sparing import check_levels, spares_the_last_layer
 from tiny import MODELS, branching, chain, tiny_model
 
 RNG = np.random.default_rng(0)
 ROWS = {
-    "1 turn": build_row([chain(RNG, (15, 9))]),
-    "5 turns": build_row([chain(RNG, (5, 3, 4, 2, 6, 3, 1, 5, 2, 2))]),
-    "branches": build_row([branching(RNG)]),
-    "packed": build_row(
+    "1 turn": pack_trees([chain(RNG, (15, 9))]),
+    "5 turns": pack_trees([chain(RNG, (5, 3, 4, 2, 6, 3, 1, 5, 2, 2))]),
+    "branches": pack_trees([branching(RNG)]),
+    "packed": pack_trees(
         [chain(RNG, (7, 9, 2, 3)), branching(RNG), chain(RNG, (0, 4, 5, 1), weight=0.5), chain(RNG, (6,))]
     ),
 }
@@ -87,7 +90,7 @@ def test_the_exact_modes_in_float32(keep):
 def test_none_holds_the_keys_and_values_of_unread_tokens_constant(kind, row, monkeypatch):
     """Against the dense reference with those keys and values detached, in one pass over the row."""
     model = tiny_model(kind, dtype=torch.float64)
-    found = loss_and_grads(model, row_loss(model, row, Keep("none")))
+    found = loss_and_grads(model, row_loss(model, row, Keep("detach")))
     exact = loss_and_grads(model, whole(model, row))
     read_T = torch.zeros(row.num_tokens, dtype=torch.bool)
     read_T[torch.from_numpy(row.source_N)] = True
@@ -96,13 +99,13 @@ def test_none_holds_the_keys_and_values_of_unread_tokens_constant(kind, row, mon
         key, value = (torch.where(read_T[:, None], t, t.detach()) for t in (key, value))
         return attend_reference(query, key, value, layout, *options[:4])
 
-    monkeypatch.setattr(attention, "attend_runs", constant)
+    monkeypatch.setattr(runs, "attend_runs", constant)
     assert_same(found, loss_and_grads(model, whole(model, row)), rounding_in_float64(kind))
     assert found[0] == pytest.approx(exact[0], rel=1e-11)
     assert (found[1] - exact[1]).norm() > 0.01 * exact[1].norm()
 
 
-@pytest.mark.parametrize("keep", [*EXACT[1:], Keep("none"), Keep("none", "all")], ids=str)
+@pytest.mark.parametrize("keep", [*EXACT[1:], Keep("detach"), Keep("detach", "all")], ids=str)
 def test_adapters_and_their_dropout(keep):
     """Without dropout the exact gradient; with it, what runs again draws the same as the first time."""
     model = add_adapter(tiny_model("llama", dtype=torch.float64), 4, 8.0, 0.0, None, [3], seed=0)
@@ -112,7 +115,7 @@ def test_adapters_and_their_dropout(keep):
     true = loss_and_grads(model, whole(model, ROWS["packed"]))
     found = loss_and_grads(model, row_loss(model, ROWS["packed"], keep))
     assert found[0] == pytest.approx(true[0], rel=1e-11)
-    if keep.context_gradient != "none":
+    if keep.context_gradient != "detach":
         assert_same(found, true, 1e-11)
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
@@ -171,11 +174,11 @@ def saved_bytes(model, forward):
 def test_less_is_kept_for_long_contexts():
     """Of three quarters context, `none` keeps a quarter, and the keys and values."""
     model = tiny_model("qwen3", num_hidden_layers=4, hidden_size=64, intermediate_size=256)
-    row = build_row([chain(np.random.default_rng(0), (600, 200))])
+    row = pack_trees([chain(np.random.default_rng(0), (600, 200))])
     whole_row = saved_bytes(model, lambda: hidden_states(model, row))
     kept = {
         keep: saved_bytes(model, lambda keep=keep: forward.read_hidden_states(model, row, keep))
-        for keep in (Keep(), Keep("none"), Keep("none", "all"))
+        for keep in (Keep(), Keep("detach"), Keep("detach", "all"))
     }
     shares = [num_bytes / whole_row for num_bytes in kept.values()]
     assert shares[0] < 0.9  # in one of four layers little for three of four tokens
@@ -207,7 +210,7 @@ def test_the_last_layer_sees_only_read_tokens():
 def test_the_proofs_pass(kind):
     model = tiny_model(kind)
     assert spares_the_last_layer(model)
-    check_levels(model, Keep("none"))
+    check_levels(model, Keep("detach"))
     check_levels(model, Keep("recompute"))
 
 
@@ -232,46 +235,46 @@ def test_layers_with_two_attentions_are_not_taken_apart(kind, settings, found):
     model = tiny_model(kind, **settings)
     check_isolation(model)
     check_levels(model, Keep("full"))
-    for how in ("none", "recompute"):
-        with pytest.raises(ModelError, match=f"{kind}: {found}.*Set train.context_gradient to `full`"):
+    for how in ("detach", "recompute"):
+        with pytest.raises(ModelError, match=f"{kind}: {found}.*Set memory.context_gradient to `full`"):
             check_levels(model, Keep(how))
 
 
 def test_levels_that_differ_are_found(monkeypatch):
     """Planted: keys of earlier levels are lost."""
     planted = lambda model, row, keep: (hidden_states(model, row)[row.source_N] * 1.01, row.source_N)  # noqa: E731
-    monkeypatch.setattr(sparing, "decode_levels", planted)
+    monkeypatch.setattr(levels, "decode_levels", planted)
     with pytest.raises(ModelError, match=r"llama.*level by level"):
-        check_levels(tiny_model("llama"), Keep("none"))
+        check_levels(tiny_model("llama"), Keep("detach"))
 
 
 def test_a_row_that_no_loss_reads_has_a_graph_in_every_mode():
-    row = build_row([chain(np.random.default_rng(0), (6,))])
-    for keep in (Keep("none"), Keep("recompute", "all")):
+    row = pack_trees([chain(np.random.default_rng(0), (6,))])
+    for keep in (Keep("detach"), Keep("recompute", "all")):
         model = tiny_model("llama")
         row_loss(model, row, keep).backward()
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_more_layers_than_there_are_and_other_checkpointing_are_refused():
+def test_more_layers_than_there_are_and_other_checkpointing_are_rejected():
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match="5 layers are to be recomputed, but the model has 2"):
+    with pytest.raises(ModelError, match="5 layers, but the model has 2"):
         row_loss(model, ROWS["1 turn"], Keep("full", 5))
     model.gradient_checkpointing_enable()
     with pytest.raises(ModelError, match="gradient_checkpointing_disable"):
-        row_loss(model, ROWS["1 turn"], Keep("none"))
+        row_loss(model, ROWS["1 turn"], Keep("detach"))
 
 
-def test_levels_refuse_rotary_frequencies_that_follow_the_longest_position():
+def test_levels_reject_rotary_frequencies_that_follow_the_longest_position():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
-    row = build_row([chain(np.random.default_rng(0), (9, 9))])
+    row = pack_trees([chain(np.random.default_rng(0), (9, 9))])
     row_loss(model, row)
-    with pytest.raises(ModelError, match="max_row_tokens to at most 16"):
-        row_loss(model, row, Keep("none"))
+    with pytest.raises(ModelError, match="max_length to at most 16"):
+        row_loss(model, row, Keep("detach"))
 
 
-@pytest.mark.parametrize("keep", [Keep("recompute"), Keep("none"), Keep("full", "all")], ids=str)
+@pytest.mark.parametrize("keep", [Keep("recompute"), Keep("detach"), Keep("full", "all")], ids=str)
 def test_mixed_precision(keep):
     model, row = tiny_model("qwen3"), ROWS["packed"]
     true = row_loss(model, row)
@@ -284,8 +287,8 @@ def test_mixed_precision(keep):
 
 def test_a_chain_that_is_read_alone_can_run_again_but_not_by_levels():
     tree = chain(np.random.default_rng(0), (9, 8))
-    model, row = tiny_model("llama", dtype=torch.float64), build_row([tree], alone=True)
+    model, row = tiny_model("llama", dtype=torch.float64), pack_trees([tree], alone=True)
     true = loss_and_grads(model, row_loss(model, row))
     assert_same(loss_and_grads(model, row_loss(model, row, Keep("full", "all"))), true, 1e-11)
     with pytest.raises(ModelError, match="llama model mix tokens outside attention"):
-        row_loss(model, row, Keep("none"))
+        row_loss(model, row, Keep("detach"))

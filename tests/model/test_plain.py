@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.data.forest import build_row
-from preceptor.data.grouping import chains_of
+from preceptor.data.forest import pack_trees
+from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
+from preceptor.model.checks.sequential import check_plain, plain_hidden_states
 from preceptor.model.forward import check_head, check_isolation
-from preceptor.model.plain import check_plain, plain_hidden_states
 from tiny import branching, chain, tiny_model
 
 MIXING = {
@@ -75,18 +75,18 @@ def test_a_chain_alone_is_what_the_model_computes(kind):
     check_plain(model)
     rng = np.random.default_rng(0)
     for tree in (chain(rng, (5, 7, 3, 4)), *chains_of(branching(rng))):
-        row = build_row([tree], alone=True)
+        row = pack_trees([tree], alone=True)
         hidden_TD = plain_hidden_states(model, row)
         true_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0]
         torch.testing.assert_close(model.get_output_embeddings()(hidden_TD), true_TV, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_looks_ahead_is_refused():
+def test_a_model_that_looks_ahead_is_rejected():
     with pytest.raises(ModelError, match="bert: its hidden states follow later tokens"):
         check_plain(tiny_model("bert"))
 
 
-def test_attention_that_is_not_the_authors_is_refused(monkeypatch):
+def test_attention_that_is_not_the_authors_is_rejected(monkeypatch):
     """Planted: the implementation in force leaves out the scale."""
     from transformers.models.llama import modeling_llama
 
@@ -103,4 +103,4 @@ def test_attention_that_is_not_the_authors_is_refused(monkeypatch):
 
 def test_a_forest_is_not_taken_for_a_chain():
     with pytest.raises(AssertionError, match="one chain"):
-        plain_hidden_states(tiny_model("llama"), build_row([branching(np.random.default_rng(0))], alone=True))
+        plain_hidden_states(tiny_model("llama"), pack_trees([branching(np.random.default_rng(0))], alone=True))

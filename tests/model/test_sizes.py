@@ -6,19 +6,20 @@ import torch
 from test_passes import ROWS, assert_same, loss_and_grads, rounding_in_float64
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preceptor.data.forest import build_row
-from preceptor.model import loss_softmax, passes
-from preceptor.model.adapters import add_adapter
-from preceptor.model.attention import ForestLayout, attend_runs
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations import passes
+from preceptor.model.activations.passes import Keep
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.attention.layout import computed_tokens
+from preceptor.model.attention.runs import ForestLayout, attend_runs
+from preceptor.model.checks.levels import spares_the_last_layer
 from preceptor.model.forward import read_hidden_states, row_loss
-from preceptor.model.layout import computed_tokens
-from preceptor.model.passes import Keep
+from preceptor.model.loss import softmax
 from preceptor.model.sizes import FINEST, mostly_short, on_grid
-from preceptor.model.sparing import spares_the_last_layer
 from preceptor.train.precision import autocast
 from tiny import MODELS, branching, chain, tiny_model
 
-MODES = [Keep(gradient, again) for gradient in ("full", "recompute", "none") for again in ("none", "all", 1)]
+MODES = [Keep(gradient, again) for gradient in ("full", "recompute", "detach") for again in ("none", "all", 1)]
 
 
 def to_tens(num_tokens, _):
@@ -53,7 +54,7 @@ def test_loss_and_gradients_are_those_without(kind, keep, monkeypatch):
     true = loss_and_grads(model, row_loss(model, row, keep))
     computed = []
     monkeypatch.setattr(passes, "computed_tokens", lambda n, like: computed.append(n) or to_tens(n, like))
-    monkeypatch.setattr(loss_softmax, "computed_tokens", to_tens)
+    monkeypatch.setattr(softmax, "computed_tokens", to_tens)
     found = loss_and_grads(model, row_loss(model, row, keep))
     assert any(n % 10 for n in computed), "nothing was rounded up"
     assert_same(found, true, rounding_in_float64(kind))
@@ -64,14 +65,14 @@ def test_with_an_adapter_and_new_tokens(monkeypatch):
     for rounded in (False, True):
         if rounded:
             monkeypatch.setattr(passes, "computed_tokens", to_tens)
-            monkeypatch.setattr(loss_softmax, "computed_tokens", to_tens)
+            monkeypatch.setattr(softmax, "computed_tokens", to_tens)
         model = add_adapter(tiny_model("llama", dtype=torch.float64), 4, 8.0, 0.0, None, [5, 7], seed=0).double()
         losses.append(loss_and_grads(model, row_loss(model, row, Keep("recompute"))))
     assert_same(losses[1], losses[0], 1e-11)
 
 
 def test_attention_gives_zeros_for_tokens_in_no_run():
-    layout = ForestLayout.from_row(build_row([branching(np.random.default_rng(0))]), "cpu")
+    layout = ForestLayout.from_row(pack_trees([branching(np.random.default_rng(0))]), "cpu")
     num_tokens = len(layout.position_T)
     query, key, value = (torch.randn(1, heads, num_tokens + 3, 8, dtype=torch.float64) for heads in (4, 2, 2))
     found = attend_runs(query, key, value, layout, 0.4)
@@ -95,14 +96,14 @@ class Products(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("context_gradient", ["full", "recompute", "none"])
+@pytest.mark.parametrize("context_gradient", ["full", "recompute", "detach"])
 def test_rows_of_other_lengths_multiply_the_same_sizes(context_gradient):
     """Or else oneDNN compiles for each: the loss, all layers and attention's backward, whatever is kept."""
     model, found = tiny_model("qwen3"), []
     spares_the_last_layer(model)  # what it finds out about a model once, it has found out
     for more in (0, 3, 11):
         rng = np.random.default_rng(0)
-        row = build_row([chain(rng, (410 + more, 200 + more)), chain(rng, (140 + more, 150))])
+        row = pack_trees([chain(rng, (410 + more, 200 + more)), chain(rng, (140 + more, 150))])
         with autocast(model.device, "bfloat16"), Products() as products:
             row_loss(model, row, Keep(context_gradient)).backward()
         found.append(products.sizes)
@@ -115,11 +116,11 @@ def test_few_tokens_on_a_long_path_are_no_short_run():
     assert mostly_short([(100, 100), (90, 90), (180, 180)]) and not mostly_short([(100, 100), (180, 180)])
 
 
-@pytest.mark.parametrize("context_gradient", ["full", "recompute", "none"])
+@pytest.mark.parametrize("context_gradient", ["full", "recompute", "detach"])
 def test_bfloat16_gives_what_float32_gives_but_for_rounding(context_gradient):
     """Long enough for attention in bfloat16, with branches, and hidden states are those of the tokens asked for."""
     rng = np.random.default_rng(0)
-    row = build_row([chain(rng, (150, 100, 60, 40)), branching(rng), chain(rng, (190, 30))])
+    row = pack_trees([chain(rng, (150, 100, 60, 40)), branching(rng), chain(rng, (190, 30))])
     model, keep = tiny_model("qwen3"), Keep(context_gradient)
     true = loss_and_grads(model, row_loss(model, row, keep))
     with autocast(model.device, "bfloat16"):

@@ -13,11 +13,11 @@ from transformers import AutoModelForMultimodalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
+from preceptor.model.checks.sequential import check_plain
 from preceptor.model.forward import check_head, check_isolation
 from preceptor.model.load import load_model
-from preceptor.model.plain import check_plain
 from preceptor.model.towers import freeze_towers, tower_parameters
-from preceptor.train import execute as execution
+from preceptor.train import run as execution
 from preceptor.train.prepare import prepare
 from tiny import SEEING, seeing_model, tiny_model, tiny_tokenizer
 
@@ -59,7 +59,7 @@ def test_a_run_changes_the_text_and_saves_the_whole(run_file, tmp_path, kind, ad
     (tmp_path / "base" / "processor_config.json").write_text('{"processor_class": "Any"}')
     sections = {"model": {"path": str(tmp_path / "base")}} | ({"adapter": adapter} if adapter else {})
     file = run_file(conversations(8), eval_rows=conversations(2), **sections)
-    run = config.load(file, ["train.duration=3 steps", "train.learning_rate=0.01"])
+    run = config.load(file, ["train.duration=3 steps", "optimizer.learning_rate=0.01"])
     shown = io.StringIO()
     execution.execute(prepare(run), Console(file=shown, width=200))
     num_towers = sum(p.numel() for p in tower_parameters(base))

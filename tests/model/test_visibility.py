@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from preceptor.errors import ModelError
-from preceptor.model import visibility
-from preceptor.model.visibility import check_visibility
+from preceptor.model.checks import visibility
+from preceptor.model.checks.visibility import check_visibility
 from tiny import MODELS, tiny_model
 
 
@@ -18,7 +18,7 @@ def test_masks_agree(kind):
     assert model.training
 
 
-def test_chunked_attention_is_refused_by_layer():
+def test_chunked_attention_is_rejected_by_layer():
     model = tiny_model(
         "llama4_text",
         attention_chunk_size=8,
@@ -30,7 +30,7 @@ def test_chunked_attention_is_refused_by_layer():
         check_visibility(model)
 
 
-def test_bidirectional_attention_is_refused():
+def test_bidirectional_attention_is_rejected():
     with pytest.raises(ModelError, match="BertSelfAttention of layer 0"):
         check_visibility(tiny_model("bert"))
 
@@ -43,12 +43,12 @@ def test_a_window_that_the_mask_has_but_the_layer_does_not_tell_is_found(layer_w
         check_visibility(model)
 
 
-def test_layers_that_drop_keyword_arguments_are_refused():
+def test_layers_that_drop_keyword_arguments_are_rejected():
     with pytest.raises(ModelError, match="StableLmAttention of layer 0 drops keyword arguments"):
         check_visibility(tiny_model("stablelm"))
 
 
-def test_models_without_attention_are_refused():
+def test_models_without_attention_are_rejected():
     with pytest.raises(ModelError, match="mamba: no layer looks its attention up"):
         check_visibility(tiny_model("mamba"))
 

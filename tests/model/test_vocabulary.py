@@ -1,18 +1,14 @@
-"""Special tokens: found or added, first values of their rows, eos and pad, tied and untied heads."""
+"""Rows of new tokens in tied and untied heads, and what the model stops at."""
 
 import pytest
 import torch
-from tokenizers import AddedToken
 
-from preceptor.errors import ModelError
+from preceptor.chat.format import add_tokens, align_tokenizer
+from preceptor.chat.template import Template
 from preceptor.model.vocabulary import (
     ROWS_MULTIPLE,
-    TokenPlan,
-    add_tokens,
     align_model,
-    align_tokenizer,
     describe,
-    plan_tokens,
     resize_embeddings,
 )
 from tiny import tiny_model, tiny_tokenizer
@@ -21,82 +17,9 @@ CHAT = ("<|im_start|>", "<|im_end|>")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-def test_planning_changes_nothing_and_foretells_the_ids():
-    tokenizer = tiny_tokenizer()
-    size = len(tokenizer)
-    plan = plan_tokens(tokenizer, [*CHAT, "<|endoftext|>", CHAT[0]])
-    assert plan == TokenPlan({"<|endoftext|>": 0}, {CHAT[0]: size, CHAT[1]: size + 1})
-    assert len(tokenizer) == size
-    assert add_tokens(tokenizer, [*CHAT, "<|endoftext|>"]) == plan
-    assert plan.new_ids == [size, size + 1]
-
-
-def test_added_tokens_are_special_and_of_one_id():
-    tokenizer = tiny_tokenizer()
-    plan = add_tokens(tokenizer, CHAT)
-    ids = tokenizer.encode("a<|im_start|>b<|im_end|>", add_special_tokens=False)
-    assert [ids[1], ids[3]] == plan.new_ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
-    assert add_tokens(tokenizer, CHAT) == TokenPlan(dict(plan.added), {})
-
-
-def test_a_plain_word_of_the_vocabulary_becomes_special_and_keeps_its_id():
-    tokenizer = tiny_tokenizer()
-    word = max((w for w in tokenizer.get_vocab() if w.isalpha()), key=len)
-    word_id = tokenizer.get_vocab()[word]
-    assert len(word) > 2
-    assert add_tokens(tokenizer, [word]) == TokenPlan({word: word_id}, {})
-    assert word_id in tokenizer.added_tokens_decoder
-    assert tokenizer.added_tokens_decoder[word_id].special
-
-
-def aligned(tokenizer, needed=CHAT):
-    return align_tokenizer(tokenizer, TEMPLATE, "<|im_end|>", add_tokens(tokenizer, needed))
-
-
-def test_a_pad_token_is_added_where_none_is_to_be_had():
-    tokenizer = tiny_tokenizer()
-    plan = aligned(tokenizer)
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token == "<|pad|>"
-    assert tokenizer.pad_token_id in plan.new_ids
-    assert tokenizer.chat_template == TEMPLATE
-
-
-def test_a_pad_token_that_is_the_eos_is_replaced():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)], special_tokens=True)
-    tokenizer.pad_token = "<|im_end|>"
-    aligned(tokenizer)
-    assert tokenizer.pad_token != tokenizer.eos_token
-
-
-def test_an_own_pad_token_is_kept():
-    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<nothing>"))
-    tokenizer.pad_token = "<nothing>"
-    plan = aligned(tokenizer)
-    assert tokenizer.pad_token == "<nothing>"
-    assert set(plan.added) == set(CHAT)
-
-
-@pytest.mark.parametrize(
-    ("specials", "pad"),
-    [
-        (("<|reserved_0|>", "<|finetune_right_pad_id|>"), "<|finetune_right_pad_id|>"),
-        (("<|fim_middle|>", "<|reserved_0|>"), "<|reserved_0|>"),
-        (("<|fim_middle|>",), "<|pad|>"),
-        (("<|reserved_in_use|>", "<|reserved_0|>"), "<|reserved_0|>"),
-    ],
-)
-def test_a_reserved_token_becomes_the_pad_token(specials, pad):
-    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", *specials))
-    align_tokenizer(tokenizer, TEMPLATE + "<|reserved_in_use|>", "<|im_end|>", add_tokens(tokenizer, CHAT))
-    assert tokenizer.pad_token == pad
-
-
-def test_a_stop_token_that_is_none_is_refused():
-    with pytest.raises(ModelError, match="<nope>"):
-        align_tokenizer(tiny_tokenizer(), TEMPLATE, "<nope>", TokenPlan())
+def aligned(tokenizer):
+    added = add_tokens(tokenizer, CHAT)
+    return added | align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, CHAT), "<|im_end|>")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -106,8 +29,8 @@ def test_rows_of_new_tokens(kind):
     model = tiny_model(kind, vocab_size=len(tokenizer))
     before = model.get_input_embeddings().weight.detach().clone()
     head_before = model.get_output_embeddings().weight.detach().clone()
-    plan = aligned(tokenizer)
-    resize_embeddings(model, tokenizer, plan, seed=0)
+    added = aligned(tokenizer)
+    resize_embeddings(model, tokenizer, added, seed=0)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (head is embedding) == (kind == "qwen3")
     assert len(embedding) == len(head) == model.config.vocab_size == 320
@@ -115,7 +38,7 @@ def test_rows_of_new_tokens(kind):
     assert torch.equal(embedding[: len(before)], before)
     assert torch.equal(head[: len(before)], head_before)
     for weight, old in ((embedding, before), (head, head_before)):
-        for token, id_ in plan.added.items():
+        for token, id_ in added.items():
             ids = tokenizer.encode(describe(token), add_special_tokens=False)
             assert (weight[id_] - old[ids].mean(dim=0)).abs().max() < 0.05 * old.std()
         torch.testing.assert_close(weight[len(tokenizer) :], old.mean(dim=0).expand(320 - len(tokenizer), -1))
@@ -135,10 +58,10 @@ def test_rows_follow_the_seed():
 def test_tokens_of_one_description_do_not_share_a_row():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    plan = add_tokens(tokenizer, ["<|§|>", "<|¶|>"])
+    added = add_tokens(tokenizer, ["<|§|>", "<|¶|>"])
     assert describe("<|§|>") == describe("<|¶|>")
-    resize_embeddings(model, tokenizer, plan, seed=0)
-    first, second = model.get_input_embeddings().weight[plan.new_ids]
+    resize_embeddings(model, tokenizer, added, seed=0)
+    first, second = model.get_input_embeddings().weight[list(added.values())]
     assert not torch.equal(first, second)
 
 
@@ -147,12 +70,12 @@ def test_spare_rows_are_used_and_never_dropped():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=500)
     before = model.get_input_embeddings().weight.detach().clone()
-    plan = add_tokens(tokenizer, CHAT)
-    resize_embeddings(model, tokenizer, plan, seed=0)
+    added = add_tokens(tokenizer, CHAT)
+    resize_embeddings(model, tokenizer, added, seed=0)
     after = model.get_input_embeddings().weight
     assert len(after) == 500
     moved = (after != before).any(dim=1).nonzero()[:, 0].tolist()
-    assert moved == plan.new_ids
+    assert moved == list(added.values())
 
 
 def test_the_bias_of_a_head_grows_too():

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
 from preceptor import config
-from preceptor.data.forest import build_row
+from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train import loop
 from preceptor.train.checkpoint import State
-from preceptor.train.execute import build_model, execute
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
+from preceptor.train.run import build_model, execute
 
 QUIET = Console(quiet=True)
 
@@ -39,27 +39,27 @@ def weights(folder):
 def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
     """Eight conversations of uneven targets, in one row or in eight, in four rows of two and so on."""
     prepared = prepare(config.load(run_file(conversations(8))))
-    assert len({tree.num_trained for tree in prepared.train}) > 2
+    assert len({tree.num_trained for tree in prepared.train.trees()}) > 2
     trajectories = []
     for per_row in (8, 4, 1):
         torch.manual_seed(0)
         model = build_model(prepared, torch.device("cpu"))
-        state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
-        groups = [prepared.train[i : i + per_row] for i in range(0, 8, per_row)]
-        rows = [build_row(group) for group in groups]
+        state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
+        groups = [prepared.train.trees(range(i, i + per_row)) for i in range(0, 8, per_row)]
+        rows = [pack_trees(group) for group in groups]
         trajectories.append([loop.take_step(state, rows, 1e-3, 1.0, "float32") for _ in range(5)])
     for other in trajectories[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
 
 
 def test_a_run_leaves_what_it_promises(run_file):
-    folder = train(run_file(eval_rows=conversations(3)), "train.duration=2 epochs", "train.eval_every=1 epochs")
+    folder = train(run_file(eval_rows=conversations(3)), "train.duration=2 epochs", "eval.every=1 epochs")
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
         "metrics.jsonl",
         "eval.jsonl",
         "samples.jsonl",
-        "refusals.jsonl",
+        "rejections.jsonl",
         "summary.json",
         "model",
         "data.json",
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(run_file):
     for key in ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "seconds", "peak_memory_bytes"):
         assert all(line[key] > 0 for line in lines), key
     run = config.load(folder / "config.yaml")
-    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train)
+    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train.trees())
     assert sum(line["num_tokens"] for line in lines) == 2 * epoch_tokens
     looks = metrics(folder, "eval.jsonl")
     assert looks[0]["step"] == 0 and looks[-1]["step"] == lines[-1]["step"]
@@ -95,7 +95,7 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_bits(run_file):
 
 @pytest.mark.parametrize("adapter", [(), ("adapter.rank=4", "adapter.dropout=0.1")])
 def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
-    file = run_file(eval_rows=conversations(2), train__save_every="3 steps", train__eval_every="2 steps")
+    file = run_file(eval_rows=conversations(2), checkpoint__every="3 steps", eval__every="2 steps")
     whole = train(file, "train.duration=8 steps", f"out={file.parent}/whole", *adapter)
 
     class Killed(BaseException):
@@ -125,14 +125,14 @@ def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
 
 
-def test_resume_refuses_another_run(run_file):
-    file = run_file(train__save_every="2 steps")
+def test_resume_rejects_another_run(run_file):
+    file = run_file(checkpoint__every="2 steps")
     folder = train(file)
     with pytest.raises(CheckpointError, match="this run is finished"):
         train(file, resume=True)
     shutil.rmtree(folder / "model")
     with pytest.raises(CheckpointError, match="another run file or other data"):
-        train(file, "train.learning_rate=5e-4", resume=True)
+        train(file, "optimizer.learning_rate=5e-4", resume=True)
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         train(file, f"out={file.parent}/none", resume=True)
 
@@ -140,13 +140,13 @@ def test_resume_refuses_another_run(run_file):
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file):
     prepared = prepare(config.load(run_file()))
     model = build_model(prepared, torch.device("cpu"))
-    state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
+    state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = float("nan")
-        model.get_input_embeddings().weight[prepared.train[0].segments[0].ids[0]] = float("nan")
+        model.get_input_embeddings().weight[prepared.train.trees([0])[0].segments[0].ids[0]] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ModelError, match="step 1: loss nan"):
-        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32")
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32")
     after = dict(model.named_parameters())
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
@@ -154,14 +154,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file
 def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file):
     prepared = prepare(config.load(run_file()))
     model = build_model(prepared, torch.device("cpu"))
-    state = State(model, build_optimizer(model, 0.0, 0.9, 0.95))
+    state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
     state.step = 6
 
     def more_than_there_is(*_, **__):
         return torch.empty(1 << 60)
 
-    with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_row_tokens") as raised:
-        loop.take_step(state, [build_row(prepared.train[:1])], 1e-3, 1.0, "float32", more_than_there_is)
+    with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_length") as raised:
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", more_than_there_is)
     assert "allocate" in str(raised.value.__cause__)
 
 
@@ -170,7 +170,7 @@ def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file)
 def test_what_is_saved_speaks_and_stops_in_plain_transformers(run_file, adapter, precision):
     """Overfit one conversation; the saved folder alone must then answer and stop."""
     rows = [{"messages": [{"role": "user", "content": "user?"}, {"role": "assistant", "content": "The message."}]}]
-    overrides = ("train.duration=60 steps", "train.learning_rate=1e-2", "train.rows_per_step=1")
+    overrides = ("train.duration=60 steps", "optimizer.learning_rate=1e-2", "train.batch_size=1")
     folder = train(run_file(rows), *overrides, f"train.precision={precision}", *adapter)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

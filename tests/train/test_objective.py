@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from preceptor import config
-from preceptor.data.forest import build_row
-from preceptor.data.weights import weigh
+from preceptor.data.forest import pack_trees
+from preceptor.data.mixture import weigh
+from preceptor.model.activations.passes import Keep
 from preceptor.model.forward import row_loss
-from preceptor.model.loss_options import LossOptions
+from preceptor.model.loss.options import LossOptions
 from preceptor.train.checkpoint import State
 from preceptor.train.loop import take_step
 from preceptor.train.objective import Objective
@@ -33,7 +34,7 @@ def step(rows, objective=None, dtype=torch.float64, kind="llama"):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])  # an untied head, and one tied to the embedding
 def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
-    rows = [build_row(TREES[:2]), build_row(TREES[2:])]
+    rows = [pack_trees(TREES[:2]), pack_trees(TREES[2:])]
     loss, grads = step(rows, dtype=torch.float32, kind=kind)
     model = tiny_model(kind)
     expected = sum(row_loss(model, row) for row in rows) / sum(row.num_trained for row in rows)
@@ -46,25 +47,25 @@ def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
 def test_each_conversation_counts_the_same_however_rows_are_made():
     weighed = [weigh(tree, "conversation") for tree in TREES]
     model = tiny_model("llama", dtype=torch.float64)
-    means = [(row_loss(model, build_row([tree])) / tree.num_trained).item() for tree in TREES]
-    for rows in ([build_row(weighed)], [build_row([tree]) for tree in weighed]):
+    means = [(row_loss(model, pack_trees([tree])) / tree.num_trained).item() for tree in TREES]
+    for rows in ([pack_trees(weighed)], [pack_trees([tree]) for tree in weighed]):
         assert step(rows)[0] == pytest.approx(np.mean(means), rel=1e-9)
 
 
 def test_the_variants_of_the_run_file_are_used():
-    train = config.Train(label_smoothing=0.1, z_loss=0.01, dft=True, context_gradient="none", recompute=1)
+    loss = config.Loss(type="dft", label_smoothing=0.1, z_loss=0.01)
+    memory = config.Memory(context_gradient="detach", activation_checkpointing=1)
     model = tiny_model("llama", dtype=torch.float64)
-    objective = Objective.of(train, model, num_base_tokens=64)
-    row = build_row(TREES)
+    objective = Objective.of(loss, memory, model, num_base_tokens=64)
+    row = pack_trees(TREES)
     expected = row_loss(model, row, objective.keep, LossOptions(0.1, 0.01, True))
-    assert objective.keep.context_gradient == "none" and objective.base is None
+    assert objective.keep == Keep("detach", 1) and objective.base is None
     assert objective(model, row).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_the_divergence_from_the_base_grows_with_the_distance_and_holds_back():
-    train = config.Train(kl_to_base=0.5)
     model = tiny_model("llama", dtype=torch.float64)
-    objective, row = Objective.of(train, model, num_base_tokens=64), build_row(TREES)
+    objective, row = Objective.of(config.Loss(kl_coef=0.5), config.Memory(), model, 64), pack_trees(TREES)
     plain = row_loss(model, row).item()
     assert objective(model, row).item() == pytest.approx(plain, rel=1e-9)
     with torch.no_grad():

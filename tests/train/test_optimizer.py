@@ -35,7 +35,7 @@ def test_matrices_decay_and_the_rest_does_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     model[0].weight.requires_grad_(True)
     model[1].bias.requires_grad_(False)
-    optimizer = build_optimizer(model, 0.1, 0.9, 0.95)
+    optimizer = build_optimizer(model, 0.1, [0.9, 0.95])
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decays == {id(model[0].weight): 0.1, id(model[0].bias): 0.0, id(model[1].weight): 0.0}
 

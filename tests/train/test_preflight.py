@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
+from preceptor.data.dataset import Dataset
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.model.forward import row_loss
-from preceptor.train import execute as execution
 from preceptor.train import preflight as proofs
+from preceptor.train import run as execution
 from preceptor.train.objective import Objective
 from preceptor.train.preflight import Passed, preflight
 from preceptor.train.prepare import prepare
@@ -35,8 +36,8 @@ def planted(loss):
     return Planted()
 
 
-def loader(trees=TREES, rows_per_step=2):
-    return Loader(trees, max_row_tokens=64, rows_per_step=rows_per_step, seed=0)
+def loader(trees=TREES, batch_size=2):
+    return Loader(Dataset(trees), max_length=64, batch_size=batch_size, seed=0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -68,14 +69,14 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
 
 def test_the_largest_rows_are_the_longest_and_the_one_with_most_targets():
     trees = [chain(RNG, (60, 2)), chain(RNG, (2, 50)), *(chain(RNG, (20, 4)) for _ in range(9))]
-    longest, most_trained = loader(trees).largest_rows()
+    longest, most_trained = loader(trees).largest_sequences()
     plan = [loader(trees).trees(row) for row in loader(trees).plan(0)]
     assert longest.num_tokens == max(sum(tree.num_tokens for tree in row) for row in plan) >= 62
     assert most_trained.num_trained == max(sum(tree.num_trained for tree in row) for row in plan) >= 50
 
 
-@pytest.mark.parametrize(("rows_per_step", "alone"), [(1, False), (2, False), (1, True)])
-def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(rows_per_step, alone):
+@pytest.mark.parametrize(("batch_size", "alone"), [(1, False), (2, False), (1, True)])
+def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(batch_size, alone):
     model = tiny_model("llama", dtype=torch.float32)
     trees = [chain(RNG, (30, 90)), *(chain(RNG, (8, 4)) for _ in range(3))]
     seen = []
@@ -85,11 +86,11 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
             seen.append((row.num_tokens, all(p.grad is not None for p in model.parameters())))
         return row_loss(model, row)
 
-    together = Loader(trees, 128, rows_per_step, seed=0)
+    together = Loader(Dataset(trees), 128, batch_size, seed=0)
     given = together.apart() if alone else together
     preflight(model, given, "float32", lambda line: None, planted(loss_of))
     ((num_tokens, beside_gradients),) = seen
-    assert num_tokens >= 120 and beside_gradients == (rows_per_step > 1 or alone)
+    assert num_tokens >= 120 and beside_gradients == (batch_size > 1 or alone)
 
 
 def fails_on_largest(error):
@@ -113,7 +114,7 @@ OUT_OF_MEMORY = {"cpu": lambda: torch.empty(1 << 60), "cuda": raise_cuda}
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
 def test_out_of_memory_names_the_row_and_the_keys(error):
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match=r"largest row of the run, \d+ tokens.*data\.max_row_tokens.*adapter"):
+    with pytest.raises(ModelError, match=r"largest row of the run, \d+ tokens.*data\.max_length.*adapter"):
         preflight(model, loader(), "float32", lambda _: None, objective=fails_on_largest(error))
     assert model.training and all(p.grad is None for p in model.parameters())
 
@@ -169,13 +170,13 @@ def test_a_model_that_mixes_conversations_reads_each_chain_alone():
     apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):
-        rows = apart.rows(step)
+        rows = apart.batch(step)
         assert all(row.alone and len(set(row.subtree_end_T.tolist())) == 1 for row in rows)
-        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.rows(step))
-        assert len(rows) > len(packed.rows(step))
+        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.batch(step))
+        assert len(rows) > len(packed.batch(step))
 
 
-@pytest.mark.parametrize("context_gradient", ["full", "none"])
+@pytest.mark.parametrize("context_gradient", ["full", "detach"])
 def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, context_gradient):
     tokenizer = tiny_tokenizer()
     model = tiny_model("lfm2", vocab_size=len(tokenizer), layer_types=["conv", "full_attention"])
@@ -183,9 +184,9 @@ def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, context_gradient)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "lfm2")
     file = run_file(conversations(12), eval_rows=conversations(3), model={"path": str(tmp_path / "lfm2")})
-    run = config.load(file, ["train.duration=20 steps", f"train.context_gradient={context_gradient}"])
-    if context_gradient == "none":
-        with pytest.raises(ModelError, match=r"train\.context_gradient: none"):
+    run = config.load(file, ["train.duration=20 steps", f"memory.context_gradient={context_gradient}"])
+    if context_gradient == "detach":
+        with pytest.raises(ModelError, match=r"memory\.context_gradient: detach"):
             execution.execute(prepare(run), Console(quiet=True))
         return
     summary = execution.execute(prepare(run), Console(quiet=True))
@@ -194,7 +195,7 @@ def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, context_gradient)
     assert losses[-1] < losses[0]
 
 
-def test_a_head_that_is_not_known_is_still_refused():
+def test_a_head_that_is_not_known_is_still_rejected():
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
     with pytest.raises(ModelError, match="llama: the logits"):

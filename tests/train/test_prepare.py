@@ -1,77 +1,56 @@
-"""What a run needs before a model is loaded: voice, trees, refusals."""
+"""What a run needs before a model is loaded: chat format, trees, rejections."""
 
 import pytest
 
 from conftest import conversations
 from preceptor import config
-from preceptor.data.template import load_template
 from preceptor.errors import DataError
-from preceptor.train.prepare import _closings, prepare
-from tiny import tiny_tokenizer
+from preceptor.train.prepare import prepare
 
 TEXTS = [{"text": f"The start of message {n} and its end."} for n in range(5)]
 
 
 def test_plain_text_leaves_a_base_model_what_it_is(run_file):
     file = run_file(TEXTS)
-    prepared = prepare(config.load(file, ["data.template=null"]))
-    assert prepared.voice.template is None
-    assert not prepared.voice.tokens.added and prepared.voice.tokenizer.chat_template is None
-    assert all(segment.kind == "target" for tree in prepared.train for segment in tree.segments)
+    prepared = prepare(config.load(file, ["data.chat_template=null"]))
+    assert prepared.chat.template is None
+    assert not prepared.chat.added and prepared.chat.tokenizer.chat_template is None
+    assert all(segment.kind == "target" for tree in prepared.train.trees() for segment in tree.segments)
     with_template = prepare(config.load(file))
-    assert list(with_template.voice.tokens.added)[:2] == ["<|im_start|>", "<|im_end|>"]
+    assert list(with_template.chat.added)[:2] == ["<|im_start|>", "<|im_end|>"]
 
 
-def test_a_conversation_far_down_in_plain_text_is_refused_not_half_trained(run_file):
+def test_a_conversation_far_down_in_plain_text_is_rejected_not_half_trained(run_file):
     rows = [TEXTS[0]] * 120 + conversations(1)
     with pytest.raises(DataError, match=r"no_template: first at .*train\.jsonl:121"):
-        prepare(config.load(run_file(rows, data__max_refused=0.0), ["data.template=null"]))
+        prepare(config.load(run_file(rows, data__max_rejected=0.0), ["data.chat_template=null"]))
 
 
 def test_mixed_first_rows_get_a_template(run_file):
-    prepared = prepare(config.load(run_file([*TEXTS, *conversations(2)]), ["data.template=null"]))
-    assert prepared.voice.template.name == "chatml"
-
-
-@pytest.mark.parametrize(
-    ("after", "end"),
-    [
-        ("<|im_end|>\n", "<|im_end|>"),
-        ("\n<|im_end|>", "<|im_end|>"),
-        ("\n", "<|endoftext|>"),
-        (" END", "<|endoftext|>"),
-    ],
-)
-def test_the_token_after_an_answer_ends_a_turn_also_where_the_eos_is_another(tmp_path, after, end):
-    """Base models often carry a chat template whose end of turn is not their eos."""
-    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|im_end|>"))
-    file = tmp_path / "t.jinja"
-    file.write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '" + after.replace("\n", "\\n") + "' }}{% endfor %}"
-    )
-    assert _closings(load_template(str(file), tokenizer), tokenizer)[0] == end
+    prepared = prepare(config.load(run_file([*TEXTS, *conversations(2)]), ["data.chat_template=null"]))
+    assert prepared.chat.template.name == "chatml"
 
 
 def test_the_fingerprint_follows_the_tokens_and_the_run_but_not_its_place(run_file):
     file = run_file()
     prints = [
         prepare(config.load(file, overrides)).fingerprint
-        for overrides in ([], ["out=elsewhere"], ["train.seed=5"], ["data.template=llama3"])
+        for overrides in ([], ["out=elsewhere"], ["train.seed=5"], ["data.chat_template=llama3"])
     ]
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
-def test_rows_that_are_too_long_are_refused_or_shared_out_and_counted(run_file):
-    file = run_file(conversations(9, turns=4), data__max_row_tokens=150)
-    with pytest.raises(DataError, match=r"too_long: first at .*train\.jsonl:\d+.*or set data\.too_long"):
+def test_rows_that_are_too_long_are_rejected_or_shared_out_and_counted(run_file):
+    file = run_file(conversations(9, turns=4), data__max_length=150)
+    with pytest.raises(DataError, match=r"too_long: first at .*train\.jsonl:\d+.*or set data\.overflow"):
         prepare(config.load(file))
-    split = prepare(config.load(file, ["data.too_long=split"]))
-    whole = prepare(config.load(file, ["data.max_row_tokens=4096"]))
-    assert split.tokens.trained == whole.tokens.trained and split.num_examples == len(split.train) > 9
-    assert split.shortened.num_parts - split.shortened.num_split == split.num_examples - 9
-    assert split.num_rows == 9 and max(tree.num_tokens for tree in split.train) <= 150
-    shortened = prepare(config.load(file, ["data.too_long=truncate_context"]))
-    assert shortened.num_examples == 9 and shortened.tokens.trained < whole.tokens.trained
+    split = prepare(config.load(file, ["data.overflow=split"]))
+    whole = prepare(config.load(file, ["data.max_length=4096"]))
+    assert split.tokens.trained == whole.tokens.trained and split.examples_per_epoch == len(split.train.lengths) > 9
+    assert split.shortened.num_parts - split.shortened.num_split == split.examples_per_epoch - 9
+    assert split.num_examples == 9 and max(split.train.lengths) <= 150
+    shortened = prepare(config.load(file, ["data.overflow=truncate_context"]))
+    assert shortened.examples_per_epoch == 9 and shortened.tokens.trained < whole.tokens.trained
     assert "turns that are not trained" in str(shortened.shortened) and not str(whole.shortened)
 
 
@@ -80,8 +59,8 @@ def test_grouped_prompts_cost_less_and_train_the_same(run_file):
     for number, row in enumerate(rows):
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": f"answer {number}"}]
     file = run_file(rows)
-    grouped, apart = (prepare(config.load(file, [f"data.group_prompts={value}"])) for value in ("true", "false"))
-    assert (len(grouped.train), grouped.num_examples, len(apart.train)) == (4, 12, 12)
+    grouped, apart = (prepare(config.load(file, [f"data.share_prefixes={value}"])) for value in ("true", "false"))
+    assert (len(grouped.train.lengths), grouped.examples_per_epoch, len(apart.train.lengths)) == (4, 12, 12)
     assert grouped.tokens.trained == apart.tokens.trained
     assert grouped.tokens.computed < apart.tokens.computed == grouped.tokens.ungrouped
     assert apart.tokens.computed == apart.tokens.one_sample_a_turn and not str(apart.tokens)

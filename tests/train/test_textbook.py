@@ -77,7 +77,7 @@ def test_the_model_is_left_as_it_was_found():
 
 
 @pytest.mark.parametrize(("prompt", "response"), [("", "answer"), ("question", "")])
-def test_an_empty_side_is_refused(prompt, response):
+def test_an_empty_side_is_rejected(prompt, response):
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
     with pytest.raises(DataError):

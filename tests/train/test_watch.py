@@ -9,8 +9,8 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError
-from preceptor.train.execute import execute
 from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
 
 TASK = [{"messages": [{"role": "user", "content": f"start of a message {n}?"}], "accepted": ["x"]} for n in range(5)]
 
@@ -27,7 +27,7 @@ def lines(folder, name):
 
 def test_every_look_has_the_held_out_figures_in_all_and_by_group_and_the_tasks(run_file, write_jsonl):
     task = write_jsonl(TASK, "task.jsonl")
-    file = run_file(eval_rows=conversations(4, turns=2), eval__tasks=[task], eval__limit=3, train__eval_every="2 steps")
+    file = run_file(eval_rows=conversations(4, turns=2), eval__tasks=[task], eval__limit=3, eval__every="2 steps")
     folder = train(file)
     looks = lines(folder, "eval.jsonl")
     assert [look["step"] for look in looks] == [0, 2, 4], "every curve starts at the base model"
@@ -51,8 +51,8 @@ def test_every_look_has_the_held_out_figures_in_all_and_by_group_and_the_tasks(r
 
 def test_looking_changes_nothing_that_is_trained(run_file, write_jsonl):
     file = run_file(eval_rows=conversations(2), eval__tasks=[write_jsonl(TASK, "task.jsonl")], adapter={"dropout": 0.3})
-    often = train(file, "train.eval_every=1 steps")
-    never = train(file, "train.eval_every=null", f"out={often}-never")
+    often = train(file, "eval.every=1 steps")
+    never = train(file, "eval.every=null", f"out={often}-never")
 
     def losses(folder):
         return [(line["loss"], line["grad_norm"]) for line in lines(folder, "metrics.jsonl")]
@@ -63,10 +63,10 @@ def test_looking_changes_nothing_that_is_trained(run_file, write_jsonl):
 
 def test_samples_are_drawn_anew_but_by_the_same_seed(run_file):
     """At a rate that changes no weight all looks say the same; another seed says something else."""
-    file = run_file(eval_rows=conversations(1), train__eval_every="1 steps", train__learning_rate=1e-30)
-    first = lines(train(file, "train.max_new_tokens=12"), "samples.jsonl")
+    file = run_file(eval_rows=conversations(1), eval__every="1 steps", optimizer__learning_rate=1e-30)
+    first = lines(train(file, "eval.max_new_tokens=12"), "samples.jsonl")
     assert len({sample["sampled"] for sample in first}) == 1 and first[0]["sampled"] != first[0]["answer"]
-    other = train(file, "train.max_new_tokens=12", "eval.temperature=0.01", "out=" + str(file.parent / "cold"))
+    other = train(file, "eval.max_new_tokens=12", "eval.temperature=0.01", "out=" + str(file.parent / "cold"))
     cold = lines(other, "samples.jsonl")
     assert cold[0]["sampled"] == cold[0]["answer"], "at a low temperature the likeliest token is drawn"
 

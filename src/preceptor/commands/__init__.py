@@ -1,1 +1,1 @@
-"""The commands, by what they are for; cli.py puts them together."""
+"""The commands, one file each, named as they are typed."""

@@ -1,1 +1,1 @@
-"""Files -> conversations -> trees -> rows: plain values, no torch."""
+"""Files -> examples -> trees -> packed sequences. Plain values, no torch."""

@@ -1,4 +1,4 @@
-"""Records that say the same: exactly, and nearly (MinHash, Broder 1997; banding, Leskovec et al., ch. 3).
+"""Examples that say the same: exactly, and nearly (MinHash, Broder 1997; banding, Leskovec et al., ch. 3).
 
 *Exact*: the same messages (roles, texts, reasoning, tool calls), tools and template arguments, where a run of white
 space counts as one space. *Near*: the texts of all messages but system prompts, each as the set of its sequences of 5
@@ -9,14 +9,14 @@ or up to a fifth of the text is missing.
 *Prompt*: what the users say in a conversation, or the prompt of a completion, is exactly the same, whatever the
 answers and the system prompt; white space and case do not count.
 
-A record is reduced to two digests (16 bytes each), its place (12 bytes) and a signature of 64 MinHash values (128
-bytes): 172 MB for a million records, whatever their length, and about as much again while they are compared. The 64
+An example is reduced to two digests (16 bytes each), its place (12 bytes) and a signature of 64 MinHash values (128
+bytes): 172 MB for a million examples, whatever their length, and about as much again while they are compared. The 64
 hash functions are drawn from a fixed seed. The share of equal values estimates the similarity s with a standard
-deviation of sqrt(s (1 - s) / 64): 0.05 at 0.8. Records that agree in all 4 values of one of 16 bands are compared,
-which 99.98 % of pairs at s = 0.8 do. In a band a record is compared with the first that has its values and with the one
-before it, so time is linear in the number of records but for sorting: 4 s for a million.
+deviation of sqrt(s (1 - s) / 64): 0.05 at 0.8. Examples that agree in all 4 values of one of 16 bands are compared,
+which 99.98 % of pairs at s = 0.8 do. In a band an example is compared with the first that has its values and with the
+one before it, so time is linear in the number of examples but for sorting: 4 s for a million.
 
-Legend: N records, K = 64 hash functions, B = 16 bands, W word sequences of a record.
+Legend: N examples, K = 64 hash functions, B = 16 bands, W word sequences of an example.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from preceptor.data.conversation import Completion, Conversation, Document, Record
+from preceptor.data.examples import Completion, Conversation, Document, Example
 
 NEAR = 0.8
 
@@ -38,7 +38,7 @@ _HASHES = 64
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _PLACE = re.compile(r"(.*\D)(\d+)", re.DOTALL)
-_PIECE_SEQUENCES = 1024  # at a time, so that a long record takes no more memory than a short one: 0.5 MB
+_PIECE_SEQUENCES = 1024  # at a time, so that a long example takes no more memory than a short one: 0.5 MB
 _PIECE_PAIRS = 1 << 16
 
 _rng = np.random.default_rng(1997)
@@ -48,7 +48,7 @@ _WORD_FACTORS = _rng.integers(0, 2**64, _WORDS, dtype=np.uint64) | np.uint64(1)
 
 
 class Fingerprints:
-    """Digests and signatures of records, and where they stand, in the order in which they were added."""
+    """Digests and signatures of examples, and where they stand, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._digests, self._prompt_digests, self._signatures = bytearray(), bytearray(), bytearray()
@@ -59,17 +59,17 @@ class Fingerprints:
     def __len__(self) -> int:
         return len(self._table_N)
 
-    def add(self, record: Record) -> None:
-        self._digests += digest_of(record)
-        self._prompt_digests += prompt_digest_of(record)
-        self._signatures += signature_of(" ".join(_said(record))).tobytes()
-        match = _PLACE.fullmatch(record.source)
-        table, number = (match[1], int(match[2])) if match else (record.source, -1)
+    def add(self, example: Example) -> None:
+        self._digests += digest_of(example)
+        self._prompt_digests += prompt_digest_of(example)
+        self._signatures += signature_of(" ".join(_said(example))).tobytes()
+        match = _PLACE.fullmatch(example.source)
+        table, number = (match[1], int(match[2])) if match else (example.source, -1)
         self._table_N.append(self._tables.setdefault(table, len(self._tables)))
         self._number_N.append(number)
 
     def source(self, index: int) -> str:
-        """Where record `index` stands."""
+        """Where example `index` stands."""
         number = self._number_N[index]
         return list(self._tables)[self._table_N[index]] + (str(number) if number >= 0 else "")
 
@@ -89,7 +89,7 @@ class Fingerprints:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """For each record one that it repeats; -1 where none.
+    """For each example one that it repeats; -1 where none.
 
     exact_N: exactly. near_N: nearly but not exactly. prompt_N: neither, but its prompt (not in `repeats`).
     """
@@ -99,34 +99,34 @@ class Matches:
     prompt_N: np.ndarray
 
 
-def repeats(records: Fingerprints) -> Matches:
-    """Which records repeat an earlier one. An exact repeat is not compared any further."""
-    exact_N = _first_equal(records.digest_N2)
+def repeats(examples: Fingerprints) -> Matches:
+    """Which examples repeat an earlier one. An exact repeat is not compared any further."""
+    exact_N = _first_equal(examples.digest_N2)
     distinct = np.flatnonzero(exact_N < 0)
-    found = _near(records.signature_NK[distinct], num_reference=None)
-    near_N = np.full(len(records), -1, np.int64)
+    found = _near(examples.signature_NK[distinct], num_reference=None)
+    near_N = np.full(len(examples), -1, np.int64)
     near_N[distinct[found >= 0]] = distinct[found[found >= 0]]
-    return Matches(exact_N, near_N, np.full(len(records), -1, np.int64))
+    return Matches(exact_N, near_N, np.full(len(examples), -1, np.int64))
 
 
-def leaks(records: Fingerprints, held_out: Fingerprints) -> Matches:
-    """Which records repeat one of `held_out`: rows to train on that occur in the evaluation set."""
+def leaks(examples: Fingerprints, held_out: Fingerprints) -> Matches:
+    """Which examples repeat one of `held_out`: examples to train on that occur in the evaluation set."""
     num = len(held_out)
 
     def equal(held_out_N2: np.ndarray, record_N2: np.ndarray) -> np.ndarray:
         first = _first_equal(np.concatenate([held_out_N2, record_N2]))[num:]
-        return np.where(first < num, first, -1)  # not an earlier one of the records themselves
+        return np.where(first < num, first, -1)  # not an earlier one of the examples themselves
 
-    exact_N = equal(held_out.digest_N2, records.digest_N2)
-    near_N = _near(np.concatenate([held_out.signature_NK, records.signature_NK]), num_reference=num)[num:]
+    exact_N = equal(held_out.digest_N2, examples.digest_N2)
+    near_N = _near(np.concatenate([held_out.signature_NK, examples.signature_NK]), num_reference=num)[num:]
     near_N = np.where(exact_N >= 0, -1, near_N)
-    prompt_N = equal(held_out.prompt_digest_N2, records.prompt_digest_N2)
-    other = (exact_N < 0) & (near_N < 0) & records.prompt_digest_N2.any(axis=1)
+    prompt_N = equal(held_out.prompt_digest_N2, examples.prompt_digest_N2)
+    other = (exact_N < 0) & (near_N < 0) & examples.prompt_digest_N2.any(axis=1)
     return Matches(exact_N, near_N, np.where(other, prompt_N, -1))
 
 
 def _first_equal(digest_N2: np.ndarray) -> np.ndarray:
-    """For each record the first with the same digest; -1 if it is the first itself."""
+    """For each example the first with the same digest; -1 if it is the first itself."""
     num = len(digest_N2)
     order = np.lexsort((np.arange(num), digest_N2[:, 1], digest_N2[:, 0]))
     changed = (digest_N2[order[1:]] != digest_N2[order[:-1]]).any(axis=1)
@@ -144,9 +144,9 @@ def _starts(changed: np.ndarray, num: int) -> np.ndarray:
 
 
 def _near(signature_NK: np.ndarray, num_reference: int | None) -> np.ndarray:
-    """For each record an earlier one that agrees in `NEAR` of the values; -1 where none is found.
+    """For each example an earlier one that agrees in `NEAR` of the values; -1 where none is found.
 
-    num_reference: only matches of the other records with the first so many are looked for; None: of all with all.
+    num_reference: only matches of the other examples with the first so many are looked for; None: of all with all.
     """
     num = len(signature_NK)
     result = np.full(num, -1, np.int64)
@@ -164,33 +164,33 @@ def _near(signature_NK: np.ndarray, num_reference: int | None) -> np.ndarray:
     return result
 
 
-def _settle(signature_NK: np.ndarray, records: np.ndarray, candidates: np.ndarray, result: np.ndarray) -> None:
+def _settle(signature_NK: np.ndarray, examples: np.ndarray, candidates: np.ndarray, result: np.ndarray) -> None:
     """Write the candidates that are near enough into `result`."""
-    for start in range(0, len(records), _PIECE_PAIRS):
-        these, those = records[start : start + _PIECE_PAIRS], candidates[start : start + _PIECE_PAIRS]
+    for start in range(0, len(examples), _PIECE_PAIRS):
+        these, those = examples[start : start + _PIECE_PAIRS], candidates[start : start + _PIECE_PAIRS]
         near = (signature_NK[these] == signature_NK[those]).mean(axis=1) >= NEAR
         result[these[near]] = those[near]
 
 
-def digest_of(record: Record) -> bytes:
-    """16 bytes that are the same for records that say exactly the same."""
-    if isinstance(record, Conversation):
+def digest_of(example: Example) -> bytes:
+    """16 bytes that are the same for examples that say exactly the same."""
+    if isinstance(example, Conversation):
         messages = [
-            (m.role, _spaced(m.content), _spaced(m.reasoning_content), list(m.tool_calls)) for m in record.messages
+            (m.role, _spaced(m.content), _spaced(m.reasoning_content), list(m.tool_calls)) for m in example.messages
         ]
-        said: object = [messages, list(record.tools or ()), dict(record.template_kwargs)]
+        said: object = [messages, list(example.tools or ()), dict(example.template_kwargs)]
     else:
-        said = [type(record).__name__, *map(_spaced, _said(record))]
+        said = [type(example).__name__, *map(_spaced, _said(example))]
     text = json.dumps(said, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def prompt_digest_of(record: Record) -> bytes:
-    """16 bytes that are the same for records with the same prompt; zeros where there is none."""
-    if isinstance(record, Conversation):
-        asked = [m.content for m in record.messages if m.role == "user"]
+def prompt_digest_of(example: Example) -> bytes:
+    """16 bytes that are the same for examples with the same prompt; zeros where there is none."""
+    if isinstance(example, Conversation):
+        asked = [m.content for m in example.messages if m.role == "user"]
     else:
-        asked = [record.prompt] if isinstance(record, Completion) else []
+        asked = [example.prompt] if isinstance(example, Completion) else []
     asked = [_spaced(text).lower() for text in asked]
     if not any(asked):
         return bytes(16)
@@ -201,14 +201,14 @@ def _spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _said(record: Record) -> Iterator[str]:
-    """The texts of a record, without system prompts: these are often long, and the same for a whole file."""
-    if isinstance(record, Completion):
-        yield from (record.prompt, record.completion)
-    elif isinstance(record, Document):
-        yield record.text
+def _said(example: Example) -> Iterator[str]:
+    """The texts of an example, without system prompts: these are often long, and the same for a whole file."""
+    if isinstance(example, Completion):
+        yield from (example.prompt, example.completion)
+    elif isinstance(example, Document):
+        yield example.text
     else:
-        for message in record.messages:
+        for message in example.messages:
             if message.role not in ("system", "developer"):
                 yield from (message.reasoning_content, message.content)
                 if message.tool_calls:

@@ -1,20 +1,20 @@
-"""Trees -> rows: how the segments of many conversations lie in one forward pass.
+"""Trees of segments, and how many trees are packed into one sequence for one forward pass.
 
-The segments of a row are laid out in depth-first order. One vector then decides all of attention: token j is visible
-to token i iff `j <= i < subtree_end[j]`, where `subtree_end[j]` is the end of the subtree of j's segment.
+The segments of a sequence are laid out in depth-first order. One vector then decides all of attention: token j is
+visible to token i iff `j <= i < subtree_end[j]`, where `subtree_end[j]` is the end of the subtree of j's segment.
 
     tree A   c0 ── t0 ── c1 ── t1          a chain: a plain two-turn conversation
     tree B   c0 ─┬─ t0                     a branch: the next context does not extend the last one
                  └─ c1 ── t1
 
-    row          A.c0  A.t0  A.c1  A.t1 │ B.c0  B.t0  B.c1  B.t1
+    sequence     A.c0  A.t0  A.c1  A.t1 │ B.c0  B.t0  B.c1  B.t1
     subtree_end   a     a     a     a   │  b    B.t0'  b     b       (x' = where x ends, a and b = where A and B end)
     position     0 ..................   │ 0 .. │ ...   │ again from the end of B.c0, along the path from the root
 
 One token can have several next tokens (where a tree branches), so what is trained is pairs: `source_N` (where to
 read the hidden state), `target_N` (the token that must come next), `weight_N`. Nothing is shifted, nothing is -100.
 
-Legend: T tokens of a row, N trained tokens of a row, S segments of a row.
+Legend: T tokens of a sequence, N trained tokens of a sequence, S segments of a sequence.
 """
 
 import math
@@ -24,18 +24,18 @@ from typing import Literal
 
 import numpy as np
 
-Kind = Literal["context", "target"]
+SegmentKind = Literal["context", "target"]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root.
 
-    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/weights.py).
+    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/mixture.py).
     message: which message of its conversation a target is (a part of); None for contexts and for plain text.
     """
 
-    kind: Kind
+    kind: SegmentKind
     ids: tuple[int, ...]
     parent: int | None
     text: str = ""
@@ -46,7 +46,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The segments of one record, parents before children, children in the order in which they were said."""
+    """The segments of one example, parents before children, children in the order of the messages."""
 
     source: str
     segments: tuple[Segment, ...]
@@ -72,23 +72,67 @@ def path_ids(tree: Tree, index: int | None) -> tuple[int, ...]:
     return ids
 
 
+def leaf_paths(tree: Tree) -> list[tuple[int, ...]]:
+    """The paths from root to leaf, each as the indices of its segments."""
+    parents = {segment.parent for segment in tree.segments}
+    paths = []
+    for leaf in range(len(tree.segments)):
+        if leaf not in parents:
+            path = [leaf]
+            while (parent := tree.segments[path[-1]].parent) is not None:
+                path.append(parent)
+            paths.append(tuple(reversed(path)))
+    return paths
+
+
+def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
+    """(context, target) tokens of each turn, in the order of the segments.
+
+    A target may be in several segments, where a later context shares its beginning only; they are one turn.
+    """
+    depths: list[int] = []  # tokens from the root to the end of each segment
+    turn_of: dict[int, int] = {}
+    turns: list[tuple[int, int]] = []
+    for index, segment in enumerate(tree.segments):
+        before = 0 if segment.parent is None else depths[segment.parent]
+        depths.append(before + len(segment.ids))
+        if segment.kind != "target":
+            continue
+        if segment.parent in turn_of:
+            turn_of[index] = turn_of[segment.parent]
+            context, target = turns[turn_of[index]]
+            turns[turn_of[index]] = (context, target + len(segment.ids))
+        else:
+            turn_of[index] = len(turns)
+            turns.append((before, len(segment.ids)))
+    return turns
+
+
+def path_lengths(tree: Tree) -> list[int]:
+    """The tokens of each path from root to leaf."""
+    return [sum(len(tree.segments[index].ids) for index in path) for path in leaf_paths(tree)]
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a segment lies in a row: tokens `start` to `end`, its subtree to `subtree_end`; `parent` indexes spans."""
+    """Where a segment lies in a sequence."""
 
     start: int
     end: int
     subtree_end: int
-    parent: int | None
+    parent: int | None  # index of the parent's span
+    tree: int  # index among the packed trees
+    segment: int  # index in its tree
+    targets: slice  # its places in source_N, target_N and weight_N
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Row:
+class PackedSequence:
     """A forest of trees laid out for one forward pass.
 
     ids_T, position_T, subtree_end_T: int64. source_N, target_N: int64; weight_N: float64. spans: in layout order.
     divisor: what its trained tokens add to the number by which the step's loss is divided.
-    alone: the row is one chain, for the model's own attention and whatever else mixes its tokens (model/plain.py).
+    alone: it is one chain, for the model's own attention and whatever else mixes its tokens (sequential.py).
     """
 
     ids_T: np.ndarray
@@ -110,21 +154,21 @@ class Row:
         return len(self.target_N)
 
 
-def build_row(trees: Sequence[Tree], alone: bool = False) -> Row:
+def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
     """Lay the trees out depth-first, one after the other. Raises ValueError if there is not a single token."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
     pairs: list[tuple[int, int, float, float]] = []
-    for tree in trees:
-        _lay_out(tree, ids, positions, spans, pairs)
+    for number, tree in enumerate(trees):
+        _lay_out(number, tree, ids, positions, spans, pairs)
     if not ids:
-        raise ValueError("a row needs at least one token")
+        raise ValueError("a sequence needs at least one token")
     subtree_end_T = np.empty(len(ids), dtype=np.int64)
     for span in spans:
         subtree_end_T[span.start : span.end] = span.subtree_end
     source, target, weight, share = zip(*pairs, strict=True) if pairs else ((), (), (), ())
-    return Row(
+    return PackedSequence(
         ids_T=np.array(ids, dtype=np.int64),
         position_T=np.array(positions, dtype=np.int64),
         subtree_end_T=subtree_end_T,
@@ -138,7 +182,12 @@ def build_row(trees: Sequence[Tree], alone: bool = False) -> Row:
 
 
 def _lay_out(
-    tree: Tree, ids: list[int], positions: list[int], spans: list[Span], pairs: list[tuple[int, int, float, float]]
+    number: int,
+    tree: Tree,
+    ids: list[int],
+    positions: list[int],
+    spans: list[Span],
+    pairs: list[tuple[int, int, float, float]],
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
     children: list[list[int]] = [[] for _ in tree.segments]
@@ -146,17 +195,19 @@ def _lay_out(
     for index, segment in enumerate(tree.segments):
         assert segment.parent is None or segment.parent < index, "parents come before children"
         (roots if segment.parent is None else children[segment.parent]).append(index)
-    place: dict[int, int] = {}  # segment of the tree -> its span in the row
+    place: dict[int, int] = {}  # segment of the tree -> its span in the sequence
     stack = [(index, False) for index in reversed(roots)]
     while stack:
         index, done = stack.pop()
         if done:
             span = spans[place[index]]
-            spans[place[index]] = Span(span.start, span.end, len(ids), span.parent)
+            spans[place[index]] = Span(
+                span.start, span.end, len(ids), span.parent, span.tree, span.segment, span.targets
+            )
             continue
         segment = tree.segments[index]
         parent = None if segment.parent is None else place[segment.parent]
-        start = len(ids)
+        start, first_target = len(ids), len(pairs)
         last = _last_token(spans, parent)  # the token that the first of this segment follows
         position = 0 if last is None else positions[last] + 1
         ids.extend(segment.ids)
@@ -167,7 +218,7 @@ def _lay_out(
                 if source is not None:
                     pairs.append((source, token, segment.weight, segment.share))
         place[index] = len(spans)
-        spans.append(Span(start, len(ids), len(ids), parent))
+        spans.append(Span(start, len(ids), len(ids), parent, number, index, slice(first_target, len(pairs))))
         stack.append((index, True))
         stack.extend((child, False) for child in reversed(children[index]))
 

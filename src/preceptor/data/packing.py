@@ -1,76 +1,77 @@
-"""Which records share a row: the plan of an epoch, from lengths and a seed alone.
+"""Packing: which examples share a sequence in an epoch, from their lengths and a seed alone.
 
-Rows are made one after the other from the records that are left, in an order that the seed shuffles:
+Sequences are filled one after the other from the examples that are left, in an order that the seed shuffles:
 
-    │ record │ record │ record │             │     records as they come, while a long one still fits after them,
-    │ record │ record │ record │ record │ r. │     then the longest that fits, and so on until none does
+    │ example │ example │ example │              │     examples in order, while a long one still fits after them,
+    │ example │ example │ example │ example │ e. │     then the longest that fits, and so on until none does
 
-So a row is a random sample of the records but for its end, and full to the brim: among many records there is nearly
-always one of the length that is wanted. On chat, long-tail and reasoning lengths (benchmarks/packing.py) rows are as
-full as best-fit decreasing makes them; but that plan puts records of like length together, and the same ones every
-epoch. Here every epoch has groups of its own, as mixed as chance makes them.
+So a sequence is a random sample of the examples but for its end, and completely filled: among many examples there is
+nearly always one of the wanted length. On chat, long-tail and reasoning lengths (benchmarks/packing.py) sequences are
+as full as those of best-fit decreasing, which however puts examples of similar length together, the same ones in every
+epoch. Here each epoch has groups of its own, drawn at random.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_LONG = 0.9  # the quantile of the lengths that counts as long; with the median, rows are a little less full
+_LONG = 0.9  # the quantile of the lengths that counts as long; with the median, sequences are a little less full
 _TRIES = 4
 
 
-def plan_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, each index once, no row over `max_row_tokens`, in an order that `seed` chooses.
+def plan_sequences(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
+    """Sequences of indices into `lengths`, each index once, none over `max_length` tokens, in a seeded order.
 
-    Raises ValueError for a length over `max_row_tokens`.
+    Raises ValueError for a length over `max_length`.
     """
     rng = np.random.default_rng(seed)
-    return _shuffled(_fill_rows(_checked(lengths, max_row_tokens), max_row_tokens, rng), rng)
+    return _shuffled(_fill_sequences(_checked(lengths, max_length), max_length, rng), rng)
 
 
-def count_rows(lengths: Sequence[int], max_row_tokens: int, seed: int) -> int:
-    """How many rows each epoch shall have: as many as two ways of planning need, and half a percent over."""
-    lengths_N = _checked(lengths, max_row_tokens)
-    filled = _fill_rows(lengths_N, max_row_tokens, np.random.default_rng(seed))
-    decreasing = best_fit_decreasing(lengths_N, max_row_tokens, np.random.default_rng(seed))
-    num_rows = max(len(filled), len(decreasing))
-    return min(len(lengths_N), num_rows + num_rows // 200)
+def count_sequences(lengths: Sequence[int], max_length: int, seed: int) -> int:
+    """The number of sequences of each epoch: what two ways of packing need at most, and half a percent more."""
+    lengths_N = _checked(lengths, max_length)
+    filled = _fill_sequences(lengths_N, max_length, np.random.default_rng(seed))
+    decreasing = best_fit_decreasing(lengths_N, max_length, np.random.default_rng(seed))
+    num_sequences = max(len(filled), len(decreasing))
+    return min(len(lengths_N), num_sequences + num_sequences // 200)
 
 
-def plan_epoch(lengths: Sequence[int], max_row_tokens: int, num_rows: int, seed: int) -> list[list[int]]:
-    """As `plan_rows`, in exactly `num_rows` rows (from `count_rows`), so that all epochs take the same steps.
+def plan_epoch(lengths: Sequence[int], max_length: int, num_sequences: int, seed: int) -> list[list[int]]:
+    """As `plan_sequences`, in exactly `num_sequences` (from `count_sequences`), so that all epochs take the same steps.
 
-    Plans of two seeds differ by a few rows in a thousand. One that has too many is drawn anew, at last by best-fit
-    decreasing, which makes the same number for every seed; where there are too few, rows of many records are halved.
-    Raises ValueError as `plan_rows`, and for a `num_rows` that cannot be kept.
+    Plans of two seeds differ by a few sequences in a thousand. One that has too many is drawn anew, at last by best-fit
+    decreasing, which makes the same number for every seed; where there are too few, sequences of many examples are
+    halved. Raises ValueError as `plan_sequences`, and for a `num_sequences` that cannot be kept.
     """
-    lengths_N = _checked(lengths, max_row_tokens)
+    lengths_N = _checked(lengths, max_length)
     for attempt in range(_TRIES):
         rng = np.random.default_rng([seed, attempt])
-        rows = _fill_rows(lengths_N, max_row_tokens, rng)
-        if len(rows) <= num_rows:
+        sequences = _fill_sequences(lengths_N, max_length, rng)
+        if len(sequences) <= num_sequences:
             break
     else:
         rng = np.random.default_rng([seed, _TRIES])
-        rows = best_fit_decreasing(lengths_N, max_row_tokens, rng)
-    if not len(rows) <= num_rows <= len(lengths_N):
-        raise ValueError(f"{len(lengths_N)} records make {len(rows)} rows, not {num_rows}")
-    return _shuffled(_halved(rows, num_rows), rng)
+        sequences = best_fit_decreasing(lengths_N, max_length, rng)
+    if not len(sequences) <= num_sequences <= len(lengths_N):
+        raise ValueError(f"{len(lengths_N)} examples make {len(sequences)} sequences, not {num_sequences}")
+    return _shuffled(_halved(sequences, num_sequences), rng)
 
 
-def _checked(lengths: Sequence[int], max_row_tokens: int) -> np.ndarray:
+def _checked(lengths: Sequence[int], max_length: int) -> np.ndarray:
     lengths_N = np.asarray(lengths, dtype=np.int64)
-    if len(lengths_N) and lengths_N.max() > max_row_tokens:
-        raise ValueError(f"record {int(lengths_N.argmax())} has {lengths_N.max()} tokens, a row holds {max_row_tokens}")
+    if len(lengths_N) and lengths_N.max() > max_length:
+        longest = int(lengths_N.argmax())
+        raise ValueError(f"example {longest} has {lengths_N[longest]} tokens, a sequence holds {max_length}")
     return lengths_N
 
 
-def _shuffled(rows: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
-    return [rows[r] for r in rng.permutation(len(rows)).tolist()]
+def _shuffled(sequences: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
+    return [sequences[r] for r in rng.permutation(len(sequences)).tolist()]
 
 
-def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
-    """Row after row, full to the brim; the last rows hold what is left. 1 to 3 us a record."""
+def _fill_sequences(lengths_N: np.ndarray, max_length: int, rng: np.random.Generator) -> list[list[int]]:
+    """Fill one sequence after the other; the last ones hold what is left. 1 to 3 us per example."""
     if not len(lengths_N):
         return []
     lengths: list[int] = lengths_N.tolist()
@@ -79,22 +80,22 @@ def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Genera
     by_length: dict[int, list[int]] = {}
     for index in reversed(order):
         by_length.setdefault(lengths[index], []).append(index)
-    occurring = sum(1 << length for length in by_length)  # bit n is set if a record of n tokens may be left
+    occurring = sum(1 << length for length in by_length)  # bit n is set if an example of n tokens may be left
     taken = bytearray(num)
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     for place, first in enumerate(order):
         if taken[first]:
             continue
-        row: list[int] = []
-        free = max_row_tokens
+        sequence: list[int] = []
+        free = max_length
         for next_place in range(place, num):  # as they come
             index = order[next_place]
             if taken[index]:
                 continue
-            if row and lengths[index] + long > free:
+            if sequence and lengths[index] + long > free:
                 break
             taken[index] = 1
-            row.append(index)
+            sequence.append(index)
             free -= lengths[index]
         while fitting := occurring & ((2 << free) - 1):  # the longest that fits
             length = fitting.bit_length() - 1
@@ -105,42 +106,42 @@ def _fill_rows(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Genera
                 occurring ^= 1 << length
                 continue
             taken[left[-1]] = 1
-            row.append(left.pop())
+            sequence.append(left.pop())
             free -= length
-        rows.append(row)
-    return rows
+        sequences.append(sequence)
+    return sequences
 
 
-def best_fit_decreasing(lengths_N: np.ndarray, max_row_tokens: int, rng: np.random.Generator) -> list[list[int]]:
-    """The longest first, each to the fullest row that still holds it; ties between equal lengths are shuffled."""
+def best_fit_decreasing(lengths_N: np.ndarray, max_length: int, rng: np.random.Generator) -> list[list[int]]:
+    """The longest first, each to the fullest sequence that still holds it; ties between equal lengths are shuffled."""
     shuffled = rng.permutation(len(lengths_N))
     order = shuffled[np.argsort(-lengths_N[shuffled], kind="stable")]
-    rows: list[list[int]] = []
-    rows_with_free: dict[int, list[int]] = {}
-    occurring = 0  # bit f is set iff some row has exactly f tokens free
+    sequences: list[list[int]] = []
+    sequences_with_free: dict[int, list[int]] = {}
+    occurring = 0  # bit f is set iff some sequence has exactly f tokens free
     for index, length in zip(order.tolist(), lengths_N[order].tolist(), strict=True):
         fitting = occurring >> length
         if fitting:
             free = (fitting & -fitting).bit_length() - 1 + length
-            row = rows_with_free[free].pop()
-            if not rows_with_free[free]:
+            sequence = sequences_with_free[free].pop()
+            if not sequences_with_free[free]:
                 occurring ^= 1 << free
-            rows[row].append(index)
+            sequences[sequence].append(index)
         else:
-            row, free = len(rows), max_row_tokens
-            rows.append([index])
-        rows_with_free.setdefault(free - length, []).append(row)
+            sequence, free = len(sequences), max_length
+            sequences.append([index])
+        sequences_with_free.setdefault(free - length, []).append(sequence)
         occurring |= 1 << (free - length)
-    return rows
+    return sequences
 
 
-def _halved(rows: list[list[int]], num_rows: int) -> list[list[int]]:
-    """The same records in `num_rows` rows: those of most records are halved, which adds no token."""
-    while len(rows) < num_rows:
-        rows = sorted(rows, key=len, reverse=True)
-        for place in range(min(num_rows - len(rows), len(rows))):
-            middle = len(rows[place]) // 2
+def _halved(sequences: list[list[int]], num_sequences: int) -> list[list[int]]:
+    """The same examples in `num_sequences` sequences: those of most examples are halved, which adds no token."""
+    while len(sequences) < num_sequences:
+        sequences = sorted(sequences, key=len, reverse=True)
+        for place in range(min(num_sequences - len(sequences), len(sequences))):
+            middle = len(sequences[place]) // 2
             if middle:
-                rows.append(rows[place][middle:])
-                rows[place] = rows[place][:middle]
-    return rows
+                sequences.append(sequences[place][middle:])
+                sequences[place] = sequences[place][:middle]
+    return sequences

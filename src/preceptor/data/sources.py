@@ -1,85 +1,99 @@
-"""The sources of a run file -> rows and records, each with the place that it comes from, and the mixture of them.
+"""The sources of a run file: opened once, read example by example, each with the place that it comes from.
 
-reading/tables.py says what a path may name, reading/formats.py how a row becomes a record. Rows come one by one:
-memory does not grow with their number. A row that is no record, or cannot be trained, is a Refusal; a file that cannot
-be read is a DataError.
+formats/tables.py says what a path may name, formats/rows.py how a row of a file becomes an example. Memory does not
+grow with the number of examples. What is no example, or cannot be trained, is a Rejection; a file that cannot be read
+is a DataError.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TypeVar
-
-import numpy as np
 
 from preceptor.config import ROW_KEYS, Source
-from preceptor.data.conversation import Record, Refusal
-from preceptor.data.reading.formats import format_of, has_format, to_record, unknown_format
-from preceptor.data.reading.pairs import PARTS_OF_A_QUESTION
-from preceptor.data.reading.tables import Rows, Table, Wanted, find_tables
+from preceptor.config.sections import nearest
+from preceptor.data.examples import Example, Rejection
+from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, format_of, has_format, to_example, unknown_format
+from preceptor.data.formats.tables import DataTable, find_tables
+from preceptor.data.formats.values import Columns, TableRows
 from preceptor.errors import ConfigError, DataError
-from preceptor.sections import nearest
 
-Item = TypeVar("Item")
-
-_FIRST_ROWS = 100  # in which a column must occur
+_FIRST = 100  # examples in which a column must occur, and that tell whether a source holds conversations
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row: the table it stands in, the name of the format it was read in, and what it became."""
+    """An example of a source: the table it stands in, the name of the format it was read in, and what it became."""
 
     table: str
     format: str
-    record: Record | Refusal
+    example: Example | Rejection
 
 
-def resolve(source: Source | str) -> list[Table]:
-    """The tables of a source, without reading them. Raises DataError and ConfigError for what can be seen so early."""
-    source = _source(source)
-    if source.columns and not has_format(list(source.columns)):
-        raise ConfigError(
-            f"{source.path}: `columns` names {', '.join(source.columns)}, which make no format: "
-            f"{unknown_format(dict.fromkeys(source.columns))}"
-        )
-    return find_tables(source)
+class OpenSource:
+    """A source with its tables, of which nothing is read yet. It can be read as often as needed.
+
+    Raises DataError and ConfigError for what can be seen so early.
+    """
+
+    def __init__(self, source: Source | str) -> None:
+        self.source = Source(path=source) if isinstance(source, str) else source
+        if self.source.columns and not has_format(list(self.source.columns)):
+            raise ConfigError(
+                f"{self.source.path}: `columns` names {', '.join(self.source.columns)}, which make no format: "
+                f"{unknown_format(dict.fromkeys(self.source.columns))}"
+            )
+        self.tables = find_tables(self.source)
+        self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
+
+    def rows(self) -> TableRows:
+        """Each row as the file holds it, with its place. Raises DataError for what cannot be read or is empty."""
+        for table in self.tables:
+            yield from _rows_of(table, None)
+
+    def examples(self) -> Iterator[Example | Rejection]:
+        """Each example. Raises DataError as `rows`, and for columns that are not there."""
+        return (entry.example for entry in self.entries())
+
+    def entries(self) -> Iterator[Entry]:
+        """Each example, with its table and format. Raises DataError as `examples`."""
+        first, rest = self._begun or ([], self._read())
+        self._begun = None
+        return chain(first, rest)
+
+    def peek(self) -> list[Example | Rejection]:
+        """The first examples; `entries` goes on from here and reads them no second time."""
+        if self._begun is None:
+            rest = self._read()
+            self._begun = list(islice(rest, _FIRST)), rest
+        return [entry.example for entry in self._begun[0]]
+
+    def _read(self) -> Iterator[Entry]:
+        for table in self.tables:
+            for place, row in _named(table, self.source):
+                yield Entry(table.name, format_of(row), to_example(row, place, self.source.nulls))
 
 
-def read_rows(source: Source | str) -> Rows:
-    """Each row as the file holds it, with its source. Raises DataError for what cannot be read, or holds no row."""
-    for table in resolve(source):
-        yield from _rows_of(table, None)
+def read_rows(source: Source | str) -> TableRows:
+    """Each row of a source as the file holds it, with its place. Raises as `OpenSource`."""
+    return OpenSource(source).rows()
 
 
-def read_records(source: Source | str) -> Iterator[Record | Refusal]:
-    """Each row as a record or a refusal. Raises DataError as `read_rows`, and for columns that are not there."""
-    for entry in read_entries(source):
-        yield entry.record
+def read_examples(source: Source | str) -> Iterator[Example | Rejection]:
+    """Each example of a source. Raises as `OpenSource`."""
+    return OpenSource(source).examples()
 
 
-def read_entries(source: Source | str) -> Iterator[Entry]:
-    """Each row as a record or a refusal, with its table and format. Raises DataError as `read_records`."""
-    source = _source(source)
-    for table in resolve(source):
-        for place, row in _named(table, source):
-            yield Entry(table.name, format_of(row), to_record(row, place, source.nulls))
-
-
-def _source(source: Source | str) -> Source:
-    return Source(path=source) if isinstance(source, str) else source
-
-
-def _rows_of(table: Table, wanted: Wanted) -> Rows:
+def _rows_of(table: DataTable, columns: Columns) -> TableRows:
     empty = True
-    for place, row in table.rows(wanted):
+    for place, row in table.rows(columns):
         empty = False
         yield place, row
     if empty:
-        raise DataError(f"{table.name}: the file is empty; it needs at least one row")
+        raise DataError(f"{table.name}: the file is empty; it needs at least one example")
 
 
-def _named(table: Table, source: Source) -> Rows:
-    """The rows under the keys of data/reading/formats.py; with `columns`, these keys only."""
+def _named(table: DataTable, source: Source) -> TableRows:
+    """The rows under the keys of data/formats/rows.py; with `columns`, these keys only."""
     columns = table.columns()
     if columns is not None:
         _check_columns(table.name, columns, source)
@@ -88,7 +102,7 @@ def _named(table: Table, source: Source) -> Rows:
         return
     rows = _rows_of(table, list(source.columns.values()))
     if columns is None:
-        first = list(islice(rows, _FIRST_ROWS))
+        first = list(islice(rows, _FIRST))
         _check_columns(table.name, list(dict.fromkeys(key for _, row in first for key in row)), source)
         rows = chain(first, rows)
     for place, row in rows:
@@ -105,27 +119,3 @@ def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:
             )
     if columns and not source.columns and not has_format(columns):
         raise DataError(f"{name}: {unknown_format(dict.fromkeys(columns))}")
-
-
-def mix(per_source: Iterable[tuple[Sequence[Item], Source]], seed: int) -> list[Item]:
-    """Rows of several sources in one list: each source `weight` times, or `count` of its rows.
-
-    Whole copies first, then a part of one that `seed` chooses, in the order of the file.
-    """
-    rng = np.random.default_rng(seed)
-    mixed: list[Item] = []
-    for rows, source in per_source:
-        copies, num_chosen = _copies(source, len(rows))
-        for _ in range(copies):
-            mixed.extend(rows)
-        chosen = rng.permutation(len(rows))[:num_chosen]
-        mixed.extend(rows[index] for index in sorted(chosen.tolist()))
-    return mixed
-
-
-def _copies(source: Source, num_rows: int) -> tuple[int, int]:
-    """How many whole copies of a source's rows an epoch holds, and how many chosen rows on top."""
-    if source.count is not None:
-        return divmod(source.count, num_rows) if num_rows else (0, 0)
-    copies, part = divmod(source.weight or 1.0, 1)
-    return int(copies), round(part * num_rows)

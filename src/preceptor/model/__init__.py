@@ -1,1 +1,1 @@
-"""Hugging Face causal models: loading, vocabulary, adapters, attention over a forest, the loss."""
+"""Hugging Face causal models: loading, the forward pass over packed sequences, the loss, saving."""

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from preceptor.data.forest import Row, Segment, Tree, build_row
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.errors import ModelError
-from preceptor.model.attention import attention_implementation, causal_lm, decoder_of
-from preceptor.model.embedding import gradient_of, takes_gradient_in_place
-from preceptor.model.levels import split
-from preceptor.model.loss import TrainedRows, linear_cross_entropy
-from preceptor.model.loss_options import CROSS_ENTROPY, LossOptions
-from preceptor.model.passes import KEEP_ALL, Keep, decode_levels, decode_whole, recomputing
-from preceptor.model.plain import plain_hidden_states
-from preceptor.model.sparing import FAILURES, relative_error, rounding, spares_the_last_layer
-from preceptor.model.visibility import check_visibility
+from preceptor.model.activations.embedding import gradient_of, takes_gradient_in_place
+from preceptor.model.activations.levels import split
+from preceptor.model.activations.passes import KEEP_ALL, Keep, decode_levels, decode_whole, recomputing
+from preceptor.model.attention.runs import attention_implementation, causal_lm, decoder_of
+from preceptor.model.checks.levels import FAILURES, relative_error, rounding, spares_the_last_layer
+from preceptor.model.checks.sequential import plain_hidden_states
+from preceptor.model.checks.visibility import check_visibility
+from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy
+from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 
 _PROBE_TOKENS = 24
 _WORTH = 8  # the last layer is spared for unread tokens if they are at least one in so many
@@ -42,7 +42,7 @@ class Head:
     trained_rows: TrainedRows | None = None
 
 
-def hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> Tensor:
+def hidden_states(model: nn.Module, row: PackedSequence, keep: Keep = KEEP_ALL) -> Tensor:
     """The last hidden state (T, D) of each token of the row, each tree as if it were alone. No logits are computed."""
     if row.alone:
         with recomputing(model, keep):
@@ -51,16 +51,16 @@ def hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> Tensor:
     return decode_whole(model, row, keep)
 
 
-def read_hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> tuple[Tensor, Tensor]:
+def read_hidden_states(model: nn.Module, row: PackedSequence, keep: Keep = KEEP_ALL) -> tuple[Tensor, Tensor]:
     """The last hidden states (M, D) of the tokens that a loss reads, at least; and source_N, as indices into them.
 
-    `keep` says what is kept for backward, and which gradients flow (model/passes.py). A row that no loss reads goes
+    `keep` says what is kept for backward, and which gradients flow (passes.py). A row that no loss reads goes
     through whole, so that every parameter still has its part in the graph. Raises ModelError for levels of a row that
     is read alone.
     """
     if row.alone and keep.context_gradient != "full":
         raise ModelError(
-            f"train.context_gradient: {keep.context_gradient}, but the layers of a {_model_type(model)} model mix "
+            f"memory.context_gradient: {keep.context_gradient}, but the layers of a {_model_type(model)} model mix "
             f"tokens outside attention, so a context cannot go through them apart from its targets. Set it to `full`."
         )
     _, read = parts = split(row)
@@ -79,8 +79,8 @@ def read_hidden_states(model: nn.Module, row: Row, keep: Keep = KEEP_ALL) -> tup
     return hidden_MD, torch.from_numpy(place_T[row.source_N]).to(hidden_MD.device)
 
 
-def _require_rope_for(row: Row, decoder: PreTrainedModel, keep: Keep) -> None:
-    """Refuse rows in which rotary frequencies that follow the longest position would tie conversations together, or
+def _require_rope_for(row: PackedSequence, decoder: PreTrainedModel, keep: Keep) -> None:
+    """Reject rows in which rotary frequencies that follow the longest position would tie conversations together, or
     set the tokens of one level apart from those of another.
     """
     settings = getattr(decoder.config, "rope_parameters", None) or {}
@@ -91,7 +91,7 @@ def _require_rope_for(row: Row, decoder: PreTrainedModel, keep: Keep) -> None:
     if row.position_T.max() >= limit:
         raise ModelError(
             f"{type(decoder).__name__} changes its rotary frequencies beyond position {limit}, for all conversations "
-            f"of a pass at once. Set data.max_row_tokens to at most {limit}."
+            f"of a pass at once. Set data.max_length to at most {limit}."
         )
 
 
@@ -132,7 +132,9 @@ def _weight(layer: Any) -> tuple[Tensor, TrainedRows | None]:
     return merged_VD, TrainedRows(rows_R, wrapper.trainable_tokens_delta[name])
 
 
-def row_loss(model: nn.Module, row: Row, keep: Keep = KEEP_ALL, options: LossOptions = CROSS_ENTROPY) -> Tensor:
+def row_loss(
+    model: nn.Module, row: PackedSequence, keep: Keep = KEEP_ALL, options: LossOptions = CROSS_ENTROPY
+) -> Tensor:
     """The sum of w_n * loss_n over the row's trained tokens, a scalar with a graph (also where there is none).
 
     `keep` says what is kept for backward and which gradients flow; `options` say which loss it is.
@@ -144,7 +146,7 @@ def loss_of(
     hidden_MD: Tensor,
     source_N: Tensor,
     head: Head,
-    row: Row,
+    row: PackedSequence,
     options: LossOptions = CROSS_ENTROPY,
     divisor: float = 1.0,
     add_to_grad: bool = False,
@@ -251,7 +253,7 @@ def _check_probes(model: nn.Module) -> None:
         model, before_TD[3 * n :], branch_TD[3 * n :], f"when another branch of their tree changes. {mixing}"
     )
     second = Tree("probe:2", (Segment("context", context, None), Segment("target", right, 0)))
-    alone_TD = hidden_states(model, build_row([second]))
+    alone_TD = hidden_states(model, pack_trees([second]))
     second_TD = torch.cat([before_TD[n : 2 * n], before_TD[3 * n :]])
     _require_equal(model, alone_TD, second_TD, "between a conversation alone and behind others: its positions are lost")
     ids = torch.tensor([first], device=before_TD.device)
@@ -261,11 +263,13 @@ def _check_probes(model: nn.Module) -> None:
     _require_equal(model, own_TD, before_TD[:n], "between the model's own attention and ours. Use another model type.")
 
 
-def _probe_row(first: tuple[int, ...], context: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]) -> Row:
+def _probe_row(
+    first: tuple[int, ...], context: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...]
+) -> PackedSequence:
     """Document 1, and document 2 with two branches after its context."""
     document = Tree("probe:1", (Segment("target", first, None),))
     segments = (Segment("context", context, None), Segment("target", left, 0), Segment("target", right, 0))
-    return build_row([document, Tree("probe:2", segments)])
+    return pack_trees([document, Tree("probe:2", segments)])
 
 
 def _require_equal(model: nn.Module, before_TD: Tensor, after_TD: Tensor, when: str) -> None:

@@ -1,73 +1,20 @@
-"""Hugging Face causal LM and tokenizer: from a local folder, from the Hub, or the scholar; and saving them.
+"""Loading and saving of Hugging Face causal language models. torch is imported in the functions, not at the top."""
 
-torch is imported where a model is loaded, not here: reading a tokenizer must not wait for it.
-"""
-
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.errors import CheckpointError, ModelError
+from preceptor.files import replacing
+from preceptor.hub import cannot_load, fetch_optional, find_file, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SCHOLAR = "scholar"
 # What a model that sees or hears has beside its tokenizer; written where it is saved, as it was found.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-def resolve_model_path(path: str | Path) -> str:
-    """The folder or Hub id that `path` means: the word `scholar`, a local folder, or a Hub id `owner/name`.
-
-    Raises ModelError for a folder without config.json, a file, and what can be neither folder nor Hub id.
-    """
-    if str(path) == SCHOLAR:
-        path = Path(__file__).resolve().parent.parent / "scholar" / "model"
-        if not path.is_dir():
-            raise ModelError(
-                "model.path: the scholar's weights are missing from this installation; reinstall the package"
-            )
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder"
-            )
-        return str(folder)
-    if folder.exists():
-        raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
-    if not _HUB_ID.fullmatch(str(path)):
-        raise ModelError(f"{path}: no such folder; name an existing model folder, a Hub id (owner/name) or {SCHOLAR!r}")
-    return str(path)
-
-
-def load_tokenizer(
-    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model. Raises ModelError if there is none or it cannot be reached."""
-    from transformers import AutoTokenizer
-
-    place = resolve_model_path(path)
-    _require_reachable(place, revision)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=trust_remote_code, revision=revision or "main"
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if Path(place).is_dir() and not (Path(place) / "tokenizer.json").is_file():
-            raise ModelError(
-                f"{place}: no tokenizer.json in this folder; copy the model's tokenizer into it"
-            ) from error
-        raise ModelError(_explain(place, "tokenizer", error)) from error
-    if not tokenizer.get_vocab():
-        raise ModelError(f"{place}: no tokenizer in this folder; it needs tokenizer.json or the files of its kind")
-    return tokenizer
 
 
 def load_model(
@@ -89,7 +36,7 @@ def load_model(
     from transformers import AutoConfig
 
     place = resolve_model_path(path)
-    _require_reachable(place, revision)
+    require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
@@ -106,33 +53,14 @@ def load_model(
             )
             _require_all_weights(place, report)
         if not Path(place).is_dir() and config.get_text_config() is not config:
-            _fetch_processor(place, revision)
+            fetch_optional(place, _PROCESSOR_FILES, revision)  # so that saving after the training needs no network
         _make_savable(model)
         _honour_softcap(model)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_explain(place, "model", error)) from error
+        raise cannot_load(place, "model", error) from error
     return model.to(device).eval()  # type: ignore[no-any-return]
-
-
-def _require_reachable(place: str, revision: str | None) -> None:
-    """Ask the Hub once, unless the name is a folder or in the cache: the loaders themselves retry for a minute."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    if Path(place).is_dir() or isinstance(try_to_load_from_cache(place, "config.json", revision=revision), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(place, "config.json", revision=revision), timeout=10)
-    except Exception as error:  # whatever its HTTP client raises: no connection, no such name, no access, offline
-        raise ModelError(_explain(place, "model", error)) from error
-
-
-def _explain(place: str, what: str, error: Exception) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    if Path(place).is_dir():
-        return f"{place}: cannot load the {what} of this folder: {first_line}"
-    return f"{place}: no such folder, and no {what} of this name can be had from the Hub: {first_line}"
 
 
 def _auto_class(place: str, config: "PretrainedConfig") -> Any:
@@ -215,17 +143,12 @@ def save_model(
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        _write(model, tokenizer, partial, generation_config)
-        _make_durable(partial)
-        partial.rename(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as partial:
+            partial.mkdir(parents=True)
+            _write(model, tokenizer, partial, generation_config)
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(
@@ -236,7 +159,7 @@ def _write(
 ) -> None:
     from peft import PeftModel
 
-    from preceptor.model.adapters import merge_adapter
+    from preceptor.model.adapters.lora import merge_adapter
 
     full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
     full.save_pretrained(folder)
@@ -251,38 +174,6 @@ def _write(
 
 def _processor_files(model: "PreTrainedModel") -> list[Path]:
     """Those of the checkpoint that the model was read from: beside its config.json, or in the Hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    place = model.name_or_path
-    if not place or Path(place).is_dir():
-        return [file for name in _PROCESSOR_FILES if place and (file := Path(place) / name).is_file()]
-    commit = getattr(model.config, "_commit_hash", None)
-    cached = (try_to_load_from_cache(place, name, revision=commit) for name in _PROCESSOR_FILES)
-    return [Path(file) for file in cached if isinstance(file, str)]
-
-
-def _fetch_processor(place: str, revision: str | None) -> None:
-    """Into the Hub's cache now, so that saving after the training needs no network."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name in _PROCESSOR_FILES:
-        try:
-            hf_hub_download(place, name, revision=revision)
-        except EntryNotFoundError:  # not every model has each of them
-            continue
-
-
-def _make_durable(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    place, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    found = (find_file(place, name, commit) for name in _PROCESSOR_FILES if place)
+    return [file for file in found if file is not None]

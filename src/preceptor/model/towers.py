@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from preceptor.model.attention import causal_lm, decoder_of
+from preceptor.model.attention.runs import causal_lm, decoder_of
 
 
 def tower_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -1,18 +1,13 @@
-"""Special tokens that a chat template needs: finding or adding them, and the first values of their embedding rows."""
+"""Embedding rows of new tokens, and the special tokens in a model's configuration."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from preceptor.errors import ModelError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS_MULTIPLE = 64  # embedding rows come in multiples of this, for the matrix kernels
-PAD_TOKEN = "<|pad|>"
 _JITTER = 0.01  # of the embedding's standard deviation: tokens of one description must not start as one row
 
 # A row for a new token starts at the mean of what these words mean to the model.
@@ -25,89 +20,15 @@ _DESCRIPTIONS = {
     "<|eom_id|>": "end of the message",
     "<|begin_of_text|>": "start of the text",
     "<|end_of_text|>": "end of the text",
-    PAD_TOKEN: "nothing",
+    "<|pad|>": "nothing",
 }
 
 
-@dataclass(frozen=True)
-class TokenPlan:
-    """Which special tokens the tokenizer had (`found`) and which are new to it (`added`), with their ids."""
-
-    found: Mapping[str, int] = field(default_factory=dict)
-    added: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def new_ids(self) -> list[int]:
-        return sorted(self.added.values())
-
-
-def plan_tokens(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> TokenPlan:
-    """Which of the `needed` tokens exist and which ids the others will get; the tokenizer is left as it is."""
-    vocabulary = tokenizer.get_vocab()
-    unique = list(dict.fromkeys(needed))
-    found = {token: vocabulary[token] for token in unique if token in vocabulary}
-    missing = [token for token in unique if token not in vocabulary]
-    first = max(len(tokenizer), max(vocabulary.values(), default=-1) + 1)
-    return TokenPlan(found, {token: first + offset for offset, token in enumerate(missing)})
-
-
-def add_tokens(tokenizer: PreTrainedTokenizerBase, needed: Sequence[str]) -> TokenPlan:
-    """Make each of the `needed` tokens a special token of one id. Raises ModelError where the tokenizer cannot."""
-    plan = plan_tokens(tokenizer, needed)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens = [t for t in (*plan.found, *plan.added) if t not in special]
-    if tokens:
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in tokens], special_tokens=True)
-    vocabulary = tokenizer.get_vocab()
-    for token in (*plan.found, *plan.added):
-        ids = tokenizer.encode(token, add_special_tokens=False)
-        if ids != [vocabulary.get(token)]:
-            raise ModelError(f"{token!r} becomes {ids} and not one token; this tokenizer cannot add special tokens")
-    return TokenPlan(plan.found, {token: vocabulary[token] for token in plan.added})
-
-
-def align_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, template_text: str, stop_token: str, plan: TokenPlan
-) -> TokenPlan:
-    """Give the tokenizer its chat template, its eos (the stop token) and a pad token that is not the eos.
-
-    A pad token that differs from the eos is kept; else a reserved one that the template does not use becomes it, else
-    one is added. Returns the plan, with the pad token where that was added. Raises ModelError if the stop token is
-    none of the tokenizer's.
-    """
-    if stop_token not in tokenizer.get_vocab():
-        raise ModelError(f"the stop token {stop_token!r} is not in the tokenizer's vocabulary; add it first")
-    tokenizer.chat_template = template_text
-    tokenizer.eos_token = stop_token
-    if tokenizer.pad_token is not None and tokenizer.pad_token != stop_token:
-        return plan
-    pad = _reserved_token(tokenizer, template_text, plan)
-    if pad is None:
-        pad_plan = add_tokens(tokenizer, [PAD_TOKEN])
-        plan = TokenPlan({**plan.found, **pad_plan.found}, {**plan.added, **pad_plan.added})
-        pad = PAD_TOKEN
-    tokenizer.pad_token = pad
-    return plan
-
-
-def _reserved_token(tokenizer: PreTrainedTokenizerBase, template_text: str, plan: TokenPlan) -> str | None:
-    """A special token made for padding, else one kept in reserve; None if there is neither."""
-    taken = {*plan.found, *plan.added, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
-    free = [
-        str(token)
-        for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and str(token) not in taken and str(token) not in template_text
-    ]
-    for pattern in (r"\bpad|pad\b|padding|_pad_", r"reserved|unused"):
-        for token in free:
-            if re.search(pattern, token.lower()):
-                return token
-    return None
-
-
 @torch.no_grad()
-def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: TokenPlan, seed: int) -> None:
-    """Give every token of the tokenizer a row, and the plan's added tokens a meaningful one.
+def resize_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Mapping[str, int], seed: int
+) -> None:
+    """Give every token of the tokenizer a row, and the `added` ones (with their ids) a meaningful one.
 
     Rows grow to a multiple of ROWS_MULTIPLE and never shrink; a tied head stays tied. A new token's row is the mean of
     the rows of its description's tokens, with a jitter of a hundredth of the standard deviation by `seed`; rows that
@@ -120,7 +41,7 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         rows = -(-needed_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
         model.resize_token_embeddings(rows, mean_resizing=False)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    described = {id_: _description_ids(tokenizer, token, plan, old_rows) for token, id_ in plan.added.items()}
+    described = {id_: _description_ids(tokenizer, token, added, old_rows) for token, id_ in added.items()}
     generator = torch.Generator().manual_seed(seed)
     _first_values(embedding.weight, old_rows, described, generator)
     if head is not None and head.weight is not embedding.weight:
@@ -129,9 +50,11 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             _first_values(head.bias[:, None], old_rows, described, generator)
 
 
-def _description_ids(tokenizer: PreTrainedTokenizerBase, token: str, plan: TokenPlan, old_rows: int) -> list[int]:
+def _description_ids(
+    tokenizer: PreTrainedTokenizerBase, token: str, added: Mapping[str, int], old_rows: int
+) -> list[int]:
     ids = tokenizer.encode(describe(token), add_special_tokens=False)
-    return [id_ for id_ in ids if id_ < old_rows and id_ not in plan.added.values()]
+    return [id_ for id_ in ids if id_ < old_rows and id_ not in added.values()]
 
 
 def describe(token: str) -> str:
@@ -177,18 +100,6 @@ def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, clos
     for holder in (generation, settings):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
-
-
-def stop_token_ids(
-    path: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False, revision: str | None = None
-) -> tuple[int, ...]:
-    """What ends a turn of the model at `path`: the tokenizer's eos first, then its generation config's eos tokens."""
-    try:
-        earlier = _as_list(GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id)
-    except OSError:  # no generation config: the model's config says what ends a text
-        settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
-        earlier = _as_list(getattr(settings.get_text_config(decoder=True), "eos_token_id", None))
-    return tuple(id_ for id_ in dict.fromkeys([tokenizer.eos_token_id, *earlier]) if id_ is not None)
 
 
 def _as_list(ids: int | Sequence[int] | None) -> list[int]:

@@ -1,1 +1,1 @@
-"""The loop and what it stands on: optimizer, checkpoints, metrics, proofs before the first step."""
+"""The training loop, optimizer, checkpoints, and proofs before the first step."""

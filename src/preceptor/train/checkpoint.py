@@ -7,7 +7,6 @@ A checkpoint is written beside its place and renamed, so a folder named `step-*`
 data needs no state: it is a function of the step (data/loader.py).
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from preceptor.errors import CheckpointError
+from preceptor.files import replacing
 
 
 @dataclass
@@ -30,10 +30,6 @@ class State:
 def save(state: State, folder: Path, fingerprint: str, keep: int) -> None:
     """Write `folder/step-N`, then delete all but the newest `keep` checkpoints."""
     place = folder / f"step-{state.step:08d}"
-    partial = folder / f".partial-{place.name}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
     content = {
         "fingerprint": fingerprint,
         "step": state.step,
@@ -42,13 +38,11 @@ def save(state: State, folder: Path, fingerprint: str, keep: int) -> None:
         "random_cpu": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    with (partial / "state.pt").open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if place.exists():  # a resumed run comes by the same step again
-        shutil.rmtree(place)
-    partial.rename(place)
+    with replacing(place) as partial:
+        partial.mkdir(parents=True)
+        torch.save(content, partial / "state.pt")
+        if place.exists():  # a resumed run comes by the same step again
+            shutil.rmtree(place)
     for old in found(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -65,7 +59,7 @@ def restore(state: State, folder: Path, fingerprint: str) -> None:
     """
     checkpoints = found(folder)
     if not checkpoints:
-        raise CheckpointError(f"{folder}: no checkpoint to resume from; set train.save_every, or start the run anew")
+        raise CheckpointError(f"{folder}: no checkpoint to resume from; set checkpoint.every, or start the run anew")
     file = checkpoints[-1] / "state.pt"
     content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     if content["fingerprint"] != fingerprint:

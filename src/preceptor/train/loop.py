@@ -7,28 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.data.forest import Row
+from preceptor.console import Display
+from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
-from preceptor.model.embedding import embedding_gradient_in_place
-from preceptor.model.loss import head_cast_once
+from preceptor.files import append_line
+from preceptor.model.activations.embedding import embedding_gradient_in_place
+from preceptor.model.loss.linear_cross_entropy import head_cast_once
 from preceptor.model.peak import peak_memory_bytes
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import State
-from preceptor.train.metrics import Display, append_line
+from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.room import naming_what_does_not_fit
-from preceptor.train.watch import Watch
 
 
 def train(
-    run: config.Train,
+    run: config.Run,
     objective: Objective,
     state: State,
     loader: Loader,
-    watch: Watch,
+    watch: Evaluations,
     display: Display,
     folder: Path,
     fingerprint: str,
@@ -36,20 +37,23 @@ def train(
     """Train `state` to the end of the run.
 
     Each step divides the summed loss of its rows once, by the step's number of trained tokens (or of conversations,
-    data/weights.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
+    data/mixture.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
     """
-    total_steps = run.duration.steps(loader.steps_per_epoch)
-    warmup_steps = run.warmup.steps(loader.steps_per_epoch, total_steps)
-    assert run.learning_rate is not None, "a resolved run has a learning rate"
+    optimizer = run.optimizer
+    total_steps = run.train.duration.steps(loader.steps_per_epoch)
+    warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
+    assert optimizer.learning_rate is not None, "a resolved run has a learning rate"
+    precision = run.train.precision
+    assert precision is not None, "a run that starts has a precision"
     if state.step == 0:
         watch.look(state)
     for step in range(state.step, total_steps):
         started = time.perf_counter()
-        rows = loader.rows(step)
+        rows = loader.batch(step)
         learning_rate = learning_rate_at(
-            step, total_steps, warmup_steps, run.learning_rate, run.schedule, run.final_learning_rate_share
+            step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
         )
-        loss, grad_norm = take_step(state, rows, learning_rate, run.max_grad_norm, run.precision, objective)
+        loss, grad_norm = take_step(state, rows, learning_rate, optimizer.max_grad_norm, precision, objective)
         values = {
             "step": state.step,
             "epoch": round(state.step / loader.steps_per_epoch, 4),
@@ -63,15 +67,15 @@ def train(
         }
         append_line(folder / "metrics.jsonl", values)
         display.step(values)
-        if due(run.eval_every, state.step, loader, total_steps) or state.step == total_steps:
+        if due(run.eval.every, state.step, loader, total_steps) or state.step == total_steps:
             watch.look(state)
-        if due(run.save_every, state.step, loader, total_steps):
-            checkpoint.save(state, folder / "checkpoints", fingerprint, run.keep_checkpoints)
+        if due(run.checkpoint.every, state.step, loader, total_steps):
+            checkpoint.save(state, folder / "checkpoints", fingerprint, run.checkpoint.keep)
 
 
 def take_step(
     state: State,
-    rows: Sequence[Row],
+    rows: Sequence[PackedSequence],
     learning_rate: float,
     max_grad_norm: float,
     precision: str,
@@ -95,7 +99,7 @@ def take_step(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(
             f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, the weights were left as they "
-            "are. Lower train.learning_rate, lengthen train.warmup, or use precision float32"
+            "are. Lower optimizer.learning_rate, lengthen optimizer.warmup, or use precision float32"
         )
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate

@@ -2,7 +2,7 @@
 
 1. The output head that the loss uses gives the model's own logits.
 2. Conversations and branches of a row do not see each other: on random tokens, and on rows of the run's own data. A
-   model of which this is not true reads each chain alone (model/plain.py), if that is what its own forward pass gives.
+   model of which this is not true reads each chain alone (sequential.py), if that is what its own forward pass gives.
 3. A row of several conversations has the loss of each alone, summed.
 4. The largest rows of the run go forward and backward beside gradients and optimizer state, and all is finite: what
    would run out of memory does so now.
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from preceptor.data.forest import Row, Tree, build_row
+from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
+from preceptor.model.checks.levels import check_levels, rounding
+from preceptor.model.checks.sequential import check_plain
 from preceptor.model.forward import check_head, check_isolation, hidden_states
-from preceptor.model.plain import check_plain
-from preceptor.model.sparing import check_levels, rounding
 from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
 from preceptor.train.precision import autocast
 from preceptor.train.room import naming_what_does_not_fit
@@ -92,7 +92,7 @@ def _prove(model: Any, loader: Loader, precision: str, say: Callable[[str], None
             _check_sample_isolation(model, trees, precision)
         with _line(say, "their loss in one row is the sum of the losses of each alone"):
             _check_sum(model, trees, precision, objective)
-    rows = loader.largest_rows()
+    rows = loader.largest_sequences()
     sizes = f"{max(row.num_tokens for row in rows):,} tokens, {max(row.num_trained for row in rows):,} trained"
     with _line(say, f"the largest rows ({sizes}) go forward and backward, and all is finite"):
         _check_largest(model, rows, loader, precision, objective)
@@ -129,7 +129,7 @@ def _check_sample_isolation(model: Any, trees: list[Tree], precision: str) -> No
     model.eval()
     with autocast(model.device, precision):
         before_TD, after_TD = (
-            hidden_states(model, build_row([tree, *others]))[first.num_tokens :] for tree in (first, changed)
+            hidden_states(model, pack_trees([tree, *others]))[first.num_tokens :] for tree in (first, changed)
         )
     _require_equal(
         float(before_TD.double().norm()),
@@ -143,8 +143,8 @@ def _check_sample_isolation(model: Any, trees: list[Tree], precision: str) -> No
 def _check_sum(model: Any, trees: list[Tree], precision: str, objective: Objective) -> None:
     model.eval()
     with autocast(model.device, precision):
-        together = objective(model, build_row(trees)).item()
-        alone = math.fsum(objective(model, build_row([tree])).item() for tree in trees)
+        together = objective(model, pack_trees(trees)).item()
+        alone = math.fsum(objective(model, pack_trees([tree])).item() for tree in trees)
     dtype = torch.bfloat16 if precision == "bfloat16" else next(model.parameters()).dtype
     found = f"{len(trees)} conversations beginning with {trees[0].source} have another loss in one row ({together:.6g})"
     _require_equal(alone, abs(together - alone), dtype, f"{found} than each alone, summed ({alone:.6g})")
@@ -156,11 +156,13 @@ def _require_equal(size: float, difference: float, dtype: torch.dtype, found: st
         raise ModelError(f"{found}: a relative {error:.1e}, where rounding allows {bound:.1e}. Use another model type")
 
 
-def _check_largest(model: Any, rows: list[Row], loader: Loader, precision: str, objective: Objective) -> None:
+def _check_largest(
+    model: Any, rows: list[PackedSequence], loader: Loader, precision: str, objective: Objective
+) -> None:
     """The rows one after the other, beside what a step has: the optimizer's state, and the gradients of rows before."""
     trained = [p for p in model.parameters() if p.requires_grad]
     num_bytes = _STATE_PER_PARAMETER * sum(p.numel() * p.element_size() for p in trained)
-    several = loader.rows_per_step > 1 or loader.alone
+    several = loader.batch_size > 1 or loader.alone
     model.train()
     for row in rows:
         with naming_what_does_not_fit(row, "the largest row of the run"):

@@ -1,235 +1,123 @@
-"""Run file -> everything that a run needs before a model is loaded: tokenizer, template, trees, refusals.
+"""Everything that a run needs before a model is loaded: chat format, trees, tasks, and what was rejected.
 
 Whatever can be found wrong with a run is found here, in seconds, with nothing written.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 from preceptor import config
-from preceptor.data.conversation import Completion, Document, Record, Refusal
-from preceptor.data.fitting import Fitter, Shortened
+from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.console import example_progress
+from preceptor.data.dataset import Dataset, TokenCounts, read_trees
+from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.grouping import group_prompts
 from preceptor.data.loader import Loader
-from preceptor.data.parallel import render_all
-from preceptor.data.render import Renderer
-from preceptor.data.rendering.closings import closing_tokens
-from preceptor.data.replay import draw_replay
-from preceptor.data.sources import mix, read_entries, read_records
-from preceptor.data.tally import Tally
-from preceptor.data.template import Template, load_template
-from preceptor.data.weights import weigh
-from preceptor.errors import DataError, TemplateError
-from preceptor.model.load import load_tokenizer, resolve_model_path
-from preceptor.model.vocabulary import TokenPlan, add_tokens, align_tokenizer, stop_token_ids
-from preceptor.study.check import path_lengths, turn_lengths
-from preceptor.study.tasks import Task, read_task
-
-FIRST_ROWS = 100  # of each source, to see whether a chat template is needed
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A tokenizer made ready to speak in a template: what both training and inference use.
-
-    Without a template it reads plain text only, and nothing was added to it: a base model stays one.
-    """
-
-    tokenizer: Any
-    template: Template | None
-    tokens: TokenPlan
-    stop_token_ids: tuple[int, ...]
-
-    @property
-    def num_base_tokens(self) -> int:
-        """Ids below this are tokens of the base model; added ones come after."""
-        return min(self.tokens.new_ids, default=len(self.tokenizer))
-
-    def renderer(self, data: config.Data) -> Renderer:
-        return Renderer(
-            self.tokenizer,
-            self.template,
-            stop_token_ids=self.stop_token_ids,
-            special_tokens_in_text=data.special_tokens_in_text,
-            targets=data.targets,
-            template_kwargs=data.template_kwargs,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise.
-
-    ungrouped: without `data.group_prompts`. one_sample_a_turn: each turn with its whole context, as most trainers do.
-    """
-
-    computed: int
-    trained: int
-    ungrouped: int
-    one_sample_a_turn: int
-
-    def __str__(self) -> str:
-        """What trees save, in a line; "" where there is nothing to save."""
-        if self.computed >= max(self.ungrouped, self.one_sample_a_turn):
-            return ""
-        saved = 1 - self.computed / self.one_sample_a_turn
-        grouped = f"; without grouped prompts {self.ungrouped:,}" if self.ungrouped > self.computed else ""
-        return f"one sample a turn would take {self.one_sample_a_turn:,} tokens, {saved:.0%} are saved{grouped}"
-
-    @classmethod
-    def of(cls, trees: Sequence[Tree], grouped: Sequence[Tree], whole: bool) -> "Tokens":
-        """whole: the prompts are trained too, so that a sample is a whole conversation."""
-        return cls(
-            computed=sum(tree.num_tokens for tree in grouped),
-            trained=sum(tree.num_trained for tree in trees),
-            ungrouped=sum(tree.num_tokens for tree in trees),
-            one_sample_a_turn=sum(sum(path_lengths(tree) if whole else map(sum, turn_lengths(tree))) for tree in trees),
-        )
+from preceptor.data.mixture import draw_replay, mix, weigh
+from preceptor.data.prefix_sharing import share_prefixes
+from preceptor.data.rejections import RejectionCounts
+from preceptor.data.sources import OpenSource
+from preceptor.data.truncation import ExampleTree, Fitter, Shortened
+from preceptor.errors import DataError
+from preceptor.evaluate.tasks import Task, read_task
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start. `train` holds each source's rows `weight` times, `held_out` likewise.
+    """A run that can start. `train` holds each source's examples `weight` times, `held_out` likewise.
 
-    tokens: what `train` costs, and what it would cost without trees. shortened: what became of rows of data that were
-    too long. formats: for each file the formats of its rows, and how many rows there are of each.
+    sources: by use, `train`, `held out` and `replay`. tokens: what `train` costs, and what it would cost without trees.
+    shortened: what became of examples that were too long. formats: for each file, how many examples have each format.
     """
 
     run: config.Run
-    voice: Voice
-    train: list[Tree]
-    held_out: list[tuple[Record, Tree]]
+    chat: ChatFormat
+    sources: Mapping[str, Sequence[OpenSource]]
+    train: Dataset
+    held_out: list[ExampleTree]
     tasks: list[Task]
-    refusals: list[Refusal]
-    num_rows: int
+    rejections: list[Rejection]
     num_examples: int
-    tokens: Tokens
+    examples_per_epoch: int
+    tokens: TokenCounts
     shortened: Shortened
     formats: Mapping[str, Mapping[str, int]]
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that would make a resumed run differ: the run file (but `out`) and every token."""
-        digest = hashlib.sha256(config.dump(self.run.model_copy(update={"out": "-"})).encode())
-        for tree in self.train:
-            for segment in tree.segments:
-                digest.update(repr((segment.kind, segment.parent, segment.weight, segment.ids)).encode())
-        return digest.hexdigest()
+        run_file = config.dump(self.run.model_copy(update={"out": "-"}))
+        return hashlib.sha256(f"{run_file}{self.train.sha256}".encode()).hexdigest()
 
     def loader(self) -> Loader:
         run = self.run
-        return Loader(self.train, run.data.max_row_tokens, run.train.rows_per_step, run.train.seed)
+        return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
 
 
-def give_voice(model: config.Model, data: config.Data) -> Voice:
-    """Load the tokenizer, add the tokens that the template needs, and settle what ends a turn.
+def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
+    """Read, render and check all data of a run, with a progress bar on a terminal.
 
-    Where neither the run file nor the model names a template and the data begins with plain text, there is none.
-    Raises ModelError, TemplateError or DataError.
-    """
-    path = resolve_model_path(model.path)
-    tokenizer = load_tokenizer(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    template, tokens = None, TokenPlan()
-    closings: tuple[str, ...] = ()
-    if data.template is not None or tokenizer.chat_template or _has_conversations(data):
-        template = load_template(data.template, tokenizer)
-        tokens = add_tokens(tokenizer, template.needed_tokens)
-        closings = _closings(template, tokenizer)
-        tokens = align_tokenizer(tokenizer, template.text, closings[0], tokens)
-    stops = stop_token_ids(path, tokenizer, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    stops = tuple(dict.fromkeys([*stops, *tokenizer.convert_tokens_to_ids(list(closings))]))
-    return Voice(tokenizer, template, tokens, stops)
-
-
-def _has_conversations(data: config.Data) -> bool:
-    """Whether one of the first rows of a source is a conversation, or is refused and might have been one."""
-    return any(
-        not isinstance(record, Document | Completion)
-        for source in (*data.train, *data.eval)
-        for record in islice(read_records(source), FIRST_ROWS)
-    )
-
-
-def _closings(template: Template, tokenizer: Any) -> tuple[str, ...]:
-    """The tokens that end a turn, a plain answer's first: what the template writes, else the eos.
-
-    Base models often carry a chat template whose end of turn is not their eos.
-    """
-    closings = closing_tokens(template, tokenizer)
-    if not closings and tokenizer.eos_token is None:
-        raise TemplateError(
-            f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
-            "nothing would end a turn; choose chatml or llama3"
-        )
-    return closings or (tokenizer.eos_token,)
-
-
-def prepare(run: config.Run, on_row: Callable[[], None] = lambda: None, num_processes: int = 1) -> Prepared:
-    """Read, render and check all data of a run. `on_row` is called after each row, for a progress display.
-
-    With more than one process, large inputs are rendered in several (data/parallel.py says what the caller must heed).
-    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_refused` of the rows
-    are refused; ModelError and TemplateError as `give_voice`.
+    With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
+    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
+    examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
-    voice = give_voice(run.model, run.data)
-    renderer = voice.renderer(run.data)
-    fitter = Fitter(renderer, run.data.max_row_tokens, run.data.too_long)
-    refusals: list[Refusal] = []
+    named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
+    sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
+    chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
+    renderer = chat.renderer(run.data)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
-    def records(source: config.Source) -> Iterator[Record | Refusal]:
-        for entry in read_entries(source):
+    def read(source: OpenSource) -> Iterator[ExampleTree]:
+        for entry, found in read_trees(source, renderer, fitter, num_processes):
             formats.setdefault(entry.table, Counter())[entry.format] += 1
-            yield entry.record
-
-    def rendered(source: config.Source) -> Iterator[tuple[Record, Tree]]:
-        for record, tree in render_all(renderer, records(source), num_processes):
-            fitted = fitter.fit(record, tree)
-            if isinstance(fitted, Refusal):
-                refusals.append(fitted)
+            if isinstance(found, Rejection):
+                rejections.append(found)
             else:
-                yield from fitted
-            on_row()
+                yield from found
+            on_example()
 
-    train = [([t for _, t in rendered(s)], s) for s in run.data.train]
-    held_out = [(list(rendered(s)), s) for s in run.data.eval]
-    replay = [t for s in (run.replay.data if run.replay else ()) for _, t in rendered(s)]
-    num_rows = sum(count for counts in formats.values() for count in counts.values())
-    tally = Tally(run.data.refusals, refusals)
-    check_refusals(tally, num_rows, run.data.max_refused)
-    trees = [weigh(tree, run.train.normalize) for tree in mix(train, run.train.seed)]
+    tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
+    with example_progress(tables, "reading and rendering") as on_example:
+        train = [([tree for _, tree in read(source)], source.source) for source in sources["train"]]
+        held_out = [(list(read(source)), source.source) for source in sources["held out"]]
+        replay = [tree for source in sources["replay"] for _, tree in read(source)]
+    num_examples = sum(count for counts in formats.values() for count in counts.values())
+    counts = RejectionCounts(run.data.allow_rejected, rejections)
+    if counts.num_not_allowed > run.data.max_rejected * num_examples:
+        raise DataError(
+            f"{counts.num_not_allowed} of {num_examples} examples cannot be trained "
+            f"({counts.num_not_allowed / num_examples:.1%}; data.max_rejected allows "
+            f"{run.data.max_rejected:.1%}):\n{counts}"
+        )
+    trees = _mixture(run, mix(train, run.train.seed), replay)
     if not trees:
-        raise DataError(f"data.train: not a single row is left to train; {str(tally) or 'weight too small'}")
-    if run.replay is not None:
-        weighed = [weigh(tree, run.train.normalize) for tree in replay]
-        trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
-    grouped = group_prompts(trees, run.data.max_row_tokens, run.train.seed) if run.data.group_prompts else trees
+        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
-        voice=voice,
-        train=grouped,
+        chat=chat,
+        sources=sources,
+        train=Dataset(shared),
         held_out=mix(held_out, run.train.seed),
         tasks=tasks,
-        refusals=refusals,
-        num_rows=num_rows,
-        num_examples=len(trees),
-        tokens=Tokens.of(trees, grouped, whole=run.data.targets == "all"),
+        rejections=rejections,
+        num_examples=num_examples,
+        examples_per_epoch=len(trees),
+        tokens=TokenCounts.of(trees, shared, whole=run.data.train_on == "all"),
         shortened=fitter.shortened,
         formats=formats,
     )
 
 
-def check_refusals(tally: Tally, num_rows: int, max_refused: float) -> None:
-    """Raises DataError, with the table of reasons, if more than the allowed share of rows was refused."""
-    refused = tally.num_not_allowed
-    if refused > max_refused * num_rows:
-        raise DataError(
-            f"{refused} of {num_rows} rows cannot be trained ({refused / num_rows:.1%}; "
-            f"data.max_refused allows {max_refused:.1%}):\n{tally}"
-        )
+def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree]) -> list[Tree]:
+    """The trees of an epoch, weighed, with those that are replayed."""
+    trees = [weigh(tree, run.loss.reduction) for tree in tuning]
+    if trees and run.replay is not None:
+        weighed = [weigh(tree, run.loss.reduction) for tree in replay]
+        trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
+    return trees

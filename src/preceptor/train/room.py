@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-from preceptor.data.forest import Row
+from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @contextmanager
-def naming_what_does_not_fit(row: Row, what: str) -> Iterator[None]:
+def naming_what_does_not_fit(row: PackedSequence, what: str) -> Iterator[None]:
     """Raises ModelError, with the row's size and the keys that help, where memory runs out inside."""
     try:
         yield
@@ -21,6 +21,6 @@ def naming_what_does_not_fit(row: Row, what: str) -> Iterator[None]:
             raise
         raise ModelError(
             f"{what}, {row.num_tokens:,} tokens, {row.num_trained:,} of them trained, does not fit in memory beside "
-            f"weights, gradients and optimizer state. Lower data.max_row_tokens, save activations "
-            f"(train.context_gradient, train.recompute), or train an adapter"
+            f"weights, gradients and optimizer state. Lower data.max_length, save activations "
+            f"(memory.context_gradient, memory.activation_checkpointing), or train an adapter"
         ) from error

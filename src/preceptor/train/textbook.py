@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from preceptor.data.forest import Segment, Tree, build_row
+from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import DataError
 from preceptor.model.forward import row_loss
 
@@ -38,7 +38,7 @@ class SFTTrainer:
             raise DataError("the response has no token: there is nothing to train")
         context = Segment("context", prompt_ids, parent=None, text=prompt)
         target = Segment("target", response_ids, parent=0, text=response)
-        row = build_row([Tree("train_step", (context, target))])
+        row = pack_trees([Tree("train_step", (context, target))])
         self.model.train()
         optimizer.zero_grad()
         loss = row_loss(self.model, row) / row.num_trained

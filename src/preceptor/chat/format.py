@@ -1,0 +1,204 @@
+"""Chat format: a tokenizer, a chat template, the tokens that end a turn, and the tokens that were added for them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
+
+from preceptor import config
+from preceptor.chat.render import Renderer
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import Template, load_template
+from preceptor.data.examples import Completion, Document
+from preceptor.data.sources import OpenSource
+from preceptor.errors import ModelError, TemplateError
+from preceptor.hub import cannot_load, require_reachable, resolve_model_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN = "plain"  # instead of a template's name: none, messages are read as plain text
+PAD_TOKEN = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """What both training and inference use to read and write conversations.
+
+    template: None where only plain text is read. stop_token_ids: what ends a turn, the tokenizer's eos first. added:
+    the special tokens that the model's tokenizer did not have, with their ids.
+    """
+
+    tokenizer: Any
+    template: Template | None
+    stop_token_ids: tuple[int, ...]
+    added: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_base_tokens(self) -> int:
+        """Ids below this are tokens of the base model; added ones come after."""
+        return min(self.added.values(), default=len(self.tokenizer))
+
+    def renderer(self, data: config.Data) -> Renderer:
+        return Renderer(
+            self.tokenizer,
+            self.template,
+            stop_token_ids=self.stop_token_ids,
+            special_tokens_in_text=data.special_tokens_in_text,
+            targets=data.train_on,
+            template_kwargs=data.chat_template_kwargs,
+        )
+
+
+def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[OpenSource] = ()) -> ChatFormat:
+    """The chat format to train with: the model's tokenizer, with the tokens that the template needs.
+
+    Where neither the run file nor the model names a template, chatml is used if one of the first examples of `sources`
+    is a conversation, or was rejected and might have been one; else there is none and nothing is added, so that a base
+    model stays one. Raises ModelError and TemplateError, and DataError as reading the sources does.
+    """
+    path = resolve_model_path(model.path)
+    source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer: Any = load_tokenizer(path, **source)
+    template = None
+    added: dict[str, int] = {}
+    stop_tokens: tuple[str, ...] = ()
+    if (
+        data.chat_template is not None
+        or tokenizer.chat_template
+        or any(not isinstance(example, Document | Completion) for source in sources for example in source.peek())
+    ):
+        template = load_template(data.chat_template, tokenizer)
+        added = add_tokens(tokenizer, template.needed_tokens)
+        stop_tokens = turn_ends(template, tokenizer)
+        added |= align_tokenizer(tokenizer, template, stop_tokens[0])
+    ids = [*_stop_token_ids(path, tokenizer, **source), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
+    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added)
+
+
+def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
+    """The chat format of a model as it is, to ask it or to evaluate it.
+
+    template: as in a run file, or `plain` for none; absent: the model's own, and none where it has none. Raises
+    ModelError, or TemplateError for a template whose special tokens the model lacks.
+    """
+    place = resolve_model_path(path)
+    tokenizer = load_tokenizer(place)
+    chosen = None
+    if template != PLAIN and (template is not None or tokenizer.chat_template):
+        chosen = load_template(template, tokenizer)
+        missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]
+        if missing:
+            raise TemplateError(
+                f"template {chosen.name}: {path} has no token {', '.join(missing)}, so it was not trained with this "
+                f"template; let it read messages as plain text: --chat-template {PLAIN}"
+            )
+    return ChatFormat(tokenizer, chosen, _stop_token_ids(place, tokenizer))
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model. Raises ModelError if there is none or it cannot be reached."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer  # does not import torch
+
+    place = resolve_model_path(path)
+    require_reachable(place, revision)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code, revision=revision or "main"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if Path(place).is_dir() and not (Path(place) / "tokenizer.json").is_file():
+            raise ModelError(
+                f"{place}: no tokenizer.json in this folder; copy the model's tokenizer into it"
+            ) from error
+        raise cannot_load(place, "tokenizer", error) from error
+    if not tokenizer.get_vocab():
+        raise ModelError(f"{place}: no tokenizer in this folder; it needs tokenizer.json or the files of its kind")
+    return tokenizer
+
+
+def add_tokens(tokenizer: Any, needed: Sequence[str]) -> dict[str, int]:
+    """Make each of the `needed` tokens a special token of one id; returns those that are new.
+
+    Raises ModelError where the tokenizer cannot.
+    """
+    old = tokenizer.get_vocab()
+    needed = sorted(dict.fromkeys(needed), key=lambda token: token not in old)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = [AddedToken(token, special=True, normalized=False) for token in needed if token not in special]
+    if tokens:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    for token in needed:
+        ids = tokenizer.encode(token, add_special_tokens=False)
+        if ids != [vocabulary.get(token)]:
+            raise ModelError(f"{token!r} becomes {ids} and not one token; this tokenizer cannot add special tokens")
+    return {token: vocabulary[token] for token in needed if token not in old}
+
+
+def align_tokenizer(tokenizer: Any, template: Template, stop_token: str) -> dict[str, int]:
+    """Give the tokenizer its chat template, its eos (the stop token) and a pad token that is not the eos.
+
+    A pad token that differs from the eos is kept; else a reserved one that the template does not use becomes it, else
+    one is added and returned. Raises ModelError if the stop token is none of the tokenizer's.
+    """
+    if stop_token not in tokenizer.get_vocab():
+        raise ModelError(f"the stop token {stop_token!r} is not in the tokenizer's vocabulary; add it first")
+    tokenizer.chat_template = template.text
+    tokenizer.eos_token = stop_token
+    if tokenizer.pad_token is not None and tokenizer.pad_token != stop_token:
+        return {}
+    reserved = _reserved_token(tokenizer, template)
+    added = {} if reserved else add_tokens(tokenizer, [PAD_TOKEN])
+    tokenizer.pad_token = reserved or PAD_TOKEN
+    return added
+
+
+def _reserved_token(tokenizer: Any, template: Template) -> str | None:
+    """A special token made for padding, else one kept in reserve; None if there is neither."""
+    taken = {*template.needed_tokens, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    free = [
+        str(token)
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and str(token) not in taken and str(token) not in template.text
+    ]
+    for pattern in (r"\bpad|pad\b|padding|_pad_", r"reserved|unused"):
+        for token in free:
+            if re.search(pattern, token.lower()):
+                return token
+    return None
+
+
+def turn_ends(template: Template, tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that end a turn, a plain answer's first: what the template writes, else the eos.
+
+    Base models often carry a chat template whose end of turn is not their eos. Raises TemplateError.
+    """
+    found = find_stop_tokens(template, tokenizer)
+    if not found and tokenizer.eos_token is None:
+        raise TemplateError(
+            f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
+            "nothing would end a turn; choose chatml or llama3"
+        )
+    return found or (tokenizer.eos_token,)
+
+
+def _stop_token_ids(
+    path: str, tokenizer: Any, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[int, ...]:
+    """What ends a turn of the model at `path`: the tokenizer's eos first, then its generation config's eos tokens."""
+    from transformers.generation.configuration_utils import GenerationConfig  # these do not import torch
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    try:
+        earlier = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
+    except OSError:  # no generation config: the model's config says what ends a text
+        settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
+        earlier = getattr(settings.get_text_config(decoder=True), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *([earlier] if earlier is None or isinstance(earlier, int) else earlier)]
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))

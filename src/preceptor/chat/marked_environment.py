@@ -1,0 +1,207 @@
+"""Rendering a template with strings that know where they came from.
+
+transformers renders templates in a sandbox that turns every `str` subclass back into a plain string, so this module has
+an environment of its own: the same sandbox, settings, filters and globals (`environment.prepare`), in which the few
+places that would copy characters without asking the string (joining the output, `~`, filters such as `tojson`) are
+made to ask. What it renders is the same text, byte for byte; callers check that against the plain render.
+"""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2 import filters, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from preceptor.chat.environment import SETTINGS, prepare
+from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
+from preceptor.chat.origins import json_body, map_leaves
+
+
+def marked_message(message: Mapping[str, Any], first_leaf: int) -> dict[str, Any]:
+    """The message with every leaf marked; leaves are numbered from `first_leaf`."""
+    number = itertools.count(first_leaf)
+    return map_leaves(message, lambda text: Marked.leaf(next(number), text))
+
+
+def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
+    """What a template wrote, in pieces of one origin each, and their origins."""
+    pieces: list[str] = []
+    origins: list[int | None] = []
+    for output in outputs:
+        at = 0
+        for atom in atoms_of(output):
+            piece = plain(output)[at : at + atom.length]
+            at += atom.length
+            if origins and origins[-1] == atom.origin:
+                pieces[-1] += piece
+            elif piece:
+                pieces.append(piece)
+                origins.append(atom.origin)
+    return pieces, origins
+
+
+class MarkedCode(CodeGenerator):
+    """Jinja's compiler, with `~` as a call that marked strings can see."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.join_outputs((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+def _concat(texts: Iterable[str]) -> str:
+    """`"".join` for the output of macros and set blocks."""
+    texts = list(texts)
+    return join(texts) if _any_marked(texts) else "".join(texts)
+
+
+def _any_marked(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Marked) for value in values)
+
+
+class MarkedEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox of transformers for marked strings."""
+
+    code_generator_class = MarkedCode
+    concat = staticmethod(_concat)  # type: ignore[assignment]
+
+    @staticmethod
+    def join_outputs(values: Iterable[Any]) -> str:
+        return _concat([_text(value) for value in values])
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """A method of a plain string that is given marked ones is the marked method."""
+        if type(getattr(obj, "__self__", None)) is str and args:
+            items = args[0] if obj.__name__ == "join" and isinstance(args[0], list | tuple) else args
+            if _any_marked(items):
+                return getattr(Marked(obj.__self__), obj.__name__)(*args, **kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+# Filters that read characters ----------------------------------------------------------------------------------------
+
+_STAND_IN = re.compile(r"\\u0000leaf (\d+)\\u0000")  # as JSON spells it
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers' `tojson`; marked strings inside keep their origins.
+
+    Every marked string is replaced by a stand-in, the whole is encoded by `json.dumps`, and the stand-ins are then
+    replaced by the strings as JSON spells them.
+    """
+    found: list[Marked] = []
+
+    def stand_in(item: Any) -> Any:
+        if isinstance(item, Marked):
+            found.append(item)
+            return f"\x00leaf {len(found) - 1}\x00"
+        if isinstance(item, Mapping):
+            return {key: stand_in(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return [stand_in(inner) for inner in item]
+        return item
+
+    encoded = json.dumps(
+        stand_in(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if not found:
+        return encoded
+    texts: list[str] = []
+    for index, part in enumerate(_STAND_IN.split(encoded)):
+        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
+    return join(texts)
+
+
+def _json_body(marked: Marked, ensure_ascii: bool) -> Marked:
+    """The string as JSON spells it between the quotes, atom by atom."""
+    bodies = [json_body(piece, ensure_ascii) for piece in marked.pieces()]
+    return Marked.make("".join(bodies), [Atom(len(b), a.origin) for b, a in zip(bodies, marked.atoms, strict=True)])
+
+
+def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    items = list(value)
+    if attribute is not None:
+        items = [filters.make_attrgetter(context.environment, attribute)(item) for item in items]
+    if not _any_marked([d, *items]):
+        return filters.sync_do_join(context, items, d)
+    return join(with_separator([_text(item) for item in items], d))
+
+
+def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if not isinstance(s, Marked):
+        return filters.do_indent(s, width, first, blank)
+    indention = width if isinstance(width, str) else " " * width
+    lines = (s + "\n").splitlines()  # as Jinja's own: the added newline keeps a last empty line
+    texts = [lines[0]]
+    for line in lines[1:]:
+        texts += ["\n", indention, line] if blank or line else ["\n", line]
+    return join([indention, *texts] if first else texts)
+
+
+def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int | None = None) -> str:
+    if not _any_marked((s, old, new)):
+        return filters.do_replace(context, s, old, new, count)
+    marked = s if isinstance(s, Marked) else Marked(s)
+    return str(marked.replace(old, new, -1 if count is None else count))
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    return _text(value).strip(chars)
+
+
+def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that would read marked strings without asking them gets plain ones: their origins are lost."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*[plain(a) if isinstance(a, Marked) else a for a in args], **kwargs)
+
+    return functools.update_wrapper(call, function)  # with the mark by which Jinja knows that it wants its context
+
+
+# These return their arguments, or items of one, without looking at characters.
+_TRANSPARENT = """attr batch count d default dictsort first groupby items last length list map max min random reject
+rejectattr reverse select selectattr slice sort sum unique"""
+
+_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "capitalize": lambda value: _text(value).capitalize(),
+    "indent": _indent,
+    "join": jinja2.pass_eval_context(_join),
+    "lower": lambda value: _text(value).lower(),
+    "replace": jinja2.pass_eval_context(_replace),
+    # Jinja's own makes text that escapes what is joined to it; where that shows, the render differs from the plain one.
+    "safe": _text,
+    "string": _text,
+    "tojson": _tojson,
+    "trim": _trim,
+    "upper": lambda value: _text(value).upper(),
+}
+
+
+@lru_cache(maxsize=1)
+def marked_environment() -> jinja2.Environment:
+    environment = prepare(MarkedEnvironment(**SETTINGS))
+    for name, function in list(environment.filters.items()):
+        if name not in _TRANSPARENT.split():
+            environment.filters[name] = _losing(function)
+    environment.filters |= _FILTERS
+    return environment
+
+
+@lru_cache(maxsize=256)
+def compiled_marked(text: str) -> jinja2.Template:
+    return marked_environment().from_string(text)

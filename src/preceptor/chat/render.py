@@ -1,0 +1,292 @@
+"""Conversation -> Tree of segments, or a Rejection: the proof that what is trained is exactly what inference will see.
+
+For each turn k, with the template arguments that a server would use:
+
+1. P = render(messages[:k], add_generation_prompt=True), tokenised, is the context, always, whatever follows.
+2. to 4. `proof.target_of` finds the target in F = render(messages[:k+1]), by the origin of its characters.
+5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
+6. `tree.GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
+
+Codes of rejections and what to do about each: `rejections.ADVICE`.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from preceptor.chat.growing_tree import GrowingTree
+from preceptor.chat.message_forms import Forms, find_forms
+from preceptor.chat.origins import Leaf, leaves_of
+from preceptor.chat.reasoning import INLINE_WORDS, has_reasoning
+from preceptor.chat.renders import Chat, Renders, Runs
+from preceptor.chat.template import Template
+from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
+from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.forest import Tree
+from preceptor.data.rejections import Rejected
+
+Targets = Literal["assistant", "last", "all"]
+SpecialTokens = Literal["reject", "plain", "allow"]
+
+_CHECKED_TREES = 16  # the first; then so many that one in 150 characters is tokenised twice
+_CHECK_EVERY = 150
+
+
+class Renderer:
+    """Renders records with one tokenizer, one template and one set of stop tokens.
+
+    stop_token_ids: where a server stops (the tokenizer's eos, the generation config's, the template's own). targets:
+    `assistant` all assistant messages, `last` only the last, `all` every token, the prompt too. template_kwargs: passed
+    to the template; a conversation's own override them. `render` is deterministic and keeps no state but caches.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: Template | None,
+        *,
+        stop_token_ids: Collection[int],
+        special_tokens_in_text: SpecialTokens = "reject",
+        targets: Targets = "assistant",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        # The tokenizer's special tokens as they are now: its eos may have been aligned since the template was loaded.
+        self._template = template and replace(template, variables=dict(tokenizer.special_tokens_map))
+        self.special_tokens_in_text = special_tokens_in_text
+        self.targets = targets
+        self.template_kwargs = dict(template_kwargs or {})
+        eos = tokenizer.eos_token_id
+        self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
+        self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
+        self._num_trees = self._unchecked_characters = 0
+        stops = [tokenizer.convert_ids_to_tokens(stop) for stop in self.stop_token_ids]
+        self._stops = Stops(any_of(stops), tokenizer.eos_token)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = any_of({*special, *stops})
+        self._runs = Runs(tokenizer)
+        self._forms: Forms | None = None
+        bos = tokenizer.bos_token_id
+        self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """In which ways the conversations were rendered: `renders.Runs`."""
+        return self._runs.counts
+
+    @property
+    def template(self) -> Template:
+        """The template of conversations. Raises Rejected where the run has none."""
+        if self._template is None:
+            raise Rejected("no_template", "a conversation")
+        return self._template
+
+    def __reduce__(self) -> Any:
+        chosen = {
+            "stop_token_ids": self.stop_token_ids,
+            "special_tokens_in_text": self.special_tokens_in_text,
+            "targets": self.targets,
+            "template_kwargs": self.template_kwargs,
+        }
+        return _rebuilt, (self.tokenizer, self._template, chosen)
+
+    def render(self, record: Example) -> Tree | Rejection:
+        """The record's tree, its context and target segments; or why it cannot be trained."""
+        try:
+            tree = self._conversation(record) if isinstance(record, Conversation) else self._plain_text(record)
+            if tree.num_trained == 0:
+                raise Rejected("nothing_to_predict", "the record has no token to train")
+            return tree
+        except Rejected as rejected:
+            return Rejection(record.source, rejected.code, str(rejected))
+
+    def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
+        """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
+
+        If it ever answers otherwise, it is asked for everything from then on.
+        """
+        tree = grow(self._tokeniser)
+        self._num_trees += 1
+        self._unchecked_characters += num_characters
+        if self._num_trees > _CHECKED_TREES and self._unchecked_characters < _CHECK_EVERY * num_characters * num_turns:
+            return tree
+        self._unchecked_characters = 0
+        exact = grow(self._slow_tokeniser)
+        if exact != tree:
+            self._tokeniser = self._slow_tokeniser
+            self.counts["tokenized as a whole: chunks gave other tokens"] += 1
+        return exact
+
+    # Plain text ------------------------------------------------------------------------------------------------------
+
+    def _plain_text(self, record: Completion | Document) -> Tree:
+        """A completion's context is its prompt, a document has none; bos comes first if the tokenizer puts it there."""
+        prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
+        self._check_special(prompt, "the prompt")
+        self._check_special(text, "the text")
+        eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self._bos else ""
+        if eos is None:
+            raise Rejected("no_stop_token", "the text's end")
+        if bos and (prompt or text).startswith(bos):
+            bos = ""  # spelled out, and allowed to be
+
+        def grow(tokeniser: Tokeniser) -> Tree:
+            path = tokeniser.path()
+            context = (*(self._bos if bos else ()), *self._ids(prompt, path, first=True))
+            target = (*self._ids(text, path, first=not prompt), self.tokenizer.eos_token_id)
+            if not tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
+                raise Rejected("unknown_token", "the text")
+            tree = GrowingTree(all_targets=self.targets == "all")
+            tree.add(context, target, (bos + prompt, text + eos), 1.0)
+            return tree.finish(record.source, self._decode)
+
+        return self._compared(grow, len(prompt + text), 1)
+
+    def _ids(self, text: str, path: Path, first: bool) -> Ids:
+        if self.special_tokens_in_text == "plain" and self._special.search(text):
+            return self._tokeniser.plain([(text, True)], self._special)
+        if not first:
+            return path.continuation(text)
+        path.read(text)
+        return tuple(path.ids)
+
+    # Conversations ---------------------------------------------------------------------------------------------------
+
+    def _conversation(self, record: Conversation) -> Tree:
+        turns = trainable_turns(record.messages)
+        if self.targets == "last":
+            last = max((k for k, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
+            turns = [k for k in turns if k == last]
+        if not turns:
+            raise Rejected("no_turn", "no message of this conversation is to be trained")
+        if turns[0] == 0:
+            raise Rejected("no_prompt", "messages[0] is an assistant's")
+        messages = record.messages[: turns[-1] + 1]
+        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
+        leaves = [leaves_of(message.given, k) for k, message in enumerate(messages)]
+        spelled_out = self._check_messages(messages, leaves)
+        given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
+        for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
+            if fitted is not message.given:
+                leaves[k] = leaves_of(fitted, k)
+        arguments = {**self.template_kwargs, **record.template_kwargs}
+        attempts = {k: self._attempts(given[k], arguments) for k in turns}
+        chat = Chat(self.template, given, record.tools, leaves)
+        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+
+        def grow(tokeniser: Tokeniser) -> Tree:
+            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            for k, tried in attempts.items():
+                turn, text = self._proved(renders, k, tried)
+                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
+                tree.add(context, target, (turn.prompt, text), messages[k].weight, num_shared, k)
+            return tree.finish(record.source, self._decode)
+
+        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(turns))
+
+    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
+        """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""
+        rejected: Rejected | None = None
+        for arguments in attempts:
+            try:
+                turn = renders.turn(k, arguments)
+                return turn, target_of(turn, self._stops)
+            except Rejected as error:
+                rejected = rejected or error
+        assert rejected is not None
+        raise rejected
+
+    def _tokenised(
+        self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
+    ) -> tuple[Sequence[int], Ids, int]:
+        """The ids of a turn's context and target, and how many of the context's stand in the tree already.
+
+        Raises Rejected.
+
+        path: None where special tokens that messages spell out are to be read as plain text.
+        """
+        num_shared = 0
+        if path is None:
+            context: Sequence[int] = tokeniser.plain(turn.prompt_marked().runs(), self._special)
+            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special)
+        else:
+            num_shared = path.read(turn.prompt)
+            context, target = path.ids, path.continuation(text)
+        self._check_end(target, turn.where)
+        if not tokeniser.spells_all(context, turn.prompt, num_shared):
+            raise Rejected("unknown_token", f"before {turn.where}")
+        if not tokeniser.spells_all(target, text):
+            raise Rejected("unknown_token", turn.where)
+        return context, target, num_shared
+
+    def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The template arguments to try: those that turn reasoning on where the turn has some and off where not.
+
+        What the user set is left as it is. If the template's reasoning switch makes no provable turn, its own default
+        is tried, which is what a server uses that sets nothing.
+        """
+        switches = [name for name in self.template.reasoning_switches if name not in arguments]
+        if not switches:
+            return [arguments]
+        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given))}, arguments]
+
+    def _fit(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The message in a form that the template takes; only tool calls and lists of parts have more than one."""
+        if not given.get("tool_calls") and not isinstance(given.get("content"), list):
+            return given
+        if self._forms is None:
+            self._forms = find_forms(self.template)
+        return self._forms.fit(given, where)
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check_messages(self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]]) -> bool:
+        """Whether special tokens are spelled out and must be read as plain text. Raises Rejected where they may not."""
+        if self.special_tokens_in_text == "allow":
+            return False
+        found = False
+        for index, message in enumerate(messages):
+            own = INLINE_WORDS if message.role == "assistant" else ()
+            where = f"messages[{index}]"
+            for leaf in leaves[index]:
+                found = self._check_special(leaf.text, where, own) or found
+            if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
+                found = self._check_special(message.content, where, own) or found
+            for call in message.tool_calls:  # names of arguments
+                self._check_special(_frozen(call).replace('\\"', '"'), where, own, may_be_plain=found)
+        return found
+
+    def _check_special(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
+        """Whether the text spells out a special token that is to be read as plain text. Raises Rejected."""
+        if self.special_tokens_in_text == "allow":
+            return False
+        for match in self._special.finditer(text):
+            if match.group() in own:
+                continue
+            if self.special_tokens_in_text == "reject" or not may_be_plain:
+                raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
+            return True
+        return False
+
+    def _check_end(self, ids: Ids, where: str) -> None:
+        if not ids or ids[-1] not in self.stop_token_ids:
+            raise Rejected("no_stop_token", f"{where} does not end in a stop token")
+        if not self.stop_token_ids.isdisjoint(ids[:-1]):
+            stop = next(token for token in ids[:-1] if token in self.stop_token_ids)
+            raise Rejected("stop_inside_turn", f"{where} holds {self.tokenizer.convert_ids_to_tokens(stop)!r}")
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _rebuilt(tokenizer: Any, template: Template | None, chosen: Mapping[str, Any]) -> Renderer:
+    """A renderer in another process: the same, with empty caches."""
+    return Renderer(tokenizer, template, **chosen)
+
+
+def _frozen(value: Any) -> str:
+    """Tools, calls or template arguments as one string."""
+    return json.dumps(value, ensure_ascii=False, default=str) if value else str(value)

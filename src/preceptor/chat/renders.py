@@ -1,0 +1,277 @@
+"""The renders of one conversation that the proof asks for, and where their characters came from.
+
+Texts are made by the template itself: one by one (`OneByOne`), or, for conversations of many turns, in one run of it
+(`one_pass.py`), of which the longest is compared with the template's own. Where the characters of a turn stand is found
+by alignment (`alignment.py`), else by a render with marks (`WithOrigins`), which must give the same text, byte for
+byte. Renders of the template are compared with transformers' own: the first of a run, and then a few in a thousand.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, NamedTuple
+
+import jinja2
+
+from preceptor.chat.alignment import Alignments, kind_of
+from preceptor.chat.marked import Marked
+from preceptor.chat.marked_environment import compiled_marked, marked_message, pieces_of
+from preceptor.chat.one_pass import Asked, LooksAhead, raised_in_pass, run_once
+from preceptor.chat.one_pass_form import compiled_one_pass
+from preceptor.chat.origins import Leaf, Rendered, map_leaves
+from preceptor.chat.template import Template
+from preceptor.chat.turns import Followed, Turn
+from preceptor.data.rejections import Rejected
+from preceptor.errors import TemplateError
+
+_FEW_TURNS = 4  # up to here a run of the template for each render is faster than one pass
+_MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands before the main loop again each time
+_COMPARED_RENDERS = 16
+_COMPARED_PASSES = 4
+_COMPARE_EVERY = 499
+
+
+class Request(NamedTuple):
+    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
+
+    num_messages: int
+    add_generation_prompt: bool
+    arguments: str = ""  # `Chat.key` of the template's arguments
+    follower: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class Chat:
+    """A conversation as its template sees it.
+
+    messages: in a form that the template takes. leaves: the strings of all messages.
+    """
+
+    template: Template
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    leaves_of_messages: InitVar[Sequence[Sequence[Leaf]]]
+    leaves: list[Leaf] = field(init=False)
+    _seen: list[dict[str, Any]] = field(init=False)
+    _starts: list[int] = field(init=False)
+    _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self, leaves_of_messages: Sequence[Sequence[Leaf]]) -> None:
+        self._seen = [self.template.message_rules.apply(message) for message in self.messages]
+        self.leaves, self._starts = [], [0]
+        for leaves in leaves_of_messages:
+            self.leaves += leaves
+            self._starts.append(len(self.leaves))
+
+    def own(self, k: int) -> range:
+        """The leaves of message k."""
+        return range(self._starts[k], self._starts[k + 1])
+
+    def arguments(self, request: Request) -> Mapping[str, Any]:
+        return self._arguments[request.arguments]
+
+    @property
+    def followers(self) -> range:
+        """The number by which what came from a message after a turn is known."""
+        return range(len(self.leaves), len(self.leaves) + 1)
+
+    def key(self, arguments: Mapping[str, Any]) -> str:
+        """What stands for these arguments in a request."""
+        key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+        self._arguments[key] = arguments
+        return key
+
+    def variables(self, request: Request, messages: Sequence[Any]) -> dict[str, Any]:
+        """The template's variables; messages: those of the request."""
+        prompted, arguments = request.add_generation_prompt, self._arguments[request.arguments]
+        return self.template.all_variables(messages, self.tools, prompted, arguments)
+
+    def shown(self, request: Request) -> list[dict[str, Any]]:
+        """The messages of a request."""
+        shown = self._seen[: request.num_messages]
+        return [*shown, self._follower(request)] if request.follower else shown
+
+    def marked(self, request: Request, only: int | None) -> list[dict[str, Any]]:
+        """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
+        shown = self.shown(request)
+        for k in range(request.num_messages) if only is None else (only,):
+            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self._starts[k]))
+        if request.follower:
+            number = self.followers[0]
+            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(number, text))
+        return shown
+
+    def _follower(self, request: Request) -> dict[str, Any]:
+        if request.follower == "user":
+            return {"role": "user", "content": "And then?"}
+        call = self.messages[request.num_messages - 1]["tool_calls"][0]
+        taken = {"tool_call_id": call.get("id"), "name": call.get("function", call).get("name")}
+        names = {name: text for name, text in taken.items() if isinstance(text, str)}
+        return {"role": "tool", "content": "done", **names}
+
+
+class Runs:
+    """The ways to run a template: as it is, in one pass for many renders, with marks. Knows what came of earlier runs.
+
+    counts: conversations rendered in one pass and one by one, the latter by the reason; turns with marks.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._num_renders = self._num_passes = 0
+        self._pass_is_wrong = False
+        self._looks_ahead: set[str] = set()  # templates: before the main loop, for some conversation
+        self.alignments = Alignments()
+        self.counts: Counter[str] = Counter()
+
+    def plain(self, chat: Chat, request: Request) -> str:
+        """The template's own render. Raises Rejected where the template rejects the messages."""
+        shown = chat.shown(request)
+        try:
+            text = chat.template.run(chat.tools, chat.variables(request, shown))
+        except TemplateError as error:
+            raise Rejected("template_rejects", str(error)) from error
+        self._num_renders += 1
+        if self._num_renders <= _COMPARED_RENDERS or self._num_renders % _COMPARE_EVERY == 0:
+            self._compare(chat, request, text)
+        return text
+
+    def _compare(self, chat: Chat, request: Request, text: str) -> None:
+        """Compare a render with transformers'. Raises Rejected."""
+        name, given = (
+            chat.template.name,
+            [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]],
+        )
+        try:
+            expected = self._tokenizer.apply_chat_template(
+                given,
+                tools=chat.tools,
+                chat_template=chat.template.text_for(chat.tools),
+                tokenize=False,
+                add_generation_prompt=request.add_generation_prompt,
+                **chat.arguments(request),
+            )
+        except Exception as error:  # transformers rejects what the sandbox here allows
+            raise Rejected("render_differs", f"template {name} in transformers: {error}") from error
+        if expected != text:
+            raise Rejected("render_differs", f"template {name} renders otherwise in transformers")
+
+    def in_one_pass(self, chat: Chat, requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
+        """The renders, by one run of the template for each of the arguments; {} where that cannot be done.
+
+        head_again: also if what stands before the main loop has to be run again for each render.
+        """
+        text = chat.template.text_for(chat.tools)
+        if self._pass_is_wrong or (text in self._looks_ahead and not head_again):
+            return {}
+        for again in (False, True) if head_again else (False,):
+            if not again and text in self._looks_ahead:
+                continue
+            template = compiled_one_pass(text, again)
+            if template is None:
+                self.counts["one by one: the template has another form"] += 1
+                return {}
+            try:
+                made = _passes(chat, template, requests)
+            except LooksAhead:
+                if not again:
+                    self._looks_ahead.add(text)
+                continue
+            except Exception as error:
+                if raised_in_pass(error):
+                    raise
+                return {}  # what the template rejects, it rejects one by one too, and there it is told
+            return made if self._pass_holds(chat, made) else {}
+        self.counts["one by one: the template looks ahead"] += 1
+        return {}
+
+    def _pass_holds(self, chat: Chat, made: Mapping[Request, str]) -> bool:
+        """Whether the longest render of a pass, and now and then each of them, is the template's own."""
+        self._num_passes += 1
+        compared: Iterable[Request] = made
+        if self._num_passes > _COMPARED_PASSES and self._num_passes % _COMPARE_EVERY:
+            compared = [max(made, key=lambda request: request.num_messages)]
+        if all(made[request] == self.plain(chat, request) for request in compared):
+            self.counts["one pass"] += 1
+            return True
+        self._pass_is_wrong = True
+        self.counts["one by one: a pass gave another text"] += 1
+        return False
+
+    def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
+        """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
+        self.counts["renders with marks"] += 1
+        template = compiled_marked(chat.template.text_for(chat.tools))
+        context = template.new_context(chat.variables(request, chat.marked(request, only)))
+        try:
+            pieces, origins = pieces_of(template.root_render_func(context))
+        except Exception as error:
+            raise Rejected("render_differs", f"template {chat.template.name}: {error}") from error
+        if "".join(pieces) != text:
+            raise Rejected("render_differs", f"template {chat.template.name} renders otherwise with origins")
+        return Rendered(text, pieces, origins)
+
+
+def _passes(chat: Chat, template: jinja2.Template, requests: Sequence[Request]) -> dict[Request, str]:
+    made: dict[Request, str] = {}
+    for key in dict.fromkeys(request.arguments for request in requests):
+        asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
+        shown = chat.shown(max(asked.values()))
+        texts = run_once(template, shown, list(asked), chat.variables(requests[0]._replace(arguments=key), ()))
+        made |= {asked[one]: text for one, text in texts.items()}
+    return made
+
+
+class Renders:
+    """The renders of one conversation; turns: those that will be asked for, and the arguments that are tried first."""
+
+    def __init__(self, chat: Chat, runs: Runs, turns: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> None:
+        self._chat, self._runs = chat, runs
+        self._texts: dict[Request, str] = {}
+        if len(turns) > _FEW_TURNS:
+            asked = [(k, chat.key(arguments)) for k, arguments in turns]
+            both = [(Request(k, True, key), Request(k + 1, False, key)) for k, key in asked]
+            requests = [request for pair in both for request in pair]
+            self._texts = runs.in_one_pass(chat, requests, head_again=len(turns) >= _MANY_TURNS)
+
+    def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
+        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
+        chat, runs, key = self._chat, self._runs, self._chat.key(arguments)
+        prompted, with_turn = Request(k, True, key), Request(k + 1, False, key)
+        prompt, full = self._text(prompted), self._text(with_turn)
+        own = chat.own(k)
+        kind = (
+            key,
+            kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
+        )
+        rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
+        if rendered is None:
+            rendered = runs.marked(chat, with_turn, full, only=k)
+            runs.alignments.learn(kind, prompt, rendered, chat.leaves, own)
+        return Turn(
+            where=f"messages[{k}]",
+            given=chat.messages[k],
+            leaves=chat.leaves,
+            own=own,
+            prompt=prompt,
+            full=rendered,
+            prompt_marked=lambda: runs.marked(chat, prompted, prompt),
+            full_marked=lambda: runs.marked(chat, with_turn, full),
+            followed=lambda: self._followed(k, key),
+        )
+
+    def _text(self, request: Request) -> str:
+        text = self._texts.get(request)
+        return self._runs.plain(self._chat, request) if text is None else text
+
+    def _followed(self, k: int, key: str) -> Followed | None:
+        """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
+        for role in ("tool", "user") if self._chat.messages[k].get("tool_calls") else ("user",):
+            request = Request(k + 1, False, key, role)
+            try:
+                text = self._runs.plain(self._chat, request)
+                return Followed(self._runs.marked(self._chat, request, text, only=k), self._chat.followers)
+            except Rejected:
+                continue
+        return None

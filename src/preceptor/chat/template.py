@@ -1,0 +1,237 @@
+"""A tokenizer's chat template: which one a run uses, and what it renders, byte for byte as transformers would.
+
+`load_template` finds the template (built in, the tokenizer's own, or a file); `Template.render` is
+`tokenizer.apply_chat_template(tokenize=False)` without its per-call overhead: compiled once, same sandbox, same
+variables. What transformers does to a message before the template sees it differs between its versions (fields that are
+null are dropped, reasoning is copied under other names); that is asked of the installed transformers, not assumed.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+
+from preceptor.chat.environment import compiled, parsed, rendered
+from preceptor.chat.reasoning import REASONING_FIELDS
+from preceptor.errors import TemplateError
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A template of this package: the special tokens it writes and the one that ends a turn."""
+
+    tokens: tuple[str, ...]
+    stop: str
+
+
+BUILTIN: Mapping[str, BuiltIn] = {
+    "chatml": BuiltIn(("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "llama3": BuiltIn(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+}
+
+
+def builtin_tokens(name: str) -> tuple[str, ...]:
+    """The special tokens that a built-in template writes."""
+    return BUILTIN[name].tokens
+
+
+def builtin_stop(name: str) -> str:
+    """The token that ends a turn in a built-in template."""
+    return BUILTIN[name].stop
+
+
+def builtin_text(name: str) -> str:
+    return (files("preceptor.chat") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class MessageRules:
+    """What the installed transformers does to a message before the template sees it."""
+
+    drops_null: bool = True
+    aliases_reasoning: bool = False
+
+    def apply(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        seen = {key: value for key, value in message.items() if value is not None} if self.drops_null else dict(message)
+        if self.aliases_reasoning:
+            reasoning = next((seen[name] for name in REASONING_FIELDS if seen.get(name) is not None), None)
+            if reasoning is not None:
+                seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
+        return seen
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """One template, or the named ones of a tokenizer (`default`, `tool_use`), with the variables it is rendered with.
+
+    needed_tokens: special tokens that the template writes and that must be single tokens of the vocabulary: all of a
+    built-in's; for a file, those that look special (`<|...|>`) and that the tokenizer lacks. stop: a built-in's stop
+    token, None for others. variables: the tokenizer's special tokens (`bos_token`, `eos_token`, ...), and arguments
+    that are always given; those of a single render win over them.
+    """
+
+    name: str
+    texts: Mapping[str, str]
+    variables: Mapping[str, Any]
+    needed_tokens: tuple[str, ...] = ()
+    stop: str | None = None
+    message_rules: MessageRules = field(default_factory=MessageRules)
+
+    @property
+    def text(self) -> str:
+        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        return self.texts.get("default") or next(iter(self.texts.values()))
+
+    def text_for(self, tools: Sequence[Any] | None) -> str:
+        """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
+        return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
+
+    @cached_property
+    def reasoning_switches(self) -> tuple[str, ...]:
+        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
+        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+
+    @cached_property
+    def names_read(self) -> frozenset[str]:
+        """The variables and arguments that the texts read: any other argument changes nothing."""
+        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """`tokenizer.apply_chat_template(messages, tools, add_generation_prompt=..., tokenize=False, **kwargs)`.
+
+        Raises TemplateError with the template's own message where it rejects the messages.
+        """
+        seen = [self.message_rules.apply(message) for message in messages]
+        return self.run(tools, self.all_variables(seen, tools, add_generation_prompt, kwargs))
+
+    def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
+        """As `render`, with the variables of `all_variables`."""
+        try:
+            return rendered(self.text_for(tools), variables)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"template {self.name}: {error}") from error
+        except Exception as error:  # whatever the template's code does wrong is the template's error
+            raise TemplateError(f"template {self.name}: {type(error).__name__}: {error}") from error
+
+    def all_variables(
+        self,
+        seen: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """seen: the messages, to which the rules have been applied."""
+        return {
+            "messages": seen,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.variables,
+            **kwargs,
+        }
+
+
+def probe_message_rules(tokenizer: Any) -> MessageRules:
+    """Learn the rules from `apply_chat_template` itself, by a template that shows the messages it is given."""
+
+    def seen(message: Mapping[str, Any]) -> dict[str, Any]:
+        shown = tokenizer.apply_chat_template([message], chat_template="{{ messages | tojson }}", tokenize=False)
+        first: dict[str, Any] = json.loads(shown)[0]
+        return first
+
+    with_null = {"role": "assistant", "content": "c", "tool_calls": None}
+    with_reasoning = {"role": "assistant", "content": "c", "reasoning": "r"}
+    rules = MessageRules(seen(with_null) != with_null, seen(with_reasoning) != with_reasoning)
+    probes: tuple[Mapping[str, Any], ...] = (
+        with_null,
+        with_reasoning,
+        {"role": "assistant", "reasoning_content": "a", "thinking": "b", "content": "c"},
+        {"role": "assistant", "content": "c", "thinking": "r", "tool_calls": [{"function": {"name": None}}]},
+    )
+    for probe in probes:
+        if list(seen(probe).items()) != list(rules.apply(probe).items()):
+            raise TemplateError(
+                "this version of transformers changes messages before a template sees them in a way that is not known "
+                f"here: {probe} became {seen(probe)}. Use a version between 5.17 and 5.23, or report it."
+            )
+    return rules
+
+
+def load_template(name: str | None, tokenizer: Any) -> Template:
+    """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
+
+    Raises TemplateError for a missing file, a syntax error (with its line), a tokenizer without a template.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if name is None:
+        name = "tokenizer" if own else "chatml"
+    variables, rules = dict(tokenizer.special_tokens_map), probe_message_rules(tokenizer)
+    if name in BUILTIN:
+        text = builtin_text(name)
+        if name == "chatml" and _adds_bos(tokenizer):
+            text = "{{- bos_token -}}" + text  # the base model has never seen a text without it
+        return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
+    if name == "tokenizer":
+        return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+    text = path.read_text(encoding="utf-8")
+    check_syntax(text, name)
+    return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
+
+
+def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
+    if not own:
+        name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        raise TemplateError(
+            f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
+        )
+    texts = dict(own) if isinstance(own, dict) else {"default": own}
+    for key, text in texts.items():
+        check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
+    if len(texts) > 1 and "default" not in texts:
+        raise TemplateError(
+            f"template: the tokenizer has templates {sorted(texts)} and none is named default; save the one that you "
+            "want as a .jinja file and give its path"
+        )
+    return texts
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
+    """Literals of the form <|...|> (or <｜...｜>) that the template writes and that are not tokens yet."""
+    body = re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
+    literals = dict.fromkeys(re.findall(r"<\|[\w./-]+\|>|<｜[^｜\s{}<>]+｜>", body))
+    vocabulary = tokenizer.get_vocab()
+    return tuple(literal for literal in literals if literal not in vocabulary)
+
+
+def check_syntax(text: str, name: str) -> None:
+    """Raises TemplateError with the line of the first syntax error."""
+    try:
+        compiled(text)
+    except jinja2.TemplateSyntaxError as error:
+        lines = text.splitlines()
+        line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
+        raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error

@@ -1,0 +1,245 @@
+"""Where a turn's target starts and ends (steps 2 to 4 of the proof).
+
+P is the prompt that a server builds for turn k, F the render of the conversation up to and with turn k.
+
+    P   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+    F   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello.<|im_end|>\\n
+                                                              start^ last^     end^
+
+The target is F[start:end]. `start` is where the prompt ends; `last` is after the last character that came from the
+turn; `end` is after the first stop token from there. What of this cannot be shown is Rejected, by name.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preceptor.chat import reasoning
+from preceptor.chat.origins import Leaf, Rendered
+from preceptor.data.rejections import Rejected
+
+
+@dataclass(eq=False, slots=True)
+class Turn:
+    """One turn and its renders.
+
+    leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the turn itself. prompt:
+    P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F with all leaves
+    marked. followed: F with a message after the turn; None where the template rejects that.
+    """
+
+    where: str
+    given: Mapping[str, Any]
+    leaves: Sequence[Leaf]
+    own: range
+    prompt: str
+    full: Rendered
+    prompt_marked: Callable[[], Rendered]
+    full_marked: Callable[[], Rendered]
+    followed: Callable[[], "Followed | None"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Followed:
+    """F with a message after the turn, whose leaves are `follower`."""
+
+    full: Rendered
+    follower: range
+
+    def text_between(self, turn: Turn, upto_last: str) -> str | None:
+        """What stands between the turn and the message that follows it; `upto_last`: F up to the turn's last character.
+
+        Where the render rewrites what came before, the turn ends at its last character before the next message's first
+        (a tool's result may repeat the name of the call that it answers). None if that is not the end of the same
+        field as in F: then nothing is known of what closes it.
+        """
+        text, next_message = self.full.text, self.full.span(self.follower)
+        limit = next_message[0] if next_message else len(text)
+        if text.startswith(upto_last) and len(upto_last) <= limit:
+            return text[len(upto_last) : limit]
+        if self.full.last_leaf(turn.own, limit) != turn.full.last_leaf(turn.own, len(upto_last)):
+            return None
+        return text[self.full.end_before(turn.own, limit) : limit]
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """The tokens that end a turn, as a pattern; eos: the one that is appended where nothing else ends it."""
+
+    pattern: re.Pattern[str]
+    eos: str | None
+
+
+def target_of(turn: Turn, stops: Stops) -> str:
+    """The text that the model must generate in this turn, its stop token included. Raises Rejected."""
+    text = turn.full.text
+    span = turn.full.span(turn.own)
+    if span is None:
+        raise Rejected("tool_call_dropped" if turn.given.get("tool_calls") else "turn_missing", turn.where)
+    first, last = span
+    start = _start(turn, text, first)
+    closing = _closing(turn, text, last, stops)
+    missing = missing_fields(turn, text[start:last] + closing)
+    if set(missing) - {"reasoning_dropped"}:
+        raise Rejected(next(code for code in missing if code != "reasoning_dropped"), turn.where)
+    between, said = text[start:first], text[first:last]
+    if missing or reasoning.reasons_twice(turn.given, turn.prompt, between, said):
+        generated = reasoning.with_reasoning(turn.given, turn.prompt, between, said)
+        if generated is None:
+            raise Rejected("reasoning_dropped", turn.where)
+        return generated + closing
+    target = text[start:last] + closing
+    if reasoning.opened_by(turn.prompt)[0] and not reasoning.closes(target):
+        raise Rejected("prompt_opens_reasoning", turn.where)
+    return target
+
+
+# Where it starts -----------------------------------------------------------------------------------------------------
+
+
+def _start(turn: Turn, text: str, first: int) -> int:
+    """The start of the target in F, whose first character from the turn stands at `first`. Raises Rejected."""
+    if text.startswith(turn.prompt):
+        return len(turn.prompt)
+    reasons = reasoning.has_reasoning(turn.given)
+    start = _after(turn.prompt, text, 0, first, reasons)
+    if start is None:
+        earlier = range(turn.own.start)
+        tail = turn.prompt[turn.prompt_marked().end_before(earlier, len(turn.prompt)) :]
+        if tail.strip():
+            start = _after_tail(tail, text, turn.full_marked().end_before(earlier, first), first, reasons)
+    if start is not None:
+        return start
+    if reasoning.opened_by(turn.prompt)[0] and not reasons:
+        raise Rejected("prompt_opens_reasoning", turn.where)
+    if reasoning.closed_by(turn.prompt) >= 0 and reasons:
+        raise Rejected("prompt_closes_reasoning", turn.where)
+    raise Rejected("prompt_conflicts", turn.where)
+
+
+def _after_tail(tail: str, text: str, from_here: int, first: int, reasons: bool) -> int | None:
+    """As `_after`, for the last place before the turn's first character in which the tail stands."""
+    at = text.rfind(tail, from_here, first)
+    return at + len(tail) if at >= 0 else _after(tail, text, from_here, first, reasons)
+
+
+def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -> int | None:
+    """Where `opening` (the prompt, or its tail) ends in text[from_here:], if it stands there; None if it does not.
+
+    It stands there also if it differs in white space only; if it ends in a closed empty reasoning block that the render
+    omits or spells differently and the turn has no reasoning; and if it opens a reasoning block that the render omits
+    and the turn has some.
+    """
+    if text.startswith(opening, from_here):
+        return from_here + len(opening)
+    head = text[from_here:first]
+    if head.rstrip() == opening.rstrip():
+        return first
+    block = reasoning.opened_by(opening)[1] if reasons else reasoning.closed_by(opening)
+    if block < 0:
+        return None
+    base, space = opening[:block], opening[len(opening.rstrip()) :]
+    if not head.startswith(base):
+        return first if head.rstrip() == base.rstrip() else None
+    if reasons:
+        return from_here + block
+    start = reasoning.empty_block_end(head, block)
+    if start > block and head.startswith(space, start):
+        start += len(space)
+    return None if reasoning.has_tag(head, start) else from_here + start
+
+
+# Where it ends -------------------------------------------------------------------------------------------------------
+
+
+def _closing(turn: Turn, text: str, last: int, stops: Stops) -> str:
+    """What follows the turn's last character, up to and with the token that ends the turn. Raises Rejected."""
+    found = stops.pattern.search(text, last)
+    if found:
+        return text[last : found.end()]
+    own = text[last:]
+    followed = turn.followed()
+    after = followed.text_between(turn, text[:last]) if followed is not None else None
+    if after is not None:
+        found = stops.pattern.search(after)
+        if found:
+            return after[: found.end()]
+        own = shared_start(own, after)
+    if stops.eos is None:
+        raise Rejected("no_stop_token", turn.where)
+    return own.rstrip() + stops.eos
+
+
+def shared_start(one: str, other: str) -> str:
+    """The longest common start that does not end inside something like a tag."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    for tag in re.finditer(r"<[^<>\s]*>?|\[[^\[\]\s]*\]?", one):
+        if tag.start() < length < tag.end():
+            return one[: tag.start()]
+    return one[:length]
+
+
+# What must be in it --------------------------------------------------------------------------------------------------
+
+
+def missing_fields(turn: Turn, target: str) -> list[str]:
+    """The codes of the fields of the turn that F does not spell in full."""
+    missing: list[str | None] = []
+    for index in turn.own:
+        leaf, spelled = turn.leaves[index], turn.full.spelled(index)
+        if leaf.path[0] == "content":
+            missing.append(_content_problem(leaf.text, spelled))
+        elif leaf.path[0] in reasoning.REASONING_FIELDS:
+            missing.append(None if _spells(spelled, leaf.text) else "reasoning_dropped")
+        elif leaf.path[0] == "tool_calls":
+            missing.append(_call_problem(leaf, spelled))
+    for call in turn.given.get("tool_calls") or ():
+        function = call.get("function", call)
+        if not _shows(function.get("arguments"), target):
+            missing.append("tool_call_dropped")
+    return [code for code in missing if code]
+
+
+def _spells(spelled: str, text: str) -> bool:
+    return spelled == text or spelled.strip() == text.strip()
+
+
+def _content_problem(text: str, spelled: str) -> str | None:
+    if _spells(spelled, text):
+        return None
+    inline = reasoning.inline_reasoning(text)
+    if inline is not None:
+        if "".join(spelled.split()) == "".join((inline[0] + inline[1]).split()):
+            return None
+        if spelled.strip() == inline[1].strip():
+            return "reasoning_dropped"
+    return "content_changed" if spelled.strip() else "content_dropped"
+
+
+def _call_problem(leaf: Leaf, spelled: str) -> str | None:
+    """A name, and arguments given as a string, are spelled as they are; strings inside arguments also as in JSON."""
+    path = leaf.path[3:] if leaf.path[2:3] == ("function",) else leaf.path[2:]
+    if not path or path[0] not in ("name", "arguments"):
+        return None  # an id, or what no template is asked to render
+    if _spells(spelled, leaf.text) or (path != ("arguments",) and spelled in _json_forms(leaf.text)):
+        return None
+    return "content_changed" if spelled.strip() else "tool_call_dropped"
+
+
+def _json_forms(text: str) -> tuple[str, str]:
+    return json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _shows(value: Any, target: str) -> bool:
+    """Whether names and plain values of a call's arguments stand in the target (its strings are proved by origin)."""
+    if isinstance(value, Mapping):
+        return all((key in target or _json_forms(key)[1] in target) and _shows(v, target) for key, v in value.items())
+    if isinstance(value, list):
+        return all(_shows(item, target) for item in value)
+    if value is None or isinstance(value, str):
+        return True
+    return json.dumps(value) in target or str(value) in target

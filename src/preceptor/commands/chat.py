@@ -1,0 +1,42 @@
+"""The command `chat`."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from preceptor.commands.options import MaxNewTokens, large_imports
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
+    base: Annotated[str | None, typer.Option(help="A second model that answers too, for comparison.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+) -> None:
+    """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
+    from preceptor.console import standard_console
+
+    with large_imports():
+        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.serve.chat import Speaker, converse
+
+    paths = [*([base] if base else []), model]
+    speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]
+    console = standard_console()
+
+    def write(name: str, text: str) -> None:
+        label = f"[{name}] " if name and len(speakers) > 1 else ""
+        console.print(f"{label}{text}", markup=False, highlight=False)
+
+    converse(speakers, _input_lines(), system, write)
+
+
+def _input_lines() -> Iterator[str]:
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return

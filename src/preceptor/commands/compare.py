@@ -1,0 +1,75 @@
+"""The command `compare`: what training changed in a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preceptor import errors
+from preceptor.commands.options import (
+    AsJson,
+    BaseModel,
+    BatchSize,
+    DeviceName,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Seed,
+    TunedModel,
+    large_imports,
+    print_json,
+    read_tasks,
+)
+
+
+def compare(
+    base: BaseModel,
+    tuned: TunedModel,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task that shows the alignment tax; repeatable.")] = None,
+    trained: Annotated[
+        list[str] | None, typer.Option(help="A task that was trained, reported apart from the tax; repeatable.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Texts that show the tax, .jsonl or .txt; repeatable.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts for the token-distribution shift. Default: those of the tasks.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=0, help="Maximum number of prompts; 0: no shift.")] = 100,
+    as_json: AsJson = False,
+    limit: Limit = None,
+    dtype: Dtype = "float32",
+    device: DeviceName = "auto",
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write compare.json and items.jsonl here.")] = None,
+) -> None:
+    """Compare a base with a tuned model: the alignment tax and the token-distribution shift (docs/evaluate.md)."""
+    from preceptor.evaluate.tasks import choose_prompts
+
+    wanted = read_tasks(trained, tasks, text, limit, seed)
+    asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
+    if not wanted and not asked:
+        raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
+
+    with large_imports():
+        from preceptor.compare.compare import EvaluationSuite, write
+        from preceptor.compare.compare import compare as compare_models
+        from preceptor.compare.text import print_comparison
+        from preceptor.console import status_line, table_console
+        from preceptor.evaluate.model import load_evaluated_model
+
+    suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)
+    with status_line() as say:
+        found, items = compare_models(
+            lambda: load_evaluated_model(base, dtype, device),
+            lambda: load_evaluated_model(tuned, dtype, device),
+            suite,
+            say,
+        )
+    found["settings"]["limit"] = limit
+    if out is not None:
+        write(out, found, items)
+    if as_json:
+        print_json(found)
+    else:
+        print_comparison(found, table_console())

@@ -1,0 +1,24 @@
+"""The command `demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preceptor.commands.options import Replace, large_imports
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    questions: Annotated[int, typer.Option(min=1, help="Number of held-out questions.")] = 300,
+    replace: Replace = False,
+) -> None:
+    """Fine-tune the base model that ships with the package, and show its answers before and after."""
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
+
+    check_out(str(out), replace)
+    with large_imports():
+        from preceptor.demo import run_demo
+
+    run_demo(out, questions, standard_console(), replace=replace)

@@ -1,0 +1,73 @@
+"""The command `eval`: the scores of one model on tasks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from preceptor import errors
+from preceptor.commands.options import (
+    AsJson,
+    BatchSize,
+    DeviceName,
+    Dtype,
+    Limit,
+    MaxNewTokens,
+    Seed,
+    large_imports,
+    print_json,
+)
+
+
+def eval(
+    model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files, or `scholar:NAME`.")],
+    as_json: AsJson = False,
+    limit: Limit = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Chat template, as in a run file, or `plain`. Default: the model's own.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: DeviceName = "auto",
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write all results here, with a record of each item.")
+    ] = None,
+) -> None:
+    """Evaluate a model on tasks: generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
+    from preceptor.evaluate.tasks import read_task
+
+    wanted = [read_task(path).limited(limit, seed) for path in tasks]
+    if out is not None and not out.parent.is_dir():
+        raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
+
+    with large_imports():
+        from preceptor.console import status_line, table_console
+        from preceptor.evaluate.figures import records, summary
+        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.evaluate.run import evaluation_settings, run_task
+        from preceptor.evaluate.text import print_evaluation
+        from preceptor.files import write_json
+
+    items: list[dict[str, Any]] = []
+    with status_line() as say:
+        evaluated = load_evaluated_model(model, dtype, device, chat_template)
+        found: dict[str, Any] = {
+            "model": model,
+            "prompt_format": evaluated.prompt_format,
+            "settings": evaluation_settings(evaluated, seed, max_new_tokens) | {"limit": limit},
+            "tasks": [],
+        }
+        for task in wanted:
+            say(f"{task.name}: {len(task.items):,} items")
+            results = run_task(evaluated, task, max_new_tokens, batch_size)
+            found["tasks"].append(summary(task, results, seed))
+            items += records(task, results)
+    if out is not None:
+        write_json(out, {**found, "items": items})
+    if as_json:
+        print_json(found)
+    else:
+        print_evaluation(found, table_console())

@@ -1,0 +1,92 @@
+"""Options that several commands share, and what they are turned into."""
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from preceptor import errors
+
+if TYPE_CHECKING:
+    from preceptor.config import Run
+    from preceptor.evaluate.tasks import Task
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")]
+OptionalRunFile = Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's, such as train.seed=1.")
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace an earlier run in the same folder.")]
+ModelPath = Annotated[
+    str | None, typer.Option("--model", help="Instead of a run file: a model folder, Hub id or `scholar`.")
+]
+DataFile = Annotated[str | None, typer.Option("--data", help="With --model: a data file.")]
+TemplateName = Annotated[
+    str | None, typer.Option("--chat-template", help="With --model: the chat template, as in a run file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+BaseModel = Annotated[str, typer.Argument(help="The base model: a folder, Hub id or `scholar`.")]
+TunedModel = Annotated[str, typer.Argument(help="The tuned model.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")]
+DeviceName = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU if there is one.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Items per task, sampled by --seed. Default: all.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at a time.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampled items and of the bootstrap.")]
+
+CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that cannot be trained
+
+
+def run_of(run_file: Path | None, model: str | None, data: str | None, chat_template: str | None) -> "Run":
+    """The run of a run file, or of --model and --data. Raises ConfigError."""
+    from preceptor import config
+
+    if (run_file is None) == (model is None and data is None):
+        raise errors.ConfigError("name either a run file, or --model and --data")
+    if run_file is not None:
+        if chat_template is not None:
+            raise errors.ConfigError("--chat-template goes with --model; a run file has data.chat_template")
+        return config.load(run_file)
+    if model is None or data is None:
+        raise errors.ConfigError("--model and --data go together")
+    tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "chat_template": chat_template}, "out": "-"}
+    return config.build(tree, "command line")
+
+
+def read_tasks(
+    trained: list[str] | None, tasks: list[str] | None, text: list[str] | None, limit: int | None, seed: int
+) -> list[tuple["Task", str]]:
+    """The tasks and texts of the options, each with its role: `trained`, `tax` or `text`."""
+    from preceptor.evaluate.tasks import read_task, read_texts
+
+    named = [(path, "trained", read_task) for path in trained or ()]
+    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
+    return [(read(path).limited(limit, seed), role) for path, role, read in named]
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Switch the garbage collector off while torch and transformers are imported: it would find nothing to free."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def print_json(found: dict[str, Any]) -> None:
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def print_result(found: dict[str, Any], as_json: bool, to_text: Callable[[dict[str, Any]], str]) -> None:
+    if as_json:
+        print_json(found)
+    else:
+        print(to_text(found))

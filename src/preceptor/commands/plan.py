@@ -1,0 +1,57 @@
+"""The command `plan`: time and memory of a run, predicted."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from preceptor.commands.options import AsJson, Overrides, RunFile, print_result
+
+
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of devices that the run uses.")] = 1,
+    device: Annotated[str | None, typer.Option(help="A device such as `H100`. Default: this machine.")] = None,
+    as_json: AsJson = False,
+    measure: Annotated[bool, typer.Option(help="Measure this machine's matrix products first.")] = False,
+) -> None:
+    """Predict what a run costs and whether it fits, from the run file and the model's config.json alone."""
+    from preceptor import config
+    from preceptor.plan.changes import find_change
+    from preceptor.plan.devices import find_device
+    from preceptor.plan.model import read_model
+    from preceptor.plan.plan import make_plan
+    from preceptor.plan.sample import sample_data
+    from preceptor.plan.text import to_text
+
+    run = config.load(run_file, overrides or [])
+    target = find_device(device)
+    model = read_model(run.model)
+    sample = sample_data(run, model.tokenizer_file)
+    rate = (
+        measured_rate(half=target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16")
+        if measure
+        else None
+    )
+    found = make_plan(run, model, sample, target, world_size, rate)
+    if model.shape is not None:
+        none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
+        fits = found["memory"]["fits"]
+        found |= none_needed if fits else find_change(run, model.shape, sample, target, world_size)
+    print_result(found, as_json, to_text)
+
+
+def measured_rate(half: bool, seconds: float = 1.0) -> float:
+    """Operations per second of large matrix products on this machine, the best of those made in `seconds`."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        begun = time.perf_counter()
+        (left @ left)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return 2.0 * size**3 / best

@@ -1,0 +1,18 @@
+"""The command `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="The file to write. Default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or one that compares several, from their folders alone."""
+    from preceptor.report.page import write_report
+
+    print(f"{write_report(runs, out)}: open it in a browser")

@@ -1,0 +1,48 @@
+"""The command `show`: which tokens of a conversation are context and which are trained."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preceptor import errors
+from preceptor.commands.options import DataFile, ModelPath, OptionalRunFile, TemplateName, large_imports, run_of
+
+
+def show(
+    run_file: OptionalRunFile = None,
+    model: ModelPath = None,
+    data: DataFile = None,
+    chat_template: TemplateName = None,
+    example: Annotated[int | None, typer.Option(min=1, help="Only this example of the data, counted from 1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per conversation.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write an HTML page to browse the examples.")
+    ] = None,
+) -> None:
+    """Show which tokens of each conversation are context and which are trained."""
+    from preceptor.console import standard_console
+    from preceptor.inspect.page import check_page_file, write_page
+    from preceptor.inspect.show import show_rows
+
+    if html is not None:
+        check_page_file(html, as_json)
+    run = run_of(run_file, model, data, chat_template)
+    with large_imports():
+        from preceptor.chat.format import load_chat_format
+        from preceptor.data.sources import OpenSource
+
+    train, held_out = ([OpenSource(source) for source in part] for part in (run.data.train, run.data.eval))
+    renderer = load_chat_format(run.model, run.data, [*train, *held_out]).renderer(run.data)
+    records = (example for source in train for example in source.examples())
+    console = standard_console()
+    if html is not None:
+        about = f"{', '.join(source.path for source in run.data.train)}, as {run.model.path} reads it"
+        num_shown = write_page(html, records, renderer, about, example)
+        console.print(f"examples in {html}: {num_shown}; open it in a browser", highlight=False)
+    else:
+        num_shown = show_rows(records, renderer, example, as_json, console)
+    if not num_shown:
+        raise errors.DataError(
+            "the data has no examples" if example is None else f"--example {example}: the data has fewer examples"
+        )

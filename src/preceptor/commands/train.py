@@ -1,0 +1,55 @@
+"""The command `train`."""
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from preceptor.commands.options import Overrides, Replace, RunFile, large_imports
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from preceptor.config import Run
+    from preceptor.train.prepare import Prepared
+
+
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    replace: Replace = False,
+) -> None:
+    """Fine-tune a model as described by a run file."""
+    from preceptor import config
+    from preceptor.console import standard_console
+    from preceptor.train.run_folder import check_out
+
+    run = config.load(run_file, overrides or [])
+    if not resume:
+        check_out(run.out, replace)
+    console = standard_console()
+    prepared = _prepare(run, console)
+    from preceptor.train.run import execute
+
+    try:
+        summary = execute(prepared, console, resume=resume, replace=replace)
+    except KeyboardInterrupt:
+        hint = "; --resume continues from the newest checkpoint" if run.checkpoint.every else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    console.print(f"done in {summary['seconds']:.0f} s; the model is in {run.out}/model", highlight=False)
+    console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
+
+
+def _prepare(run: "Run", console: "Console") -> "Prepared":
+    from preceptor.inspect.check_text import format_line
+
+    with large_imports():
+        from preceptor.train.prepare import prepare
+
+    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1))
+    for name, formats in prepared.formats.items():
+        console.print(format_line(name, formats), highlight=False, markup=False)
+    return prepared

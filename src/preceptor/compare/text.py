@@ -1,0 +1,106 @@
+"""Results of `preceptor compare` and `preceptor merge --sweep` as tables and sentences for the terminal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from preceptor.compare.sweep import gain
+from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.evaluate.intervals import Interval
+from preceptor.evaluate.text import range_text, shown
+
+
+def print_comparison(found: Mapping[str, Any], console: Console) -> None:
+    """Print the results of `preceptor compare`."""
+    settings = found["settings"]
+    table = Table(title=escape(f"{found['base']} -> {found['tuned']}"), title_justify="left")
+    for column in ("task", "", "items", "figure", "base", "tuned", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column in ("task", "", "figure") else "right", no_wrap=True)
+    for row in found["tasks"]:
+        for place, (name, figure) in enumerate(row["figures"].items()):
+            first = (escape(row["task"]), row["role"], f"{row['num_items']:,}") if place == 0 else ("", "", "")
+            sides = (shown(row["kind"], figure[side]["value"]) for side in ("base", "tuned"))
+            difference = figure["difference"]
+            signed = shown(row["kind"], difference["value"], sign=True)
+            table.add_row(*first, name, *sides, signed, range_text(row["kind"], difference, sign=True))
+    if found["tasks"]:
+        console.print(table)
+    if found["shift"] is not None:
+        for line in _shift_lines(found["shift"]):
+            console.print(line, highlight=False, markup=False)
+    for line in found["verdict"]:
+        console.print(line, highlight=False, markup=False, style="bold")
+    console.print(
+        f"Prompt format of the base: {settings['base_prompt_format']}; of the tuned model: "
+        f"{settings['tuned_prompt_format']}. Intervals: {settings['num_resamples']:,} paired bootstrap resamples of "
+        f"the items, seed {settings['seed']}.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _shift_lines(shift: Mapping[str, Any]) -> Iterator[str]:
+    if "skipped" in shift:
+        yield f"token-distribution shift: not measured: {shift['skipped']}"
+        return
+    shares = ", ".join(f"{name} {_share(own)}" for name, own in shift["shares"].items())
+    yield (
+        f"token-distribution shift over {shift['num_prompts']:,} answers, {shift['num_tokens']:,} tokens: {shares}; "
+        f"{shift['num_added']:,} tokens that the base lacks are not counted"
+    )
+    yield f"    by position: {_positions(shift['by_position'])}"
+    tokens = [f"{each['token']!r} {each['num_shifted']} of {each['num']}" for each in shift["most_shifted"][:12]]
+    yield f"    most often shifted: {', '.join(tokens) or 'none'}"
+
+
+def _share(own: Mapping[str, Any]) -> str:
+    """`76.4% (74.5% to 78.2%)`."""
+    return f"{own['value']:.1%}" + ("" if own["low"] is None else f" ({own['low']:.1%} to {own['high']:.1%})")
+
+
+def _positions(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Shares of shifted tokens and mean KL over growing spans of positions."""
+    parts = []
+    first = 1
+    for last in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        own = [row for row in rows if first <= row["position"] <= last]
+        num = sum(row["num"] for row in own)
+        if num:
+            shifted, kl = (sum(row["num"] * row[key] for row in own) / num for key in ("shifted", "mean_kl"))
+            span = f"{first}" if first == last else f"{first}-{last}"
+            parts.append(f"{span}: {shifted:.0%} shifted, KL {kl:.2f}")
+        first = last + 1
+    return "; ".join(parts)
+
+
+def print_sweep(found: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
+    """Print the skill as it is and each tax as the loss against the base, with 95 % intervals in brackets."""
+    table = Table(title=escape(f"{found['base']} -> {found['tuned']}, averaged"), title_justify="left")
+    table.add_column("weight", justify="right")
+    for row in found["tasks"]:
+        metric = HEADLINES[row["kind"]]
+        unit = metric.value_unit if row["role"] == "trained" else f"tax, {metric.unit}"
+        table.add_column(escape(f"{short_name(row['task'])}: {unit}"), justify="right", no_wrap=True)
+    for place, point in enumerate(found["tasks"][0]["points"]):
+        table.add_row(f"{point['weight']:g}", *(_cell(row, row["points"][place]) for row in found["tasks"]))
+    console.print(table)
+    for sentence in found["verdict"]:
+        console.print(f"{sentence}.", highlight=False, markup=False)
+    console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False)
+
+
+def _cell(row: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    """`+0.0312 (+0.0290 to +0.0333)`; without the brackets where the spread is unknown."""
+    metric = HEADLINES[row["kind"]]
+    if row["role"] == "trained":
+        own, sign = Interval(*(point[key] for key in ("value", "low", "high", "num"))).times(metric.scale), ""
+    else:
+        own, sign = gain(row, point, "base").times(-1), "+"
+    value, low, high = (
+        "" if number is None else f"{number + 0.0:{sign}.{metric.digits}f}" for number in (own.value, own.low, own.high)
+    )
+    return f"{value} ({low} to {high})" if low else value

@@ -1,0 +1,98 @@
+"""A comparison in words, from its figures alone. A difference whose interval contains zero is never called a change.
+
+Shares are reported in points (hundredths), texts in bits per byte; ± is half the width of the 95 % interval.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preceptor.evaluate.intervals import Interval
+
+
+class HeadlineMetric(NamedTuple):
+    """The one metric that sums up a task."""
+
+    name: str
+    scale: float  # from the metric to its unit
+    unit: str  # of differences
+    better: int  # 1: more is better, -1: less is better
+
+    @property
+    def digits(self) -> int:
+        return 1 if self.scale > 1 else 4
+
+    @property
+    def value_unit(self) -> str:
+        """The unit of the metric itself."""
+        return "%" if self.scale > 1 else self.unit
+
+
+HEADLINES: Mapping[str, HeadlineMetric] = {
+    "generation": HeadlineMetric("accuracy", 100.0, "points", 1),
+    "multiple choice": HeadlineMetric("acc", 100.0, "points", 1),
+    "perplexity": HeadlineMetric("bits_per_byte", 1.0, "bits per byte", -1),
+}
+
+
+def short_name(task: str) -> str:
+    """`arithmetic` of scholar:arithmetic, of some/arithmetic.jsonl and of arithmetic.jsonl.gz."""
+    return Path(task.removeprefix("scholar:")).name.partition(".")[0]
+
+
+def change(row: Mapping[str, Any]) -> int:
+    """1: better than before, -1: worse, 0: not distinguishable from zero."""
+    metric = HEADLINES[row["kind"]]
+    return metric.better * Interval(**row["figures"][metric.name]["difference"]).sign
+
+
+def amount(row: Mapping[str, Any], signed: bool = False) -> str:
+    """ "3.1 ± 0.8 points", by how much the metric changed."""
+    metric = HEADLINES[row["kind"]]
+    difference = Interval(**row["figures"][metric.name]["difference"])
+    value = difference.value * metric.scale
+    shown = f"{value:+.{metric.digits}f}" if signed else f"{abs(value):.{metric.digits}f}"
+    half = difference.half_width
+    if half is None:
+        return f"{shown} {metric.unit} on one item, whose spread is unknown"
+    return f"{shown} ± {half * metric.scale:.{metric.digits}f} {metric.unit}"
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """One task in a sentence, without its full stop."""
+    figures, task = row["figures"][HEADLINES[row["kind"]].name], short_name(row["task"])
+    if figures["num_changed"] == 0:
+        return f"nothing changed on {task} (none of {row['num_items']:,} items)"
+    sign = change(row)
+    if sign == 0:
+        return f"no significant change on {task} ({amount(row, signed=True)})"
+    if row["kind"] == "perplexity":
+        relative = figures["difference"]["value"] / figures["base"]["value"]
+        return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(row)} ({relative:+.1%})"
+    return f"{'gained' if sign > 0 else 'lost'} {amount(row)} on {task}"
+
+
+def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None) -> list[str]:
+    """The comparison in a few sentences: first what was trained, then the tax, then the shift."""
+    sentences = []
+    trained = [row for row in tasks if row["role"] == "trained"]
+    if trained:
+        sentences.append(f"On what was trained: {'; '.join(map(sentence, trained))}.")
+    outside = [row for row in tasks if row["role"] != "trained"]
+    if outside:
+        sentences.append(f"{'Outside it' if trained else 'The tax'}: {_tax(outside)}.")
+    if shift is not None and "shares" in shift:
+        shares = {name: own["value"] for name, own in shift["shares"].items()}
+        sentences.append(
+            f"Of {shift['num_tokens']:,} answer tokens, {shares['unshifted']:.1%} are the base's first choice, "
+            f"{shares['marginal']:.1%} its second or third, and {shares['shifted']:.1%} are shifted; the mean KL from "
+            f"the base is {shift['mean_kl']['value']:.3f} nats per token."
+        )
+    return sentences
+
+
+def _tax(rows: Sequence[Mapping[str, Any]]) -> str:
+    lost, same, gained = ([row for row in rows if change(row) == sign] for sign in (-1, 0, 1))
+    parts = [sentence(row) for row in lost] or ["no significant loss"]
+    parts += [sentence(row) for row in gained] or ["no gain"]
+    return "; ".join(parts + [sentence(row) for row in same])

@@ -1,0 +1,43 @@
+"""The run file: its sections, durations, overrides and YAML. No torch here."""
+
+from preceptor.config.durations import Duration
+from preceptor.config.run import Run, beside, build, dump, load
+from preceptor.config.sections import (
+    ROW_KEYS,
+    Adapter,
+    Checkpoint,
+    Data,
+    Eval,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    Replay,
+    Section,
+    Source,
+    Train,
+    nearest,
+)
+
+__all__ = [
+    "ROW_KEYS",
+    "Adapter",
+    "Checkpoint",
+    "Data",
+    "Duration",
+    "Eval",
+    "Loss",
+    "Memory",
+    "Model",
+    "Optimizer",
+    "Replay",
+    "Run",
+    "Section",
+    "Source",
+    "Train",
+    "beside",
+    "build",
+    "dump",
+    "load",
+    "nearest",
+]

@@ -1,0 +1,283 @@
+"""Names that other trainers, and earlier versions of Preceptor, have for the keys of a run file.
+
+The names are those of transformers' TrainingArguments, TRL's SFTConfig and ModelConfig, peft's LoraConfig, Axolotl and
+LLaMA-Factory. A key here is written as in the run file, a list with `[]`; after a colon may follow what to know of its
+value.
+"""
+
+from collections.abc import Iterable
+
+RENAMED: dict[str, str] = {
+    "data.template": "data.chat_template",
+    "data.template_kwargs": "data.chat_template_kwargs",
+    "data.targets": "data.train_on",
+    "data.max_row_tokens": "data.max_length",
+    "data.too_long": "data.overflow: `refuse` is now `reject`",
+    "data.group_prompts": "data.share_prefixes",
+    "data.max_refused": "data.max_rejected",
+    "data.refusals": "data.allow_rejected: `{too_long: allow}` is now `[too_long]`",
+    "train.rows_per_step": "train.batch_size",
+    "train.learning_rate": "optimizer.learning_rate",
+    "train.schedule": "optimizer.lr_scheduler",
+    "train.warmup": "optimizer.warmup",
+    "train.final_learning_rate_share": "optimizer.min_lr_ratio",
+    "train.weight_decay": "optimizer.weight_decay",
+    "train.beta1": "optimizer.betas: such as `[0.9, 0.95]`",
+    "train.beta2": "optimizer.betas: such as `[0.9, 0.95]`",
+    "train.max_grad_norm": "optimizer.max_grad_norm",
+    "train.normalize": "loss.reduction",
+    "train.label_smoothing": "loss.label_smoothing",
+    "train.z_loss": "loss.z_loss",
+    "train.dft": "loss.type: `dft: true` is now `type: dft`",
+    "train.kl_to_base": "loss.kl_coef",
+    "train.context_gradient": "memory.context_gradient: `none` is now `detach`",
+    "train.recompute": "memory.activation_checkpointing",
+    "train.save_every": "checkpoint.every",
+    "train.keep_checkpoints": "checkpoint.keep",
+    "train.eval_every": "eval.every",
+    "train.num_samples": "eval.num_samples",
+    "train.max_new_tokens": "eval.max_new_tokens",
+}
+"""Keys of earlier versions."""
+
+_BATCH = "train.batch_size: packed sequences per optimizer step, over all devices"
+_BETAS = "optimizer.betas: such as `[0.9, 0.95]`"
+_CHECKPOINT = "checkpoint.every: such as `100 steps`"
+_EVALUATION = "eval.every: such as `100 steps` or `1 epoch`"
+_COLUMNS = "data.train[].columns: such as `{text: body}`"
+
+COUNTERPARTS: dict[str, str] = {
+    # the model
+    "model_name_or_path": "model.path",
+    "base_model": "model.path",
+    "model_id": "model.path",
+    "torch_dtype": "model.dtype: of the weights; of matrix products: train.precision",
+    "model_revision": "model.revision",
+    "revision_of_model": "model.revision",
+    # the data
+    "datasets": "data.train: such as `[{path: train.jsonl}]`",
+    "dataset": "data.train: such as `[{path: train.jsonl}]`",
+    "dataset_name": "data.train: such as `[{path: train.jsonl}]`",
+    "data_files": "data.train: such as `[{path: train.jsonl}]`",
+    "train_file": "data.train: such as `[{path: train.jsonl}]`",
+    "dataset_config": "data.train[].name",
+    "dataset_train_split": "data.train[].split",
+    "dataset_text_field": _COLUMNS,
+    "field_messages": "data.train[].columns: such as `{messages: conversation}`",
+    "max_samples": "data.train[].count",
+    "interleave_probs": "data.train[].weight: how often each example is seen in an epoch",
+    "test_datasets": "data.eval: such as `[{path: heldout.jsonl}]`",
+    "eval_dataset": "data.eval: such as `[{path: heldout.jsonl}]`",
+    "chat_template_path": "data.chat_template",
+    "chat_template_jinja": "data.chat_template: a file",
+    "template": "data.chat_template",
+    "max_seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "excess_length_strategy": "data.overflow",
+    "truncation_mode": "data.overflow",
+    "assistant_only_loss": "data.train_on: `assistant` trains every assistant turn",
+    "completion_only_loss": "data.train_on: `assistant` trains what the model answers, `all` the prompt as well",
+    "train_on_inputs": "data.train_on: `all` trains the prompt as well",
+    "train_on_prompt": "data.train_on: `all` trains the prompt as well",
+    "mask_history": "data.train_on: `last` trains the last assistant turn alone",
+    "roles_to_train": "data.train_on: `assistant`, `last` or `all`",
+    # training
+    "output_dir": "out",
+    "per_device_train_batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "micro_batch_size": _BATCH,
+    "gradient_accumulation_steps": "train.batch_size: of an optimizer step; each sequence is a pass of its own",
+    "num_train_epochs": "train.duration: such as `3 epochs`",
+    "num_epochs": "train.duration: such as `3 epochs`",
+    "max_steps": "train.duration: such as `500 steps`",
+    "bf16": "train.precision: bfloat16",
+    "bf16_full_eval": "train.precision: bfloat16",
+    "fp16": "train.precision: bfloat16; float16 is not offered",
+    "data_seed": "train.seed",
+    "use_cpu": "train.device: cpu",
+    "device_map": "train.device",
+    # the optimizer
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.lr_scheduler",
+    "warmup_ratio": "optimizer.warmup: such as `5 %`",
+    "warmup_steps": "optimizer.warmup: such as `20 steps`",
+    "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
+    "lr_scheduler_kwargs": "optimizer.min_lr_ratio: learning rate of the last step as a share of the peak",
+    "adam_beta1": _BETAS,
+    "adam_beta2": _BETAS,
+    "gradient_clipping": "optimizer.max_grad_norm",
+    # the loss
+    "loss_type": "loss.type",
+    "use_dft_loss": "loss.type: dft",
+    "label_smoothing_factor": "loss.label_smoothing",
+    # memory
+    "gradient_checkpointing": "memory.activation_checkpointing: `all`, or the first so many layers",
+    # checkpoints and evaluation
+    "save_steps": _CHECKPOINT,
+    "save_strategy": _CHECKPOINT,
+    "saves_per_epoch": _CHECKPOINT,
+    "save_total_limit": "checkpoint.keep",
+    "eval_steps": _EVALUATION,
+    "eval_strategy": _EVALUATION,
+    "evaluation_strategy": _EVALUATION,
+    "evals_per_epoch": _EVALUATION,
+    "eval_max_new_tokens": "eval.max_new_tokens",
+    # adapters
+    "r": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": "adapter.target_modules",
+    "lora_target": "adapter.target_modules: a list of names; absent: all linear layers of the decoder",
+    "lora_target_linear": "adapter.target_modules: absent: all linear layers of the decoder",
+    "finetuning_type": "adapter.kind: lora; without the section `adapter` all weights are trained",
+    "peft_type": "adapter.kind: lora",
+    "use_peft": "adapter.kind: lora",
+}
+"""Keys of other trainers -> the key here."""
+
+_PACKED = "conversations are always packed into sequences, and do not see each other: nothing to set"
+_UNPADDED = "sequences hold no padding: nothing to set"
+_LOGGED = "every step is written to metrics.jsonl in the folder `out`: nothing to set"
+_UNTRACKED = "no tracker is offered: metrics.jsonl and report.html are in the folder `out`"
+_ONE_PROCESS = "training on several devices is not offered: remove the key"
+_LAST = "the model after the last step is saved: choose train.duration by the held-out losses in report.html"
+_TOKENS = "the tokens that the chat template needs are added to the tokenizer and the model: nothing to set"
+_UNQUANTIZED = "quantized weights are not offered: use an `adapter` with `model.dtype: bfloat16`"
+_ATTENTION = "attention is chosen for the device and checked before the first step: nothing to set"
+_HUB = "nothing is uploaded: `hf upload` uploads the folder `model` in `out`"
+_PREPARED = "the data is rendered before the first step, by several processes where it is large: nothing to set"
+_SFT = "supervised fine-tuning is all that is done: remove the key"
+_RESUME = "`preceptor train RUN.yaml --resume` resumes a run"
+_LOGITS = "the loss computes logits of trained tokens only, in parts: nothing to set"
+_PLAIN_LORA = "this variant of LoRA is not offered: remove the key"
+
+NO_COUNTERPART: dict[str, str] = {
+    "packing": _PACKED,
+    "sample_packing": _PACKED,
+    "eval_packing": _PACKED,
+    "eval_sample_packing": _PACKED,
+    "neat_packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "group_by_length": _PACKED,
+    "pad_to_sequence_len": _UNPADDED,
+    "pad_to_multiple_of": _UNPADDED,
+    "padding_free": _UNPADDED,
+    "pad_token": _UNPADDED,
+    "padding_side": _UNPADDED,
+    "per_device_eval_batch_size": "held-out examples are packed into sequences of data.max_length: nothing to set",
+    "eval_batch_size": "held-out examples are packed into sequences of data.max_length: nothing to set",
+    "val_set_size": "nothing is split off the training data: name held-out files in data.eval",
+    "val_size": "nothing is split off the training data: name held-out files in data.eval",
+    "eval_on_start": "the model is always evaluated before the first step: nothing to set",
+    "do_train": _SFT,
+    "do_eval": "held-out files in data.eval are always evaluated: nothing to set",
+    "stage": _SFT,
+    "optim": "the optimizer is AdamW, its settings are in the section `optimizer`: remove the key",
+    "adam_epsilon": "AdamW's epsilon is 1e-8: remove the key",
+    "neftune_noise_alpha": "noise on the embeddings (NEFTune) is not offered: remove the key",
+    "tf32": "matrix products are in float32 or in bfloat16, see train.precision: remove the key",
+    "gradient_checkpointing_kwargs": "memory.activation_checkpointing says which layers run again: remove the key",
+    "torch_compile": "torch.compile is not offered: remove the key",
+    "use_liger_kernel": _LOGITS,
+    "enable_liger_kernel": _LOGITS,
+    "attn_implementation": _ATTENTION,
+    "flash_attention": _ATTENTION,
+    "flash_attn": _ATTENTION,
+    "sdp_attention": _ATTENTION,
+    "xformers_attention": _ATTENTION,
+    "logging_steps": _LOGGED,
+    "logging_strategy": _LOGGED,
+    "logging_first_step": _LOGGED,
+    "logging_dir": _LOGGED,
+    "plot_loss": "report.html in the folder `out` shows the loss: nothing to set",
+    "report_to": _UNTRACKED,
+    "run_name": _UNTRACKED,
+    "wandb_project": _UNTRACKED,
+    "use_wandb": _UNTRACKED,
+    "deepspeed": _ONE_PROCESS,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "load_best_model_at_end": _LAST,
+    "metric_for_best_model": _LAST,
+    "early_stopping_patience": _LAST,
+    "resume_from_checkpoint": _RESUME,
+    "auto_resume_from_checkpoints": _RESUME,
+    "overwrite_output_dir": "`preceptor train RUN.yaml --replace` replaces an earlier run in the same folder",
+    "save_safetensors": "models are always saved as safetensors: nothing to set",
+    "save_only_model": "a checkpoint holds all that a resumed run needs: nothing to set",
+    "dataset_num_proc": _PREPARED,
+    "dataset_processes": _PREPARED,
+    "preprocessing_num_workers": _PREPARED,
+    "dataloader_num_workers": _PREPARED,
+    "dataset_prepared_path": _PREPARED,
+    "remove_unused_columns": "columns that no format has are ignored: nothing to set",
+    "train_on_eos": "the token that ends a turn is always trained: nothing to set",
+    "default_system": "a system prompt is part of the data: give each example a `system` key or message",
+    "default_system_message": "a system prompt is part of the data: give each example a `system` key or message",
+    "special_tokens": _TOKENS,
+    "additional_special_tokens": _TOKENS,
+    "add_special_tokens": _TOKENS,
+    "eos_token": _TOKENS,
+    "resize_vocab": _TOKENS,
+    "resize_token_embeddings_to_32x": _TOKENS,
+    "tokenizer_name": "the model's own tokenizer is used: remove the key",
+    "tokenizer_config": "the model's own tokenizer is used: remove the key",
+    "tokenizer_type": "the model's own tokenizer is used: remove the key",
+    "load_in_4bit": _UNQUANTIZED,
+    "load_in_8bit": _UNQUANTIZED,
+    "quantization_bit": _UNQUANTIZED,
+    "bnb_4bit_quant_type": _UNQUANTIZED,
+    "bnb_4bit_compute_dtype": _UNQUANTIZED,
+    "modules_to_save": "beside an adapter the rows of new tokens are trained, and nothing else: remove the key",
+    "lora_modules_to_save": "beside an adapter the rows of new tokens are trained, and nothing else: remove the key",
+    "use_rslora": _PLAIN_LORA,
+    "use_dora": _PLAIN_LORA,
+    "init_lora_weights": _PLAIN_LORA,
+    "bias": "an adapter trains no biases: remove the key",
+    "task_type": _SFT,
+    "data.train.type": "the format of an example is recognised by its keys, `columns` renames them: remove the key",
+    "data.train.ds_type": "the type of a file is recognised by its name and content: remove the key",
+}
+"""Keys of other trainers that are not needed or not offered here -> what to do; with a section: only there."""
+
+INSTEAD_OF_SECTIONS: dict[str, str] = {
+    "model": "write `model: {path: ...}`",
+    "data": "write `data: {train: [{path: ...}]}`",
+    "data.train": "write `train: [{path: ...}]`",
+    "data.eval": "write `eval: [{path: ...}]`",
+    "optimizer": "the optimizer is AdamW; its settings are the keys of this section, such as `learning_rate`",
+    "adapter": "write `adapter: {kind: lora}`; quantized weights (QLoRA) are not offered",
+}
+"""Sections and lists that other trainers write as one word -> what to write."""
+
+
+def advice(place: str, keys: Iterable[str]) -> str | None:
+    """The sentence that says what to write instead of an unknown key; None where its name is known from nowhere.
+
+    place: the key, dotted, with the indices of lists. keys: all keys of the run file. Looked up in this order: this
+    very key in earlier versions, a name that other trainers have, the same name in another section, a name of earlier
+    versions in any section.
+    """
+    key = ".".join(part for part in place.split(".") if not part.isdigit())
+    name = key.rpartition(".")[2]
+    if key in RENAMED:
+        return f"{place} is now {_with_note(RENAMED[key])}"
+    instead = NO_COUNTERPART.get(key) or NO_COUNTERPART.get(name)
+    if instead is not None:
+        return f"{place}: unknown key; {instead}"
+    found = COUNTERPARTS.get(name)
+    found = found or " or ".join(ours for ours in keys if ours.rpartition(".")[2] == name)
+    found = found or next((new for old, new in RENAMED.items() if old.rpartition(".")[2] == name), "")
+    return f"{place}: unknown key; here it is {_with_note(found)}" if found else None
+
+
+def _with_note(counterpart: str) -> str:
+    key, _, note = counterpart.partition(": ")
+    return f"{key} ({note})" if note else key

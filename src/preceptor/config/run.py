@@ -1,0 +1,175 @@
+"""The run file: what to train, on what, how, and where to put it. Frozen, typed, validated when built; no torch here.
+
+Every field (sections.py) has a good default except `model.path`, `data.train` and `out`. `load` reads a YAML file,
+applies `key=value` overrides, and rejects an unknown key by naming the nearest known one.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
+from preceptor.config.sections import (
+    Adapter,
+    Checkpoint,
+    Data,
+    Eval,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    Path_,
+    Replay,
+    Section,
+    Train,
+    nearest,
+)
+from preceptor.config.yaml_text import apply_override, dump_yaml, parse_yaml
+from preceptor.errors import ConfigError
+
+
+class Run(Section):
+    """A whole run file."""
+
+    model: Model
+    data: Data
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    loss: Loss = Loss()
+    memory: Memory = Memory()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    adapter: Adapter | None = None
+    """Absent: full fine-tuning."""
+    replay: Replay | None = None
+    """Absent: only `data.train` is trained on."""
+    out: Path_
+    """Folder of the run; it must not exist yet."""
+
+    def resolved(self) -> "Run":
+        """The same run with every default that depends on another field written out.
+
+        Raises ConfigError where the combination cannot work.
+        """
+        if self.model.dtype == "bfloat16" and self.adapter is None:
+            raise ConfigError(
+                "model.dtype: bfloat16 weights lose every update smaller than 1/256 of the weight in full fine-tuning. "
+                "Use `dtype: float32` with `train.precision: bfloat16`, or train an `adapter`"
+            )
+        optimizer, adapter = self.optimizer, self.adapter
+        if self.train.duration.unit == "percent":
+            raise ConfigError("train.duration: a run's length is in epochs or steps, not in percent of itself")
+        if self.train.duration.count == 0:
+            raise ConfigError("train.duration: must be more than 0")
+        for key, every in (("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every)):
+            if every is not None and every.count == 0:
+                raise ConfigError(f"{key}: must be more than 0; null: never")
+        if optimizer.learning_rate is None:
+            optimizer = optimizer.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
+        if adapter is not None and adapter.alpha is None:
+            adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
+        return self.model_copy(update={"optimizer": optimizer, "adapter": adapter})
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file, apply `dotted.key=value` overrides (values are YAML), validate, resolve.
+
+    Raises ConfigError naming the file and key. Data and template paths that do not exist in the working directory are
+    taken relative to the run file where they exist there.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run file is a mapping with model, data and out; found {type(tree).__name__}")
+    for override in overrides:
+        apply_override(tree, override)
+    return beside(build(tree, str(path)), path.parent)
+
+
+def build(tree: dict[str, Any], where: str) -> Run:
+    """A plain tree -> Run. Raises ConfigError with one line per mistake, each starting with `where: key`."""
+    try:
+        return Run.model_validate(tree).resolved()
+    except ValidationError as error:
+        lines = [f"{where}: {_sentence(detail)}" for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def dump(run: Run) -> str:
+    """The resolved run as YAML; `load` of it gives the same run."""
+    return dump_yaml(run.model_dump(mode="json"))
+
+
+def beside(run: Run, folder: Path) -> Run:
+    """Paths that exist only beside the run file, made absolute; all others as they are."""
+
+    def find(path: str) -> str:
+        near = folder / path
+        return str(near.resolve()) if not Path(path).exists() and near.exists() else path
+
+    data = run.data.model_copy(
+        update={
+            "train": [s.model_copy(update={"path": find(s.path)}) for s in run.data.train],
+            "eval": [s.model_copy(update={"path": find(s.path)}) for s in run.data.eval],
+            "chat_template": run.data.chat_template and find(run.data.chat_template),
+        }
+    )
+    tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks]})
+    replay = run.replay and run.replay.model_copy(
+        update={"data": [s.model_copy(update={"path": find(s.path)}) for s in run.replay.data]}
+    )
+    return run.model_copy(update={"data": data, "eval": tasks, "replay": replay})
+
+
+def all_keys(section: type[BaseModel] = Run, place: str = "") -> Iterator[str]:
+    """Every key of the run file, dotted, such as `optimizer.learning_rate` and `data.train[].path`."""
+    for name, field in section.model_fields.items():
+        yield f"{place}{name}"
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from all_keys(inner, f"{place}{name}{'[]' * (get_origin(field.annotation) is list)}.")
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    place = ".".join(str(part) for part in detail["loc"])
+    named = ".".join(part for part in detail["loc"] if isinstance(part, str))
+    if detail["type"] == "missing":
+        return f"{place}: required, but absent"
+    if detail["type"] == "extra_forbidden":
+        section, _, name = named.rpartition(".")
+        return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, _known_keys(section))}"
+    if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:
+        return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {detail['input']!r}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[:1].lower()}{message[1:]}; found {detail['input']!r}"
+
+
+def _known_keys(place: str) -> list[str]:
+    section: type[BaseModel] = Run
+    for part in place.split(".") if place else ():
+        inner = _section_type(section.model_fields[part].annotation)
+        assert inner is not None, place
+        section = inner
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The Section inside `Section`, `Section | None` or `list[Section]`; None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_type, get_args(annotation))), None)

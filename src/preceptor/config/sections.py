@@ -1,0 +1,193 @@
+"""The sections of the run file: every key, its type, its default and, on the line under it, its documentation.
+
+run.py puts them together and docs/run-file.md is made from them. No torch here.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from preceptor.config.durations import Duration
+
+Path_ = Annotated[str, Field(min_length=1)]
+
+# What an example may be made of; data/formats/rows.py says which of them make a format.
+ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text
+    system history tools chat_template_kwargs""".split()  # noqa: SIM905 (one a line is longer and says no more)
+
+
+class Section(BaseModel):
+    """A part of the run file: unknown keys and wrong types are errors, and nothing changes after it is built."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    path: Path_
+    """The base model: a local Hugging Face folder, a Hub id, or `scholar`, the model that ships with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the weights are held. `bfloat16` needs an adapter: full training loses small updates in it."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random`: only the configuration and tokenizer are read and the weights drawn from `train.seed`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Read it first."""
+
+
+class Source(Section):
+    path: Path_
+    """A data file, a folder of them or one saved by `datasets`, a Hub id, or `scholar:NAME`. See docs/data.md."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """How often each example is seen in an epoch: 2 is twice, 0.5 a seeded half. Absent: once."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """Instead of `weight`: so many examples in an epoch, a seeded choice, after whole copies if there are fewer."""
+    columns: dict[str, str] = {}
+    """Key here: column in the file, such as `{prompt: query, response: reply}`. No other column is read then."""
+    split: str | None = None
+    """Of a folder or Hub id: the part to read, such as `train`. Needed where there are several."""
+    name: str | None = None
+    """Of a Hub id: its configuration, where it has several."""
+    revision: str | None = None
+    """Of a Hub id: branch, tag or commit."""
+    nulls: Literal["reject", "drop", "keep"] = "reject"
+    """A null in tools or tool calls from Parquet or Arrow that may be meant or padding; sure padding is dropped."""
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for key in columns:
+            if key not in ROW_KEYS:
+                raise ValueError(f"{key!r} is not a key of any format; {nearest(key, ROW_KEYS)}")
+        return columns
+
+    @model_validator(mode="after")
+    def _weight_or_count(self) -> "Source":
+        if self.weight is not None and self.count is not None:
+            raise ValueError("`weight` and `count` both say how often examples are seen; give one of them")
+        return self
+
+
+class Data(Section):
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Files to train on."""
+    eval: list[Source] = []
+    """Held-out files: loss and accuracy on their targets, and samples for their first prompts."""
+    chat_template: Path_ | None = None
+    """`chatml`, `llama3`, `tokenizer` (the model's own) or a Jinja file. Absent: the model's own, else `chatml`."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments for the chat template, for every example; an example's own `chat_template_kwargs` come on top."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """What is trained: every assistant turn, only the last one, or the prompt as well."""
+    special_tokens_in_text: Literal["reject", "plain", "allow"] = "reject"
+    """A special token spelled out inside a message: reject the example, read it as plain text, or let it act."""
+    max_length: Annotated[int, Field(ge=8)] = 4096
+    """Tokens in one forward pass; conversations are packed into sequences of at most this, without padding."""
+    overflow: Literal["reject", "truncate_context", "split"] = "reject"
+    """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
+    share_prefixes: bool = False
+    """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
+    max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of rejected examples above which the run stops before any model is loaded."""
+    allow_rejected: list[str] = []
+    """Codes of rejections that are expected, as `[too_long]`: not counted for `max_rejected`; `check` passes."""
+
+
+class Train(Section):
+    duration: Duration = Duration(3, "epochs")
+    """How long: `3 epochs` or `500 steps`."""
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    """Packed sequences in one optimizer step, over all devices; each is a forward and backward pass of its own."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """`bfloat16`: matrix products in bfloat16 (autocast). Absent: bfloat16 on a GPU that has it, float32 on a CPU."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything drawn: order, new weights, dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPU where there is one."""
+
+
+class Optimizer(Section):
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate. Absent: 2e-4 with an adapter, 2e-5 without."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up; cosine and linear fall to `min_lr_ratio`."""
+    warmup: Duration = Duration(5, "percent")
+    """Linear rise from 0 to the peak: `5 %` of the run, or `20 steps`."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of the last step as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay, on matrices only."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay of the mean of the gradient, and of the mean of its square."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient of a step is scaled down to this norm."""
+
+
+class Loss(Section):
+    type: Literal["nll", "dft"] = "nll"
+    """`dft`: Dynamic Fine-Tuning (arXiv:2508.05629), each token's loss times its own probability, as a constant."""
+    reduction: Literal["token", "conversation"] = "token"
+    """The loss of a step is the mean over its trained tokens, or over its conversations of the mean of their tokens."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target's probability that is spread evenly over the vocabulary. 0: none."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each token's loss: this times the square of log(sum of exp(logits)); keeps logits small. PaLM: 1e-4."""
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Added to each token's loss: this times the divergence KL(tuned || base). Full fine-tuning keeps a copy for it."""
+
+
+class Memory(Section):
+    activation_checkpointing: Literal["none", "all"] | Annotated[int, Field(ge=1)] = "none"
+    """Layers that keep only their input for backward and run again there: none, all, or the first so many."""
+    context_gradient: Literal["full", "recompute", "detach"] = "full"
+    """`recompute`: contexts run again in backward, same gradient; `detach`: constants to the gradient (TokenTune)."""
+
+
+class Checkpoint(Section):
+    every: Duration | None = None
+    """A checkpoint to resume from (`--resume`): `100 steps`, `1 epoch`. Absent: only the final model is saved."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Older checkpoints are deleted."""
+
+
+class Eval(Section):
+    every: Duration | None = Duration(1, "epochs")
+    """When to evaluate, besides before the first step and after the last: `1 epoch`, `100 steps`. null: never."""
+    tasks: list[Path_] = []
+    """Task files (docs/evaluate.md) that the model answers at each evaluation, such as `scholar:heldout`."""
+    limit: Annotated[int, Field(ge=1)] | None = 200
+    """Items of each task, a choice by `train.seed`, the same each time; null: all."""
+    num_samples: Annotated[int, Field(ge=0)] = 4
+    """Held-out prompts that are answered at each evaluation, greedily."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 96
+    """Length limit of a sampled answer."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the sampled answers that stand beside the greedy ones, drawn by the same seed each time."""
+
+
+class Replay(Section):
+    data: Annotated[list[Source], Field(min_length=1)]
+    """Text of the kind that the base model learned from, or anything else that it should not lose."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of an epoch's trained tokens that are replayed: a seeded choice of the examples of `data`."""
+
+
+class Adapter(Section):
+    kind: Literal["lora"] = "lora"
+    """LoRA (Hu et al. 2021, arXiv:2106.09685), through peft."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each update."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank. Absent: alpha = 2 * rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before each update."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers to adapt. Absent: all of the decoder's; of a state-space mixer only `in_proj`."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint for a word that is none of `known`."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"

@@ -1,0 +1,113 @@
+"""Consoles and progress bars: results on standard output, progress on standard error, none where it is no terminal."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_FILE_WIDTH = 160  # characters of a table in a file
+_EVERY_EXAMPLES = 20
+_SECONDS = 0.1  # between two drawings
+
+
+class Countable(Protocol):
+    def num_rows(self) -> int | None: ...
+
+
+def standard_console() -> Console:
+    """Standard output, without wrapping where it is no terminal."""
+    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+
+
+def table_console() -> Console:
+    """Standard output, wide enough for tables where it is no terminal."""
+    console = standard_console()
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done; call the result with each new text."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers' own
+    with Console(stderr=True).status("loading") as status:
+        yield status.update
+
+
+@contextmanager
+def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callable[[], None]]:
+    """A progress bar over the examples of `tables`; call the result after each example.
+
+    The bar has no end where a table does not know its length. It is drawn by those calls and has no thread of its own,
+    so that processes can be forked meanwhile (data/workers.py).
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn())
+    progress = Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+    )
+    examples, drawn = 0, time.perf_counter()
+
+    def on_example() -> None:
+        nonlocal examples, drawn
+        examples += 1
+        if examples % _EVERY_EXAMPLES == 0 and time.perf_counter() - drawn > _SECONDS:
+            progress.update(task, completed=examples, refresh=True)
+            drawn = time.perf_counter()
+
+    with progress:
+        numbers = [table.num_rows() for table in tables] if console.is_terminal else [None]
+        task = progress.add_task(what, total=None if None in numbers else sum(filter(None, numbers)))
+        yield on_example
+
+
+class Display:
+    """Progress of a training run: a bar on a terminal, elsewhere (a log file) a line for each tenth of the run."""
+
+    def __init__(self, console: Console, total_steps: int, start_step: int = 0) -> None:
+        self._console = console
+        self._total = total_steps
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=start_step, status="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, values: dict[str, Any]) -> None:
+        tokens_per_second = values["num_tokens"] / values["seconds"]
+        status = f"loss {values['loss']:.4f}  {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=values["step"], status=status)
+        every = max(1, self._total // 10)
+        if not self._console.is_terminal and (values["step"] % every == 0 or values["step"] == self._total):
+            self._console.print(f"step {values['step']}/{self._total}  {status}", highlight=False)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False)

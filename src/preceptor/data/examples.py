@@ -1,0 +1,142 @@
+"""Examples: conversations with their messages, completions, documents; and the validation of messages.
+
+An *example* is one record of the data: a `Conversation` (messages, rendered by a chat template), a `Completion` (a
+prompt and what must follow it, as plain strings) or a `Document` (plain text, every token trained). Every example knows
+its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An example that is not trained: its place, a reason code to count by, and a sentence that says what to do."""
+
+    source: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation, in the chat-completions format.
+
+    `given` is the message exactly as the file holds it; the template sees this and nothing else, so that no field is
+    renamed, padded with nulls or lost. The attributes read from it are what the rest of the program needs to know.
+    """
+
+    given: Mapping[str, Any]
+    train: bool = True
+    weight: float = 1.0
+
+    @property
+    def role(self) -> str:
+        return str(self.given["role"])
+
+    @property
+    def content(self) -> str:
+        """The message's text; "" where there is none, and the text parts joined where content is a list of parts."""
+        content = self.given.get("content")
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return content
+        return "".join(part["text"] for part in content)
+
+    @property
+    def reasoning_content(self) -> str:
+        return self.given.get("reasoning_content") or ""
+
+    @property
+    def tool_calls(self) -> Sequence[Mapping[str, Any]]:
+        return self.given.get("tool_calls") or ()
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, with the tools that were offered (JSON schemas, exactly as given) and template arguments."""
+
+    source: str
+    messages: tuple[Message, ...]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt and the text that must follow it, as plain strings that no template touches; eos ends the text."""
+
+    source: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, every token of it trained; eos ends it."""
+
+    source: str
+    text: str
+
+
+Example = Conversation | Completion | Document
+
+
+def read_message(raw: object, where: str) -> Message | str:
+    """One message of a file -> Message, or "code: sentence" saying why not."""
+    if not isinstance(raw, dict):
+        return f"bad_message: {where} is {type(raw).__name__}, not an object with role and content"
+    role = raw.get("role")
+    if role not in ROLES:
+        return f"unknown_role: {where} has role {role!r}; known roles are {', '.join(ROLES)}"
+    for key in ("content", "reasoning_content"):
+        problem = _text_problem(raw.get(key), f"{where}.{key}")
+        if problem:
+            return problem
+    calls = raw.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return f"bad_message: {where}.tool_calls must be a list of objects"
+    train, weight = raw.get("train", True), raw.get("weight", 1.0)
+    if not isinstance(train, bool):
+        return f"bad_message: {where}.train is {train!r}; it must be true or false"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        return f"bad_message: {where}.weight is {weight!r}; it must be a number of at least 0"
+    given = {key: value for key, value in raw.items() if key not in ("train", "weight")}
+    if role == "assistant":
+        message = Message(given, train=train and weight > 0, weight=float(weight))
+        if not (message.content.strip() or message.tool_calls):
+            return f"empty_answer: {where} is an assistant message with neither content nor tool_calls"
+        return message
+    return Message(given, train=False, weight=float(weight))
+
+
+def _text_problem(value: object, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return None
+    parts = value if isinstance(value, list) else [None]
+    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return None
+    return f"bad_message: {where} must be a string or a list of text parts, not {type(value).__name__}"
+
+
+def read_messages(raw: object, source: str, where: str = "messages") -> tuple[Message, ...] | Rejection:
+    """The value of a `messages` key -> messages, or the Rejection of the first thing wrong with it."""
+    if not isinstance(raw, list) or not raw:
+        return Rejection(source, "no_messages", f"{where} must be a list of at least one message")
+    messages = []
+    for index, item in enumerate(raw):
+        message = read_message(item, f"{where}[{index}]")
+        if isinstance(message, str):
+            code, _, sentence = message.partition(": ")
+            return Rejection(source, code, sentence)
+        messages.append(message)
+    return tuple(messages)
+
+
+def trainable_turns(messages: Sequence[Message]) -> list[int]:
+    """Indices of the assistant messages that are to be trained."""
+    return [k for k, message in enumerate(messages) if message.role == "assistant" and message.train]

@@ -1,0 +1,181 @@
+"""The nulls that Parquet and Arrow add to objects, and which of them can be told from nulls that are meant.
+
+A column of structs has one set of fields for all its rows, so an object comes back with a null under every key that
+only other rows have: a tool's `parameters` gets every property of every other tool. `Struct` marks an object that was
+read so. A null in one is *padding for sure* where a null could not be meant:
+
+    in a message, a tool call, a part of a text      under every key
+    in a JSON schema                                 under the keywords whose value is never null (all but `default`,
+                                                     `const` and unknown ones), and for a whole property
+    in a tool call's arguments                       where the tool declares no such parameter, or declares one that
+                                                     is not required and does not take null
+
+and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject (AmbiguousNull), drop or keep.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+Nulls = Literal["reject", "drop", "keep"]
+
+# Keywords of JSON Schema (2020-12, draft 7, OpenAPI) and keys of a tool that cannot hold null.
+_NEVER_NULL = frozenset(
+    """type function name description parameters title enum examples format nullable readOnly writeOnly deprecated
+    properties required additionalProperties patternProperties propertyNames minProperties maxProperties
+    dependentRequired dependentSchemas dependencies unevaluatedProperties items prefixItems additionalItems contains
+    minContains maxContains minItems maxItems uniqueItems unevaluatedItems minLength maxLength pattern minimum maximum
+    exclusiveMinimum exclusiveMaximum multipleOf contentEncoding contentMediaType contentSchema allOf anyOf oneOf not
+    if then else discriminator $schema $id $ref $defs definitions $anchor $dynamicRef $dynamicAnchor $vocabulary
+    $comment""".split()  # noqa: SIM905 (as words, the list can be read)
+)
+_NAMES = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})  # name -> schema
+_VALUES = frozenset({"default", "const", "enum", "examples", "example"})  # plain data, not schemas
+
+
+class Struct(dict[str, Any]):
+    """An object read from a column of structs: a null in it may be padding. Any other dict's nulls are meant."""
+
+
+class AmbiguousNull(Exception):
+    """A null at `where` that may be padding and may be meant."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"{where} is null, which in a Parquet or Arrow struct may be padding or a real null; store the tools and "
+            "arguments as JSON strings, or set `nulls: drop` or `nulls: keep` for this source"
+        )
+
+
+def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
+    """Plain data, in which every null may be meant. Raises AmbiguousNull."""
+    if isinstance(value, list):
+        return [unpad_values(item, nulls, f"{where}[{k}]") for k, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    padded = isinstance(value, Struct)
+    return {
+        key: unpad_values(inner, nulls, f"{where}.{key}")
+        for key, inner in value.items()
+        if not padded or inner is not None or _kept(nulls, f"{where}.{key}")
+    }
+
+
+def _kept(nulls: Nulls, where: str) -> bool:
+    if nulls == "reject":
+        raise AmbiguousNull(where)
+    return nulls == "keep"
+
+
+def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
+    """A tool, or any JSON schema in it, without its padding. Raises AmbiguousNull."""
+    if isinstance(schema, list):
+        return [unpad_schema(item, nulls, f"{where}[{k}]") for k, item in enumerate(schema)]
+    if not isinstance(schema, dict):
+        return schema
+    padded = isinstance(schema, Struct)
+    result: dict[str, Any] = {}
+    for key, inner in schema.items():
+        at = f"{where}.{key}"
+        if inner is None:
+            if not padded or (key not in _NEVER_NULL and _kept(nulls, at)):
+                result[key] = None
+        elif key in _VALUES:
+            result[key] = unpad_values(inner, nulls, at)
+        elif key in _NAMES and isinstance(inner, dict):
+            # A property's schema is an object or true or false, so a null here is another tool's property.
+            kept = {n: s for n, s in inner.items() if s is not None or not isinstance(inner, Struct)}
+            result[key] = {name: unpad_schema(s, nulls, f"{at}.{name}") for name, s in kept.items()}
+        else:
+            result[key] = unpad_schema(inner, nulls, at)
+    return result
+
+
+def unpad_message(message: Any, tools: Iterable[Any], nulls: Nulls, where: str) -> Any:
+    """A message without its padding; `tools`, unpadded, say which arguments a call can have. Raises AmbiguousNull."""
+    if not isinstance(message, Struct):
+        return message
+    result: dict[str, Any] = {}
+    for key, inner in message.items():
+        if inner is None:
+            continue
+        if key == "tool_calls" and isinstance(inner, list):
+            schemas = _parameters(tools)
+            result[key] = [_call(call, schemas, nulls, f"{where}.{key}[{k}]") for k, call in enumerate(inner)]
+        elif key == "content" and isinstance(inner, list):
+            result[key] = [_without_nulls(part) for part in inner]
+        else:
+            result[key] = unpad_values(inner, nulls, f"{where}.{key}")
+    return result
+
+
+def _without_nulls(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Struct) else value
+
+
+def _call(call: Any, schemas: Mapping[str, Any], nulls: Nulls, where: str) -> Any:
+    if not isinstance(call, dict):
+        return call
+    result: dict[str, Any] = {}
+    for key, inner in call.items():
+        at = f"{where}.{key}"
+        if inner is None and isinstance(call, Struct):
+            continue
+        if key == "function":
+            result[key] = _call(inner, schemas, nulls, at)
+        elif key == "arguments":
+            result[key] = _arguments(inner, schemas.get(str(call.get("name"))), nulls, at)
+        else:
+            result[key] = unpad_values(inner, nulls, at)
+    return result
+
+
+def _arguments(value: Any, schema: Any, nulls: Nulls, where: str) -> Any:
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, list):
+        return [_arguments(item, schema.get("items"), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties")
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        at = f"{where}.{key}"
+        if inner is None:
+            if not isinstance(value, Struct) or (not _never_null(key, schema) and _kept(nulls, at)):
+                result[key] = None
+        else:
+            inner_schema = properties.get(key) if isinstance(properties, dict) else None
+            result[key] = _arguments(inner, inner_schema, nulls, at)
+    return result
+
+
+def _parameters(tools: Iterable[Any]) -> dict[str, Any]:
+    """The schema of each tool's parameters, by the tool's name."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict):
+            found[str(function.get("name"))] = function.get("parameters")
+    return found
+
+
+def _never_null(key: str, schema: Mapping[str, Any]) -> bool:
+    """Whether a call that keeps to the schema cannot have a null under `key`, but may lack the key."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return False
+    if key not in properties:
+        return True
+    return key not in (schema.get("required") or ()) and not _takes_null(properties[key])
+
+
+def _takes_null(schema: Any) -> bool:
+    """Whether null may be a value of this schema, as far as can be seen; True in doubt."""
+    if not isinstance(schema, dict) or schema.get("nullable") or "$ref" in schema or "allOf" in schema:
+        return True
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            return any(_takes_null(option) for option in schema[key])
+    if isinstance(schema.get("enum"), list):
+        return None in schema["enum"]
+    kind = schema.get("type")
+    return "null" in kind if isinstance(kind, list) else not isinstance(kind, str) or kind == "null"

@@ -1,0 +1,266 @@
+"""Which format a row has, and the example that it becomes.
+
+A row is recognised by its keys, each row for itself; a key that holds null is absent.
+
+    messages, or conversations               role and content, or from and value (ShareGPT) -> Conversation
+    prompt, completion                       two strings -> Completion, which no template touches;
+                                             two lists of messages -> Conversation, only the completion trained
+    instruction [input] [history], output    Alpaca -> Conversation
+    instruction, response | question, answer | prompt, response          -> Conversation
+    text                                     -> Document
+
+With any conversation go `system` (a system prompt, put first), `tools` and `chat_template_kwargs`; lists and objects
+may be JSON strings. `messages` or `conversations` win over other keys, and all win over `text`, which next to them is a
+rendering of the same. A row that fits two formats otherwise, or has a key without which the question is not whole, is
+rejected: `columns` in the run file says what is meant. All other keys are ignored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from preceptor.data.examples import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    Rejection,
+    read_messages,
+    trainable_turns,
+)
+from preceptor.data.formats.nulls import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
+from preceptor.data.formats.sharegpt import from_sharegpt
+from preceptor.data.formats.values import RawRecord, Unreadable, check_characters, parsed, short, text_in
+
+MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
+    "messages",
+    "ShareGPT conversations",
+    "prompt and completion",
+    "text",
+    "no known format",
+)
+
+
+def format_of(row: RawRecord) -> str:
+    """The name of the row's format, for people."""
+    keys = [key for key, value in row.items() if value is not None]
+    for key in ("messages", "conversations"):
+        if key in keys:
+            first = next(iter(parsed(row[key]) or ()), None)
+            return SHAREGPT if isinstance(first, dict) and "from" in first else MESSAGES
+    try:
+        pair = pair_of(keys)
+    except Unreadable:
+        return UNKNOWN
+    if pair is not None:
+        if pair == PAIRS[0]:
+            return PAIR_OF_TEXTS if isinstance(row["prompt"], str) else f"{PAIR_OF_TEXTS} as messages"
+        name = " and ".join(pair)
+        return f"Alpaca: instruction, {'input and ' * ('input' in row)}output" if pair == PAIRS[1] else name
+    return TEXT if "text" in keys else UNKNOWN
+
+
+def has_format(keys: Sequence[str]) -> bool:
+    """Whether a row with these keys, none of them null, can be read."""
+    try:
+        return "messages" in keys or "conversations" in keys or "text" in keys or pair_of(keys) is not None
+    except Unreadable:
+        return False
+
+
+def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
+    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
+    row = {key: value for key, value in row.items() if value is not None}
+    try:
+        check_characters(row, "")
+        return _example(row, source, nulls)
+    except Unreadable as error:
+        return Rejection(source, error.code, str(error))
+    except AmbiguousNull as error:
+        return Rejection(source, "ambiguous_null", str(error))
+
+
+def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
+    if "messages" in row and "conversations" in row:
+        raise Unreadable("ambiguous_format", "the row has messages and conversations; say which with `columns`")
+    key = next((key for key in ("messages", "conversations") if key in row), None)
+    if key is not None:
+        return _conversation(row, source, nulls, ((key, row[key], True),))
+    pair = pair_of(list(row))
+    if pair is not None:
+        check_whole(row, pair)
+    if pair == PAIRS[0]:
+        return _prompt_completion(row, source, nulls)
+    if pair is not None:
+        return _conversation(row, source, nulls, ((pair[0], pair_messages(row, pair), True),))
+    if "text" in row:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise Unreadable("empty_text", f"text is {short(row['text'])}; it must be a string that is not empty")
+        return Document(source, row["text"])
+    raise Unreadable("unknown_format", unknown_format(row))
+
+
+def unknown_format(row: RawRecord) -> str:
+    """What the row has, what it needs, and how to say that they are the same."""
+    hint = ""
+    for key, value in row.items():
+        value = parsed(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():
+            hint = f". {key} holds messages: set `columns: {{messages: {key}}}`"
+    return (
+        f"the keys are {', '.join(map(repr, row)) or 'none'}; a row needs messages or conversations, or text, or "
+        f"one of {', '.join(' and '.join(pair) for pair in PAIRS)}; `columns` can say which of its keys they are{hint}"
+    )
+
+
+MessageField = tuple[str, Any, bool]  # the key that holds messages, the messages, whether they are trained
+
+
+def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation | Rejection:
+    tools = _tools(row, nulls)
+    messages: list[Message] = []
+    for key, value, trained in parts:
+        raw = _message_list(value, key)
+        raw = [unpad_message(message, tools, nulls, f"{key}[{k}]") for k, message in enumerate(raw)]
+        if key == parts[0][0]:
+            raw = _with_system(row, raw)
+        read = read_messages(raw, source, key)
+        if isinstance(read, Rejection):
+            return read
+        messages.extend(read if trained else (replace(message, train=False) for message in read))
+    if not any(message.role == "assistant" for message in messages):
+        raise Unreadable("no_assistant_message", "no message has the role assistant, so nothing can be trained")
+    if not trainable_turns(messages):
+        raise Unreadable("nothing_to_train", "every assistant message has train: false or weight 0")
+    return Conversation(source, tuple(messages), tools or None, _template_kwargs(row, nulls))
+
+
+def _message_list(value: Any, key: str) -> list[Any]:
+    value = parsed(value)
+    if not isinstance(value, list) or not value:
+        raise Unreadable("no_messages", f"{key} is {short(value)}; it must be a list of at least one message")
+    if any(isinstance(message, dict) and "from" in message for message in value):
+        return from_sharegpt(value, key)
+    return value
+
+
+def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
+    system = row.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise Unreadable("bad_system", f"system is {short(system)}; it must be a string")
+    first = messages[0] if isinstance(messages[0], dict) else {}
+    if first.get("role") not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise Unreadable("two_system_prompts", "the row has a system prompt and its first message is another; keep one")
+    return messages
+
+
+def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
+    if row.get("tools", "") == "":
+        return []
+    tools = parsed(row["tools"])
+    if isinstance(tools, list):
+        tools = [parsed(tool) for tool in tools]
+        if all(isinstance(tool, dict) for tool in tools):
+            return [unpad_schema(tool, nulls, f"tools[{k}]") for k, tool in enumerate(tools)]
+    raise Unreadable("bad_tools", f"tools is {short(tools)}; it must be a list of JSON schemas, or that list as JSON")
+
+
+def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
+    if row.get("chat_template_kwargs", "") == "":
+        return {}
+    kwargs = parsed(row["chat_template_kwargs"])
+    if not isinstance(kwargs, dict):
+        raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")
+    given = {k: v for k, v in kwargs.items() if v is not None or not isinstance(kwargs, Struct)}
+    return {key: unpad_values(value, nulls, f"chat_template_kwargs.{key}") for key, value in given.items()}
+
+
+def _prompt_completion(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise Unreadable("empty_answer", "completion is empty")
+        for key in ("system", "tools", "chat_template_kwargs"):
+            if row.get(key):
+                raise Unreadable(
+                    "needs_template",
+                    f"prompt and completion are plain strings, which no template touches, so {key} would be lost; for "
+                    "a conversation set `columns: {prompt: prompt, response: completion}` and its other keys",
+                )
+        return Completion(source, prompt, completion)
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        raise Unreadable(
+            "bad_prompt_completion",
+            f"prompt is {type(prompt).__name__} and completion {type(completion).__name__}; "
+            "both must be strings or both lists of messages",
+        )
+    return _conversation(row, source, nulls, (("prompt", prompt, False), ("completion", completion, True)))
+
+
+PAIRS = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("prompt", "response"),
+)
+# What may belong to a question that is asked of a pair's first key; training without it would teach to guess.
+PARTS_OF_A_QUESTION = ("input", "history", "context", "passage", "document", "documents", "choices", "options")
+
+
+def pair_of(keys: Sequence[str]) -> tuple[str, str] | None:
+    """The two keys of a prompt and its answer, if there are any. Raises Unreadable if two pairs fit."""
+    fitting = [pair for pair in PAIRS if pair[0] in keys and pair[1] in keys]
+    if len(fitting) > 1:
+        names = ", or ".join(" and ".join(pair) for pair in fitting)
+        raise Unreadable("ambiguous_format", f"the row can be read as {names}; say which with `columns`")
+    return fitting[0] if fitting else None
+
+
+def check_whole(row: RawRecord, pair: tuple[str, str]) -> None:
+    """Raises Unreadable for a key that the question may need and that this pair does not read."""
+    for key in PARTS_OF_A_QUESTION:
+        if row.get(key) and not (pair[0] == "instruction" and key in ("input", "history")):
+            raise Unreadable(
+                "unread_column",
+                f"the row has {key!r}, which {' and '.join(pair)} leave out; make it part of the question, or set "
+                f"`columns: {{{pair[0]}: {pair[0]}, {pair[1]}: {pair[1]}}}` to read these alone",
+            )
+
+
+def pair_messages(row: RawRecord, pair: tuple[str, str]) -> list[dict[str, Any]]:
+    """A prompt and its answer as messages.
+
+    Alpaca's `input`, where it is not blank, follows the instruction after a blank line; `history` is a list of earlier
+    [instruction, answer] pairs, trained like the last. Raises Unreadable for what is no text.
+    """
+    if pair[0] == "prompt" and isinstance(row["prompt"], list):
+        return [*row["prompt"], {"role": "assistant", "content": text_in(row, "response")}]
+    exchanges, question = [], text_in(row, pair[0])
+    if pair[0] == "instruction":
+        exchanges = _history(row.get("history"))
+        if text_in(row, "input").strip():
+            question = f"{question}\n\n{row['input']}" if question.strip() else row["input"]
+    answer = text_in(row, pair[1])
+    for key, text, code in ((pair[0], question, "empty_prompt"), (pair[1], answer, "empty_answer")):
+        if not text.strip():
+            raise Unreadable(code, f"{key} is empty")
+    return [
+        {"role": role, "content": content}
+        for exchange in [*exchanges, (question, answer)]
+        for role, content in zip(("user", "assistant"), exchange, strict=True)
+    ]
+
+
+def _history(value: Any) -> list[tuple[str, str]]:
+    value = parsed(value) or []
+    if isinstance(value, list) and all(
+        isinstance(pair, list) and [type(t) for t in pair] == [str, str] for pair in value
+    ):
+        return [(asked, said) for asked, said in value]
+    raise Unreadable("bad_history", f"history is {short(value)}; it must be a list of [instruction, answer] pairs")

@@ -1,0 +1,224 @@
+"""What a source's path names: one or several tables, each a file or a split of a data set. Nothing is read here yet.
+
+    a file             .jsonl, .ndjson, .json, .csv or .tsv, each also as .gz, or .parquet; `scholar:NAME`
+    a folder           of such files, whatever lies deeper too; or one that Hugging Face `datasets` saved
+    owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
+
+`split` chooses in a folder (train-00000-of-00002.parquet, train.jsonl, train/...), and must where the names of the
+files tell of several splits, so that no test set is trained on unseen.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from preceptor.config import Source
+from preceptor.data.formats import arrow, text_files
+from preceptor.data.formats.values import Columns, TableRows
+from preceptor.errors import ConfigError, DataError
+from preceptor.scholar import data_file
+
+PACKAGED = "scholar:"
+
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
+
+
+class DataTable(Protocol):
+    """Rows under one name, in a fixed order."""
+
+    @property
+    def name(self) -> str: ...
+
+    def files(self) -> list[Path]:
+        """The files that it is read from; none for a data set of the Hub, which its id and revision name."""
+
+    def columns(self) -> Sequence[str] | None:
+        """Names of the columns; None where each row has keys of its own. Raises DataError."""
+
+    def num_rows(self) -> int | None:
+        """How many rows there are, for a progress display; None where only reading them would tell."""
+
+    def rows(self, wanted: Columns) -> TableRows:
+        """Each row with its source; where there are columns, only the `wanted` ones (None: all). Raises DataError."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """JSON lines, JSON or CSV."""
+
+    file: Path
+    name: str
+
+    @property
+    def _kind(self) -> str:
+        return _suffix(self.file)
+
+    def files(self) -> list[Path]:
+        return [self.file]
+
+    def columns(self) -> Sequence[str] | None:
+        return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
+
+    def num_rows(self) -> int | None:
+        if self._kind not in (".jsonl", ".ndjson") or self.file.suffix == ".gz":
+            return None
+        with self.file.open("rb") as pieces:
+            return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
+
+    def rows(self, wanted: Columns) -> TableRows:
+        read = {".json": text_files.json_rows, ".csv": text_files.csv_rows, ".tsv": text_files.csv_rows}
+        return read.get(self._kind, text_files.jsonl_rows)(self.file, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetFile:
+    file: Path
+    name: str
+
+    def files(self) -> list[Path]:
+        return [self.file]
+
+    def columns(self) -> Sequence[str]:
+        return list(arrow.open_parquet(self.file, self.name).schema_arrow.names)
+
+    def num_rows(self) -> int:
+        return int(arrow.open_parquet(self.file, self.name).metadata.num_rows)
+
+    def rows(self, wanted: Columns) -> TableRows:
+        return arrow.parquet_rows(self.file, self.name, wanted)
+
+
+@dataclass(frozen=True)
+class HuggingFaceDataset:
+    """A Hugging Face data set: saved in a folder, or on the Hub; loaded when it is first asked."""
+
+    place: Path | Source
+    name: str
+
+    @cached_property
+    def _loaded(self) -> Any:
+        if isinstance(self.place, Path):
+            return arrow.load_saved(self.place, self.name)
+        return arrow.load_hub(self.place.path, self.place.name, self.place.split, self.place.revision)
+
+    def files(self) -> list[Path]:
+        return sorted(file for file in self.place.rglob("*") if file.is_file()) if isinstance(self.place, Path) else []
+
+    def columns(self) -> Sequence[str]:
+        return list(self._loaded.column_names)
+
+    def num_rows(self) -> int:
+        return len(self._loaded)
+
+    def rows(self, wanted: Columns) -> TableRows:
+        return arrow.dataset_rows(self._loaded, self.name, wanted)
+
+
+def find_tables(source: Source) -> list[DataTable]:
+    """The tables of a source. Raises DataError if there are none, ConfigError for a key that does not apply."""
+    if source.path.startswith(PACKAGED):
+        _only_keys(source, (), "a file")
+        return [_file(data_file(source.path.removeprefix(PACKAGED)), source.path)]
+    place = Path(source.path)
+    if place.is_dir():
+        _only_keys(source, ("split",), "a folder")
+        splits = arrow.saved_splits(place)
+        return _files_in(source, place) if splits is None else [_saved(source, place, splits)]
+    if place.is_file():
+        _only_keys(source, (), "a file")
+        return [_file(place, source.path)]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and _suffix(place) not in _SUFFIXES:
+        parts = (source.path, source.name, source.split)
+        return [HuggingFaceDataset(source, "/".join(part for part in parts if part))]
+    raise DataError(f"{source.path}: no such data file{_near(place)}")
+
+
+def _only_keys(source: Source, applying: Sequence[str], what: str) -> None:
+    for key in ("split", "name", "revision"):
+        if getattr(source, key) is not None and key not in applying:
+            whose = "folders and Hub ids" if key == "split" else "Hub ids"
+            raise ConfigError(f"{source.path}: is {what}, and `{key}` goes with {whose}; remove it")
+
+
+def _near(place: Path) -> str:
+    """A hint at a file of nearly that name."""
+    names = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, n=1, cutoff=0.7)
+    return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
+
+
+def _suffix(file: Path) -> str:
+    """`.jsonl` of x.jsonl and of x.jsonl.gz."""
+    return (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
+
+
+def _file(file: Path, name: str) -> DataTable:
+    suffix = _suffix(file)
+    if suffix == ".parquet" and file.suffix != ".gz":
+        return ParquetFile(file, name)
+    if suffix in _SUFFIXES and suffix != ".parquet":
+        return TextFile(file, name)
+    raise DataError(
+        f"{name}: what kind of file it is cannot be told from its name; it must end in {', '.join(_SUFFIXES)}, "
+        "or in one of those and .gz if it is text"
+    )
+
+
+def _saved(source: Source, folder: Path, splits: list[str]) -> DataTable:
+    if not splits:
+        if source.split is not None:
+            raise DataError(f"{source.path}: holds a single data set without splits; remove `split: {source.split}`")
+        return HuggingFaceDataset(folder, source.path)
+    split = _chosen(source, splits)
+    return HuggingFaceDataset(folder / split, str(folder / split))
+
+
+def _chosen(source: Source, splits: Sequence[str]) -> str:
+    names = ", ".join(splits)
+    if source.split is None and len(splits) > 1:
+        raise DataError(f"{source.path}: has the splits {names}; name one with `split`")
+    if source.split is not None and source.split not in splits:
+        raise DataError(f"{source.path}: has no split {source.split!r}; it has {names}")
+    return source.split or splits[0]
+
+
+def _files_in(source: Source, folder: Path) -> list[DataTable]:
+    """All data files of a folder, or those of a split, in the order of their names."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and _suffix(path) in _SUFFIXES and not _is_hidden(path.relative_to(folder))
+    )
+    files = [path for path in files if not re.fullmatch(r"(dataset_infos?|state)\.json", path.name)]
+    if not files:
+        raise DataError(f"{source.path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
+    if source.split is not None:
+        chosen = [path for path in files if _is_of_split(path.relative_to(folder), source.split)]
+        if not chosen:
+            names = ", ".join(str(path.relative_to(folder)) for path in files[:5])
+            raise DataError(f"{source.path}: no file of the folder is named for split {source.split!r}; it has {names}")
+        files = chosen
+    elif len(found := sorted({split for path in files if (split := _split_of(path.relative_to(folder)))})) > 1:
+        raise DataError(
+            f"{source.path}: the folder's files are of the splits {', '.join(found)}; name one with `split`"
+        )
+    return [_file(path, str(path)) for path in files]
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _is_of_split(relative: Path, split: str) -> bool:
+    stem = relative.name.removesuffix("".join(relative.suffixes))
+    return split in relative.parts[:-1] or re.fullmatch(re.escape(split) + r"([-_.]\d.*)?", stem) is not None
+
+
+def _split_of(relative: Path) -> str | None:
+    words = re.split(r"[/\\_.\s-]", str(relative).lower())
+    return next((word for word in words if word in _SPLITS), None)

@@ -1,0 +1,262 @@
+"""Text files -> rows: JSON lines, JSON and CSV, a piece at a time, so that memory does not grow with the file.
+
+Every row comes with its source: for JSON lines and CSV "file:line", the line on which it begins; for JSON, whose rows
+need not have lines of their own, "file:row N", counted from 1. A file that cannot be read is a DataError that says
+where, since more than one row may be damaged.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from preceptor.config import ROW_KEYS
+from preceptor.data.formats.values import TableRows
+from preceptor.errors import DataError
+
+_PIECE_CHARACTERS = 1 << 20
+_LONGEST_LINE_CHARACTERS = 1 << 26
+_LONGEST_CELL_CHARACTERS = 2**31 - 1  # the csv module's own limit is 131,072, less than a long conversation
+
+
+@contextmanager
+def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[TextIO]:
+    """UTF-8, with or without a byte-order mark; a name that ends in .gz is decompressed.
+
+    Whatever goes wrong below the format, also later while it is read, becomes a DataError.
+    """
+    try:
+        if file.suffix == ".gz":
+            with gzip.open(file, "rt", encoding="utf-8-sig", newline=newline) as text:
+                yield cast(TextIO, text)
+        else:
+            with file.open(encoding="utf-8-sig", newline=newline) as text:
+                yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: cannot be read: {error}") from None
+
+
+def jsonl_rows(file: Path, name: str) -> TableRows:
+    """One JSON object a line; blank lines are passed over."""
+    with open_text(file, name) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{name}:{number}", _parse_line(line, f"{name}:{number}")
+
+
+def _parse_line(line: str, source: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; mend or "
+            "delete the line (a cut-off last line often means that the file was not written to its end)"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{source}: JSON nested too deeply to be read; delete the line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: a row must be a JSON object, found {type(row).__name__}")
+    return row
+
+
+def json_rows(file: Path, name: str) -> TableRows:
+    """A list of objects, an object that holds one such list, or, for many files named .json are that, JSON lines."""
+    with open_text(file, name) as text:
+        lines = (line.lstrip() for line in iter(lambda: text.readline(_LONGEST_LINE_CHARACTERS), "") if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    if first.startswith("{") and _is_row(first, second):
+        return jsonl_rows(file, name)
+    return _streamed_rows(file, name)
+
+
+def _is_row(line: str, following: str) -> bool:
+    """Whether a line is a whole JSON object, and not one that holds the rows in a list."""
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return following.startswith("{") or any(key in ROW_KEYS for key in value)
+
+
+def _streamed_rows(file: Path, name: str) -> TableRows:
+    with open_text(file, name) as text:
+        stream = _JsonStream(text, name)
+        opening = stream.peek()
+        if opening == "[":
+            for number, row in enumerate(stream.items(), start=1):
+                yield f"{name}:row {number}", _object(row, f"{name}:row {number}")
+        elif opening == "{":
+            yield from _rows_in_object(stream, name)
+        elif opening:
+            raise stream.broken("a JSON file must hold a list of objects, or an object with one such list")
+        if stream.peek():
+            raise stream.broken("there is more after the end of the JSON value; for JSON lines name the file .jsonl")
+
+
+def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
+    """The rows of the one list of objects in an object; what else the object holds is not data."""
+    found: str | None = None
+    for key in stream.names():
+        if key in ROW_KEYS:
+            raise stream.broken(f"the file is one object with {key!r}: a single row. Write it on one line, as .jsonl")
+        if stream.peek() != "[":
+            stream.value()
+            continue
+        for number, row in enumerate(stream.items(), start=1):
+            if found != key and not isinstance(row, dict):
+                continue  # a list of something else
+            if number == 1 and found is not None:
+                raise stream.broken(
+                    f"the object has two lists, {found!r} and {key!r}; keep the one that holds the rows"
+                )
+            found = key
+            yield f"{name}:row {number}", _object(row, f"{name}:row {number}")
+    if found is None:
+        raise DataError(
+            f"{name}: the object in the file holds no list of objects; write the rows as a list, or as .jsonl"
+        )
+
+
+def _object(row: Any, source: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: a row must be a JSON object, found {type(row).__name__}")
+    return row
+
+
+class _JsonStream:
+    """Reads a JSON text value by value: the part of it in memory is one piece, or one value if that is longer."""
+
+    def __init__(self, text: TextIO, name: str) -> None:
+        self._text, self._name = text, name
+        self._buffer, self._at, self._lines_before, self._ended = "", 0, 0, False
+        self._decoder = json.JSONDecoder()
+
+    def _more(self) -> bool:
+        """Drop what is read and read on, at least as much again as is left; False at the end."""
+        if self._ended:
+            return False
+        self._lines_before += self._buffer.count("\n", 0, self._at)
+        rest = self._buffer[self._at :]
+        piece = self._text.read(max(_PIECE_CHARACTERS, len(rest)))
+        self._buffer, self._at, self._ended = rest + piece, 0, not piece
+        return not self._ended
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self._at < len(self._buffer) and self._buffer[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
+            if not self._more():
+                return ""
+
+    def take(self, expected: str) -> str:
+        found = self.peek()
+        if not found or found not in expected:
+            wanted = " or ".join(map(repr, expected))
+            raise self.broken(
+                f"expected {wanted}, found {found!r}" if found else f"the file ends where {wanted} should be"
+            )
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                # Cut off at the end of the piece, or broken? What is broken well before the end stays so.
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
+                if not cut or self._ended:
+                    self._at = min(error.pos, len(self._buffer))
+                    raise self.broken(error.msg) from None
+            except RecursionError:
+                raise self.broken("JSON nested too deeply to be read") from None
+            else:
+                if end < len(self._buffer) or self._ended:  # a number at the end of a piece may go on
+                    self._at = end
+                    return value
+            self._more()
+
+    def items(self) -> Iterator[Any]:
+        """The items of the list that comes next."""
+        self.take("[")
+        if self.peek() == "]":
+            self.take("]")
+            return
+        while True:
+            yield self.value()
+            if self.take(",]") == "]":
+                return
+
+    def names(self) -> Iterator[str]:
+        """The keys of the object that comes next; the caller reads the value before it asks for another key."""
+        self.take("{")
+        if self.peek() == "}":
+            self.take("}")
+            return
+        while True:
+            if self.peek() != '"':
+                raise self.broken("expected a key in double quotes")
+            key = self.value()
+            self.take(":")
+            yield key
+            if self.take(",}") == "}":
+                return
+
+    def broken(self, message: str) -> DataError:
+        line = self._lines_before + self._buffer.count("\n", 0, self._at) + 1
+        return DataError(f"{self._name}:{line}: broken JSON: {message}. Mend the file, or write it anew")
+
+
+def csv_rows(file: Path, name: str) -> TableRows:
+    """Rows under a header line, separated by commas, or by tabs in a .tsv; a quoted cell may hold line ends."""
+    header: list[str] = []
+    for number, cells in _csv_lines(file, name):
+        if not header:
+            header = csv_header(cells, name)
+        elif len(cells) != len(header):
+            raise DataError(
+                f"{name}:{number}: {len(cells)} cells under a header of {len(header)}; a cell with a separator, a "
+                "quotation mark or a line end in it must be quoted"
+            )
+        else:
+            yield f"{name}:{number}", dict(zip(header, cells, strict=True))
+
+
+def csv_columns(file: Path, name: str) -> list[str]:
+    """The names in the header; [] if the file is empty."""
+    return next((csv_header(cells, name) for _, cells in _csv_lines(file, name)), [])
+
+
+def csv_header(cells: list[str], name: str) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = next((cell for cell in header if header.count(cell) > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}:1: two columns are named {twice!r}; give each a name of its own")
+    return header
+
+
+def _csv_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(_LONGEST_CELL_CHARACTERS)
+    with open_text(file, name, newline="") as text:
+        tabs = file.name.removesuffix(".gz").endswith(".tsv")
+        reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{name}:{number}: broken CSV: {error}; mend the quotation marks") from None
+            if cells is None:
+                return
+            if cells:
+                yield number, cells

@@ -1,0 +1,102 @@
+"""Every reason for which an example is not trained: its code, what to do about it, and counts by reason."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from preceptor.data.examples import Rejection
+
+ADVICE: dict[str, str] = {
+    # the example itself
+    "no_turn": "give it an assistant message that is to be trained (train: true, weight above 0)",
+    "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read "
+    "as ordinary characters) or allow (it acts as the token)",
+    "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or mend it",
+    "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
+    # the template and the messages
+    "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
+    "data.chat_template",
+    "no_prompt": "no server asks a model to speak before anyone has said anything: put a user message first, or set "
+    "train: false on this message",
+    "template_rejects": "change the messages as the template asks, or choose another template",
+    "arguments_not_object": "write a tool call's arguments as an object, or as a string that holds a JSON object",
+    "render_differs": "the template does something that cannot be followed exactly: choose another, and report it",
+    # what the template makes of the turn
+    "turn_missing": "the template leaves this message out; choose another template, or set train: false on it",
+    "content_dropped": "the template leaves the text out (often beside a tool call): move it to a message of its own, "
+    "remove it, or choose another template",
+    "content_changed": "the template alters the text, so the model would learn something else than what was given: "
+    "write it as the template would, or choose another template",
+    "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, "
+    "remove it, or choose a template that renders it (chatml does)",
+    "tool_call_dropped": "the template leaves tool calls, or a part of them, out; choose a template that renders them "
+    "(chatml does)",
+    # where the turn starts
+    "prompt_opens_reasoning": "the prompt that a server builds opens a reasoning block and this turn has none: give it "
+    "reasoning_content, set chat_template_kwargs so that the prompt does not open one, or choose another template",
+    "prompt_closes_reasoning": "the prompt closes the reasoning block and this turn has reasoning: remove "
+    "enable_thinking: false from chat_template_kwargs, or the reasoning from the turn",
+    "prompt_conflicts": "what a server puts before the answer does not occur where the template renders this turn; no "
+    "choice of target would be right. Mend the template, or choose another",
+    # where the turn ends
+    "no_stop_token": "nothing ends this turn: give the tokenizer an eos token, or the model a generation config",
+    "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from "
+    "the stop tokens (generation config)",
+}
+
+
+class Rejected(Exception):
+    """Raised while an example is rendered, with a code of ADVICE and what was found; becomes a Rejection."""
+
+    def __init__(self, code: str, found: str) -> None:
+        assert code in ADVICE, code
+        super().__init__(f"{found}: {ADVICE[code]}")
+        self.code = code
+
+
+@dataclass(slots=True)
+class Reason:
+    """How many rows were rejected with one code; `first` is the first of them, whose sentence says what to do."""
+
+    first: Rejection
+    count: int
+    allowed: bool
+
+
+class RejectionCounts:
+    """Counts rejections. allowed: the codes for which rows may be left out (`data.allow_rejected`)."""
+
+    def __init__(self, allowed: Collection[str] = (), rejections: Iterable[Rejection] = ()) -> None:
+        self._allowed = frozenset(allowed)
+        self._reasons: dict[str, Reason] = {}
+        for rejection in rejections:
+            self.add(rejection)
+
+    def add(self, rejection: Rejection) -> None:
+        reason = self._reasons.setdefault(rejection.code, Reason(rejection, 0, rejection.code in self._allowed))
+        reason.count += 1
+
+    @property
+    def reasons(self) -> list[Reason]:
+        """The most frequent first; of equally frequent ones that which came first."""
+        return sorted(self._reasons.values(), key=lambda reason: -reason.count)
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(reason.count for reason in self._reasons.values())
+
+    @property
+    def num_not_allowed(self) -> int:
+        return sum(reason.count for reason in self._reasons.values() if not reason.allowed)
+
+    @property
+    def never_seen(self) -> list[str]:
+        """Allowed codes that no rejection has: perhaps misspelt."""
+        return sorted(self._allowed - self._reasons.keys())
+
+    def __str__(self) -> str:
+        """One line per reason: how often, where first, and what it says there."""
+        return "\n".join(
+            f"  {reason.count:>6} x {reason.first.code}{' (allowed)' * reason.allowed}: "
+            f"first at {reason.first.source}: {reason.first.message}"
+            for reason in self.reasons
+        )

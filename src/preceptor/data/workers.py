@@ -1,0 +1,250 @@
+"""Rendering in several processes: results in the order of the examples, memory flat in their number.
+
+The calling process renders too, and `num_processes` counts it. The others are forked where that is safe: on Linux, from
+a process in which no other Python thread runs, no device is in use and no process group is open; they start in no time.
+Elsewhere they are fresh interpreters (`spawn`), which take a second or two. None is started for an input that is
+rendered by then, and the calling process goes on by itself until they are ready.
+
+    examples ─> chunk chunk chunk chunk ...      in order
+                 │     │     │     └ rendered here while all others are busy
+                 │     └─────┴ sent to other processes, at most _BACKLOG each
+                 └ the first not handed out yet: what is done behind it waits
+
+What is sent either way is packed: examples and trees as tuples, ids as one array. As with anything that starts
+processes, the script that calls this must be importable: its own work belongs under `if __name__ == "__main__"`.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from typing import Any, Literal, Protocol, TypeVar
+
+from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection
+from preceptor.data.forest import Segment, Tree
+from preceptor.errors import PreceptorError
+
+T = TypeVar("T", bound=Example | Rejection)
+Outcomes = list[Tree | Rejection]
+Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a rejection
+
+_CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
+_SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
+_EXAMPLE_CHARACTERS = 200  # what an example costs besides its text
+_GARBAGE_THRESHOLDS = (50_000, 20, 20)
+_SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send and receive while this one renders
+_BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
+
+
+class ExampleRenderer(Protocol):
+    """What makes trees of examples: `chat.render.Renderer`. It can be pickled."""
+
+    targets: Literal["assistant", "last", "all"]
+
+    def render(self, example: Example) -> Tree | Rejection: ...
+
+
+def render_all(
+    renderer: ExampleRenderer, examples: Iterable[T], num_processes: int = 1
+) -> Iterator[tuple[T, Tree | Rejection]]:
+    """Each example with what became of it, in order; what is a Rejection already stays one.
+
+    Examples are read a bounded number ahead of what is handed out. Raises what reading and rendering raise, and
+    PreceptorError if a process was killed.
+    """
+    chunks = _chunks(examples)
+    method = _start_method()
+    first: list[list[T]] = []
+    num_characters = 0
+    if num_processes > 1:
+        for chunk in chunks:
+            first.append(chunk)
+            num_characters += sum(map(_num_characters, chunk))
+            if num_characters >= _SMALL_CHARACTERS[method]:
+                break
+    chunks = chain(first, chunks)
+    if num_characters < _SMALL_CHARACTERS[method]:
+        for chunk in chunks:
+            yield from zip(chunk, _outcomes(renderer, chunk), strict=True)
+        return
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(num_processes - 1, context, initializer=_begin, initargs=(renderer,))
+    gc.freeze()  # what was there before (torch, transformers) need not be looked through while trees are made
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
+    try:
+        for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
+            yield from zip(chunk, outcomes, strict=True)
+    except BrokenProcessPool as error:
+        raise PreceptorError(
+            "a process that renders the data ended before its work was done, often for want of memory: use fewer "
+            f"processes than {num_processes} (1 needs no others). A script that calls this needs its own work under "
+            '`if __name__ == "__main__":`'
+        ) from error
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+        # While its threads live, the next input could not be forked for; fresh interpreters may take seconds to end.
+        pool.shutdown(wait=method == "fork", cancel_futures=True)
+
+
+def _shared_out(
+    renderer: ExampleRenderer, chunks: Iterable[list[T]], pool: ProcessPoolExecutor, num_workers: int
+) -> Iterator[tuple[list[T], Outcomes]]:
+    """Each chunk with its outcomes, in order."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads of native libraries too. Those that wait hold nothing, and what the forked
+        # process runs (Python, Jinja, regex, tokenizers told to use no threads) asks nothing of them.
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+        ready = pool.submit(_ready)
+    pending: deque[tuple[list[T], Future[Packed] | Outcomes]] = deque()
+    for chunk in chunks:
+        num_running = sum(isinstance(outcomes, Future) and not outcomes.done() for _, outcomes in pending)
+        if ready.done() and num_running < _BACKLOG * num_workers:
+            ready.result()
+            pending.append((chunk, pool.submit(_render_chunk, [_as_sent(example) for example in chunk])))
+        else:
+            pending.append((chunk, _outcomes(renderer, chunk)))
+        while pending and (len(pending) > 2 * _BACKLOG * num_workers or _is_done(pending[0][1])):
+            yield _taken(*pending.popleft())
+    while pending:
+        yield _taken(*pending.popleft())
+
+
+def _start_method() -> Literal["fork", "spawn"]:
+    """How other processes are started; torch is asked only where it is loaded already."""
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return "spawn"
+    torch = sys.modules.get("torch")
+    if torch is not None and (torch.cuda.is_initialized() or _has_process_group(torch)):
+        return "spawn"
+    return "fork"
+
+
+def _has_process_group(torch: Any) -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _is_done(outcomes: Future[Packed] | Outcomes) -> bool:
+    return not isinstance(outcomes, Future) or outcomes.done()
+
+
+def _taken(chunk: list[T], outcomes: Future[Packed] | Outcomes) -> tuple[list[T], Outcomes]:
+    return chunk, unpacked(outcomes.result()) if isinstance(outcomes, Future) else outcomes
+
+
+def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
+    """What becomes of each example. Meanwhile no garbage is collected: it would go through all trees made so far."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return [example if isinstance(example, Rejection) else renderer.render(example) for example in chunk]
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    num_characters = 0
+    for example in examples:
+        chunk.append(example)
+        num_characters += _num_characters(example)
+        if num_characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _num_characters(example: Example | Rejection) -> int:
+    num = _EXAMPLE_CHARACTERS
+    if isinstance(example, Conversation):
+        num += sum(len(message.content) for message in example.messages)
+    elif isinstance(example, Completion):
+        num += len(example.prompt) + len(example.completion)
+    elif isinstance(example, Document):
+        num += len(example.text)
+    return num
+
+
+def _as_sent(example: Example | Rejection) -> Any:
+    """A conversation as tuples: three times as fast to send and to read as the objects; other examples as they are."""
+    if not isinstance(example, Conversation):
+        return example
+    messages = [(message.given, message.train, message.weight) for message in example.messages]
+    return example.source, messages, example.tools, example.template_kwargs
+
+
+def _as_given(sent: Any) -> Example | Rejection:
+    if not isinstance(sent, tuple):
+        return sent  # type: ignore[no-any-return]
+    source, messages, tools, kwargs = sent
+    return Conversation(source, tuple([Message(*message) for message in messages]), tools, kwargs)
+
+
+def packed(outcomes: Sequence[Tree | Rejection]) -> Packed:
+    """Trees as they are sent: twice as fast to send and to read as the objects."""
+    ids = array("I")
+    rest: list[Any] = []
+    for outcome in outcomes:
+        if isinstance(outcome, Tree):
+            for segment in outcome.segments:
+                ids.extend(segment.ids)
+            about = [(s.kind, len(s.ids), s.parent, s.text, s.weight, s.message) for s in outcome.segments]
+            rest.append((outcome.source, about))
+        else:
+            rest.append(outcome)
+    return ids.tobytes(), rest
+
+
+def unpacked(sent: Packed) -> Outcomes:
+    """The outcomes that were packed."""
+    ids = array("I")
+    ids.frombytes(sent[0])
+    all_ids, at = ids.tolist(), 0
+    outcomes: Outcomes = []
+    for item in sent[1]:
+        if isinstance(item, Rejection):
+            outcomes.append(item)
+            continue
+        segments = []
+        for kind, length, parent, text, weight, message in item[1]:
+            ids_of_one = tuple(all_ids[at : at + length])
+            segments.append(Segment(kind, ids_of_one, parent, text, weight, message=message))
+            at += length
+        outcomes.append(Tree(item[0], tuple(segments)))
+    return outcomes
+
+
+# In the other processes ----------------------------------------------------------------------------------------------
+
+_renderer: ExampleRenderer
+
+
+def _begin(renderer: ExampleRenderer) -> None:
+    global _renderer
+    _renderer = renderer
+    gc.freeze()  # what lives as long as the process need not be looked at again; worth 5 to 10 % of the time
+    gc.set_threshold(*_GARBAGE_THRESHOLDS)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process ends the work
+
+
+def _ready() -> None:
+    """Runs as soon as one process has begun."""
+
+
+def _render_chunk(chunk: Sequence[Any]) -> Packed:
+    return packed(_outcomes(_renderer, [_as_given(sent) for sent in chunk]))

@@ -1,0 +1,1 @@
+"""Evaluation of a model: tasks, generation, likelihood, confidence intervals."""

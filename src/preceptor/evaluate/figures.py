@@ -1,0 +1,131 @@
+"""Metrics with confidence intervals, from the results of items: over all items and by group.
+
+    {"task", "kind", "num_items", "figures": {NAME: {"value", "low", "high", "num"}},
+     "counts": {"stop_token", "until", "length"} | {"num_tokens", "num_bytes"} | {"chance"},
+     "groups": {KEY: {VALUE: {NAME: ...}}}}
+
+For two models each figure is {"base", "tuned", "difference", "num_changed"}: the difference with its paired interval,
+and the number of items whose value changed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from preceptor.errors import DataError
+from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
+from preceptor.evaluate.run import METRICS, STOP_REASONS, ItemResult
+from preceptor.evaluate.tasks import GROUPS, Task
+
+
+def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
+    """What `preceptor compare` reports of a task."""
+    return {
+        "task": task.name,
+        "kind": task.kind,
+        "num_items": len(base),
+        "figures": paired(task, base, tuned, seed),
+        "counts": {"base": counts(task, base), "tuned": counts(task, tuned)},
+        "groups": {
+            key: {
+                value: paired(task, [base[i] for i in members], [tuned[i] for i in members], seed)
+                for value, members in values.items()
+            }
+            for key, values in groups_of(base).items()
+        },
+    }
+
+
+def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
+    """What `preceptor eval` reports of a task."""
+    return {
+        "task": task.name,
+        "kind": task.kind,
+        "num_items": len(results),
+        "figures": {name: asdict(own) for name, own in figures(task, results, seed).items()},
+        "counts": counts(task, results),
+        "groups": {
+            key: {
+                value: {name: asdict(own) for name, own in figures(task, [results[i] for i in members], seed).items()}
+                for value, members in groups.items()
+            }
+            for key, groups in groups_of(results).items()
+        },
+    }
+
+
+def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Interval]:
+    """Each metric of the task's kind with its interval. Raises DataError if no token could be predicted."""
+    found = {}
+    for name, (above, below) in METRICS[task.kind].items():
+        weights = _values(results, below) if below else None
+        if weights is not None and not sum(weights) > 0:
+            raise DataError(f"{task.name}: its texts have no token that could be predicted; give it longer texts")
+        found[name] = interval(_values(results, above), weights, bounds=None if below else SHARE, seed=seed)
+    return found
+
+
+def paired(
+    task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Each metric of both models, and the difference on the same items."""
+    ours, theirs = figures(task, base, seed), figures(task, tuned, seed)
+    found = {}
+    for name, (above, below) in METRICS[task.kind].items():
+        difference = paired_interval(
+            _values(base, above),
+            _values(tuned, above),
+            _values(base, below) if below else None,
+            _values(tuned, below) if below else None,
+            bounds=None if below else DIFFERENCE_OF_SHARES,
+            seed=seed,
+        )
+        own = {"base": asdict(ours[name]), "tuned": asdict(theirs[name]), "difference": asdict(difference)}
+        pairs = zip(_values(base, above), _values(tuned, above), strict=True)
+        found[name] = own | {"num_changed": sum(before != after for before, after in pairs)}
+    return found
+
+
+def counts(task: Task, results: Sequence[ItemResult]) -> dict[str, float]:
+    """The counts of a task's kind, beside its metrics."""
+
+    def total(key: str) -> float:
+        return sum(_values(results, key))
+
+    if task.kind == "generation":
+        return {name: int(total(name)) for name in (*STOP_REASONS, "num_tokens")}
+    if task.kind == "multiple choice":
+        return {"chance": total("chance") / len(results)}
+    num_tokens = int(total("num_tokens"))
+    perplexity = math.exp(total("nats") / num_tokens)
+    return {"num_tokens": num_tokens, "num_bytes": int(total("num_bytes")), "perplexity": perplexity}
+
+
+def groups_of(results: Sequence[ItemResult]) -> dict[str, dict[str, list[int]]]:
+    """Group key -> value -> indices of the items that have it, without keys that no item has."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for index, result in enumerate(results):
+        for key in GROUPS:
+            if key in result.item.groups:
+                found.setdefault(key, {}).setdefault(result.item.groups[key], []).append(index)
+    return {key: dict(sorted(values.items())) for key, values in found.items()}
+
+
+def records(task: Task, results: Sequence[ItemResult]) -> list[dict[str, Any]]:
+    """One object per item: its place, prompt and groups, its values and what the model did."""
+    return [
+        {
+            "task": task.name,
+            "source": result.item.source,
+            "asked": result.item.text if result.item.prompt is None else result.item.prompt.last_message,
+            **result.item.groups,
+            **result.record,
+            **result.values,
+        }
+        for result in results
+    ]
+
+
+def _values(results: Sequence[ItemResult], key: str) -> list[float]:
+    return [result.values[key] for result in results]

@@ -1,0 +1,130 @@
+"""Batched generation from context tokens, greedy or sampled."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from preceptor.evaluate.likelihood import evaluating
+
+_UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedAnswer:
+    """The answer of a model to one context."""
+
+    ids: tuple[int, ...]  # without the stop token
+    text: str
+    stopped: bool  # by a stop token; otherwise the length limit ended it
+    stop_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Tokens are drawn from softmax(logits / temperature) by `seed`; the global random state is left unchanged."""
+
+    temperature: float
+    seed: int
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    sampling: Sampling | None = None,
+    until: Sequence[Sequence[str]] = (),
+) -> list[GeneratedAnswer]:
+    """The answer to each context, in order: greedy, or sampled.
+
+    Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
+    token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context).
+    """
+    if not contexts:
+        return []
+    stop = sorted(set(stop_token_ids))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
+    order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
+    settings = _settings(model, stop, pad, max_new_tokens, sampling)
+    answers: dict[int, GeneratedAnswer] = {}
+    with evaluating(model), _seeded(model, sampling):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
+            ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
+            output_BT = model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=settings,
+                stopping_criteria=[ends] if until else None,
+            )
+            for row, index in enumerate(batch):
+                ids_T = output_BT[row, ids_BT.shape[1] : ends.lengths.get(row)].tolist()
+                answers[index] = _cut(ids_T, set(stop), tokenizer)
+    return [answers[index] for index in range(len(contexts))]
+
+
+@contextmanager
+def _seeded(model: Any, sampling: Sampling | None) -> Iterator[None]:
+    """Draw random numbers from the seed, and restore the generators."""
+    if sampling is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
+
+
+def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampling: Sampling | None) -> Any:
+    from transformers import GenerationConfig
+
+    # top_k 0: transformers would otherwise draw from the 50 most likely tokens only
+    sampled = {"do_sample": False} if sampling is None else {"temperature": sampling.temperature, "top_k": 0}
+    return GenerationConfig(
+        **{"do_sample": True, **sampled},
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop or None,
+        pad_token_id=pad,
+        bos_token_id=model.generation_config.bos_token_id,
+        use_cache=True,
+    )
+
+
+class _StopTexts:
+    """A stopping criterion of transformers: ends an answer that contains one of its `until` texts."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[Sequence[str]], num_context: int) -> None:
+        self.lengths: dict[int, int] = {}  # tokens of context and answer, for the answers that have ended
+        self._tokenizer, self._until, self._num_context = tokenizer, until, num_context
+
+    def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        length = ids_BT.shape[1]
+        if (length - self._num_context) % _UNTIL_EVERY_TOKENS == 0:
+            for row, ids in enumerate(ids_BT[:, self._num_context :].tolist()):
+                if row not in self.lengths and self._until[row]:
+                    text = self._tokenizer.decode(ids)
+                    if any(end in text for end in self._until[row]):
+                        self.lengths[row] = length
+        return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
+
+
+def _pad_left(contexts: list[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(len(ids) for ids in contexts)
+    ids_BT = torch.full((len(contexts), longest), pad, dtype=torch.long)
+    mask_BT = torch.zeros((len(contexts), longest), dtype=torch.long)
+    for row, ids in enumerate(contexts):
+        ids_BT[row, longest - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        mask_BT[row, longest - len(ids) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _cut(ids: list[int], stop: set[int], tokenizer: Any) -> GeneratedAnswer:
+    end = next((place for place, token in enumerate(ids) if token in stop), None)
+    kept = ids if end is None else ids[:end]
+    return GeneratedAnswer(tuple(kept), tokenizer.decode(kept), end is not None, None if end is None else ids[end])

@@ -1,0 +1,143 @@
+"""Held-out rows: loss, bits per byte and token accuracy on their targets, in all and by where and what they are.
+
+Each target segment belongs to a source file, to kinds of message, and to a turn:
+
+    kinds   tools (tools are offered, or a tool is called or has answered before), reasoning (the turn has some), system
+            (there is a system prompt); plain where none of these; `completion` and `text` for what is no conversation
+    turn    the how manieth of the conversation's assistant messages it is
+
+so a turn may count in several kinds. `bits_per_byte` is the loss of all target tokens in bits, those that end a turn
+too, over the UTF-8 bytes of the targets' text without special tokens: it does not depend on the tokenizer.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from preceptor.chat.reasoning import has_reasoning
+from preceptor.chat.render import Renderer
+from preceptor.chat.token_origins import whence
+from preceptor.chat.token_text import decode, special_ids
+from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.forest import Tree
+from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLabels:
+    """What a target segment counts as, and the bytes that its tokens spell. turn: from 1; None: not known."""
+
+    source: str
+    kinds: tuple[str, ...]
+    turn: int | None
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTree:
+    """A held-out record's tree with the labels of its segments, None for contexts."""
+
+    tree: Tree
+    labels: tuple[TargetLabels | None, ...]
+
+
+def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
+    """Find out for each record which turn each target segment is, by rendering it once more."""
+    specials = {id_: str(renderer.tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(renderer.tokenizer)}
+    found = []
+    for record, tree in records:
+        turns = whence(record, tree, renderer).turns
+        labels: list[TargetLabels | None] = []
+        for segment, turn in zip(tree.segments, turns, strict=True):
+            if segment.kind == "context":
+                labels.append(None)
+                continue
+            not_predicted = [specials[id_] for id_ in segment.ids if id_ in specials]
+            if segment.parent is None and segment.ids[0] not in specials:  # nothing comes before the first token
+                not_predicted.append(decode(segment.ids[:1], renderer.tokenizer))
+            num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
+            file = record.source.rpartition(":")[0] or record.source
+            labels.append(TargetLabels(file, _kinds(record, turn), _number(record, turn), max(0, num_bytes)))
+        found.append(LabelledTree(tree, tuple(labels)))
+    return found
+
+
+def _kinds(record: Example, turn: int | None) -> tuple[str, ...]:
+    if not isinstance(record, Conversation):
+        return ("completion",) if isinstance(record, Completion) else ("text",)
+    before = record.messages if turn is None else record.messages[: turn + 1]
+    kinds = []
+    if record.tools or any(message.tool_calls or message.role == "tool" for message in before):
+        kinds.append("tools")
+    if turn is not None and has_reasoning(record.messages[turn].given):
+        kinds.append("reasoning")
+    if any(message.role in ("system", "developer") for message in before):
+        kinds.append("system")
+    return tuple(kinds) or ("plain",)
+
+
+def _number(record: Example, turn: int | None) -> int | None:
+    if isinstance(record, Completion | Document) or turn is None:
+        return None
+    return sum(message.role == "assistant" for message in record.messages[: turn + 1])
+
+
+def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:
+    """Figures of all targets, and `by_source`, `by_kind`, `by_turn`; each token counted once in each.
+
+    Under the caller's autocast. Raises ValueError if there is no held-out target.
+    """
+    losses = segment_losses(model, [each.tree for each in held_out], max_length, alone)
+    pairs = [
+        (labels, own)
+        for each, tree_losses in zip(held_out, losses, strict=True)
+        for labels, own in zip(each.labels, tree_losses, strict=True)
+        if labels is not None and len(own)
+    ]
+    if not pairs:
+        raise ValueError("no held-out target to measure on")
+    groups: dict[str, dict[str, list[tuple[TargetLabels, SegmentLosses]]]] = {
+        "by_source": {},
+        "by_kind": {},
+        "by_turn": {},
+    }
+    for labels, own in pairs:
+        for group, name in _memberships(labels):
+            groups[group].setdefault(name, []).append((labels, own))
+    return {
+        **_figures(pairs),
+        **{
+            group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}
+            for group, found in groups.items()
+        },
+    }
+
+
+def _memberships(labels: TargetLabels) -> Iterator[tuple[str, str]]:
+    yield "by_source", labels.source
+    for kind in labels.kinds:
+        yield "by_kind", kind
+    if labels.turn is not None:
+        yield "by_turn", str(labels.turn)
+
+
+def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
+    return (int(item[0]), "") if item[0].isdigit() else (0, item[0])
+
+
+def _figures(pairs: Sequence[tuple[TargetLabels, SegmentLosses]]) -> Figures:
+    loss_N = np.concatenate([own.loss_N for _, own in pairs])
+    num_bytes = sum(labels.num_bytes for labels, _ in pairs)
+    found: Figures = {
+        "loss": float(loss_N.mean()),
+        "token_accuracy": float(np.concatenate([own.correct_N for _, own in pairs]).mean()),
+        "num_trained": len(loss_N),
+    }
+    if num_bytes:
+        found["bits_per_byte"] = float(loss_N.sum() / math.log(2) / num_bytes)
+    return found

@@ -1,0 +1,121 @@
+"""Hidden states and losses of a model at the targets of trees, each token computed once.
+
+Trees are packed into sequences as in training: choices share their context, conversations their prefixes. A model whose
+layers mix tokens outside attention processes one chain at a time instead (`alone`).
+
+Legend: M tokens of a sequence that predict a target, at least; D hidden size; N targets of a sequence or segment.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preceptor.data.forest import Tree, leaf_paths, pack_trees
+from preceptor.data.packing import plan_sequences
+from preceptor.data.prefix_sharing import chains_of
+from preceptor.errors import ModelError
+from preceptor.model.forward import check_isolation, output_head, read_hidden_states
+from preceptor.model.loss.linear_cross_entropy import token_losses
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SegmentLosses:
+    """Losses of the predicted tokens of one segment."""
+
+    loss_N: np.ndarray  # nats
+    correct_N: np.ndarray  # whether the token was the most likely one
+
+    @property
+    def nats(self) -> float:
+        return float(self.loss_N.sum())
+
+    def __len__(self) -> int:
+        return len(self.loss_N)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SequenceStates:
+    """The hidden states of one packed sequence at its N targets, and whose each target is."""
+
+    hidden_MD: Tensor  # of the tokens that predict a target, at least
+    source_N: Tensor  # for each target the place in hidden_MD that predicts it
+    target_N: Tensor  # the target tokens
+    owners: list[tuple[int, int, slice]]  # (tree, segment, its places in source_N and target_N)
+
+
+def must_read_alone(model: Any) -> bool:
+    """Whether conversations cannot share a sequence, because layers mix tokens outside attention."""
+    try:
+        check_isolation(model)
+    except ModelError:
+        return True
+    return False
+
+
+def segment_losses(
+    model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False
+) -> list[list[SegmentLosses]]:
+    """For each tree the losses of each of its segments (none for contexts), under the caller's autocast."""
+    found = [[SegmentLosses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
+    head = output_head(model)
+    for states in read_trees(model, trees, max_length, alone):
+        loss_N, correct_N = token_losses(
+            states.hidden_MD,
+            head.weight_VD,
+            states.source_N,
+            states.target_N,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+        losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
+        for tree, segment, own in states.owners:
+            found[tree][segment] = SegmentLosses(losses_N[own], hits_N[own])
+    return found
+
+
+@torch.no_grad()
+def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> Iterator[SequenceStates]:
+    """Run the model over the trees, one packed sequence at a time, in a fixed order; its mode is restored.
+
+    alone: one chain at a time; a target that several chains share is predicted in the first.
+    """
+    parts = [
+        (number, part, path)
+        for number, tree in enumerate(trees)
+        for part, path in (
+            zip(chains_of(tree), leaf_paths(tree), strict=True) if alone else [(tree, range(len(tree.segments)))]
+        )
+    ]
+    lengths = [part.num_tokens for _, part, _ in parts]
+    plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
+    with evaluating(model):
+        for indices in plan:
+            packed = [parts[index] for index in indices]
+            sequence = pack_trees([part for _, part, _ in packed], alone=alone)
+            if not sequence.num_trained:
+                continue
+            hidden_MD, source_N = read_hidden_states(model, sequence)
+            target_N = torch.from_numpy(sequence.target_N).to(source_N.device)
+            owners = [
+                (packed[span.tree][0], packed[span.tree][2][span.segment], span.targets)
+                for span in sequence.spans
+                if span.targets.start < span.targets.stop
+            ]
+            yield SequenceStates(hidden_MD, source_N, target_N, owners)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Dropout off, and the model's mode restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,117 @@
+"""A model under evaluation, and the tokens that it is given for a prompt.
+
+Messages are rendered by the chat template, as a server would do it. A model without one (a base model) is given plain
+text: each message's content on a line of its own; the answer is to be written on the next. A plain-text prompt is plain
+text for every model. The bos token comes first if the tokenizer adds it by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from preceptor.chat.format import load_trained_format
+from preceptor.chat.template import Template
+from preceptor.errors import DataError, TemplateError
+from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
+from preceptor.evaluate.likelihood import must_read_alone
+from preceptor.evaluate.tasks import TaskPrompt, text_of
+from preceptor.model.load import load_model
+
+WINDOW_TOKENS = 4096  # tokens of one forward pass, and the window in which longer texts are read
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluatedModel:
+    """A loaded model with its tokenizer and prompt format."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    template: Template | None  # None: messages are given as plain text
+    stop_token_ids: tuple[int, ...]
+    alone: bool = False  # one chain per forward pass (likelihood.py)
+
+    @property
+    def prompt_format(self) -> str:
+        """How messages are given to the model, for results."""
+        return "plain text" if self.template is None else f"chat template ({self.template.name})"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The number of positions that the model knows; None: its config does not say."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) else None
+
+    @property
+    def window_tokens(self) -> int:
+        return min(WINDOW_TOKENS, self.max_tokens or WINDOW_TOKENS)
+
+    @property
+    def bos(self) -> TokenIds:
+        bos = self.tokenizer.bos_token_id
+        return (bos,) if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+    def ids(self, text: str) -> TokenIds:
+        """The tokens of a text, without special tokens that the tokenizer would add."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt_text(self, prompt: TaskPrompt) -> str:
+        """The prompt as the text that the model is given. Raises TemplateError if the template rejects the messages."""
+        if prompt.messages is None:
+            return prompt.text or ""
+        if self.template is None:
+            return "".join(f"{text_of(message)}\n" for message in prompt.messages)
+        return self.template.render(prompt.messages, prompt.tools, add_generation_prompt=True, **prompt.template_kwargs)
+
+    def prompt_ids(self, prompt: TaskPrompt) -> TokenIds:
+        return (*(self.bos if self.is_plain(prompt) else ()), *self.ids(self.prompt_text(prompt)))
+
+    def is_plain(self, prompt: TaskPrompt) -> bool:
+        """Whether the prompt is given as plain text, in which tokens may join its end with what follows."""
+        return prompt.messages is None or self.template is None
+
+    def context(self, prompt: TaskPrompt, source: str, num_new: int = 0) -> TokenIds:
+        """The tokens before an answer of at most `num_new` tokens.
+
+        Raises DataError if there is none, or if the model does not know enough positions.
+        """
+        try:
+            ids = self.prompt_ids(prompt)
+        except TemplateError as error:
+            raise TemplateError(f"{source}: {error}") from None
+        if not ids:
+            raise DataError(f"{source}: the prompt has no token; an answer needs at least one token before it")
+        if self.max_tokens is not None and len(ids) + num_new > self.max_tokens:
+            raise DataError(
+                f"{source}: {len(ids)} tokens and an answer of {num_new} are more than the {self.max_tokens} of the "
+                "model's context; shorten the item, or lower --max-new-tokens"
+            )
+        return ids
+
+    def generate(
+        self,
+        contexts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        batch_size: int = 64,
+        sampling: Sampling | None = None,
+        until: Sequence[Sequence[str]] = (),
+    ) -> list[GeneratedAnswer]:
+        """The answer to each context (generate.py)."""
+        stop = self.stop_token_ids
+        return generate(self.model, self.tokenizer, contexts, stop, max_new_tokens, batch_size, sampling, until)
+
+
+def load_evaluated_model(path: str, dtype: str, device: str, template: str | None = None) -> EvaluatedModel:
+    """Load a model to evaluate.
+
+    template: as in a run file, or `plain` for none; None: the model's own, plain text if it has none. Raises
+    ModelError and TemplateError as `load_trained_format`.
+    """
+    chat = load_trained_format(path, template)
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    model = load_model(path, dtype=dtype, device=place)
+    return EvaluatedModel(path, model, chat.tokenizer, chat.template, chat.stop_token_ids, must_read_alone(model))

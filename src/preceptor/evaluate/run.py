@@ -1,0 +1,189 @@
+"""A task run on a model: what the model answers, chooses or predicts for each item.
+
+- *generation*: greedy answers. `accuracy` is the share of right ones (score.py). Stop reasons are counted: the model's
+  stop token, the length limit, or a text of the item's `until`.
+- *multiple choice*: nothing is generated; each choice is scored by the log-likelihood of its tokens after the prompt.
+  `acc` is the share of items whose right choice is the likeliest, `acc_norm` the share where it is the likeliest per
+  UTF-8 byte, so that long choices have no disadvantage (Brown et al. 2020, section 2.4; lm-eval's acc_norm divides by
+  characters). Choices after plain text are tokenised together with it, and all choices of an item are scored from the
+  first token in which they may differ. After a chat template, whose tokens a server fixes, they are tokenised alone.
+- *perplexity*: `bits_per_byte` is the loss of all tokens of a text in bits, divided by the UTF-8 bytes that they spell.
+  `perplexity` is exp(loss per token), which depends on the tokenizer. Without a bos token the first token of a text is
+  not predicted, and its bytes are not counted. Texts longer than the model's context (or 4,096 tokens) are split into
+  windows that overlap by half; each token is predicted once.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import transformers
+
+from preceptor.chat.growing_tree import shared_length
+from preceptor.chat.token_text import spans
+from preceptor.data.forest import Segment, Tree
+from preceptor.evaluate.generate import GeneratedAnswer
+from preceptor.evaluate.intervals import LEVEL, NUM_RESAMPLES
+from preceptor.evaluate.likelihood import segment_losses
+from preceptor.evaluate.model import EvaluatedModel, TokenIds
+from preceptor.evaluate.score import is_right
+from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
+
+# The metrics of each kind of task: name -> (numerator, denominator) in an item's values; "" is 1 for each item.
+METRICS: dict[str, dict[str, tuple[str, str]]] = {
+    "generation": {"accuracy": ("right", "")},
+    "multiple choice": {"acc": ("right", ""), "acc_norm": ("right_norm", "")},
+    "perplexity": {"bits_per_byte": ("bits", "num_bytes")},
+}
+STOP_REASONS = ("stop_token", "until", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """The result of one item."""
+
+    item: TaskItem
+    values: dict[str, float]  # numbers that metrics and counts are sums of
+    record: dict[str, Any] = field(default_factory=dict)  # what the model did, for a reader
+
+
+def run_task(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
+    """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit."""
+    if task.kind == "generation":
+        return _generate(evaluated, task.items, max_new_tokens, batch_size)
+    return _choose(evaluated, task.items) if task.kind == "multiple choice" else _predict(evaluated, task.items)
+
+
+def evaluation_settings(evaluated: EvaluatedModel, seed: int, max_new_tokens: int) -> dict[str, Any]:
+    """What results depend on besides model and data."""
+    return {
+        "seed": seed,
+        "num_resamples": NUM_RESAMPLES,
+        "level": LEVEL,
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(evaluated.model.dtype).removeprefix("torch."),
+        "device": evaluated.model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "preceptor": _version(),
+    }
+
+
+def _version() -> str | None:
+    try:
+        return version("preceptor")
+    except PackageNotFoundError:  # run from its source, not installed
+        return None
+
+
+# Generation ----------------------------------------------------------------------------------------------------------
+
+
+def _generate(
+    evaluated: EvaluatedModel, items: Sequence[TaskItem], max_new_tokens: int, batch_size: int
+) -> list[ItemResult]:
+    contexts = [evaluated.context(_prompt_of(item), item.source, max_new_tokens) for item in items]
+    until = [item.until for item in items] if any(item.until for item in items) else ()
+    answers = evaluated.generate(contexts, max_new_tokens, batch_size=batch_size, until=until)
+    return [_scored(item, answer) for item, answer in zip(items, answers, strict=True)]
+
+
+def _scored(item: TaskItem, answer: GeneratedAnswer) -> ItemResult:
+    cuts = [place for text in item.until if (place := answer.text.find(text)) >= 0]
+    text = answer.text[: min(cuts)] if cuts else answer.text
+    stop = "until" if cuts else "stop_token" if answer.stopped else "length"
+    right = is_right(text, item.match, item.accepted)
+    values = {"right": float(right), "num_tokens": float(len(answer.ids))}
+    record = {"answer": text, "stop": stop, "right": right, "accepted": list(item.accepted)}
+    return ItemResult(item, values | {reason: float(stop == reason) for reason in STOP_REASONS}, record)
+
+
+# Multiple choice -----------------------------------------------------------------------------------------------------
+
+
+def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
+    trees = [choice_tree(evaluated, item) for item in items]
+    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone)
+    results = []
+    for item, tree_losses in zip(items, losses, strict=True):
+        log_likelihoods = [-own.nats for own in tree_losses[1:]]
+        sizes = [len(choice.encode()) for choice in item.choices]
+        per_byte = [value / size for value, size in zip(log_likelihoods, sizes, strict=True)]
+        chosen, chosen_norm = (max(range(len(each)), key=each.__getitem__) for each in (log_likelihoods, per_byte))
+        values = {
+            "right": float(chosen == item.answer),
+            "right_norm": float(chosen_norm == item.answer),
+            "chance": 1 / len(item.choices),
+        }
+        record = {"choices": list(item.choices), "right_choice": item.answer, "log_likelihoods": log_likelihoods}
+        results.append(ItemResult(item, values, record | {"chosen": chosen, "chosen_norm": chosen_norm}))
+    return results
+
+
+def choice_tree(evaluated: EvaluatedModel, item: TaskItem) -> Tree:
+    """The context and, as branches, the tokens of each choice. Raises DataError if there is no context."""
+    prompt = _prompt_of(item)
+    context = evaluated.context(prompt, item.source)
+    endings: list[TokenIds] = [evaluated.ids(choice) for choice in item.choices]
+    if evaluated.is_plain(prompt):
+        text, bos = evaluated.prompt_text(prompt), evaluated.bos
+        wholes = [(*bos, *evaluated.ids(text + choice)) for choice in item.choices]
+        shared = min(shared_length(context, whole) for whole in wholes)
+        if shared:  # else the choices differ in the very first token, and something must come before it
+            context, endings = context[:shared], [whole[shared:] for whole in wholes]
+    branches = [Segment("target", ending, 0) for ending in endings]
+    return Tree(item.source, (Segment("context", context, None), *branches))
+
+
+# Perplexity ----------------------------------------------------------------------------------------------------------
+
+
+def _predict(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
+    trees, owners = [], []
+    for number, item in enumerate(items):
+        windows = text_windows(item.source, evaluated.bos, evaluated.ids(item.text), evaluated.window_tokens)
+        trees += windows
+        owners += [number] * len(windows)
+    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone)
+    nats, num_tokens = [0.0] * len(items), [0] * len(items)
+    for number, tree_losses in zip(owners, losses, strict=True):
+        nats[number] += sum(own.nats for own in tree_losses)
+        num_tokens[number] += sum(len(own) for own in tree_losses)
+    results = []
+    for item, loss, num in zip(items, nats, num_tokens, strict=True):
+        values = {"bits": loss / math.log(2), "num_bytes": float(predicted_bytes(evaluated, item.text))}
+        results.append(ItemResult(item, values | {"nats": loss, "num_tokens": float(num)}, {"num_predicted": num}))
+    return results
+
+
+def text_windows(source: str, bos: TokenIds, ids: TokenIds, window: int) -> list[Tree]:
+    """Trees of at most `window` tokens that together predict each token once.
+
+    One tree if all fits; else each further window begins with half a window of context.
+    """
+    if len(bos) + len(ids) <= window:
+        context = (Segment("context", bos, None),) if bos else ()
+        return [Tree(source, (*context, Segment("target", ids, 0 if bos else None)))]
+    first = window - len(bos)
+    trees = text_windows(source, bos, ids[:first], window)
+    half = window // 2
+    for start in range(first, len(ids), window - half):
+        context_ids, target_ids = ids[start - half : start], ids[start : start + window - half]
+        trees.append(Tree(source, (Segment("context", context_ids, None), Segment("target", target_ids, 0))))
+    return trees
+
+
+def predicted_bytes(evaluated: EvaluatedModel, text: str) -> int:
+    """The UTF-8 bytes of a text, without those of a first token that is not predicted."""
+    if evaluated.bos:
+        return len(text.encode())
+    measured = spans(evaluated.ids(text), text, evaluated.tokenizer)
+    return len(text[measured[0][1] if measured else 0 :].encode())
+
+
+def _prompt_of(item: TaskItem) -> TaskPrompt:
+    assert item.prompt is not None, "only texts have no prompt"
+    return item.prompt

@@ -1,0 +1,1 @@
+"""Views of the data before training: show, check, template."""

@@ -1,0 +1,113 @@
+"""What the proof makes of a small conversation: a chain, a tree (and what was rewritten), or a rejection."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import Template
+from preceptor.chat.token_origins import whence
+from preceptor.chat.turns import shared_start
+from preceptor.data.examples import Rejection
+from preceptor.data.forest import Tree
+from preceptor.errors import TemplateError
+from preceptor.inspect.probes import Probe, shows_tools, texts_of
+
+_SHOWN = 70  # characters of an excerpt
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """How an earlier turn changes once there is a later one.
+
+    dropped: what of it is not spelled any more (`reasoning`, `text`, `tool call`). moves: what stands before the
+    answer changes already. generated, becomes: what follows where the two part.
+    """
+
+    dropped: tuple[str, ...]
+    moves: bool
+    generated: str
+    becomes: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the proof makes of one kind of conversation.
+
+    left_out: what others said (or the tools) that the template does not show to the model. code, message: why rejected.
+    """
+
+    kind: str
+    proved: bool
+    shape: Literal["chain", "tree", ""] = ""
+    rewrite: Rewrite | None = None
+    left_out: tuple[str, ...] = ()
+    code: str = ""
+    message: str = ""
+
+
+def outcome(probe: Probe, tree: Tree | Rejection, renderer: Renderer, template: Template) -> Outcome:
+    """template: the renderer's, with the renderer's arguments among its variables."""
+    left_out = tuple(_left_out(probe, template))
+    if isinstance(tree, Rejection):
+        return Outcome(probe.kind, False, left_out=left_out, code=tree.code, message=tree.message)
+    chain = all(segment.parent == (index - 1 if index else None) for index, segment in enumerate(tree.segments))
+    rewrite = None if chain else _rewrite(probe, tree, renderer)
+    return Outcome(probe.kind, True, "chain" if chain else "tree", rewrite, left_out)
+
+
+def render_or_none(
+    template: Template, messages: Sequence[Mapping[str, Any]], tools: Any = None, prompt: bool = False, **arguments: Any
+) -> str | None:
+    """The render; None where the template rejects the messages."""
+    try:
+        return template.render(messages, tools, prompt, **arguments)
+    except TemplateError:
+        return None
+
+
+def _left_out(probe: Probe, template: Template) -> list[str]:
+    """What the last turn's prompt does not show of what others said, and of the tools."""
+    text = render_or_none(template, probe.messages[:-1], probe.tools, prompt=True)
+    if text is None:
+        return []
+    names = {"system": "system prompt", "developer": "developer prompt", "user": "user message", "tool": "tool result"}
+    others = [message for message in probe.messages if message["role"] in names]
+    missing = [names[message["role"]] for message in others if message["content"] not in text]
+    if probe.tools and not shows_tools(text):
+        missing.append("tools")
+    return list(dict.fromkeys(missing))
+
+
+def _rewrite(probe: Probe, tree: Tree, renderer: Renderer) -> Rewrite | None:
+    """The first turn as it was generated, against the context of the first later one that does not continue it."""
+    turns = whence(probe.record(), tree, renderer).turns
+    own = {turn: [at for at, other in enumerate(turns) if other == turn] for turn in turns if turn is not None}
+    for now, later in pairwise(sorted(own)):
+        said = _path_text(tree, own[now][-1])
+        context = _path_text(tree, tree.segments[own[later][0]].parent)
+        if context.startswith(said):
+            continue
+        shared = len(shared_start(said, context))
+        question = next(message["content"] for message in probe.messages if message["role"] == "user")
+        spoken = texts_of(probe.messages[now])
+        return Rewrite(
+            dropped=tuple(dict.fromkeys(name for name, text in spoken if text in said and text not in context)),
+            moves=said.find(question) + len(question) > shared,
+            generated=_excerpt(said[shared:]),
+            becomes=_excerpt(context[shared:]),
+        )
+    return None
+
+
+def _excerpt(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _path_text(tree: Tree, index: int | None) -> str:
+    text = ""
+    while index is not None:
+        text = tree.segments[index].text + text
+        index = tree.segments[index].parent
+    return text

@@ -1,0 +1,85 @@
+"""A conversation's segments and tokens, for the eye and for programs. Targets are coloured."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from preceptor.chat.render import Renderer
+from preceptor.chat.token_text import pieces_of
+from preceptor.data.examples import Example, Rejection
+from preceptor.data.forest import Tree
+
+FIRST_ROWS = 5  # in the terminal, without --example
+
+# Neighbouring tokens differ in shade, so that their borders can be seen.
+_STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
+
+
+def show_rows(
+    records: Iterable[Example | Rejection], renderer: Renderer, row: int | None, as_json: bool, console: Console
+) -> int:
+    """Write row `row`, counted from 1, or as JSON all rows, else the first ones; returns how many."""
+    num_shown = 0
+    for number, record in enumerate(records, start=1):
+        if row is not None and number != row:
+            continue
+        num_shown += 1
+        rendered = record if isinstance(record, Rejection) else renderer.render(record)
+        if as_json:
+            print(json.dumps(to_json(record.source, rendered), ensure_ascii=False))
+        else:
+            console.rule(record.source, align="left")
+            console.print(to_text(rendered, renderer.tokenizer))
+            if not isinstance(rendered, Rejection):
+                console.print(summary_line(rendered), style="italic", highlight=False)
+            if row is None and num_shown == FIRST_ROWS:
+                console.print(f"the first {FIRST_ROWS} rows; --example N shows another, --json all", highlight=False)
+                break
+        if row is not None:
+            break
+    return num_shown
+
+
+def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
+    """One object a conversation: its segments, each continuing its parent's ids, or its rejection."""
+    if isinstance(rendered, Rejection):
+        rejection = {"code": rendered.code, "message": rendered.message}
+        return {"source": source, "segments": [], "rejection": rejection}
+    segments = [
+        {"id": index, "parent": segment.parent, "kind": segment.kind, "ids": list(segment.ids), "text": segment.text}
+        for index, segment in enumerate(rendered.segments)
+    ]
+    return {"source": source, "segments": segments, "rejection": None}
+
+
+def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
+    """Coloured text for a terminal: tokens with their borders, line ends and special tokens visible."""
+    if isinstance(rendered, Rejection):
+        return Text.assemble((f"rejected: {rendered.code}: ", "bold red"), rendered.message)
+    text = Text()
+    for index, segment in enumerate(rendered.segments):
+        branches = segment.parent is not None and segment.parent != index - 1
+        if branches:
+            text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
+        for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
+            style = _STYLES[segment.kind][place % 2]
+            text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥\t"), f"bold {style}" if special else style)
+    return text
+
+
+def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Each token's text and whether it is special; tokens that share a character come together."""
+    for piece in pieces_of(ids, tokenizer):
+        yield piece.text, piece.special
+
+
+def summary_line(rendered: Tree) -> str:
+    """How many tokens, and how many of them are trained."""
+    turns = sum(segment.kind == "target" for segment in rendered.segments)
+    return (
+        f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {turns} turn{'s' * (turns != 1)} "
+        f"({rendered.num_trained / max(1, rendered.num_tokens):.0%})"
+    )

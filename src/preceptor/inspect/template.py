@@ -1,0 +1,370 @@
+"""What a chat template can and cannot do, found by rendering and proving small conversations, never by reading it."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from preceptor.chat import reasoning
+from preceptor.chat.message_forms import find_forms
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import Template
+from preceptor.chat.token_origins import whence
+from preceptor.chat.token_text import special_ids
+from preceptor.data.examples import Rejection
+from preceptor.data.forest import Tree
+from preceptor.inspect.outcomes import Outcome, outcome, render_or_none
+from preceptor.inspect.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
+
+_TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Where a system prompt goes.
+
+    moves: once there are several turns, it stands behind the first. developer: messages of role `developer` are shown.
+    default: what the template itself says before the first message; default_stays: also when a system prompt is given.
+    """
+
+    place: Literal["own", "merged", "dropped", "rejected"]
+    moves: bool
+    developer: bool
+    default: str
+    default_stays: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a server's prompt ends with. text: None if asking for an answer changes what came before it.
+
+    opens: the tag of a reasoning block that is left open; closes: an empty one is written and closed.
+    """
+
+    text: str | None
+    opens: str
+    closes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What ends a turn. written: by the turn itself, by the next message only, or by neither (the eos is appended).
+
+    after: what the turn's own render has behind it, which belongs to the next context.
+    """
+
+    token: str
+    written: Literal["turn", "next_message", "appended"]
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """All findings on one template with one tokenizer.
+
+    arguments_given: those of the template that all of it was found with. stops: by kind of turn (`answer`, `tool
+    call`), where proved. openings: by further template argument, "" for none.
+    assumed_special: the special tokens that were assumed, since no tokenizer was given; None: it was a real one.
+    """
+
+    template: str
+    arguments_given: Mapping[str, Any]
+    assumed_special: tuple[str, ...] | None
+    bos: str
+    starts_with_bos: bool
+    first_token: str
+    system: System
+    openings: Mapping[str, Opening]
+    stops: Mapping[str, Stop]
+    stop_tokens: tuple[str, ...]
+    tools_shown: bool
+    tool_template: bool
+    arguments: Literal["object", "string", "both", "neither"]
+    text_parts: bool
+    outcomes: tuple[Outcome, ...]
+
+
+def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> Abilities:
+    tokenizer, given = renderer.tokenizer, renderer.template_kwargs
+    template = replace(renderer.template, variables={**renderer.template.variables, **given})
+    trees = {probe.kind: renderer.render(probe.record()) for probe in PROBES}
+    asked = [says("user", QUESTIONS[0])]
+    forms = find_forms(template)
+    arguments = {(True, True): "both", (True, False): "object", (False, True): "string", (False, False): "neither"}
+    prompt = render_or_none(template, asked, prompt=True) or ""
+    stop_tokens = tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids))
+    bos = tokenizer.bos_token or ""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return Abilities(
+        template=template.name,
+        arguments_given=given,
+        assumed_special=None if assumed_special is None else tuple(assumed_special),
+        bos=bos,
+        starts_with_bos=bool(bos) and prompt.startswith(bos),
+        first_token=str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
+        system=_system(template, stop_tokens),
+        openings=_openings(template, asked, given),
+        stops=_stops(template, renderer, trees),
+        stop_tokens=stop_tokens,
+        tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
+        tool_template="tool_use" in template.texts and len(template.texts) > 1,
+        arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
+        text_parts=forms.text_parts,
+        outcomes=tuple(outcome(probe, trees[probe.kind], renderer, template) for probe in PROBES),
+    )
+
+
+def to_json(found: Abilities) -> dict[str, Any]:
+    """Plain lists and dicts of all findings."""
+    return asdict(found)
+
+
+# System prompt -------------------------------------------------------------------------------------------------------
+
+
+def _system(template: Template, stop_tokens: Sequence[str]) -> System:
+    first, second = (says("user", question) for question in QUESTIONS)
+    answer = says("assistant", ANSWERS[0])
+    system = says("system", SYSTEM)
+    plain = render_or_none(template, [first], prompt=True) or ""
+    given = render_or_none(template, [system, first], prompt=True)
+    longer = render_or_none(template, [system, first, answer, second], prompt=True) or ""
+    developer = render_or_none(template, [says("developer", SYSTEM), first], prompt=True) or ""
+    default = _default_system(template, plain)
+    longest_line = max(default.splitlines(), key=len, default="").strip()
+    return System(
+        place=_place(plain, given, stop_tokens),
+        moves=ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),
+        developer=SYSTEM in developer,
+        default=default,
+        default_stays=bool(longest_line) and longest_line in (given or ""),
+    )
+
+
+def _place(
+    plain: str, given: str | None, stop_tokens: Sequence[str]
+) -> Literal["own", "merged", "dropped", "rejected"]:
+    """Own: what opens a user's message, or a stop token, stands between the system prompt and the user's words."""
+    if given is None:
+        return "rejected"
+    if SYSTEM not in given:
+        return "dropped"
+    between = given[given.find(SYSTEM) + len(SYSTEM) : given.find(QUESTIONS[0])]
+    header = _common_end(plain.partition(QUESTIONS[0])[0], between)
+    return "own" if header.strip() or any(stop in between for stop in stop_tokens) else "merged"
+
+
+def _default_system(template: Template, plain: str) -> str:
+    """What stands before the first message besides tags and the message's own header; "" if nothing."""
+    turns = [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0]), says("user", QUESTIONS[1])]
+    both = render_or_none(template, turns, prompt=True) or ""
+    before = plain.partition(QUESTIONS[0])[0]
+    between = both.partition(ANSWERS[0])[2].partition(QUESTIONS[1])[0]
+    if not between:
+        return ""
+    own = before[: len(before) - len(_common_end(before, between))]
+    lines = [line.strip() for line in _TAG.sub("\n", own).splitlines()]
+    return "\n".join(line for line in lines if line and line.lower().strip("#: ") not in ("system", "developer"))
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest common end that does not begin inside a tag."""
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    start = len(one) - length
+    return one[next((tag.end() for tag in _TAG.finditer(one) if tag.start() < start < tag.end()), start) :]
+
+
+# Where the answer starts and ends ------------------------------------------------------------------------------------
+
+
+def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Opening]:
+    """As the template is asked, and for each reasoning switch that is not `given`, switched on and off."""
+    found = {"": _opening(template, asked)}
+    for name in (name for name in template.reasoning_switches if name not in given):
+        for value in (True, False):
+            found[f"{name}: {str(value).lower()}"] = _opening(template, asked, **{name: value})
+    return found
+
+
+def _opening(template: Template, asked: Sequence[Mapping[str, Any]], **arguments: Any) -> Opening:
+    before = render_or_none(template, asked, **arguments) or ""
+    prompt = render_or_none(template, asked, prompt=True, **arguments) or ""
+    text = prompt[len(before) :] if before and prompt.startswith(before) else None
+    return Opening(text, reasoning.opened_by(prompt)[0], reasoning.closed_by(prompt) >= 0)
+
+
+def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Rejection]) -> dict[str, Stop]:
+    """For an answer and for a tool call: of the first turn of a probe that is proved."""
+    found = {}
+    kinds = {
+        "answer": ("one turn", "several turns", "reasoning_content", "inline <think>"),
+        "tool call": ("tool call", "tool call without content", "reasoning with tool calls"),
+    }
+    for name, tried in kinds.items():
+        for probe in (probe for kind in tried for probe in PROBES if probe.kind == kind):
+            tree = trees[probe.kind]
+            if isinstance(tree, Tree):
+                stop = _stop(template, renderer, probe, tree)
+                if stop is not None:
+                    found[name] = stop
+                    break
+    return found
+
+
+def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> Stop | None:
+    turns = whence(probe.record(), tree, renderer).turns
+    own = [index for index, turn in enumerate(turns) if turn == 1]
+    if not own:
+        return None
+    token = str(renderer.tokenizer.convert_ids_to_tokens(tree.segments[own[-1]].ids[-1]))
+    said = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
+    full = render_or_none(template, probe.messages[:2], probe.tools) or ""
+    place = full.rfind(token, full.rfind(said))
+    if place >= 0:
+        return Stop(token, "turn", full[place + len(token) :])
+    follower = probe.messages[2] if len(probe.messages) > 2 else says("user", QUESTIONS[1])
+    words = follower["content"]
+    longer = (render_or_none(template, [*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
+    place = longer.rfind(token, longer.rfind(said))
+    return Stop(token, "next_message" if place >= 0 else "appended", "")
+
+
+_PLACES = {
+    "own": "in a place of its own",
+    "merged": "merged into the user's message",
+    "dropped": "LEFT OUT: the model never sees it",
+    "rejected": "rejected by the template",
+}
+_ARGUMENTS = {
+    "object": "arguments as objects (strings of JSON are converted)",
+    "string": "arguments as strings of JSON (objects are converted)",
+    "both": "arguments as objects or as strings of JSON",
+    "neither": "not rendered",
+}
+_HISTORY = {"several turns": "plain", "reasoning_content": "reasoning", "reasoning with tool calls": "tool calls"}
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """What `abilities.to_json` gives, as lines."""
+    given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
+    lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
+    if found["assumed_special"] is not None:
+        lines += [f"  {line}" for line in _assumed(found["assumed_special"])]
+    sections = {
+        "A prompt": _prompt(found),
+        "An answer": _answer(found),
+        "Tools": _tools(found),
+        "Earlier turns": _history(found["outcomes"]),
+        "Conversations": _conversations(found["outcomes"]),
+    }
+    for title, section in sections.items():
+        lines += ["", title, *(f"  {line}" for line in section)]
+    return "\n".join(lines)
+
+
+def _assumed(tokens: Sequence[str]) -> Iterator[str]:
+    named = ", ".join(tokens) if tokens else "none"
+    yield f"without a model: special tokens assumed from the template's text ({named}),"
+    yield "its bos and eos called <bos> and <eos>; --model M asks with a real tokenizer"
+
+
+def _prompt(found: dict[str, Any]) -> Iterator[str]:
+    first = found["first_token"]
+    if found["starts_with_bos"]:
+        yield f"starts with the BOS token {found['bos']}, written by the template"
+    else:
+        starts = f"starts with {first}" if first else "starts with plain text"
+        yield f"{starts}; the template writes no BOS token, so a chat server adds none"
+    system = found["system"]
+    moves = ", which moves to the latest user message as the conversation grows" if system["moves"] else ""
+    yield f"system prompt: {_PLACES[system['place']]}{moves}"
+    yield "default system prompt: " + (f'"{_shortened(system["default"])}"' if system["default"] else "none")
+    if system["default_stays"]:
+        yield "    stays when a system prompt is given"
+    yield f"developer prompt: {'shown' if system['developer'] else 'rejected or left out'}"
+    for setting, opening in found["openings"].items():
+        yield f"asking for an answer{f' ({setting})' if setting else ''}: {_opening_text(opening)}"
+
+
+def _opening_text(opening: Mapping[str, Any]) -> str:
+    if opening["text"] is None:
+        return "changes what stood before it"
+    if not opening["text"]:
+        return "adds nothing"
+    text = f"adds {_quoted(opening['text'])}"
+    if opening["opens"]:
+        return f"{text}, which opens {opening['opens']}: every answer must reason"
+    return f"{text}, which closes an empty reasoning block" if opening["closes"] else text
+
+
+def _answer(found: dict[str, Any]) -> Iterator[str]:
+    written = {
+        "turn": "",
+        "next_message": ", which only the next message brings",
+        "appended": ", appended: the template itself ends the turn with nothing",
+    }
+    for kind in ("answer", "tool call"):
+        stop = found["stops"].get(kind)
+        if stop is None:
+            yield f"{kind}: none is proved"
+            continue
+        after = f"; what follows it, {_quoted(stop['after'])}, is not trained" if stop["after"] else ""
+        yield f"{kind} ends with {stop['token']}{written[stop['written']]}{after}"
+    yield f"a server stops at {', '.join(found['stop_tokens'])}"
+
+
+def _tools(found: dict[str, Any]) -> Iterator[str]:
+    named = ", by the template named tool_use" if found["tool_template"] else ""
+    shown = f"shown to the model{named}" if found["tools_shown"] else "LEFT OUT: the model never sees them"
+    yield f"tools offered: {shown}"
+    yield f"tool calls: {_ARGUMENTS[found['arguments']]}"
+    yield f"content as a list of text parts: {'taken' if found['text_parts'] else 'not taken'}"
+
+
+def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for found in outcomes:
+        name = _HISTORY.get(found["kind"])
+        if name is None:
+            continue
+        if not found["proved"]:
+            yield f"{name}: not known, the turn is rejected ({found['code']})"
+        elif found["shape"] == "chain":
+            yield f"{name}: kept as generated, so a conversation is a chain"
+        else:
+            yield f"{name}: rewritten, so a conversation is a tree; {_rewritten(found['rewrite'])}"
+            if found["rewrite"]:
+                yield f"    generated {_quoted(found['rewrite']['generated'])}"
+                yield f"    becomes   {_quoted(found['rewrite']['becomes'])}"
+
+
+def _rewritten(rewrite: Mapping[str, Any] | None) -> str:
+    if rewrite is None:
+        return "the turns share only what stands before them"
+    if rewrite["dropped"]:
+        return f"earlier {' and '.join(rewrite['dropped'])} dropped"
+    return "what stands before a turn moves" if rewrite["moves"] else "the words are kept, what is around them is not"
+
+
+def _conversations(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    width = max(len(found["kind"]) for found in outcomes)
+    for found in outcomes:
+        left_out = "".join(f"; the template LEAVES OUT the {name}" for name in found["left_out"])
+        if found["proved"]:
+            rewrite = found["rewrite"]
+            shape = found["shape"] if found["shape"] == "chain" else f"tree: {_rewritten(rewrite)}"
+            yield f"proved   {found['kind']:<{width}}  {shape}{left_out}"
+        else:
+            yield f"rejected  {found['kind']:<{width}}  {found['code']}{left_out}"
+            yield f"    {found['message']}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else line[:80] + "…"

@@ -1,0 +1,1 @@
+"""What a forward pass keeps for backward, and modules that keep less."""

@@ -1,0 +1,1 @@
+"""Adapters (LoRA) through peft."""

@@ -1,0 +1,266 @@
+"""Attention over a forest by CUDA's fused kernels: same signature and result as `attend_runs`, few launches a layer.
+
+    tokens go through the layers       kernel                       work and memory
+    a row of chains, or some of a row  `varlen_attn` (flash)        one launch; keys of a branch are copied per path,
+                                                                    and per query head by torch 2.11
+    a whole row with branches          `flex_attention` (Triton)    one launch over blocks of 128 x 128 tokens, of which
+                                                                    those that nothing sees are left out; no copies
+
+`fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, levels with soft-cap
+or sinks, heads that a kernel does not take, a version of torch that lacks an option. Flex honours soft-cap as a change
+of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
+exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
+
+Legend: T tokens of a row, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of a row.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from preceptor.model.attention.layout import ForestLayout, KeysValues, PassLayout, Range, product_dtype
+
+Attend = Callable[..., Tensor]
+
+BLOCK = 128  # tokens a side; flex's own, and the shortest row for which it takes its kernel for training
+_SMALLEST_FLEX_HEAD = 16
+_LARGEST_FLASH_HEAD = 256
+_FLASH_CAPABILITY = (8, 0)
+_MOST_FORMS = 32  # compiled forms of flex; 2 windows, with and without gradients, at 2 kinds of length are torch's 8
+
+
+def fast_path(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ForestLayout | PassLayout,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Attend | None:
+    """The fastest function that computes exactly this; None: `attend_runs`."""
+    if not _is_half_on_cuda(value):
+        return None
+    by_varlen = softcap is None and sinks is None and _varlen_takes(query, key, value)
+    by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
+    copies = any(ancestors for _, _, ancestors in layout.runs) or _copies_heads(query, key)
+    if by_varlen and not (by_flex and copies):
+        return attend_varlen
+    return attend_flex if by_flex else None
+
+
+def _is_half_on_cuda(value: Tensor) -> bool:
+    return value.device.type == "cuda" and product_dtype(value) in (torch.float16, torch.bfloat16)
+
+
+def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    head_size = query.shape[-1]
+    return (
+        signature(varlen_attn).parameters.keys() >= {"scale", "window_size"}
+        and head_size == key.shape[-1] == value.shape[-1]
+        and head_size % 8 == 0
+        and head_size <= _LARGEST_FLASH_HEAD
+        and _has_flash(query.device)
+    )
+
+
+def _copies_heads(query: Tensor, key: Tensor) -> bool:
+    """Whether several query heads share a key head, and `varlen_attn` does not know of it (torch 2.11)."""
+    return query.shape[1] != key.shape[1] and "enable_gqa" not in signature(varlen_attn).parameters
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    available: bool = torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability(device) >= _FLASH_CAPABILITY
+
+
+def _flex_takes(query: Tensor, value: Tensor) -> bool:
+    smallest = min(query.shape[-1], value.shape[-1])
+    return smallest >= _SMALLEST_FLEX_HEAD and query.shape[2] >= BLOCK and _has_triton()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+# Chains and levels ---------------------------------------------------------------------------------------------------
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ForestLayout | PassLayout,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seen: dict[Range, KeysValues] | None = None,
+) -> Tensor:
+    """As `attend_runs`, without soft-cap and sinks: each run's queries against the keys of its path.
+
+    Flash aligns causality and windows at the end of a path, so a run's tokens are its last queries; their number need
+    not be that of the keys. A window (left, right) counts the tokens beside a query, so W tokens are (W - 1, 0).
+    """
+    assert softcap is None and sinks is None
+    dtype = product_dtype(value)
+    key, value = key.to(dtype), value.to(dtype)
+    if "varlen" not in layout.made:
+        layout.made["varlen"] = _path_lengths(layout, query.device)
+    cu_query, cu_key, longest_run, longest_path = layout.made["varlen"]
+    path_key, path_value = _join_paths(key, value, layout, {} if seen is None else seen)
+    windowed = sliding_window is not None and sliding_window < longest_path
+    if _copies_heads(query, key):
+        num_copies = query.shape[1] // key.shape[1]
+        path_key, path_value = (each.repeat_interleave(num_copies, dim=1) for each in (path_key, path_value))
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != path_key.shape[1] else {}
+    with torch.autocast(query.device.type, enabled=False):
+        output_THD = varlen_attn(
+            query[0].to(dtype).transpose(0, 1),
+            path_key[0].transpose(0, 1),
+            path_value[0].transpose(0, 1),
+            cu_query,
+            cu_key,
+            longest_run,
+            longest_path,
+            scale=scale,
+            window_size=(cast(int, sliding_window) - 1, 0) if windowed else (-1, 0),
+            **grouped,
+        )
+    return cast(Tensor, output_THD).transpose(0, 1)[None]
+
+
+def _path_lengths(layout: ForestLayout | PassLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where each run's queries and keys begin, with the end of the last, int32; the most queries and keys of a run."""
+    queries = [end - start for start, end, _ in layout.runs]
+    keys = [end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in layout.runs]
+    begins = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1, dtype=torch.int32).to(device)
+    return begins[0], begins[1], max(queries), max(keys)
+
+
+def _join_paths(
+    key: Tensor, value: Tensor, layout: ForestLayout | PassLayout, seen: dict[Range, KeysValues]
+) -> KeysValues:
+    """Keys and values of all paths, one after the other, (1, K, P, D) each; the runs' own are put into `seen`."""
+    lengths = [end - start for start, end, _ in layout.runs]
+    assert sum(lengths) == key.shape[2], "runs cover the tokens"
+    pieces = zip(key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    seen.update({(start, end): piece for (start, end, _), piece in zip(layout.runs, pieces, strict=True)})
+    if not any(ancestors for _, _, ancestors in layout.runs):
+        return key, value
+    path = [seen[each] for start, end, ancestors in layout.runs for each in (*ancestors, (start, end))]
+    keys, values = zip(*path, strict=True)
+    return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+def attend_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ForestLayout,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seen: dict[Range, KeysValues] | None = None,
+) -> Tensor:
+    """As `attend_runs` for a whole row. seen: of no use here, as a whole row sees nothing else."""
+    dtype = product_dtype(value)
+    if ("flex", sliding_window) not in layout.made:
+        layout.made["flex", sliding_window] = block_mask(layout, sliding_window)
+    with torch.autocast(query.device.type, enabled=False):
+        output, aux = _flex(query.device.type)(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            score_mod=None if softcap is None else _softcapped(softcap),
+            block_mask=layout.made["flex", sliding_window],
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=sinks is not None),
+        )
+        if sinks is not None:
+            share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
+            output = (output * share[..., None]).to(dtype)
+    return cast(Tensor, output)
+
+
+@lru_cache
+def _flex(device_type: str) -> Callable[..., Any]:
+    """Flex compiled once, on CUDA; elsewhere, for tests, as it is: the scores written out.
+
+    Each form (with a window, with sinks, without gradients) is traced for the first row's length and, at the second
+    length, for all lengths. Not `dynamic=True`: it makes soft-cap and window variables too, and then the backward of
+    soft-cap fails (torch 2.13). `fullgraph`: what cannot be compiled is an error, never T x T scores; those would give
+    soft-cap a wrong gradient under activation checkpointing besides, as it is traced among the layer's saved tensors.
+    """
+    flex: Callable[..., Any] = flex_attention
+    if device_type != "cuda":
+        return flex
+    settings: Any = import_module("torch._dynamo").config
+    settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
+    return torch.compile(flex, fullgraph=True)
+
+
+@lru_cache
+def _softcapped(softcap: float) -> Callable[..., Tensor]:
+    """One function for each value, as another one would be compiled again."""
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def block_mask(layout: ForestLayout, sliding_window: int | None = None) -> BlockMask:
+    """Which blocks of the row's T x T scores are computed, and which of these need the mask of single tokens.
+
+    By the extremes of each block, so that no T x T mask is ever made: with a key block's tokens j and a query block's
+    tokens i, some are visible iff the blocks are in order and min i < max subtree_end[j]; all are if besides
+    max i < min subtree_end[j]. A window W leaves out blocks with min position[i] - max position[j] >= W, so that some
+    that nothing sees may stay; their mask is empty.
+    """
+    end_T, position_T = layout.subtree_end_T.to(torch.int32), layout.position_T.to(torch.int32)
+    num_tokens = len(end_T)
+    begin_B = torch.arange(0, num_tokens, BLOCK, device=end_T.device)
+    last_B = (begin_B + BLOCK - 1).clamp(max=num_tokens - 1)
+    lowest_end_B, highest_end_B = _extremes(end_T)
+    some_BB = (begin_B[None, :] <= begin_B[:, None]) & (begin_B[:, None] < highest_end_B[None, :])
+    all_BB = (last_B[None, :] <= begin_B[:, None]) & (last_B[:, None] < lowest_end_B[None, :])
+    all_BB &= (last_B - begin_B == BLOCK - 1)[:, None]  # as flex wants it of a last block that is not full
+    if sliding_window is not None:
+        lowest_B, highest_B = _extremes(position_T)
+        some_BB &= lowest_B[:, None] - highest_B[None, :] < sliding_window
+        all_BB &= highest_B[:, None] - lowest_B[None, :] < sliding_window
+
+    def mask_mod(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        visible = (j <= i) & (i < end_T[j])
+        return visible if sliding_window is None else visible & (position_T[i] - position_T[j] < sliding_window)
+
+    masks = (*_ordered(some_BB & ~all_BB), *_ordered(all_BB))
+    return BlockMask.from_kv_blocks(*masks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(num_tokens, num_tokens))
+
+
+def _extremes(value_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each block, (B,) each."""
+    padding = value_T[-1:].expand(-len(value_T) % BLOCK)
+    value_BB = torch.cat([value_T, padding]).view(-1, BLOCK)
+    return value_BB.amin(dim=1), value_BB.amax(dim=1)
+
+
+def _ordered(chosen_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """Flex's form: how many key blocks each query block has, (1, 1, B), and which, those first, (1, 1, B, B)."""
+    which_BB = torch.argsort(chosen_BB.to(torch.int8), dim=1, descending=True, stable=True)
+    return chosen_BB.sum(dim=1, dtype=torch.int32)[None, None], which_BB.to(torch.int32)[None, None]

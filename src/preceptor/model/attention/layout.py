@@ -1,0 +1,138 @@
+"""What attention needs to know of the tokens that go through the layers together: a whole row, or some of it.
+
+Legend: T tokens of a row, Q queries and P keys of one block.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preceptor.data.forest import PackedSequence, runs
+from preceptor.model.sizes import on_grid
+
+Range = tuple[int, int]
+"""Tokens `start` to `end` of a row."""
+
+Run = tuple[int, int, tuple[Range, ...]]
+"""Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one range, each (1, heads, tokens, head size), with rotary positions in them."""
+
+
+class Scratch:
+    """Memory that the backward of each run and layer of a row writes in, one after the other."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def take(self, num_elements: int, like: Tensor) -> Tensor:
+        """So many elements of the dtype and on the device of `like`, whatever they hold."""
+        if len(self._buffer) < num_elements or self._buffer.dtype != like.dtype:
+            self._buffer = like.new_empty(num_elements)
+        return self._buffer[:num_elements]
+
+
+class PathMasks:
+    """What the last tokens of a path see of it: one mask that all runs, blocks and layers of a row have views of.
+
+    Query i sees key j iff 0 <= i - j < window, both counted from the end of the path, so the mask of Q queries and P
+    keys is the lower right corner of that of more. As sdpa saves its mask for backward, a mask for each layer would
+    take 128 MB for 1,000 queries, 4,000 keys and 8 layers.
+    """
+
+    def __init__(self, runs: Iterable[Run]) -> None:
+        """runs: all that will ask, so that one mask is large enough for them."""
+        self._longest = max(end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in runs)
+        self._masks: dict[object, Tensor] = {}
+        self.scratch = Scratch()
+
+    def mask(
+        self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int
+    ) -> Tensor:
+        """(Q, P): true or false, or for another dtype 0 or -inf. Q is at most `block`."""
+        on_cpu = device.type == "cpu"
+        rows, columns = (min(block, self._longest), self._longest) if on_cpu else (num_queries, num_keys)
+        if window is not None:
+            columns = min(columns, window + rows)
+        form = (rows, columns, window, dtype)
+        if form not in self._masks:
+            index_Q1 = torch.arange(columns - rows, columns, device=device)[:, None]
+            index_P = torch.arange(columns, device=device)
+            visible_QP = index_P <= index_Q1
+            if window is not None:
+                visible_QP &= index_Q1 - index_P < window
+            if dtype != torch.bool:
+                visible_QP = torch.zeros_like(visible_QP, dtype=dtype).masked_fill_(~visible_QP, float("-inf"))
+            self._masks[form] = visible_QP
+        return self._masks[form][rows - num_queries :, columns - num_keys :]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ForestLayout:
+    """A whole row. `runs` are in layout order and cover its T tokens.
+
+    made: what a kernel needs besides, made by the first layer that asks and kept for all others.
+    """
+
+    position_T: Tensor
+    subtree_end_T: Tensor
+    runs: tuple[Run, ...]
+    masks: PathMasks
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_row(cls, row: PackedSequence, device: torch.device | str) -> "ForestLayout":
+        own = tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(row.spans))
+        return cls(
+            position_T=torch.from_numpy(row.position_T).to(device),
+            subtree_end_T=torch.from_numpy(row.subtree_end_T).to(device),
+            runs=own,
+            masks=PathMasks(own),
+        )
+
+
+@dataclass(eq=False, slots=True)
+class PassLayout:
+    """Some tokens of a row, whose runs see others that went through the layers before.
+
+    kept: for each attention module, keys and values of the ranges that earlier passes computed. recorded: where the
+    modules leave theirs, with the earlier ones, for the passes to come; None: nowhere, as when a layer runs again in
+    backward and its keys are known already. made: as in ForestLayout.
+    """
+
+    runs: tuple[Run, ...]
+    kept: Mapping[nn.Module, Mapping[Range, KeysValues]]
+    recorded: dict[nn.Module, dict[Range, KeysValues]] | None
+    masks: PathMasks
+    made: dict[Any, Any] = field(default_factory=dict)
+
+
+def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | None = None) -> Tensor:
+    """mask[i, j] = token j is visible to token i, bool (T, T)."""
+    index_T = torch.arange(len(subtree_end_T), device=subtree_end_T.device)
+    mask_TT = (index_T[None, :] <= index_T[:, None]) & (index_T[:, None] < subtree_end_T[None, :])
+    if sliding_window is not None:
+        mask_TT &= position_T[:, None] - position_T[None, :] < sliding_window
+    return mask_TT
+
+
+def computed_tokens(num_tokens: int, value: Tensor) -> int:
+    """How many tokens go through the layers for so many: on a CPU in bfloat16 as many as the grid has (sizes.py).
+
+    Those that are added are the last; they are in no run, so attention gives zeros for them and nothing sees them.
+    """
+    in_half = value.device.type == "cpu" and product_dtype(value) == torch.bfloat16
+    return on_grid(num_tokens) if in_half else num_tokens
+
+
+def product_dtype(value: Tensor) -> torch.dtype:
+    """The dtype of attention's products: autocast's where that is on, for there rotary embeddings give float32 queries
+    and keys beside bfloat16 values."""
+    device_type = value.device.type
+    if torch.is_autocast_enabled(device_type) and value.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return value.dtype

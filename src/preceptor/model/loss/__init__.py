@@ -1,0 +1,1 @@
+"""The loss over trained tokens, computed in chunks, with its float64 reference."""

@@ -1,0 +1,299 @@
+"""Linear cross-entropy on the trained tokens only.
+
+    loss = sum_n  w_n * -log softmax( cap( scale * (h_{s_n} W^T + b) ) )[t_n]        cap(x) = c * tanh(x / c)
+
+`linear_cross_entropy` computes it, or a variant of it (loss_options.py), and its gradients in one pass, a chunk of
+trained tokens at a time, so the logits of context tokens never exist and at no time more than one chunk's (the idea of
+Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", and of Liger Kernel, here in plain matrix
+products). loss_reference.py is the same in naive float64; `token_losses` is for evaluation.
+
+Legend: T tokens of a row, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
+from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
+
+# Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
+# slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
+_HEAD_ROWS = {"cpu": 2048, "cuda": 2**15}
+_FEW_COLUMNS, _MANY_ROWS = 640, 512
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TrainedRows:
+    """The only rows of a head that are trained: weight_VD[rows_R] has the values of weight_RD, which gets gradients.
+
+    So a few new tokens beside a frozen head cost R rows of gradient and not V.
+    """
+
+    rows_R: Tensor
+    weight_RD: Tensor
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    source_N: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    trained_rows: TrainedRows | None = None,
+    options: LossOptions = CROSS_ENTROPY,
+    logits_bytes: int = LOGITS_BYTES,
+    head_grad_VD: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
+
+    Matrix products run in the dtype of weight_VD, or of autocast where that is on for the device; the softmax, the
+    loss and the sum are float32 (float64 for float64 inputs). A head without `requires_grad` costs no gradient. With
+    N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
+    With trained_rows, weight_VD holds their values already.
+
+    head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
+    gives weight_VD none. So the gradient of several rows needs one buffer and not two. The buffer is filled before it
+    is known by what the loss will be multiplied, so backward must come with a gradient of 1, else RuntimeError: a
+    divisor belongs in weight_N.
+
+    Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
+    token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
+    half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient, since rounding
+    after each chunk would lose bits.
+    """
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes)
+    rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
+    if head_grad_VD is not None:
+        assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
+        assert head_grad_VD.dtype == form.softmax_dtype, "half-precision sums over rows would lose bits"
+    if not torch.is_grad_enabled():  # autograd would ask for gradients all the same, and drop them
+        hidden_TD, weight_VD, weight_RD, head_grad_VD = hidden_TD.detach(), weight_VD.detach(), None, None
+        bias_V = None if bias_V is None else bias_V.detach()
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, bias_V, weight_RD, rows_R, source_N, target_N, weight_N, head_grad_VD, form
+    )
+    return loss
+
+
+@torch.no_grad()
+def token_losses(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    source_N: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, CROSS_ENTROPY, LOGITS_BYTES)
+    losses_N, correct_N = _losses(hidden_TD, weight_VD, source_N, target_N, bias_V, form)
+    return losses_N.float(), correct_N
+
+
+@contextmanager
+def head_cast_once() -> Iterator[None]:
+    """Within it the head's copy in the products' type serves all calls, as long as the head itself is not changed.
+
+    Around the rows of a step: for rows of few trained tokens the copy takes a notable part of the loss's time. It costs
+    V * D numbers of that type from the first call to the end; without this they are freed after each call.
+    """
+    assert not _kept_casts, "head_cast_once within itself"
+    _kept_casts.append(None)
+    try:
+        yield
+    finally:
+        _kept_casts.clear()
+
+
+_kept_casts: list[tuple[nn.Parameter, int, Tensor] | None] = []  # a weight, its version, its copy; [] outside
+
+
+def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight_VD.dtype == dtype or not _kept_casts or not isinstance(weight_VD, nn.Parameter):
+        return weight_VD.to(dtype)
+    kept = _kept_casts[0]
+    if kept is None or kept[0] is not weight_VD or kept[1] != weight_VD._version or kept[2].dtype != dtype:
+        _kept_casts[0] = None  # freed before the new one is made
+        _kept_casts[0] = kept = (weight_VD, weight_VD._version, weight_VD.detach().to(dtype))
+    return kept[2]
+
+
+def _form(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    options: LossOptions,
+    logits_bytes: int,
+) -> LossForm:
+    device_type = hidden_TD.device.type
+    product_dtype = weight_VD.dtype
+    if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        product_dtype = torch.get_autocast_dtype(device_type)
+    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type
+    chunk = chunk_tokens(len(target_N), *sizes)
+    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes))
+
+
+def _chunks(
+    hidden_TD: Tensor, head_VD: Tensor, source_N: Tensor, form: LossForm
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each chunk's trained tokens, hidden states and products h W^T, the last in one buffer for all chunks.
+
+    Of hidden states and products there may be more than tokens (LossForm.computed_tokens): zeros, which stay zeros.
+    """
+    num_trained, vocab_size = len(source_N), head_VD.shape[0]
+    most = form.computed_tokens(min(form.chunk_tokens, num_trained), head_VD)
+    buffer_CV = hidden_TD.new_empty(most, vocab_size, dtype=form.product_dtype)
+    for start in range(0, num_trained, form.chunk_tokens):
+        chunk = slice(start, min(num_trained, start + form.chunk_tokens))
+        num_tokens = chunk.stop - start
+        added = form.computed_tokens(num_tokens, head_VD) - num_tokens
+        hidden_CD = pad(hidden_TD[source_N[chunk]].to(form.product_dtype), (0, 0, 0, added))
+        products_CV = buffer_CV[: num_tokens + added]
+        for rows in _head_rows(head_VD):
+            torch.mm(hidden_CD, head_VD[rows].T, out=products_CV[:, rows])
+        yield chunk, hidden_CD, products_CV
+
+
+def _head_rows(head_VD: Tensor) -> Iterator[slice]:
+    rows = _HEAD_ROWS.get(head_VD.device.type, 2**15)
+    return (slice(start, start + rows) for start in range(0, head_VD.shape[0], rows))
+
+
+def _losses(
+    hidden_TD: Tensor, weight_VD: Tensor, source_N: Tensor, target_N: Tensor, bias_V: Tensor | None, form: LossForm
+) -> tuple[Tensor, Tensor]:
+    """-log p of each trained token and whether it is the most likely one; no gradients."""
+    losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
+    correct_N = torch.zeros(len(target_N), dtype=torch.bool, device=hidden_TD.device)
+    with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
+        for chunk, _, products_CV in _chunks(hidden_TD, _cast(weight_VD, form.product_dtype), source_N, form):
+            target_C, losses_C, correct_C = target_N[chunk], losses_N[chunk], correct_N[chunk]
+            for rows, block_RV in blocks(products_CV[: len(target_C)], form, write_back=False):
+                logits_RV = to_logits(block_RV, bias_V, form)
+                correct_C[rows] = logits_RV.max(dim=-1).indices == target_C[rows]  # argmax is three times slower
+                losses_C[rows] = token_losses_of(logits_RV, target_C[rows])
+    return losses_N, correct_N
+
+
+def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor:
+    assert like is not None
+    return torch.zeros_like(like, dtype=dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients together; backward only scales them by the gradient of the loss."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        weight_RD: Tensor | None,
+        rows_R: Tensor | None,
+        source_N: Tensor,
+        target_N: Tensor,
+        weight_N: Tensor,
+        head_grad_VD: Tensor | None,
+        form: LossForm,
+    ) -> Tensor:
+        leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
+        needed = ctx.needs_input_grad  # type: ignore[attr-defined]
+        exact = form.softmax_dtype
+        of_head = exact if len(target_N) > form.chunk_tokens else weight_VD.dtype
+        grad_hidden_TD = torch.zeros_like(hidden_TD) if needed[0] else None
+        grad_weight_VD = _zeros(weight_VD, of_head) if needed[1] and head_grad_VD is None else None
+        grad_bias_V = _zeros(bias_V, exact) if needed[2] else None
+        grad_weight_RD = _zeros(weight_RD, exact) if needed[3] else None
+        head_total_VD = grad_weight_VD if head_grad_VD is None else head_grad_VD
+        losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            head_VD = _cast(weight_VD, form.product_dtype)
+            for chunk, hidden_CD, products_CV in _chunks(hidden_TD, head_VD, source_N, form):
+                source_C, target_C = source_N[chunk], target_N[chunk]
+                losses_N[chunk] = _to_gradients(
+                    products_CV[: len(target_C)], target_C, weight_N[chunk], bias_V, grad_bias_V, form
+                )
+                if grad_hidden_TD is not None:  # a source may occur several times: where a tree branches
+                    grad_CD = _through_head(products_CV, head_VD, hidden_TD.dtype)[: len(source_C)]
+                    grad_hidden_TD.index_add_(0, source_C, grad_CD)
+                if head_total_VD is not None:
+                    _add_product(head_total_VD, products_CV, hidden_CD)
+                if grad_weight_RD is not None:
+                    _add_product(grad_weight_RD, products_CV[:, rows_R], hidden_CD)
+        ctx.added_to_head = head_grad_VD is not None  # type: ignore[attr-defined]
+        ctx.grads = [  # type: ignore[attr-defined]
+            None if grad is None or leaf is None else grad.to(leaf.dtype)
+            for leaf, grad in zip(leaves, (grad_hidden_TD, grad_weight_VD, grad_bias_V, grad_weight_RD), strict=True)
+        ]
+        return losses_N.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = ctx.grads  # type: ignore[attr-defined]
+        if grads is None:
+            raise RuntimeError(
+                "linear_cross_entropy can be differentiated once only: its gradients are scaled in place"
+            )
+        ctx.grads = None  # type: ignore[attr-defined]
+        added = ctx.added_to_head  # type: ignore[attr-defined]
+        if (added or grad_loss.device.type == "cpu") and grad_loss.item() == 1.0:  # on CPU reading it costs nothing
+            return (*grads, None, None, None, None, None, None)
+        if added:
+            raise RuntimeError(
+                f"the gradient of the head was added to head_grad_VD already, so the loss cannot be multiplied by "
+                f"{grad_loss.item()} any more: put divisors in weight_N"
+            )
+        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _to_gradients(
+    products_CV: Tensor,
+    target_C: Tensor,
+    weight_C: Tensor,
+    bias_V: Tensor | None,
+    grad_bias_V: Tensor | None,
+    form: LossForm,
+) -> Tensor:
+    """Each token's weighted loss; the products become the gradient by themselves, whose sum joins grad_bias_V."""
+    losses_C = torch.empty(len(target_C), dtype=form.softmax_dtype, device=products_CV.device)
+    for rows, block_RV in blocks(products_CV, form):
+        logits_RV = to_logits(block_RV, bias_V, form)
+        losses_C[rows] = losses_and_gradients(logits_RV, target_C[rows], weight_C[rows], form)
+        if grad_bias_V is not None:
+            grad_bias_V += logits_RV.sum(dim=0)
+    return losses_C
+
+
+def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad W, as `dtype`; in halves where oneDNN would leave it all to one core: many rows, few columns, bfloat16."""
+    narrow = head_VD.dtype.itemsize == 2 and head_VD.shape[1] < _FEW_COLUMNS and len(grad_CV) >= _MANY_ROWS
+    if head_VD.device.type != "cpu" or not narrow:
+        return (grad_CV @ head_VD).to(dtype)
+    return torch.cat([(grad_CV @ half_VD).to(dtype) for half_VD in head_VD.chunk(2, dim=1)], dim=1)
+
+
+def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:
+    """total += grad^T hidden, without a temporary where the dtypes agree, else with one of a few of the rows."""
+    if total_XD.dtype == grad_CX.dtype:
+        total_XD.addmm_(grad_CX.T, hidden_CD)
+        return
+    for rows in _head_rows(total_XD):
+        total_XD[rows] += grad_CX[:, rows].T @ hidden_CD

@@ -1,0 +1,42 @@
+"""The loss as its formula stands, for loss.py to be held against: float64, all logits at once, autograd's gradients."""
+
+import torch
+from torch import Tensor
+
+from preceptor.model.loss.linear_cross_entropy import TrainedRows
+from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions
+
+
+def linear_cross_entropy_reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    source_N: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    trained_rows: TrainedRows | None = None,
+    options: LossOptions = CROSS_ENTROPY,
+    logits_bytes: int = LOGITS_BYTES,
+    head_grad_VD: Tensor | None = None,
+) -> Tensor:
+    """sum_n w_n loss_n with loss_n as in loss_options.py. The last two arguments say how, not what, and do nothing."""
+    if trained_rows is not None:
+        weight_VD = weight_VD.index_copy(0, trained_rows.rows_R, trained_rows.weight_RD.to(weight_VD.dtype))
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        logits_NV = hidden_TD.double()[source_N] @ weight_VD.double().T
+        if bias_V is not None:
+            logits_NV = logits_NV + bias_V.double()
+        logits_NV = logits_NV * logit_scale
+        if softcap is not None:
+            logits_NV = softcap * torch.tanh(logits_NV / softcap)
+        log_probs_NV = torch.log_softmax(logits_NV, dim=-1)
+        target_log_prob_N = log_probs_NV.gather(1, target_N[:, None])[:, 0]
+        eps = options.label_smoothing
+        losses_N = -(1 - eps) * target_log_prob_N - eps * log_probs_NV.mean(dim=-1)
+        if options.dft:
+            losses_N = target_log_prob_N.detach().exp() * losses_N
+        losses_N = losses_N + options.z_loss * torch.logsumexp(logits_NV, dim=-1).square()
+        return (weight_N.double() * losses_N).sum()

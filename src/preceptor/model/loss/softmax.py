@@ -1,0 +1,138 @@
+"""Matrix products -> losses and their gradients, a block of tokens at a time, in place.
+
+The products of a chunk (trained tokens x vocabulary) are held once, in the type in which they were computed. A block is
+as many of its rows as fit the processor's cache in the softmax's type, so the dozen passes over a block cost about what
+one pass over main memory would, and there is never a float32 copy of the chunk.
+
+Legend: C tokens of a chunk, R tokens of a block, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from preceptor.model.attention.layout import computed_tokens
+from preceptor.model.loss.options import LossOptions
+
+_BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # 1 MiB of float32, half of a core's cache; enough to fill a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class LossForm:
+    """What is constant during one call."""
+
+    softcap: float | None
+    logit_scale: float
+    options: LossOptions
+    product_dtype: torch.dtype
+    chunk_tokens: int
+    most_tokens: int
+
+    def computed_tokens(self, num_tokens: int, head_VD: Tensor) -> int:
+        """With those that round so many up to the grid, unless memory is not for so many."""
+        computed = computed_tokens(num_tokens, head_VD)
+        return computed if computed <= self.most_tokens else num_tokens
+
+    @property
+    def softmax_dtype(self) -> torch.dtype:
+        return torch.float64 if self.product_dtype == torch.float64 else torch.float32
+
+
+def blocks(products_CV: Tensor, form: LossForm, write_back: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    """Each block's rows of the chunk, and its products in the softmax's type: the chunk's own memory where it can be.
+
+    With write_back, what is done to a block in place reaches the chunk once the next one is asked for.
+    """
+    num_tokens, vocab_size = products_CV.shape
+    block_logits = _BLOCK_LOGITS.get(products_CV.device.type, 2**25)
+    block_tokens = min(num_tokens, max(1, block_logits // vocab_size))
+    own = products_CV.dtype == form.softmax_dtype
+    if not own:
+        buffer_RV = torch.empty(block_tokens, vocab_size, dtype=form.softmax_dtype, device=products_CV.device)
+    for start in range(0, num_tokens, block_tokens):
+        rows = slice(start, min(num_tokens, start + block_tokens))
+        if own:
+            yield rows, products_CV[rows]
+            continue
+        block_RV = buffer_RV[: rows.stop - start].copy_(products_CV[rows])
+        yield rows, block_RV
+        if write_back:
+            products_CV[rows].copy_(block_RV)
+
+
+def to_logits(products_RV: Tensor, bias_V: Tensor | None, form: LossForm) -> Tensor:
+    """cap(scale * (h W^T + b)) with cap(x) = c * tanh(x / c), in place."""
+    if bias_V is not None:
+        products_RV += bias_V
+    if form.logit_scale != 1.0:
+        products_RV *= form.logit_scale
+    if form.softcap is not None:
+        products_RV.div_(form.softcap).tanh_().mul_(form.softcap)
+    return products_RV
+
+
+def token_losses_of(logits_RV: Tensor, target_R: Tensor) -> Tensor:
+    """-log p of each target; the logits are used up. As one logit less the greatest, so that small losses keep bits."""
+    return _exponentials(logits_RV, target_R).cross_entropy_R1[:, 0]
+
+
+def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, form: LossForm) -> Tensor:
+    """Each token's weighted loss; the logits become the gradient of their sum by h W^T + b.
+
+    With q = softmax(logits), a = w * (p_target if dft else 1), s = logsumexp(logits):
+
+        gradient[v] = scale * cap'(.) * ((a + 2 w z s) * q[v]  -  a * eps / V  -  a * (1 - eps) * [v = target])
+
+    so whatever the options, the exponentials are multiplied by one number a token.
+    """
+    eps, z_loss = form.options.label_smoothing, form.options.z_loss
+    slope_RV = None
+    if form.softcap is not None:  # d cap(x) / dx = 1 - tanh^2 = 1 - (cap(x) / c)^2
+        slope_RV = (logits_RV / form.softcap).square_().neg_().add_(1.0)
+    mean_R1 = logits_RV.mean(dim=-1, keepdim=True) if eps else None
+    found = _exponentials(logits_RV, target_R)
+    weight_R1 = weight_R.to(logits_RV.dtype)[:, None]
+    share_R1 = weight_R1 * torch.exp(-found.cross_entropy_R1) if form.options.dft else weight_R1
+    losses_R1 = found.cross_entropy_R1
+    if mean_R1 is not None:
+        losses_R1 = (1 - eps) * losses_R1 + eps * (found.top_R1 - mean_R1 + found.log_total_R1)
+    losses_R1 = share_R1 * losses_R1
+    factor_R1 = share_R1
+    if z_loss:
+        log_sum_R1 = found.top_R1 + found.log_total_R1
+        losses_R1 = losses_R1 + z_loss * weight_R1 * log_sum_R1.square()
+        factor_R1 = factor_R1 + 2 * z_loss * weight_R1 * log_sum_R1
+    gradient_RV = logits_RV.mul_(factor_R1 * form.logit_scale / found.total_R1)
+    if eps:
+        gradient_RV -= share_R1 * (form.logit_scale * eps / logits_RV.shape[1])
+    gradient_RV.scatter_add_(1, target_R[:, None], -(1 - eps) * form.logit_scale * share_R1)
+    if slope_RV is not None:
+        gradient_RV *= slope_RV
+    return losses_R1[:, 0]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Exponentials:
+    """Of each token: the greatest logit, sum_v exp(logit - greatest) and its logarithm, and -log p of the target."""
+
+    top_R1: Tensor
+    total_R1: Tensor
+    log_total_R1: Tensor
+    cross_entropy_R1: Tensor
+
+
+def _exponentials(logits_RV: Tensor, target_R: Tensor) -> _Exponentials:
+    """The logits become exp(logit - greatest).
+
+    Bounded below where the result would be subnormal: torch's exp on CPU is 200 times slower there, and no sum of
+    theirs reaches the last bit of a total that is at least 1.
+    """
+    least = math.ceil(math.log(torch.finfo(logits_RV.dtype).tiny))
+    top_R1 = logits_RV.amax(dim=-1, keepdim=True)
+    below_top_R1 = top_R1 - logits_RV.gather(1, target_R[:, None])
+    total_R1 = logits_RV.sub_(top_R1).clamp_min_(least).exp_().sum(dim=-1, keepdim=True)
+    log_total_R1 = total_R1.log()
+    return _Exponentials(top_R1, total_R1, log_total_R1, below_top_R1 + log_total_R1)

@@ -1,0 +1,106 @@
+"""Devices by name: their memory, and how fast they multiply matrices.
+
+Memory is what the driver reports, in bytes. Rates are the makers' for dense products, in operations per second: in
+bfloat16 with float32 sums, and in float32. A training step reaches only a share of them; `plan` says which it assumes.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preceptor.errors import ConfigError
+
+MIB = 2**20
+SHARE_OF_RATE = 0.4  # assumed: well-tuned training of 1-8 B models reaches 35-55 % of the makers' dense bfloat16 rates
+USABLE = 0.92  # share of a device's memory that a plan may fill; the rest: the driver's context and fragmentation
+THIS_MACHINE = "this machine"
+_WITHOUT_BFLOAT16 = ("3.", "5.", "6.", "7.")  # compute capabilities of GPUs before Ampere
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """half_rate, float_rate: operations per second in bfloat16 and float32; None where not known."""
+
+    name: str
+    memory_bytes: int
+    half_rate: float | None
+    float_rate: float | None
+    cpu: bool = False
+    has_bfloat16: bool = True
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.memory_bytes * USABLE)
+
+    def precision(self, precision: str | None) -> str:
+        """`train.precision` as given; absent: bfloat16 on a GPU that has it, otherwise float32, as the trainer."""
+        return precision or ("bfloat16" if self.has_bfloat16 and not self.cpu else "float32")
+
+    def rate(self, half: bool) -> float | None:
+        return self.half_rate if half else self.float_rate
+
+
+DEVICES: tuple[Device, ...] = (
+    Device("RTX 4090", 24_564 * MIB, 165.2e12, 82.6e12),
+    Device("A100 40", 40_960 * MIB, 312e12, 19.5e12),
+    Device("A100 80", 81_920 * MIB, 312e12, 19.5e12),
+    Device("H100", 81_559 * MIB, 989e12, 67e12),
+    Device("H200", 143_771 * MIB, 989e12, 67e12),
+    Device("B200", 183_359 * MIB, 2250e12, 75e12),
+)
+
+
+def find_device(name: str | None) -> Device:
+    """The device whose name has this in it, spelt with or without spaces, hyphens and capitals; None: this machine.
+
+    Raises ConfigError naming those that are known, for none or several.
+    """
+    if name is None or _plain(name) in ("thismachine", "this", "auto"):
+        return this_machine()
+    found = [device for device in DEVICES if _plain(name) and _plain(name) in _plain(device.name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(device.name for device in DEVICES)
+    raise ConfigError(f"--device {name!r}: not one known device; known are {known} and `this`")
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("gb")
+
+
+def this_machine() -> Device:
+    """The first GPU that its driver tells of, else the processor with all of its memory."""
+    gpu = _gpu_by_driver()
+    if gpu is not None:
+        return gpu
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(THIS_MACHINE, total, None, None, cpu=True)
+
+
+def _gpu_by_driver() -> Device | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return _read_gpu(lines)
+
+
+def _read_gpu(lines: Sequence[str]) -> Device | None:
+    """`NVIDIA H100 80GB HBM3, 81559, 9.0` -> a device, with the rates of the one in the table that it is."""
+    name, mib, capability = (*lines[0].split(","), "", "", "")[:3] if lines else ("", "", "")
+    if not mib.strip().isdigit():
+        return None
+    known = next((device for device in DEVICES if device.name.split()[-1 if "RTX" in device.name else 0] in name), None)
+    rates = (None, None) if known is None else (known.half_rate, known.float_rate)
+    return Device(
+        f"{THIS_MACHINE} ({name.strip()})",
+        int(mib) * MIB,
+        *rates,
+        has_bfloat16=not capability.strip().startswith(_WITHOUT_BFLOAT16),
+    )

@@ -1,0 +1,151 @@
+"""Tables of figures of a run, or of several side by side."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from preceptor.report.run_record import RunRecord, flat, tokens_per_second
+
+LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
+
+
+def facts(run: RunRecord) -> dict[str, str]:
+    """Label -> figure as text, without what is not known."""
+    tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
+    found: dict[str, Any] = {
+        "rows of data": _number(data.get("num_examples")),
+        "rejected": _number(len(run.rejections)),
+        "conversations an epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
+        "tokens an epoch": _number(tokens.get("computed")),
+        "of them trained": _number(tokens.get("trained")),
+        "rows' room filled": _share(data.get("fill")),
+        "steps": _steps(run),
+        **_losses(run),
+        "answers exactly": _share(summary.get("intern_exact_match")),
+        "tokens a second (median)": _number(_throughput(run)),
+        **_memory(run),
+        "time": _seconds(summary.get("seconds")),
+    }
+    return {label: text for label, text in found.items() if text}
+
+
+def _losses(run: RunRecord) -> dict[str, str]:
+    both = run.loss_ends
+    found = {"training loss, first and last tenth": f"{both[0]:.4f}, {both[1]:.4f}"} if both else {}
+    if run.held_out:
+        first, last, best = run.held_out[0], run.held_out[-1], min(run.held_out, key=lambda own: float(own["loss"]))
+        found["held-out loss, first and last"] = f"{first['loss']:.4f}, {last['loss']:.4f}"
+        found["lowest held-out loss"] = f"{best['loss']:.4f} after step {best['step']:,}"
+        if "bits_per_byte" in first and "bits_per_byte" in last:
+            pair = (first["bits_per_byte"], last["bits_per_byte"])
+            found["held-out bits per byte, first and last"] = f"{pair[0]:.4f}, {pair[1]:.4f}"
+        if "token_accuracy" in last:
+            found["held-out token accuracy"] = f"{last['token_accuracy']:.1%}"
+    return found
+
+
+def _steps(run: RunRecord) -> str:
+    planned = run.data.get("num_steps")
+    return f"{run.num_steps:,}" + (f" of {planned:,}" if planned and planned != run.num_steps else "")
+
+
+def _throughput(run: RunRecord) -> float | None:
+    rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
+    return median(rates) if rates else None
+
+
+def _memory(run: RunRecord) -> dict[str, str]:
+    """The measured peak and the plan's prediction.
+
+    On a CPU the peak is that of the whole process; the prediction is of tensors alone, without what the process held
+    before the model was loaded.
+    """
+    peak = max((step.get("peak_memory_bytes") or 0 for step in run.steps), default=0)
+    found = {"peak memory": _megabytes(peak)}
+    before = run.summary.get("memory_before_bytes")
+    if before is None or not peak:
+        return found
+    if before:
+        found["peak memory"] += f", {_megabytes(before)} of them before the model was loaded"
+    predicted = run.summary.get("predicted_memory_bytes")
+    if predicted is None:
+        return found | {"predicted memory": "none: the plan does not know this kind of model or run"}
+    grown = peak - before
+    return found | {"predicted memory": f"{_megabytes(predicted)} for tensors, {_megabytes(grown) or '0 MB'} measured"}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB" if value else ""
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]:
+    """(name, columns, rows) of the held-out figures by source, kind and turn, if there are several of them."""
+    found = []
+    for key, by in (("by_source", "source"), ("by_kind", "kind of message"), ("by_turn", "turn")):
+        groups: dict[str, Any] = run.held_out[-1].get(key, {}) if run.held_out else {}
+        if len(groups) < 2:
+            continue
+        first, last = run.held_out[0], run.held_out[-1]
+        before = first.get(key, {})
+        columns = [f"loss at step {own['step']:,}" for own in (first, last)]
+        rows = [
+            (
+                str(name),
+                [
+                    f"{before[name]['loss']:.4f}" if name in before else "–",
+                    f"{own['loss']:.4f}",
+                    f"{own['token_accuracy']:.1%}",
+                    f"{own['num_trained']:,}",
+                ],
+            )
+            for name, own in groups.items()
+        ]
+        found.append((by, [*columns, "token accuracy", "tokens"], rows))
+    return found
+
+
+def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> LabelledRows:
+    """(label, a cell for each run), labels in the order of their first occurrence. differing: only rows that differ."""
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    rows = [(label, [_cell(column, label) for column in columns]) for label in labels]
+    return [(label, cells) for label, cells in rows if not differing or len(set(cells)) > 1]
+
+
+def _cell(column: dict[str, Any], label: str) -> str:
+    if label not in column:
+        return "–"
+    value = column[label]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def config_differences(runs: Sequence[RunRecord]) -> LabelledRows:
+    """The keys of the run files whose values differ, without `out`, which always differs."""
+    return [row for row in side_by_side([flat(run.config) for run in runs], differing=True) if row[0] != "out"]
+
+
+def environment_differences(runs: Sequence[RunRecord]) -> LabelledRows:
+    """Where the environments of runs differ: versions, machine, hashes of model and data."""
+    columns = []
+    for run in runs:
+        known = {
+            key: value for key, value in run.environment.items() if key not in ("command", "date", "resumed", "data")
+        }
+        files = {f"data {file['name']}": file.get("sha256") or "not known" for file in run.environment.get("data", ())}
+        columns.append({**flat(known), **files})
+    return side_by_side(columns, differing=True)

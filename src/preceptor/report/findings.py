@@ -1,0 +1,265 @@
+"""Findings about a run in four levels, the worst first. Each says what was found and what to do.
+
+The thresholds are judgement, not statistics.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from preceptor.compare.verdict import change, sentence
+from preceptor.evaluate.intervals import SHARE, interval
+from preceptor.report.run_record import JsonObject, RunRecord
+
+Severity = Literal["error", "warning", "note", "good"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
+
+NOTHING_LEARNED = 0.02  # a loss that falls by a smaller share has not changed
+OVERFITTED = 0.02  # held-out loss at the end above its lowest by this share
+MEMORISED = 0.5  # training loss below this share of the held-out loss
+SPIKE = 10.0  # gradient norm over the median of the steps before
+SPIKE_STEPS = 50  # steps of that median; fewer than SPIKE_FIRST: no judgement
+SPIKE_FIRST = 10
+OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
+LOW_FILL = 0.7  # share of the rows' room that tokens take
+MANY_REJECTED = 0.05  # share of the data's rows
+NOT_STOPPED = 0.1  # share of answers that do not stop
+ENOUGH_ANSWERS = 3  # for a statement about all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found, in a sentence or two, and what to do about it."""
+
+    level: Severity
+    seen: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    headline: str
+    level: Severity
+    findings: list[Finding]
+
+
+def judge(run: RunRecord) -> Verdict:
+    """All findings of a run, the worst first, with a headline."""
+    found = [
+        *_whether_finished(run),
+        *_training_loss(run),
+        *_held_out(run),
+        *_gradients(run),
+        *_answers(run),
+        *_data(run),
+        *_tax(run),
+    ]
+    found.sort(key=lambda finding: SEVERITIES.index(finding.level))
+    errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
+    if errors:
+        return Verdict("Something went wrong", "error", found)
+    state = "It learned" if run.is_finished else "It is learning" if run.steps else "It has not begun"
+    if warnings:
+        return Verdict(f"{state}, with {_count(warnings, 'warning')}", "warning", found)
+    return Verdict(f"{state}; nothing looks suspicious", "good", found)
+
+
+def _whether_finished(run: RunRecord) -> Iterator[Finding]:
+    planned = run.data.get("num_steps")
+    if not run.is_finished:
+        of = f" of {planned:,}" if planned else ""
+        seen = f"The run is not finished: {run.num_steps:,}{of} steps are on record."
+        yield Finding(
+            "warning", seen, "If it was stopped, `preceptor train ... --resume` continues from its checkpoint."
+        )
+    for resumed in run.environment.get("resumed", ()):
+        yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
+
+
+# The loss ------------------------------------------------------------------------------------------------------------
+
+
+def _training_loss(run: RunRecord) -> Iterator[Finding]:
+    broken = [step["step"] for step in run.steps if not math.isfinite(step["loss"])]
+    if broken:
+        yield Finding("error", f"The loss is not finite from step {broken[0]:,} on.", "Lower optimizer.learning_rate.")
+        return
+    both = run.loss_ends
+    if both is None:
+        return
+    first, last = both
+    course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
+    if last > first * (1 + NOTHING_LEARNED):
+        yield Finding(
+            "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
+        )
+    elif last > first * (1 - NOTHING_LEARNED):
+        advice = (
+            "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
+        )
+        yield Finding("error", f"Nothing was learned: training loss {course}.", advice)
+    else:
+        yield Finding("good", f"The training loss fell by {_share(1 - last / first)}: {course}.")
+
+
+def _held_out(run: RunRecord) -> Iterator[Finding]:
+    evaluations = run.held_out
+    if not evaluations:
+        advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
+        yield Finding(
+            "note", "No held-out loss: what was learned beyond the training examples is not measured.", advice
+        )
+        return
+    if len(evaluations) < 2:
+        return
+    first, last, best = evaluations[0], evaluations[-1], min(evaluations, key=lambda each: float(each["loss"]))
+    began = "before the first step" if first["step"] == 0 else f"after step {first['step']:,}"
+    course = f"{first['loss']:.3f} {began}, {last['loss']:.3f} after step {last['step']:,}"
+    accuracy = ""
+    if "token_accuracy" in last and "token_accuracy" in first:
+        accuracy = f" Token accuracy: {first['token_accuracy']:.1%}, then {last['token_accuracy']:.1%}."
+    if last["loss"] > first["loss"] * (1 - NOTHING_LEARNED):
+        advice = (
+            "The training examples may be too few or too different from the held-out ones, or the learning rate wrong."
+        )
+        yield Finding("warning", f"The held-out loss did not fall: {course}.{accuracy}", advice)
+    else:
+        yield Finding(
+            "good", f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}"
+        )
+    if last["loss"] > best["loss"] * (1 + OVERFITTED) and best["step"] > 0:
+        seen = (
+            f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
+            f"to {last['loss']:.3f} (+{_share(last['loss'] / best['loss'] - 1)})."
+        )
+        yield Finding("warning", seen, f"Train shorter: `train.duration: {best['step']} steps`; or on more data.")
+    both = run.loss_ends
+    if both is not None and both[1] < MEMORISED * last["loss"]:
+        seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
+        yield Finding("note", seen, "More data, fewer epochs or an adapter of lower rank close that gap.")
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+def spikes(steps: Sequence[JsonObject]) -> list[int]:
+    """Steps whose gradient norm is over SPIKE times the median of the steps before."""
+    norms = [float(step["grad_norm"]) for step in steps if "grad_norm" in step]
+    found = []
+    for index in range(SPIKE_FIRST, len(norms)):
+        if norms[index] > SPIKE * median(norms[max(0, index - SPIKE_STEPS) : index]):
+            found.append(int(steps[index]["step"]))
+    return found
+
+
+def _gradients(run: RunRecord) -> Iterator[Finding]:
+    found = spikes(run.steps)
+    if found:
+        shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
+        seen = f"The gradient jumped to {SPIKE:.0f} times its usual norm at {_count(len(found), 'step')}: {shown}."
+        yield Finding(
+            "warning", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer."
+        )
+    limit = run.config.get("optimizer", {}).get("max_grad_norm")
+    norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
+    if limit and norms:
+        clipped = sum(norm > limit for norm in norms) / len(norms)
+        if clipped > OFTEN_CLIPPED:
+            seen = f"In {_share(clipped)} of the steps the gradient was scaled to optimizer.max_grad_norm ({limit:g})."
+            yield Finding("note", seen, "So the step size hardly depends on the gradient; that is often harmless.")
+
+
+# Answers -------------------------------------------------------------------------------------------------------------
+
+
+def _answers(run: RunRecord) -> Iterator[Finding]:
+    """The last answers to each prompt: whether they stop, are right, are empty, all alike, or the base model's."""
+    step = max((each.last["step"] for each in run.prompts), default=0)
+    prompts = [each for each in run.prompts if each.last["step"] == step]
+    if not prompts or step == 0:
+        return
+    last = [each.last for each in prompts]
+    if all("stopped" in sample for sample in last):
+        stopped = [bool(sample["stopped"]) for sample in last]
+        if stopped.count(False) > NOT_STOPPED * len(last):
+            advice = "Either the stop token was not learned, or eval.max_new_tokens is too low: look at the answers."
+            yield Finding("warning", f"Answers do not stop by themselves: {_of(stopped)} did.", advice)
+        else:
+            yield Finding("good", f"Answers stop by themselves: {_of(stopped)}.")
+    if all("exact" in sample for sample in last):
+        right = _of([bool(sample["exact"]) for sample in last])
+        before = run.summary.get("base_exact_match")
+        base = "" if before is None else f"; the base model: {before:.1%}"
+        yield Finding("note", f"Held-out questions answered exactly: {right}{base}.")
+    yield from _suspicious_answers([str(sample["answer"]) for sample in last], [each.base for each in prompts])
+
+
+def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> Iterator[Finding]:
+    empty = sum(not answer.strip() for answer in answers)
+    if empty:
+        advice = "The stop token comes first: look for empty or cut answers in the data."
+        yield Finding("warning", f"{empty} of {len(answers)} answers are empty.", advice)
+    if len(answers) >= ENOUGH_ANSWERS and len(set(answers)) == 1 and not empty:
+        advice = "The model ignores the prompt."
+        yield Finding("warning", f"All {len(answers)} prompts got the same answer.", advice)
+    known = [(answer, before) for answer, before in zip(answers, base, strict=True) if before is not None]
+    if known and all(answer == before for answer, before in known):
+        advice = "Training changed next to nothing."
+        yield Finding("warning", f"All {len(known)} answers are identical to the base model's.", advice)
+
+
+def _of(right: Sequence[bool]) -> str:
+    """`38 of 40 (95%; 95% interval 83% to 99%)`."""
+    found = interval([float(own) for own in right], bounds=SHARE)
+    spread = "" if found.low is None or found.high is None else f"; 95% interval {found.low:.0%} to {found.high:.0%}"
+    return f"{sum(right):,} of {len(right):,} ({found.value:.0%}{spread})"
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _data(run: RunRecord) -> Iterator[Finding]:
+    num_examples = run.data.get("num_examples")
+    num = len(run.rejections)
+    if num:
+        of = f" of {num_examples:,} ({_share(num / num_examples)})" if num_examples else ""
+        level: Severity = "warning" if num_examples and num > MANY_REJECTED * num_examples else "note"
+        seen = f"{num:,}{of} rows were rejected and not trained."
+        yield Finding(level, seen, "The reasons stand under “What was trained”.")
+    elif num_examples:
+        yield Finding(
+            "good", f"All {num_examples:,} rows of the data could be trained exactly as inference will see them."
+        )
+    fill = run.data.get("fill")
+    if fill is not None and fill < LOW_FILL:
+        seen = f"Only {_share(fill)} of the rows' room holds tokens."
+        yield Finding("note", seen, "A larger data.max_length packs conversations more tightly.")
+    shortened: dict[str, Any] = run.data.get("shortened", {})
+    cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
+    if cut or split:
+        yield Finding("note", f"{cut:,} rows lost their oldest context and {split:,} were split, being too long.")
+
+
+def _tax(run: RunRecord) -> Iterator[Finding]:
+    """What `preceptor compare` found outside what was trained."""
+    for task in run.compare.get("tasks", ()):
+        if task["role"] == "trained" and change(task) > 0:
+            yield Finding("good", f"Against the base model it {sentence(task)}.")
+    lost = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained" and change(task) < 0]
+    if lost:
+        said = "; ".join(sentence(task) for task in lost)
+        yield Finding(
+            "warning", f"An alignment tax: {said}.", "Replay, KL to the base, an adapter or averaging lower it."
+        )
+    elif run.compare:
+        yield Finding("good", "`preceptor compare` found no significant alignment tax.")
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'s' * (number != 1)}"

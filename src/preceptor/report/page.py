@@ -1,0 +1,156 @@
+"""The report of a run, or of several side by side: one HTML file that loads nothing and can be read without its script.
+
+Text from a run is escaped by the templates; the values for the page's script are JSON without any `<`.
+"""
+
+import shlex
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from preceptor.data.examples import Rejection
+from preceptor.data.rejections import RejectionCounts
+from preceptor.errors import ConfigError
+from preceptor.files import write_atomically
+from preceptor.report import curves, facts, trees
+from preceptor.report.comparison import Comparison, read_comparison
+from preceptor.report.findings import judge
+from preceptor.report.plots import Plot, draw
+from preceptor.report.run_record import RunRecord, read_run
+
+REPORT = "report.html"
+MOST_PROMPTS = 300  # whose answers are shown
+FIRST_PROMPTS = 6  # shown unfolded
+MOST_REJECTIONS = 200  # listed one by one
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    """The page's templates, which escape all values."""
+    environment = Environment(
+        loader=PackageLoader("preceptor.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = trees.visible
+    environment.filters["thousands"] = lambda value: f"{value:,}"
+    return environment
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one run, or of several side by side, from their folders; returns where.
+
+    out: None for the folder of the only run. Raises ConfigError for several runs without `out`, and for an `out` that
+    is not an HTML file; CheckpointError for a folder that is not a run's, has a broken file, or cannot be written.
+    """
+    if out is None:
+        if len(folders) > 1:
+            raise ConfigError("several runs have no folder in common; say where the page goes: --out FILE.html")
+        out = folders[0] / REPORT
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out {out}: an HTML page is written there; give a name that ends in .html")
+    runs = [read_run(folder) for folder in folders]
+    text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
+    write_atomically(out, text)
+    return out
+
+
+def page_of_run(run: RunRecord) -> str:
+    """The page of one run, the verdict first."""
+    return _render(
+        "run.html",
+        title=run.name,
+        run=run,
+        verdict=judge(run),
+        facts=list(facts.facts(run).items()),
+        examples=[
+            {"about": example, "path": trees.paths(example), "branches": trees.num_branches(example)}
+            for example in run.examples
+        ],
+        reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), _rejections(run)).reasons,
+        rejections=run.rejections[:MOST_REJECTIONS],
+        lengths=_plots(curves.lengths(run), "l"),
+        curves=_plots(curves.panels([run], [""]), "c"),
+        groups=facts.held_out_groups(run),
+        answers=_answers(run),
+        comparison=_comparison(run),
+        command=repeat_command(run),
+    )
+
+
+def page_of_runs(runs: Sequence[RunRecord]) -> str:
+    """The page of several runs: how they differ, and with what result."""
+    names = distinct_names(runs)
+    samples = [{(each.source, each.prompt): each for each in run.prompts} for run in runs]
+    prompts = dict.fromkeys(key for own in samples for key in own)
+    common = [key for key in prompts if sum(key in own for own in samples) > 1]
+    return _render(
+        "runs.html",
+        title=f"{len(runs)} runs",
+        names=names,
+        verdicts=[judge(run) for run in runs],
+        runs=list(runs),
+        facts=facts.side_by_side([facts.facts(run) for run in runs]),
+        differences=facts.config_differences(runs),
+        environments=facts.environment_differences(runs),
+        curves=_plots(curves.panels(runs, names), "c"),
+        common=[(key[1], [own.get(key) for own in samples]) for key in common[:MOST_PROMPTS]],
+        first=FIRST_PROMPTS,
+        commands=[repeat_command(run) for run in runs],
+    )
+
+
+def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
+    """The folders' names, with as many parent folders as are needed to make them distinct."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+
+
+def repeat_command(run: RunRecord) -> str:
+    """The command that repeats the run in a new folder."""
+    folder = run.folder.resolve()
+    command = f"preceptor train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'out={folder}-again')}"
+    directory = run.environment.get("directory")
+    return f"cd {shlex.quote(directory)}\n{command}" if directory else command
+
+
+def _render(name: str, **values: Any) -> str:
+    parts = files("preceptor.report")
+    texts = {kind: Markup((parts / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
+    return _environment().get_template(name).render(**values, **texts)
+
+
+def _plots(panels: Any, prefix: str) -> list[Plot]:
+    return [draw(panel, f"{prefix}{number}") for number, panel in enumerate(panels, start=1)]
+
+
+def _rejections(run: RunRecord) -> list[Rejection]:
+    return [Rejection(line["source"], line["code"], line["message"]) for line in run.rejections]
+
+
+def _answers(run: RunRecord) -> dict[str, Any]:
+    shown = run.prompts[:MOST_PROMPTS]
+    return {
+        "prompts": shown,
+        "first": FIRST_PROMPTS,
+        "num": len(run.prompts),
+        "has_base": any(each.base is not None for each in shown),
+        "has_exact": any("exact" in each.last for each in shown),
+        "has_stopped": any("stopped" in each.last for each in shown),
+    }
+
+
+def _comparison(run: RunRecord) -> tuple[Comparison, list[Plot]] | None:
+    found = read_comparison(run.compare)
+    return None if found is None else (found, _plots(found.panels, "x"))

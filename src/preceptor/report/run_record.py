@@ -1,0 +1,141 @@
+"""What a run left in its folder, as plain values. Nothing else is read, and nothing is written.
+
+Only `config.yaml` must exist: the folder of a run that is still going on, or was killed, is read as far as it goes.
+A last line without a line end is still being written, and is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preceptor.errors import CheckpointError
+from preceptor.files import read_json, read_json_lines
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The files of a run folder, which train/run_folder.py describes; missing ones are empty."""
+
+    folder: Path
+    name: str
+    config: JsonObject
+    config_text: str
+    steps: list[JsonObject]  # metrics.jsonl
+    evaluations: list[JsonObject]  # eval.jsonl
+    samples: list[JsonObject]
+    rejections: list[JsonObject]
+    examples: list[JsonObject]
+    summary: JsonObject
+    environment: JsonObject
+    data: JsonObject
+    compare: JsonObject
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def held_out(self) -> list[JsonObject]:
+        """The evaluations that have a held-out loss."""
+        return [evaluation for evaluation in self.evaluations if "loss" in evaluation]
+
+    @property
+    def loss_ends(self) -> tuple[float, float] | None:
+        """Training loss over the first and the last tenth of the steps; None for fewer than two steps."""
+        tenth = max(1, len(self.steps) // 10)
+        return (_mean_loss(self.steps[:tenth]), _mean_loss(self.steps[-tenth:])) if len(self.steps) > 1 else None
+
+    @cached_property
+    def prompts(self) -> list["PromptSamples"]:
+        """The samples by prompt, in the order of the first evaluation."""
+        found: dict[tuple[str, str], list[JsonObject]] = {}
+        for sample in self.samples:
+            found.setdefault((str(sample.get("source", "")), str(sample.get("prompt", ""))), []).append(sample)
+        return [PromptSamples(source, prompt, samples) for (source, prompt), samples in found.items()]
+
+
+@dataclass(frozen=True)
+class PromptSamples:
+    """One prompt and its answers, one sample per evaluation."""
+
+    source: str
+    prompt: str
+    samples: list[JsonObject]
+
+    @property
+    def last(self) -> JsonObject:
+        return self.samples[-1]
+
+    @property
+    def base(self) -> str | None:
+        """The base model's answer: `base` beside the tuned model's, else the answer before the first step."""
+        if "base" in self.last:
+            return str(self.last["base"])
+        first = self.samples[0]
+        return str(first["answer"]) if first["step"] == 0 and len(self.samples) > 1 else None
+
+    @property
+    def between(self) -> list[JsonObject]:
+        """The samples after the base's and before the last."""
+        return [sample for sample in self.samples[:-1] if sample["step"] > 0]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Raises CheckpointError if the folder is not that of a run, or a file in it is broken."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: is not the folder of a run (no config.yaml); name the `out` of a run file")
+    text = file.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: is not a run file, but {type(config).__name__}")
+    return RunRecord(
+        folder=folder,
+        name=folder.resolve().name,
+        config=config,
+        config_text=text,
+        steps=read_json_lines(folder / "metrics.jsonl"),
+        evaluations=read_json_lines(folder / "eval.jsonl"),
+        samples=read_json_lines(folder / "samples.jsonl"),
+        rejections=read_json_lines(folder / "rejections.jsonl"),
+        examples=read_json_lines(folder / "examples.jsonl"),
+        summary=read_json(folder / "summary.json"),
+        environment=read_json(folder / "environment.json"),
+        data=read_json(folder / "data.json"),
+        compare=read_json(folder / "compare.json"),
+    )
+
+
+def tokens_per_second(step: JsonObject) -> float | None:
+    return step["num_tokens"] / step["seconds"] if step.get("seconds") and "num_tokens" in step else None
+
+
+def _mean_loss(steps: Sequence[JsonObject]) -> float:
+    """Nats per trained token over some steps."""
+    num = sum(step.get("num_trained", 1) for step in steps)
+    return sum(step["loss"] * step.get("num_trained", 1) for step in steps) / max(1, num)
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys: {"train.seed": 0, "data.train[0].path": ...}; empty lists and dicts stay."""
+    if isinstance(tree, dict) and tree:
+        parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and tree:
+        parts = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {key: value for name, part in parts for key, value in flat(part, name).items()}

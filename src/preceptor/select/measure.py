@@ -1,0 +1,226 @@
+"""What a base model makes of a conversation: how well it foresees the answers, with and without the prompt, and where
+the prompt lies in its space.
+
+The model reads plain text, a line a message, as in evaluate/questions.py: a base model has no chat template, and tokens
+that one would add mean nothing to it yet. Of each conversation there is one tree with all of it, and one with each
+answer alone, after nothing but a line end; many trees share a forward pass (data/forest.py).
+
+    loss          mean over the answers' tokens of -log p(token | all before it), in nats
+    loss_alone    the same without the prompt: of each answer alone
+    difficulty    loss / loss_alone, the instruction-following difficulty (IFD) of Li et al. 2023 (arXiv:2308.12032);
+                  1 or more: the prompt is no help in foreseeing the answer
+    loss_rest     as loss, without each answer's first token: that an answer comes at all is for training to teach, and
+                  surprises a base whatever the answer is worth
+    embedding     mean over the prompts' tokens of the last hidden states, of length 1
+
+The last hidden states are those that our forward pass returns anyway, normalised by the model itself, so that no
+single outlying dimension rules a mean; pooled, they served best for choosing instruction data in Ivison et al. 2025
+(arXiv:2503.01807). Beyond EMBEDDING_SIZE they are projected at random (Johnson and Lindenstrauss 1984; seeded), which
+keeps distances to some 10 %.
+
+Legend: T tokens of a row, D hidden size, E embedding size, N answer tokens, U conversations at a time.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
+from preceptor.data.forest import Segment, Tree, pack_trees
+from preceptor.data.packing import plan_sequences
+from preceptor.errors import ModelError
+from preceptor.model.attention.runs import decoder_of
+from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head
+from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.select.pool import Answered
+
+EMBEDDING_SIZE = 256
+
+_ROWS_AT_A_TIME = 16  # packed together, so that rows are full
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Measures:
+    """Of one conversation; `embedding_E` is float32."""
+
+    loss: float
+    loss_alone: float
+    loss_rest: float
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    embedding_E: np.ndarray
+
+    @property
+    def difficulty(self) -> float:
+        return self.loss / max(self.loss_alone, 1e-9)
+
+
+def said(message: Message) -> str:
+    """A message as plain text: reasoning, content, and tool calls as JSON, a line each."""
+    calls = [json.dumps(call, ensure_ascii=False, default=str) for call in message.tool_calls]
+    return "\n".join(part for part in (message.reasoning_content, message.content, *calls) if part)
+
+
+def answers_of(record: Answered) -> list[str]:
+    """The texts that training would train."""
+    if isinstance(record, Completion):
+        return [record.completion]
+    return [said(record.messages[k]) for k in trainable_turns(record.messages)]
+
+
+class BaseReader:
+    """A base model that reads conversations.
+
+    max_length: tokens of one forward pass; a longer conversation, or one that is longer than the model's own
+    limit, is rejected. Raises ModelError where the model cannot keep conversations of one pass apart.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
+        check_head(model)
+        check_isolation(model)
+        self._model, self._tokenizer = model.eval(), tokenizer
+        settings = decoder_of(model).config
+        self._max_length = max_length
+        self._max_tokens = min(max_length, getattr(settings, "max_position_embeddings", None) or max_length)
+        bos = tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        self._start = [*self._bos, *self._ids("\n")]
+        if not self._start:
+            raise ModelError("the tokenizer has neither a bos token nor a token for a line end; choose another --model")
+        self._projection_DE = _projection(settings.hidden_size).to(model.device)
+        self.embedding_size = self._projection_DE.shape[1]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def measure(self, records: Iterable[tuple[int, Answered]]) -> Iterator[tuple[int, Answered, Measures | Rejection]]:
+        """Each numbered record with its measures, or why it has none, in order."""
+        waiting: list[tuple[int, Answered, list[Tree] | Rejection]] = []
+        num_tokens = 0
+        for number, record in records:
+            trees = self.trees_of(record)
+            waiting.append((number, record, trees))
+            num_tokens += 0 if isinstance(trees, Rejection) else sum(tree.num_tokens for tree in trees)
+            if num_tokens >= _ROWS_AT_A_TIME * self._max_length:
+                yield from self._measured(waiting)
+                waiting, num_tokens = [], 0
+        yield from self._measured(waiting)
+
+    def trees_of(self, record: Answered) -> list[Tree] | Rejection:
+        """The whole conversation, then each of its answers alone; or why the model cannot read it."""
+        segments: list[Segment] = []
+        alone: list[Tree] = []
+        for before, answer in self._exchanges(record):
+            target = tuple(self._ids(answer))
+            if not target:
+                return Rejection(record.source, "nothing_to_predict", "the tokenizer makes no token of an answer")
+            context = Segment("context", tuple(before), len(segments) - 1 if segments else None)
+            segments += [context, Segment("target", target, len(segments))]
+            alone.append(
+                Tree(record.source, (Segment("context", tuple(self._start), None), Segment("target", target, 0)))
+            )
+        whole = Tree(record.source, tuple(segments))
+        longest = max(tree.num_tokens for tree in (whole, *alone))
+        if longest > self._max_tokens:
+            return Rejection(
+                record.source,
+                "too_long",
+                f"the conversation has {longest:,} tokens; --max-length and the model allow {self._max_tokens:,}",
+            )
+        return [whole, *alone]
+
+    def _exchanges(self, record: Answered) -> Iterator[tuple[list[int], str]]:
+        """For each answer the ids of what stands between it and the answer before, and its text."""
+        if isinstance(record, Completion):
+            yield [*self._bos, *self._ids(record.prompt)] if record.prompt else self._start, record.completion
+            return
+        after = -1
+        for k in trainable_turns(record.messages):
+            text = "".join(f"{said(message)}\n" for message in record.messages[after + 1 : k])
+            if after < 0:
+                yield [*self._bos, *self._ids(text)] if text else self._start, said(record.messages[k])
+            else:
+                yield self._ids("\n" + text), said(record.messages[k])
+            after = k
+
+    @torch.no_grad()
+    def _measured(
+        self, waiting: Sequence[tuple[int, Answered, list[Tree] | Rejection]]
+    ) -> Iterator[tuple[int, Answered, Measures | Rejection]]:
+        """One forward pass a row, over rows packed from all trees that wait."""
+        trees = [
+            (unit, k, tree) for unit, (_, _, t) in enumerate(waiting) if isinstance(t, list) for k, tree in enumerate(t)
+        ]
+        loss_U3 = np.zeros((len(waiting), 3))
+        embedding_UE = np.zeros((len(waiting), self.embedding_size), np.float32)
+        lengths = [tree.num_tokens for _, _, tree in trees]
+        for row in plan_sequences(lengths, self._max_length, seed=0) if trees else []:
+            chosen = [trees[index] for index in row]
+            hidden_TD, losses = self._forward([tree for _, _, tree in chosen])
+            token, pair = 0, 0
+            for unit, k, tree in chosen:
+                own_N = losses[pair : pair + tree.num_trained]
+                loss_U3[unit, min(k, 1)] += own_N.sum()
+                if k == 0:
+                    loss_U3[unit, 2] = own_N[_is_rest(tree)].mean()
+                    embedding_UE[unit] = self._embedding(hidden_TD[token : token + tree.num_tokens], tree)
+                token, pair = token + tree.num_tokens, pair + tree.num_trained
+        for unit, (number, record, found) in enumerate(waiting):
+            if isinstance(found, list):
+                yield number, record, self._result(record.source, found[0], loss_U3[unit], embedding_UE[unit])
+            else:
+                yield number, record, found
+
+    def _forward(self, trees: Sequence[Tree]) -> tuple[Tensor, np.ndarray]:
+        """The last hidden states of a row, and the losses of its trained tokens (float64), both in layout order."""
+        row = pack_trees(trees)
+        hidden_TD = hidden_states(self._model, row)
+        head = output_head(self._model)
+        losses_N, _ = token_losses(
+            hidden_TD,
+            head.weight_VD,
+            torch.from_numpy(row.source_N).to(hidden_TD.device),
+            torch.from_numpy(row.target_N).to(hidden_TD.device),
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+        )
+        return hidden_TD, losses_N.double().cpu().numpy()
+
+    def _embedding(self, hidden_TD: Tensor, tree: Tree) -> np.ndarray:
+        is_context_T = np.concatenate([np.full(len(s.ids), s.kind == "context") for s in tree.segments])
+        mean_D = hidden_TD[torch.from_numpy(is_context_T).to(hidden_TD.device)].float().mean(dim=0)
+        embedding_E = mean_D @ self._projection_DE
+        unit_E: np.ndarray = (embedding_E / embedding_E.norm().clamp_min(1e-12)).cpu().numpy()
+        return unit_E
+
+    def _result(self, source: str, whole: Tree, loss_3: np.ndarray, embedding_E: np.ndarray) -> Measures:
+        num_answer_tokens = whole.num_trained
+        loss, loss_alone = (loss_3[:2] / num_answer_tokens).tolist()
+        if not (math.isfinite(loss) and math.isfinite(loss_alone) and np.isfinite(embedding_E).all()):
+            raise ModelError(f"{source}: the model's loss on this row is no finite number; choose another --model")
+        return Measures(
+            loss, loss_alone, float(loss_3[2]), whole.num_tokens - num_answer_tokens, num_answer_tokens, embedding_E
+        )
+
+
+def _is_rest(tree: Tree) -> np.ndarray:
+    """Which answer tokens of a conversation are not the first of an answer; all if no answer has a second one."""
+    lengths = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
+    is_rest_N = np.ones(sum(lengths), bool)
+    is_rest_N[np.cumsum([0, *lengths[:-1]])] = False
+    return is_rest_N if is_rest_N.any() else ~is_rest_N
+
+
+def _projection(hidden_size: int) -> Tensor:
+    """(D, E): the identity, or random directions that keep lengths on average."""
+    if hidden_size <= EMBEDDING_SIZE:
+        return torch.eye(hidden_size)
+    directions = np.random.default_rng(0).standard_normal((hidden_size, EMBEDDING_SIZE)) / math.sqrt(EMBEDDING_SIZE)
+    return torch.from_numpy(directions.astype(np.float32))

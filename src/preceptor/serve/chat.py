@@ -1,0 +1,47 @@
+"""A conversation with one or several models in a terminal."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from preceptor.evaluate.model import EvaluatedModel
+from preceptor.evaluate.tasks import TaskPrompt
+
+
+@dataclass
+class Speaker:
+    """A model and its conversation. Without a chat template it continues the last message as plain text."""
+
+    model: EvaluatedModel
+    max_new_tokens: int
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def reply(self, text: str) -> str:
+        """Answer a message, given the conversation so far, and remember both."""
+        self.messages.append({"role": "user", "content": text})
+        prompt = TaskPrompt(tuple(self.messages if self.model.template is not None else self.messages[-1:]))
+        (answer,) = self.model.generate([self.model.prompt_ids(prompt)], self.max_new_tokens)
+        self.messages.append({"role": "assistant", "content": answer.text})
+        return answer.text if answer.stopped else answer.text + " …"
+
+
+def converse(
+    speakers: list[Speaker], lines: Iterable[str], system: str | None, write: Callable[[str, str], None]
+) -> None:
+    """Let each speaker reply to each line. `/new` starts a new conversation; empty lines are skipped.
+
+    `write(name, text)` shows a reply.
+    """
+
+    def begin() -> None:
+        for speaker in speakers:
+            speaker.messages = [{"role": "system", "content": system}] if system else []
+
+    begin()
+    for line in lines:
+        line = line.strip()
+        if line == "/new":
+            begin()
+            write("", "new conversation")
+        elif line:
+            for speaker in speakers:
+                write(speaker.model.name, speaker.reply(line))

@@ -1,1 +1,0 @@
-"""What training did to a model: generation, evaluation, and looking at tokens. Knows nothing of training."""

@@ -1,1 +1,0 @@
-"""What `preceptor select` is made of: the pool, its measures, quality, diversity, the choice and its reasons."""

@@ -1,0 +1,149 @@
+"""Looking at the model while it trains: held-out rows, tasks, and its answers to the same prompts each time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from preceptor.data.examples import Conversation, trainable_turns
+from preceptor.data.forest import Tree, path_ids
+from preceptor.evaluate.figures import summary
+from preceptor.evaluate.generate import Sampling
+from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
+from preceptor.evaluate.model import EvaluatedModel
+from preceptor.evaluate.run import run_task
+from preceptor.evaluate.tasks import Task
+from preceptor.files import append_line
+from preceptor.train.checkpoint import State
+from preceptor.train.precision import autocast
+from preceptor.train.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A held-out prompt: its context tokens, the words that a person reads, and the reference answer."""
+
+    source: str
+    context: tuple[int, ...]
+    asked: str
+    reference: str
+
+
+@dataclass
+class Evaluations:
+    """Writes `eval.jsonl` (one line a look) and `samples.jsonl` (one line a prompt and look).
+
+    A line of eval.jsonl has `step` and, where there are held-out rows, `loss`, `bits_per_byte`, `token_accuracy`,
+    `num_trained`, and the same by `by_source`, `by_kind`, `by_turn` (held_out.py); where there are tasks, `tasks`
+    (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one, drawn by the same seed at each look.
+    """
+
+    folder: Path
+    held_out: Sequence[LabelledTree]
+    tasks: Sequence[Task]
+    prompts: Sequence[SamplePrompt]
+    evaluated: Callable[[Any], EvaluatedModel]
+    max_length: int
+    max_new_tokens: int
+    sampling: Sampling
+    precision: str
+    enabled: bool
+    say: Callable[[str], None]
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def look(self, state: State) -> None:
+        """Measure and sample; nothing that influences training changes."""
+        if not self.enabled:
+            return
+        evaluated = self.evaluated(state.model)
+        measured: dict[str, Any] = {}
+        with autocast(state.model.device, self.precision):
+            if self.held_out:
+                measured |= measure(state.model, self.held_out, self.max_length, evaluated.alone)
+            if self.tasks:
+                measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
+        if measured:
+            self.last = {"step": state.step, **measured}
+            append_line(self.folder / "eval.jsonl", self.last)
+            self.say(f"after {state.step} steps: {_shown(measured)}")
+        self._sample(evaluated, state.step)
+
+    def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
+        results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)
+        return summary(task, results, self.sampling.seed)
+
+    def _sample(self, evaluated: EvaluatedModel, step: int) -> None:
+        contexts = [prompt.context for prompt in self.prompts]
+        greedy, sampled = (
+            evaluated.generate(contexts, self.max_new_tokens, sampling=sampling) for sampling in (None, self.sampling)
+        )
+        for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
+            append_line(
+                self.folder / "samples.jsonl",
+                {
+                    "step": step,
+                    "source": prompt.source,
+                    "prompt": prompt.asked,
+                    "answer": answer.text,
+                    "stopped": answer.stopped,
+                    "sampled": drawn.text,
+                    "sampled_stopped": drawn.stopped,
+                    "temperature": self.sampling.temperature,
+                    "reference": prompt.reference,
+                },
+            )
+
+
+def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
+    """The looks of a run. alone: the model reads one conversation at a time."""
+    run, chat = prepared.run, prepared.chat
+    assert run.train.precision is not None, "a run that starts has a precision"
+    renderer = chat.renderer(run.data)
+    enabled = run.eval.every is not None
+    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
+    return Evaluations(
+        folder=folder,
+        held_out=label_targets(prepared.held_out, renderer) if enabled else [],
+        tasks=prepared.tasks,
+        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.eval.num_samples]],
+        evaluated=lambda model: EvaluatedModel(
+            name=str(run.out),
+            model=model,
+            tokenizer=chat.tokenizer,
+            template=None if chat.template is None else renderer.template,
+            stop_token_ids=chat.stop_token_ids,
+            alone=alone,
+        ),
+        max_length=run.data.max_length,
+        max_new_tokens=run.eval.max_new_tokens,
+        sampling=Sampling(run.eval.temperature, run.train.seed),
+        precision=run.train.precision,
+        enabled=enabled,
+        say=say,
+    )
+
+
+def _shown(measured: dict[str, Any]) -> str:
+    """A look in one line."""
+    parts = []
+    if "loss" in measured:
+        per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
+        parts.append(
+            f"held-out loss {measured['loss']:.4f}{per_byte}, {measured['token_accuracy']:.1%} of the tokens right"
+        )
+    for task in measured.get("tasks", ()):
+        name, figure = next(iter(task["figures"].items()))
+        parts.append(f"{task['task']} {name} {figure['value']:.3f}")
+    return "; ".join(parts)
+
+
+def first_prompt(conversation: Conversation, tree: Tree) -> SamplePrompt:
+    """The conversation's first trained turn as a prompt."""
+    turn = trainable_turns(conversation.messages)[0]
+    target = next(segment for segment in tree.segments if segment.kind == "target")
+    return SamplePrompt(
+        source=conversation.source,
+        context=path_ids(tree, target.parent),
+        asked=conversation.messages[turn - 1].content if turn else "",
+        reference=conversation.messages[turn].content,
+    )

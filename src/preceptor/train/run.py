@@ -1,0 +1,170 @@
+"""A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from preceptor.console import Display
+from preceptor.data.loader import Loader
+from preceptor.data.prefix_sharing import chains_of
+from preceptor.errors import CheckpointError, ConfigError
+from preceptor.files import write_json
+from preceptor.model.load import load_model, save_model
+from preceptor.model.peak import peak_memory_bytes
+from preceptor.model.towers import freeze_towers, tower_parameters
+from preceptor.model.vocabulary import align_model, resize_embeddings
+from preceptor.plan.plan import predict_peak_bytes
+from preceptor.report.page import write_report
+from preceptor.train import checkpoint, loop
+from preceptor.train.checkpoint import State
+from preceptor.train.evaluations import build_evaluations
+from preceptor.train.objective import Objective
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
+from preceptor.train.preflight import preflight
+from preceptor.train.prepare import Prepared
+from preceptor.train.run_folder import resume_run, start_run
+
+
+def choose_device(device: str) -> torch.device:
+    """Raises ConfigError where `cuda` is asked for and not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda, but torch sees no GPU here; use `auto` or `cpu`")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str], None]) -> Prepared:
+    """The run with `train.precision` written out; says so where the default is not the fastest on this CPU."""
+    train = prepared.run.train
+    if train.precision is None and device.type == "cpu" and (feature := cpu_bfloat16_feature()):
+        say(f"precision: float32; this CPU has {feature}: `train.precision: bfloat16` would be faster")
+    train = train.model_copy(update={"precision": resolve_precision(train.precision, device)})
+    return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
+
+
+def build_model(prepared: Prepared, device: torch.device) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted."""
+    run, chat = prepared.run, prepared.chat
+    model = load_model(
+        run.model.path,
+        dtype=run.model.dtype,
+        device=device,
+        init=run.model.init,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+    freeze_towers(model)
+    resize_embeddings(model, chat.tokenizer, chat.added, seed=run.train.seed)
+    align_model(model, chat.tokenizer, chat.stop_token_ids)
+    if run.adapter is not None:
+        from preceptor.model.adapters.lora import add_adapter
+
+        assert run.adapter.alpha is not None, "a resolved run has an alpha"
+        model = add_adapter(
+            model,
+            rank=run.adapter.rank,
+            alpha=run.adapter.alpha,
+            dropout=run.adapter.dropout,
+            target_modules=run.adapter.target_modules,
+            new_token_ids=sorted(chat.added.values()),
+            seed=run.train.seed,
+        )
+    return model
+
+
+def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
+    """Train to the end and save; return the summary.
+
+    The folder is made when the model is loaded and has passed the preflight, so that what cannot work leaves nothing
+    behind.
+    """
+    started = time.perf_counter()
+    device = choose_device(prepared.run.train.device)
+    prepared = _with_precision(prepared, device, _saying(console))
+    run, folder = prepared.run, Path(prepared.run.out)
+    assert run.train.precision is not None, "resolved above"
+    memory_before_bytes = peak_memory_bytes(device)
+    torch.manual_seed(run.train.seed)
+    model = build_model(prepared, device)
+    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
+    passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
+    loader = passed.loader
+    torch.manual_seed(run.train.seed)  # what the proofs drew does not count
+    num_steps = run.train.duration.steps(loader.steps_per_epoch)
+    predicted_memory_bytes = _predicted_memory_bytes(prepared, loader, device)
+    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
+    if resume:
+        _resume(state, prepared, folder)
+    else:
+        start_run(folder, prepared, loader, num_steps, device, replace)
+    _announce(console, prepared, model, num_steps, loader)
+    with Display(console, num_steps, state.step) as display:
+        evaluations = build_evaluations(prepared, folder, display.say, loader.alone)
+        loop.train(run, objective, state, loader, evaluations, display, folder, prepared.fingerprint)
+    save_model(model, prepared.chat.tokenizer, folder / "model")
+    summary = {
+        "examples_per_epoch": prepared.examples_per_epoch,
+        "num_rejected": len(prepared.rejections),
+        "shortened": asdict(prepared.shortened),
+        "tokens": asdict(prepared.tokens),
+        "fill": loader.fill,
+        "each_conversation_alone": loader.alone,
+        "preflight_seconds": passed.seconds,
+        "num_steps": state.step,
+        "held_out": evaluations.last,
+        "memory_before_bytes": memory_before_bytes,
+        **({} if predicted_memory_bytes is None else {"predicted_memory_bytes": predicted_memory_bytes}),
+        "seconds": time.perf_counter() - started,
+    }
+    write_json(folder / "summary.json", summary)
+    write_report([folder])
+    return summary
+
+
+def _resume(state: State, prepared: Prepared, folder: Path) -> None:
+    """Bring model, optimizer and the run's files to its newest checkpoint. Raises CheckpointError."""
+    if (folder / "model").exists():
+        raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
+    checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
+    resume_run(folder, state.step, state.model.device)
+
+
+def _predicted_memory_bytes(prepared: Prepared, loader: Loader, device: torch.device) -> int | None:
+    """Of the longest sequence of the first epoch; None where the plan knows no prediction."""
+    sequences = [loader.trees(planned) for planned in loader.plan(0)]
+    if loader.alone:
+        sequences = [[chain] for trees in sequences for tree in trees for chain in chains_of(tree)]
+    largest = max(sequences, key=lambda trees: sum(tree.num_tokens for tree in trees))
+    chat, cpu = prepared.chat, device.type == "cpu"
+    return predict_peak_bytes(prepared.run, largest, len(chat.added), len(chat.tokenizer), cpu=cpu)
+
+
+def _saying(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(line, highlight=False, markup=False)
+
+
+def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, loader: Loader) -> None:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    tokens = prepared.tokens
+    console.print(
+        f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"({tokens.trained / tokens.computed:.0%}); rows {loader.fill:.0%} full; {num_steps:,} steps\n"
+        f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
+        highlight=False,
+    )
+    towers = sum(p.numel() for p in tower_parameters(model))
+    of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
+    for line in filter(None, (of_towers, str(tokens), str(prepared.shortened))):
+        console.print(line, highlight=False, markup=False)
+    if prepared.chat.added:
+        console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
+    if prepared.rejections:
+        num = len(prepared.rejections)
+        console.print(f"{num} row{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow")

@@ -1,0 +1,176 @@
+"""Which template a run uses, and that it renders what transformers renders."""
+
+import json
+
+import pytest
+
+from preceptor.chat.message_forms import find_forms
+from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.template import (
+    BUILTIN,
+    MessageRules,
+    builtin_stop,
+    builtin_tokens,
+    load_template,
+    probe_message_rules,
+)
+from preceptor.errors import TemplateError
+from tiny import tiny_tokenizer
+
+LOOP = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+ROWS = [
+    {"role": "system", "content": " a\n"},
+    {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning": "d",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"é": [1, None]}}}],
+    },
+    {"role": "tool", "content": "e"},
+    {"role": "tool", "content": "f"},
+    {"role": "assistant", "content": "g\n"},
+]
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "enum": None}}}]
+
+
+def test_built_in_templates_know_their_tokens():
+    assert builtin_tokens("chatml") == ("<|im_start|>", "<|im_end|>") and builtin_stop("chatml") == "<|im_end|>"
+    assert builtin_stop("llama3") == "<|eot_id|>"
+    tokenizer = tiny_tokenizer()
+    for name in BUILTIN:
+        template = load_template(name, tokenizer)
+        assert template.needed_tokens == builtin_tokens(name) and template.stop == builtin_stop(name)
+
+
+@pytest.mark.parametrize("name", [*BUILTIN, "{{ messages | tojson }}{{ tools | tojson }}{{ enable_thinking }}"])
+@pytest.mark.parametrize("upto", [1, 2, 3, 6])
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_renders_are_those_of_transformers(name, upto, tools):
+    tokenizer = tiny_tokenizer()
+    if name not in BUILTIN:
+        tokenizer.chat_template, name = name, "tokenizer"
+    template = load_template(name, tokenizer)
+    for prompted in (False, True):
+        expected = tokenizer.apply_chat_template(
+            ROWS[:upto],
+            tools,
+            chat_template=template.text,
+            add_generation_prompt=prompted,
+            tokenize=False,
+            enable_thinking=True,
+        )
+        assert template.render(ROWS[:upto], tools, prompted, enable_thinking=True) == expected
+
+
+def test_what_chatml_says():
+    template = load_template("chatml", tiny_tokenizer())
+    rendered = template.render(ROWS, add_generation_prompt=True)
+    assert (
+        rendered
+        == (
+            "<|im_start|>system\n a\n<|im_end|>\n<|im_start|>user\nbc<|im_end|>\n"
+            "<|im_start|>assistant\n<think>\nd\n</think>\n\n"
+            '<tool_call>\n{"name": "f", "arguments": {"é": [1, null]}}\n</tool_call><|im_end|>\n'
+            "<|im_start|>user\n<tool_response>\ne\n</tool_response>\n<tool_response>\nf\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\ng\n<|im_end|>\n<|im_start|>assistant\n"
+        )
+        or not probe_message_rules(tiny_tokenizer()).aliases_reasoning
+    )
+    assert "system" not in template.render(ROWS[1:2])
+
+
+def test_the_rules_for_messages_are_learned():
+    tokenizer, message = tiny_tokenizer(), {"role": "assistant", "content": None, "reasoning": "r"}
+    shown = tokenizer.apply_chat_template([message], chat_template="{{ messages[0] | tojson }}", tokenize=False)
+    assert json.loads(shown) == probe_message_rules(tokenizer).apply(message)
+    seen = MessageRules(True, True).apply({"role": "assistant", "content": None, "reasoning": "r"})
+    assert list(seen) == ["thinking", "role", "reasoning", "reasoning_content"]
+    assert MessageRules(False, False).apply({"content": None}) == {"content": None}
+
+
+def test_which_template_is_chosen(tmp_path):
+    tokenizer = tiny_tokenizer()
+    assert load_template(None, tokenizer).name == "chatml"
+    with pytest.raises(TemplateError, match="has no chat template"):
+        load_template("tokenizer", tokenizer)
+    tokenizer.chat_template = LOOP
+    assert load_template(None, tokenizer).text == LOOP
+    file = tmp_path / "mine.jinja"
+    file.write_text("{# <|old|> #}<|start|>{{ messages[0].content }}<|stop_1|>", encoding="utf-8")
+    assert load_template(str(file), tokenizer).needed_tokens == ("<|start|>", "<|stop_1|>")
+    tokenizer.chat_template = {"a": LOOP, "b": LOOP}
+    with pytest.raises(TemplateError, match="none is named default"):
+        load_template("tokenizer", tokenizer)
+
+
+def test_errors_say_where(tmp_path):
+    with pytest.raises(TemplateError, match="none of chatml, llama3, tokenizer, and no file"):
+        load_template("chat-ml", tiny_tokenizer())
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ bos_token }}\n{% for m in messages %}\n{{ m.content }", encoding="utf-8")
+    with pytest.raises(TemplateError, match=r"mine\.jinja:3: unexpected '}'"):
+        load_template(str(file), tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only users') }}"
+    with pytest.raises(TemplateError, match="only users"):
+        load_template(None, tokenizer).render(ROWS)
+
+
+def test_the_sandbox_holds():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}"
+    with pytest.raises(TemplateError):
+        load_template(None, tokenizer).render(ROWS)
+
+
+def test_reasoning_switches_are_those_that_the_template_reads():
+    tokenizer = tiny_tokenizer()
+    for text, switches in (
+        (LOOP, ()),
+        (LOOP + "{% if enable_thinking is defined and not enable_thinking %}{% endif %}", ("enable_thinking",)),
+        ("{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}", ("thinking",)),
+        ("{% for m in messages %}{{ m.thinking }}{% endfor %}", ()),
+    ):
+        tokenizer.chat_template = text
+        assert load_template(None, tokenizer).reasoning_switches == switches
+
+
+@pytest.mark.parametrize(
+    ("text", "closings"),
+    [
+        ("{% for m in messages %}<|a|>{{ m.content }}<|b|>\n{% endfor %}", ("<|b|>",)),
+        ("{% for m in messages %}<|a|>{{ m.content }}{% endfor %}", ("<|a|>",)),
+        ("{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}", ()),
+        ("{% for m in messages %}<|a|>{{ m.content }}{{ eos_token if loop.last else '<|b|>' }}{% endfor %}", ("<e>",)),
+        (
+            "{% for m in messages %}<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+            "{{ c.function | tojson }}<|b|>{% endfor %}{{ '' if m.tool_calls else eos_token }}{% endfor %}",
+            ("<e>", "<|b|>"),
+        ),
+    ],
+)
+def test_what_ends_a_turn_is_found(text, closings):
+    tokenizer = tiny_tokenizer(special_tokens=("<e>", "<|a|>", "<|b|>"))
+    tokenizer.chat_template = text
+    assert find_stop_tokens(load_template(None, tokenizer), tokenizer) == closings
+
+
+def test_forms_that_a_template_takes():
+    tokenizer = tiny_tokenizer()
+
+    def forms(shown):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        tokenizer.chat_template += "{{ c.function.name }}" + shown + "{% endfor %}{% endfor %}"
+        found = find_forms(load_template(None, tokenizer))
+        return found.object_arguments, found.string_arguments
+
+    assert forms("{{ c.function.arguments | tojson }}") == (True, False)
+    assert forms("{{ '' + c.function.arguments }}") == (False, True)
+    assert forms("{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}") == (
+        True,
+        True,
+    )
+    assert forms("") == (False, False)
+    chatml = find_forms(load_template("chatml", tokenizer))
+    assert chatml.object_arguments and chatml.string_arguments and chatml.text_parts and chatml.absent_content

@@ -1,0 +1,121 @@
+"""`merge --sweep`: both ends are the models themselves, taxes are told by their intervals, plots stand alone."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from preceptor.compare.compare import EvaluationSuite
+from preceptor.compare.sweep import sweep, verdict
+from preceptor.evaluate.figures import figures
+from preceptor.evaluate.model import load_evaluated_model
+from preceptor.evaluate.run import run_task
+from preceptor.evaluate.tasks import read_task
+
+CHOICES = [{"prompt": f"the {word}", "choices": [" user", " message"], "answer": 0} for word in ("start", "end", "and")]
+TEXTS = [{"text": f"the start of the message {n} and the end of it"} for n in range(5)]
+
+
+@pytest.fixture
+def tuned(base_folder, tmp_path):
+    """The base moved at random, saved with its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "tuned")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "tuned" / name).write_bytes((base_folder / name).read_bytes())
+    return tmp_path / "tuned"
+
+
+@pytest.fixture
+def suite(write_jsonl):
+    texts = read_task(write_jsonl(TEXTS, "texts.jsonl"))
+    return EvaluationSuite([(read_task(write_jsonl(CHOICES, "skill.jsonl")), "trained"), (texts, "text")])
+
+
+def load(path):
+    return load_evaluated_model(path, "float32", "cpu")
+
+
+def test_ends_are_the_two_models_and_differences_are_from_them(base_folder, tuned, suite, tmp_path):
+    found = sweep(str(base_folder), str(tuned), [0.5], suite, load, tmp_path)
+    text = found["tasks"][1]
+    assert [point["weight"] for point in text["points"]] == [0.0, 0.5, 1.0] and text["figure"] == "bits_per_byte"
+    for at, model in ((0, base_folder), (2, tuned)):
+        results = run_task(load(str(model)), suite.tasks[1][0], 1, 8)
+        assert text["points"][at]["value"] == pytest.approx(figures(suite.tasks[1][0], results)["bits_per_byte"].value)
+    values = [point["value"] for point in text["points"]]
+    for point in text["points"]:
+        assert point["from_base"]["value"] == pytest.approx(point["value"] - values[0], abs=1e-12)
+        assert point["from_tuned"]["value"] == pytest.approx(point["value"] - values[2], abs=1e-12)
+    assert not list(tmp_path.glob(".weight*")), "merged models are not kept"
+
+
+def row(kind, role, points):
+    """points: of each weight, (value, from base, from tuned), each difference with its ends."""
+    keys = ("value", "low", "high", "num")
+    return {
+        "task": role,
+        "kind": kind,
+        "role": role,
+        "points": [
+            {"weight": weight, "from_base": dict(zip(keys, (*base, 9), strict=True)),
+             "from_tuned": dict(zip(keys, (*tuned, 9), strict=True))}
+            for weight, base, tuned in points
+        ],
+    }  # fmt: skip
+
+
+ZERO = (0.0, 0.0, 0.0)
+
+
+def test_the_verdict_claims_no_more_than_the_intervals():
+    skill = row("generation", "trained", [
+        (0.0, ZERO, (-0.9, -0.95, -0.85)), (0.5, (0.8, 0.7, 0.9), (-0.1, -0.2, -0.05)),
+        (0.8, (0.9, 0.8, 0.95), (-0.01, -0.03, 0.01)), (1.0, (0.9, 0.8, 0.95), ZERO),
+    ])  # fmt: skip
+    tax = row("perplexity", "text", [
+        (0.0, ZERO, (-0.2, -0.3, -0.1)), (0.5, (0.05, 0.01, 0.1), (-0.15, -0.2, -0.1)),
+        (0.8, (0.12, 0.1, 0.14), (-0.08, -0.1, -0.06)), (1.0, (0.2, 0.1, 0.3), ZERO),
+    ])  # fmt: skip
+    (said,) = verdict([skill, tax])
+    assert said.startswith("The tuned model pays 0.2000 bits per byte on text; a weight of 0.8 pays 0.1200")
+    skill["points"][2]["from_tuned"] |= {"low": -0.03, "high": -0.01}
+    assert "no weight pays less without a loss on trained" in verdict([skill, tax])[0]
+    tax["points"][3]["from_base"]["low"] = -0.1
+    assert "pays no significant tax" in verdict([skill, tax])[0]
+
+
+def test_the_command_writes_table_json_and_a_plot(preceptor, base_folder, tuned, write_jsonl, tmp_path):
+    files = write_jsonl(CHOICES, "skill.jsonl"), write_jsonl(TEXTS, "texts.jsonl")
+    out = tmp_path / "sweep"
+    asked = ("merge", base_folder, tuned, "--sweep", "--out", out, "--trained", files[0], "--text", files[1])
+    code, shown, err = preceptor(*asked, "--weight", 0.3, "--weight", 0.6)
+    assert code == 0, err
+    found = json.loads((out / "sweep.json").read_text())
+    assert [point["weight"] for point in found["tasks"][0]["points"]] == [0.0, 0.3, 0.6, 1.0]
+    assert "texts: tax, bits per byte" in shown and "+0.0000 (+0.0000 to +0.0000)" in shown
+    assert found["verdict"][0] in shown.replace("\n", " ")
+    svg = (out / "sweep-skill-texts.svg").read_text()
+    picture = ElementTree.fromstring(svg)
+    words = "".join(picture.itertext())
+    assert "skill, %" in words and "tax on texts, bits per byte" in words and "prefers-color-scheme: dark" in words
+    assert {"0", "0.3", "0.6", "1"} <= set(picture.itertext())
+
+
+def test_mistakes(preceptor, base_folder, tuned, tmp_path):
+    code, _, err = preceptor(
+        "merge", base_folder, tuned, "--sweep", "--out", tmp_path / "s", "--trained", "scholar:heldout"
+    )
+    assert code == 2 and "--tasks or --text for the tax" in err
+    code, _, err = preceptor("merge", base_folder, tuned, "--out", tmp_path / "s", "--weight", 0.1, "--weight", 0.2)
+    assert code == 2 and "go with --sweep" in err
+    code, _, err = preceptor("merge", base_folder, tuned, "--out", tmp_path / "s", "--weight", 1.5)
+    assert code == 2 and "from 0 (the base) to 1" in err
+    code, shown, err = preceptor("merge", base_folder, tuned, "--out", tmp_path / "s")
+    assert code == 0 and "0.5 of" in shown, err

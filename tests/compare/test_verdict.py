@@ -1,0 +1,89 @@
+"""The words say what the intervals say, and nothing more."""
+
+import numpy as np
+import pytest
+
+from preceptor.compare.verdict import sentence, short_name, verdict
+from preceptor.evaluate.figures import comparison
+from preceptor.evaluate.run import ItemResult
+from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
+
+
+def row(base, tuned, name="scholar:arithmetic", role="tax", kind="generation"):
+    """A compared task of which these values are known."""
+    keys = {"generation": "right", "multiple choice": "right", "perplexity": "bits"}
+    rest = {
+        "right_norm": 0.0, "chance": 0.25, "num_tokens": 4.0, "stop_token": 1.0, "until": 0.0, "length": 0.0,
+        "num_bytes": 100.0, "nats": 1.0,
+    }  # fmt: skip
+
+    def results(values):
+        return [
+            ItemResult(TaskItem(f"t:{n}", TaskPrompt(text="x")), {**rest, keys[kind]: v}) for n, v in enumerate(values)
+        ]
+
+    return comparison(Task(name, kind, ()), results(base), results(tuned)) | {"role": role}
+
+
+def shares(num, share, seed):
+    return (np.random.default_rng(seed).random(num) < share).astype(float)
+
+
+def lost():
+    base = np.ones(400)
+    return row(base, np.where(np.arange(400) < 40, 0.0, base))
+
+
+def unclear():
+    return row(shares(60, 0.5, 1), shares(60, 0.5, 2), "own/letters.jsonl")
+
+
+def test_a_loss_is_told_in_points_with_its_half_width():
+    figures = lost()["figures"]["accuracy"]
+    assert figures["num_changed"] == 40
+    half = 100 * (figures["difference"]["high"] - figures["difference"]["low"]) / 2
+    assert sentence(lost()) == f"lost 10.0 ± {half:.1f} points on arithmetic" and 2.5 < half < 3.5
+
+
+def test_a_gain_of_what_was_trained_stands_apart_from_the_tax():
+    gained = row(np.zeros(100), np.ones(100), "scholar:heldout", "trained")
+    first, second = verdict([gained, lost(), unclear()], None)
+    assert first.startswith("On what was trained: gained 100.0 ± ") and first.endswith(" points on heldout.")
+    assert second.startswith("Outside it: lost 10.0 ± ") and "; no gain; no significant change on letters" in second
+
+
+def test_what_cannot_be_told_from_zero_is_no_change():
+    text = sentence(unclear())
+    assert text.startswith("no significant change on letters (") and "±" in text
+    (told,) = verdict([unclear()], None)
+    assert "no significant loss; no gain" in told
+
+
+def test_nothing_changed_and_one_item():
+    same = row([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert sentence(same) == "nothing changed on arithmetic (none of 3 items)"
+    one = row([50.0], [60.0], "text.txt", "text", "perplexity")
+    assert "no significant change on text" in sentence(one) and "whose spread is unknown" in sentence(one)
+
+
+@pytest.mark.parametrize(("factor", "word", "relative"), [(1.1, "worse", "+10.0%"), (0.9, "better", "-10.0%")])
+def test_more_bits_per_byte_are_worse(factor, word, relative):
+    bits = 50 + np.random.default_rng(0).random(50)
+    told = sentence(row(bits, bits * factor, "stories.jsonl", "text", "perplexity"))
+    assert told.startswith(f"predicts stories {word} by 0.05") and told.endswith(f"bits per byte ({relative})")
+
+
+def test_the_shift_in_words():
+    value = {"low": 0.0, "high": 1.0, "num": 9}
+    shares = {
+        name: {"value": share, **value}
+        for name, share in zip(("unshifted", "marginal", "shifted"), (0.7, 0.2, 0.1), strict=True)
+    }
+    shift = {"num_tokens": 1234, "shares": shares, "mean_kl": {"value": 0.5, **value}}
+    (told,) = verdict([], shift)
+    assert told.startswith("Of 1,234 answer tokens, 70.0% are the base's first choice, 20.0% its second or third")
+    assert verdict([], {"skipped": "why"}) == verdict([], None) == []
+
+
+def test_short_names():
+    assert [short_name(name) for name in ("scholar:heldout", "a/b.jsonl", "c.jsonl.gz")] == ["heldout", "b", "c"]

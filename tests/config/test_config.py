@@ -1,0 +1,186 @@
+"""The run file: strict, typed, resolved, and the same again when its resolved copy is read."""
+
+import pytest
+
+from preceptor import config
+from preceptor.config.durations import Duration
+from preceptor.errors import ConfigError
+
+SECTIONS = [
+    value
+    for value in vars(config).values()
+    if isinstance(value, type) and issubclass(value, config.Section) and value is not config.Run
+]
+MINIMAL = "model: {path: scholar}\ndata:\n  train: [{path: train.jsonl}]\nout: runs/x\n"
+
+
+def load(tmp_path, text, overrides=()):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return config.load(file, overrides)
+
+
+def test_only_model_data_and_out_are_required(tmp_path):
+    run = load(tmp_path, MINIMAL)
+    assert run.train.duration == Duration(3, "epochs")
+    assert run.optimizer.learning_rate == 2e-5
+    assert load(tmp_path, MINIMAL + "adapter: {kind: lora, rank: 4}\n").optimizer.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize("key", ["model: {path: scholar}", "out: runs/x"])
+def test_a_required_key_that_is_absent_is_named(tmp_path, key):
+    with pytest.raises(ConfigError, match=r"run.yaml: \w+(\.\w+)?: required, but absent"):
+        load(tmp_path, MINIMAL.replace(key, ""))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("optimizer: {learnin_rate: 1}", "optimizer.learnin_rate: unknown key; did you mean 'learning_rate'"),
+        ("trian: {}", "trian: unknown key; did you mean 'train'"),
+        ("zzz: 1", "zzz: unknown key; known keys are model, data, train, optimizer, loss, memory, checkpoint"),
+        ("train: {batch_size: two}", "train.batch_size: input should be a valid integer; found 'two'"),
+        ("train: {batch_size: 0}", "train.batch_size: input should be greater than or equal to 1; found 0"),
+        ("train: {duration: 3 weeks}", "train.duration: a duration is written as `3 epochs`"),
+        ("train: {duration: 0 steps}", "train.duration: must be more than 0"),
+        ("train: {duration: 10 %}", "not in percent of itself"),
+        ("train: {duration: 1.5 steps}", "steps are whole numbers"),
+        (
+            "optimizer: {lr_scheduler: cosin}",
+            "optimizer.lr_scheduler: input should be 'cosine', 'linear' or 'constant'",
+        ),
+        ("adapter: {kind: qlora}", "adapter.kind"),
+        ("train: 5", "train: "),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(tmp_path, extra, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"{MINIMAL}{extra}\n")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
+
+
+def test_an_unknown_key_inside_a_list_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.train.0.wieght: unknown key; did you mean 'weight'"):
+        load(tmp_path, MINIMAL.replace("{path: train.jsonl}", "{path: a, wieght: 2}"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("weight: 2, count: 5", "data.train.0: `weight` and `count` both say how often examples are seen"),
+        ("weight: 0", "data.train.0.weight: input should be greater than 0"),
+        ("count: 0", "data.train.0.count: input should be greater than or equal to 1"),
+        ("count: 1.5", "data.train.0.count: input should be a valid integer"),
+        (
+            "columns: {qestion: a}",
+            "data.train.0.columns: 'qestion' is not a key of any format; did you mean 'question'?",
+        ),
+        ("columns: {xyz: a}", "known keys are messages, conversations, prompt"),
+        ("nulls: keap", "data.train.0.nulls: input should be 'reject', 'drop' or 'keep'"),
+    ],
+)
+def test_mistakes_in_a_source(tmp_path, source, message):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MINIMAL.replace("{path: train.jsonl}", f"{{path: a, {source}}}"))
+    assert message in str(caught.value)
+
+
+def test_rejections_are_allowed_by_their_codes(tmp_path):
+    text = MINIMAL.replace("data:\n", "data:\n  allow_rejected: [too_long]\n")
+    assert load(tmp_path, text).data.allow_rejected == ["too_long"]
+    with pytest.raises(ConfigError, match=r"data\.allow_rejected\.0: input should be a valid string; found 3"):
+        load(tmp_path, text.replace("too_long", "3"))
+
+
+@pytest.mark.parametrize("betas", ["0.9", "[0.9]", "[0.9, 0.95, 0.99]", "[0.9, 1.0]"])
+def test_betas_are_two_numbers_under_one(tmp_path, betas):
+    with pytest.raises(ConfigError, match=r"optimizer\.betas"):
+        load(tmp_path, f"{MINIMAL}optimizer: {{betas: {betas}}}\n")
+
+
+def test_several_mistakes_come_together(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, MINIMAL + "train: {sed: 1, batch_size: -1}\n")
+    assert "train.sed" in str(caught.value) and "train.batch_size" in str(caught.value)
+
+
+def test_overrides_win_and_keep_their_types(tmp_path):
+    run = load(
+        tmp_path,
+        MINIMAL,
+        [
+            "optimizer.learning_rate=1e-4",
+            "adapter.rank=8",
+            "data.train.0.weight=0.5",
+            "train.duration=7 steps",
+            "out=b",
+        ],
+    )
+    assert run.optimizer.learning_rate == 1e-4
+    assert run.adapter.rank == 8 and run.adapter.alpha == 16
+    assert run.data.train[0].weight == 0.5
+    assert run.train.duration == Duration(7, "steps")
+    assert run.out == "b"
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=1", "out.x=1", "data.train.3.weight=1", "data.train.x=1"])
+def test_an_override_that_cannot_be_applied_is_rejected(tmp_path, override):
+    with pytest.raises(ConfigError, match="override"):
+        load(tmp_path, MINIMAL, [override])
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    assert load(tmp_path, MINIMAL + "optimizer: {learning_rate: 2e-4}\n").optimizer.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "is a mapping"), ("", "is a mapping"), (MINIMAL + "out: y\n", "given twice")],
+)
+def test_a_file_that_is_no_run_file(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, text)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such run file"):
+        config.load(tmp_path / "none.yaml")
+
+
+def test_full_training_in_bfloat16_weights_is_rejected(tmp_path):
+    text = MINIMAL.replace("path: scholar", "path: scholar, dtype: bfloat16")
+    with pytest.raises(ConfigError, match="1/256"):
+        load(tmp_path, text)
+    assert load(tmp_path, text + "adapter: {rank: 4}\n").model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("source", ["", ", weight: 0.5", ", count: 7, columns: {text: body}, split: train"])
+def test_the_resolved_copy_is_the_same_run(tmp_path, source):
+    text = MINIMAL.replace("{path: train.jsonl}", f"{{path: a{source}}}")
+    run = load(tmp_path, text + "adapter: {rank: 8}\noptimizer: {warmup: 3 %}\ncheckpoint: {every: 100 steps}\n")
+    assert load(tmp_path, config.dump(run)) == run
+
+
+def test_paths_beside_the_run_file_are_found(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path.parent)
+    assert load(tmp_path, MINIMAL).data.train[0].path == str(tmp_path / "train.jsonl")
+    (tmp_path / "folder").mkdir()
+    folder = load(tmp_path, MINIMAL.replace("train.jsonl", "folder"))
+    assert folder.data.train[0].path == str(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path)
+    assert load(tmp_path, MINIMAL).data.train[0].path == "train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("3 epochs", 30), ("1 epoch", 10), ("0.25 epochs", 3), ("7 steps", 7), ("5 %", 2), ("5%", 2)]
+)
+def test_durations_in_steps(text, steps):
+    assert Duration.parse(text).steps(steps_per_epoch=10, total_steps=30) == steps
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_has_its_line(section):
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name} has no line under it"

@@ -1,0 +1,174 @@
+"""What a path names: files, folders, splits, data sets; and what a key of the run file cannot go with."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from preceptor.config import Source
+from preceptor.data.formats import arrow
+from preceptor.data.formats.tables import find_tables
+from preceptor.data.sources import OpenSource, read_examples, read_rows
+from preceptor.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes files of one row each, which says the file's name."""
+
+    def make(*names):
+        for name in names:
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".parquet"):
+                import pyarrow as pa
+                import pyarrow.parquet as pq
+
+                pq.write_table(pa.Table.from_pylist([{"text": name}]), file)
+            else:
+                file.write_text(json.dumps({"text": name}) + "\n")
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def datasets():
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def texts(path, **keys):
+    return [row["text"] for _, row in read_rows(Source(path=str(path), **keys))]
+
+
+def test_a_folder_is_all_of_its_data_files_in_the_order_of_their_names(make):
+    folder = make("b.jsonl", "a.parquet", "deep/c.json", ".cache/x.jsonl", "README.md", "dataset_info.json")
+    assert texts(folder) == ["a.parquet", "b.jsonl", "deep/c.json"]
+    sources = [source for source, _ in read_rows(str(folder))]
+    assert sources == [f"{folder}/a.parquet:row 1", f"{folder}/b.jsonl:1", f"{folder}/deep/c.json:1"]
+
+
+def test_a_split_of_a_folder(make):
+    folder = make(
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "train_sft.jsonl", "test.jsonl", "val/x.jsonl"
+    )
+    assert texts(folder, split="train") == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
+    assert texts(folder, split="train_sft") == ["train_sft.jsonl"]
+    assert texts(folder, split="val") == ["val/x.jsonl"]
+    with pytest.raises(DataError, match="of the splits test, train, val; name one with `split`"):
+        texts(folder)
+    with pytest.raises(DataError, match="no file of the folder is named for split 'dev'"):
+        texts(folder, split="dev")
+
+
+def test_a_folder_with_one_split_needs_no_name_for_it(make):
+    assert texts(make("train-1.jsonl", "train-2.jsonl", "extra.jsonl")) == [
+        "extra.jsonl",
+        "train-1.jsonl",
+        "train-2.jsonl",
+    ]
+
+
+def test_saved_data_sets_and_their_splits(tmp_path, datasets):
+    one, two = (datasets.Dataset.from_dict({"text": [f"{name} 1", f"{name} 2"]}) for name in ("train", "test"))
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=one, test=two).save_to_disk(str(tmp_path / "both"))
+    datasets.DatasetDict(only=two).save_to_disk(str(tmp_path / "only"))
+    assert texts(tmp_path / "one") == ["train 1", "train 2"]
+    assert texts(tmp_path / "both", split="test") == ["test 1", "test 2"]
+    assert texts(tmp_path / "only") == ["test 1", "test 2"]
+    source, _ = next(read_rows(Source(path=str(tmp_path / "both"), split="test")))
+    assert source == f"{tmp_path}/both/test:row 1"
+    with pytest.raises(DataError, match="has the splits train, test; name one"):
+        texts(tmp_path / "both")
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, test"):
+        texts(tmp_path / "both", split="dev")
+    with pytest.raises(DataError, match="without splits; remove `split: train`"):
+        texts(tmp_path / "one", split="train")
+
+
+def test_rows_of_a_data_set_that_was_shuffled_and_cut_come_in_its_order(tmp_path, datasets):
+    whole = datasets.Dataset.from_dict({"text": [str(number) for number in range(1000)]})
+    some = whole.shuffle(seed=1).select(range(600))
+    some.save_to_disk(str(tmp_path / "some"))
+    assert texts(tmp_path / "some") == some["text"]
+
+
+def test_the_loader_of_the_hub_on_a_local_folder(make, datasets, monkeypatch, tmp_path):
+    """The same calls that a Hub id makes, without a network."""
+    folder = make("data/train.jsonl", "data/test.jsonl")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    loaded = arrow.load_hub(str(folder / "data"), None, "test", None)
+    assert list(arrow.dataset_rows(loaded, "owner/name/test")) == [
+        ("owner/name/test:row 1", {"text": "data/test.jsonl"})
+    ]
+    with pytest.raises(DataError, match=r"has the splits \w+, \w+; name one with `split`"):
+        arrow.load_hub(str(folder / "data"), None, None, None)
+    with pytest.raises(DataError, match=r"cannot be loaded from the Hub: .*tset"):
+        arrow.load_hub(str(folder / "data"), None, "tset", None)
+
+
+def test_a_hub_id_is_passed_on_with_its_keys(monkeypatch):
+    asked = []
+    monkeypatch.setattr(arrow, "load_hub", lambda *arguments: asked.append(arguments) or pytest.skip("asked"))
+    (table,) = find_tables(Source(path="owner/name", name="main", split="train", revision="v1"))
+    assert table.name == "owner/name/main/train" and not asked  # nothing is loaded before it is read
+    with pytest.raises(pytest.skip.Exception):
+        table.columns()
+    assert asked == [("owner/name", "main", "train", "v1")]
+
+
+def test_a_hub_id_that_cannot_be_reached_says_so():
+    with pytest.raises(DataError, match="owner/no-such-data: no such file or folder here, and it cannot be loaded"):
+        list(read_examples("owner/no-such-data"))
+
+
+def test_only_the_columns_of_the_formats_are_read(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array(["{"], pa.string()).cast(pa.json_()) if hasattr(pa, "json_") else None
+    pq.write_table(pa.table({"text": ["a"], "image": broken}), tmp_path / "a.parquet")
+    (record,) = read_examples(str(tmp_path / "a.parquet"))
+    assert record.text == "a"
+    with pytest.raises(DataError, match="a JSON column holds what is no JSON"):
+        list(read_rows(str(tmp_path / "a.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"split": "train"}, "is a file, and `split` goes with folders and Hub ids; remove it"),
+        ({"name": "main"}, "is a file, and `name` goes with Hub ids"),
+        ({"revision": "v1"}, "is a file, and `revision` goes with Hub ids"),
+    ],
+)
+def test_a_key_that_does_not_apply_is_an_error(make, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        OpenSource(Source(path=str(make("a.jsonl") / "a.jsonl"), **keys))
+    if "split" not in keys:
+        with pytest.raises(ConfigError, match="is a folder, and"):
+            OpenSource(Source(path=str(make("a.jsonl")), **keys))
+
+
+def test_a_file_of_nearly_that_name_is_named(make):
+    folder = make("conversations.jsonl")
+    with pytest.raises(DataError, match=r"no such data file; did you mean '.*/conversations\.jsonl'"):
+        OpenSource(str(folder / "conversation.jsonl"))
+
+
+def test_the_number_of_rows_for_a_progress_display(make, tmp_path, datasets):
+    folder = make("a.jsonl", "b.parquet", "c.csv")
+    assert [table.num_rows() for table in OpenSource(str(folder)).tables] == [1, 1, None]
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
+    assert [table.num_rows() for table in OpenSource(str(tmp_path / "saved")).tables] == [2]
+
+
+def test_reading_text_imports_neither_arrow_nor_datasets():
+    heavy = "('pyarrow', 'datasets', 'pandas')"
+    code = f"import sys; from preceptor.data import sources; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,98 @@
+"""Held-out figures: the mean over all target tokens, in all and by source, kind and turn."""
+
+import math
+
+import pytest
+import torch
+
+from preceptor.chat.render import Renderer
+from preceptor.chat.template import load_template
+from preceptor.data.examples import Rejection
+from preceptor.data.sources import read_examples
+from preceptor.evaluate.held_out import LabelledTree, TargetLabels, label_targets, measure
+from tiny import tiny_model, tiny_tokenizer
+
+SYSTEM = {"role": "system", "content": "a start"}
+USER = {"role": "user", "content": "the user?"}
+ANSWER = {"role": "assistant", "content": "The message — is."}
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+ROWS = [
+    {"messages": [USER, ANSWER]},
+    {"messages": [SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "and then"}]},
+    {"prompt": "a user ", "completion": "and an assistant"},
+]
+
+
+@pytest.fixture
+def rendered(write_jsonl):
+    tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[stop])
+    file = write_jsonl(ROWS)
+    pairs = [(record, renderer.render(record)) for record in read_examples(file)]
+    assert not any(isinstance(tree, Rejection) for _, tree in pairs)
+    return file, tokenizer, label_targets(pairs, renderer)
+
+
+def test_labels(rendered):
+    file, _, held_out = rendered
+    found = [[labels for labels in each.labels if labels is not None] for each in held_out]
+    assert [[(own.kinds, own.turn) for own in each] for each in found] == [
+        [(("plain",), 1)],
+        [(("system",), 1), (("system",), 2)],
+        [(("completion",), None)],
+    ]
+    assert {own.source for each in found for own in each} == {file}
+    sizes = [[own.num_bytes for own in each] for each in found]
+    assert sizes == [[len("The message — is.".encode())], [len("The message — is.".encode()), 8], [16]]
+
+
+def test_figures_are_means_over_tokens_against_a_direct_computation(rendered):
+    file, tokenizer, held_out = rendered
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    nats, correct, groups = [], [], []
+    for each in held_out:
+        ids = [id_ for segment in each.tree.segments for id_ in segment.ids]
+        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        place = 0
+        for segment, labels in zip(each.tree.segments, each.labels, strict=True):
+            for id_ in segment.ids:
+                if labels is not None:
+                    nats.append(-logits[place - 1, id_].item())
+                    correct.append(int(logits[place - 1].argmax()) == id_)
+                    groups.append(labels.kinds[0])
+                place += 1
+    for rows in (512, 40):
+        found = measure(model, held_out, rows)
+        assert found["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-6)
+        assert (found["token_accuracy"], found["num_trained"]) == (sum(correct) / len(correct), len(nats))
+        num_bytes = 2 * len("The message — is.".encode()) + 8 + 16
+        assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / num_bytes, rel=1e-6)
+    assert model.training, "left in its mode"
+    own = [loss for loss, group in zip(nats, groups, strict=True) if group == "system"]
+    assert found["by_kind"]["system"]["loss"] == pytest.approx(sum(own) / len(own), rel=1e-6)
+    assert found["by_kind"]["system"]["num_trained"] == len(own)
+    assert set(found["by_kind"]) == {"plain", "system", "completion"} and set(found["by_turn"]) == {"1", "2"}
+    assert found["by_source"][file]["num_trained"] == len(nats)
+
+
+def test_tools_and_reasoning_are_kinds_and_a_turn_may_have_several(write_jsonl):
+    from preceptor.evaluate.held_out import _kinds
+
+    rows = [
+        {"messages": [SYSTEM, USER, CALL, {"role": "tool", "content": "x"}, {**ANSWER, "reasoning_content": "so"}]},
+        {"messages": [USER, {**ANSWER, "content": "<think>so</think>It is."}]},
+    ]
+    tools, inline = read_examples(write_jsonl(rows))
+    assert _kinds(tools, 2) == ("tools", "system")
+    assert _kinds(tools, 4) == ("tools", "reasoning", "system")
+    assert _kinds(inline, 1) == ("reasoning",)
+
+
+def test_nothing_held_out_is_an_error(rendered):
+    with pytest.raises(ValueError, match="no held-out target"):
+        measure(tiny_model("llama"), [], 64)
+    context_only = LabelledTree(rendered[2][0].tree, (None,) * len(rendered[2][0].labels))
+    assert TargetLabels("a", ("plain",), 1, 0).num_bytes == 0
+    with pytest.raises(ValueError, match="no held-out target"):
+        measure(tiny_model("llama", vocab_size=300), [context_only], 64)

@@ -1,0 +1,177 @@
+"""What a model chooses, predicts and answers, against direct computations on a tiny model in float64."""
+
+import math
+
+import pytest
+import torch
+
+from preceptor.chat.template import load_template
+from preceptor.errors import DataError, TemplateError
+from preceptor.evaluate.figures import figures, summary
+from preceptor.evaluate.likelihood import segment_losses
+from preceptor.evaluate.model import EvaluatedModel, load_evaluated_model
+from preceptor.evaluate.run import choice_tree, run_task, text_windows
+from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
+from tiny import tiny_model, tiny_tokenizer
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+USER = {"role": "user", "content": "the user and"}
+
+
+def tiny_evaluated(kind="llama", chat=False, alone=False, bos=False, stop=()):
+    tokenizer = tiny_tokenizer(special_tokens=CHATML)
+    if bos:
+        tokenizer.bos_token = "<|im_start|>"
+        tokenizer.add_bos_token = True
+    model = tiny_model(kind, vocab_size=len(tokenizer)).double()
+    template = load_template("chatml", tokenizer) if chat else None
+    return EvaluatedModel("tiny", model, tokenizer, template, tuple(stop) or (tokenizer.eos_token_id,), alone)
+
+
+def log_likelihood(model, ids, start):
+    """Of the tokens from `start` on, one forward pass, no cache, no packing."""
+    log_probs_TV = model(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+    return sum(log_probs_TV[place - 1, ids[place]].item() for place in range(start, len(ids)))
+
+
+def choice(text="the user", choices=(" and the message", " of a start", "s"), answer=0, messages=None):
+    given = TaskPrompt(messages=messages) if messages else TaskPrompt(text=text)
+    return TaskItem("task:1", given, choices=choices, answer=answer)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_choices_are_scored_as_by_a_direct_computation(chat, alone):
+    evaluated = tiny_evaluated(chat=chat, alone=alone)
+    tokenizer = evaluated.tokenizer
+    item = choice(messages=(USER,) if chat else None)
+    if chat:
+        context = tokenizer("<|im_start|>user\nthe user and<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        wholes = [context + tokenizer(text)["input_ids"] for text in item.choices]
+        start = len(context)
+    else:
+        context = tokenizer("the user")["input_ids"]
+        wholes = [tokenizer("the user" + text)["input_ids"] for text in item.choices]
+        start = next(i for i in range(99) if len({tuple(ids[: i + 1]) for ids in [[*context, -1], *wholes]}) > 1)
+    expected = [log_likelihood(evaluated.model, ids, start) for ids in wholes]
+    (result,) = run_task(evaluated, Task("t", "multiple choice", (item,)), 8, 2)
+    assert result.record["log_likelihoods"] == pytest.approx(expected, rel=1e-6)
+    per_byte = [value / len(text.encode()) for value, text in zip(expected, item.choices, strict=True)]
+    assert result.record["chosen"] == max(range(3), key=expected.__getitem__)
+    assert result.record["chosen_norm"] == max(range(3), key=per_byte.__getitem__)
+    assert result.values["right"] == (result.record["chosen"] == 0)
+
+
+def test_the_shortest_and_the_best_per_byte_choice_may_differ():
+    items = tuple(choice(choices=(" and", " and the message of a start"), answer=at) for at in (0, 1))
+    results = run_task(tiny_evaluated(), Task("t", "multiple choice", items), 8, 2)
+    assert results[0].record["chosen"] == 0, "a longer text is never likelier than its own beginning"
+    assert {r.values["right"] for r in results} == {0.0, 1.0}
+    found = figures(Task("t", "multiple choice", items), results)
+    assert (
+        found["acc"].value == 0.5 and summary(Task("t", "multiple choice", items), results)["counts"]["chance"] == 0.5
+    )
+
+
+def test_choices_share_what_their_tokens_share_and_no_more():
+    """`message` and `messages` part in the middle of a word: all are scored from the first token that may differ."""
+    evaluated = tiny_evaluated()
+    tree = choice_tree(evaluated, choice("the mess", ("age", "ages")))
+    ids = [tree.segments[0].ids + branch.ids for branch in tree.segments[1:]]
+    assert [evaluated.tokenizer.decode(each) for each in ids] == ["the message", "the messages"]
+    assert [list(each) for each in ids] == [
+        evaluated.tokenizer(text)["input_ids"] for text in ("the message", "the messages")
+    ]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_bits_per_byte_against_a_hand_computation(bos):
+    evaluated = tiny_evaluated(bos=bos)
+    text = "the message — of a user"
+    ids = evaluated.tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = [evaluated.tokenizer.bos_token_id, *ids] if bos else ids
+    nats = -log_likelihood(evaluated.model, whole, 1)
+    num_bytes = len(text.encode()) - (0 if bos else len(evaluated.tokenizer.decode(ids[:1]).encode()))
+    task = Task("t", "perplexity", (TaskItem("t:1", text=text), TaskItem("t:2", text=text)))
+    results = run_task(evaluated, task, 8, 2)
+    found, counted = figures(task, results)["bits_per_byte"], summary(task, results)["counts"]
+    assert found.value == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-6)
+    assert counted["num_bytes"] == 2 * num_bytes and counted["num_tokens"] == 2 * (len(whole) - 1)
+    assert counted["perplexity"] == pytest.approx(math.exp(nats / (len(whole) - 1)), rel=1e-6)
+
+
+def test_a_text_without_a_token_to_predict_is_an_error():
+    task = Task("texts", "perplexity", (TaskItem("t:1", text="t"),))
+    with pytest.raises(DataError, match="texts: its texts have no token that could be predicted"):
+        figures(task, run_task(tiny_evaluated(), task, 8, 2))
+
+
+@pytest.mark.parametrize("bos", [(), (7,)])
+def test_windows_predict_each_token_once_after_half_a_window_at_least(bos):
+    ids = tuple(range(100, 137))
+    trees = text_windows("t", bos, ids, 10)
+    predicted, seen = [], []
+    for tree in trees:
+        assert tree.num_tokens <= 10
+        read = [id_ for segment in tree.segments for id_ in segment.ids if id_ not in bos]
+        assert read == list(range(read[0], read[-1] + 1)), "context and target follow on each other"
+        target = tree.segments[-1].ids
+        predicted += target
+        seen.append(len(tree.segments[0].ids) if len(tree.segments) > 1 else 0)
+    assert tuple(predicted) == ids
+    assert all(num == 5 for num in seen[1:])
+    assert text_windows("t", bos, ids[:9], 10)[0].num_tokens == 9 + len(bos)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_losses_are_those_of_each_chain_alone(kind):
+    evaluated = tiny_evaluated(kind)
+    trees = [choice_tree(evaluated, choice()), *text_windows("t", (), tuple(range(3, 60)), 20)]
+    together = segment_losses(evaluated.model, trees, 512)
+    alone = segment_losses(evaluated.model, trees, 512, alone=True)
+    for ours, theirs in zip(together, alone, strict=True):
+        for own, other in zip(ours, theirs, strict=True):
+            assert own.loss_N == pytest.approx(other.loss_N, rel=1e-6) and len(own) == len(other)
+
+
+def test_answers_are_scored_and_their_stops_counted():
+    evaluated = tiny_evaluated()
+    (free,) = run_task(
+        evaluated, Task("t", "generation", (TaskItem("t:1", TaskPrompt(text="the user"), ("x",)),)), 12, 4
+    )
+    words = free.record["answer"]
+    assert free.record["stop"] == "length" and not free.values["right"]
+    tokens = evaluated.tokenizer(words, add_special_tokens=False)["input_ids"]
+    items = (
+        TaskItem("t:1", TaskPrompt(text="the user"), (words,)),
+        TaskItem("t:2", TaskPrompt(text="the user"), (words[:5],), match="contains", groups={"family": "so"}),
+        TaskItem("t:3", TaskPrompt(text="the user"), (words.partition(words[6])[0],), until=(words[6],)),
+    )
+    task = Task("t", "generation", items)
+    results = run_task(evaluated, task, 12, 4)
+    assert [result.values["right"] for result in results] == [1.0, 1.0, 1.0]
+    assert [result.record["stop"] for result in results] == ["length", "length", "until"]
+    found = summary(task, results)
+    assert found["counts"]["length"] == 2 and found["counts"]["until"] == 1
+    assert found["groups"] == {"family": {"so": found["groups"]["family"]["so"]}}
+    stopping = tiny_evaluated(stop=[tokens[0], free.record["answer"] and tokens[-1]])
+    (stopped,) = run_task(stopping, Task("t", "generation", items[:1]), 12, 4)
+    assert stopped.record["stop"] == "stop_token"
+
+
+def test_the_base_reads_messages_as_lines_and_the_tuned_model_through_its_template():
+    messages = ({"role": "system", "content": "Be brief."}, USER)
+    given = TaskPrompt(messages=messages)
+    assert tiny_evaluated().prompt_text(given) == "Be brief.\nthe user and\n"
+    chat = tiny_evaluated(chat=True)
+    assert chat.prompt_text(given).endswith("<|im_start|>user\nthe user and<|im_end|>\n<|im_start|>assistant\n")
+    assert chat.prompt_text(TaskPrompt(text="the user")) == "the user" and chat.is_plain(TaskPrompt(text="x"))
+    assert chat.prompt_format == "chat template (chatml)" and tiny_evaluated().prompt_format == "plain text"
+
+
+def test_an_item_longer_than_the_models_context_is_named():
+    given = TaskPrompt(text="the user and the message of a user " * 30)
+    with pytest.raises(DataError, match=r"task:9: \d+ tokens and an answer of 8 are more than the 256"):
+        tiny_evaluated().context(given, "task:9", 8)
+    with pytest.raises(TemplateError, match=r"has no token <\|im_start\|>"):
+        load_evaluated_model("scholar", "float32", "cpu", "chatml")

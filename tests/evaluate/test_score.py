@@ -1,0 +1,54 @@
+"""What counts as a right answer."""
+
+from decimal import Decimal
+
+import pytest
+
+from preceptor.evaluate.score import is_number, is_right, last_number
+
+
+@pytest.mark.parametrize(
+    ("match", "text", "accepted", "right"),
+    [
+        ("exact", " Paris.\n", ["Paris."], True),
+        ("exact", "paris.", ["Paris."], False),
+        ("contains", "It is Paris, I think.", ["Rome", "Paris"], True),
+        ("contains", "It is paris.", ["Paris"], False),
+        ("regex", " 404: not found", [r"\A\s*404(?!\d)"], True),
+        ("regex", "The code is 404.", [r"\A\s*404"], False),
+        ("numeric", "3 + 4 = 7", ["7"], True),
+        ("numeric", "7, since 3 + 4", ["7"], False),
+        ("numeric", "It costs $1,000.00.", ["1000"], True),
+        ("numeric", "none", ["7"], False),
+        ("exact", "<think>Not Rome.</think>\nParis.", ["Paris."], True),
+        ("numeric", "<think>12</think>The answer is 7", ["7"], True),
+    ],
+)
+def test_matches(match, text, accepted, right):
+    assert is_right(text, match, accepted) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("10-5", "5"),
+        ("it fell by -5", "-5"),
+        ("x = -5.50.", "-5.50"),
+        ("1,234,567 people", "1234567"),
+        ("1,2,3", "3"),
+        ("in 1999, 12 of them", "12"),
+        ("(3)-4", "4"),
+        ("−8 degrees", "-8"),
+        ("version 1.2.3", "3"),
+        ("about .5", "0.5"),
+        ("1,2345", "2345"),
+        ("no digits", None),
+    ],
+)
+def test_the_last_number(text, number):
+    assert last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_what_is_a_number():
+    assert is_number("-1,000.5") and is_number(" 7 ")
+    assert not is_number("7 apples") and not is_number("7 8") and not is_number("")

@@ -1,0 +1,42 @@
+"""Tokens for the eye: every character there, special tokens marked, targets in their own style."""
+
+from preceptor.data.examples import Rejection
+from preceptor.data.forest import Segment, Tree
+from preceptor.inspect.show import pieces, summary_line, to_text
+from tiny import tiny_tokenizer
+
+
+def tree(tokenizer, *texts):
+    segments = []
+    for index, text in enumerate(texts):
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        segments.append(Segment("target" if index % 2 else "context", ids, index - 1 if index else None, text))
+    return Tree("f:1", tuple(segments))
+
+
+def test_pieces_spell_the_text_also_where_a_character_takes_several_tokens():
+    tokenizer = tiny_tokenizer()
+    text = "a user 日本 <|endoftext|> ∑é\n"
+    ids = tokenizer(text)["input_ids"]
+    found = list(pieces(ids, tokenizer))
+    assert "".join(piece for piece, _ in found) == text
+    assert [piece for piece, special in found if special] == ["<|endoftext|>"]
+
+
+def test_targets_are_styled_and_line_ends_are_visible():
+    tokenizer = tiny_tokenizer()
+    shown = to_text(tree(tokenizer, "user\n", "message"), tokenizer)
+    assert shown.plain == "user⏎\nmessage"
+    styles = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
+    assert all(("green" in style) == (piece in "message") for piece, style in styles.items())
+
+
+def test_branches_and_rejections_are_said():
+    tokenizer = tiny_tokenizer()
+    branched = Tree(
+        "f:1",
+        (Segment("context", (5,), None), Segment("target", (6,), 0), Segment("target", (7,), 0)),
+    )
+    assert "continues segment 0" in to_text(branched, tokenizer).plain
+    assert "rejected: too_long: cut it" in to_text(Rejection("f:1", "too_long", "cut it"), tokenizer).plain
+    assert summary_line(branched) == "3 tokens, 2 trained in 2 turns (67%)"

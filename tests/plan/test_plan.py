@@ -1,0 +1,243 @@
+"""`preceptor plan`: without torch, in under a second; its figures are those of the trainer; its advice is sound."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from preceptor import config
+from preceptor.commands.plan import measured_rate
+from preceptor.errors import ConfigError, ModelError
+from preceptor.model.towers import tower_parameters
+from preceptor.plan.changes import find_change
+from preceptor.plan.devices import Device, _read_gpu, find_device
+from preceptor.plan.model import read_model
+from preceptor.plan.plan import make_case, make_plan
+from preceptor.plan.sample import sample_data
+from preceptor.plan.text import number, seconds, size, to_text
+from tiny import seeing_model
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def run_of(model, **sections):
+    tree = {"model": {"path": str(model)}, "data": {"train": [{"path": "rows.jsonl"}]}, "out": "-"}
+    for section, keys in sections.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    return config.build(tree, "test")
+
+
+def folder_of(tmp_path, settings):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def plan_of(run, device="H100", world_size=1, rate=None):
+    model = read_model(run.model)
+    sample = sample_data(run, model.tokenizer_file)
+    return make_plan(run, model, sample, find_device(device), world_size, rate)
+
+
+def test_towers_are_held_and_not_trained(tmp_path):
+    model = seeing_model("qwen3_vl")
+    model.save_pretrained(tmp_path)
+    total, towers = (sum(p.numel() for p in of) for of in (model.parameters(), tower_parameters(model)))
+    plan = plan_of(run_of(tmp_path))
+    assert plan["parameters"]["total"] == total
+    assert plan["parameters"]["base"]["towers"] == towers
+    assert plan["parameters"]["trained_total"] == total - towers
+    assert plan["memory"]["components"]["weights"] == 4 * total
+    assert plan["memory"]["components"]["optimizer"] == 8 * (total - towers)
+
+
+def test_a_tied_head_that_is_stored_too_is_no_tower(tmp_path):
+    model = seeing_model("gemma3")
+    model.save_pretrained(tmp_path)
+    save_file({"lm_head.weight": torch.zeros(64, 32)}, tmp_path / "more.safetensors")
+    towers = sum(p.numel() for p in tower_parameters(model))
+    assert plan_of(run_of(tmp_path))["parameters"]["base"]["towers"] == towers
+
+
+@pytest.mark.parametrize("weights", [None, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_towers_are_left_open_where_no_weight_files_are(tmp_path, weights):
+    model = seeing_model("qwen3_vl")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if weights is not None:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    plan = plan_of(run_of(tmp_path))
+    of_text = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in tower_parameters(model))
+    assert plan["parameters"]["total"] == of_text and plan["model"]["towers_open"]
+    assert "its text model alone" in to_text(plan)
+
+
+def test_no_torch_and_under_a_second(tmp_path):
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("{model: {path: scholar}, data: {train: [{path: 'scholar:conversations.jsonl'}]}, out: x}")
+    code = (
+        "import sys, time; from typer.testing import CliRunner; from preceptor.cli import app; "
+        f"found = CliRunner().invoke(app, ['plan', {str(run_file)!r}, '--json']); "
+        "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules); "
+        "sys.exit(repr((found.exception, heavy)) if found.exception or heavy else 0)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 10  # 0.9 s on an idle machine; a test machine may be far from idle
+
+
+def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
+    """Parameters with the added tokens exactly; tokens and steps about, since no template is rendered."""
+    from preceptor.train.prepare import prepare
+    from preceptor.train.run import build_model, choose_device
+
+    run = run_of(
+        "scholar",
+        data={"train": [{"path": "scholar:conversations.jsonl"}], "chat_template": "chatml", "max_length": 512},
+        adapter={"rank": 4},
+    )
+    plan = plan_of(run)
+    prepared = prepare(run)
+    model = build_model(prepared, choose_device("cpu"))
+    assert plan["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert plan["parameters"]["trained_total"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = sum(tree.num_tokens for tree in prepared.train.trees())
+    assert plan["data"]["examples_per_epoch"] == len(prepared.train.lengths)
+    assert plan["data"]["tokens_per_epoch"] == pytest.approx(tokens, rel=0.1)
+    assert plan["data"]["share_trained"] == pytest.approx(
+        sum(t.num_trained for t in prepared.train.trees()) / tokens, rel=0.1
+    )
+    assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.1)
+
+
+def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
+    run = run_of(folder_of(tmp_path, LLAMA_70B), train={"precision": "bfloat16"})
+    plan = plan_of(run)
+    components = plan["memory"]["components"]
+    assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
+    assert not plan["memory"]["fits"]
+    ways = {(entry["way"].partition(" ")[0], entry["world_size"]): entry for entry in plan["would_fit"]}
+    assert len(plan["would_fit"]) == 16
+    assert ways["QLoRA", 1]["states_bytes"] < ways["LoRA", 1]["states_bytes"] / 3
+    assert "H100" in ways["QLoRA", 1]["fits_on_checkpointed"] and ways["LoRA", 1]["fits_on_checkpointed"] == ["B200"]
+    sharded = [ways["everything,", count]["states_bytes"] for count in (1, 8, 16, 64)]
+    assert [round(sharded[0] / states) for states in sharded] == [1, 8, 16, 64]
+    text = to_text({**plan, "change": None, "four_bits_peak_bytes": None})
+    assert "left open" in text and "three quarters context are assumed" in text and "1.13 TB" in text
+
+
+@pytest.mark.parametrize("device", ["RTX 4090", "A100 80", "H200"])
+@pytest.mark.parametrize("max_length", [2048, 32768])
+def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_takes(tmp_path, device, max_length):
+    settings = {**LLAMA_70B, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    settings["num_hidden_layers"] = 32
+    folder = folder_of(tmp_path, settings)
+    run_file = tmp_path / "run.yaml"
+    tree = {"model": {"path": str(folder)}, "data": {"train": [{"path": "x"}], "max_length": max_length}}
+    run_file.write_text(json.dumps({**tree, "out": "x"}))
+    run = config.load(run_file)
+    shape = read_model(run.model).shape
+    target = find_device(device)
+    assert make_case(run, shape, "none", target, 1).memory.peak_bytes > target.usable_bytes
+    found = find_change(run, shape, "none", target, 1)
+    assert found["change"]["fits"]
+    assert not any(change["fits"] for change in found["tried"][:-1])
+    changed = config.load(run_file, found["change"]["set"])
+    case = make_case(changed, shape, "none", target, found["change"]["world_size"])
+    assert case.memory.peak_bytes == found["change"]["peak_bytes"] <= target.usable_bytes
+
+
+def test_changes_that_keep_the_gradient_come_first(tmp_path):
+    run = run_of(folder_of(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4}), data={"max_length": 16384})
+    shape, target = read_model(run.model).shape, find_device("H200")
+    found = find_change(run, shape, "none", target, 1)
+    tried = [change["set"] for change in found["tried"]]
+    assert tried == [["memory.context_gradient=recompute"], ["memory.activation_checkpointing=all"]][: len(tried)]
+    assert found["change"]["set"] == tried[-1]
+
+
+def test_an_unknown_model_type_is_named_and_its_weights_are_counted(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    folder = folder_of(tmp_path, {"model_type": "mamba"})
+    run = run_of(folder)
+    plan = plan_of(run)
+    assert plan["parameters"]["total"] is None and plan["memory"] is None
+    assert "'mamba' is not known" in to_text(plan)
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, folder / "model.safetensors")
+    plan = plan_of(run)
+    assert plan["parameters"]["total"] == 22
+    assert plan["memory"]["components"] == {"weights": 88, "gradients": 88, "optimizer": 176}
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="known are RTX 4090, A100 40"):
+        find_device("A100")
+    with pytest.raises(ModelError, match="no such folder"):
+        read_model(config.Model(path="not/there/at/all"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        read_model(config.Model(path=str(tmp_path)))
+    run = run_of(folder_of(tmp_path, LLAMA_70B), adapter={"target_modules": ["qproj"]})
+    with pytest.raises(ModelError, match="no linear layer named qproj"):
+        plan_of(run)
+
+
+def test_devices_by_name_and_by_driver():
+    assert find_device("4090").name == "RTX 4090" and find_device("a100-80").name == "A100 80"
+    assert find_device(None).memory_bytes > 2**28
+    gpu = _read_gpu(["NVIDIA H100 80GB HBM3, 81559, 9.0"])
+    assert gpu is not None and gpu.half_rate == 989e12 and gpu.memory_bytes == 81559 * 2**20
+    assert _read_gpu(["NVIDIA GeForce RTX 4090, 24564"]).half_rate == 165.2e12
+    assert _read_gpu(["some new thing, 1000"]).half_rate is None and _read_gpu([]) is None
+
+
+def test_the_default_precision_is_that_of_the_device():
+    old = _read_gpu(["Tesla T4, 15360, 7.5"])
+    this_cpu = Device("cpu", 1, None, None, cpu=True)
+    assert [device.precision(None) for device in (find_device("H100"), old, this_cpu)] == [
+        "bfloat16",
+        "float32",
+        "float32",
+    ]
+    assert find_device("H100").precision("float32") == "float32" and old.precision("bfloat16") == "bfloat16"
+
+
+def test_the_plan_of_a_run_without_a_precision_follows_the_device(tmp_path):
+    run = run_of(folder_of(tmp_path, LLAMA_70B))
+    assert run.train.precision is None and plan_of(run, "H100")["run"]["precision"] == "bfloat16"
+    given = run.model_copy(update={"train": run.train.model_copy(update={"precision": "bfloat16"})})
+    assert plan_of(run, "H100")["memory"] == plan_of(given, "H100")["memory"]
+
+
+def test_time_follows_from_the_rate(tmp_path):
+    run = run_of(folder_of(tmp_path, LLAMA_70B), train={"precision": "bfloat16"})
+    alone, together, measured = plan_of(run), plan_of(run, world_size=4), plan_of(run, rate=1e12)
+    total = alone["work"]["operations_per_step"]
+    assert alone["work"]["seconds_per_step"] == pytest.approx(total / (0.4 * 989e12))
+    assert together["work"]["seconds_per_step"] == pytest.approx(alone["work"]["seconds_per_step"] / 4)
+    assert measured["work"]["seconds_per_step"] == pytest.approx(total / 0.4e12)
+    assert alone["work"]["seconds"] is None
+
+
+def test_a_measured_rate_is_one():
+    assert 1e7 < measured_rate(half=False, seconds=0.01) < 1e16
+
+
+def test_numbers_for_the_eye():
+    assert [size(count) for count in (1.128e12, 134.2e9, 5.21e6, 12)] == ["1.13 TB", "134 GB", "5.21 MB", "12 B"]
+    assert number(7.02e15) == "7.02 P" and seconds(0.34) == "0.34 s" and seconds(7500) == "2.1 h"

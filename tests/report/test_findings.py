@@ -1,0 +1,85 @@
+"""The verdict: each thing that can be wrong with a run is said, and a run that went well is not suspected."""
+
+import pytest
+
+from preceptor.report.findings import judge, spikes
+from preceptor.report.run_record import read_run
+from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
+
+
+def judged(folder, **files):
+    return judge(read_run(write_run(folder, **files)))
+
+
+def test_a_run_that_went_well_is_not_suspected(tmp_path):
+    verdict = judged(tmp_path / "a")
+    assert verdict.level == "good" and verdict.headline == "It learned; nothing looks suspicious"
+    said = " ".join(finding.seen for finding in verdict.findings)
+    assert "held-out loss fell by 75%: 3.000 before the first step, 0.750 after step 20" in said
+    assert "training loss fell by 85%: 2.850 in the first tenth of the steps, 0.428 in the last" in said
+    assert "Answers stop by themselves: 3 of 3 (100%; 95% interval 29% to 100%)" in said
+    assert "All 100 rows" in said
+
+
+FLAT, RISING = [2.0] * 20, [1.0 + step / 10 for step in range(20)]
+NORMS = [0.5] * 15 + [9.0] + [0.5] * 4
+LAST = {"num_truncated": 3, "num_split": 1}
+REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too long: cut it"} for line in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("files", "level", "words"),
+    [
+        ({"metrics": steps(FLAT)}, "error", "Nothing was learned: training loss 2.000"),
+        ({"metrics": steps(RISING)}, "error", "The training loss rose"),
+        ({"metrics": steps([1.0, float("nan"), 1.0])}, "error", "not finite from step 2"),
+        ({"eval": looks((0, 2.0), (20, 2.0))}, "warning", "held-out loss did not fall"),
+        (
+            {"eval": looks((0, 3.0), (10, 1.0), (20, 1.1))},
+            "warning",
+            "lowest after step 10 (1.000) and then rose to 1.100",
+        ),
+        ({"eval": []}, "note", "No held-out loss"),
+        ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "The training loss (0.428) is much lower"),
+        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
+        ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),
+        ({"data": DATA | {"fill": 0.4}}, "note", "Only 40% of the rows' room"),
+        ({"data": DATA | {"shortened": LAST}}, "note", "3 rows lost their oldest context and 1 were split"),
+        ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) rows were rejected"),
+        ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) row"),
+        ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "warning", "do not stop by themselves: 0 of 1"),
+        ({"samples": [sample(20, "1?", " ")]}, "warning", "1 of 1 answers are empty"),
+        ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "warning", "All 3 prompts got the same answer"),
+        ({"samples": [sample(step, "1?", "base") for step in (0, 20)]}, "warning", "identical to the base model's"),
+        ({"samples": [sample(20, "1?", "x", exact=True)]}, "note", "answered exactly: 1 of 1"),
+        ({"summary": None}, "warning", "not finished: 20 of 20 steps"),
+        (
+            {"compare": COMPARE},
+            "warning",
+            "An alignment tax: lost 10.0 ± 2.0 points on arithmetic; predicts library worse",
+        ),
+        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "found no significant alignment tax"),
+        ({"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}}, "good", "gained 10.0 ± 5.0 points"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, files, level, words):
+    found = judged(tmp_path / "a", **files).findings
+    matching = [finding for finding in found if words in finding.seen]
+    assert len(matching) == 1, [finding.seen for finding in found]
+    assert matching[0].level == level
+    assert words not in " ".join(finding.seen for finding in judged(tmp_path / "b").findings)
+
+
+def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
+    verdict = judged(tmp_path / "a", metrics=steps(FLAT), rejections=REJECTED)
+    assert [finding.level for finding in verdict.findings][:2] == ["error", "warning"]
+    assert verdict.headline == "Something went wrong" and verdict.level == "error"
+    assert judged(tmp_path / "b", rejections=REJECTED).headline == "It learned, with 1 warning"
+    unfinished = judged(tmp_path / "c", summary=None, metrics=[], eval=[], samples=[])
+    assert unfinished.headline == "It has not begun, with 1 warning"
+
+
+def test_a_spike_is_held_against_the_steps_before_it():
+    assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [0.9] * 10)) == []
+    assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [1.1] + [0.1] * 9)) == [21]
+    assert spikes(steps([1.0] * 9, grad_norm=[0.1] * 8 + [5.0])) == [], "too early to tell"

@@ -1,0 +1,119 @@
+"""What an answer's text shows by itself, and what becomes of it: faults, weights, quality."""
+
+import numpy as np
+import pytest
+
+from preceptor.errors import ConfigError
+from preceptor.select.quality import WEIGHTS, judge, read_weights
+from preceptor.select.signals import TextSignals, compression_ratio, repeated_share, text_signals
+
+GOOD = "Water boils at 100 °C at sea level (less higher up); salt raises it a little."
+FENCED = "Use this:\n```python\nprint((1\n```\nIt prints one."  # brackets in code are not prose
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        (GOOD, 0),
+        ("I'm sorry, but I can't help with that.", 1),
+        ("I cannot provide that.", 1),
+        ("It is so. As an AI language model, I have no taste.", 1),
+        ("It is 4. I hope this helps!", 0.5),
+        ("He said: I'm sorry, but no.", 0),
+        ("I can help: it is 4.", 0),
+    ],
+)
+def test_refusals_and_boilerplate(answer, refusal):
+    assert text_signals([answer]).refusal == refusal
+    assert text_signals([GOOD, answer]).refusal == refusal, "the worst answer counts"
+
+
+@pytest.mark.parametrize(
+    ("answer", "flaws"),
+    [
+        (GOOD, []),
+        (FENCED, []),
+        ("1) one\n2) two :-)", []),
+        ("```\nx = 1", ["a code fence that is not closed"]),
+        ("It is (about four.", ["brackets that do not match"]),
+        ("THIS IS ALL IN CAPITALS, LOUDLY.", ["capitals throughout"]),
+        ("NASA and ESA.", []),
+        ("word " * 15, ["no punctuation"]),
+        ("It is caf\ufffd.", ["broken characters"]),
+        ("It is one of the", ["an end in mid-sentence"]),
+    ],
+)
+def test_flaws_of_form(answer, flaws):
+    found = text_signals([answer])
+    assert list(found.found) == flaws and found.formatting == 0.5 * len(flaws)
+
+
+def test_repetition_and_compression():
+    assert repeated_share("a b c d") == 0 and repeated_share("one two three four five six") == 0
+    assert repeated_share("a a a a a a") == 1 - 1 / 3  # three sequences, all the same
+    assert compression_ratio("short " * 9) == 1 and compression_ratio("the same again. " * 100) > 8
+    prose = (GOOD + " " + FENCED) * 2
+    assert 1 < compression_ratio(prose) < 4
+
+
+def signals(**changes):
+    values = {
+        "num_characters": 100,
+        "refusal": 0.0,
+        "formatting": 0.0,
+        "repeated": 0.0,
+        "compression": 1.0,
+        "found": (),
+    }
+    return TextSignals(**values | changes)
+
+
+def test_quality_is_the_product_over_the_faults_by_weight():
+    rows = [signals()] * 8 + [
+        signals(refusal=1.0, formatting=0.5),
+        signals(repeated=0.4),
+        signals(compression=8.0),
+        signals(num_characters=1000),
+        signals(num_characters=10),
+        signals(num_characters=60),
+    ]
+    found = judge(rows, None, None, WEIGHTS)
+    w = WEIGHTS
+    expected = [1.0] * 8 + [
+        (1 - w["refusal"]) * (1 - w["formatting"] / 2),
+        1 - w["repetition"] / 2,
+        1 - w["repetition"],
+        1 - w["length"],
+        1 - w["length"],
+        1.0,
+    ]
+    np.testing.assert_allclose(found.quality_N, expected)
+    assert found.reasons(8) == ["refusal", "formatting"] and found.reasons(0) == []
+    off = judge(rows, None, None, dict.fromkeys(WEIGHTS, 0.0))
+    assert (off.quality_N == 1).all() and not off.fault_N
+
+
+def test_loss_and_difficulty_are_judged_against_the_bulk_of_the_pool():
+    rng = np.random.default_rng(0)
+    loss_N = np.r_[rng.normal(1.0, 0.2, 100), np.full(60, 9.0)]  # more than a third is broken
+    found = judge([signals()] * 160, np.full(160, 0.5), loss_N, WEIGHTS)
+    fault_N = found.fault_N["loss"]
+    assert (fault_N[100:] == 1).all()
+    np.testing.assert_allclose(fault_N[:100], np.clip(((loss_N[:100] - 1) / 0.2 - 1) / 2, 0, 1), atol=0.2)
+    # A prompt that does not help is a fault only where those of the pool do.
+    helpful = np.r_[np.full(9, 0.6), 1.02]
+    assert judge([signals()] * 10, helpful, None, WEIGHTS).fault_N["difficulty"].tolist() == [0] * 9 + [1]
+    assert not judge([signals()] * 10, helpful + 0.42, None, WEIGHTS).fault_N["difficulty"][:9].any()
+
+
+def test_weights():
+    assert read_weights([]) == WEIGHTS
+    assert read_weights(["loss=0", "length=1"]) == {**WEIGHTS, "loss": 0.0, "length": 1.0}
+    for wrong, says in (
+        ("los=1", "there are refusal, .*loss"),
+        ("loss", "from 0"),
+        ("loss=2", "from 0"),
+        ("loss=x", "from 0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            read_weights([wrong])

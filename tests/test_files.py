@@ -1,0 +1,56 @@
+"""Files that are whole or not there, and errors that name them."""
+
+import pytest
+
+from preceptor import files
+from preceptor.errors import CheckpointError
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.jsonl"
+    files.write_json_lines(file, [{"a": 1}])
+
+    def values():
+        yield {"a": 2}
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        files.write_json_lines(file, values())
+    assert files.read_json_lines(file) == [{"a": 1}] and list(tmp_path.iterdir()) == [file]
+    files.write_json(file.with_suffix(".json"), {"ü": [None]})
+    assert files.read_json(file.with_suffix(".json")) == {"ü": [None]}
+
+
+def test_a_folder_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "_sync", lambda path: flushed.append((path.name, (tmp_path / "model").exists())))
+    (tmp_path / ".model.partial").mkdir()  # of a killed process
+    (tmp_path / ".model.partial" / "old").touch()
+    with files.replacing(tmp_path / "model") as partial:
+        (partial / "deep").mkdir(parents=True)
+        (partial / "deep" / "weights").write_bytes(b"1")
+    assert flushed[:3] == [("weights", False), ("deep", False), (".model.partial", False)]
+    assert flushed[3:] == [(tmp_path.name, True)]
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "deep", "weights"]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    file = tmp_path / "none" / "a.json"
+    for write in (files.write_json, files.append_line):
+        with pytest.raises(CheckpointError, match=r"none/a\.json: cannot be written: No such file or directory$"):
+            write(file, {})
+    with pytest.raises(CheckpointError, match="of its own"), files.writing(tmp_path):
+        raise CheckpointError("a message of its own")
+
+
+def test_lines_are_read_as_far_as_they_are_complete(tmp_path):
+    file = tmp_path / "a.jsonl"
+    assert files.read_json_lines(file) == [] and files.read_json(file) == {}
+    files.append_line(file, {"text": "a\u2028b"})
+    files.append_line(file, {"text": "c"})
+    with file.open("a") as lines:
+        lines.write('{"text": "d"}')
+    assert [line["text"] for line in files.read_json_lines(file)] == ["a\u2028b", "c"]
+    file.write_text("[1]\n")
+    with pytest.raises(CheckpointError, match=r"a\.jsonl:1: list, not an object"):
+        files.read_json_lines(file)
