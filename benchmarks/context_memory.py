@@ -1,4 +1,4 @@
-"""What a context token costs: activation bytes, time and gradient of each way to keep less, context 500 to 7,000 long.
+"""What a context token costs: activation bytes, time and gradient of each activation policy, context 500 to 7,000 long.
 
     python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
     python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)
@@ -40,21 +40,22 @@ from torch.utils._pytree import tree_leaves
 from machine import describe
 from preceptor import config
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.model.activations.passes import Keep
-from preceptor.model.forward import output_head, read_hidden_states, row_loss
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
 from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = ((500, 1500), (1000, 1000), (3000, 1000), (7000, 1000))
 TURNS = 4  # of one further row: the same 3,000 and 1,000 tokens in so many turns
-MODES: dict[str, Keep | None] = {
+MODES: dict[str, ActivationPolicy | None] = {
     "whole": None,
-    "full": Keep(),
-    "recompute": Keep("recompute"),
-    "detach": Keep("detach"),
-    "full, checkpointing: all": Keep("full", "all"),
-    "detach, checkpointing: all": Keep("detach", "all"),
+    "full": ActivationPolicy(),
+    "recompute": ActivationPolicy("recompute"),
+    "detach": ActivationPolicy("detach"),
+    "full, checkpointing: all": ActivationPolicy("full", "all"),
+    "detach, checkpointing: all": ActivationPolicy("detach", "all"),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
@@ -120,25 +121,25 @@ def conversation(context: int, answer: int, num_turns: int, vocab_size: int) -> 
     return pack_trees([Tree("random:1", tuple(segments))])
 
 
-def states(model: Any, row: PackedSequence, keep: Keep | None) -> tuple[Tensor, Tensor]:
-    if keep is not None:
-        return read_hidden_states(model, row, keep)
+def states(model: Any, row: PackedSequence, policy: ActivationPolicy | None) -> tuple[Tensor, Tensor]:
+    if policy is not None:
+        return Engine(model).loss_hidden_states(row, policy)
     ids_T = torch.from_numpy(row.ids_T).to(model.device)
     hidden_TD = model.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
     return hidden_TD, torch.from_numpy(row.source_N).to(hidden_TD.device)
 
 
-def loss_of(model: Any, row: PackedSequence, keep: Keep | None) -> Tensor:
-    if keep is not None:
-        return row_loss(model, row, keep)
+def loss_of(model: Any, row: PackedSequence, policy: ActivationPolicy | None) -> Tensor:
+    if policy is not None:
+        return Engine(model)(row, policy)
     hidden_TD, source_N = states(model, row, None)
     target_N, weight_N = (torch.from_numpy(array).to(hidden_TD.device) for array in (row.target_N, row.weight_N))
     return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
 
 
-def step(model: Any, row: PackedSequence, keep: Keep | None, precision: str) -> float:
+def step(model: Any, row: PackedSequence, policy: ActivationPolicy | None, precision: str) -> float:
     with autocast(model.device, precision):
-        loss = loss_of(model, row, keep)
+        loss = loss_of(model, row, policy)
     loss.backward()
     return loss.item()
 
@@ -147,22 +148,22 @@ def measure_row(model: Any, row: PackedSequence, precision: str, repeats: int) -
     """All modes on one row, each beside `whole`."""
     result: dict[str, dict[str, Any]] = {}
     true: list[Tensor] = []
-    for name, keep in MODES.items():
+    for name, policy in MODES.items():
         model.zero_grad(set_to_none=False)
-        loss = step(model, row, keep, precision)
+        loss = step(model, row, policy, precision)
         grads = [p.grad for p in model.parameters()]
         true = true or [grad.clone() for grad in grads]
         distance = sum(float((g - t).double().square().sum()) for g, t in zip(grads, true, strict=True))
         error = (distance / sum(float(t.double().square().sum()) for t in true)) ** 0.5
         with autocast(model.device, precision):
-            held, _ = held_and_peak(model.device, partial(states, model, row, keep))
-        _, peak = held_and_peak(model.device, partial(step, model, row, keep, precision))
+            held, _ = held_and_peak(model.device, partial(states, model, row, policy))
+        _, peak = held_and_peak(model.device, partial(step, model, row, policy, precision))
         result[name] = {"loss": loss, "gradient_error": error, "held_bytes": held, "peak_bytes": peak}
     seconds: dict[str, list[float]] = {name: [] for name in MODES}
     for _ in range(repeats):
-        for name, keep in MODES.items():
+        for name, policy in MODES.items():
             started = time.perf_counter()
-            step(model, row, keep, precision)
+            step(model, row, policy, precision)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
@@ -211,7 +212,6 @@ def table(name: str, modes: dict[str, dict[str, Any]]) -> str:
 def learning(seeds: int) -> dict[str, Any]:
     """The demo's training in each mode, with so many seeds, and all held-out questions."""
     from first_run import measure
-
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
     from preceptor.evaluate.tasks import read_task

@@ -1,4 +1,4 @@
-"""The whole table of the first run: base, intern and control on every held-out question, by family, wording and kind.
+"""The full table of the first run: base, intern and control on every held-out question, by family, wording and kind.
 
     python benchmarks/first_run.py [--seeds 3]
 
@@ -83,15 +83,15 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# The first run: base, intern, control",
         "",
-        f"Made by `{result['command']}`: {base[0]['all']['num']} held-out questions, greedy; none of the "
-        f"facts they ask for occurs in the {intern[0]['examples_per_epoch']} training conversations. Intern and "
-        f"control: mean of {result['seeds']} seeds (intern, lowest to highest: {min(spread):.1%} to "
-        f"{max(spread):.1%}). "
-        "An answer counts only if it is, letter for letter, one of the accepted sentences. "
+        f"Made by `{result['command']}`: {base[0]['all']['num']:,} held-out questions, greedy answers. None of the "
+        f"facts occurs in the {intern[0]['examples_per_epoch']:,} training conversations. An answer is exact if it "
+        "equals one of the accepted sentences, letter for letter. The intern is the scholar after the training of the "
+        "demo; the control is the same training from random weights. Both are means over "
+        f"{result['seeds']} seeds (intern: {min(spread):.1%} to {max(spread):.1%}). "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",
         "",
-        "| group | questions | base: exact | goes on with a question | intern: exact | stops | control: exact |",
+        "| group | questions | base: exact | base: continues asking | intern: exact | intern: stops | control: exact |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [("**all**", ("all",))] + [

@@ -5,7 +5,7 @@
 Forward and backward of one row of random trained tokens, hidden size 384, float32 weights, the products in float32 or
 under bfloat16 autocast. Each case runs in a process of its own: peak memory is the greatest resident size during the
 repetitions less that before them, when weights, their gradient and hidden states are there already. `plain` is
-cross_entropy of `hidden @ weight.T`; `own buffer` is ours without head_grad_VD and head_cast_once. Times are CPU
+cross_entropy of `hidden @ weight.T`; `own buffer` is ours without head_grad_VD and head_cast. Times are CPU
 seconds, so that other programs disturb less, of the fastest repetition; the share is of the rate of a 2048^3 matrix
 product in the same type, taken between the repetitions, with 6 N D V operations for a row. Writes
 benchmarks/results/loss.json (with machine, versions, date).
@@ -49,7 +49,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: seconds, bytes and the share of the matrix-product rate."""
     import torch
 
-    from preceptor.model.loss.linear_cross_entropy import head_cast_once, linear_cross_entropy
+    from preceptor.model.loss.linear_cross_entropy import HeadCast, linear_cross_entropy
     from preceptor.model.loss.options import chunk_tokens
 
     torch.set_num_threads(case["threads"])
@@ -61,7 +61,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     target_N = torch.randint(vocab_size, (num_tokens,))
     arguments = (torch.arange(num_tokens), target_N, torch.full((num_tokens,), 1 / num_tokens))
     side = torch.randn(SIDE, SIDE, dtype=torch.bfloat16 if half else torch.float32)
-    product = torch.empty_like(side)
+    product, head_cast = torch.empty_like(side), HeadCast()
 
     def row() -> None:
         hidden_TD.grad = None
@@ -71,8 +71,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 loss = torch.nn.functional.cross_entropy(logits_NV, target_N)
             else:
                 own = case["kind"] == "own buffer"
-                budget, into = case["logits_bytes"], None if own else weight_VD.grad
-                loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments, logits_bytes=budget, head_grad_VD=into)
+                shared: dict[str, Any] = {} if own else {"head_grad_VD": weight_VD.grad, "head_cast": head_cast}
+                budget = case["logits_bytes"]
+                loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments, logits_bytes=budget, **shared)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def repeat() -> tuple[list[float], list[float]]:
@@ -85,13 +86,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     seconds_of(lambda: torch.mm(side, side, out=product))
     before = resident_bytes("VmRSS")
     forget_peak()
-    if case["kind"] == "ours":
-        with head_cast_once():
-            row()
-            row_seconds, product_seconds = repeat()
-    else:
-        row()
-        row_seconds, product_seconds = repeat()
+    row()
+    row_seconds, product_seconds = repeat()
     logits = num_tokens * vocab_size
     rate = 6 * HIDDEN * logits / min(row_seconds)
     return {

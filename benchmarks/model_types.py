@@ -22,20 +22,22 @@ from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.activations.passes import Keep
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.levels import check_levels
-from preceptor.model.checks.sequential import check_plain
-from preceptor.model.forward import check_head, check_isolation, row_loss
-from preceptor.model.towers import freeze_towers
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks.phases import check_phases
+from preceptor.model.checks.sequential import check_sequential
+from preceptor.model.forward import Engine
+from preceptor.model.parts import freeze_towers
 from tiny_types import VOCABULARY, model_types, tiny_of
 
 FILE = Path(__file__).parent / "results" / "model_types.json"
 SECONDS = 60  # of one type at most
 MODES = {
-    "full": Keep(),
-    "activation_checkpointing: all": Keep(activation_checkpointing="all"),
-    "context_gradient: recompute": Keep(context_gradient="recompute"),
+    "full": ActivationPolicy(),
+    "activation_checkpointing: all": ActivationPolicy(activation_checkpointing="all"),
+    "context_gradient: recompute": ActivationPolicy(context_gradient="recompute"),
 }
 
 
@@ -90,12 +92,12 @@ def examine(kind: str) -> dict[str, Any]:
     rows = chains if outcome == "alone" else [pack_trees(trees)]
     true = gradient(model, chains, None)
     found: dict[str, Any] = {"outcome": outcome} | ({"why": why} if why else {}) | {"errors": {}}
-    for mode, keep in MODES.items():
-        if outcome == "alone" and keep.context_gradient != "full":
+    for mode, policy in MODES.items():
+        if outcome == "alone" and policy.context_gradient != "full":
             continue
         try:
-            check_levels(model, keep)
-            own = gradient(model, rows, keep)
+            check_phases(model, policy)
+            own = gradient(model, rows, policy)
             found["errors"][mode] = float(f"{(own - true).norm() / true.norm():.1e}")
         except ModelError as error:
             found["errors"][mode] = str(error)
@@ -106,16 +108,16 @@ def _how(model: Any) -> tuple[str, str]:
     try:
         check_isolation(model)
     except ModelError as error:
-        check_plain(model)
+        check_sequential(model)
         return "alone", str(error)
     return "packed", ""
 
 
-def gradient(model: Any, rows: list[PackedSequence], keep: Keep | None) -> torch.Tensor:
-    """Of all trained parameters, in float64. keep: None for the model's own forward pass and torch's cross-entropy."""
+def gradient(model: Any, rows: list[PackedSequence], policy: ActivationPolicy | None) -> torch.Tensor:
+    """Of all trained parameters, in float64. policy None: the model's own forward pass and torch's cross-entropy."""
     model.zero_grad(set_to_none=True)
     for row in rows:
-        loss = _own_loss(model, row) if keep is None else row_loss(model, row, keep)
+        loss = _own_loss(model, row) if policy is None else Engine(model)(row, policy)
         torch.autograd.backward(loss)
     return torch.cat(
         [
@@ -137,7 +139,7 @@ def lora(model: Any, rows: list[PackedSequence]) -> str:
     try:
         adapted = add_adapter(model, 2, 4.0, 0.0, None, [], seed=0)
         for row in rows:
-            torch.autograd.backward(row_loss(adapted, row))
+            torch.autograd.backward(Engine(adapted)(row))
     except Exception as error:  # whatever peft and a model make of each other
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
     idle = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]

@@ -24,9 +24,9 @@ from shapes import SHAPES, random_model
 
 from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.model.activations.embedding import embedding_gradient_in_place
-from preceptor.model.activations.passes import Keep
-from preceptor.model.forward import read_hidden_states, row_loss
+from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.forward import Engine
 from preceptor.plan.activations import Work, kept_for_backward
 from preceptor.plan.memory import Setup, predict_memory
 from preceptor.plan.shapes import shape_of
@@ -48,11 +48,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"intermediate_size": 768, "sliding_window": 512},
 }
 MODES = {
-    "full": Keep(),
-    "recompute": Keep("recompute"),
-    "detach": Keep("detach"),
-    "full, checkpointing all": Keep("full", "all"),
-    "detach, checkpointing all": Keep("detach", "all"),
+    "full": ActivationPolicy(),
+    "recompute": ActivationPolicy("recompute"),
+    "detach": ActivationPolicy("detach"),
+    "full, checkpointing all": ActivationPolicy("full", "all"),
+    "detach, checkpointing all": ActivationPolicy("detach", "all"),
 }
 
 
@@ -68,20 +68,20 @@ def model_of(kind: str, weights: str, device: str) -> Any:
     return random_model(SHAPES.get(kind, small), weights, device, max_tokens=1 << 17)
 
 
-def measured_activations(model: Any, row: PackedSequence, keep: Keep, precision: str) -> int:
+def measured_activations(model: Any, row: PackedSequence, policy: ActivationPolicy, precision: str) -> int:
     """Live after the forward pass and not before, without what comes out of it."""
     gc.collect()
     with Tracker([*model.parameters(), *model.buffers()]) as tracker:
         before = tracker.live_bytes
         with autocast(model.device, precision):
-            hidden, _ = read_hidden_states(model, row, keep)
+            hidden, _ = Engine(model).loss_hidden_states(row, policy)
         gc.collect()
         out_bytes: int = hidden.untyped_storage().nbytes()
         kept_bytes: int = tracker.live_bytes - before - out_bytes
     return kept_bytes
 
 
-def measured_peak(model: Any, row: PackedSequence, keep: Keep, precision: str) -> int:
+def measured_peak(model: Any, row: PackedSequence, policy: ActivationPolicy, precision: str) -> int:
     """Of the second step, when the optimizer has its state."""
     optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
     gc.collect()
@@ -91,8 +91,8 @@ def measured_peak(model: Any, row: PackedSequence, keep: Keep, precision: str) -
             tracker.peak_bytes = tracker.live_bytes
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with embedding_gradient_in_place(model), autocast(model.device, precision):
-                loss = row_loss(model, row, keep)
+            with autocast(model.device, precision):
+                loss = Engine(model)(row, policy, step=StepContext(accumulates=True))
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             optimizer.step()
@@ -105,15 +105,16 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = model_of(kind, arguments.weights, arguments.device)
         shape = shape_of(model.config.to_dict())
         with torch.no_grad():
-            row_loss(model, row_of(64))  # what it finds out about a model once, it has found out
+            Engine(model)(row_of(64))  # what it finds out about a model once, it has found out
         for num_tokens in arguments.tokens:
             row = row_of(num_tokens)
             context = num_tokens * 3 // 4
             for precision in ("float32", "bfloat16"):
                 for mode in arguments.modes:
-                    keep = MODES[mode]
-                    again = keep.checkpointed_layers(len(shape.layers))
-                    work = Work((((context, num_tokens - context),),), keep.context_gradient, again)
+                    policy = MODES[mode]
+                    again = policy.checkpointed_layers(len(shape.layers))
+                    turns = (((context, num_tokens - context),),)
+                    work = Work(turns, policy.context_gradient, again)
                     setup = Setup(arguments.weights, precision == "bfloat16", cpu=arguments.device == "cpu")
                     kept = kept_for_backward(shape, work, setup.precision, cpu=setup.cpu)
                     yield {
@@ -122,9 +123,9 @@ def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         "precision": precision,
                         "mode": mode,
                         "activations_predicted": kept.kept_bytes + kept.casts_bytes,
-                        "activations_measured": measured_activations(model, row, keep, precision),
+                        "activations_measured": measured_activations(model, row, policy, precision),
                         "peak_predicted": predict_memory(shape, work, setup).peak_bytes,
-                        "peak_measured": measured_peak(model, row, keep, precision),
+                        "peak_measured": measured_peak(model, row, policy, precision),
                     }
 
 

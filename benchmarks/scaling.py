@@ -31,7 +31,7 @@ from shapes import SHAPES, matrix_product_rate, operations_of, random_model
 from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import share_prefixes
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +81,7 @@ def seconds_of(model: Any, rows: list[PackedSequence], precision: str, limit_sec
         start = time.perf_counter()
         for row in rows:
             with autocast(model.device, precision):
-                loss = row_loss(model, row) / row.num_trained
+                loss = Engine(model)(row) / row.num_trained
             loss.backward()  # type: ignore[no-untyped-call]
         if model.device.type == "cuda":
             torch.cuda.synchronize()

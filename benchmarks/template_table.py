@@ -1,4 +1,4 @@
-"""What the rendering proves for a folder of stock chat templates: a row for each template, a column for each kind.
+"""The proof for a folder of stock chat templates: a row per template, a column per kind of conversation.
 
     python benchmarks/template_table.py [--templates ../shared/templates]
 
@@ -173,13 +173,13 @@ def shares(table: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[int, int, 
 
 def page(table: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
-        "# What the rendering proves for stock chat templates",
+        "# Proofs for stock chat templates",
         "",
         f"Made by `python benchmarks/template_table.py` from {len(table)} templates and {len(KINDS)} kinds of",
-        "conversation. *Proved*: every turn's context is what a server builds, token for token, and its target holds",
-        "every field of the turn and ends in a stop token. Any other entry is the code of the rejection. A pair is",
-        "*represented* if the template renders the conversation with every field of every turn in it; where it raises",
-        "an error or leaves something out, nothing could be trained right and the rejection says so. No template",
+        "conversation. *Proved*: the context of every turn is what a server builds, token for token, and its",
+        "target has every field of the turn and ends in a stop token. Any other entry is the code of the",
+        "rejection. A pair is *represented* if the template renders every field of every turn. Where it raises an",
+        "error or drops a field, no correct training is possible, and the rejection says so. No template",
         "arguments were set by hand.",
         "",
         "| kind | proved | of those represented | of all |",

@@ -23,15 +23,15 @@ def outcomes() -> str:
     parts = [
         f"Measured on {found['machine']}, {found['date']}, torch {found['torch']}, transformers "
         f"{found['transformers']}, by `{found['command']}`: of the {len(types)} types of transformers that generate "
-        f"text, {len(trained)} are trained. The largest relative error of a gradient, of any of them in any mode, is "
+        f"text, {len(trained)} can be trained. The largest relative error of a gradient, over all types and modes, is "
         f"{worst:.0e} in float32.",
-        f"**Conversations share rows** ({len(named['packed'])}): {_listed(named['packed'])}.",
-        f"**Each conversation goes through alone** ({len(named['alone'])}): {_listed(named['alone'])}.",
-        _where("Ways of keeping less for backward that a type rejects, by name", _modes_rejected(types, trained)),
-        _where("Linear layers whose adapter has no part in the loss", {t: types[t]["lora"] for t in trained}, "works"),
+        f"**Packed** ({len(named['packed'])}): {_listed(named['packed'])}.",
+        f"**Alone**, one conversation per pass ({len(named['alone'])}): {_listed(named['alone'])}.",
+        _where("Memory settings that a type rejects", _modes_rejected(types, trained)),
+        _where("Linear layers where an adapter has no effect", {t: types[t]["lora"] for t in trained}, "works"),
         _where("Rejected", _why(types, "rejected")),
-        _where("Broke", _why(types, "broke")),
-        f"**Not tried**, as no small one could be made ({len(_why(types, 'not tried'))}): "
+        _where("Failed", _why(types, "broke")),
+        f"**Not tried**, because no small model could be made ({len(_why(types, 'not tried'))}): "
         f"{_listed([*_why(types, 'not tried')])}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -51,7 +51,7 @@ def _why(types: dict[str, dict[str, Any]], outcome: str) -> dict[str, str]:
 
 
 def _where(title: str, why: dict[str, str], fine: str = "") -> str:
-    """Types by what is said of them; those that are `fine` are left out."""
+    """Types grouped by the reason; those that are `fine` are left out."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in why.items():
         if reason != fine:
@@ -66,9 +66,7 @@ def _where(title: str, why: dict[str, str], fine: str = "") -> str:
 def _plain(name: str, reason: str) -> str:
     """Without the type's own name, figures and advice, so that equal reasons are one."""
     reason = reason.removeprefix(f"{name}: ").partition(" Use another model type")[0]
-    reason = re.sub(
-        r"reads \d+ values a token, hidden states have \d+", "reads something else than hidden states", reason
-    )
+    reason = re.sub(r"reads \d+ values a token, hidden states have \d+", "does not read the hidden states", reason)
     reason = re.sub(
         r"\d+ parameters have no part in the loss, such as .*layers\.\d+\.(.*)\.lora_A.*", r"on `\1`", reason
     )

@@ -50,7 +50,7 @@ from measures import (
 )
 from preceptor.select.choice import Settings, choose
 from preceptor.select.pool import open_pool
-from preceptor.select.select import load_reader
+from preceptor.select.select import load_scorer
 from preceptor.select.survey import survey
 from trial import BASE, ROW_TOKENS, Measured, Result, Trial, Yardstick, run_all
 
@@ -87,7 +87,7 @@ def write_sets(
             sets: dict[str, Any] = kept["sets"]
             return sets
     say(f"choosing among {len(rows):,} rows")
-    found = survey(open_pool([str(pool_file)], {}, None), load_reader(BASE, ROW_TOKENS), None)
+    found = survey(open_pool([str(pool_file)], {}, None), load_scorer(BASE, ROW_TOKENS), None)
     sets = {}
     for size in sizes:
         for seed in range(num_seeds):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import first_run
 from preceptor import config
 
 ROOT = Path(__file__).parents[1]
@@ -29,10 +30,15 @@ def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
-def test_recipes_parse(recipe):
+RECIPES = sorted((ROOT / "recipes").iterdir())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_is_a_valid_run_file_that_says_how_to_start_it(recipe):
     run = config.load(recipe)
     assert run.out.startswith("runs/")
+    comments = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(f"preceptor train recipes/{recipe.name}" in line for line in comments)
 
 
 def listed_files(page):
@@ -104,6 +110,22 @@ def test_the_table_in_the_readme_says_what_was_measured():
     for label, path in rows.items():
         assert f"| {label} | {' | '.join(cells(*path))} |" in README
     assert f"{found['base'][0]['all']['num']:,} held-out questions" in README
+
+
+def test_the_page_on_the_first_run_says_what_was_measured():
+    found = json.loads((ROOT / "benchmarks" / "results" / "first_run.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8") == first_run.table(found)
+
+
+def test_the_run_file_in_the_readme_is_valid(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(block)
+    assert config.load(tmp_path / "run.yaml").adapter is not None
+
+
+def test_the_page_on_names_of_other_trainers_is_made_from_their_table():
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    assert page == made_by("make_migration_page").page(), "run python docs/make_migration_page.py"
 
 
 def test_the_page_on_models_says_what_was_measured():

@@ -19,7 +19,7 @@ from preceptor.compare.shift import (
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.generate import generate
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.model.forward import Head
+from preceptor.model.head import Head
 from tiny import tiny_model, tiny_tokenizer
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -6,7 +6,7 @@ import torch
 
 from preceptor.data.forest import Segment, Tree, pack_trees, path_ids
 from preceptor.data.prefix_sharing import chains_of, share_prefixes
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from tiny import branching, chain, separate_chains, tiny_model
 
 RNG = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_separate_conversations(kind):
     assert len(grouped) == 4
 
     def loss_and_grads(rows):
-        loss = sum(row_loss(model, row) for row in rows)
+        loss = sum(Engine(model)(row) for row in rows)
         return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
     loss, grads = loss_and_grads([pack_trees(grouped)])

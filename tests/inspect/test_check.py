@@ -15,8 +15,7 @@ from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Segment, Tree, path_lengths, turn_lengths
 from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import read_examples
-from preceptor.inspect.check import Lengths, check_data, to_json
-from preceptor.inspect.check_text import to_text
+from preceptor.inspect.check import Lengths, check_data, to_json, to_text
 from preceptor.train.prepare import prepare
 
 USER = {"role": "user", "content": "Hi"}
@@ -155,32 +154,32 @@ def test_the_same_as_text(check, run_file, tmp_path):
     rows = [*conversations(3), {"messages": [USER]}]
     code, out, err = check(run_file(rows))
     assert code == 3 and err == ""
-    assert f"{tmp_path}/train.jsonl: messages (4 rows), 1 rejected" in out
-    assert "Rejected: 1 of 4 rows" in out and "25.0%  no_assistant_message" in out
+    assert f"{tmp_path}/train.jsonl: messages (4 examples), 1 rejected" in out
+    assert "Rejected: 1 of 4 examples" in out and "25.0%  no_assistant_message" in out
     assert f"first at {tmp_path}/train.jsonl:4: no message has the role assistant" in out
     assert "tokens" in out and "are trained" in out and "the trees save" in out
-    assert "0 rows to train on repeat an earlier row exactly" in out and "evaluation set" not in out
-    assert "not passed: 1 row rejected" in out and "data.allow_rejected: [no_assistant_message]" in out
+    assert "0 training examples repeat an earlier one exactly" in out and "evaluation set" not in out
+    assert "not passed: 1 example rejected" in out and "data.allow_rejected: [no_assistant_message]" in out
 
 
 def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     assert check(run_file())[0] == 0
     rows = [*conversations(3), {"messages": [USER]}, {"text": ""}]
     code, out, _ = check(run_file(rows, data__allow_rejected=["no_assistant_message"]))
-    assert code == 3 and "not passed: 1 row rejected" in out and "allowed by data.allow_rejected" in out
+    assert code == 3 and "not passed: 1 example rejected" in out and "allowed by data.allow_rejected" in out
     allowed = ["no_assistant_message", "empty_text"]
     code, out, _ = check(run_file(rows, data__allow_rejected=allowed))
-    assert code == 0 and "passed: every row is proved but 2 rows that may be left out" in out
+    assert code == 0 and "passed: every example is proved except 2 rejected examples, which the run file allows" in out
     code, out, _ = check(run_file(rows[3:], data__allow_rejected=allowed))
-    assert code == 3 and "not a single row is left to train" in out
+    assert code == 3 and "no example is left to train" in out
     code, out, _ = check(run_file(data__allow_rejected=["empty_txt"]))
-    assert code == 0 and "data.allow_rejected allows empty_txt, for which no row was rejected" in out
+    assert code == 0 and "data.allow_rejected allows empty_txt, but no example was rejected" in out
 
 
 def test_without_a_run_file(check, base_folder, write_jsonl):
     data = write_jsonl(conversations(2))
     code, out, _ = check("--model", base_folder, "--data", data, "--chat-template", "chatml")
-    assert code == 0 and "passed: every row is proved" in out
+    assert code == 0 and "passed: every example is proved" in out
     code, _, err = check("--model", base_folder)
     assert code == 2 and "--model and --data go together" in err
 
@@ -241,7 +240,7 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     lines = to_text(found).splitlines()
     assert any(line.startswith("One epoch") for line in lines)
     share = sum(lengths[3:]) / sum(lengths)
-    assert any(line.startswith(f"  {other}: 10 rows, {share:.1%} of the tokens, ") for line in lines)
+    assert any(line.startswith(f"  {other}: 10 examples, {share:.1%} of the tokens, ") for line in lines)
 
 
 def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_training(run_file):
@@ -272,8 +271,8 @@ def test_a_prompt_of_the_evaluation_set_with_another_answer(check, run_file, tmp
     assert places["exact"] == [("jsonl:5", "jsonl:1")] and places["prompt"] == [("jsonl:3", "jsonl:2")]
     assert found["prompt"]["count"] == 1
     out = check(file)[1]
-    assert "1 row to train on has the prompt of a row of the evaluation set, with another answer" in out
-    assert f"{tmp_path}/train.jsonl:3 asks what {tmp_path}/eval.jsonl:2 asks" in out
+    assert "1 training example has the prompt of one of the evaluation set, with another answer" in out
+    assert f"{tmp_path}/train.jsonl:3 has the prompt of {tmp_path}/eval.jsonl:2" in out
 
 
 def test_several_processes_find_the_same(run_file, monkeypatch):

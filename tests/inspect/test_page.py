@@ -18,7 +18,7 @@ from preceptor.chat.token_text import pieces_of, spans
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.inspect import page as pages
-from preceptor.inspect.page import check_page_file, make_page, row_json
+from preceptor.inspect.page import check_page_file, example_json, make_page
 from preceptor.inspect.show import to_json
 from tiny import tiny_tokenizer
 
@@ -101,7 +101,7 @@ def named(record, renderer):
 
 def test_the_island_equals_the_trees(renderer):
     chosen = renderer(FORGETS)
-    rows = island_of(make_page(RECORDS, chosen, "about").text)["rows"]
+    rows = island_of(make_page(RECORDS, chosen, "about").text)["examples"]
     assert [row["number"] for row in rows] == [1, 2, 3, 4, 5, 6]
     for row, record in zip(rows, RECORDS, strict=True):
         rendered = record if isinstance(record, Rejection) else chosen.render(record)
@@ -122,7 +122,7 @@ def test_nothing_of_a_row_is_read_as_html_and_nothing_is_loaded(renderer):
     text = make_page(RECORDS, renderer(), "<b>about</b> @NOTE@").text
     assert text.count("</script>") == 2 and "<img" not in text and "<!-- @" not in text and "\u2028" not in text
     assert "&lt;b&gt;about" in text and "<b>about" not in text
-    assert island_of(text)["rows"][0]["segments"][0]["text"].count(NASTY) == 1
+    assert island_of(text)["examples"][0]["segments"][0]["text"].count(NASTY) == 1
     without_data = re.sub(r'(<script id="data"[^>]*>).*?(</script>)', r"\1\2", text, flags=re.DOTALL)
     assert not re.search(r"https?:|//[a-z]|\bsrc=|@import|url\(", without_data)
     assert "default-src 'none'" in html.unescape(without_data)
@@ -164,7 +164,7 @@ def test_a_tree_says_which_branch_is_which_turn(renderer):
             turns[turn] += segment.text
     assert turns[1] == "<think>\nCompare both.\n</think>\n\nThe first.<|im_end|>"
     assert turns[3] == "<think>\nIt holds.\n</think>\n\nYes.<|im_end|>"
-    row = row_json(1, record, chosen)
+    row = example_json(1, record, chosen)
     assert row["turns"] == [1, 3] and row["num_saved"] == len(tree.segments[0].ids)
     texts = named(record, chosen)
     assert texts["1.content"] == "The first." * 2, "once as generated, once as history"
@@ -217,18 +217,18 @@ def test_spans_measure_tokens_or_give_up(renderer):
 
 def test_a_page_is_limited_and_says_so(renderer, monkeypatch):
     chosen = renderer()
-    monkeypatch.setattr(pages, "MAX_ROWS", 2)
+    monkeypatch.setattr(pages, "MAX_EXAMPLES", 2)
     page = make_page(RECORDS, chosen, "about")
-    assert page.num_rows == 2 and "The first 2 rows" in page.text and "--example N" in page.text
-    assert "All 2 rows" in make_page(RECORDS[:2], chosen, "about").text
-    one = make_page(RECORDS, chosen, "about", row=5)
-    assert [row["source"] for row in island_of(one.text)["rows"]] == ["rows.jsonl:5"]
+    assert page.num_examples == 2 and "The first 2 examples" in page.text and "--example N" in page.text
+    assert "All 2 examples" in make_page(RECORDS[:2], chosen, "about").text
+    one = make_page(RECORDS, chosen, "about", number=5)
+    assert [row["source"] for row in island_of(one.text)["examples"]] == ["rows.jsonl:5"]
     monkeypatch.setattr(pages, "MAX_TOKENS", 10)
-    assert make_page(RECORDS, chosen, "about").num_rows == 1
+    assert make_page(RECORDS, chosen, "about").num_examples == 1
 
 
 def test_the_page_does_not_overwrite_data(tmp_path, renderer):
-    for name, as_json, said in (("rows.jsonl", False, "ends in .html"), ("page.html", True, "two ways")):
+    for name, as_json, said in (("rows.jsonl", False, "ends in .html"), ("page.html", True, "exclude each other")):
         with pytest.raises(ConfigError, match=said):
             check_page_file(tmp_path / name, as_json)
     with pytest.raises(CheckpointError, match="No such file"):
@@ -243,7 +243,7 @@ def test_show_writes_the_page(monkeypatch, capsys, tmp_path, base_folder, write_
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0 and ": 3; open it" in capsys.readouterr().out
-    assert len(island_of(out.read_text())["rows"]) == 3
+    assert len(island_of(out.read_text())["examples"]) == 3
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

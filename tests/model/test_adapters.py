@@ -7,7 +7,10 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter, merge_adapter
-from preceptor.model.forward import check_head, check_isolation, output_head, row_loss
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
 from tiny import SEEING, chain, seeing_model, tiny_model
 from tiny_types import tiny_of
 
@@ -29,14 +32,14 @@ def train(model, steps=3):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
-        row_loss(model, row()).backward()
+        Engine(model)(row()).backward()
         optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma2", "gpt_oss"])
 def test_an_adapter_starts_as_nothing_and_the_proofs_hold(kind):
     base, model = tiny_model(kind), adapted(kind)
-    assert row_loss(model, row()).item() == pytest.approx(row_loss(base, row()).item(), rel=1e-6)
+    assert Engine(model)(row()).item() == pytest.approx(Engine(base)(row()).item(), rel=1e-6)
     check_head(model)
     check_isolation(model)
     train(model)
@@ -65,8 +68,8 @@ def test_exactly_the_new_rows_and_the_low_rank_factors_are_trained(kind, tables)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_gradients_of_new_rows_equal_those_of_full_training(kind):
     full, model = tiny_model(kind), adapted(kind)
-    row_loss(full, row()).backward()
-    row_loss(model, row()).backward()
+    Engine(full)(row()).backward()
+    Engine(model)(row()).backward()
     tables = {"embed_tokens": full.get_input_embeddings(), "lm_head": full.get_output_embeddings()}
     for name, p in model.named_parameters():
         if "trainable_tokens" in name:
@@ -85,7 +88,7 @@ def test_every_adapter_has_a_part_in_the_loss(kind):
     names = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name in model.state_dict() if ".lora_A" in name}
     assert names >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
     assert ("in_proj" in names) == (kind == "falcon_h1")
-    row_loss(model, pack_trees([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
+    Engine(model)(pack_trees([chain(np.random.default_rng(0), (6, 30))], alone=True)).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
@@ -112,15 +115,15 @@ def test_merging_gives_the_same_loss_and_leaves_the_adapter_as_it_is(kind):
     model = adapted(kind)
     train(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = row_loss(model, row()).item()
+    expected = Engine(model)(row()).item()
     merged = merge_adapter(model)
-    assert row_loss(merged, row()).item() == pytest.approx(expected, rel=1e-5)
+    assert Engine(merged)(row()).item() == pytest.approx(expected, rel=1e-5)
     assert not any("lora" in name or "token_adapter" in name for name, _ in merged.named_modules())
     tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert tied == merged.config.tie_word_embeddings
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
-    assert row_loss(model, row()).item() == expected
+    assert Engine(model)(row()).item() == expected
 
 
 def test_merging_copies_only_what_the_adapter_changes():

@@ -8,8 +8,8 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import sizes
 from preceptor.model.attention import cpu, runs
-from preceptor.model.attention.runs import ForestLayout, attend_reference, attend_runs, dense_mask, forest_attention
-from preceptor.model.forward import hidden_states, row_loss
+from preceptor.model.attention.runs import ForestLayout, attend_reference, attend_runs, dense_mask
+from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
 
 H, K, D = 4, 2, 8
@@ -80,7 +80,7 @@ def error(found, true):
 @pytest.mark.parametrize("block_tokens", [4, 1024])
 def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", block_tokens)
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     found = outputs_and_grads(attend_runs, layout, torch.float64, features)
     reference = outputs_and_grads(attend_reference, layout, torch.float64, features)
     independent = outputs_and_grads(naive, layout, torch.float64, features)
@@ -95,7 +95,7 @@ def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch
 )
 def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype, short_run_tokens, monkeypatch):
     monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     (query, key, value), sinks = tensors(layout, dtype)
     features = {**features, "sinks": sinks} if "sinks" in features else features
     doubled = {name: f.double() if isinstance(f, torch.Tensor) else f for name, f in features.items()}
@@ -113,7 +113,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     attend_path = runs.attend_path
     monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
     monkeypatch.setattr(runs, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = attend_runs(query, key, value.bfloat16(), layout, 0.4)
@@ -133,7 +133,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     ],
 )
 def test_what_cannot_be_honoured_is_rejected_by_name(asked, word):
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout)
     arguments = {"attention_mask": None, "forest": layout, **asked}
     with pytest.raises(ModelError, match=f"Linear asks attention for.*{word}"):
@@ -142,18 +142,21 @@ def test_what_cannot_be_honoured_is_rejected_by_name(asked, word):
 
 def test_without_a_layout_attention_is_an_error():
     model = tiny_model("llama")
-    with forest_attention(model), pytest.raises(ModelError, match="LlamaAttention"):
+    with (
+        runs.attention_implementation(model.model, runs.IMPLEMENTATION),
+        pytest.raises(ModelError, match="LlamaAttention"),
+    ):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_the_former_attention_comes_back():
     model = tiny_model("qwen3")
     former = model.config._attn_implementation
-    with pytest.raises(KeyError), forest_attention(model):
+    with pytest.raises(KeyError), runs.attention_implementation(model.model, runs.IMPLEMENTATION):
         assert model.config._attn_implementation == runs.IMPLEMENTATION
         raise KeyError
     assert model.config._attn_implementation == former
-    hidden_states(model, forest_row())
+    Engine(model).hidden_states(forest_row())
     assert model.config._attn_implementation == former
     ids = torch.ones(1, 3, dtype=torch.long)
     assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
@@ -168,29 +171,17 @@ def test_no_mask_is_built(monkeypatch):
         runs.IMPLEMENTATION,
         lambda *arguments, **named: seen.append(arguments[4]) or forward(*arguments, **named),
     )
-    hidden_states(tiny_model("gemma2"), forest_row())
-    assert seen == [None, None]
+    Engine(tiny_model("gemma2")).hidden_states(forest_row())
+    assert seen and all(mask is None for mask in seen)
 
 
 def test_dropout_in_attention_is_rejected_in_training_only():
     model = tiny_model("llama", attention_dropout=0.1)
-    hidden_states(model.eval(), forest_row())
+    Engine(model.eval()).hidden_states(forest_row())
     with pytest.raises(ModelError, match="attention_dropout"):
-        hidden_states(model.train(), forest_row())
+        Engine(model.train()).hidden_states(forest_row())
 
 
 def test_a_model_with_attention_of_its_own_is_rejected():
     with pytest.raises(ModelError, match="BloomModel computes attention by itself"):
-        hidden_states(tiny_model("bloom", n_head=4, n_layer=1), forest_row())
-
-
-def test_activation_checkpointing_hands_the_layout_on():
-    """The layers run again in backward, so the block encloses it."""
-    row = forest_row()
-    plain, checkpointed = tiny_model("mistral"), tiny_model("mistral")
-    checkpointed.gradient_checkpointing_enable()
-    row_loss(plain, row).backward()
-    with forest_attention(checkpointed):
-        row_loss(checkpointed, row).backward()
-    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=3e-5, atol=3e-5)
+        Engine(tiny_model("bloom", n_head=4, n_layer=1)).hidden_states(forest_row())

@@ -16,12 +16,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.passes import Keep
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
-from preceptor.model.attention.layout import ForestLayout, PassLayout, PathMasks, dense_mask
+from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, dense_mask
 from preceptor.model.attention.runs import attend_runs
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from tiny import MODELS, branching, chain, tiny_model
 
 FLEX_MODULE = sys.modules["torch.nn.attention.flex_attention"]
@@ -96,7 +96,7 @@ def test_the_stand_in_takes_what_varlen_takes():
 @pytest.mark.parametrize("varlen_attn", [flash, old_flash])
 def test_varlen_equals_the_dense_mask_in_float64(varlen_attn, row, features, monkeypatch):
     monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
-    layout = ForestLayout.from_row(row, "cpu")
+    layout = ForestLayout.from_sequence(row, "cpu")
     found = outputs_and_grads(attend_varlen, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
     assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
@@ -119,7 +119,7 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
         return torch.zeros_like(query)
 
     monkeypatch.setattr(cuda, "varlen_attn", tell)
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = attend_varlen(query, key, value.bfloat16(), layout, 0.4, window)
@@ -136,19 +136,19 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
 
 
 def test_without_groups_varlen_is_not_asked_for_them():
-    layout = ForestLayout.from_row(chains_row(), "cpu")
+    layout = ForestLayout.from_sequence(chains_row(), "cpu")
     (query, _, _), _ = tensors(layout)
     assert error(attend_varlen(query, query, query, layout, 0.4), attend_runs(query, query, query, layout, 0.4)) < 1e-13
 
 
 def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
     """Tokens 5-8 of a chain after tokens 0-4, as two levels."""
-    layout = ForestLayout.from_row(ROWS["one chain"], "cpu")
+    layout = ForestLayout.from_sequence(ROWS["one chain"], "cpu")
     (query, key, value), _ = tensors(layout)
     whole = attend_runs(query, key, value, layout, 0.4, 6)
     runs = ((5, 9, ((0, 5),)),)
     seen = {(0, 5): (key[:, :, :5], value[:, :, :5])}
-    level = PassLayout(runs, {}, None, PathMasks(runs))
+    level = PhaseLayout(runs, {}, None, PathMasks(runs))
     found = attend_varlen(query[:, :, 5:9], key[:, :, 5:9], value[:, :, 5:9], level, 0.4, 6, seen=seen)
     assert error(found, whole[:, :, 5:9]) < 1e-13
     assert torch.equal(seen[5, 9][0], key[:, :, 5:9]) and torch.equal(seen[5, 9][1], value[:, :, 5:9])
@@ -157,7 +157,7 @@ def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_flex_equals_the_dense_mask_in_float64(row, features):
-    layout = ForestLayout.from_row(row, "cpu")
+    layout = ForestLayout.from_sequence(row, "cpu")
     found = outputs_and_grads(attend_flex, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
     assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
@@ -165,7 +165,7 @@ def test_flex_equals_the_dense_mask_in_float64(row, features):
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_flex_in_bfloat16_is_no_further_from_the_truth_than_the_naive_path(features):
-    layout = ForestLayout.from_row(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_row(), "cpu")
     true = outputs_and_grads(naive, layout, torch.float64, features)
     found = outputs_and_grads(attend_flex, layout, torch.bfloat16, features)
     other = outputs_and_grads(naive, layout, torch.bfloat16, features)
@@ -203,7 +203,7 @@ def spelled_out(blocks, num_tokens, block):
 @pytest.mark.parametrize("seed", range(4))
 def test_blocks_that_flex_skips_are_seen_by_none_and_full_ones_by_all(seed, block, window, monkeypatch):
     monkeypatch.setattr(cuda, "BLOCK", block)
-    layout = ForestLayout.from_row(long_row(seed, 4), "cpu")
+    layout = ForestLayout.from_sequence(long_row(seed, 4), "cpu")
     num_tokens = len(layout.position_T)
     mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, window)
     found = block_mask(layout, window)
@@ -229,9 +229,9 @@ def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
         monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
     model = tiny_model(kind, dtype=torch.float64)
     tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
-    keeps = [Keep("full"), Keep("recompute"), Keep("detach")]
+    keeps = [ActivationPolicy("full"), ActivationPolicy("recompute"), ActivationPolicy("detach")]
     if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
-        keeps.append(Keep("full", "all"))
+        keeps.append(ActivationPolicy("full", "all"))
     for row in (ROWS["chains"], ROWS["trees"]):
         for keep in keeps:
             assert_as_by_runs(model, row, keep, tolerance, monkeypatch)
@@ -244,7 +244,7 @@ def assert_as_by_runs(model, row, keep, tolerance, monkeypatch):
     results = []
     for choose in (fast_path, lambda *_: None):
         monkeypatch.setattr(runs, "fast_path", choose)
-        loss = row_loss(model, row, keep)
+        loss = Engine(model)(row, keep)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         model.zero_grad()
@@ -269,7 +269,7 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
     for length in (3, 8, 13, 21):
         rng = np.random.default_rng(length)
         row = pack_trees([branching(rng), chain(rng, (length, 9))])
-        assert_as_by_runs(model, row, Keep("full", "all"), 1e-7, monkeypatch)
+        assert_as_by_runs(model, row, ActivationPolicy("full", "all"), 1e-7, monkeypatch)
         num_graphs.append(len(graphs))
     assert num_graphs[1] == num_graphs[-1] <= 8
 
@@ -278,12 +278,12 @@ def test_a_row_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda
     made = []
     monkeypatch.setattr(cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window))
     model = tiny_model("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
-    row_loss(model, forest_row())  # proves, with rows of its own, what may be spared
+    Engine(model)(forest_row())  # proves, with rows of its own, what may be spared
     made.clear()
-    row_loss(model, forest_row(), Keep("full", "all")).backward()
+    Engine(model)(forest_row(), ActivationPolicy("full", "all")).backward()
     assert sorted(made, key=str) == [7, None]
     with torch.no_grad():
-        row_loss(model, forest_row())
+        Engine(model)(forest_row())
     assert len(made) == 4
 
 

@@ -9,15 +9,15 @@ from test_attention_cuda import chains_row, flash, old_flash
 
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path
-from preceptor.model.attention.layout import ForestLayout, PassLayout
+from preceptor.model.attention.layout import ForestLayout, PhaseLayout
 
 
 def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
     return SimpleNamespace(shape=(1, num_heads, num_tokens, head_size), dtype=dtype, device=torch.device(device))
 
 
-CHAINS, TREES = (ForestLayout.from_row(row, "cpu") for row in (chains_row(), forest_row()))
-LEVEL = PassLayout(TREES.runs, {}, None, TREES.masks)
+CHAINS, TREES = (ForestLayout.from_sequence(row, "cpu") for row in (chains_row(), forest_row()))
+LEVEL = PhaseLayout(TREES.runs, {}, None, TREES.masks)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.embedding import embedding_gradient_in_place
-from preceptor.model.forward import row_loss
+from preceptor.model.activations.context import StepContext
+from preceptor.model.forward import Engine
 from tiny import chain, tiny_model
 
 
@@ -18,11 +18,7 @@ def rows():
 def gradients(model, in_place):
     model.zero_grad()
     for row in rows():
-        if in_place:
-            with embedding_gradient_in_place(model):
-                row_loss(model, row).backward()
-        else:
-            row_loss(model, row).backward()
+        Engine(model)(row, step=StepContext(accumulates=in_place)).backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
@@ -41,31 +37,28 @@ def test_no_gradient_of_the_whole_embedding_is_made():
     weight = model.get_input_embeddings().weight
     weight.grad = torch.zeros_like(weight)
     buffer = weight.grad
-    with embedding_gradient_in_place(model):
-        loss = row_loss(model, rows()[0])
-        assert torch.autograd.grad(loss, weight, allow_unused=True, retain_graph=True) == (None,)
+    loss = Engine(model)(rows()[0], step=StepContext(accumulates=True))
+    assert torch.autograd.grad(loss, weight, allow_unused=True) == (None,)
     assert weight.grad is buffer and buffer.abs().sum() > 0
 
 
-def test_what_others_watch_is_left_to_autograd():
-    for change in ("frozen", "hooked", "bfloat16"):
-        model = tiny_model("qwen3", tie_word_embeddings=False)
-        layer = model.get_input_embeddings()
-        if change == "frozen":
-            layer.weight.requires_grad_(False)
-        elif change == "hooked":
-            layer.weight.register_hook(lambda grad: grad)
-        else:
-            layer.to(torch.bfloat16)
-        with embedding_gradient_in_place(model):
-            assert "forward" not in layer.__dict__, change
+@pytest.mark.parametrize("change", ["frozen", "hooked"])
+def test_what_others_watch_is_left_to_autograd(change):
+    model = tiny_model("qwen3", tie_word_embeddings=False)
+    weight, watched = model.get_input_embeddings().weight, []
+    if change == "frozen":
+        weight.requires_grad_(False)
+    else:
+        weight.register_hook(lambda grad: watched.append(grad.shape))
+    Engine(model)(rows()[0], step=StepContext(accumulates=True)).backward()
+    assert watched == ([weight.shape] if change == "hooked" else [])
+    assert (weight.grad is None) == (change == "frozen")
 
 
-def test_all_is_as_before_afterwards():
+def test_the_layer_is_as_before_afterwards():
     model = tiny_model("qwen3")
-    layer = model.get_input_embeddings()
-    with pytest.raises(KeyboardInterrupt), embedding_gradient_in_place(model):
-        row_loss(model, rows()[0])
-        raise KeyboardInterrupt
-    assert "forward" not in layer.__dict__ and "weight" not in layer.__dict__
-    assert layer.weight is layer._parameters["weight"]
+    engine, layer = Engine(model), model.get_input_embeddings()
+    before = dict(layer.__dict__)
+    engine(rows()[0], step=StepContext(accumulates=True))
+    assert layer.__dict__ == before and layer.weight is layer._parameters["weight"]
+    assert not engine.state.accumulates

@@ -8,9 +8,12 @@ import torch
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model import forward
+from preceptor.model import head
 from preceptor.model.attention.layout import ForestLayout
-from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head, row_loss
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
 from tiny import MODELS, branching, chain, separate_chains, tiny_model
 
 
@@ -49,9 +52,9 @@ def assert_same(found, true, tolerance):
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_row_equals_its_conversations_and_the_formula(kind):
     model, trees = tiny_model(kind), conversations()
-    loss = row_loss(model, pack_trees(trees))
+    loss = Engine(model)(pack_trees(trees))
     grads = grads_of(loss, model)
-    singles = sum(row_loss(model, pack_trees([tree])) for tree in trees)
+    singles = sum(Engine(model)(pack_trees([tree])) for tree in trees)
     exact = tiny_model(kind, dtype=torch.float64)
     true_loss = own_loss(exact, trees)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-5)
@@ -69,7 +72,7 @@ def test_a_tree_equals_its_separate_chains(kind):
     assert len(chains) == 7
     row = pack_trees(trees)
     assert row.num_trained == sum(pack_trees([single]).num_trained for single in chains)
-    loss = row_loss(model, row)
+    loss = Engine(model)(row)
     exact = tiny_model(kind, dtype=torch.float64)
     true_loss = own_loss(exact, chains)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-5)
@@ -79,10 +82,10 @@ def test_a_tree_equals_its_separate_chains(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_changing_one_conversation_changes_no_other(kind):
     model, trees = tiny_model(kind), conversations()
-    before_TD = hidden_states(model, pack_trees(trees))
+    before_TD = Engine(model).hidden_states(pack_trees(trees))
     start, end = trees[0].num_tokens, trees[0].num_tokens + trees[1].num_tokens
     trees[1] = chain(np.random.default_rng(9), (1, 3))
-    after_TD = hidden_states(model, pack_trees(trees))
+    after_TD = Engine(model).hidden_states(pack_trees(trees))
     others = torch.cat([torch.arange(start), torch.arange(end, len(before_TD))])
     torch.testing.assert_close(after_TD[others], before_TD[others], rtol=1e-6, atol=1e-6)
     assert (after_TD[start:end] - before_TD[start:end]).abs().max() > 0.1
@@ -90,7 +93,7 @@ def test_changing_one_conversation_changes_no_other(kind):
 
 def test_a_row_without_trained_tokens_still_has_a_graph():
     model = tiny_model("llama")
-    loss = row_loss(model, pack_trees([chain(np.random.default_rng(0), (6,))]))
+    loss = Engine(model)(pack_trees([chain(np.random.default_rng(0), (6,))]))
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -98,9 +101,9 @@ def test_a_row_without_trained_tokens_still_has_a_graph():
 
 def test_autocast_gives_a_float32_loss_near_the_true_one():
     model, row = tiny_model("qwen3"), pack_trees(conversations())
-    true = row_loss(model, row)
+    true = Engine(model)(row)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = row_loss(model, row)
+        loss = Engine(model)(row)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(true.item(), rel=2e-2)
     assert loss.item() != true.item()
@@ -131,13 +134,13 @@ def test_the_head_is_the_models_own(kind, settings, dtype):
 
 def test_a_head_that_does_more_is_rejected(monkeypatch):
     model = tiny_model("granite", logits_scaling=4.0)
-    monkeypatch.setattr(forward, "_number", lambda settings, name, default: default)
+    monkeypatch.setattr(head, "_number", lambda settings, name, default: default)
     with pytest.raises(ModelError, match="granite: the logits"):
         check_head(model)
 
 
 def test_a_head_that_reads_something_else_than_hidden_states_is_rejected():
-    with pytest.raises(ModelError, match=r"electra: the output embedding reads \d+ values a token"):
+    with pytest.raises(ModelError, match=r"electra: the output embedding reads \d+ values per token"):
         check_head(tiny_model("electra", embedding_size=16))
 
 
@@ -165,14 +168,14 @@ def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length()
 
 def test_a_leak_in_attention_is_found(monkeypatch):
     """Planted: the layout says that the whole row is one run."""
-    monkeypatch.setattr(ForestLayout, "from_row", _one_run(ForestLayout.from_row))
+    monkeypatch.setattr(ForestLayout, "from_sequence", _one_run(ForestLayout.from_sequence))
     with pytest.raises(ModelError, match="another conversation"):
         check_isolation(tiny_model("llama"))
 
 
-def _one_run(from_row):
-    def planted(row, device):
-        layout = from_row(row, device)
+def _one_run(from_sequence):
+    def planted(row, device, **options):
+        layout = from_sequence(row, device, **options)
         return replace(layout, runs=((0, row.num_tokens, ()),))
 
     return planted
@@ -192,7 +195,7 @@ def test_rotary_frequencies_that_follow_the_longest_conversation_are_rejected():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = tiny_model("llama", max_position_embeddings=16, rope_parameters=rope)
     rng = np.random.default_rng(0)
-    hidden_states(model, pack_trees([chain(rng, (8, 8)), chain(rng, (3, 3))]))
-    hidden_states(model, pack_trees([chain(rng, (9, 9))]))
+    Engine(model).hidden_states(pack_trees([chain(rng, (8, 8)), chain(rng, (3, 3))]))
+    Engine(model).hidden_states(pack_trees([chain(rng, (9, 9))]))
     with pytest.raises(ModelError, match="max_length to at most 16"):
-        hidden_states(model, pack_trees([chain(rng, (9, 9)), chain(rng, (3, 3))]))
+        Engine(model).hidden_states(pack_trees([chain(rng, (9, 9)), chain(rng, (3, 3))]))

@@ -6,8 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.forward import hidden_states, output_head, read_hidden_states
-from preceptor.model.loss.kl import Base, kl_to_base
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
+from preceptor.model.kl import ReferenceModel, kl_to_base
 from tiny import chain, tiny_model
 
 NUM_BASE = 56  # of 64 tokens
@@ -32,8 +33,8 @@ def moved(model, seed=5):
 def by_hand(model, base, row):
     known = row.target_N < NUM_BASE
     source = row.source_N[known]
-    log_p = torch.log_softmax((model.lm_head(hidden_states(model, row)[source]))[:, :NUM_BASE], dim=-1)
-    log_q = torch.log_softmax((base.lm_head(hidden_states(base, row)[source]))[:, :NUM_BASE], dim=-1)
+    log_p = torch.log_softmax((model.lm_head(Engine(model).hidden_states(row)[source]))[:, :NUM_BASE], dim=-1)
+    log_q = torch.log_softmax((base.lm_head(Engine(base).hidden_states(row)[source]))[:, :NUM_BASE], dim=-1)
     return (torch.from_numpy(row.weight_N)[known] * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
 
@@ -41,10 +42,10 @@ def by_hand(model, base, row):
 def test_value_and_gradient_are_the_formula_s(row, chunk_tokens):
     assert 0 < (row.target_N < NUM_BASE).sum() < row.num_trained
     model, twin = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
-    base = Base.of(model, NUM_BASE)
+    base = ReferenceModel.of(model, NUM_BASE)
     moved(model), moved(twin)
     expected = by_hand(twin, base.model, row)
-    found = kl_to_base(*read_hidden_states(model, row), output_head(model), base, row, chunk_tokens)
+    found = kl_to_base(*Engine(model).loss_hidden_states(row), output_head(model), base, row, chunk_tokens)
     assert found.item() > 0.01
     assert found.item() == pytest.approx(expected.item(), rel=1e-10)
     found.backward()
@@ -55,7 +56,9 @@ def test_value_and_gradient_are_the_formula_s(row, chunk_tokens):
 
 def test_the_base_itself_diverges_by_nothing(row):
     model = tiny_model("gemma2", dtype=torch.float64)
-    found = kl_to_base(*read_hidden_states(model, row), output_head(model), Base.of(model, NUM_BASE), row)
+    found = kl_to_base(
+        *Engine(model).loss_hidden_states(row), output_head(model), ReferenceModel.of(model, NUM_BASE), row
+    )
     assert found.item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -64,11 +67,11 @@ def test_with_an_adapter_the_base_is_the_model_without_it(row):
     model = get_peft_model(
         tiny_model("qwen3", dtype=torch.float64), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     ).double()
-    base = Base.of(model, NUM_BASE)
+    base = ReferenceModel.of(model, NUM_BASE)
     moved(model)
     assert not base.is_copy
     expected = by_hand(model.get_base_model(), plain, row)
-    found = kl_to_base(*read_hidden_states(model, row), output_head(model), base, row)
+    found = kl_to_base(*Engine(model).loss_hidden_states(row), output_head(model), base, row)
     assert found.item() == pytest.approx(expected.item(), rel=1e-10) and found.item() > 1e-6
     found.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

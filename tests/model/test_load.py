@@ -14,7 +14,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.hub import resolve_model_path
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from preceptor.model.load import _honour_softcap, load_model, save_model
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from tiny import chain, tiny_model, tiny_tokenizer
@@ -74,7 +74,7 @@ def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
     row = pack_trees([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
-        row_loss(adapted, row).backward()
+        Engine(adapted)(row).backward()
         optimizer.step()
     save_model(adapted, tokenizer, tmp_path / "model")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -6,7 +6,7 @@ from test_loss import D, N, V, error, holding, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.model.loss import softmax
-from preceptor.model.loss.linear_cross_entropy import head_cast_once, linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import HeadCast, linear_cross_entropy
 from preceptor.model.loss.reference import linear_cross_entropy_reference
 
 
@@ -105,15 +105,15 @@ def test_a_head_is_cast_once_and_again_when_it_changes():
     weight_VD = torch.nn.Parameter(weight_VD.detach(), requires_grad=False)
     with torch.autocast("cpu", torch.bfloat16):
         before = linear_cross_entropy(hidden_TD, weight_VD, *rest)
-        with head_cast_once():
-            with Watch() as watch:
-                losses = [linear_cross_entropy(hidden_TD, weight_VD, *rest) for _ in range(3)]
-            assert watch.made.count((torch.bfloat16, (V, D))) == 1
-            assert all(torch.equal(loss, before) for loss in losses)
-            with torch.no_grad():
-                weight_VD.mul_(0.5)
-            changed = linear_cross_entropy(hidden_TD, weight_VD, *rest)
+        cast = HeadCast()
+        with Watch() as watch:
+            losses = [linear_cross_entropy(hidden_TD, weight_VD, *rest, head_cast=cast) for _ in range(3)]
+        assert watch.made.count((torch.bfloat16, (V, D))) == 1
+        assert all(torch.equal(loss, before) for loss in losses)
+        with torch.no_grad():
+            weight_VD.mul_(0.5)
+        changed = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_cast=cast)
         with Watch() as watch:
             assert torch.equal(changed, linear_cross_entropy(hidden_TD, weight_VD, *rest))
-        assert watch.made.count((torch.bfloat16, (V, D))) == 1, "freed at the end, so made again"
+        assert watch.made.count((torch.bfloat16, (V, D))) == 1, "made again without it"
     assert not torch.equal(changed, before)

@@ -8,8 +8,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from preceptor.model.activations.norms import FORMS, lean_norm, norm_form, root_mean_square_norm
-from preceptor.model.checks.levels import relative_error
+from preceptor.model.activations.context import ModelState, Pass, adopt
+from preceptor.model.activations.norms import FORMS, EfficientNorm, norm_form, root_mean_square_norm
+from preceptor.model.closeness import relative_error
 from preceptor.plan.shapes import FAMILIES
 
 NORMS = {"llama": Qwen3RMSNorm, "gemma": Gemma2RMSNorm, "gpt_oss": GptOssRMSNorm}
@@ -102,4 +103,7 @@ def test_what_is_kept_is_the_input_and_one_number_a_token():
 def test_types_that_are_not_handled_go_through_the_authors_own():
     module = norm_of(Qwen3RMSNorm, torch.float64)
     x = torch.randn(3, SIZE, dtype=torch.float64)
-    assert torch.equal(lean_norm(FORMS["llama"])(module, Qwen3RMSNorm.forward, x), module(x))
+    own, state = module(x), ModelState()
+    adopt(module, EfficientNorm, state, FORMS["llama"])
+    with state.running(Pass(None, "", efficient=True)):
+        assert torch.equal(module(x), own)

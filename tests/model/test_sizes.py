@@ -1,30 +1,38 @@
-"""Tokens that only round a number up to the grid change no loss and no gradient, in no way of keeping less."""
+"""Tokens that only round a number up to the grid change no loss and no gradient, under no activation policy."""
 
 import numpy as np
 import pytest
 import torch
-from test_passes import ROWS, assert_same, loss_and_grads, rounding_in_float64
+from test_passes import SEQUENCES, assert_same, loss_and_grads, rounding_in_float64
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations import passes
-from preceptor.model.activations.passes import Keep
+from preceptor.model.activations import layers, passes
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.layout import computed_tokens
 from preceptor.model.attention.runs import ForestLayout, attend_runs
-from preceptor.model.checks.levels import spares_the_last_layer
-from preceptor.model.forward import read_hidden_states, row_loss
+from preceptor.model.forward import Engine
 from preceptor.model.loss import softmax
 from preceptor.model.sizes import FINEST, mostly_short, on_grid
 from preceptor.train.precision import autocast
 from tiny import MODELS, branching, chain, tiny_model
 
-MODES = [Keep(gradient, again) for gradient in ("full", "recompute", "detach") for again in ("none", "all", 1)]
+MODES = [
+    ActivationPolicy(gradient, again) for gradient in ("full", "recompute", "detach") for again in ("none", "all", 1)
+]
 
 
 def to_tens(num_tokens, _):
     """A coarser grid than there is, for float64 too."""
     return -(-num_tokens // 10) * 10
+
+
+def round_up(monkeypatch, computed):
+    """By it everywhere; `computed` gets the numbers that were asked for."""
+    monkeypatch.setattr(softmax, "computed_tokens", to_tens)
+    for module in (layers, passes):
+        monkeypatch.setattr(module, "computed_tokens", lambda n, like: computed.append(n) or to_tens(n, like))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65, 1000, 2047, 2049, 4095, 5000, 70_000])
@@ -46,33 +54,31 @@ def test_only_bfloat16_on_a_cpu_is_rounded_up():
     assert computed_tokens(70, torch.zeros(1, dtype=torch.bfloat16, device="meta")) == 70
 
 
-@pytest.mark.parametrize("keep", MODES, ids=str)
+@pytest.mark.parametrize("policy", MODES, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_are_those_without(kind, keep, monkeypatch):
-    row = ROWS["packed"]
+def test_loss_and_gradients_are_those_without(kind, policy, monkeypatch):
+    sequence = SEQUENCES["packed"]
     model = tiny_model(kind, dtype=torch.float64)
-    true = loss_and_grads(model, row_loss(model, row, keep))
+    true = loss_and_grads(model, Engine(model)(sequence, policy))
     computed = []
-    monkeypatch.setattr(passes, "computed_tokens", lambda n, like: computed.append(n) or to_tens(n, like))
-    monkeypatch.setattr(softmax, "computed_tokens", to_tens)
-    found = loss_and_grads(model, row_loss(model, row, keep))
+    round_up(monkeypatch, computed)
+    found = loss_and_grads(model, Engine(model)(sequence, policy))
     assert any(n % 10 for n in computed), "nothing was rounded up"
     assert_same(found, true, rounding_in_float64(kind))
 
 
 def test_with_an_adapter_and_new_tokens(monkeypatch):
-    row, losses = ROWS["packed"], []
+    sequence, losses = SEQUENCES["packed"], []
     for rounded in (False, True):
         if rounded:
-            monkeypatch.setattr(passes, "computed_tokens", to_tens)
-            monkeypatch.setattr(softmax, "computed_tokens", to_tens)
+            round_up(monkeypatch, [])
         model = add_adapter(tiny_model("llama", dtype=torch.float64), 4, 8.0, 0.0, None, [5, 7], seed=0).double()
-        losses.append(loss_and_grads(model, row_loss(model, row, Keep("recompute"))))
+        losses.append(loss_and_grads(model, Engine(model)(sequence, ActivationPolicy("recompute"))))
     assert_same(losses[1], losses[0], 1e-11)
 
 
 def test_attention_gives_zeros_for_tokens_in_no_run():
-    layout = ForestLayout.from_row(pack_trees([branching(np.random.default_rng(0))]), "cpu")
+    layout = ForestLayout.from_sequence(pack_trees([branching(np.random.default_rng(0))]), "cpu")
     num_tokens = len(layout.position_T)
     query, key, value = (torch.randn(1, heads, num_tokens + 3, 8, dtype=torch.float64) for heads in (4, 2, 2))
     found = attend_runs(query, key, value, layout, 0.4)
@@ -97,15 +103,15 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("context_gradient", ["full", "recompute", "detach"])
-def test_rows_of_other_lengths_multiply_the_same_sizes(context_gradient):
+def test_sequences_of_other_lengths_multiply_the_same_sizes(context_gradient):
     """Or else oneDNN compiles for each: the loss, all layers and attention's backward, whatever is kept."""
     model, found = tiny_model("qwen3"), []
-    spares_the_last_layer(model)  # what it finds out about a model once, it has found out
+    Engine(model)  # what it finds out about a model once, it has found out
     for more in (0, 3, 11):
         rng = np.random.default_rng(0)
-        row = pack_trees([chain(rng, (410 + more, 200 + more)), chain(rng, (140 + more, 150))])
+        sequence = pack_trees([chain(rng, (410 + more, 200 + more)), chain(rng, (140 + more, 150))])
         with autocast(model.device, "bfloat16"), Products() as products:
-            row_loss(model, row, Keep(context_gradient)).backward()
+            Engine(model)(sequence, ActivationPolicy(context_gradient)).backward()
         found.append(products.sizes)
     assert {name for name, *_ in found[0]} >= {"mm", "bmm", "baddbmm"}
     assert found[0] == found[1] == found[2]
@@ -120,12 +126,12 @@ def test_few_tokens_on_a_long_path_are_no_short_run():
 def test_bfloat16_gives_what_float32_gives_but_for_rounding(context_gradient):
     """Long enough for attention in bfloat16, with branches, and hidden states are those of the tokens asked for."""
     rng = np.random.default_rng(0)
-    row = pack_trees([chain(rng, (150, 100, 60, 40)), branching(rng), chain(rng, (190, 30))])
-    model, keep = tiny_model("qwen3"), Keep(context_gradient)
-    true = loss_and_grads(model, row_loss(model, row, keep))
+    sequence = pack_trees([chain(rng, (150, 100, 60, 40)), branching(rng), chain(rng, (190, 30))])
+    model, policy = tiny_model("qwen3"), ActivationPolicy(context_gradient)
+    true = loss_and_grads(model, Engine(model)(sequence, policy))
     with autocast(model.device, "bfloat16"):
-        hidden_MD, source_N = read_hidden_states(model, row, keep)
-        loss = row_loss(model, row, keep)
-    assert len(source_N) == row.num_trained and source_N.max() < len(hidden_MD) <= row.num_tokens
+        hidden_MD, source_N = Engine(model).loss_hidden_states(sequence, policy)
+        loss = Engine(model)(sequence, policy)
+    assert len(source_N) == sequence.num_trained and source_N.max() < len(hidden_MD) <= sequence.num_tokens
     found = loss_and_grads(model, loss)
     assert_same(found, true, 0.02)

@@ -7,9 +7,9 @@ import torch
 from test_activations import row_of, tracker_of
 from test_parameters import LLAMA_8B, REAL
 
-from preceptor.model.activations.passes import Keep
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from preceptor.plan.activations import Work
 from preceptor.plan.flops import operations
 from preceptor.plan.memory import Setup, predict_memory, state_bytes
@@ -71,7 +71,7 @@ def test_weights_gradients_and_optimizer_of_a_real_model(kind, adapter):
     shape = shape_of(model.config.to_dict())
     trained = model if adapter is None else add_adapter(model, 4, 8.0, 0.0, None, [5], seed=0)
     optimizer = build_optimizer(trained, 0.0, (0.9, 0.95))
-    row_loss(trained, row_of([((20, 20),)])).backward()
+    Engine(trained)(row_of([((20, 20),)])).backward()
     optimizer.step()
     found = state_bytes(shape, setup, count_parameters(shape, setup.adapter, setup.num_new_tokens))
     parameters = list(trained.parameters())
@@ -81,7 +81,11 @@ def test_weights_gradients_and_optimizer_of_a_real_model(kind, adapter):
     assert found["optimizer"] == sum(mean.numel() * mean.element_size() for mean in means)
 
 
-@pytest.mark.parametrize("mode", [Keep(), Keep("recompute"), Keep("detach"), Keep("full", "all")], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [ActivationPolicy(), ActivationPolicy("recompute"), ActivationPolicy("detach"), ActivationPolicy("full", "all")],
+    ids=str,
+)
 @pytest.mark.parametrize(("kind", "precision", "tokens"), [("llama", "float32", 800), ("qwen3", "bfloat16", 1200)])
 def test_the_peak_of_a_step(kind, precision, tokens, mode):
     model = tiny_model(
@@ -98,13 +102,13 @@ def test_the_peak_of_a_step(kind, precision, tokens, mode):
     row, shape = row_of([turns]), shape_of(model.config.to_dict())
     optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
     with torch.no_grad():
-        row_loss(model, row, mode)  # what it finds out about a model once, it has found out
+        Engine(model)(row, mode)  # what it finds out about a model once, it has found out
     gc.collect()
     with tracker_of(model) as tracker:
         for _ in range(2):
             tracker.peak_bytes = tracker.live_bytes
             with autocast(model.device, precision):
-                loss = row_loss(model, row, mode)
+                loss = Engine(model)(row, mode)
             loss.backward()
             del loss
             optimizer.step()

@@ -9,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preceptor.errors import ModelError
 from preceptor.model import vocabulary
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.attention.runs import decoder_of
-from preceptor.model.towers import tower_parameters
+from preceptor.model.parts import decoder_of, tower_parameters
 from preceptor.plan.parameters import ROWS_MULTIPLE, Adapter, check_targets, count_parameters, rows_for
 from preceptor.plan.shapes import FAMILIES, shape_of
 from tiny import seeing_model, tiny_model

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from preceptor import config
 from preceptor.commands.plan import measured_rate
 from preceptor.errors import ConfigError, ModelError
-from preceptor.model.towers import tower_parameters
+from preceptor.model.parts import tower_parameters
 from preceptor.plan.changes import find_change
 from preceptor.plan.devices import Device, _read_gpu, find_device
 from preceptor.plan.model import read_model

@@ -13,9 +13,9 @@ from preceptor.data.formats.nulls import Struct
 from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose
 from preceptor.select.explain import explain, summarise
-from preceptor.select.measure import BaseReader, answers_of
+from preceptor.select.measure import BaseScorer, answers_of
 from preceptor.select.pool import Pool, line_of
-from preceptor.select.select import load_reader
+from preceptor.select.select import load_scorer
 from preceptor.select.survey import survey
 from tiny import tiny_model, tiny_tokenizer
 
@@ -70,7 +70,7 @@ def test_difficulty_and_loss_are_the_models_own(kind):
         Conversation(f"x:{k}", tuple(Message(m) for m in r["messages"]))
         for k, r in enumerate(conversations(7, turns=2))
     ]
-    found = {n: m for n, _, m in BaseReader(model, tokenizer, 256).measure(enumerate(rows))}
+    found = {n: m for n, _, m in BaseScorer(model, tokenizer, 256).score(enumerate(rows))}
     assert len(found) == 7
     for number, record in enumerate(rows):
         a, b, c, d = (message.content for message in record.messages)
@@ -91,10 +91,10 @@ def test_the_embedding_is_of_the_prompt_alone_whatever_shares_its_row():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer)).eval()
     record, other = (Conversation("x:1", tuple(Message(m) for m in r["messages"])) for r in conversations(2))
-    reader = BaseReader(model, tokenizer, 256)
+    scorer = BaseScorer(model, tokenizer, 256)
     [(_, _, alone)], (_, _, beside) = (
-        list(reader.measure([(0, record)])),
-        list(reader.measure([(0, other), (1, record)]))[1],
+        list(scorer.score([(0, record)])),
+        list(scorer.score([(0, other), (1, record)]))[1],
     )
     ids = tokenizer(record.messages[0].content + "\n", add_special_tokens=False)["input_ids"]
     mean_D = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
@@ -105,14 +105,14 @@ def test_the_embedding_is_of_the_prompt_alone_whatever_shares_its_row():
 def test_a_conversation_that_is_too_long_is_rejected_and_a_large_model_is_projected():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), hidden_size=320, head_dim=80)
-    reader = BaseReader(model, tokenizer, 64)
+    scorer = BaseScorer(model, tokenizer, 64)
     record = Conversation(
         "x:1", (Message({"role": "user", "content": "a " * 80}), Message({"role": "assistant", "content": "b"}))
     )
-    assert reader.embedding_size == 256
-    rejected = reader.trees_of(record)
+    assert scorer.embedding_size == 256
+    rejected = scorer.trees_of(record)
     assert isinstance(rejected, Rejection) and rejected.code == "too_long" and "64" in rejected.message
-    assert [m for _, _, m in reader.measure([(0, record)])] == [rejected]
+    assert [m for _, _, m in scorer.score([(0, record)])] == [rejected]
 
 
 # The choice ----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_js
     ]
     found = survey(Pool((OpenSource(write_jsonl([*rows, *good_rows(6)])),)), None, None)
     choice = choose(found, Settings(keep=3, diversity="none"))
-    assert choice.twin_N.tolist() == [1, -1, *[-1] * 6] and found.model is None
+    assert choice.repeated_N.tolist() == [1, -1, *[-1] * 6] and found.model is None
     lines = list(explain(found, choice))
     assert lines[0]["code"] == "near_repeat" and "better" in lines[0]["reason"]
     assert sum(line["kept"] for line in lines) == 3
@@ -162,7 +162,7 @@ def test_of_rows_that_nearly_say_the_same_the_best_is_kept(base_folder, write_js
 @pytest.mark.parametrize("method", ["facility-location", "k-centre", "none"])
 def test_the_seed_decides_what_nothing_else_does(base_folder, write_jsonl, method):
     pool = Pool((OpenSource(write_jsonl([row(f"What is {k}?", f"It is {k}.") for k in range(40)])),))
-    found = survey(pool, load_reader(str(base_folder), 256), None)
+    found = survey(pool, load_scorer(str(base_folder), 256), None)
     weights = dict.fromkeys(Settings(1).weights, 0.0)
     kept = [choose(found, Settings(8, seed, weights, 0.5, method)).kept.tolist() for seed in (0, 0, 1)]
     assert kept[0] == kept[1] and len(set(kept[0])) == 8
@@ -175,7 +175,7 @@ def test_more_than_there_is_keeps_all_and_says_so(command, write_jsonl, tmp_path
     rows = [*good_rows(5), good_rows(5)[0]]
     code, text, _ = command(write_jsonl(rows), "--keep", 50, "--out", tmp_path / "kept.jsonl")
     assert code == 0 and lines_of(tmp_path / "kept.jsonl") == rows[:5]
-    assert "--keep 50 is more than there is: all 5 rows" in text and "exact_repeat" in text
+    assert "--keep 50 is more than there are: all 5 distinct" in text and "exact_repeat" in text
 
 
 def test_rows_without_an_answer_are_rejected_with_their_place(command, write_jsonl, tmp_path):

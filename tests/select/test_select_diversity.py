@@ -35,7 +35,7 @@ def test_greedy_reaches_its_bound_and_its_gains_add_up(seed):
     rng = np.random.default_rng(seed)
     points, quality_N = points_of(rng.standard_normal((11, 4))), rng.uniform(0.3, 1, 11)
     order = facility_location(points, quality_N, 3, seed)
-    reached = objective(points, quality_N, order.row_K)
+    reached = objective(points, quality_N, order.index_K)
     best = max(objective(points, quality_N, list(s)) for s in itertools.combinations(range(11), 3))
     assert (1 - 1 / np.e) * best <= reached <= best + 1e-6
     assert order.gain_K.sum() == pytest.approx(reached, rel=1e-5)
@@ -49,21 +49,21 @@ def test_lazy_is_the_plain_greedy_choice():
     for _ in range(12):
         left = [row for row in range(60) if row not in chosen]
         chosen.append(max(left, key=lambda row: objective(points, quality_N, [*chosen, row])))
-    assert facility_location(points, quality_N, 12, 0).row_K.tolist() == chosen
+    assert facility_location(points, quality_N, 12, 0).index_K.tolist() == chosen
 
 
 def test_the_sampled_form_is_nearly_as_good(monkeypatch):
     rng = np.random.default_rng(4)
     table, _ = clusters([40, 200, 30, 130], rng)
     points, quality_N = points_of(table), np.ones(400)
-    exact = objective(points, quality_N, facility_location(points, quality_N, 10, 0).row_K)
-    monkeypatch.setattr(diversity, "EXACT_ROWS", 100)
+    exact = objective(points, quality_N, facility_location(points, quality_N, 10, 0).index_K)
+    monkeypatch.setattr(diversity, "EXACT_EXAMPLES", 100)
     order = facility_location(points, quality_N, 10, 0)
-    assert len(set(order.row_K.tolist())) == 10
-    assert objective(points, quality_N, order.row_K) >= 0.9 * exact
-    assert order.row_K.tolist() == facility_location(points, quality_N, 10, 0).row_K.tolist()
-    assert order.row_K.tolist() != facility_location(points, quality_N, 10, 1).row_K.tolist()
-    everything = facility_location(points, quality_N, 400, 0).row_K
+    assert len(set(order.index_K.tolist())) == 10
+    assert objective(points, quality_N, order.index_K) >= 0.9 * exact
+    assert order.index_K.tolist() == facility_location(points, quality_N, 10, 0).index_K.tolist()
+    assert order.index_K.tolist() != facility_location(points, quality_N, 10, 1).index_K.tolist()
+    everything = facility_location(points, quality_N, 400, 0).index_K
     assert sorted(everything.tolist()) == list(range(400))
 
 
@@ -73,18 +73,18 @@ def test_small_clusters_are_covered_where_chance_misses_them(method):
     table, label = clusters([300, 20, 20, 20, 20, 20], rng)
     points, quality_N = points_of(table), np.ones(400)
     order = method(points, quality_N, 6, 0)
-    assert set(label[order.row_K].tolist()) == set(range(6))
+    assert set(label[order.index_K].tolist()) == set(range(6))
     at_random = [np.random.default_rng(seed).permutation(400)[:6] for seed in range(20)]
     assert max(len(set(label[rows].tolist())) for rows in at_random) < 6
-    assert coverage(points, order.row_K, 0) > max(coverage(points, rows, 0) for rows in at_random)
+    assert coverage(points, order.index_K, 0) > max(coverage(points, rows, 0) for rows in at_random)
 
 
 def test_quality_decides_among_equals_and_equals_are_drawn():
     table = np.repeat(np.eye(4), 5, axis=0)
     quality_N = np.tile([0.5, 0.6, 1.0, 0.7, 0.1], 4)
     for method in (facility_location, k_centre):
-        assert sorted(method(points_of(table), quality_N, 4, 0).row_K.tolist()) == [2, 7, 12, 17]
-    draws = {tuple(facility_location(points_of(table), np.ones(20), 4, seed).row_K.tolist()) for seed in range(9)}
+        assert sorted(method(points_of(table), quality_N, 4, 0).index_K.tolist()) == [2, 7, 12, 17]
+    draws = {tuple(facility_location(points_of(table), np.ones(20), 4, seed).index_K.tolist()) for seed in range(9)}
     assert len(draws) > 5
 
 

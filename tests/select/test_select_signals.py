@@ -34,9 +34,9 @@ def test_refusals_and_boilerplate(answer, refusal):
         (GOOD, []),
         (FENCED, []),
         ("1) one\n2) two :-)", []),
-        ("```\nx = 1", ["a code fence that is not closed"]),
-        ("It is (about four.", ["brackets that do not match"]),
-        ("THIS IS ALL IN CAPITALS, LOUDLY.", ["capitals throughout"]),
+        ("```\nx = 1", ["an open code fence"]),
+        ("It is (about four.", ["unmatched brackets"]),
+        ("THIS IS ALL IN CAPITALS, LOUDLY.", ["capitals only"]),
         ("NASA and ESA.", []),
         ("word " * 15, ["no punctuation"]),
         ("It is caf\ufffd.", ["broken characters"]),
@@ -110,7 +110,7 @@ def test_weights():
     assert read_weights([]) == WEIGHTS
     assert read_weights(["loss=0", "length=1"]) == {**WEIGHTS, "loss": 0.0, "length": 1.0}
     for wrong, says in (
-        ("los=1", "there are refusal, .*loss"),
+        ("los=1", "the signals are refusal, .*loss"),
         ("loss", "from 0"),
         ("loss=2", "from 0"),
         ("loss=x", "from 0"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
 
 
-def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file):
+def test_a_sequence_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file):
     prepared = prepare(config.load(run_file()))
     model = build_model(prepared, torch.device("cpu"))
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
@@ -160,9 +161,16 @@ def test_a_row_that_does_not_fit_is_named_with_its_step_and_what_helps(run_file)
     def more_than_there_is(*_, **__):
         return torch.empty(1 << 60)
 
-    with pytest.raises(ModelError, match=r"^step 7: a row, \d+ tokens, .*data\.max_length") as raised:
+    with pytest.raises(ModelError, match=r"^step 7: a sequence, \d+ tokens, .*data\.max_length") as raised:
         loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", more_than_there_is)
     assert "allocate" in str(raised.value.__cause__)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_the_process_in_bytes():
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kernel_bytes = int(fields["VmHWM"].removesuffix("kB")) * 1024
+    assert loop.peak_memory_bytes("cpu") == pytest.approx(kernel_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("adapter", [(), ("adapter.rank=4",)])

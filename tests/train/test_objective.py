@@ -7,8 +7,8 @@ import torch
 from preceptor import config
 from preceptor.data.forest import pack_trees
 from preceptor.data.mixture import weigh
-from preceptor.model.activations.passes import Keep
-from preceptor.model.forward import row_loss
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.forward import Engine
 from preceptor.model.loss.options import LossOptions
 from preceptor.train.checkpoint import State
 from preceptor.train.loop import take_step
@@ -37,7 +37,7 @@ def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
     rows = [pack_trees(TREES[:2]), pack_trees(TREES[2:])]
     loss, grads = step(rows, dtype=torch.float32, kind=kind)
     model = tiny_model(kind)
-    expected = sum(row_loss(model, row) for row in rows) / sum(row.num_trained for row in rows)
+    expected = sum(Engine(model)(row) for row in rows) / sum(row.num_trained for row in rows)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for name, parameter in model.named_parameters():
@@ -47,7 +47,7 @@ def test_a_step_is_the_mean_over_its_tokens_in_one_gradient_buffer(kind):
 def test_each_conversation_counts_the_same_however_rows_are_made():
     weighed = [weigh(tree, "conversation") for tree in TREES]
     model = tiny_model("llama", dtype=torch.float64)
-    means = [(row_loss(model, pack_trees([tree])) / tree.num_trained).item() for tree in TREES]
+    means = [(Engine(model)(pack_trees([tree])) / tree.num_trained).item() for tree in TREES]
     for rows in ([pack_trees(weighed)], [pack_trees([tree]) for tree in weighed]):
         assert step(rows)[0] == pytest.approx(np.mean(means), rel=1e-9)
 
@@ -58,18 +58,18 @@ def test_the_variants_of_the_run_file_are_used():
     model = tiny_model("llama", dtype=torch.float64)
     objective = Objective.of(loss, memory, model, num_base_tokens=64)
     row = pack_trees(TREES)
-    expected = row_loss(model, row, objective.keep, LossOptions(0.1, 0.01, True))
-    assert objective.keep == Keep("detach", 1) and objective.base is None
-    assert objective(model, row).item() == pytest.approx(expected.item(), rel=1e-12)
+    expected = Engine(model)(row, objective.policy, LossOptions(0.1, 0.01, True))
+    assert objective.policy == ActivationPolicy("detach", 1) and objective.base is None
+    assert objective(Engine(model), row).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_the_divergence_from_the_base_grows_with_the_distance_and_holds_back():
     model = tiny_model("llama", dtype=torch.float64)
     objective, row = Objective.of(config.Loss(kl_coef=0.5), config.Memory(), model, 64), pack_trees(TREES)
-    plain = row_loss(model, row).item()
-    assert objective(model, row).item() == pytest.approx(plain, rel=1e-9)
+    plain = Engine(model)(row).item()
+    assert objective(Engine(model), row).item() == pytest.approx(plain, rel=1e-9)
     with torch.no_grad():
         model.lm_head.weight += 0.1 * torch.randn(
             model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
         )
-    assert objective(model, row).item() > row_loss(model, row).item() + 1e-3
+    assert objective(Engine(model), row).item() > Engine(model)(row).item() + 1e-3

@@ -14,11 +14,11 @@ from preceptor import config
 from preceptor.data.dataset import Dataset
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
 from preceptor.train.objective import Objective
-from preceptor.train.preflight import Passed, preflight
+from preceptor.train.preflight import PreflightResult, preflight
 from preceptor.train.prepare import prepare
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 
@@ -27,11 +27,11 @@ TREES = [chain(RNG, (5, 7)), chain(RNG, (3, 9, 4, 6)), branching(RNG), chain(RNG
 
 
 def planted(loss):
-    """An objective that is this function of model and row."""
+    """An objective that is this function of engine and sequence."""
 
     class Planted(Objective):
-        def __call__(self, model, row, divisor=1.0, add_to_grad=False):
-            return loss(model, row)
+        def __call__(self, engine, sequence, step=None):
+            return loss(engine, sequence)
 
     return Planted()
 
@@ -45,7 +45,7 @@ def loader(trees=TREES, batch_size=2):
 def test_all_is_proved_and_nothing_has_changed(kind, precision):
     model, lines = tiny_model(kind), []
     before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
-    draws = lambda m, r: row_loss(m, r) + 0 * torch.rand(())  # noqa: E731 (as dropout does)
+    draws = lambda engine, sequence: engine(sequence) + 0 * torch.rand(())  # noqa: E731 (as dropout does)
     passed = preflight(model, loader(), precision, lines.append, objective=planted(draws))
     assert [line.split(":")[0] for line in lines] == ["proved"] * 5 + [f"all proved in {passed.seconds:.1f} s"]
     assert not passed.loader.alone and 0 < passed.seconds < 60
@@ -63,7 +63,7 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
         return AutoModelForCausalLM.from_pretrained(Path(run.out) / "model").state_dict()
 
     proved = weights("proved")
-    monkeypatch.setattr(execution, "preflight", lambda model, loader, *_: Passed(loader, 0.0))
+    monkeypatch.setattr(execution, "preflight", lambda model, loader, *_: PreflightResult(loader, 0.0))
     assert all(torch.equal(tensor, proved[name]) for name, tensor in weights("unproved").items())
 
 
@@ -81,10 +81,10 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
     trees = [chain(RNG, (30, 90)), *(chain(RNG, (8, 4)) for _ in range(3))]
     seen = []
 
-    def loss_of(model, row):
+    def loss_of(engine, sequence):
         if torch.is_grad_enabled():
-            seen.append((row.num_tokens, all(p.grad is not None for p in model.parameters())))
-        return row_loss(model, row)
+            seen.append((sequence.num_tokens, all(p.grad is not None for p in model.parameters())))
+        return engine(sequence)
 
     together = Loader(Dataset(trees), 128, batch_size, seed=0)
     given = together.apart() if alone else together
@@ -96,10 +96,10 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
 def fails_on_largest(error):
     """A loss that fails for the first row that has a graph, which is the first of the largest rows."""
 
-    def loss_of(model, row):
+    def loss_of(engine, sequence):
         if torch.is_grad_enabled():
             error()
-        return row_loss(model, row)
+        return engine(sequence)
 
     return planted(loss_of)
 
@@ -112,9 +112,9 @@ OUT_OF_MEMORY = {"cpu": lambda: torch.empty(1 << 60), "cuda": raise_cuda}
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
-def test_out_of_memory_names_the_row_and_the_keys(error):
+def test_out_of_memory_names_the_sequence_and_the_keys(error):
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match=r"largest row of the run, \d+ tokens.*data\.max_length.*adapter"):
+    with pytest.raises(ModelError, match=r"largest sequence of the run, \d+ tokens.*data\.max_length.*adapter"):
         preflight(model, loader(), "float32", lambda _: None, objective=fails_on_largest(error))
     assert model.training and all(p.grad is None for p in model.parameters())
 
@@ -137,27 +137,29 @@ def test_a_loss_that_is_not_finite_is_found():
             loader(TREES[:1]),
             "float32",
             lambda _: None,
-            objective=planted(lambda m, r: row_loss(m, r) * torch.inf),
+            objective=planted(lambda engine, sequence: engine(sequence) * torch.inf),
         )
 
 
 def test_a_loss_that_depends_on_the_row_is_found():
     """Planted: something is added once a row."""
-    with pytest.raises(ModelError, match=r"another loss in one row .* than each alone"):
+    with pytest.raises(ModelError, match=r"another loss in one sequence .* than each alone"):
         preflight(
             tiny_model("llama"),
             loader(),
             "float32",
             lambda _: None,
-            objective=planted(lambda m, r: row_loss(m, r) + 0.01),
+            objective=planted(lambda engine, sequence: engine(sequence) + 0.01),
         )
 
 
 def test_a_leak_between_the_runs_own_conversations_is_found(monkeypatch):
     """Planted: each hidden state takes a little of the first."""
-    hidden = proofs.hidden_states
-    monkeypatch.setattr(proofs, "hidden_states", lambda m, r: hidden(m, r) + 1e-3 * hidden(m, r)[:1])
-    with pytest.raises(ModelError, match=r"move when chain:1 changes, which is in the same row"):
+    hidden = Engine.hidden_states
+    leaks = lambda *given: hidden(*given) + 1e-3 * hidden(*given)[:1]  # noqa: E731
+    monkeypatch.setattr(proofs, "check_isolation", lambda model: None)
+    monkeypatch.setattr(Engine, "hidden_states", leaks)
+    with pytest.raises(ModelError, match=r"move when chain:1 changes, which is in the same sequence"):
         preflight(tiny_model("llama"), loader(), "float32", lambda _: None)
 
 
@@ -186,7 +188,7 @@ def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, context_gradient)
     file = run_file(conversations(12), eval_rows=conversations(3), model={"path": str(tmp_path / "lfm2")})
     run = config.load(file, ["train.duration=20 steps", f"memory.context_gradient={context_gradient}"])
     if context_gradient == "detach":
-        with pytest.raises(ModelError, match=r"memory\.context_gradient: detach"):
+        with pytest.raises(ModelError, match=r"context_gradient: detach"):
             execution.execute(prepare(run), Console(quiet=True))
         return
     summary = execution.execute(prepare(run), Console(quiet=True))

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from rich.console import Console
 
@@ -34,6 +35,8 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert environment["data"][0]["num_bytes"] == len(content)
     assert environment["model"]["config_sha256"] and environment["model"]["weights"][0]["num_bytes"] > 0
     assert environment["template"]["name"] == "chatml" and environment["versions"]["torch"] == torch.__version__
+    assert environment["engine"]["mode"] == "auto"
+    assert {"norms", "glu", "last_layer"} < set(environment["engine"]["optimisations"])
     data = json.loads((folder / "data.json").read_text())
     assert (data["num_examples"], data["examples_per_epoch"], data["num_steps"]) == (14, 12, 4)
     assert data["tokens"]["computed"] > 0
@@ -55,6 +58,31 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     }
     page = (folder / "report.html").read_text()
     assert "held-out loss" in page and "token by token" in page
+
+
+def test_a_plain_run_has_the_same_losses_and_says_so(run_file, tmp_path):
+    losses, console = {}, Console(file=io.StringIO(), width=200)
+    for mode in ("auto", "plain"):
+        out = tmp_path / mode
+        execute(prepare(config.load(run_file(), [f"engine={mode}", f"out={out}", "train.duration=4 steps"])), console)
+        losses[mode] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses["plain"] == pytest.approx(losses["auto"], rel=1e-5)
+    environment = json.loads((tmp_path / "plain" / "environment.json").read_text())
+    assert environment["engine"] == {"mode": "plain", "optimisations": []}
+    assert "engine: attention, " in console.file.getvalue() and "engine: plain" in console.file.getvalue()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
+    def fail(folders):
+        raise ZeroDivisionError("no axes")
+
+    monkeypatch.setattr("preceptor.train.run.write_report", fail)
+    prepared = prepare(config.load(run_file()))
+    shown = io.StringIO()
+    summary = execute(prepared, Console(file=shown))
+    folder = Path(prepared.run.out)
+    assert json.loads((folder / "summary.json").read_text()) == summary and (folder / "model").is_dir()
+    assert "could not be written (ZeroDivisionError: no axes)" in shown.getvalue().replace("\n", " ")
 
 
 def test_a_resumed_run_adds_its_session(tmp_path):

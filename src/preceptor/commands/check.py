@@ -27,8 +27,7 @@ def check(
     """Prove every example of the data and count what is rejected and why. Exit code 3 unless the run file allows it."""
     run = run_of(run_file, model, data, chat_template)
     with large_imports():
-        from preceptor.inspect.check import check_data, to_json
-        from preceptor.inspect.check_text import to_text
+        from preceptor.inspect.check import check_data, to_json, to_text
 
     found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)), run)
     print_result(found, as_json, to_text)

@@ -13,12 +13,12 @@ def select(
     data: Annotated[
         list[str], typer.Argument(metavar="DATA...", help="Data files, folders, Hub ids or `scholar:NAME`.")
     ],
-    keep: Annotated[int, typer.Option(help="How many rows to keep.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Write the kept rows here, as JSON lines.")],
+    keep: Annotated[int, typer.Option(help="How many examples to keep.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Write the kept examples here, as JSON lines.")],
     model: Annotated[str | None, typer.Option(help="The base model: a folder, Hub id or `scholar`.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     explain: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write source, scores and reason of every row here.")
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write source, scores and reason of every example here.")
     ] = None,
     columns: Annotated[
         list[str] | None,
@@ -26,7 +26,7 @@ def select(
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split of a folder or Hub id.")] = None,
     quality_share: Annotated[
-        float, typer.Option(help="Share of the distinct rows to choose from, the best first.")
+        float, typer.Option(help="Share of the distinct examples to choose from, the best first.")
     ] = 0.5,
     weight: Annotated[
         list[str] | None,
@@ -54,18 +54,18 @@ def select(
     settings = Settings(keep, seed, read_weights(weight or []), quality_share, diversity)
     pool = open_pool(data, _columns_of(columns or []), split)
     from preceptor.console import example_progress
-    from preceptor.select.select import load_reader, needs_model, to_text
-    from preceptor.select.select import select as select_rows
+    from preceptor.select.select import load_scorer, needs_model, to_text
+    from preceptor.select.select import select as select_examples
 
     tables = [table for source in pool.sources for table in source.tables]
     if model is None and needs_model(settings):
         raise errors.ConfigError(
-            "--model: name the base model, which tells how well the prompts help and how rows are alike; "
-            "to do without, give --diversity none --weight difficulty=0 --weight loss=0"
+            "--model: name the base model, which measures difficulty, loss and similarity; "
+            "to select without a model, give --diversity none --weight difficulty=0 --weight loss=0"
         )
-    reader = None if model is None else load_reader(model, max_length)
-    with example_progress([*tables, *tables], "reading") as on_row:
-        summary = select_rows(pool, reader, settings, out, explain, on_row)
+    scorer = None if model is None else load_scorer(model, max_length)
+    with example_progress([*tables, *tables], "reading") as on_example:
+        summary = select_examples(pool, scorer, settings, out, explain, on_example)
     print_result(summary, as_json, to_text)
 
 

@@ -23,7 +23,7 @@ def show(
     """Show which tokens of each conversation are context and which are trained."""
     from preceptor.console import standard_console
     from preceptor.inspect.page import check_page_file, write_page
-    from preceptor.inspect.show import show_rows
+    from preceptor.inspect.show import show_examples
 
     if html is not None:
         check_page_file(html, as_json)
@@ -41,7 +41,7 @@ def show(
         num_shown = write_page(html, records, renderer, about, example)
         console.print(f"examples in {html}: {num_shown}; open it in a browser", highlight=False)
     else:
-        num_shown = show_rows(records, renderer, example, as_json, console)
+        num_shown = show_examples(records, renderer, example, as_json, console)
     if not num_shown:
         raise errors.DataError(
             "the data has no examples" if example is None else f"--example {example}: the data has fewer examples"

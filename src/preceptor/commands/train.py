@@ -44,7 +44,7 @@ def train(
 
 
 def _prepare(run: "Run", console: "Console") -> "Prepared":
-    from preceptor.inspect.check_text import format_line
+    from preceptor.inspect.check import format_line
 
     with large_imports():
         from preceptor.train.prepare import prepare

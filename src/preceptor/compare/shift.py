@@ -30,7 +30,7 @@ from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import read_trees
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
-from preceptor.model.forward import Head, output_head
+from preceptor.model.head import Head, output_head
 
 CHUNK_BYTES = 256 * 2**20  # of one model's float32 logits over a chunk of answer tokens
 MARGINAL, SHIFTED = 2, 4  # the first rank of each class
@@ -162,15 +162,7 @@ def measure_shift(
 
 
 def _log_probs(head: Head, hidden_CD: Tensor) -> Tensor:
-    """log softmax(cap(scale * (h W^T + b))): products in the head's dtype, the rest in float32, float64 for float64."""
-    logits_CV = hidden_CD.to(head.weight_VD) @ head.weight_VD.T
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    if head.bias_V is not None:
-        logits_CV = logits_CV + head.bias_V
-    logits_CV = logits_CV * head.logit_scale
-    if head.softcap is not None:
-        logits_CV = head.softcap * torch.tanh(logits_CV / head.softcap)
-    return logits_CV.log_softmax(dim=-1)
+    return head.logits(hidden_CD.to(head.weight_VD.device)).log_softmax(dim=-1)
 
 
 NUM_POSITIONS, NUM_TOKENS, NUM_ANSWERS = 256, 50, 50

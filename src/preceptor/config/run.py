@@ -6,7 +6,7 @@ applies `key=value` overrides, and rejects an unknown key by naming the nearest 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -47,6 +47,8 @@ class Run(Section):
     """Absent: full fine-tuning."""
     replay: Replay | None = None
     """Absent: only `data.train` is trained on."""
+    engine: Literal["auto", "plain"] = "auto"
+    """`plain` turns all optimisations of the engine off, to see whether one is at fault: the same losses, slower."""
     out: Path_
     """Folder of the run; it must not exist yet."""
 

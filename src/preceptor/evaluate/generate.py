@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from preceptor.evaluate.likelihood import evaluating
+from preceptor.model.parts import evaluating
 
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 

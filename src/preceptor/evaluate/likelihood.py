@@ -7,7 +7,6 @@ Legend: M tokens of a sequence that predict a target, at least; D hidden size; N
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,10 @@ from preceptor.data.forest import Tree, leaf_paths, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.forward import check_isolation, output_head, read_hidden_states
-from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
+from preceptor.model.parts import evaluating
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,15 +65,7 @@ def segment_losses(
     found = [[SegmentLosses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
     head = output_head(model)
     for states in read_trees(model, trees, max_length, alone):
-        loss_N, correct_N = token_losses(
-            states.hidden_MD,
-            head.weight_VD,
-            states.source_N,
-            states.target_N,
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
         losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
         for tree, segment, own in states.owners:
             found[tree][segment] = SegmentLosses(losses_N[own], hits_N[own])
@@ -94,13 +87,14 @@ def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool =
     ]
     lengths = [part.num_tokens for _, part, _ in parts]
     plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
+    engine = Engine(model)
     with evaluating(model):
         for indices in plan:
             packed = [parts[index] for index in indices]
             sequence = pack_trees([part for _, part, _ in packed], alone=alone)
             if not sequence.num_trained:
                 continue
-            hidden_MD, source_N = read_hidden_states(model, sequence)
+            hidden_MD, source_N = engine.loss_hidden_states(sequence)
             target_N = torch.from_numpy(sequence.target_N).to(source_N.device)
             owners = [
                 (packed[span.tree][0], packed[span.tree][2][span.segment], span.targets)
@@ -108,14 +102,3 @@ def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool =
                 if span.targets.start < span.targets.stop
             ]
             yield SequenceStates(hidden_MD, source_N, target_N, owners)
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off, and the model's mode restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

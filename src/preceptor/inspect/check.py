@@ -1,13 +1,14 @@
-"""Every row of a run's data through the proof, counted: what `preceptor check` shows, as text or as one JSON object.
+"""Counts of all examples of a run after the proof: what `preceptor check` shows, as text or as one JSON object.
 
-Lengths are in tokens. A turn's *context* is all that the model reads before it, its *target* what it must generate. One
-sample a turn would take the sum of both over all turns; a tree holds once what turns share. Each row counts once; where
-sources have a weight or a count, an epoch's rows (the *mixture*) are counted apart, the very ones that training takes.
+Lengths are in tokens. The *context* of a turn is all that the model reads before it, its *target* what it must
+generate. One sample per turn would take the sum of both over all turns; a tree holds shared tokens once. Each example
+counts once. If sources have a weight or a count, the examples of an epoch (the *mixture*) are counted too, exactly
+those that training takes.
 """
 
 from array import array
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -30,7 +31,7 @@ _FIRST_PLACES = 5
 
 
 class Lengths:
-    """Numbers of tokens, 8 bytes each, and where the greatest stands."""
+    """Numbers of tokens, 8 bytes each, and the place of the largest."""
 
     def __init__(self) -> None:
         self._lengths = array("q")
@@ -64,9 +65,9 @@ def _summary(lengths: np.ndarray) -> dict[str, Any] | None:
 
 @dataclass
 class TableCount:
-    """What was found in one table. part: `train` or `eval`."""
+    """The counts of one table."""
 
-    part: str
+    part: str  # `train` or `eval`
     name: str
     formats: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
@@ -77,41 +78,34 @@ class TableCount:
 
 @dataclass
 class Check:
-    """All that is counted. Lengths, samples and duplicates are of the rows to train on, rejections of all.
+    """All counts. Lengths, samples and duplicates are of the training examples, rejections of all examples."""
 
-    trained: trained tokens of each tree. tree_of_turn: which tree a turn is of. tree_ends: how many trees there are up
-    to and with those of each source.
-    """
-
-    allowed: Collection[str]
+    rejections: RejectionCounts
     tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
-    rows: Lengths = field(default_factory=Lengths)
+    examples: Lengths = field(default_factory=Lengths)
     contexts: Lengths = field(default_factory=Lengths)
     targets: Lengths = field(default_factory=Lengths)
-    trained: "array[int]" = field(default_factory=lambda: array("q"))
-    tree_of_turn: "array[int]" = field(default_factory=lambda: array("q"))
-    tree_ends: list[int] = field(default_factory=list)
+    trained: "array[int]" = field(default_factory=lambda: array("q"))  # trained tokens of each tree
+    tree_of_turn: "array[int]" = field(default_factory=lambda: array("q"))  # the index of each turn's tree
+    tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
 
-    def __post_init__(self) -> None:
-        self.tally = RejectionCounts(self.allowed)
-
     @property
     def passed(self) -> bool:
-        """Whether something is left to train and every rejection is one that the run file allows."""
-        return self.tally.num_not_allowed == 0 and len(self.train) > 0
+        """Whether an example is left to train and the run file allows every rejection."""
+        return self.rejections.num_not_allowed == 0 and len(self.train) > 0
 
     def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, whole: bool) -> None:
-        """One entry, of the part `train` or `eval`, with what is trained for it. whole: as for `count_tree`."""
+        """Count one entry of the part `train` or `eval`, with its trees or rejection. whole: as in `count_tree`."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
         table.num_examples += 1
         table.formats[entry.format] += 1
         if isinstance(fitted, Rejection):
             table.num_rejected += 1
-            self.tally.add(fitted)
+            self.rejections.add(fitted)
             return
         for _, tree in fitted:
             table.num_tokens += tree.num_tokens
@@ -122,8 +116,8 @@ class Check:
         (self.train if part == "train" else self.held_out).add(entry.example)
 
     def count_tree(self, tree: Tree, whole: bool) -> None:
-        """One row to train on. whole: the prompt is trained too, so that the tree's paths have no turns."""
-        self.rows.add(tree.num_tokens, tree.source)
+        """Count one training tree. whole: prompts are trained too, so there are no turns."""
+        self.examples.add(tree.num_tokens, tree.source)
         self.trained.append(tree.num_trained)
         for context, target in [] if whole else turn_lengths(tree):
             self.tree_of_turn.append(len(self.trained) - 1)
@@ -138,7 +132,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
-    found = Check(run.data.allow_rejected)
+    found = Check(RejectionCounts(run.data.allow_rejected))
     sources = [("train", OpenSource(source)) for source in run.data.train]
     sources += [("eval", OpenSource(source)) for source in run.data.eval]
     renderer = load_chat_format(run.model, run.data, [source for _, source in sources]).renderer(run.data)
@@ -156,7 +150,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
 
 
 def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
-    """One object with all of it. run: whose mixture is counted."""
+    """All counts in one object. run: None leaves the mixture out."""
     train = [table for table in found.tables.values() if table.part == "train"]
     num_tokens = sum(table.num_tokens for table in train)
     num_trained = sum(table.num_trained for table in train)
@@ -165,8 +159,8 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
     return {
         "passed": found.passed,
         "num_examples": num_examples,
-        "num_rejected": found.tally.num_rejected,
-        "num_rejected_not_allowed": found.tally.num_not_allowed,
+        "num_rejected": found.rejections.num_rejected,
+        "num_rejected_not_allowed": found.rejections.num_not_allowed,
         "rejections": [
             {
                 "code": reason.first.code,
@@ -176,21 +170,10 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
                 "first_at": reason.first.source,
                 "message": reason.first.message,
             }
-            for reason in found.tally.reasons
+            for reason in found.rejections.reasons
         ],
-        "allowed_but_never_seen": found.tally.never_seen,
-        "files": [
-            {
-                "part": table.part,
-                "name": table.name,
-                "formats": dict(table.formats.most_common()),
-                "num_examples": table.num_examples,
-                "num_rejected": table.num_rejected,
-                "num_tokens": table.num_tokens,
-                "num_trained": table.num_trained,
-            }
-            for table in found.tables.values()
-        ],
+        "allowed_but_never_seen": found.rejections.never_seen,
+        "files": [{**asdict(table), "formats": dict(table.formats.most_common())} for table in found.tables.values()],
         "shortened": asdict(found.shortened),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
@@ -199,7 +182,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "num_tokens_saved_by_trees": saved,
         "share_saved_by_trees": saved / found.num_sample_tokens if found.num_sample_tokens else 0.0,
         "lengths": {
-            "example": found.rows.to_json(),
+            "example": found.examples.to_json(),
             "context": found.contexts.to_json(),
             "target": found.targets.to_json(),
         },
@@ -211,7 +194,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
 
 
 def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
-    """What an epoch holds; None where it is every row once."""
+    """The counts of an epoch; None if it is every example once."""
     sources = run.data.train
     if all(source.count is None and source.weight in (None, 1) for source in sources):
         return None
@@ -219,14 +202,14 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
     mixed = mix([(range(*span), s) for span, s in zip(pairwise(ends), sources, strict=True)], run.train.seed)
     times_N = np.bincount(np.array(mixed, np.int64), minlength=ends[-1])
     turn_times = times_N[np.frombuffer(found.tree_of_turn, np.int64)]
-    rows, trained_N = found.rows.all, np.frombuffer(found.trained, np.int64)
-    num_tokens, num_trained = int(rows @ times_N), int(trained_N @ times_N)
+    length_N, trained_N = found.examples.all, np.frombuffer(found.trained, np.int64)
+    num_tokens, num_trained = int(length_N @ times_N), int(trained_N @ times_N)
     return {
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
         "lengths": {
-            "example": _summary(np.repeat(rows, times_N)),
+            "example": _summary(np.repeat(length_N, times_N)),
             "context": _summary(np.repeat(found.contexts.all, turn_times)),
             "target": _summary(np.repeat(found.targets.all, turn_times)),
         },
@@ -234,7 +217,7 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
             {
                 "path": source.path,
                 "num_examples": int(times_N[start:end].sum()),
-                "num_tokens": int(rows[start:end] @ times_N[start:end]),
+                "num_tokens": int(length_N[start:end] @ times_N[start:end]),
                 "num_trained": int(trained_N[start:end] @ times_N[start:end]),
             }
             for (start, end), source in zip(pairwise(ends), sources, strict=True)
@@ -243,7 +226,7 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
 
 
 def _duplicates(records: Fingerprints, earlier: Fingerprints) -> dict[str, Any]:
-    """How many records repeat another, exactly, nearly, or (of the held out) its prompt only; the first of each."""
+    """How many examples repeat another exactly or nearly, or the prompt of a held-out one; and the first of them."""
     matches = repeats(records) if records is earlier else leaks(records, earlier)
     found: dict[str, Any] = {}
     kinds = {"exact": matches.exact_N, "near": matches.near_N}
@@ -259,3 +242,126 @@ def _duplicates(records: Fingerprints, earlier: Fingerprints) -> dict[str, Any]:
             ],
         }
     return found
+
+
+# As text -------------------------------------------------------------------------------------------------------------
+
+
+def to_text(found: dict[str, Any]) -> str:
+    """The result of `to_json` as lines of text."""
+    parts = [_file_lines(found["files"]), _tokens(found), _mixture_lines(found["mixture"])]
+    parts += [_repeated(found), _rejections(found), _verdict(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _file_lines(files: Sequence[dict[str, Any]]) -> str:
+    lines = ["Files"]
+    for file in files:
+        rejected = f", {file['num_rejected']:,} rejected" if file["num_rejected"] else ""
+        held_out = "  (evaluation)" if file["part"] == "eval" else ""
+        lines.append(f"  {format_line(file['name'], file['formats'])}{rejected}{held_out}")
+    return "\n".join(lines)
+
+
+def format_line(name: str, formats: Mapping[str, int]) -> str:
+    """The number of examples of each format in a file."""
+    return f"{name}: " + ", ".join(f"{form} ({_plural(count, 'example')})" for form, count in formats.items())
+
+
+def _tokens(found: dict[str, Any]) -> str:
+    if not found["num_tokens"]:
+        return ""
+    lines = [*_lengths("Tokens", found["lengths"])]
+    saved = (
+        f"one sample per turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
+        f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
+    )
+    shortened = [f"  {line}" for line in str(Shortened(**found["shortened"])).splitlines()]
+    return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *shortened])
+
+
+def _lengths(title: str, lengths_by_kind: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    found = {kind: lengths for kind, lengths in lengths_by_kind.items() if lengths is not None}
+    where = "  longest at" if any("longest_at" in lengths for lengths in found.values()) else ""
+    lines = [f"{title:<12}{'number':>10}{'median':>10}{'mean':>10}{'95 %':>10}{'longest':>10}{where}"]
+    for kind, lengths in found.items():
+        numbers = [lengths[column] for column in ("median", "mean", "percentile_95", "longest")]
+        cells = f"{lengths['count']:>10,}" + "".join(f"{number:>10,.0f}" for number in numbers)
+        lines.append(f"  {kind:<10}{cells}" + (f"  {lengths['longest_at']}" if where else ""))
+    return lines
+
+
+def _share_trained(found: Mapping[str, Any]) -> str:
+    return f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+
+
+def _mixture_lines(mixture: Mapping[str, Any] | None) -> str:
+    """The counts of an epoch with the sources' weights and counts."""
+    if mixture is None or not mixture["num_tokens"]:
+        return ""
+    lines = [*_lengths("One epoch", mixture["lengths"]), f"  {_share_trained(mixture)}"]
+    for source in mixture["sources"]:
+        share = source["num_tokens"] / mixture["num_tokens"]
+        trained = source["num_trained"] / mixture["num_trained"] if mixture["num_trained"] else 0.0
+        examples = _plural(source["num_examples"], "example")
+        lines.append(f"  {source['path']}: {examples}, {share:.1%} of the tokens, {trained:.1%} of the trained")
+    return "\n".join(lines)
+
+
+def _repeated(found: dict[str, Any]) -> str:
+    near = f"nearly ({found['near_means_similarity']:.0%} of their five-word sequences in common)"
+    lines = ["Repeated examples"]
+    for key, where in (("duplicates", "an earlier one"), ("in_the_evaluation_set", "one of the evaluation set")):
+        for kind, how in (("exact", "exactly"), ("near", near)):
+            if found[key] is not None:
+                repeated = found[key][kind]
+                verb = "repeats" if repeated["count"] == 1 else "repeat"
+                lines.append(f"  {_plural(repeated['count'], 'training example')} {verb} {where} {how}")
+                lines.extend(f"      {pair['source']} repeats {pair['repeats']}" for pair in repeated["first"])
+    prompted = (found["in_the_evaluation_set"] or {}).get("prompt")
+    if prompted is not None:
+        verb = "has" if prompted["count"] == 1 else "have"
+        lines.append(
+            f"  {_plural(prompted['count'], 'training example')} {verb} the prompt of one of the evaluation set, "
+            "with another answer"
+        )
+        lines.extend(f"      {pair['source']} has the prompt of {pair['repeats']}" for pair in prompted["first"])
+    return "\n".join(lines)
+
+
+def _rejections(found: dict[str, Any]) -> str:
+    if not found["rejections"]:
+        return ""
+    lines = [f"Rejected: {found['num_rejected']:,} of {_plural(found['num_examples'], 'example')}"]
+    for reason in found["rejections"]:
+        allowed = "  allowed by data.allow_rejected" if reason["allowed"] else ""
+        lines.append(f"  {reason['count']:>8,}  {reason['share']:>6.1%}  {reason['code']}{allowed}")
+        lines.append(f"      first at {reason['first_at']}: {reason['message']}")
+    return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    lines = []
+    if found["allowed_but_never_seen"]:
+        codes = ", ".join(found["allowed_but_never_seen"])
+        lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it; check the spelling")
+    if found["num_rejected_not_allowed"]:
+        codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
+        lines.append(
+            f"not passed: {_plural(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
+            f"such examples be left out with `data.allow_rejected: [{codes}]`"
+        )
+    elif not found["passed"]:
+        lines.append("not passed: no example is left to train")
+    else:
+        left_out = (
+            f" except {_plural(found['num_rejected'], 'rejected example')}, which the run file allows"
+            if found["num_rejected"]
+            else ""
+        )
+        lines.append(f"passed: every example is proved{left_out}")
+    return "\n".join(lines)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"

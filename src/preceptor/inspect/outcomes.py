@@ -1,4 +1,4 @@
-"""What the proof makes of a small conversation: a chain, a tree (and what was rewritten), or a rejection."""
+"""The result of rendering a probe: a chain, a tree (and what was rewritten), or a rejection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,31 +19,24 @@ _SHOWN = 70  # characters of an excerpt
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """How an earlier turn changes once there is a later one.
+    """How the template rewrites an earlier turn once there is a later one."""
 
-    dropped: what of it is not spelled any more (`reasoning`, `text`, `tool call`). moves: what stands before the
-    answer changes already. generated, becomes: what follows where the two part.
-    """
-
-    dropped: tuple[str, ...]
-    moves: bool
-    generated: str
-    becomes: str
+    dropped: tuple[str, ...]  # parts that are no longer rendered: `reasoning`, `text`, `tool call`
+    moves: bool  # the text before the answer changes too
+    generated: str  # what was generated, from the first difference on
+    becomes: str  # what it becomes
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the proof makes of one kind of conversation.
-
-    left_out: what others said (or the tools) that the template does not show to the model. code, message: why rejected.
-    """
+    """The result of one kind of conversation."""
 
     kind: str
     proved: bool
     shape: Literal["chain", "tree", ""] = ""
     rewrite: Rewrite | None = None
-    left_out: tuple[str, ...] = ()
-    code: str = ""
+    left_out: tuple[str, ...] = ()  # messages of others, or the tools, that the template does not show to the model
+    code: str = ""  # why it is rejected
     message: str = ""
 
 
@@ -68,7 +61,7 @@ def render_or_none(
 
 
 def _left_out(probe: Probe, template: Template) -> list[str]:
-    """What the last turn's prompt does not show of what others said, and of the tools."""
+    """The messages of others, and the tools, that the last turn's prompt does not contain."""
     text = render_or_none(template, probe.messages[:-1], probe.tools, prompt=True)
     if text is None:
         return []
@@ -81,21 +74,21 @@ def _left_out(probe: Probe, template: Template) -> list[str]:
 
 
 def _rewrite(probe: Probe, tree: Tree, renderer: Renderer) -> Rewrite | None:
-    """The first turn as it was generated, against the context of the first later one that does not continue it."""
+    """The first turn as generated, compared with the context of the first later turn that does not continue it."""
     turns = whence(probe.record(), tree, renderer).turns
     own = {turn: [at for at, other in enumerate(turns) if other == turn] for turn in turns if turn is not None}
     for now, later in pairwise(sorted(own)):
-        said = _path_text(tree, own[now][-1])
+        generated = _path_text(tree, own[now][-1])
         context = _path_text(tree, tree.segments[own[later][0]].parent)
-        if context.startswith(said):
+        if context.startswith(generated):
             continue
-        shared = len(shared_start(said, context))
+        shared = len(shared_start(generated, context))
         question = next(message["content"] for message in probe.messages if message["role"] == "user")
-        spoken = texts_of(probe.messages[now])
+        texts = texts_of(probe.messages[now])
         return Rewrite(
-            dropped=tuple(dict.fromkeys(name for name, text in spoken if text in said and text not in context)),
-            moves=said.find(question) + len(question) > shared,
-            generated=_excerpt(said[shared:]),
+            dropped=tuple(dict.fromkeys(name for name, text in texts if text in generated and text not in context)),
+            moves=generated.find(question) + len(question) > shared,
+            generated=_excerpt(generated[shared:]),
             becomes=_excerpt(context[shared:]),
         )
     return None

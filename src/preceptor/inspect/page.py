@@ -1,7 +1,7 @@
-"""One HTML page on which to step through rows: tokens with their borders, targets, origins, and trees as trees.
+"""An HTML page to browse examples: tokens with their borders, targets, origins, and trees as trees.
 
-The page is one file that loads nothing: `show.html`, with the rows in it as JSON. Nothing of a row is ever read as
-HTML: in the JSON every `<` is escaped, and the page's script writes text as text.
+The page is one file that loads nothing: `show.html` with the examples in it as JSON. Text of an example is never read
+as HTML: every `<` in the JSON is escaped, and the page's script inserts text as text.
 """
 
 import html
@@ -17,104 +17,105 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.token_origins import Fields, Whence, whence
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
-from preceptor.data.forest import Tree, path_ids
+from preceptor.data.forest import Tree, path_lengths
 from preceptor.errors import ConfigError
 from preceptor.files import write_atomically
 from preceptor.inspect.show import to_json
 
-MAX_ROWS = 100
-MAX_TOKENS = 400_000  # of all rows together; a page of them is some 20 MB
+MAX_EXAMPLES = 100
+MAX_TOKENS = 400_000  # of all examples together; such a page has about 20 MB
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """A page and how many rows it holds."""
+class ExamplesPage:
+    """The text of a page and its number of examples."""
 
     text: str
-    num_rows: int
+    num_examples: int
 
 
 def check_page_file(file: Path, as_json: bool) -> None:
-    """Raises ConfigError for anything but the name of an HTML file, so that no data is overwritten by mistake."""
+    """Raises ConfigError for a name that is not that of an HTML file, so that no data is overwritten by mistake."""
     if as_json:
-        raise ConfigError("--html and --json are two ways to look; give one of them")
+        raise ConfigError("--html and --json exclude each other; give one of them")
     if file.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--html {file}: the page is written there; give a name that ends in .html")
+        raise ConfigError(f"--html {file}: an HTML page is written there; give a name that ends in .html")
 
 
 def write_page(
-    file: Path, records: Iterable[Example | Rejection], renderer: Renderer, about: str, row: int | None
+    file: Path, records: Iterable[Example | Rejection], renderer: Renderer, about: str, number: int | None
 ) -> int:
-    """Write the page of the first rows, or of row `row` only (counted from 1); returns how many rows it has.
+    """Write the page of the first examples, or of example `number` only (counted from 1); returns how many it has.
 
-    Without any row nothing is written. Raises CheckpointError if the file cannot be.
+    Without any example nothing is written. Raises CheckpointError if the file cannot be written.
     """
-    page = make_page(records, renderer, about, row)
-    if page.num_rows:
+    page = make_page(records, renderer, about, number)
+    if page.num_examples:
         write_atomically(file, page.text)
-    return page.num_rows
+    return page.num_examples
 
 
-def make_page(records: Iterable[Example | Rejection], renderer: Renderer, about: str, row: int | None = None) -> Page:
-    """`about`: one line on where the rows are from. At most MAX_ROWS rows, and no more once MAX_TOKENS are passed."""
-    rows: list[dict[str, Any]] = []
+def make_page(
+    records: Iterable[Example | Rejection], renderer: Renderer, about: str, number: int | None = None
+) -> ExamplesPage:
+    """about: a line that says where the examples are from. At most MAX_EXAMPLES, and none after MAX_TOKENS tokens."""
+    examples: list[dict[str, Any]] = []
     num_tokens, complete = 0, True
-    for number, record in enumerate(records, start=1):
-        if row is not None and number != row:
+    for at, record in enumerate(records, start=1):
+        if number is not None and at != number:
             continue
-        if len(rows) == MAX_ROWS or num_tokens > MAX_TOKENS:
+        if len(examples) == MAX_EXAMPLES or num_tokens > MAX_TOKENS:
             complete = False
             break
-        rows.append(row_json(number, record, renderer))
-        num_tokens += rows[-1]["num_tokens"]
-        if row is not None:
-            complete = False
+        examples.append(example_json(at, record, renderer))
+        num_tokens += examples[-1]["num_tokens"]
+        if number is not None:
             break
     if renderer.template is not None:
         about += f"; chat template {renderer.template.name}"
-    return Page(_fill(rows, about, _note(len(rows), row, complete)), len(rows))
+    return ExamplesPage(_fill(examples, about, _note(len(examples), number, complete)), len(examples))
 
 
-def _note(num_rows: int, row: int | None, complete: bool) -> str:
-    if row is not None:
-        return f"Row {row} of the data, as asked for with --example {row}."
+def _note(num_examples: int, number: int | None, complete: bool) -> str:
+    if number is not None:
+        return f"Example {number} of the data (--example {number})."
     if complete:
-        return f"All {num_rows} rows of the data." if num_rows > 1 else "The only row of the data."
+        return f"All {num_examples} examples of the data." if num_examples > 1 else "The only example of the data."
     return (
-        f"The first {num_rows} rows of the data; a page holds at most {MAX_ROWS} rows or {MAX_TOKENS:,} tokens. "
-        "`--example N` shows any other."
+        f"The first {num_examples} examples of the data; a page has at most {MAX_EXAMPLES} examples or {MAX_TOKENS:,} "
+        "tokens. `--example N` shows any other."
     )
 
 
-def _fill(rows: Sequence[Any], about: str, note: str) -> str:
+def _fill(examples: Sequence[Any], about: str, note: str) -> str:
     page = (files("preceptor.inspect") / "show.html").read_text(encoding="utf-8")
     parts = {"TITLE": "What is trained", "ABOUT": about, "NOTE": note}
-    before, _, after = page.partition("@DATA@")  # first, so that nothing in the data is taken for a place to fill in
+    before, _, after = page.partition("@DATA@")  # first, so that no text of the data is taken for a placeholder
     for name, text in parts.items():
         before = before.replace(f"@{name}@", html.escape(text))
-    return before + island({"rows": rows}) + after
+    return before + island({"examples": examples}) + after
 
 
 def island(value: Any) -> str:
-    """JSON that can stand in a script element, whatever it holds: no `<`, `>` or `&`, no JavaScript line end."""
+    """JSON for a script element: without `<`, `>`, `&` and JavaScript line ends."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
 
-# Rows ----------------------------------------------------------------------------------------------------------------
+# Examples ------------------------------------------------------------------------------------------------------------
 
 
-def row_json(number: int, record: Example | Rejection, renderer: Renderer) -> dict[str, Any]:
-    """All that the page shows of a row: `to_json`, and for each segment its pieces, each with its field."""
+def example_json(number: int, record: Example | Rejection, renderer: Renderer) -> dict[str, Any]:
+    """What the page shows of an example: `to_json`, and the pieces of each segment with their fields."""
     rendered = record if isinstance(record, Rejection) else renderer.render(record)
-    row = {"number": number, **to_json(record.source, rendered)}
+    shown = {"number": number, **to_json(record.source, rendered)}
     if isinstance(rendered, Rejection):
-        return {**row, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
+        return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
     assert not isinstance(record, Rejection)
     origin = whence(record, rendered, renderer)
     fields: dict[Fields, int] = {}
     specials = special_ids(renderer.tokenizer)
-    for index, segment in enumerate(row["segments"]):
+    for index, segment in enumerate(shown["segments"]):
         segment["weight"] = rendered.segments[index].weight
         segment["turn"] = origin.turns[index]
         segment["pieces"] = [
@@ -123,7 +124,7 @@ def row_json(number: int, record: Example | Rejection, renderer: Renderer) -> di
         ]
     table = [[{"message": f.message, "role": f.role, "name": f.name} for f in together] for together in fields]
     return {
-        **row,
+        **shown,
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
@@ -151,14 +152,12 @@ def _pieces(
 
 
 def _num_saved(tree: Tree) -> int:
-    """How many tokens there would be more if each branch were a row of its own, with what stands before it."""
-    parents = {segment.parent for segment in tree.segments}
-    leaves = [index for index in range(len(tree.segments)) if index not in parents]
-    return sum(len(path_ids(tree, leaf)) for leaf in leaves) - tree.num_tokens
+    """How many more tokens separate sequences for the paths from root to leaf would take."""
+    return sum(path_lengths(tree)) - tree.num_tokens
 
 
 def _given(record: Example | Rejection) -> Iterator[tuple[str, str]]:
-    """What the file holds of a rejected record, as (name, text)."""
+    """The texts of a rejected example, as (name, text)."""
     if isinstance(record, Conversation):
         if record.tools:
             yield "tools", json.dumps(record.tools, ensure_ascii=False, indent=1)

@@ -1,4 +1,4 @@
-"""Small conversations of every kind, on which a template shows what it does; each text in them occurs only once."""
+"""Small conversations of every kind, for testing templates; each text in them occurs only once."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,15 +25,13 @@ TOOL: Mapping[str, Any] = {
     },
 }
 
-Messages = tuple[Mapping[str, Any], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A conversation of one kind."""
 
     kind: str
-    messages: Messages
+    messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def record(self) -> Conversation:
@@ -47,7 +45,7 @@ def says(role: str, content: str, **fields: Any) -> dict[str, Any]:
 
 
 def calls(content: str | None, *species: str, **fields: Any) -> dict[str, Any]:
-    """A turn that calls the tool once for each species."""
+    """An assistant message that calls the tool once for each species."""
     ids = ("abcdefghi", "bcdefghij")
     made = [
         {"id": id_, "type": "function", "function": {"name": "measure_animal", "arguments": {"species": name}}}
@@ -60,8 +58,8 @@ def result(content: str, id_: str = "abcdefghi") -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": id_, "name": "measure_animal", "content": content}
 
 
-def several(*turns: Mapping[str, Any]) -> Messages:
-    """The questions, each with its turn."""
+def several(*turns: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """A conversation of the questions and these turns."""
     pairs = zip(QUESTIONS, turns, strict=True)
     return tuple(message for question, turn in pairs for message in (says("user", question), turn))
 
@@ -76,7 +74,7 @@ def texts_of(message: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def shows_tools(text: str) -> bool:
-    """Whether a render spells the tool, to the description of its parameter."""
+    """Whether a render contains the tool with the description of its parameter."""
     return "measure_animal" in text and "Which species." in text
 
 

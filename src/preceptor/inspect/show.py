@@ -1,4 +1,4 @@
-"""A conversation's segments and tokens, for the eye and for programs. Targets are coloured."""
+"""Segments and tokens of an example as coloured text or as JSON."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,19 +12,19 @@ from preceptor.chat.token_text import pieces_of
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 
-FIRST_ROWS = 5  # in the terminal, without --example
+FIRST_EXAMPLES = 5  # shown without --example
 
 # Neighbouring tokens differ in shade, so that their borders can be seen.
 _STYLES = {"context": ("dim", "dim underline"), "target": ("black on green", "black on bright_green")}
 
 
-def show_rows(
-    records: Iterable[Example | Rejection], renderer: Renderer, row: int | None, as_json: bool, console: Console
+def show_examples(
+    records: Iterable[Example | Rejection], renderer: Renderer, number: int | None, as_json: bool, console: Console
 ) -> int:
-    """Write row `row`, counted from 1, or as JSON all rows, else the first ones; returns how many."""
+    """Print example `number`, counted from 1, or the first ones, or all as JSON; returns how many."""
     num_shown = 0
-    for number, record in enumerate(records, start=1):
-        if row is not None and number != row:
+    for at, record in enumerate(records, start=1):
+        if number is not None and at != number:
             continue
         num_shown += 1
         rendered = record if isinstance(record, Rejection) else renderer.render(record)
@@ -35,16 +35,18 @@ def show_rows(
             console.print(to_text(rendered, renderer.tokenizer))
             if not isinstance(rendered, Rejection):
                 console.print(summary_line(rendered), style="italic", highlight=False)
-            if row is None and num_shown == FIRST_ROWS:
-                console.print(f"the first {FIRST_ROWS} rows; --example N shows another, --json all", highlight=False)
+            if number is None and num_shown == FIRST_EXAMPLES:
+                console.print(
+                    f"the first {FIRST_EXAMPLES} examples; --example N shows another, --json all", highlight=False
+                )
                 break
-        if row is not None:
+        if number is not None:
             break
     return num_shown
 
 
 def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
-    """One object a conversation: its segments, each continuing its parent's ids, or its rejection."""
+    """An example as one object: its segments, each continuing its parent's ids, or its rejection."""
     if isinstance(rendered, Rejection):
         rejection = {"code": rendered.code, "message": rendered.message}
         return {"source": source, "segments": [], "rejection": rejection}
@@ -56,7 +58,7 @@ def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
 
 
 def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
-    """Coloured text for a terminal: tokens with their borders, line ends and special tokens visible."""
+    """Coloured text for a terminal, with visible token borders, line ends and special tokens."""
     if isinstance(rendered, Rejection):
         return Text.assemble((f"rejected: {rendered.code}: ", "bold red"), rendered.message)
     text = Text()
@@ -77,7 +79,7 @@ def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
 
 def summary_line(rendered: Tree) -> str:
-    """How many tokens, and how many of them are trained."""
+    """The number of tokens, and how many of them are trained."""
     turns = sum(segment.kind == "target" for segment in rendered.segments)
     return (
         f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {turns} turn{'s' * (turns != 1)} "

@@ -1,8 +1,8 @@
-"""A tokenizer that stands in for a model's, so that a template can be looked at alone.
+"""A stand-in tokenizer for inspecting a template without a model.
 
-Its characters are bytes; its special tokens are what looks like one in the template's text; where the template asks for
-the bos and eos it is given `<bos>` and `<eos>`. What hangs on the real vocabulary (above all: which token ends a turn)
-is therefore an assumption, and everything that is shown from it says so.
+Its tokens are bytes. Its special tokens are what looks like one in the template's text; its bos and eos are `<bos>`
+and `<eos>`. Whatever depends on the real vocabulary (above all: which token ends a turn) is therefore an assumption,
+and the output says so.
 """
 
 import re
@@ -42,15 +42,15 @@ def stand_in_renderer(name: str, template_kwargs: Mapping[str, Any] | None = Non
     template = replace(template, variables={**template.variables, **(template_kwargs or {})})
     tokenizer.eos_token = _own_end(template)
     template = replace(template, variables={**tokenizer.special_tokens_map, **(template_kwargs or {})})
-    closings = find_stop_tokens(template, tokenizer)
-    if closings:
-        tokenizer.eos_token = closings[0]
-    stops = [tokenizer.convert_tokens_to_ids(token) for token in closings]
+    stop_tokens = find_stop_tokens(template, tokenizer)
+    if stop_tokens:
+        tokenizer.eos_token = stop_tokens[0]
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in stop_tokens]
     return Renderer(tokenizer, template, stop_token_ids=stops, template_kwargs=template_kwargs), assumed
 
 
 def _own_end(template: Template) -> str:
-    """What looks like a special token right after the last answer, as a server would stop there; else `<eos>`.
+    """What looks like a special token right after the last answer, where a server would stop; else `<eos>`.
 
     Not the end of a part of the answer: of `<|START_RESPONSE|>...<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`, the last.
     """

@@ -1,4 +1,4 @@
-"""What a chat template can and cannot do, found by rendering and proving small conversations, never by reading it."""
+"""What a chat template supports, found by rendering and proving small conversations, not by parsing it."""
 
 import json
 import re
@@ -21,62 +21,47 @@ _TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
 
 
 @dataclass(frozen=True, slots=True)
-class System:
-    """Where a system prompt goes.
-
-    moves: once there are several turns, it stands behind the first. developer: messages of role `developer` are shown.
-    default: what the template itself says before the first message; default_stays: also when a system prompt is given.
-    """
+class SystemPrompt:
+    """Where a system prompt goes."""
 
     place: Literal["own", "merged", "dropped", "rejected"]
-    moves: bool
-    developer: bool
-    default: str
-    default_stays: bool
+    moves: bool  # with several turns, it stands behind the first
+    developer: bool  # messages of role `developer` are shown
+    default: str  # the template's own text before the first message
+    default_stays: bool  # also when a system prompt is given
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a server's prompt ends with. text: None if asking for an answer changes what came before it.
+    """What `add_generation_prompt` adds to a prompt."""
 
-    opens: the tag of a reasoning block that is left open; closes: an empty one is written and closed.
-    """
-
-    text: str | None
-    opens: str
-    closes: bool
+    text: str | None  # None: it changes the text before it
+    opens: str  # the tag of a reasoning block that is left open
+    closes: bool  # an empty reasoning block is written
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """What ends a turn. written: by the turn itself, by the next message only, or by neither (the eos is appended).
-
-    after: what the turn's own render has behind it, which belongs to the next context.
-    """
+class StopToken:
+    """What ends a turn."""
 
     token: str
-    written: Literal["turn", "next_message", "appended"]
-    after: str
+    written: Literal["turn", "next_message", "appended"]  # by which message, or by none: then the eos is appended
+    after: str  # what the turn's own render has behind it, which belongs to the next context
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """All findings on one template with one tokenizer.
-
-    arguments_given: those of the template that all of it was found with. stops: by kind of turn (`answer`, `tool
-    call`), where proved. openings: by further template argument, "" for none.
-    assumed_special: the special tokens that were assumed, since no tokenizer was given; None: it was a real one.
-    """
+    """All findings about one template with one tokenizer."""
 
     template: str
-    arguments_given: Mapping[str, Any]
-    assumed_special: tuple[str, ...] | None
+    arguments_given: Mapping[str, Any]  # template arguments of all renders
+    assumed_special: tuple[str, ...] | None  # special tokens assumed without a model's tokenizer; None: it has one
     bos: str
     starts_with_bos: bool
     first_token: str
-    system: System
-    openings: Mapping[str, Opening]
-    stops: Mapping[str, Stop]
+    system: SystemPrompt
+    openings: Mapping[str, Opening]  # by further template argument, "" for none
+    stops: Mapping[str, StopToken]  # by kind of turn (`answer`, `tool call`), where proved
     stop_tokens: tuple[str, ...]
     tools_shown: bool
     tool_template: bool
@@ -116,14 +101,14 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
 
 
 def to_json(found: Abilities) -> dict[str, Any]:
-    """Plain lists and dicts of all findings."""
+    """All findings as plain dicts and lists."""
     return asdict(found)
 
 
 # System prompt -------------------------------------------------------------------------------------------------------
 
 
-def _system(template: Template, stop_tokens: Sequence[str]) -> System:
+def _system(template: Template, stop_tokens: Sequence[str]) -> SystemPrompt:
     first, second = (says("user", question) for question in QUESTIONS)
     answer = says("assistant", ANSWERS[0])
     system = says("system", SYSTEM)
@@ -133,7 +118,7 @@ def _system(template: Template, stop_tokens: Sequence[str]) -> System:
     developer = render_or_none(template, [says("developer", SYSTEM), first], prompt=True) or ""
     default = _default_system(template, plain)
     longest_line = max(default.splitlines(), key=len, default="").strip()
-    return System(
+    return SystemPrompt(
         place=_place(plain, given, stop_tokens),
         moves=ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),
         developer=SYSTEM in developer,
@@ -145,7 +130,7 @@ def _system(template: Template, stop_tokens: Sequence[str]) -> System:
 def _place(
     plain: str, given: str | None, stop_tokens: Sequence[str]
 ) -> Literal["own", "merged", "dropped", "rejected"]:
-    """Own: what opens a user's message, or a stop token, stands between the system prompt and the user's words."""
+    """`own`: between system prompt and user text stand the header of the user message or a stop token."""
     if given is None:
         return "rejected"
     if SYSTEM not in given:
@@ -156,7 +141,7 @@ def _place(
 
 
 def _default_system(template: Template, plain: str) -> str:
-    """What stands before the first message besides tags and the message's own header; "" if nothing."""
+    """The text before the first message without tags and the message's header; "" if there is none."""
     turns = [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0]), says("user", QUESTIONS[1])]
     both = render_or_none(template, turns, prompt=True) or ""
     before = plain.partition(QUESTIONS[0])[0]
@@ -169,7 +154,7 @@ def _default_system(template: Template, plain: str) -> str:
 
 
 def _common_end(one: str, other: str) -> str:
-    """The longest common end that does not begin inside a tag."""
+    """The longest common suffix that does not begin inside a tag."""
     length = 0
     while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
         length += 1
@@ -181,7 +166,7 @@ def _common_end(one: str, other: str) -> str:
 
 
 def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Opening]:
-    """As the template is asked, and for each reasoning switch that is not `given`, switched on and off."""
+    """Without further arguments, and with each reasoning switch that is not `given` on and off."""
     found = {"": _opening(template, asked)}
     for name in (name for name in template.reasoning_switches if name not in given):
         for value in (True, False):
@@ -196,8 +181,8 @@ def _opening(template: Template, asked: Sequence[Mapping[str, Any]], **arguments
     return Opening(text, reasoning.opened_by(prompt)[0], reasoning.closed_by(prompt) >= 0)
 
 
-def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Rejection]) -> dict[str, Stop]:
-    """For an answer and for a tool call: of the first turn of a probe that is proved."""
+def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Rejection]) -> dict[str, StopToken]:
+    """The stop token of an answer and of a tool call, from the first proved probe of each."""
     found = {}
     kinds = {
         "answer": ("one turn", "several turns", "reasoning_content", "inline <think>"),
@@ -214,27 +199,27 @@ def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Re
     return found
 
 
-def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> Stop | None:
+def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> StopToken | None:
     turns = whence(probe.record(), tree, renderer).turns
     own = [index for index, turn in enumerate(turns) if turn == 1]
     if not own:
         return None
     token = str(renderer.tokenizer.convert_ids_to_tokens(tree.segments[own[-1]].ids[-1]))
-    said = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
+    text = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
     full = render_or_none(template, probe.messages[:2], probe.tools) or ""
-    place = full.rfind(token, full.rfind(said))
+    place = full.rfind(token, full.rfind(text))
     if place >= 0:
-        return Stop(token, "turn", full[place + len(token) :])
+        return StopToken(token, "turn", full[place + len(token) :])
     follower = probe.messages[2] if len(probe.messages) > 2 else says("user", QUESTIONS[1])
     words = follower["content"]
     longer = (render_or_none(template, [*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
-    place = longer.rfind(token, longer.rfind(said))
-    return Stop(token, "next_message" if place >= 0 else "appended", "")
+    place = longer.rfind(token, longer.rfind(text))
+    return StopToken(token, "next_message" if place >= 0 else "appended", "")
 
 
 _PLACES = {
     "own": "in a place of its own",
-    "merged": "merged into the user's message",
+    "merged": "merged into the user message",
     "dropped": "LEFT OUT: the model never sees it",
     "rejected": "rejected by the template",
 }
@@ -248,7 +233,7 @@ _HISTORY = {"several turns": "plain", "reasoning_content": "reasoning", "reasoni
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """What `abilities.to_json` gives, as lines."""
+    """The result of `to_json` as lines of text."""
     given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
     lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
     if found["assumed_special"] is not None:
@@ -291,7 +276,7 @@ def _prompt(found: dict[str, Any]) -> Iterator[str]:
 
 def _opening_text(opening: Mapping[str, Any]) -> str:
     if opening["text"] is None:
-        return "changes what stood before it"
+        return "changes the text before it"
     if not opening["text"]:
         return "adds nothing"
     text = f"adds {_quoted(opening['text'])}"
@@ -303,8 +288,8 @@ def _opening_text(opening: Mapping[str, Any]) -> str:
 def _answer(found: dict[str, Any]) -> Iterator[str]:
     written = {
         "turn": "",
-        "next_message": ", which only the next message brings",
-        "appended": ", appended: the template itself ends the turn with nothing",
+        "next_message": ", which only the next message writes",
+        "appended": ", appended: the template itself writes nothing at the end of a turn",
     }
     for kind in ("answer", "tool call"):
         stop = found["stops"].get(kind)
@@ -321,7 +306,7 @@ def _tools(found: dict[str, Any]) -> Iterator[str]:
     shown = f"shown to the model{named}" if found["tools_shown"] else "LEFT OUT: the model never sees them"
     yield f"tools offered: {shown}"
     yield f"tool calls: {_ARGUMENTS[found['arguments']]}"
-    yield f"content as a list of text parts: {'taken' if found['text_parts'] else 'not taken'}"
+    yield f"content as a list of text parts: {'supported' if found['text_parts'] else 'not supported'}"
 
 
 def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -342,10 +327,10 @@ def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _rewritten(rewrite: Mapping[str, Any] | None) -> str:
     if rewrite is None:
-        return "the turns share only what stands before them"
+        return "the turns share only the text before them"
     if rewrite["dropped"]:
         return f"earlier {' and '.join(rewrite['dropped'])} dropped"
-    return "what stands before a turn moves" if rewrite["moves"] else "the words are kept, what is around them is not"
+    return "the text before a turn changes" if rewrite["moves"] else "the texts are kept, what is around them is not"
 
 
 def _conversations(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

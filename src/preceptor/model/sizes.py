@@ -1,7 +1,7 @@
-"""Sizes that attention and matrix products on a CPU are cut and rounded to. No torch here: a plan needs them too.
+"""Block sizes of attention and matrix products on a CPU. No torch: a plan of the run needs them too.
 
 oneDNN compiles a kernel for every size of a product in bfloat16 that it meets: milliseconds and up to a megabyte each,
-of which it keeps the last thousand (benchmarks/new_sizes.py). Tokens of rows, of what a loss reads and of single
+of which it keeps the last thousand (benchmarks/new_sizes.py). Tokens of sequences, of what a loss reads and of single
 conversations are hardly ever as many twice. On the grid they are, at the price of about one token in forty.
 """
 

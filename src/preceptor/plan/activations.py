@@ -258,16 +258,18 @@ class _Book:
                 out = run(tape, self.shape, layer, chosen, tokens)
         if again:
             self.tape.keep(x)
-            self._run_again(tape, layer, num_tokens)
+            self._run_again(tape, layer, num_tokens, own_masks=True)
         else:
             self._count_casts_once(index, casts)
         return out
 
-    def _run_again(self, inner: Tape, layer: Layer, num_tokens: int) -> None:
+    def _run_again(self, inner: Tape, layer: Layer, num_tokens: int, own_masks: bool = False) -> None:
         """What a layer that backward computes again keeps then, and the gradients on their way through its MLP: of gate
-        and up, while what was kept of their product is given back. The masks stay, for the next layer.
+        and up, while what was kept of their product is given back. The masks stay, for the next layer, but for those
+        that a layer makes for itself.
         """
-        self.tape.take_shared(inner)
+        if not own_masks:
+            self.tape.take_shared(inner)
         self.tape.keep_held()
         width = layer.width if layer.experts is None else layer.experts.per_token * layer.experts.width
         flowing_bytes = 2 * num_tokens * width * self.precision.product_bytes

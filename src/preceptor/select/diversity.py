@@ -1,33 +1,32 @@
-"""Choosing rows that cover an embedding space.
+"""Choosing examples that cover an embedding space. Examples are points of length 1.
 
-Rows are points of length 1.
-
-    s_ij = max(0, (cos(i, j) - c) / (1 - c))^2 the similarity of two rows. c is the cosine below which a quarter of all
-                                               pairs lie: hidden states share much of their direction, and what is as
-                                               unlike as can be must count as 0. (Taking away their mean would do so
-                                               too, but the mean is where most rows are, and spreads those apart.)
-    w_i  = 1 / sum over j of s_ij              the weight of a row: rows that crowd together share one weight, so that
-                                               ten times the rows of one kind are not ten times as important
+    s_ij = max(0, (cos(i, j) - c) / (1 - c))^2 the similarity of two examples. c is the cosine below which a quarter of
+                                               all pairs lie: hidden states share much of their direction, and very
+                                               different examples must count as 0. (Subtracting the mean would do this
+                                               too, but most examples lie near the mean, and it spreads those apart.)
+    w_i  = 1 / sum over j of s_ij              the weight of an example: similar examples share one weight, so that ten
+                                               times the examples of one kind are not ten times as important
 
 Facility location: choose S, of a given size, to maximise
 
-    f(S) = sum over rows i of w_i * max over j in S of q_j * s_ij                     q_j: the quality of row j
+    f(S) = sum over examples i of w_i * max over j in S of q_j * s_ij             q_j: the quality of example j
 
 which is monotone and submodular, so the greedy choice reaches at least 1 - 1/e = 63 % of the optimum (Nemhauser,
-Wolsey and Fisher 1978). *Lazily* (Minoux 1978): a gain only falls as S grows, so most need not be computed again.
+Wolsey and Fisher 1978). It is computed lazily (Minoux 1978): gains only fall as S grows, so most need no update.
 
-k-centre: choose the row that is farthest from all chosen ones, again and again (Gonzalez 1985): the largest distance
-of a row to its nearest chosen one is at most twice the least possible. It loves outliers; facility location does not.
+k-centre: choose the example that is farthest from all chosen ones, again and again (Gonzalez 1985): the largest
+distance of an example to its nearest chosen one is at most twice the optimum. It prefers outliers; facility location
+does not.
 
-Cost, for N rows, K chosen, embedding size E. Similarities are computed when needed, a block at a time, never N x N:
+Cost, for N examples, K chosen, embedding size E. Similarities are computed when needed, in blocks, never N x N:
 
-    N <= EXACT_ROWS     2 N^2 E to begin with, then N E for each gain that is looked at again
-    beyond              N R E ln(1/EPSILON): the rows to be covered are a seeded sample of R = max(EXACT_ROWS, K), and
-                        each step looks at a seeded sample of N/K ln(1/EPSILON) candidates, which costs EPSILON of the
-                        optimum in expectation (stochastic greedy, Mirzasoleiman et al. 2015, arXiv:1409.7938)
-    k-centre            N K E
+    N <= EXACT_EXAMPLES     2 N^2 E at the start, then N E for each gain that is updated
+    beyond                  N R E ln(1/EPSILON): the examples to cover are a sample of R = max(EXACT_EXAMPLES, K), and
+                            each step considers a sample of N/K ln(1/EPSILON) candidates, which costs EPSILON of the
+                            optimum in expectation (stochastic greedy, Mirzasoleiman et al. 2015, arXiv:1409.7938)
+    k-centre                N K E
 
-Legend: N rows, R rows to be covered, C candidates of a block, K chosen rows, E embedding size.
+Legend: N examples, R examples to cover, C candidates of a block, K chosen examples, E embedding size.
 """
 
 import heapq
@@ -36,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-EXACT_ROWS = 8192
+EXACT_EXAMPLES = 8192
 EPSILON = 0.1
 UNLIKE_PERCENT = 25
 
@@ -44,20 +43,20 @@ _BLOCK = 1024
 
 
 class Points:
-    """Some rows of an embedding table (float16 or float32, perhaps memory-mapped), normalised when read."""
+    """Some examples of an embedding table (float16 or float32, possibly memory-mapped), normalised when read."""
 
-    def __init__(self, table: np.ndarray, rows: np.ndarray) -> None:
-        self._table, self._rows = table, rows
-        sample = self[np.sort(np.random.default_rng(0).permutation(len(rows))[:_BLOCK])]
+    def __init__(self, table: np.ndarray, places: np.ndarray) -> None:
+        self._table, self._places = table, places
+        sample = self[np.sort(np.random.default_rng(0).permutation(len(places))[:_BLOCK])]
         cosines = (sample @ sample.T)[np.triu_indices(len(sample), 1)]
         self._floor = min(float(np.percentile(cosines, UNLIKE_PERCENT)), 0.99) if len(cosines) else 0.0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def __getitem__(self, chosen: np.ndarray) -> np.ndarray:
         """(C, E) float32, each of length 1."""
-        point_CE = self._table[self._rows[chosen]].astype(np.float32)
+        point_CE = self._table[self._places[chosen]].astype(np.float32)
         unit_CE: np.ndarray = point_CE / np.maximum(np.linalg.norm(point_CE, axis=1, keepdims=True), 1e-6)
         return unit_CE
 
@@ -71,17 +70,17 @@ class Points:
 
 
 class Cover:
-    """The rows that a choice is to cover: all, or beyond EXACT_ROWS a seeded sample; and how well it does so far."""
+    """The examples to cover (all, or beyond EXACT_EXAMPLES a sample), and how well the chosen ones cover them."""
 
     def __init__(self, points: Points, at_least: int, rng: np.random.Generator) -> None:
         num = len(points)
         self._similarity = points.similarity
-        sample = np.sort(rng.permutation(num)[: max(EXACT_ROWS, at_least)])
+        sample = np.sort(rng.permutation(num)[: max(EXACT_EXAMPLES, at_least)])
         self._point_RE = points[sample]
         self._best_R = np.zeros(len(sample), np.float32)
         crowd_R = np.zeros(len(sample))
-        for rows in _blocks(len(sample)):
-            crowd_R += self._similarity(self._point_RE, self._point_RE[rows]).sum(axis=1, dtype=np.float64)
+        for block in _blocks(len(sample)):
+            crowd_R += self._similarity(self._point_RE, self._point_RE[block]).sum(axis=1, dtype=np.float64)
         self._weight_R = (1 / crowd_R).astype(np.float32)
         self.scale = num / len(sample)
 
@@ -98,86 +97,86 @@ class Cover:
 
     @property
     def share(self) -> float:
-        """f(S) over the most that any choice could reach: 1 if all rows are chosen and their quality is 1."""
+        """f(S) over its maximum: 1 if all examples are chosen and their quality is 1."""
         return float(self._weight_R @ self._best_R / self._weight_R.sum())
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Order:
-    """Chosen rows, the first chosen first, and what each one added: to f(S), or, of k-centre, its distance before."""
+class GreedyChoice:
+    """Chosen examples in the order of the choice."""
 
-    row_K: np.ndarray
-    gain_K: np.ndarray
+    index_K: np.ndarray
+    gain_K: np.ndarray  # what each added to f(S); for k-centre, its distance before
 
 
-def facility_location(points: Points, quality_N: np.ndarray, keep: int, seed: int) -> Order:
-    """The greedy choice of `keep` rows, 1 to N. Ties go to the row that comes first in an order drawn from `seed`."""
+def facility_location(points: Points, quality_N: np.ndarray, keep: int, seed: int) -> GreedyChoice:
+    """The greedy choice of `keep` examples, 1 to N. Ties are broken by an order drawn from `seed`."""
     rng = np.random.default_rng(seed)
     cover = Cover(points, keep, rng)
     order_N = rng.permutation(len(points))
-    if len(points) <= EXACT_ROWS:
+    if len(points) <= EXACT_EXAMPLES:
         return _lazy_greedy(cover, points, quality_N, keep, order_N)
     return _stochastic_greedy(cover, points, quality_N, keep, order_N, rng)
 
 
-def _lazy_greedy(cover: Cover, points: Points, quality_N: np.ndarray, keep: int, order_N: np.ndarray) -> Order:
+def _lazy_greedy(cover: Cover, points: Points, quality_N: np.ndarray, keep: int, order_N: np.ndarray) -> GreedyChoice:
     rank_N = np.argsort(order_N)
-    first_N = np.concatenate([cover.gains(points[rows], quality_N[rows]) for rows in _blocks(len(points))])
-    heap = [(-gain, int(rank_N[row]), row, 0) for row, gain in enumerate(first_N.tolist())]
+    first_N = np.concatenate([cover.gains(points[block], quality_N[block]) for block in _blocks(len(points))])
+    heap = [(-gain, int(rank_N[index]), index, 0) for index, gain in enumerate(first_N.tolist())]
     heapq.heapify(heap)
     chosen: list[int] = []
     gains: list[float] = []
     while len(chosen) < keep:
-        negative, rank, row, seen = heapq.heappop(heap)
-        here = np.array([row])
+        negative, rank, index, seen = heapq.heappop(heap)
+        here = np.array([index])
         if seen == len(chosen):  # the gain is up to date, and no other can be higher
-            cover.add(points[here][0], float(quality_N[row]))
-            chosen.append(row)
+            cover.add(points[here][0], float(quality_N[index]))
+            chosen.append(index)
             gains.append(-negative)
         else:
             gain = float(cover.gains(points[here], quality_N[here])[0])
-            heapq.heappush(heap, (-gain, rank, row, len(chosen)))
-    return Order(np.array(chosen), np.array(gains))
+            heapq.heappush(heap, (-gain, rank, index, len(chosen)))
+    return GreedyChoice(np.array(chosen), np.array(gains))
 
 
 def _stochastic_greedy(
     cover: Cover, points: Points, quality_N: np.ndarray, keep: int, left_N: np.ndarray, rng: np.random.Generator
-) -> Order:
-    """left_N: all rows in any order; the chosen ones are moved to its beginning."""
+) -> GreedyChoice:
+    """left_N: all examples in any order; the chosen ones are moved to the front."""
     num = len(points)
-    num_looked_at = math.ceil(num / keep * math.log(1 / EPSILON))
+    num_considered = math.ceil(num / keep * math.log(1 / EPSILON))
     gain_K = np.empty(keep)
     for k in range(keep):
-        places = k + rng.choice(num - k, min(num_looked_at, num - k), replace=False, shuffle=False)
-        rows = left_N[places]
+        places = k + rng.choice(num - k, min(num_considered, num - k), replace=False, shuffle=False)
+        candidates = left_N[places]
         gain_C = np.concatenate(
-            [cover.gains(points[rows[block]], quality_N[rows[block]]) for block in _blocks(len(rows))]
+            [cover.gains(points[candidates[block]], quality_N[candidates[block]]) for block in _blocks(len(candidates))]
         )
         best = int(gain_C.argmax())
         gain_K[k] = gain_C[best]
-        cover.add(points[rows[best : best + 1]][0], float(quality_N[rows[best]]))
+        cover.add(points[candidates[best : best + 1]][0], float(quality_N[candidates[best]]))
         left_N[[k, places[best]]] = left_N[[places[best], k]]
-    return Order(left_N[:keep].copy(), gain_K * cover.scale)
+    return GreedyChoice(left_N[:keep].copy(), gain_K * cover.scale)
 
 
-def k_centre(points: Points, quality_N: np.ndarray, keep: int, seed: int) -> Order:
-    """Farthest first, by (1 - cosine) * quality; begins with the good row nearest to the middle of a seeded sample."""
+def k_centre(points: Points, quality_N: np.ndarray, keep: int, seed: int) -> GreedyChoice:
+    """Farthest first, by (1 - cosine) * quality; starts with the good example nearest to a sample's centre."""
     num = len(points)
-    sample = np.sort(np.random.default_rng(seed).permutation(num)[:EXACT_ROWS])
+    sample = np.sort(np.random.default_rng(seed).permutation(num)[:EXACT_EXAMPLES])
     centre_E = (quality_N[sample, None] * points[sample]).mean(axis=0)
-    row = int((np.concatenate([points[rows] @ centre_E for rows in _blocks(num)]) * quality_N).argmax())
+    index = int((np.concatenate([points[block] @ centre_E for block in _blocks(num)]) * quality_N).argmax())
     distance_N = np.full(num, 2.0, np.float32)
     chosen, gains = [], []
     while True:
-        chosen.append(row)
-        gains.append(float(distance_N[row]))
+        chosen.append(index)
+        gains.append(float(distance_N[index]))
         if len(chosen) == keep:
-            return Order(np.array(chosen), np.array(gains))
-        point_E = points[np.array([row])][0]
-        for rows in _blocks(num):
-            distance_N[rows] = np.minimum(distance_N[rows], np.maximum(1 - points[rows] @ point_E, 0))
-        distance_N[row] = -1.0  # chosen: never again, even among equals
-        row = int(np.where(distance_N >= 0, distance_N * quality_N, -1.0).argmax())
+            return GreedyChoice(np.array(chosen), np.array(gains))
+        point_E = points[np.array([index])][0]
+        for block in _blocks(num):
+            distance_N[block] = np.minimum(distance_N[block], np.maximum(1 - points[block] @ point_E, 0))
+        distance_N[index] = -1.0  # chosen: not again, even among equals
+        index = int(np.where(distance_N >= 0, distance_N * quality_N, -1.0).argmax())
 
 
 def _blocks(num: int) -> list[np.ndarray]:
@@ -185,23 +184,23 @@ def _blocks(num: int) -> list[np.ndarray]:
 
 
 def nearest_chosen(points: Points, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the most similar of `chosen` (its place in `chosen`), and the similarity."""
+    """For each example, the place in `chosen` of the most similar one, and the similarity."""
     num = len(points)
     nearest_N, similarity_N = np.zeros(num, np.int64), np.full(num, -1, np.float32)
-    for start in range(0, len(chosen), EXACT_ROWS):
-        chosen_KE = points[chosen[start : start + EXACT_ROWS]]
-        for rows in _blocks(num):
-            similar_CK = points.similarity(points[rows], chosen_KE)
+    for start in range(0, len(chosen), EXACT_EXAMPLES):
+        chosen_KE = points[chosen[start : start + EXACT_EXAMPLES]]
+        for block in _blocks(num):
+            similar_CK = points.similarity(points[block], chosen_KE)
             best_C = similar_CK.max(axis=1)
-            better = best_C > similarity_N[rows]
-            nearest_N[rows[better]] = start + similar_CK.argmax(axis=1)[better]
-            similarity_N[rows[better]] = best_C[better]
+            better = best_C > similarity_N[block]
+            nearest_N[block[better]] = start + similar_CK.argmax(axis=1)[better]
+            similarity_N[block[better]] = best_C[better]
     return nearest_N, similarity_N
 
 
 def coverage(points: Points, chosen: np.ndarray, seed: int) -> float:
-    """f(S) over the most that it could be, for rows of quality 1: how much of the space the chosen rows cover."""
+    """f(S) over its maximum for examples of quality 1: how much of the space the chosen examples cover."""
     cover = Cover(points, 1, np.random.default_rng(seed))
-    for row in chosen.tolist():
-        cover.add(points[np.array([row])][0], 1.0)
+    for index in chosen.tolist():
+        cover.add(points[np.array([index])][0], 1.0)
     return cover.share

@@ -1,4 +1,4 @@
-"""A choice explained: of each row of the pool whether it is kept, why, and its scores; and all of it in figures."""
+"""An explanation of a choice: the reason and the scores of each example, and a summary of all."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ KEPT, EXACT, NEAR, LOW, COVERED = "kept", "exact_repeat", "near_repeat", "low_qu
 
 
 def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
-    """One object a row, in the order of the pool: source, kept, code, reason, and, where it was measured, its scores.
+    """One object per example, in the order of the pool: source, kept, code, reason, and its scores if it has any.
 
     code: KEPT, EXACT, NEAR, LOW, COVERED, or that of a rejection.
     """
@@ -30,7 +30,7 @@ def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
                 "source": source,
                 "kept": False,
                 "code": EXACT,
-                "reason": f"says exactly what {like} says",
+                "reason": f"repeats {like} exactly",
                 "like": like,
             }
         else:
@@ -43,11 +43,11 @@ def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
 def _kept(choice: Choice, rank: int) -> dict[str, Any]:
     num, gain = len(choice.kept), float(choice.gain_K[rank])
     if choice.is_short:
-        reason = "all rows that repeat no other are kept"
+        reason = "all distinct examples are kept"
     elif choice.coverage is None:
         reason = f"number {rank + 1} of {num}, by quality"
     else:
-        reason = f"number {rank + 1} of {num} chosen: of all rows left it added most to what is covered ({gain:.3g})"
+        reason = f"number {rank + 1} of {num} chosen: it added most to the coverage ({gain:.3g})"
     return {"code": KEPT, "reason": reason, "rank": rank + 1, "gain": gain}
 
 
@@ -55,10 +55,10 @@ def _dropped(found: Survey, choice: Choice, place: int, is_candidate: bool) -> d
     def source(other: int) -> str:
         return found.sources[int(found.number_N[other])]
 
-    quality_N, twin = choice.quality.quality_N, int(choice.twin_N[place])
-    if twin >= 0:
-        better = " better" if quality_N[twin] > quality_N[place] else ""
-        return {"code": NEAR, "reason": f"nearly says what{better} {source(twin)} says", "like": source(twin)}
+    quality_N, repeated = choice.quality.quality_N, int(choice.repeated_N[place])
+    if repeated >= 0:
+        better = ", which is better" if quality_N[repeated] > quality_N[place] else ""
+        return {"code": NEAR, "reason": f"nearly repeats {source(repeated)}{better}", "like": source(repeated)}
     if not is_candidate:
         least = float(quality_N[choice.candidates].min())
         return {
@@ -66,7 +66,7 @@ def _dropped(found: Survey, choice: Choice, place: int, is_candidate: bool) -> d
             "reason": f"quality {quality_N[place]:.2f} below {least:.2f}: {_faults(found, choice, place)}",
         }
     if choice.coverage is None:
-        return {"code": LOW, "reason": f"quality {quality_N[place]:.2f}: as many rows as good or better are kept"}
+        return {"code": LOW, "reason": f"quality {quality_N[place]:.2f}: enough examples as good or better are kept"}
     like, similarity = source(int(choice.like_N[place])), float(choice.similarity_N[place])
     return {
         "code": COVERED,
@@ -77,7 +77,7 @@ def _dropped(found: Survey, choice: Choice, place: int, is_candidate: bool) -> d
 
 
 def _faults(found: Survey, choice: Choice, place: int) -> str:
-    """What lowers a row's quality, in words."""
+    """The reasons for an example's low quality."""
     signals, model = found.signals[place], found.model
     words = {
         "refusal": ", ".join(signals.found[:1]),
@@ -86,8 +86,10 @@ def _faults(found: Survey, choice: Choice, place: int) -> str:
         "length": f"answers of {signals.num_characters} characters",
     }
     if model is not None:
-        words["difficulty"] = f"the prompt makes the answer's loss {model.difficulty_N[place]:.2f} times what it was"
-        words["loss"] = f"after its first token the answer costs {model.loss_rest_N[place]:.2f} nats a token"
+        words["difficulty"] = (
+            f"the loss of the answer with the prompt is {model.difficulty_N[place]:.2f} times that without"
+        )
+        words["loss"] = f"after its first token the answer has a loss of {model.loss_rest_N[place]:.2f} nats per token"
     return "; ".join(f"{name} ({words[name]})" for name in choice.quality.reasons(place))
 
 
@@ -114,9 +116,9 @@ def _scores(found: Survey, choice: Choice, place: int) -> dict[str, Any]:
 
 
 def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
-    """One object with all counts. Lengths: of a row's mean answer in characters, of all its parts in tokens."""
+    """All counts in one object. Lengths: the mean answer of an example in characters, prompt and answers in tokens."""
     settings = choice.settings
-    all_rows = np.arange(len(found.number_N))
+    everything = np.arange(len(found.number_N))
     return {
         "num_examples": len(found.sources),
         "asked_to_keep": settings.keep,
@@ -127,7 +129,7 @@ def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
             {"source": rejection.source, "code": rejection.code, "message": rejection.message}
             for rejection in list(found.rejected.values())[:5]
         ],
-        "lengths": {"before": _lengths(found, all_rows), "after": _lengths(found, choice.kept)},
+        "lengths": {"before": _lengths(found, everything), "after": _lengths(found, choice.kept)},
         "quality": {
             "before": float(choice.quality.quality_N.mean()),
             "after": float(choice.quality.quality_N[choice.kept].mean()),
@@ -142,11 +144,11 @@ def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
 
 
 def _codes(found: Survey, choice: Choice) -> dict[str, int]:
-    """How many rows there are of each code of `explain`, the most frequent first."""
+    """The number of examples of each code of `explain`, the most frequent first."""
     num_kept, num_candidates = len(choice.kept), len(choice.candidates)
     counts = Counter(rejection.code for rejection in found.rejected.values())
-    counts[KEPT], counts[EXACT], counts[NEAR] = num_kept, len(found.exact), int((choice.twin_N >= 0).sum())
-    counts[LOW] = len(choice.left) - num_candidates
+    counts[KEPT], counts[EXACT], counts[NEAR] = num_kept, len(found.exact), int((choice.repeated_N >= 0).sum())
+    counts[LOW] = len(choice.distinct) - num_candidates
     counts[LOW if choice.coverage is None else COVERED] += num_candidates - num_kept
     return {code: count for code, count in counts.most_common() if count}
 

@@ -1,24 +1,24 @@
-"""What a base model makes of a conversation: how well it foresees the answers, with and without the prompt, and where
-the prompt lies in its space.
+"""Scores of a conversation by a base model: how well it predicts the answers, with and without the prompt, and an
+embedding of the prompt.
 
-The model reads plain text, a line a message, as in evaluate/questions.py: a base model has no chat template, and tokens
-that one would add mean nothing to it yet. Of each conversation there is one tree with all of it, and one with each
-answer alone, after nothing but a line end; many trees share a forward pass (data/forest.py).
+The model is given plain text, one message per line, as in evaluate/model.py: a base model has no chat template, and it
+does not know the tokens that a template would add. Each conversation makes one tree with all of it, and one tree for
+each answer alone, after a line end; many trees share a forward pass (data/forest.py).
 
     loss          mean over the answers' tokens of -log p(token | all before it), in nats
     loss_alone    the same without the prompt: of each answer alone
     difficulty    loss / loss_alone, the instruction-following difficulty (IFD) of Li et al. 2023 (arXiv:2308.12032);
-                  1 or more: the prompt is no help in foreseeing the answer
-    loss_rest     as loss, without each answer's first token: that an answer comes at all is for training to teach, and
-                  surprises a base whatever the answer is worth
+                  1 or more: the prompt does not help to predict the answer
+    loss_rest     as loss, without the first token of each answer: that an answer follows at all is what training
+                  teaches, so this token surprises a base model however good the answer is
     embedding     mean over the prompts' tokens of the last hidden states, of length 1
 
-The last hidden states are those that our forward pass returns anyway, normalised by the model itself, so that no
-single outlying dimension rules a mean; pooled, they served best for choosing instruction data in Ivison et al. 2025
+The last hidden states come from the same forward pass. The model has normalised them, so that no single outlying
+dimension dominates the mean; pooled, they served best for choosing instruction data in Ivison et al. 2025
 (arXiv:2503.01807). Beyond EMBEDDING_SIZE they are projected at random (Johnson and Lindenstrauss 1984; seeded), which
 keeps distances to some 10 %.
 
-Legend: T tokens of a row, D hidden size, E embedding size, N answer tokens, U conversations at a time.
+Legend: T tokens of a sequence, D hidden size, E embedding size, N answer tokens, U conversations at a time.
 """
 
 import json
@@ -35,50 +35,52 @@ from preceptor.data.examples import Completion, Message, Rejection, trainable_tu
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.errors import ModelError
-from preceptor.model.attention.runs import decoder_of
-from preceptor.model.forward import check_head, check_isolation, hidden_states, output_head
-from preceptor.model.loss.linear_cross_entropy import token_losses
-from preceptor.select.pool import Answered
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.head import output_head
+from preceptor.model.parts import decoder_of
+from preceptor.select.pool import AnsweredExample
 
 EMBEDDING_SIZE = 256
 
-_ROWS_AT_A_TIME = 16  # packed together, so that rows are full
+_SEQUENCES_AT_A_TIME = 16  # planned together, so that they are full
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Measures:
-    """Of one conversation; `embedding_E` is float32."""
+class ModelScores:
+    """The scores of one conversation."""
 
     loss: float
     loss_alone: float
     loss_rest: float
     num_prompt_tokens: int
     num_answer_tokens: int
-    embedding_E: np.ndarray
+    embedding_E: np.ndarray  # float32
 
     @property
     def difficulty(self) -> float:
         return self.loss / max(self.loss_alone, 1e-9)
 
 
-def said(message: Message) -> str:
-    """A message as plain text: reasoning, content, and tool calls as JSON, a line each."""
+def plain_text(message: Message) -> str:
+    """A message as plain text: reasoning, content, and tool calls as JSON, one per line."""
     calls = [json.dumps(call, ensure_ascii=False, default=str) for call in message.tool_calls]
     return "\n".join(part for part in (message.reasoning_content, message.content, *calls) if part)
 
 
-def answers_of(record: Answered) -> list[str]:
-    """The texts that training would train."""
-    if isinstance(record, Completion):
-        return [record.completion]
-    return [said(record.messages[k]) for k in trainable_turns(record.messages)]
+def answers_of(example: AnsweredExample) -> list[str]:
+    """The texts of the answers that training would train."""
+    if isinstance(example, Completion):
+        return [example.completion]
+    return [plain_text(example.messages[k]) for k in trainable_turns(example.messages)]
 
 
-class BaseReader:
-    """A base model that reads conversations.
+class BaseScorer:
+    """Scores conversations with a base model.
 
-    max_length: tokens of one forward pass; a longer conversation, or one that is longer than the model's own
-    limit, is rejected. Raises ModelError where the model cannot keep conversations of one pass apart.
+    max_length: tokens of one forward pass; a conversation longer than this, or than the model's own limit, is
+    rejected. Raises ModelError if the model cannot keep the conversations of one pass apart.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int) -> None:
@@ -99,69 +101,71 @@ class BaseReader:
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def measure(self, records: Iterable[tuple[int, Answered]]) -> Iterator[tuple[int, Answered, Measures | Rejection]]:
-        """Each numbered record with its measures, or why it has none, in order."""
-        waiting: list[tuple[int, Answered, list[Tree] | Rejection]] = []
+    def score(
+        self, examples: Iterable[tuple[int, AnsweredExample]]
+    ) -> Iterator[tuple[int, AnsweredExample, ModelScores | Rejection]]:
+        """Each numbered example with its scores or rejection, in order."""
+        waiting: list[tuple[int, AnsweredExample, list[Tree] | Rejection]] = []
         num_tokens = 0
-        for number, record in records:
-            trees = self.trees_of(record)
-            waiting.append((number, record, trees))
+        for number, example in examples:
+            trees = self.trees_of(example)
+            waiting.append((number, example, trees))
             num_tokens += 0 if isinstance(trees, Rejection) else sum(tree.num_tokens for tree in trees)
-            if num_tokens >= _ROWS_AT_A_TIME * self._max_length:
+            if num_tokens >= _SEQUENCES_AT_A_TIME * self._max_length:
                 yield from self._measured(waiting)
                 waiting, num_tokens = [], 0
         yield from self._measured(waiting)
 
-    def trees_of(self, record: Answered) -> list[Tree] | Rejection:
-        """The whole conversation, then each of its answers alone; or why the model cannot read it."""
+    def trees_of(self, example: AnsweredExample) -> list[Tree] | Rejection:
+        """The whole conversation, then each of its answers alone; or why the model cannot score it."""
         segments: list[Segment] = []
         alone: list[Tree] = []
-        for before, answer in self._exchanges(record):
+        for before, answer in self._exchanges(example):
             target = tuple(self._ids(answer))
             if not target:
-                return Rejection(record.source, "nothing_to_predict", "the tokenizer makes no token of an answer")
+                return Rejection(example.source, "nothing_to_predict", "the tokenizer makes no token of an answer")
             context = Segment("context", tuple(before), len(segments) - 1 if segments else None)
             segments += [context, Segment("target", target, len(segments))]
             alone.append(
-                Tree(record.source, (Segment("context", tuple(self._start), None), Segment("target", target, 0)))
+                Tree(example.source, (Segment("context", tuple(self._start), None), Segment("target", target, 0)))
             )
-        whole = Tree(record.source, tuple(segments))
+        whole = Tree(example.source, tuple(segments))
         longest = max(tree.num_tokens for tree in (whole, *alone))
         if longest > self._max_tokens:
             return Rejection(
-                record.source,
+                example.source,
                 "too_long",
                 f"the conversation has {longest:,} tokens; --max-length and the model allow {self._max_tokens:,}",
             )
         return [whole, *alone]
 
-    def _exchanges(self, record: Answered) -> Iterator[tuple[list[int], str]]:
-        """For each answer the ids of what stands between it and the answer before, and its text."""
-        if isinstance(record, Completion):
-            yield [*self._bos, *self._ids(record.prompt)] if record.prompt else self._start, record.completion
+    def _exchanges(self, example: AnsweredExample) -> Iterator[tuple[list[int], str]]:
+        """For each answer, the ids of the text since the answer before, and its own text."""
+        if isinstance(example, Completion):
+            yield [*self._bos, *self._ids(example.prompt)] if example.prompt else self._start, example.completion
             return
         after = -1
-        for k in trainable_turns(record.messages):
-            text = "".join(f"{said(message)}\n" for message in record.messages[after + 1 : k])
+        for k in trainable_turns(example.messages):
+            text = "".join(f"{plain_text(message)}\n" for message in example.messages[after + 1 : k])
             if after < 0:
-                yield [*self._bos, *self._ids(text)] if text else self._start, said(record.messages[k])
+                yield [*self._bos, *self._ids(text)] if text else self._start, plain_text(example.messages[k])
             else:
-                yield self._ids("\n" + text), said(record.messages[k])
+                yield self._ids("\n" + text), plain_text(example.messages[k])
             after = k
 
     @torch.no_grad()
     def _measured(
-        self, waiting: Sequence[tuple[int, Answered, list[Tree] | Rejection]]
-    ) -> Iterator[tuple[int, Answered, Measures | Rejection]]:
-        """One forward pass a row, over rows packed from all trees that wait."""
+        self, waiting: Sequence[tuple[int, AnsweredExample, list[Tree] | Rejection]]
+    ) -> Iterator[tuple[int, AnsweredExample, ModelScores | Rejection]]:
+        """The scores of the waiting examples, whose trees are packed together."""
         trees = [
             (unit, k, tree) for unit, (_, _, t) in enumerate(waiting) if isinstance(t, list) for k, tree in enumerate(t)
         ]
         loss_U3 = np.zeros((len(waiting), 3))
         embedding_UE = np.zeros((len(waiting), self.embedding_size), np.float32)
         lengths = [tree.num_tokens for _, _, tree in trees]
-        for row in plan_sequences(lengths, self._max_length, seed=0) if trees else []:
-            chosen = [trees[index] for index in row]
+        for indices in plan_sequences(lengths, self._max_length, seed=0) if trees else []:
+            chosen = [trees[index] for index in indices]
             hidden_TD, losses = self._forward([tree for _, _, tree in chosen])
             token, pair = 0, 0
             for unit, k, tree in chosen:
@@ -171,26 +175,18 @@ class BaseReader:
                     loss_U3[unit, 2] = own_N[_is_rest(tree)].mean()
                     embedding_UE[unit] = self._embedding(hidden_TD[token : token + tree.num_tokens], tree)
                 token, pair = token + tree.num_tokens, pair + tree.num_trained
-        for unit, (number, record, found) in enumerate(waiting):
+        for unit, (number, example, found) in enumerate(waiting):
             if isinstance(found, list):
-                yield number, record, self._result(record.source, found[0], loss_U3[unit], embedding_UE[unit])
+                yield number, example, self._result(example.source, found[0], loss_U3[unit], embedding_UE[unit])
             else:
-                yield number, record, found
+                yield number, example, found
 
     def _forward(self, trees: Sequence[Tree]) -> tuple[Tensor, np.ndarray]:
-        """The last hidden states of a row, and the losses of its trained tokens (float64), both in layout order."""
-        row = pack_trees(trees)
-        hidden_TD = hidden_states(self._model, row)
-        head = output_head(self._model)
-        losses_N, _ = token_losses(
-            hidden_TD,
-            head.weight_VD,
-            torch.from_numpy(row.source_N).to(hidden_TD.device),
-            torch.from_numpy(row.target_N).to(hidden_TD.device),
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-        )
+        """The last hidden states of a sequence and the losses (float64) of its targets, both in layout order."""
+        sequence = pack_trees(trees)
+        hidden_TD = Engine(self._model).hidden_states(sequence)
+        pairs = (torch.from_numpy(each_N).to(hidden_TD.device) for each_N in (sequence.source_N, sequence.target_N))
+        losses_N, _ = output_head(self._model).token_losses(hidden_TD, *pairs)
         return hidden_TD, losses_N.double().cpu().numpy()
 
     def _embedding(self, hidden_TD: Tensor, tree: Tree) -> np.ndarray:
@@ -200,18 +196,18 @@ class BaseReader:
         unit_E: np.ndarray = (embedding_E / embedding_E.norm().clamp_min(1e-12)).cpu().numpy()
         return unit_E
 
-    def _result(self, source: str, whole: Tree, loss_3: np.ndarray, embedding_E: np.ndarray) -> Measures:
+    def _result(self, source: str, whole: Tree, loss_3: np.ndarray, embedding_E: np.ndarray) -> ModelScores:
         num_answer_tokens = whole.num_trained
         loss, loss_alone = (loss_3[:2] / num_answer_tokens).tolist()
         if not (math.isfinite(loss) and math.isfinite(loss_alone) and np.isfinite(embedding_E).all()):
-            raise ModelError(f"{source}: the model's loss on this row is no finite number; choose another --model")
-        return Measures(
+            raise ModelError(f"{source}: the model's loss on this example is not finite; choose another --model")
+        return ModelScores(
             loss, loss_alone, float(loss_3[2]), whole.num_tokens - num_answer_tokens, num_answer_tokens, embedding_E
         )
 
 
 def _is_rest(tree: Tree) -> np.ndarray:
-    """Which answer tokens of a conversation are not the first of an answer; all if no answer has a second one."""
+    """Which answer tokens are not the first of an answer; all if no answer has a second token."""
     lengths = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
     is_rest_N = np.ones(sum(lengths), bool)
     is_rest_N[np.cumsum([0, *lengths[:-1]])] = False

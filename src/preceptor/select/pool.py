@@ -1,7 +1,7 @@
-"""The pool that a selection is made from: its rows, read as often as they are needed, and kept rows written again.
+"""The pool of examples that a selection is made from: read as often as needed, and written again in part.
 
-A row is written so that it trains exactly as it did: as the object that the file holds, where reading that object back
-from JSON gives the same record; else (nulls that a Parquet column added, columns renamed) in a form that does.
+A kept example is written so that it trains exactly as before: as the row of the file if that reads back from JSON as
+the same example; else (nulls of a Parquet column, renamed columns) in a form that does.
 """
 
 import json
@@ -17,31 +17,31 @@ from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import replacing
 
-Answered = Conversation | Completion
+AnsweredExample = Conversation | Completion
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Sources whose rows are numbered through, 0, 1, 2, ..., in the order in which they are named."""
+    """Sources whose examples are numbered 0, 1, 2, ..., in their order."""
 
     sources: tuple[OpenSource, ...]
 
-    def records(self) -> Iterator[Answered | Rejection]:
-        """Each row as a conversation or completion, or as a Rejection. Raises DataError as `OpenSource.entries`."""
+    def examples(self) -> Iterator[AnsweredExample | Rejection]:
+        """Each example as a conversation or completion, or as a Rejection. Raises DataError as `OpenSource.entries`."""
         for source in self.sources:
             for entry in source.entries():
                 yield _answered(entry.example)
 
-    def chosen(self, numbers: Collection[int]) -> Iterator[tuple[int, Answered]]:
-        """The rows of these numbers, in order. Raises DataError if one of them is no longer a row to train on."""
-        for number, record in enumerate(self.records()):
+    def chosen(self, numbers: Collection[int]) -> Iterator[tuple[int, AnsweredExample]]:
+        """The examples of these numbers, in order. Raises DataError if one of them can no longer be trained."""
+        for number, example in enumerate(self.examples()):
             if number in numbers:
-                yield number, _unchanged(record)
+                yield number, _unchanged(example)
 
     def write(self, numbers: Collection[int], file: Path) -> None:
-        """Write the rows of these numbers to `file` as JSON lines, in order; all or nothing.
+        """Write the examples of these numbers to `file` as JSON lines, in order; all or nothing.
 
-        Raises DataError for a row that JSON cannot hold, CheckpointError if the file cannot be written.
+        Raises DataError for an example that JSON cannot hold, CheckpointError if the file cannot be written.
         """
         with replacing(file) as partial, partial.open("w", encoding="utf-8") as lines:
             for line in self._lines(numbers):
@@ -56,52 +56,52 @@ class Pool:
                 number += 1
 
 
-def _answered(record: Example | Rejection) -> Answered | Rejection:
-    if isinstance(record, Document):
+def _answered(example: Example | Rejection) -> AnsweredExample | Rejection:
+    if isinstance(example, Document):
         return Rejection(
-            record.source,
+            example.source,
             "no_assistant_message",
-            "the row is plain text, without a prompt and an answer; a selection is made among conversations",
+            "plain text has no prompt and answer; only conversations can be selected",
         )
-    return record
+    return example
 
 
-def _unchanged(record: Answered | Rejection) -> Answered:
-    if isinstance(record, Rejection):
-        raise DataError(f"{record.source}: the data has changed while it was read; run the command again")
-    return record
+def _unchanged(example: AnsweredExample | Rejection) -> AnsweredExample:
+    if isinstance(example, Rejection):
+        raise DataError(f"{example.source}: the data changed while it was read; run the command again")
+    return example
 
 
-def line_of(row: dict[str, Any], record: Answered, source: Source) -> str:
-    """The row as one line of JSON that reads back as the same record.
+def line_of(row: dict[str, Any], example: AnsweredExample, source: Source) -> str:
+    """One line of JSON that reads back as the example.
 
-    Tried in turn: the row as it is; with `columns`, under the keys that they name; the record's own messages.
+    Tried in turn: the row as it is; the row under the keys of `columns`; the example in our own keys.
     """
     renamed = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
-    for form in (row, renamed, row_of(record)):
+    for form in (row, renamed, row_of(example)):
         try:
             line = json.dumps(form, ensure_ascii=False)
         except (TypeError, ValueError):
             continue  # a date or bytes in some other column
-        if form and to_example(json.loads(line), record.source) == record:
+        if form and to_example(json.loads(line), example.source) == example:
             return line
-    raise DataError(f"{record.source}: holds values that JSON does not have, so the row cannot be written; mend it")
+    raise DataError(f"{example.source}: has values that JSON does not have, so it cannot be written; fix them")
 
 
-def row_of(record: Answered) -> dict[str, Any]:
-    """The row that says what the record says, in our own keys."""
-    if isinstance(record, Completion):
-        return {"prompt": record.prompt, "completion": record.completion}
-    row: dict[str, Any] = {"messages": [_message(record, k) for k in range(len(record.messages))]}
-    if record.tools:
-        row["tools"] = list(record.tools)
-    if record.template_kwargs:
-        row["chat_template_kwargs"] = dict(record.template_kwargs)
+def row_of(example: AnsweredExample) -> dict[str, Any]:
+    """The example as a row in our own keys."""
+    if isinstance(example, Completion):
+        return {"prompt": example.prompt, "completion": example.completion}
+    row: dict[str, Any] = {"messages": [_message(example, k) for k in range(len(example.messages))]}
+    if example.tools:
+        row["tools"] = list(example.tools)
+    if example.template_kwargs:
+        row["chat_template_kwargs"] = dict(example.template_kwargs)
     return row
 
 
-def _message(record: Conversation, index: int) -> dict[str, Any]:
-    message = record.messages[index]
+def _message(example: Conversation, index: int) -> dict[str, Any]:
+    message = example.messages[index]
     given = dict(message.given)
     if message.weight != 1.0:
         given["weight"] = message.weight
@@ -111,7 +111,7 @@ def _message(record: Conversation, index: int) -> dict[str, Any]:
 
 
 def open_pool(paths: Sequence[str], columns: dict[str, str], split: str | None) -> Pool:
-    """The pool that a command line names. Raises ConfigError for columns that are no keys of a row."""
+    """The pool that a command line names. Raises ConfigError for unknown columns."""
     from pydantic import ValidationError
 
     try:

@@ -1,25 +1,24 @@
-"""Signals -> one quality between 0 and 1, with the reasons.
+"""One quality between 0 and 1 from all signals, with the reasons.
 
-Each signal s takes away a share of the quality: a fault f_s between 0 and 1, times the weight w_s that the user gives
-it, the most that the signal can take away:
+Each signal s lowers the quality by a fault f_s between 0 and 1, times its weight w_s, the most that it can take away:
 
     quality = prod over s of (1 - w_s * f_s)
 
-    refusal       1 where an answer refuses or talks of being a language model, 0.5 for filler phrases
+    refusal       1 if an answer refuses or speaks of being a language model, 0.5 for filler phrases
     formatting    0.5 for one flaw, 1 for two
-    repetition    repeated four-word sequences from 20 % (none) to 60 % (all), or compression from 4 to 8 times
-    length        log of the answers' mean length, more than 2 robust deviations from the pool's median (all at 4)
-    difficulty    IFD from 0.95 (none) to 1 (all): the prompt does not help to foresee the answer; and at the same time
-                  from 1 to 3 robust deviations above the pool's median, for a base that was never taught to answer
-                  expects another question after a question, and then no prompt helps
-    loss          mean loss of the answers after their first tokens, above the pool's median, in robust deviations: from
-                  1 (none) to 3 (all). Answers that the base finds unlikely are broken, wrong, or say what it does not
-                  know; to train on that teaches to invent (Gekhman et al. 2024, arXiv:2405.05904)
+    repetition    repeated four-word sequences from 20 % (0) to 60 % (1), or compression from 4 to 8 times
+    length        log of the answers' mean length, from 2 (0) to 4 (1) robust deviations from the pool's median
+    difficulty    IFD from 0.95 (0) to 1 (1): the prompt does not help to predict the answer; limited by 1 (0) to 3 (1)
+                  robust deviations above the pool's median, because a base model that never saw answers expects
+                  another question after a question, and then no prompt helps
+    loss          mean loss of the answers after their first tokens, from 1 (0) to 3 (1) robust deviations above the
+                  pool's median. Answers that are unlikely under the base are broken, wrong, or state facts that it does
+                  not know; training on those teaches it to invent (Gekhman et al. 2024, arXiv:2405.05904)
 
-A robust deviation is 1.4826 times the median distance from the median, the standard deviation of a normal pool. Rows
-more than 4 of them away are set aside and median and deviation taken anew, until none is: they are those of the bulk
-of the pool, whatever else it holds. A deviation is not taken for less than _LEAST, so that a pool of equals has no
-outliers. A row without a fault has quality 1: among good rows, diversity chooses.
+A robust deviation is 1.4826 times the median distance from the median, the standard deviation of a normal pool.
+Examples more than 4 of them away are set aside and median and deviation are computed again, until none is: both
+describe the bulk of the pool, whatever else it holds. A deviation is at least _LEAST, so that a pool of equals has no
+outliers. An example without a fault has quality 1: among good examples, diversity chooses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,7 @@ def read_weights(given: Sequence[str]) -> dict[str, float]:
     for text in given:
         name, _, value = text.partition("=")
         if name not in WEIGHTS:
-            raise ConfigError(f"--weight {text}: no signal is named {name!r}; there are {', '.join(WEIGHTS)}")
+            raise ConfigError(f"--weight {text}: there is no signal {name!r}; the signals are {', '.join(WEIGHTS)}")
         try:
             weights[name] = float(value)
         except ValueError:
@@ -64,15 +63,15 @@ def read_weights(given: Sequence[str]) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Quality:
-    """Of N rows: quality_N, and the fault of each signal, all between 0 and 1, float64."""
+    """The qualities and faults of N examples, all between 0 and 1, float64."""
 
     quality_N: np.ndarray
     fault_N: Mapping[str, np.ndarray]
     weights: Mapping[str, float]
 
-    def reasons(self, row: int) -> list[str]:
-        """The signals that lower the row's quality, the worst first."""
-        cost = {name: self.weights[name] * float(fault_N[row]) for name, fault_N in self.fault_N.items()}
+    def reasons(self, index: int) -> list[str]:
+        """The signals that lower the example's quality, the worst first."""
+        cost = {name: self.weights[name] * float(fault_N[index]) for name, fault_N in self.fault_N.items()}
         return sorted((name for name in cost if cost[name] > 0), key=lambda name: -cost[name])
 
 
@@ -82,7 +81,7 @@ def judge(
     loss_rest_N: np.ndarray | None,
     weights: Mapping[str, float],
 ) -> Quality:
-    """The quality of N rows, at least 1. difficulty_N, loss_rest_N: None where no model read them; weights: of all."""
+    """The quality of N examples, at least 1. difficulty_N, loss_rest_N: None without a model."""
     fault_N = {
         "refusal": np.array([s.refusal for s in signals]),
         "formatting": np.array([s.formatting for s in signals]),
@@ -105,13 +104,13 @@ def judge(
 
 
 def _ramp(value_N: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
-    """0 up to the first bound, 1 from the second, straight between."""
+    """0 up to the first bound, 1 from the second, linear between them."""
     ramp_N: np.ndarray = np.clip((value_N - bounds[0]) / (bounds[1] - bounds[0]), 0.0, 1.0)
     return ramp_N
 
 
 def _deviations(value_N: np.ndarray, name: str) -> np.ndarray:
-    """Distance from the median in robust deviations, with its sign."""
+    """The signed distance from the median in robust deviations."""
     bulk = value_N
     while True:
         centre = float(np.median(bulk))

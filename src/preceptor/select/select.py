@@ -1,11 +1,10 @@
-"""`preceptor select`: which conversations to keep, after LIMA (Zhou et al. 2023, arXiv:2305.11206): less is more.
+"""Data selection, the command `preceptor select`, after LIMA (Zhou et al. 2023, arXiv:2305.11206): less is more.
 
-    pool ── survey ──> signals, embeddings ── choose ──> kept rows, in their own form, and a reason for every row
-            (twice through the files, one forward pass a row)
+    pool ── survey ──> signals, embeddings ── choose ──> kept examples, and a reason for each example
+            (two passes through the files, one forward pass per example)
 
-The parts are in selection/. A million conversations: two passes through the files, and a third that writes; the model
-reads each prompt once and each answer twice; memory and the cost of the choice are stated in selection/survey.py and
-selection/diversity.py.
+For a million examples: two passes through the files, and a third one that writes; the model processes each prompt once
+and each answer twice. survey.py and diversity.py state the memory and the cost of the choice.
 """
 
 import tempfile
@@ -19,7 +18,7 @@ from preceptor.files import write_json_lines
 from preceptor.model.load import load_model
 from preceptor.select.choice import NO_DIVERSITY, Settings, choose
 from preceptor.select.explain import explain, summarise
-from preceptor.select.measure import BaseReader
+from preceptor.select.measure import BaseScorer
 from preceptor.select.pool import Pool
 from preceptor.select.quality import MODEL_SIGNALS
 from preceptor.select.survey import survey
@@ -31,30 +30,30 @@ def needs_model(settings: Settings) -> bool:
     return settings.diversity != NO_DIVERSITY or any(settings.weights[name] > 0 for name in MODEL_SIGNALS)
 
 
-def load_reader(model: str, max_length: int = MAX_LENGTH) -> BaseReader:
-    """The base model ready to read: bfloat16 on a GPU where there is one, else float32. Raises ModelError."""
+def load_scorer(model: str, max_length: int = MAX_LENGTH) -> BaseScorer:
+    """Load the base model: bfloat16 on a GPU if there is one, else float32. Raises ModelError."""
     import torch
 
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    return BaseReader(load_model(model, dtype=dtype, device=device), load_tokenizer(model), max_length)
+    return BaseScorer(load_model(model, dtype=dtype, device=device), load_tokenizer(model), max_length)
 
 
 def select(
     pool: Pool,
-    reader: BaseReader | None,
+    scorer: BaseScorer | None,
     settings: Settings,
     out: Path,
     explain_file: Path | None = None,
-    on_row: Callable[[], None] = lambda: None,
+    on_example: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Survey the pool, choose, write the kept rows to `out` and a line a row to `explain_file`; return the figures.
+    """Survey the pool, choose, write the kept examples to `out` and an explanation of each example to `explain_file`.
 
     Raises CheckpointError if a file cannot be written, ConfigError if a model is needed, DataError if the pool cannot
     be read or holds nothing to choose from.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        found = survey(pool, reader, Path(folder), on_row)
+        found = survey(pool, scorer, Path(folder), on_example)
         surveyed = time.perf_counter()
         choice = choose(found, settings)
         chosen = time.perf_counter()
@@ -67,21 +66,21 @@ def select(
 
 _MEANINGS = {
     "kept": "kept",
-    "covered": "good enough, and like a row that is kept",
-    "low_quality": "worse than the rows that the choice was made from",
-    "exact_repeat": "says exactly what an earlier row says",
-    "near_repeat": "nearly says what another row says",
+    "covered": "a candidate, similar to an example that is kept",
+    "low_quality": "of lower quality than the candidates",
+    "exact_repeat": "repeats an earlier example exactly",
+    "near_repeat": "nearly repeats another example",
 }
 
 
 def to_text(summary: dict[str, Any]) -> str:
-    """What `select` returns, as lines."""
+    """The result of `select` as lines of text."""
     parts = [_codes(summary), _rejected(summary), _lengths(summary), _verdict(summary)]
     return "\n\n".join(part for part in parts if part)
 
 
 def _codes(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['num_examples']:,} rows"]
+    lines = [f"{summary['num_examples']:,} examples"]
     for code, count in sorted(summary["codes"].items(), key=lambda item: (item[0] != "kept", -item[1])):
         share = count / summary["num_examples"]
         lines.append(f"  {count:>9,}  {share:>6.1%}  {code:<14} {_MEANINGS.get(code, 'rejected')}")
@@ -90,7 +89,7 @@ def _codes(summary: dict[str, Any]) -> str:
 
 def _rejected(summary: dict[str, Any]) -> str:
     lines = [f"  {first['source']}: {first['code']}: {first['message']}" for first in summary["first_rejected"]]
-    return "\n".join(["The first rejected rows", *lines]) if lines else ""
+    return "\n".join(["The first rejected examples", *lines]) if lines else ""
 
 
 def _lengths(summary: dict[str, Any]) -> str:
@@ -106,17 +105,17 @@ def _lengths(summary: dict[str, Any]) -> str:
 
 def _verdict(summary: dict[str, Any]) -> str:
     quality = summary["quality"]
-    lines = [f"mean quality: {quality['before']:.3f} of all distinct rows, {quality['after']:.3f} of those kept"]
+    lines = [f"mean quality: {quality['before']:.3f} of all distinct examples, {quality['after']:.3f} of those kept"]
     if summary["coverage"] is not None:
         lines.append(
-            f"coverage of the rows chosen from: {summary['coverage']:.3f}; "
-            f"by as many drawn at random among them: {summary['random_coverage']:.3f}"
+            f"coverage of the candidates: {summary['coverage']:.3f}; "
+            f"by as many random ones: {summary['random_coverage']:.3f}"
         )
     if summary["all_kept"]:
         lines.append(
-            f"--keep {summary['asked_to_keep']:,} is more than there is: all {summary['num_kept']:,} rows that can be "
-            "trained and repeat no other are kept, whatever their quality"
+            f"--keep {summary['asked_to_keep']:,} is more than there are: all {summary['num_kept']:,} distinct "
+            "examples are kept, whatever their quality"
         )
     else:
-        lines.append(f"kept {summary['num_kept']:,} of {summary['num_examples']:,} rows")
+        lines.append(f"kept {summary['num_kept']:,} of {summary['num_examples']:,} examples")
     return "\n".join(lines)

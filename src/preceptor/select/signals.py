@@ -1,6 +1,6 @@
-"""Quality signals that an answer's text shows by itself, each as a number that grows with what is wrong.
+"""Quality signals from the text of an answer alone, each a number that grows with the fault.
 
-No signal knows whether an answer is right; measure.py's, which ask a model, come nearer to that.
+No signal knows whether an answer is right; those of measure.py, which ask a model, come closer to that.
 """
 
 import re
@@ -43,23 +43,18 @@ _COMPRESSED_BYTES = 200  # below, a compressor's own overhead decides
 
 @dataclass(frozen=True, slots=True)
 class TextSignals:
-    """Of the worst answer of a conversation.
+    """The signals of a conversation, each from its worst answer."""
 
-    refusal: 0, 0.5 (filler phrases) or 1 (a refusal, or talk of being a language model). formatting: 0.5 a flaw, at
-    most 1. repeated: share of the four-word sequences that occur before. compression: bytes over bytes compressed (1
-    for short answers). found: what was found, in words.
-    """
-
-    num_characters: int
-    refusal: float
-    formatting: float
-    repeated: float
-    compression: float
-    found: tuple[str, ...]
+    num_characters: int  # mean of the answers
+    refusal: float  # 0, 0.5 (filler phrases) or 1 (a refusal, or a mention of being a language model)
+    formatting: float  # 0.5 for each flaw, at most 1
+    repeated: float  # share of four-word sequences that occurred before
+    compression: float  # bytes over compressed bytes; 1 for short answers
+    found: tuple[str, ...]  # the findings in words
 
 
 def text_signals(answers: Sequence[str]) -> TextSignals:
-    """The signals of a conversation's answers, of which there must be one at least."""
+    """The signals of the answers of a conversation, at least one."""
     refusals, flaws = [_refusal(answer) for answer in answers], [_flaws(answer) for answer in answers]
     worst_refusal, worst_flaws = max(refusals, key=lambda r: r[0]), max(flaws, key=len)
     return TextSignals(
@@ -81,17 +76,17 @@ def _refusal(answer: str) -> tuple[float, str]:
 
 
 def _flaws(answer: str) -> list[str]:
-    """What is wrong with the form of an answer, in words."""
+    """The formatting flaws of an answer, in words."""
     flaws = []
     if len(_FENCE_LINE.findall(answer)) % 2:
-        flaws.append("a code fence that is not closed")
+        flaws.append("an open code fence")
     prose = _FENCE.sub("", answer)
     brackets = _SMILEY.sub("", _LIST_MARK.sub("", prose))
     if any(brackets.count(left) != brackets.count(right) for left, right in _PAIRS):
-        flaws.append("brackets that do not match")
+        flaws.append("unmatched brackets")
     letters = [character for character in prose if character.isupper() or character.islower()]
     if len(letters) >= _CAPITAL_LETTERS and sum(map(str.isupper, letters)) > 0.7 * len(letters):
-        flaws.append("capitals throughout")
+        flaws.append("capitals only")
     if len(prose.split()) >= _UNPUNCTUATED_WORDS and not _PUNCTUATION.search(prose):
         flaws.append("no punctuation")
     if _BROKEN.search(prose):
@@ -102,13 +97,13 @@ def _flaws(answer: str) -> list[str]:
 
 
 def repeated_share(text: str) -> float:
-    """Share of the text's four-word sequences that occurred earlier in it; 0 for a text of fewer words than five."""
+    """Share of the four-word sequences that occurred earlier in the text; 0 for fewer than five words."""
     words = text.lower().split()
     sequences = [tuple(words[k : k + _REPEATED_WORDS]) for k in range(len(words) - _REPEATED_WORDS + 1)]
     return 1 - len(set(sequences)) / len(sequences) if len(sequences) > 1 else 0.0
 
 
 def compression_ratio(text: str) -> float:
-    """Bytes over bytes after zlib; prose has 1.5 to 3, whatever says the same again more."""
+    """Bytes over bytes after zlib: 1.5 to 3 for prose, more for repetitions."""
     data = text.encode()
     return len(data) / len(zlib.compress(data, 6)) if len(data) >= _COMPRESSED_BYTES else 1.0

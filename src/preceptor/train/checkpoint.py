@@ -9,6 +9,7 @@ data needs no state: it is a function of the step (data/loader.py).
 
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from preceptor.errors import CheckpointError
 from preceptor.files import replacing
+from preceptor.model.forward import Engine
 
 
 @dataclass
@@ -25,6 +27,10 @@ class State:
     model: Any
     optimizer: torch.optim.Optimizer
     step: int = 0
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model)
 
 
 def save(state: State, folder: Path, fingerprint: str, keep: int) -> None:

@@ -1,4 +1,4 @@
-"""Looking at the model while it trains: held-out rows, tasks, and its answers to the same prompts each time."""
+"""Evaluations during training: held-out loss, tasks, and answers to the same prompts each time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,21 @@ from preceptor.train.prepare import Prepared
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt: its context tokens, the words that a person reads, and the reference answer."""
+    """A held-out prompt whose answers are recorded."""
 
     source: str
-    context: tuple[int, ...]
-    asked: str
-    reference: str
+    context: tuple[int, ...]  # tokens
+    last_message: str
+    reference: str  # the answer in the data
 
 
 @dataclass
 class Evaluations:
-    """Writes `eval.jsonl` (one line a look) and `samples.jsonl` (one line a prompt and look).
+    """Writes `eval.jsonl` (one line per evaluation) and `samples.jsonl` (one line per evaluation and prompt).
 
-    A line of eval.jsonl has `step` and, where there are held-out rows, `loss`, `bits_per_byte`, `token_accuracy`,
-    `num_trained`, and the same by `by_source`, `by_kind`, `by_turn` (held_out.py); where there are tasks, `tasks`
-    (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one, drawn by the same seed at each look.
+    A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
+    and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
+    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation.
     """
 
     folder: Path
@@ -52,7 +52,7 @@ class Evaluations:
     last: dict[str, Any] = field(default_factory=dict)
 
     def look(self, state: State) -> None:
-        """Measure and sample; nothing that influences training changes."""
+        """Evaluate and sample; nothing that influences training changes."""
         if not self.enabled:
             return
         evaluated = self.evaluated(state.model)
@@ -83,7 +83,7 @@ class Evaluations:
                 {
                     "step": step,
                     "source": prompt.source,
-                    "prompt": prompt.asked,
+                    "prompt": prompt.last_message,
                     "answer": answer.text,
                     "stopped": answer.stopped,
                     "sampled": drawn.text,
@@ -95,7 +95,7 @@ class Evaluations:
 
 
 def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
-    """The looks of a run. alone: the model reads one conversation at a time."""
+    """The evaluations of a run. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
     renderer = chat.renderer(run.data)
@@ -124,13 +124,11 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
 
 
 def _shown(measured: dict[str, Any]) -> str:
-    """A look in one line."""
+    """An evaluation in one line."""
     parts = []
     if "loss" in measured:
         per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
-        parts.append(
-            f"held-out loss {measured['loss']:.4f}{per_byte}, {measured['token_accuracy']:.1%} of the tokens right"
-        )
+        parts.append(f"held-out loss {measured['loss']:.4f}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
     for task in measured.get("tasks", ()):
         name, figure = next(iter(task["figures"].items()))
         parts.append(f"{task['task']} {name} {figure['value']:.3f}")
@@ -138,12 +136,12 @@ def _shown(measured: dict[str, Any]) -> str:
 
 
 def first_prompt(conversation: Conversation, tree: Tree) -> SamplePrompt:
-    """The conversation's first trained turn as a prompt."""
+    """The prompt of the conversation's first trained turn."""
     turn = trainable_turns(conversation.messages)[0]
     target = next(segment for segment in tree.segments if segment.kind == "target")
     return SamplePrompt(
         source=conversation.source,
         context=path_ids(tree, target.parent),
-        asked=conversation.messages[turn - 1].content if turn else "",
+        last_message=conversation.messages[turn - 1].content if turn else "",
         reference=conversation.messages[turn].content,
     )

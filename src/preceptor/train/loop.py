@@ -1,10 +1,15 @@
-"""The loop: rows in, a trained model out, with every step on record."""
+"""Training loop: sequences in, a trained model out, every step recorded."""
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from preceptor import config
 from preceptor.console import Display
@@ -12,16 +17,17 @@ from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.files import append_line
-from preceptor.model.activations.embedding import embedding_gradient_in_place
-from preceptor.model.loss.linear_cross_entropy import head_cast_once
-from preceptor.model.peak import peak_memory_bytes
+from preceptor.model.activations.context import StepContext
+from preceptor.model.forward import Engine
+from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import Evaluations
-from preceptor.train.objective import CROSS_ENTROPY_OF_A_ROW, Objective
+from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
-from preceptor.train.room import naming_what_does_not_fit
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def train(
@@ -36,8 +42,9 @@ def train(
 ) -> None:
     """Train `state` to the end of the run.
 
-    Each step divides the summed loss of its rows once, by the step's number of trained tokens (or of conversations,
-    data/mixture.py), so that how tokens are spread over rows changes nothing. Raises ModelError as `take_step` does.
+    Each step divides the summed loss of its sequences once, by the step's number of trained tokens (or of
+    conversations, data/mixture.py), so that how tokens are spread over sequences changes nothing. Raises ModelError as
+    `take_step` does.
     """
     optimizer = run.optimizer
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
@@ -49,19 +56,19 @@ def train(
         watch.look(state)
     for step in range(state.step, total_steps):
         started = time.perf_counter()
-        rows = loader.batch(step)
+        sequences = loader.batch(step)
         learning_rate = learning_rate_at(
             step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
         )
-        loss, grad_norm = take_step(state, rows, learning_rate, optimizer.max_grad_norm, precision, objective)
+        loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
         values = {
             "step": state.step,
             "epoch": round(state.step / loader.steps_per_epoch, 4),
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "num_tokens": sum(row.num_tokens for row in rows),
-            "num_trained": sum(row.num_trained for row in rows),
+            "num_tokens": sum(sequence.num_tokens for sequence in sequences),
+            "num_trained": sum(sequence.num_trained for sequence in sequences),
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(state.model.device),
         }
@@ -75,26 +82,19 @@ def train(
 
 def take_step(
     state: State,
-    rows: Sequence[PackedSequence],
+    sequences: Sequence[PackedSequence],
     learning_rate: float,
     max_grad_norm: float,
     precision: str,
-    objective: Objective = CROSS_ENTROPY_OF_A_ROW,
+    objective: Objective = CROSS_ENTROPY_LOSS,
 ) -> tuple[float, float]:
-    """One optimizer step over `rows`: (mean loss in nats, by default per trained token; gradient norm, not clipped).
+    """One optimizer step: (mean loss in nats, by default per trained token; norm of the gradient, not clipped).
 
     Raises ModelError, before any weight is touched, when loss or gradient is not finite, or when memory runs out.
     """
-    divisor = math.fsum(row.divisor for row in rows) or 1.0
-    loss = 0.0
-    state.model.train()
-    with head_cast_once(), embedding_gradient_in_place(state.model):
-        for row in rows:
-            with naming_what_does_not_fit(row, f"step {state.step + 1}: a row"):
-                with autocast(state.model.device, precision):
-                    share = objective(state.model, row, divisor, add_to_grad=True)
-                share.backward()
-            loss += share.item()
+    divisor = math.fsum(sequence.divisor for sequence in sequences) or 1.0
+    where = f"step {state.step + 1}: a sequence"
+    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where)
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(
@@ -107,6 +107,54 @@ def take_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return loss, grad_norm
+
+
+def accumulate_gradients(
+    engine: Engine,
+    sequences: Sequence[PackedSequence],
+    divisor: float,
+    precision: str,
+    objective: Objective,
+    where: str,
+) -> float:
+    """Forward and backward of each sequence: their loss over `divisor`, whose gradients join `.grad`.
+
+    Raises ModelError, which begins with `where`, when memory runs out.
+    """
+    step = StepContext(divisor, accumulates=True, head_cast=HeadCast())
+    device = engine.model.device
+    engine.train()
+    loss = 0.0
+    for sequence in sequences:
+        with _explaining_out_of_memory(sequence, where):
+            with autocast(device, precision):
+                share = objective(engine, sequence, step)
+            share.backward()
+        loss += share.item()
+    return loss
+
+
+@contextmanager
+def _explaining_out_of_memory(sequence: PackedSequence, where: str) -> Iterator[None]:
+    """Raises ModelError, with the sequence's size and the keys that help, where memory runs out inside."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        raise ModelError(
+            f"{where}, {sequence.num_tokens:,} tokens, {sequence.num_trained:,} of them trained, does not fit in "
+            f"memory beside weights, gradients and optimizer state. Lower data.max_length, save activations "
+            f"(memory.context_gradient, memory.activation_checkpointing), or train an adapter"
+        ) from error
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """The peak so far: allocated by torch on a CUDA device, else the resident memory of this process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
 
 
 def due(every: Any, step: int, loader: Loader, total_steps: int) -> bool:

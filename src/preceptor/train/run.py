@@ -14,15 +14,17 @@ from preceptor.data.loader import Loader
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
+from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model
-from preceptor.model.peak import peak_memory_bytes
-from preceptor.model.towers import freeze_towers, tower_parameters
+from preceptor.model.optimisations import install
+from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.report.page import write_report
 from preceptor.train import checkpoint, loop
 from preceptor.train.checkpoint import State
 from preceptor.train.evaluations import build_evaluations
+from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
@@ -48,7 +50,7 @@ def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str
 
 
 def build_model(prepared: Prepared, device: torch.device) -> Any:
-    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted."""
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
     run, chat = prepared.run, prepared.chat
     model = load_model(
         run.model.path,
@@ -75,6 +77,7 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
             new_token_ids=sorted(chat.added.values()),
             seed=run.train.seed,
         )
+    install(model, run.engine)
     return model
 
 
@@ -102,8 +105,8 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     if resume:
         _resume(state, prepared, folder)
     else:
-        start_run(folder, prepared, loader, num_steps, device, replace)
-    _announce(console, prepared, model, num_steps, loader)
+        start_run(folder, prepared, loader, num_steps, device, state.engine.state.optimisations, replace)
+    _announce(console, prepared, state.engine, num_steps, loader)
     with Display(console, num_steps, state.step) as display:
         evaluations = build_evaluations(prepared, folder, display.say, loader.alone)
         loop.train(run, objective, state, loader, evaluations, display, folder, prepared.fingerprint)
@@ -123,8 +126,21 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
         "seconds": time.perf_counter() - started,
     }
     write_json(folder / "summary.json", summary)
-    write_report([folder])
+    _write_report(folder, console)
     return summary
+
+
+def _write_report(folder: Path, console: Console) -> None:
+    """The run is complete without its report, so no error of the report may fail it."""
+    try:
+        write_report([folder])
+    except Exception as error:
+        console.print(
+            f"the report could not be written ({type(error).__name__}: {error}); the run itself is complete. "
+            f"Try `preceptor report {folder}`",
+            style="yellow",
+            markup=False,
+        )
 
 
 def _resume(state: State, prepared: Prepared, folder: Path) -> None:
@@ -149,22 +165,26 @@ def _saying(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, markup=False)
 
 
-def _announce(console: Console, prepared: Prepared, model: Any, num_steps: int, loader: Loader) -> None:
+def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: int, loader: Loader) -> None:
+    model: Any = engine.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
     console.print(
         f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
-        f"({tokens.trained / tokens.computed:.0%}); rows {loader.fill:.0%} full; {num_steps:,} steps\n"
+        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )
     towers = sum(p.numel() for p in tower_parameters(model))
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
-    for line in filter(None, (of_towers, str(tokens), str(prepared.shortened))):
+    optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
+    for line in filter(None, (of_towers, optimisations, str(tokens), str(prepared.shortened))):
         console.print(line, highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
-        console.print(f"{num} row{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow")
+        console.print(
+            f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
+        )

@@ -3,7 +3,7 @@
 OUT/config.yaml      the resolved run file
 OUT/rejections.jsonl examples that were not trained: source, code, message
 OUT/environment.json command, versions, machine; the model and every data file with their hashes
-OUT/data.json        counts of rows, tokens and steps; lengths of trees and targets
+OUT/data.json        counts of examples, tokens and steps; lengths of trees and targets
 OUT/examples.jsonl   a few of the trained trees, token by token
 OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation
@@ -68,9 +68,18 @@ def check_out(out: str, replace: bool) -> Path:
 
 
 def start_run(
-    folder: Path, prepared: Prepared, loader: Loader, num_steps: int, device: torch.device, replace: bool
+    folder: Path,
+    prepared: Prepared,
+    loader: Loader,
+    num_steps: int,
+    device: torch.device,
+    optimisations: Collection[str],
+    replace: bool,
 ) -> None:
-    """Make the folder and write what the run is made of. Raises CheckpointError if it cannot be written."""
+    """Make the folder and write what the run is made of. Raises CheckpointError if it cannot be written.
+
+    optimisations: names of the engine's that are on.
+    """
     check_out(str(folder), replace)
     with writing(folder):
         if folder.exists():
@@ -80,7 +89,9 @@ def start_run(
             (folder / name).touch()
     write_atomically(folder / "config.yaml", config.dump(prepared.run))
     write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections))
-    write_json(folder / "environment.json", {**session(device), **origins(prepared), "resumed": []})
+    engine = {"mode": prepared.run.engine, "optimisations": sorted(optimisations)}
+    environment = {**session(device), **origins(prepared), "engine": engine, "resumed": []}
+    write_json(folder / "environment.json", environment)
     write_json(folder / "data.json", amounts(prepared, loader, num_steps))
     write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
 
@@ -166,7 +177,7 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
 
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
-    """Counts of rows, tokens and steps, and histograms of lengths."""
+    """Counts of examples, tokens and steps, and histograms of lengths."""
     targets = [len(s.ids) for tree in prepared.train.trees() for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,

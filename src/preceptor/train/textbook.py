@@ -1,6 +1,6 @@
-"""The textbook's trainer, for notebooks: one prompt, one response, one optimizer step.
+"""Trainer for notebooks, as textbooks write it: one prompt, one response, one optimizer step.
 
-Nothing here computes anything of its own: the pair goes through the same rendering, row, attention and loss as a run.
+Nothing here computes anything of its own: the pair goes through the same sequence, attention and loss as a run.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import DataError
-from preceptor.model.forward import row_loss
+from preceptor.model.forward import Engine
 
 
 class SFTTrainer:
@@ -38,10 +38,10 @@ class SFTTrainer:
             raise DataError("the response has no token: there is nothing to train")
         context = Segment("context", prompt_ids, parent=None, text=prompt)
         target = Segment("target", response_ids, parent=0, text=response)
-        row = pack_trees([Tree("train_step", (context, target))])
+        sequence = pack_trees([Tree("train_step", (context, target))])
         self.model.train()
         optimizer.zero_grad()
-        loss = row_loss(self.model, row) / row.num_trained
+        loss: torch.Tensor = Engine(self.model)(sequence) / sequence.num_trained
         loss.backward()
         optimizer.step()
         return loss.item()

@@ -1,55 +1,39 @@
-"""The gradient of the input embedding, added where it belongs: no V x D temporary for each row of a step.
+"""Input embedding whose gradient is added to `.grad` in place: no V x D temporary for each sequence of a step.
 
 Autograd's own backward of a lookup makes a whole gradient, nearly all of it zeros, and adds it to `.grad`: for a
-vocabulary of 152k and a hidden size of 1,024, 0.6 GB for each row, however few tokens it has. Here the lookup is in the
-rows that occur, and their gradient is added to theirs.
+vocabulary of 152k and a hidden size of 1,024, 0.6 GB for each sequence, however few tokens it has. Here the lookup is
+in the rows that occur, and their gradient is added to theirs.
 
-Legend: T tokens of a row, R different ones among them, V vocabulary, D hidden size.
+Legend: T tokens of a sequence, R different ones among them, V vocabulary, D hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from preceptor.model.attention.runs import decoder_of
 
+class AccumulatingEmbedding(nn.Module):
+    """While a step accumulates, backward adds the gradient to `.grad` itself (None: made there).
 
-@contextmanager
-def embedding_gradient_in_place(model: nn.Module) -> Iterator[None]:
-    """Within it, backward adds the gradient of the input embedding to its `.grad` itself (None: made there).
-
-    So `torch.autograd.grad` gives none for it. Where the embedding is more than a plain float32 parameter that is
-    trained (sharded, wrapped by peft, hooked, frozen), nothing changes.
+    So `torch.autograd.grad` gives none for it. Where the weight is more than a plain float32 parameter that is trained
+    (sharded, wrapped by peft, hooked, frozen), nothing changes.
     """
-    layer = decoder_of(model).get_input_embeddings()
-    if not isinstance(layer, nn.Embedding) or not takes_gradient_in_place(layer.weight) or layer.max_norm is not None:
-        yield
-        return
-    lookup = layer.forward
 
-    def forward(ids: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return lookup(ids)
+    def forward(self, ids: Tensor) -> Any:
+        layer: Any = self
+        accumulates = layer.engine_state.accumulates and torch.is_grad_enabled()
+        if not accumulates or not takes_gradient_in_place(layer.weight):
+            return super().forward(ids)
         occurring_R, place_T = torch.unique(ids, return_inverse=True)
-        weight_VD, padding_idx = layer.weight, layer.padding_idx
-        # What stands in the instance hides the parameter: the layer's own forward, scale and all, looks up in the rows.
-        layer.__dict__["weight"] = _Rows.apply(weight_VD, occurring_R)
-        layer.padding_idx = None
-        try:
-            return lookup(place_T)
-        finally:
-            del layer.__dict__["weight"]
-            layer.padding_idx = padding_idx
-
-    layer.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del layer.__dict__["forward"]
+        # A copy of the layer, in which the rows stand for the weight, looks them up by its own forward, scale and all.
+        twin: Any = copy(layer)
+        twin._parameters = {}
+        twin.padding_idx = None
+        twin.weight = _Rows.apply(layer.weight, occurring_R)
+        return super(AccumulatingEmbedding, twin).forward(place_T)
 
 
 def takes_gradient_in_place(weight: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Gated feed-forward layers, down(act(gate(x)) * up(x)), that do not keep act(gate) for backward.
+"""Gated linear units, down(act(gate(x)) * up(x)), that do not keep act(gate) for backward.
 
-It is computed again, one pointwise function of a tensor that is kept anyway: an eighth of all activations less.
+It is computed again, one pointwise function of a tensor that is kept in any case: an eighth of all activations less.
 (Shazeer 2020, "GLU Variants Improve Transformer".)
 """
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-Forward = Callable[..., Any]
 Pointwise = Callable[..., Tensor]
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
@@ -32,8 +31,18 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _TRIED = torch.tensor([1.0, 10.0, 100.0])  # how large the numbers are: a module that clamps them is another one
 
 
-def gate_activation(module: nn.Module) -> tuple[Pointwise, Pointwise] | None:
-    """The activation and its backward if a module is such a layer, tried on random numbers, or None."""
+class EfficientGLU(nn.Module):
+    """A gated linear unit; `engine_settings`: its activation and the activation's backward."""
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        unit: Any = self
+        if unit.engine_state.casts is None or rest or named:
+            return super().forward(x, *rest, **named)
+        return unit.down_proj(_Gated.apply(unit.gate_proj(x), unit.up_proj(x), *unit.engine_settings))
+
+
+def glu_activation(module: nn.Module) -> tuple[Pointwise, Pointwise] | None:
+    """The activation and its backward if a module is such a layer, found by a trial on random numbers, or None."""
     children = dict(module.named_children())
     if not children.keys() >= set(_PROJECTIONS) or dict(module.named_parameters(recurse=False)):
         return None
@@ -48,7 +57,7 @@ def gate_activation(module: nn.Module) -> tuple[Pointwise, Pointwise] | None:
 
 @torch.no_grad()
 def _tried(module: nn.Module, others: dict[str, nn.Module]) -> tuple[Pointwise, Pointwise] | None:
-    """Through a twin whose projections give random numbers, in training mode, so that a dropout shows."""
+    """Through a copy whose projections give random numbers, in training mode, so that a dropout shows."""
     generator = torch.Generator().manual_seed(0)
     gate, up = torch.randn(2, 1, len(_TRIED), 64, generator=generator) * _TRIED[:, None]
     twin = copy(module)
@@ -67,15 +76,6 @@ class _Gives(nn.Module):
 
     def forward(self, _: Tensor) -> Tensor:
         return self.tensor
-
-
-def lean_gate(act: Pointwise, act_backward: Pointwise) -> Callable[[Any, Forward, Tensor], Any]:
-    """What stands for the forward of such a layer."""
-
-    def gated(module: Any, forward: Forward, x: Tensor) -> Any:
-        return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x), act, act_backward))
-
-    return gated
 
 
 class _Gated(torch.autograd.Function):

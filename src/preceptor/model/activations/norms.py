@@ -1,15 +1,14 @@
-"""Root-mean-square norms that keep for backward no more than their input and one number a token.
+"""Root-mean-square norms that keep only their input and one number per token for backward.
 
     x-hat = x * r        r = (mean(x^2) + eps)^(-1/2), in float32        y = x-hat * weight   (Zhang and Sennrich 2019)
 
-Of the single operations that modelling files write, autograd keeps x-hat besides, and x in float32 where it is not: an
-eighth to a quarter of all activations. Here backward computes x-hat again, one product, and takes fewer passes over
-memory. Which order of rounding a module follows is found by trying it on random numbers.
+Of the single operations in modelling files, autograd also keeps x-hat, and x in float32 where it is not: an eighth to a
+quarter of all activations. Here backward computes x-hat again, one product, and takes fewer passes over memory. Which
+order of rounding a module follows is found by a trial on random numbers.
 
 Legend: T tokens (times heads), D normed size.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-
-Forward = Callable[..., Any]
 
 _HANDLED = (torch.float32, torch.bfloat16, torch.float16)
 _TRIED = ((torch.float32, 1e-6), (torch.bfloat16, 1e-3))  # a wrong order of rounding is off by 2e-3 in bfloat16
@@ -33,29 +30,29 @@ class NormForm:
 
 
 FORMS = {"llama": NormForm(False, True), "gpt_oss": NormForm(False, False), "gemma": NormForm(True, False)}
-_FOUND: dict[Any, NormForm | None] = {}
 
 
-def norm_form(module: nn.Module) -> NormForm | None:
-    """What form of norm a module is, or None; tried once for all modules of a class with the same settings."""
+class EfficientNorm(nn.Module):
+    """A norm of the form `engine_settings`; its own forward where something is not plain."""
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
+        norm: Any = self
+        handled = x.dtype in _HANDLED and type(norm.weight) is nn.Parameter and not rest and not named
+        if norm.engine_state.casts is None or not handled:
+            return super().forward(x, *rest, **named)
+        return root_mean_square_norm(x, norm.weight, _eps(norm), norm.engine_settings)
+
+
+def norm_form(module: nn.Module, found: dict[Any, NormForm | None] | None = None) -> NormForm | None:
+    """What form of norm a module is, or None. found: earlier results, one for all modules of a class and settings."""
     if not _looks_like_one(module):
         return None
+    found = {} if found is None else found
     settings = {name: repr(value) for name, value in vars(module).items() if not name.startswith("_")}
     key = type(module), module.weight.dtype, *sorted(settings.items())
-    if key not in _FOUND:
-        _FOUND[key] = _tried(module)
-    return _FOUND[key]
-
-
-def lean_norm(form: NormForm) -> Callable[[Any, Forward, Tensor], Any]:
-    """What stands for the forward of a norm of this form: it keeps less. Its own does where something is not plain."""
-
-    def norm(module: Any, forward: Forward, x: Tensor) -> Any:
-        if x.dtype not in _HANDLED or type(module.weight) is not nn.Parameter:
-            return forward(module, x)
-        return root_mean_square_norm(x, module.weight, _eps(module), form)
-
-    return norm
+    if key not in found:
+        found[key] = _tried(module)
+    return found[key]
 
 
 def root_mean_square_norm(x_TD: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> Tensor:
@@ -75,11 +72,11 @@ def _eps(module: Any) -> Any:
 
 @torch.no_grad()
 def _tried(module: nn.Module) -> NormForm | None:
-    """On numbers so small that eps counts, under weights unlike those of a new model."""
+    """On numbers so small that eps counts, under weights unlike those of a new model; on the CPU."""
     weight_D: Any = module.weight
     generator = torch.Generator().manual_seed(0)
     x_TD, trial_D = (torch.randn(n, len(weight_D), generator=generator) for n in (4, 1))
-    x_TD, trial_D = (x_TD * _eps(module) ** 0.5).to(weight_D.device), trial_D[0].to(weight_D)
+    x_TD, trial_D = x_TD * _eps(module) ** 0.5, trial_D[0].to(weight_D.dtype)
     for form in FORMS.values():
         try:
             if all(_agree(module, x_TD.to(dtype), trial_D, form, bound) for dtype, bound in _TRIED):

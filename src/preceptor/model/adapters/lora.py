@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
-from preceptor.model.attention.runs import decoder_of
+from preceptor.model.parts import decoder_of
 
 ALL_LINEAR = "all-linear"
 

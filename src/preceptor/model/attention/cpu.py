@@ -69,11 +69,11 @@ def _attend_fused(
         form = (queries.stop - queries.start, keys.stop - keys.start, window)
         mask_QP = masks.mask(*form, query_Q.dtype, query_Q.device, BLOCK_TOKENS)
         block = (query_Q[:, :, queries], key_P[:, :, keys], value_P[:, :, keys])
-        outputs.append(_attend_masked(*block, mask_QP, scale))
+        outputs.append(attend_masked(*block, mask_QP, scale))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type == "cuda":  # with a mask, CUDA's fused kernels do not take grouped heads
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1

@@ -1,17 +1,18 @@
 """Attention over a forest by CUDA's fused kernels: same signature and result as `attend_runs`, few launches a layer.
 
     tokens go through the layers       kernel                       work and memory
-    a row of chains, or some of a row  `varlen_attn` (flash)        one launch; keys of a branch are copied per path,
+    chains, or a phase of a sequence   `varlen_attn` (flash)        one launch; keys of a branch are copied per path,
                                                                     and per query head by torch 2.11
-    a whole row with branches          `flex_attention` (Triton)    one launch over blocks of 128 x 128 tokens, of which
+    a whole sequence with branches     `flex_attention` (Triton)    one launch over blocks of 128 x 128 tokens, of which
                                                                     those that nothing sees are left out; no copies
 
-`fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, levels with soft-cap
+`fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, phases with soft-cap
 or sinks, heads that a kernel does not take, a version of torch that lacks an option. Flex honours soft-cap as a change
 of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
 exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
-Legend: T tokens of a row, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of a row.
+Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of
+a sequence.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from preceptor.model.attention.layout import ForestLayout, KeysValues, PassLayout, Range, product_dtype
+from preceptor.model.attention.layout import ForestLayout, KeysValues, PhaseLayout, TokenRange, product_dtype
 
 Attend = Callable[..., Tensor]
 
-BLOCK = 128  # tokens a side; flex's own, and the shortest row for which it takes its kernel for training
+BLOCK = 128  # tokens a side; flex's own, and the shortest sequence for which it takes its kernel for training
 _SMALLEST_FLEX_HEAD = 16
 _LARGEST_FLASH_HEAD = 256
 _FLASH_CAPABILITY = (8, 0)
@@ -41,7 +42,7 @@ def fast_path(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout | PassLayout,
+    layout: ForestLayout | PhaseLayout,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Attend | None:
@@ -92,19 +93,19 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-# Chains and levels ---------------------------------------------------------------------------------------------------
+# Chains and phases ---------------------------------------------------------------------------------------------------
 
 
 def attend_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout | PassLayout,
+    layout: ForestLayout | PhaseLayout,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    seen: dict[Range, KeysValues] | None = None,
+    seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """As `attend_runs`, without soft-cap and sinks: each run's queries against the keys of its path.
 
@@ -139,7 +140,7 @@ def attend_varlen(
     return cast(Tensor, output_THD).transpose(0, 1)[None]
 
 
-def _path_lengths(layout: ForestLayout | PassLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+def _path_lengths(layout: ForestLayout | PhaseLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
     """Where each run's queries and keys begin, with the end of the last, int32; the most queries and keys of a run."""
     queries = [end - start for start, end, _ in layout.runs]
     keys = [end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in layout.runs]
@@ -148,7 +149,7 @@ def _path_lengths(layout: ForestLayout | PassLayout, device: torch.device) -> tu
 
 
 def _join_paths(
-    key: Tensor, value: Tensor, layout: ForestLayout | PassLayout, seen: dict[Range, KeysValues]
+    key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, seen: dict[TokenRange, KeysValues]
 ) -> KeysValues:
     """Keys and values of all paths, one after the other, (1, K, P, D) each; the runs' own are put into `seen`."""
     lengths = [end - start for start, end, _ in layout.runs]
@@ -174,9 +175,9 @@ def attend_flex(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    seen: dict[Range, KeysValues] | None = None,
+    seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
-    """As `attend_runs` for a whole row. seen: of no use here, as a whole row sees nothing else."""
+    """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
     dtype = product_dtype(value)
     if ("flex", sliding_window) not in layout.made:
         layout.made["flex", sliding_window] = block_mask(layout, sliding_window)
@@ -201,8 +202,8 @@ def attend_flex(
 def _flex(device_type: str) -> Callable[..., Any]:
     """Flex compiled once, on CUDA; elsewhere, for tests, as it is: the scores written out.
 
-    Each form (with a window, with sinks, without gradients) is traced for the first row's length and, at the second
-    length, for all lengths. Not `dynamic=True`: it makes soft-cap and window variables too, and then the backward of
+    Each form (with a window, with sinks, without gradients) is traced for the first length and, at the second, for all
+    lengths. Not `dynamic=True`: it makes soft-cap and window variables too, and then the backward of
     soft-cap fails (torch 2.13). `fullgraph`: what cannot be compiled is an error, never T x T scores; those would give
     soft-cap a wrong gradient under activation checkpointing besides, as it is traced among the layer's saved tensors.
     """
@@ -225,7 +226,7 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
 
 
 def block_mask(layout: ForestLayout, sliding_window: int | None = None) -> BlockMask:
-    """Which blocks of the row's T x T scores are computed, and which of these need the mask of single tokens.
+    """Which blocks of the sequence's T x T scores are computed, and which of these need the mask of single tokens.
 
     By the extremes of each block, so that no T x T mask is ever made: with a key block's tokens j and a query block's
     tokens i, some are visible iff the blocks are in order and min i < max subtree_end[j]; all are if besides

@@ -1,22 +1,23 @@
-"""What attention needs to know of the tokens that go through the layers together: a whole row, or some of it.
+"""Layout of the tokens that go through the layers together: a whole sequence, or one phase of it.
 
-Legend: T tokens of a row, Q queries and P keys of one block.
+Legend: T tokens of a sequence, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence, runs
 from preceptor.model.sizes import on_grid
 
-Range = tuple[int, int]
-"""Tokens `start` to `end` of a row."""
+TokenRange = tuple[int, int]
+"""Tokens `start` to `end` of a sequence."""
 
-Run = tuple[int, int, tuple[Range, ...]]
+AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
 """Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
 
 KeysValues = tuple[Tensor, Tensor]
@@ -24,7 +25,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class Scratch:
-    """Memory that the backward of each run and layer of a row writes in, one after the other."""
+    """Memory that the backward of each run and layer of a sequence writes in, one after the other."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
@@ -37,18 +38,18 @@ class Scratch:
 
 
 class PathMasks:
-    """What the last tokens of a path see of it: one mask that all runs, blocks and layers of a row have views of.
+    """What the last tokens of a path see of it: one mask that all runs, blocks and layers have views of.
 
     Query i sees key j iff 0 <= i - j < window, both counted from the end of the path, so the mask of Q queries and P
     keys is the lower right corner of that of more. As sdpa saves its mask for backward, a mask for each layer would
     take 128 MB for 1,000 queries, 4,000 keys and 8 layers.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
+    def __init__(self, runs: Iterable[AttentionRun], scratch: Scratch | None = None) -> None:
         """runs: all that will ask, so that one mask is large enough for them."""
         self._longest = max(end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in runs)
         self._masks: dict[object, Tensor] = {}
-        self.scratch = Scratch()
+        self.scratch = scratch or Scratch()
 
     def mask(
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int
@@ -73,41 +74,54 @@ class PathMasks:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ForestLayout:
-    """A whole row. `runs` are in layout order and cover its T tokens.
+    """A whole sequence. `runs` are in layout order and cover its T tokens.
 
-    made: what a kernel needs besides, made by the first layer that asks and kept for all others.
+    dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get no
+    gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others.
     """
 
     position_T: Tensor
     subtree_end_T: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[AttentionRun, ...]
     masks: PathMasks
+    dense: bool = False
+    constant_T: Tensor | None = None
     made: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_row(cls, row: PackedSequence, device: torch.device | str) -> "ForestLayout":
-        own = tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(row.spans))
+    def from_sequence(
+        cls,
+        sequence: PackedSequence,
+        device: torch.device | str,
+        dense: bool = False,
+        constant_T: np.ndarray | None = None,
+    ) -> "ForestLayout":
+        own = tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(sequence.spans))
         return cls(
-            position_T=torch.from_numpy(row.position_T).to(device),
-            subtree_end_T=torch.from_numpy(row.subtree_end_T).to(device),
+            position_T=torch.from_numpy(sequence.position_T).to(device),
+            subtree_end_T=torch.from_numpy(sequence.subtree_end_T).to(device),
             runs=own,
             masks=PathMasks(own),
+            dense=dense,
+            constant_T=None if constant_T is None else torch.from_numpy(constant_T).to(device),
         )
 
 
 @dataclass(eq=False, slots=True)
-class PassLayout:
-    """Some tokens of a row, whose runs see others that went through the layers before.
+class PhaseLayout:
+    """Some tokens of a sequence, whose runs see others that went through the layers before.
 
-    kept: for each attention module, keys and values of the ranges that earlier passes computed. recorded: where the
-    modules leave theirs, with the earlier ones, for the passes to come; None: nowhere, as when a layer runs again in
-    backward and its keys are known already. made: as in ForestLayout.
+    kept: for each attention module, keys and values of the ranges that earlier phases computed. recorded: where the
+    modules leave theirs, with the earlier ones, for the phases to come; None: nowhere, as when a layer runs again in
+    backward and its keys are known already. keys_only: attention stops the layer once these are recorded. made: as in
+    ForestLayout.
     """
 
-    runs: tuple[Run, ...]
-    kept: Mapping[nn.Module, Mapping[Range, KeysValues]]
-    recorded: dict[nn.Module, dict[Range, KeysValues]] | None
+    runs: tuple[AttentionRun, ...]
+    kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]]
+    recorded: dict[nn.Module, dict[TokenRange, KeysValues]] | None
     masks: PathMasks
+    keys_only: bool = False
     made: dict[Any, Any] = field(default_factory=dict)
 
 

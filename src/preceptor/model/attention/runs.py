@@ -1,20 +1,21 @@
 """Attention over a forest: token j is visible to token i iff `j <= i < subtree_end[j]` (see data/forest.py).
 
-`attend_reference` is the dense mask, for any length that fits; `attend_runs` goes run by run, so no token is compared
-with a token that it cannot see; attention_cuda.py has fused kernels. All have one signature and honour what is asked:
+`attend_reference` and `attend_dense` use the dense mask, for any length that fits; `attend_runs` goes run by run, so no
+token is compared with a token that it cannot see; cuda.py has fused kernels. All have one signature and honour what is
+asked:
 
     sliding window W   of what i sees, only j with position_i - position_j < W
     soft-cap c         scores become c * tanh(score / c)                                           (Gemma 2)
     sinks s_H          one further score per head takes part in the softmax and carries no value   (gpt-oss)
 
-`preceptor_forest` is registered with transformers' AttentionInterface and in force within `forest_attention(model)`;
-the decoder layers hand the layout on as the keyword `forest`. No mask function is registered under that name, so
-transformers builds no mask at all.
+`preceptor_forest` is registered with transformers' AttentionInterface and in force within
+`attention_implementation(decoder, IMPLEMENTATION)`; the decoder layers hand the layout on as the keyword `forest`. No
+mask function is registered under that name, so transformers builds no mask at all.
 
-Legend: T tokens of a row, H query heads, K key-value heads, D head size, Q queries and P keys of one block.
+Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, Q queries and P keys of one block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from preceptor.errors import ModelError
-from preceptor.model.attention.cpu import attend_path, attend_under_mask
+from preceptor.model.attention.cpu import attend_masked, attend_path, attend_under_mask
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import (
+    AttentionRun,
     ForestLayout,
     KeysValues,
-    PassLayout,
-    Range,
-    Run,
+    PhaseLayout,
+    TokenRange,
     dense_mask,
     product_dtype,
 )
@@ -54,16 +55,39 @@ def attend_reference(
     return attend_under_mask(query, key, value, mask_TT, scale, softcap, sinks)
 
 
-def attend_runs(
+def attend_dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: ForestLayout | PassLayout,
+    layout: ForestLayout,
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    seen: dict[Range, KeysValues] | None = None,
+) -> Tensor:
+    """The same by torch's own attention where it can, and with `layout.constant_T` honoured: the plain engine's."""
+    dtype = product_dtype(value)
+    if layout.constant_T is not None:
+        constant_T1 = layout.constant_T[:, None]
+        key, value = (torch.where(constant_T1, part.detach(), part) for part in (key, value))
+    with torch.autocast(value.device.type, enabled=False):
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if softcap is not None or sinks is not None:
+            return attend_reference(query, key, value, layout, scale, sliding_window, softcap, sinks)
+        mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
+        return attend_masked(query, key, value, mask_TT, scale)
+
+
+def attend_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: ForestLayout | PhaseLayout,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """The same as `attend_reference`, run by run: work and memory follow what is visible, not T squared.
 
@@ -87,11 +111,11 @@ def attend_runs(
 
 
 def keep_runs(
-    key: Tensor, value: Tensor, layout: ForestLayout | PassLayout, seen: dict[Range, KeysValues]
+    key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, seen: dict[TokenRange, KeysValues]
 ) -> torch.dtype:
     """Put each run's keys and values into `seen`, cast once, to the dtype of the products, which is returned.
 
-    Taken apart by `split`, not by slices: the backward of a slice writes a whole row of zeros, that of `split` is one
+    Taken apart by `split`, not by slices: the backward of a slice writes zeros for all tokens, that of `split` is one
     concatenation (100 runs of 40 tokens, 16 heads: 1.6 s against 0.1 s a layer).
     """
     lengths = [end - start for start, end, _ in layout.runs]
@@ -107,7 +131,7 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return pieces[0].to(dtype) if len(pieces) == 1 else torch.cat([piece.to(dtype) for piece in pieces], dim=2)
 
 
-def _fastest_dtype(asked: torch.dtype, runs: Sequence[Run], device: torch.device) -> torch.dtype:
+def _fastest_dtype(asked: torch.dtype, runs: Sequence[AttentionRun], device: torch.device) -> torch.dtype:
     """On a CPU half precision is the slower one for short runs."""
     if device.type != "cpu" or asked.itemsize != 2:
         return asked
@@ -117,8 +141,8 @@ def _fastest_dtype(asked: torch.dtype, runs: Sequence[Run], device: torch.device
     return torch.float32 if mostly_short(zip(lengths, path_lengths, strict=True)) else asked
 
 
-class KeysKept(Exception):
-    """What was wanted of this layer is done: nothing reads its output."""
+class KeysRecorded(Exception):
+    """Stops a layer whose keys and values are recorded where nothing reads its output (activations/layers.py)."""
 
 
 # What layers may hand to an attention function without any effect on the result.
@@ -140,19 +164,18 @@ def forest_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    forest: ForestLayout | PassLayout | None = None,
-    forest_keys_only: bool = False,
+    forest: ForestLayout | PhaseLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function in transformers' AttentionInterface. Raises ModelError for what it cannot honour, by name.
 
-    With `forest_keys_only`, raises KeysKept as soon as the layer's keys and values are on record.
+    Raises KeysRecorded where the layout asks for keys and values only.
     """
     layer = type(module).__name__
     if forest is None:
         raise ModelError(
-            f"{layer} calls attention without the row's layout: the model drops keyword arguments on the way to its "
-            f"layers, so conversations cannot be kept apart in one row. Use a model whose layers pass them on."
+            f"{layer} calls attention without the sequence's layout: the model drops keyword arguments on the way to "
+            f"its layers, so conversations cannot be kept apart in one sequence. Use a model whose layers pass them on."
         )
     asked = {name: setting for name, setting in kwargs.items() if setting is not None and setting is not False}
     if attention_mask is not None:
@@ -164,14 +187,21 @@ def forest_attention_forward(
     unknown = sorted(asked.keys() - _WITHOUT_EFFECT)
     if unknown:
         advice = " Set attention_dropout to 0 in the model's config.json." if "dropout" in unknown else ""
-        raise ModelError(f"{layer} asks attention for {', '.join(unknown)}, which no row layout can honour.{advice}")
+        raise ModelError(
+            f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.{advice}"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    seen = dict(forest.kept.get(module, {})) if isinstance(forest, PassLayout) else {}
-    if isinstance(forest, PassLayout) and forest.recorded is not None:
-        forest.recorded[module] = seen
-    if forest_keys_only:
-        keep_runs(key, value, forest, seen)
-        raise KeysKept
+    if isinstance(forest, ForestLayout) and forest.dense:
+        output = attend_dense(query, key, value, forest, scale, sliding_window, softcap, s_aux)
+        return output.transpose(1, 2).contiguous(), None
+    seen: dict[TokenRange, KeysValues] = {}
+    if isinstance(forest, PhaseLayout):
+        seen.update(forest.kept.get(module, {}))
+        if forest.recorded is not None:
+            forest.recorded[module] = seen
+        if forest.keys_only:
+            keep_runs(key, value, forest, seen)
+            raise KeysRecorded
     attend = fast_path(query, key, value, forest, softcap, s_aux) or attend_runs
     output = attend(query, key, value, forest, scale, sliding_window, softcap, s_aux, seen)
     return output.transpose(1, 2).contiguous(), None
@@ -181,21 +211,12 @@ AttentionInterface.register(IMPLEMENTATION, forest_attention_forward)
 
 
 @contextmanager
-def forest_attention(model: nn.Module) -> Iterator[None]:
-    """Within the block, the decoder's attention is over a forest; afterwards it is as before.
+def attention_implementation(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within the block, the decoder's attention is the one registered as `name`; afterwards it is as before.
 
-    So generation and saving never see it. With activation checkpointing the block must enclose backward too, since
-    layers run again there. `model` is a transformers causal LM, bare or wrapped by peft. Raises ModelError for a model
-    that does not look its attention up in transformers' AttentionInterface.
+    So generation and saving never see ours. Raises ModelError for a decoder that does not look its attention up in
+    transformers' AttentionInterface.
     """
-    with attention_implementation(model, IMPLEMENTATION):
-        yield
-
-
-@contextmanager
-def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Within the block, the decoder's attention is the one registered as `name`; a ModelError where it is fixed."""
-    decoder = decoder_of(model)
     former = decoder.config._attn_implementation
     if former == name:
         yield
@@ -203,29 +224,10 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     if not decoder._can_set_attn_implementation():
         raise ModelError(
             f"{type(decoder).__name__} computes attention by itself, not through transformers' AttentionInterface, so "
-            f"conversations cannot be kept apart in one row. Use a model type that supports attn_implementation."
+            f"conversations cannot be kept apart in one sequence. Use a model type that supports attn_implementation."
         )
     decoder.config._attn_implementation = name
     try:
         yield
     finally:
         decoder.config._attn_implementation = former
-
-
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, out of its peft wrapper if it has one."""
-    bare: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
-    return model if bare is None else bare()  # type: ignore[return-value]
-
-
-def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The part of a causal LM that turns tokens into hidden states. Raises ModelError where there is no telling."""
-    bare = causal_lm(model)
-    decoder = bare.get_decoder()
-    if decoder is not bare and isinstance(decoder, PreTrainedModel):
-        return decoder_of(decoder) if decoder.can_generate() else decoder  # Llama 4 with a tower: a causal LM in it
-    # transformers looks it up by names that are not those of all models: Llama 4's, and what ModernBERT calls its head
-    inner = [child for child in bare.children() if isinstance(child, PreTrainedModel)]
-    if len(inner) != 1:
-        raise ModelError(f"{type(bare).__name__} does not say which part of it is the decoder. Use another model type.")
-    return inner[0]

@@ -1,9 +1,9 @@
-"""The proof that each attention layer sees in a row what transformers itself would let it see.
+"""Proof that each attention layer sees in a packed sequence what transformers itself would let it see.
 
 transformers puts sliding windows, chunks and bidirectional spans into masks, and models hand only some of that to the
 attention function. So the model is run once with a mask function that asks transformers' own rule, at positions that
-lie far apart as well as side by side, and with an attention function that holds the answer against the rule that
-`attend_runs` would follow. This costs one forward pass of about a hundred tokens, whatever the length of the window.
+lie far apart as well as side by side, and with an attention function that compares the answer with the rule that
+`attend_runs` follows. This costs one forward pass of about a hundred tokens, whatever the length of the window.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from preceptor.errors import ModelError
-from preceptor.model.attention.runs import attention_implementation, causal_lm, decoder_of
+from preceptor.model.attention.runs import attention_implementation
+from preceptor.model.parts import decoder_of, evaluating, model_type
 
 _PROBE = "preceptor_visibility_probe"
 _LARGEST_POWER = 20  # positions up to 2^20, beyond any window in use
@@ -29,17 +30,12 @@ def check_visibility(model: nn.Module) -> None:
     probed: list[str] = []
     device = decoder.get_input_embeddings().weight.device
     ids = torch.zeros(1, len(positions), dtype=torch.long, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        with attention_implementation(model, _PROBE):
-            decoder(input_ids=ids, use_cache=False, probe_positions=positions, probed=probed)
-    finally:
-        model.train(was_training)
+    with evaluating(model), attention_implementation(decoder, _PROBE):
+        decoder(input_ids=ids, use_cache=False, probe_positions=positions, probed=probed)
     if not probed:
         raise ModelError(
-            f"{causal_lm(model).config.model_type}: no layer looks its attention up in transformers' "
-            f"AttentionInterface, so conversations cannot be kept apart in one row. Use another model type."
+            f"{model_type(model)}: no layer looks its attention up in transformers' AttentionInterface, so "
+            f"conversations cannot be kept apart in one sequence. Use another model type."
         )
 
 
@@ -54,7 +50,7 @@ def _probe_positions(config: object) -> list[int]:
 
 
 def _probe_mask(mask_function: Callable[..., Tensor], config: object, device: torch.device, **_: Any) -> Tensor:
-    """transformers' rule at the probe's positions, (1, 1, P, P) bool, in the place of the mask of P tokens in a row."""
+    """transformers' rule at the probe's positions, (1, 1, P, P) bool, in place of the mask of P neighbours."""
     position_P = torch.tensor(_probe_positions(config), device=device)
     zero = torch.zeros((), dtype=torch.long, device=device)
     visible_PP: Tensor = mask_function(zero, zero, position_P[:, None], position_P[None, :])
@@ -72,10 +68,12 @@ def _probe_attention(
     probed: list[str] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Hold the layer's mask against what the forest would show it; the output is any finite values."""
+    """Compare the layer's mask with what the forest would show it; the output is any finite values."""
     name = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
     if probe_positions is None or probed is None:
-        raise ModelError(f"{name} drops keyword arguments on the way to attention, so it cannot be told a row's layout")
+        raise ModelError(
+            f"{name} drops keyword arguments on the way to attention, so it cannot be told a sequence's layout"
+        )
     position_P = torch.tensor(probe_positions, device=query.device)
     distance_PP = position_P[:, None] - position_P[None, :]
     expected_PP = distance_PP >= 0

@@ -2,16 +2,15 @@
 
     loss = sum_n  w_n * -log softmax( cap( scale * (h_{s_n} W^T + b) ) )[t_n]        cap(x) = c * tanh(x / c)
 
-`linear_cross_entropy` computes it, or a variant of it (loss_options.py), and its gradients in one pass, a chunk of
+`linear_cross_entropy` computes it, or a variant of it (options.py), and its gradients in one pass, a chunk of
 trained tokens at a time, so the logits of context tokens never exist and at no time more than one chunk's (the idea of
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", and of Liger Kernel, here in plain matrix
-products). loss_reference.py is the same in naive float64; `token_losses` is for evaluation.
+products). reference.py is the same in naive float64; `token_losses` is for evaluation.
 
-Legend: T tokens of a row, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
+Legend: T tokens of a sequence, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients,
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
 _HEAD_ROWS = {"cpu": 2048, "cuda": 2**15}
 _FEW_COLUMNS, _MANY_ROWS = 640, 512
+_NOT_DIFFERENTIABLE = (None,) * 7
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,6 +37,26 @@ class TrainedRows:
 
     rows_R: Tensor
     weight_RD: Tensor
+
+
+class HeadCast:
+    """The head's copy in the products' type, for all sequences of a step, as long as the head itself is not changed.
+
+    For sequences with few trained tokens the copy takes a notable part of the loss's time. It costs V * D numbers of
+    that type from the first call to the end of the step.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[nn.Parameter, int, Tensor] | None = None
+
+    def of(self, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight_VD.dtype == dtype or not isinstance(weight_VD, nn.Parameter):
+            return weight_VD.to(dtype)
+        kept = self._kept
+        if kept is None or kept[0] is not weight_VD or kept[1] != weight_VD._version or kept[2].dtype != dtype:
+            self._kept = None  # freed before the new one is made
+            self._kept = kept = (weight_VD, weight_VD._version, weight_VD.detach().to(dtype))
+        return kept[2]
 
 
 def linear_cross_entropy(
@@ -53,6 +73,7 @@ def linear_cross_entropy(
     options: LossOptions = CROSS_ENTROPY,
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
+    head_cast: HeadCast | None = None,
 ) -> Tensor:
     """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
 
@@ -62,9 +83,9 @@ def linear_cross_entropy(
     With trained_rows, weight_VD holds their values already.
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
-    gives weight_VD none. So the gradient of several rows needs one buffer and not two. The buffer is filled before it
+    gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
     is known by what the loss will be multiplied, so backward must come with a gradient of 1, else RuntimeError: a
-    divisor belongs in weight_N.
+    divisor belongs in weight_N. head_cast: shared by calls with one head.
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
@@ -75,12 +96,22 @@ def linear_cross_entropy(
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
-        assert head_grad_VD.dtype == form.softmax_dtype, "half-precision sums over rows would lose bits"
+        assert head_grad_VD.dtype == form.softmax_dtype, "half-precision sums over sequences would lose bits"
     if not torch.is_grad_enabled():  # autograd would ask for gradients all the same, and drop them
         hidden_TD, weight_VD, weight_RD, head_grad_VD = hidden_TD.detach(), weight_VD.detach(), None, None
         bias_V = None if bias_V is None else bias_V.detach()
     loss: Tensor = _LinearCrossEntropy.apply(
-        hidden_TD, weight_VD, bias_V, weight_RD, rows_R, source_N, target_N, weight_N, head_grad_VD, form
+        hidden_TD,
+        weight_VD,
+        bias_V,
+        weight_RD,
+        rows_R,
+        source_N,
+        target_N,
+        weight_N,
+        head_grad_VD,
+        form,
+        head_cast or HeadCast(),
     )
     return loss
 
@@ -100,34 +131,6 @@ def token_losses(
     form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, CROSS_ENTROPY, LOGITS_BYTES)
     losses_N, correct_N = _losses(hidden_TD, weight_VD, source_N, target_N, bias_V, form)
     return losses_N.float(), correct_N
-
-
-@contextmanager
-def head_cast_once() -> Iterator[None]:
-    """Within it the head's copy in the products' type serves all calls, as long as the head itself is not changed.
-
-    Around the rows of a step: for rows of few trained tokens the copy takes a notable part of the loss's time. It costs
-    V * D numbers of that type from the first call to the end; without this they are freed after each call.
-    """
-    assert not _kept_casts, "head_cast_once within itself"
-    _kept_casts.append(None)
-    try:
-        yield
-    finally:
-        _kept_casts.clear()
-
-
-_kept_casts: list[tuple[nn.Parameter, int, Tensor] | None] = []  # a weight, its version, its copy; [] outside
-
-
-def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    if weight_VD.dtype == dtype or not _kept_casts or not isinstance(weight_VD, nn.Parameter):
-        return weight_VD.to(dtype)
-    kept = _kept_casts[0]
-    if kept is None or kept[0] is not weight_VD or kept[1] != weight_VD._version or kept[2].dtype != dtype:
-        _kept_casts[0] = None  # freed before the new one is made
-        _kept_casts[0] = kept = (weight_VD, weight_VD._version, weight_VD.detach().to(dtype))
-    return kept[2]
 
 
 def _form(
@@ -181,7 +184,7 @@ def _losses(
     losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
     correct_N = torch.zeros(len(target_N), dtype=torch.bool, device=hidden_TD.device)
     with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        for chunk, _, products_CV in _chunks(hidden_TD, _cast(weight_VD, form.product_dtype), source_N, form):
+        for chunk, _, products_CV in _chunks(hidden_TD, weight_VD.to(form.product_dtype), source_N, form):
             target_C, losses_C, correct_C = target_N[chunk], losses_N[chunk], correct_N[chunk]
             for rows, block_RV in blocks(products_CV[: len(target_C)], form, write_back=False):
                 logits_RV = to_logits(block_RV, bias_V, form)
@@ -211,6 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_N: Tensor,
         head_grad_VD: Tensor | None,
         form: LossForm,
+        head_cast: HeadCast,
     ) -> Tensor:
         leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -223,7 +227,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_total_VD = grad_weight_VD if head_grad_VD is None else head_grad_VD
         losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            head_VD = _cast(weight_VD, form.product_dtype)
+            head_VD = head_cast.of(weight_VD, form.product_dtype)
             for chunk, hidden_CD, products_CV in _chunks(hidden_TD, head_VD, source_N, form):
                 source_C, target_C = source_N[chunk], target_N[chunk]
                 losses_N[chunk] = _to_gradients(
@@ -254,14 +258,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = None  # type: ignore[attr-defined]
         added = ctx.added_to_head  # type: ignore[attr-defined]
         if (added or grad_loss.device.type == "cpu") and grad_loss.item() == 1.0:  # on CPU reading it costs nothing
-            return (*grads, None, None, None, None, None, None)
+            return (*grads, *_NOT_DIFFERENTIABLE)
         if added:
             raise RuntimeError(
                 f"the gradient of the head was added to head_grad_VD already, so the loss cannot be multiplied by "
                 f"{grad_loss.item()} any more: put divisors in weight_N"
             )
         scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, *_NOT_DIFFERENTIABLE)
 
 
 def _to_gradients(

@@ -1,4 +1,4 @@
-"""Which loss is trained, and how many of its logits are held at once. No torch here: a plan of the run needs both.
+"""Options of the loss, and the number of its logits that are held at once. No torch: a plan of the run needs both.
 
     loss_n = a_n * ((1 - eps) * -log p_n[t_n]  +  eps/V * sum_v -log p_n[v])  +  z * log(sum_v exp(logit_n[v]))^2
 
@@ -43,7 +43,7 @@ def chunk_tokens(
 ) -> int:
     """Trained tokens of one chunk: at least 1, at most what `logits_bytes` holds, and chunks of about one size.
 
-    bytes_per_logit: of the type that the matrix products give. So the logits of a row take
+    bytes_per_logit: of the type that the matrix products give. So the logits of a sequence take
     chunk_tokens * vocab_size * bytes_per_logit bytes.
     """
     most = most_tokens(vocab_size, bytes_per_logit, logits_bytes, device_type)

@@ -1,9 +1,9 @@
-"""The loss as its formula stands, for loss.py to be held against: float64, all logits at once, autograd's gradients."""
+"""Reference implementation of the loss (float64, autograd), used to test linear_cross_entropy.py."""
 
 import torch
 from torch import Tensor
 
-from preceptor.model.loss.linear_cross_entropy import TrainedRows
+from preceptor.model.loss.linear_cross_entropy import HeadCast, TrainedRows
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions
 
 
@@ -21,8 +21,9 @@ def linear_cross_entropy_reference(
     options: LossOptions = CROSS_ENTROPY,
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
+    head_cast: HeadCast | None = None,
 ) -> Tensor:
-    """sum_n w_n loss_n with loss_n as in loss_options.py. The last two arguments say how, not what, and do nothing."""
+    """sum_n w_n loss_n with loss_n as in options.py. The last three arguments are of speed and memory: unused."""
     if trained_rows is not None:
         weight_VD = weight_VD.index_copy(0, trained_rows.rows_R, trained_rows.weight_RD.to(weight_VD.dtype))
     with torch.autocast(hidden_TD.device.type, enabled=False):

@@ -7,8 +7,10 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.checks.sequential import check_plain, plain_hidden_states
-from preceptor.model.forward import check_head, check_isolation
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks.sequential import check_sequential
+from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
 
 MIXING = {
@@ -62,7 +64,7 @@ WHY_ALONE = {
     "llama4_text": "its mask shows it other tokens",
     "gptj": "GPTJModel computes attention by itself",
     "bart": "behind others: its positions are lost",
-    "glm_moe_dsa": "a layer fails on a row of several conversations",
+    "glm_moe_dsa": "a layer fails on a sequence of several conversations",
 }
 
 
@@ -72,18 +74,18 @@ def test_a_chain_alone_is_what_the_model_computes(kind):
     check_head(model)
     with pytest.raises(ModelError, match=WHY_ALONE[kind]):
         check_isolation(model)
-    check_plain(model)
+    check_sequential(model)
     rng = np.random.default_rng(0)
     for tree in (chain(rng, (5, 7, 3, 4)), *chains_of(branching(rng))):
-        row = pack_trees([tree], alone=True)
-        hidden_TD = plain_hidden_states(model, row)
-        true_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0]
+        sequence = pack_trees([tree], alone=True)
+        hidden_TD = Engine(model).hidden_states(sequence)
+        true_TV = model(input_ids=torch.from_numpy(sequence.ids_T)[None], use_cache=False).logits[0]
         torch.testing.assert_close(model.get_output_embeddings()(hidden_TD), true_TV, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_looks_ahead_is_rejected():
     with pytest.raises(ModelError, match="bert: its hidden states follow later tokens"):
-        check_plain(tiny_model("bert"))
+        check_sequential(tiny_model("bert"))
 
 
 def test_attention_that_is_not_the_authors_is_rejected(monkeypatch):
@@ -98,9 +100,9 @@ def test_attention_that_is_not_the_authors_is_rejected(monkeypatch):
         lambda module, q, k, v, mask, scaling, **rest: eager(module, q, k, v, mask, 1.0, **rest),
     )
     with pytest.raises(ModelError, match="llama: `sdpa` attention is not the eager one"):
-        check_plain(model)
+        check_sequential(model)
 
 
 def test_a_forest_is_not_taken_for_a_chain():
     with pytest.raises(AssertionError, match="one chain"):
-        plain_hidden_states(tiny_model("llama"), pack_trees([branching(np.random.default_rng(0))], alone=True))
+        Engine(tiny_model("llama")).hidden_states(pack_trees([branching(np.random.default_rng(0))], alone=True))

@@ -13,10 +13,11 @@ from transformers import AutoModelForMultimodalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.checks.sequential import check_plain
-from preceptor.model.forward import check_head, check_isolation
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.load import load_model
-from preceptor.model.towers import freeze_towers, tower_parameters
+from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.train import run as execution
 from preceptor.train.prepare import prepare
 from tiny import SEEING, seeing_model, tiny_model, tiny_tokenizer
@@ -29,7 +30,7 @@ def test_the_proofs_hold_for_its_text(kind):
     if kind == "llama4":  # chunked attention
         with pytest.raises(ModelError, match="its mask shows it other tokens"):
             check_isolation(model)
-        check_plain(model)
+        check_sequential(model)
     else:
         check_isolation(model)
 

@@ -1,4 +1,4 @@
-"""Looking while training: what eval.jsonl and samples.jsonl hold, and that looking changes nothing."""
+"""Evaluations during training: what eval.jsonl and samples.jsonl hold, and that they change no training step."""
 
 import json
 from pathlib import Path

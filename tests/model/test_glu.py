@@ -1,4 +1,6 @@
-"""Gated layers that keep gate and up alone: found by what they do, the same numbers and gradients to the bit."""
+"""Gated linear units that keep gate and up alone: found by what they do, the same numbers to the bit."""
+
+from copy import copy
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from transformers import Gemma3nTextConfig, LlamaConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from preceptor.model.activations.glu import gate_activation, lean_gate
+from preceptor.model.activations.context import ModelState, Pass, adopt
+from preceptor.model.activations.glu import EfficientGLU, glu_activation
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
@@ -17,14 +20,21 @@ def gated_layer(act="silu", cls=LlamaMLP):
     return cls(LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=2, hidden_act=act))
 
 
+def efficient(module, x):
+    """By our forward."""
+    module, state = copy(module), ModelState()
+    adopt(module, EfficientGLU, state, glu_activation(module))
+    with state.running(Pass(None, "", efficient=True)):
+        return module(x)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_values_and_gradients_are_those_of_the_authors_module(act, dtype):
     module = gated_layer(act).to(dtype)
-    lean = lean_gate(*gate_activation(module))
     x = torch.randn(2, 9, 24, dtype=dtype, requires_grad=True)
     found = []
-    for y in (module(x), lean(module, LlamaMLP.forward, x)):
+    for y in (module(x), efficient(module, x)):
         found.append((y, *torch.autograd.grad(y.square().sum(), (x, *module.parameters()))))
     for own, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, own, rtol=0, atol=0)
@@ -36,7 +46,7 @@ def test_what_is_kept_of_the_gate_is_gate_and_up():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         module(x)
         plain, kept[:] = len(set(kept)), []
-        lean_gate(*gate_activation(module))(module, LlamaMLP.forward, x)
+        efficient(module, x)
     assert len(set(kept)) == plain - 1
 
 
@@ -45,7 +55,7 @@ def test_a_layer_of_zeros_is_known_by_what_it_does():
     module = gated_layer("gelu")
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
-    act, _ = gate_activation(module)
+    act, _ = glu_activation(module)
     assert torch.equal(act(torch.arange(-3.0, 3.0)), nn.functional.gelu(torch.arange(-3.0, 3.0)))
 
 
@@ -78,11 +88,11 @@ class Wants(LlamaMLP):
 
 @pytest.mark.parametrize("cls", [Clamped, Dropped, Scaled, Pair, Wants])
 def test_what_does_something_else_is_left_alone(cls):
-    assert gate_activation(gated_layer(cls=cls).eval()) is None
+    assert glu_activation(gated_layer(cls=cls).eval()) is None
 
 
 def test_other_activations_and_other_modules_are_left_alone():
-    assert gate_activation(gated_layer("relu")) is None and gate_activation(nn.Linear(3, 3)) is None
+    assert glu_activation(gated_layer("relu")) is None and glu_activation(nn.Linear(3, 3)) is None
 
 
 def test_instances_of_one_class_may_differ():
@@ -91,11 +101,11 @@ def test_instances_of_one_class_may_differ():
         hidden_size=24, intermediate_size=[40, 40], num_hidden_layers=2, activation_sparsity_pattern=[0.9, 0.0]
     )
     sparse, dense = (Gemma3nTextMLP(config, layer_idx=layer) for layer in (0, 1))
-    assert gate_activation(sparse) is None and gate_activation(dense) is not None
+    assert glu_activation(sparse) is None and glu_activation(dense) is not None
 
 
 def test_looking_leaves_a_module_as_it_was():
     module = gated_layer().eval()
     children, modes = dict(module.named_children()), [part.training for part in module.modules()]
-    gate_activation(module)
+    glu_activation(module)
     assert dict(module.named_children()) == children and [part.training for part in module.modules()] == modes

@@ -1,0 +1,49 @@
+"""Writes docs/migration.md from the names in config/peer_names.py.
+
+python docs/make_migration_page.py
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART, RENAMED
+
+PAGE = Path(__file__).parent / "migration.md"
+INTRODUCTION = """# Coming from another trainer
+
+Keys of TRL and transformers, Axolotl and LLaMA-Factory, and what to write in a [run file](run-file.md) instead. A run
+file with one of these keys is rejected with the same advice. `python docs/make_migration_page.py` makes this page from
+`src/preceptor/config/peer_names.py`.
+"""
+
+
+def page() -> str:
+    by_section: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for theirs, ours in COUNTERPARTS.items():
+        key = ours.partition(": ")[0]
+        by_section[key.partition(".")[0]].append((theirs, ours))
+    parts = [INTRODUCTION]
+    for section, pairs in by_section.items():
+        parts.append(_table(f"## {section}", "their key", "here", [(theirs, _key(ours)) for theirs, ours in pairs]))
+    parts.append(_table("## Not needed, or not offered", "their key", "", list(NO_COUNTERPART.items())))
+    earlier = [(old, _key(new)) for old, new in RENAMED.items()]
+    parts.append(_table("## Earlier versions of Preceptor", "key", "now", earlier))
+    return "\n".join(parts)
+
+
+def _key(ours: str) -> str:
+    key, _, note = ours.partition(": ")
+    return f"`{key}`: {note}" if note else f"`{key}`"
+
+
+def _table(title: str, left: str, right: str, rows: list[tuple[str, str]]) -> str:
+    """Keys with the same advice share a line."""
+    together: dict[str, list[str]] = defaultdict(list)
+    for key, advice in rows:
+        together[advice].append(f"`{key}`")
+    lines = [f"| {', '.join(keys)} | {advice} |" for advice, keys in together.items()]
+    return "\n".join([title, "", f"| {left} | {right} |", "|---|---|", *lines, ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

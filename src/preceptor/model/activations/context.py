@@ -1,0 +1,123 @@
+"""State that the engine hands to the modules of a model: per optimizer step, per pass, and per model.
+
+Nothing here is global: a step's state is made by the training loop, a pass's by the engine, and a model's lies on the
+model's own modules, which get a subclass of their class (`adopt`), as FSDP2 does it. A deep copy of a model has a state
+of its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from preceptor.model.activations.phases import Phase
+from preceptor.model.loss.linear_cross_entropy import HeadCast
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StepContext:
+    """What the sequences of one optimizer step share.
+
+    divisor: of every loss. accumulates: embedding and head add their gradients to `.grad` themselves, so backward must
+    follow with a gradient of 1. head_cast: the head in the type of matrix products.
+    """
+
+    divisor: float = 1.0
+    accumulates: bool = False
+    head_cast: HeadCast | None = None
+
+
+class SharedCasts:
+    """Half-precision copies: of the tensor that a linear layer read last, and with `keep_weights` of each weight."""
+
+    def __init__(self, keep_weights: bool) -> None:
+        self._keep_weights = keep_weights
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last: tuple[ReferenceType[Tensor], int, Tensor] | None = None
+
+    def of_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        last = self._last
+        if last is None or last[0]() is not x or last[1] != x._version or last[2].dtype != dtype:
+            self._last = last = ref(x), x._version, x.detach().to(dtype)
+        return last[2]
+
+    def of_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if not self._keep_weights:
+            return weight.detach().to(dtype)
+        if id(weight) not in self._weights:
+            self._weights[id(weight)] = weight, weight.detach().to(dtype)
+        return self._weights[id(weight)][1]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pass:
+    """One pass of tokens through the decoder.
+
+    attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
+    keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
+    last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
+    """
+
+    decoder: PreTrainedModel
+    attention: str
+    num_checkpointed: int = 0
+    keys_only: bool = False
+    parts: tuple[Phase, Phase] | None = None
+    efficient: bool = False
+
+
+@dataclass(eq=False)
+class ModelState:
+    """What the engine has installed in one model, by name, and the pass that is running in it.
+
+    casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
+    """
+
+    optimisations: set[str] = field(default_factory=set)
+    current: Pass | None = None
+    casts: SharedCasts | None = None
+    accumulates: bool = False
+
+    @contextmanager
+    def running(self, this: Pass, casts: SharedCasts | None = None) -> Iterator[None]:
+        """casts: given where several passes share them. What runs again in backward holds on to `this`, not to them."""
+        former = self.current, self.casts
+        self.current, self.casts = this, (casts or SharedCasts(keep_weights=False)) if this.efficient else None
+        try:
+            yield
+        finally:
+            self.current, self.casts = former
+
+    @contextmanager
+    def accumulating(self, accumulates: bool) -> Iterator[None]:
+        self.accumulates = accumulates
+        try:
+            yield
+        finally:
+            self.accumulates = False
+
+
+def adopt(module: nn.Module, mixin: type[nn.Module], state: ModelState, settings: Any = None) -> None:
+    """Put `mixin.forward` before the module's own, which it reaches by `super()`."""
+    module.__dict__["engine_state"], module.__dict__["engine_settings"] = state, settings
+    module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]
+
+
+def release(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Undo `adopt` where it was done."""
+    own = type(module).__bases__
+    if own[0] is mixin:
+        module.__class__ = own[1]
+        del module.__dict__["engine_state"], module.__dict__["engine_settings"]
+
+
+@cache
+def _subclass(mixin: type, cls: type) -> type:
+    """One class for all modules of a class, under its name: that is what messages and transformers read."""
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})

@@ -1,0 +1,119 @@
+"""Decoder layers that keep, and compute, what the running pass asks for.
+
+    checkpointed   only the layer's input is kept; the layer runs again in backward, with the same dropout
+    keys only      the last layer of context-only tokens, of which only keys and values are read: its attention stops it
+                   by KeysRecorded. The exception is caught here, inside the layer's `forward`, so that hooks on the
+                   layer run as always; only the attention's own hooks after `forward` do not
+    parts          the last layer takes all tokens and returns the loss-bearing ones; of the others it computes keys and
+                   values only. Its arguments are cut by token, those named in CUT alone
+
+The layer's own code runs, unchanged, on the tokens that it is given.
+"""
+
+from dataclasses import replace
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from preceptor.errors import ModelError
+from preceptor.model.activations.context import Pass
+from preceptor.model.activations.phases import Phase
+from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
+from preceptor.model.attention.runs import KeysRecorded, attention_implementation
+
+CUT = frozenset(
+    {"hidden_states", "position_ids", "position_embeddings", "position_embeddings_global", "position_embeddings_local"}
+    | {"per_layer_input"}
+)
+"""Arguments of a decoder layer that are laid out by token, (1, T, ...), or are tuples or dicts of such."""
+
+
+class EngineLayer(nn.Module):
+    """A decoder layer; `engine_settings`: (its index, the number of layers)."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        layer: Any = self
+        this = layer.engine_state.current
+        if this is None:
+            return super().forward(*arguments, **named)
+        if layer.engine_settings[0] < this.num_checkpointed:
+            return checkpoint(self._run_again, this, *arguments, use_reentrant=False, **named)
+        return self._run(this, *arguments, **named)
+
+    def _run_again(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+        """What checkpoint calls: now, within the pass, and in backward, where nothing else has the pass run."""
+        state: Any = self.engine_state
+        if state.current is this:
+            return self._run(this, *arguments, **named)
+        with state.running(this), attention_implementation(this.decoder, this.attention):
+            return self._run(this, *arguments, **named)
+
+    def _run(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+        layer: Any = self
+        index, num_layers = layer.engine_settings
+        if index == num_layers - 1:
+            if this.keys_only:
+                self._record_keys(*arguments, **named)
+                return arguments[0] if arguments else named["hidden_states"]
+            if this.parts is not None:
+                return self._run_parts(*this.parts, *arguments, **named)
+        return super().forward(*arguments, **named)
+
+    def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
+        try:
+            super().forward(*arguments, forest=replace(forest, keys_only=True), **named)
+        except KeysRecorded:
+            return
+        raise ModelError("the last layer does not hand keyword arguments on to its attention")
+
+    def _run_parts(self, context: Phase, bearing: Phase, *given: Any, forest: ForestLayout, **named: Any) -> Any:
+        own = type(self).__mro__[type(self).__mro__.index(EngineLayer) + 1]
+        names = _argument_names(own)
+        if len(given) > len(names):
+            raise ModelError("the last layer takes arguments without a name, so they cannot be cut by token")
+        every = {**dict(zip(names, given, strict=False)), **named}
+        hidden: Tensor = every[names[0]]
+        masks = PathMasks(bearing.runs, forest.masks.scratch)
+
+        def cut(part: Phase) -> dict[str, Any]:
+            added = computed_tokens(part.num_tokens, hidden) - part.num_tokens
+            index_M = pad(torch.from_numpy(part.index_T()).to(hidden.device), (0, added))
+            cut_names = CUT | {names[0]}
+            return {
+                name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
+                for name, value in every.items()
+            }
+
+        before = PhaseLayout(context.runs, {}, {}, masks)
+        if context.runs:
+            self._record_keys(forest=before, **cut(context))
+        return super().forward(forest=PhaseLayout(bearing.runs, before.recorded or {}, None, masks), **cut(bearing))
+
+
+@cache
+def _argument_names(cls: Any) -> list[str]:
+    """Of a layer class's `forward`, without `self`."""
+    return list(signature(cls.forward).parameters)[1:]
+
+
+def _cut(value: Any, index_M: Tensor, num_tokens: int) -> Any:
+    """Tokens `index_M` of what is laid out by token."""
+    if isinstance(value, Tensor):
+        return value.index_select(1, index_M) if value.shape[:2] == (1, num_tokens) else value
+    if isinstance(value, dict):
+        return {name: _cut(inner, index_M, num_tokens) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(inner, index_M, num_tokens) for inner in value)
+    return value
+
+
+def _whole(name: str, value: Any, hidden: Tensor) -> Any:
+    """An argument that is handed on as it is. Raises ModelError where it looks as if it were laid out by token."""
+    if isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2] and value.dim() > 1:
+        raise ModelError(f"the last layer takes `{name}` by token, which is not among the arguments that can be cut")
+    return value

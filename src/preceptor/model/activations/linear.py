@@ -1,0 +1,48 @@
+"""Linear layers that share half-precision copies under autocast.
+
+Layers that read the same tensor (q, k and v; gate and up) share one copy of it, which autocast would make, and autograd
+keep, for each anew. A weight's copy lives until the layer's own backward, or with several phases until the last one;
+autocast's own cache would hold all of them to the end of the pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+
+class SharedCastLinear(nn.Module):
+    """nn.Linear for what is float32 and plain under autocast; else its own forward."""
+
+    def forward(self, x: Tensor) -> Any:
+        layer: Any = self
+        casts, weight, device_type = layer.engine_state.casts, layer.weight, x.device.type
+        plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32
+        if casts is None or not plain or not torch.is_autocast_enabled(device_type):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(device_type)
+        return _Linear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b in the type of the copies; gradients in that type too, then in the type of what they belong to."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_half: Tensor, weight_half: Tensor
+    ) -> Tensor:
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_half if of_weight else None, weight_half if of_x else None)
+        return linear(x_half, weight_half, None if bias is None else bias.to(x_half.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_half, weight_half = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_x = None if weight_half is None else (grad @ weight_half).float()
+        grad_weight = None if x_half is None else (flat.T @ x_half.flatten(0, -2)).float()
+        grad_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None

@@ -1,0 +1,114 @@
+"""The output head of a causal LM: hidden states to logits and losses."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from preceptor.data.forest import PackedSequence
+from preceptor.errors import ModelError
+from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.embedding import gradient_of, takes_gradient_in_place
+from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy, token_losses
+from preceptor.model.loss.options import LossOptions
+from preceptor.model.parts import causal_lm
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Head:
+    """The map from a hidden state to logits, cap(scale * (h W^T + b)). C tokens, D hidden size, V vocabulary.
+
+    Where only some rows are trained (peft's token rows), weight_VD is the merged weight with its graph, and
+    `trained_rows` says which they are, so that a loss need not make a gradient of all V rows for them.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    trained_rows: TrainedRows | None = None
+
+    def logits(self, hidden_CD: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Logits of the first `num_tokens` of the vocabulary (None: all).
+
+        Products are in the head's type, or autocast's; the rest is float32, or float64 for a float64 head.
+        """
+        logits_CV = linear(hidden_CD.to(self.weight_VD.dtype), self.weight_VD[:num_tokens])
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if self.bias_V is not None:
+            logits_CV = logits_CV + self.bias_V[:num_tokens]
+        logits_CV = logits_CV * self.logit_scale
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        return logits_CV
+
+    def loss(
+        self, hidden_MD: Tensor, source_N: Tensor, sequence: PackedSequence, options: LossOptions, step: StepContext
+    ) -> Tensor:
+        """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`: a scalar with a graph."""
+        in_place = step.accumulates and torch.is_grad_enabled() and takes_gradient_in_place(self.weight_VD)
+        return linear_cross_entropy(
+            hidden_MD,
+            self.weight_VD if self.trained_rows is None else self.weight_VD.detach(),
+            source_N,
+            torch.from_numpy(sequence.target_N).to(hidden_MD.device),
+            torch.from_numpy(sequence.weight_N / step.divisor).to(hidden_MD.device),
+            bias_V=self.bias_V,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            trained_rows=self.trained_rows,
+            options=options,
+            head_grad_VD=gradient_of(self.weight_VD) if in_place else None,
+            head_cast=step.head_cast,
+        )
+
+    def token_losses(self, hidden_MD: Tensor, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
+        return token_losses(
+            hidden_MD,
+            self.weight_VD,
+            source_N,
+            target_N,
+            bias_V=self.bias_V,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
+
+
+def output_head(model: nn.Module) -> Head:
+    """The model's output head, also of a model that peft wraps. Raises ModelError for a model without one."""
+    bare = causal_lm(model)
+    layer = bare.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(bare).__name__} has no output embeddings: it is not a causal language model")
+    settings = bare.config.get_text_config(decoder=True)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= _number(settings, name, 1.0)
+    scale /= _number(settings, "logits_scaling", 1.0)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = max(_number(settings, name, 0.0) for name in caps)
+    weight_VD, trained_rows = _weight(layer)
+    bias_V = getattr(layer, "bias", None)
+    return Head(weight_VD, bias_V, softcap=softcap or None, logit_scale=scale, trained_rows=trained_rows)
+
+
+def _number(settings: object, name: str, default: float) -> float:
+    """A setting that only some model types have; None counts as absent."""
+    value = getattr(settings, name, None)
+    return default if value is None else float(value)
+
+
+def _weight(layer: Any) -> tuple[Tensor, TrainedRows | None]:
+    """The weight of an output layer, also where peft wraps it to train some of its rows."""
+    wrapper = layer.token_adapter if hasattr(layer, "token_adapter") else layer
+    if not hasattr(wrapper, "get_merged_weights") or wrapper.merged or wrapper.disable_adapters:
+        return layer.weight, None
+    merged_VD = wrapper.get_merged_weights(wrapper.active_adapters)
+    if len(wrapper.active_adapters) != 1 or wrapper.base_layer.weight.requires_grad:
+        return merged_VD, None
+    name = wrapper.active_adapters[0]
+    rows_R = torch.tensor(wrapper.token_indices[name], device=merged_VD.device)
+    return merged_VD, TrainedRows(rows_R, wrapper.trainable_tokens_delta[name])

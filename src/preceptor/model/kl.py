@@ -1,0 +1,98 @@
+"""KL divergence of the tuned model from the base on the trained tokens.
+
+    kl = sum_n  w_n * sum_v p_n[v] * (log p_n[v] - log q_n[v])        p: tuned, q: base, both over the base's vocabulary
+
+It is taken where the trained token is one that the base has, over those tokens alone: the base knows nothing of added
+tokens, and end-of-turn tokens should not be penalised. Chunked like the loss: at no time more than one chunk's logits
+exist, and they are computed again in backward.
+
+Legend: T tokens of a sequence, M of them with a hidden state at hand, D hidden size, B tokens of the base's vocabulary,
+N trained tokens of a sequence, C of one chunk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from preceptor.data.forest import PackedSequence
+from preceptor.model.forward import Engine
+from preceptor.model.head import Head, output_head
+from preceptor.model.parts import evaluating
+
+LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceModel:
+    """The model as it was before training. With an adapter it is the same model without it, at no cost; in full
+    fine-tuning a frozen copy, which takes the memory of its weights again.
+
+    num_tokens: its vocabulary, without tokens that were added for training.
+    """
+
+    model: nn.Module
+    is_copy: bool
+    num_tokens: int
+
+    @classmethod
+    def of(cls, model: Any, num_tokens: int) -> "ReferenceModel":
+        """Take it before the first step."""
+        if hasattr(model, "disable_adapter"):
+            return cls(model, is_copy=False, num_tokens=num_tokens)
+        return cls(deepcopy(model).requires_grad_(False).eval(), is_copy=True, num_tokens=num_tokens)
+
+    @contextmanager
+    def _in_force(self) -> Iterator[None]:
+        adapter_off = nullcontext() if self.is_copy else self.model.disable_adapter()  # type: ignore[operator]
+        with evaluating(self.model), adapter_off:
+            yield
+
+    @torch.no_grad()
+    def read(self, sequence: PackedSequence) -> tuple[Tensor, Head]:
+        """Its hidden states (T, D) of a sequence, and its head."""
+        with self._in_force():
+            return Engine(self.model).hidden_states(sequence), output_head(self.model)
+
+
+def kl_to_base(
+    hidden_MD: Tensor,
+    source_N: Tensor,
+    head: Head,
+    base: ReferenceModel,
+    sequence: PackedSequence,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """The weighted sum of divergences over a sequence's trained tokens in nats, a scalar with a graph.
+
+    hidden_MD, source_N: the tuned model's hidden states and where in them each trained token is predicted, as
+    `Engine.loss_hidden_states` gives them.
+    """
+    base_hidden_TD, base_head = base.read(sequence)
+    known_N = torch.from_numpy(sequence.target_N < base.num_tokens).to(hidden_MD.device)
+    source_N = source_N[known_N]
+    base_source_N = torch.from_numpy(sequence.source_N).to(hidden_MD.device)[known_N]
+    weight_N = torch.from_numpy(sequence.weight_N).to(hidden_MD.device)[known_N]
+    step = chunk_tokens or max(1, LOGITS_BYTES // (4 * base.num_tokens))
+    if head.trained_rows is not None:  # only rows of added tokens are trained, none of the base's
+        head = replace(head, weight_VD=head.weight_VD.detach())
+
+    def divergence(hidden_CD: Tensor, base_CD: Tensor, weight_C: Tensor) -> Tensor:
+        log_p_CB, log_q_CB = (
+            torch.log_softmax(each.logits(states_CD, base.num_tokens), dim=-1)
+            for each, states_CD in ((head, hidden_CD), (base_head, base_CD))
+        )
+        kl_C = (log_p_CB.exp() * (log_p_CB - log_q_CB)).sum(dim=-1)
+        return (weight_C.to(kl_C) * kl_C).sum()
+
+    total = hidden_MD.sum() * 0.0
+    pieces = zip(source_N.split(step), base_source_N.split(step), weight_N.split(step), strict=True)
+    for source_C, base_source_C, weight_C in pieces:
+        chunk = (hidden_MD[source_C], base_hidden_TD[base_source_C], weight_C)
+        total = total + checkpoint(divergence, *chunk, use_reentrant=False)
+    return total

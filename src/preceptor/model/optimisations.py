@@ -1,0 +1,156 @@
+"""Optimisations of a loaded model, each with a name, and the switch that turns all of them off.
+
+They are installed once, on the model's own modules (activations/context.py), and act only while the engine runs a pass:
+generation and saving meet the model as its authors wrote it. `engine: plain` installs none; the losses are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.errors import ModelError
+from preceptor.model.activations.context import ModelState, adopt, release
+from preceptor.model.activations.embedding import AccumulatingEmbedding
+from preceptor.model.activations.glu import EfficientGLU, glu_activation
+from preceptor.model.activations.layers import EngineLayer
+from preceptor.model.activations.linear import SharedCastLinear
+from preceptor.model.activations.norms import EfficientNorm, norm_form
+from preceptor.model.activations.passes import decode_whole
+from preceptor.model.activations.phases import split_by_loss
+from preceptor.model.closeness import FAILURES, relative_error, rounding
+from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, evaluating
+
+Mode = Literal["auto", "plain"]
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """find: the modules of a model that it changes, with the settings of each; a module is tried before it is one.
+
+    mixin: the class whose `forward` comes before a module's own; None: the engine itself asks for the name.
+    check: whether it gives the same result on this model, once it is installed; None: `find` has tried it.
+    """
+
+    name: str
+    purpose: str
+    mixin: type[nn.Module] | None = None
+    find: Callable[[nn.Module], dict[nn.Module, Any]] = lambda model: {}
+    check: Callable[[nn.Module, ModelState], bool] | None = None
+
+    def install(self, model: nn.Module, state: ModelState) -> None:
+        """Put it into the model where it applies to anything, and on the list of what is on."""
+        if self.mixin is not None:
+            found = self.find(model)
+            if not found:
+                return
+            for module, settings in found.items():
+                adopt(module, self.mixin, state, settings)
+        if self.check is None or self.check(model, state):
+            state.optimisations.add(self.name)
+
+    def remove(self, model: nn.Module, state: ModelState) -> None:
+        state.optimisations.discard(self.name)
+        if self.mixin is not None:
+            for module in causal_lm(model).modules():
+                release(module, self.mixin)
+
+
+def install(model: nn.Module, mode: Mode = "auto", check: bool = True) -> ModelState:
+    """What is installed in a model: at the first call that which `mode` says, after adapters have been added.
+
+    check: without it whatever needs a trial pass of the model is taken to be right (a model of fake tensors has none).
+    """
+    decoder = decoder_of(model)
+    state: ModelState | None = decoder.__dict__.get("engine_model_state")
+    if state is None:
+        state = decoder.__dict__["engine_model_state"] = ModelState()
+        layers = decoder_layers(model)
+        for index, layer in enumerate(layers):
+            adopt(layer, EngineLayer, state, (index, len(layers)))
+        for optimisation in OPTIMISATIONS if mode == "auto" else ():
+            if check or optimisation.check is None:
+                optimisation.install(model, state)
+            else:
+                state.optimisations.add(optimisation.name)
+    return state
+
+
+def remove(model: nn.Module) -> None:
+    """The model as it was before `install`."""
+    state: ModelState | None = decoder_of(model).__dict__.pop("engine_model_state", None)
+    if state is not None:
+        for optimisation in OPTIMISATIONS:
+            optimisation.remove(model, state)
+        for layer in decoder_layers(model):
+            release(layer, EngineLayer)
+
+
+def _norms(model: nn.Module) -> dict[nn.Module, Any]:
+    tried: dict[Any, Any] = {}
+    forms = {module: norm_form(module, tried) for module in decoder_of(model).modules()}
+    return {module: form for module, form in forms.items() if form is not None}
+
+
+def _gated_units(model: nn.Module) -> dict[nn.Module, Any]:
+    found = {module: glu_activation(module) for module in decoder_of(model).modules()}
+    return {module: activation for module, activation in found.items() if activation is not None}
+
+
+def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
+    linear = (module for module in decoder_of(model).modules() if isinstance(module, nn.Linear))
+    return {module: None for module in linear if type(module).forward is nn.Linear.forward}
+
+
+def _embedding(model: nn.Module) -> dict[nn.Module, Any]:
+    layer = decoder_of(model).get_input_embeddings()
+    return {layer: None} if isinstance(layer, nn.Embedding) and layer.max_norm is None else {}
+
+
+def last_layer_is_exact(model: nn.Module, state: ModelState) -> bool:
+    """Whether the last layer, run for loss-bearing tokens only, gives them the same states: on a few tokens.
+
+    Not so where the layer takes more than what is laid out by token, or where what transformers calls a layer is not
+    what runs last.
+    """
+    sequence = probe_sequence(model)
+    parts = split_by_loss(sequence)
+    try:
+        with torch.no_grad(), evaluating(model):
+            found_MD = decode_whole(model, state, sequence, parts=parts)
+            true_TD = decode_whole(model, state, sequence)
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, *FAILURES):
+        return False  # whatever a layer does not support about fewer tokens: it then gets all of them
+    dtype = next(causal_lm(model).parameters()).dtype
+    return relative_error(found_MD, true_TD[parts[1].index_T()]) <= rounding(dtype)
+
+
+def probe_sequence(model: nn.Module) -> PackedSequence:
+    """A two-turn conversation and a tree with a branch, of random tokens."""
+    num_tokens = len(decoder_of(model).get_input_embeddings().weight)
+    rng = np.random.default_rng(0)
+
+    def segment(target: bool, length: int, parent: int | None) -> Segment:
+        ids = tuple(rng.integers(num_tokens, size=length).tolist())
+        return Segment("target" if target else "context", ids, parent)
+
+    chain = [segment(place % 2 == 1, 12, place - 1 if place else None) for place in range(4)]
+    tree = [segment(False, 9, None), segment(True, 7, 0), segment(False, 5, 0), segment(True, 8, 2)]
+    return pack_trees([Tree("probe:1", tuple(chain)), Tree("probe:2", tuple(tree))])
+
+
+OPTIMISATIONS = (
+    Optimisation("attention", "attention run by run, or by fused kernels, without a dense mask"),
+    Optimisation("norms", "norms that keep their input alone", EfficientNorm, _norms),
+    Optimisation("glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),
+    Optimisation("linear", "half-precision copies shared by linear layers", SharedCastLinear, _linear_layers),
+    Optimisation("embedding_gradient", "the embedding's gradient in place", AccumulatingEmbedding, _embedding),
+    Optimisation("head_gradient", "the head's gradient in place, its half-precision copy once a step"),
+    Optimisation("last_layer", "the last layer for loss-bearing tokens only", check=last_layer_is_exact),
+)

@@ -1,0 +1,73 @@
+"""Parts of a causal language model: decoder, layers, and the towers that text does not use."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from preceptor.errors import ModelError
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, without its peft wrapper if it has one."""
+    bare: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    return model if bare is None else bare()  # type: ignore[return-value]
+
+
+def model_type(model: nn.Module) -> str:
+    return str(causal_lm(model).config.model_type)
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """The part of a causal LM that turns tokens into hidden states. Raises ModelError where it cannot be found."""
+    bare = causal_lm(model)
+    decoder = bare.get_decoder()
+    if decoder is not bare and isinstance(decoder, PreTrainedModel):
+        return decoder_of(decoder) if decoder.can_generate() else decoder  # Llama 4 with a tower: a causal LM in it
+    # transformers looks it up by names that not all models use: Llama 4, and what ModernBERT calls its head
+    inner = [child for child in bare.children() if isinstance(child, PreTrainedModel)]
+    if len(inner) != 1:
+        raise ModelError(f"{type(bare).__name__} does not say which part of it is the decoder. Use another model type.")
+    return inner[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the decoder's input goes."""
+    device: torch.device = decoder_of(model).get_input_embeddings().weight.device
+    return device
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers in order; none where the model does not mark them (GradientCheckpointingLayer)."""
+    return [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def tower_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of vision and audio towers and of their projectors: those outside decoder and head.
+
+    A checkpoint with towers is loaded and saved whole, but no loss depends on them. `check_head` proves that nothing
+    but decoder and head has a part in the logits.
+    """
+    bare = causal_lm(model)
+    parts = (decoder_of(bare), bare.get_input_embeddings(), bare.get_output_embeddings())
+    of_text = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    return (parameter for parameter in bare.parameters() if id(parameter) not in of_text)
+
+
+def freeze_towers(model: nn.Module) -> None:
+    for parameter in tower_parameters(model):
+        parameter.requires_grad_(False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode; afterwards in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

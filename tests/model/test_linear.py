@@ -1,0 +1,120 @@
+"""Linear layers that share copies: what autocast computes, to the bit, and one copy where autocast makes several."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations.context import ModelState, Pass, SharedCasts, adopt
+from preceptor.model.activations.linear import SharedCastLinear
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.forward import Engine
+from preceptor.train.precision import autocast
+from tiny import chain, tiny_model
+
+
+@pytest.fixture
+def sequence():
+    rng = np.random.default_rng(0)
+    return pack_trees([chain(rng, (9, 12, 5, 8)), chain(rng, (4, 7))])
+
+
+@contextmanager
+def sharing(*layers):
+    state = ModelState()
+    for layer in layers:
+        adopt(layer, SharedCastLinear, state)
+    with state.running(Pass(None, "", efficient=True)):
+        yield
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_gives_what_autocast_gives(bias):
+    """But for the sum of a bias's gradient, which is taken in float32 here."""
+    layer, x = nn.Linear(32, 48, bias=bias), torch.randn(2, 40, 32, requires_grad=True)
+    grad = torch.randn(2, 40, 48, dtype=torch.bfloat16)
+    found = []
+    for ours in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            if ours:
+                with sharing(layer):
+                    y = layer(x)
+            else:
+                y = layer(x)
+        found.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)))
+    for own, ours in zip(*found, strict=True):
+        assert own.dtype == ours.dtype
+        if own.dim() > 1:
+            assert torch.equal(own, ours)
+        else:
+            torch.testing.assert_close(own, ours, rtol=0.02, atol=0.02)
+
+
+def test_layers_that_read_the_same_tensor_share_one_copy():
+    first, second = nn.Linear(32, 8), nn.Linear(32, 8)
+    x = torch.randn(5, 32, requires_grad=True) * 1.0
+    kept = set()
+
+    def pack(tensor):
+        if tensor.shape == x.shape:
+            kept.add(tensor.data_ptr())
+        return tensor
+
+    def copies():
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            held = first(x), second(x), first(x * 1.0)  # so that no address is used twice
+        assert len(held) == 3
+        return len(kept)
+
+    alone = copies()
+    with sharing(first, second):
+        shared = copies()
+    assert (alone, shared) == (3, 2)
+
+
+def test_a_tensor_that_was_written_to_is_copied_anew():
+    layer, x = nn.Linear(4, 4), torch.ones(1, 4)
+    with sharing(layer), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = layer(x)
+        x.mul_(2.0)
+        assert not torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("keep_weights", [False, True])
+def test_a_weights_copy_is_held_for_several_phases_only(keep_weights):
+    casts, weight = SharedCasts(keep_weights), nn.Parameter(torch.ones(2, 2))
+    first, second = (casts.of_weight(weight, torch.bfloat16) for _ in range(2))
+    assert (first is second) == keep_weights
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ActivationPolicy("recompute"),
+        ActivationPolicy("detach"),
+        ActivationPolicy("full", "all"),
+        ActivationPolicy("detach", "all"),
+    ],
+)
+def test_layers_that_run_again_keep_what_they_kept_at_first(policy, sequence):
+    """Else torch refuses."""
+    model = tiny_model("qwen3")
+    with autocast(model.device, "bfloat16"):
+        loss = Engine(model)(sequence, policy)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_adapter_reads_the_copy_that_its_layer_reads(sequence, monkeypatch):
+    model = add_adapter(tiny_model("llama"), 4, 8.0, 0.0, None, [], seed=0)
+    seen = []
+    copy = SharedCasts.of_input
+    monkeypatch.setattr(SharedCasts, "of_input", lambda *given: seen.append(copy(*given)) or seen[-1])
+    with autocast(model.device, "bfloat16"):
+        Engine(model)(sequence)
+    assert len({id(tensor) for tensor in seen}) < len(seen) / 3  # q, k, v and the A of each: one copy for six
