@@ -77,7 +77,7 @@ def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run
 def test_a_few_bad_rows_are_left_out_and_recorded(preceptor, run_file, tmp_path):
     rows = [*conversations(3), BAD_ROWS["empty_answer"]]
     code, out, _ = preceptor("train", run_file(rows, data__max_rejected=0.5))
-    assert code == 0 and "1 row rejected" in " ".join(out.split())
+    assert code == 0 and "1 example rejected" in " ".join(out.split())
     (rejection,) = map(json.loads, (tmp_path / "run" / "rejections.jsonl").read_text().splitlines())
     assert rejection["source"].endswith("train.jsonl:4") and rejection["code"] == "empty_answer"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_rejected"] == 1

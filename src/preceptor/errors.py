@@ -1,4 +1,4 @@
-"""What can go wrong for a user, one class a kind. Each is also the standard-library type that callers would catch.
+"""Errors that a user can fix, one class per kind. Each is also the standard-library type that callers would catch.
 
 A message says where (file:line, or the key of the run file), what was found, and what to do.
 Defects of this program are not here: they are `assert`s.
@@ -6,7 +6,7 @@ Defects of this program are not here: they are `assert`s.
 
 
 class PreceptorError(Exception):
-    """Any error that the user can mend."""
+    """Any error that the user can fix."""
 
 
 class ConfigError(PreceptorError, ValueError):

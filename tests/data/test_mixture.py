@@ -1,14 +1,21 @@
-"""reduction: token | conversation: weights, and one gradient however conversations are spread over rows."""
+"""reduction: token | conversation: weights, and one gradient however conversations are spread over sequences; mixing and replay."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.data.mixture import share_of, step_divisor, weigh
+from preceptor.data.mixture import draw_replay, share_of, weigh
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
+
+
+def step_divisor(trees, reduction):
+    """The number of trained tokens, or of conversations that have any; of trees before `weigh`."""
+    return sum(share_of(tree, reduction) * tree.num_trained for tree in trees)
 
 
 def conversations():
@@ -78,3 +85,28 @@ def test_a_conversation_weighs_the_mean_of_its_tokens():
     assert float((grad - mean).norm() / mean.norm()) < 1e-6
     by_token, _ = gradient(model, [pack_trees(trees)], step_divisor(trees, "token"))
     assert abs(by_token - loss) > 1e-3
+
+
+@pytest.fixture
+def trees():
+    rng = np.random.default_rng(0)
+    return [chain(rng, (3, int(length))) for length in rng.integers(5, 40, size=60)]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
+def test_the_share_is_of_all_trained_tokens(trees, share):
+    replay, tuning = trees[:40], trees[40:]
+    drawn = draw_replay(replay, tuning, share, seed=0)
+    tokens, others = (sum(tree.num_trained for tree in group) for group in (drawn, tuning))
+    assert share <= tokens / (tokens + others) < share + 40 / others
+    times = Counter(id(tree) for tree in drawn)
+    assert max(times.values()) - min(times.get(id(tree), 0) for tree in replay) <= 1
+
+
+def test_the_choice_follows_the_seed(trees):
+    first, again, other = (draw_replay(trees[:40], trees[40:], 0.2, seed) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_nothing_to_replay(trees):
+    assert draw_replay([], trees, 0.5, seed=0) == []

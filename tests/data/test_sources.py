@@ -95,7 +95,7 @@ def test_a_row_that_cannot_be_trained_is_rejected_with_its_reason(tmp_path, row,
     ("text", "message"),
     [
         ('{"text": "a"}\n{"text": \n', ":2: broken JSON"),
-        ('{"text": "a"}\n[1]\n', ":2: a row must be a JSON object, found list"),
+        ('{"text": "a"}\n[1]\n', ":2: an example must be a JSON object, found list"),
         ("", "the file is empty"),
         ("\n\n", "the file is empty"),
     ],

@@ -40,14 +40,6 @@ def weigh(tree: Tree, reduction: Reduction) -> Tree:
     return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
 
 
-def step_divisor(conversations: Iterable[Tree], reduction: Reduction) -> float:
-    """By what the weighted loss of a step is divided: its trained tokens, or its conversations that have any.
-
-    conversations: as they were before `weigh`.
-    """
-    return sum(share_of(tree, reduction) * tree.num_trained for tree in conversations)
-
-
 def draw_replay(replay: Sequence[Tree], tuning: Sequence[Tree], share: float, seed: int) -> list[Tree]:
     """A seeded choice of `replay` with `share` of all trained tokens, beside `tuning`; within one example's length.
 

@@ -10,7 +10,7 @@ ADVICE: dict[str, str] = {
     "no_turn": "give it an assistant message that is to be trained (train: true, weight above 0)",
     "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read "
     "as ordinary characters) or allow (it acts as the token)",
-    "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or mend it",
+    "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or change it",
     "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
@@ -36,7 +36,7 @@ ADVICE: dict[str, str] = {
     "prompt_closes_reasoning": "the prompt closes the reasoning block and this turn has reasoning: remove "
     "enable_thinking: false from chat_template_kwargs, or the reasoning from the turn",
     "prompt_conflicts": "what a server puts before the answer does not occur where the template renders this turn; no "
-    "choice of target would be right. Mend the template, or choose another",
+    "choice of target would be right. Fix the template, or choose another",
     # where the turn ends
     "no_stop_token": "nothing ends this turn: give the tokenizer an eos token, or the model a generation config",
     "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from "
@@ -55,7 +55,7 @@ class Rejected(Exception):
 
 @dataclass(slots=True)
 class Reason:
-    """How many rows were rejected with one code; `first` is the first of them, whose sentence says what to do."""
+    """How many examples were rejected with one code; `first` is the first of them, whose sentence says what to do."""
 
     first: Rejection
     count: int
@@ -63,7 +63,7 @@ class Reason:
 
 
 class RejectionCounts:
-    """Counts rejections. allowed: the codes for which rows may be left out (`data.allow_rejected`)."""
+    """Counts rejections. allowed: the codes for which examples may be left out (`data.allow_rejected`)."""
 
     def __init__(self, allowed: Collection[str] = (), rejections: Iterable[Rejection] = ()) -> None:
         self._allowed = frozenset(allowed)

@@ -206,7 +206,7 @@ class Fitter:
         return [best]
 
     def _pieces(self, example: Example, tree: Tree) -> list[ExampleTree] | Rejection:
-        """A chain of which every token is trained, cut into rows."""
+        """A chain of which every token is trained, cut into pieces."""
         if self._overflow != "split":
             found = f"all its {tree.num_tokens:,} tokens are trained"
             return self._rejection(example, found, "or set data.overflow: split")

@@ -3,7 +3,7 @@
 OUT/config.yaml      the resolved run file
 OUT/rejections.jsonl examples that were not trained: source, code, message
 OUT/environment.json command, versions, machine; the model and every data file with their hashes
-OUT/data.json        counts of rows, tokens and steps; lengths of trees and targets
+OUT/data.json        counts of examples, tokens and steps; lengths of trees and targets
 OUT/examples.jsonl   a few of the trained trees, token by token
 OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation
@@ -177,7 +177,7 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
 
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
-    """Counts of rows, tokens and steps, and histograms of lengths."""
+    """Counts of examples, tokens and steps, and histograms of lengths."""
     targets = [len(s.ids) for tree in prepared.train.trees() for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,

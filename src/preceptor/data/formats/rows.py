@@ -83,7 +83,7 @@ def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example 
 
 def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
     if "messages" in row and "conversations" in row:
-        raise Unreadable("ambiguous_format", "the row has messages and conversations; say which with `columns`")
+        raise Unreadable("ambiguous_format", "the example has messages and conversations; say which with `columns`")
     key = next((key for key in ("messages", "conversations") if key in row), None)
     if key is not None:
         return _conversation(row, source, nulls, ((key, row[key], True),))
@@ -109,7 +109,7 @@ def unknown_format(row: RawRecord) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():
             hint = f". {key} holds messages: set `columns: {{messages: {key}}}`"
     return (
-        f"the keys are {', '.join(map(repr, row)) or 'none'}; a row needs messages or conversations, or text, or "
+        f"the keys are {', '.join(map(repr, row)) or 'none'}; an example needs messages or conversations, or text, or "
         f"one of {', '.join(' and '.join(pair) for pair in PAIRS)}; `columns` can say which of its keys they are{hint}"
     )
 
@@ -155,7 +155,7 @@ def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
     if first.get("role") not in ("system", "developer"):
         return [{"role": "system", "content": system}, *messages]
     if first.get("content") != system:
-        raise Unreadable("two_system_prompts", "the row has a system prompt and its first message is another; keep one")
+        raise Unreadable("two_system_prompts", "it has a system prompt and its first message is another; keep one")
     return messages
 
 
@@ -218,7 +218,7 @@ def pair_of(keys: Sequence[str]) -> tuple[str, str] | None:
     fitting = [pair for pair in PAIRS if pair[0] in keys and pair[1] in keys]
     if len(fitting) > 1:
         names = ", or ".join(" and ".join(pair) for pair in fitting)
-        raise Unreadable("ambiguous_format", f"the row can be read as {names}; say which with `columns`")
+        raise Unreadable("ambiguous_format", f"the example can be read as {names}; say which with `columns`")
     return fitting[0] if fitting else None
 
 
@@ -228,7 +228,7 @@ def check_whole(row: RawRecord, pair: tuple[str, str]) -> None:
         if row.get(key) and not (pair[0] == "instruction" and key in ("input", "history")):
             raise Unreadable(
                 "unread_column",
-                f"the row has {key!r}, which {' and '.join(pair)} leave out; make it part of the question, or set "
+                f"the example has {key!r}, which {' and '.join(pair)} leave out; make it part of the question, or set "
                 f"`columns: {{{pair[0]}: {pair[0]}, {pair[1]}: {pair[1]}}}` to read these alone",
             )
 

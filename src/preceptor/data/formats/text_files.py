@@ -55,13 +55,13 @@ def _parse_line(line: str, source: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; mend or "
+            f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; fix or "
             "delete the line (a cut-off last line often means that the file was not written to its end)"
         ) from None
     except RecursionError:
         raise DataError(f"{source}: JSON nested too deeply to be read; delete the line") from None
     if not isinstance(row, dict):
-        raise DataError(f"{source}: a row must be a JSON object, found {type(row).__name__}")
+        raise DataError(f"{source}: an example must be a JSON object, found {type(row).__name__}")
     return row
 
 
@@ -104,7 +104,9 @@ def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
     found: str | None = None
     for key in stream.names():
         if key in ROW_KEYS:
-            raise stream.broken(f"the file is one object with {key!r}: a single row. Write it on one line, as .jsonl")
+            raise stream.broken(
+                f"the file is one object with {key!r}: a single example. Write it on one line, as .jsonl"
+            )
         if stream.peek() != "[":
             stream.value()
             continue
@@ -113,19 +115,19 @@ def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
                 continue  # a list of something else
             if number == 1 and found is not None:
                 raise stream.broken(
-                    f"the object has two lists, {found!r} and {key!r}; keep the one that holds the rows"
+                    f"the object has two lists, {found!r} and {key!r}; keep the one that holds the examples"
                 )
             found = key
             yield f"{name}:row {number}", _object(row, f"{name}:row {number}")
     if found is None:
         raise DataError(
-            f"{name}: the object in the file holds no list of objects; write the rows as a list, or as .jsonl"
+            f"{name}: the object in the file holds no list of objects; write the examples as a list, or as .jsonl"
         )
 
 
 def _object(row: Any, source: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{source}: a row must be a JSON object, found {type(row).__name__}")
+        raise DataError(f"{source}: an example must be a JSON object, found {type(row).__name__}")
     return row
 
 
@@ -255,7 +257,7 @@ def _csv_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"{name}:{number}: broken CSV: {error}; mend the quotation marks") from None
+                raise DataError(f"{name}:{number}: broken CSV: {error}; fix the quotation marks") from None
             if cells is None:
                 return
             if cells:

@@ -45,7 +45,7 @@ def check_characters(value: Any, where: str) -> None:
         except UnicodeEncodeError as error:
             half = f"{value[error.start]!r} at character {error.start}"
             raise Unreadable(
-                "broken_character", f"{where or 'a key'} holds half of a surrogate pair ({half}); mend or remove it"
+                "broken_character", f"{where or 'a key'} holds half of a surrogate pair ({half}); fix or remove it"
             ) from None
     elif isinstance(value, dict):
         for key, inner in value.items():
