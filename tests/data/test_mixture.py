@@ -1,4 +1,4 @@
-"""reduction: token | conversation: weights, and one gradient however conversations are spread over sequences; mixing and replay."""
+"""Loss reduction, mixing and replay: weights, and one gradient however conversations are spread over sequences."""
 
 from collections import Counter
 
