@@ -11,14 +11,14 @@ also trains the newline after each turn. Writes benchmarks/results/rendering.jso
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
-import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,31 @@ ROOT = Path(__file__).parents[1]
 NUM_PROCESSES = 2
 FEW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 TURNS = (2, 4, 8, 15, 30, 60)
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": about, "parameters": {"type": "object"}}}
+    for name, about in (("find", "Find what holds these words."), ("read", "Read a file."), ("weather", "The weather."))
+]
+
+
+class Profile(NamedTuple):
+    """A kind of data: chat template, whether the tokenizer has a normalizer, what the conversations hold."""
+
+    template: str
+    normalizer: bool
+    kind: str  # plain, tools or reasoning
+    size: str
+    number: int
+
+
+PROFILES = {
+    "plain, short": Profile("llama3", False, "plain", "short", 4_000),
+    "plain, medium": Profile("llama3", False, "plain", "medium", 1_200),
+    "plain, long": Profile("llama3", False, "plain", "long", 200),
+    "plain, medium, NFC": Profile("qwen3_instruct_2507", True, "plain", "medium", 1_200),
+    "tools, NFC": Profile("qwen3", True, "tools", "", 800),
+    "reasoning, short, NFC": Profile("qwen3", True, "reasoning", "short", 2_400),
+    "reasoning, medium, NFC": Profile("qwen3", True, "reasoning", "medium", 800),
+}
 EXTRA_TOKENS_PER_TURN = {"llama3": 0, "qwen3_instruct_2507": 1}  # that TRL trains: the newline after <|im_end|>
 
 
@@ -196,31 +221,61 @@ def by_turns(tokenizer: Any, repetitions: int) -> list[dict[str, float]]:
 def by_tool_turns(repetitions: int) -> list[dict[str, float]]:
     """The same for agents' conversations, in which most of the assistant's turns call tools; no two are of a shape."""
     tokenizer = make_tokenizer("qwen3_instruct_2507")
-    renderer, text, rng = make_renderer(tokenizer), Text(5), random.Random(5)
-
-    def conversation(turns: int) -> Conversation:
-        given: list[dict[str, Any]] = []
-        while turns > 0:
-            given.append({"role": "user", "content": text.message((40, 40))})
-            for _ in range(min(turns - 1, rng.randint(1, 6))):
-                call = {"type": "function", "function": {"name": "find", "arguments": {"words": text.message((4, 8))}}}
-                given.append({"role": "assistant", "content": "", "tool_calls": [call] * rng.choice((1, 1, 2))})
-                given += [{"role": "tool", "content": text.message((40, 40))} for _ in given[-1]["tool_calls"]]
-                turns -= 1
-            given.append({"role": "assistant", "content": text.message((40, 40))})
-            turns -= 1
-        return Conversation("", tuple(Message(m, train=m["role"] == "assistant") for m in given))
-
+    renderer, text = make_renderer(tokenizer), Text(5)
     for _ in range(20):
-        renderer.render(conversation(6))
+        renderer.render(conversation_of(text.tool_conversation(6)))
     result = []
     for turns in TURNS:
-        records = [conversation(turns) for _ in range(10 * repetitions)]
+        records = [conversation_of(text.tool_conversation(turns)) for _ in range(10 * repetitions)]
         start = time.process_time()
         trees = [renderer.render(record) for record in records]
         each = 1000 * (time.process_time() - start) / len(records)
         assert not any(isinstance(tree, Rejection) for tree in trees)
         result.append({"turns": turns, "milliseconds": round(each, 3), "per_turn": round(each / turns, 4)})
+    return result
+
+
+def conversation_of(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None) -> Conversation:
+    return Conversation("", tuple(Message(m, train=m["role"] == "assistant") for m in messages), tools)
+
+
+def profile_records(profile: Profile) -> list[Conversation]:
+    text = Text(7)
+    if profile.kind == "tools":
+        return [conversation_of(text.tool_conversation(turns), TOOLS) for turns in (3, 4, 6, 8) * (profile.number // 4)]
+    make = text.reasoning_conversation if profile.kind == "reasoning" else text.conversation
+    return [conversation_of(make(SIZES[profile.size])) for _ in range(profile.number)]
+
+
+def by_profile(repetitions: int, names: Sequence[str] = tuple(PROFILES)) -> dict[str, Any]:
+    """For each kind of data: milliseconds (CPU time) that a conversation takes in one process, and how it was rendered.
+
+    The first tenth of the records is rendered before, so that what is learnt once is not counted. The smallest of the
+    repetitions counts.
+    """
+    result = {}
+    for name in names:
+        profile = PROFILES[name]
+        tokenizer = make_tokenizer(profile.template, profile.normalizer)
+        records = profile_records(profile)
+        seconds, served = [], {}
+        for _ in range(repetitions):
+            renderer = make_renderer(tokenizer)
+            num_first = len(records) // 10
+            first = [renderer.render(record) for record in records[:num_first]]
+            renderer.counts.clear()
+            gc.collect()
+            gc.disable()  # as `render_all` does
+            start = time.process_time()
+            trees = [renderer.render(record) for record in records[num_first:]]
+            seconds.append(time.process_time() - start)
+            gc.enable()
+            assert not any(isinstance(tree, Rejection) for tree in [*first, *trees])
+            served = {way: round(number / len(trees), 4) for way, number in renderer.counts.most_common()}
+        num_tokens = sum(tree.num_tokens for tree in trees if isinstance(tree, Tree))
+        each = 1000 * min(seconds) / len(trees)
+        result[name] = {"milliseconds": round(each, 4), "tokens": round(num_tokens / len(trees)), "served": served}
+        print(f"{name}: {result[name]}", flush=True)
     return result
 
 
@@ -252,8 +307,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--template", choices=sorted(SPECIAL), default="llama3")
+    parser.add_argument("--profiles-only", action="store_true", help="print the profiles and stop")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=list(SIZES))
     arguments = parser.parse_args()
+    if arguments.profiles_only:
+        print(json.dumps({**describe(), "profiles": by_profile(arguments.repetitions)}, indent=1))
+        return
     tokenizer = make_tokenizer(arguments.template)
     with tempfile.TemporaryDirectory() as folder:
         files = {name: write(Path(folder) / f"{name}.jsonl", SIZES[name]) for name in arguments.sizes}
@@ -266,6 +325,7 @@ def main() -> None:
             "memory": memory(tokenizer, Path(folder)),
             "turns": by_turns(tokenizer, arguments.repetitions),
             "tool_turns": by_tool_turns(arguments.repetitions),
+            "profiles": by_profile(arguments.repetitions),
             "against_trl": compare(tokenizer, files, arguments.template, arguments.repetitions),
         }
     file = ROOT / "benchmarks" / "results" / "rendering.json"
@@ -287,6 +347,8 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"{row['turns']:3} turns {row['milliseconds']:8} ms, {row['per_turn']} a turn" for row in result["turns"]]
     for row in result["tool_turns"]:
         lines.append(f"{row['turns']:3} turns with tools {row['milliseconds']:8} ms, {row['per_turn']} a turn")
+    for name, row in result["profiles"].items():
+        lines.append(f"{name:24} {row['milliseconds']:8} ms {row['served']}")
     lines += [f"{row['rows']:6} rows: peak {row['peak_megabytes']} MB" for row in result["memory"]]
     return "\n".join(lines)
 

@@ -50,6 +50,36 @@ class Text:
         roles = ["user", "assistant"] * self._rng.randint(*size.turns)
         return [{"role": role, "content": self.message(size.words)} for role in roles]
 
+    def tool_conversation(self, turns: int) -> list[dict[str, Any]]:
+        """An agent's: most of the assistant's turns call tools, and no two conversations have the same roles."""
+        given: list[dict[str, Any]] = []
+        while turns > 0:
+            given.append({"role": "user", "content": self.message((40, 40))})
+            for _ in range(min(turns - 1, self._rng.randint(1, 6))):
+                calls = [self._call() for _ in range(self._rng.choice((1, 1, 2)))]
+                given.append({"role": "assistant", "content": "", "tool_calls": calls})
+                given += [{"role": "tool", "content": self.message((40, 40))} for _ in given[-1]["tool_calls"]]
+                turns -= 1
+            given.append({"role": "assistant", "content": self.message((40, 40))})
+            turns -= 1
+        return given
+
+    def _call(self) -> dict[str, Any]:
+        arguments: dict[str, dict[str, Any]] = {
+            "find": {"words": self.message((4, 8)), "limit": self._rng.randint(1, 20)},
+            "read": {"path": self.message((1, 3)), "lines": [self._rng.randint(1, 900), self._rng.randint(900, 2000)]},
+            "weather": {"city": self.message((1, 2)), "metric": self._rng.random() < 0.5},
+        }
+        name = self._rng.choice(list(arguments))
+        return {"type": "function", "function": {"name": name, "arguments": arguments[name]}}
+
+    def reasoning_conversation(self, size: Size) -> list[dict[str, str]]:
+        """As `conversation`; every answer has reasoning in a field of its own."""
+        return [
+            {**message, "reasoning_content": self.message(size.words)} if message["role"] == "assistant" else message
+            for message in self.conversation(size)
+        ]
+
 
 def write(file: Path, size: Size, seed: int = 0) -> str:
     text = Text(seed)
@@ -59,13 +89,18 @@ def write(file: Path, size: Size, seed: int = 0) -> str:
     return str(file)
 
 
-def make_tokenizer(template: str) -> Any:
-    """A byte-level BPE of 16,000 tokens trained on the same kind of text, with TRL's copy of the chat template."""
+def make_tokenizer(template: str, normalizer: bool = False) -> Any:
+    """A byte-level BPE of 16,000 tokens trained on the same kind of text, with TRL's copy of the chat template.
+
+    normalizer: text is brought into NFC first, as by Qwen's tokenizers.
+    """
     import trl
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
+    if normalizer:
+        tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

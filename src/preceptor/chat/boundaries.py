@@ -9,6 +9,7 @@ the second text alone.
 
 import json
 from typing import Any
+from unicodedata import is_normalized
 
 from preceptor.chat.words import Words
 
@@ -23,18 +24,16 @@ class Boundaries:
     def __init__(self, tokenizer: Any, words: Words) -> None:
         self._pre_tokenizer = None
         self._words = words
+        self._composed = False
         if not tokenizer.is_fast or any(token.normalized for token in tokenizer.added_tokens_decoder.values()):
             return
         backend = tokenizer.backend_tokenizer
-        if backend.normalizer is not None or backend.pre_tokenizer is None:
+        normalizer = json.loads(backend.to_str())["normalizer"]
+        self._composed = normalizer is not None
+        if backend.pre_tokenizer is None or (self._composed and normalizer["type"] != "NFC"):
             return
         if _is_local(json.loads(backend.pre_tokenizer.__getstate__())):
             self._pre_tokenizer = backend.pre_tokenizer
-
-    @property
-    def are_local(self) -> bool:
-        """Whether the words from the end of any word on are those of the text from there on."""
-        return self._pre_tokenizer is not None
 
     def between(self, before: str, after: str) -> bool:
         """Whether the tokens of before + after are those of `before` and then those of `after`."""
@@ -43,6 +42,8 @@ class Boundaries:
         shown = after[:_SHOWN]
         # Patterns look ahead over white space and over digits; and the end of a short text is no end of what may come.
         if len(after) <= _SHOWN or shown[0].isspace() or before[-1].isalnum():
+            return False
+        if self._composed and not is_normalized("NFC", before + after):
             return False
         ends = self._words.ends(before + shown)
         if ends is None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
@@ -30,12 +31,28 @@ class GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
+_OF_DICT = frozenset(dir(dict))
+_OF_CALLS = ("_loop_vars", "_block_vars")  # what Jinja's code hands on with every call
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which hangs on types and names alone, asked once for each of them."""
+    """Jinja's sandbox, with short cuts for what templates do most: to read a message's keys, to ask a string."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_safe: dict[tuple[type, str], bool] = {}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute not in _OF_DICT:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if type(obj) is BuiltinMethodType and type(obj.__self__) is str:
+            for name in _OF_CALLS:
+                kwargs.pop(name, None)
+            return obj(*args, **kwargs)  # `format` is not met here: `getattr` has replaced it
+        return super().call(context, obj, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         key = type(obj), attr

@@ -10,7 +10,8 @@ split there. Shared prefixes exist once.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 from preceptor.data.forest import Segment, SegmentKind, Tree
 
@@ -19,23 +20,25 @@ from preceptor.data.forest import Segment, SegmentKind, Tree
 class Node:
     """A segment that may still be split, and what follows it, in the order in which it was said."""
 
-    segment: Segment
+    kind: SegmentKind
+    ids: tuple[int, ...]
+    text: str = ""
+    weight: float = 1.0
+    message: int | None = None
     children: list["Node"] = field(default_factory=list)
 
     def split(self, at: int) -> None:
         """Keep the first `at` tokens here; the rest, and all that follows, becomes the only child."""
-        segment = self.segment
-        assert 0 < at < len(segment.ids)
-        tail = Node(replace(segment, ids=segment.ids[at:], text=""), self.children)
-        self.segment = replace(segment, ids=segment.ids[:at], text="")
-        self.children = [tail]
+        assert 0 < at < len(self.ids)
+        tail = Node(self.kind, self.ids[at:], "", self.weight, self.message, self.children)
+        self.ids, self.text, self.children = self.ids[:at], "", [tail]
 
 
 class GrowingTree:
     """The branches of one conversation while its turns are added in order. all_targets: contexts are trained too."""
 
     def __init__(self, all_targets: bool = False) -> None:
-        self._root = Node(Segment("context", (), None))
+        self._root = Node("context", ())
         self._path: list[Node] = [self._root]  # ends with the last turn's target
         self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
         self._text = ""  # what the path spells
@@ -48,14 +51,15 @@ class GrowingTree:
         texts: tuple[str, str],
         weight: float,
         num_shared: int = 0,
+        message: int | None = None,
     ) -> None:
         """Add one turn.
 
         texts: what context and target spell. num_shared: how many of the context's tokens are known to be the first of
-        the last turn's context; they are not compared again.
+        the last turn's context; they are not compared again. message: which message of the conversation the turn is.
         """
         end = self._follow(context, texts[0], num_shared)
-        node = Node(Segment("target", target, None, texts[1], weight))
+        node = Node("target", target, texts[1], weight, message)
         end.children.append(node)
         self._path.append(node)
         self._ends.append(len(context) + len(target))
@@ -67,7 +71,7 @@ class GrowingTree:
         kept = bisect_right(self._ends, num_shared, lo=1)  # nodes of the path that the context has from the start
         at = self._ends[kept - 1]
         while kept < num_nodes:  # the usual case: all of the last turn's tokens are this context's first
-            ids = self._path[kept].segment.ids
+            ids = self._path[kept].ids
             if tuple(context[at : at + len(ids)]) != ids:
                 break
             at += len(ids)
@@ -79,9 +83,9 @@ class GrowingTree:
             node, shared = _longest_child(self._path[-1], rest)
             if node is None:
                 new_text = text[len(self._text) :] if continues else ""
-                node, shared = Node(Segment(self._context_kind, rest, None, new_text)), len(rest)
+                node, shared = Node(self._context_kind, rest, new_text), len(rest)
                 self._path[-1].children.append(node)
-            elif shared < len(node.segment.ids):
+            elif shared < len(node.ids):
                 node.split(shared)
             at += shared
             self._path.append(node)
@@ -94,8 +98,8 @@ class GrowingTree:
         stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
         while stack:
             node, parent = stack.pop()
-            own = node.segment
-            segments.append(Segment(own.kind, own.ids, parent, own.text or decode(own.ids), own.weight, own.share))
+            text = node.text or decode(node.ids)
+            segments.append(Segment(node.kind, node.ids, parent, text, node.weight, message=node.message))
             stack.extend((child, len(segments) - 1) for child in reversed(node.children))
         return Tree(source, tuple(segments))
 
@@ -104,14 +108,14 @@ def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
     """The child that shares most first tokens with `ids`, and how many; (None, 0) if none shares any."""
     best, best_shared = None, 0
     for child in node.children:
-        shared = shared_length(child.segment.ids, ids)
+        shared = shared_length(child.ids, ids)
         if shared > best_shared:
             best, best_shared = child, shared
     return best, best_shared
 
 
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens the two, of one type, have in common at their start."""
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens or characters the two, of one type, have in common at their start."""
     limit = min(len(one), len(other))
     if one[:limit] == other[:limit]:
         return limit

@@ -2,8 +2,8 @@
 
 transformers renders templates in a sandbox that turns every `str` subclass back into a plain string, so this module has
 an environment of its own: the same sandbox, settings, filters and globals (`environment.prepare`), in which the few
-places that would copy characters without asking the string (joining the output, `~`, `in`, filters such as `tojson`)
-are made to ask. What it renders is the same text, byte for byte; callers check that against the plain render.
+places that would copy characters without asking the string (joining the output, `~`, filters such as `tojson`) are
+made to ask. What it renders is the same text, byte for byte; callers check that against the plain render.
 """
 
 import functools
@@ -15,52 +15,40 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-import jinja2.tests
 from jinja2 import filters, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.chat.environment import SETTINGS, prepare
-from preceptor.chat.marked import Marked, atoms_of, join, plain
-from preceptor.chat.marked_length import MarkedLength
-from preceptor.chat.one_pass_form import one_pass
-from preceptor.chat.origins import Rendered, map_leaves
-from preceptor.chat.tape import Atom, Tape, is_part_of, json_body, with_separator
+from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
+from preceptor.chat.origins import json_body, map_leaves
 
 
-def marked_message(message: Mapping[str, Any], tape: Tape, first_leaf: int) -> dict[str, Any]:
+def marked_message(message: Mapping[str, Any], first_leaf: int) -> dict[str, Any]:
     """The message with every leaf marked; leaves are numbered from `first_leaf`."""
     number = itertools.count(first_leaf)
-    return map_leaves(message, lambda text: Marked.leaf(tape, next(number), text))
+    return map_leaves(message, lambda text: Marked.leaf(next(number), text))
 
 
-def render_marked(text: str, tape: Tape, variables: Mapping[str, Any]) -> tuple[Rendered, list[Atom]]:
-    """Render a template whose variables hold marked strings; the pieces with their origins, and their atoms.
-
-    Raises what the template raises.
-    """
-    template = compiled_marked(text)
-    context = template.new_context(dict(variables))
-    try:
-        outputs = list(template.root_render_func(context))
-    except Exception:
-        template.environment.handle_exception()
-    pieces, atoms = pieces_of(tape, outputs)
-    return Rendered(pieces, [atom.origin for atom in atoms]), atoms
-
-
-def pieces_of(tape: Tape, outputs: Iterable[str]) -> tuple[list[str], list[Atom]]:
-    """What a template wrote, in pieces of one origin each, and their atoms."""
-    atoms: list[Atom] = []
+def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
+    """What a template wrote, in pieces of one origin each, and their origins."""
     pieces: list[str] = []
+    origins: list[int | None] = []
     for output in outputs:
-        atoms += atoms_of(tape, output)
-        pieces += output.pieces() if isinstance(output, Marked) else [output] if output else []
-    return pieces, atoms
+        at = 0
+        for atom in atoms_of(output):
+            piece = plain(output)[at : at + atom.length]
+            at += atom.length
+            if origins and origins[-1] == atom.origin:
+                pieces[-1] += piece
+            elif piece:
+                pieces.append(piece)
+                origins.append(atom.origin)
+    return pieces, origins
 
 
 class MarkedCode(CodeGenerator):
-    """Jinja's compiler, with `~` and `in` as calls that marked strings can see."""
+    """Jinja's compiler, with `~` as a call that marked strings can see."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join_outputs((")
@@ -69,30 +57,15 @@ class MarkedCode(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        if len(node.ops) != 1 or node.ops[0].op not in ("in", "notin"):
-            super().visit_Compare(node, frame)
-            return
-        self.write("(not " if node.ops[0].op == "notin" else "(")
-        self.write("environment.contains(")
-        self.visit(node.ops[0].expr, frame)
-        self.write(", ")
-        self.visit(node.expr, frame)
-        self.write("))")
-
 
 def _concat(texts: Iterable[str]) -> str:
     """`"".join` for the output of macros and set blocks."""
     texts = list(texts)
-    marked = _first_marked(texts)
-    return "".join(texts) if marked is None else join(marked.tape, texts)
+    return join(texts) if _any_marked(texts) else "".join(texts)
 
 
-def _first_marked(values: Iterable[Any]) -> Marked | None:
-    for value in values:
-        if isinstance(value, Marked):
-            return value
-    return None
+def _any_marked(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Marked) for value in values)
 
 
 class MarkedEnvironment(ImmutableSandboxedEnvironment):
@@ -105,25 +78,13 @@ class MarkedEnvironment(ImmutableSandboxedEnvironment):
     def join_outputs(values: Iterable[Any]) -> str:
         return _concat([_text(value) for value in values])
 
-    @staticmethod
-    def contains(container: Any, item: Any) -> bool:
-        if isinstance(item, Marked) and isinstance(container, str) and not isinstance(container, Marked):
-            return bool(item.observed(plain(item) in container, is_part_of, container))
-        return bool(item in container)
-
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """A method of a plain string that is given marked ones is the marked method."""
         if type(getattr(obj, "__self__", None)) is str and args:
             items = args[0] if obj.__name__ == "join" and isinstance(args[0], list | tuple) else args
-            marked = _first_marked(items)
-            if marked is not None:
-                obj = getattr(_as_marked(obj.__self__, marked.tape), obj.__name__)
-                return obj(*args, **kwargs)
+            if _any_marked(items):
+                return getattr(Marked(obj.__self__), obj.__name__)(*args, **kwargs)
         return super().call(context, obj, *args, **kwargs)
-
-
-def _as_marked(text: str, tape: Tape) -> Marked:
-    return text if isinstance(text, Marked) else Marked.make(tape, text, atoms_of(tape, text))
 
 
 def _text(value: Any) -> str:
@@ -160,31 +121,25 @@ def _tojson(
     )
     if not found:
         return encoded
-    tape = found[0].tape
     texts: list[str] = []
     for index, part in enumerate(_STAND_IN.split(encoded)):
-        texts += _json_bodies(found[int(part)], ensure_ascii) if index % 2 else [part]
-    return join(tape, texts)
+        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
+    return join(texts)
 
 
-def _json_bodies(marked: Marked, ensure_ascii: bool) -> list[Marked]:
+def _json_body(marked: Marked, ensure_ascii: bool) -> Marked:
     """The string as JSON spells it between the quotes, atom by atom."""
-    tape, bodies = marked.tape, []
-    for atom, text in zip(marked.atoms, marked.pieces(), strict=True):
-        body = json_body(text, ensure_ascii)
-        ref = tape.step(json_body, atom.ref, tape.constant(ensure_ascii))
-        bodies.append(Marked.make(tape, body, (Atom(len(body), atom.origin, ref),)))
-    return bodies
+    bodies = [json_body(piece, ensure_ascii) for piece in marked.pieces()]
+    return Marked.make("".join(bodies), [Atom(len(b), a.origin) for b, a in zip(bodies, marked.atoms, strict=True)])
 
 
 def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     items = list(value)
     if attribute is not None:
         items = [filters.make_attrgetter(context.environment, attribute)(item) for item in items]
-    marked = _first_marked([d, *items])
-    if marked is None:
+    if not _any_marked([d, *items]):
         return filters.sync_do_join(context, items, d)
-    return join(marked.tape, with_separator([_text(item) for item in items], d))
+    return join(with_separator([_text(item) for item in items], d))
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
@@ -195,51 +150,37 @@ def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = Fal
     texts = [lines[0]]
     for line in lines[1:]:
         texts += ["\n", indention, line] if blank or line else ["\n", line]
-    return join(s.tape, [indention, *texts] if first else texts)
+    return join([indention, *texts] if first else texts)
 
 
 def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int | None = None) -> str:
-    marked = _first_marked((s, old, new))
-    if marked is None:
+    if not _any_marked((s, old, new)):
         return filters.do_replace(context, s, old, new, count)
-    return str(_as_marked(s, marked.tape).replace(old, new, -1 if count is None else count))
+    marked = s if isinstance(s, Marked) else Marked(s)
+    return str(marked.replace(old, new, -1 if count is None else count))
 
 
 def _trim(value: Any, chars: str | None = None) -> str:
     return _text(value).strip(chars)
 
 
-def _length(value: Any) -> int:
-    return MarkedLength.of(value) if isinstance(value, Marked) else len(value)
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Marked) or jinja2.tests.test_sequence(value)
-
-
 def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that would read marked strings without asking them gets plain ones, and the tape says so."""
+    """A filter that would read marked strings without asking them gets plain ones: their origins are lost."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        marked = _first_marked((*args, *kwargs.values()))
-        if marked is not None:
-            marked.tape.exact, marked.tape.lost = False, True
-            args = tuple(plain(a) if isinstance(a, Marked) else a for a in args)
-        return function(*args, **kwargs)
+        return function(*[plain(a) if isinstance(a, Marked) else a for a in args], **kwargs)
 
     return functools.update_wrapper(call, function)  # with the mark by which Jinja knows that it wants its context
 
 
 # These return their arguments, or items of one, without looking at characters.
-_TRANSPARENT = """attr batch d default dictsort first groupby items last list map max min random reject rejectattr
-reverse select selectattr slice sort sum unique"""
+_TRANSPARENT = """attr batch count d default dictsort first groupby items last length list map max min random reject
+rejectattr reverse select selectattr slice sort sum unique"""
 
 _FILTERS: Mapping[str, Callable[..., Any]] = {
     "capitalize": lambda value: _text(value).capitalize(),
-    "count": _length,
     "indent": _indent,
     "join": jinja2.pass_eval_context(_join),
-    "length": _length,
     "lower": lambda value: _text(value).lower(),
     "replace": jinja2.pass_eval_context(_replace),
     # Jinja's own makes text that escapes what is joined to it; where that shows, the render differs from the plain one.
@@ -258,16 +199,9 @@ def marked_environment() -> jinja2.Environment:
         if name not in _TRANSPARENT.split():
             environment.filters[name] = _losing(function)
     environment.filters |= _FILTERS
-    environment.tests["sequence"] = _is_sequence
     return environment
 
 
 @lru_cache(maxsize=256)
 def compiled_marked(text: str) -> jinja2.Template:
     return marked_environment().from_string(text)
-
-
-@lru_cache(maxsize=256)
-def compiled_one_pass(text: str, head_again: bool) -> jinja2.Template | None:
-    """The template in its one-pass form for marked strings, where it has one."""
-    return one_pass(marked_environment(), text, head_again)

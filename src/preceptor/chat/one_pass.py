@@ -31,8 +31,6 @@ import jinja2
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.utils import Namespace, missing
 
-from preceptor.chat.marked import Marked, plain
-
 _WORTH = 0.75  # of the turns of the main loop that one by one would take; a pass that takes more saves nothing
 _FEW_TURNS = 24
 
@@ -68,6 +66,33 @@ class Written(NamedTuple):
     outputs: list[str]
 
 
+def run_once(
+    template: jinja2.Template, messages: Sequence[Any], several: Sequence[Asked], variables: Mapping[str, Any]
+) -> dict[Asked, str]:
+    """The renders of the first messages that are asked for, by one run of a template in its one-pass form.
+
+    Raises LooksAhead, and what the template raises.
+    """
+    done = Pass(messages, several)
+    done.run(template, variables)
+    texts: dict[Asked, str] = {}
+    heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
+    for asked, (line, num_shared, outputs) in done.written.items():
+        num, head = heads.get(line, (0, ""))
+        head += "".join(line.outputs[num:num_shared])
+        heads[line] = num_shared, head
+        texts[asked] = head + "".join(outputs)
+    return texts
+
+
+def raised_in_pass(error: Exception) -> bool:
+    """Whether an error was raised by what stands in this file, and not by the template."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == __name__
+
+
 class Pass:
     """One run of a template in its one-pass form (`onepass_form.py`) over `messages`, for the renders `asked`."""
 
@@ -90,8 +115,7 @@ class Pass:
             "messages": Messages(self, 0),
             "namespace": self._namespace,
             "__worlds__": self._worlds(),
-            "__stretch__": self._stretch,
-            "__prompted__": self._prompted,
+            "__pass__": self,
         }
         for output in template.root_render_func(template.new_context({**variables, **own})):
             self._outputs.append(output)
@@ -132,7 +156,7 @@ class Pass:
         self._told = True
         return self._now
 
-    def _prompted(self) -> bool:
+    def prompted(self) -> bool:
         return self.world().add_generation_prompt
 
     def _namespace(self, *args: Any, **kwargs: Any) -> Namespace:
@@ -141,14 +165,15 @@ class Pass:
 
     # The main loop ---------------------------------------------------------------------------------------------------
 
-    def _stretch(self, messages: Any, *of_head: Any) -> Any:
-        """What the main loop goes over in this world; of_head: the variables that HEAD has set."""
+    def stretch(self, messages: Any, of_head: Sequence[Any] | None) -> Any:
+        """What the main loop goes over in this world; of_head: what HEAD has set, None where it is run only once."""
         if not isinstance(messages, Messages):
             self._line = Line([])
             self._outputs = [*self._common, *self._outputs]
             self._turns_left -= self.world().num_messages
             return messages
-        key = messages.start, _frozen([of_head, [_attributes(n) for n in self._namespaces], self._outputs])
+        came_to = None if of_head is None else [of_head, [_attributes(n) for n in self._namespaces], self._outputs]
+        key = messages.start, _frozen(came_to)
         line = self._lines.get(key)
         if line is None:
             state = self._state(len(self._namespaces))
@@ -185,9 +210,7 @@ def _attributes(namespace: Namespace) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """The same for values that a template cannot tell apart, read without a word to their tapes."""
-    if isinstance(value, Marked):
-        return Marked, plain(value), value.atoms
+    """The same for values that a template cannot tell apart."""
     if type(value) in (str, int, float, bool, type(None)):
         return type(value), value
     if isinstance(value, Messages):

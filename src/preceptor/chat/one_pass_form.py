@@ -1,14 +1,31 @@
 """Compiling a template into its one-pass form (`onepass.py`)."""
 
+from functools import lru_cache
+
 import jinja2
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-from preceptor.chat.one_pass import StretchLoop
+from preceptor.chat.environment import plain_environment
+from preceptor.chat.one_pass import Pass, StretchLoop
 
 _PROMPTED = "add_generation_prompt"
 _OTHER_FORMS = (nodes.Break, nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
 _STATEFUL = {"cycler", "joiner"}  # what besides namespaces changes while a template runs
+
+
+@lru_cache(maxsize=256)
+def compiled_one_pass(text: str, head_again: bool) -> jinja2.Template | None:
+    """The template in its one-pass form, compiled once; None if it has not the form that this takes."""
+    return one_pass(one_pass_environment(), text, head_again)
+
+
+@lru_cache(maxsize=1)
+def one_pass_environment() -> jinja2.Environment:
+    """Templates in their one-pass form ask the pass by filters, which Jinja calls at a third of a function's cost."""
+    environment = plain_environment().overlay()
+    environment.filters = {**environment.filters, "__stretch__": Pass.stretch, "__prompted__": Pass.prompted}
+    return environment
 
 
 def one_pass(environment: jinja2.Environment, text: str, head_again: bool = False) -> jinja2.Template | None:
@@ -27,7 +44,8 @@ def one_pass(environment: jinja2.Environment, text: str, head_again: bool = Fals
         return None
     again = head if head_again else []
     of_head = {name.name: None for node in again for name in node.find_all(nodes.Name) if name.ctx == "store"}
-    main.iter = _call("__stretch__", main.iter, *(nodes.Name(name, "load") for name in of_head))
+    set_by_head = nodes.Tuple([nodes.Name(name, "load") for name in of_head], "load")
+    main.iter = _ask("__stretch__", main.iter, set_by_head if head_again else nodes.Const(None))
     world = nodes.Name("__world__", "store")
     worlds = nodes.For(world, nodes.Name("__worlds__", "load"), [*again, main, *tail], [], None, False)
     tree.body = [worlds] if head_again else [*head, worlds]
@@ -40,8 +58,8 @@ def one_pass(environment: jinja2.Environment, text: str, head_again: bool = Fals
     return template
 
 
-def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
-    return nodes.Call(nodes.Name(name, "load"), list(arguments), [], None, None)
+def _ask(name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(nodes.Name("__pass__", "load"), name, list(arguments), [], None, None)
 
 
 def _keeps_state(tree: nodes.Template) -> bool:
@@ -82,5 +100,5 @@ class _Prompted(NodeTransformer):
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
         if node.name != _PROMPTED or node.ctx != "load":
             return node
-        call = _call("__prompted__").set_lineno(node.lineno)
-        return call.set_environment(node.environment) if node.environment else call
+        asked = _ask("__prompted__").set_lineno(node.lineno)
+        return asked.set_environment(node.environment) if node.environment else asked

@@ -1,5 +1,6 @@
 """Where the characters of a rendered text came from: the strings of messages (leaves), and renders in pieces."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -76,100 +77,60 @@ def shape_of(value: Any, names: Sequence[str] = _NAMES) -> Any:
     return (type(value), value)
 
 
-class Head(NamedTuple):
-    """The pieces with which several renders of a conversation begin; the first `num_pieces` are meant."""
-
-    text: str
-    pieces: Sequence[str]
-    origins: Sequence[int | None]
-    num_pieces: int
-
-    def upto(self, num_pieces: int) -> "Head":
-        """The same with so many of the pieces; of one that goes further only what is new is joined."""
-        if num_pieces == self.num_pieces:
-            return self
-        text, start = (self.text, self.num_pieces) if num_pieces > self.num_pieces else ("", 0)
-        return self._replace(text=text + "".join(self.pieces[start:num_pieces]), num_pieces=num_pieces)
-
-
-NO_HEAD = Head("", (), (), 0)
+def json_body(text: str, ensure_ascii: bool) -> str:
+    """The text as JSON spells it between the quotes."""
+    return json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
 
 
 class Rendered:
-    """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text)."""
+    """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text).
 
-    __slots__ = ("_first_leaf", "_head", "_origins", "_pieces", "_places", "text")
+    start: where the pieces begin; none of the leaves that are followed is in what stands before.
+    """
 
-    def __init__(
-        self,
-        pieces: Sequence[str],
-        origins: Sequence[int | None],
-        head: Head = NO_HEAD,
-        first_leaf: int = 0,
-        places: Mapping[int, list[int]] | None = None,
-    ) -> None:
-        """head: what stands before the pieces; leaves from `first_leaf` on do not occur in it.
+    __slots__ = ("_origins", "_pieces", "_start", "text")
 
-        places: `places_of(origins, first_leaf)`, where that is known already.
-        """
+    def __init__(self, text: str, pieces: Sequence[str], origins: Sequence[int | None], start: int = 0) -> None:
+        self.text = text
         self._pieces = pieces
         self._origins = origins
-        self._head = head
-        self.text = head.text + "".join(pieces)
-        self._places = places_of(origins, first_leaf) if places is None else places
-        self._first_leaf = first_leaf
-
-    def _places_of(self, leaf: int) -> Sequence[int]:
-        if leaf < self._first_leaf:
-            self.parts()
-        return self._places.get(leaf, ())
+        self._start = start
 
     def parts(self) -> Iterator[tuple[str, int | None]]:
-        """All pieces with their origins; from now on without a head."""
-        if self._first_leaf or self._head.num_pieces:
-            head = self._head
-            self._pieces = [*head.pieces[: head.num_pieces], *self._pieces]
-            self._origins = [*head.origins[: head.num_pieces], *self._origins]
-            self._head, self._first_leaf, self._places = NO_HEAD, 0, places_of(self._origins)
-        return zip(self._pieces, self._origins, strict=True)
+        """All pieces with their origins."""
+        if self._start:
+            yield self.text[: self._start], None
+        yield from zip(self._pieces, self._origins, strict=True)
+
+    def _places(self, leaves: range) -> Iterator[tuple[int, int, int]]:
+        """(start, end, leaf) of each piece that came from these leaves."""
+        at = self._start
+        for piece, origin in zip(self._pieces, self._origins, strict=True):
+            end = at + len(piece)
+            if origin is not None and origin in leaves and piece:
+                yield at, end, origin
+            at = end
 
     def span(self, leaves: range) -> tuple[int, int] | None:
         """From the first to after the last character that came from these leaves; None if none did."""
-        if leaves and leaves[0] < self._first_leaf:
-            self.parts()
-        own = [at for leaf in leaves for at in self._places.get(leaf, ()) if self._pieces[at]]
-        if not own:
-            return None
-        first, last = min(own), max(own)
-        end = len(self.text) - sum(map(len, self._pieces[last + 1 :]))
-        return end - sum(map(len, self._pieces[first : last + 1])), end
+        first, last, at = -1, 0, self._start
+        for piece, origin in zip(self._pieces, self._origins, strict=True):
+            if origin is not None and origin in leaves and piece:
+                first, last = at if first < 0 else first, at + len(piece)
+            at += len(piece)
+        return None if first < 0 else (first, last)
 
     def end_before(self, leaves: range, limit: int) -> int:
         """The end of the last character from these leaves that stands before `limit`; 0 if there is none."""
-        at = end = 0
-        for piece, origin in self.parts():
-            if at >= limit:
-                break
-            at += len(piece)
-            if piece and origin is not None and origin in leaves:
-                end = at
-        return min(end, limit)
+        return max((min(end, limit) for start, end, _ in self._places(leaves) if start < limit), default=0)
 
     def last_leaf(self, leaves: range, limit: int) -> int | None:
         """Which of these leaves the last of their characters before `limit` came from."""
-        at, last = 0, None
-        for piece, origin in self.parts():
-            if at >= limit:
-                break
-            at += len(piece)
-            if piece and origin is not None and origin in leaves:
-                last = origin
-        return last
+        return ([None, *(leaf for start, _, leaf in self._places(leaves) if start < limit)])[-1]
 
     def spelled(self, leaf: int) -> str:
         """All characters that came from this leaf, in order."""
-        places = self._places_of(leaf)
-        return "".join([self._pieces[at] for at in places])
+        return "".join([piece for piece, origin in zip(self._pieces, self._origins, strict=True) if origin == leaf])
 
     def runs(self) -> list[tuple[str, bool]]:
         """The text in runs, each with whether it came from a message."""
@@ -179,18 +140,10 @@ class Rendered:
         """Another text, in which the pieces of these leaves stand in the same order, in runs as above."""
         runs: list[tuple[str, bool]] = []
         at = 0
-        for piece, origin in self.parts():
-            place = text.find(piece, at) if piece and origin is not None and origin in leaves else -1
+        for start, end, _ in self._places(leaves):
+            piece = self.text[start:end]
+            place = text.find(piece, at)
             if place >= 0:
                 runs += [(text[at:place], False), (piece, True)]
                 at = place + len(piece)
         return [*runs, (text[at:], False)]
-
-
-def places_of(origins: Sequence[int | None], first_leaf: int = 0) -> dict[int, list[int]]:
-    """For each leaf from `first_leaf` on, the pieces that came from it."""
-    places: dict[int, list[int]] = {}
-    for place, origin in enumerate(origins):
-        if origin is not None and origin >= first_leaf:
-            places.setdefault(origin, []).append(place)
-    return places

@@ -11,25 +11,28 @@ Codes of rejections and what to do about each: `rejections.ADVICE`.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import Leaf, leaves_of
-from preceptor.chat.plans import RenderCache
 from preceptor.chat.reasoning import INLINE_WORDS, has_reasoning
-from preceptor.chat.renders import Renders
+from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
-from preceptor.chat.tokenise import Context, Ids, Tokeniser, any_of
-from preceptor.chat.turns import Stops, target_of
+from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
+from preceptor.chat.turns import Stops, Turn, target_of
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
-from preceptor.data.forest import Segment, SegmentKind, Tree
+from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
+
+_CHECKED_TREES = 16  # the first; then so many that one in 150 characters is tokenised twice
+_CHECK_EVERY = 150
 
 
 class Renderer:
@@ -58,15 +61,21 @@ class Renderer:
         self.template_kwargs = dict(template_kwargs or {})
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
-        self._tokeniser = Tokeniser(tokenizer)
+        self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
+        self._num_trees = self._unchecked_characters = 0
         stops = [tokenizer.convert_ids_to_tokens(stop) for stop in self.stop_token_ids]
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
-        self._cache = RenderCache(tokenizer)
+        self._runs = Runs(tokenizer)
         self._forms: Forms | None = None
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """In which ways the conversations were rendered: `renders.Runs`."""
+        return self._runs.counts
 
     @property
     def template(self) -> Template:
@@ -94,6 +103,23 @@ class Renderer:
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
 
+    def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
+        """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
+
+        If it ever answers otherwise, it is asked for everything from then on.
+        """
+        tree = grow(self._tokeniser)
+        self._num_trees += 1
+        self._unchecked_characters += num_characters
+        if self._num_trees > _CHECKED_TREES and self._unchecked_characters < _CHECK_EVERY * num_characters * num_turns:
+            return tree
+        self._unchecked_characters = 0
+        exact = grow(self._slow_tokeniser)
+        if exact != tree:
+            self._tokeniser = self._slow_tokeniser
+            self.counts["tokenized as a whole: chunks gave other tokens"] += 1
+        return exact
+
     # Plain text ------------------------------------------------------------------------------------------------------
 
     def _plain_text(self, record: Completion | Document) -> Tree:
@@ -106,18 +132,26 @@ class Renderer:
             raise Rejected("no_stop_token", "the text's end")
         if bos and (prompt or text).startswith(bos):
             bos = ""  # spelled out, and allowed to be
-        context = (*(self._bos if bos else ()), *(self._ids(prompt, "") if prompt else ()))
-        target = (*self._ids(text, prompt), self.tokenizer.eos_token_id)
-        if not self._tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
-            raise Rejected("unknown_token", "the text")
-        tree = GrowingTree(all_targets=self.targets == "all")
-        tree.add(context, target, (bos + prompt, text + eos), 1.0)
-        return tree.finish(record.source, self._decode)
 
-    def _ids(self, text: str, after: str) -> Ids:
+        def grow(tokeniser: Tokeniser) -> Tree:
+            path = tokeniser.path()
+            context = (*(self._bos if bos else ()), *self._ids(prompt, path, first=True))
+            target = (*self._ids(text, path, first=not prompt), self.tokenizer.eos_token_id)
+            if not tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
+                raise Rejected("unknown_token", "the text")
+            tree = GrowingTree(all_targets=self.targets == "all")
+            tree.add(context, target, (bos + prompt, text + eos), 1.0)
+            return tree.finish(record.source, self._decode)
+
+        return self._compared(grow, len(prompt + text), 1)
+
+    def _ids(self, text: str, path: Path, first: bool) -> Ids:
         if self.special_tokens_in_text == "plain" and self._special.search(text):
             return self._tokeniser.plain([(text, True)], self._special)
-        return self._tokeniser.continuation(text, after) if after else tuple(self._tokeniser.context(text).ids)
+        if not first:
+            return path.continuation(text)
+        path.read(text)
+        return tuple(path.ids)
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
@@ -131,8 +165,7 @@ class Renderer:
         if turns[0] == 0:
             raise Rejected("no_prompt", "messages[0] is an assistant's")
         messages = record.messages[: turns[-1] + 1]
-        tools = _frozen(record.tools)
-        self._check_special(tools.replace('\\"', '"'), "tools", may_be_plain=False)
+        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
         leaves = [leaves_of(message.given, k) for k, message in enumerate(messages)]
         spelled_out = self._check_messages(messages, leaves)
         given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
@@ -140,77 +173,54 @@ class Renderer:
             if fitted is not message.given:
                 leaves[k] = leaves_of(fitted, k)
         arguments = {**self.template_kwargs, **record.template_kwargs}
-        key = tools, _frozen(arguments)
-        first = [(k, self._attempts(given[k], arguments)[0]) for k in turns]
-        weights = [messages[k].weight for k in turns]
-        for cache_key in (key, None):
-            renders = Renders(self.template, given, record.tools, self._cache, cache_key, first, leaves)
-            tree = self._tree(renders, turns, weights, arguments, spelled_out, record.source)
-            if renders.finish():
-                break
-        return tree
+        attempts = {k: self._attempts(given[k], arguments) for k in turns}
+        chat = Chat(self.template, given, record.tools, leaves)
+        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
 
-    def _tree(
-        self,
-        renders: Renders,
-        turns: Sequence[int],
-        weights: Sequence[float],
-        arguments: Mapping[str, Any],
-        spelled_out: bool,
-        source: str,
-    ) -> Tree:
-        """By the stencil of the plan, where it has one for these words, or turn by turn; now and then by both."""
-        stencilled = None if spelled_out else self._by_stencil(renders, weights, source)
-        if stencilled is not None and not self._cache.compares_stencil():
-            return stencilled
-        if stencilled is not None:
-            self._cache.stencils = False  # unless the proof, which may reject, comes to the same
-        tree = GrowingTree(all_targets=self.targets == "all")
-        for k, weight in zip(turns, weights, strict=True):
-            context, target, texts = self._turn(renders, k, arguments, spelled_out)
-            num_shared = context.num_shared if k != turns[0] else 0
-            tree.add(context.ids, target, texts, weight, num_shared)
-        proved = tree.finish(source, self._decode)
-        self._cache.stencils = self._cache.stencils or proved == stencilled
-        return proved
+        def grow(tokeniser: Tokeniser) -> Tree:
+            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            for k, tried in attempts.items():
+                turn, text = self._proved(renders, k, tried)
+                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
+                tree.add(context, target, (turn.prompt, text), messages[k].weight, num_shared, k)
+            return tree.finish(record.source, self._decode)
 
-    def _by_stencil(self, renders: Renders, weights: Sequence[float], source: str) -> Tree | None:
-        filled = renders.fill(self._tokeniser, self._stops, self.stop_token_ids)
-        if filled is None:
-            return None
-        kind: SegmentKind = "target" if self.targets == "all" else "context"
-        segments: list[Segment] = []
-        for turn, weight in zip(filled, weights, strict=True):
-            segments.append(Segment(kind, turn.context, len(segments) - 1 if segments else None, turn.context_text))
-            segments.append(Segment("target", turn.target, len(segments) - 1, turn.target_text, weight))
-        return Tree(source, tuple(segments))
+        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(turns))
 
-    def _turn(
-        self, renders: Renders, k: int, arguments: Mapping[str, Any], spelled_out: bool
-    ) -> tuple[Context, Ids, tuple[str, str]]:
-        """(context, target ids, their texts) of turn k. Raises Rejected."""
+    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
+        """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""
         rejected: Rejected | None = None
-        for attempt in self._attempts(renders.messages[k], arguments):
+        for arguments in attempts:
             try:
-                turn = renders.turn(k, attempt)
-                target = target_of(turn, self._stops)
+                turn = renders.turn(k, arguments)
+                return turn, target_of(turn, self._stops)
             except Rejected as error:
                 rejected = rejected or error
-                continue
-            if spelled_out:
-                context = Context(self._tokeniser.plain(turn.prompt_marked().runs(), self._special), 0)
-                target_ids = self._tokeniser.plain(turn.full.runs_in(target, turn.own), self._special)
-            else:
-                context = self._tokeniser.context(turn.prompt)
-                target_ids = self._tokeniser.continuation(target, turn.prompt)
-            self._check_end(target_ids, turn.where)
-            if not self._tokeniser.spells_all(context.ids, turn.prompt, context.num_shared):
-                raise Rejected("unknown_token", f"before {turn.where}")
-            if not self._tokeniser.spells_all(target_ids, target):
-                raise Rejected("unknown_token", turn.where)
-            return context, target_ids, (turn.prompt, target)
         assert rejected is not None
         raise rejected
+
+    def _tokenised(
+        self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
+    ) -> tuple[Sequence[int], Ids, int]:
+        """The ids of a turn's context and target, and how many of the context's stand in the tree already.
+
+        Raises Rejected.
+
+        path: None where special tokens that messages spell out are to be read as plain text.
+        """
+        num_shared = 0
+        if path is None:
+            context: Sequence[int] = tokeniser.plain(turn.prompt_marked().runs(), self._special)
+            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special)
+        else:
+            num_shared = path.read(turn.prompt)
+            context, target = path.ids, path.continuation(text)
+        self._check_end(target, turn.where)
+        if not tokeniser.spells_all(context, turn.prompt, num_shared):
+            raise Rejected("unknown_token", f"before {turn.where}")
+        if not tokeniser.spells_all(target, text):
+            raise Rejected("unknown_token", turn.where)
+        return context, target, num_shared
 
     def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The template arguments to try: those that turn reasoning on where the turn has some and off where not.

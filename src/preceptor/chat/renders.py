@@ -1,297 +1,277 @@
 """The renders of one conversation that the proof asks for, and where their characters came from.
 
-All of them are made in one run of the template where it allows that (`onepass.py`), else one by one. What the template
-did is recorded (`tape.Tape`) and replayed for all later conversations of that *shape* (the same roles and fields,
-whatever the words) for which it would decide the same way; one by one, from the second of a shape on. Every render with
-origins is compared, byte for byte, with the plain render of the same messages; of a pass and of a replay, the longest
-is, and all of the first passes; and plain renders are compared with transformers' own for the first of a run and then
-for a few in a thousand.
+Texts are made by the template itself: one by one (`OneByOne`), or, for conversations of many turns, in one run of it
+(`one_pass.py`), of which the longest is compared with the template's own. Where the characters of a turn stand is found
+by alignment (`alignment.py`), else by a render with marks (`WithOrigins`), which must give the same text, byte for
+byte. Renders of the template are compared with transformers' own: the first of a run, and then a few in a thousand.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any, NamedTuple
 
+import jinja2
+
+from preceptor.chat.alignment import Alignments, kind_of
 from preceptor.chat.marked import Marked
-from preceptor.chat.marked_environment import compiled_one_pass, marked_message, pieces_of, render_marked
-from preceptor.chat.one_pass import Asked, Line, LooksAhead, Pass
-from preceptor.chat.origins import Head, Leaf, Rendered, leaves_of, shape_of
-from preceptor.chat.plans import Output, Plan, Recorded, RenderCache, Replay, Request, Shape, Strand
-from preceptor.chat.reasoning import has_reasoning
-from preceptor.chat.stencil import Filled
-from preceptor.chat.stencil_form import stencil_of
-from preceptor.chat.tape import Atom, Tape
+from preceptor.chat.marked_environment import compiled_marked, marked_message, pieces_of
+from preceptor.chat.one_pass import Asked, LooksAhead, raised_in_pass, run_once
+from preceptor.chat.one_pass_form import compiled_one_pass
+from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
-from preceptor.chat.tokenise import Tokeniser
-from preceptor.chat.turns import Followed, Stops, Turn
+from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
 from preceptor.errors import TemplateError
 
-Turns = Sequence[tuple[int, Mapping[str, Any]]]
+_FEW_TURNS = 4  # up to here a run of the template for each render is faster than one pass
+_MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands before the main loop again each time
+_COMPARED_RENDERS = 16
+_COMPARED_PASSES = 4
+_COMPARE_EVERY = 499
 
 
-class Renders:
-    """The renders of one conversation under one template; `messages` are in a form that the template takes."""
+class Request(NamedTuple):
+    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
 
-    def __init__(
-        self,
-        template: Template,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        cache: RenderCache,
-        key: Any = None,
-        turns: Turns = (),
-        leaves: Sequence[Sequence[Leaf]] | None = None,
-    ) -> None:
-        """key: what the renders hang on besides messages and turns (tools, arguments); None: do not use the cache.
+    num_messages: int
+    add_generation_prompt: bool
+    arguments: str = ""  # `Chat.key` of the template's arguments
+    follower: str = ""
 
-        turns: those that will be asked for, with the arguments that will be tried first; the last message is one.
-        leaves: `leaves_of` each message, where they are known already.
-        """
-        self.messages = messages
-        self._template, self._tools, self._cache = template, tools, cache
-        self._seen = [template.message_rules.apply(message) for message in messages]
-        self._arguments: dict[str, Mapping[str, Any]] = {}
-        self.leaves: list[Leaf] = []
-        self._starts = [0]
-        for index, message in enumerate(messages):
-            self.leaves += leaves_of(message, index) if leaves is None else leaves[index]
+
+@dataclass(eq=False, slots=True)
+class Chat:
+    """A conversation as its template sees it.
+
+    messages: in a form that the template takes. leaves: the strings of all messages.
+    """
+
+    template: Template
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    leaves_of_messages: InitVar[Sequence[Sequence[Leaf]]]
+    leaves: list[Leaf] = field(init=False)
+    _seen: list[dict[str, Any]] = field(init=False)
+    _starts: list[int] = field(init=False)
+    _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self, leaves_of_messages: Sequence[Sequence[Leaf]]) -> None:
+        self._seen = [self.template.message_rules.apply(message) for message in self.messages]
+        self.leaves, self._starts = [], [0]
+        for leaves in leaves_of_messages:
+            self.leaves += leaves
             self._starts.append(len(self.leaves))
-        self._num_leaves = len(self.leaves)  # of the plan where one is replayed, which may have more
-        self._turns = turns
-        self._shapes: list[Shape] = []
-        self._replay: Replay | None = None
-        self._longest: Request | None = None  # of the replayed renders
-        self._live: dict[Request, Rendered] = {}  # of one pass
-        self._recording: Plan | None = None
-        self._marked: list[dict[str, Any]] = []
-        if key is not None:
-            self._shapes = cache.shapes(key, self._seen_of_messages())
-            self._use_plan()
 
-    def _seen_of_messages(self) -> list[tuple[Any, bool]]:
-        """What a template can see of each message, and whether it is a turn."""
-        seen: list[tuple[Any, bool]] = [(shape_of(message), False) for message in self.messages]
-        for k, _ in self._turns:
-            seen[k] = (seen[k][0], has_reasoning(self.messages[k])), True
-        return seen
+    def own(self, k: int) -> range:
+        """The leaves of message k."""
+        return range(self._starts[k], self._starts[k + 1])
 
-    def _use_plan(self) -> None:
-        shape = self._shapes[-1]
-        for plan in shape.plans:
-            values = plan.replay(self.leaves)
-            if values is not None:
-                self._replay = Replay(plan, values)
-                self._cache.use(plan)
-                self._num_leaves = plan.tape.num_leaves
-                return
-        if self._cache.one_pass and any(self._run_once(head_again) for head_again in (False, True)):
-            return
-        if shape.num_met > 1 and shape.recordable:
-            self._recording = self._new_plan()
-            self._marked = self._mark(self._recording.tape, len(self.messages))
+    def arguments(self, request: Request) -> Mapping[str, Any]:
+        return self._arguments[request.arguments]
 
-    def _new_plan(self) -> Plan:
-        turns = [(k, self._key(arguments)) for k, arguments in self._turns]
-        return Plan(Recorded(self.messages, self.leaves, self._starts, turns), Tape(len(self.leaves)))
+    @property
+    def followers(self) -> range:
+        """The number by which what came from a message after a turn is known."""
+        return range(len(self.leaves), len(self.leaves) + 1)
 
-    def _run_once(self, head_again: bool) -> bool:
-        """Makes all renders in one pass for each of the arguments; whether that can be done."""
-        template = compiled_one_pass(self._template.text_for(self._tools), head_again)
-        if template is None:
-            return False
-        plan = self._new_plan()
-        marked = self._mark(plan.tape, len(self.messages))
-        asked: dict[str, list[Asked]] = {}
-        for k, key in plan.recorded.turns:
-            asked.setdefault(key, []).extend((Asked(k, True), Asked(k + 1, False)))
-        try:
-            for key, several in asked.items():
-                done = Pass(marked, several)
-                done.run(template, self._template.all_variables((), self._tools, False, self._arguments[key]))
-                self._keep(plan, key, done)
-        except (LooksAhead, Exception):  # what the template rejects, it rejects one by one too, and there it is told
-            self._live.clear()
-            return False
-        compared = list(self._live) if self._cache.compares_pass() else [max(self._live, key=lambda r: r.num_messages)]
-        if any(self._live[request].text != self._plain(request) for request in compared):
-            self._cache.one_pass = False
-            self._live.clear()
-            return False
-        self._recording = plan
-        return True
-
-    def _keep(self, plan: Plan, key: str, done: Pass) -> None:
-        strands: dict[Line, tuple[list[str], Strand, list[int]]] = {}  # pieces, strand, how many pieces by outputs
-        heads: dict[Line, Head] = {}  # of the last render on the line: the next begins with a little more
-        for asked, (line, num_outputs, outputs) in done.written.items():
-            if line not in strands:
-                each = [pieces_of(plan.tape, [output]) for output in line.outputs]
-                ends = [0, *accumulate(len(pieces) for pieces, _ in each)]
-                strand = Strand([atom for _, atoms in each for atom in atoms])
-                strands[line] = [piece for pieces, _ in each for piece in pieces], strand, ends
-                heads[line] = Head("", strands[line][0], strand.origins, 0)
-            shared, strand, ends = strands[line]
-            pieces, atoms = pieces_of(plan.tape, outputs)
-            output = Output(strand, ends[num_outputs], atoms, self._starts[max(asked.num_messages - 1, 0)])
-            pieces = shared[output.num_shared : ends[num_outputs]] + pieces
-            heads[line] = head = heads[line].upto(output.num_shared)
-            request = Request(asked.num_messages, asked.add_generation_prompt, key)
-            plan.outputs[request] = output
-            self._live[request] = Rendered(pieces, output.origins, head, output.first_leaf, output.places)
-
-    def _key(self, arguments: Mapping[str, Any]) -> str:
+    def key(self, arguments: Mapping[str, Any]) -> str:
+        """What stands for these arguments in a request."""
         key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
         self._arguments[key] = arguments
         return key
 
-    def _mark(self, tape: Tape, upto: int) -> list[dict[str, Any]]:
-        return [self._mark_one(tape, index) for index in range(upto)]
+    def variables(self, request: Request, messages: Sequence[Any]) -> dict[str, Any]:
+        """The template's variables; messages: those of the request."""
+        prompted, arguments = request.add_generation_prompt, self._arguments[request.arguments]
+        return self.template.all_variables(messages, self.tools, prompted, arguments)
 
-    def _mark_one(self, tape: Tape, index: int) -> dict[str, Any]:
-        marked = marked_message(self.messages[index], tape, self._starts[index])
-        return self._template.message_rules.apply(marked)
+    def shown(self, request: Request) -> list[dict[str, Any]]:
+        """The messages of a request."""
+        shown = self._seen[: request.num_messages]
+        return [*shown, self._follower(request)] if request.follower else shown
 
-    def finish(self) -> bool:
-        """Call when a conversation is done: keeps what was recorded; False if what was replayed proves stale."""
-        if self._recording is not None:
-            self._shapes[-1].recordable = self._recording.exact
-            if self._recording.exact:
-                self._cache.add(self._shapes, self._recording)
-        if self._replay is None or self._longest is None:
-            return True
-        if self._replay.text(self._longest) == self._plain(self._longest):
-            return True
-        self._cache.remove(self._replay.plan)
-        return False
-
-    def fill(self, tokeniser: Tokeniser, stops: Stops, stop_token_ids: Collection[int]) -> list[Filled] | None:
-        """The turns by the stencil of the plan that is replayed; None where they must be proved one by one."""
-        if self._replay is None or not (self._cache.stencils and tokeniser.goes_by_words):
-            return None
-        plan = self._replay.plan
-        if not plan.stencil_tried:
-            plan.stencil, plan.stencil_tried = stencil_of(plan, tokeniser, stops, stop_token_ids), True
-        if plan.stencil is None:
-            return None
-        turns = [k for k, _ in self._turns]
-        filled = plan.stencil.fill(turns, self._replay.values, self.leaves, self.messages, tokeniser)
-        if filled is not None:
-            last, arguments = self._turns[-1]
-            self._note(Request(last + 1, False, self._key(arguments)))
-        return filled
-
-    def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
-        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
-        key = self._key(arguments)
-        prompt, full = Request(k, True, key), Request(k + 1, False, key)
-        return Turn(
-            where=f"messages[{k}]",
-            given=self.messages[k],
-            leaves=self.leaves,
-            own=range(self._starts[k], self._starts[k + 1]),
-            prompt=self._prompt(prompt),
-            full=self._rendered(full, only=k),
-            prompt_marked=lambda: self._rendered(prompt),
-            full_marked=lambda: self._rendered(full),
-            followed=lambda: self._followed(k, key),
-        )
-
-    def _prompt(self, request: Request) -> str:
-        if self._replay is not None and request in self._replay.plan.outputs:
-            self._note(request)
-            return self._replay.text(request)
-        if request in self._live or self._recording is not None:
-            return self._rendered(request).text
-        return self._plain(request)
-
-    def _followed(self, k: int, key: str) -> Followed | None:
-        """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
-        end = range(self._num_leaves, self._num_leaves + 1)
-        for role in ("tool", "user") if self.messages[k].get("tool_calls") else ("user",):
-            try:
-                return Followed(self._rendered(Request(k + 1, False, key, role), only=k), end)
-            except Rejected:
-                continue
-        return None
-
-    def _rendered(self, request: Request, only: int | None = None) -> Rendered:
-        """A render with all leaves marked; `only`: those of that message suffice."""
-        if self._replay is not None and request in self._replay.plan.outputs:
-            self._note(request)
-            return self._replay.rendered(request)
-        if request in self._live:
-            return self._live[request]
-        if self._recording is not None:
-            if not self._marked:
-                self._marked = self._mark(self._recording.tape, len(self.messages))
-            rendered, atoms = self._marked_render(request, self._recording.tape, self._marked)
-            first_leaf = self._starts[max(request.num_messages - 1, 0)]
-            self._recording.outputs[request] = Output(Strand(()), 0, atoms, first_leaf)
-            return rendered
-        tape = Tape(len(self.leaves))
-        if only is None:
-            return self._marked_render(request, tape, self._mark(tape, request.num_messages))[0]
-        seen = self._seen.copy()
-        seen[only] = self._mark_one(tape, only)
-        return self._marked_render(request, tape, seen)[0]
-
-    def _note(self, request: Request) -> None:
-        if self._longest is None or request.num_messages >= self._longest.num_messages:
-            self._longest = request
-
-    def _marked_render(
-        self, request: Request, tape: Tape, messages: Sequence[Mapping[str, Any]]
-    ) -> tuple[Rendered, list[Atom]]:
-        shown = list(messages[: request.num_messages])
+    def marked(self, request: Request, only: int | None) -> list[dict[str, Any]]:
+        """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
+        shown = self.shown(request)
+        for k in range(request.num_messages) if only is None else (only,):
+            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self._starts[k]))
         if request.follower:
-            shown.append(self._follower(request, tape))
-        arguments = self._arguments[request.arguments]
-        variables = self._template.all_variables(shown, self._tools, request.add_generation_prompt, arguments)
-        expected = self._plain(request)
-        try:
-            rendered, atoms = render_marked(self._template.text_for(self._tools), tape, variables)
-        except Exception as error:
-            raise Rejected("render_differs", f"template {self._template.name}: {error}") from error
-        if rendered.text != expected:
-            raise Rejected("render_differs", f"template {self._template.name} renders otherwise with origins")
-        return rendered, atoms
+            number = self.followers[0]
+            shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(number, text))
+        return shown
 
-    def _follower(self, request: Request, tape: Tape) -> dict[str, Any]:
-        """The message after the turn; what it takes over from the turn's call does not count as the turn's."""
-        origin, start = self._num_leaves, self._starts[request.num_messages - 1]
-        own = self.leaves[start : self._starts[request.num_messages]]
-        marked: dict[str, Any] = {}
-        for name, text in self._plain_follower(request).items():
-            source = next((start + at for at, leaf in enumerate(own) if leaf.text == text), None)
-            ref = tape.constant(text) if source is None or name == "content" else source
-            marked[name] = text if name == "role" else Marked.make(tape, text, (Atom(len(text), origin, ref),))
-        return marked
-
-    def _plain_follower(self, request: Request) -> dict[str, Any]:
+    def _follower(self, request: Request) -> dict[str, Any]:
         if request.follower == "user":
             return {"role": "user", "content": "And then?"}
         call = self.messages[request.num_messages - 1]["tool_calls"][0]
         taken = {"tool_call_id": call.get("id"), "name": call.get("function", call).get("name")}
-        return {
-            "role": "tool",
-            "content": "done",
-            **{name: text for name, text in taken.items() if isinstance(text, str)},
-        }
+        names = {name: text for name, text in taken.items() if isinstance(text, str)}
+        return {"role": "tool", "content": "done", **names}
 
-    def _plain(self, request: Request) -> str:
-        """The render of plain strings. Raises Rejected where the template rejects the messages."""
-        seen = self._seen[: request.num_messages]
-        follower = [self._plain_follower(request)] if request.follower else []
-        arguments = self._arguments[request.arguments]
+
+class Runs:
+    """The ways to run a template: as it is, in one pass for many renders, with marks. Knows what came of earlier runs.
+
+    counts: conversations rendered in one pass and one by one, the latter by the reason; turns with marks.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._num_renders = self._num_passes = 0
+        self._pass_is_wrong = False
+        self._looks_ahead: set[str] = set()  # templates: before the main loop, for some conversation
+        self.alignments = Alignments()
+        self.counts: Counter[str] = Counter()
+
+    def plain(self, chat: Chat, request: Request) -> str:
+        """The template's own render. Raises Rejected where the template rejects the messages."""
+        shown = chat.shown(request)
         try:
-            text = self._template.render_seen(seen + follower, self._tools, request.add_generation_prompt, arguments)
+            text = chat.template.run(chat.tools, chat.variables(request, shown))
         except TemplateError as error:
             raise Rejected("template_rejects", str(error)) from error
-        if self._cache.compares():
-            given = [*self.messages[: request.num_messages], *follower]
-            prompted = {"add_generation_prompt": request.add_generation_prompt, **arguments}
-            if self._cache.transformers_render(self._template, given, self._tools, **prompted) != text:
-                raise Rejected("render_differs", f"template {self._template.name} renders otherwise in transformers")
+        self._num_renders += 1
+        if self._num_renders <= _COMPARED_RENDERS or self._num_renders % _COMPARE_EVERY == 0:
+            self._compare(chat, request, text)
         return text
+
+    def _compare(self, chat: Chat, request: Request, text: str) -> None:
+        """Compare a render with transformers'. Raises Rejected."""
+        name, given = (
+            chat.template.name,
+            [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]],
+        )
+        try:
+            expected = self._tokenizer.apply_chat_template(
+                given,
+                tools=chat.tools,
+                chat_template=chat.template.text_for(chat.tools),
+                tokenize=False,
+                add_generation_prompt=request.add_generation_prompt,
+                **chat.arguments(request),
+            )
+        except Exception as error:  # transformers rejects what the sandbox here allows
+            raise Rejected("render_differs", f"template {name} in transformers: {error}") from error
+        if expected != text:
+            raise Rejected("render_differs", f"template {name} renders otherwise in transformers")
+
+    def in_one_pass(self, chat: Chat, requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
+        """The renders, by one run of the template for each of the arguments; {} where that cannot be done.
+
+        head_again: also if what stands before the main loop has to be run again for each render.
+        """
+        text = chat.template.text_for(chat.tools)
+        if self._pass_is_wrong or (text in self._looks_ahead and not head_again):
+            return {}
+        for again in (False, True) if head_again else (False,):
+            if not again and text in self._looks_ahead:
+                continue
+            template = compiled_one_pass(text, again)
+            if template is None:
+                self.counts["one by one: the template has another form"] += 1
+                return {}
+            try:
+                made = _passes(chat, template, requests)
+            except LooksAhead:
+                if not again:
+                    self._looks_ahead.add(text)
+                continue
+            except Exception as error:
+                if raised_in_pass(error):
+                    raise
+                return {}  # what the template rejects, it rejects one by one too, and there it is told
+            return made if self._pass_holds(chat, made) else {}
+        self.counts["one by one: the template looks ahead"] += 1
+        return {}
+
+    def _pass_holds(self, chat: Chat, made: Mapping[Request, str]) -> bool:
+        """Whether the longest render of a pass, and now and then each of them, is the template's own."""
+        self._num_passes += 1
+        compared: Iterable[Request] = made
+        if self._num_passes > _COMPARED_PASSES and self._num_passes % _COMPARE_EVERY:
+            compared = [max(made, key=lambda request: request.num_messages)]
+        if all(made[request] == self.plain(chat, request) for request in compared):
+            self.counts["one pass"] += 1
+            return True
+        self._pass_is_wrong = True
+        self.counts["one by one: a pass gave another text"] += 1
+        return False
+
+    def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
+        """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
+        self.counts["renders with marks"] += 1
+        template = compiled_marked(chat.template.text_for(chat.tools))
+        context = template.new_context(chat.variables(request, chat.marked(request, only)))
+        try:
+            pieces, origins = pieces_of(template.root_render_func(context))
+        except Exception as error:
+            raise Rejected("render_differs", f"template {chat.template.name}: {error}") from error
+        if "".join(pieces) != text:
+            raise Rejected("render_differs", f"template {chat.template.name} renders otherwise with origins")
+        return Rendered(text, pieces, origins)
+
+
+def _passes(chat: Chat, template: jinja2.Template, requests: Sequence[Request]) -> dict[Request, str]:
+    made: dict[Request, str] = {}
+    for key in dict.fromkeys(request.arguments for request in requests):
+        asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
+        shown = chat.shown(max(asked.values()))
+        texts = run_once(template, shown, list(asked), chat.variables(requests[0]._replace(arguments=key), ()))
+        made |= {asked[one]: text for one, text in texts.items()}
+    return made
+
+
+class Renders:
+    """The renders of one conversation; turns: those that will be asked for, and the arguments that are tried first."""
+
+    def __init__(self, chat: Chat, runs: Runs, turns: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> None:
+        self._chat, self._runs = chat, runs
+        self._texts: dict[Request, str] = {}
+        if len(turns) > _FEW_TURNS:
+            asked = [(k, chat.key(arguments)) for k, arguments in turns]
+            both = [(Request(k, True, key), Request(k + 1, False, key)) for k, key in asked]
+            requests = [request for pair in both for request in pair]
+            self._texts = runs.in_one_pass(chat, requests, head_again=len(turns) >= _MANY_TURNS)
+
+    def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
+        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
+        chat, runs, key = self._chat, self._runs, self._chat.key(arguments)
+        prompted, with_turn = Request(k, True, key), Request(k + 1, False, key)
+        prompt, full = self._text(prompted), self._text(with_turn)
+        own = chat.own(k)
+        kind = (
+            key,
+            kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
+        )
+        rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
+        if rendered is None:
+            rendered = runs.marked(chat, with_turn, full, only=k)
+            runs.alignments.learn(kind, prompt, rendered, chat.leaves, own)
+        return Turn(
+            where=f"messages[{k}]",
+            given=chat.messages[k],
+            leaves=chat.leaves,
+            own=own,
+            prompt=prompt,
+            full=rendered,
+            prompt_marked=lambda: runs.marked(chat, prompted, prompt),
+            full_marked=lambda: runs.marked(chat, with_turn, full),
+            followed=lambda: self._followed(k, key),
+        )
+
+    def _text(self, request: Request) -> str:
+        text = self._texts.get(request)
+        return self._runs.plain(self._chat, request) if text is None else text
+
+    def _followed(self, k: int, key: str) -> Followed | None:
+        """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
+        for role in ("tool", "user") if self._chat.messages[k].get("tool_calls") else ("user",):
+            request = Request(k + 1, False, key, role)
+            try:
+                text = self._runs.plain(self._chat, request)
+                return Followed(self._runs.marked(self._chat, request, text, only=k), self._chat.followers)
+            except Rejected:
+                continue
+        return None

@@ -115,19 +115,12 @@ class Template:
         Raises TemplateError with the template's own message where it rejects the messages.
         """
         seen = [self.message_rules.apply(message) for message in messages]
-        return self.render_seen(seen, tools, add_generation_prompt, kwargs)
+        return self.run(tools, self.all_variables(seen, tools, add_generation_prompt, kwargs))
 
-    def render_seen(
-        self,
-        seen: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-        kwargs: Mapping[str, Any],
-    ) -> str:
-        """As `render`, for messages to which the rules have been applied."""
-        text = self.text_for(tools)
+    def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
+        """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(text, self.all_variables(seen, tools, add_generation_prompt, kwargs))
+            return rendered(self.text_for(tools), variables)
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -140,6 +133,7 @@ class Template:
         add_generation_prompt: bool,
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
+        """seen: the messages, to which the rules have been applied."""
         return {
             "messages": seen,
             "tools": tools,

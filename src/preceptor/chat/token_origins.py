@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import find_forms
-from preceptor.chat.origins import Leaf, Rendered
-from preceptor.chat.plans import RenderCache
+from preceptor.chat.origins import Leaf, Rendered, leaves_of
 from preceptor.chat.render import Renderer
-from preceptor.chat.renders import Renders
+from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.token_text import spans, special_ids
 from preceptor.chat.tokenise import any_of
 from preceptor.chat.turns import Stops, Turn, target_of
@@ -193,7 +192,8 @@ def _turns(record: Conversation, tree: Tree, renderer: Renderer) -> Iterator[tup
     stops = Stops(any_of(map(tokenizer.convert_ids_to_tokens, renderer.stop_token_ids)), tokenizer.eos_token)
     arguments = {**renderer.template_kwargs, **record.template_kwargs}
     switches = [name for name in template.reasoning_switches if name not in arguments]
-    renders = Renders(template, given, record.tools, RenderCache(tokenizer))
+    chat = Chat(template, given, record.tools, [leaves_of(message, k) for k, message in enumerate(given)])
+    renders = Renders(chat, Runs(tokenizer))
     for k in turns:
         switched = [{**arguments, **dict.fromkeys(switches, reasoning.has_reasoning(given[k]))}] if switches else []
         for attempt in (*switched, arguments):

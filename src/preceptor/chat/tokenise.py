@@ -8,59 +8,56 @@ so that tokenizers which treat the start of a text differently (SentencePiece's 
     <|im_start|>user\\nHi | <|im_end|>\\n | <|im_start|>assistant\\n
 
 Where this cannot be relied on (a slow tokenizer; added tokens that swallow white space to their left or stand between
-word boundaries) the whole text is tokenised. The first texts of a run, and then less than one in a hundred, are
-tokenised both ways; if the two ever differ, chunks are given up for good.
+word boundaries) the whole text is tokenised. That chunks and words (`words.py`) give what the tokenizer gives is made
+sure of by how they are cut, and is compared for a sample of the examples only (`render.py`): to ask the tokenizer for
+every text would take six times as long.
 """
 
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 
 from preceptor.chat.boundaries import Boundaries
+from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.words import Words
 
 Ids = tuple[int, ...]
 
-_CHECKED_TEXTS = 16
-_CHECK_EVERY = 150  # times the characters of a text
-_CACHE_CHARACTERS = 4_000_000
-
-
-class Context(NamedTuple):
-    """The ids of a prompt; the first `num_shared` are those of the prompt that was tokenised before it."""
-
-    ids: Sequence[int]
-    num_shared: int
+_CACHED_IDS = 1_000_000
 
 
 class Tokeniser:
-    """Tokenises prompts (`context`) and what follows them (`continuation`) with one tokenizer."""
+    """One tokenizer. `path` tokenises the prompts of a conversation and what follows each; chunks: see above."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, chunks: bool = True) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        self._cuts, self._longest = _cut_pattern(tokenizer.added_tokens_decoder.values())
-        self._chunked = self._backend is not None and self._longest > 0
-        self._words = Words(tokenizer)
-        self._boundaries = Boundaries(tokenizer, self._words)
+        self._added, self._longest = _added_tokens(tokenizer.added_tokens_decoder.values())
+        self.in_chunks = chunks and self._backend is not None and self._longest > 0
+        if self.in_chunks:
+            self._words = Words(tokenizer)
+            self._boundaries = Boundaries(tokenizer, self._words)
         self._unknown = tokenizer.unk_token_id
-        self._cache: dict[str, Ids] = {}
-        self._cached_characters = 0
-        self._crossed: dict[tuple[str, str], bool] = {}
-        self._num_texts = 0
-        self._unchecked_characters = 0
-        self._text = ""  # the last context, where its chunks start, and how many ids stand before each
-        self._starts: list[int] = [0]
-        self._num_before: list[int] = [0]
-        self._ids: list[int] = []
-        self._start_is_special = self._treats_start_differently()
+        self._single = {token.content: (number,) for number, token in tokenizer.added_tokens_decoder.items()} | {"": ()}
+        self._is_whole: dict[str, bool] = {}
+        self._cache: dict[tuple[str, str], Ids] = {}
+        self._num_cached = 0
+        self.start_is_special = self._treats_start_differently()
         self._drops_characters = any(
             tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
             for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
         )
+
+    def path(self) -> "Path":
+        """For the prompts of one conversation, which begin alike."""
+        return Path(self)
+
+    def whole(self, text: str) -> Ids:
+        """The tokenizer's own answer."""
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def spells_all(self, ids: Sequence[int], text: str, num_known: int = 0) -> bool:
         """Whether no character of the text is without a token; of the first `num_known` ids that is known.
@@ -74,114 +71,75 @@ class Tokeniser:
         back = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return sorted("".join(back.split())) == sorted("".join(unicodedata.normalize("NFKC", text).split()))
 
-    def whole(self, text: str) -> Ids:
-        """The tokenizer's own answer."""
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    # Chunks ----------------------------------------------------------------------------------------------------------
 
-    def context(self, text: str) -> Context:
-        """The ids of a text that stands at the beginning, as `tokenizer(text, add_special_tokens=False)`.
+    def cut(self, text: str) -> list[str]:
+        """The added tokens of a text with what stands before, between and behind them, by turns."""
+        return self._added.split(text)
 
-        The result is valid until the next call.
+    def num_safe(self, num_same: int) -> int:
+        """Of two texts that begin alike, up to where they are cut alike.
+
+        What follows the longest token that may start at a place cannot change that one does.
         """
-        if not self._chunked:
-            return Context(self.whole(text), 0)
-        keep = self._num_kept(text)
-        num_shared = self._num_before[keep]
-        new = [match.start() for match in self._cuts.finditer(text, self._starts[keep])]
-        starts = [self._starts[keep], *(start for start in new if start > self._starts[keep]), len(text)]
-        del self._starts[keep:], self._num_before[keep:], self._ids[num_shared:]
-        for start, end in pairwise(starts):
-            self._starts.append(start)
-            self._num_before.append(len(self._ids))
-            self._ids += self._chunk(text[start:end])
-        self._text = text
-        self._num_texts += 1
-        self._unchecked_characters += len(text) - starts[0]
-        if self._num_texts <= _CHECKED_TEXTS or self._unchecked_characters > _CHECK_EVERY * len(text):
-            self._unchecked_characters = 0
-            expected = self.whole(text)
-            if tuple(self._ids) != expected:
-                self._chunked = False
-                return Context(expected, 0)
-        return Context(self._ids, num_shared)
+        return num_same - self._longest
 
-    def _num_kept(self, text: str) -> int:
-        """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
-        last = self._text
-        num_same = len(last)
-        if not text.startswith(last):
-            low = 0  # the first `low` characters are the same, the first `num_same` are not
-            while num_same - low > 1:
-                middle = (low + num_same) // 2
-                if text.startswith(last[low:middle], low):
-                    low = middle
-                else:
-                    num_same = middle
-            num_same = low
-        # What follows the longest token that may start there cannot change that one does.
-        return max(bisect_right(self._starts, num_same - self._longest) - 1, 0)
+    def head(self, text: str) -> Ids:
+        """The ids of a text without added tokens that stands at the beginning."""
+        return self.chunk("", text) if text else ()
 
-    def continuation(self, text: str, after: str) -> Ids:
-        """The ids of a text that follows `after`, tokenised on its own: no token crosses the boundary.
+    def chunk(self, token: str, text: str) -> Ids:
+        """The ids of an added token and of a text without added tokens behind it."""
+        if not text:
+            return self._single[token]
+        ids = self._cache.get((token, text))
+        if ids is None:
+            words = self._words.ids(text)
+            ids = self._asked(token + text) if words is None else (*self._single[token], *words)
+            self._remember(token, text, ids)
+        return ids
 
-        For tokenizers that put a space before the start of every text, that space is not there: the text is then
-        tokenised behind the end of `after`, or behind another character where a token would cross.
+    def is_whole(self, token: str) -> bool:
+        """Whether an added token stays one, whatever stands around it: none of the others holds it."""
+        if token not in self._is_whole:
+            self._is_whole[token] = sum(token in other for other in self._single) == 1
+        return self._is_whole[token]
+
+    def parts_at(self, before: str, head: str, after: str) -> bool:
+        """Whether the ids of before + after are those of both; `before` holds no added token, `after` begins by `head`
+        and then one."""
+        near = self.cut(before + after[: self._longest])[0]
+        return len(near) >= len(before) and (not head or self._boundaries.between(before, head))
+
+    def _asked(self, text: str) -> Ids:
+        assert self._backend is not None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def _remember(self, token: str, text: str, ids: Ids) -> None:
+        if self._num_cached > _CACHED_IDS:
+            self._cache.clear()
+            self._num_cached = 0
+        self._cache[token, text] = ids
+        self._num_cached += len(ids)
+
+    # Otherwise -------------------------------------------------------------------------------------------------------
+
+    def behind(self, before: str, text: str) -> Ids:
+        """The ids of a text behind another, for tokenizers that put a space before the start of every text.
+
+        That space is not there: the text is tokenised behind `before`, or behind another character where a token would
+        cross.
         """
-        if self._start_is_special or not self._chunked:
-            return self._continued(text, after) if self._start_is_special else self.whole(text)
-        match = self._cuts.search(text, 1)
-        head = text[: match.start()] if match else text
-        ids = self._chunk(head)
-        if after is self._text:
-            before = after[self._starts[-1] :]
-            token = self._cuts.match(before)
-            if self._boundaries.between(before[token.end() :] if token else before, head):
-                self._remember(before + head, self._chunk(before) + ids)  # as the next turn's context will have it
-        return (*ids, *self._several(text[len(head) :]))
-
-    def _continued(self, text: str, after: str) -> Ids:
-        anchor = after[self._starts[-1] :] if after is self._text else after
-        for before in (anchor, "\n", "a", "."):
-            before_ids, both = self.whole(before), self.whole(before + text)
+        for anchor in (before, "\n", "a", "."):
+            before_ids, both = self.whole(anchor), self.whole(anchor + text)
             if both[: len(before_ids)] == before_ids and self._spells(both[len(before_ids) :], text):
                 return both[len(before_ids) :]
         return self.whole(text)
 
     def _spells(self, ids: Ids, text: str) -> bool:
         return self._tokenizer.decode([*self.whole("a"), *ids]).endswith(text) if ids else not text
-
-    def _several(self, text: str) -> Ids:
-        """As `whole`, for a text that starts with an added token."""
-        starts = [match.start() for match in self._cuts.finditer(text)]
-        return tuple(id for start, end in pairwise([*starts, len(text)]) for id in self._chunk(text[start:end]))
-
-    def _chunk(self, text: str) -> Ids:
-        ids = self._cache.get(text)
-        if ids is None:
-            ids = self._new_chunk(text)
-            self._remember(text, ids)
-        return ids
-
-    def _new_chunk(self, text: str) -> Ids:
-        assert self._backend is not None
-        token = self._cuts.match(text)
-        if token is None:
-            ids = self._words.ids(text)
-        else:  # an added token is one id, whatever follows
-            ids = self._words.ids(text[token.end() :])
-            ids = None if ids is None else (self._backend.token_to_id(token.group()), *ids)
-        if ids is None:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            ids = tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-        return ids
-
-    def _remember(self, text: str, ids: Ids) -> None:
-        if self._cached_characters > _CACHE_CHARACTERS:
-            self._cache.clear()
-            self._cached_characters = 0
-        self._cache[text] = ids
-        self._cached_characters += len(text)
 
     def plain(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> Ids:
         """The ids of a text in which special tokens act as such only outside of message text.
@@ -208,7 +166,7 @@ class Tokeniser:
     def _stretch(self, text: str) -> Ids:
         if not text:
             return ()
-        before = "\n" if self._start_is_special else ""
+        before = "\n" if self.start_is_special else ""
         num_before = len(self.whole(before)) if before else 0
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tuple(self._tokenizer(before + text, **options)["input_ids"][num_before:])
@@ -216,53 +174,86 @@ class Tokeniser:
     def _treats_start_differently(self) -> bool:
         """Whether a text on its own is tokenised otherwise than behind a newline or an added token."""
         added = list(self._tokenizer.added_tokens_decoder.values())
-        befores = ["\n", *(token.content for token in added[:1] if self._chunked)]
+        befores = ["\n", *(token.content for token in added[:1] if self.in_chunks)]
         return any(
             self.whole(before + sample)[len(self.whole(before)) :] != self.whole(sample)
             for before in befores
             for sample in ("a", "é")
         )
 
-    # Word by word, for stencils ---------------------------------------------------------------------------------------
 
-    @property
-    def goes_by_words(self) -> bool:
-        """Whether a text's ids are those of its added tokens and of the words between, one after the other."""
-        exact = self._chunked and not (self._start_is_special or self._drops_characters)
-        return exact and self._words.known and self._boundaries.are_local
+class Said(NamedTuple):
+    """What followed a prompt, if its ids are the same in a longer prompt; last: how long its last token is."""
 
-    def added_tokens(self, text: str) -> list[tuple[int, int, int]]:
-        """(start, end, id) of each added token in a text."""
-        assert self._backend is not None
-        return [(*found.span(), self._backend.token_to_id(found.group())) for found in self._cuts.finditer(text)]
-
-    def has_added_token(self, text: str) -> bool:
-        return self._cuts.search(text) is not None
-
-    def may_cross(self, before: str, after: str) -> bool:
-        """Whether an added token may begin in `before`, or end in `after`, for some text between the two."""
-        near = before[-self._longest :], after[: self._longest]
-        if near not in self._crossed:
-            tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
-            self._crossed[near] = any(
-                near[0].endswith(token[:cut]) or near[1].startswith(token[cut:])
-                for token in tokens
-                for cut in range(1, len(token))
-            )
-        return self._crossed[near]
-
-    def cut(self, text: str) -> list[str] | None:
-        """The words of a text without added tokens; None if the tokenizer has to be asked."""
-        return self._words.cut(text)
-
-    def add_words(self, ids: list[int], words: Iterable[str]) -> None:
-        ids.extend(self._words.ids_of(words))
-
-    def has_unknown(self, ids: Sequence[int]) -> bool:
-        return self._unknown is not None and self._unknown in ids
+    text: str
+    ids: Ids
+    last: int
 
 
-def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
+class Path:
+    """The prompts of one conversation, read one after the other, and what follows each.
+
+    ids: those of the text that was read last, as `tokenizer(text, add_special_tokens=False)`.
+    """
+
+    def __init__(self, tokeniser: Tokeniser) -> None:
+        self._tokeniser = tokeniser
+        self.ids: list[int] = []
+        self._text = ""
+        self._starts = [0]  # of the chunks of the text: its beginning, and each added token
+        self._num_before = [0]  # ids before each of them
+        self._last = ""  # what the text holds behind its last added token
+        self._said: Said | None = None
+
+    def read(self, text: str) -> int:
+        """Tokenise the next prompt; how many ids of the last one, and of what followed it, are the first of its own."""
+        tokeniser = self._tokeniser
+        if not tokeniser.in_chunks:
+            self.ids, self._text = list(tokeniser.whole(text)), text
+            return 0
+        said, self._said = self._said, None
+        if said is not None and text.startswith(said.text, len(self._text)) and text.startswith(self._text):
+            self.ids += said.ids
+            self._starts.append(len(self._text) + len(said.text) - said.last)
+            self._num_before.append(len(self.ids) - 1)
+            keep = len(self._starts) - 1
+        else:
+            keep = self._num_kept(text)
+        num_shared, at = self._num_before[keep], self._starts[keep]
+        keep = max(keep, 1)  # the beginning stays
+        del self._starts[keep:], self._num_before[keep:], self.ids[num_shared:]
+        head, *rest = tokeniser.cut(text[at:])
+        self.ids += tokeniser.head(head)
+        at += len(head)
+        for token, plain in zip(rest[::2], rest[1::2], strict=True):
+            self._starts.append(at)
+            self._num_before.append(len(self.ids))
+            self.ids += tokeniser.chunk(token, plain)
+            at += len(token) + len(plain)
+        self._text, self._last = text, rest[-1] if rest else head
+        return num_shared
+
+    def _num_kept(self, text: str) -> int:
+        """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
+        num_same = len(self._text) if text.startswith(self._text) else shared_length(self._text, text)
+        return max(bisect_right(self._starts, self._tokeniser.num_safe(num_same)) - 1, 0)
+
+    def continuation(self, text: str) -> Ids:
+        """The ids of a text that follows the one read last, tokenised on its own: no token crosses the boundary."""
+        tokeniser = self._tokeniser
+        if tokeniser.start_is_special:
+            return tokeniser.behind(self._text[self._starts[-1] :], text)
+        if not tokeniser.in_chunks:
+            return tokeniser.whole(text)
+        head, *rest = tokeniser.cut(text)
+        found = [tokeniser.head(head), *map(tokeniser.chunk, rest[::2], rest[1::2])]
+        ids = tuple(chain.from_iterable(found))
+        if rest and not rest[-1] and tokeniser.parts_at(self._last, head, text) and tokeniser.is_whole(rest[-2]):
+            self._said = Said(text, ids, len(rest[-2]))
+        return ids
+
+
+def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
     """(a pattern that finds the added tokens before which a text may be cut, the length of the longest added token).
 
     All tokens that are matched before normalisation take part in the search, leftmost and longest first, as in the
@@ -272,7 +263,8 @@ def _cut_pattern(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
     found = [token for token in tokens if token.content and not token.normalized]
     if not found or any(token.lstrip or token.single_word for token in found):
         return any_of(()), 0
-    return any_of(token.content for token in found), max(len(token.content) for token in found)
+    pattern = any_of(token.content for token in found).pattern
+    return re.compile(f"({pattern})"), max(len(token.content) for token in found)
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -21,7 +21,7 @@ from preceptor.chat.origins import Leaf, Rendered
 from preceptor.data.rejections import Rejected
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Turn:
     """One turn and its renders.
 
@@ -101,6 +101,8 @@ def target_of(turn: Turn, stops: Stops) -> str:
 
 def _start(turn: Turn, text: str, first: int) -> int:
     """The start of the target in F, whose first character from the turn stands at `first`. Raises Rejected."""
+    if text.startswith(turn.prompt):
+        return len(turn.prompt)
     reasons = reasoning.has_reasoning(turn.given)
     start = _after(turn.prompt, text, 0, first, reasons)
     if start is None:

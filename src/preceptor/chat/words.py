@@ -51,11 +51,6 @@ class Words:
         if self._pattern is not None:
             self._try_ascii(source)
 
-    @property
-    def known(self) -> bool:
-        """Whether the tokenizer is of the kind described above."""
-        return self._pattern is not None
-
     def _try_ascii(self, source: str) -> None:
         pattern = _ascii_pattern(source)
         if pattern is not None:
@@ -64,17 +59,10 @@ class Words:
 
     def ids(self, text: str) -> tuple[int, ...] | None:
         """The ids of a text without added tokens, as the tokenizer's; None if it has to be asked."""
-        words = self.cut(text)
-        return None if words is None else tuple(self.ids_of(words))
-
-    def ids_of(self, words: Iterable[str]) -> Iterable[int]:
-        """The ids of words that `cut` gave."""
-        return chain.from_iterable(map(self._table.__getitem__, words))
-
-    def cut(self, text: str) -> list[str] | None:
-        """The words of a text without added tokens, all of its characters; None if the tokenizer has to be asked."""
         words = self._words(text)
-        return None if words is None or len("".join(words)) != len(text) else words
+        if words is None or len("".join(words)) != len(text):
+            return None
+        return tuple(chain.from_iterable(map(self._table.__getitem__, words)))
 
     def _words(self, text: str) -> list[str] | None:
         if self._ascii is not None and text.isascii() and (not self._not_ascii or self._not_ascii.isdisjoint(text)):

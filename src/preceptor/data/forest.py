@@ -32,6 +32,7 @@ class Segment:
     """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root.
 
     weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/mixture.py).
+    message: which message of its conversation a target is (a part of); None for contexts and for plain text.
     """
 
     kind: SegmentKind
@@ -40,6 +41,7 @@ class Segment:
     text: str = ""
     weight: float = 1.0
     share: float = 1.0
+    message: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

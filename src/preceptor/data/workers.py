@@ -202,7 +202,7 @@ def packed(outcomes: Sequence[Tree | Rejection]) -> Packed:
         if isinstance(outcome, Tree):
             for segment in outcome.segments:
                 ids.extend(segment.ids)
-            about = [(s.kind, len(s.ids), s.parent, s.text, s.weight) for s in outcome.segments]
+            about = [(s.kind, len(s.ids), s.parent, s.text, s.weight, s.message) for s in outcome.segments]
             rest.append((outcome.source, about))
         else:
             rest.append(outcome)
@@ -220,8 +220,9 @@ def unpacked(sent: Packed) -> Outcomes:
             outcomes.append(item)
             continue
         segments = []
-        for kind, length, parent, text, weight in item[1]:
-            segments.append(Segment(kind, tuple(all_ids[at : at + length]), parent, text, weight))
+        for kind, length, parent, text, weight, message in item[1]:
+            ids_of_one = tuple(all_ids[at : at + length])
+            segments.append(Segment(kind, ids_of_one, parent, text, weight, message=message))
             at += length
         outcomes.append(Tree(item[0], tuple(segments)))
     return outcomes
