@@ -117,7 +117,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
         segment["weight"] = rendered.segments[index].weight
-        segment["turn"] = origin.turns[index]
+        segment["turn"] = rendered.segments[index].message
         segment["pieces"] = [
             (num, text, special, fields.setdefault(field, len(fields)))
             for num, text, special, field in _pieces(rendered, index, origin, renderer.tokenizer, specials)
@@ -128,7 +128,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
-        "turns": sorted({turn for turn in origin.turns if turn is not None}),
+        "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
     }
 
