@@ -16,14 +16,11 @@ from preceptor.data.workers import ExampleRenderer, render_all
 
 
 class Dataset:
-    """Trees by their index. Consumers use `lengths` and `trees` only, so that the trees need not be in memory.
-
-    lengths: tokens of each tree.
-    """
+    """Trees by their index. Consumers use `lengths` and `trees` only, so that the trees need not be in memory."""
 
     def __init__(self, trees: Sequence[Tree]) -> None:
         self._trees = trees
-        self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)
+        self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)  # tokens of each tree
 
     def trees(self, indices: Iterable[int] | None = None) -> list[Tree]:
         """The trees at `indices`; None: all."""
@@ -42,15 +39,12 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise.
-
-    ungrouped: without `data.share_prefixes`. one_sample_a_turn: each turn with its whole context, as most trainers do.
-    """
+    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise."""
 
     computed: int
     trained: int
-    ungrouped: int
-    one_sample_a_turn: int
+    ungrouped: int  # computed without `data.share_prefixes`
+    one_sample_a_turn: int  # each turn with its whole context, as most trainers do
 
     def __str__(self) -> str:
         """How many tokens the trees save, in a line; "" where they save none."""

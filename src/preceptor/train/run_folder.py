@@ -108,7 +108,7 @@ def resume_run(folder: Path, step: int, device: torch.device) -> None:
         write_json(folder / "environment.json", environment)
 
 
-# Where and with what -------------------------------------------------------------------------------------------------
+# Where and with what
 
 
 def session(device: torch.device) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
                 yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
 
 
-# How much ------------------------------------------------------------------------------------------------------------
+# How much
 
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
     return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
 
 
-# Examples ------------------------------------------------------------------------------------------------------------
+# Examples
 
 
 def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
