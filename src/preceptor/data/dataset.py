@@ -22,15 +22,19 @@ class Dataset:
         self._trees = trees
         self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)  # tokens of each tree
 
-    def trees(self, indices: Iterable[int] | None = None) -> list[Tree]:
-        """The trees at `indices`; None: all."""
-        return [self._trees[index] for index in (range(len(self.lengths)) if indices is None else indices)]
+    def trees(self, indices: Iterable[int]) -> list[Tree]:
+        return [self._trees[index] for index in indices]
+
+    def __iter__(self) -> Iterator[Tree]:
+        """All trees, one at a time."""
+        for index in range(len(self.lengths)):
+            yield from self.trees([index])
 
     @cached_property
     def sha256(self) -> str:
         """Changes with any token that is computed, and with which tokens are trained."""
         digest = hashlib.sha256()
-        for tree in self.trees():
+        for tree in self:
             for segment in tree.segments:
                 digest.update(repr((segment.kind, segment.parent, segment.weight, len(segment.ids))).encode())
                 digest.update(np.array(segment.ids, dtype=np.int64).tobytes())
