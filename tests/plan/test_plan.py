@@ -114,12 +114,10 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     model = build_model(prepared, choose_device("cpu"))
     assert plan["parameters"]["total"] == sum(p.numel() for p in model.parameters())
     assert plan["parameters"]["trained_total"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokens = sum(tree.num_tokens for tree in prepared.train.trees())
+    tokens = sum(tree.num_tokens for tree in prepared.train)
     assert plan["data"]["examples_per_epoch"] == len(prepared.train.lengths)
     assert plan["data"]["tokens_per_epoch"] == pytest.approx(tokens, rel=0.1)
-    assert plan["data"]["share_trained"] == pytest.approx(
-        sum(t.num_trained for t in prepared.train.trees()) / tokens, rel=0.1
-    )
+    assert plan["data"]["share_trained"] == pytest.approx(sum(t.num_trained for t in prepared.train) / tokens, rel=0.1)
     assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.1)
 
 

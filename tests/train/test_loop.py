@@ -40,7 +40,7 @@ def weights(folder):
 def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
     """Eight conversations of uneven targets, in one row or in eight, in four rows of two and so on."""
     prepared = prepare(config.load(run_file(conversations(8))))
-    assert len({tree.num_trained for tree in prepared.train.trees()}) > 2
+    assert len({tree.num_trained for tree in prepared.train}) > 2
     trajectories = []
     for per_row in (8, 4, 1):
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ def test_a_run_leaves_what_it_promises(run_file):
     for key in ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "seconds", "peak_memory_bytes"):
         assert all(line[key] > 0 for line in lines), key
     run = config.load(folder / "config.yaml")
-    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train.trees())
+    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train)
     assert sum(line["num_tokens"] for line in lines) == 2 * epoch_tokens
     looks = metrics(folder, "eval.jsonl")
     assert looks[0]["step"] == 0 and looks[-1]["step"] == lines[-1]["step"]
