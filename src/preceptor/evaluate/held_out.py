@@ -4,7 +4,7 @@ Each target segment belongs to a source file, to kinds of message, and to a turn
 
     kinds   tools (tools are offered, or a tool is called or has answered before), reasoning (the turn has some), system
             (there is a system prompt); plain where none of these; `completion` and `text` for what is no conversation
-    turn    the how manieth of the conversation's assistant messages it is
+    turn    its number among the assistant messages of the conversation, from 1
 
 so a turn may count in several kinds. `bits_per_byte` is the loss of all target tokens in bits, those that end a turn
 too, over the UTF-8 bytes of the targets' text without special tokens: it does not depend on the tokenizer.
@@ -19,7 +19,6 @@ import numpy as np
 
 from preceptor.chat.reasoning import has_reasoning
 from preceptor.chat.render import Renderer
-from preceptor.chat.token_origins import whence
 from preceptor.chat.token_text import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree
@@ -47,13 +46,12 @@ class LabelledTree:
 
 
 def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
-    """Find out for each record which turn each target segment is, by rendering it once more."""
+    """Which turn each target segment of each record is, and the bytes that it spells."""
     specials = {id_: str(renderer.tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(renderer.tokenizer)}
     found = []
     for record, tree in records:
-        turns = whence(record, tree, renderer).turns
         labels: list[TargetLabels | None] = []
-        for segment, turn in zip(tree.segments, turns, strict=True):
+        for segment in tree.segments:
             if segment.kind == "context":
                 labels.append(None)
                 continue
@@ -62,7 +60,9 @@ def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -
                 not_predicted.append(decode(segment.ids[:1], renderer.tokenizer))
             num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
             file = record.source.rpartition(":")[0] or record.source
-            labels.append(TargetLabels(file, _kinds(record, turn), _number(record, turn), max(0, num_bytes)))
+            labels.append(
+                TargetLabels(file, _kinds(record, segment.message), _number(record, segment.message), max(0, num_bytes))
+            )
         found.append(LabelledTree(tree, tuple(labels)))
     return found
 

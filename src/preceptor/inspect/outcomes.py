@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
-from preceptor.chat.token_origins import whence
 from preceptor.chat.turns import shared_start
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
@@ -40,13 +38,13 @@ class Outcome:
     message: str = ""
 
 
-def outcome(probe: Probe, tree: Tree | Rejection, renderer: Renderer, template: Template) -> Outcome:
-    """template: the renderer's, with the renderer's arguments among its variables."""
+def outcome(probe: Probe, tree: Tree | Rejection, template: Template) -> Outcome:
+    """template: the one that gave the tree, with the renderer's arguments among its variables."""
     left_out = tuple(_left_out(probe, template))
     if isinstance(tree, Rejection):
         return Outcome(probe.kind, False, left_out=left_out, code=tree.code, message=tree.message)
     chain = all(segment.parent == (index - 1 if index else None) for index, segment in enumerate(tree.segments))
-    rewrite = None if chain else _rewrite(probe, tree, renderer)
+    rewrite = None if chain else _rewrite(probe, tree)
     return Outcome(probe.kind, True, "chain" if chain else "tree", rewrite, left_out)
 
 
@@ -73,9 +71,9 @@ def _left_out(probe: Probe, template: Template) -> list[str]:
     return list(dict.fromkeys(missing))
 
 
-def _rewrite(probe: Probe, tree: Tree, renderer: Renderer) -> Rewrite | None:
+def _rewrite(probe: Probe, tree: Tree) -> Rewrite | None:
     """The first turn as generated, compared with the context of the first later turn that does not continue it."""
-    turns = whence(probe.record(), tree, renderer).turns
+    turns = [segment.message for segment in tree.segments]
     own = {turn: [at for at, other in enumerate(turns) if other == turn] for turn in turns if turn is not None}
     for now, later in pairwise(sorted(own)):
         generated = _path_text(tree, own[now][-1])

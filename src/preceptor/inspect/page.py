@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.chat.render import Renderer
-from preceptor.chat.token_origins import Fields, Whence, whence
+from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, path_lengths
@@ -112,12 +112,12 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
     if isinstance(rendered, Rejection):
         return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
     assert not isinstance(record, Rejection)
-    origin = whence(record, rendered, renderer)
+    origin = token_origins(record, rendered, renderer)
     fields: dict[Fields, int] = {}
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
         segment["weight"] = rendered.segments[index].weight
-        segment["turn"] = origin.turns[index]
+        segment["turn"] = rendered.segments[index].message
         segment["pieces"] = [
             (num, text, special, fields.setdefault(field, len(fields)))
             for num, text, special, field in _pieces(rendered, index, origin, renderer.tokenizer, specials)
@@ -128,13 +128,13 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
-        "turns": sorted({turn for turn in origin.turns if turn is not None}),
+        "turns": sorted({segment.message for segment in rendered.segments if segment.message is not None}),
         "fields": table,
     }
 
 
 def _pieces(
-    tree: Tree, index: int, origin: Whence, tokenizer: Any, specials: Collection[int]
+    tree: Tree, index: int, origin: TokenOrigins, tokenizer: Any, specials: Collection[int]
 ) -> Iterator[tuple[int, str, bool, Fields]]:
     """(number of tokens, text, whether special, fields) of the pieces of a segment."""
     ids, fields, spelled = tree.segments[index].ids, origin.fields[index], origin.spelled[index]

@@ -10,7 +10,6 @@ from preceptor.chat import reasoning
 from preceptor.chat.message_forms import find_forms
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
-from preceptor.chat.token_origins import whence
 from preceptor.chat.token_text import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
@@ -96,7 +95,7 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
         tool_template="tool_use" in template.texts and len(template.texts) > 1,
         arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
         text_parts=forms.text_parts,
-        outcomes=tuple(outcome(probe, trees[probe.kind], renderer, template) for probe in PROBES),
+        outcomes=tuple(outcome(probe, trees[probe.kind], template) for probe in PROBES),
     )
 
 
@@ -200,8 +199,7 @@ def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Re
 
 
 def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> StopToken | None:
-    turns = whence(probe.record(), tree, renderer).turns
-    own = [index for index, turn in enumerate(turns) if turn == 1]
+    own = [index for index, segment in enumerate(tree.segments) if segment.message == 1]
     if not own:
         return None
     token = str(renderer.tokenizer.convert_ids_to_tokens(tree.segments[own[-1]].ids[-1]))
