@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from preceptor.chat.boundaries import Boundaries
 from preceptor.chat.tokenise import Tokeniser, any_of
-from preceptor.chat.words import Words
+from preceptor.chat.words import Boundaries, Words
 from tiny import tiny_tokenizer
 
 SPECIAL = ["<eos>", "<|a|>", "<|a|>b", "<|"]

@@ -13,7 +13,7 @@ from preceptor import cli
 from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
-from preceptor.chat.token_origins import TEMPLATE, UNKNOWN, Field, whence
+from preceptor.chat.token_origins import TEMPLATE, UNKNOWN, Field, token_origins
 from preceptor.chat.token_text import pieces_of, spans
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.errors import CheckpointError, ConfigError
@@ -90,7 +90,7 @@ def island_of(text):
 def named(record, renderer):
     """{field: all text that came from it}, in the order of the segments."""
     tree = renderer.render(record)
-    found = whence(record, tree, renderer)
+    found = token_origins(record, tree, renderer)
     texts = {}
     for fields, spelled in zip(found.fields, found.spelled, strict=True):
         for field, place in dict.fromkeys(zip(fields, spelled or (), strict=False)):
@@ -156,12 +156,11 @@ def test_every_token_knows_its_message_and_field(renderer):
 def test_a_tree_says_which_branch_is_which_turn(renderer):
     chosen, record = renderer(FORGETS), conversation(*REASONED)
     tree = chosen.render(record)
-    found = whence(record, tree, chosen)
-    turns = {turn: "" for turn in found.turns if turn is not None}
-    for segment, turn in zip(tree.segments, found.turns, strict=True):
-        assert (turn is None) == (segment.kind == "context")
-        if turn is not None:
-            turns[turn] += segment.text
+    turns = {1: "", 3: ""}
+    for segment in tree.segments:
+        assert (segment.message is None) == (segment.kind == "context")
+        if segment.message is not None:
+            turns[segment.message] += segment.text
     assert turns[1] == "<think>\nCompare both.\n</think>\n\nThe first.<|im_end|>"
     assert turns[3] == "<think>\nIt holds.\n</think>\n\nYes.<|im_end|>"
     row = example_json(1, record, chosen)
@@ -193,7 +192,7 @@ def test_what_is_read_as_plain_text_is_named_and_what_cannot_be_is_unknown(rende
     assert named(record, chosen)["unknown"] == "Hidden words"
     tree = chosen.render(record)
     other = conversation(user("Another"), assistant("Tree."))
-    assert {field for segment in whence(other, tree, chosen).fields for field in segment} == {(UNKNOWN,)}
+    assert {field for segment in token_origins(other, tree, chosen).fields for field in segment} == {(UNKNOWN,)}
 
 
 def test_plain_text_has_fields_too(renderer):

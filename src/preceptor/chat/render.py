@@ -156,6 +156,28 @@ class Renderer:
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def _conversation(self, record: Conversation) -> Tree:
+        chat, attempts, spelled_out = self._prepared(record)
+        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+
+        def grow(tokeniser: Tokeniser) -> Tree:
+            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            for k, tried in attempts.items():
+                turn, text = self._proved(renders, k, tried)
+                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
+                tree.add(context, target, (turn.prompt, text), record.messages[k].weight, num_shared, k)
+            return tree.finish(record.source, self._decode)
+
+        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(attempts))
+
+    def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
+        """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
+        chat, attempts, _ = self._prepared(record)
+        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+        return [self._proved(renders, k, tried) for k, tried in attempts.items()]
+
+    def _prepared(self, record: Conversation) -> tuple[Chat, dict[int, list[Mapping[str, Any]]], bool]:
+        """The conversation up to its last trained turn; of each such turn the template's arguments to try; and whether
+        special tokens are spelled out and must be read as plain text. Raises Rejected."""
         turns = trainable_turns(record.messages)
         if self.targets == "last":
             last = max((k for k, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
@@ -174,18 +196,7 @@ class Renderer:
                 leaves[k] = leaves_of(fitted, k)
         arguments = {**self.template_kwargs, **record.template_kwargs}
         attempts = {k: self._attempts(given[k], arguments) for k in turns}
-        chat = Chat(self.template, given, record.tools, leaves)
-        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
-
-        def grow(tokeniser: Tokeniser) -> Tree:
-            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
-            for k, tried in attempts.items():
-                turn, text = self._proved(renders, k, tried)
-                context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
-                tree.add(context, target, (turn.prompt, text), messages[k].weight, num_shared, k)
-            return tree.finish(record.source, self._decode)
-
-        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(turns))
+        return Chat(self.template, given, record.tools, leaves), attempts, spelled_out
 
     def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
         """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""

@@ -17,8 +17,7 @@ import jinja2
 from preceptor.chat.alignment import Alignments, kind_of
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_message, pieces_of
-from preceptor.chat.one_pass import Asked, LooksAhead, raised_in_pass, run_once
-from preceptor.chat.one_pass_form import compiled_one_pass
+from preceptor.chat.one_pass import Asked, LooksAhead, compiled_one_pass, raised_in_pass, run_once
 from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
@@ -250,7 +249,7 @@ class Renders:
             rendered = runs.marked(chat, with_turn, full, only=k)
             runs.alignments.learn(kind, prompt, rendered, chat.leaves, own)
         return Turn(
-            where=f"messages[{k}]",
+            message=k,
             given=chat.messages[k],
             leaves=chat.leaves,
             own=own,

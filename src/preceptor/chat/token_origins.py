@@ -1,26 +1,23 @@
 """Which message and field each token of a tree came from.
 
-Every turn is rendered again as for its proof, with characters that know their origin. A turn's tokens are found in the
-tree (context and target must be the same, token for token or character for character), measured against the text that
-they spell, and named after the origin of those characters. What cannot be had this way is UNKNOWN, never guessed.
+The prompt and the render of every turn are made with characters that know their origin. The turn's tokens, which the
+tree knows by their message, are measured against the text that they spell, and named after the origin of those
+characters. What cannot be had this way is UNKNOWN, never guessed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 from preceptor.chat import reasoning
-from preceptor.chat.message_forms import find_forms
-from preceptor.chat.origins import Leaf, Rendered, leaves_of
+from preceptor.chat.origins import Leaf, Rendered
 from preceptor.chat.render import Renderer
-from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.token_text import spans, special_ids
 from preceptor.chat.tokenise import any_of
-from preceptor.chat.turns import Stops, Turn, target_of
-from preceptor.data.examples import Completion, Conversation, Document, Example, trainable_turns
-from preceptor.data.forest import Tree, path_ids
-from preceptor.data.rejections import Rejected
+from preceptor.chat.turns import Turn
+from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.forest import Tree
 
 
 class Field(NamedTuple):
@@ -36,78 +33,43 @@ TOOLS = Field("template or tools")
 UNKNOWN = Field("unknown")
 
 Fields = tuple[Field, ...]
-Run = tuple[str, Field]
+TextRun = tuple[str, Field]
 
 
 @dataclass(frozen=True, slots=True)
-class Whence:
-    """For each segment of a tree: the fields of each token (several where a token joins their texts), and `turns`.
+class TokenOrigins:
+    """For each segment of a tree the fields of each token: several where a token joins their texts.
 
-    turns: the index of the message that a target segment is (a part of); None for contexts. texts: for each token of a
-    segment the characters that it spells, with their place, where they are known.
+    spelled: for each token of a segment the characters that it spells, with their place, where they are known.
     """
 
     fields: tuple[tuple[Fields, ...], ...]
-    turns: tuple[int | None, ...]
     spelled: tuple[tuple[tuple[int, str], ...] | None, ...]
 
 
-def whence(record: Example, tree: Tree, renderer: Renderer) -> Whence:
+def token_origins(record: Example, tree: Tree, renderer: Renderer) -> TokenOrigins:
     """Where the tokens of `tree`, which is `renderer.render(record)`, came from."""
-    found = _Finding(tree, renderer.tokenizer)
+    found = _TreeOrigins(tree, renderer.tokenizer)
     if isinstance(record, Conversation):
-        for k, context, target in _turns(record, tree, renderer):
-            for path, length in found.paths(context, target):
-                found.name(path, length, [*context, *target], k)
-                break
+        roles = [message.role for message in record.messages]
+        for turn, target in renderer.turns(record):
+            full = turn.full_marked()
+            context = _runs(turn.prompt_marked(), turn.leaves, roles, record.tools)
+            found.name_turn(turn.message, [*context, *_target_runs(target, turn, full, roles)])
     else:
         found.name_plain(record)
-    return Whence(tuple(found.fields), tuple(found.turns), tuple(found.spelled))
+    return TokenOrigins(tuple(found.fields), tuple(found.spelled))
 
 
-class _Finding:
+class _TreeOrigins:
     """The segments of a tree, named one after the other."""
 
     def __init__(self, tree: Tree, tokenizer: Any) -> None:
         self.tree, self._tokenizer = tree, tokenizer
         self._specials = special_ids(tokenizer)
         self.fields: list[tuple[Fields, ...]] = [((UNKNOWN,),) * len(s.ids) for s in tree.segments]
-        self.turns: list[int | None] = [None] * len(tree.segments)
         self.spelled: list[tuple[tuple[int, str], ...] | None] = [None] * len(tree.segments)
-        self._children: dict[int | None, list[int]] = {}
-        self._text: list[str] = []  # from the root to the end of each segment; so are the next two
-        self._num_ids: list[int] = []
-        self._ends: dict[int, int] = {}  # how many characters, of the segments that are named
-        for index, segment in enumerate(tree.segments):
-            self._children.setdefault(segment.parent, []).append(index)
-            before = "" if segment.parent is None else self._text[segment.parent]
-            self._text.append(before + segment.text)
-            num_before = 0 if segment.parent is None else self._num_ids[segment.parent]
-            self._num_ids.append(num_before + len(segment.ids))
-
-    def paths(self, context: Sequence[Run], target: Sequence[Run]) -> Iterator[tuple[list[int], int]]:
-        """Paths from the root whose first segments spell the context and whose others spell the target.
-
-        Each with the number of segments that the context takes.
-        """
-        prompt, said = _text_of(context), _text_of(target)
-        prompt_ids: tuple[int, ...] | None = None
-        for parent in [None, *range(len(self.tree.segments))]:
-            if ("" if parent is None else self._text[parent]) != prompt:
-                if prompt_ids is None:
-                    prompt_ids = tuple(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
-                num_ids = 0 if parent is None else self._num_ids[parent]
-                if num_ids != len(prompt_ids) or path_ids(self.tree, parent) != prompt_ids:
-                    continue
-            above = self._path(parent)
-            stack = [(child, self.tree.segments[child].text) for child in self._children.get(parent, ())]
-            while stack:
-                index, spelled = stack.pop()
-                if spelled == said:
-                    yield self._path(index), len(above)
-                elif said.startswith(spelled):
-                    deeper = self._children.get(index, ())
-                    stack += [(child, spelled + self.tree.segments[child].text) for child in deeper]
+        self._ends: dict[int, int] = {}  # characters from the root to the end of each segment that is named
 
     def _path(self, index: int | None) -> list[int]:
         path: list[int] = []
@@ -116,13 +78,12 @@ class _Finding:
             index = self.tree.segments[index].parent
         return path
 
-    def name(self, path: Sequence[int], num_context: int, runs: Sequence[Run], turn: int | None) -> None:
-        """Name the tokens of a path that spells the runs; segments from `num_context` on are those of the turn.
+    def name_turn(self, message: int, runs: Sequence[TextRun]) -> None:
+        """Name the tokens of a turn and of its context, whose texts are the runs."""
+        self._name(self._path(max(at for at, s in enumerate(self.tree.segments) if s.message == message)), runs)
 
-        Segments that an earlier turn named are the first of the path, and are passed over.
-        """
-        for index in path[num_context:]:
-            self.turns[index] = turn
+    def _name(self, path: Sequence[int], runs: Sequence[TextRun]) -> None:
+        """Name the tokens of a path that spells the runs; what an earlier turn named is passed over."""
         num_named = next((at for at, index in enumerate(path) if index not in self._ends), len(path))
         start = self._ends[path[num_named - 1]] if num_named else 0
         new = path[num_named:]
@@ -146,7 +107,7 @@ class _Finding:
         """A completion or a document: one path, whatever was put around its texts was added (bos, eos)."""
         prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
         path = self._path(len(self.tree.segments) - 1)
-        whole = self._text[-1]
+        whole = "".join(segment.text for segment in self.tree.segments)
         at = whole.find(prompt + text)
         if at < 0 or len(path) != len(self.tree.segments):
             return
@@ -154,7 +115,7 @@ class _Finding:
         end = at + len(prompt) + len(text)
         added = Field("added around the text")
         runs = [(whole[:at], added), (prompt, Field("prompt")), (text, Field(name)), (whole[end:], added)]
-        self.name(path, len(path), runs, None)
+        self._name(path, runs)
 
 
 def _fields_of(places: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int, Field]]) -> Iterator[Fields]:
@@ -173,42 +134,13 @@ def _fields_of(places: Sequence[tuple[int, int]], edges: Sequence[tuple[int, int
         yield tuple(dict.fromkeys(found)) or (UNKNOWN,)
 
 
-def _text_of(runs: Sequence[Run]) -> str:
+def _text_of(runs: Sequence[TextRun]) -> str:
     return "".join(text for text, _ in runs)
 
 
-# Turns with their origins --------------------------------------------------------------------------------------------
-
-
-def _turns(record: Conversation, tree: Tree, renderer: Renderer) -> Iterator[tuple[int, list[Run], list[Run]]]:
-    """(k, context, target) of each trained turn, as texts with their fields, each way that it is proved."""
-    template, tokenizer = renderer.template, renderer.tokenizer
-    turns = trainable_turns(record.messages)
-    forms = find_forms(template)
-    try:
-        given = [forms.fit(m.given, f"messages[{k}]") for k, m in enumerate(record.messages[: turns[-1] + 1])]
-    except Rejected:
-        return
-    stops = Stops(any_of(map(tokenizer.convert_ids_to_tokens, renderer.stop_token_ids)), tokenizer.eos_token)
-    arguments = {**renderer.template_kwargs, **record.template_kwargs}
-    switches = [name for name in template.reasoning_switches if name not in arguments]
-    chat = Chat(template, given, record.tools, [leaves_of(message, k) for k, message in enumerate(given)])
-    renders = Renders(chat, Runs(tokenizer))
-    for k in turns:
-        switched = [{**arguments, **dict.fromkeys(switches, reasoning.has_reasoning(given[k]))}] if switches else []
-        for attempt in (*switched, arguments):
-            try:
-                turn = renders.turn(k, attempt)
-                target = target_of(turn, stops)
-                prompt, full = turn.prompt_marked(), turn.full_marked()
-            except Rejected:
-                continue
-            yield k, _runs(prompt, turn.leaves, given, record.tools), _target_runs(target, turn, full, given)
-
-
 def _runs(
-    rendered: Rendered, leaves: Sequence[Leaf], messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
-) -> list[Run]:
+    rendered: Rendered, leaves: Sequence[Leaf], roles: Sequence[str], tools: Sequence[Any] | None
+) -> list[TextRun]:
     """The rendered text in runs of one field.
 
     Where a template does something through which origins are not followed, a message's text seems to be the template's
@@ -216,10 +148,10 @@ def _runs(
     of the tools are not told apart.
     """
     lost = {leaf.text.strip() for at, leaf in enumerate(leaves) if _is_text(leaf) and not rendered.spelled(at)} - {""}
-    runs: list[Run] = []
+    runs: list[TextRun] = []
     for piece, origin in rendered.parts():
         if origin is not None:
-            runs.append((piece, field_of(leaves[origin], messages) if origin < len(leaves) else UNKNOWN))
+            runs.append((piece, _field_of(leaves[origin], roles) if origin < len(leaves) else UNKNOWN))
             continue
         at = 0
         for start, end in _places_of([text for text in lost if text in piece], piece):
@@ -249,7 +181,7 @@ def _tool_texts(tools: Sequence[Any] | None) -> set[str]:
     return {text for f in functions for text in (f.get("name"), f.get("description")) if isinstance(text, str) and text}
 
 
-def _target_runs(target: str, turn: Turn, full: Rendered, messages: Sequence[Mapping[str, Any]]) -> list[Run]:
+def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) -> list[TextRun]:
     """The target in runs of one field: its text is that of F from its start to the turn's last character, then closes.
 
     A target that F does not spell so (reasoning that the template leaves out was put back) is searched for the turn's
@@ -263,11 +195,11 @@ def _target_runs(target: str, turn: Turn, full: Rendered, messages: Sequence[Map
             if len(said) > len(target):
                 break
             if target.startswith(said) and not reasoning.has_tag(target[len(said) :]):
-                return _cut(_runs(full, turn.leaves, messages, None), start, target[: len(said)], target[len(said) :])
-    return _searched(target, turn, messages)
+                return _cut(_runs(full, turn.leaves, roles, None), start, target[: len(said)], target[len(said) :])
+    return _searched(target, turn, roles)
 
 
-def _searched(target: str, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> list[Run]:
+def _searched(target: str, turn: Turn, roles: Sequence[str]) -> list[TextRun]:
     """The target in runs, by the places of the turn's texts; only if all are found, each once, is the rest known."""
     opened = reasoning.opened_by(turn.prompt)[0]
     found: list[tuple[int, str, Leaf]] = []
@@ -281,17 +213,17 @@ def _searched(target: str, turn: Turn, messages: Sequence[Mapping[str, Any]]) ->
         elif spelled or (text and _is_text(leaf)):
             complete = False
     rest = TEMPLATE if complete else UNKNOWN
-    runs: list[Run] = []
+    runs: list[TextRun] = []
     at = 0
     for place, spelled, leaf in sorted(found, key=lambda each: each[0]):
         if place < at:  # one inside the other: which is which is not known
             return [(target, UNKNOWN)]
-        runs += [(target[at:place], rest), (spelled, field_of(leaf, messages))]
+        runs += [(target[at:place], rest), (spelled, _field_of(leaf, roles))]
         at = place + len(spelled)
     return [*runs, (target[at:], rest)]
 
 
-def _cut(runs: Sequence[Run], start: int, text: str, closing: str) -> list[Run]:
+def _cut(runs: Sequence[TextRun], start: int, text: str, closing: str) -> list[TextRun]:
     """The runs from character `start` on, as long as `text`, and then the closing, which is the template's."""
     end, at, cut = start + len(text), 0, []
     for piece, field in runs:
@@ -300,6 +232,6 @@ def _cut(runs: Sequence[Run], start: int, text: str, closing: str) -> list[Run]:
     return [*cut, (closing, TEMPLATE)]
 
 
-def field_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> Field:
+def _field_of(leaf: Leaf, roles: Sequence[str]) -> Field:
     name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in leaf.path).removeprefix(".")
-    return Field(name, leaf.message, str(messages[leaf.message].get("role", "")))
+    return Field(name, leaf.message, roles[leaf.message])

@@ -20,9 +20,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from preceptor.chat.boundaries import Boundaries
 from preceptor.chat.growing_tree import shared_length
-from preceptor.chat.words import Words
+from preceptor.chat.words import Boundaries, Words
 
 Ids = tuple[int, ...]
 

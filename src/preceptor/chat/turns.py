@@ -23,14 +23,14 @@ from preceptor.data.rejections import Rejected
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One turn and its renders.
+    """Message `message` of a conversation, an assistant's turn, and its renders.
 
     leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the turn itself. prompt:
     P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F with all leaves
     marked. followed: F with a message after the turn; None where the template rejects that.
     """
 
-    where: str
+    message: int
     given: Mapping[str, Any]
     leaves: Sequence[Leaf]
     own: range
@@ -39,6 +39,10 @@ class Turn:
     prompt_marked: Callable[[], Rendered]
     full_marked: Callable[[], Rendered]
     followed: Callable[[], "Followed | None"]
+
+    @property
+    def where(self) -> str:
+        return f"messages[{self.message}]"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.chat.render import Renderer
-from preceptor.chat.token_origins import Fields, Whence, whence
+from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, path_lengths
@@ -112,7 +112,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
     if isinstance(rendered, Rejection):
         return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
     assert not isinstance(record, Rejection)
-    origin = whence(record, rendered, renderer)
+    origin = token_origins(record, rendered, renderer)
     fields: dict[Fields, int] = {}
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
@@ -134,7 +134,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
 
 
 def _pieces(
-    tree: Tree, index: int, origin: Whence, tokenizer: Any, specials: Collection[int]
+    tree: Tree, index: int, origin: TokenOrigins, tokenizer: Any, specials: Collection[int]
 ) -> Iterator[tuple[int, str, bool, Fields]]:
     """(number of tokens, text, whether special, fields) of the pieces of a segment."""
     ids, fields, spelled = tree.segments[index].ids, origin.fields[index], origin.spelled[index]

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.chat.environment import compiled
-from preceptor.chat.one_pass import Asked, LooksAhead, Pass
-from preceptor.chat.one_pass_form import one_pass, one_pass_environment
+from preceptor.chat.one_pass import Asked, LooksAhead, OnePass, one_pass, one_pass_environment
 
 TEMPLATES = Path(__file__).parents[3] / "shared" / "templates"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
@@ -23,7 +22,7 @@ def plainly(text, messages, asked, **variables):
 def in_one_pass(text, messages, several, head_again=False, **variables):
     template = one_pass(one_pass_environment(), text, head_again)
     assert template is not None
-    done = Pass(messages, several)
+    done = OnePass(messages, several)
     done.run(template, variables)
     return {
         asked: "".join([*line.outputs[:num_shared], *outputs])
@@ -162,7 +161,7 @@ def test_the_work_is_linear(head_again):
     environment.filters = {**environment.filters, "noted": lambda text: counted.append(text) or text}
     text = "{% set x = messages[0].role %}{% for m in messages %}{{ m.content | noted }}{{ loop.last }}{% endfor %}"
     messages = conversation(*["user", "assistant"] * 50)
-    Pass(messages, every_turn(messages)).run(one_pass(environment, text, head_again), {})
+    OnePass(messages, every_turn(messages)).run(one_pass(environment, text, head_again), {})
     assert len(messages) <= len(counted) < 3 * len(messages)
 
 
