@@ -44,7 +44,11 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),
         ({"data": DATA | {"fill": 0.4}}, "note", "Tokens fill only 40% of the packed sequences"),
-        ({"data": DATA | {"shortened": LAST}}, "note", "3 examples were too long and lost their oldest context; 1 were split"),
+        (
+            {"data": DATA | {"shortened": LAST}},
+            "note",
+            "3 examples were too long and lost their oldest context; 1 were split",
+        ),
         ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) examples were rejected"),
         ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) examples"),
         ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "warning", "do not stop by themselves: 0 of 1"),
