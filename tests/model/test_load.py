@@ -14,9 +14,9 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.hub import resolve_model_path
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import _honour_softcap, load_model, save_model
-from preceptor.model.vocabulary import align_model, resize_embeddings
 from tiny import chain, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"

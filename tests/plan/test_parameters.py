@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
-from preceptor.model import vocabulary
+from preceptor.model import embeddings
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.parts import decoder_of, tower_parameters
 from preceptor.plan.parameters import ROWS_MULTIPLE, Adapter, check_targets, count_parameters, rows_for
@@ -305,5 +305,5 @@ def test_what_is_not_known_is_said_by_name():
 
 
 def test_rows_grow_as_the_trainer_lets_them():
-    assert ROWS_MULTIPLE == vocabulary.ROWS_MULTIPLE
+    assert ROWS_MULTIPLE == embeddings.ROWS_MULTIPLE
     assert rows_for(128256, 128256) == 128256 and rows_for(4096, 4099) == 4160

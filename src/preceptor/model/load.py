@@ -66,8 +66,8 @@ def load_model(
 def _auto_class(place: str, config: "PretrainedConfig") -> Any:
     """The transformers class that loads this checkpoint as its authors wrote it.
 
-    One that also sees or hears is loaded whole, so that it can be saved whole: `model/towers.py` freezes what no text
-    goes through. Raises ModelError for what is no causal language model.
+    One with vision or audio towers is loaded whole, so that it can be saved whole; `freeze_towers` (parts.py) leaves
+    them untrained. Raises ModelError for what is no causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto as auto

@@ -8,7 +8,7 @@ from typing import Any
 from preceptor.errors import ModelError
 from preceptor.plan.shapes import Layer, Shape
 
-ROWS_MULTIPLE = 64  # as model/vocabulary.py resizes; a test holds the two together
+ROWS_MULTIPLE = 64  # as model/embeddings.py resizes; a test holds the two together
 
 
 @dataclass(frozen=True, slots=True)

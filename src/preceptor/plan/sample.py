@@ -153,7 +153,7 @@ def _text_of(message: Message) -> str:
 
 
 def _added_tokens(template: str | None, tokenizer_file: Path, tokenizer: Any) -> int:
-    """How many tokens a built-in template adds to the vocabulary, a pad token included (model/vocabulary.py)."""
+    """How many tokens a built-in template adds to the vocabulary, a pad token included (model/embeddings.py)."""
     settings = _settings(tokenizer_file.with_name("tokenizer_config.json"))
     own = settings.get("chat_template") or tokenizer_file.with_name("chat_template.jinja").is_file()
     name = template or ("tokenizer" if own else "chatml")

@@ -14,11 +14,11 @@ from preceptor.data.loader import Loader
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
+from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers, tower_parameters
-from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.report.page import write_report
 from preceptor.train import checkpoint, loop

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import Pass
+from preceptor.model.activations.context import DecoderPass
 from preceptor.model.activations.phases import Phase
 from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
@@ -45,7 +45,7 @@ class EngineLayer(nn.Module):
             return checkpoint(self._run_again, this, *arguments, use_reentrant=False, **named)
         return self._run(this, *arguments, **named)
 
-    def _run_again(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+    def _run_again(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         """What checkpoint calls: now, within the pass, and in backward, where nothing else has the pass run."""
         state: Any = self.engine_state
         if state.current is this:
@@ -53,7 +53,7 @@ class EngineLayer(nn.Module):
         with state.running(this), attention_implementation(this.decoder, this.attention):
             return self._run(this, *arguments, **named)
 
-    def _run(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+    def _run(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         layer: Any = self
         index, num_layers = layer.engine_settings
         if index == num_layers - 1:

@@ -23,10 +23,10 @@ class SharedCastLinear(nn.Module):
         if casts is None or not plain or not torch.is_autocast_enabled(device_type):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device_type)
-        return _Linear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
+        return _HalfLinear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
 
 
-class _Linear(torch.autograd.Function):
+class _HalfLinear(torch.autograd.Function):
     """x W^T + b in the type of the copies; gradients in that type too, then in the type of what they belong to."""
 
     @staticmethod
