@@ -12,7 +12,6 @@ from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer
 from preceptor.chat.template import Template
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.hub import resolve_model_path
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
@@ -173,19 +172,3 @@ def test_missing_weights_never_start_at_random_values(base_folder, tmp_path):
     (deeper / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot load the model of this folder"):
         load_model(deeper, "float32", "cpu")
-
-
-def test_names_that_lead_nowhere(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    for path, words in [
-        (tmp_path / "missing folder", "no such folder"),
-        (tmp_path / "file", "a file, not a folder"),
-        (tmp_path / "empty", "no config.json"),
-        ("a/b/c", "no such folder"),
-    ]:
-        with pytest.raises(ModelError, match=words):
-            resolve_model_path(path)
-    assert resolve_model_path("owner/name") == "owner/name"
-    with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
-        load_model("owner/name", "float32", "cpu")
