@@ -70,10 +70,12 @@ def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
 
     model, tokenizer, added = assistant(kind)
     adapted = add_adapter(model, 4, 8.0, 0.0, None, sorted(added.values()), 0)
-    row = pack_trees([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
+    sequence = pack_trees(
+        [chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)]
+    )
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
-        Engine(adapted)(row).backward()
+        Engine(adapted)(sequence).backward()
         optimizer.step()
     save_model(adapted, tokenizer, tmp_path / "model")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
