@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_architecture import FLOORS
 
 import first_run
 from preceptor import config
@@ -52,6 +53,11 @@ def listed_files(page):
         path = "".join(folders)
         found[f"{path}__init__.py" if path.endswith("/") else path] = phrase.strip()
     return found
+
+
+def test_the_floors_in_the_docs_are_those_of_the_architecture_test():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert "\n\n" + "".join(f"    {', '.join(floor)}\n" for floor in FLOORS) + "\n" in page
 
 
 def test_every_file_is_in_the_tree_with_a_phrase():

@@ -18,7 +18,7 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
     assert "held-out loss fell by 75%: 3.000 before the first step, 0.750 after step 20" in said
     assert "training loss fell by 85%: 2.850 in the first tenth of the steps, 0.428 in the last" in said
     assert "Answers stop by themselves: 3 of 3 (100%; 95% interval 29% to 100%)" in said
-    assert "All 100 rows" in said
+    assert "All 100 examples" in said
 
 
 FLAT, RISING = [2.0] * 20, [1.0 + step / 10 for step in range(20)]
@@ -43,15 +43,19 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
         ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "The training loss (0.428) is much lower"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),
-        ({"data": DATA | {"fill": 0.4}}, "note", "Only 40% of the rows' room"),
-        ({"data": DATA | {"shortened": LAST}}, "note", "3 rows lost their oldest context and 1 were split"),
-        ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) rows were rejected"),
-        ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) row"),
+        ({"data": DATA | {"fill": 0.4}}, "note", "Tokens fill only 40% of the packed sequences"),
+        (
+            {"data": DATA | {"shortened": LAST}},
+            "note",
+            "3 examples were too long and lost their oldest context; 1 were split",
+        ),
+        ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) examples were rejected"),
+        ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) examples"),
         ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "warning", "do not stop by themselves: 0 of 1"),
         ({"samples": [sample(20, "1?", " ")]}, "warning", "1 of 1 answers are empty"),
         ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "warning", "All 3 prompts got the same answer"),
         ({"samples": [sample(step, "1?", "base") for step in (0, 20)]}, "warning", "identical to the base model's"),
-        ({"samples": [sample(20, "1?", "x", exact=True)]}, "note", "answered exactly: 1 of 1"),
+        ({"samples": [sample(20, "1?", "x", exact=True)]}, "note", "Exact answers to held-out questions: 1 of 1"),
         ({"summary": None}, "warning", "not finished: 20 of 20 steps"),
         (
             {"compare": COMPARE},

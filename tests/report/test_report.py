@@ -30,15 +30,15 @@ def test_the_page_holds_what_the_folder_holds(tmp_path):
     rejections = [{"source": "rows.jsonl:7", "code": "too_long", "message": "200 tokens: raise data.max_length"}] * 2
     found = page(tmp_path / "a", rejections=rejections)
     words = text_of(found)
-    assert words.index("It learned") < words.index("What was trained") < words.index("How it went")
+    assert words.index("It learned") < words.index("What was trained") < words.index("Course of training")
     for expected in (
         "too_long 2 rows.jsonl:7 200 tokens: raise data.max_length",
         "the first that branches · rows.jsonl:2 · 7 tokens, 3 trained (43%) · a tree of 2 branches",
         "10 to 29 tokens, median 18, 95% up to 28",
-        "tokens a second (median) 200",
+        "tokens per second (median) 200",
         "peak memory 400 MB",
         "of the Hub, revision main",
-        "First typed as preceptor train run.yaml",
+        "First started as preceptor train run.yaml",
         "learning_rate: 0.001",
         "a" * 64,
         "d" * 64,

@@ -103,7 +103,7 @@ def load_tokenizer(
     path: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model. Raises ModelError if there is none or it cannot be reached."""
-    from transformers.models.auto.tokenization_auto import AutoTokenizer  # does not import torch
+    from transformers import AutoTokenizer
 
     place = resolve_model_path(path)
     require_reachable(place, revision)
@@ -192,8 +192,7 @@ def _stop_token_ids(
     path: str, tokenizer: Any, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[int, ...]:
     """What ends a turn of the model at `path`: the tokenizer's eos first, then its generation config's eos tokens."""
-    from transformers.generation.configuration_utils import GenerationConfig  # these do not import torch
-    from transformers.models.auto.configuration_auto import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         earlier = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id

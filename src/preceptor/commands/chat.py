@@ -1,4 +1,4 @@
-"""The command `chat`."""
+"""The command `chat`: a conversation with a model in the terminal."""
 
 import sys
 from collections.abc import Iterator

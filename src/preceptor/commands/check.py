@@ -1,35 +1,25 @@
-"""The command `check`: every example through the proof, counted."""
+"""The command `check`: the proof of every example, counted."""
 
 import os
 
 import typer
 
-from preceptor.commands.options import (
-    CHECK_FAILED,
-    AsJson,
-    DataFile,
-    ModelPath,
-    OptionalRunFile,
-    TemplateName,
-    large_imports,
-    print_result,
-    run_of,
-)
+from preceptor.commands import options
 
 
 def check(
-    run_file: OptionalRunFile = None,
-    model: ModelPath = None,
-    data: DataFile = None,
-    chat_template: TemplateName = None,
-    as_json: AsJson = False,
+    run_file: options.OptionalRunFile = None,
+    model: options.ModelPath = None,
+    data: options.DataFile = None,
+    chat_template: options.TemplateName = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Prove every example of the data and count what is rejected and why. Exit code 3 unless the run file allows it."""
-    run = run_of(run_file, model, data, chat_template)
-    with large_imports():
+    run = options.run_of(run_file, model, data, chat_template)
+    with options.large_imports():
         from preceptor.inspect.check import check_data, to_json, to_text
 
     found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)), run)
-    print_result(found, as_json, to_text)
+    options.print_result(found, as_json, to_text)
     if not found["passed"]:
-        raise typer.Exit(CHECK_FAILED)
+        raise typer.Exit(options.CHECK_FAILED)

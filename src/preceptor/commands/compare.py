@@ -6,25 +6,12 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import (
-    AsJson,
-    BaseModel,
-    BatchSize,
-    DeviceName,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Seed,
-    TunedModel,
-    large_imports,
-    print_json,
-    read_tasks,
-)
+from preceptor.commands import options
 
 
 def compare(
-    base: BaseModel,
-    tuned: TunedModel,
+    base: options.BaseModel,
+    tuned: options.TunedModel,
     tasks: Annotated[list[str] | None, typer.Option(help="A task that shows the alignment tax; repeatable.")] = None,
     trained: Annotated[
         list[str] | None, typer.Option(help="A task that was trained, reported apart from the tax; repeatable.")
@@ -34,24 +21,24 @@ def compare(
         str | None, typer.Option(help="Prompts for the token-distribution shift. Default: those of the tasks.")
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=0, help="Maximum number of prompts; 0: no shift.")] = 100,
-    as_json: AsJson = False,
-    limit: Limit = None,
-    dtype: Dtype = "float32",
-    device: DeviceName = "auto",
-    max_new_tokens: MaxNewTokens = 256,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
+    as_json: options.AsJson = False,
+    limit: options.Limit = None,
+    dtype: options.Dtype = "float32",
+    device: options.DeviceName = "auto",
+    max_new_tokens: options.MaxNewTokens = 256,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write compare.json and items.jsonl here.")] = None,
 ) -> None:
     """Compare a base with a tuned model: the alignment tax and the token-distribution shift (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import choose_prompts
 
-    wanted = read_tasks(trained, tasks, text, limit, seed)
+    wanted = options.read_tasks(trained, tasks, text, limit, seed)
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
         raise errors.ConfigError("nothing to compare on: give --tasks, --trained, --text or --prompts")
 
-    with large_imports():
+    with options.large_imports():
         from preceptor.compare.compare import EvaluationSuite, write
         from preceptor.compare.compare import compare as compare_models
         from preceptor.compare.text import print_comparison
@@ -70,6 +57,6 @@ def compare(
     if out is not None:
         write(out, found, items)
     if as_json:
-        print_json(found)
+        options.print_json(found)
     else:
         print_comparison(found, table_console())

@@ -1,4 +1,4 @@
-"""The command `demo`."""
+"""The command `demo`: the first run, before and after fine-tuning."""
 
 from pathlib import Path
 from typing import Annotated

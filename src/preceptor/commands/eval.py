@@ -6,32 +6,22 @@ from typing import Annotated, Any
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import (
-    AsJson,
-    BatchSize,
-    DeviceName,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Seed,
-    large_imports,
-    print_json,
-)
+from preceptor.commands import options
 
 
 def eval(
     model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files, or `scholar:NAME`.")],
-    as_json: AsJson = False,
-    limit: Limit = None,
+    as_json: options.AsJson = False,
+    limit: options.Limit = None,
     chat_template: Annotated[
         str | None, typer.Option(help="Chat template, as in a run file, or `plain`. Default: the model's own.")
     ] = None,
-    dtype: Dtype = "float32",
-    device: DeviceName = "auto",
-    max_new_tokens: MaxNewTokens = 256,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
+    dtype: options.Dtype = "float32",
+    device: options.DeviceName = "auto",
+    max_new_tokens: options.MaxNewTokens = 256,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Write all results here, with a record of each item.")
     ] = None,
@@ -43,7 +33,7 @@ def eval(
     if out is not None and not out.parent.is_dir():
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
-    with large_imports():
+    with options.large_imports():
         from preceptor.console import status_line, table_console
         from preceptor.evaluate.figures import records, summary
         from preceptor.evaluate.model import load_evaluated_model
@@ -68,6 +58,6 @@ def eval(
     if out is not None:
         write_json(out, {**found, "items": items})
     if as_json:
-        print_json(found)
+        options.print_json(found)
     else:
         print_evaluation(found, table_console())

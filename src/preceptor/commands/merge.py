@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import (
-    BaseModel,
-    BatchSize,
-    DeviceName,
-    Dtype,
-    Limit,
-    MaxNewTokens,
-    Seed,
-    TunedModel,
-    read_tasks,
-)
+from preceptor.commands import options
 
 if TYPE_CHECKING:
     from preceptor.compare.compare import EvaluationSuite
@@ -25,8 +15,8 @@ _ONE_WEIGHT = 0.5
 
 
 def merge(
-    base: BaseModel,
-    tuned: TunedModel,
+    base: options.BaseModel,
+    tuned: options.TunedModel,
     out: Annotated[Path, typer.Option(help="Folder to write: the model; with --sweep, sweep.json and plots.")],
     weight: Annotated[
         list[float] | None,
@@ -40,12 +30,12 @@ def merge(
     text: Annotated[
         list[str] | None, typer.Option(help="Sweep: texts that show the tax, .jsonl or .txt; repeatable.")
     ] = None,
-    limit: Limit = None,
-    dtype: Dtype = "float32",
-    device: DeviceName = "auto",
-    max_new_tokens: MaxNewTokens = 256,
-    batch_size: BatchSize = 64,
-    seed: Seed = 0,
+    limit: options.Limit = None,
+    dtype: options.Dtype = "float32",
+    device: options.DeviceName = "auto",
+    max_new_tokens: options.MaxNewTokens = 256,
+    batch_size: options.BatchSize = 64,
+    seed: options.Seed = 0,
 ) -> None:
     """Average the weights of base and tuned model: (1 - weight) * base + weight * tuned (WiSE-FT)."""
     for share in weight or ():
@@ -58,7 +48,7 @@ def merge(
         raise errors.ConfigError(
             "--sweep: name at least one task with --trained, and one --tasks or --text for the tax"
         )
-    wanted = read_tasks(trained, tasks, text, limit, seed)
+    wanted = options.read_tasks(trained, tasks, text, limit, seed)
     from preceptor.compare.compare import EvaluationSuite
 
     _sweep(base, tuned, weight, out, EvaluationSuite(wanted, (), max_new_tokens, batch_size, seed), dtype, device)

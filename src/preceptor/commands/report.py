@@ -1,4 +1,4 @@
-"""The command `report`."""
+"""The command `report`: one HTML page about runs."""
 
 from pathlib import Path
 from typing import Annotated

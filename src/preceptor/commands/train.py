@@ -1,4 +1,4 @@
-"""The command `train`."""
+"""The command `train`: fine-tune a model as described by a run file."""
 
 import os
 import sys

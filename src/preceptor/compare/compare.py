@@ -98,7 +98,7 @@ def compare(
     base_results = suite.run(base, say)
     shift, samples = _shift(base, answers, suite, say) if answers is not None else (None, [])
     settings = evaluation_settings(base, suite.seed, suite.max_new_tokens)
-    rows = [
+    entries = [
         {**comparison(task, ours, theirs, suite.seed), "role": role}
         for (task, role), ours, theirs in zip(suite.tasks, base_results, tuned_results, strict=True)
     ]
@@ -106,8 +106,8 @@ def compare(
         "base": base.name,
         "tuned": tuned_name,
         "settings": settings | {"base_prompt_format": base.prompt_format, "tuned_prompt_format": tuned_prompt_format},
-        "verdict": verdict(rows, shift),
-        "tasks": [{**row, "sentence": sentence(row)} for row in rows],
+        "verdict": verdict(entries, shift),
+        "tasks": [{**entry, "sentence": sentence(entry)} for entry in entries],
         "shift": shift,
         "samples": samples,
     }

@@ -88,13 +88,13 @@ def _task(task: Task, role: str, by_weight: dict[float, list[ItemResult]], seed:
 
 def verdict(tasks: Sequence[dict[str, Any]]) -> list[str]:
     """For each skill and each tax, the weights that pay less and lose nothing; one sentence each."""
-    skills, taxes = ([row for row in tasks if (row["role"] == "trained") == wanted] for wanted in (True, False))
+    skills, taxes = ([entry for entry in tasks if (entry["role"] == "trained") == wanted] for wanted in (True, False))
     return [_sentence(skill, tax) for skill in skills for tax in taxes]
 
 
-def gain(row: Mapping[str, Any], point: Mapping[str, Any], end: str) -> Interval:
+def gain(entry: Mapping[str, Any], point: Mapping[str, Any], end: str) -> Interval:
     """How much better a point is than the base or tuned model: points, or bits per byte less."""
-    metric = HEADLINES[row["kind"]]
+    metric = HEADLINES[entry["kind"]]
     return Interval(**point[f"from_{end}"]).times(metric.scale * metric.better)
 
 

@@ -20,13 +20,13 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     table = Table(title=escape(f"{found['base']} -> {found['tuned']}"), title_justify="left")
     for column in ("task", "", "items", "figure", "base", "tuned", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column in ("task", "", "figure") else "right", no_wrap=True)
-    for row in found["tasks"]:
-        for place, (name, figure) in enumerate(row["figures"].items()):
-            first = (escape(row["task"]), row["role"], f"{row['num_items']:,}") if place == 0 else ("", "", "")
-            sides = (shown(row["kind"], figure[side]["value"]) for side in ("base", "tuned"))
+    for entry in found["tasks"]:
+        for place, (name, figure) in enumerate(entry["figures"].items()):
+            first = (escape(entry["task"]), entry["role"], f"{entry['num_items']:,}") if place == 0 else ("", "", "")
+            sides = (shown(entry["kind"], figure[side]["value"]) for side in ("base", "tuned"))
             difference = figure["difference"]
-            signed = shown(row["kind"], difference["value"], sign=True)
-            table.add_row(*first, name, *sides, signed, range_text(row["kind"], difference, sign=True))
+            signed = shown(entry["kind"], difference["value"], sign=True)
+            table.add_row(*first, name, *sides, signed, range_text(entry["kind"], difference, sign=True))
     if found["tasks"]:
         console.print(table)
     if found["shift"] is not None:
@@ -62,15 +62,15 @@ def _share(own: Mapping[str, Any]) -> str:
     return f"{own['value']:.1%}" + ("" if own["low"] is None else f" ({own['low']:.1%} to {own['high']:.1%})")
 
 
-def _positions(rows: Sequence[Mapping[str, Any]]) -> str:
+def _positions(entries: Sequence[Mapping[str, Any]]) -> str:
     """Shares of shifted tokens and mean KL over growing spans of positions."""
     parts = []
     first = 1
     for last in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        own = [row for row in rows if first <= row["position"] <= last]
-        num = sum(row["num"] for row in own)
+        own = [entry for entry in entries if first <= entry["position"] <= last]
+        num = sum(entry["num"] for entry in own)
         if num:
-            shifted, kl = (sum(row["num"] * row[key] for row in own) / num for key in ("shifted", "mean_kl"))
+            shifted, kl = (sum(entry["num"] * entry[key] for entry in own) / num for key in ("shifted", "mean_kl"))
             span = f"{first}" if first == last else f"{first}-{last}"
             parts.append(f"{span}: {shifted:.0%} shifted, KL {kl:.2f}")
         first = last + 1
@@ -81,25 +81,25 @@ def print_sweep(found: Mapping[str, Any], files: Sequence[Path], console: Consol
     """Print the skill as it is and each tax as the loss against the base, with 95 % intervals in brackets."""
     table = Table(title=escape(f"{found['base']} -> {found['tuned']}, averaged"), title_justify="left")
     table.add_column("weight", justify="right")
-    for row in found["tasks"]:
-        metric = HEADLINES[row["kind"]]
-        unit = metric.value_unit if row["role"] == "trained" else f"tax, {metric.unit}"
-        table.add_column(escape(f"{short_name(row['task'])}: {unit}"), justify="right", no_wrap=True)
+    for entry in found["tasks"]:
+        metric = HEADLINES[entry["kind"]]
+        unit = metric.value_unit if entry["role"] == "trained" else f"tax, {metric.unit}"
+        table.add_column(escape(f"{short_name(entry['task'])}: {unit}"), justify="right", no_wrap=True)
     for place, point in enumerate(found["tasks"][0]["points"]):
-        table.add_row(f"{point['weight']:g}", *(_cell(row, row["points"][place]) for row in found["tasks"]))
+        table.add_row(f"{point['weight']:g}", *(_cell(entry, entry["points"][place]) for entry in found["tasks"]))
     console.print(table)
     for sentence in found["verdict"]:
         console.print(f"{sentence}.", highlight=False, markup=False)
     console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False)
 
 
-def _cell(row: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+def _cell(entry: Mapping[str, Any], point: Mapping[str, Any]) -> str:
     """`+0.0312 (+0.0290 to +0.0333)`; without the brackets where the spread is unknown."""
-    metric = HEADLINES[row["kind"]]
-    if row["role"] == "trained":
+    metric = HEADLINES[entry["kind"]]
+    if entry["role"] == "trained":
         own, sign = Interval(*(point[key] for key in ("value", "low", "high", "num"))).times(metric.scale), ""
     else:
-        own, sign = gain(row, point, "base").times(-1), "+"
+        own, sign = gain(entry, point, "base").times(-1), "+"
     value, low, high = (
         "" if number is None else f"{number + 0.0:{sign}.{metric.digits}f}" for number in (own.value, own.low, own.high)
     )

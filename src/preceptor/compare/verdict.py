@@ -40,16 +40,16 @@ def short_name(task: str) -> str:
     return Path(task.removeprefix("scholar:")).name.partition(".")[0]
 
 
-def change(row: Mapping[str, Any]) -> int:
+def change(entry: Mapping[str, Any]) -> int:
     """1: better than before, -1: worse, 0: not distinguishable from zero."""
-    metric = HEADLINES[row["kind"]]
-    return metric.better * Interval(**row["figures"][metric.name]["difference"]).sign
+    metric = HEADLINES[entry["kind"]]
+    return metric.better * Interval(**entry["figures"][metric.name]["difference"]).sign
 
 
-def amount(row: Mapping[str, Any], signed: bool = False) -> str:
+def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
     """ "3.1 ± 0.8 points", by how much the metric changed."""
-    metric = HEADLINES[row["kind"]]
-    difference = Interval(**row["figures"][metric.name]["difference"])
+    metric = HEADLINES[entry["kind"]]
+    difference = Interval(**entry["figures"][metric.name]["difference"])
     value = difference.value * metric.scale
     shown = f"{value:+.{metric.digits}f}" if signed else f"{abs(value):.{metric.digits}f}"
     half = difference.half_width
@@ -58,27 +58,27 @@ def amount(row: Mapping[str, Any], signed: bool = False) -> str:
     return f"{shown} ± {half * metric.scale:.{metric.digits}f} {metric.unit}"
 
 
-def sentence(row: Mapping[str, Any]) -> str:
+def sentence(entry: Mapping[str, Any]) -> str:
     """One task in a sentence, without its full stop."""
-    figures, task = row["figures"][HEADLINES[row["kind"]].name], short_name(row["task"])
+    figures, task = entry["figures"][HEADLINES[entry["kind"]].name], short_name(entry["task"])
     if figures["num_changed"] == 0:
-        return f"nothing changed on {task} (none of {row['num_items']:,} items)"
-    sign = change(row)
+        return f"nothing changed on {task} (none of {entry['num_items']:,} items)"
+    sign = change(entry)
     if sign == 0:
-        return f"no significant change on {task} ({amount(row, signed=True)})"
-    if row["kind"] == "perplexity":
+        return f"no significant change on {task} ({amount(entry, signed=True)})"
+    if entry["kind"] == "perplexity":
         relative = figures["difference"]["value"] / figures["base"]["value"]
-        return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(row)} ({relative:+.1%})"
-    return f"{'gained' if sign > 0 else 'lost'} {amount(row)} on {task}"
+        return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(entry)} ({relative:+.1%})"
+    return f"{'gained' if sign > 0 else 'lost'} {amount(entry)} on {task}"
 
 
 def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None) -> list[str]:
     """The comparison in a few sentences: first what was trained, then the tax, then the shift."""
     sentences = []
-    trained = [row for row in tasks if row["role"] == "trained"]
+    trained = [entry for entry in tasks if entry["role"] == "trained"]
     if trained:
         sentences.append(f"On what was trained: {'; '.join(map(sentence, trained))}.")
-    outside = [row for row in tasks if row["role"] != "trained"]
+    outside = [entry for entry in tasks if entry["role"] != "trained"]
     if outside:
         sentences.append(f"{'Outside it' if trained else 'The tax'}: {_tax(outside)}.")
     if shift is not None and "shares" in shift:
@@ -91,8 +91,8 @@ def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None)
     return sentences
 
 
-def _tax(rows: Sequence[Mapping[str, Any]]) -> str:
-    lost, same, gained = ([row for row in rows if change(row) == sign] for sign in (-1, 0, 1))
-    parts = [sentence(row) for row in lost] or ["no significant loss"]
-    parts += [sentence(row) for row in gained] or ["no gain"]
-    return "; ".join(parts + [sentence(row) for row in same])
+def _tax(entries: Sequence[Mapping[str, Any]]) -> str:
+    lost, same, gained = ([entry for entry in entries if change(entry) == sign] for sign in (-1, 0, 1))
+    parts = [sentence(entry) for entry in lost] or ["no significant loss"]
+    parts += [sentence(entry) for entry in gained] or ["no gain"]
+    return "; ".join(parts + [sentence(entry) for entry in same])

@@ -1,13 +1,12 @@
-"""Held-out rows: loss, bits per byte and token accuracy on their targets, in all and by where and what they are.
+"""Loss, bits per byte and token accuracy on the targets of held-out examples: of all, and by source, kind and turn.
 
-Each target segment belongs to a source file, to kinds of message, and to a turn:
+    source  the file
+    kinds   tools (tools are offered, or a tool was called before), reasoning (the turn has some), system (there is a
+            system prompt), plain (none of these); `completion` and `text` for other examples. A turn may have several
+    turn    its 1-based index among the assistant messages of the conversation
 
-    kinds   tools (tools are offered, or a tool is called or has answered before), reasoning (the turn has some), system
-            (there is a system prompt); plain where none of these; `completion` and `text` for what is no conversation
-    turn    its number among the assistant messages of the conversation, from 1
-
-so a turn may count in several kinds. `bits_per_byte` is the loss of all target tokens in bits, those that end a turn
-too, over the UTF-8 bytes of the targets' text without special tokens: it does not depend on the tokenizer.
+`bits_per_byte` is the loss of all target tokens in bits, stop tokens included, over the UTF-8 bytes of the targets'
+text without special tokens: it does not depend on the tokenizer.
 """
 
 import math
@@ -24,32 +23,30 @@ from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree
 from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 
-Figures = dict[str, float]
-
 
 @dataclass(frozen=True, slots=True)
 class TargetLabels:
-    """What a target segment counts as, and the bytes that its tokens spell. turn: from 1; None: not known."""
+    """The groups of a target segment, and the bytes of its text."""
 
     source: str
     kinds: tuple[str, ...]
-    turn: int | None
+    turn: int | None  # from 1; None: unknown
     num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledTree:
-    """A held-out record's tree with the labels of its segments, None for contexts."""
+    """A held-out example with the labels of its segments, None for contexts."""
 
     tree: Tree
     labels: tuple[TargetLabels | None, ...]
 
 
-def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
-    """Which turn each target segment of each record is, and the bytes that it spells."""
+def label_targets(examples: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
+    """Label the targets of held-out examples with their turns."""
     specials = {id_: str(renderer.tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(renderer.tokenizer)}
     found = []
-    for record, tree in records:
+    for example, tree in examples:
         labels: list[TargetLabels | None] = []
         for segment in tree.segments:
             if segment.kind == "context":
@@ -59,36 +56,38 @@ def label_targets(records: Sequence[tuple[Example, Tree]], renderer: Renderer) -
             if segment.parent is None and segment.ids[0] not in specials:  # nothing comes before the first token
                 not_predicted.append(decode(segment.ids[:1], renderer.tokenizer))
             num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
-            file = record.source.rpartition(":")[0] or record.source
+            file = example.source.rpartition(":")[0] or example.source
             labels.append(
-                TargetLabels(file, _kinds(record, segment.message), _number(record, segment.message), max(0, num_bytes))
+                TargetLabels(
+                    file, _kinds(example, segment.message), _turn_number(example, segment.message), max(0, num_bytes)
+                )
             )
         found.append(LabelledTree(tree, tuple(labels)))
     return found
 
 
-def _kinds(record: Example, turn: int | None) -> tuple[str, ...]:
-    if not isinstance(record, Conversation):
-        return ("completion",) if isinstance(record, Completion) else ("text",)
-    before = record.messages if turn is None else record.messages[: turn + 1]
+def _kinds(example: Example, turn: int | None) -> tuple[str, ...]:
+    if not isinstance(example, Conversation):
+        return ("completion",) if isinstance(example, Completion) else ("text",)
+    before = example.messages if turn is None else example.messages[: turn + 1]
     kinds = []
-    if record.tools or any(message.tool_calls or message.role == "tool" for message in before):
+    if example.tools or any(message.tool_calls or message.role == "tool" for message in before):
         kinds.append("tools")
-    if turn is not None and has_reasoning(record.messages[turn].given):
+    if turn is not None and has_reasoning(example.messages[turn].given):
         kinds.append("reasoning")
     if any(message.role in ("system", "developer") for message in before):
         kinds.append("system")
     return tuple(kinds) or ("plain",)
 
 
-def _number(record: Example, turn: int | None) -> int | None:
-    if isinstance(record, Completion | Document) or turn is None:
+def _turn_number(example: Example, turn: int | None) -> int | None:
+    if isinstance(example, Completion | Document) or turn is None:
         return None
-    return sum(message.role == "assistant" for message in record.messages[: turn + 1])
+    return sum(message.role == "assistant" for message in example.messages[: turn + 1])
 
 
 def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:
-    """Figures of all targets, and `by_source`, `by_kind`, `by_turn`; each token counted once in each.
+    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`.
 
     Under the caller's autocast. Raises ValueError if there is no held-out target.
     """
@@ -130,10 +129,10 @@ def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
     return (int(item[0]), "") if item[0].isdigit() else (0, item[0])
 
 
-def _figures(pairs: Sequence[tuple[TargetLabels, SegmentLosses]]) -> Figures:
+def _figures(pairs: Sequence[tuple[TargetLabels, SegmentLosses]]) -> dict[str, float]:
     loss_N = np.concatenate([own.loss_N for _, own in pairs])
     num_bytes = sum(labels.num_bytes for labels, _ in pairs)
-    found: Figures = {
+    found: dict[str, float] = {
         "loss": float(loss_N.mean()),
         "token_accuracy": float(np.concatenate([own.correct_N for _, own in pairs]).mean()),
         "num_trained": len(loss_N),

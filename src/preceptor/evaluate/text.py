@@ -16,14 +16,14 @@ def print_evaluation(found: Mapping[str, Any], console: Console) -> None:
     table = Table(title=escape(f"{found['model']}: prompts as {found['prompt_format']}"), title_justify="left")
     for column in ("task", "items", "figure", "value", "95 % interval"):
         table.add_column(column, justify="left" if column in ("task", "figure") else "right", no_wrap=True)
-    for row in found["tasks"]:
-        for place, (name, figure) in enumerate(row["figures"].items()):
-            first = (escape(row["task"]), f"{row['num_items']:,}") if place == 0 else ("", "")
-            table.add_row(*first, name, shown(row["kind"], figure["value"]), range_text(row["kind"], figure))
+    for entry in found["tasks"]:
+        for place, (name, figure) in enumerate(entry["figures"].items()):
+            first = (escape(entry["task"]), f"{entry['num_items']:,}") if place == 0 else ("", "")
+            table.add_row(*first, name, shown(entry["kind"], figure["value"]), range_text(entry["kind"], figure))
     console.print(table)
-    for row in found["tasks"]:
-        console.print(f"{row['task']}: {_counted(row['kind'], row['counts'])}", highlight=False, markup=False)
-        for line in _group_lines(row):
+    for entry in found["tasks"]:
+        console.print(f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", highlight=False, markup=False)
+        for line in _group_lines(entry):
             console.print(line, highlight=False, markup=False)
     console.print(
         f"Intervals: {settings['num_resamples']:,} bootstrap resamples of the items, seed {settings['seed']}; "
@@ -54,10 +54,10 @@ def _counted(kind: str, counts: Mapping[str, Any]) -> str:
     return f"{counts['num_bytes']:,} bytes, {counts['num_tokens']:,} tokens, perplexity {counts['perplexity']:.3f}"
 
 
-def _group_lines(row: Mapping[str, Any]) -> Iterator[str]:
+def _group_lines(entry: Mapping[str, Any]) -> Iterator[str]:
     """One line per group key: its values with their first metric."""
-    for key, values in row["groups"].items():
+    for key, values in entry["groups"].items():
         firsts = [(value, next(iter(figures.values()))) for value, figures in values.items()]
-        parts = [f"{value} {shown(row['kind'], figure['value'])}" for value, figure in firsts[:_LARGEST_GROUPS]]
+        parts = [f"{value} {shown(entry['kind'], figure['value'])}" for value, figure in firsts[:_LARGEST_GROUPS]]
         more = f" and {len(firsts) - len(parts)} more" if len(firsts) > len(parts) else ""
-        yield f"{row['task']} by {key}: {', '.join(parts)}{more}"
+        yield f"{entry['task']} by {key}: {', '.join(parts)}{more}"

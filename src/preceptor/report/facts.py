@@ -13,16 +13,16 @@ def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
     found: dict[str, Any] = {
-        "rows of data": _number(data.get("num_examples")),
+        "examples in the data": _number(data.get("num_examples")),
         "rejected": _number(len(run.rejections)),
-        "conversations an epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
-        "tokens an epoch": _number(tokens.get("computed")),
-        "of them trained": _number(tokens.get("trained")),
-        "rows' room filled": _share(data.get("fill")),
+        "examples per epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
+        "tokens per epoch": _number(tokens.get("computed")),
+        "trained tokens per epoch": _number(tokens.get("trained")),
+        "sequences filled": _share(data.get("fill")),
         "steps": _steps(run),
         **_losses(run),
-        "answers exactly": _share(summary.get("intern_exact_match")),
-        "tokens a second (median)": _number(_throughput(run)),
+        "exact answers": _share(summary.get("intern_exact_match")),
+        "tokens per second (median)": _number(_throughput(run)),
         **_memory(run),
         "time": _seconds(summary.get("seconds")),
     }

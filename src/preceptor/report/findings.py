@@ -23,8 +23,8 @@ SPIKE = 10.0  # gradient norm over the median of the steps before
 SPIKE_STEPS = 50  # steps of that median; fewer than SPIKE_FIRST: no judgement
 SPIKE_FIRST = 10
 OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
-LOW_FILL = 0.7  # share of the rows' room that tokens take
-MANY_REJECTED = 0.05  # share of the data's rows
+LOW_FILL = 0.7  # share of the sequences that tokens fill
+MANY_REJECTED = 0.05  # share of the examples
 NOT_STOPPED = 0.1  # share of answers that do not stop
 ENOUGH_ANSWERS = 3  # for a statement about all of them
 
@@ -158,9 +158,9 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
     found = spikes(run.steps)
     if found:
         shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
-        seen = f"The gradient jumped to {SPIKE:.0f} times its usual norm at {_count(len(found), 'step')}: {shown}."
+        seen = f"The gradient norm was over {SPIKE:.0f} times its usual value at {_count(len(found), 'step')}: {shown}."
         yield Finding(
-            "warning", seen, "Look at what these steps read; a lower optimizer.learning_rate makes jumps rarer."
+            "warning", seen, "Look at the data of these steps; a lower optimizer.learning_rate makes such jumps rarer."
         )
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
     norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
@@ -192,7 +192,7 @@ def _answers(run: RunRecord) -> Iterator[Finding]:
         right = _of([bool(sample["exact"]) for sample in last])
         before = run.summary.get("base_exact_match")
         base = "" if before is None else f"; the base model: {before:.1%}"
-        yield Finding("note", f"Held-out questions answered exactly: {right}{base}.")
+        yield Finding("note", f"Exact answers to held-out questions: {right}{base}.")
     yield from _suspicious_answers([str(sample["answer"]) for sample in last], [each.base for each in prompts])
 
 
@@ -226,20 +226,18 @@ def _data(run: RunRecord) -> Iterator[Finding]:
     if num:
         of = f" of {num_examples:,} ({_share(num / num_examples)})" if num_examples else ""
         level: Severity = "warning" if num_examples and num > MANY_REJECTED * num_examples else "note"
-        seen = f"{num:,}{of} rows were rejected and not trained."
-        yield Finding(level, seen, "The reasons stand under “What was trained”.")
+        seen = f"{num:,}{of} examples were rejected and not trained."
+        yield Finding(level, seen, "The reasons are listed under “What was trained”.")
     elif num_examples:
-        yield Finding(
-            "good", f"All {num_examples:,} rows of the data could be trained exactly as inference will see them."
-        )
+        yield Finding("good", f"All {num_examples:,} examples can be trained exactly as inference will see them.")
     fill = run.data.get("fill")
     if fill is not None and fill < LOW_FILL:
-        seen = f"Only {_share(fill)} of the rows' room holds tokens."
+        seen = f"Tokens fill only {_share(fill)} of the packed sequences."
         yield Finding("note", seen, "A larger data.max_length packs conversations more tightly.")
     shortened: dict[str, Any] = run.data.get("shortened", {})
     cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
     if cut or split:
-        yield Finding("note", f"{cut:,} rows lost their oldest context and {split:,} were split, being too long.")
+        yield Finding("note", f"{cut:,} examples were too long and lost their oldest context; {split:,} were split.")
 
 
 def _tax(run: RunRecord) -> Iterator[Finding]:
@@ -249,9 +247,9 @@ def _tax(run: RunRecord) -> Iterator[Finding]:
             yield Finding("good", f"Against the base model it {sentence(task)}.")
     lost = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained" and change(task) < 0]
     if lost:
-        said = "; ".join(sentence(task) for task in lost)
+        losses = "; ".join(sentence(task) for task in lost)
         yield Finding(
-            "warning", f"An alignment tax: {said}.", "Replay, KL to the base, an adapter or averaging lower it."
+            "warning", f"An alignment tax: {losses}.", "Replay, KL to the base, an adapter or averaging lower it."
         )
     elif run.compare:
         yield Finding("good", "`preceptor compare` found no significant alignment tax.")

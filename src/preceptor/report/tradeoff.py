@@ -13,7 +13,7 @@ from preceptor.report.plots import Panel, Series, draw_file
 def draw_plots(found: Mapping[str, Any]) -> dict[str, str]:
     """File name -> SVG, for each pair of a trained task and a task or text that shows the tax."""
     skills, taxes = (
-        [row for row in found["tasks"] if (row["role"] == "trained") == wanted] for wanted in (True, False)
+        [entry for entry in found["tasks"] if (entry["role"] == "trained") == wanted] for wanted in (True, False)
     )
     plots = {}
     for skill in skills:

@@ -51,7 +51,7 @@ class Evaluations:
     say: Callable[[str], None]
     last: dict[str, Any] = field(default_factory=dict)
 
-    def look(self, state: State) -> None:
+    def evaluate(self, state: State) -> None:
         """Evaluate and sample; nothing that influences training changes."""
         if not self.enabled:
             return
@@ -100,12 +100,12 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
     assert run.train.precision is not None, "a run that starts has a precision"
     renderer = chat.renderer(run.data)
     enabled = run.eval.every is not None
-    conversations = [(record, tree) for record, tree in prepared.held_out if isinstance(record, Conversation)]
+    conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
     return Evaluations(
         folder=folder,
         held_out=label_targets(prepared.held_out, renderer) if enabled else [],
         tasks=prepared.tasks,
-        prompts=[first_prompt(record, tree) for record, tree in conversations[: run.eval.num_samples]],
+        prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
         evaluated=lambda model: EvaluatedModel(
             name=str(run.out),
             model=model,

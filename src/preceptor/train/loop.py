@@ -35,7 +35,7 @@ def train(
     objective: Objective,
     state: State,
     loader: Loader,
-    watch: Evaluations,
+    evaluations: Evaluations,
     display: Display,
     folder: Path,
     fingerprint: str,
@@ -53,7 +53,7 @@ def train(
     precision = run.train.precision
     assert precision is not None, "a run that starts has a precision"
     if state.step == 0:
-        watch.look(state)
+        evaluations.evaluate(state)
     for step in range(state.step, total_steps):
         started = time.perf_counter()
         sequences = loader.batch(step)
@@ -75,7 +75,7 @@ def train(
         append_line(folder / "metrics.jsonl", values)
         display.step(values)
         if due(run.eval.every, state.step, loader, total_steps) or state.step == total_steps:
-            watch.look(state)
+            evaluations.evaluate(state)
         if due(run.checkpoint.every, state.step, loader, total_steps):
             checkpoint.save(state, folder / "checkpoints", fingerprint, run.checkpoint.keep)
 

@@ -1,4 +1,4 @@
-"""In which precision matrix products are computed."""
+"""Precision of matrix products: the default of a device, and autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
