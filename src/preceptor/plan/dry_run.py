@@ -45,6 +45,7 @@ Build = Callable[..., Any]
 """(config, dtype=...) -> a model of that config."""
 
 
+_MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
 Role = tuple[Any, ...]
 """Which stretch of a step it is, whatever the depth: a layer's place from the start or from the end, and its pass."""
 
@@ -81,7 +82,7 @@ class DryRun:
         if not self.num_layers:
             raise ModelError(f"{model_type(model)}: does not say which of its modules are layers, so it has no dry run")
         self._depths = _Depths.of([_signature(layer) for layer in decoder_layers(model)])
-        self.reads_alone = bool(getattr(causal_lm(model), "_is_stateful", False))
+        self.reads_alone = _mixes_outside_attention(causal_lm(model))
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
@@ -311,6 +312,12 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *r
         assert offs is not None or left.dim() == 3
         return left.new_empty(len(left) if offs is None else len(offs), rows, columns)
     return left.new_empty(rows, columns)
+
+
+def _mixes_outside_attention(model: Any) -> bool:
+    """Whether it reads one conversation at a time, as far as its config says; preflight proves it."""
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not _MIXING_LAYERS.isdisjoint(layer_types)
 
 
 # Depths --------------------------------------------------------------------------------------------------------------

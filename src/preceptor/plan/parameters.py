@@ -114,7 +114,7 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     trained: Mapping[str, int] = dict(base)
     base["towers"] = shape.towers
     if adapter is not None:
-        check_targets(shape, adapter.targets)
+        _check_targets(shape, adapter.targets)
         trained = {
             "adapter": sum(_adapter_parameters(shape, layer, adapter) for layer in shape.layers),
             "token rows": num_new_tokens * shape.hidden * (1 if shape.tied else 2),
@@ -160,7 +160,7 @@ def _adapter_parameters(shape: ModelShape, layer: LayerShape, adapter: LoraSpec)
     return count
 
 
-def check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:
+def _check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:
     """Raises ModelError for the name of a linear layer that the model has not."""
     names = {linear.name for linear in shape.linears()}
     unknown = sorted(set(targets or ()) - names)

@@ -18,7 +18,7 @@ from preceptor.plan.memory import STATES, Setup, StepMemory, Weights, state_byte
 from preceptor.plan.model import PlannedModel
 from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
 from preceptor.plan.sample import Sample
-from preceptor.plan.work import Turns, Work, operations
+from preceptor.plan.work import TurnLengths, Work, operations
 
 if TYPE_CHECKING:
     from preceptor.data.forest import PackedSequence
@@ -120,20 +120,24 @@ def make_case(
     """The run on this device, its largest sequence and its peak. weights: how they are held, if not as the run says."""
     setup = setup_of(run, sample, device, world_size)
     setup = setup if weights is None else replace(setup, weights=weights)
-    return _case(dry_run, setup, _work(run, dry_run, sample), _num_rows(dry_run.num_rows, sample))
+    return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))
 
 
-def _work(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> Work:
+def _work(run: config.Run, sample: Sample | str) -> Work:
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
-    conversations = largest_sequence(run, sample)
-    if dry_run.reads_alone:
-        conversations = (max(conversations, key=lambda turns: sum(map(sum, turns))),)
-    return Work(conversations, policy, dry_run.reads_alone)
+    return Work(largest_sequence(run, sample), policy)
 
 
 def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
+    if not dry_run.reads_alone:
+        try:
+            moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
+        except ModelError:  # of its attention, which cannot be told how a sequence is laid out
+            dry_run.reads_alone = True
+    if dry_run.reads_alone:
+        work = work.longest_alone()
+        moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows)
-    moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
     return Case(parameters, work, setup, step_memory(setup, parameters, moments))
 
 
@@ -142,7 +146,7 @@ def _num_rows(rows: int, sample: Sample | str) -> int:
     return rows if isinstance(sample, str) else rows_for(rows, sample.num_tokenizer)
 
 
-def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[Turns, ...]:
+def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...]:
     """The sample's largest sequence.
 
     Without a sample: one conversation that fills the sequence, CONTEXT_SHARE of it context.
@@ -241,7 +245,7 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
         (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank)),
         (f"QLoRA of rank {rank}, frozen 4 bits", "4 bits", LoraSpec(rank)),
     )
-    work, num_rows = _work(run, dry_run, sample), _num_rows(dry_run.num_rows, sample)
+    work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []

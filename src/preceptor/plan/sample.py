@@ -18,7 +18,7 @@ from preceptor.chat.template import BUILTIN, builtin_stop, builtin_tokens
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource
-from preceptor.plan.work import Turns
+from preceptor.plan.work import TurnLengths
 
 SAMPLE_EXAMPLES = 200  # of each source
 _MARKS = 5  # tokens around a message: <|im_start|>, its role, a line's end, <|im_end|>, a line's end
@@ -32,7 +32,7 @@ class Sample:
     num_tokenizer: how many tokens the tokenizer has with them.
     """
 
-    conversations: tuple[Turns, ...]
+    conversations: tuple[TurnLengths, ...]
     num_examples: float | None
     whole: bool
     num_new_tokens: int
@@ -42,7 +42,7 @@ class Sample:
     def lengths(self) -> list[int]:
         return [sum(context + target for context, target in turns) for turns in self.conversations]
 
-    def sequences(self, max_length: int) -> list[tuple[Turns, ...]]:
+    def sequences(self, max_length: int) -> list[tuple[TurnLengths, ...]]:
         """The sample's conversations packed as training packs them, without those that do not fit into one."""
         fitting = [
             turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
@@ -50,10 +50,10 @@ class Sample:
         lengths = [sum(context + target for context, target in turns) for turns in fitting]
         return [tuple(fitting[index] for index in indices) for indices in plan_sequences(lengths, max_length, seed=0)]
 
-    def largest_sequence(self, max_length: int) -> tuple[Turns, ...] | None:
+    def largest_sequence(self, max_length: int) -> tuple[TurnLengths, ...] | None:
         """The one with the most tokens; of several the one with the most to train. None where nothing fits."""
 
-        def size(sequence: tuple[Turns, ...]) -> tuple[int, int]:
+        def size(sequence: tuple[TurnLengths, ...]) -> tuple[int, int]:
             return (
                 sum(context + target for turns in sequence for context, target in turns),
                 sum(target for turns in sequence for _, target in turns),
@@ -80,7 +80,7 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    conversations: list[Turns] = []
+    conversations: list[TurnLengths] = []
     num_examples: float | None = 0.0
     whole = True
     has_conversations = False
@@ -110,7 +110,7 @@ def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection]) -> 
     return None if known is None else known * (source.weight or 1.0)
 
 
-def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> list[Turns]:
+def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> list[TurnLengths]:
     pieces = [list(_pieces(example, train_on)) for example in examples]
     texts = [text for record in pieces for text, _, _ in record]
     lengths = iter(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))

@@ -12,7 +12,7 @@ from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.plan.parameters import LayerParameters, Parameters
 
-Turns = tuple[tuple[int, int], ...]
+TurnLengths = tuple[tuple[int, int], ...]
 """A conversation: tokens of each turn's context and of its target, in turn; a context is what is new in it."""
 
 
@@ -20,7 +20,7 @@ Turns = tuple[tuple[int, int], ...]
 class Work:
     """One sequence, and under which policy it is computed. alone: by a model that reads one conversation at a time."""
 
-    conversations: tuple[Turns, ...]
+    conversations: tuple[TurnLengths, ...]
     policy: ActivationPolicy = KEEP_ALL
     alone: bool = False
 
@@ -37,12 +37,16 @@ class Work:
             for index, (context, target) in enumerate(turns)
         )
 
+    def longest_alone(self) -> "Work":
+        longest = max(self.conversations, key=lambda turns: sum(map(sum, turns)))
+        return Work((longest,), self.policy, alone=True)
+
     def sequence(self) -> PackedSequence:
         """A packed sequence of these lengths; its tokens are all the same."""
         return pack_trees([_tree(turns) for turns in self.conversations if sum(map(sum, turns))], self.alone)
 
 
-def _tree(turns: Turns) -> Tree:
+def _tree(turns: TurnLengths) -> Tree:
     segments: list[Segment] = []
     for context, target in turns:
         for kind, length in (("context", context), ("target", target)):
