@@ -39,7 +39,7 @@ def plan(
 
         half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
         rate = measured_rate(half) if measure else None
-        dry_run = dry_run_of(run.model)
+        dry_run = dry_run_of(run.model, run.engine)
         found = make_plan(run, model, sample, target, world_size, rate, dry_run)
         none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
         fits = found["memory"]["fits"]

@@ -9,6 +9,7 @@ layer's forward or backward, the loss) is continued to the real depth: its bytes
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
-from preceptor.model.optimisations import install
+from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
 from preceptor.model.sizes import dry_run_for
 from preceptor.plan.counting import count_built
@@ -50,7 +51,7 @@ Role = tuple[Any, ...]
 """Which stretch of a step it is, whatever the depth: a layer's place from the start or from the end, and its pass."""
 
 
-def dry_run_of(model: config.Model) -> "DryRun":
+def dry_run_of(model: config.Model, engine: Mode = "auto") -> "DryRun":
     """Of a run's model, from its config alone. Raises ModelError for what is no causal language model."""
     place = resolve_model_path(model.path)
     source = {"trust_remote_code": model.trust_remote_code, "revision": model.revision or "main"}
@@ -58,21 +59,23 @@ def dry_run_of(model: config.Model) -> "DryRun":
         found = AutoConfig.from_pretrained(place, **source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise cannot_load(place, "config", error) from error
-    return DryRun(found, partial(auto_class(place, found).from_config, trust_remote_code=model.trust_remote_code))
+    return DryRun(
+        found, partial(auto_class(place, found).from_config, trust_remote_code=model.trust_remote_code), engine
+    )
 
 
-def dry_run_like(model: nn.Module) -> "DryRun":
+def dry_run_like(model: nn.Module, engine: Mode = "auto") -> "DryRun":
     """Of a model that is there."""
     bare = causal_lm(model)
-    return DryRun(bare.config, type(bare)._from_config)
+    return DryRun(bare.config, type(bare)._from_config, engine)
 
 
 class DryRun:
     """One architecture: how many parameters it has, and what a step of it takes. What was found is kept."""
 
-    def __init__(self, settings: Any, build: Build) -> None:
+    def __init__(self, settings: Any, build: Build, engine: Mode = "auto") -> None:
         """settings: a transformers config. build: makes a model of it."""
-        self._settings, self._build = settings, build
+        self._settings, self._build, self._engine = settings, build, engine
         self._moments: dict[Any, tuple[Moment, ...]] = {}
         self._parameters: dict[Any, Parameters] = {}
         self._models: dict[Any, Any] = {}
@@ -117,11 +120,11 @@ class DryRun:
         laid_out = sequence.subtree_end_T.tobytes(), sequence.source_N.tobytes(), sequence.alone
         key = setup, policy, num_rows, laid_out
         if key not in self._moments:
-            if policy.checkpointed_layers(self.num_layers) in (0, self.num_layers):
-                depths = self._depths.short, self._depths.long
-            else:
-                depths = self.num_layers, self.num_layers
-            short, long = (self._run(setup, policy, sequence, num_rows, depth) for depth in depths)
+            alike = policy.checkpointed_layers(self.num_layers) in (0, self.num_layers)
+            depth = self._depths.short if alike else self.num_layers
+            short = long = self._run(setup, policy, sequence, num_rows, depth)
+            if depth < self.num_layers:
+                long = self._run(setup, policy, sequence, num_rows, self._depths.long)
             times = self._depths.times
             self._moments[key] = tuple(moment.continued(long[role], times) for role, moment in short.items())
         return self._moments[key]
@@ -129,9 +132,10 @@ class DryRun:
     def _run(
         self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
     ) -> dict[Role, Moment]:
-        model = self._model(getattr(torch, setup.weights), setup.adapter, setup.num_new_tokens, num_rows, depth).train()
+        dtype = getattr(torch, setup.weights)
+        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth).train()
         with dry_run_for(setup.device_type):
-            state = install(model, check=False)
+            state = install(model, self._engine, check=False)
             try:
                 return _passes(model, sequence, policy, setup, self._depths.side)
             except (ModelError, *FAILURES) as error:
@@ -151,7 +155,8 @@ class DryRun:
             text.vocab_size = num_rows
             if depth is not None and depth != self.num_layers:
                 _shorten(text, self.num_layers, depth)
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what transformers and peft have to say, they say of the real model
                 model = self._build(settings, dtype=dtype)
                 freeze_towers(model)
                 if adapter is not None:

@@ -251,7 +251,7 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
     found = []
     for name, weights, adapter in ways:
         for world_size in WORLD_SIZES:
-            setup = Setup(weights, True, adapter, new, world_size, sequences_per_step=2, device_type="cuda")
+            setup = Setup(weights, True, adapter, new, world_size, 2, "cuda")
             memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
             found.append(
                 {
@@ -289,7 +289,7 @@ def predict_peak_bytes(
     setup = replace(setup_of(run, "", device, world_size=1), num_new_tokens=num_new_tokens)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
-        dry_run = dry_run_like(model)
+        dry_run = dry_run_like(model, run.engine)
         moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
         parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows)
     except ModelError:
