@@ -186,7 +186,7 @@ def memory(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None
         name = f"{context}/{answer}" + (f" in {num_turns} turns" if num_turns > 1 else "")
         row = conversation(context, answer, num_turns, model.config.vocab_size)
         result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
-        work = operations_of(model.config.to_dict(), ((context // num_turns, answer // num_turns),) * num_turns)
+        work = operations_of(model, ((context // num_turns, answer // num_turns),) * num_turns)
         result[name]["full"]["share_of_matrix_product_rate"] = work / result[name]["full"]["seconds"] / rate
         print(table(name, result[name]), flush=True)
         write(result)

@@ -137,7 +137,7 @@ def main() -> None:
         }
         if not curve.startswith("answers"):
             length = num_tokens // num
-            work = num * operations_of(model.config.to_dict(), ((length * 3 // 4, length - length * 3 // 4),))
+            work = num * operations_of(model, ((length * 3 // 4, length - length * 3 // 4),))
             point["share_of_matrix_product_rate"] = round(work / seconds / rate, 3)
         curves.setdefault(curve, []).append(point)
         print(
