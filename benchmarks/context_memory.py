@@ -1,4 +1,4 @@
-"""What a context token costs: activation bytes, time and gradient of each activation policy, context 500 to 7,000 long.
+"""The cost of a context token: activation bytes, time and gradient by `memory.context_gradient`, 500 to 7,000 tokens.
 
     python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
     python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)

@@ -1,4 +1,4 @@
-"""What a token costs as rows grow, as conversations share a row, and as answers share a prompt.
+"""The cost of a token by sequence length, by conversations per sequence, and by answers per prompt.
 
     python benchmarks/scaling.py [--model small] [--precision float32] [--seconds 3]
     python benchmarks/scaling.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16                   (a GPU)

@@ -1,4 +1,4 @@
-"""Published shapes that benchmarks give random weights to, and how fast the machine multiplies matrices.
+"""Published model shapes, for benchmarks with random weights, and the machine's rate of matrix products.
 
 Small shapes for a processor stand in the benchmarks themselves; these are for a GPU.
 """
