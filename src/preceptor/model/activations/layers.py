@@ -28,7 +28,7 @@ from preceptor.model.attention.runs import KeysRecorded, attention_implementatio
 
 CUT = frozenset(
     {"hidden_states", "position_ids", "position_embeddings", "position_embeddings_global", "position_embeddings_local"}
-    | {"per_layer_input"}
+    | {"per_layer_input", "input_ids", "ple_input_ids"}
 )
 """Arguments of a decoder layer that are laid out by token, (1, T, ...), or are tuples or dicts of such."""
 
@@ -41,6 +41,11 @@ class EngineLayer(nn.Module):
         this = layer.engine_state.current
         if this is None:
             return super().forward(*arguments, **named)
+        if layer.gradient_checkpointing and layer.training:
+            raise ModelError(
+                "the model has transformers' gradient checkpointing switched on, which would run layers again in a way "
+                "of its own. Call gradient_checkpointing_disable() and set memory.activation_checkpointing."
+            )
         if layer.engine_settings[0] < this.num_checkpointed:
             return checkpoint(self._run_again, this, *arguments, use_reentrant=False, **named)
         return self._run(this, *arguments, **named)

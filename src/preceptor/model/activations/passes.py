@@ -125,11 +125,6 @@ def _decode(
 
     More may come behind them, see `computed_tokens`.
     """
-    if this.decoder.is_gradient_checkpointing and this.decoder.training:
-        raise ModelError(
-            "the model has transformers' gradient checkpointing switched on, which would run layers again in a way "
-            "of its own. Call gradient_checkpointing_disable() and set memory.activation_checkpointing."
-        )
     weight_VD = this.decoder.get_input_embeddings().weight
     ids_M, position_M = (
         torch.from_numpy(each_T).to(weight_VD.device) for each_T in (sequence.ids_T, sequence.position_T)
