@@ -62,7 +62,6 @@ def test_the_end_of_a_prompt_that_the_render_lacks():
 
 def test_what_is_done_to_a_text_that_no_form_does_is_not_learnt():
     assert alignment_of("P:", rendered(("P:", None), ("SO", 3)), leaves("so", ""), OWN) is None
-    assert alignment_of("P:", rendered(("P:", None), ("of others", 0)), leaves("so", ""), OWN) is None
     assert alignment_of("x" * 100, rendered(("y", None), ("so", 3)), leaves("so", ""), OWN) is None
 
 

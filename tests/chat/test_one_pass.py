@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.chat.environment import compiled
+from preceptor.chat.environment import compiled, plain_environment
 from preceptor.chat.one_pass import Asked, LooksAhead, OnePass, one_pass, one_pass_environment
 
 TEMPLATES = Path(__file__).parents[3] / "shared" / "templates"
@@ -20,7 +20,7 @@ def plainly(text, messages, asked, **variables):
 
 
 def in_one_pass(text, messages, several, head_again=False, **variables):
-    template = one_pass(one_pass_environment(), text, head_again)
+    template = one_pass(one_pass_environment(plain_environment()), text, head_again)
     assert template is not None
     done = OnePass(messages, several)
     done.run(template, variables)
@@ -133,7 +133,7 @@ def test_what_saves_nothing_is_given_up():
 
 @pytest.mark.parametrize("name", OTHER_FORM)
 def test_other_forms_are_not_taken(name):
-    assert one_pass(one_pass_environment(), OTHER_FORM[name]) is None
+    assert one_pass(one_pass_environment(plain_environment()), OTHER_FORM[name]) is None
 
 
 @settings(deadline=None, max_examples=200)
@@ -157,7 +157,7 @@ def test_any_beginnings_of_any_conversation(text, roles, data):
 @pytest.mark.parametrize("head_again", [False, True])
 def test_the_work_is_linear(head_again):
     counted = []
-    environment = one_pass_environment().overlay()
+    environment = one_pass_environment(plain_environment()).overlay()
     environment.filters = {**environment.filters, "noted": lambda text: counted.append(text) or text}
     text = "{% set x = messages[0].role %}{% for m in messages %}{{ m.content | noted }}{{ loop.last }}{% endfor %}"
     messages = conversation(*["user", "assistant"] * 50)
@@ -184,7 +184,7 @@ def test_real_templates():
     num_passes = num_ahead = 0
     for file in sorted(TEMPLATES.glob("*.jinja")):
         text = file.read_text(encoding="utf-8")
-        if one_pass(one_pass_environment(), text) is None:
+        if one_pass(one_pass_environment(plain_environment()), text) is None:
             continue
         for kind in ("plain", "system", "reasoning", "tools", "system tools reasoning"):
             messages = real_conversation(kind)

@@ -91,17 +91,15 @@ def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: r
     at = 0
     for piece, origin in rendered.parts():
         end = at + len(piece)
-        if origin is None:
+        if origin is None or origin not in own:
             if end > start:
                 parts.append(piece[max(start - at, 0) :])
-        elif origin in own:
+        else:
             whole = leaves[origin].text
             form = next((number for number, form in enumerate(_FORMS) if form(whole) == piece), None)
             if form is None:
                 return None
             parts.append((origin - own.start, form))
-        else:
-            return None
         at = end
     return Alignment(prompt[start:], tuple(parts))
 

@@ -34,7 +34,7 @@ from jinja2.runtime import LoopContext, Undefined
 from jinja2.utils import Namespace, missing
 from jinja2.visitor import NodeTransformer
 
-from preceptor.chat.environment import plain_environment
+from preceptor.chat.marked import Marked, plain
 
 _WORTH = 0.75  # of the turns of the main loop that one by one would take; a pass that takes more saves nothing
 _FEW_TURNS = 24
@@ -73,19 +73,27 @@ class Written(NamedTuple):
     num_shared: int
     outputs: list[str]
 
+    def all_outputs(self) -> list[str]:
+        return [*self.line.outputs[: self.num_shared], *self.outputs]
+
 
 def run_once(
     template: jinja2.Template, messages: Sequence[Any], several: Sequence[Asked], variables: Mapping[str, Any]
-) -> dict[Asked, str]:
+) -> dict[Asked, "Written"]:
     """The renders of the first messages that are asked for, by one run of a template in its one-pass form.
 
     Raises LooksAhead, and what the template raises.
     """
     done = OnePass(messages, several)
     done.run(template, variables)
+    return done.written
+
+
+def texts_of(written: Mapping[Asked, "Written"]) -> dict[Asked, str]:
+    """The renders as text; those of a line are made one from another."""
     texts: dict[Asked, str] = {}
     heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
-    for asked, (line, num_shared, outputs) in done.written.items():
+    for asked, (line, num_shared, outputs) in written.items():
         num, head = heads.get(line, (0, ""))
         head += "".join(line.outputs[num:num_shared])
         heads[line] = num_shared, head
@@ -218,7 +226,9 @@ def _attributes(namespace: Namespace) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """The same for values that a template cannot tell apart."""
+    """The same for values that a template cannot tell apart, and whose characters are of the same origins."""
+    if isinstance(value, Marked):
+        return Marked, plain(value), value.atoms
     if type(value) in (str, int, float, bool, type(None)):
         return type(value), value
     if isinstance(value, Messages):
@@ -313,17 +323,17 @@ class StretchLoop(LoopContext):
 
 
 @lru_cache(maxsize=256)
-def compiled_one_pass(text: str, head_again: bool) -> jinja2.Template | None:
+def compiled_one_pass(environment: jinja2.Environment, text: str, head_again: bool) -> jinja2.Template | None:
     """The template in its one-pass form, compiled once; None if it has not the form that this takes."""
-    return one_pass(one_pass_environment(), text, head_again)
+    return one_pass(one_pass_environment(environment), text, head_again)
 
 
-@lru_cache(maxsize=1)
-def one_pass_environment() -> jinja2.Environment:
+@lru_cache(maxsize=8)
+def one_pass_environment(environment: jinja2.Environment) -> jinja2.Environment:
     """Templates in their one-pass form ask the pass by filters, which Jinja calls at a third of a function's cost."""
-    environment = plain_environment().overlay()
-    environment.filters = {**environment.filters, "__stretch__": OnePass.stretch, "__prompted__": OnePass.prompted}
-    return environment
+    overlay = environment.overlay()
+    overlay.filters = {**environment.filters, "__stretch__": OnePass.stretch, "__prompted__": OnePass.prompted}
+    return overlay
 
 
 def one_pass(environment: jinja2.Environment, text: str, head_again: bool = False) -> jinja2.Template | None:

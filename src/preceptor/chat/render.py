@@ -31,8 +31,8 @@ from preceptor.data.rejections import Rejected
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
 
-_CHECKED_TREES = 16  # the first; then so many that one in 150 characters is tokenised twice
-_CHECK_EVERY = 150
+_CHECK_EVERY = 150  # characters of examples for each that is tokenised a second time
+_CHECKED_FIRST = 50_000  # characters that are tokenised a second time at the beginning of a run
 
 
 class Renderer:
@@ -62,7 +62,7 @@ class Renderer:
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
         self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
-        self._num_trees = self._unchecked_characters = 0
+        self._unchecked, self._first_is_checked = _CHECK_EVERY * _CHECKED_FIRST, False
         stops = [tokenizer.convert_ids_to_tokens(stop) for stop in self.stop_token_ids]
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -109,11 +109,11 @@ class Renderer:
         If it ever answers otherwise, it is asked for everything from then on.
         """
         tree = grow(self._tokeniser)
-        self._num_trees += 1
-        self._unchecked_characters += num_characters
-        if self._num_trees > _CHECKED_TREES and self._unchecked_characters < _CHECK_EVERY * num_characters * num_turns:
+        cost = _CHECK_EVERY * num_characters * num_turns
+        self._unchecked += num_characters
+        if self._unchecked < cost and self._first_is_checked:
             return tree
-        self._unchecked_characters = 0
+        self._unchecked, self._first_is_checked = max(0, self._unchecked - cost), True
         exact = grow(self._slow_tokeniser)
         if exact != tree:
             self._tokeniser = self._slow_tokeniser
@@ -263,7 +263,8 @@ class Renderer:
             own = INLINE_WORDS if message.role == "assistant" else ()
             where = f"messages[{index}]"
             for leaf in leaves[index]:
-                found = self._check_special(leaf.text, where, own) or found
+                if self._special.search(leaf.text) is not None:
+                    found = self._check_special(leaf.text, where, own) or found
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
                 found = self._check_special(message.content, where, own) or found
             for call in message.tool_calls:  # names of arguments

@@ -8,16 +8,17 @@ byte. Renders of the template are compared with transformers' own: the first of 
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
 
 from preceptor.chat.alignment import Alignments, kind_of
+from preceptor.chat.environment import plain_environment
 from preceptor.chat.marked import Marked
-from preceptor.chat.marked_environment import compiled_marked, marked_message, pieces_of
-from preceptor.chat.one_pass import Asked, LooksAhead, compiled_one_pass, raised_in_pass, run_once
+from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
+from preceptor.chat.one_pass import Asked, LooksAhead, Written, compiled_one_pass, raised_in_pass, run_once, texts_of
 from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
@@ -167,12 +168,16 @@ class Runs:
         for again in (False, True) if head_again else (False,):
             if not again and text in self._looks_ahead:
                 continue
-            template = compiled_one_pass(text, again)
+            template = compiled_one_pass(plain_environment(), text, again)
             if template is None:
                 self.counts["one by one: the template has another form"] += 1
                 return {}
             try:
-                made = _passes(chat, template, requests)
+                made = {
+                    asked[one]: text
+                    for asked, written in _passes(chat, template, requests)
+                    for one, text in texts_of(written).items()
+                }
             except LooksAhead:
                 if not again:
                     self._looks_ahead.add(text)
@@ -198,6 +203,23 @@ class Runs:
         self.counts["one by one: a pass gave another text"] += 1
         return False
 
+    def marked_in_one_pass(self, chat: Chat, requests: Sequence[Request]) -> dict[Request, list[str]]:
+        """What the template writes with marks on all messages; {} where one pass does not come to its end."""
+        self.counts["passes with marks"] += 1
+        text = chat.template.text_for(chat.tools)
+        for again in (False, True):
+            template = compiled_one_pass(marked_environment(), text, again)
+            if template is None:
+                return {}
+            try:
+                passes = list(_passes(chat, template, requests, marked=True))
+            except LooksAhead:
+                continue
+            except Exception:
+                return {}  # and `marked` tells why
+            return {asked[one]: made.all_outputs() for asked, written in passes for one, made in written.items()}
+        return {}
+
     def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
         """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
         self.counts["renders with marks"] += 1
@@ -212,14 +234,15 @@ class Runs:
         return Rendered(text, pieces, origins)
 
 
-def _passes(chat: Chat, template: jinja2.Template, requests: Sequence[Request]) -> dict[Request, str]:
-    made: dict[Request, str] = {}
+def _passes(
+    chat: Chat, template: jinja2.Template, requests: Sequence[Request], marked: bool = False
+) -> Iterator[tuple[dict[Asked, Request], dict[Asked, Written]]]:
+    """For each of the arguments: what is asked for, and what one run of the template wrote."""
     for key in dict.fromkeys(request.arguments for request in requests):
         asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
-        shown = chat.shown(max(asked.values()))
-        texts = run_once(template, shown, list(asked), chat.variables(requests[0]._replace(arguments=key), ()))
-        made |= {asked[one]: text for one, text in texts.items()}
-    return made
+        longest = max(asked.values())
+        shown = chat.marked(longest, None) if marked else chat.shown(longest)
+        yield asked, run_once(template, shown, list(asked), chat.variables(longest, ()))
 
 
 class Renders:
@@ -228,6 +251,7 @@ class Renders:
     def __init__(self, chat: Chat, runs: Runs, turns: Sequence[tuple[int, Mapping[str, Any]]] = ()) -> None:
         self._chat, self._runs = chat, runs
         self._texts: dict[Request, str] = {}
+        self._outputs: dict[Request, list[str]] | None = None
         if len(turns) > _FEW_TURNS:
             asked = [(k, chat.key(arguments)) for k, arguments in turns]
             both = [(Request(k, True, key), Request(k + 1, False, key)) for k, key in asked]
@@ -246,7 +270,7 @@ class Renders:
         )
         rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
         if rendered is None:
-            rendered = runs.marked(chat, with_turn, full, only=k)
+            rendered = self._marked(with_turn, full)
             runs.alignments.learn(kind, prompt, rendered, chat.leaves, own)
         return Turn(
             message=k,
@@ -259,6 +283,16 @@ class Renders:
             full_marked=lambda: runs.marked(chat, with_turn, full),
             followed=lambda: self._followed(k, key),
         )
+
+    def _marked(self, request: Request, text: str) -> Rendered:
+        """The render of a turn with marks on its message: for many turns in one pass too."""
+        if request in self._texts:
+            if self._outputs is None:
+                self._outputs = self._runs.marked_in_one_pass(self._chat, list(self._texts))
+            pieces, origins = pieces_of(self._outputs.get(request, ()))
+            if "".join(pieces) == text:
+                return Rendered(text, pieces, origins)
+        return self._runs.marked(self._chat, request, text, only=request.num_messages - 1)
 
     def _text(self, request: Request) -> str:
         text = self._texts.get(request)

@@ -224,10 +224,11 @@ class Path:
         head, *rest = tokeniser.cut(text[at:])
         self.ids += tokeniser.head(head)
         at += len(head)
+        starts, num_before, ids, chunk = self._starts, self._num_before, self.ids, tokeniser.chunk
         for token, plain in zip(rest[::2], rest[1::2], strict=True):
-            self._starts.append(at)
-            self._num_before.append(len(self.ids))
-            self.ids += tokeniser.chunk(token, plain)
+            starts.append(at)
+            num_before.append(len(ids))
+            ids += chunk(token, plain)
             at += len(token) + len(plain)
         self._text, self._last = text, rest[-1] if rest else head
         return num_shared
