@@ -5,8 +5,8 @@
 
 Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation per sequence,
 three quarters of it context, full fine-tuning with AdamW, in float32 and under bfloat16 autocast. *Peak*: the most
-bytes of tensors that live at one time in the second step, weights and optimizer state included; on CUDA the allocator's own
-peak. Tensors inside one operation (a matrix product's workspace) are not seen on a CPU. Writes
+bytes of tensors that live at one time in the second step, weights and optimizer state included; on CUDA the allocator's
+own peak. Tensors inside one operation (a matrix product's workspace) are not seen on a CPU. Writes
 benchmarks/results/plan.json, of chosen models plan-MODELS.json (with machine, versions, date).
 """
 
