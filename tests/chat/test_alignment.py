@@ -1,10 +1,9 @@
 """Alignments: what is learnt of a turn's render is found again in others, and only where the texts are equal."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
+import template_table as tt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +13,6 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Conversation, Message
 from tiny import tiny_tokenizer
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import template_table as tt
 
 PIECES = (
     *("Hello", "it's 12345", " ", "\n", "\n\n", "<", ">", "<|im_", "end|>", "<think>", "</think>", "<think>a</think>b"),

@@ -2,17 +2,14 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import template_table as tt
 
 from preceptor.chat.template import probe_message_rules
 from preceptor.data.examples import Rejection
 from preceptor.data.rejections import ADVICE
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import template_table as tt
 
 if not (tt.TEMPLATES / "index.json").is_file():
     pytest.skip(f"the stock templates are not at {tt.TEMPLATES}", allow_module_level=True)
