@@ -1,4 +1,4 @@
-"""What a context token costs: activation bytes, time and gradient of each activation policy, context 500 to 7,000 long.
+"""The cost of a context token: activation bytes, time and gradient by `memory.context_gradient`, 500 to 7,000 tokens.
 
     python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
     python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)
@@ -186,7 +186,7 @@ def memory(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None
         name = f"{context}/{answer}" + (f" in {num_turns} turns" if num_turns > 1 else "")
         row = conversation(context, answer, num_turns, model.config.vocab_size)
         result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
-        work = operations_of(model.config.to_dict(), ((context // num_turns, answer // num_turns),) * num_turns)
+        work = operations_of(model, ((context // num_turns, answer // num_turns),) * num_turns)
         result[name]["full"]["share_of_matrix_product_rate"] = work / result[name]["full"]["seconds"] / rate
         print(table(name, result[name]), flush=True)
         write(result)

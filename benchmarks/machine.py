@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions, date."""
+"""The environment of a result: machine, versions, date."""
 
 import datetime
 import os

@@ -1,4 +1,4 @@
-"""What a size that was not met before costs in bfloat16 on a CPU: the first time against the next, and memory kept.
+"""The cost of a new tensor size in bfloat16 on a CPU: first time against later times, and memory kept.
 
     python benchmarks/new_sizes.py [--sizes 50]
 

@@ -1,4 +1,4 @@
-"""The plan of an epoch: how full its rows are, how mixed, and how long a million records take.
+"""Packing of an epoch: how full and how mixed its sequences are, and the time for a million examples.
 
     python benchmarks/packing.py [--records 1000000] [--seeds 2]
 

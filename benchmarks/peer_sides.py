@@ -41,7 +41,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     found = {"seconds": sum(seconds[1:]), "loss": losses[0], "last_loss": losses[-1], "first_seconds": seconds[0]}
     found["peak_bytes"] = _peak_bytes()
-    work = sum(operations_of(model.config.to_dict(), _turns(tree)) for trees in steps[1:] for tree in trees)
+    work = sum(operations_of(model, _turns(tree)) for trees in steps[1:] for tree in trees)
     rate = matrix_product_rate(options["precision"], model.device)
     return found | {
         "tflops": work / found["seconds"] / 1e12,

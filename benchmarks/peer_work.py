@@ -1,4 +1,4 @@
-"""What benchmarks/peer.py trains on: a model and conversations, rendered once, for both sides.
+"""Work of benchmarks/peer.py: a model and conversations, rendered once, for both sides.
 
 FOLDER/model/           the model and its tokenizer
 FOLDER/messages.jsonl   the conversations

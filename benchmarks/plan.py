@@ -1,11 +1,10 @@
-"""What `preceptor plan` predicts, beside what is measured: activations and the peak of a step, for every mode.
+"""The peak of a step that `preceptor plan` predicts, beside what is measured, for every mode.
 
     python benchmarks/plan.py [--tokens 512 1024 2048] [--modes full detach ...] [--device cpu|cuda]
     python benchmarks/plan.py --models llama-3.1-8b --weights bfloat16 --tokens 4096 --device cuda
 
-Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation a row, three
-quarters of it context, full fine-tuning with AdamW, in float32 and under bfloat16 autocast. *Activations*: bytes of the
-tensors that live after the forward pass and did not before, but for the hidden states that come out. *Peak*: the most
+Small models of three families (4 layers, hidden 128, vocabulary 4,096; random weights), one conversation per sequence,
+three quarters of it context, full fine-tuning with AdamW, in float32 and under bfloat16 autocast. *Peak*: the most
 bytes of tensors that live at one time in the second step, weights and optimizer state included; on CUDA the allocator's
 own peak. Tensors inside one operation (a matrix product's workspace) are not seen on a CPU. Writes
 benchmarks/results/plan.json, of chosen models plan-MODELS.json (with machine, versions, date).
@@ -14,22 +13,24 @@ benchmarks/results/plan.json, of chosen models plan-MODELS.json (with machine, v
 import argparse
 import gc
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from live_bytes import Tracker
 from shapes import SHAPES, random_model
 
 from machine import describe
-from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.data.forest import PackedSequence
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
-from preceptor.plan.activations import Work, kept_for_backward
-from preceptor.plan.memory import Setup, predict_memory
-from preceptor.plan.shapes import shape_of
+from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.plan.dry_run import DryRun, dry_run_like
+from preceptor.plan.live_bytes import LiveBytes
+from preceptor.plan.memory import Setup, step_memory
+from preceptor.plan.work import Work
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import autocast
 
@@ -56,76 +57,56 @@ MODES = {
 }
 
 
-def row_of(num_tokens: int) -> PackedSequence:
-    context = num_tokens * 3 // 4
-    ids = torch.randint(4096, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    segments = (Segment("context", tuple(ids[:context]), None), Segment("target", tuple(ids[context:]), 0))
-    return pack_trees([Tree("made-up:1", segments)])
-
-
 def model_of(kind: str, weights: str, device: str) -> Any:
     small = {"model_type": kind} | COMMON | MODELS.get(kind, {})
     return random_model(SHAPES.get(kind, small), weights, device, max_tokens=1 << 17)
 
 
-def measured_activations(model: Any, row: PackedSequence, policy: ActivationPolicy, precision: str) -> int:
-    """Live after the forward pass and not before, without what comes out of it."""
-    gc.collect()
-    with Tracker([*model.parameters(), *model.buffers()]) as tracker:
-        before = tracker.live_bytes
-        with autocast(model.device, precision):
-            hidden, _ = Engine(model).loss_hidden_states(row, policy)
-        gc.collect()
-        out_bytes: int = hidden.untyped_storage().nbytes()
-        kept_bytes: int = tracker.live_bytes - before - out_bytes
-    return kept_bytes
+def predicted_peak(dry_run: DryRun, sequence: PackedSequence, policy: ActivationPolicy, setup: Setup) -> int:
+    moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
+    return step_memory(setup, dry_run.parameters(), moments).peak_bytes
 
 
-def measured_peak(model: Any, row: PackedSequence, policy: ActivationPolicy, precision: str) -> int:
+def measured_peak(model: Any, sequence: PackedSequence, policy: ActivationPolicy, precision: str) -> int:
     """Of the second step, when the optimizer has its state."""
-    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
+    optimizer, engine = build_optimizer(model, 0.0, (0.9, 0.95)), Engine(model)
     gc.collect()
-    with Tracker([*model.parameters(), *model.buffers()]) as tracker:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         for _ in range(2):
             gc.collect()
-            tracker.peak_bytes = tracker.live_bytes
+            live.peak_bytes = live.live_bytes
             if model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            step = StepContext(accumulates=True, head_cast=HeadCast())
             with autocast(model.device, precision):
-                loss = Engine(model)(row, policy, step=StepContext(accumulates=True))
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
+                loss = engine(sequence, policy, step=step)
+            loss.backward()
+            del loss, step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return int(torch.cuda.max_memory_allocated()) if model.device.type == "cuda" else tracker.peak_bytes
+    return int(torch.cuda.max_memory_allocated()) if model.device.type == "cuda" else live.peak_bytes
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for kind in arguments.models:
         model = model_of(kind, arguments.weights, arguments.device)
-        shape = shape_of(model.config.to_dict())
-        with torch.no_grad():
-            Engine(model)(row_of(64))  # what it finds out about a model once, it has found out
+        dry_run = dry_run_like(model)
         for num_tokens in arguments.tokens:
-            row = row_of(num_tokens)
             context = num_tokens * 3 // 4
+            sequence = Work((((context, num_tokens - context),),)).sequence()
             for precision in ("float32", "bfloat16"):
+                setup = Setup(arguments.weights, precision == "bfloat16", device_type=arguments.device)
                 for mode in arguments.modes:
-                    policy = MODES[mode]
-                    again = policy.checkpointed_layers(len(shape.layers))
-                    turns = (((context, num_tokens - context),),)
-                    work = Work(turns, policy.context_gradient, again)
-                    setup = Setup(arguments.weights, precision == "bfloat16", cpu=arguments.device == "cpu")
-                    kept = kept_for_backward(shape, work, setup.precision, cpu=setup.cpu)
+                    started = time.perf_counter()
+                    predicted = predicted_peak(dry_run, sequence, MODES[mode], setup)
                     yield {
                         "model": kind,
                         "tokens": num_tokens,
                         "precision": precision,
                         "mode": mode,
-                        "activations_predicted": kept.kept_bytes + kept.casts_bytes,
-                        "activations_measured": measured_activations(model, row, policy, precision),
-                        "peak_predicted": predict_memory(shape, work, setup).peak_bytes,
-                        "peak_measured": measured_peak(model, row, policy, precision),
+                        "seconds": time.perf_counter() - started,
+                        "peak_predicted": predicted,
+                        "peak_measured": measured_peak(model, sequence, MODES[mode], precision),
                     }
 
 
@@ -137,22 +118,18 @@ def main() -> None:
     parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
-    print(f"{'':<48}{'activations, MB':>28}{'peak of a step, MB':>28}")
-    both = f"{'plan':>10}{'measured':>9}{'':9}"
-    print(f"{'model':<13}{'tokens':>6}  {'precision':<10}{'mode':<21}{both}{both}")
+    print(f"{'model':<13}{'tokens':>6}  {'precision':<10}{'mode':<26}{'plan, MB':>10}{'measured':>10}{'dry run':>19}")
     found = []
     for case in cases(arguments):
         found.append(case)
-        line = f"{case['model']:<13}{case['tokens']:>6}  {case['precision']:<10}{case['mode']:<21}"
-        for what in ("activations", "peak"):
-            predicted, measured = case[f"{what}_predicted"], case[f"{what}_measured"]
-            line += f"{predicted / 1e6:>10.1f}{measured / 1e6:>9.1f} {predicted / measured - 1:>+7.1%} "
-        print(line, flush=True)
-    worst = {
-        what: max(abs(case[f"{what}_predicted"] / case[f"{what}_measured"] - 1) for case in found)
-        for what in ("activations", "peak")
-    }
-    print(f"furthest off: activations {worst['activations']:.1%}, peak {worst['peak']:.1%}")
+        predicted, measured = case["peak_predicted"], case["peak_measured"]
+        print(
+            f"{case['model']:<13}{case['tokens']:>6}  {case['precision']:<10}{case['mode']:<26}{predicted / 1e6:>10.1f}"
+            f"{measured / 1e6:>10.1f}{predicted / measured - 1:>+9.2%}{case['seconds']:>9.1f} s",
+            flush=True,
+        )
+    worst = max(abs(case["peak_predicted"] / case["peak_measured"] - 1) for case in found)
+    print(f"furthest off: {worst:.2%}")
     name = "plan" if arguments.models == list(MODELS) else f"plan-{'-'.join(arguments.models)}"
     (RESULTS / f"{name}.json").write_text(json.dumps({**describe(), "worst": worst, "cases": found}, indent=2) + "\n")
 

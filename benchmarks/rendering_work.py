@@ -1,4 +1,4 @@
-"""What benchmarks/rendering.py renders: files of made-up conversations, and a tokenizer for them."""
+"""Work of benchmarks/rendering.py: files of generated conversations, and a tokenizer for them."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What a token costs as rows grow, as conversations share a row, and as answers share a prompt.
+"""The cost of a token by sequence length, by conversations per sequence, and by answers per prompt.
 
     python benchmarks/scaling.py [--model small] [--precision float32] [--seconds 3]
     python benchmarks/scaling.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16                   (a GPU)
@@ -137,7 +137,7 @@ def main() -> None:
         }
         if not curve.startswith("answers"):
             length = num_tokens // num
-            work = num * operations_of(model.config.to_dict(), ((length * 3 // 4, length - length * 3 // 4),))
+            work = num * operations_of(model, ((length * 3 // 4, length - length * 3 // 4),))
             point["share_of_matrix_product_rate"] = round(work / seconds / rate, 3)
         curves.setdefault(curve, []).append(point)
         print(

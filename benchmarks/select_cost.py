@@ -1,4 +1,4 @@
-"""What `preceptor select` costs beside the model's own forward pass: reading and comparing rows, and the choice.
+"""The cost of `preceptor select` beside the model's own forward pass: reading, comparing, choosing.
 
     python benchmarks/select_cost.py [--rows 100000] [--keep 1000]
 

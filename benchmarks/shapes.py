@@ -1,4 +1,4 @@
-"""Published shapes that benchmarks give random weights to, and how fast the machine multiplies matrices.
+"""Published model shapes, for benchmarks with random weights, and the machine's rate of matrix products.
 
 Small shapes for a processor stand in the benchmarks themselves; these are for a GPU.
 """
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preceptor.plan.activations import Work
-from preceptor.plan.flops import operations
-from preceptor.plan.shapes import shape_of
+from preceptor.plan.counting import count_built
+from preceptor.plan.work import Work, operations
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,9 +37,9 @@ def random_model(shape: dict[str, Any], dtype: str = "float32", device: str = "c
     return model.train()
 
 
-def operations_of(settings: dict[str, Any], turns: tuple[tuple[int, int], ...]) -> float:
+def operations_of(model: Any, turns: tuple[tuple[int, int], ...]) -> float:
     """Floating-point operations of one conversation, forward and backward. turns: tokens of context and target."""
-    return operations(shape_of(settings), Work((turns,))).total
+    return operations(count_built(model, model), Work((turns,))).total
 
 
 def matrix_product_rate(precision: str, device: torch.device) -> float:

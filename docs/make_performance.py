@@ -171,8 +171,18 @@ def _rendering(found: Any) -> str:
         f"conversation of a shape not met before takes {first['per_turn']} ms per turn at {first['turns']} turns, "
         f"{last['per_turn']} ms at {last['turns']}. Peak memory: {memory[0]} MB for {found['memory'][0]['rows']:,} "
         f"examples, {memory[1]} MB for {found['memory'][-1]['rows']:,}. "
-        f"{_on(found, 'python benchmarks/rendering.py')}."
+        f"{_on(found, 'python benchmarks/rendering.py')}.{_profiles(found.get('profiles', {}))}"
     )
+
+
+def _profiles(found: Any) -> str:
+    """Results of before 2026-11-28 have none."""
+    if not found:
+        return ""
+    lines = [f"| {name} | {row['tokens']:,} | {row['milliseconds']:.2f} |" for name, row in found.items()]
+    head = ["CPU time per conversation, in one process (NFC: a tokenizer with a normalizer):", ""]
+    head += ["| data | tokens | ms |", "|---|---:|---:|"]
+    return "\n\n" + "\n".join([*head, *lines])
 
 
 def _packing(found: Any) -> str:

@@ -9,18 +9,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from preceptor import config
-from preceptor.plan.activations import Work
+from preceptor.model.activations.policy import KEEP_ALL
 from preceptor.plan.devices import find_device
-from preceptor.plan.memory import Setup, Weights, predict_memory
+from preceptor.plan.dry_run import DryRun, dry_run_of
+from preceptor.plan.memory import Setup, Weights, step_memory
 from preceptor.plan.model import read_model
 from preceptor.plan.plan import make_plan
-from preceptor.plan.shapes import shape_of
 from preceptor.plan.text import size, to_text
+from preceptor.plan.work import Work
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plan.md"
-MEASURED = re.compile(r"Measured on .*?(?=\n\nThe row is)", re.DOTALL)
+MEASURED = re.compile(r"Measured on .*?(?=\n\nThe sequence is)", re.DOTALL)
 PLANNED = re.compile(r"\| component \|.*\Z", re.DOTALL)
 
 LLAMA_70B = {
@@ -37,39 +40,40 @@ WAYS: dict[str, tuple[Weights, bool]] = {
     "float32 weights, autocast": ("float32", True),
     "bfloat16 weights, float32 master": ("bfloat16 + float32 master", False),
 }
-COMPONENTS = ("weights", "gradients", "master weights", "optimizer", "casts of weights")
+COMPONENTS = ("weights", "gradients", "master weights", "optimizer", "copies of weights", "activations", "loss")
 
 
 def measured() -> str:
     found = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text(encoding="utf-8"))
-    off: dict[str, list[tuple[float, float]]] = {}
+    off: dict[str, list[float]] = {}
     for case in found["cases"]:
-        errors = [abs(case[f"{of}_predicted"] / case[f"{of}_measured"] - 1) for of in ("activations", "peak")]
-        off.setdefault(case["mode"], []).append((errors[0], errors[1]))
-    table = "| mode | activations, furthest off | peak of a step, furthest off |\n|---|---|---|"
-    for mode, cases in off.items():
-        table += "".join(["\n| ", mode, *(f" | {max(errors):.1%}" for errors in zip(*cases, strict=True)), " |"])
+        off.setdefault(case["mode"], []).append(abs(case["peak_predicted"] / case["peak_measured"] - 1))
+    table = "| mode | peak of a step, furthest off |\n|---|---|"
+    table += "".join(f"\n| {mode} | {max(errors):.2%} |" for mode, errors in off.items())
+    tokens = " and ".join(f"{count:,}" for count in sorted({case["tokens"] for case in found["cases"]}))
     return (
         f"Measured on {found['machine']}, {found['date']}, torch {found['torch']},\n"
-        f"transformers {found['transformers']}: {len(found['cases'])} cases (Llama, Qwen 3 and Gemma 3 shapes; 512, "
-        "1,024 and 2,048 tokens; float32\n"
-        f"and bfloat16 autocast), full fine-tuning, from `benchmarks/results/plan.json`:\n\n{table}"
+        f"transformers {found['transformers']}: {len(found['cases'])} cases (Llama, Qwen 3 and Gemma 3 shapes; "
+        f"{tokens} tokens; float32 and bfloat16\n"
+        f"autocast), full fine-tuning, from `benchmarks/results/plan.json`:\n\n{table}"
     )
 
 
 def planned() -> str:
-    work = Work((((3072, 1024),),))
-    sides = [
-        predict_memory(shape_of(LLAMA_70B), work, Setup(weights=weights, autocast=autocast)).components
-        for weights, autocast in WAYS.values()
-    ]
+    config = AutoConfig.for_model(**LLAMA_70B)
+    dry_run = DryRun(config, AutoModelForCausalLM.from_config)
+    sequence, sides = Work((((3072, 1024),),)).sequence(), []
+    for weights, autocast in WAYS.values():
+        setup = Setup(weights, autocast, device_type="cuda")
+        moments = dry_run.step(setup, KEEP_ALL, sequence, dry_run.num_rows)
+        sides.append(step_memory(setup, dry_run.parameters(), moments).components)
     lines = [f"| component | {' | '.join(WAYS)} |", "|---|---|---|"]
     for name in COMPONENTS:
         cells = (size(side[name]) if side[name] else "" for side in sides)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     says = (
-        "The casts are autocast's copies, while a row is computed. What `preceptor plan` says would fit, for rows of\n"
-        "4,096 tokens (3,072 of them context), several a step:"
+        "The copies are in bfloat16, while a sequence is computed. What `preceptor plan` says would fit, for\n"
+        "sequences of 4,096 tokens (3,072 of them context), several per step:"
     )
     return "\n".join([*lines, "", says, "", _would_fit()])
 
@@ -84,7 +88,7 @@ def _would_fit() -> str:
             "out": "runs/llama-70b",
         }
         run = config.build(tree, "docs/make_plan_page.py")
-        plan = make_plan(run, read_model(run.model), "no data", find_device("H100"), 1, None)
+        plan = make_plan(run, read_model(run.model), "no data", find_device("H100"), 1, None, dry_run_of(run.model))
     text = to_text({**plan, "change": None, "four_bits_peak_bytes": None})
     table = text[text.index("What would fit") :].rstrip()
     return "".join(f"    {line}\n" for line in table.splitlines())

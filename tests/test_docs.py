@@ -85,6 +85,13 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_files_that_the_docs_name_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"[\w/]+/\w+\.(?:py|yaml)\b", page.read_text(encoding="utf-8")):
+            folders = (ROOT, ROOT / "src" / "preceptor")
+            assert any((folder / name).exists() for folder in folders), f"{page.name} names {name}"
+
+
 def test_the_benchmarks_say_what_they_do():
     for script in sorted((ROOT / "benchmarks").glob("*.py")):
         if "__main__" in script.read_text(encoding="utf-8"):

@@ -10,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from preceptor.errors import ModelError
+from preceptor.hub import fetch_file, fetch_folder, find_file, resolve_model_path
+from preceptor.model.load import load_model
 from tiny import seeing_model, tiny_tokenizer
 
 COMMIT = "a" * 40
@@ -82,3 +85,25 @@ def test_a_model_that_sees_is_read_from_the_hub_and_saved_whole(tmp_path, hub):
     assert json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text()) == {"size": 28}
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert not (tmp_path / "saved" / "processor_config.json").exists()
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path, words in [
+        (tmp_path / "missing folder", "no such folder"),
+        (tmp_path / "file", "a file, not a folder"),
+        (tmp_path / "empty", "no config.json"),
+        ("a/b/c", "no such folder"),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            resolve_model_path(path)
+    assert resolve_model_path("owner/name") == "owner/name"
+    assert find_file("owner/name", "config.json") is None
+    for fetch in (
+        lambda: load_model("owner/name", "float32", "cpu"),
+        lambda: fetch_file("owner/name", "config.json"),
+        lambda: fetch_folder("owner/name", ["*.json"]),
+    ):
+        with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
+            fetch()

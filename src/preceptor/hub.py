@@ -9,7 +9,7 @@ from preceptor.scholar import MODEL_DIR
 
 SCHOLAR = "scholar"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SECONDS = 10  # to wait for the Hub's answer; the loaders of transformers retry for a minute
+_SECONDS = 10  # to wait for the Hub's answer
 
 
 def resolve_model_path(path: str | Path) -> str:
@@ -49,7 +49,10 @@ def find_file(place: str, name: str, revision: str | None = None) -> Path | None
 
 
 def require_reachable(place: str, revision: str | None = None) -> None:
-    """Ask the Hub once, unless the model is on this machine. Raises ModelError where the Hub does not have it."""
+    """Ask the Hub once, unless the model is on this machine. Raises ModelError where the Hub does not have it.
+
+    To be called before a download: huggingface_hub tries again for 24 s where there is no connection.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     if Path(place).is_dir() or find_file(place, "config.json", revision):
@@ -64,10 +67,12 @@ def fetch_file(place: str, name: str, revision: str | None = None) -> Path:
     """A file of a model, downloaded where it is not on this machine. Raises ModelError."""
     from huggingface_hub import hf_hub_download
 
+    found = find_file(place, name, revision)
+    if found is not None:
+        return found
+    require_reachable(place, revision)
     try:
-        return find_file(place, name, revision) or Path(
-            hf_hub_download(place, name, revision=revision, etag_timeout=_SECONDS)
-        )
+        return Path(hf_hub_download(place, name, revision=revision, etag_timeout=_SECONDS))
     except Exception as error:  # as above
         raise cannot_load(place, name, error) from error
 
@@ -89,6 +94,7 @@ def fetch_folder(path: str | Path, patterns: Sequence[str]) -> Path:
     place = resolve_model_path(path)
     if Path(place).is_dir():
         return Path(place)
+    require_reachable(place)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -25,4 +25,4 @@ def test_trees_by_their_index():
     longer = replace(TREE, segments=(*TREE.segments, Segment("context", (5, 6), 1)))
     dataset = Dataset([TREE, longer])
     assert dataset.lengths.tolist() == [3, 5]
-    assert dataset.trees([1, 0, 1]) == [longer, TREE, longer] and dataset.trees() == [TREE, longer]
+    assert dataset.trees([1, 0, 1]) == [longer, TREE, longer] and list(dataset) == [TREE, longer]

@@ -31,7 +31,7 @@ def rendered(write_jsonl):
     file = write_jsonl(ROWS)
     pairs = [(record, renderer.render(record)) for record in read_examples(file)]
     assert not any(isinstance(tree, Rejection) for _, tree in pairs)
-    return file, tokenizer, label_targets(pairs, renderer)
+    return file, tokenizer, label_targets(pairs, tokenizer)
 
 
 def test_labels(rendered):

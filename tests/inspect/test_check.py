@@ -221,10 +221,10 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     checked = check_data(run)
     found = to_json(checked, run)
     mixture = found["mixture"]
-    lengths = [tree.num_tokens for tree in prepared.train.trees()]
-    turns = [lengths_of for tree in prepared.train.trees() for lengths_of in turn_lengths(tree)]
+    lengths = [tree.num_tokens for tree in prepared.train]
+    turns = [lengths_of for tree in prepared.train for lengths_of in turn_lengths(tree)]
     assert mixture["num_tokens"] == sum(lengths) != found["num_tokens"]
-    assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train.trees())
+    assert mixture["num_trained"] == sum(tree.num_trained for tree in prepared.train)
     assert mixture["share_trained"] == mixture["num_trained"] / mixture["num_tokens"]
     for kind, values in (("example", lengths), ("context", [c for c, _ in turns]), ("target", [t for _, t in turns])):
         assert mixture["lengths"][kind] == {
@@ -253,7 +253,7 @@ def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_traini
     found = to_json(check_data(run), run)
     assert len(prepared.train.lengths) > 10
     assert found["mixture"]["sources"][0]["num_examples"] == len(prepared.train.lengths)
-    assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train.trees())
+    assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train)
 
 
 def test_without_weights_there_is_no_mixture(run_file):

@@ -17,7 +17,7 @@ from tiny_types import tiny_of
 NEW = [60, 63]
 
 
-def row():
+def sequence():
     """New tokens occur as inputs and as targets."""
     rng = np.random.default_rng(0)
     return pack_trees([chain(rng, (6, 9, 3, 8)), chain(rng, (4, 30))])
@@ -32,14 +32,14 @@ def train(model, steps=3):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
-        Engine(model)(row()).backward()
+        Engine(model)(sequence()).backward()
         optimizer.step()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "gemma2", "gpt_oss"])
 def test_an_adapter_starts_as_nothing_and_the_proofs_hold(kind):
     base, model = tiny_model(kind), adapted(kind)
-    assert Engine(model)(row()).item() == pytest.approx(Engine(base)(row()).item(), rel=1e-6)
+    assert Engine(model)(sequence()).item() == pytest.approx(Engine(base)(sequence()).item(), rel=1e-6)
     check_head(model)
     check_isolation(model)
     train(model)
@@ -48,7 +48,7 @@ def test_an_adapter_starts_as_nothing_and_the_proofs_hold(kind):
 
 
 @pytest.mark.parametrize(("kind", "tables"), [("llama", 2), ("qwen3", 1)])
-def test_exactly_the_new_rows_and_the_low_rank_factors_are_trained(kind, tables):
+def test_exactly_the_new_sequences_and_the_low_rank_factors_are_trained(kind, tables):
     model = adapted(kind)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = {name: p for name, p in trained.items() if "trainable_tokens" in name}
@@ -66,10 +66,10 @@ def test_exactly_the_new_rows_and_the_low_rank_factors_are_trained(kind, tables)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_gradients_of_new_rows_equal_those_of_full_training(kind):
+def test_gradients_of_new_sequences_equal_those_of_full_training(kind):
     full, model = tiny_model(kind), adapted(kind)
-    Engine(full)(row()).backward()
-    Engine(model)(row()).backward()
+    Engine(full)(sequence()).backward()
+    Engine(model)(sequence()).backward()
     tables = {"embed_tokens": full.get_input_embeddings(), "lm_head": full.get_output_embeddings()}
     for name, p in model.named_parameters():
         if "trainable_tokens" in name:
@@ -104,7 +104,7 @@ def test_what_peft_rejects_is_a_model_error():
         add_adapter(tiny_model("falcon_h1", **MIXER), 4, 8.0, 0.0, ["out_proj"], [], seed=0)
 
 
-def test_a_frozen_head_never_gets_a_gradient_of_all_rows():
+def test_a_frozen_head_never_gets_a_gradient_of_all_sequences():
     head = output_head(adapted("llama"))
     assert head.trained_rows.rows_R.tolist() == NEW
     assert output_head(adapted("llama", new_token_ids=[])).weight_VD.requires_grad is False
@@ -115,15 +115,15 @@ def test_merging_gives_the_same_loss_and_leaves_the_adapter_as_it_is(kind):
     model = adapted(kind)
     train(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = Engine(model)(row()).item()
+    expected = Engine(model)(sequence()).item()
     merged = merge_adapter(model)
-    assert Engine(merged)(row()).item() == pytest.approx(expected, rel=1e-5)
+    assert Engine(merged)(sequence()).item() == pytest.approx(expected, rel=1e-5)
     assert not any("lora" in name or "token_adapter" in name for name, _ in merged.named_modules())
     tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert tied == merged.config.tie_word_embeddings
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
-    assert Engine(model)(row()).item() == expected
+    assert Engine(model)(sequence()).item() == expected
 
 
 def test_merging_copies_only_what_the_adapter_changes():

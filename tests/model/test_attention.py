@@ -24,7 +24,7 @@ FEATURES = {
 }
 
 
-def forest_row(seed=0):
+def forest_sequence(seed=0):
     rng = np.random.default_rng(seed)
     return pack_trees(
         [chain(rng, (4, 9)), branching(rng), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12)), branching(rng)]
@@ -40,11 +40,13 @@ def tensors(layout, dtype=torch.float64, seed=0):
 
 
 def test_dense_mask_is_the_definition():
-    row = forest_row()
-    mask_TT = dense_mask(torch.from_numpy(row.subtree_end_T), torch.from_numpy(row.position_T), sliding_window=4)
-    for i in range(row.num_tokens):
-        for j in range(row.num_tokens):
-            visible = j <= i < row.subtree_end_T[j] and row.position_T[i] - row.position_T[j] < 4
+    sequence = forest_sequence()
+    mask_TT = dense_mask(
+        torch.from_numpy(sequence.subtree_end_T), torch.from_numpy(sequence.position_T), sliding_window=4
+    )
+    for i in range(sequence.num_tokens):
+        for j in range(sequence.num_tokens):
+            visible = j <= i < sequence.subtree_end_T[j] and sequence.position_T[i] - sequence.position_T[j] < 4
             assert mask_TT[i, j] == visible
 
 
@@ -80,7 +82,7 @@ def error(found, true):
 @pytest.mark.parametrize("block_tokens", [4, 1024])
 def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK_TOKENS", block_tokens)
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     found = outputs_and_grads(attend_runs, layout, torch.float64, features)
     reference = outputs_and_grads(attend_reference, layout, torch.float64, features)
     independent = outputs_and_grads(naive, layout, torch.float64, features)
@@ -95,7 +97,7 @@ def test_runs_equal_the_reference_in_float64(features, block_tokens, monkeypatch
 )
 def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype, short_run_tokens, monkeypatch):
     monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), sinks = tensors(layout, dtype)
     features = {**features, "sinks": sinks} if "sinks" in features else features
     doubled = {name: f.double() if isinstance(f, torch.Tensor) else f for name, f in features.items()}
@@ -113,7 +115,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     attend_path = runs.attend_path
     monkeypatch.setattr(sizes, "SHORT_RUN_TOKENS", short_run_tokens)
     monkeypatch.setattr(runs, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = attend_runs(query, key, value.bfloat16(), layout, 0.4)
@@ -133,7 +135,7 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     ],
 )
 def test_what_cannot_be_honoured_is_rejected_by_name(asked, word):
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), _ = tensors(layout)
     arguments = {"attention_mask": None, "forest": layout, **asked}
     with pytest.raises(ModelError, match=f"Linear asks attention for.*{word}"):
@@ -156,7 +158,7 @@ def test_the_former_attention_comes_back():
         assert model.config._attn_implementation == runs.IMPLEMENTATION
         raise KeyError
     assert model.config._attn_implementation == former
-    Engine(model).hidden_states(forest_row())
+    Engine(model).hidden_states(forest_sequence())
     assert model.config._attn_implementation == former
     ids = torch.ones(1, 3, dtype=torch.long)
     assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False).shape == (1, 5)
@@ -171,17 +173,17 @@ def test_no_mask_is_built(monkeypatch):
         runs.IMPLEMENTATION,
         lambda *arguments, **named: seen.append(arguments[4]) or forward(*arguments, **named),
     )
-    Engine(tiny_model("gemma2")).hidden_states(forest_row())
+    Engine(tiny_model("gemma2")).hidden_states(forest_sequence())
     assert seen and all(mask is None for mask in seen)
 
 
 def test_dropout_in_attention_is_rejected_in_training_only():
     model = tiny_model("llama", attention_dropout=0.1)
-    Engine(model.eval()).hidden_states(forest_row())
+    Engine(model.eval()).hidden_states(forest_sequence())
     with pytest.raises(ModelError, match="attention_dropout"):
-        Engine(model.train()).hidden_states(forest_row())
+        Engine(model.train()).hidden_states(forest_sequence())
 
 
 def test_a_model_with_attention_of_its_own_is_rejected():
     with pytest.raises(ModelError, match="BloomModel computes attention by itself"):
-        Engine(tiny_model("bloom", n_head=4, n_layer=1)).hidden_states(forest_row())
+        Engine(tiny_model("bloom", n_head=4, n_layer=1)).hidden_states(forest_sequence())

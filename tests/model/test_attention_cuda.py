@@ -9,7 +9,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
-from test_attention import FEATURES, error, forest_row, naive, outputs_and_grads, tensors
+from test_attention import FEATURES, error, forest_sequence, naive, outputs_and_grads, tensors
 from torch._dynamo.backends.registry import lookup_backend
 from torch.nn.attention import varlen
 from torch.nn.attention.flex_attention import create_block_mask
@@ -71,14 +71,14 @@ def as_on_cuda(monkeypatch):
         monkeypatch.setattr(cuda, name, lambda *_: True)
 
 
-def chains_row():
+def chains_sequence():
     rng = np.random.default_rng(3)
     return pack_trees([chain(rng, (4, 9)), chain(rng, (1, 1)), chain(rng, (0, 3, 8, 12))])
 
 
-ROWS = {
-    "chains": chains_row(),
-    "trees": forest_row(),
+SEQUENCES = {
+    "chains": chains_sequence(),
+    "trees": forest_sequence(),
     "one chain": pack_trees([chain(np.random.default_rng(4), (9, 5))]),
 }
 PLAIN = {name: FEATURES[name] for name in ("plain", "window", "wide window")}
@@ -92,11 +92,11 @@ def test_the_stand_in_takes_what_varlen_takes():
 
 
 @pytest.mark.parametrize("features", PLAIN.values(), ids=PLAIN)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES)
 @pytest.mark.parametrize("varlen_attn", [flash, old_flash])
-def test_varlen_equals_the_dense_mask_in_float64(varlen_attn, row, features, monkeypatch):
+def test_varlen_equals_the_dense_mask_in_float64(varlen_attn, sequence, features, monkeypatch):
     monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
-    layout = ForestLayout.from_sequence(row, "cpu")
+    layout = ForestLayout.from_sequence(sequence, "cpu")
     found = outputs_and_grads(attend_varlen, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
     assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
@@ -119,7 +119,7 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
         return torch.zeros_like(query)
 
     monkeypatch.setattr(cuda, "varlen_attn", tell)
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = attend_varlen(query, key, value.bfloat16(), layout, 0.4, window)
@@ -136,14 +136,14 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
 
 
 def test_without_groups_varlen_is_not_asked_for_them():
-    layout = ForestLayout.from_sequence(chains_row(), "cpu")
+    layout = ForestLayout.from_sequence(chains_sequence(), "cpu")
     (query, _, _), _ = tensors(layout)
     assert error(attend_varlen(query, query, query, layout, 0.4), attend_runs(query, query, query, layout, 0.4)) < 1e-13
 
 
 def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
     """Tokens 5-8 of a chain after tokens 0-4, as two levels."""
-    layout = ForestLayout.from_sequence(ROWS["one chain"], "cpu")
+    layout = ForestLayout.from_sequence(SEQUENCES["one chain"], "cpu")
     (query, key, value), _ = tensors(layout)
     whole = attend_runs(query, key, value, layout, 0.4, 6)
     runs = ((5, 9, ((0, 5),)),)
@@ -155,9 +155,9 @@ def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
 
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_flex_equals_the_dense_mask_in_float64(row, features):
-    layout = ForestLayout.from_sequence(row, "cpu")
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES)
+def test_flex_equals_the_dense_mask_in_float64(sequence, features):
+    layout = ForestLayout.from_sequence(sequence, "cpu")
     found = outputs_and_grads(attend_flex, layout, torch.float64, features)
     true = outputs_and_grads(naive, layout, torch.float64, features)
     assert max(error(one, other) for one, other in zip(found, true, strict=True)) < 1e-13
@@ -165,7 +165,7 @@ def test_flex_equals_the_dense_mask_in_float64(row, features):
 
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_flex_in_bfloat16_is_no_further_from_the_truth_than_the_naive_path(features):
-    layout = ForestLayout.from_sequence(forest_row(), "cpu")
+    layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     true = outputs_and_grads(naive, layout, torch.float64, features)
     found = outputs_and_grads(attend_flex, layout, torch.bfloat16, features)
     other = outputs_and_grads(naive, layout, torch.bfloat16, features)
@@ -229,22 +229,22 @@ def test_whole_models_in_all_modes(kind, as_on_cuda, monkeypatch):
         monkeypatch.setattr(cuda, name, lambda *a, f=function, n=name, **k: used.add(n) or f(*a, **k))
     model = tiny_model(kind, dtype=torch.float64)
     tolerance = 1e-7 if kind.startswith("gemma") else 1e-11
-    keeps = [ActivationPolicy("full"), ActivationPolicy("recompute"), ActivationPolicy("detach")]
+    policies = [ActivationPolicy("full"), ActivationPolicy("recompute"), ActivationPolicy("detach")]
     if kind != "gemma2":  # not compiled, flex's soft-cap and checkpointing do not go together: see the next test
-        keeps.append(ActivationPolicy("full", "all"))
-    for row in (ROWS["chains"], ROWS["trees"]):
-        for keep in keeps:
-            assert_as_by_runs(model, row, keep, tolerance, monkeypatch)
+        policies.append(ActivationPolicy("full", "all"))
+    for sequence in (SEQUENCES["chains"], SEQUENCES["trees"]):
+        for policy in policies:
+            assert_as_by_runs(model, sequence, policy, tolerance, monkeypatch)
     # Gemma 2 caps its scores and gpt-oss has sinks: flex, and its levels run by run.
     assert used == ({"attend_flex"} if kind in ("gemma2", "gpt_oss") else {"attend_varlen", "attend_flex"})
 
 
-def assert_as_by_runs(model, row, keep, tolerance, monkeypatch):
+def assert_as_by_runs(model, sequence, policy, tolerance, monkeypatch):
     """Loss and all gradients, with the kernels that `fast_path` chooses and run by run."""
     results = []
     for choose in (fast_path, lambda *_: None):
         monkeypatch.setattr(runs, "fast_path", choose)
-        loss = Engine(model)(row, keep)
+        loss = Engine(model)(sequence, policy)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         model.zero_grad()
@@ -268,22 +268,22 @@ def test_compiled_flex_with_soft_cap_windows_and_checkpointing(as_on_cuda, monke
     num_graphs = []
     for length in (3, 8, 13, 21):
         rng = np.random.default_rng(length)
-        row = pack_trees([branching(rng), chain(rng, (length, 9))])
-        assert_as_by_runs(model, row, ActivationPolicy("full", "all"), 1e-7, monkeypatch)
+        sequence = pack_trees([branching(rng), chain(rng, (length, 9))])
+        assert_as_by_runs(model, sequence, ActivationPolicy("full", "all"), 1e-7, monkeypatch)
         num_graphs.append(len(graphs))
     assert num_graphs[1] == num_graphs[-1] <= 8
 
 
-def test_a_row_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
+def test_a_sequence_has_one_block_mask_for_each_window_whatever_its_layers(as_on_cuda, monkeypatch):
     made = []
     monkeypatch.setattr(cuda, "block_mask", lambda layout, window: made.append(window) or block_mask(layout, window))
     model = tiny_model("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
-    Engine(model)(forest_row())  # proves, with rows of its own, what may be spared
+    Engine(model)(forest_sequence())  # proves, with sequences of its own, what may be spared
     made.clear()
-    Engine(model)(forest_row(), ActivationPolicy("full", "all")).backward()
+    Engine(model)(forest_sequence(), ActivationPolicy("full", "all")).backward()
     assert sorted(made, key=str) == [7, None]
     with torch.no_grad():
-        Engine(model)(forest_row())
+        Engine(model)(forest_sequence())
     assert len(made) == 4
 
 

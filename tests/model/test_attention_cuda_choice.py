@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_attention import forest_row
-from test_attention_cuda import chains_row, flash, old_flash
+from test_attention import forest_sequence
+from test_attention_cuda import chains_sequence, flash, old_flash
 
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path
@@ -16,7 +16,7 @@ def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device
     return SimpleNamespace(shape=(1, num_heads, num_tokens, head_size), dtype=dtype, device=torch.device(device))
 
 
-CHAINS, TREES = (ForestLayout.from_sequence(row, "cpu") for row in (chains_row(), forest_row()))
+CHAINS, TREES = (ForestLayout.from_sequence(sequence, "cpu") for sequence in (chains_sequence(), forest_sequence()))
 LEVEL = PhaseLayout(TREES.runs, {}, None, TREES.masks)
 
 

@@ -10,15 +10,15 @@ from preceptor.model.forward import Engine
 from tiny import chain, tiny_model
 
 
-def rows():
+def sequences():
     rng = np.random.default_rng(0)
     return [pack_trees([chain(rng, (7, 9)), chain(rng, (5, 4))]) for _ in range(2)]
 
 
 def gradients(model, in_place):
     model.zero_grad()
-    for row in rows():
-        Engine(model)(row, step=StepContext(accumulates=in_place)).backward()
+    for sequence in sequences():
+        Engine(model)(sequence, step=StepContext(accumulates=in_place)).backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
@@ -37,7 +37,7 @@ def test_no_gradient_of_the_whole_embedding_is_made():
     weight = model.get_input_embeddings().weight
     weight.grad = torch.zeros_like(weight)
     buffer = weight.grad
-    loss = Engine(model)(rows()[0], step=StepContext(accumulates=True))
+    loss = Engine(model)(sequences()[0], step=StepContext(accumulates=True))
     assert torch.autograd.grad(loss, weight, allow_unused=True) == (None,)
     assert weight.grad is buffer and buffer.abs().sum() > 0
 
@@ -50,7 +50,7 @@ def test_what_others_watch_is_left_to_autograd(change):
         weight.requires_grad_(False)
     else:
         weight.register_hook(lambda grad: watched.append(grad.shape))
-    Engine(model)(rows()[0], step=StepContext(accumulates=True)).backward()
+    Engine(model)(sequences()[0], step=StepContext(accumulates=True)).backward()
     assert watched == ([weight.shape] if change == "hooked" else [])
     assert (weight.grad is None) == (change == "frozen")
 
@@ -59,6 +59,6 @@ def test_the_layer_is_as_before_afterwards():
     model = tiny_model("qwen3")
     engine, layer = Engine(model), model.get_input_embeddings()
     before = dict(layer.__dict__)
-    engine(rows()[0], step=StepContext(accumulates=True))
+    engine(sequences()[0], step=StepContext(accumulates=True))
     assert layer.__dict__ == before and layer.weight is layer._parameters["weight"]
     assert not engine.state.accumulates

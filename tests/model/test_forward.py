@@ -1,4 +1,4 @@
-"""A packed row through unmodified transformers models: it equals its conversations one by one, and the formula."""
+"""A packed sequence through unmodified transformers models: it equals its conversations one by one, and the formula."""
 
 from dataclasses import replace
 
@@ -33,11 +33,11 @@ def own_loss(model, trees):
     model.set_attn_implementation("eager")  # sdpa leaves out the soft-cap in some versions of transformers
     total = torch.zeros((), dtype=torch.float64)
     for tree in trees:
-        row = pack_trees([tree])
-        logits_TV = model(input_ids=torch.from_numpy(row.ids_T)[None], use_cache=False).logits[0]
-        log_probs_NV = torch.log_softmax(logits_TV[torch.from_numpy(row.source_N)].double(), dim=-1)
-        losses_N = -log_probs_NV.gather(1, torch.from_numpy(row.target_N)[:, None])[:, 0]
-        total = total + (losses_N * torch.from_numpy(row.weight_N)).sum()
+        sequence = pack_trees([tree])
+        logits_TV = model(input_ids=torch.from_numpy(sequence.ids_T)[None], use_cache=False).logits[0]
+        log_probs_NV = torch.log_softmax(logits_TV[torch.from_numpy(sequence.source_N)].double(), dim=-1)
+        losses_N = -log_probs_NV.gather(1, torch.from_numpy(sequence.target_N)[:, None])[:, 0]
+        total = total + (losses_N * torch.from_numpy(sequence.weight_N)).sum()
     return total
 
 
@@ -50,7 +50,7 @@ def assert_same(found, true, tolerance):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_row_equals_its_conversations_and_the_formula(kind):
+def test_a_sequence_equals_its_conversations_and_the_formula(kind):
     model, trees = tiny_model(kind), conversations()
     loss = Engine(model)(pack_trees(trees))
     grads = grads_of(loss, model)
@@ -70,9 +70,9 @@ def test_a_tree_equals_its_separate_chains(kind):
     trees = [branching(rng), chain(rng, (3, 4)), branching(rng)]
     chains = [single for tree in trees for single in separate_chains(tree)]
     assert len(chains) == 7
-    row = pack_trees(trees)
-    assert row.num_trained == sum(pack_trees([single]).num_trained for single in chains)
-    loss = Engine(model)(row)
+    sequence = pack_trees(trees)
+    assert sequence.num_trained == sum(pack_trees([single]).num_trained for single in chains)
+    loss = Engine(model)(sequence)
     exact = tiny_model(kind, dtype=torch.float64)
     true_loss = own_loss(exact, chains)
     assert loss.item() == pytest.approx(true_loss.item(), rel=1e-5)
@@ -91,7 +91,7 @@ def test_changing_one_conversation_changes_no_other(kind):
     assert (after_TD[start:end] - before_TD[start:end]).abs().max() > 0.1
 
 
-def test_a_row_without_trained_tokens_still_has_a_graph():
+def test_a_sequence_without_trained_tokens_still_has_a_graph():
     model = tiny_model("llama")
     loss = Engine(model)(pack_trees([chain(np.random.default_rng(0), (6,))]))
     loss.backward()
@@ -100,10 +100,10 @@ def test_a_row_without_trained_tokens_still_has_a_graph():
 
 
 def test_autocast_gives_a_float32_loss_near_the_true_one():
-    model, row = tiny_model("qwen3"), pack_trees(conversations())
-    true = Engine(model)(row)
+    model, sequence = tiny_model("qwen3"), pack_trees(conversations())
+    true = Engine(model)(sequence)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = Engine(model)(row)
+        loss = Engine(model)(sequence)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(true.item(), rel=2e-2)
     assert loss.item() != true.item()
@@ -167,16 +167,16 @@ def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length()
 
 
 def test_a_leak_in_attention_is_found(monkeypatch):
-    """Planted: the layout says that the whole row is one run."""
+    """Planted: the layout says that the whole sequence is one run."""
     monkeypatch.setattr(ForestLayout, "from_sequence", _one_run(ForestLayout.from_sequence))
     with pytest.raises(ModelError, match="another conversation"):
         check_isolation(tiny_model("llama"))
 
 
 def _one_run(from_sequence):
-    def planted(row, device, **options):
-        layout = from_sequence(row, device, **options)
-        return replace(layout, runs=((0, row.num_tokens, ()),))
+    def planted(sequence, device, **options):
+        layout = from_sequence(sequence, device, **options)
+        return replace(layout, runs=((0, sequence.num_tokens, ()),))
 
     return planted
 

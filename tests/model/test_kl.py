@@ -15,7 +15,7 @@ NUM_BASE = 56  # of 64 tokens
 
 
 @pytest.fixture
-def row():
+def sequence():
     rng = np.random.default_rng(0)
     return pack_trees([chain(rng, (5, 9)), chain(rng, (3, 4, 2, 6))])
 
@@ -30,22 +30,22 @@ def moved(model, seed=5):
     return model
 
 
-def by_hand(model, base, row):
-    known = row.target_N < NUM_BASE
-    source = row.source_N[known]
-    log_p = torch.log_softmax((model.lm_head(Engine(model).hidden_states(row)[source]))[:, :NUM_BASE], dim=-1)
-    log_q = torch.log_softmax((base.lm_head(Engine(base).hidden_states(row)[source]))[:, :NUM_BASE], dim=-1)
-    return (torch.from_numpy(row.weight_N)[known] * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+def by_hand(model, base, sequence):
+    known = sequence.target_N < NUM_BASE
+    source = sequence.source_N[known]
+    log_p = torch.log_softmax((model.lm_head(Engine(model).hidden_states(sequence)[source]))[:, :NUM_BASE], dim=-1)
+    log_q = torch.log_softmax((base.lm_head(Engine(base).hidden_states(sequence)[source]))[:, :NUM_BASE], dim=-1)
+    return (torch.from_numpy(sequence.weight_N)[known] * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
-def test_value_and_gradient_are_the_formula_s(row, chunk_tokens):
-    assert 0 < (row.target_N < NUM_BASE).sum() < row.num_trained
+def test_value_and_gradient_are_the_formula_s(sequence, chunk_tokens):
+    assert 0 < (sequence.target_N < NUM_BASE).sum() < sequence.num_trained
     model, twin = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
     base = ReferenceModel.of(model, NUM_BASE)
     moved(model), moved(twin)
-    expected = by_hand(twin, base.model, row)
-    found = kl_to_base(*Engine(model).loss_hidden_states(row), output_head(model), base, row, chunk_tokens)
+    expected = by_hand(twin, base.model, sequence)
+    found = kl_to_base(*Engine(model).loss_hidden_states(sequence), output_head(model), base, sequence, chunk_tokens)
     assert found.item() > 0.01
     assert found.item() == pytest.approx(expected.item(), rel=1e-10)
     found.backward()
@@ -54,15 +54,15 @@ def test_value_and_gradient_are_the_formula_s(row, chunk_tokens):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_the_base_itself_diverges_by_nothing(row):
+def test_the_base_itself_diverges_by_nothing(sequence):
     model = tiny_model("gemma2", dtype=torch.float64)
     found = kl_to_base(
-        *Engine(model).loss_hidden_states(row), output_head(model), ReferenceModel.of(model, NUM_BASE), row
+        *Engine(model).loss_hidden_states(sequence), output_head(model), ReferenceModel.of(model, NUM_BASE), sequence
     )
     assert found.item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_with_an_adapter_the_base_is_the_model_without_it(row):
+def test_with_an_adapter_the_base_is_the_model_without_it(sequence):
     plain = tiny_model("qwen3", dtype=torch.float64).eval()
     model = get_peft_model(
         tiny_model("qwen3", dtype=torch.float64), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -70,8 +70,8 @@ def test_with_an_adapter_the_base_is_the_model_without_it(row):
     base = ReferenceModel.of(model, NUM_BASE)
     moved(model)
     assert not base.is_copy
-    expected = by_hand(model.get_base_model(), plain, row)
-    found = kl_to_base(*Engine(model).loss_hidden_states(row), output_head(model), base, row)
+    expected = by_hand(model.get_base_model(), plain, sequence)
+    found = kl_to_base(*Engine(model).loss_hidden_states(sequence), output_head(model), base, sequence)
     assert found.item() == pytest.approx(expected.item(), rel=1e-10) and found.item() > 1e-6
     found.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.context import ModelState, Pass, SharedCasts, adopt
+from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts, adopt
 from preceptor.model.activations.linear import SharedCastLinear
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
@@ -28,7 +28,7 @@ def sharing(*layers):
     state = ModelState()
     for layer in layers:
         adopt(layer, SharedCastLinear, state)
-    with state.running(Pass(None, "", efficient=True)):
+    with state.running(DecoderPass(None, "", efficient=True)):
         yield
 
 

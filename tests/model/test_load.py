@@ -12,11 +12,10 @@ from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer
 from preceptor.chat.template import Template
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.hub import resolve_model_path
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import _honour_softcap, load_model, save_model
-from preceptor.model.vocabulary import align_model, resize_embeddings
 from tiny import chain, tiny_model, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -71,10 +70,12 @@ def test_an_adapter_is_saved_merged_and_beside(kind, tmp_path):
 
     model, tokenizer, added = assistant(kind)
     adapted = add_adapter(model, 4, 8.0, 0.0, None, sorted(added.values()), 0)
-    row = pack_trees([chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)])
+    sequence = pack_trees(
+        [chain(np.random.default_rng(0), (5, 8)), chain(np.random.default_rng(0), (3, 5), vocab_size=288)]
+    )
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
-        Engine(adapted)(row).backward()
+        Engine(adapted)(sequence).backward()
         optimizer.step()
     save_model(adapted, tokenizer, tmp_path / "model")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -173,19 +174,3 @@ def test_missing_weights_never_start_at_random_values(base_folder, tmp_path):
     (deeper / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot load the model of this folder"):
         load_model(deeper, "float32", "cpu")
-
-
-def test_names_that_lead_nowhere(tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    for path, words in [
-        (tmp_path / "missing folder", "no such folder"),
-        (tmp_path / "file", "a file, not a folder"),
-        (tmp_path / "empty", "no config.json"),
-        ("a/b/c", "no such folder"),
-    ]:
-        with pytest.raises(ModelError, match=words):
-            resolve_model_path(path)
-    assert resolve_model_path("owner/name") == "owner/name"
-    with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
-        load_model("owner/name", "float32", "cpu")

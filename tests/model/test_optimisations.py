@@ -87,7 +87,7 @@ def test_plain_runs_the_authors_modules_and_a_dense_mask(monkeypatch):
     broken = lambda *_, **__: pytest.fail("not plain")  # noqa: E731
     for module, name in ((runs, "attend_runs"), (norms, "root_mean_square_norm")):
         monkeypatch.setattr(module, name, broken)
-    for function in (glu._Gated, linear._Linear):
+    for function in (glu._Gated, linear._HalfLinear):
         monkeypatch.setattr(function, "apply", broken)
     with torch.autocast("cpu", torch.bfloat16):
         found = Engine(model)(SEQUENCES["packed"]).item()

@@ -71,7 +71,7 @@ def assert_same(found, true, tolerance):
 
 @pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES)
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_exact_modes_give_loss_and_gradient_of_the_whole_row(kind, sequence):
+def test_the_exact_modes_give_loss_and_gradient_of_the_whole_sequence(kind, sequence):
     model = tiny_model(kind, dtype=torch.float64)
     true = loss_and_grads(model, whole(model, sequence))
     for policy in EXACT:
@@ -176,12 +176,12 @@ def test_less_is_kept_for_long_contexts():
     """Of three quarters context, `none` keeps a quarter, and the keys and values."""
     model = tiny_model("qwen3", num_hidden_layers=4, hidden_size=64, intermediate_size=256)
     sequence = pack_trees([chain(np.random.default_rng(0), (600, 200))])
-    whole_row = saved_bytes(model, lambda: Engine(model).hidden_states(sequence))
+    whole_sequence = saved_bytes(model, lambda: Engine(model).hidden_states(sequence))
     kept = {
         policy: saved_bytes(model, lambda policy=policy: Engine(model).loss_hidden_states(sequence, policy))
         for policy in (ActivationPolicy(), ActivationPolicy("detach"), ActivationPolicy("detach", "all"))
     }
-    shares = [num_bytes / whole_row for num_bytes in kept.values()]
+    shares = [num_bytes / whole_sequence for num_bytes in kept.values()]
     assert shares[0] < 0.9  # in one of four layers little for three of four tokens
     assert shares[1] < 0.33
     assert shares[2] < 0.1
@@ -251,7 +251,7 @@ def test_phases_that_differ_are_found(monkeypatch):
         check_phases(tiny_model("llama"), ActivationPolicy("detach"))
 
 
-def test_a_row_that_no_loss_reads_has_a_graph_in_every_mode():
+def test_a_sequence_that_no_loss_reads_has_a_graph_in_every_mode():
     sequence = pack_trees([chain(np.random.default_rng(0), (6,))])
     for policy in (ActivationPolicy("detach"), ActivationPolicy("recompute", "all")):
         model = tiny_model("llama")

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
-from preceptor.model import vocabulary
+from preceptor.model import embeddings
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.parts import decoder_of, tower_parameters
-from preceptor.plan.parameters import ROWS_MULTIPLE, Adapter, check_targets, count_parameters, rows_for
+from preceptor.plan.dry_run import DryRun, dry_run_like
+from preceptor.plan.parameters import ROWS_MULTIPLE, LoraSpec, count_parameters, rows_for
 from preceptor.plan.shapes import FAMILIES, shape_of
 from tiny import seeing_model, tiny_model
 
@@ -200,47 +201,35 @@ REAL = {
 }
 
 
-def on_meta(config):
+def built(config):
+    """A dry run of a config.json."""
     settings = {key: value for key, value in config.items() if key != "model_type"}
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
-
-
-KINDS = {
-    "embedding": ("embed_tokens.",),
-    "head": ("lm_head.",),
-    "norms": ("norm.", "layernorm."),
-    "attention": ("self_attn.",),
-    "experts": (".experts.",),
-    "router": (".gate.", ".router."),
-    "mlp": (".mlp.",),
-}
-
-
-def kinds_of(model):
-    """The same sums from the parameters' names."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        kind = next(kind for kind, marks in KINDS.items() if any(mark in name for mark in marks))
-        found[kind] = found.get(kind, 0) + parameter.numel()
-    return found
+    return DryRun(AutoConfig.for_model(config["model_type"], **settings), AutoModelForCausalLM.from_config)
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_sizes_are_counted_exactly(name):
+    """By arithmetic, and by the model that transformers builds."""
     config, published = REAL[name]
-    counted = count_parameters(shape_of(config))
-    assert counted.base == kinds_of(on_meta(config))
+    counted, whole = count_parameters(shape_of(config)), built(config).parameters()
+    assert counted.base == whole.base and counted.active == whole.active
     assert counted.num_base == published
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_tiny_models_of_every_family_are_counted_exactly(kind):
     model = tiny_model(kind, attention_bias=True) if kind in ("llama", "qwen3", "gemma") else tiny_model(kind)
-    counted = count_parameters(shape_of(model.config.to_dict()))
-    assert counted.base == kinds_of(model)
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
-    assert counted.casts == sum(module.weight.numel() for module in linear)
+    counted, whole = count_parameters(shape_of(model.config.to_dict())), dry_run_like(model).parameters()
+    assert counted.base == counted.trained == whole.base == whole.trained
+    assert counted.num_base == sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    assert sum(layer.linear for layer in whole.layers) == sum(module.weight.numel() for module in linear)
+    assert whole.head == model.lm_head.weight.numel()
+    assert (
+        whole.outside
+        == whole.outside_trained
+        == sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen3_vl"])
@@ -273,9 +262,7 @@ def test_windows_are_the_models_own(kind):
         else None
         for layer in model.model.layers
     ]
-    config = model.config.to_dict()
-    config.pop("layer_types", None)
-    assert [layer.window for layer in shape_of(config).layers] == own
+    assert [layer.window for layer in dry_run_like(model).parameters().layers] == own
 
 
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match:RuntimeWarning")  # peft, of its own pattern
@@ -283,7 +270,9 @@ def test_windows_are_the_models_own(kind):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_an_adapter_is_counted_exactly(kind, targets):
     model = tiny_model(kind)
-    counted = count_parameters(shape_of(model.config.to_dict()), Adapter(3, targets), num_new_tokens=2)
+    adapter = LoraSpec(3, targets)
+    counted = count_parameters(shape_of(model.config.to_dict()), adapter, num_new_tokens=2)
+    assert dry_run_like(model).parameters(adapter, num_new_tokens=2).trained == counted.trained
     adapted = add_adapter(model, 3, 6.0, 0.0, targets, [5, 9], seed=0)
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     assert counted.num_trained == sum(trained.values())
@@ -301,9 +290,11 @@ def test_what_is_not_known_is_said_by_name():
     with pytest.raises(ModelError, match="has no hidden_size"):
         shape_of({key: value for key, value in LLAMA_8B.items() if key != "hidden_size"})
     with pytest.raises(ModelError, match="no linear layer named qproj"):
-        check_targets(shape_of(LLAMA_8B), ["qproj"])
+        count_parameters(shape_of(LLAMA_8B), LoraSpec(4, ("qproj",)))
+    with pytest.raises(ModelError, match="no linear layer named qproj"):
+        dry_run_like(tiny_model("llama")).parameters(LoraSpec(4, ("qproj",)))
 
 
 def test_rows_grow_as_the_trainer_lets_them():
-    assert ROWS_MULTIPLE == vocabulary.ROWS_MULTIPLE
+    assert ROWS_MULTIPLE == embeddings.ROWS_MULTIPLE
     assert rows_for(128256, 128256) == 128256 and rows_for(4096, 4099) == 4160

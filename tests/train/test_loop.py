@@ -38,17 +38,17 @@ def weights(folder):
 
 
 def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
-    """Eight conversations of uneven targets, in one row or in eight, in four rows of two and so on."""
+    """Eight conversations of uneven targets, in one sequence or in eight, in four sequences of two and so on."""
     prepared = prepare(config.load(run_file(conversations(8))))
-    assert len({tree.num_trained for tree in prepared.train.trees()}) > 2
+    assert len({tree.num_trained for tree in prepared.train}) > 2
     trajectories = []
     for per_row in (8, 4, 1):
         torch.manual_seed(0)
         model = build_model(prepared, torch.device("cpu"))
         state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
         groups = [prepared.train.trees(range(i, i + per_row)) for i in range(0, 8, per_row)]
-        rows = [pack_trees(group) for group in groups]
-        trajectories.append([loop.take_step(state, rows, 1e-3, 1.0, "float32") for _ in range(5)])
+        sequences = [pack_trees(group) for group in groups]
+        trajectories.append([loop.take_step(state, sequences, 1e-3, 1.0, "float32") for _ in range(5)])
     for other in trajectories[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
 
@@ -73,7 +73,7 @@ def test_a_run_leaves_what_it_promises(run_file):
     for key in ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "seconds", "peak_memory_bytes"):
         assert all(line[key] > 0 for line in lines), key
     run = config.load(folder / "config.yaml")
-    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train.trees())
+    epoch_tokens = sum(tree.num_tokens for tree in prepare(run).train)
     assert sum(line["num_tokens"] for line in lines) == 2 * epoch_tokens
     looks = metrics(folder, "eval.jsonl")
     assert looks[0]["step"] == 0 and looks[-1]["step"] == lines[-1]["step"]

@@ -67,16 +67,16 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
     assert all(torch.equal(tensor, proved[name]) for name, tensor in weights("unproved").items())
 
 
-def test_the_largest_rows_are_the_longest_and_the_one_with_most_targets():
+def test_the_largest_sequences_are_the_longest_and_the_one_with_most_targets():
     trees = [chain(RNG, (60, 2)), chain(RNG, (2, 50)), *(chain(RNG, (20, 4)) for _ in range(9))]
     longest, most_trained = loader(trees).largest_sequences()
-    plan = [loader(trees).trees(row) for row in loader(trees).plan(0)]
-    assert longest.num_tokens == max(sum(tree.num_tokens for tree in row) for row in plan) >= 62
-    assert most_trained.num_trained == max(sum(tree.num_trained for tree in row) for row in plan) >= 50
+    plan = [loader(trees).trees(sequence) for sequence in loader(trees).plan(0)]
+    assert longest.num_tokens == max(sum(tree.num_tokens for tree in sequence) for sequence in plan) >= 62
+    assert most_trained.num_trained == max(sum(tree.num_trained for tree in sequence) for sequence in plan) >= 50
 
 
 @pytest.mark.parametrize(("batch_size", "alone"), [(1, False), (2, False), (1, True)])
-def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(batch_size, alone):
+def test_a_sequence_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_step(batch_size, alone):
     model = tiny_model("llama", dtype=torch.float32)
     trees = [chain(RNG, (30, 90)), *(chain(RNG, (8, 4)) for _ in range(3))]
     seen = []
@@ -94,7 +94,7 @@ def test_a_row_that_is_the_largest_in_both_goes_once_beside_the_gradients_of_a_s
 
 
 def fails_on_largest(error):
-    """A loss that fails for the first row that has a graph, which is the first of the largest rows."""
+    """A loss that fails for the first sequence that has a graph, which is the first of the largest sequences."""
 
     def loss_of(engine, sequence):
         if torch.is_grad_enabled():
@@ -141,8 +141,8 @@ def test_a_loss_that_is_not_finite_is_found():
         )
 
 
-def test_a_loss_that_depends_on_the_row_is_found():
-    """Planted: something is added once a row."""
+def test_a_loss_that_depends_on_the_sequence_is_found():
+    """Planted: something is added once a sequence."""
     with pytest.raises(ModelError, match=r"another loss in one sequence .* than each alone"):
         preflight(
             tiny_model("llama"),
@@ -172,10 +172,12 @@ def test_a_model_that_mixes_conversations_reads_each_chain_alone():
     apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):
-        rows = apart.batch(step)
-        assert all(row.alone and len(set(row.subtree_end_T.tolist())) == 1 for row in rows)
-        assert sum(row.num_trained for row in rows) == sum(row.num_trained for row in packed.batch(step))
-        assert len(rows) > len(packed.batch(step))
+        sequences = apart.batch(step)
+        assert all(sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1 for sequence in sequences)
+        assert sum(sequence.num_trained for sequence in sequences) == sum(
+            sequence.num_trained for sequence in packed.batch(step)
+        )
+        assert len(sequences) > len(packed.batch(step))
 
 
 @pytest.mark.parametrize("context_gradient", ["full", "detach"])

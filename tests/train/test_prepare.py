@@ -4,6 +4,7 @@ import pytest
 
 from conftest import conversations
 from preceptor import config
+from preceptor.data.formats import text_files
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
 
@@ -15,7 +16,7 @@ def test_plain_text_leaves_a_base_model_what_it_is(run_file):
     prepared = prepare(config.load(file, ["data.chat_template=null"]))
     assert prepared.chat.template is None
     assert not prepared.chat.added and prepared.chat.tokenizer.chat_template is None
-    assert all(segment.kind == "target" for tree in prepared.train.trees() for segment in tree.segments)
+    assert all(segment.kind == "target" for tree in prepared.train for segment in tree.segments)
     with_template = prepare(config.load(file))
     assert list(with_template.chat.added)[:2] == ["<|im_start|>", "<|im_end|>"]
 
@@ -24,6 +25,16 @@ def test_a_conversation_far_down_in_plain_text_is_rejected_not_half_trained(run_
     rows = [TEXTS[0]] * 120 + conversations(1)
     with pytest.raises(DataError, match=r"no_template: first at .*train\.jsonl:121"):
         prepare(config.load(run_file(rows, data__max_rejected=0.0), ["data.chat_template=null"]))
+
+
+def test_each_file_is_read_once(run_file, monkeypatch):
+    """Also where its first examples tell whether a template is needed."""
+    names = []
+    rows = text_files.jsonl_rows
+    monkeypatch.setattr(text_files, "jsonl_rows", lambda file, name: names.append(file.name) or rows(file, name))
+    file = run_file([*TEXTS, *conversations(2)], eval_rows=conversations(1))
+    prepare(config.load(file, ["data.chat_template=null"]))
+    assert names == ["train.jsonl", "eval.jsonl"]
 
 
 def test_mixed_first_rows_get_a_template(run_file):

@@ -42,7 +42,7 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert data["tokens"]["computed"] > 0
     assert sum(data["lengths"]["trees"]["counts"]) == 12 == sum(data["lengths"]["targets"]["counts"])
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
-    by_source = {tree.source: tree for tree in prepared.train.trees()}
+    by_source = {tree.source: tree for tree in prepared.train}
     for line in lines:
         tree = by_source[line["source"]]
         assert [
@@ -83,6 +83,14 @@ def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
     folder = Path(prepared.run.out)
     assert json.loads((folder / "summary.json").read_text()) == summary and (folder / "model").is_dir()
     assert "could not be written (ZeroDivisionError: no axes)" in shown.getvalue().replace("\n", " ")
+
+
+def test_the_files_of_replay_are_on_record(run_file, write_jsonl):
+    texts = write_jsonl([{"text": "The start of a message."}] * 3, "texts.jsonl")
+    prepared = prepare(config.load(run_file(replay={"data": [{"path": texts}]})))
+    found = {file["use"]: file for file in run_folder.origins(prepared)["data"]}
+    assert list(found) == ["train", "replay"] and found["replay"]["name"] == texts
+    assert found["replay"]["sha256"] == hashlib.sha256(Path(texts).read_bytes()).hexdigest()
 
 
 def test_a_resumed_run_adds_its_session(tmp_path):

@@ -26,16 +26,14 @@ PAD_TOKEN = "<|pad|>"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What both training and inference use to read and write conversations.
-
-    template: None where only plain text is read. stop_token_ids: what ends a turn, the tokenizer's eos first. added:
-    the special tokens that the model's tokenizer did not have, with their ids.
-    """
+    """What both training and inference use to read and write conversations."""
 
     tokenizer: Any
-    template: Template | None
-    stop_token_ids: tuple[int, ...]
-    added: Mapping[str, int] = field(default_factory=dict)
+    template: Template | None  # None: only plain text is read
+    stop_token_ids: tuple[int, ...]  # they end a turn; the tokenizer's eos first
+    added: Mapping[str, int] = field(
+        default_factory=dict
+    )  # special tokens new to the model's tokenizer, with their ids
 
     @property
     def num_base_tokens(self) -> int:

@@ -14,7 +14,7 @@ def check(
     chat_template: options.TemplateName = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Prove every example of the data and count what is rejected and why. Exit code 3 unless the run file allows it."""
+    """Prove every example and count what is rejected. Exit code 3 unless the run file allows it."""
     run = options.run_of(run_file, model, data, chat_template)
     with options.large_imports():
         from preceptor.inspect.check import check_data, to_json, to_text

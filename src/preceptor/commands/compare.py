@@ -30,7 +30,7 @@ def compare(
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write compare.json and items.jsonl here.")] = None,
 ) -> None:
-    """Compare a base with a tuned model: the alignment tax and the token-distribution shift (docs/evaluate.md)."""
+    """Compare a base with a tuned model. Alignment tax and token-distribution shift (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import choose_prompts
 
     wanted = options.read_tasks(trained, tasks, text, limit, seed)

@@ -13,7 +13,7 @@ def demo(
     questions: Annotated[int, typer.Option(min=1, help="Number of held-out questions.")] = 300,
     replace: Replace = False,
 ) -> None:
-    """Fine-tune the base model that ships with the package, and show its answers before and after."""
+    """Fine-tune the shipped base model as a demonstration. Shows its answers before and after."""
     from preceptor.console import standard_console
     from preceptor.train.run_folder import check_out
 

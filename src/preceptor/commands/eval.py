@@ -26,7 +26,7 @@ def eval(
         Path | None, typer.Option(metavar="FILE.json", help="Write all results here, with a record of each item.")
     ] = None,
 ) -> None:
-    """Evaluate a model on tasks: generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
+    """Evaluate a model on tasks. Generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import read_task
 
     wanted = [read_task(path).limited(limit, seed) for path in tasks]

@@ -37,7 +37,7 @@ def merge(
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
 ) -> None:
-    """Average the weights of base and tuned model: (1 - weight) * base + weight * tuned (WiSE-FT)."""
+    """Average the weights of two models. (1 - weight) * base + weight * tuned (WiSE-FT)."""
     for share in weight or ():
         if not 0 <= share <= 1:
             raise errors.ConfigError(f"--weight {share:g}: must be from 0 (the base) to 1 (the tuned model)")

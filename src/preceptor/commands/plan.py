@@ -15,8 +15,11 @@ def plan(
     device: Annotated[str | None, typer.Option(help="A device such as `H100`. Default: this machine.")] = None,
     as_json: AsJson = False,
     measure: Annotated[bool, typer.Option(help="Measure this machine's matrix products first.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Weights, gradients and optimizer only, at once: torch is not loaded.")
+    ] = False,
 ) -> None:
-    """Predict what a run costs and whether it fits, from the run file and the model's config.json alone."""
+    """Predict time and memory of a run. Reads the run file and the model's config.json only."""
     from preceptor import config
     from preceptor.plan.changes import find_change
     from preceptor.plan.devices import find_device
@@ -29,16 +32,18 @@ def plan(
     target = find_device(device)
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)
-    rate = (
-        measured_rate(half=target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16")
-        if measure
-        else None
-    )
-    found = make_plan(run, model, sample, target, world_size, rate)
-    if model.shape is not None:
+    if quick:
+        found = make_plan(run, model, sample, target, world_size)
+    else:
+        from preceptor.plan.dry_run import dry_run_of
+
+        half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
+        rate = measured_rate(half) if measure else None
+        dry_run = dry_run_of(run.model, run.engine)
+        found = make_plan(run, model, sample, target, world_size, rate, dry_run)
         none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
         fits = found["memory"]["fits"]
-        found |= none_needed if fits else find_change(run, model.shape, sample, target, world_size)
+        found |= none_needed if fits else find_change(run, dry_run, sample, target, world_size)
     print_result(found, as_json, to_text)
 
 

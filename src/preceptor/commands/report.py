@@ -12,7 +12,7 @@ def report(
         Path | None, typer.Option(metavar="FILE.html", help="The file to write. Default: RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run, or one that compares several, from their folders alone."""
+    """Write an HTML page about one or several runs. Reads their folders only."""
     from preceptor.report.page import write_report
 
     print(f"{write_report(runs, out)}: open it in a browser")

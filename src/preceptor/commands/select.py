@@ -45,7 +45,7 @@ def select(
     replace: Annotated[bool, typer.Option("--replace", help="Replace FILE where it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose conversations to train on: deduplicate, filter by quality, then choose a diverse subset."""
+    """Select training data. Deduplicate, filter by quality, then choose a diverse subset."""
     _check_files(data, out, explain, replace)
     from preceptor.select.choice import Settings
     from preceptor.select.pool import open_pool

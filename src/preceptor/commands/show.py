@@ -20,7 +20,7 @@ def show(
         Path | None, typer.Option(metavar="FILE.html", help="Write an HTML page to browse the examples.")
     ] = None,
 ) -> None:
-    """Show which tokens of each conversation are context and which are trained."""
+    """Show which tokens are context and which are trained."""
     from preceptor.console import standard_console
     from preceptor.inspect.page import check_page_file, write_page
     from preceptor.inspect.show import show_examples

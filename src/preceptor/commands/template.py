@@ -22,7 +22,7 @@ def template(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a chat template supports, found by the same proofs as in training."""
+    """Show what a chat template supports. It is found by the same proofs as in training."""
     from preceptor.chat.template import BUILTIN
     from preceptor.inspect.stand_in import stand_in_renderer
     from preceptor.inspect.template import find_abilities, to_json, to_text

@@ -16,24 +16,25 @@ from preceptor.data.workers import ExampleRenderer, render_all
 
 
 class Dataset:
-    """Trees by their index. Consumers use `lengths` and `trees` only, so that the trees need not be in memory.
-
-    lengths: tokens of each tree.
-    """
+    """Trees by their index. Consumers use `lengths` and `trees` only, so that the trees need not be in memory."""
 
     def __init__(self, trees: Sequence[Tree]) -> None:
         self._trees = trees
-        self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)
+        self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)  # tokens of each tree
 
-    def trees(self, indices: Iterable[int] | None = None) -> list[Tree]:
-        """The trees at `indices`; None: all."""
-        return [self._trees[index] for index in (range(len(self.lengths)) if indices is None else indices)]
+    def trees(self, indices: Iterable[int]) -> list[Tree]:
+        return [self._trees[index] for index in indices]
+
+    def __iter__(self) -> Iterator[Tree]:
+        """All trees, one at a time."""
+        for index in range(len(self.lengths)):
+            yield from self.trees([index])
 
     @cached_property
     def sha256(self) -> str:
         """Changes with any token that is computed, and with which tokens are trained."""
         digest = hashlib.sha256()
-        for tree in self.trees():
+        for tree in self:
             for segment in tree.segments:
                 digest.update(repr((segment.kind, segment.parent, segment.weight, len(segment.ids))).encode())
                 digest.update(np.array(segment.ids, dtype=np.int64).tobytes())
@@ -42,15 +43,12 @@ class Dataset:
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise.
-
-    ungrouped: without `data.share_prefixes`. one_sample_a_turn: each turn with its whole context, as most trainers do.
-    """
+    """Tokens of an epoch: computed, trained, and what would be computed for the same trained tokens otherwise."""
 
     computed: int
     trained: int
-    ungrouped: int
-    one_sample_a_turn: int
+    ungrouped: int  # computed without `data.share_prefixes`
+    one_sample_a_turn: int  # each turn with its whole context, as most trainers do
 
     def __str__(self) -> str:
         """How many tokens the trees save, in a line; "" where they save none."""

@@ -29,19 +29,15 @@ SegmentKind = Literal["context", "target"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one kind. `parent` is the index, in the tree, of the segment that it continues; None: root.
-
-    weight: by which the loss of each of its tokens counts. share: what each adds to the divisor (data/mixture.py).
-    message: which message of its conversation a target is (a part of); None for contexts and for plain text.
-    """
+    """A run of tokens of one kind."""
 
     kind: SegmentKind
     ids: tuple[int, ...]
-    parent: int | None
+    parent: int | None  # index, in the tree, of the segment that it continues; None: root
     text: str = ""
-    weight: float = 1.0
-    share: float = 1.0
-    message: int | None = None
+    weight: float = 1.0  # by which the loss of each of its tokens counts
+    share: float = 1.0  # what each of its tokens adds to the divisor of the loss (mixture.py)
+    message: int | None = None  # which message of its conversation a target is a part of; None: context, plain text
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +124,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedSequence:
-    """A forest of trees laid out for one forward pass.
-
-    ids_T, position_T, subtree_end_T: int64. source_N, target_N: int64; weight_N: float64. spans: in layout order.
-    divisor: what its trained tokens add to the number by which the step's loss is divided.
-    alone: it is one chain, for the model's own attention and whatever else mixes its tokens (sequential.py).
-    """
+    """A forest of trees laid out for one forward pass. Integers are int64, weights float64."""
 
     ids_T: np.ndarray
     position_T: np.ndarray
@@ -141,9 +132,9 @@ class PackedSequence:
     source_N: np.ndarray
     target_N: np.ndarray
     weight_N: np.ndarray
-    spans: tuple[Span, ...]
-    divisor: float
-    alone: bool = False
+    spans: tuple[Span, ...]  # in layout order
+    divisor: float  # what its trained tokens add to the number by which the step's loss is divided
+    alone: bool = False  # one chain, for the model's own attention and other token mixing (checks/sequential.py)
 
     @property
     def num_tokens(self) -> int:

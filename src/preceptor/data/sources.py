@@ -22,10 +22,10 @@ _FIRST = 100  # examples in which a column must occur, and that tell whether a s
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An example of a source: the table it stands in, the name of the format it was read in, and what it became."""
+    """An example of a source, or its rejection, and where it was read."""
 
     table: str
-    format: str
+    format: str  # its name, for people
     example: Example | Rejection
 
 

@@ -103,7 +103,7 @@ class Fitter:
         sentence = f"{found}, a sequence holds {self._max_length:,}: raise data.max_length, {advice}"
         return Rejection(example.source, "too_long", sentence)
 
-    # Conversations ----------------------------------------------------------------------------------------------------
+    # Conversations
 
     def _truncate(self, example: Conversation, done: Shortened) -> list[ExampleTree] | Rejection:
         """One example: its end, as long as fits."""
@@ -179,7 +179,7 @@ class Fitter:
         option = _first(num_options, lambda option: self._fits(candidate(option)))
         return None if option is None else candidate(option)
 
-    # Texts ------------------------------------------------------------------------------------------------------------
+    # Texts
 
     def _cut(self, example: Conversation | Completion, done: Shortened) -> list[ExampleTree] | Rejection:
         """The example with as much of the end of its user's message, or of its prompt, as fits."""

@@ -228,7 +228,7 @@ def unpacked(sent: Packed) -> Outcomes:
     return outcomes
 
 
-# In the other processes ----------------------------------------------------------------------------------------------
+# In the other processes
 
 _renderer: ExampleRenderer
 

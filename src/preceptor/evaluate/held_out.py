@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 
 from preceptor.chat.reasoning import has_reasoning
-from preceptor.chat.render import Renderer
 from preceptor.chat.token_text import decode, special_ids
-from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.examples import Completion, Conversation, Example
 from preceptor.data.forest import Tree
 from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 
@@ -42,9 +41,9 @@ class LabelledTree:
     labels: tuple[TargetLabels | None, ...]
 
 
-def label_targets(examples: Sequence[tuple[Example, Tree]], renderer: Renderer) -> list[LabelledTree]:
+def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> list[LabelledTree]:
     """Label the targets of held-out examples with their turns."""
-    specials = {id_: str(renderer.tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(renderer.tokenizer)}
+    specials = {id_: str(tokenizer.convert_ids_to_tokens(id_)) for id_ in special_ids(tokenizer)}
     found = []
     for example, tree in examples:
         labels: list[TargetLabels | None] = []
@@ -54,36 +53,34 @@ def label_targets(examples: Sequence[tuple[Example, Tree]], renderer: Renderer) 
                 continue
             not_predicted = [specials[id_] for id_ in segment.ids if id_ in specials]
             if segment.parent is None and segment.ids[0] not in specials:  # nothing comes before the first token
-                not_predicted.append(decode(segment.ids[:1], renderer.tokenizer))
+                not_predicted.append(decode(segment.ids[:1], tokenizer))
             num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
             file = example.source.rpartition(":")[0] or example.source
-            labels.append(
-                TargetLabels(
-                    file, _kinds(example, segment.message), _turn_number(example, segment.message), max(0, num_bytes)
-                )
-            )
+            kinds, turn = _kinds(example, segment.message), _turn(example, segment.message)
+            labels.append(TargetLabels(file, kinds, turn, max(0, num_bytes)))
         found.append(LabelledTree(tree, tuple(labels)))
     return found
 
 
-def _kinds(example: Example, turn: int | None) -> tuple[str, ...]:
+def _kinds(example: Example, index: int | None) -> tuple[str, ...]:
+    """index: of the message that the target is."""
     if not isinstance(example, Conversation):
         return ("completion",) if isinstance(example, Completion) else ("text",)
-    before = example.messages if turn is None else example.messages[: turn + 1]
+    before = example.messages if index is None else example.messages[: index + 1]
     kinds = []
     if example.tools or any(message.tool_calls or message.role == "tool" for message in before):
         kinds.append("tools")
-    if turn is not None and has_reasoning(example.messages[turn].given):
+    if index is not None and has_reasoning(example.messages[index].given):
         kinds.append("reasoning")
     if any(message.role in ("system", "developer") for message in before):
         kinds.append("system")
     return tuple(kinds) or ("plain",)
 
 
-def _turn_number(example: Example, turn: int | None) -> int | None:
-    if isinstance(example, Completion | Document) or turn is None:
+def _turn(example: Example, index: int | None) -> int | None:
+    if not isinstance(example, Conversation) or index is None:
         return None
-    return sum(message.role == "assistant" for message in example.messages[: turn + 1])
+    return sum(message.role == "assistant" for message in example.messages[: index + 1])
 
 
 def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:

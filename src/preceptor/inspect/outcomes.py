@@ -39,7 +39,7 @@ class Outcome:
 
 
 def outcome(probe: Probe, tree: Tree | Rejection, template: Template) -> Outcome:
-    """template: the one that gave the tree, with the renderer's arguments among its variables."""
+    """template: with the renderer's arguments among its variables."""
     left_out = tuple(_left_out(probe, template))
     if isinstance(tree, Rejection):
         return Outcome(probe.kind, False, left_out=left_out, code=tree.code, message=tree.message)
@@ -73,8 +73,10 @@ def _left_out(probe: Probe, template: Template) -> list[str]:
 
 def _rewrite(probe: Probe, tree: Tree) -> Rewrite | None:
     """The first turn as generated, compared with the context of the first later turn that does not continue it."""
-    turns = [segment.message for segment in tree.segments]
-    own = {turn: [at for at, other in enumerate(turns) if other == turn] for turn in turns if turn is not None}
+    own: dict[int, list[int]] = {}  # message -> its segments
+    for index, segment in enumerate(tree.segments):
+        if segment.message is not None:
+            own.setdefault(segment.message, []).append(index)
     for now, later in pairwise(sorted(own)):
         generated = _path_text(tree, own[now][-1])
         context = _path_text(tree, tree.segments[own[later][0]].parent)

@@ -128,7 +128,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
-        "turns": sorted({segment.message for segment in rendered.segments if segment.message is not None}),
+        "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
     }
 

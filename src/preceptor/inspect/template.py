@@ -199,10 +199,10 @@ def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Re
 
 
 def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> StopToken | None:
-    own = [index for index, segment in enumerate(tree.segments) if segment.message == 1]
+    own = [segment for segment in tree.segments if segment.message == 1]
     if not own:
         return None
-    token = str(renderer.tokenizer.convert_ids_to_tokens(tree.segments[own[-1]].ids[-1]))
+    token = str(renderer.tokenizer.convert_ids_to_tokens(own[-1].ids[-1]))
     text = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
     full = render_or_none(template, probe.messages[:2], probe.tools) or ""
     place = full.rfind(token, full.rfind(text))

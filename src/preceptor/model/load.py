@@ -41,14 +41,14 @@ def load_model(
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(place, **source)
-        auto_class = _auto_class(place, config)
+        model_class = auto_class(place, config)
         if init == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             _read_generation_config(model, place, revision)
         else:
-            model, report = auto_class.from_pretrained(
+            model, report = model_class.from_pretrained(
                 place, config=config, dtype=dtype, output_loading_info=True, **source
             )
             _require_all_weights(place, report)
@@ -63,11 +63,11 @@ def load_model(
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def _auto_class(place: str, config: "PretrainedConfig") -> Any:
+def auto_class(place: str, config: "PretrainedConfig") -> Any:
     """The transformers class that loads this checkpoint as its authors wrote it.
 
-    One that also sees or hears is loaded whole, so that it can be saved whole: `model/towers.py` freezes what no text
-    goes through. Raises ModelError for what is no causal language model.
+    One with vision or audio towers is loaded whole, so that it can be saved whole; `freeze_towers` (parts.py) leaves
+    them untrained. Raises ModelError for what is no causal language model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
     from transformers.models.auto import modeling_auto as auto

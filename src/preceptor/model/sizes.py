@@ -1,11 +1,16 @@
-"""Block sizes of attention and matrix products on a CPU. No torch: a plan of the run needs them too.
+"""Block sizes of attention and matrix products on a CPU, and what a dry run (plan/dry_run.py) changes of them.
 
 oneDNN compiles a kernel for every size of a product in bfloat16 that it meets: milliseconds and up to a megabyte each,
 of which it keeps the last thousand (benchmarks/new_sizes.py). Tokens of sequences, of what a loss reads and of single
 conversations are hardly ever as many twice. On the grid they are, at the price of about one token in forty.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 FINEST = 64  # tokens
 BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 1024 are no faster
@@ -38,3 +43,35 @@ def mostly_short(runs: Iterable[tuple[int, int]]) -> bool:
         num_tokens += num_queries
         short_tokens += num_queries if num_queries * num_keys < SHORT_RUN_TOKENS**2 else 0
     return 2 * short_tokens > num_tokens
+
+
+# Dry runs -------------------------------------------------------------------------------------------------------------
+
+_dry_run_for: ContextVar[str | None] = ContextVar("_dry_run_for", default=None)
+
+
+@contextmanager
+def dry_run_for(device_type: str) -> Iterator[None]:
+    """Within the block the engine runs on tensors without values, for their bytes alone, as it would on such a device.
+
+    So a plan for a GPU needs none: the tensors themselves count as the CPU's.
+    """
+    token = _dry_run_for.set(device_type)
+    try:
+        yield
+    finally:
+        _dry_run_for.reset(token)
+
+
+def is_dry_run() -> bool:
+    return _dry_run_for.get() is not None
+
+
+def device_type_of(device: Any) -> str:
+    """What the engine's choices go by: the type of a torch device, or the one that a dry run is for."""
+    return _dry_run_for.get() or device.type
+
+
+def representative(steps: Sequence[T]) -> Sequence[T]:
+    """The steps of a loop; in a dry run the last three, where all take the same memory or later ones more."""
+    return steps[-3:] if is_dry_run() else steps

@@ -1,7 +1,7 @@
 """The cheapest change that makes a run fit: tried in order, from those that change nothing of what is learnt.
 
-1. computed again instead of kept: the same gradient, more time
-2. shorter rows: the same gradient, as long as the longest conversation fits
+1. activation checkpointing: the same gradient, more time
+2. shorter sequences: the same gradient, as long as the longest conversation fits
 3. context_gradient: detach: another gradient (that of target tokens alone)
 4. an adapter, then frozen weights in bfloat16: fewer trained parameters
 5. more devices, each with a part of weights, gradients and optimizer
@@ -9,24 +9,30 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.plan.devices import Device
-from preceptor.plan.memory import Setup, predict_memory
-from preceptor.plan.plan import Case, make_case
+from preceptor.plan.devices import DeviceSpec
+from preceptor.plan.memory import state_bytes
+from preceptor.plan.plan import make_case, setup_of
 from preceptor.plan.sample import Sample
-from preceptor.plan.shapes import Shape
+
+if TYPE_CHECKING:
+    from preceptor.plan.dry_run import DryRun
 
 Keys = Mapping[str, Any]
-_SHORTEST_ROW = 512
+_SHORTEST = 512  # tokens of a sequence, where the data says nothing
 _WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_CHECKPOINTED: Keys = {"memory.activation_checkpointing": "all"}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """keys: what to add to the command line; world_size: on how many devices; peak_bytes: a rank's then."""
+    """keys: what to add to the command line; world_size: on how many devices; peak_bytes: a rank's then.
+
+    Where weights, gradients and optimizer are too much by themselves, those.
+    """
 
     keys: Keys
     world_size: int
@@ -42,62 +48,64 @@ class Change:
         }
 
 
-def find_change(run: config.Run, shape: Shape, sample: Sample | str, device: Device, world_size: int) -> dict[str, Any]:
+def find_change(
+    run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, world_size: int
+) -> dict[str, Any]:
     """The first change after which the run fits, and all that were tried; and whether QLoRA would fit on one device.
 
-    `change` is None where none does, that is where a single row is too much for any number of devices.
+    `change` is None where none does: a single sequence is too much for any number of devices.
     """
     tried: list[Change] = []
-    for keys, ranks in _candidates(run, shape, sample, world_size):
-        case = _changed(run, keys, shape, sample, device, ranks)
-        if case is None:
+    for keys, ranks in _candidates(run, sample, world_size):
+        changed = _changed(run, keys, ranks)
+        if changed is None:
             continue
-        peak = case.memory.peak_bytes
+        setup = setup_of(changed, sample, device, ranks)
+        parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens)
+        peak = sum(state_bytes(setup, parameters).values())
+        if peak <= device.usable_bytes:
+            peak = make_case(changed, dry_run, sample, device, ranks).memory.peak_bytes
         tried.append(Change(keys, ranks, peak, peak <= device.usable_bytes))
         if tried[-1].fits:
             break
-    found = tried[-1].to_json() if tried and tried[-1].fits else None
     return {
-        "change": found,
+        "change": tried[-1].to_json() if tried and tried[-1].fits else None,
         "tried": [change.to_json() for change in tried],
-        "four_bits_peak_bytes": _in_four_bits(run, shape, sample, device, world_size),
+        "four_bits_peak_bytes": _in_four_bits(run, dry_run, sample, device, world_size),
     }
 
 
-def _candidates(run: config.Run, shape: Shape, sample: Sample | str, world_size: int) -> Iterator[tuple[Keys, int]]:
+def _candidates(run: config.Run, sample: Sample | str, world_size: int) -> Iterator[tuple[Keys, int]]:
     """Each change as keys of the run file, alone and then on top of those that only cost time."""
-    again: Keys = {"memory.activation_checkpointing": "all"}
     yield {"memory.context_gradient": "recompute"}, world_size
-    yield again, world_size
-    shortest = again
+    yield _CHECKPOINTED, world_size
+    shortest = _CHECKPOINTED
     for tokens in _shorter(run, sample):
-        shortest = {**again, "data.max_length": tokens}
+        shortest = {**_CHECKPOINTED, "data.max_length": tokens}
         yield {"data.max_length": tokens}, world_size
         yield shortest, world_size
     yield {"memory.context_gradient": "detach"}, world_size
-    yield {"memory.context_gradient": "detach", **again}, world_size
+    yield {"memory.context_gradient": "detach", **_CHECKPOINTED}, world_size
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
     half: Keys = {**adapter, "model.dtype": "bfloat16", "train.precision": "bfloat16"}
     for frozen in (adapter, half):
-        for more in ({}, again, shortest):
+        for more in ({}, _CHECKPOINTED, shortest):
             yield {**frozen, **more}, world_size
     for ranks in (size for size in _WORLD_SIZES if size > world_size):
-        for keys in ({}, again, half, {**half, **again}, {**half, **shortest}):
+        for keys in ({}, _CHECKPOINTED, half, {**half, **_CHECKPOINTED}, {**half, **shortest}):
             yield keys, ranks
 
 
 def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
-    """Halves of the row, down to what the longest conversation of the sample still fits in."""
-    longest = _SHORTEST_ROW if isinstance(sample, str) else max([_SHORTEST_ROW, *sample.lengths])
+    """Halves of the sequence, down to what the longest conversation of the sample still fits in."""
+    longest = _SHORTEST if isinstance(sample, str) else max([_SHORTEST, *sample.lengths])
     tokens = run.data.max_length // 2
     while tokens >= longest:
         yield tokens
         tokens //= 2
 
 
-def _changed(
-    run: config.Run, keys: Keys, shape: Shape, sample: Sample | str, device: Device, world_size: int
-) -> Case | None:
+def _changed(run: config.Run, keys: Keys, world_size: int) -> config.Run | None:
     """The run with the keys set; None where that is the run itself, or no run that could work."""
     tree = run.model_dump(mode="json")
     for key, value in keys.items():
@@ -109,15 +117,15 @@ def _changed(
         return None
     if changed == run and "adapter.kind" not in keys and not (keys == {} and world_size > 1):
         return None
-    return make_case(changed, shape, sample, device, world_size)
+    return changed
 
 
-def _in_four_bits(run: config.Run, shape: Shape, sample: Sample | str, device: Device, world_size: int) -> int | None:
-    """The peak of LoRA on 4-bit weights, recomputing. No change to propose: this program does not train in them."""
-    case = _changed(
-        run, {"adapter.kind": "lora", "memory.activation_checkpointing": "all"}, shape, sample, device, world_size
-    )
-    if case is None:
+def _in_four_bits(
+    run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, world_size: int
+) -> int | None:
+    """The peak of LoRA on 4-bit weights with activation checkpointing. No change to propose: it is not built."""
+    keys: Keys = {"adapter.kind": "lora", "model.dtype": "bfloat16", "train.precision": "bfloat16", **_CHECKPOINTED}
+    changed = _changed(run, keys, world_size)
+    if changed is None:
         return None
-    setup = Setup("4 bits", True, case.setup.adapter, case.setup.num_new_tokens, world_size, case.setup.rows_per_step)
-    return predict_memory(case.shape, case.work, setup).peak_bytes
+    return make_case(changed, dry_run, sample, device, world_size, weights="4 bits").memory.peak_bytes

@@ -20,14 +20,14 @@ _WITHOUT_BFLOAT16 = ("3.", "5.", "6.", "7.")  # compute capabilities of GPUs bef
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class DeviceSpec:
     """half_rate, float_rate: operations per second in bfloat16 and float32; None where not known."""
 
     name: str
     memory_bytes: int
     half_rate: float | None
     float_rate: float | None
-    cpu: bool = False
+    device_type: str = "cuda"
     has_bfloat16: bool = True
 
     @property
@@ -36,23 +36,23 @@ class Device:
 
     def precision(self, precision: str | None) -> str:
         """`train.precision` as given; absent: bfloat16 on a GPU that has it, otherwise float32, as the trainer."""
-        return precision or ("bfloat16" if self.has_bfloat16 and not self.cpu else "float32")
+        return precision or ("bfloat16" if self.has_bfloat16 and self.device_type != "cpu" else "float32")
 
     def rate(self, half: bool) -> float | None:
         return self.half_rate if half else self.float_rate
 
 
-DEVICES: tuple[Device, ...] = (
-    Device("RTX 4090", 24_564 * MIB, 165.2e12, 82.6e12),
-    Device("A100 40", 40_960 * MIB, 312e12, 19.5e12),
-    Device("A100 80", 81_920 * MIB, 312e12, 19.5e12),
-    Device("H100", 81_559 * MIB, 989e12, 67e12),
-    Device("H200", 143_771 * MIB, 989e12, 67e12),
-    Device("B200", 183_359 * MIB, 2250e12, 75e12),
+DEVICES: tuple[DeviceSpec, ...] = (
+    DeviceSpec("RTX 4090", 24_564 * MIB, 165.2e12, 82.6e12),
+    DeviceSpec("A100 40", 40_960 * MIB, 312e12, 19.5e12),
+    DeviceSpec("A100 80", 81_920 * MIB, 312e12, 19.5e12),
+    DeviceSpec("H100", 81_559 * MIB, 989e12, 67e12),
+    DeviceSpec("H200", 143_771 * MIB, 989e12, 67e12),
+    DeviceSpec("B200", 183_359 * MIB, 2250e12, 75e12),
 )
 
 
-def find_device(name: str | None) -> Device:
+def find_device(name: str | None) -> DeviceSpec:
     """The device whose name has this in it, spelt with or without spaces, hyphens and capitals; None: this machine.
 
     Raises ConfigError naming those that are known, for none or several.
@@ -70,16 +70,16 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("gb")
 
 
-def this_machine() -> Device:
+def this_machine() -> DeviceSpec:
     """The first GPU that its driver tells of, else the processor with all of its memory."""
     gpu = _gpu_by_driver()
     if gpu is not None:
         return gpu
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(THIS_MACHINE, total, None, None, cpu=True)
+    return DeviceSpec(THIS_MACHINE, total, None, None, device_type="cpu")
 
 
-def _gpu_by_driver() -> Device | None:
+def _gpu_by_driver() -> DeviceSpec | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -91,14 +91,14 @@ def _gpu_by_driver() -> Device | None:
     return _read_gpu(lines)
 
 
-def _read_gpu(lines: Sequence[str]) -> Device | None:
+def _read_gpu(lines: Sequence[str]) -> DeviceSpec | None:
     """`NVIDIA H100 80GB HBM3, 81559, 9.0` -> a device, with the rates of the one in the table that it is."""
     name, mib, capability = (*lines[0].split(","), "", "", "")[:3] if lines else ("", "", "")
     if not mib.strip().isdigit():
         return None
     known = next((device for device in DEVICES if device.name.split()[-1 if "RTX" in device.name else 0] in name), None)
     rates = (None, None) if known is None else (known.half_rate, known.float_rate)
-    return Device(
+    return DeviceSpec(
         f"{THIS_MACHINE} ({name.strip()})",
         int(mib) * MIB,
         *rates,

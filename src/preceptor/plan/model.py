@@ -1,6 +1,6 @@
 """The model of a run as a plan needs it: its config.json, from a folder, the Hub's cache or the Hub; no weights.
 
-Where the model type is not known (plan/shapes.py), what can be known is how many parameters its weight files hold.
+Of a model type without a shape (shapes.py), the headers of its weight files say how many parameters they hold.
 """
 
 import json
@@ -14,19 +14,19 @@ from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.hub import fetch_file, find_file, resolve_model_path
 from preceptor.plan.parameters import count_parameters
-from preceptor.plan.shapes import FAMILIES, Shape, shape_of, text_settings
+from preceptor.plan.shapes import FAMILIES, ModelShape, shape_of, text_settings
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """shape: None for a model type that is not known; num_stored: parameters in its weight files, where they are.
+    """shape: None for a model type that has none; num_stored: parameters in its weight files, where they are.
 
-    towers_open: it also sees or hears, and without its weight files there is no telling how large its towers are.
+    towers_open: it also takes images or sound, and without its weight files the size of its towers is not known.
     """
 
     path: str
     model_type: str
-    shape: Shape | None
+    shape: ModelShape | None
     num_stored: int | None
     tokenizer_file: Path | None
     towers_open: bool = False
@@ -45,7 +45,7 @@ def read_model(model: config.Model) -> PlannedModel:
     text = text_settings(values)
     sees = text is not values
     shape = shape_of(values, str(file)) if text.get("model_type") in FAMILIES else None
-    # of a model of text that is known the weight files say nothing new
+    # of a text model with a shape the weight files say nothing new
     stored = None if shape is not None and not sees else _stored_parameters(Path(place), shape)
     if shape is not None and stored is not None:
         shape = replace(shape, towers=max(0, stored - count_parameters(shape).num_base))
@@ -59,7 +59,7 @@ def read_model(model: config.Model) -> PlannedModel:
     )
 
 
-def _stored_parameters(folder: Path, shape: Shape | None) -> int | None:
+def _stored_parameters(folder: Path, shape: ModelShape | None) -> int | None:
     """Elements of all tensors in a folder's safetensors files, from their headers; None where there are none, or where
     what lies there is none, as a pointer of Git LFS. A head that is tied counts once, also where it is stored twice.
     """

@@ -1,18 +1,18 @@
-"""Parameters by kind, and which of them a run trains."""
+"""Parameters by kind, and which of them a run trains; for known model types by arithmetic from config.json."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from preceptor.errors import ModelError
-from preceptor.plan.shapes import Layer, Shape
+from preceptor.plan.shapes import LayerShape, ModelShape
 
-ROWS_MULTIPLE = 64  # as model/vocabulary.py resizes; a test holds the two together
+ROWS_MULTIPLE = 64  # as model/embeddings.py resizes; a test holds the two together
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class LoraSpec:
     """LoRA of a `rank` on the linear layers named in `targets` (None: all but the output head)."""
 
     rank: int
@@ -21,23 +21,36 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerParameters:
+    """Of one decoder layer: all parameters, those that one token goes through, and of these the elements of matrices.
+
+    linear: elements of linear layers, which 4 bits are for. query_width: of all heads together, 0 without attention.
+    window: tokens that its attention looks back, None for all.
+    """
+
+    total: int
+    active: int
+    matrices: int
+    linear: int
+    query_width: int
+    window: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
-    active: of the base, what one token goes through (all but the experts that it is not sent to).
-    casts: of the base, the elements of the matrices that autocast copies into half precision.
-    largest_layer, largest_trained_layer: of one decoder layer; outside, outside_trained: of none (embedding, head,
-    last norm, token rows).
+    active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
+    output head, tied or not. trained_layer: what is trained of the largest decoder layer. What a dry run alone finds
+    out (layers, head, trained_layer) is empty in arithmetic from config.json.
     """
 
     base: Mapping[str, int]
     trained: Mapping[str, int]
     active: int
-    casts: int
-    largest_layer: int
-    largest_trained_layer: int
-    outside: int
-    outside_trained: int
+    layers: tuple[LayerParameters, ...] = ()
+    head: int = 0
+    trained_layer: int = 0
 
     @property
     def num_base(self) -> int:
@@ -52,6 +65,25 @@ class Parameters:
         """Parameters that are not in the base: those of the adapter."""
         return sum(count for kind, count in self.trained.items() if kind not in self.base)
 
+    @property
+    def largest_layer(self) -> int:
+        return max(layer.total for layer in self.layers)
+
+    @property
+    def outside(self) -> int:
+        """Of no decoder layer: embedding, head, last norm, towers."""
+        return self.num_base - sum(layer.total for layer in self.layers)
+
+    @property
+    def outside_trained(self) -> int:
+        of_layers = self.trained.get("adapter", 0) if self.num_added else self.num_base - self.outside
+        return self.num_trained - of_layers
+
+    def continued(self, other: "Parameters", times: float) -> "Parameters":
+        """These and `times` what `other`, with more layers, trains more."""
+        counts = ((kind, count, other.trained[kind]) for kind, count in self.trained.items())
+        return replace(self, trained={kind: round(one + times * (two - one)) for kind, one, two in counts})
+
     def to_json(self) -> dict[str, Any]:
         return {
             "total": self.num_base + self.num_added,
@@ -62,53 +94,46 @@ class Parameters:
         }
 
 
-def count_parameters(shape: Shape, adapter: Adapter | None = None, num_new_tokens: int = 0) -> Parameters:
-    """Parameters of a model, full fine-tuning or with an adapter.
+def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new_tokens: int = 0) -> Parameters:
+    """Parameters of a model, full fine-tuning or with an adapter, by arithmetic.
 
     num_new_tokens: tokens added to the vocabulary, whose rows an adapter run trains as well. Their rows are part of
     `shape.rows` already (see `with_rows`). Raises ModelError for an adapter target that the model has not.
     """
-    layers = [_layer_kinds(shape, layer) for layer in shape.layers]
     base: Counter[str] = Counter({"embedding": shape.rows * shape.hidden})
     if not shape.tied:
         base["head"] = shape.rows * shape.hidden
-    for kinds in layers:
-        base += kinds
+    for layer in shape.layers:
+        base += _layer_kinds(shape, layer)
     base["norms"] += shape.hidden
-    per_layer = [sum(kinds.values()) for kinds in layers]
     idle = sum(
         (layer.experts.count - layer.experts.per_token) * expert_parameters(shape, layer)
         for layer in shape.layers
         if layer.experts is not None
     )
     trained: Mapping[str, int] = dict(base)
-    trained_layers = per_layer
     base["towers"] = shape.towers
     if adapter is not None:
-        trained_layers = [_adapter_parameters(shape, layer, adapter) for layer in shape.layers]
-        trained = Counter({"adapter": sum(trained_layers)})
-        trained["token rows"] = num_new_tokens * shape.hidden * (1 if shape.tied else 2)
-    total, num_trained = sum(base.values()), sum(trained.values())
+        _check_targets(shape, adapter.targets)
+        trained = {
+            "adapter": sum(_adapter_parameters(shape, layer, adapter) for layer in shape.layers),
+            "token rows": num_new_tokens * shape.hidden * (1 if shape.tied else 2),
+        }
     return Parameters(
         base={kind: count for kind, count in base.items() if count},
         trained={kind: count for kind, count in trained.items() if count},
-        active=total - idle - shape.towers,
-        casts=sum(linear.inputs * linear.outputs for linear in shape.linears()),
-        largest_layer=max(per_layer),
-        largest_trained_layer=max(trained_layers),
-        outside=total - sum(per_layer),
-        outside_trained=num_trained - sum(trained_layers),
+        active=sum(base.values()) - idle - shape.towers,
     )
 
 
-def expert_parameters(shape: Shape, layer: Layer) -> int:
+def expert_parameters(shape: ModelShape, layer: LayerShape) -> int:
     """Of one expert: gate, up and down."""
     assert layer.experts is not None
     width = layer.experts.width
     return 3 * shape.hidden * width + (2 * width + shape.hidden) * layer.experts.bias
 
 
-def _layer_kinds(shape: Shape, layer: Layer) -> "Counter[str]":
+def _layer_kinds(shape: ModelShape, layer: LayerShape) -> "Counter[str]":
     kinds = Counter(attention=sum(linear.num_parameters for linear in shape.attention_linears()))
     kinds["attention"] += shape.num_heads * shape.family.sinks
     of_keys = {"each head": 2 * shape.head_dim, "joint": shape.query_width + shape.key_width, None: 0}
@@ -121,7 +146,7 @@ def _layer_kinds(shape: Shape, layer: Layer) -> "Counter[str]":
     return kinds
 
 
-def _adapter_parameters(shape: Shape, layer: Layer, adapter: Adapter) -> int:
+def _adapter_parameters(shape: ModelShape, layer: LayerShape, adapter: LoraSpec) -> int:
     """rank * (inputs + outputs) for each adapted matrix (Hu et al. 2021); of experts' gate and up, with 2 * rank."""
     rank, hidden, experts = adapter.rank, shape.hidden, layer.experts
     count = sum(
@@ -135,7 +160,7 @@ def _adapter_parameters(shape: Shape, layer: Layer, adapter: Adapter) -> int:
     return count
 
 
-def check_targets(shape: Shape, targets: Sequence[str] | None) -> None:
+def _check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:
     """Raises ModelError for the name of a linear layer that the model has not."""
     names = {linear.name for linear in shape.linears()}
     unknown = sorted(set(targets or ()) - names)

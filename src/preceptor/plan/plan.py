@@ -1,66 +1,68 @@
 """What a run will cost, before it: parameters, bytes by component, operations, steps and time; and what would fit.
 
-From config.json, the run file and a sample of the data alone: no weights, no torch. `make_plan` gives one plain object
-that `preceptor plan --json` prints; plan_text.py shows it, plan_changes.py finds what would make the run fit.
+`make_plan` gives one plain object that `preceptor plan --json` prints; text.py shows it, changes.py finds what would
+make the run fit. Parameters and the bytes of weights, gradients and optimizer are arithmetic on config.json, without
+torch; all else follows from a dry run of the model (dry_run.py), which any model type has that can be trained.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preceptor import config
-from preceptor.data.forest import Tree
 from preceptor.errors import ModelError
-from preceptor.plan.activations import Work
-from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, Device
-from preceptor.plan.flops import operations
-from preceptor.plan.memory import PredictedMemory, Setup, Weights, predict_memory
-from preceptor.plan.model import PlannedModel, read_model
-from preceptor.plan.parameters import Adapter, Parameters, check_targets, count_parameters, rows_for
-from preceptor.plan.sample import Sample, Turns
-from preceptor.plan.shapes import Shape
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
+from preceptor.plan.memory import STATES, Setup, StepMemory, Weights, state_bytes, step_memory
+from preceptor.plan.model import PlannedModel
+from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
+from preceptor.plan.sample import Sample
+from preceptor.plan.work import TurnLengths, Work, operations
+
+if TYPE_CHECKING:
+    from preceptor.data.forest import PackedSequence
+    from preceptor.plan.dry_run import DryRun
 
 WORLD_SIZES = (1, 8, 16, 64)
-CONTEXT_SHARE = 0.75  # of a row's tokens, assumed where the data cannot be sampled
+CONTEXT_SHARE = 0.75  # of a sequence's tokens, assumed where the data cannot be sampled
 _RANK = 16  # of the adapter in what would fit, where the run has none
-_STATES = ("weights", "gradients", "master weights", "optimizer")
-_UNSHAPED_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One way to run: a model's shape and parameters, the largest row of the data, the setup and the memory of it."""
+    """One way to run: parameters, the largest sequence of the data, the setup, and the memory of a step."""
 
-    shape: Shape
     parameters: Parameters
     work: Work
     setup: Setup
-    memory: PredictedMemory
+    memory: StepMemory
 
 
 def make_plan(
-    run: config.Run, model: PlannedModel, sample: Sample | str, device: Device, world_size: int, rate: float | None
+    run: config.Run,
+    model: PlannedModel,
+    sample: Sample | str,
+    device: DeviceSpec,
+    world_size: int,
+    rate: float | None = None,
+    dry_run: "DryRun | None" = None,
 ) -> dict[str, Any]:
     """The plan as one object. rate: measured operations per second of this machine's matrix products, if they were.
 
-    A model type that is not known has parameters and their bytes only, as far as its weight files tell.
-    Raises ModelError for adapter targets that the model has not.
+    Without a dry run: parameters and states alone, as far as config.json or the weight files tell. Raises ModelError
+    for adapter targets that the model has not, and where the model cannot run without values.
     """
     plan: dict[str, Any] = {
-        "model": {
-            "path": model.path,
-            "model_type": model.model_type,
-            "known": model.shape is not None,
-            "towers_open": model.towers_open,
-        },
+        "model": {"path": model.path, "model_type": model.model_type, "towers_open": False},
         "run": _run_facts(run, device, world_size),
-        "device": _device_facts(device),
+        "device": {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes},
+        "quick": dry_run is None,
     }
-    if model.shape is None:
-        return plan | {"parameters": _stored(model), "memory": _stored_bytes(run, model)}
-    case = make_case(run, model.shape, sample, device, world_size)
-    fits = case.memory.peak_bytes <= device.usable_bytes
+    if dry_run is None:
+        plan["model"]["towers_open"] = model.towers_open
+        return plan | _states(run, model, sample, device, world_size)
+    case = make_case(run, dry_run, sample, device, world_size)
     return plan | {
         "parameters": case.parameters.to_json(),
         "sequence": _sequence_facts(case.work, sample),
@@ -68,64 +70,96 @@ def make_plan(
             "components": dict(case.memory.components),
             "peak_bytes": case.memory.peak_bytes,
             "moment": case.memory.moment,
-            "fits": fits,
+            "fits": case.memory.peak_bytes <= device.usable_bytes,
         },
-        "data": _data_facts(run, sample, world_size),
+        "data": _data_facts(run, sample),
         "work": _work_facts(run, case, sample, device, rate),
-        "would_fit": would_fit(run, model.shape, sample),
+        "would_fit": would_fit(run, dry_run, sample),
     }
 
 
-def make_case(run: config.Run, shape: Shape, sample: Sample | str, device: Device, world_size: int) -> Case:
-    """The run on this device, its largest row and its peak."""
+def _states(
+    run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec, world_size: int
+) -> dict[str, Any]:
+    """Parameters and their bytes, by arithmetic; of a model type without a shape, those of its weight files."""
+    setup = setup_of(run, sample, device, world_size)
+    if model.shape is not None:
+        grown = replace(model.shape, rows=_num_rows(model.shape.rows, sample))
+        parameters = count_parameters(grown, setup.adapter, setup.num_new_tokens)
+    elif model.num_stored is not None and setup.adapter is None:
+        parameters = Parameters({"stored": model.num_stored}, {"stored": model.num_stored}, model.num_stored)
+    else:
+        return {"parameters": {"total": model.num_stored}, "memory": None}
+    return {"parameters": parameters.to_json(), "memory": {"components": state_bytes(setup, parameters)}}
+
+
+def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec, world_size: int) -> Setup:
     adapter = None
     if run.adapter is not None:
-        check_targets(shape, run.adapter.target_modules)
         targets = run.adapter.target_modules
-        adapter = Adapter(run.adapter.rank, None if targets is None else tuple(targets), run.adapter.dropout)
-    setup = Setup(
+        adapter = LoraSpec(run.adapter.rank, None if targets is None else tuple(targets), run.adapter.dropout)
+    return Setup(
         weights=run.model.dtype,
         autocast=device.precision(run.train.precision) == "bfloat16",
         adapter=adapter,
         num_new_tokens=0 if isinstance(sample, str) else sample.num_new_tokens,
         world_size=world_size,
-        rows_per_step=math.ceil(run.train.batch_size / world_size),
-        cpu=device.cpu,
+        sequences_per_step=math.ceil(run.train.batch_size / world_size),
+        device_type=device.device_type,
     )
-    return _case(run, with_rows(shape, sample), setup, largest_row(run, sample))
 
 
-def _case(run: config.Run, shape: Shape, setup: Setup, row: tuple[Turns, ...]) -> Case:
-    parameters = count_parameters(shape, setup.adapter, setup.num_new_tokens)
-    work = Work(row, run.memory.context_gradient, _checkpointed(run, shape))
-    return Case(shape, parameters, work, setup, predict_memory(shape, work, setup, parameters))
+def make_case(
+    run: config.Run,
+    dry_run: "DryRun",
+    sample: Sample | str,
+    device: DeviceSpec,
+    world_size: int,
+    weights: Weights | None = None,
+) -> Case:
+    """The run on this device, its largest sequence and its peak. weights: how they are held, if not as the run says."""
+    setup = setup_of(run, sample, device, world_size)
+    setup = setup if weights is None else replace(setup, weights=weights)
+    return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))
 
 
-def _checkpointed(run: config.Run, shape: Shape) -> int:
-    if isinstance(run.memory.activation_checkpointing, int):
-        return run.memory.activation_checkpointing
-    return len(shape.layers) if run.memory.activation_checkpointing == "all" else 0
+def _work(run: config.Run, sample: Sample | str) -> Work:
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
+    return Work(largest_sequence(run, sample), policy)
 
 
-def with_rows(shape: Shape, sample: Sample | str) -> Shape:
-    """The shape with an embedding row for each of the tokenizer's tokens, those that the template adds among them."""
-    return shape if isinstance(sample, str) else replace(shape, rows=rows_for(shape.rows, sample.num_tokenizer))
+def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
+    if not dry_run.reads_alone:
+        try:
+            moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
+        except ModelError:  # of its attention, which cannot be told how a sequence is laid out
+            dry_run.reads_alone = True
+    if dry_run.reads_alone:
+        work = work.longest_alone()
+        moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
+    parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows)
+    return Case(parameters, work, setup, step_memory(setup, parameters, moments))
 
 
-def largest_row(run: config.Run, sample: Sample | str) -> tuple[Turns, ...]:
-    """The sample's largest row, stretched to `max_length` where there may be more data than the sample.
+def _num_rows(rows: int, sample: Sample | str) -> int:
+    """Rows of the embedding: one for each of the tokenizer's tokens, those that the template adds among them."""
+    return rows if isinstance(sample, str) else rows_for(rows, sample.num_tokenizer)
 
-    Without a sample: one conversation that fills the row, CONTEXT_SHARE of it context.
+
+def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...]:
+    """The sample's largest sequence.
+
+    Without a sample: one conversation that fills the sequence, CONTEXT_SHARE of it context.
     """
     limit = run.data.max_length
-    found = None if isinstance(sample, str) else sample.largest_row(limit)
+    found = None if isinstance(sample, str) else sample.largest_sequence(limit)
     if found is None:
         context = int(limit * CONTEXT_SHARE)
         return (((context, limit - context),),)
     return found
 
 
-def _run_facts(run: config.Run, device: Device, world_size: int) -> dict[str, Any]:
+def _run_facts(run: config.Run, device: DeviceSpec, world_size: int) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
         "weights": run.model.dtype,
@@ -138,10 +172,6 @@ def _run_facts(run: config.Run, device: Device, world_size: int) -> dict[str, An
     }
 
 
-def _device_facts(device: Device) -> dict[str, Any]:
-    return {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes}
-
-
 def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
     return {
         "num_tokens": work.num_tokens,
@@ -151,61 +181,49 @@ def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
     }
 
 
-def _stored(model: PlannedModel) -> dict[str, Any]:
-    return {"total": model.num_stored}
-
-
-def _stored_bytes(run: config.Run, model: PlannedModel) -> dict[str, Any] | None:
-    """Of full fine-tuning, what follows from the number of parameters alone."""
-    if model.num_stored is None or run.adapter is not None:
-        return None
-    each = _UNSHAPED_BYTES[run.model.dtype] * model.num_stored
-    return {"components": {"weights": each, "gradients": each, "optimizer": 8 * model.num_stored}}
-
-
-def _data_facts(run: config.Run, sample: Sample | str, world_size: int) -> dict[str, Any]:
-    """Rows, tokens and steps; `open` says why there are none."""
+def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
+    """Sequences, tokens and steps; `open` says why there are none."""
     if isinstance(sample, str):
         return {"open": sample}
-    rows_per_epoch = sample.rows_per_epoch(run.data.max_length)
-    if rows_per_epoch is None or sample.num_rows is None:
-        return {"open": "how many rows the data has only reading it would tell"}
+    sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
+    if sequences_per_epoch is None or sample.num_examples is None:
+        return {"open": "how many examples the data has is known only once it is read"}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)
-    steps_per_epoch = math.ceil(rows_per_epoch / run.train.batch_size)
+    steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
     return {
-        "examples_per_epoch": round(sample.num_rows),
+        "examples_per_epoch": round(sample.num_examples),
         "num_sampled": count,
-        "tokens_per_epoch": round(tokens * sample.num_rows / count),
+        "tokens_per_epoch": round(tokens * sample.num_examples / count),
         "share_trained": trained / tokens,
-        "sequences_per_epoch": rows_per_epoch,
+        "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": run.train.duration.steps(steps_per_epoch),
     }
 
 
 def _work_facts(
-    run: config.Run, case: Case, sample: Sample | str, device: Device, rate: float | None
+    run: config.Run, case: Case, sample: Sample | str, device: DeviceSpec, rate: float | None
 ) -> dict[str, Any]:
     """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate."""
-    rows = case.setup.rows_per_step * case.setup.world_size
-    found = operations(case.shape, case.work, case.setup.adapter)
-    total = found.total * rows
+    sequences = case.setup.sequences_per_step * case.setup.world_size
+    found = operations(case.parameters, case.work)
+    total = found.total * sequences
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
     seconds = None if of_device is None else total / (of_device * SHARE_OF_RATE * case.setup.world_size)
-    steps = _data_facts(run, sample, case.setup.world_size).get("num_steps")
+    steps = _data_facts(run, sample).get("num_steps")
     return {
         "operations_per_step": total,
         "by_kind": {
-            "linear layers": found.linear * rows,
-            "attention": found.attention * rows,
-            "head": found.head * rows,
-            "adapter": found.adapter * rows,
-            "computed again": found.again * rows,
+            "linear layers": found.linear * sequences,
+            "attention": found.attention * sequences,
+            "head": found.head * sequences,
+            "adapter": found.adapter * sequences,
+            "computed again": found.again * sequences,
         },
-        "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * rows,
+        "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * sequences,
         "rate": of_device,
         "rate_is_measured": rate is not None,
         "share_of_rate": SHARE_OF_RATE,
@@ -214,33 +232,32 @@ def _work_facts(
     }
 
 
-def would_fit(run: config.Run, shape: Shape, sample: Sample | str) -> list[dict[str, Any]]:
-    """The run's model and row on GPUs, in four ways on 1, 8, 16 and 64 of them: bytes of a rank, and where that fits.
+def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[dict[str, Any]]:
+    """The run's model and sequence on GPUs, in four ways on 1, 8, 16 and 64 of them: bytes of a rank.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
     activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
-    ways: Sequence[tuple[str, Weights, Adapter | None]] = (
+    ways: Sequence[tuple[str, Weights, LoraSpec | None]] = (
         ("everything, float32 weights under autocast", "float32", None),
         ("everything, bfloat16 weights and float32 master", "bfloat16 + float32 master", None),
-        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", Adapter(rank)),
-        (f"QLoRA of rank {rank}, frozen 4 bits", "4 bits", Adapter(rank)),
+        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank)),
+        (f"QLoRA of rank {rank}, frozen 4 bits", "4 bits", LoraSpec(rank)),
     )
-    row = largest_row(run, sample)
-    grown = with_rows(shape, sample)
+    work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
+    checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
     for name, weights, adapter in ways:
         for world_size in WORLD_SIZES:
-            setup = Setup(weights, True, adapter, new, world_size, rows_per_step=2)
-            memory = _case(run, grown, setup, row).memory
-            again = predict_memory(grown, Work(row, "full", len(grown.layers)), setup)
+            setup = Setup(weights, True, adapter, new, world_size, 2, "cuda")
+            memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
             found.append(
                 {
                     "way": name,
                     "world_size": world_size,
-                    "states_bytes": sum(memory.components[state] for state in _STATES),
+                    "states_bytes": sum(memory.components[state] for state in STATES),
                     "components": dict(memory.components),
                     "peak_bytes": memory.peak_bytes,
                     "fits_on": _fits_on(memory),
@@ -251,41 +268,30 @@ def would_fit(run: config.Run, shape: Shape, sample: Sample | str) -> list[dict[
     return found
 
 
-def _fits_on(memory: PredictedMemory) -> list[str]:
+def _fits_on(memory: StepMemory) -> list[str]:
     return [device.name for device in DEVICES if memory.peak_bytes <= device.usable_bytes]
 
 
 def predict_peak_bytes(
-    run: config.Run, row: Sequence[Tree], num_new_tokens: int, num_tokenizer: int, cpu: bool
+    run: config.Run, model: Any, sequence: "PackedSequence", num_new_tokens: int, device_type: str
 ) -> int | None:
-    """Bytes of tensors at a step's peak on one device. row: the trees of the run's largest row.
+    """Bytes of tensors at the peak of a step, on one device, from the model that is to be trained.
 
-    num_new_tokens: added to the tokenizer, which has `num_tokenizer` with them. None where the plan does not know the
-    model type or what the run asks for (`loss.kl_coef`: the base's own row of logits, and its copy in full training).
+    model: before or after an adapter was added; its weights are not looked at. sequence: the run's largest.
+    num_new_tokens: those that were added to its vocabulary. None where there is no prediction: for a model that cannot
+    run without values, and for `loss.kl_coef`, which runs the base as well.
     """
+    from preceptor.plan.dry_run import dry_run_like
+
     if run.loss.kl_coef > 0:
         return None
+    device = DeviceSpec("the run's own", 0, None, None, device_type)
+    setup = replace(setup_of(run, "", device, world_size=1), num_new_tokens=num_new_tokens)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
-        model = read_model(run.model)
-    except ModelError:  # a model of the Hub, loaded, of which no config.json can be had alone
+        dry_run = dry_run_like(model, run.engine)
+        moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
+        parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows)
+    except ModelError:
         return None
-    if model.shape is None:
-        return None
-    sample = Sample(tuple(turns_of(tree) for tree in row), len(row), True, num_new_tokens, num_tokenizer)
-    device = Device("the run's own", 0, None, None, cpu=cpu)
-    return make_case(run, model.shape, sample, device, world_size=1).memory.peak_bytes
-
-
-def turns_of(tree: Tree) -> Turns:
-    """The tree as (context, target) tokens in turn, each token once; what follows the last target is context too."""
-    turns: list[tuple[int, int]] = []
-    context = target = 0
-    for segment in tree.segments:
-        if segment.kind == "context" and target:
-            turns.append((context, target))
-            context = target = 0
-        if segment.kind == "context":
-            context += len(segment.ids)
-        else:
-            target += len(segment.ids)
-    return (*turns, (context, target))
+    return step_memory(setup, parameters, moments).peak_bytes

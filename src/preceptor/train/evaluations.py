@@ -103,7 +103,7 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
     conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
     return Evaluations(
         folder=folder,
-        held_out=label_targets(prepared.held_out, renderer) if enabled else [],
+        held_out=label_targets(prepared.held_out, chat.tokenizer) if enabled else [],
         tasks=prepared.tasks,
         prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
         evaluated=lambda model: EvaluatedModel(

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the course of the learning rate, and clipping."""
+"""AdamW with its parameter groups, the learning-rate schedule, and gradient clipping."""
 
 import math
 from collections.abc import Sequence

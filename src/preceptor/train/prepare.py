@@ -26,24 +26,20 @@ from preceptor.evaluate.tasks import Task, read_task
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start. `train` holds each source's examples `weight` times, `held_out` likewise.
-
-    sources: by use, `train`, `held out` and `replay`. tokens: what `train` costs, and what it would cost without trees.
-    shortened: what became of examples that were too long. formats: for each file, how many examples have each format.
-    """
+    """A run that can start."""
 
     run: config.Run
     chat: ChatFormat
-    sources: Mapping[str, Sequence[OpenSource]]
-    train: Dataset
+    sources: Mapping[str, Sequence[OpenSource]]  # by use: `train`, `held out`, `replay`
+    train: Dataset  # each source's examples `weight` times, and those that are replayed
     held_out: list[ExampleTree]
     tasks: list[Task]
     rejections: list[Rejection]
-    num_examples: int
+    num_examples: int  # of all sources, rejected ones included
     examples_per_epoch: int
-    tokens: TokenCounts
-    shortened: Shortened
-    formats: Mapping[str, Mapping[str, int]]
+    tokens: TokenCounts  # of an epoch
+    shortened: Shortened  # what was done to examples that were too long
+    formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
 
     @property
     def fingerprint(self) -> str:

@@ -11,14 +11,13 @@ from rich.console import Console
 
 from preceptor.console import Display
 from preceptor.data.loader import Loader
-from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
+from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers, tower_parameters
-from preceptor.model.vocabulary import align_model, resize_embeddings
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.report.page import write_report
 from preceptor.train import checkpoint, loop
@@ -98,9 +97,11 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
     passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
     loader = passed.loader
+    predicted_memory_bytes = predict_peak_bytes(
+        run, model, loader.largest_sequences()[0], len(prepared.chat.added), device.type
+    )
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
-    predicted_memory_bytes = _predicted_memory_bytes(prepared, loader, device)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     if resume:
         _resume(state, prepared, folder)
@@ -149,16 +150,6 @@ def _resume(state: State, prepared: Prepared, folder: Path) -> None:
         raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
     checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
     resume_run(folder, state.step, state.model.device)
-
-
-def _predicted_memory_bytes(prepared: Prepared, loader: Loader, device: torch.device) -> int | None:
-    """Of the longest sequence of the first epoch; None where the plan knows no prediction."""
-    sequences = [loader.trees(planned) for planned in loader.plan(0)]
-    if loader.alone:
-        sequences = [[chain] for trees in sequences for tree in trees for chain in chains_of(tree)]
-    largest = max(sequences, key=lambda trees: sum(tree.num_tokens for tree in trees))
-    chat, cpu = prepared.chat, device.type == "cpu"
-    return predict_peak_bytes(prepared.run, largest, len(chat.added), len(chat.tokenizer), cpu=cpu)
 
 
 def _saying(console: Console) -> Callable[[str], None]:

@@ -108,7 +108,7 @@ def resume_run(folder: Path, step: int, device: torch.device) -> None:
         write_json(folder / "environment.json", environment)
 
 
-# Where and with what -------------------------------------------------------------------------------------------------
+# Where and with what
 
 
 def session(device: torch.device) -> dict[str, Any]:
@@ -173,12 +173,12 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
                 yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
 
 
-# How much ------------------------------------------------------------------------------------------------------------
+# How much
 
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
     """Counts of examples, tokens and steps, and histograms of lengths."""
-    targets = [len(s.ids) for tree in prepared.train.trees() for s in tree.segments if s.kind == "target"]
+    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
@@ -208,22 +208,22 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
     return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
 
 
-# Examples ------------------------------------------------------------------------------------------------------------
+# Examples
 
 
 def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
-    trees = dataset.trees()
     order = np.argsort(dataset.lengths, stable=True).tolist()
     chosen: dict[int, list[str]] = {0: ["the first"]}
     for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
         chosen.setdefault(order[place], []).append(name)
-    branching = next((index for index in range(len(trees)) if branches(trees[index])), None)
+    branching = next((index for index, tree in enumerate(dataset) if branches(tree)), None)
     if branching is not None:
         chosen.setdefault(branching, []).append("the first that branches")
     specials = special_ids(tokenizer)
     for index, why in chosen.items():
-        yield example(trees[index], tokenizer, specials) | {"why": why, "number": index + 1}
+        (tree,) = dataset.trees([index])
+        yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
 
 
 def branches(tree: Tree) -> bool:

@@ -56,7 +56,7 @@ class SharedCasts:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Pass:
+class DecoderPass:
     """One pass of tokens through the decoder.
 
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
@@ -80,12 +80,12 @@ class ModelState:
     """
 
     optimisations: set[str] = field(default_factory=set)
-    current: Pass | None = None
+    current: DecoderPass | None = None
     casts: SharedCasts | None = None
     accumulates: bool = False
 
     @contextmanager
-    def running(self, this: Pass, casts: SharedCasts | None = None) -> Iterator[None]:
+    def running(self, this: DecoderPass, casts: SharedCasts | None = None) -> Iterator[None]:
         """casts: given where several passes share them. What runs again in backward holds on to `this`, not to them."""
         former = self.current, self.casts
         self.current, self.casts = this, (casts or SharedCasts(keep_weights=False)) if this.efficient else None

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from preceptor.model.parts import is_plain_parameter
+
 
 class AccumulatingEmbedding(nn.Module):
     """While a step accumulates, backward adds the gradient to `.grad` itself (None: made there).
@@ -38,7 +40,7 @@ class AccumulatingEmbedding(nn.Module):
 
 def takes_gradient_in_place(weight: Any) -> bool:
     """Whether a weight is a plain trained float32 parameter, whose `.grad` nobody else watches."""
-    plain = type(weight) is nn.Parameter and weight.requires_grad and weight.dtype == torch.float32
+    plain = is_plain_parameter(weight) and weight.requires_grad and weight.dtype == torch.float32
     return plain and not weight._backward_hooks and not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 

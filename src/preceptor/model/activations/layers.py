@@ -21,14 +21,14 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import Pass
+from preceptor.model.activations.context import DecoderPass
 from preceptor.model.activations.phases import Phase
 from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
 
 CUT = frozenset(
     {"hidden_states", "position_ids", "position_embeddings", "position_embeddings_global", "position_embeddings_local"}
-    | {"per_layer_input"}
+    | {"per_layer_input", "input_ids", "ple_input_ids"}
 )
 """Arguments of a decoder layer that are laid out by token, (1, T, ...), or are tuples or dicts of such."""
 
@@ -41,11 +41,16 @@ class EngineLayer(nn.Module):
         this = layer.engine_state.current
         if this is None:
             return super().forward(*arguments, **named)
+        if layer.gradient_checkpointing and layer.training:
+            raise ModelError(
+                "the model has transformers' gradient checkpointing switched on, which would run layers again in a way "
+                "of its own. Call gradient_checkpointing_disable() and set memory.activation_checkpointing."
+            )
         if layer.engine_settings[0] < this.num_checkpointed:
             return checkpoint(self._run_again, this, *arguments, use_reentrant=False, **named)
         return self._run(this, *arguments, **named)
 
-    def _run_again(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+    def _run_again(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         """What checkpoint calls: now, within the pass, and in backward, where nothing else has the pass run."""
         state: Any = self.engine_state
         if state.current is this:
@@ -53,7 +58,7 @@ class EngineLayer(nn.Module):
         with state.running(this), attention_implementation(this.decoder, this.attention):
             return self._run(this, *arguments, **named)
 
-    def _run(self, this: Pass, *arguments: Any, **named: Any) -> Any:
+    def _run(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         layer: Any = self
         index, num_layers = layer.engine_settings
         if index == num_layers - 1:

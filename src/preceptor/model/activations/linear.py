@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from preceptor.model.parts import is_plain_parameter
+
 
 class SharedCastLinear(nn.Module):
     """nn.Linear for what is float32 and plain under autocast; else its own forward."""
@@ -19,14 +21,14 @@ class SharedCastLinear(nn.Module):
     def forward(self, x: Tensor) -> Any:
         layer: Any = self
         casts, weight, device_type = layer.engine_state.casts, layer.weight, x.device.type
-        plain = type(weight) is nn.Parameter and weight.dtype == x.dtype == torch.float32
+        plain = is_plain_parameter(weight) and weight.dtype == x.dtype == torch.float32
         if casts is None or not plain or not torch.is_autocast_enabled(device_type):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device_type)
-        return _Linear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
+        return _HalfLinear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
 
 
-class _Linear(torch.autograd.Function):
+class _HalfLinear(torch.autograd.Function):
     """x W^T + b in the type of the copies; gradients in that type too, then in the type of what they belong to."""
 
     @staticmethod

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from preceptor.model.parts import is_plain_parameter
+
 _HANDLED = (torch.float32, torch.bfloat16, torch.float16)
 _TRIED = ((torch.float32, 1e-6), (torch.bfloat16, 1e-3))  # a wrong order of rounding is off by 2e-3 in bfloat16
 
@@ -37,7 +39,7 @@ class EfficientNorm(nn.Module):
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         norm: Any = self
-        handled = x.dtype in _HANDLED and type(norm.weight) is nn.Parameter and not rest and not named
+        handled = x.dtype in _HANDLED and is_plain_parameter(norm.weight) and not rest and not named
         if norm.engine_state.casts is None or not handled:
             return super().forward(x, *rest, **named)
         return root_mean_square_norm(x, norm.weight, _eps(norm), norm.engine_settings)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import ModelState, Pass, SharedCasts
+from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts
 from preceptor.model.activations.phases import Phase, loss_bearing, phases
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.attention.layout import (
@@ -37,7 +37,7 @@ def decode_whole(
 ) -> Tensor:
     """Hidden states of a whole sequence in one pass: (T, D), or with `parts` of the loss-bearing tokens alone."""
     layout = ForestLayout.from_sequence(sequence, device_of(model))
-    this = Pass(
+    this = DecoderPass(
         decoder_of(model),
         IMPLEMENTATION,
         num_checkpointed=num_checkpointed(model, policy),
@@ -54,7 +54,7 @@ def decode_dense(
     """The same (T, D) by the authors' modules and a dense mask. What `recompute` would drop is kept."""
     constant_T = ~loss_bearing(sequence) if policy.context_gradient == "detach" else None
     layout = ForestLayout.from_sequence(sequence, device_of(model), dense=True, constant_T=constant_T)
-    this = Pass(decoder_of(model), IMPLEMENTATION, num_checkpointed=num_checkpointed(model, policy))
+    this = DecoderPass(decoder_of(model), IMPLEMENTATION, num_checkpointed=num_checkpointed(model, policy))
     return _decode(sequence, None, layout, state, this)
 
 
@@ -76,7 +76,7 @@ def decode_phases(
     for phase in plan:
         layout = PhaseLayout(phase.runs, kept, None if phase is plan[-1] else {}, masks)
         index_M = phase.index_T()
-        this = Pass(
+        this = DecoderPass(
             decoder,
             IMPLEMENTATION,
             num_checkpointed=checkpointed if phase.loss_bearing else num_layers,
@@ -106,7 +106,7 @@ def decode_alone(
     """
     assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
     decoder = decoder_of(model)
-    this = Pass(decoder, decoder.config._attn_implementation, num_checkpointed=num_checkpointed(model, policy))
+    this = DecoderPass(decoder, decoder.config._attn_implementation, num_checkpointed=num_checkpointed(model, policy))
     with state.running(this):
         output = decoder(input_ids=torch.from_numpy(sequence.ids_T).to(device_of(model))[None], use_cache=False)
     hidden_TD: Tensor = output.last_hidden_state[0]
@@ -118,18 +118,13 @@ def _decode(
     index_M: Tensor | None,
     layout: ForestLayout | PhaseLayout,
     state: ModelState,
-    this: Pass,
+    this: DecoderPass,
     casts: SharedCasts | None = None,
 ) -> Tensor:
     """Last hidden states (M, D) of the tokens `index_M` (None: all), which go through the decoder together.
 
     More may come behind them, see `computed_tokens`.
     """
-    if this.decoder.is_gradient_checkpointing and this.decoder.training:
-        raise ModelError(
-            "the model has transformers' gradient checkpointing switched on, which would run layers again in a way "
-            "of its own. Call gradient_checkpointing_disable() and set memory.activation_checkpointing."
-        )
     weight_VD = this.decoder.get_input_embeddings().weight
     ids_M, position_M = (
         torch.from_numpy(each_T).to(weight_VD.device) for each_T in (sequence.ids_T, sequence.position_T)

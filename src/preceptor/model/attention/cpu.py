@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from preceptor.model.attention.layout import PathMasks, Scratch
-from preceptor.model.sizes import BLOCK_TOKENS, backward_block, heads_at_once, on_grid
+from preceptor.model.sizes import BLOCK_TOKENS, backward_block, device_type_of, heads_at_once, on_grid, representative
 
 
 def attend_path(
@@ -41,7 +41,7 @@ def attend_path(
     if softcap is not None or sinks is not None:
         return _attend_written_out(query_Q, key_P, value_P, scale, window, softcap, sinks, masks)
     parts = (query_Q, key_P, value_P)
-    own_backward = query_Q.device.type == "cpu" and query_Q.dtype == torch.bfloat16
+    own_backward = device_type_of(query_Q.device) == "cpu" and query_Q.dtype == torch.bfloat16
     if own_backward and torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         output: Tensor = _AttendInHalf.apply(*parts, scale, window, masks)
         return output
@@ -75,7 +75,9 @@ def _attend_fused(
 
 def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type == "cuda":  # with a mask, CUDA's fused kernels do not take grouped heads
+    if (
+        groups > 1 and device_type_of(query.device) == "cuda"
+    ):  # with a mask, CUDA's fused kernels do not take grouped heads
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
     return scaled_dot_product_attention(query, key, value, attn_mask=mask_QP, scale=scale, enable_gqa=groups > 1)
 
@@ -204,9 +206,9 @@ def _backward(
     grad_query = torch.empty_like(query_KGQD, memory_format=torch.contiguous_format)
     sum_dtype = key_KPD.dtype if len(blocks) == 1 else torch.float32
     grad_key, grad_value = (torch.zeros_like(part, dtype=sum_dtype) for part in (key_KPD, value_KPD))
-    for first_head in range(0, num_kv_heads, num_together):
+    for first_head in representative(range(0, num_kv_heads, num_together)):
         heads = slice(first_head, first_head + num_together)
-        for queries, keys in blocks:
+        for queries, keys in representative(blocks):
             num_keys = keys.stop - keys.start
             keys = slice(keys.start, keys.start + on_grid(num_keys))
             pieces = query_KGQD[heads, :, queries], key_KPD[heads, keys], value_KPD[heads, keys]

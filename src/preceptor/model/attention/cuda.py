@@ -24,10 +24,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from preceptor.model.attention.layout import ForestLayout, KeysValues, PhaseLayout, TokenRange, product_dtype
+from preceptor.model.sizes import device_type_of, is_dry_run
 
 Attend = Callable[..., Tensor]
 
@@ -58,7 +59,7 @@ def fast_path(
 
 
 def _is_half_on_cuda(value: Tensor) -> bool:
-    return value.device.type == "cuda" and product_dtype(value) in (torch.float16, torch.bfloat16)
+    return device_type_of(value.device) == "cuda" and product_dtype(value) in (torch.float16, torch.bfloat16)
 
 
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -68,7 +69,7 @@ def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and head_size == key.shape[-1] == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= _LARGEST_FLASH_HEAD
-        and _has_flash(query.device)
+        and (is_dry_run() or _has_flash(query.device))
     )
 
 
@@ -85,7 +86,7 @@ def _has_flash(device: torch.device) -> bool:
 
 def _flex_takes(query: Tensor, value: Tensor) -> bool:
     smallest = min(query.shape[-1], value.shape[-1])
-    return smallest >= _SMALLEST_FLEX_HEAD and query.shape[2] >= BLOCK and _has_triton()
+    return smallest >= _SMALLEST_FLEX_HEAD and query.shape[2] >= BLOCK and (is_dry_run() or _has_triton())
 
 
 @lru_cache
@@ -182,7 +183,8 @@ def attend_flex(
     if ("flex", sliding_window) not in layout.made:
         layout.made["flex", sliding_window] = block_mask(layout, sliding_window)
     with torch.autocast(query.device.type, enabled=False):
-        output, aux = _flex(query.device.type)(
+        flex: Callable[..., Any] = _flex_without_values if is_dry_run() else _flex(query.device.type)
+        output, aux = flex(
             query.to(dtype),
             key.to(dtype),
             value.to(dtype),
@@ -213,6 +215,25 @@ def _flex(device_type: str) -> Callable[..., Any]:
     settings: Any = import_module("torch._dynamo").config
     settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
     return torch.compile(flex, fullgraph=True)
+
+
+def _flex_without_values(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> tuple[Tensor, AuxOutput]:
+    """What flex keeps for backward, for a dry run: its arguments, its result and a number per query."""
+    output, logsumexp = _KeptByFlex.apply(query, key, value)
+    return output, AuxOutput(lse=logsumexp)
+
+
+class _KeptByFlex(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
+        return output, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
 @lru_cache

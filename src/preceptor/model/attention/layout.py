@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence, runs
-from preceptor.model.sizes import on_grid
+from preceptor.model.sizes import device_type_of, on_grid
 
 TokenRange = tuple[int, int]
 """Tokens `start` to `end` of a sequence."""
@@ -55,7 +55,7 @@ class PathMasks:
         self, num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device, block: int
     ) -> Tensor:
         """(Q, P): true or false, or for another dtype 0 or -inf. Q is at most `block`."""
-        on_cpu = device.type == "cpu"
+        on_cpu = device_type_of(device) == "cpu"
         rows, columns = (min(block, self._longest), self._longest) if on_cpu else (num_queries, num_keys)
         if window is not None:
             columns = min(columns, window + rows)
@@ -139,7 +139,7 @@ def computed_tokens(num_tokens: int, value: Tensor) -> int:
 
     Those that are added are the last; they are in no run, so attention gives zeros for them and nothing sees them.
     """
-    in_half = value.device.type == "cpu" and product_dtype(value) == torch.bfloat16
+    in_half = device_type_of(value.device) == "cpu" and product_dtype(value) == torch.bfloat16
     return on_grid(num_tokens) if in_half else num_tokens
 
 

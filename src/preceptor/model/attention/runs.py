@@ -35,7 +35,7 @@ from preceptor.model.attention.layout import (
     dense_mask,
     product_dtype,
 )
-from preceptor.model.sizes import mostly_short
+from preceptor.model.sizes import device_type_of, mostly_short
 
 IMPLEMENTATION = "preceptor_forest"
 
@@ -133,7 +133,7 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _fastest_dtype(asked: torch.dtype, runs: Sequence[AttentionRun], device: torch.device) -> torch.dtype:
     """On a CPU half precision is the slower one for short runs."""
-    if device.type != "cpu" or asked.itemsize != 2:
+    if device_type_of(device) != "cpu" or asked.itemsize != 2:
         return asked
     lengths = [end - start for start, end, _ in runs]
     before = [sum(end - start for start, end in ancestors) for _, _, ancestors in runs]

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
 from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
+from preceptor.model.sizes import device_type_of, representative
 
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
@@ -146,7 +147,7 @@ def _form(
     product_dtype = weight_VD.dtype
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type
+    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
     chunk = chunk_tokens(len(target_N), *sizes)
     return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes))
 
@@ -161,7 +162,7 @@ def _chunks(
     num_trained, vocab_size = len(source_N), head_VD.shape[0]
     most = form.computed_tokens(min(form.chunk_tokens, num_trained), head_VD)
     buffer_CV = hidden_TD.new_empty(most, vocab_size, dtype=form.product_dtype)
-    for start in range(0, num_trained, form.chunk_tokens):
+    for start in representative(range(0, num_trained, form.chunk_tokens)):
         chunk = slice(start, min(num_trained, start + form.chunk_tokens))
         num_tokens = chunk.stop - start
         added = form.computed_tokens(num_tokens, head_VD) - num_tokens
@@ -173,8 +174,8 @@ def _chunks(
 
 
 def _head_rows(head_VD: Tensor) -> Iterator[slice]:
-    rows = _HEAD_ROWS.get(head_VD.device.type, 2**15)
-    return (slice(start, start + rows) for start in range(0, head_VD.shape[0], rows))
+    rows = _HEAD_ROWS.get(device_type_of(head_VD.device), 2**15)
+    return (slice(start, start + rows) for start in representative(range(0, head_VD.shape[0], rows)))
 
 
 def _losses(
@@ -289,7 +290,7 @@ def _to_gradients(
 def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tensor:
     """grad W, as `dtype`; in halves where oneDNN would leave it all to one core: many rows, few columns, bfloat16."""
     narrow = head_VD.dtype.itemsize == 2 and head_VD.shape[1] < _FEW_COLUMNS and len(grad_CV) >= _MANY_ROWS
-    if head_VD.device.type != "cpu" or not narrow:
+    if device_type_of(head_VD.device) != "cpu" or not narrow:
         return (grad_CV @ head_VD).to(dtype)
     return torch.cat([(grad_CV @ half_VD).to(dtype) for half_VD in head_VD.chunk(2, dim=1)], dim=1)
 

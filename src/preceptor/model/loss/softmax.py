@@ -16,6 +16,7 @@ from torch import Tensor
 
 from preceptor.model.attention.layout import computed_tokens
 from preceptor.model.loss.options import LossOptions
+from preceptor.model.sizes import device_type_of, representative
 
 _BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # 1 MiB of float32, half of a core's cache; enough to fill a GPU
 
@@ -47,12 +48,12 @@ def blocks(products_CV: Tensor, form: LossForm, write_back: bool = True) -> Iter
     With write_back, what is done to a block in place reaches the chunk once the next one is asked for.
     """
     num_tokens, vocab_size = products_CV.shape
-    block_logits = _BLOCK_LOGITS.get(products_CV.device.type, 2**25)
+    block_logits = _BLOCK_LOGITS.get(device_type_of(products_CV.device), 2**25)
     block_tokens = min(num_tokens, max(1, block_logits // vocab_size))
     own = products_CV.dtype == form.softmax_dtype
     if not own:
         buffer_RV = torch.empty(block_tokens, vocab_size, dtype=form.softmax_dtype, device=products_CV.device)
-    for start in range(0, num_tokens, block_tokens):
+    for start in representative(range(0, num_tokens, block_tokens)):
         rows = slice(start, min(num_tokens, start + block_tokens))
         if own:
             yield rows, products_CV[rows]

@@ -82,19 +82,19 @@ def _first_values(
         weight_VD[id_] = (row_D + _JITTER * deviation * noise_D).to(weight_VD.dtype)
 
 
-def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, closings: Sequence[int] = ()) -> None:
+def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int] = ()) -> None:
     """Set eos, pad and bos of the model's config and generation config to the tokenizer's.
 
-    The generation config stops at the tokenizer's eos first, at the other `closings` of the template (a tool call may
-    end with a token of its own), and still at what the model stopped at before: a base model's end-of-text token
-    remains one.
+    The generation config stops at the tokenizer's eos first, at the other `stop_token_ids` of the template (a tool
+    call may end with a token of its own), and still at what the model stopped at before: a base model's end-of-text
+    token remains one.
     """
     eos, settings = tokenizer.eos_token_id, model.config.get_text_config(decoder=True)
     generation = model.generation_config
     assert generation is not None
     if eos is not None:
         earlier = [*_as_list(generation.eos_token_id), *_as_list(settings.eos_token_id)]
-        stops = list(dict.fromkeys([eos, *closings, *earlier]))
+        stops = list(dict.fromkeys([eos, *stop_token_ids, *earlier]))
         generation.eos_token_id = stops if len(stops) > 1 else eos
         settings.eos_token_id = eos
     for holder in (generation, settings):

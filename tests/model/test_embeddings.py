@@ -5,7 +5,7 @@ import torch
 
 from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.template import Template
-from preceptor.model.vocabulary import (
+from preceptor.model.embeddings import (
     ROWS_MULTIPLE,
     align_model,
     describe,

@@ -1,0 +1,97 @@
+"""Counting the parameters of a model that is built, with or without values: by kind, by layer, and what is trained."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from preceptor.model.parts import causal_lm, decoder_layers, tower_parameters
+from preceptor.plan.parameters import LayerParameters, Parameters
+
+_KINDS: Mapping[str, tuple[str, ...]] = {
+    "norms": ("norm",),
+    "experts": ("expert",),
+    "router": (".gate.", "router"),
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "ffn"),
+}
+
+
+def count_built(whole: Any, adapted: Any) -> Parameters:
+    """Parameters of a model, and of what an adapted one of any depth trains (the same model: everything)."""
+    layers = tuple(_layer_parameters(whole, layer) for layer in decoder_layers(whole))
+    base = _base(whole)
+    trained = {kind: count for kind, count in base.items() if kind != "towers"}
+    if adapted is not whole:
+        named = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
+        trained = {"adapter": sum(count for name, count in named if "lora_" in name)}
+        trained["token rows"] = sum(count for _, count in named) - trained["adapter"]
+    return Parameters(
+        base=base,
+        trained={kind: count for kind, count in trained.items() if count},
+        active=sum(base.values()) - base.get("towers", 0) - sum(layer.total - layer.active for layer in layers),
+        layers=layers,
+        head=int(causal_lm(whole).get_output_embeddings().weight.numel()),
+        trained_layer=max(_trained(layer) for layer in decoder_layers(adapted)),
+    )
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _base(model: Any) -> dict[str, int]:
+    """By kind, each parameter once."""
+    bare = causal_lm(model)
+    of_towers = {id(parameter) for parameter in tower_parameters(bare)}
+    embedding, head = bare.get_input_embeddings().weight, bare.get_output_embeddings().weight
+    found: Counter[str] = Counter()
+    for name, parameter in bare.named_parameters():
+        if id(parameter) in of_towers:
+            kind = "towers"
+        elif parameter is embedding:
+            kind = "embedding"
+        elif parameter is head:
+            kind = "head"
+        else:
+            kind = next((kind for kind, marks in _KINDS.items() if any(mark in name for mark in marks)), "other")
+        found[kind] += parameter.numel()
+    return dict(found)
+
+
+def _layer_parameters(model: Any, layer: nn.Module) -> LayerParameters:
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    share = _share_of_experts(settings)
+    total, active, matrices = 0, 0.0, 0.0
+    for name, parameter in layer.named_parameters():
+        used = parameter.numel() * (share if ".experts." in f".{name}" else 1)
+        total += parameter.numel()
+        active += used
+        matrices += used if parameter.dim() >= 2 else 0
+    heads = int(getattr(settings, "num_attention_heads", 0) or 0)
+    head_dim = int(getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0))
+    attends = any("attn" in name or "attention" in name for name, _ in layer.named_modules())
+    linear = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+    return LayerParameters(
+        total, round(active), round(matrices), linear, heads * head_dim * attends, _window(settings, layer)
+    )
+
+
+def _window(settings: Any, layer: nn.Module) -> int | None:
+    """What the layer's attention says; where it says nothing, what the config says of all layers."""
+    own = [module.sliding_window for module in layer.modules() if hasattr(module, "sliding_window")]
+    found = next((window for window in own if window), None) if own else getattr(settings, "sliding_window", None)
+    return int(found) if isinstance(found, int) else None
+
+
+def _share_of_experts(settings: Any) -> float:
+    """Of the experts' parameters, what a token goes through."""
+    count = _first(settings, "num_experts", "num_local_experts", "n_routed_experts")
+    per_token = _first(settings, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    return per_token / count if count and per_token else 1.0
+
+
+def _first(settings: Any, *names: str) -> int:
+    """The first of the settings that a model has; 0 for none."""
+    return next((int(value) for name in names if (value := getattr(settings, name, None))), 0)

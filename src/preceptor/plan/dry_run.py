@@ -1,0 +1,377 @@
+"""Dry run of a training step: the engine's own passes on tensors without values, their bytes counted.
+
+A model is built from its config alone (FakeTensorMode: shapes and types, no memory) and a packed sequence goes through
+it forward and backward, under the run's policy, precision and adapter. So any model type that the engine takes has a
+prediction, and what is predicted is what the engine does.
+
+Layers repeat. A deep model is run twice, with a few layers and with one period more, and each stretch of the step (a
+layer's forward or backward, the loss) is continued to the real depth: its bytes grow by the same amount per period.
+"""
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+
+from preceptor import config
+from preceptor.data.forest import PackedSequence
+from preceptor.errors import ModelError
+from preceptor.hub import cannot_load, first_line, resolve_model_path
+from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.closeness import FAILURES
+from preceptor.model.forward import Engine
+from preceptor.model.load import auto_class
+from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.optimisations import Mode, install
+from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
+from preceptor.model.sizes import dry_run_for
+from preceptor.plan.counting import count_built
+from preceptor.plan.live_bytes import LiveBytes
+from preceptor.plan.memory import Moment, Setup, Weights
+from preceptor.plan.parameters import LoraSpec, Parameters
+
+aten = torch.ops.aten
+Build = Callable[..., Any]
+"""(config, dtype=...) -> a model of that config."""
+
+
+_MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
+Role = tuple[Any, ...]
+"""Which stretch of a step it is, whatever the depth: a layer's place from the start or from the end, and its pass."""
+
+
+def dry_run_of(model: config.Model, engine: Mode = "auto") -> "DryRun":
+    """Of a run's model, from its config alone. Raises ModelError for what is no causal language model."""
+    place = resolve_model_path(model.path)
+    source = {"trust_remote_code": model.trust_remote_code, "revision": model.revision or "main"}
+    try:
+        found = AutoConfig.from_pretrained(place, **source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise cannot_load(place, "config", error) from error
+    return DryRun(
+        found, partial(auto_class(place, found).from_config, trust_remote_code=model.trust_remote_code), engine
+    )
+
+
+def dry_run_like(model: nn.Module, engine: Mode = "auto") -> "DryRun":
+    """Of a model that is there."""
+    bare = causal_lm(model)
+    return DryRun(bare.config, type(bare)._from_config, engine)
+
+
+class DryRun:
+    """One architecture: how many parameters it has, and what a step of it takes. What was found is kept."""
+
+    def __init__(self, settings: Any, build: Build, engine: Mode = "auto") -> None:
+        """settings: a transformers config. build: makes a model of it."""
+        self._settings, self._build, self._engine = settings, build, engine
+        self._moments: dict[Any, tuple[Moment, ...]] = {}
+        self._parameters: dict[Any, Parameters] = {}
+        self._models: dict[Any, Any] = {}
+        self.num_rows = int(settings.get_text_config(decoder=True).vocab_size)
+        model = self._whole = self._model(torch.float32, None, 0, self.num_rows, None)
+        self.num_layers = len(decoder_layers(model))
+        if not self.num_layers:
+            raise ModelError(f"{model_type(model)}: does not say which of its modules are layers, so it has no dry run")
+        self._depths = _Depths.of([_signature(layer) for layer in decoder_layers(model)])
+        self.reads_alone = _mixes_outside_attention(causal_lm(model))
+
+    # Parameters -------------------------------------------------------------------------------------------------------
+
+    def parameters(self, adapter: LoraSpec | None = None, num_new_tokens: int = 0, num_rows: int = 0) -> Parameters:
+        """Raises ModelError for an adapter target that the model has not."""
+        num_rows = num_rows or self.num_rows
+        key = adapter, num_new_tokens, num_rows
+        if key not in self._parameters:
+            whole = self._model(torch.float32, None, 0, num_rows, None)
+            if adapter is None:
+                found = count_built(whole, whole)
+            else:
+                short, long = (
+                    count_built(whole, self._model(torch.float32, adapter, num_new_tokens, num_rows, depth))
+                    for depth in (self._depths.short, self._depths.long)
+                )
+                found = short.continued(long, self._depths.times)
+            self._parameters[key] = found
+        return self._parameters[key]
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def step(
+        self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int
+    ) -> tuple[Moment, ...]:
+        """Every stretch of a sequence's forward and backward pass. num_rows: of the embedding.
+
+        Of the sequence, its lengths alone count. Raises ModelError where the model cannot run without values.
+        """
+        held: Weights = "float32" if setup.weights == "float32" else "bfloat16"
+        setup = replace(setup, weights=held, world_size=1, sequences_per_step=min(2, setup.sequences_per_step))
+        laid_out = sequence.subtree_end_T.tobytes(), sequence.source_N.tobytes(), sequence.alone
+        key = setup, policy, num_rows, laid_out
+        if key not in self._moments:
+            alike = policy.checkpointed_layers(self.num_layers) in (0, self.num_layers)
+            depth = self._depths.short if alike else self.num_layers
+            short = long = self._run(setup, policy, sequence, num_rows, depth)
+            if depth < self.num_layers:
+                long = self._run(setup, policy, sequence, num_rows, self._depths.long)
+            times = self._depths.times
+            self._moments[key] = tuple(moment.continued(long[role], times) for role, moment in short.items())
+        return self._moments[key]
+
+    def _run(
+        self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
+    ) -> dict[Role, Moment]:
+        dtype = getattr(torch, setup.weights)
+        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth).train()
+        with dry_run_for(setup.device_type):
+            state = install(model, self._engine, check=False)
+            try:
+                return _passes(model, sequence, policy, setup, self._depths.side)
+            except (ModelError, *FAILURES) as error:
+                if "last_layer" not in state.optimisations:
+                    raise ModelError(f"{model_type(model)}: cannot run without values: {first_line(error)}") from error
+        state.optimisations.discard("last_layer")  # such a layer may not take fewer tokens than there are
+        return self._run(setup, policy, sequence, num_rows, depth)
+
+    def _model(
+        self, dtype: torch.dtype, adapter: LoraSpec | None, num_new_tokens: int, num_rows: int, depth: int | None
+    ) -> Any:
+        """A model without values; depth: so many of its layers, None for all."""
+        key = dtype, adapter, num_new_tokens, num_rows, depth
+        if key not in self._models:
+            settings = copy.deepcopy(self._settings)
+            text = settings.get_text_config(decoder=True)
+            text.vocab_size = num_rows
+            if depth is not None and depth != self.num_layers:
+                _shorten(text, self.num_layers, depth)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what transformers and peft have to say, they say of the real model
+                model = self._build(settings, dtype=dtype)
+                freeze_towers(model)
+                if adapter is not None:
+                    new_ids = range(num_rows - num_new_tokens, num_rows)
+                    targets = adapter.targets
+                    model = add_adapter(model, adapter.rank, adapter.rank, adapter.dropout, targets, new_ids, seed=0)
+            _put_on_fake_cpu(model)
+            self._models[key] = model
+        return self._models[key]
+
+
+def _put_on_fake_cpu(model: nn.Module) -> None:
+    """From the meta device, where there is neither autocast nor fused attention, to a CPU without memory."""
+    made: dict[int, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+                        parameter = isinstance(tensor, nn.Parameter)
+                        made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if parameter else fake
+                    own[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _passes(
+    model: Any, sequence: PackedSequence, policy: ActivationPolicy, setup: Setup, side: int
+) -> dict[Role, Moment]:
+    """Forward, loss and backward of a model that exists in full."""
+    engine = Engine(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mode: Any = next(iter(trained)).fake_mode
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter) if setup.sequences_per_step > 1 else None
+    layers = decoder_layers(model)
+    timeline = _Timeline(model, trained, len(layers), side)
+    hooks = [hook for index, layer in enumerate(layers) for hook in timeline.watch(layer, index)]
+    step = StepContext(accumulates=True, head_cast=HeadCast())
+    half = torch.autocast("cpu", dtype=torch.bfloat16) if setup.autocast else nullcontext()
+    try:
+        with mode, timeline:
+            with half:
+                loss = engine(sequence, policy, step=step)
+            timeline.mark("backward pass", ("backward",))
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+    return timeline.moments()
+
+
+class _Timeline(LiveBytes):
+    """Live bytes beside the weights, stretch by stretch.
+
+    A number that is read from a tensor is 1: that is the gradient of the loss, which the loss asks for.
+    """
+
+    def __init__(self, model: nn.Module, trained: list[nn.Parameter], num_layers: int, side: int) -> None:
+        self._casts: dict[int, int] = {}
+        super().__init__([*model.parameters(), *model.buffers()])
+        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        self._weight_bytes = self.live_bytes
+        for parameter in trained:
+            if parameter.grad is not None:
+                self.count(parameter.grad)
+        self._trained, self._num_layers, self._side = trained, num_layers, side
+        self._times_entered: Counter[int] = Counter()
+        self._in_backward = False
+        self._stretches: list[list[Any]] = []
+        self.mark("forward pass", ("embedding",))
+
+    def mark(self, name: str, role: Role, index: int | None = None) -> None:
+        """A stretch begins: of layer `index` or of none."""
+        self._close()
+        self._in_backward |= name == "backward pass"
+        self.peak_bytes = self.live_bytes
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in self._trained if p.grad is not None)
+        self._stretches.append([name, role, index, 0, self.live_bytes, gradients, self._cast_bytes])
+
+    def _close(self) -> None:
+        if self._stretches:
+            self._stretches[-1][3] = self.peak_bytes
+
+    @property
+    def _cast_bytes(self) -> int:
+        return sum(self._casts.values())
+
+    def watch(self, layer: nn.Module, index: int) -> Iterator[Any]:
+        """Mark where the layer begins and ends, forward and backward."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if self._in_backward:
+                return
+            self._times_entered[index] += 1
+            turn = self._times_entered[index]
+            self.mark("forward pass", ("forward", turn), index)
+            hidden = args[0] if args else named.get("hidden_states")
+            if index == 0 and isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.mark("backward pass", ("embedding backward", turn)))
+
+        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if self._in_backward:
+                return
+            turn = self._times_entered[index]
+            hidden = out[0] if isinstance(out, tuple) else out
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.mark("backward pass", ("backward", turn), index))
+            if index == self._num_layers - 1:
+                self.mark("loss", ("loss", turn))
+
+        yield layer.register_forward_pre_hook(before, with_kwargs=True)
+        yield layer.register_forward_hook(after)
+
+    def run(self, operation: Any, args: Any, kwargs: Any) -> Any:
+        if operation is aten._local_scalar_dense.default:
+            return 1.0
+        if operation is aten._unique2.default:  # as many as there are: no more than that
+            ids = args[0]
+            return ids.new_empty(ids.numel()), torch.empty_like(ids), ids.new_empty(0)
+        if operation is aten._grouped_mm.default:  # without values torch knows it in bfloat16 only
+            return _grouped_product(*args, **kwargs)
+        out = operation(*args, **kwargs)
+        if operation is aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
+            self._casts[out.untyped_storage()._cdata] = out.untyped_storage().nbytes()
+        return out
+
+    def _forget(self, key: int) -> None:
+        super()._forget(key)
+        self._casts.pop(key, None)
+
+    def moments(self) -> dict[Role, Moment]:
+        """Each stretch under what it is at any depth. Those of layers far from both ends lie between the others."""
+        self._close()
+        found: dict[Role, Moment] = {}
+        for name, role, index, peak, start, gradients, casts in self._stretches:
+            moment = Moment(name, peak - self._weight_bytes, start - self._weight_bytes, gradients, casts)
+            if index is None:
+                places: list[Role] = [role]
+            else:
+                from_end = self._num_layers - 1 - index
+                places = [(*role, "start", index)] * (index < self._side) + [(*role, "end", from_end)] * (
+                    from_end < self._side
+                )
+            for place in places:
+                former = found.get(place)
+                found[place] = moment if former is None or moment.peak_bytes > former.peak_bytes else former
+        return found
+
+
+def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+    """The result's size: groups are rows of the left, columns of the right, or what both sum over."""
+    rows, columns = left.shape[-2], right.shape[-1]
+    if left.dim() == right.dim():
+        assert offs is not None or left.dim() == 3
+        return left.new_empty(len(left) if offs is None else len(offs), rows, columns)
+    return left.new_empty(rows, columns)
+
+
+def _mixes_outside_attention(model: Any) -> bool:
+    """Whether it reads one conversation at a time, as far as its config says; preflight proves it."""
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return bool(getattr(model, "_is_stateful", False)) or not _MIXING_LAYERS.isdisjoint(layer_types)
+
+
+# Depths --------------------------------------------------------------------------------------------------------------
+
+
+def _signature(layer: nn.Module) -> Any:
+    """What makes two layers alike: their parameters' names and sizes, and how far their attention looks."""
+    sizes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+    settings = tuple(
+        str(getattr(module, name))
+        for module in layer.modules()
+        for name in ("sliding_window", "attention_type", "layer_type", "is_sliding")
+        if hasattr(module, name)
+    )
+    return sizes, settings
+
+
+@dataclass(frozen=True, slots=True)
+class _Depths:
+    """short, long: two numbers of layers, a period apart, that stand for `total`; equal to it where that spares little.
+
+    side: layers at each end whose place counts from there.
+    """
+
+    short: int
+    long: int
+    total: int
+    side: int
+
+    @property
+    def times(self) -> float:
+        """How often the difference is to be added to the shorter one."""
+        return (self.total - self.short) / (self.long - self.short) if self.long > self.short else 0.0
+
+    @classmethod
+    def of(cls, signatures: list[Any]) -> "_Depths":
+        total = len(signatures)
+        for period in range(1, total):
+            first = next((i for i in range(total) if signatures[i : total - period] == signatures[i + period :]), total)
+            side = max(first, 1) + period
+            short = 2 * side + (total - 2 * side) % period
+            if 2 * short + period < total:
+                return cls(short, short + period, total, side)
+        return cls(total, total, total, total)
+
+
+def _shorten(text: Any, total: int, depth: int) -> None:
+    """A config of fewer layers: what is listed by layer is cut."""
+    text.num_hidden_layers = depth
+    for name, value in vars(text).items():
+        if isinstance(value, list | tuple) and len(value) == total:
+            setattr(text, name, value[:depth])

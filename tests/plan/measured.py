@@ -1,0 +1,45 @@
+"""A real training step of a tiny model, measured, and sequences to train it on."""
+
+import gc
+
+import numpy as np
+import torch
+
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations.context import StepContext
+from preceptor.model.forward import Engine
+from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.plan.live_bytes import LiveBytes
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.precision import autocast
+from tiny import chain
+
+ONE = (((300, 100),),)
+SEVERAL = (((120, 40),), ((60, 20), (50, 30)), ((0, 90),), ((30, 0),))
+
+
+def sequence_of(conversations, alone=False):
+    """Conversations of (context, target) tokens, packed."""
+    rng = np.random.default_rng(0)
+    return pack_trees([chain(rng, tuple(n for turn in turns for n in turn)) for turns in conversations], alone)
+
+
+def measured_peak(model, sequence, policy, precision="float32", num_sequences=1):
+    """The most bytes of tensors that live at one time in the second step, when the optimizer has its state."""
+    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
+    engine = Engine(model)
+    gc.collect()
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        for _ in range(2):
+            gc.collect()
+            live.peak_bytes = live.live_bytes
+            step = StepContext(accumulates=True, head_cast=HeadCast())
+            for _ in range(num_sequences):
+                with autocast(torch.device("cpu"), precision):
+                    loss = engine(sequence, policy, step=step)
+                loss.backward()
+                del loss
+            del step
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak_bytes

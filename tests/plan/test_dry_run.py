@@ -1,0 +1,177 @@
+"""What a dry run predicts of a step against a real step: policies, precisions, adapters and model types."""
+
+from dataclasses import replace
+
+import pytest
+from measured import ONE, SEVERAL, measured_peak, sequence_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preceptor.errors import ModelError
+from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.plan.dry_run import DryRun, dry_run_like
+from preceptor.plan.memory import Setup, step_memory
+from preceptor.plan.parameters import LoraSpec
+from preceptor.plan.work import Work
+from tiny import seeing_model, tiny_model
+
+SIZES = {
+    "vocab_size": 512,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+POLICIES = (
+    KEEP_ALL,
+    ActivationPolicy("recompute"),
+    ActivationPolicy("detach"),
+    ActivationPolicy("full", "all"),
+    ActivationPolicy("detach", "all"),
+    ActivationPolicy("full", 1),
+)
+SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+def predicted_peak(model, sequence, setup, policy=KEEP_ALL):
+    dry_run = dry_run_like(model)
+    moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
+    parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens)
+    return step_memory(setup, parameters, moments).peak_bytes
+
+
+def check(model, conversations, policy=KEEP_ALL, precision="float32", num_sequences=1, alone=False):
+    setup = Setup(autocast=precision == "bfloat16", sequences_per_step=num_sequences)
+    sequence = sequence_of(conversations, alone)
+    found = predicted_peak(model, sequence, setup, policy)
+    assert found == pytest.approx(measured_peak(model, sequence, policy, precision, num_sequences), rel=0.005)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("llama", "float32"), ("qwen3", "bfloat16"), ("gemma3_text", "bfloat16")]
+)
+def test_the_peak_of_a_step(kind, precision, policy):
+    check(tiny_model(kind, **SIZES), ONE, policy, precision)
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_several_conversations_and_several_sequences(precision, policy):
+    check(tiny_model("llama", **SIZES), SEVERAL, policy, precision, num_sequences=2)
+
+
+# experts, soft-cap, sinks, windows, fused matrices; then types that have no shape
+KINDS = ("gpt_oss", "mixtral", "qwen3_moe", "gemma2", "phi3", "mistral")
+NEW_KINDS = ("glm4", "cohere", "gpt_neox", "starcoder2", "olmoe", "apertus")
+
+
+@pytest.mark.parametrize("kind", KINDS + NEW_KINDS)
+def test_any_model_type(kind):
+    check(tiny_model(kind, **SIZES), ONE, precision="bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["bamba", "nemotron"])
+@pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
+def test_models_that_read_one_conversation_at_a_time(kind):
+    """State-space layers; and attention that is not told how a sequence is laid out."""
+    model = tiny_model(kind, **SIZES)
+    assert dry_run_like(model).reads_alone == (kind == "bamba")
+    check(model, (((12, 8),),), alone=True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "num_new_tokens"),
+    [(LoraSpec(4), 0), (LoraSpec(4, ("q_proj", "down_proj")), 2), (LoraSpec(4, None, 0.1), 3)],
+)
+def test_adapters(adapter, num_new_tokens):
+    model = tiny_model("llama", **SIZES)
+    new_ids = range(512 - num_new_tokens, 512)
+    adapted = add_adapter(model, adapter.rank, 8.0, adapter.dropout, adapter.targets, new_ids, seed=0).train()
+    setup, sequence = Setup("float32", True, adapter, num_new_tokens), sequence_of(ONE)
+    found = predicted_peak(adapted, sequence, setup)
+    assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, "bfloat16"), rel=0.005)
+
+
+def test_towers_are_held_beside():
+    model = seeing_model("qwen3_vl", vocab_size=512)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("visual" not in name)
+    check(model, ONE)
+
+
+@pytest.mark.parametrize("policy", [KEEP_ALL, ActivationPolicy("recompute"), ActivationPolicy("full", "all")], ids=str)
+@pytest.mark.parametrize(("kind", "layers", "period"), [("llama", 10, 1), ("gpt_oss", 17, 2)])
+def test_a_few_layers_stand_for_many(kind, layers, period, policy):
+    """gpt-oss: windows that alternate make a period of two layers."""
+    dry_run, whole = (dry_run_like(tiny_model(kind, **SIZES | {"num_hidden_layers": layers})) for _ in range(2))
+    depths = dry_run._depths
+    assert depths.short < layers and depths.long - depths.short == period
+    whole._depths = replace(depths, short=layers, long=layers)
+    setup, sequence = Setup(autocast=True, device_type="cuda"), sequence_of(ONE)
+    found, true = (
+        max(moment.peak_bytes for moment in each.step(setup, policy, sequence, 512)) for each in (dry_run, whole)
+    )
+    assert found == pytest.approx(true, rel=1e-3)
+
+
+def llama_8b():
+    config = AutoConfig.for_model("llama", **SPECIAL | LLAMA_8B, max_position_embeddings=1 << 17)
+    return DryRun(config, AutoModelForCausalLM.from_config)
+
+
+def test_an_8b_llama_on_a_gpu():
+    """By hand: of a layer its input and the attention's result (float32); in bfloat16 the inputs of q, k, v and of gate
+    and up, q, k, v, attention's output, gate, up and their product; and a number per token for each head and norm.
+    """
+    dry_run, tokens = llama_8b(), 4096
+    assert dry_run.parameters().num_base == 8_030_261_248
+    setup = Setup("float32", True, device_type="cuda")
+    sequence = Work((((0, tokens),),)).sequence()  # all of it is read, so the last layer is as the others
+    moments = dry_run.step(setup, KEEP_ALL, sequence, dry_run.num_rows)
+    found = step_memory(setup, dry_run.parameters(), moments)
+    hidden, keys, width, heads = 4096, 1024, 14336, 32
+    of_layer = 2 * 4 * hidden + 2 * (2 * hidden + (hidden + 2 * keys) + hidden + 3 * width) + 4 * (heads + 2)
+    assert found.components["activations"] == pytest.approx(32 * tokens * of_layer, rel=0.02)
+    assert found.components["copies of weights"] == pytest.approx(
+        2 * sum(p.matrices for p in dry_run.parameters().layers), rel=0.01
+    )
+
+
+def test_a_gpu_takes_other_paths_than_a_cpu():
+    """Soft-cap and sinks by flex, windows by flash: no scores are kept, so twice the tokens take twice the memory."""
+    for kind in ("gemma2", "gpt_oss", "mistral"):
+        dry_run = dry_run_like(tiny_model(kind, **SIZES | {"head_dim": 16, "num_key_value_heads": 8}))
+        one, two = (
+            step_memory(
+                setup := Setup("bfloat16", True, device_type="cuda"),
+                dry_run.parameters(),
+                dry_run.step(setup, KEEP_ALL, Work((((0, tokens),),)).sequence(), 512),
+            ).components["activations"]
+            for tokens in (2048, 4096)
+        )
+        assert two == pytest.approx(2 * one, rel=0.01)
+
+
+def test_what_cannot_run_without_values_is_said(monkeypatch):
+    model = tiny_model("llama", **SIZES)
+    dry_run = dry_run_like(model)
+    attention = type(model.model.layers[0].self_attn)
+
+    def by_value(self, *arguments, **named):
+        raise TypeError("only one element tensors can be converted to Python scalars")
+
+    monkeypatch.setattr(attention, "forward", by_value)
+    with pytest.raises(ModelError, match="llama: cannot run without values: only one"):
+        dry_run.step(Setup(), KEEP_ALL, sequence_of(ONE), 512)

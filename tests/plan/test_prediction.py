@@ -1,0 +1,44 @@
+"""The prediction of a run that is being made: of its own model and largest sequence, recorded and reported."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from measured import measured_peak, sequence_of
+from rich.console import Console
+
+from preceptor import config
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.plan.plan import predict_peak_bytes
+from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
+from tiny import tiny_model
+
+
+def test_it_is_what_a_step_takes_and_none_with_a_second_model(run_file):
+    run = config.load(run_file(memory__context_gradient="detach", train__precision="float32"))
+    sequence, model = sequence_of((((100, 28),),)), tiny_model("llama")
+    predicted = predict_peak_bytes(run, model, sequence, 0, "cpu")
+    measured = measured_peak(model, sequence, ActivationPolicy("detach"), num_sequences=run.train.batch_size)
+    assert predicted == pytest.approx(measured, rel=0.005)
+    held = config.load(run_file(loss__kl_coef=0.5))
+    assert predict_peak_bytes(held, model, sequence, 0, "cpu") is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known):
+    prepared = prepare(config.load(run_file(loss__kl_coef=0.0 if known else 0.1)))
+    summary = execute(prepared, Console(file=io.StringIO()))
+    folder = Path(prepared.run.out)
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    page = (folder / "report.html").read_text()
+    assert summary["memory_before_bytes"] > 0
+    if known:
+        tokens = prepared.loader().largest_sequences()[0].num_tokens
+        weights = 4 * 4 * 19_000  # of the tiny model, with gradients and two means: about
+        assert summary["predicted_memory_bytes"] > weights + 4 * 32 * tokens
+        assert " MB for tensors, " in page
+    else:
+        assert "predicted_memory_bytes" not in summary
+        assert "the plan does not know this kind of model or run" in page
