@@ -11,6 +11,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
@@ -32,11 +33,12 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 _OF_DICT = frozenset(dir(dict))
+_OF_LOOP = frozenset(("index", "index0", "first", "last", "length", "revindex", "revindex0"))
 _OF_CALLS = ("_loop_vars", "_block_vars")  # what Jinja's code hands on with every call
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with short cuts for what templates do most: to read a message's keys, to ask a string."""
+    """Jinja's sandbox, with short cuts for what templates do most: read keys of a message, ask a string."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,6 +47,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in _OF_DICT:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if attribute in _OF_LOOP and isinstance(obj, LoopContext):
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
