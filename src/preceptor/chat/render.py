@@ -3,9 +3,9 @@
 For each turn k, with the template arguments that a server would use:
 
 1. P = render(messages[:k], add_generation_prompt=True), tokenised, is the context, always, whatever follows.
-2. to 4. `proof.target_of` finds the target in F = render(messages[:k+1]), by the origin of its characters.
+2. to 4. `turns.target_of` finds the target in F = render(messages[:k+1]), by the origin of its characters.
 5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
-6. `tree.GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
+6. `GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
 
 Codes of rejections and what to do about each: `rejections.ADVICE`.
 """
