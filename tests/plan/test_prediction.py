@@ -26,6 +26,15 @@ def test_it_is_what_a_step_takes_and_none_with_a_second_model(run_file):
     assert predict_peak_bytes(held, model, sequence, 0, "cpu") is None
 
 
+def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypatch):
+    def needs_values(model, engine):
+        raise ValueError("cannot copy out of a meta tensor")
+
+    monkeypatch.setattr("preceptor.plan.dry_run.dry_run_like", needs_values)
+    run = config.load(run_file(train__precision="float32"))
+    assert predict_peak_bytes(run, tiny_model("llama"), sequence_of((((10, 5),),)), 0, "cpu") is None
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known):
     prepared = prepare(config.load(run_file(loss__kl_coef=0.0 if known else 0.1)))

@@ -281,6 +281,7 @@ def predict_peak_bytes(
     num_new_tokens: those that were added to its vocabulary. None where there is no prediction: for a model that cannot
     run without values, and for `loss.kl_coef`, which runs the base as well.
     """
+    from preceptor.model.closeness import FAILURES
     from preceptor.plan.dry_run import dry_run_like
 
     if run.loss.kl_coef > 0:
@@ -292,6 +293,6 @@ def predict_peak_bytes(
         dry_run = dry_run_like(model, run.engine)
         moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
         parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows)
-    except ModelError:
+    except (ModelError, *FAILURES):  # whatever a model's code cannot do without values: no run may end for a prediction
         return None
     return step_memory(setup, parameters, moments).peak_bytes
