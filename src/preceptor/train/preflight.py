@@ -77,10 +77,10 @@ def preflight(
 
 def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], None], objective: Objective) -> Loader:
     model = engine.model
-    with _line(say, "the loss is of the model's own logits"):
+    with _line(say, "the loss uses the model's own logits"):
         check_head(model)
     try:
-        with _line(say, "conversations of a sequence do not see each other"):
+        with _line(say, "packed conversations do not see each other (random tokens)"):
             check_isolation(model)
     except ModelError as error:
         reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
@@ -92,16 +92,19 @@ def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], 
         check_phases(model, objective.policy)
         trees = _sample(loader)
     if trees:
-        with _line(say, f"nor do {len(trees)} of this run's, {sum(tree.num_tokens for tree in trees):,} tokens"):
+        num_tokens = sum(tree.num_tokens for tree in trees)
+        with _line(
+            say, f"packed conversations do not see each other ({len(trees)} of this run, {num_tokens:,} tokens)"
+        ):
             _check_sample_isolation(engine, trees, precision)
-        with _line(say, "their loss in one sequence is the sum of the losses of each alone"):
+        with _line(say, "the loss of a sequence is the sum of its conversations' losses"):
             _check_sum(engine, trees, precision, objective)
     largest = loader.largest_sequences()
     sizes = (
         f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
         f"{max(sequence.num_trained for sequence in largest):,} trained"
     )
-    with _line(say, f"the largest sequences ({sizes}) go forward and backward, and all is finite"):
+    with _line(say, f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results"):
         _check_largest(engine, largest, loader, precision, objective)
     return loader
 

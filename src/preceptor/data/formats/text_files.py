@@ -216,7 +216,7 @@ class _JsonStream:
 
     def broken(self, message: str) -> DataError:
         line = self._lines_before + self._buffer.count("\n", 0, self._at) + 1
-        return DataError(f"{self._name}:{line}: broken JSON: {message}. Mend the file, or write it anew")
+        return DataError(f"{self._name}:{line}: broken JSON: {message}. Fix the file or write it again")
 
 
 def csv_rows(file: Path, name: str) -> TableRows:

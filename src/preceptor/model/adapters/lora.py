@@ -52,7 +52,7 @@ def add_adapter(
     )
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-        # peft asks transformers by a name that 5.2x deprecates; nothing a user could mend
+        # peft asks transformers by a name that 5.2x deprecates; a user can do nothing about it
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         try:
