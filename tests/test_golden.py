@@ -3,6 +3,8 @@
 import pytest
 from golden import conversations, data, subject
 
+from tiny import tiny_tokenizer
+
 ENTRIES = conversations.read_entries() if conversations.TEMPLATES.is_dir() else []
 _RECORDED = {name: data.recorded(name) for name in ("trees", "losses")}
 
@@ -18,6 +20,10 @@ def test_each_template_and_each_case_is_recorded():
     assert list(subject.CASES) == list(_RECORDED["losses"])
 
 
+@pytest.mark.skipif(
+    not subject.aliases_reasoning(tiny_tokenizer()),
+    reason="recorded with a transformers that shows reasoning to templates under other names too",
+)
 @pytest.mark.parametrize(("place", "entry"), list(enumerate(ENTRIES)), ids=[entry.name for entry in ENTRIES])
 def test_trees_are_as_recorded(place, entry):
     found = data.tree_differences(data.trees(entry, place), _RECORDED["trees"][entry.name])

@@ -15,7 +15,7 @@ import yaml
 from preceptor import cli
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
-from preceptor.chat.template import load_template
+from preceptor.chat.template import load_template, probe_message_rules
 from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import Tree
 
@@ -36,6 +36,11 @@ def render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         else:
             outcomes.append(renderer.render(Conversation(f"row:{number}", messages, row.get("tools"))))
     return [outcome_of(outcome) for outcome in outcomes]
+
+
+def aliases_reasoning(tokenizer: Any) -> bool:
+    """Whether the installed transformers shows a message's reasoning to templates under every name of the field."""
+    return probe_message_rules(tokenizer).aliases_reasoning
 
 
 def outcome_of(outcome: Tree | Rejection) -> str:
