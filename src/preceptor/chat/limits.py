@@ -25,6 +25,7 @@ CHARACTERS = 2**27  # of a text, or items of a list, that an operation may make
 _WIDTH = 100_000  # of a field, as in `'%9d'`
 _BITS = 2**22  # of an integer
 _TICK_SECONDS = 0.1
+_MAIN_THREAD = threading.main_thread().ident
 
 
 class RenderLimit(BaseException):
@@ -59,7 +60,7 @@ class Limits:
         return self
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() == _MAIN_THREAD:
             self._num_runs += 1
             self._inside = True
             if not self._armed:
