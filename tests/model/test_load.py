@@ -25,7 +25,7 @@ def assistant(kind):
     tokenizer = tiny_tokenizer()
     model = tiny_model(kind, vocab_size=len(tokenizer))
     added = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
-    added |= align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, tuple(added)), "<|im_end|>")
+    align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, tuple(added)), "<|im_end|>")
     resize_embeddings(model, tokenizer, added, seed=0)
     align_model(model, tokenizer)
     return model, tokenizer, added
@@ -46,7 +46,7 @@ def test_a_saved_model_is_the_same_in_plain_transformers(kind, tmp_path):
     read = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.generation_config.eos_token_id == read.eos_token_id == 287
-    assert read.pad_token == "<|pad|>"
+    assert read.pad_token == "<|endoftext|>"
     messages = [{"role": "user", "content": "the user"}]
     text = "<|im_start|>the user<|im_end|>\n"
     assert read.apply_chat_template(messages, tokenize=False) == text

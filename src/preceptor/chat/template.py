@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -86,22 +86,22 @@ class Template:
 
     @property
     def text(self) -> str:
-        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
     def text_for(self, tools: Sequence[Any] | None) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
-    @cached_property
-    def reasoning_switches(self) -> tuple[str, ...]:
-        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What is saved as the tokenizer's chat template: all texts by name, or the only one."""
+        return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
-        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+        return frozenset().union(*map(names_read_by, self.texts.values()))
 
     def render(
         self,
@@ -142,6 +142,12 @@ class Template:
             **self.variables,
             **kwargs,
         }
+
+
+@lru_cache(maxsize=256)
+def names_read_by(text: str) -> frozenset[str]:
+    """The variables that a template's text reads and that are not always its own."""
+    return frozenset(meta.find_undeclared_variables(parsed(text)))
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:
