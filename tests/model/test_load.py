@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import files
-from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer
+from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.template import Template
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
@@ -141,15 +141,6 @@ def changed_config(base_folder, folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return folder
-
-
-def test_sampling_values_without_do_sample_do_not_make_the_last_save_fail(base_folder, tmp_path):
-    folder = changed_config(base_folder, tmp_path / "a")
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 0}))
-    for init in ("pretrained", "random"):
-        save_model(load_model(folder, "float32", "cpu", init=init), load_tokenizer(folder), tmp_path / init)
-        written = json.loads((tmp_path / init / "generation_config.json").read_text())
-        assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, True)
 
 
 def test_what_is_no_causal_language_model_is_rejected(base_folder, tmp_path):
