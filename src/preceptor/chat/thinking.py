@@ -18,6 +18,7 @@ from typing import Any
 
 from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
 from preceptor.chat.template import Template, names_read_by
+from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.data.examples import Conversation, Example
 from preceptor.data.forest import Tree
 from preceptor.errors import TemplateError
@@ -31,7 +32,6 @@ _PROBES: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]
     ([_USER], [_TOOL]),
 )
 _WORDS = ("think", "reason")
-_OF_A_RENDER = frozenset(("messages", "tools", "add_generation_prompt"))  # of every call: they have no default
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def find_switch(template: Template, arguments: Mapping[str, Any]) -> Switch:
     def prompts(**tried: bool) -> list[str | None]:
         return [_prompt(template, messages, tools, {**arguments, **tried}) for messages, tools in _PROBES]
 
-    candidates = template.names_read - _OF_A_RENDER - set(template.variables)
+    candidates = template.names_read - RESERVED_ARGUMENTS - set(template.variables)
     names = tuple(
         name for name in sorted(candidates) if _switches(name, *(prompts(**{name: v}) for v in (True, False)))
     )
@@ -164,7 +164,7 @@ def with_defaults(template: Template, defaults: Mapping[str, Any], switch: Switc
     """
     texts = {}
     for key, text in template.texts.items():
-        read = names_read_by(text) - _OF_A_RENDER
+        read = names_read_by(text) - RESERVED_ARGUMENTS
         together = [name for name in switch.names if name in read]
         groups = [together, *([name] for name in defaults if name in read and name not in together)]
         texts[key] = "".join(_assignments(template, group, defaults) for group in groups) + text
