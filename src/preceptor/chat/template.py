@@ -6,6 +6,7 @@ variables. What transformers does to a message before the template sees it diffe
 null are dropped, reasoning is copied under other names); that is asked of the installed transformers, not assumed.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import jinja2
 from jinja2 import meta
 
 from preceptor.chat.environment import compiled, parsed, rendered
+from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
@@ -120,7 +122,10 @@ class Template:
     def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
         """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(self.text_for(tools), variables)
+            with limits(self.name):
+                return rendered(self.text_for(tools), variables)
+        except TemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -176,6 +181,14 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
+def reserved_arguments(tokenizer: Any) -> frozenset[str]:
+    """What no argument of a template can be called: the server's own, of `apply_chat_template`."""
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"} | {
+        "self",
+        "messages",
+    }
+
+
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
 
@@ -210,6 +223,8 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TemplateError("template: the tokenizer's chat_template is no text; give the path of a .jinja file")
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
@@ -234,10 +249,15 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raises TemplateError with the line of the first syntax error."""
+    """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
     try:
-        compiled(text)
+        with limits(name):
+            compiled(text)
+    except TemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
+        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error
