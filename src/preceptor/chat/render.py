@@ -27,6 +27,7 @@ from preceptor.chat.turns import Stops, Turn, target_of
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.errors import PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -102,6 +103,11 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
+        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+            raise
+        except Exception as error:
+            found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
+            return Rejection(record.source, "unreadable", found)
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.

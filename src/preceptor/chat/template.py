@@ -170,6 +170,15 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+
+
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
 
@@ -186,13 +195,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
