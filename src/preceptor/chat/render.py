@@ -30,14 +30,15 @@ from preceptor.chat.reasoning import (
     reasoning_text,
 )
 from preceptor.chat.renders import Chat, Renders, Runs
-from preceptor.chat.template import Template, reserved_arguments
+from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -70,8 +71,7 @@ class Renderer:
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
-        self._reserved = reserved_arguments(tokenizer)
-        if taken := sorted(self._reserved & self.template_kwargs.keys()):
+        if taken := sorted(RESERVED_ARGUMENTS & self.template_kwargs.keys()):
             raise ConfigError(f"data.chat_template_kwargs: {', '.join(taken)} is the server's own argument; remove it")
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
@@ -122,6 +122,11 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
+        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+            raise
+        except Exception as error:
+            found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
+            return Rejection(record.source, "unreadable", found)
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -222,7 +227,7 @@ class Renderer:
         for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
             if fitted is not message.given:
                 leaves[k] = leaves_of(fitted, k)
-        if taken := sorted(self._reserved & record.template_kwargs.keys()):
+        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         attempts = {k: self._attempts(given[k], arguments) for k in turns}

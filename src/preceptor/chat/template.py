@@ -6,7 +6,6 @@ variables. What transformers does to a message before the template sees it diffe
 null are dropped, reasoning is copied under other names); that is asked of the installed transformers, not assumed.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -181,12 +180,13 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
-def reserved_arguments(tokenizer: Any) -> frozenset[str]:
-    """What no argument of a template can be called: the server's own, of `apply_chat_template`."""
-    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"} | {
-        "self",
-        "messages",
-    }
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
 
 
 def load_template(name: str | None, tokenizer: Any) -> Template:
@@ -205,13 +205,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
