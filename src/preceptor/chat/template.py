@@ -6,12 +6,11 @@ variables. What transformers does to a message before the template sees it diffe
 null are dropped, reasoning is copied under other names); that is asked of the installed transformers, not assumed.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -88,22 +87,22 @@ class Template:
 
     @property
     def text(self) -> str:
-        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
     def text_for(self, tools: Sequence[Any] | None) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
-    @cached_property
-    def reasoning_switches(self) -> tuple[str, ...]:
-        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What is saved as the tokenizer's chat template: all texts by name, or the only one."""
+        return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
-        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+        return frozenset().union(*map(names_read_by, self.texts.values()))
 
     def render(
         self,
@@ -149,6 +148,12 @@ class Template:
         }
 
 
+@lru_cache(maxsize=256)
+def names_read_by(text: str) -> frozenset[str]:
+    """The variables that a template's text reads and that are not always its own."""
+    return frozenset(meta.find_undeclared_variables(parsed(text)))
+
+
 def probe_message_rules(tokenizer: Any) -> MessageRules:
     """Learn the rules from `apply_chat_template` itself, by a template that shows the messages it is given."""
 
@@ -175,12 +180,13 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
-def reserved_arguments(tokenizer: Any) -> frozenset[str]:
-    """What no argument of a template can be called: the server's own, of `apply_chat_template`."""
-    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"} | {
-        "self",
-        "messages",
-    }
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
 
 
 def load_template(name: str | None, tokenizer: Any) -> Template:
@@ -199,13 +205,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
