@@ -1,6 +1,8 @@
 """Templates that hang, fill the memory, read what is not theirs, or are refused by transformers."""
 
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -120,6 +122,26 @@ def test_a_render_has_a_limit_of_time(text):
     with pytest.raises(TemplateError, match=r"took more than 0\.5 s"):
         rendered(text + LOOP)
     assert time.process_time() - started < 3
+
+
+def test_a_program_that_ends_while_the_timer_runs_ends_well():
+    program = """
+from preceptor.chat.limits import limits
+import atexit, time
+def wait():
+    started = time.process_time()
+    while time.process_time() - started < 0.5:
+        pass
+class Late:
+    def __del__(self):
+        wait()
+import sys
+sys.late = Late()
+with limits("a"):
+    print("rendered")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "rendered\n")
 
 
 def test_many_short_renders_meet_no_limit(monkeypatch):

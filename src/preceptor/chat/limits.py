@@ -5,6 +5,7 @@ from `range(99999)` inside itself, `'a' * 10**10` or `'{:2000000000}'.format(1)`
 are measured before they run (`call_binop`, `check_call`); what grows step by step meets the timer of `limits`.
 """
 
+import atexit
 import os
 import re
 import signal
@@ -76,17 +77,21 @@ class Limits:
             if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGPROF) != signal.SIG_DFL:
                 return
             signal.signal(signal.SIGPROF, self._tick)
+            atexit.register(self._stop)  # Python gives signals back when it ends, and this one would end it at once
             self._mine = True
         signal.setitimer(signal.ITIMER_PROF, _TICK_SECONDS, _TICK_SECONDS)
         self._armed = True
+
+    def _stop(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        self._armed = False
 
     def _disarmed(self) -> None:
         self._armed = False  # a process that was forked has no timer
 
     def _tick(self, *_: Any) -> None:
         if not self._inside:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            self._armed = False
+            self._stop()
             return
         number, times, memory = self._seen
         if number != self._num_runs:
