@@ -127,15 +127,12 @@ def test_a_render_has_a_limit_of_time(text):
 def test_a_program_that_ends_while_the_timer_runs_ends_well():
     program = """
 from preceptor.chat.limits import limits
-import atexit, time
-def wait():
-    started = time.process_time()
-    while time.process_time() - started < 0.5:
-        pass
+import sys, time
 class Late:
-    def __del__(self):
-        wait()
-import sys
+    def __del__(self, clock=time.process_time):
+        started = clock()
+        while clock() - started < 0.5:
+            pass
 sys.late = Late()
 with limits("a"):
     print("rendered")
