@@ -1,10 +1,13 @@
 """Chat formats: tokens found or added, eos and pad, and what ends a turn."""
 
+import shutil
+
 import pytest
 from tokenizers import AddedToken
 
-from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer, turn_ends
+from preceptor.chat.format import add_tokens, align_tokenizer, load_chat_format, load_tokenizer, turn_ends
 from preceptor.chat.template import Template, load_template
+from preceptor.config import Data, Model, Source
 from preceptor.errors import ModelError
 from tiny import tiny_tokenizer
 
@@ -114,3 +117,11 @@ def test_a_folder_without_tokenizer(base_folder, tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
         load_tokenizer("owner/name")
+
+
+def test_a_generation_config_that_cannot_be_read_is_an_error_and_not_taken_for_none(base_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base_folder, folder)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json: cannot be read"):
+        load_chat_format(Model(path=str(folder)), Data(train=[Source(path="-")], chat_template="chatml"))

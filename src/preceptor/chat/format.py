@@ -20,7 +20,7 @@ from preceptor.data.examples import Completion, Document
 from preceptor.data.rejections import Rejected
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError
-from preceptor.hub import cannot_load, require_reachable, resolve_model_path
+from preceptor.hub import cannot_load, find_file, first_line, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -246,7 +246,9 @@ def _stop_token_ids(
 
     try:
         earlier = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
-    except OSError:  # no generation config: the model's config says what ends a text
+    except OSError as error:  # no generation config: the model's config says what ends a text
+        if find_file(path, "generation_config.json", revision) is not None:
+            raise ModelError(f"{path}/generation_config.json: cannot be read: {first_line(error)}") from None
         settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
         earlier = getattr(settings.get_text_config(decoder=True), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *([earlier] if earlier is None or isinstance(earlier, int) else earlier)]

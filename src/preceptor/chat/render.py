@@ -34,9 +34,11 @@ from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.errors import ConfigError, PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -69,6 +71,8 @@ class Renderer:
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
+        if taken := sorted(RESERVED_ARGUMENTS & self.template_kwargs.keys()):
+            raise ConfigError(f"data.chat_template_kwargs: {', '.join(taken)} is the server's own argument; remove it")
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
         self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
@@ -118,6 +122,11 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
+        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+            raise
+        except Exception as error:
+            found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
+            return Rejection(record.source, "unreadable", found)
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -130,7 +139,12 @@ class Renderer:
         if self._unchecked < cost and self._first_is_checked:
             return tree
         self._unchecked, self._first_is_checked = max(0, self._unchecked - cost), True
-        exact = grow(self._slow_tokeniser)
+        try:
+            exact = grow(self._slow_tokeniser)
+        except Rejected as rejected:
+            if rejected.code != "text_too_large":
+                raise
+            return tree  # as a whole it is too large for the tokenizer
         if exact != tree:
             self._tokeniser = self._slow_tokeniser
             self.counts["tokenized as a whole: chunks gave other tokens"] += 1
@@ -213,6 +227,8 @@ class Renderer:
         for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
             if fitted is not message.given:
                 leaves[k] = leaves_of(fitted, k)
+        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
+            raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         attempts = {k: self._attempts(given[k], arguments) for k in turns}
         return Chat(self.template, given, record.tools, leaves), attempts, spelled_out

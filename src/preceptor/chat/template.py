@@ -19,6 +19,7 @@ import jinja2
 from jinja2 import meta
 
 from preceptor.chat.environment import compiled, parsed, rendered
+from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
@@ -120,7 +121,10 @@ class Template:
     def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
         """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(self.text_for(tools), variables)
+            with limits(self.name):
+                return rendered(self.text_for(tools), variables)
+        except TemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -176,6 +180,15 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+
+
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
 
@@ -192,13 +205,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
@@ -210,6 +221,8 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TemplateError("template: the tokenizer's chat_template is no text; give the path of a .jinja file")
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
@@ -234,10 +247,15 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raises TemplateError with the line of the first syntax error."""
+    """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
     try:
-        compiled(text)
+        with limits(name):
+            compiled(text)
+    except TemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
+        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error

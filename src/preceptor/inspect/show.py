@@ -1,6 +1,5 @@
 """Segments and tokens of an example as coloured text or as JSON."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.text import Text
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments, arguments_lines
 from preceptor.chat.token_text import pieces_of
+from preceptor.console import print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 
@@ -31,7 +31,7 @@ def show_examples(
         rendered = record if isinstance(record, Rejection) else renderer.render(record)
         thinking = thinking_of(record, rendered, renderer)
         if as_json:
-            print(json.dumps({**to_json(record.source, rendered), "thinking": thinking}, ensure_ascii=False))
+            print_json({**to_json(record.source, rendered), "thinking": thinking}, indent=None)
         else:
             console.rule(record.source, align="left")
             console.print(to_text(rendered, renderer.tokenizer))
@@ -81,7 +81,8 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
         for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
             style = _STYLES[segment.kind][place % 2]
-            text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥\t"), f"bold {style}" if special else style)
+            shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
+            text.append(shown, f"bold {style}" if special else style)
     return text
 
 
