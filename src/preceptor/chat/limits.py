@@ -5,6 +5,7 @@ from `range(99999)` inside itself, `'a' * 10**10` or `'{:2000000000}'.format(1)`
 are measured before they run (`call_binop`, `check_call`); what grows step by step meets the timer of `limits`.
 """
 
+import atexit
 import os
 import re
 import signal
@@ -75,6 +76,7 @@ class Limits:
             if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGPROF) != signal.SIG_DFL:
                 return
             signal.signal(signal.SIGPROF, self._tick)
+            atexit.register(signal.setitimer, signal.ITIMER_PROF, 0)  # without a handler it would kill the process
             self._mine = True
         signal.setitimer(signal.ITIMER_PROF, _TICK_SECONDS, _TICK_SECONDS)
         self._armed = True
