@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from preceptor.console import Display
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
 from preceptor.model.embeddings import align_model, resize_embeddings
@@ -172,6 +172,9 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     for line in filter(None, (of_towers, optimisations, str(tokens), str(prepared.shortened))):
         console.print(line, highlight=False, markup=False)
+    few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
+    if few:
+        console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
