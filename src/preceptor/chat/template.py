@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import jinja2
 from jinja2 import meta
 
 from preceptor.chat.environment import compiled, parsed, rendered
+from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
@@ -86,22 +87,22 @@ class Template:
 
     @property
     def text(self) -> str:
-        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
     def text_for(self, tools: Sequence[Any] | None) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
-    @cached_property
-    def reasoning_switches(self) -> tuple[str, ...]:
-        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What is saved as the tokenizer's chat template: all texts by name, or the only one."""
+        return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
-        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+        return frozenset().union(*map(names_read_by, self.texts.values()))
 
     def render(
         self,
@@ -120,7 +121,10 @@ class Template:
     def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
         """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(self.text_for(tools), variables)
+            with limits(self.name):
+                return rendered(self.text_for(tools), variables)
+        except TemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -142,6 +146,12 @@ class Template:
             **self.variables,
             **kwargs,
         }
+
+
+@lru_cache(maxsize=256)
+def names_read_by(text: str) -> frozenset[str]:
+    """The variables that a template's text reads and that are not always its own."""
+    return frozenset(meta.find_undeclared_variables(parsed(text)))
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:
@@ -211,6 +221,8 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TemplateError("template: the tokenizer's chat_template is no text; give the path of a .jinja file")
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
@@ -235,10 +247,15 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raises TemplateError with the line of the first syntax error."""
+    """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
     try:
-        compiled(text)
+        with limits(name):
+            compiled(text)
+    except TemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
+        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error
