@@ -1,6 +1,5 @@
 """Broken and hostile input at random, seeded: run files, data files, templates, run folders.
 
-
 Whatever it is, a command ends with one of our exit codes, in time, with no traceback and no control character on the
 screen. `PRECEPTOR_TORTURE=N` (make torture) tries N times as many inputs, with other seeds.
 """

@@ -26,7 +26,7 @@ from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 
@@ -137,6 +137,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
+    check_codes(run.data.allow_rejected)
     found = Check(RejectionCounts(run.data.allow_rejected))
     sources = [("train", OpenSource(source)) for source in run.data.train]
     sources += [("eval", OpenSource(source)) for source in run.data.eval]
