@@ -107,6 +107,19 @@ def test_a_hostile_template_ends_in_a_template_error_or_works(file, monkeypatch)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2_500_000  # kB
 
 
+def test_the_timer_does_not_outlive_its_handler():
+    """Python puts the default handler back when it ends, and that one kills the process."""
+    script = """
+import atexit, signal
+atexit.register(lambda: print(signal.getitimer(signal.ITIMER_PROF)[0]))
+from preceptor.chat.template import Template
+Template("t", {"default": "a"}, {}).render([])
+print(signal.getitimer(signal.ITIMER_PROF)[0] > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0.0"]
+
+
 @pytest.mark.parametrize("text", BOMBS)
 def test_what_one_operation_makes_is_bounded(text):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

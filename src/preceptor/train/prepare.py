@@ -18,7 +18,7 @@ from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.mixture import draw_replay, mix, weigh
 from preceptor.data.prefix_sharing import share_prefixes
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.errors import DataError, ModelError
@@ -61,6 +61,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
+    check_codes(run.data.allow_rejected)
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}

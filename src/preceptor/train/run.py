@@ -12,7 +12,7 @@ from rich.console import Console
 from preceptor import config
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
@@ -209,6 +209,9 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
+    few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
+    if few:
+        console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
