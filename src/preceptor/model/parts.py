@@ -91,7 +91,7 @@ def has_experts(model: nn.Module) -> bool:
 
 @contextmanager
 def exact_routing(model: nn.Module) -> Iterator[None]:
-    """Within the block the half-precision weights of a model with experts are float32, and the same to the bit afterwards.
+    """Within the block half-precision weights of a model with experts are float32; afterwards the same to the bit.
 
     In half precision a rounding error may send a token to another expert, and its hidden state is another one then:
     two equal computations look unequal. Where the memory does not suffice, the weights stay as they are.
