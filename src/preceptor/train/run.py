@@ -209,7 +209,7 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
-    lines += _model_lines(prepared, model)
+    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
