@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from types import BuiltinMethodType
@@ -83,6 +84,16 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@dataclass(frozen=True)
+class FixedClock:
+    """`strftime_now` of a template, always at one time."""
+
+    date: datetime
+
+    def __call__(self, form: str) -> str:
+        return self.date.strftime(form)
 
 
 def _strftime_now(form: str) -> str:

@@ -150,7 +150,7 @@ class Runs:
                 chat_template=chat.template.text_for(chat.tools),
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
-                **chat.arguments(request),
+                **{**chat.template.clock, **chat.arguments(request)},
             )
         except Exception as error:  # transformers rejects what the sandbox here allows
             raise Rejected("render_differs", f"template {name} in transformers: {error}") from error

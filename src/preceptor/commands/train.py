@@ -1,7 +1,10 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
 import os
+import shlex
+import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,43 +16,71 @@ if TYPE_CHECKING:
 
     from preceptor.config import Run
     from preceptor.train.prepare import Prepared
+    from preceptor.train.run_folder import RunFolder
+    from preceptor.train.signals import Stopped, StopRequest
 
 
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only continue an unfinished run; begin none. (Without it: either.)")
+    ] = False,
     replace: Replace = False,
 ) -> None:
-    """Fine-tune a model as described by a run file."""
+    """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
     from preceptor import config
-    from preceptor.console import standard_console
-    from preceptor.train.run_folder import check_out
+    from preceptor.console import lasting_streams, standard_console
+    from preceptor.train.run_folder import claim
+    from preceptor.train.signals import Stopped, stop_on_signals
 
     run = config.load(run_file, overrides or [])
-    if not resume:
-        check_out(run.out, replace)
-    console = standard_console()
-    prepared = _prepare(run, console)
-    from preceptor.train.run import execute
-
-    try:
-        summary = execute(prepared, console, resume=resume, replace=replace)
-    except KeyboardInterrupt:
-        hint = "; --resume continues from the newest checkpoint" if run.checkpoint.every else ""
-        print(f"interrupted{hint}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    console.print(f"done in {summary['seconds']:.0f} s; the model is in {run.out}/model", highlight=False)
-    console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
+    with lasting_streams(), stop_on_signals() as stop:
+        console = standard_console()
+        try:
+            with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
+                seconds = _train(run, folder, console, stop)
+        except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
+            stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+            print(_how_to_go_on(stopped, run.out), file=sys.stderr)
+            raise typer.Exit(stopped.exit_code) from None
+        console.print(f"done in {seconds:.0f} s; the model is in {run.out}/model", highlight=False)
+        console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
 
 
-def _prepare(run: "Run", console: "Console") -> "Prepared":
+def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest") -> float:
+    """The seconds that it took."""
+    for note in folder.notes:
+        console.print(note, highlight=False, markup=False)
+    if folder.has_model:
+        from preceptor.train.finish import finish
+
+        console.print(f"{run.out}: the model is saved already; the record is completed", highlight=False, markup=False)
+        return float(finish(folder, lambda line: console.print(line, highlight=False, markup=False))["seconds"])
+    if folder.goes_on:
+        began = f"{folder.date:%d %B %Y, %H:%M}"
+        console.print(f"{run.out}: goes on with the run that began on {began}", highlight=False, markup=False)
+    prepared = _prepare(run, folder, console)
+    from preceptor.train.run import execute_in
+
+    return float(execute_in(folder, prepared, console, stop)["seconds"])
+
+
+def _prepare(run: "Run", folder: "RunFolder", console: "Console") -> "Prepared":
     from preceptor.inspect.check import format_line
 
     with large_imports():
         from preceptor.train.prepare import prepare
 
-    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1))
+    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1), date=folder.date)
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared
+
+
+def _how_to_go_on(stopped: "Stopped", out: str) -> str:
+    """What a run that was stopped has saved, and the command with which it goes on."""
+    again = shlex.join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if word != "--replace")])
+    if stopped.step:
+        return f"{stopped} after step {stopped.step}, which is saved in {out}/checkpoints; this goes on: {again}"
+    return f"{stopped} before the first step; this begins again: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"

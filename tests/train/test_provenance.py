@@ -15,7 +15,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.token_text import special_ids
 from preceptor.data.dataset import Dataset
-from preceptor.train import run_folder
+from preceptor.train import provenance
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from tiny import branching, chain, tiny_tokenizer
@@ -76,7 +76,7 @@ def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
     def fail(folders):
         raise ZeroDivisionError("no axes")
 
-    monkeypatch.setattr("preceptor.train.run.write_report", fail)
+    monkeypatch.setattr("preceptor.train.finish.write_report", fail)
     prepared = prepare(config.load(run_file()))
     shown = io.StringIO()
     summary = execute(prepared, Console(file=shown))
@@ -88,25 +88,17 @@ def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
 def test_the_files_of_replay_are_on_record(run_file, write_jsonl):
     texts = write_jsonl([{"text": "The start of a message."}] * 3, "texts.jsonl")
     prepared = prepare(config.load(run_file(replay={"data": [{"path": texts}]})))
-    found = {file["use"]: file for file in run_folder.origins(prepared)["data"]}
+    found = {file["use"]: file for file in provenance.origins(prepared)["data"]}
     assert list(found) == ["train", "replay"] and found["replay"]["name"] == texts
     assert found["replay"]["sha256"] == hashlib.sha256(Path(texts).read_bytes()).hexdigest()
 
 
-def test_a_resumed_run_adds_its_session(tmp_path):
-    (tmp_path / "environment.json").write_text(json.dumps({"command": "first", "resumed": []}))
-    run_folder.resume_run(tmp_path, 7, torch.device("cpu"))
-    found = json.loads((tmp_path / "environment.json").read_text())
-    assert found["command"] == "first" and found["resumed"][0]["step"] == 7 and found["resumed"][0]["versions"]
-    run_folder.resume_run(tmp_path / "old", 7, torch.device("cpu"))
-
-
 def test_long_examples_have_gaps_that_add_up(monkeypatch):
     tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(run_folder, "EXAMPLE_TOKENS", 12)
-    monkeypatch.setattr(run_folder, "EXAMPLE_SEGMENTS", 3)
+    monkeypatch.setattr(provenance, "EXAMPLE_TOKENS", 12)
+    monkeypatch.setattr(provenance, "EXAMPLE_SEGMENTS", 3)
     tree = chain(np.random.default_rng(0), (30, 5, 4, 3), vocab_size=200)
-    found = run_folder.example(tree, tokenizer, special_ids(tokenizer))
+    found = provenance.example(tree, tokenizer, special_ids(tokenizer))
     assert found["num_segments_left_out"] == 1 and found["num_tokens"] == 42
     for segment, own in zip(found["segments"], tree.segments, strict=False):
         pieces = segment["pieces"]
@@ -122,8 +114,8 @@ def test_long_examples_have_gaps_that_add_up(monkeypatch):
 def test_a_branching_tree_is_among_the_examples():
     rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
     trees = [chain(rng, (length, 4)) for length in (9, 8, 20, 7)] + [branching(rng), chain(rng, (50, 2))]
-    assert [run_folder.branches(tree) for tree in trees] == [False] * 4 + [True, False]
-    found = {line["number"]: line["why"] for line in run_folder.examples(Dataset(trees), tokenizer)}
+    assert [provenance.branches(tree) for tree in trees] == [False] * 4 + [True, False]
+    found = {line["number"]: line["why"] for line in provenance.examples(Dataset(trees), tokenizer)}
     assert found == {
         1: ["the first"],
         3: ["of median length"],
@@ -135,6 +127,6 @@ def test_a_branching_tree_is_among_the_examples():
 
 def test_histograms_count_every_length():
     for lengths in ([5], [1, 2, 2, 9], list(range(1, 1000, 7))):
-        found = run_folder.histogram(np.array(lengths))
+        found = provenance.histogram(np.array(lengths))
         expected = [sum(low <= length < high for length in lengths) for low, high in pairwise(found["edges"])]
-        assert found["counts"] == expected and sum(expected) == len(lengths) and len(expected) <= run_folder.NUM_BINS
+        assert found["counts"] == expected and sum(expected) == len(lengths) and len(expected) <= provenance.NUM_BINS
