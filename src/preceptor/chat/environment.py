@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from types import BuiltinMethodType
@@ -86,11 +85,11 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@dataclass(frozen=True)
 class FixedClock:
     """`strftime_now` of a template, always at one time."""
 
-    date: datetime
+    def __init__(self, date: datetime) -> None:
+        self.date = date
 
     def __call__(self, form: str) -> str:
         return self.date.strftime(form)

@@ -138,7 +138,10 @@ class Runs:
         return text
 
     def _compare(self, chat: Chat, request: Request, text: str) -> None:
-        """Compare a render with transformers'. Raises Rejected."""
+        """Compare a render with transformers'; of a template whose date is fixed, that of today. Raises Rejected."""
+        if chat.template.clock:
+            today = {k: v for k, v in chat.variables(request, chat.shown(request)).items() if k != "strftime_now"}
+            text = chat.template.run(chat.tools, today)
         name, given = (
             chat.template.name,
             [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]],
@@ -150,7 +153,7 @@ class Runs:
                 chat_template=chat.template.text_for(chat.tools),
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
-                **{**chat.template.clock, **chat.arguments(request)},
+                **chat.arguments(request),
             )
         except Exception as error:  # transformers rejects what the sandbox here allows
             raise Rejected("render_differs", f"template {name} in transformers: {error}") from error

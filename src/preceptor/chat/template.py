@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.nodes
 from jinja2 import meta
 
 from preceptor.chat.environment import FixedClock, compiled, parsed, rendered
@@ -104,9 +105,10 @@ class Template:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
 
-    @property
+    @cached_property
     def writes_date(self) -> bool:
-        return "strftime_now" in self.names_read
+        named = (node for text in self.texts.values() for node in parsed(text).find_all(jinja2.nodes.Name))
+        return any(node.name == "strftime_now" for node in named)
 
     @property
     def clock(self) -> dict[str, FixedClock]:

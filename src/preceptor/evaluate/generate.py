@@ -11,6 +11,7 @@ from preceptor.errors import ModelError
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating
 
+_NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 
 
@@ -47,7 +48,8 @@ def generate(
 
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
-    memory runs out, the batch is halved. Raises ModelError where a single answer does not fit.
+    memory runs out, the batch is halved. Raises ModelError where a single answer does not fit, and
+    where there is nothing to draw from because logits are not finite.
     """
     if not contexts:
         return []
@@ -93,6 +95,10 @@ def _fits(answer: Callable[[Sequence[int]], None], batch: Sequence[int]) -> bool
     try:
         answer(batch)
     except (MemoryError, RuntimeError) as error:
+        if _NOT_FINITE in str(error):
+            raise ModelError(
+                "the model's logits are not finite: its weights are damaged, or the learning rate was far too high"
+            ) from error
         if not is_out_of_memory(error):
             raise
         return False

@@ -20,6 +20,7 @@ from preceptor.model.activations.context import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.parts import evaluating
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
@@ -118,6 +119,18 @@ def take_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return loss, grad_norm
+
+
+@torch.no_grad()
+def require_finite_loss(state: State, sequence: PackedSequence, precision: str, objective: Objective) -> None:
+    """Raises ModelError where the loss of a sequence is not finite: weights may be finite and far too large."""
+    with evaluating(state.model), autocast(state.model.device, precision):
+        loss = objective(state.engine, sequence).item()
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"after step {state.step} the loss is {loss}: the model is not saved. Lower optimizer.learning_rate, or "
+            "lengthen optimizer.warmup"
+        )
 
 
 def accumulate_gradients(

@@ -148,6 +148,7 @@ def execute_in(
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone)
             loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop)
         require_finite(state)
+        loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
         place = folder.path / "model"
         save_at_the_end(lambda: save_model(model, prepared.chat.tokenizer, place), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started)

@@ -46,10 +46,11 @@ from preceptor.files import (
 from preceptor.train.differences import changed_keys
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
-RECORD, RUN_FILE, SUMMARY, REPLACED, LOCK = "environment.json", "config.yaml", "summary.json", "replaced", ".lock"
+RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
+REPLACED, LOCK = "replaced", ".lock"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
-    *("model", "checkpoints", *LOGS, SUMMARY, "report.html", "error.txt", "compare.json", "items.jsonl"),
+    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl"),
     *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
@@ -76,7 +77,7 @@ class RunFolder:
 
     @property
     def has_model(self) -> bool:
-        """Whether the run that goes on has saved its model already, so that only its summary is missing."""
+        """Whether the run that goes on has saved its model already, so that only summary or report are missing."""
         return self.goes_on and (self.path / "model").is_dir()
 
     @cached_property
@@ -130,10 +131,13 @@ class RunFolder:
         shutil.rmtree(self.path / REPLACED, ignore_errors=True)
 
     def summarise(self, seconds: float | None = None) -> dict[str, Any]:
-        """Write summary.json from what the run has recorded; return it.
+        """Write summary.json from what the run has recorded, unless it is there; return it.
 
         seconds: of this session; None: those of all recorded steps.
         """
+        known = _summary(self.path)
+        if known:
+            return known
         steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
         data = read_json(self.path / "data.json")
         summary = {
@@ -181,7 +185,8 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
     if not names & {RUN_FILE, SUMMARY, "model", "checkpoints"}:
         if resume:
             raise CheckpointError(f"{out}: there is no run to resume; without --resume one begins")
-        return RunFolder(folder)
+        aside = folder / REPLACED
+        return RunFolder(folder, replaces=aside.is_dir() and not is_run(aside))  # killed while it was moved aside
     if replace:
         _require_own_files(folder, out)
         return RunFolder(folder, replaces=True)
@@ -192,7 +197,7 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
             f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
             f"{anew}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
         )
-    if (folder / SUMMARY).is_file():
+    if (folder / SUMMARY).is_file() and (folder / REPORT).is_file():
         raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {anew}" + longer(out))
     return RunFolder(folder, record=_record(folder))
 
