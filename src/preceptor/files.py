@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     `writing`. Raises CheckpointError.
     """
     partial = _partial(path)
-    _remove(partial)  # of a process that was killed
     try:
         with writing(path, num_bytes):
+            _remove(partial)  # of a process that was killed
             yield partial
             _flush(partial)
             if path.is_dir():
@@ -81,7 +81,8 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
             partial.replace(path)
             _sync(path.parent)
     finally:
-        _remove(partial)
+        with suppress(OSError):
+            _remove(partial)
 
 
 def remove_folder(path: Path) -> None:

@@ -105,6 +105,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(checkpoints, n
     assert checkpoints.has(3)
 
 
+def test_a_damaged_newer_checkpoint_never_costs_a_good_one(checkpoints):
+    """Of one that is kept, the sound one: also where the run goes on before the damaged one's step."""
+    for steps in (2, 3, 5):
+        checkpoints.save(state_of(steps=steps))
+    damage(checkpoints.folder / "step-00000005" / "state.pt", "truncated")
+    one = Checkpoints(checkpoints.folder, "this", keep=1)
+    assert restored(one).step == 3 and one.has(3)
+    one.save(state_of(steps=4))
+    assert [path.name for path in one.found()] == ["step-00000004"] and restored(one).step == 4
+
+
 def test_no_flipped_bit_is_read(checkpoints):
     """One bit in 40 places of either file: each is noticed, none gives another model."""
     older, newer = state_of(steps=2), state_of(steps=3)

@@ -1,11 +1,14 @@
-"""Runs that are killed, or find the disk full, at any file operation, and are finished by the same command.
+"""Runs that are killed, told to stop, or find the disk full, at any file operation; the same command finishes them.
 
 The fast form takes a few of the operations, spread over the run; PRECEPTOR_TORTURE=1 (`make torture`) takes all.
 """
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -106,3 +109,76 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, kind):
         else:
             wrong[at] = finished(file, out, expected)
     assert not {at: what for at, what in wrong.items() if what}
+
+
+# Signals, and a display that is gone ---------------------------------------------------------------------------------
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+NO_CHECKPOINTS = ("checkpoint.every=null",)  # a signal saves all the same
+
+
+def same_but_for_checkpoints(found, whole):
+    return all(found[key] == whole[key] for key in ("logs", "summary", "model"))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
+    file, whole, _ = run
+    out = tmp_path / "run"
+    while_logging = ("metrics.jsonl", 5, number)  # the first is a removal, the fifth logs step 4
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    ended = command(*train, "--replace", folder=out, signals=[while_logging])
+    name = signal.Signals(number).name
+    assert ended.code == 128 + number, ended.shown
+    assert f"{name}: the run finishes this step and saves it" in ended.shown
+    assert f"stopped by {name} after step 4, which is saved in {out}/checkpoints" in ended.shown
+    assert "--replace" not in ended.shown.rpartition("this goes on: ")[2]
+    assert command(*train, folder=out).code == 0
+    assert same_but_for_checkpoints(result_of(out), whole)
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(run, tmp_path):
+    """The evaluation after step 3 is made anew when the run goes on."""
+    file, whole, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    while_sampling = ("samples.jsonl", 3, signal.SIGTERM)  # after a removal and the evaluation before step 1
+    ended = command(*train, folder=out, signals=[while_sampling])
+    assert ended.code == 128 + signal.SIGTERM and "after step 3" in ended.shown, ended.shown
+    assert [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0]
+    assert command(*train, folder=out).code == 0
+    assert same_but_for_checkpoints(result_of(out), whole)
+
+
+def test_the_second_signal_ends_at_once(run, tmp_path):
+    file, _, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    twice = [("metrics.jsonl", 5, signal.SIGTERM), (".step-00000004.partial", 1, signal.SIGTERM)]
+    ended = command(*train, folder=out, signals=twice)
+    assert ended.code == -signal.SIGTERM, ended.shown
+    assert not list(out.glob("checkpoints/step-*"))
+
+
+def test_a_signal_before_the_training_leaves_nothing(run, tmp_path):
+    file, _, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, f"out={out}")
+    ended = command(*train, folder=out, signals=[("train.jsonl", 1, signal.SIGTERM)])
+    assert ended.code == 128 + signal.SIGTERM and not out.exists()
+    assert "stopped by SIGTERM before the first step" in ended.shown
+
+
+def test_a_display_that_is_gone_does_not_end_the_run(run, tmp_path):
+    """`preceptor train run.yaml | head -1`."""
+    file, whole, _ = run
+    out = tmp_path / "run"
+    train = [sys.executable, "-m", "preceptor", "train", str(file), *NO_CHECKPOINTS, f"out={out}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 0, error
+    assert "Traceback" not in error and "BrokenPipe" not in error
+    assert same_but_for_checkpoints(result_of(out), whole)

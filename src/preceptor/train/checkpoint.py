@@ -8,7 +8,7 @@ A checkpoint is written beside its place and renamed, so a folder named `step-*`
 data needs no state: it is a function of the step (data/loader.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +85,10 @@ class Checkpoints:
         except CheckpointError as error:
             if not is_full(error) or len(self.found()) < 2:
                 raise
-            self.prune(1)
+            self._prune(1, state.step)
             self._write(state, with_optimizer)
-        self.prune(self.keep)
+        self._prune(self.keep, state.step)
+        _delete(path for path in self.found() if path > self._place(state.step))  # those that `restore` passed over
 
     def _write(self, state: State, with_optimizer: bool) -> None:
         place = self._place(state.step)
@@ -108,11 +109,9 @@ class Checkpoints:
                 raise cannot_write(place, cause, num_bytes) from cause
             write_manifest(partial, {"run": self.run_id, "step": state.step})
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep`."""
-        for old in self.found()[:-keep]:
-            with writing(old):
-                remove_folder(old)
+    def _prune(self, keep: int, step: int) -> None:
+        """Delete all but the newest `keep` of those up to `step`."""
+        _delete([path for path in self.found() if path <= self._place(step)][:-keep])
 
     def has(self, step: int) -> bool:
         """Whether there is an undamaged one of this step."""
@@ -137,6 +136,7 @@ class Checkpoints:
                 continue
             _apply(content, state, place)
             state.step = manifest["step"]
+            self._prune(self.keep, state.step)
             return
         if found:
             raise CheckpointError(
@@ -153,6 +153,12 @@ class Checkpoints:
         if manifest.get("step") != int(place.name.removeprefix("step-")):
             raise CheckpointError(f"{place}: is a checkpoint of step {manifest.get('step')}, not of the step it names")
         return manifest
+
+
+def _delete(places: Iterable[Path]) -> None:
+    for place in places:
+        with writing(place):
+            remove_folder(place)
 
 
 def _load(file: Path) -> dict[str, Any]:

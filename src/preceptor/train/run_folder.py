@@ -23,7 +23,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -334,13 +334,12 @@ def _locked(folder: Path, out: str) -> Iterator[list[str]]:
     try:
         yield notes
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        for place in made:
-            try:
+        with suppress(OSError):  # the first that is not empty
+            for place in made:
                 place.rmdir()
-            except OSError:
-                break
 
 
 def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
