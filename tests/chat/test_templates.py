@@ -155,7 +155,7 @@ TARGETS = {
     # reasoning known only as a field of its own; the content's block is not put behind an empty one
     ("Kimi-K2-Thinking", "inline think"): "<think>\nThought 0:\nlet me see\n</think>\n\nIt is I.<|im_end|>",
     # turns closed only by the next message
-    ("GLM-4.6_b", "plain"): "\nIt is I.<|user|>",
+    ("GLM-4.6_b", "plain"): "\n<think></think>\nIt is I.<|user|>",
     # sampled <|return|>, <|end|> in history, text of the header is generated
     ("openai-gpt-oss-120b", "reasoning_content"): (
         "<|channel|>analysis<|message|>Thought 0:\nlet me see<|end|>"

@@ -16,10 +16,9 @@ from typing import Any
 
 import jinja2
 from jinja2 import filters, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from preceptor.chat.environment import SETTINGS, prepare
+from preceptor.chat.environment import SETTINGS, Guarded, guard_filters, prepare
+from preceptor.chat.limits import joined
 from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
 from preceptor.chat.origins import json_body, map_leaves
 
@@ -47,31 +46,19 @@ def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
     return pieces, origins
 
 
-class MarkedCode(CodeGenerator):
-    """Jinja's compiler, with `~` as a call that marked strings can see."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.join_outputs((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-
 def _concat(texts: Iterable[str]) -> str:
     """`"".join` for the output of macros and set blocks."""
     texts = list(texts)
-    return join(texts) if _any_marked(texts) else "".join(texts)
+    return join(texts) if _any_marked(texts) else joined(texts)
 
 
 def _any_marked(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Marked) for value in values)
 
 
-class MarkedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox of transformers for marked strings."""
+class MarkedEnvironment(Guarded):
+    """The guarded sandbox for marked strings."""
 
-    code_generator_class = MarkedCode
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
     @staticmethod
@@ -199,6 +186,7 @@ def marked_environment() -> jinja2.Environment:
         if name not in _TRANSPARENT.split():
             environment.filters[name] = _losing(function)
     environment.filters |= _FILTERS
+    guard_filters(environment.filters)
     return environment
 
 

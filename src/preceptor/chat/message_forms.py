@@ -77,7 +77,9 @@ def find_forms(template: Template) -> Forms:
 def _rendered(template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
     try:
         return template.render(messages, tools)
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return ""
 
 

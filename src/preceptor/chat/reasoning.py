@@ -100,13 +100,13 @@ def without_leading_tags(text: str) -> str:
 def reasons_twice(given: Mapping[str, Any], prompt: str, between: str, said: str) -> bool:
     """Whether a content that begins with a reasoning block is rendered behind another one.
 
-    Templates that know reasoning only as a field of its own do that: `<think></think>` and then the content, which
-    begins with `<think>`. No model was meant to generate it. between: what the render has between the prompt and the
-    turn's words `said`.
+    Templates that know reasoning only as a field of its own do that: `<think></think>`, which may end the prompt, and
+    then the content, which begins with `<think>`. No model was meant to generate it. between: what the render has
+    between the prompt and the turn's words `said`.
     """
     if reasoning_text(given) or inline_reasoning(said) is None or inline_reasoning(content_text(given)) is None:
         return False
-    return bool(opened_by(prompt)[0]) or has_tag(between)
+    return bool(opened_by(prompt)[0]) or closed_by(prompt) >= 0 or has_tag(between)
 
 
 def with_reasoning(given: Mapping[str, Any], prompt: str, between: str, said: str) -> str | None:

@@ -14,19 +14,31 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import Leaf, leaves_of
-from preceptor.chat.reasoning import INLINE_WORDS, has_reasoning
+from preceptor.chat.reasoning import (
+    INLINE_WORDS,
+    REASONING_FIELDS,
+    content_text,
+    has_reasoning,
+    inline_reasoning,
+    opened_by,
+    reasoning_text,
+)
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
+from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.errors import ConfigError, PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -59,6 +71,8 @@ class Renderer:
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
+        if taken := sorted(RESERVED_ARGUMENTS & self.template_kwargs.keys()):
+            raise ConfigError(f"data.chat_template_kwargs: {', '.join(taken)} is the server's own argument; remove it")
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
         self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
@@ -69,6 +83,7 @@ class Renderer:
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
         self._forms: Forms | None = None
+        self._default_is_first: dict[tuple[object, ...], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -83,6 +98,11 @@ class Renderer:
         if self._template is None:
             raise Rejected("no_template", "a conversation")
         return self._template
+
+    @cached_property
+    def switch(self) -> Switch:
+        """The template's thinking switch; of no name where there is none."""
+        return Switch() if self._template is None else find_switch(self._template, self.template_kwargs)
 
     def __reduce__(self) -> Any:
         chosen = {
@@ -102,6 +122,11 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
+        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+            raise
+        except Exception as error:
+            found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
+            return Rejection(record.source, "unreadable", found)
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -114,7 +139,12 @@ class Renderer:
         if self._unchecked < cost and self._first_is_checked:
             return tree
         self._unchecked, self._first_is_checked = max(0, self._unchecked - cost), True
-        exact = grow(self._slow_tokeniser)
+        try:
+            exact = grow(self._slow_tokeniser)
+        except Rejected as rejected:
+            if rejected.code != "text_too_large":
+                raise
+            return tree  # as a whole it is too large for the tokenizer
         if exact != tree:
             self._tokeniser = self._slow_tokeniser
             self.counts["tokenized as a whole: chunks gave other tokens"] += 1
@@ -134,9 +164,8 @@ class Renderer:
             bos = ""  # spelled out, and allowed to be
 
         def grow(tokeniser: Tokeniser) -> Tree:
-            path = tokeniser.path()
-            context = (*(self._bos if bos else ()), *self._ids(prompt, path, first=True))
-            target = (*self._ids(text, path, first=not prompt), self.tokenizer.eos_token_id)
+            context, target = self._ids(prompt, text, tokeniser)
+            context, target = (*(self._bos if bos else ()), *context), (*target, self.tokenizer.eos_token_id)
             if not tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
                 raise Rejected("unknown_token", "the text")
             tree = GrowingTree(all_targets=self.targets == "all")
@@ -145,13 +174,14 @@ class Renderer:
 
         return self._compared(grow, len(prompt + text), 1)
 
-    def _ids(self, text: str, path: Path, first: bool) -> Ids:
-        if self.special_tokens_in_text == "plain" and self._special.search(text):
-            return self._tokeniser.plain([(text, True)], self._special)
-        if not first:
-            return path.continuation(text)
-        path.read(text)
-        return tuple(path.ids)
+    def _ids(self, prompt: str, text: str, tokeniser: Tokeniser) -> tuple[Ids, Ids]:
+        """The ids of a prompt, which may be empty, and of the text that follows it."""
+        if self.special_tokens_in_text == "plain" and self._special.search(prompt + text):
+            before = [(prompt, True)]
+            return tokeniser.plain(before, self._special), tokeniser.plain([(text, True)], self._special, before)
+        path = tokeniser.path()
+        path.read(prompt or text)
+        return (tuple(path.ids), path.continuation(text)) if prompt else ((), tuple(path.ids))
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
@@ -161,11 +191,14 @@ class Renderer:
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            switched: dict[int, bool] = {}
             for k, tried in attempts.items():
-                turn, text = self._proved(renders, k, tried)
+                turn, text, arguments = self._proved(renders, k, tried)
+                if len(tried) > 1 and (value := self.switch.value(arguments)) is not None:
+                    switched[k] = value
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
                 tree.add(context, target, (turn.prompt, text), record.messages[k].weight, num_shared, k)
-            return tree.finish(record.source, self._decode)
+            return tree.finish(record.source, self._decode, tuple(switched.items()))
 
         return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(attempts))
 
@@ -173,7 +206,7 @@ class Renderer:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
         chat, attempts, _ = self._prepared(record)
         renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
-        return [self._proved(renders, k, tried) for k, tried in attempts.items()]
+        return [self._proved(renders, k, tried)[:2] for k, tried in attempts.items()]
 
     def _prepared(self, record: Conversation) -> tuple[Chat, dict[int, list[Mapping[str, Any]]], bool]:
         """The conversation up to its last trained turn; of each such turn the template's arguments to try; and whether
@@ -194,19 +227,24 @@ class Renderer:
         for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
             if fitted is not message.given:
                 leaves[k] = leaves_of(fitted, k)
+        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
+            raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         attempts = {k: self._attempts(given[k], arguments) for k in turns}
         return Chat(self.template, given, record.tools, leaves), attempts, spelled_out
 
-    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
-        """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""
+    def _proved(
+        self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]
+    ) -> tuple[Turn, str, Mapping[str, Any]]:
+        """Turn k, the text of its target, and the first arguments with which there is one. Raises Rejected."""
         rejected: Rejected | None = None
         for arguments in attempts:
             try:
                 turn = renders.turn(k, arguments)
-                return turn, target_of(turn, self._stops)
+                return turn, target_of(turn, self._stops), arguments
             except Rejected as error:
-                rejected = rejected or error
+                if rejected is None or self.switch.value(arguments) is not None:  # its reason is the better one
+                    rejected = error
         assert rejected is not None
         raise rejected
 
@@ -221,8 +259,9 @@ class Renderer:
         """
         num_shared = 0
         if path is None:
-            context: Sequence[int] = tokeniser.plain(turn.prompt_marked().runs(), self._special)
-            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special)
+            prompt = turn.prompt_marked().runs()
+            context: Sequence[int] = tokeniser.plain(prompt, self._special)
+            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special, before=prompt)
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)
@@ -234,15 +273,38 @@ class Renderer:
         return context, target, num_shared
 
     def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The template arguments to try: those that turn reasoning on where the turn has some and off where not.
+        """The template arguments to try: its thinking switch as it is by default, or set by whether the turn reasons.
 
-        What the user set is left as it is. If the template's reasoning switch makes no provable turn, its own default
-        is tried, which is what a server uses that sets nothing.
+        Which comes first hangs on the template alone: turns of one kind are not trained now so, now so. A switch that
+        the user has set is left as it is.
         """
-        switches = [name for name in self.template.reasoning_switches if name not in arguments]
-        if not switches:
+        switch = self.switch
+        if not switch.names or switch.value(arguments) is not None:
             return [arguments]
-        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given))}, arguments]
+        both = [arguments, {**arguments, **switch.set_to(has_reasoning(given))}]
+        return both if self._default_first(given) else both[::-1]
+
+    def _default_first(self, given: Mapping[str, Any]) -> bool:
+        """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
+        fields = {name: "Recall it." for name in REASONING_FIELDS if reasoning_text({name: given.get(name)})}
+        inline = inline_reasoning(content_text(given)) is not None
+        key = (*fields, inline)
+        if key not in self._default_is_first:
+            content = "<think>\nRecall it.\n</think>\n\nIt is so." if inline else "It is so."
+            probe = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": content, **fields}]
+            chat = Chat(self.template, probe, None, [leaves_of(message, k) for k, message in enumerate(probe)])
+            switched = {**self.template_kwargs, **self.switch.set_to(has_reasoning(probe[1]))}
+            proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
+            self._default_is_first[key] = proved[0] or not proved[1]
+        return self._default_is_first[key]
+
+    def _proves(self, chat: Chat, arguments: Mapping[str, Any]) -> bool:
+        """Whether the chat's turn is proved, and is not one without reasoning after a prompt that opens some."""
+        try:
+            turn, *_ = self._proved(Renders(chat, self._runs), 1, [arguments])
+        except Rejected:
+            return False
+        return has_reasoning(turn.given) or not opened_by(turn.prompt)[0]
 
     def _fit(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """The message in a form that the template takes; only tool calls and lists of parts have more than one."""

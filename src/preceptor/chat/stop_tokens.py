@@ -76,6 +76,8 @@ def _tail(
     """What the render has after the probe's answer; None if it does not show it."""
     try:
         _, found, after = template.render(messages, tools).rpartition(_ANSWER)
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return None
     return after if found else None

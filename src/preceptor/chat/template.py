@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import jinja2.nodes
 from jinja2 import meta
 
 from preceptor.chat.environment import FixedClock, compiled, parsed, rendered
+from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS
 from preceptor.errors import TemplateError
 
@@ -88,22 +89,22 @@ class Template:
 
     @property
     def text(self) -> str:
-        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
     def text_for(self, tools: Sequence[Any] | None) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
-    @cached_property
-    def reasoning_switches(self) -> tuple[str, ...]:
-        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What is saved as the tokenizer's chat template: all texts by name, or the only one."""
+        return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
-        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+        return frozenset().union(*map(names_read_by, self.texts.values()))
 
     @cached_property
     def writes_date(self) -> bool:
@@ -139,7 +140,10 @@ class Template:
     def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
         """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(self.text_for(tools), variables)
+            with limits(self.name):
+                return rendered(self.text_for(tools), variables)
+        except TemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -161,6 +165,12 @@ class Template:
             **self.variables,
             **kwargs,
         }
+
+
+@lru_cache(maxsize=256)
+def names_read_by(text: str) -> frozenset[str]:
+    """The variables that a template's text reads and that are not always its own."""
+    return frozenset(meta.find_undeclared_variables(parsed(text)))
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:
@@ -189,6 +199,15 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+
+
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
 
@@ -205,13 +224,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
@@ -223,6 +240,8 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TemplateError("template: the tokenizer's chat_template is no text; give the path of a .jinja file")
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
@@ -247,10 +266,15 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raises TemplateError with the line of the first syntax error."""
+    """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
     try:
-        compiled(text)
+        with limits(name):
+            compiled(text)
+    except TemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
+        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error

@@ -18,10 +18,13 @@ from unicodedata import is_normalized
 
 import regex
 
+from preceptor.data.rejections import Rejected
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel(use_regex=True)
 _AROUND = ("{0}", "{0}{0}", "a{0}a", "A{0}A", "a{0}A", "1{0}1", " {0} ", "!{0}!", "a'{0}a", "\n{0}\n", "  {0}", "{0}1a")
 _MAX_WORDS = 100_000
 _LONGEST_WORD = 64  # characters; longer ones seldom come twice
+_HUGE = 2**20  # characters of a word, for which a tokenizer takes 150 bytes each, and 2 s
 _LOOKS_BACK = ("(?<", "\\b", "\\B", "\\A", "\\G", "^")
 _SHOWN = 24  # characters after the boundary that the pattern may look at; none in use looks further than one
 _KEPT_BEHAVIORS = ("Isolated", "Removed")
@@ -59,6 +62,11 @@ class Words:
         if pattern is not None:
             self._ascii = pattern.findall
             self._not_ascii = {chr(code) for code in range(128) if not self._alike(pattern, chr(code))}
+
+    @property
+    def known(self) -> bool:
+        """Whether the tokenizer cuts a text into words as described above."""
+        return self._pattern is not None
 
     def ids(self, text: str) -> tuple[int, ...] | None:
         """The ids of a text without added tokens, as the tokenizer's; None if it has to be asked."""
@@ -107,6 +115,8 @@ class _Table(dict[str, tuple[int, ...]]):
         self._model = model
 
     def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(word) > _HUGE:
+            raise Rejected("text_too_large", f"one word of {len(word):,} characters")
         spelled = "".join([_SPELLED[byte] for byte in word.encode()])
         ids = tuple([token.id for token in self._model.tokenize(spelled)])
         if len(word) <= _LONGEST_WORD:
@@ -235,10 +245,15 @@ class Boundaries:
             return False
         if self._composed and not is_normalized("NFC", before + after):
             return False
-        ends = self._words.ends(before + shown)
-        if ends is None:
-            ends = [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(before + shown)]
-        return len(before) in ends
+        ends, alone = self._ends(before + shown), self._ends(before)
+        return ends[: len(alone)] == alone  # looking ahead may cut white space at the end of `before` otherwise
+
+    def _ends(self, text: str) -> list[int]:
+        ends = self._words.ends(text)
+        if ends is not None:
+            return ends
+        assert self._pre_tokenizer is not None
+        return [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _is_local(state: dict[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preceptor.commands.options import Overrides, Replace, RunFile, large_imports
+from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run, require_one_process
+from preceptor.hub import SCHOLAR
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,37 +30,45 @@ def train(
     replace: Replace = False,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
-    from preceptor import config
-    from preceptor.console import lasting_streams, standard_console
+    from preceptor.console import lasting_streams, say, standard_console
     from preceptor.train.run_folder import claim
     from preceptor.train.signals import Stopped, stop_on_signals
 
-    run = config.load(run_file, overrides or [])
+    require_one_process()
     with lasting_streams(), stop_on_signals() as stop:
+        run = load_run(run_file, overrides)
+        say(first_line(run))
         console = standard_console()
         try:
             with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
                 seconds = _train(run, folder, console, stop)
         except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-            print(_how_to_go_on(stopped, run.out), file=sys.stderr)
+            say(_how_to_go_on(stopped, run.out), error=True)
             raise typer.Exit(stopped.exit_code) from None
-        console.print(f"done in {seconds:.0f} s; the model is in {run.out}/model", highlight=False)
-        console.print(f"talk to it: preceptor chat {run.out}/model", highlight=False)
+        say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
+        say(f"talk to it: preceptor chat {run.out}/model")
+
+
+def first_line(run: "Run") -> str:
+    """What is trained on what, before torch is loaded, which takes seconds."""
+    hub = "" if run.model.path == SCHOLAR or Path(run.model.path).is_dir() else " (from the Hub, or its cache)"
+    return f"{run.model.path}{hub}, trained on {', '.join(source.path for source in run.data.train)} -> {run.out}"
 
 
 def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest") -> float:
     """The seconds that it took."""
+    from preceptor.console import say
+
     for note in folder.notes:
-        console.print(note, highlight=False, markup=False)
+        say(note)
     if folder.has_model:
         from preceptor.train.finish import finish
 
-        console.print(f"{run.out}: the model is saved already; the record is completed", highlight=False, markup=False)
-        return float(finish(folder, lambda line: console.print(line, highlight=False, markup=False))["seconds"])
+        say(f"{run.out}: the model is saved already; the record is completed")
+        return float(finish(folder, say)["seconds"])
     if folder.goes_on:
-        began = f"{folder.date:%d %B %Y, %H:%M}"
-        console.print(f"{run.out}: goes on with the run that began on {began}", highlight=False, markup=False)
+        say(f"{run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
     prepared = _prepare(run, folder, console)
     from preceptor.train.run import execute_in
 

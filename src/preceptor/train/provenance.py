@@ -143,6 +143,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
+        "thinking": prepared.arguments.to_json(),
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
         "steps_per_epoch": loader.steps_per_epoch,

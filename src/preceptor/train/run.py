@@ -1,7 +1,7 @@
 """A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from preceptor import config
+from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
-from preceptor.model.load import load_model, save_model
+from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.plan.plan import predict_peak_bytes
@@ -96,6 +97,14 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
     return model
 
 
+def saved_dtype(model: config.Model) -> torch.dtype | None:
+    """In which type the tuned model's weights are saved: as asked for, else as the base model's files have them."""
+    if model.save_dtype is not None:
+        asked: torch.dtype = getattr(torch, model.save_dtype)
+        return asked
+    return stored_dtype(model.path, model.trust_remote_code, model.revision)
+
+
 def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
     """As `execute_in`, in the folder that the run file names. resume, replace: as `claim`."""
     with claim(prepared.run, resume=resume, replace=replace) as folder:
@@ -149,9 +158,13 @@ def execute_in(
             loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop)
         require_finite(state)
         loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
-        place = folder.path / "model"
-        save_at_the_end(lambda: save_model(model, prepared.chat.tokenizer, place), state, checkpoints, stop, say)
+        save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started)
+
+
+def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
+    dtype = saved_dtype(prepared.run.model)
+    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype)
 
 
 def _record(
@@ -200,7 +213,7 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _announce(console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader) -> None:
-    model, engine = state.model, state.engine
+    run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
@@ -210,13 +223,15 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )
-    if prepared.chat.template is not None and prepared.chat.template.clock:
-        date = prepared.chat.template.clock["strftime_now"].date
-        console.print(f"the chat template writes the date: {date:%d %B %Y} in all of this run", highlight=False)
     towers = sum(p.numel() for p in tower_parameters(model))
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
-    for line in filter(None, (of_towers, optimisations, str(tokens), str(prepared.shortened))):
+    lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
+    lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
+    clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
+    lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
+    lines += _saved_lines(run.model, model)
+    for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
@@ -225,3 +240,18 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
         console.print(
             f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
         )
+
+
+def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:
+    """In what the saved model will differ from the one that is held, and from the base."""
+    dtype = saved_dtype(settings)
+    if dtype not in (None, model.dtype):
+        why = "model.save_dtype" if settings.save_dtype else "as the base model's files have them"
+        yield f"weights are held in {_name(model.dtype)} and saved in {_name(dtype)} ({why})"
+    unusable = unusable_settings(model.generation_config)
+    if unusable:
+        yield f"generation config: {spelled(unusable)} does not validate in the base model's and is left out"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

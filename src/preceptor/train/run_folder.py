@@ -141,7 +141,9 @@ class RunFolder:
         steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
         data = read_json(self.path / "data.json")
         summary = {
-            **{key: value for key, value in data.items() if key not in ("formats", "lengths", "new_tokens")},
+            **{
+                key: value for key, value in data.items() if key not in ("formats", "thinking", "lengths", "new_tokens")
+            },
             "num_steps": steps[-1]["step"] if steps else 0,
             "held_out": evaluations[-1] if evaluations else {},
             "model_files": _files_in(self.path / "model"),
