@@ -332,6 +332,9 @@ def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_refused(place):
         summary = folder.summarise()
         assert summary["num_examples"] == 3 and summary["num_steps"] == 4 and summary["seconds"] == 2.0
     assert json.loads((place / "saved" / "summary.json").read_text()) == summary
+    with claim(run_of("saved")) as folder:
+        assert folder.has_model  # its report is missing
+    (place / "saved" / "report.html").touch()
     with (
         pytest.raises(CheckpointError, match=r"(?s)finished.*model.path=saved/model out=saved-2"),
         claim(run_of("saved")),
@@ -423,11 +426,11 @@ def test_refusals_come_before_torch(place):
         "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 2 and "is the working directory" in shown.stderr and shown.stdout == "False\n"
+    assert shown.returncode == 2 and "is the working directory" in shown.stderr and shown.stdout.endswith("\nFalse\n")
     left_by(run_of(), place / "run")
     (place / "run.yaml").write_text(config.dump(run_of()))
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 6 and "this run is finished" in shown.stderr and shown.stdout == "False\n"
+    assert shown.returncode == 6 and "this run is finished" in shown.stderr and shown.stdout.endswith("\nFalse\n")
     shutil.rmtree(place / "run")
     left_by(run_of(), place / "run", "saved")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
