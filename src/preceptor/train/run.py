@@ -13,12 +13,13 @@ from preceptor import config
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
-from preceptor.errors import CheckpointError, ConfigError
+from preceptor.errors import CheckpointError, ConfigError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
+from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
-from preceptor.model.parts import freeze_towers, tower_parameters
+from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
@@ -82,6 +83,8 @@ def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], N
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
+    if found := first_not_finite(model.named_parameters()):
+        raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
     freeze_towers(model)
     untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
@@ -256,6 +259,7 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
+    lines += _model_lines(prepared, model)
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
@@ -269,6 +273,22 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
         console.print(
             f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
         )
+
+
+def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
+    """What the model's kind makes of the run."""
+    limits = prepared.chat.limits
+    longest = int(prepared.train.lengths.max())
+    if limits is not None and limits.num_positions is not None and longest > limits.num_positions:
+        yield f"the longest example has {longest:,} tokens; the base was made for {limits.num_positions:,}"
+    if not has_experts(model):
+        return
+    if prepared.run.adapter is not None:
+        covered = any(".experts." in name for name, weight in model.named_parameters() if weight.requires_grad)
+        yield "the adapter trains the experts too" if covered else "the experts have no adapter: they stay as they are"
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    if getattr(settings, "output_router_logits", False) and getattr(settings, "router_aux_loss_coef", 0):
+        yield "the loss that balances experts (router_aux_loss_coef in the config) is not part of this run's"
 
 
 def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:
