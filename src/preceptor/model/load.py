@@ -177,8 +177,9 @@ def save_model(
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        with replacing(path) as partial:
+        with replacing(path, num_bytes) as partial:
             partial.mkdir(parents=True)
             _write(model, tokenizer, partial, generation_config, dtype)
     except SafetensorError as error:
