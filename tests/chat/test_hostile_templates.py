@@ -137,6 +137,23 @@ def test_a_render_has_a_limit_of_time(text):
     assert time.process_time() - started < 3
 
 
+def test_a_program_that_ends_while_the_timer_runs_ends_well():
+    program = """
+from preceptor.chat.limits import limits
+import sys, time
+class Late:
+    def __del__(self, clock=time.process_time):
+        started = clock()
+        while clock() - started < 0.5:
+            pass
+sys.late = Late()
+with limits("a"):
+    print("rendered")
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "rendered\n")
+
+
 def test_many_short_renders_meet_no_limit(monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 0.3)
     tokenizer = tiny_tokenizer()
@@ -178,9 +195,6 @@ def test_marked_strings_and_passes_show_nothing_of_their_own(text, monkeypatch):
     except TemplateError as error:
         found = str(error)
     assert SECRET not in found and "Atom(" not in found
-    assert (
-        not plain_environment().from_string("{{ x.atoms is defined }}").render(x=Marked.leaf(0, "a")).strip() == "True"
-    )
     compiled = compiled_marked("{{ x.atoms is defined }}{{ x['atoms'] is defined }}{{ (x | attr('leaf')) is defined }}")
     written = compiled.root_render_func(compiled.new_context({"x": Marked.leaf(0, "a")}))
     assert "".join(written) == "FalseFalseFalse"

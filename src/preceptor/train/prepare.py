@@ -3,10 +3,10 @@
 Whatever can be found wrong with a run is found here, in seconds, with nothing written.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
@@ -18,10 +18,10 @@ from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.mixture import draw_replay, mix, weigh
 from preceptor.data.prefix_sharing import share_prefixes
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.errors import DataError
+from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.tasks import Task, read_task
 
 
@@ -43,31 +43,29 @@ class Prepared:
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     arguments: TrainedArguments  # of the chat template, as the turns were trained with them
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with anything that would make a resumed run differ: the run file (but `out`) and every token."""
-        run_file = config.dump(self.run.model_copy(update={"out": "-"}))
-        return hashlib.sha256(f"{run_file}{self.train.sha256}".encode()).hexdigest()
-
     def loader(self) -> Loader:
         run = self.run
         return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
 
 
-def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
+def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = None) -> Prepared:
     """Read, render and check all data of a run, with a progress bar on a terminal.
 
+    date: for chat templates that write it (absent: now); that of its first start for a run that goes on.
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
+    check_codes(run.data.allow_rejected)
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
+    if chat.template is not None:
+        chat = replace(chat, template=chat.template.at(date or datetime.now().astimezone()))
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
@@ -94,6 +92,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
     if not trees:
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    _require_rows(chat, trees)
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
@@ -110,6 +109,23 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         formats=formats,
         arguments=arguments,
     )
+
+
+def _require_rows(chat: ChatFormat, trees: Sequence[Tree]) -> None:
+    """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
+    limits = chat.limits
+    if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
+        return
+    added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
+    for tree in trees:
+        for segment in tree.segments:
+            for id_ in segment.ids:
+                if id_ >= limits.num_rows and id_ not in added:
+                    raise ModelError(
+                        f"{limits.model}: the model has {limits.num_rows:,} embeddings and its tokenizer "
+                        f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
+                        f"{tree.source} holds, has none. Tokenizer and model do not belong together"
+                    )
 
 
 def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_rejected: float) -> None:
