@@ -50,7 +50,7 @@ class Run(Section):
     engine: Literal["auto", "plain"] = "auto"
     """`plain` turns all optimisations of the engine off, to see whether one is at fault: the same losses, slower."""
     out: Path_
-    """Folder of the run; it must not exist yet."""
+    """Folder of the run: new or empty, or that of this run, unfinished, which then continues."""
 
     def resolved(self) -> "Run":
         """The same run with every default that depends on another field written out.

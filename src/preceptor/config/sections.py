@@ -176,7 +176,7 @@ class Memory(Section):
 
 class Checkpoint(Section):
     every: Duration | None = None
-    """A checkpoint to resume from (`--resume`): `100 steps`, `1 epoch`. Absent: only the final model is saved."""
+    """A checkpoint to go on from after a stop: `100 steps`, `1 epoch`. Absent: one where a signal stops the run."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Older checkpoints are deleted."""
 
