@@ -12,13 +12,14 @@ from rich.console import Console
 from preceptor import config
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
-from preceptor.data.loader import Loader
-from preceptor.errors import CheckpointError, ConfigError
-from preceptor.model.embeddings import align_model, resize_embeddings
+from preceptor.data.loader import Loader, few_steps
+from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
+from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
-from preceptor.model.parts import freeze_towers, tower_parameters
+from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
@@ -39,6 +40,8 @@ from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, write_start
 from preceptor.train.run_folder import RunFolder, claim
 from preceptor.train.signals import StopRequest
+
+_NAMED_TOKENS = 8
 
 
 def choose_device(device: str) -> torch.device:
@@ -65,8 +68,11 @@ def _with_precision(
     return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
 
 
-def build_model(prepared: Prepared, device: torch.device) -> Any:
-    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
+def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised.
+
+    `say` gets a line for each token that the base has and never saw.
+    """
     run, chat = prepared.run, prepared.chat
     model = load_model(
         run.model.path,
@@ -77,8 +83,11 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
+    if found := first_not_finite(model.named_parameters()):
+        raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
     freeze_towers(model)
-    resize_embeddings(model, chat.tokenizer, chat.added, seed=run.train.seed)
+    untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
+    resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter
@@ -90,11 +99,29 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
             alpha=run.adapter.alpha,
             dropout=run.adapter.dropout,
             target_modules=run.adapter.target_modules,
-            new_token_ids=sorted(chat.added.values()),
+            new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
             seed=run.train.seed,
         )
     install(model, run.engine)
     return model
+
+
+def _untrained_tokens(model: Any, prepared: Prepared, say: Callable[[str], None]) -> dict[str, int]:
+    """The tokens of the run that its base never saw, besides those that are new to the tokenizer."""
+    chat = prepared.chat
+    used = prepared.train.token_ids | set(chat.stop_token_ids)
+    found = never_trained(model, chat.tokenizer, used)
+    found = {token: id_ for token, id_ in found.items() if token not in chat.added}
+    if found:
+        how = "beside the adapter" if prepared.run.adapter is not None else "with all others"
+        names = ", ".join(list(found)[:_NAMED_TOKENS]) + (", ..." if len(found) > _NAMED_TOKENS else "")
+        exist = (
+            "exists but was never trained: its row gets"
+            if len(found) == 1
+            else "exist but were never trained: rows get"
+        )
+        say(f"{names} {exist} a first value and {'is' if len(found) == 1 else 'are'} trained {how}")
+    return found
 
 
 def saved_dtype(model: config.Model) -> torch.dtype | None:
@@ -129,7 +156,7 @@ def execute_in(
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
-    model = build_model(prepared, device)
+    model = build_model(prepared, device, say)
     record = _record(folder, prepared, model, device, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
@@ -137,7 +164,9 @@ def execute_in(
     _require_room(run, state, checkpoints)
     passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
     loader = passed.loader
-    predicted = predict_peak_bytes(run, model, loader.largest_sequences()[0], len(prepared.chat.added), device.type)
+    predicted = predict_peak_bytes(
+        run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
+    )
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if folder.goes_on:
@@ -230,9 +259,13 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
+    lines += _model_lines(prepared, model)
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
+    few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
+    if few:
+        console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
@@ -240,6 +273,22 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
         console.print(
             f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
         )
+
+
+def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
+    """What the model's kind makes of the run."""
+    limits = prepared.chat.limits
+    longest = int(prepared.train.lengths.max())
+    if limits is not None and limits.num_positions is not None and longest > limits.num_positions:
+        yield f"the longest example has {longest:,} tokens; the base was made for {limits.num_positions:,}"
+    if not has_experts(model):
+        return
+    if prepared.run.adapter is not None:
+        covered = any(".experts." in name for name, weight in model.named_parameters() if weight.requires_grad)
+        yield "the adapter trains the experts too" if covered else "the experts have no adapter: they stay as they are"
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    if getattr(settings, "output_router_logits", False) and getattr(settings, "router_aux_loss_coef", 0):
+        yield "the loss that balances experts (router_aux_loss_coef in the config) is not part of this run's"
 
 
 def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:
