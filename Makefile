@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format table study clean
+.PHONY: setup demo test check torture format table study clean
 
 setup: $(VENV)/ready
 
@@ -26,6 +26,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# Hostile input at random: TIMES as many cases as the tests try, and others. An hour or two.
+TIMES ?= 100
+torture: setup
+	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
 
 format: setup
 	$(BIN)/ruff format .
