@@ -21,7 +21,7 @@ from preceptor.data.prefix_sharing import share_prefixes
 from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.errors import DataError
+from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.tasks import Task, read_task
 
 
@@ -68,7 +68,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
@@ -95,6 +95,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
     if not trees:
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    _require_rows(chat, trees)
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
@@ -111,6 +112,23 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         formats=formats,
         arguments=arguments,
     )
+
+
+def _require_rows(chat: ChatFormat, trees: Sequence[Tree]) -> None:
+    """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
+    limits = chat.limits
+    if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
+        return
+    added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
+    for tree in trees:
+        for segment in tree.segments:
+            for id_ in segment.ids:
+                if id_ >= limits.num_rows and id_ not in added:
+                    raise ModelError(
+                        f"{limits.model}: the model has {limits.num_rows:,} embeddings and its tokenizer "
+                        f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
+                        f"{tree.source} holds, has none. Tokenizer and model do not belong together"
+                    )
 
 
 def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_rejected: float) -> None:
