@@ -92,6 +92,20 @@ def test_the_collected_run_files_end_in_an_exit_code_of_ours(file, preceptor, tm
 GOOD_CASES = {"yaml_weight_tiny.yaml"}
 
 
+DATA_CASES = sorted([*CASES.glob("*.jsonl"), *CASES.glob("data/*.jsonl"), *CASES.glob("*.parquet")])
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the folder shared/cases is not beside the repository")
+@pytest.mark.parametrize("part", range(4))
+def test_the_collected_data_files_end_in_an_exit_code_of_ours(part, preceptor, base_folder, tmp_path):
+    page = tmp_path / "page.html"
+    for file in DATA_CASES[part::4]:
+        chosen = ("--model", base_folder, "--data", file, "--chat-template", "chatml")
+        for command in ("check", "show") if file.name.startswith("row_") else ("check",):
+            code, out, err = preceptor(command, *chosen, *(["--html", page] if command == "show" else []))
+            assert code in (0, 3) and "Traceback" not in out + err, (file.name, out, err)
+
+
 @pytest.mark.parametrize("name", ["messages", "tools", "self", "add_generation_prompt", "tokenize"])
 def test_a_reserved_template_argument_is_refused_in_the_run_file(name, preceptor, run_file):
     assert name in RESERVED_ARGUMENTS
