@@ -27,16 +27,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-# Hostile input at random: TIMES as many cases as the tests try, and others. An hour or two.
+# Hostile input, kills and full disks at random: TIMES as many cases as the tests try, and others. An hour or two.
 TIMES ?= 100
 torture: setup
-	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
+	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz tests/train/test_survival.py
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The full table of the first run: base, intern and control on every held-out question.
+# The full table of the first run: base, tuned model and control on every held-out question.
 table: setup
 	$(BIN)/python benchmarks/first_run.py
 

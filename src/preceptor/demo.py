@@ -16,10 +16,11 @@ from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
 from preceptor.evaluate.tasks import Task, read_task
 from preceptor.files import append_line, write_json
-from preceptor.report.page import write_report
 from preceptor.scholar import MODEL_DIR
+from preceptor.train.finish import report_safely
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from preceptor.train.run import execute_in
+from preceptor.train.run_folder import claim
 
 QUESTIONS = "scholar:heldout"
 MAX_NEW_TOKENS = 96  # of an answer, for both models
@@ -41,7 +42,8 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "The scholar is a base model: it only continues text. Now it is trained to answer questions, and then called\n"
         "the intern. In the tables, `base` is the scholar and `tuned` the intern."
     )
-    summary = execute(prepare(run), console, replace=replace)
+    with claim(run, replace=replace) as folder:
+        summary = execute_in(folder, prepare(run), console)
     task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
     with status_line() as say:
         say(f"asking {len(task.items)} held-out questions")
@@ -62,7 +64,7 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "seconds": time.perf_counter() - started,
     }
     write_json(out / "summary.json", summary)
-    write_report([out])  # again, with these answers
+    report_safely(out, console.print)  # again, with these answers
     _print_answers(console, base, intern)
     _print_shares(console, base_shares, intern_shares, summary, out)
     return summary

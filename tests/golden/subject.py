@@ -186,7 +186,7 @@ def command(*arguments: Any) -> None:
     """`preceptor ...` in this process; what it prints comes up only where it fails."""
     printed = io.StringIO()
     with (
-        mock.patch("preceptor.train.run.write_report"),  # it draws for half the time of such a short run
+        mock.patch("preceptor.train.finish.write_report"),  # it draws for half the time of such a short run
         mock.patch.object(sys, "argv", ["preceptor", *map(str, arguments)]),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),

@@ -45,7 +45,7 @@ def trained(run_file, folder, console=None, rows=None, **changes):
         model__path=str(folder),
         **{"data__chat_template": None, "train__duration": "2 steps", "data__max_length": 256} | changes,
     )
-    with mock.patch("preceptor.train.run.write_report"):  # it draws for longer than such a run takes
+    with mock.patch("preceptor.train.finish.write_report"):  # it draws for longer than such a run takes
         execute(prepare(config.load(file, [])), console or Console(quiet=True))
     return folder.parent / "run" / "model"
 

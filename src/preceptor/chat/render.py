@@ -67,7 +67,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         # The tokenizer's special tokens as they are now: its eos may have been aligned since the template was loaded.
-        self._template = template and replace(template, variables=dict(tokenizer.special_tokens_map))
+        self._template = template and replace(template, variables={**tokenizer.special_tokens_map, **template.clock})
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})

@@ -33,7 +33,6 @@ def load_model(
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     place = resolve_model_path(path)
@@ -59,7 +58,7 @@ def load_model(
         _honour_softcap(model)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers or pickle raise
         raise cannot_load(place, "model", error) from error
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -178,8 +177,9 @@ def save_model(
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        with replacing(path) as partial:
+        with replacing(path, num_bytes) as partial:
             partial.mkdir(parents=True)
             _write(model, tokenizer, partial, generation_config, dtype)
     except SafetensorError as error:

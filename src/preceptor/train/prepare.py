@@ -3,10 +3,10 @@
 Whatever can be found wrong with a run is found here, in seconds, with nothing written.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
@@ -43,20 +43,15 @@ class Prepared:
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     arguments: TrainedArguments  # of the chat template, as the turns were trained with them
 
-    @property
-    def fingerprint(self) -> str:
-        """Changes with anything that would make a resumed run differ: the run file (but `out`) and every token."""
-        run_file = config.dump(self.run.model_copy(update={"out": "-"}))
-        return hashlib.sha256(f"{run_file}{self.train.sha256}".encode()).hexdigest()
-
     def loader(self) -> Loader:
         run = self.run
         return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
 
 
-def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
+def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = None) -> Prepared:
     """Read, render and check all data of a run, with a progress bar on a terminal.
 
+    date: for chat templates that write it (absent: now); that of its first start for a run that goes on.
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
@@ -66,6 +61,8 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
+    if chat.template is not None:
+        chat = replace(chat, template=chat.template.at(date or datetime.now().astimezone()))
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
