@@ -25,7 +25,7 @@ from preceptor.data.forest import Tree
 def render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What becomes of the rows in turn, by one renderer, whose caches are empty at first."""
     template = load_template("tokenizer", tokenizer)
-    closings = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    closings = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in closings if token is not None]
     renderer = Renderer(tokenizer, template, stop_token_ids=stops)
     outcomes = []
