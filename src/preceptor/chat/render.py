@@ -20,15 +20,7 @@ from typing import Any, Literal
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import Leaf, leaves_of
-from preceptor.chat.reasoning import (
-    INLINE_WORDS,
-    REASONING_FIELDS,
-    content_text,
-    has_reasoning,
-    inline_reasoning,
-    opened_by,
-    reasoning_text,
-)
+from preceptor.chat.reasoning import INLINE_WORDS, REASONING_FIELDS, has_reasoning, opened_by
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
@@ -83,7 +75,7 @@ class Renderer:
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
         self._forms: Forms | None = None
-        self._default_is_first: dict[tuple[object, ...], bool] = {}
+        self._default_is_first: dict[tuple[bool, tuple[str, ...]], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -281,22 +273,22 @@ class Renderer:
         switch = self.switch
         if not switch.names or switch.value(arguments) is not None:
             return [arguments]
-        both = [arguments, {**arguments, **switch.set_to(has_reasoning(given))}]
-        return both if self._default_first(given) else both[::-1]
+        reasons = has_reasoning(given)
+        both = [arguments, {**arguments, **switch.set_to(reasons)}]
+        return both if self._default_first(given, reasons) else both[::-1]
 
-    def _default_first(self, given: Mapping[str, Any]) -> bool:
+    def _default_first(self, given: Mapping[str, Any], reasons: bool) -> bool:
         """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
-        fields = {name: "Recall it." for name in REASONING_FIELDS if reasoning_text({name: given.get(name)})}
-        inline = inline_reasoning(content_text(given)) is not None
-        key = (*fields, inline)
-        if key not in self._default_is_first:
-            content = "<think>\nRecall it.\n</think>\n\nIt is so." if inline else "It is so."
-            probe = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": content, **fields}]
+        fields = tuple([name for name in REASONING_FIELDS if given.get(name)]) if reasons else ()
+        if (reasons, fields) not in self._default_is_first:
+            content = "<think>\nRecall it.\n</think>\n\nIt is so." if reasons and not fields else "It is so."
+            answer = {"role": "assistant", "content": content, **dict.fromkeys(fields, "Recall it.")}
+            probe = [{"role": "user", "content": "Is it so?"}, answer]
             chat = Chat(self.template, probe, None, [leaves_of(message, k) for k, message in enumerate(probe)])
-            switched = {**self.template_kwargs, **self.switch.set_to(has_reasoning(probe[1]))}
+            switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
             proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
-            self._default_is_first[key] = proved[0] or not proved[1]
-        return self._default_is_first[key]
+            self._default_is_first[reasons, fields] = proved[0] or not proved[1]
+        return self._default_is_first[reasons, fields]
 
     def _proves(self, chat: Chat, arguments: Mapping[str, Any]) -> bool:
         """Whether the chat's turn is proved, and is not one without reasoning after a prompt that opens some."""
