@@ -14,12 +14,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
-from preceptor.chat.origins import Leaf, leaves_of
-from preceptor.chat.reasoning import INLINE_WORDS, has_reasoning
+from preceptor.chat.origins import leaves_of
+from preceptor.chat.reasoning import has_reasoning, readings
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
@@ -68,7 +69,6 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
-        self._forms: Forms | None = None
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -156,47 +156,55 @@ class Renderer:
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def _conversation(self, record: Conversation) -> Tree:
-        chat, attempts, spelled_out = self._prepared(record)
-        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+        turns, spelled_out = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
-            for k, tried in attempts.items():
-                turn, text = self._proved(renders, k, tried)
+            for turn, text in turns:
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
-                tree.add(context, target, (turn.prompt, text), record.messages[k].weight, num_shared, k)
+                weight = record.messages[turn.message].weight
+                tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             return tree.finish(record.source, self._decode)
 
-        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(attempts))
+        return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
 
     def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        chat, attempts, _ = self._prepared(record)
-        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
-        return [self._proved(renders, k, tried) for k, tried in attempts.items()]
+        return self._proof(record)[0]
 
-    def _prepared(self, record: Conversation) -> tuple[Chat, dict[int, list[Mapping[str, Any]]], bool]:
-        """The conversation up to its last trained turn; of each such turn the template's arguments to try; and whether
-        special tokens are spelled out and must be read as plain text. Raises Rejected."""
-        turns = trainable_turns(record.messages)
+    def _proof(self, record: Conversation) -> tuple[list[tuple[Turn, str]], bool]:
+        """The turns as above; and whether special tokens are spelled out and must be read as plain text."""
+        turns = self._trained(record.messages)
+        messages = record.messages[: turns[-1] + 1]
+        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
+        spelled_out = self._check_messages(messages)
+        arguments = {**self.template_kwargs, **record.template_kwargs}
+        rejected: Rejected | None = None
+        given = [message.given for message in messages]
+        tags, takes_field = self.template.reasoning_tags, self.template.reasoning_field
+        for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
+            fitted = self._forms.fit(reading.messages)
+            chat = Chat(self.template, self._forms, fitted, record.tools, reading.as_given)
+            attempts = {k: self._attempts(fitted[k], arguments) for k in turns}
+            renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+            try:
+                return [self._proved(renders, k, tried) for k, tried in attempts.items()], spelled_out
+            except Rejected as error:
+                rejected = rejected or error
+        assert rejected is not None
+        raise rejected
+
+    def _trained(self, messages: Sequence[Message]) -> list[int]:
+        """The messages that are to be trained. Raises Rejected where there is none, or none can be."""
+        turns = trainable_turns(messages)
         if self.targets == "last":
-            last = max((k for k, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
+            last = max((k for k, message in enumerate(messages) if message.role == "assistant"), default=-1)
             turns = [k for k in turns if k == last]
         if not turns:
             raise Rejected("no_turn", "no message of this conversation is to be trained")
         if turns[0] == 0:
             raise Rejected("no_prompt", "messages[0] is an assistant's")
-        messages = record.messages[: turns[-1] + 1]
-        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
-        leaves = [leaves_of(message.given, k) for k, message in enumerate(messages)]
-        spelled_out = self._check_messages(messages, leaves)
-        given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
-        for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
-            if fitted is not message.given:
-                leaves[k] = leaves_of(fitted, k)
-        arguments = {**self.template_kwargs, **record.template_kwargs}
-        attempts = {k: self._attempts(given[k], arguments) for k in turns}
-        return Chat(self.template, given, record.tools, leaves), attempts, spelled_out
+        return turns
 
     def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
         """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""
@@ -242,27 +250,23 @@ class Renderer:
         switches = [name for name in self.template.reasoning_switches if name not in arguments]
         if not switches:
             return [arguments]
-        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given))}, arguments]
+        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given, self.template.reasoning_tags))}, arguments]
 
-    def _fit(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The message in a form that the template takes; only tool calls and lists of parts have more than one."""
-        if not given.get("tool_calls") and not isinstance(given.get("content"), list):
-            return given
-        if self._forms is None:
-            self._forms = find_forms(self.template)
-        return self._forms.fit(given, where)
+    @cached_property
+    def _forms(self) -> Forms:
+        return find_forms(self.template)
 
     # Checks ----------------------------------------------------------------------------------------------------------
 
-    def _check_messages(self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]]) -> bool:
+    def _check_messages(self, messages: Sequence[Message]) -> bool:
         """Whether special tokens are spelled out and must be read as plain text. Raises Rejected where they may not."""
         if self.special_tokens_in_text == "allow":
             return False
-        found = False
+        found, tags = False, self.template.reasoning_tags
         for index, message in enumerate(messages):
-            own = INLINE_WORDS if message.role == "assistant" else ()
+            own = (*tags, *tags.values()) if message.role == "assistant" else ()
             where = f"messages[{index}]"
-            for leaf in leaves[index]:
+            for leaf in leaves_of(message.given, index):
                 if self._special.search(leaf.text) is not None:
                     found = self._check_special(leaf.text, where, own) or found
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet

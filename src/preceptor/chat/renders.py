@@ -9,7 +9,7 @@ byte. Renders of the template are compared with transformers' own: the first of 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
@@ -18,8 +18,9 @@ from preceptor.chat.alignment import Alignments, kind_of
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
+from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import Asked, LooksAhead, Written, compiled_one_pass, raised_in_pass, run_once, texts_of
-from preceptor.chat.origins import Leaf, Rendered, map_leaves
+from preceptor.chat.origins import Leaf, Rendered, leaves_of, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
@@ -45,23 +46,24 @@ class Request(NamedTuple):
 class Chat:
     """A conversation as its template sees it.
 
-    messages: in a form that the template takes. leaves: the strings of all messages.
+    messages: in forms that the template takes. leaves: the strings of all messages.
     """
 
     template: Template
+    forms: Forms
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
-    leaves_of_messages: InitVar[Sequence[Sequence[Leaf]]]
+    as_given: bool = False
     leaves: list[Leaf] = field(init=False)
     _seen: list[dict[str, Any]] = field(init=False)
     _starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
-    def __post_init__(self, leaves_of_messages: Sequence[Sequence[Leaf]]) -> None:
+    def __post_init__(self) -> None:
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
         self.leaves, self._starts = [], [0]
-        for leaves in leaves_of_messages:
-            self.leaves += leaves
+        for k, message in enumerate(self.messages):
+            self.leaves += leaves_of(message, k)
             self._starts.append(len(self.leaves))
 
     def own(self, k: int) -> range:
@@ -104,11 +106,11 @@ class Chat:
 
     def _follower(self, request: Request) -> dict[str, Any]:
         if request.follower == "user":
-            return {"role": "user", "content": "And then?"}
+            return dict(self.forms.fit([{"role": "user", "content": "And then?"}])[0])
         call = self.messages[request.num_messages - 1]["tool_calls"][0]
         taken = {"tool_call_id": call.get("id"), "name": call.get("function", call).get("name")}
         names = {name: text for name, text in taken.items() if isinstance(text, str)}
-        return {"role": "tool", "content": "done", **names}
+        return dict(self.forms.fit([{"role": "tool", "content": "done", **names}])[0])
 
 
 class Runs:
@@ -275,6 +277,8 @@ class Renders:
         return Turn(
             message=k,
             given=chat.messages[k],
+            tags=chat.template.reasoning_tags,
+            as_given=chat.as_given,
             leaves=chat.leaves,
             own=own,
             prompt=prompt,

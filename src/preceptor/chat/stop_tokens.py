@@ -26,12 +26,13 @@ def find_stop_tokens(template: Template, tokenizer: Any) -> tuple[str, ...]:
     if template.stop is not None:
         return (template.stop,)
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    answer = {"role": "assistant", "content": _ANSWER}
-    found = [_closing(template, [_USER, answer], {"role": "user", "content": _NEXT}, None, special)]
+    forms = find_forms(template)
+    *answered, follower = forms.fit([_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}])
+    found = [_closing(template, answered, follower, None, special)]
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
-    result = {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}
-    calling = find_forms(template).fit({"role": "assistant", "content": "", "tool_calls": [call]}, "a probe")
-    found.append(_closing(template, [_USER, calling], result, [_TOOL], special))
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    *called, result = forms.fit([_USER, calling, {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}])
+    found.append(_closing(template, called, result, [_TOOL], special))
     return tuple(dict.fromkeys(token for token in found if token))
 
 

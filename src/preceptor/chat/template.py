@@ -19,7 +19,7 @@ import jinja2
 from jinja2 import meta
 
 from preceptor.chat.environment import compiled, parsed, rendered
-from preceptor.chat.reasoning import REASONING_FIELDS
+from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
 from preceptor.errors import TemplateError
 
 
@@ -97,6 +97,17 @@ class Template:
     def reasoning_switches(self) -> tuple[str, ...]:
         """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
         return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+
+    @cached_property
+    def reasoning_tags(self) -> Mapping[str, str]:
+        """The tags around reasoning that the texts know, each with its closing tag: any other is text."""
+        texts = self.texts.values()
+        return {tag: close for tag, close in TAGS.items() if any(tag in text or close in text for text in texts)}
+
+    @cached_property
+    def reasoning_field(self) -> bool:
+        """Whether the texts name a field that holds reasoning."""
+        return any(name in text for text in self.texts.values() for name in REASONING_FIELDS)
 
     @cached_property
     def names_read(self) -> frozenset[str]:

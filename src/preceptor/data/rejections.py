@@ -12,6 +12,9 @@ ADVICE: dict[str, str] = {
     "as ordinary characters) or allow (it acts as the token)",
     "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or change it",
     "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
+    "reasoning_unclosed": "the reasoning does not end, so there is no answer to learn: complete the turn, or set train: "
+    "false on it",
+    "empty_answer": "no answer follows the reasoning: add one, or set train: false on it",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
     "data.chat_template",
@@ -28,6 +31,8 @@ ADVICE: dict[str, str] = {
     "write it as the template would, or choose another template",
     "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, "
     "remove it, or choose a template that renders it (chatml does)",
+    "reasoning_twice": "the template puts a reasoning block of its own before that of the content, and leaves "
+    "reasoning_content out: remove the block, or choose another template",
     "tool_call_dropped": "the template leaves tool calls, or a part of them, out; choose a template that renders them "
     "(chatml does)",
     # where the turn starts
