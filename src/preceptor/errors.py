@@ -4,6 +4,21 @@ A message says where (file:line, or the key of the run file), what was found, an
 Defects of this program are not here: they are `assert`s.
 """
 
+import reprlib
+
+_SHOWN_CHARACTERS = 60
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 4, 80, 80, 80
+
+
+def short(value: object) -> str:
+    """The value as it may be shown in a sentence, in at most 60 characters, however large it is."""
+    try:
+        text = _SHOWN.repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        text = f"{type(value).__name__} of many digits"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
 
 class PreceptorError(Exception):
     """Any error that the user can fix."""

@@ -78,10 +78,17 @@ def test_a_continuation_spells_its_text_and_crosses_no_boundary(kind, before, te
     path = tokeniser.path()
     path.read(before)
     context, ids = list(path.ids), list(path.continuation(text))
-    if kind in ("byte level", "split", "normalised", "greedy"):
+    whole = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    if whole[: len(context)] == context:
+        assert ids == whole[len(context) :]
+    elif kind == "greedy" and "<g>" in text:  # the token takes white space that the context holds already
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    elif not set(SPECIAL) & set(tokenizer.tokenize(before + text)[len(context) - 1 :]):  # and all characters known
-        assert tokenizer.decode(context + ids) == tokenizer.decode(tokenizer(before + text)["input_ids"])
+    elif kind.startswith("metaspace") and 0 in whole:  # of unknown characters, several are one token
+        assert tokenizer.decode(ids).strip("<eos>") in tokenizer.decode(whole)
+    elif not any(match.start() < len(before) < match.end() for match in any_of(SPECIAL).finditer(before + text)):
+        assert "".join(tokenizer.convert_ids_to_tokens(context + ids)) == "".join(
+            tokenizer.convert_ids_to_tokens(whole)
+        )
 
 
 LONG = "the message of a user, and of an assistant too"

@@ -77,16 +77,19 @@ def test_lengths_and_where_the_longest_stands():
     }
 
 
+A, B, C = "no_turn", "unreadable", "empty_text"
+
+
 def test_a_tally_counts_by_reason_and_keeps_the_first():
-    rejections = [Rejection(f"x:{n}", code, f"sentence {n}") for n, code in enumerate(["a", "b", "b", "c", "b", "a"])]
-    tally = RejectionCounts({"b": "allow", "typo": "allow"}, rejections)
+    rejections = [Rejection(f"x:{n}", code, f"sentence {n}") for n, code in enumerate([A, B, B, C, B, A])]
+    tally = RejectionCounts([B, "too_long"], rejections)
     assert [(r.first.code, r.count, r.first.source, r.allowed) for r in tally.reasons] == [
-        ("b", 3, "x:1", True),
-        ("a", 2, "x:0", False),
-        ("c", 1, "x:3", False),
+        (B, 3, "x:1", True),
+        (A, 2, "x:0", False),
+        (C, 1, "x:3", False),
     ]
-    assert (tally.num_rejected, tally.num_not_allowed, tally.never_seen) == (6, 3, ["typo"])
-    assert str(tally).splitlines()[0] == "       3 x b (allowed): first at x:1: sentence 1"
+    assert (tally.num_rejected, tally.num_not_allowed, tally.never_seen) == (6, 3, ["too_long"])
+    assert str(tally).splitlines()[0] == f"       3 x {B} (allowed): first at x:1: sentence 1"
 
 
 def reasoning_rows(num):
@@ -172,8 +175,8 @@ def test_it_passes_only_if_every_rejection_is_allowed(check, run_file):
     assert code == 0 and "passed: every example is proved except 2 rejected examples, which the run file allows" in out
     code, out, _ = check(run_file(rows[3:], data__allow_rejected=allowed))
     assert code == 3 and "no example is left to train" in out
-    code, out, _ = check(run_file(data__allow_rejected=["empty_txt"]))
-    assert code == 0 and "data.allow_rejected allows empty_txt, but no example was rejected" in out
+    code, out, _ = check(run_file(data__allow_rejected=["empty_text"]))
+    assert code == 0 and "data.allow_rejected allows empty_text, but no example was rejected" in out
 
 
 def test_without_a_run_file(check, base_folder, write_jsonl):

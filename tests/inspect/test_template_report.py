@@ -233,7 +233,7 @@ def test_a_reasoning_switch_that_is_given_is_not_tried(preceptor, tmp_path):
         ("terse", "give KEY=VALUE"),
         ("a-b=1", "give KEY=VALUE"),
         ("x={", "not a YAML value"),
-        ("tools=[]", "this command sets tools itself"),
+        ("tools=[]", "'tools' is set by whoever renders a chat template"),
         ("trese=true", "reads no argument of this name"),
     ],
 )

@@ -10,6 +10,7 @@ from conftest import WORDS, conversations
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.formats.nulls import Struct
+from preceptor.data.formats.values import JsonReader
 from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose
 from preceptor.select.explain import explain, summarise
@@ -224,8 +225,8 @@ def test_columns_and_struct_nulls_are_written_in_a_form_that_trains_the_same():
     padded = {
         "messages": [Struct(role="user", content="Hi", name=None), Struct(role="assistant", content="Yes.", name=None)]
     }
-    written = json.loads(line_of(padded, _read(padded), Source(path="x")))
-    assert written == row("Hi", "Yes.")
+    line = line_of(padded, _read(padded), Source(path="x"))
+    assert _read(JsonReader().read(line)) == _read(padded) == _read(row("Hi", "Yes."))
 
 
 def test_weights_and_untrained_turns_survive(write_jsonl):

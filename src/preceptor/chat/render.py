@@ -134,9 +134,8 @@ class Renderer:
             bos = ""  # spelled out, and allowed to be
 
         def grow(tokeniser: Tokeniser) -> Tree:
-            path = tokeniser.path()
-            context = (*(self._bos if bos else ()), *self._ids(prompt, path, first=True))
-            target = (*self._ids(text, path, first=not prompt), self.tokenizer.eos_token_id)
+            context, target = self._ids(prompt, text, tokeniser)
+            context, target = (*(self._bos if bos else ()), *context), (*target, self.tokenizer.eos_token_id)
             if not tokeniser.spells_all((*context, *target), bos + prompt + text + eos):
                 raise Rejected("unknown_token", "the text")
             tree = GrowingTree(all_targets=self.targets == "all")
@@ -145,13 +144,14 @@ class Renderer:
 
         return self._compared(grow, len(prompt + text), 1)
 
-    def _ids(self, text: str, path: Path, first: bool) -> Ids:
-        if self.special_tokens_in_text == "plain" and self._special.search(text):
-            return self._tokeniser.plain([(text, True)], self._special)
-        if not first:
-            return path.continuation(text)
-        path.read(text)
-        return tuple(path.ids)
+    def _ids(self, prompt: str, text: str, tokeniser: Tokeniser) -> tuple[Ids, Ids]:
+        """The ids of a prompt, which may be empty, and of the text that follows it."""
+        if self.special_tokens_in_text == "plain" and self._special.search(prompt + text):
+            before = [(prompt, True)]
+            return tokeniser.plain(before, self._special), tokeniser.plain([(text, True)], self._special, before)
+        path = tokeniser.path()
+        path.read(prompt or text)
+        return (tuple(path.ids), path.continuation(text)) if prompt else ((), tuple(path.ids))
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
@@ -229,8 +229,9 @@ class Renderer:
         """
         num_shared = 0
         if path is None:
-            context: Sequence[int] = tokeniser.plain(turn.prompt_marked().runs(), self._special)
-            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special)
+            prompt = turn.prompt_marked().runs()
+            context: Sequence[int] = tokeniser.plain(prompt, self._special)
+            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special, before=prompt)
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)

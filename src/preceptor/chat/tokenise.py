@@ -16,16 +16,18 @@ every text would take six times as long.
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.words import Boundaries, Words
+from preceptor.data.rejections import Rejected
 
 Ids = tuple[int, ...]
 
 _CACHED_IDS = 1_000_000
+_ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
 
 
 class Tokeniser:
@@ -39,12 +41,15 @@ class Tokeniser:
         if self.in_chunks:
             self._words = Words(tokenizer)
             self._boundaries = Boundaries(tokenizer, self._words)
+        self.cuts_words = self.in_chunks and self._words.known
+        self._prefixes_tokens = self._puts_space_behind_tokens()
         self._unknown = tokenizer.unk_token_id
+        self._lstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}
+        self._rstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip}
         self._single = {token.content: (number,) for number, token in tokenizer.added_tokens_decoder.items()} | {"": ()}
         self._is_whole: dict[str, bool] = {}
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
-        self.start_is_special = self._treats_start_differently()
         self._drops_characters = any(
             tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
             for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
@@ -125,60 +130,80 @@ class Tokeniser:
 
     # Otherwise -------------------------------------------------------------------------------------------------------
 
-    def behind(self, before: str, text: str) -> Ids:
-        """The ids of a text behind another, for tokenizers that put a space before the start of every text.
+    def behind(self, before: str, before_ids: Sequence[int], text: str) -> Ids:
+        """The ids of a text that stands behind another, as in the ids of both: its first token is not spelled as at
+        the start of a text. Where a token crosses from `before` into the text, it is tokenised behind a character
+        from which none crosses. Raises Rejected where every token crosses."""
+        return _rest(self.whole, before, before_ids, text)
 
-        That space is not there: the text is tokenised behind `before`, or behind another character where a token would
-        cross.
-        """
-        for anchor in (before, "\n", "a", "."):
-            before_ids, both = self.whole(anchor), self.whole(anchor + text)
-            if both[: len(before_ids)] == before_ids and self._spells(both[len(before_ids) :], text):
-                return both[len(before_ids) :]
-        return self.whole(text)
-
-    def _spells(self, ids: Ids, text: str) -> bool:
-        return self._tokenizer.decode([*self.whole("a"), *ids]).endswith(text) if ids else not text
-
-    def plain(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> Ids:
+    def plain(
+        self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str], before: Sequence[tuple[str, bool]] = ()
+    ) -> Ids:
         """The ids of a text in which special tokens act as such only outside of message text.
 
-        runs: pieces of the text, each with whether it came from a message. Stretches between acting tokens are
-        tokenised with special tokens read as ordinary characters.
+        runs: pieces of the text, each with whether it came from a message; before: of the text that it follows.
+        Stretches between acting tokens are tokenised with special tokens read as ordinary characters.
         """
+        ids: list[int] = []
+        acting, last = self._stretches(before, special)[-1]
+        (_, first), *others = self._stretches(runs, special)
+        if last and first:
+            ids += _rest(self._as_text, last, self._as_text(last), first)
+        else:
+            ids += self._stretch(acting, first)
+        for token, stretch in others:
+            ids.append(self._tokenizer.convert_tokens_to_ids(token))
+            ids += self._stretch(token, stretch)
+        return tuple(ids)
+
+    def _stretch(self, token: str, text: str) -> Ids:
+        """The ids of a text behind an acting token, or at the beginning."""
+        if not text or not token or self._prefixes_tokens:
+            return self._as_text(text)
+        return _rest(self._as_text, "", (), text)
+
+    def _stretches(self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str]) -> list[tuple[str, str]]:
+        """Each special token that acts, and the text up to the next; "" for what stands before the first."""
         text = "".join(piece for piece, _ in runs)
         spans, at = [], 0
         for piece, from_message in runs:
             if from_message:
                 spans.append((at, at + len(piece)))
             at += len(piece)
-        ids: list[int] = []
-        at = 0
+        found, token, at = [], "", 0
         for match in special.finditer(text):
             if any(start < match.end() and match.start() < end for start, end in spans):
                 continue
-            ids += self._stretch(text[at : match.start()])
-            ids.append(self._tokenizer.convert_tokens_to_ids(match.group()))
-            at = match.end()
-        return (*ids, *self._stretch(text[at:]))
+            found.append((token, self._stripped(token, text[at : match.start()], match.group())))
+            token, at = match.group(), match.end()
+        return [*found, (token, self._stripped(token, text[at:], ""))]
 
-    def _stretch(self, text: str) -> Ids:
-        if not text:
-            return ()
-        before = "\n" if self.start_is_special else ""
-        num_before = len(self.whole(before)) if before else 0
+    def _stripped(self, before: str, text: str, after: str) -> str:
+        """A text without the white space that the tokens around it take."""
+        text = text.lstrip() if before in self._rstrip else text
+        return text.rstrip() if after in self._lstrip else text
+
+    def _as_text(self, text: str) -> Ids:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return tuple(self._tokenizer(before + text, **options)["input_ids"][num_before:])
+        return tuple(self._tokenizer(text, **options)["input_ids"]) if text else ()
 
-    def _treats_start_differently(self) -> bool:
-        """Whether a text on its own is tokenised otherwise than behind a newline or an added token."""
-        added = list(self._tokenizer.added_tokens_decoder.values())
-        befores = ["\n", *(token.content for token in added[:1] if self.in_chunks)]
-        return any(
-            self.whole(before + sample)[len(self.whole(before)) :] != self.whole(sample)
-            for before in befores
-            for sample in ("a", "é")
-        )
+    def _puts_space_behind_tokens(self) -> bool:
+        """Whether a text behind an added token is tokenised as at the start of a text."""
+        added = [(number, token.content) for number, token in self._tokenizer.added_tokens_decoder.items()]
+        return any(self.whole(token + "a") == (number, *self.whole("a")) for number, token in added[:1])
+
+
+def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], text: str) -> Ids:
+    """What follows the ids of `before` in those of before + text; of another character, where a token crosses."""
+    if before:
+        both = ids_of(before + text)
+        if both[: len(before_ids)] == tuple(before_ids):
+            return both[len(before_ids) :]
+    for anchor in _ANCHORS:
+        known, both = ids_of(anchor), ids_of(anchor + text)
+        if known and both[: len(known)] == known:
+            return both[len(known) :]
+    raise Rejected("unknown_token", f"the tokens of {text[:20]!r} cannot be told from those before it")
 
 
 class Said(NamedTuple):
@@ -239,12 +264,11 @@ class Path:
         return max(bisect_right(self._starts, self._tokeniser.num_safe(num_same)) - 1, 0)
 
     def continuation(self, text: str) -> Ids:
-        """The ids of a text that follows the one read last, tokenised on its own: no token crosses the boundary."""
+        """The ids of a text that follows the one read last; no token crosses the boundary."""
         tokeniser = self._tokeniser
-        if tokeniser.start_is_special:
-            return tokeniser.behind(self._text[self._starts[-1] :], text)
-        if not tokeniser.in_chunks:
-            return tokeniser.whole(text)
+        if not (tokeniser.cuts_words and (not self._last or self._last[-1] == "\n")):  # else a word may go on
+            last = slice(self._num_before[-1], None)
+            return tokeniser.behind(self._text[self._starts[-1] :], self.ids[last], text)
         head, *rest = tokeniser.cut(text)
         found = [tokeniser.head(head), *map(tokeniser.chunk, rest[::2], rest[1::2])]
         ids = tuple(chain.from_iterable(found))

@@ -60,6 +60,11 @@ class Words:
             self._ascii = pattern.findall
             self._not_ascii = {chr(code) for code in range(128) if not self._alike(pattern, chr(code))}
 
+    @property
+    def known(self) -> bool:
+        """Whether the tokenizer cuts a text into words as described above."""
+        return self._pattern is not None
+
     def ids(self, text: str) -> tuple[int, ...] | None:
         """The ids of a text without added tokens, as the tokenizer's; None if it has to be asked."""
         words = self._words(text)
@@ -235,10 +240,15 @@ class Boundaries:
             return False
         if self._composed and not is_normalized("NFC", before + after):
             return False
-        ends = self._words.ends(before + shown)
-        if ends is None:
-            ends = [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(before + shown)]
-        return len(before) in ends
+        ends, alone = self._ends(before + shown), self._ends(before)
+        return ends[: len(alone)] == alone  # looking ahead may cut white space at the end of `before` otherwise
+
+    def _ends(self, text: str) -> list[int]:
+        ends = self._words.ends(text)
+        if ends is not None:
+            return ends
+        assert self._pre_tokenizer is not None
+        return [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _is_local(state: dict[str, Any]) -> bool:

@@ -48,18 +48,20 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` with YAML values -> arguments of a template. Raises ConfigError."""
     import yaml
 
+    from preceptor.config import build
+    from preceptor.config.yaml_text import parse_yaml
+
     found: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise errors.ConfigError(f"--kwargs {pair}: give KEY=VALUE, such as --kwargs enable_thinking=false")
-        if key in ("messages", "tools", "add_generation_prompt"):
-            raise errors.ConfigError(f"--kwargs {pair}: this command sets {key} itself; give another argument")
         try:
-            found[key] = yaml.safe_load(text)
+            found[key] = parse_yaml(text)
         except yaml.YAMLError as error:
             raise errors.ConfigError(f"--kwargs {pair}: {text!r} is not a YAML value ({error})") from error
-    return found
+    data = {"train": [{"path": "-"}], "chat_template_kwargs": found}
+    return build({"model": {"path": "-"}, "data": data, "out": "-"}, "--kwargs").data.chat_template_kwargs
 
 
 def _model_renderer(model: str, template: str, template_kwargs: dict[str, Any]) -> "Renderer":

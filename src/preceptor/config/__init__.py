@@ -3,6 +3,7 @@
 from preceptor.config.durations import Duration
 from preceptor.config.run import Run, beside, build, dump, load
 from preceptor.config.sections import (
+    RESERVED_ARGUMENTS,
     ROW_KEYS,
     Adapter,
     Checkpoint,
@@ -20,6 +21,7 @@ from preceptor.config.sections import (
 )
 
 __all__ = [
+    "RESERVED_ARGUMENTS",
     "ROW_KEYS",
     "Adapter",
     "Checkpoint",

@@ -18,6 +18,8 @@ _UNITS: dict[str, Unit] = {
     "percent": "percent",
 }
 
+_LARGEST = 10**9
+
 
 @dataclass(frozen=True, slots=True)
 class Duration:
@@ -34,6 +36,8 @@ class Duration:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]+)\s*", value) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS:
             raise ValueError("a duration is written as `3 epochs`, `500 steps` or `5 %`")
+        if float(match[1]) > _LARGEST:
+            raise ValueError(f"no duration may be over {_LARGEST:,}")
         duration = cls(float(match[1]), _UNITS[match[2]])
         if duration.unit == "steps" and not duration.count.is_integer():
             raise ValueError("steps are whole numbers")

@@ -28,8 +28,8 @@ from preceptor.config.sections import (
     Train,
     nearest,
 )
-from preceptor.config.yaml_text import apply_override, dump_yaml, parse_yaml
-from preceptor.errors import ConfigError
+from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, parse_yaml
+from preceptor.errors import ConfigError, short
 
 
 class Run(Section):
@@ -104,6 +104,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 def build(tree: dict[str, Any], where: str) -> Run:
     """A plain tree -> Run. Raises ConfigError with one line per mistake, each starting with `where: key`."""
     try:
+        check_plain(tree)
         return Run.model_validate(tree).resolved()
     except ValidationError as error:
         lines = [f"{where}: {_sentence(detail)}" for detail in error.errors()]
@@ -156,9 +157,9 @@ def _sentence(detail: ErrorDetails) -> str:
         section, _, name = named.rpartition(".")
         return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, _known_keys(section))}"
     if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:
-        return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {detail['input']!r}"
+        return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {short(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
-    return f"{place}: {message[:1].lower()}{message[1:]}; found {detail['input']!r}"
+    return f"{place}: {message[:1].lower()}{message[1:]}; found {short(detail['input'])}"
 
 
 def _known_keys(place: str) -> list[str]:

@@ -7,21 +7,40 @@ import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from preceptor.config.durations import Duration
 
-Path_ = Annotated[str, Field(min_length=1)]
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # what Linux takes
+
+
+def _short_enough(path: str) -> str:
+    """Raises ValueError for a path that no file system takes: asking it would be an error by itself."""
+    if len(path.encode()) > _PATH_BYTES or any(len(name.encode()) > _NAME_BYTES for name in path.split("/")):
+        raise ValueError(f"no name in a path may be longer than {_NAME_BYTES} bytes, no path than {_PATH_BYTES}")
+    return path
+
+
+Path_ = Annotated[str, Field(min_length=1), AfterValidator(_short_enough)]
 
 # What an example may be made of; data/formats/rows.py says which of them make a format.
 ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text
     system history tools chat_template_kwargs""".split()  # noqa: SIM905 (one a line is longer and says no more)
 
+# Names that `apply_chat_template` and its render take themselves, so that no server could pass them to a template.
+RESERVED_ARGUMENTS = frozenset(
+    """self conversation conversations messages tools chat_template add_generation_prompt continue_final_message
+    tokenize padding truncation max_length return_tensors return_dict return_assistant_tokens_mask
+    tokenizer_kwargs""".split()  # noqa: SIM905
+)
+
 
 class Section(BaseModel):
     """A part of the run file: unknown keys and wrong types are errors, and nothing changes after it is built."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
@@ -83,7 +102,7 @@ class Data(Section):
     """What is trained: every assistant turn, only the last one, or the prompt as well."""
     special_tokens_in_text: Literal["reject", "plain", "allow"] = "reject"
     """A special token spelled out inside a message: reject the example, read it as plain text, or let it act."""
-    max_length: Annotated[int, Field(ge=8)] = 4096
+    max_length: Annotated[int, Field(ge=8, le=2**24)] = 4096
     """Tokens in one forward pass; conversations are packed into sequences of at most this, without padding."""
     overflow: Literal["reject", "truncate_context", "split"] = "reject"
     """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
@@ -93,6 +112,14 @@ class Data(Section):
     """Share of rejected examples above which the run stops before any model is loaded."""
     allow_rejected: list[str] = []
     """Codes of rejections that are expected, as `[too_long]`: not counted for `max_rejected`; `check` passes."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _no_reserved_argument(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if name in RESERVED_ARGUMENTS:
+                raise ValueError(f"{name!r} is set by whoever renders a chat template; remove it")
+        return arguments
 
 
 class Train(Section):
@@ -163,7 +190,7 @@ class Eval(Section):
     """Held-out prompts that are answered at each evaluation, greedily."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 96
     """Length limit of a sampled answer."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01)] = 1.0
     """Of the sampled answers that stand beside the greedy ones, drawn by the same seed each time."""
 
 
@@ -177,7 +204,7 @@ class Replay(Section):
 class Adapter(Section):
     kind: Literal["lora"] = "lora"
     """LoRA (Hu et al. 2021, arXiv:2106.09685), through peft."""
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The update is scaled by alpha / rank. Absent: alpha = 2 * rank."""

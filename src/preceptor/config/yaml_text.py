@@ -1,15 +1,28 @@
-"""YAML as run files need it: `2e-4` is a number, a key given twice is an error, keys keep their order."""
+"""YAML as run files need it: plain values, `2e-4` is a number, a key given twice is an error, keys keep their order.
 
+Aliases are not read: a few lines of them can stand for more values than any memory holds.
+"""
+
+import math
 import re
 from typing import Any
 
 import yaml
 
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, short
+
+_LARGEST_NUMBER = 2**63
 
 
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.1 reads `2e-4` as text and lets the second of two equal keys win; both would train something else."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            problem = f"the alias *{event.anchor} is not read here; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -21,6 +34,9 @@ def _mapping(loader: _YamlLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            problem = f"the key {short(key)} is not text; put it in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -31,8 +47,40 @@ _YamlLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError, with line and column."""
-    return yaml.load(text, _YamlLoader)
+    """Raises yaml.YAMLError, with line and column where it has them."""
+    try:
+        return yaml.load(text, _YamlLoader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply to be read") from None
+    except ValueError as error:  # a number of thousands of digits, a date that does not exist
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+
+
+def check_plain(value: Any, place: str = "") -> None:
+    """Raises ConfigError for what no run file may hold: dates, binary data, infinite or huge numbers, broken text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_plain(key, place)
+            check_plain(inner, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            check_plain(inner, f"{place}.{index}")
+    elif (problem := _problem(value)) is not None:
+        raise ConfigError(f"{place or 'the run file'}: {short(value)} {problem}")
+
+
+def _problem(value: Any) -> str | None:
+    """Why a single value may not stand in a run file; None where it may."""
+    if isinstance(value, str):
+        broken = "\0" in value or any("\ud800" <= character <= "\udfff" for character in value)
+        return "holds a NUL character or half of a character" if broken else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else "is not a finite number"
+    if isinstance(value, int):
+        return None if abs(value) < _LARGEST_NUMBER else "is too large a number"
+    if value is None:
+        return None
+    return f"is of type {type(value).__name__}, not text, a number, true, false or null; put it in quotes"
 
 
 def dump_yaml(tree: Any) -> str:
@@ -42,13 +90,13 @@ def dump_yaml(tree: Any) -> str:
 def apply_override(tree: dict[str, Any], text: str) -> None:
     """Set one value in the tree of a run file, in place. Raises ConfigError if the key leads nowhere."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"override {text!r}: write key=value, for example optimizer.learning_rate=1e-4")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"override {short(text)}: write key=value, for example optimizer.learning_rate=1e-4")
     *parents, last = key.strip().split(".")
     try:
         parsed = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"override {short(text)}: the value is not valid YAML: {error}") from None
     node: Any = tree
     for part in parents:
         node = _step_into(node, part, text)
@@ -64,11 +112,11 @@ def _step_into(node: Any, part: str, text: str) -> Any:
     if node.get(part) is None:
         node[part] = {}
     if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {text!r}: {part} is {node[part]!r} in the run file, which has no keys")
+        raise ConfigError(f"override {short(text)}: {part} is {short(node[part])} in the run file, which has no keys")
     return node[part]
 
 
 def _index(node: list[Any], part: str, text: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise ConfigError(f"override {text!r}: {part!r} is not an index of a list of {len(node)}")
+    if not (part.isascii() and part.isdecimal() and len(part) < 10 and int(part) < len(node)):
+        raise ConfigError(f"override {short(text)}: {part!r} is not an index of a list of {len(node)}")
     return int(part)

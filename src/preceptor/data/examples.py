@@ -9,7 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from preceptor.errors import short
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Keys of a message that say whether it is trained: ours, and those of Axolotl, ms-swift and verl.
+TRAIN_KEYS = ("train", "trainable", "loss", "loss_mask")
+
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+_TEXT_ONLY = "only text is trained here"
+_UNREAD_KEYS: Mapping[str, str] = {
+    **dict.fromkeys(MEDIA_KEYS, _TEXT_ONLY),
+    "train_detail": "a message is trained whole or, with `train: false`, not at all",
+    "function_call": "write the call as `tool_calls`",
+    "refusal": "write what the model is to say as `content`",
+}
+"""Keys of a message without which it would say something else -> what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +107,31 @@ def read_message(raw: object, where: str) -> Message | str:
         return f"bad_message: {where} is {type(raw).__name__}, not an object with role and content"
     role = raw.get("role")
     if role not in ROLES:
-        return f"unknown_role: {where} has role {role!r}; known roles are {', '.join(ROLES)}"
+        return f"unknown_role: {where} has role {short(role)}; known roles are {', '.join(ROLES)}"
+    problem = _problem(raw, where)
+    if problem:
+        return problem
+    train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
+    if isinstance(train, str):
+        return train
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        return f"bad_message: {where}.weight is {short(weight)}; it must be a number of at least 0"
+    given = {key: value for key, value in raw.items() if key not in (*TRAIN_KEYS, "weight")}
+    if role == "assistant":
+        message = Message(given, train=train is not False and weight > 0, weight=float(weight))
+        if not (message.content.strip() or message.tool_calls):
+            return f"empty_answer: {where} is an assistant message with neither content nor tool_calls"
+        return message
+    if train or weight not in (0, 1):
+        return (
+            f"not_an_answer: {where} is to be trained and its role is {role}, but only assistant messages are; remove "
+            "the key that says so (data.train_on: all trains every message)"
+        )
+    return Message(given, train=False, weight=float(weight))
+
+
+def _problem(raw: Mapping[str, Any], where: str) -> str | None:
+    """What is wrong with the fields that say something, as "code: sentence"."""
     for key in ("content", "reasoning_content"):
         problem = _text_problem(raw.get(key), f"{where}.{key}")
         if problem:
@@ -100,27 +139,38 @@ def read_message(raw: object, where: str) -> Message | str:
     calls = raw.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         return f"bad_message: {where}.tool_calls must be a list of objects"
-    train, weight = raw.get("train", True), raw.get("weight", 1.0)
-    if not isinstance(train, bool):
-        return f"bad_message: {where}.train is {train!r}; it must be true or false"
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        return f"bad_message: {where}.weight is {weight!r}; it must be a number of at least 0"
-    given = {key: value for key, value in raw.items() if key not in ("train", "weight")}
-    if role == "assistant":
-        message = Message(given, train=train and weight > 0, weight=float(weight))
-        if not (message.content.strip() or message.tool_calls):
-            return f"empty_answer: {where} is an assistant message with neither content nor tool_calls"
-        return message
-    return Message(given, train=False, weight=float(weight))
+    for key, instead in _UNREAD_KEYS.items():
+        if raw.get(key):
+            return f"unread_field: {where}.{key} is not read: {instead}"
+    return None
+
+
+def _trained(raw: Mapping[str, Any], where: str) -> bool | str | None:
+    """What the message says of whether it is trained, or "code: sentence"; None where it says nothing."""
+    said = {key: raw[key] for key in TRAIN_KEYS if raw.get(key) is not None}
+    for key, value in said.items():
+        if value not in (True, False):
+            return f"bad_message: {where}.{key} is {short(value)}; it must be true or false"
+    if len(set(map(bool, said.values()))) > 1:
+        both = " and ".join(f"{key}: {str(bool(value)).lower()}" for key, value in said.items())
+        return f"bad_message: {where} has {both}; keep one of them"
+    return bool(next(iter(said.values()))) if said else None
 
 
 def _text_problem(value: object, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return None
-    parts = value if isinstance(value, list) else [None]
-    if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        return None
-    return f"bad_message: {where} must be a string or a list of text parts, not {type(value).__name__}"
+    if not isinstance(value, list):
+        return f"bad_message: {where} must be a string or a list of text parts, not {type(value).__name__}"
+    for index, part in enumerate(value):
+        at = f"{where}[{index}]"
+        if not isinstance(part, dict):
+            return f'bad_message: {at} is {type(part).__name__}; write a part as {{"type": "text", "text": ...}}'
+        if part.get("type", "text") != "text":
+            return f"unread_field: {at} is a part of type {short(part['type'])}; only text is trained here"
+        if not isinstance(part.get("text"), str):
+            return f"bad_message: {at}.text is {short(part.get('text'))}; it must be a string"
+    return None
 
 
 def read_messages(raw: object, source: str, where: str = "messages") -> tuple[Message, ...] | Rejection:

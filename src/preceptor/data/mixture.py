@@ -20,6 +20,9 @@ import numpy as np
 
 from preceptor.config import Source
 from preceptor.data.forest import Tree
+from preceptor.errors import ConfigError
+
+_MOST_EXAMPLES = 10**8  # of a source in an epoch; a list of so many takes 800 MB
 
 Reduction = Literal["token", "conversation"]
 T = TypeVar("T")
@@ -62,12 +65,19 @@ def draw_replay(replay: Sequence[Tree], tuning: Sequence[Tree], share: float, se
 def mix(per_source: Iterable[tuple[Sequence[T], Source]], seed: int) -> list[T]:
     """Items of several sources in one list: each source `weight` times, or `count` of its items.
 
-    Whole copies first, then a part of one that `seed` chooses, in the order of the file.
+    Whole copies first, then a part of one that `seed` chooses, in the order of the file. Raises ConfigError for more
+    items than a list can hold.
     """
     rng = np.random.default_rng(seed)
     mixed: list[T] = []
     for items, source in per_source:
         copies, num_chosen = _copies(source, len(items))
+        num = copies * len(items) + num_chosen
+        if num > _MOST_EXAMPLES:
+            given = f"weight {source.weight:g}" if source.count is None else f"count {source.count:,}"
+            raise ConfigError(
+                f"{source.path}: {given} makes an epoch of {num:,} examples, more than {_MOST_EXAMPLES:,}; lower it"
+            )
         for _ in range(copies):
             mixed.extend(items)
         chosen = rng.permutation(len(items))[:num_chosen]

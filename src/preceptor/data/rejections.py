@@ -3,7 +3,39 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from preceptor.config import nearest
 from preceptor.data.examples import Rejection
+from preceptor.errors import ConfigError, short
+
+READING: dict[str, str] = {
+    "unreadable": "a value that cannot be read: a key given twice, NaN, a huge number, broken text",
+    "broken_character": "half of a character",
+    "unknown_format": "its keys make no format",
+    "ambiguous_format": "its keys make several formats",
+    "ambiguous_null": "a null that may be padding (Parquet, Arrow)",
+    "unread_column": "a key without which the example would say something else, such as images",
+    "unread_field": "the same in a message, such as an image or `train_detail`",
+    "no_messages": "no list of messages",
+    "bad_message": "a message that cannot be read",
+    "unknown_role": "a role that is none",
+    "not_an_answer": "a message is to be trained that is not the assistant's",
+    "no_assistant_message": "no message is the assistant's",
+    "empty_answer": "an answer without text and tool calls",
+    "empty_prompt": "a question without text",
+    "empty_text": "no text",
+    "not_text": "a value that should be a text",
+    "nothing_to_train": "`train: false` or weight 0 on every answer",
+    "bad_system": "a system prompt that is no text",
+    "two_system_prompts": "`system` and another system message",
+    "bad_tools": "tools that are no list of JSON schemas",
+    "bad_tool_call": "a ShareGPT function call without name and arguments",
+    "bad_template_kwargs": "template arguments that are no object",
+    "bad_prompt_completion": "a prompt and a completion of different kinds",
+    "bad_history": "Alpaca's history that is no list of pairs",
+    "needs_template": "plain strings beside tools, a system prompt or template arguments",
+    "too_long": "more than `data.max_length` tokens",
+}
+"""Codes of what is found while an example is read or cut, and what they mean."""
 
 ADVICE: dict[str, str] = {
     # the example itself
@@ -47,6 +79,18 @@ ADVICE: dict[str, str] = {
     "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from "
     "the stop tokens (generation config)",
 }
+"""Codes of what is found while an example is rendered, and what to do."""
+
+CODES = frozenset(READING | ADVICE)
+
+
+def check_codes(allowed: Iterable[str]) -> None:
+    """Raises ConfigError for a code of `data.allow_rejected` that no rejection can have."""
+    for code in allowed:
+        if code not in CODES:
+            raise ConfigError(
+                f"data.allow_rejected: no example is rejected as {short(code)}; {nearest(code, sorted(CODES))}"
+            )
 
 
 class Rejected(Exception):
@@ -68,9 +112,13 @@ class Reason:
 
 
 class RejectionCounts:
-    """Counts rejections. allowed: the codes for which examples may be left out (`data.allow_rejected`)."""
+    """Counts rejections. allowed: the codes for which examples may be left out (`data.allow_rejected`).
+
+    Raises ConfigError for an allowed code that is none.
+    """
 
     def __init__(self, allowed: Collection[str] = (), rejections: Iterable[Rejection] = ()) -> None:
+        check_codes(allowed)
         self._allowed = frozenset(allowed)
         self._reasons: dict[str, Reason] = {}
         for rejection in rejections:
@@ -95,7 +143,7 @@ class RejectionCounts:
 
     @property
     def never_seen(self) -> list[str]:
-        """Allowed codes that no rejection has: perhaps misspelt."""
+        """Allowed codes that no rejection has."""
         return sorted(self._allowed - self._reasons.keys())
 
     def __str__(self) -> str:

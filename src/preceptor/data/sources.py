@@ -8,15 +8,17 @@ is a DataError.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 from preceptor.config import ROW_KEYS, Source
 from preceptor.config.sections import nearest
-from preceptor.data.examples import Example, Rejection
-from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, format_of, has_format, to_example, unknown_format
+from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
+from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, find_tables
-from preceptor.data.formats.values import Columns, TableRows
+from preceptor.data.formats.values import Columns, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError
 
+_OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
 _FIRST = 100  # examples in which a column must occur, and that tell whether a source holds conversations
 
 
@@ -70,12 +72,15 @@ class OpenSource:
     def _read(self) -> Iterator[Entry]:
         for table in self.tables:
             for place, row in _named(table, self.source):
-                yield Entry(table.name, format_of(row), to_example(row, place, self.source.nulls))
+                yield Entry(table.name, *read_row(row, place, self.source.nulls))
 
 
-def read_rows(source: Source | str) -> TableRows:
-    """Each row of a source as the file holds it, with its place. Raises as `OpenSource`."""
-    return OpenSource(source).rows()
+def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a source as the file holds it, with its place. Raises as `OpenSource`, and for an unreadable row."""
+    for place, row in OpenSource(source).rows():
+        if isinstance(row, Unreadable):
+            raise DataError(f"{place}: {row}")
+        yield place, row
 
 
 def read_examples(source: Source | str) -> Iterator[Example | Rejection]:
@@ -98,15 +103,18 @@ def _named(table: DataTable, source: Source) -> TableRows:
     if columns is not None:
         _check_columns(table.name, columns, source)
     if not source.columns:
-        yield from _rows_of(table, (*ROW_KEYS, *PARTS_OF_A_QUESTION))
+        yield from _rows_of(table, (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS))
         return
     rows = _rows_of(table, list(source.columns.values()))
     if columns is None:
         first = list(islice(rows, _FIRST))
-        _check_columns(table.name, list(dict.fromkeys(key for _, row in first for key in row)), source)
+        found = [row for _, row in first if not isinstance(row, Unreadable)]
+        _check_columns(table.name, list(dict.fromkeys(key for row in found for key in row)), source)
         rows = chain(first, rows)
     for place, row in rows:
-        yield place, {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+        if not isinstance(row, Unreadable):
+            row = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+        yield place, row
 
 
 def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:

@@ -344,7 +344,7 @@ def _verdict(found: dict[str, Any]) -> str:
     lines = []
     if found["allowed_but_never_seen"]:
         codes = ", ".join(found["allowed_but_never_seen"])
-        lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it; check the spelling")
+        lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")
     if found["num_rejected_not_allowed"]:
         codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
         lines.append(

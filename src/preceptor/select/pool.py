@@ -12,7 +12,8 @@ from typing import Any
 
 from preceptor.config import Source
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
-from preceptor.data.formats.rows import to_example
+from preceptor.data.formats.rows import read_row
+from preceptor.data.formats.values import JsonReader, Unreadable
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import replacing
@@ -51,7 +52,7 @@ class Pool:
         number = 0
         for source in self.sources:
             for (_, row), entry in zip(source.rows(), source.entries(), strict=True):
-                if number in numbers:
+                if number in numbers and not isinstance(row, Unreadable):
                     yield line_of(row, _unchanged(_answered(entry.example)), source.source)
                 number += 1
 
@@ -83,7 +84,7 @@ def line_of(row: dict[str, Any], example: AnsweredExample, source: Source) -> st
             line = json.dumps(form, ensure_ascii=False)
         except (TypeError, ValueError):
             continue  # a date or bytes in some other column
-        if form and to_example(json.loads(line), example.source) == example:
+        if form and read_row(JsonReader().read(line), example.source)[1] == example:
             return line
     raise DataError(f"{example.source}: has values that JSON does not have, so it cannot be written; fix them")
 

@@ -81,7 +81,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     with example_progress(tables, "reading and rendering") as on_example:
         train = [([tree for _, tree in read(source)], source.source) for source in sources["train"]]
         held_out = [(list(read(source)), source.source) for source in sources["held out"]]
-        replay = [tree for source in sources["replay"] for _, tree in read(source)]
+        replay = [([tree for _, tree in read(source)], source.source) for source in sources["replay"]]
     num_examples = sum(count for counts in formats.values() for count in counts.values())
     counts = RejectionCounts(run.data.allow_rejected, rejections)
     if counts.num_not_allowed > run.data.max_rejected * num_examples:
@@ -90,7 +90,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
             f"({counts.num_not_allowed / num_examples:.1%}; data.max_rejected allows "
             f"{run.data.max_rejected:.1%}):\n{counts}"
         )
-    trees = _mixture(run, mix(train, run.train.seed), replay)
+    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
     if not trees:
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees

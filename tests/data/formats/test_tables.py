@@ -132,7 +132,7 @@ def test_only_the_columns_of_the_formats_are_read(tmp_path):
     import pyarrow.parquet as pq
 
     broken = pa.array(["{"], pa.string()).cast(pa.json_()) if hasattr(pa, "json_") else None
-    pq.write_table(pa.table({"text": ["a"], "image": broken}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["a"], "notes": broken}), tmp_path / "a.parquet")
     (record,) = read_examples(str(tmp_path / "a.parquet"))
     assert record.text == "a"
     with pytest.raises(DataError, match="a JSON column holds what is no JSON"):

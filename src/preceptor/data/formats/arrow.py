@@ -1,17 +1,17 @@
 """Parquet files and Hugging Face `datasets` -> rows, a batch at a time.
 
 Both hold columns in Arrow's memory layout. Where a column is of structs, objects come back as `Struct`, since a null in
-them may be padding (padding.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
+them may be padding (nulls.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from preceptor.data.formats.nulls import Struct
-from preceptor.data.formats.values import Columns, TableRows
-from preceptor.errors import DataError
+from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
+from preceptor.errors import DataError, short
 from preceptor.hub import first_line
 
 _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131,072 rows in memory
@@ -33,6 +33,7 @@ def open_parquet(file: Path, name: str) -> Any:
 def parquet_rows(file: Path, name: str, wanted: Columns = None) -> TableRows:
     """Each row with its source, "file:row N", counted from 1; of `wanted` columns only, if given. Raises DataError."""
     parquet = open_parquet(file, name)
+    _check_names(parquet.schema_arrow.names, name)
     columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
     yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
 
@@ -45,17 +46,39 @@ def batch_rows(batches: Iterable[Any], name: str) -> TableRows:
     try:
         for batch in batches:
             if converters is None:
+                _check_names(batch.schema.names, name)
                 converters = {field.name: _converter(field.type) for field in batch.schema}
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
+            for row in _values_of(batch):
                 number += 1
-                yield (
-                    f"{name}:row {number}",
-                    {key: value if (c := converters[key]) is None else c(value) for key, value in row.items()},
-                )
-    except (pa.ArrowException, OSError, KeyError) as error:
+                yield f"{name}:row {number}", row if isinstance(row, Unreadable) else _converted(row, converters)
+    except (pa.ArrowException, OSError) as error:
         raise _broken(f"{name}:row {number + 1}", error) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{name}:row {number}: a JSON column holds what is no JSON: {error.msg}") from None
+
+
+def _check_names(columns: Sequence[str], name: str) -> None:
+    """Raises DataError for two columns of one name, of which a row could only hold one."""
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}: two columns are named {twice!r}; give each a name of its own")
+
+
+def _values_of(batch: Any) -> Iterator[Row]:
+    """The rows as Python values; where some cannot be (invalid UTF-8, a date beyond all), each is tried by itself."""
+    try:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except (ValueError, KeyError, OverflowError) as error:
+        if batch.num_rows == 1:
+            yield Unreadable("unreadable", f"it holds a value that cannot be read: {short(str(error))}")
+        else:
+            for index in range(batch.num_rows):
+                yield from _values_of(batch.slice(index, 1))
+
+
+def _converted(row: dict[str, Any], converters: Mapping[str, Convert | None]) -> Row:
+    try:
+        return {key: value if (c := converters[key]) is None else c(value) for key, value in row.items()}
+    except ValueError as error:
+        return Unreadable("unreadable", f"a JSON column holds what is no JSON: {short(str(error))}")
 
 
 def _broken(where: str, error: Exception) -> DataError:

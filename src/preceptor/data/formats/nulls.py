@@ -10,7 +10,8 @@ read so. A null in one is *padding for sure* where a null could not be meant:
     in a tool call's arguments                       where the tool declares no such parameter, or declares one that
                                                      is not required and does not take null
 
-and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject (AmbiguousNull), drop or keep.
+and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject (AmbiguousNull), drop or keep. A JSON
+file can leave a key out, so there such a null is kept where `nulls` says nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,11 @@ class Struct(dict[str, Any]):
     """An object read from a column of structs: a null in it may be padding. Any other dict's nulls are meant."""
 
 
+class JsonObject(Struct):
+    """An object of a JSON file, which a program may have written from such a column: sure padding is dropped here too,
+    and a null that may be meant is taken for meant, since the file could have left it out."""
+
+
 class AmbiguousNull(Exception):
     """A null at `where` that may be padding and may be meant."""
 
@@ -56,14 +62,15 @@ def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
     return {
         key: unpad_values(inner, nulls, f"{where}.{key}")
         for key, inner in value.items()
-        if not padded or inner is not None or _kept(nulls, f"{where}.{key}")
+        if not padded or inner is not None or _kept(value, nulls, f"{where}.{key}")
     }
 
 
-def _kept(nulls: Nulls, where: str) -> bool:
-    if nulls == "reject":
+def _kept(of: Any, nulls: Nulls, where: str) -> bool:
+    """Whether a null of the object `of`, which may be padding, is kept. Raises AmbiguousNull."""
+    if nulls == "reject" and not isinstance(of, JsonObject):
         raise AmbiguousNull(where)
-    return nulls == "keep"
+    return nulls != "drop"
 
 
 def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
@@ -77,7 +84,7 @@ def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
     for key, inner in schema.items():
         at = f"{where}.{key}"
         if inner is None:
-            if not padded or (key not in _NEVER_NULL and _kept(nulls, at)):
+            if not padded or (key not in _NEVER_NULL and _kept(schema, nulls, at)):
                 result[key] = None
         elif key in _VALUES:
             result[key] = unpad_values(inner, nulls, at)
@@ -140,7 +147,7 @@ def _arguments(value: Any, schema: Any, nulls: Nulls, where: str) -> Any:
     for key, inner in value.items():
         at = f"{where}.{key}"
         if inner is None:
-            if not isinstance(value, Struct) or (not _never_null(key, schema) and _kept(nulls, at)):
+            if not isinstance(value, Struct) or (not _never_null(key, schema) and _kept(value, nulls, at)):
                 result[key] = None
         else:
             inner_schema = properties.get(key) if isinstance(properties, dict) else None

@@ -12,14 +12,17 @@ A row is recognised by its keys, each row for itself; a key that holds null is a
 With any conversation go `system` (a system prompt, put first), `tools` and `chat_template_kwargs`; lists and objects
 may be JSON strings. `messages` or `conversations` win over other keys, and all win over `text`, which next to them is a
 rendering of the same. A row that fits two formats otherwise, or has a key without which the question is not whole, is
-rejected: `columns` in the run file says what is meant. All other keys are ignored.
+rejected: `columns` in the run file says what is meant. So is one with images, a flag of another trainer and what else
+is in UNREAD_COLUMNS. All other keys are ignored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from preceptor.data.examples import (
+    MEDIA_KEYS,
+    TRAIN_KEYS,
     Completion,
     Conversation,
     Document,
@@ -31,7 +34,8 @@ from preceptor.data.examples import (
 )
 from preceptor.data.formats.nulls import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
 from preceptor.data.formats.sharegpt import from_sharegpt
-from preceptor.data.formats.values import RawRecord, Unreadable, check_characters, parsed, short, text_in
+from preceptor.data.formats.values import RawRecord, Row, Unreadable, check_values, parsed, text_in
+from preceptor.errors import short
 
 MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
     "messages",
@@ -42,12 +46,30 @@ MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
 )
 
 
+def read_row(row: Row, source: str, nulls: Nulls = "reject") -> tuple[str, Example | Rejection]:
+    """The name of the row's format, for people, and the example that it becomes.
+
+    Whatever goes wrong with one row is its rejection, and the next is read.
+    """
+    try:
+        if isinstance(row, Unreadable):
+            raise row
+        return format_of(row), to_example(row, source, nulls)
+    except Unreadable as error:
+        return UNKNOWN, Rejection(source, error.code, str(error))
+    except Exception as error:
+        return UNKNOWN, Rejection(
+            source, "unreadable", f"it cannot be read: {type(error).__name__}: {short(str(error))}"
+        )
+
+
 def format_of(row: RawRecord) -> str:
-    """The name of the row's format, for people."""
+    """The name of the row's format, for people. Raises Unreadable for what `parsed` cannot read."""
     keys = [key for key, value in row.items() if value is not None]
     for key in ("messages", "conversations"):
         if key in keys:
-            first = next(iter(parsed(row[key]) or ()), None)
+            messages = parsed(row[key])
+            first = next(iter(messages), None) if isinstance(messages, list) else None
             return SHAREGPT if isinstance(first, dict) and "from" in first else MESSAGES
     try:
         pair = pair_of(keys)
@@ -73,7 +95,8 @@ def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example 
     """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:
-        check_characters(row, "")
+        check_values(row, "")
+        _check_columns(row)
         return _example(row, source, nulls)
     except Unreadable as error:
         return Rejection(source, error.code, str(error))
@@ -81,11 +104,39 @@ def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example 
         return Rejection(source, "ambiguous_null", str(error))
 
 
+def _check_columns(row: RawRecord) -> None:
+    """Raises Unreadable for a key without which the example would say something else than the file does."""
+    for key, instead in UNREAD_COLUMNS.items():
+        if row.get(key):
+            raise Unreadable(
+                "unread_column", f"the example has {key!r}, which is not read: {instead}{_TO_READ_WITHOUT}"
+            )
+    for key in (*TRAIN_KEYS, "weight", "train_detail"):
+        value = row.get(key)
+        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and _changes(key, value)):
+            raise Unreadable(
+                "unread_column",
+                f"the example has {key}: {short(value)}, which is not read here: give it to the messages that it is "
+                f"meant for, or set `weight` for the source{_TO_READ_WITHOUT}",
+            )
+
+
+def _changes(key: str, value: float) -> bool:
+    """Whether a number or truth value of this key asks for anything else than to train the example as it is."""
+    return value != 1 if key == "weight" else value == 0
+
+
 def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
     if "messages" in row and "conversations" in row:
         raise Unreadable("ambiguous_format", "the example has messages and conversations; say which with `columns`")
     key = next((key for key in ("messages", "conversations") if key in row), None)
     if key is not None:
+        if row.get("documents"):
+            raise Unreadable(
+                "unread_column",
+                "the example has 'documents', which is not read: write `chat_template_kwargs: {documents: ...}`, which "
+                f"a template can read{_TO_READ_WITHOUT}",
+            )
         return _conversation(row, source, nulls, ((key, row[key], True),))
     pair = pair_of(list(row))
     if pair is not None:
@@ -210,6 +261,14 @@ PAIRS = (
     ("prompt", "response"),
 )
 # What may belong to a question that is asked of a pair's first key; training without it would teach to guess.
+UNREAD_COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys(MEDIA_KEYS, "only text is trained here"),
+    "functions": "write them as `tools`",
+    "function_call": "write calls as `tool_calls` of a message",
+    "enable_thinking": "write `chat_template_kwargs: {enable_thinking: ...}`",
+}
+"""Keys of an example without which it would say something else -> what to do."""
+_TO_READ_WITHOUT = ". To read the example without it, name the columns to read with `columns`"
 PARTS_OF_A_QUESTION = ("input", "history", "context", "passage", "document", "documents", "choices", "options")
 
 

@@ -11,10 +11,10 @@
 All other keys of a message (train, weight, reasoning_content, ...) stay as they are.
 """
 
-import json
 from typing import Any
 
-from preceptor.data.formats.values import Unreadable
+from preceptor.data.formats.values import Unreadable, parsed
+from preceptor.errors import short
 
 ROLES = {
     "human": "user",
@@ -43,17 +43,14 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         # Content is empty, not absent: templates that add to it fail on an absent one.
         message_of = {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
         return type(message)({**message_of, **rest})
-    if said_by not in ROLES:
+    if not isinstance(said_by, str) or said_by not in ROLES:
         known = ", ".join([*ROLES, "function_call"])
-        raise Unreadable("unknown_role", f"{where} is from {said_by!r}; known are {known}")
+        raise Unreadable("unknown_role", f"{where} is from {short(said_by)}; known are {known}")
     return type(message)({"role": ROLES[said_by], "content": value, **rest})
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except (json.JSONDecodeError, RecursionError):
-        calls = None
+    calls = parsed(value)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) and "arguments" in c for c in calls):
         raise Unreadable("bad_tool_call", f"{where} is a function_call; its value must be JSON with name and arguments")

@@ -1,6 +1,7 @@
 """What a source's path names: one or several tables, each a file or a split of a data set. Nothing is read here yet.
 
-    a file             .jsonl, .ndjson, .json, .csv or .tsv, each also as .gz, or .parquet; `scholar:NAME`
+    a file             .jsonl, .ndjson, .json, .csv or .tsv, each also as .gz, .bz2, .xz, .zst, or .parquet;
+                       `scholar:NAME`
     a folder           of such files, whatever lies deeper too; or one that Hugging Face `datasets` saved
     owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
 
@@ -9,6 +10,7 @@ files tell of several splits, so that no test set is trained on unseen.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from preceptor.scholar import data_file
 
 PACKAGED = "scholar:"
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
+_UNREAD_PACKINGS = (".zip", ".lz4", ".br", ".7z", ".z", ".zstd", ".tar", ".tgz")
 _SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
 
 
@@ -56,7 +60,7 @@ class TextFile:
 
     @property
     def _kind(self) -> str:
-        return _suffix(self.file)
+        return text_files.suffix_of(self.file)
 
     def files(self) -> list[Path]:
         return [self.file]
@@ -65,7 +69,7 @@ class TextFile:
         return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
 
     def num_rows(self) -> int | None:
-        if self._kind not in (".jsonl", ".ndjson") or self.file.suffix == ".gz":
+        if self.file.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
         with self.file.open("rb") as pieces:
             return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
@@ -132,7 +136,9 @@ def find_tables(source: Source) -> list[DataTable]:
     if place.is_file():
         _only_keys(source, (), "a file")
         return [_file(place, source.path)]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and _suffix(place) not in _SUFFIXES:
+    if place.is_symlink():
+        raise DataError(f"{source.path}: a link to nowhere; {place.readlink()} does not exist")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and text_files.suffix_of(place) not in _SUFFIXES:
         parts = (source.path, source.name, source.split)
         return [HuggingFaceDataset(source, "/".join(part for part in parts if part))]
     raise DataError(f"{source.path}: no such data file{_near(place)}")
@@ -152,20 +158,14 @@ def _near(place: Path) -> str:
     return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
 
 
-def _suffix(file: Path) -> str:
-    """`.jsonl` of x.jsonl and of x.jsonl.gz."""
-    return (file.with_suffix("") if file.suffix == ".gz" else file).suffix.lower()
-
-
 def _file(file: Path, name: str) -> DataTable:
-    suffix = _suffix(file)
-    if suffix == ".parquet" and file.suffix != ".gz":
+    if file.suffix.lower() == ".parquet":
         return ParquetFile(file, name)
-    if suffix in _SUFFIXES and suffix != ".parquet":
+    if text_files.suffix_of(file) in _TEXT_SUFFIXES:
         return TextFile(file, name)
     raise DataError(
         f"{name}: what kind of file it is cannot be told from its name; it must end in {', '.join(_SUFFIXES)}, "
-        "or in one of those and .gz if it is text"
+        f"or, if it is text, in one of those and {', '.join(text_files.COMPRESSED)}"
     )
 
 
@@ -189,11 +189,7 @@ def _chosen(source: Source, splits: Sequence[str]) -> str:
 
 def _files_in(source: Source, folder: Path) -> list[DataTable]:
     """All data files of a folder, or those of a split, in the order of their names."""
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and _suffix(path) in _SUFFIXES and not _is_hidden(path.relative_to(folder))
-    )
+    files = [path for path in _all_files(folder) if _is_data(path)]
     files = [path for path in files if not re.fullmatch(r"(dataset_infos?|state)\.json", path.name)]
     if not files:
         raise DataError(f"{source.path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
@@ -210,8 +206,31 @@ def _files_in(source: Source, folder: Path) -> list[DataTable]:
     return [_file(path, str(path)) for path in files]
 
 
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _all_files(folder: Path) -> list[Path]:
+    """All files of a folder but hidden ones, in the order of their names. Raises DataError for what cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent) / name for name in (*folders, *names) if not name.startswith(".")):
+            if path.is_symlink() and (path.is_dir() or (not path.exists() and _is_data(path))):
+                what = "a link to a folder, which is not followed" if path.is_dir() else "a link to nowhere"
+                raise DataError(f"{path}: {what}; name its target as a source of its own, or remove it")
+            if path.is_file():
+                found.append(path)
+    return sorted(found)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether the name is one of a data file. Raises DataError for one that is packed so that it cannot be read."""
+    if path.suffix.lower() == ".parquet" or text_files.suffix_of(path) in _TEXT_SUFFIXES:
+        return True
+    if path.with_suffix("").suffix.lower() in _SUFFIXES and path.suffix.lower() in _UNREAD_PACKINGS:
+        raise DataError(f"{path}: unpack it, or compress it as one of {', '.join(text_files.COMPRESSED)}")
+    return False
 
 
 def _is_of_split(relative: Path, split: str) -> bool:

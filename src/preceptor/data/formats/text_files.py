@@ -5,64 +5,89 @@ need not have lines of their own, "file:row N", counted from 1. A file that cann
 where, since more than one row may be damaged.
 """
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from preceptor.config import ROW_KEYS
-from preceptor.data.formats.values import TableRows
+from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import DataError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _PIECE_CHARACTERS = 1 << 20
 _LONGEST_LINE_CHARACTERS = 1 << 26
 _LONGEST_CELL_CHARACTERS = 2**31 - 1  # the csv module's own limit is 131,072, less than a long conversation
 
 
+def suffix_of(file: Path) -> str:
+    """`.jsonl` of x.jsonl and of x.jsonl.gz."""
+    return (file.with_suffix("") if file.suffix.lower() in COMPRESSED else file).suffix.lower()
+
+
+def _opened(file: Path) -> IO[bytes]:
+    """The content of a file, decompressed."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(file))
+    if suffix == ".bz2":
+        return bz2.open(file)
+    if suffix == ".xz":
+        return lzma.open(file)
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    return file.open("rb")
+
+
 @contextmanager
 def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[TextIO]:
-    """UTF-8, with or without a byte-order mark; a name that ends in .gz is decompressed.
+    """UTF-8, with or without a byte-order mark; a name that ends in one of COMPRESSED is decompressed.
 
     Whatever goes wrong below the format, also later while it is read, becomes a DataError.
     """
     try:
-        if file.suffix == ".gz":
-            with gzip.open(file, "rt", encoding="utf-8-sig", newline=newline) as text:
-                yield cast(TextIO, text)
-        else:
-            with file.open(encoding="utf-8-sig", newline=newline) as text:
-                yield text
+        with _opened(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text:
+            yield text
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{name}: cannot be read: {error}") from None
 
 
 def jsonl_rows(file: Path, name: str) -> TableRows:
     """One JSON object a line; blank lines are passed over."""
+    reader = JsonReader()
     with open_text(file, name) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield f"{name}:{number}", _parse_line(line, f"{name}:{number}")
+                yield f"{name}:{number}", _parse_line(line, f"{name}:{number}", reader)
 
 
-def _parse_line(line: str, source: str) -> dict[str, Any]:
+def _parse_line(line: str, source: str, reader: JsonReader) -> Row:
     try:
-        row = json.loads(line)
+        row = reader.read(line)
+    except Unreadable as error:
+        return error
     except json.JSONDecodeError as error:
         raise DataError(
             f"{source}: broken JSON: {error.msg} at column {error.colno}. Each line must be one JSON object; fix or "
             "delete the line (a cut-off last line often means that the file was not written to its end)"
         ) from None
     except RecursionError:
-        raise DataError(f"{source}: JSON nested too deeply to be read; delete the line") from None
+        return Unreadable("unreadable", "the JSON is nested too deeply to be read")
     if not isinstance(row, dict):
         raise DataError(f"{source}: an example must be a JSON object, found {type(row).__name__}")
-    return row
+    return row  # type: ignore[no-any-return]
 
 
 def json_rows(file: Path, name: str) -> TableRows:
@@ -78,9 +103,11 @@ def json_rows(file: Path, name: str) -> TableRows:
 def _is_row(line: str, following: str) -> bool:
     """Whether a line is a whole JSON object, and not one that holds the rows in a list."""
     try:
-        value = json.loads(line)
+        value = JsonReader().read(line)
     except (json.JSONDecodeError, RecursionError):
         return False
+    except Unreadable:  # an object all the same
+        return True
     return following.startswith("{") or any(key in ROW_KEYS for key in value)
 
 
@@ -111,7 +138,7 @@ def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
             stream.value()
             continue
         for number, row in enumerate(stream.items(), start=1):
-            if found != key and not isinstance(row, dict):
+            if found != key and not isinstance(row, dict | Unreadable):
                 continue  # a list of something else
             if number == 1 and found is not None:
                 raise stream.broken(
@@ -125,8 +152,8 @@ def _rows_in_object(stream: "_JsonStream", name: str) -> TableRows:
         )
 
 
-def _object(row: Any, source: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
+def _object(row: Any, source: str) -> Row:
+    if not isinstance(row, dict | Unreadable):
         raise DataError(f"{source}: an example must be a JSON object, found {type(row).__name__}")
     return row
 
@@ -137,7 +164,7 @@ class _JsonStream:
     def __init__(self, text: TextIO, name: str) -> None:
         self._text, self._name = text, name
         self._buffer, self._at, self._lines_before, self._ended = "", 0, 0, False
-        self._decoder = json.JSONDecoder()
+        self._reader = JsonReader()
 
     def _more(self) -> bool:
         """Drop what is read and read on, at least as much again as is left; False at the end."""
@@ -173,7 +200,7 @@ class _JsonStream:
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._buffer, self._at)
+                value, end = self._reader.read_next(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 # Cut off at the end of the piece, or broken? What is broken well before the end stays so.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
@@ -250,7 +277,7 @@ def csv_header(cells: list[str], name: str) -> list[str]:
 def _csv_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_LONGEST_CELL_CHARACTERS)
     with open_text(file, name, newline="") as text:
-        tabs = file.name.removesuffix(".gz").endswith(".tsv")
+        tabs = suffix_of(file) == ".tsv"
         reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
         while True:
             number = reader.line_num + 1
