@@ -30,7 +30,7 @@ _FIRST, _SECOND, _ID = "probe one", "probe two", "abcdefghi"
 _PRINTED = re.compile(r"""['"]text['"]: ?['"]probe one""")  # a list of parts as Python or JSON spells it
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
-Ids = Literal["any", "nine", "named"]
+IdForm = Literal["any", "nine", "named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Forms:
     list of one.
     thinking_parts: reasoning may be a part of an assistant's content, of type `thinking`. needs_ids:
     calls and results without ids are rejected; needs_names: results without the function's name are. ids: `nine` letters and digits; `named`: the id is written in place of
-    the function's name, as `functions.NAME:NUMBER`.
+    the function's name, as `functions.NAME:NUMBER`. settings: arguments, each with
+    a value, with which the template renders reasoning that it leaves out otherwise, or ends its prompts otherwise.
     """
 
     texts: frozenset[str]
@@ -54,7 +55,8 @@ class Forms:
     thinking_parts: bool
     needs_ids: bool
     needs_names: bool
-    ids: Ids
+    ids: IdForm
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The messages in forms that the template takes; those in which nothing has to change are the same objects.
@@ -62,7 +64,7 @@ class Forms:
         Raises Rejected where a call's arguments are no JSON object.
         """
         fitted: list[Mapping[str, Any]] = []
-        ids = _Ids(self)
+        ids = _CallIds(self)
         for k, given in enumerate(messages):
             if type(given.get("content")) is not str or given["role"] not in self.texts:
                 given = self._with_content(given)
@@ -104,7 +106,7 @@ class Forms:
         return {"type": "function", **rest, "function": {**function, "arguments": arguments}}
 
 
-class _Ids:
+class _CallIds:
     """The ids of one conversation's calls, in the form that the template takes, and of the results that answer them."""
 
     def __init__(self, forms: Forms) -> None:
@@ -129,9 +131,11 @@ class _Ids:
         form, number = self._forms.ids, self._num_calls
         if form == "named" and name not in str(given):
             return f"functions.{name}:{number}"
+        if given is None and (form == "nine" or self._forms.needs_ids):
+            return f"call{number:05}"
         if form == "nine" and not _NINE.fullmatch(str(given)):
-            return re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given or ''}")[-9:]
-        return f"call{number:05}" if given is None and self._forms.needs_ids else given
+            return re.sub(r"[^A-Za-z0-9]", "", f"{number:09}{given}")[-9:]
+        return given
 
     def of_result(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         key = given.get("tool_call_id")
@@ -211,7 +215,23 @@ def find_forms(template: Template) -> Forms:
     found = Forms(frozenset(texts), frozenset(parts), frozenset(one_part), thinking_parts=thinks, **calls)
     turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
     try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
-    return replace(found, texts=frozenset(texts), parts=frozenset(parts), one_part=frozenset(one_part))
+    settings = _find_settings(template, asked)
+    return replace(
+        found, texts=frozenset(texts), parts=frozenset(parts), one_part=frozenset(one_part), settings=settings
+    )
+
+
+def _find_settings(template: Template, asked: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    apart = {"role": "assistant", "content": "probe", "reasoning_content": _FIRST}
+    within = {"role": "assistant", "content": f"<think>\n{_FIRST}\n</think>\n\nprobe"}
+
+    def seen(**arguments: Any) -> tuple[Any, ...]:
+        prompt = _rendered(template, [asked], None, add_generation_prompt=True, **arguments)
+        turns = (_rendered(template, [asked, turn], None, **arguments) for turn in (apart, within))
+        return prompt.rpartition("probe")[2], *[_FIRST in text for text in turns]
+
+    usual = seen()
+    return tuple((name, value) for name, value in template.settings if seen(**{name: value}) != usual)
 
 
 def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -> dict[str, Any]:
@@ -258,8 +278,10 @@ def _call(arguments: Any, id_: str | None) -> dict[str, Any]:
     return call if id_ is None else {"id": id_, **call}
 
 
-def _rendered(template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
+def _rendered(
+    template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **arguments: Any
+) -> str:
     try:
-        return template.render(messages, tools)
+        return template.render(messages, tools, **arguments)
     except TemplateError:
         return ""

@@ -189,11 +189,11 @@ def without_leading_tags(text: str) -> str:
 def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]) -> bool:
     """Whether a content that begins with a reasoning block is rendered behind another one, or behind its first tag.
 
-    between: what the render has between the prompt and the turn's words `said`.
+    Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has between the prompt and the turn's words `said`.
     """
     if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags) is None:
         return False
-    return bool(opened_by(prompt)[0]) or has_tag(between)
+    return bool(opened_by(prompt)[0]) or closed_by(prompt) >= 0 or has_tag(between)
 
 
 def generated_behind_open_tag(prompt: str, between: str, said: str) -> str | None:

@@ -13,8 +13,10 @@ Codes of rejections and what to do about each: `rejections.ADVICE`.
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal
 
 from preceptor.chat.growing_tree import GrowingTree
@@ -31,6 +33,12 @@ from preceptor.data.rejections import Rejected
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
+
+# Rejections of turns that the template may render otherwise when it is given an argument.
+_ARGUMENTS_MAY_HELP = (
+    *("reasoning_dropped", "reasoning_twice", "prompt_conflicts"),
+    *("prompt_opens_reasoning", "prompt_closes_reasoning"),
+)
 
 _CHECK_EVERY = 150  # characters of examples for each that is tokenised a second time
 _CHECKED_FIRST = 50_000  # characters that are tokenised a second time at the beginning of a run
@@ -216,6 +224,17 @@ class Renderer:
             except Rejected as error:
                 rejected = rejected or error
         assert rejected is not None
+        if rejected.code not in _ARGUMENTS_MAY_HELP:
+            raise rejected
+        settings = [(name, value) for name, value in self._forms.settings if name not in attempts[-1]]
+        for (name, value), arguments in product(settings, attempts):
+            with suppress(Rejected):  # an argument that changes the turn's render and not its prompt: no server needs it
+                turn = renders.turn(k, arguments, {name: value})
+                return turn, target_of(turn, self._stops)
+        for name, value in settings:
+            with suppress(Rejected):
+                target_of(renders.turn(k, {**attempts[-1], name: value}), self._stops)
+                raise rejected.helped_by(f"set chat_template_kwargs: {{{name}: {json.dumps(value)}}}")
         raise rejected
 
     def _tokenised(

@@ -260,13 +260,18 @@ class Renders:
             requests = [request for pair in both for request in pair]
             self._texts = runs.in_one_pass(chat, requests, head_again=len(turns) >= _MANY_TURNS)
 
-    def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
-        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
-        chat, runs, key = self._chat, self._runs, self._chat.key(arguments)
-        prompted, with_turn = Request(k, True, key), Request(k + 1, False, key)
+    def turn(self, k: int, arguments: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Turn:
+        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages.
+
+        more: arguments of the render of the turn, beside those of its prompt.
+        """
+        chat, runs = self._chat, self._runs
+        prompt_key, key = chat.key(arguments), chat.key({**arguments, **(more or {})})
+        prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
         prompt, full = self._text(prompted), self._text(with_turn)
         own = chat.own(k)
         kind = (
+            prompt_key,
             key,
             kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
         )

@@ -10,17 +10,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 
-from preceptor.chat.environment import compiled, parsed, rendered
+from preceptor.chat.environment import compiled, parsed, plain_environment, rendered
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
 from preceptor.errors import TemplateError
+
+
+_ALWAYS_GIVEN = frozenset(("messages", "tools", "add_generation_prompt", "documents", *plain_environment().globals))
+_MAX_SETTINGS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,15 @@ class Template:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
 
+    @cached_property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """The arguments that may change a render, each with a value: what the texts compare it with, or true and false."""
+        found: dict[tuple[str, Any], None] = {}
+        for name in sorted(self.names_read - _ALWAYS_GIVEN - self.variables.keys()):
+            values = [value for text in self.texts.values() for value in compared_with(text, name)]
+            found |= dict.fromkeys((name, value) for value in values or (True, False))
+        return tuple(found)[:_MAX_SETTINGS]
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -153,6 +166,18 @@ class Template:
             **self.variables,
             **kwargs,
         }
+
+
+@lru_cache(maxsize=256)
+def compared_with(text: str, name: str) -> tuple[str, ...]:
+    """The strings that a template compares a variable with."""
+    found: dict[str, None] = {}
+    for compare in parsed(text).find_all(nodes.Compare):
+        sides = [compare.expr, *(operand.expr for operand in compare.ops)]
+        if any(isinstance(side, nodes.Name) and side.name == name for side in sides):
+            strings = [const.value for side in sides for const in (side, *side.find_all(nodes.Const)) if isinstance(const, nodes.Const)]
+            found |= dict.fromkeys(value for value in strings if isinstance(value, str))
+    return tuple(found)
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:

@@ -96,10 +96,14 @@ def check_codes(allowed: Iterable[str]) -> None:
 class Rejected(Exception):
     """Raised while an example is rendered, with a code of ADVICE and what was found; becomes a Rejection."""
 
-    def __init__(self, code: str, found: str) -> None:
+    def __init__(self, code: str, found: str, helps: str = "") -> None:
+        """helps: what is known to help here, said instead of what helps in general."""
         assert code in ADVICE, code
-        super().__init__(f"{found}: {ADVICE[code]}")
-        self.code = code
+        super().__init__(f"{found}: {helps or ADVICE[code]}")
+        self.code, self.found = code, found
+
+    def helped_by(self, helps: str) -> "Rejected":
+        return Rejected(self.code, self.found, helps)
 
 
 @dataclass(slots=True)
