@@ -71,7 +71,9 @@ def _plain_kinds() -> dict[str, Messages]:
         "text parts": [*parted, _says([_part("2 < 3?")], "user"), _says("Yes & no.")],
         "system in parts": [_says([_part("You are "), _part("<terse>.")], "system"), *_two(*_ANSWERS)],
         "answer in parts": _two(_says([_part("It is "), _part("I.")]), _ANSWERS[1]),
-        "reasoning_content": _two(*(_says(a["content"], reasoning_content=_thought(n)) for n, a in enumerate(_ANSWERS))),
+        "reasoning_content": _two(
+            *(_says(a["content"], reasoning_content=_thought(n)) for n, a in enumerate(_ANSWERS))
+        ),
         "inline think": _two(_inline(0, "It is I."), _inline(1, "Yes & no.")),
         "one tag": _two(_inline(0, "It is I.", ""), _inline(1, "Yes & no.", "")),
         "empty reasoning": _two(*(_says(f"<think>\n\n</think>\n\n{a['content'].strip()}") for a in _ANSWERS)),

@@ -1,5 +1,7 @@
-"""What a template itself says of each turn: the prompts and renders of `apply_chat_template`, in every form that a server
-may give it. Nothing of the package is used; the proof is compared with this.
+"""What a template itself says of each turn, by the prompts and renders of `apply_chat_template`.
+
+The messages are given in every form in which a server may give them. Nothing of the package is used; the proof is
+compared with this.
 
 A turn is *represented* if some render of the conversation up to it begins with a prompt that a server builds and holds
 every text of the turn behind it. White space does not count, nor a closed empty reasoning block at the prompt's end.
@@ -108,7 +110,7 @@ def _forms(kind: str) -> tuple[list[dict[str, Any]], ...]:
     for (arguments, ids), thought, content in itertools.product(
         calls, ("given", "field", "two tags", "part"), ("text", "parts", "given", "one part")
     ):
-        form = list(_reasoned(list(_contents(_called(messages, arguments, ids), content)), thought))
+        form = list(_reasoned(list(_contents(list(_called(messages, arguments, ids)), content)), thought))
         if form not in made:
             made.append(form)
     return tuple(made)
@@ -180,9 +182,10 @@ class Oracle:
                 continue
             opened = _OPEN_TAG.search(context)
             content = served.message.get("content")
-            if isinstance(content, str) and not served.message.get("tool_calls") and not _EMPTY_BLOCK.search(context):
-                if _squeezed(content) == _squeezed(opened.group(1) if opened else "") + bare:
-                    return True
+            as_it_is = not served.message.get("tool_calls") and not _EMPTY_BLOCK.search(context)
+            tag = _squeezed(opened.group(1) if opened else "")
+            if as_it_is and isinstance(content, str) and _squeezed(content) == tag + bare:
+                return True
             texts = [_squeezed(text) for text in served.renders]
             for head in map(_squeezed, (context, _EMPTY_BLOCK.sub("", context), _OPEN_TAG.sub("", context))):
                 if any(text.startswith(head + bare) or head[-_TAIL:] + bare in text for text in texts):
@@ -193,7 +196,9 @@ class Oracle:
 def texts_of(message: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Every text of a turn that the model must generate, each in the ways in which it may be spelled, squeezed."""
     content = message.get("content")
-    parts = [part.get("text") or part.get("thinking", "") for part in content] if isinstance(content, list) else [content]
+    parts = (
+        [part.get("text") or part.get("thinking", "") for part in content] if isinstance(content, list) else [content]
+    )
     texts = [text for part in parts if part for text in re.split(r"</?think>", part)]
     texts.append(message.get("reasoning_content") or "")
     for call in message.get("tool_calls", ()):
@@ -202,7 +207,12 @@ def texts_of(message: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         texts += _strings(json.loads(given) if isinstance(given, str) else given)
     for text in texts:
         if text.strip():
-            yield tuple(map(_squeezed, (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1])))
+            yield tuple(
+                map(
+                    _squeezed,
+                    (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1], repr(text)[1:-1]),
+                )
+            )
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -189,7 +189,8 @@ def main() -> None:
     table = {entry.name: outcomes(entry) for entry in read_entries(parser.parse_args().templates)}
     PAGE.write_text(page(table), encoding="utf-8")
     for kind, (proved, represented, pairs) in shares(table).items():
-        print(f"{kind:20} {proved:4} proved of {represented:4} represented ({proved / max(1, represented):.1%}), {pairs} pairs")
+        share = f"{proved / max(1, represented):.1%}"
+        print(f"{kind:24} {proved:4} proved of {represented:4} represented ({share}), {pairs} pairs")
 
 
 if __name__ == "__main__":

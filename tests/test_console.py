@@ -11,7 +11,7 @@ from preceptor.data.sources import OpenSource
 def test_the_bar_has_no_thread_so_that_processes_can_be_forked_while_it_is_shown(tmp_path, monkeypatch, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n' * 50)
-    monkeypatch.setattr(console, "Console", lambda **_: Console(stderr=True, force_terminal=True))
+    monkeypatch.setattr(console, "TerminalConsole", lambda **_: Console(stderr=True, force_terminal=True))
     monkeypatch.setattr(console, "_SECONDS", 0)
     before = threading.active_count()
     with console.example_progress(OpenSource(str(file)).tables, "checking") as on_row:

@@ -1,12 +1,15 @@
 """The command line: registers the commands, catches errors and picks exit codes.
 
 Exit codes: 0 done; 2 an error in the command line or run file; 3 in the data; 4 in the chat template; 5 in the model;
-6 a file or folder cannot be written, or a run folder is broken; 130 interrupted. Any other error is a bug of this
-program and shows a traceback.
+6 a file or folder cannot be written, or a run folder is broken; 1 any other error, a bug of this program most likely,
+in one line with the file that holds its traceback; 130 interrupted.
 """
 
+import io
 import os
 import sys
+import tempfile
+import traceback
 from typing import Annotated
 
 import typer
@@ -26,6 +29,9 @@ from preceptor.commands import (
     template,
     train,
 )
+from preceptor.console import say
+
+_LONGEST_MESSAGE = 300  # characters
 
 app = typer.Typer(
     name="preceptor",
@@ -36,7 +42,9 @@ app = typer.Typer(
     help="Supervised fine-tuning of language models: turn a base model into an assistant.",
 )
 
+UNEXPECTED = 1
 EXIT_CODES: dict[type[errors.PreceptorError], int] = {
+    errors.PreceptorError: UNEXPECTED,
     errors.ConfigError: 2,
     errors.DataError: 3,
     errors.TemplateError: 4,
@@ -51,17 +59,40 @@ def main() -> None:
     # 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: first writes are faster
+    # No bars of libraries between our lines. Read when they are imported.
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding has not is spelled out, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except errors.PreceptorError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(EXIT_CODES[type(error)])
+    except Exception as error:
+        say(unexpected(error), error=True)
+        sys.exit(UNEXPECTED)
+
+
+def unexpected(error: Exception) -> str:
+    """One line about an error that nobody expected; its traceback is written to a file that the line names."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="preceptor-error-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE]
+    if isinstance(error, OSError | MemoryError):  # of the machine: a name that is too long, no more memory
+        return f"error: {what or type(error).__name__}. Details: {file.name}"
+    return (
+        f"error: unexpected {type(error).__name__}{f': {what}' if what else ''}. This is a bug; please report it with "
+        f"{file.name}"
+    )
 
 
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 

@@ -1,5 +1,10 @@
-"""Consoles and progress bars: results on standard output, progress on standard error, none where it is no terminal."""
+"""Consoles and progress bars: results on standard output, progress on standard error, none where it is no terminal.
 
+All output goes through here, and none of what comes from data, models and names reaches a terminal as a control
+character: `visible` shows it as `\\x1b`.
+"""
+
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,12 +12,44 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
 _FILE_WIDTH = 160  # characters of a table in a file
 _EVERY_EXAMPLES = 20
 _SECONDS = 0.1  # between two drawings
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}  # json.dumps escapes the others
+
+
+def visible(text: str) -> str:
+    """The text with its control characters (C0, C1, DEL) spelled out, but for line ends and tabs."""
+    return text.translate(_CONTROL)
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a text as it is, but for control characters."""
+    print(visible(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    print(json.dumps(value, indent=indent, ensure_ascii=False).translate(_JSON_CONTROL))
+
+
+class TerminalConsole(Console):
+    """A console that shows control characters of a text instead of sending them, and takes no text for markup."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 class Countable(Protocol):
@@ -21,7 +58,7 @@ class Countable(Protocol):
 
 def standard_console() -> Console:
     """Standard output, without wrapping where it is no terminal."""
-    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+    return TerminalConsole(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
 
 
 def table_console() -> Console:
@@ -35,11 +72,8 @@ def table_console() -> Console:
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """A line that says what is being done; call the result with each new text."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # transformers' own
-    with Console(stderr=True).status("loading") as status:
-        yield status.update
+    with TerminalConsole(stderr=True).status("loading") as status:
+        yield lambda text: status.update(Text(visible(text)))
 
 
 @contextmanager
@@ -49,7 +83,7 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
     The bar has no end where a table does not know its length. It is drawn by those calls and has no thread of its own,
     so that processes can be forked meanwhile (data/workers.py).
     """
-    console = Console(stderr=True)
+    console = TerminalConsole(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn())
     progress = Progress(
         *columns,

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers.utils.logging import disable_progress_bar
 
 from preceptor import config
+from preceptor.console import status_line
 from preceptor.evaluate.figures import groups_of
 from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
@@ -37,12 +37,12 @@ def demo_run(out: Path) -> config.Run:
 def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) -> dict[str, Any]:
     """Train, ask base and intern the same held-out questions, print and record the answers and the figures."""
     started = time.perf_counter()
-    disable_progress_bar()  # transformers' own, for models that load in a blink
     run = demo_run(out)
     console.print("The scholar is a base model: it only continues text. Now it is trained to answer questions.")
     summary = execute(prepare(run), console, replace=replace)
     task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
-    with console.status(f"asking {len(task.items)} held-out questions"):
+    with status_line() as say:
+        say(f"asking {len(task.items)} held-out questions")
         base = answer(run.model.path, task, MAX_BASE_TOKENS)
         intern = answer(str(out / "model"), task, MAX_TUNED_TOKENS)
     for before, after in zip(base, intern, strict=True):

@@ -33,7 +33,12 @@ class DataError(PreceptorError, ValueError):
 
 
 class TemplateError(PreceptorError, ValueError):
-    """A chat template is missing, does not parse, or cannot represent what it is given."""
+    """A chat template is missing, does not parse, or cannot represent what it is given.
+
+    condemns: nothing may be trained with it, whatever the example.
+    """
+
+    condemns = False
 
 
 class ModelError(PreceptorError, ValueError):

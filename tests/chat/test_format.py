@@ -1,10 +1,13 @@
 """Chat formats: tokens found or added, eos and pad, and what ends a turn."""
 
+import shutil
+
 import pytest
 from tokenizers import AddedToken
 
-from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer, turn_ends
+from preceptor.chat.format import add_tokens, align_tokenizer, load_chat_format, load_tokenizer, turn_ends
 from preceptor.chat.template import Template, load_template
+from preceptor.config import Data, Model, Source
 from preceptor.errors import ModelError
 from tiny import tiny_tokenizer
 
@@ -34,16 +37,23 @@ def test_a_plain_word_of_the_vocabulary_becomes_special_and_keeps_its_id():
 
 def aligned(tokenizer, text=TEMPLATE):
     added = add_tokens(tokenizer, CHAT)
-    return added | align_tokenizer(tokenizer, Template("test", {"default": text}, {}, CHAT), "<|im_end|>")
+    align_tokenizer(tokenizer, Template("test", {"default": text}, {}, CHAT), "<|im_end|>")
+    return added
 
 
-def test_a_pad_token_is_added_where_none_is_to_be_had():
+def test_the_earlier_eos_becomes_the_pad_token_and_none_is_added():
     tokenizer = tiny_tokenizer()
-    added = aligned(tokenizer)
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token == "<|pad|>"
-    assert tokenizer.pad_token_id == added["<|pad|>"]
+    assert set(aligned(tokenizer)) == set(CHAT)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.chat_template == TEMPLATE
+
+
+def test_a_tokenizer_without_a_token_to_spare_stays_without_a_pad_token():
+    """Training needs none, and a new one would need a row of its own."""
+    tokenizer = tiny_tokenizer(special_tokens=CHAT[::-1])
+    size = len(tokenizer)
+    assert tokenizer.eos_token == "<|im_end|>" and aligned(tokenizer) == {}
+    assert tokenizer.pad_token is None and len(tokenizer) == size
 
 
 def test_a_pad_token_that_is_the_eos_is_replaced():
@@ -67,7 +77,7 @@ def test_an_own_pad_token_is_kept():
     [
         (("<|reserved_0|>", "<|finetune_right_pad_id|>"), "<|finetune_right_pad_id|>"),
         (("<|fim_middle|>", "<|reserved_0|>"), "<|reserved_0|>"),
-        (("<|fim_middle|>",), "<|pad|>"),
+        (("<|fim_middle|>",), "<|endoftext|>"),
         (("<|reserved_in_use|>", "<|reserved_0|>"), "<|reserved_0|>"),
     ],
 )
@@ -107,3 +117,11 @@ def test_a_folder_without_tokenizer(base_folder, tmp_path):
         load_tokenizer(tmp_path)
     with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
         load_tokenizer("owner/name")
+
+
+def test_a_generation_config_that_cannot_be_read_is_an_error_and_not_taken_for_none(base_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(base_folder, folder)
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json: cannot be read"):
+        load_chat_format(Model(path=str(folder)), Data(train=[Source(path="-")], chat_template="chatml"))

@@ -153,7 +153,7 @@ class Pair:
         return messages, tools
 
     def arguments(self, kind: str) -> dict[str, Any]:
-        return dict.fromkeys(self.template.reasoning_switches, kind in ("reasoning_content", "inline think"))
+        return self.renderer.switch.set_to(kind in ("reasoning_content", "inline think"))
 
     def ours(self, kind: str) -> list[Step] | Rejection:
         messages, tools = self.conversation(kind)

@@ -206,3 +206,14 @@ def test_bos_comes_once_and_only_where_the_tokenizer_puts_it():
             assert ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1
         rendered = renderer.template.render(CHAT)
         assert rendered.startswith("<|begin_of_text|>") and rendered.count("<|begin_of_text|>") == 1
+
+
+def test_what_goes_wrong_in_rendering_one_example_is_its_rejection(monkeypatch):
+    renderer = make()
+
+    def fail(*arguments):
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(renderer, "_conversation", fail)
+    found = renderer.render(conversation(CHAT))
+    assert (found.source, found.code) == ("file:1", "unreadable") and "RecursionError: 'too deep'" in found.message

@@ -50,17 +50,20 @@ def test_earlier_text_that_moves_when_a_turn_is_added():
     assert found[0][2] == "[" and "(be terse) start of a message]" in found[1][2]
 
 
-def test_reasoning_is_switched_by_whether_the_turn_has_some():
+def test_reasoning_is_switched_where_the_default_s_prompt_conflicts_with_the_turn():
     switch = LOOP.replace("{{ m.content }}", "{{ m.reasoning_content or '' }}{{ m.content }}") + (
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}"
         "<think>\n\n</think>\n\n{% endif %}{% endif %}"
     )
     rows = [CHAT[0], CHAT[1], CHAT[2], {**CHAT[3], "reasoning_content": "hm"}]
-    renderer = make(text=switch)
-    texts = [text for kind, _, text in segments(renderer, rows) if kind == "context"]
-    assert sum("<think>" in text for text in texts) == 1
+
+    def num_closed(text):
+        return sum("<think>" in text for kind, _, text in segments(make(text=text), rows) if kind == "context")
+
+    assert num_closed(switch) == 0, "both turns are proved by default"
+    assert num_closed(switch.replace("enable_thinking is false", "not enable_thinking")) == 1, "the first turn"
     assert code(make(text=switch, template_kwargs={"enable_thinking": False}), rows) == "prompt_closes_reasoning"
-    on = segments(renderer, CHAT, template_kwargs={"enable_thinking": True})
+    on = segments(make(text=switch), CHAT, template_kwargs={"enable_thinking": True})
     assert not any("<think>" in text for _, _, text in on)
 
 

@@ -124,18 +124,6 @@ def test_the_sandbox_holds():
         load_template(None, tokenizer).render(ROWS)
 
 
-def test_reasoning_switches_are_those_that_the_template_reads():
-    tokenizer = tiny_tokenizer()
-    for text, switches in (
-        (LOOP, ()),
-        (LOOP + "{% if enable_thinking is defined and not enable_thinking %}{% endif %}", ("enable_thinking",)),
-        ("{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ thinking }}", ("thinking",)),
-        ("{% for m in messages %}{{ m.thinking }}{% endfor %}", ()),
-    ):
-        tokenizer.chat_template = text
-        assert load_template(None, tokenizer).reasoning_switches == switches
-
-
 @pytest.mark.parametrize(
     ("text", "closings"),
     [

@@ -76,7 +76,9 @@ def test_nineteen_in_twenty_pairs_that_a_template_represents_are_proved():
 @pytest.mark.skipif(not ALIASES, reason="the page is made with a later version of transformers")
 @pytest.mark.parametrize("name", list(ENTRIES)[::8])
 def test_the_page_says_what_is_found(name):
-    (line,) = [line for line in tt.page({name: tt.outcomes(ENTRIES[name])}).splitlines() if line.startswith(f"| {name} |")]
+    (line,) = [
+        line for line in tt.page({name: tt.outcomes(ENTRIES[name])}).splitlines() if line.startswith(f"| {name} |")
+    ]
     assert line in PAGE, "out of date: run python benchmarks/template_table.py"
 
 
@@ -117,9 +119,7 @@ TARGETS = {
     # an empty block is put before the content's, and reasoning of its own is left out: the content as it is
     ("Kimi-K2-Thinking", "inline think"): "<think>\nThought 0:\nlet me see\n</think>\n\nIt is I.<|im_end|>",
     # reasoning in the content, known as a field of its own only: the template's spelling
-    ("deepseek-ai-DeepSeek-V3.2", "inline think"): (
-        "Thought 0:\nlet me see</think>It is I.<｜end▁of▁sentence｜>"
-    ),
+    ("deepseek-ai-DeepSeek-V3.2", "inline think"): ("Thought 0:\nlet me see</think>It is I.<｜end▁of▁sentence｜>"),
     # one tag, as a model whose prompt opens the block generates it
     ("Qwen3.5-4B", "one tag"): "Thought 0:\nlet me see\n</think>\n\nIt is I.<|im_end|>",
     # reasoning that is rendered only with an argument
@@ -134,7 +134,7 @@ TARGETS = {
         '"id": "call00000"}]</s>'
     ),
     # turns closed only by the next message
-    ("GLM-4.6_b", "plain"): "\nIt is I.<|user|>",
+    ("GLM-4.6_b", "plain"): "\n<think></think>\nIt is I.<|user|>",
     # sampled <|return|>, <|end|> in history, text of the header is generated
     ("openai-gpt-oss-120b", "reasoning_content"): (
         "<|channel|>analysis<|message|>Thought 0:\nlet me see<|end|>"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from preceptor.chat.format import add_tokens
+from preceptor.chat.format import ChatFormat, add_tokens
 from preceptor.compare.shift import (
     AnswerTokens,
     TargetStates,
@@ -29,12 +29,12 @@ PROMPTS = ("the user and", "a message of the start", "assistant")
 def tiny_evaluated(kind="llama", seed=0, special_tokens=ADDED, rows=None):
     tokenizer = tiny_tokenizer(special_tokens=special_tokens)
     model = tiny_model(kind, vocab_size=rows or len(tokenizer), seed=seed).double()
-    return EvaluatedModel(f"seed {seed}", model, tokenizer, None, (tokenizer.eos_token_id,))
+    return EvaluatedModel(f"seed {seed}", model, ChatFormat(tokenizer, None, (tokenizer.eos_token_id,)))
 
 
 def answered(tuned, num_new=12):
-    contexts = [tuned.ids(prompt) for prompt in PROMPTS]
-    answers = generate(tuned.model, tuned.tokenizer, contexts, tuned.stop_token_ids, num_new)
+    contexts = [tuned.chat.ids(prompt) for prompt in PROMPTS]
+    answers = generate(tuned.model, tuned.chat.tokenizer, contexts, tuned.chat.stop_token_ids, num_new)
     return [
         AnswerTokens(f"p:{n}", context, answer.ids)
         for n, (context, answer) in enumerate(zip(contexts, answers, strict=True))
@@ -42,8 +42,8 @@ def answered(tuned, num_new=12):
 
 
 def shift_of(base, tuned, said, **settings):
-    shared = shared_ids(base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab())
-    trees = [base_tree(each, shared, speller(tuned.tokenizer, base.tokenizer)) for each in said]
+    shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab())
+    trees = [base_tree(each, shared, speller(tuned.chat.tokenizer, base.chat.tokenizer)) for each in said]
     ours, theirs = target_states(base, trees), target_states(tuned, [tuned_tree(each) for each in said])
     return measure_shift(said, ours, theirs, shared, **settings), shared
 
@@ -54,7 +54,7 @@ def test_a_model_is_not_shifted_from_itself():
     shift, _ = shift_of(model, model, said)
     assert (shift.rank_N == 1).all() and len(shift.rank_N) == sum(len(each.ids) for each in said) > 20
     assert np.abs(shift.kl_N).max() < 1e-12
-    found = shift_figures(shift, said, model.tokenizer)
+    found = shift_figures(shift, said, model.chat.tokenizer)
     assert found["shares"]["unshifted"]["value"] == 1.0 and found["shares"]["shifted"]["high"] == 0.0
     assert found["most_shifted"] == [] and found["num_added"] == 0 and found["mean_kl"]["value"] < 1e-12
 
@@ -64,7 +64,7 @@ def test_a_model_is_not_shifted_from_itself():
 def test_ranks_probabilities_and_kl_are_those_of_a_direct_computation(kind, chunk_tokens):
     base, tuned = tiny_evaluated(kind, seed=1), tiny_evaluated(kind, seed=2)
     drawn = np.random.default_rng(0).integers(5, 280, size=(3, 12))  # greedy answers of such models repeat themselves
-    said = [AnswerTokens(f"p:{n}", tuned.ids(PROMPTS[n]), tuple(drawn[n].tolist())) for n in range(3)]
+    said = [AnswerTokens(f"p:{n}", tuned.chat.ids(PROMPTS[n]), tuple(drawn[n].tolist())) for n in range(3)]
     shift, _ = shift_of(base, tuned, said, chunk_tokens=chunk_tokens)
     expected = []
     for each in said:
@@ -84,18 +84,17 @@ def test_what_the_base_lacks_is_spelled_in_its_context_and_has_no_rank():
     base = tiny_evaluated(special_tokens=ADDED[:1], rows=320)
     tokenizer = tiny_tokenizer(special_tokens=ADDED[:1])
     add_tokens(tokenizer, ADDED[1:])  # the base's own ids stay, new ones come after
-    tuned = EvaluatedModel(
-        "tuned", tiny_model("llama", vocab_size=len(tokenizer), seed=2).double(), tokenizer, None, (0,)
-    )
+    model = tiny_model("llama", vocab_size=len(tokenizer), seed=2).double()
+    tuned = EvaluatedModel("tuned", model, ChatFormat(tokenizer, None, (0,)))
     start, end = tokenizer.convert_tokens_to_ids(list(ADDED[1:]))
-    words, more = tuned.ids("the user"), tuned.ids(" and")
+    words, more = tuned.chat.ids("the user"), tuned.chat.ids(" and")
     said = [AnswerTokens("p:1", (start, *words), (*more, end, *words, end))]
     shift, shared = shift_of(base, tuned, said)
     assert start not in shared and end not in shared and set(words) <= shared
     known = np.array([token != end for token in said[0].ids])
     assert ((shift.rank_N > 0) == known).all()
     assert (shift.prob_N[~known] == 0).all() and (shift.kl_N[~known] == 0).all()
-    spelled = {name: base.ids(text) for name, text in (("start", ADDED[1]), ("end", ADDED[2]))}
+    spelled = {name: base.chat.ids(text) for name, text in (("start", ADDED[1]), ("end", ADDED[2]))}
     assert len(spelled["end"]) > 1
     read = [*spelled["start"], *words, *more, *spelled["end"], *words]
     logits = base.model(torch.tensor([read])).logits[0].log_softmax(-1)
@@ -131,7 +130,7 @@ def test_shares_and_positions_are_counted():
     shift, _ = shift_of(model, model, said)
     ranks = np.array([1, 2, 4, 9, 3])
     shift = type(shift)(shift.answer_N, shift.position_N, shift.token_N, ranks, shift.prob_N, np.arange(5.0))
-    found = shift_figures(shift, said, model.tokenizer)
+    found = shift_figures(shift, said, model.chat.tokenizer)
     assert {name: own["value"] for name, own in found["shares"].items()} == {
         "unshifted": 0.2,
         "marginal": 0.4,
@@ -141,7 +140,7 @@ def test_shares_and_positions_are_counted():
     assert (first["position"], first["num"], first["unshifted"], first["shifted"]) == (1, 2, 0.5, 0.5)
     assert first["mean_kl"] == 1.5 and second["marginal"] == 1.0 and third["num"] == 1
     shifted = {row["token"]: (row["num"], row["num_shifted"]) for row in found["most_shifted"]}
-    decode = model.tokenizer.decode
+    decode = model.chat.tokenizer.decode
     assert shifted == {decode([10]): (2, 1), decode([12]): (1, 1)}
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from preceptor.chat.format import ChatFormat
 from preceptor.chat.template import load_template
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.figures import figures, summary
@@ -25,7 +26,8 @@ def tiny_evaluated(kind="llama", chat=False, alone=False, bos=False, stop=()):
         tokenizer.add_bos_token = True
     model = tiny_model(kind, vocab_size=len(tokenizer)).double()
     template = load_template("chatml", tokenizer) if chat else None
-    return EvaluatedModel("tiny", model, tokenizer, template, tuple(stop) or (tokenizer.eos_token_id,), alone)
+    chat = ChatFormat(tokenizer, template, tuple(stop) or (tokenizer.eos_token_id,))
+    return EvaluatedModel("tiny", model, chat, alone)
 
 
 def log_likelihood(model, ids, start):
@@ -43,7 +45,7 @@ def choice(text="the user", choices=(" and the message", " of a start", "s"), an
 @pytest.mark.parametrize("chat", [False, True])
 def test_choices_are_scored_as_by_a_direct_computation(chat, alone):
     evaluated = tiny_evaluated(chat=chat, alone=alone)
-    tokenizer = evaluated.tokenizer
+    tokenizer = evaluated.chat.tokenizer
     item = choice(messages=(USER,) if chat else None)
     if chat:
         context = tokenizer("<|im_start|>user\nthe user and<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
@@ -78,9 +80,9 @@ def test_choices_share_what_their_tokens_share_and_no_more():
     evaluated = tiny_evaluated()
     tree = choice_tree(evaluated, choice("the mess", ("age", "ages")))
     ids = [tree.segments[0].ids + branch.ids for branch in tree.segments[1:]]
-    assert [evaluated.tokenizer.decode(each) for each in ids] == ["the message", "the messages"]
+    assert [evaluated.chat.tokenizer.decode(each) for each in ids] == ["the message", "the messages"]
     assert [list(each) for each in ids] == [
-        evaluated.tokenizer(text)["input_ids"] for text in ("the message", "the messages")
+        evaluated.chat.tokenizer(text)["input_ids"] for text in ("the message", "the messages")
     ]
 
 
@@ -88,10 +90,10 @@ def test_choices_share_what_their_tokens_share_and_no_more():
 def test_bits_per_byte_against_a_hand_computation(bos):
     evaluated = tiny_evaluated(bos=bos)
     text = "the message — of a user"
-    ids = evaluated.tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = [evaluated.tokenizer.bos_token_id, *ids] if bos else ids
+    ids = evaluated.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = [evaluated.chat.tokenizer.bos_token_id, *ids] if bos else ids
     nats = -log_likelihood(evaluated.model, whole, 1)
-    num_bytes = len(text.encode()) - (0 if bos else len(evaluated.tokenizer.decode(ids[:1]).encode()))
+    num_bytes = len(text.encode()) - (0 if bos else len(evaluated.chat.tokenizer.decode(ids[:1]).encode()))
     task = Task("t", "perplexity", (TaskItem("t:1", text=text), TaskItem("t:2", text=text)))
     results = run_task(evaluated, task, 8, 2)
     found, counted = figures(task, results)["bits_per_byte"], summary(task, results)["counts"]
@@ -141,7 +143,7 @@ def test_answers_are_scored_and_their_stops_counted():
     )
     words = free.record["answer"]
     assert free.record["stop"] == "length" and not free.values["right"]
-    tokens = evaluated.tokenizer(words, add_special_tokens=False)["input_ids"]
+    tokens = evaluated.chat.tokenizer(words, add_special_tokens=False)["input_ids"]
     items = (
         TaskItem("t:1", TaskPrompt(text="the user"), (words,)),
         TaskItem("t:2", TaskPrompt(text="the user"), (words[:5],), match="contains", groups={"family": "so"}),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import files
-from preceptor.chat.format import add_tokens, align_tokenizer, load_tokenizer
+from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.template import Template
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ModelError
@@ -25,7 +25,7 @@ def assistant(kind):
     tokenizer = tiny_tokenizer()
     model = tiny_model(kind, vocab_size=len(tokenizer))
     added = add_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
-    added |= align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, tuple(added)), "<|im_end|>")
+    align_tokenizer(tokenizer, Template("test", {"default": TEMPLATE}, {}, tuple(added)), "<|im_end|>")
     resize_embeddings(model, tokenizer, added, seed=0)
     align_model(model, tokenizer)
     return model, tokenizer, added
@@ -46,7 +46,7 @@ def test_a_saved_model_is_the_same_in_plain_transformers(kind, tmp_path):
     read = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(loaded), logits(model))
     assert loaded.generation_config.eos_token_id == read.eos_token_id == 287
-    assert read.pad_token == "<|pad|>"
+    assert read.pad_token == "<|endoftext|>"
     messages = [{"role": "user", "content": "the user"}]
     text = "<|im_start|>the user<|im_end|>\n"
     assert read.apply_chat_template(messages, tokenize=False) == text
@@ -141,15 +141,6 @@ def changed_config(base_folder, folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     return folder
-
-
-def test_sampling_values_without_do_sample_do_not_make_the_last_save_fail(base_folder, tmp_path):
-    folder = changed_config(base_folder, tmp_path / "a")
-    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 0}))
-    for init in ("pretrained", "random"):
-        save_model(load_model(folder, "float32", "cpu", init=init), load_tokenizer(folder), tmp_path / init)
-        written = json.loads((tmp_path / init / "generation_config.json").read_text())
-        assert (written["temperature"], written["top_p"], written["do_sample"]) == (0.6, 0.9, True)
 
 
 def test_what_is_no_causal_language_model_is_rejected(base_folder, tmp_path):

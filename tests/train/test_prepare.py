@@ -76,3 +76,16 @@ def test_grouped_prompts_cost_less_and_train_the_same(run_file):
     assert grouped.tokens.computed < apart.tokens.computed == grouped.tokens.ungrouped
     assert apart.tokens.computed == apart.tokens.one_sample_a_turn and not str(apart.tokens)
     assert "are saved; without grouped prompts" in str(grouped.tokens)
+
+
+def test_weight_and_count_of_replayed_sources_count(run_file, write_jsonl):
+    from preceptor import config
+
+    def replayed(**keys):
+        file = write_jsonl([{"text": f"replayed text number {k}"} for k in range(8)], "replay.jsonl")
+        run = run_file(conversations(20), replay={"data": [{"path": file, **keys}], "share": 0.4})
+        trees = prepare(config.load(run)).train
+        return {tree.source.rpartition(":")[2] for tree in trees if "replay.jsonl" in tree.source}
+
+    assert len(replayed()) == 8
+    assert len(replayed(count=2)) == 2 and len(replayed(weight=0.5)) == 4

@@ -1,7 +1,8 @@
 """The Jinja environment in which transformers renders chat templates, rebuilt: same sandbox, filters and globals."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from types import BuiltinMethodType
@@ -11,8 +12,19 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from preceptor.chat.limits import (
+    GROWING_FILTERS,
+    GROWING_METHODS,
+    check_binop,
+    check_call,
+    check_date_format,
+    check_format,
+    joined,
+)
 
 SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
 
@@ -37,12 +49,76 @@ _OF_LOOP = frozenset(("index", "index0", "first", "last", "length", "revindex", 
 _OF_CALLS = ("_loop_vars", "_block_vars")  # what Jinja's code hands on with every call
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with short cuts for what templates do most: read keys of a message, ask a string."""
+class Code(CodeGenerator):
+    """Jinja's compiler, with `~` as a call of the environment."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
+        self.write("environment.join_outputs((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class Guarded(ImmutableSandboxedEnvironment):
+    """transformers' sandbox, with limits on what an operation makes, in which objects of this package show nothing
+    that a string or list has not."""
+
+    code_generator_class = Code
+    concat = staticmethod(joined)  # type: ignore[assignment]
+    intercepted_binops = frozenset(("*", "**", "%"))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_safe: dict[tuple[type, str], bool] = {}
+
+    @staticmethod
+    def join_outputs(values: Iterable[Any]) -> str:
+        return joined(map(str, values))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        check_binop(operator, left, right)
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if getattr(obj, "__name__", None) in GROWING_METHODS and isinstance(
+            getattr(obj, "__self__", None), str | bytes | int
+        ):
+            check_call(obj.__name__, obj.__self__, (*args, *kwargs.values()))
+        return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        guarded = super().wrap_str_format(value)
+        if guarded is not None:
+            check_format(value.__self__)
+        return guarded
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = type(obj), attr
+        if key not in self._is_safe:
+            shown = not _is_ours(type(obj)) or any(hasattr(kind, attr) for kind in _others(type(obj)))
+            self._is_safe[key] = shown and super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[key]
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
+        if _is_ours(type(obj)) and not attribute.startswith("_"):
+            return self.undefined(obj=obj, name=attribute)  # as of a plain string
+        return super().unsafe_undefined(obj, attribute)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("preceptor.")
+
+
+def _others(kind: type) -> list[type]:
+    """What a type of this package is besides; of `dict` as templates have it, what it shows."""
+    if kind is PlainDict:
+        return [kind]
+    return [base for base in kind.__mro__ if base is not object and not _is_ours(base)]
+
+
+class Sandbox(Guarded):
+    """The guarded sandbox, with short cuts for what templates do most: read keys of a message, ask a string."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in _OF_DICT:
@@ -51,18 +127,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if type(obj) is BuiltinMethodType and type(obj.__self__) is str:
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(obj) is BuiltinMethodType and type(obj.__self__) is str and obj.__name__ not in GROWING_METHODS:
             for name in _OF_CALLS:
                 kwargs.pop(name, None)
             return obj(*args, **kwargs)  # `format` is not met here: `getattr` has replaced it
         return super().call(context, obj, *args, **kwargs)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        key = type(obj), attr
-        if key not in self._is_safe:
-            self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
-        return self._is_safe[key]
 
 
 class PlainDict:
@@ -86,6 +156,7 @@ def _tojson(
 
 
 def _strftime_now(form: str) -> str:
+    check_date_format(form)
     return datetime.now().strftime(form)
 
 
@@ -94,6 +165,7 @@ def prepare(environment: jinja2.Environment) -> jinja2.Environment:
     environment.add_extension(GenerationTag)
     environment.add_extension(jinja2.ext.loopcontrols)
     environment.filters["tojson"] = _tojson
+    guard_filters(environment.filters)
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -118,7 +190,7 @@ def rendered(text: str, variables: dict[str, Any]) -> str:
     template = compiled(text)
     context = template.new_context({**_globals(), **variables}, shared=True)
     try:
-        return "".join(template.root_render_func(context))
+        return joined(template.root_render_func(context))
     except Exception:
         template.environment.handle_exception()
 
@@ -126,6 +198,22 @@ def rendered(text: str, variables: dict[str, Any]) -> str:
 @lru_cache(maxsize=1)
 def _globals() -> dict[str, Any]:
     return dict(plain_environment().globals)
+
+
+def guard_filters(filters: dict[str, Any]) -> None:
+    """Put the checks of `limits` before the filters that need them."""
+    for name, check in GROWING_FILTERS.items():
+        filters[name] = _guarded(filters[name], check)
+
+
+def _guarded(function: Callable[..., Any], check: Callable[[Any, Sequence[Any]], None]) -> Callable[..., Any]:
+    num_given = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # by Jinja: its context, say
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check(args[num_given], (*args[num_given + 1 :], *kwargs.values()))
+        return function(*args, **kwargs)
+
+    return functools.update_wrapper(call, function)  # with the mark by which Jinja knows what it wants
 
 
 def parsed(text: str) -> jinja2.nodes.Template:

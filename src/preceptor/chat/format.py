@@ -2,26 +2,30 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 
 from preceptor import config
+from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
+from preceptor.chat.thinking import TrainedArguments, with_defaults
+from preceptor.chat.tokenise import Ids
 from preceptor.data.examples import Completion, Document
+from preceptor.data.rejections import Rejected
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError
-from preceptor.hub import cannot_load, require_reachable, resolve_model_path
+from preceptor.hub import cannot_load, find_file, first_line, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAIN = "plain"  # instead of a template's name: none, messages are read as plain text
-PAD_TOKEN = "<|pad|>"
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,45 @@ class ChatFormat:
     added: Mapping[str, int] = field(
         default_factory=dict
     )  # special tokens new to the model's tokenizer, with their ids
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all conversations; their own win over them
 
     @property
     def num_base_tokens(self) -> int:
         """Ids below this are tokens of the base model; added ones come after."""
         return min(self.added.values(), default=len(self.tokenizer))
+
+    @property
+    def bos(self) -> Ids:
+        """What the tokenizer puts before a plain text; a template writes its own."""
+        bos = self.tokenizer.bos_token_id
+        return (bos,) if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+    def ids(self, text: str) -> Ids:
+        """The tokens of a text, without special tokens that the tokenizer would add."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that the model reads before it answers these messages; its `ids` are the context.
+
+        Raises TemplateError if the template rejects the messages.
+        """
+        assert self.template is not None, "a format of plain text has no prompts"
+        try:
+            shown = self._forms.fit(messages)
+        except Rejected as error:
+            raise TemplateError(str(error)) from error
+        arguments = {**self.template_kwargs, **(template_kwargs or {})}
+        return self.template.render(shown, tools, add_generation_prompt=True, **arguments)
+
+    @cached_property
+    def _forms(self) -> Forms:
+        assert self.template is not None
+        return find_forms(self.template)
 
     def renderer(self, data: config.Data) -> Renderer:
         return Renderer(
@@ -47,8 +85,19 @@ class ChatFormat:
             stop_token_ids=self.stop_token_ids,
             special_tokens_in_text=data.special_tokens_in_text,
             targets=data.train_on,
-            template_kwargs=data.chat_template_kwargs,
+            template_kwargs=self.template_kwargs,
         )
+
+    def trained_with(self, arguments: TrainedArguments) -> "ChatFormat":
+        """The format as it is saved: the arguments of training are the template's own defaults, the tokenizer's too.
+
+        Raises TemplateError for arguments that cannot be saved.
+        """
+        if self.template is None:
+            return self
+        template = with_defaults(self.template, arguments.defaults(), arguments.switch)
+        self.tokenizer.chat_template = template.saved
+        return replace(self, template=template)
 
 
 def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[OpenSource] = ()) -> ChatFormat:
@@ -72,9 +121,10 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
         template = load_template(data.chat_template, tokenizer)
         added = add_tokens(tokenizer, template.needed_tokens)
         stop_tokens = turn_ends(template, tokenizer)
-        added |= align_tokenizer(tokenizer, template, stop_tokens[0])
+        align_tokenizer(tokenizer, template, stop_tokens[0])
+        template = replace(template, variables=dict(tokenizer.special_tokens_map))
     ids = [*_stop_token_ids(path, tokenizer, **source), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
-    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added)
+    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added, data.chat_template_kwargs)
 
 
 def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
@@ -84,8 +134,9 @@ def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
     ModelError, or TemplateError for a template whose special tokens the model lacks.
     """
     place = resolve_model_path(path)
-    tokenizer = load_tokenizer(place)
+    tokenizer: Any = load_tokenizer(place)
     chosen = None
+    stop_tokens: tuple[str, ...] = ()
     if template != PLAIN and (template is not None or tokenizer.chat_template):
         chosen = load_template(template, tokenizer)
         missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]
@@ -94,7 +145,10 @@ def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
                 f"template {chosen.name}: {path} has no token {', '.join(missing)}, so it was not trained with this "
                 f"template; let it read messages as plain text: --chat-template {PLAIN}"
             )
-    return ChatFormat(tokenizer, chosen, _stop_token_ids(place, tokenizer))
+        if template is not None:  # another than the model's own, which its generation config may not know
+            stop_tokens = turn_ends(chosen, tokenizer)
+    ids = [*_stop_token_ids(place, tokenizer), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
+    return ChatFormat(tokenizer, chosen, tuple(dict.fromkeys(ids)))
 
 
 def load_tokenizer(
@@ -139,22 +193,20 @@ def add_tokens(tokenizer: Any, needed: Sequence[str]) -> dict[str, int]:
     return {token: vocabulary[token] for token in needed if token not in old}
 
 
-def align_tokenizer(tokenizer: Any, template: Template, stop_token: str) -> dict[str, int]:
-    """Give the tokenizer its chat template, its eos (the stop token) and a pad token that is not the eos.
+def align_tokenizer(tokenizer: Any, template: Template, stop_token: str) -> None:
+    """Give the tokenizer its chat template, its eos (the stop token) and, if it can be had, a pad token that is not it.
 
-    A pad token that differs from the eos is kept; else a reserved one that the template does not use becomes it, else
-    one is added and returned. Raises ModelError if the stop token is none of the tokenizer's.
+    A pad token that differs from the eos is kept; else it is one made for padding or kept in reserve that the template
+    does not use, else the eos of before. Training needs none: no token is added for it. Raises ModelError if the stop
+    token is none of the tokenizer's.
     """
     if stop_token not in tokenizer.get_vocab():
         raise ModelError(f"the stop token {stop_token!r} is not in the tokenizer's vocabulary; add it first")
-    tokenizer.chat_template = template.text
+    earlier = tokenizer.eos_token
+    tokenizer.chat_template = template.saved
     tokenizer.eos_token = stop_token
-    if tokenizer.pad_token is not None and tokenizer.pad_token != stop_token:
-        return {}
-    reserved = _reserved_token(tokenizer, template)
-    added = {} if reserved else add_tokens(tokenizer, [PAD_TOKEN])
-    tokenizer.pad_token = reserved or PAD_TOKEN
-    return added
+    if tokenizer.pad_token is None or tokenizer.pad_token == stop_token:
+        tokenizer.pad_token = _reserved_token(tokenizer, template) or (earlier if earlier != stop_token else None)
 
 
 def _reserved_token(tokenizer: Any, template: Template) -> str | None:
@@ -163,7 +215,7 @@ def _reserved_token(tokenizer: Any, template: Template) -> str | None:
     free = [
         str(token)
         for _, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and str(token) not in taken and str(token) not in template.text
+        if token.special and str(token) not in taken and not any(str(token) in text for text in template.texts.values())
     ]
     for pattern in (r"\bpad|pad\b|padding|_pad_", r"reserved|unused"):
         for token in free:
@@ -194,7 +246,9 @@ def _stop_token_ids(
 
     try:
         earlier = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
-    except OSError:  # no generation config: the model's config says what ends a text
+    except OSError as error:  # no generation config: the model's config says what ends a text
+        if find_file(path, "generation_config.json", revision) is not None:
+            raise ModelError(f"{path}/generation_config.json: cannot be read: {first_line(error)}") from None
         settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
         earlier = getattr(settings.get_text_config(decoder=True), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *([earlier] if earlier is None or isinstance(earlier, int) else earlier)]

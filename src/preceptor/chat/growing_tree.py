@@ -92,7 +92,9 @@ class GrowingTree:
             self._ends.append(at)
         return self._path[-1]
 
-    def finish(self, source: str, decode: Callable[[tuple[int, ...]], str]) -> Tree:
+    def finish(
+        self, source: str, decode: Callable[[tuple[int, ...]], str], switched: tuple[tuple[int, bool], ...] = ()
+    ) -> Tree:
         """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
         segments: list[Segment] = []
         stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
@@ -101,7 +103,7 @@ class GrowingTree:
             text = node.text or decode(node.ids)
             segments.append(Segment(node.kind, node.ids, parent, text, node.weight, message=node.message))
             stack.extend((child, len(segments) - 1) for child in reversed(node.children))
-        return Tree(source, tuple(segments))
+        return Tree(source, tuple(segments), switched)
 
 
 def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:

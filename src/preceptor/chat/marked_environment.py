@@ -17,10 +17,9 @@ from typing import Any
 import jinja2
 import markupsafe
 from jinja2 import filters, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from preceptor.chat.environment import SETTINGS, prepare
+from preceptor.chat.environment import SETTINGS, Guarded, guard_filters, prepare
+from preceptor.chat.limits import joined
 from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
 from preceptor.chat.origins import json_body, map_leaves
 
@@ -48,31 +47,19 @@ def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
     return pieces, origins
 
 
-class MarkedCode(CodeGenerator):
-    """Jinja's compiler, with `~` as a call that marked strings can see."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.join_outputs((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-
 def _concat(texts: Iterable[str]) -> str:
     """`"".join` for the output of macros and set blocks."""
     texts = list(texts)
-    return join(texts) if _any_marked(texts) else "".join(texts)
+    return join(texts) if _any_marked(texts) else joined(texts)
 
 
 def _any_marked(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Marked) for value in values)
 
 
-class MarkedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox of transformers for marked strings."""
+class MarkedEnvironment(Guarded):
+    """The guarded sandbox for marked strings."""
 
-    code_generator_class = MarkedCode
     concat = staticmethod(_concat)  # type: ignore[assignment]
 
     @staticmethod
@@ -151,9 +138,7 @@ def _tojson(
     replaced by the strings as JSON spells them.
     """
     standing, found = _stand_ins(value)
-    encoded = json.dumps(
-        standing, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    encoded = json.dumps(standing, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     if not found:
         return encoded
     texts: list[str] = []
@@ -250,6 +235,7 @@ def marked_environment() -> jinja2.Environment:
         if name not in _TRANSPARENT.split():
             environment.filters[name] = _losing(function)
     environment.filters |= _FILTERS
+    guard_filters(environment.filters)
     return environment
 
 

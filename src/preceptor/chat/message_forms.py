@@ -38,11 +38,11 @@ class Forms:
     """Which forms a template takes as they are given; where it takes none of two, nothing is changed.
 
     texts, parts, one_part: the roles whose messages are shown if their content is a string, a list of text parts, or a
-    list of one.
-    thinking_parts: reasoning may be a part of an assistant's content, of type `thinking`. needs_ids:
-    calls and results without ids are rejected; needs_names: results without the function's name are. ids: `nine` letters and digits; `named`: the id is written in place of
-    the function's name, as `functions.NAME:NUMBER`. settings: arguments, each with
-    a value, with which the template renders reasoning that it leaves out otherwise, or ends its prompts otherwise.
+    list of one. thinking_parts: reasoning may be a part of an assistant's content, of type `thinking`. needs_ids: calls
+    and results without ids are rejected; needs_names: results without the function's name are. ids: `nine` letters and
+    digits; `named`: the id is written in place of the function's name, as `functions.NAME:NUMBER`. settings: arguments,
+    each with a value, with which the template renders reasoning that it leaves out otherwise, or ends its prompts
+    otherwise.
     """
 
     texts: frozenset[str]
@@ -69,7 +69,9 @@ class Forms:
             if type(given.get("content")) is not str or given["role"] not in self.texts:
                 given = self._with_content(given)
             if given.get("tool_calls"):
-                calls = [self._call(call, f"messages[{k}].tool_calls[{i}]") for i, call in enumerate(given["tool_calls"])]
+                calls = [
+                    self._call(call, f"messages[{k}].tool_calls[{i}]") for i, call in enumerate(given["tool_calls"])
+                ]
                 given = {**given, "tool_calls": ids.of_calls(calls)}
             elif given["role"] == "tool":
                 given = ids.of_result(given)
@@ -283,5 +285,7 @@ def _rendered(
 ) -> str:
     try:
         return template.render(messages, tools, **arguments)
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return ""

@@ -341,6 +341,13 @@ def one_pass(environment: jinja2.Environment, text: str, head_again: bool = Fals
 
     head_again: what comes before the main loop is run again in each world.
     """
+    try:
+        return _compiled(environment, text, head_again)
+    except Exception:  # one loop more than Python can nest, say
+        return None
+
+
+def _compiled(environment: jinja2.Environment, text: str, head_again: bool) -> jinja2.Template | None:
     tree = _Prompted().visit(environment.parse(text))
     loops = [at for at, node in enumerate(tree.body) if isinstance(node, nodes.For) and node.find(nodes.Output)]
     if not loops or _keeps_state(tree):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from preceptor.data.rejections import Rejected
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-INLINE_WORDS = ("<think>", "</think>", "[THINK]", "[/THINK]")  # with which a content may hold its reasoning
 TAGS = {
     "<think>": "</think>",
     "[THINK]": "[/THINK]",
@@ -101,51 +100,71 @@ def readings(
 
     tags: those that the template knows; all others are text. takes_field, takes_parts: whether it knows such.
     """
-    blocks = {
-        k: block
-        for k, given in enumerate(messages)
-        if given["role"] == "assistant" and (block := block_of(content_text(given), tags)) is not None
-    }
-    for k, block in blocks.items():
-        if k in turns and not block.closed:
-            raise Rejected("reasoning_unclosed", f"messages[{k}].content begins with {block.tag}")
-        if k in turns and not block.answer.strip() and not messages[k].get("tool_calls"):
-            raise Rejected("empty_answer", f"messages[{k}].content ends with {tags[block.tag]}")
-    blocks = {k: block for k, block in blocks.items() if block.closed}
+    blocks = _blocks(messages, turns, tags)
     full = {k: block for k, block in blocks.items() if block.reasoning.strip()}
-
-    def changed(changes: Mapping[int, Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        return [{**given, **changes[k]} if k in changes else given for k, given in enumerate(messages)]
-
-    def content(k: int, block: Block) -> str:
-        if k not in full:
-            return block.answer.lstrip()
-        text = content_text(messages[k])
-        return text if block.opened else f"{block.tag}\n{text.lstrip()}"
-
-    whole = changed({k: {"content": content(k, b)} for k, b in blocks.items()}) if blocks else messages
-    yield Reading(whole)
+    empty = {k: {"content": block.answer.lstrip()} for k, block in blocks.items() if k not in full}
+    begun = {
+        k: {"content": f"{block.tag}\n{content_text(messages[k]).lstrip()}"}
+        for k, block in full.items()
+        if not block.opened
+    }
     apart = {
-        k: {"content": b.answer.lstrip(), **({"reasoning_content": b.reasoning.strip()} if k in full else {})}
-        for k, b in blocks.items()
+        k: {"content": block.answer.lstrip(), "reasoning_content": block.reasoning.strip()}
+        for k, block in full.items()
         if not reasoning_text(messages[k])
     }
-    if full and takes_field:
-        yield Reading(changed(apart))
+    whole = _changed(messages, {**empty, **begun})
+    yield Reading(whole)
+    if apart and takes_field:
+        yield Reading(_changed(messages, {**empty, **apart}))
     if takes_parts:
-        in_parts = {}
-        for k, given in enumerate(changed(apart)):
-            reasoning = reasoning_text(given) if given["role"] == "assistant" else ""
-            if reasoning:
-                text = [{"type": "text", "text": content_text(given)}] if content_text(given) else []
-                in_parts[k] = {"content": [{"type": "thinking", "thinking": reasoning}, *text]}
-                in_parts[k] |= dict.fromkeys(name for name in REASONING_FIELDS if name in given)
+        in_parts = _thinking_parts(_changed(messages, {**empty, **apart}))
         if in_parts:
-            yield Reading(changed(in_parts))
+            yield Reading(_changed(messages, {**empty, **in_parts}))
     if full:
         yield Reading(whole, as_given=True)
-    if len(full) < len(blocks):
+    if empty:
         yield Reading(messages, as_given=True)
+
+
+def _blocks(messages: Sequence[Mapping[str, Any]], turns: Collection[int], tags: Mapping[str, str]) -> dict[int, Block]:
+    """The blocks at the start of assistants' contents that end. Raises Rejected for a turn that is not finished."""
+    blocks = {}
+    for k, given in enumerate(messages):
+        block = block_of(content_text(given), tags) if given["role"] == "assistant" else None
+        if block is None:
+            continue
+        if k in turns and not block.closed:
+            raise Rejected("reasoning_unclosed", f"messages[{k}].content begins with {block.tag}")
+        if k in turns and not block.answer.strip() and not given.get("tool_calls"):
+            where, helps = (
+                f"messages[{k}].content ends with {tags[block.tag]}",
+                "add an answer, or set train: false on it",
+            )
+            raise Rejected("empty_answer", where, helps)
+        if block.closed:
+            blocks[k] = block
+    return blocks
+
+
+def _changed(
+    messages: Sequence[Mapping[str, Any]], changes: Mapping[int, Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    if not changes:
+        return messages
+    return [{**given, **changes[k]} if k in changes else given for k, given in enumerate(messages)]
+
+
+def _thinking_parts(messages: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """For assistants' messages with a field of reasoning: the content in parts that begin with it."""
+    found: dict[int, dict[str, Any]] = {}
+    for k, given in enumerate(messages):
+        reasoning = reasoning_text(given) if given["role"] == "assistant" else ""
+        if reasoning:
+            text = [{"type": "text", "text": content_text(given)}] if content_text(given) else []
+            found[k] = {name: None for name in REASONING_FIELDS if name in given}
+            found[k]["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
+    return found
 
 
 def opened_by(prompt: str) -> tuple[str, int]:
@@ -189,7 +208,8 @@ def without_leading_tags(text: str) -> str:
 def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]) -> bool:
     """Whether a content that begins with a reasoning block is rendered behind another one, or behind its first tag.
 
-    Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has between the prompt and the turn's words `said`.
+    Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has
+    between the prompt and the turn's words `said`.
     """
     if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags) is None:
         return False

@@ -17,19 +17,30 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
-from preceptor.chat.reasoning import has_reasoning, readings
+from preceptor.chat.reasoning import (
+    REASONING_FIELDS,
+    block_of,
+    content_text,
+    has_reasoning,
+    opened_by,
+    readings,
+    reasoning_text,
+)
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
+from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.errors import ConfigError, PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -42,6 +53,14 @@ _ARGUMENTS_MAY_HELP = (
 
 _CHECK_EVERY = 150  # characters of examples for each that is tokenised a second time
 _CHECKED_FIRST = 50_000  # characters that are tokenised a second time at the beginning of a run
+
+
+class Proved(NamedTuple):
+    """A turn and the text of its target; switched: what the thinking switch was set to for it, None if it was not."""
+
+    turn: Turn
+    target: str
+    switched: bool | None
 
 
 class Renderer:
@@ -68,6 +87,8 @@ class Renderer:
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
+        if taken := sorted(RESERVED_ARGUMENTS & self.template_kwargs.keys()):
+            raise ConfigError(f"data.chat_template_kwargs: {', '.join(taken)} is the server's own argument; remove it")
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
         self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
@@ -77,6 +98,7 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
+        self._default_is_first: dict[tuple[object, ...], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -91,6 +113,11 @@ class Renderer:
         if self._template is None:
             raise Rejected("no_template", "a conversation")
         return self._template
+
+    @cached_property
+    def switch(self) -> Switch:
+        """The template's thinking switch; of no name where there is none."""
+        return Switch() if self._template is None else find_switch(self._template, self.template_kwargs)
 
     def __reduce__(self) -> Any:
         chosen = {
@@ -110,6 +137,11 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
+        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+            raise
+        except Exception as error:
+            found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
+            return Rejection(record.source, "unreadable", found)
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -122,7 +154,12 @@ class Renderer:
         if self._unchecked < cost and self._first_is_checked:
             return tree
         self._unchecked, self._first_is_checked = max(0, self._unchecked - cost), True
-        exact = grow(self._slow_tokeniser)
+        try:
+            exact = grow(self._slow_tokeniser)
+        except Rejected as rejected:
+            if rejected.code != "text_too_large":
+                raise
+            return tree  # as a whole it is too large for the tokenizer
         if exact != tree:
             self._tokeniser = self._slow_tokeniser
             self.counts["tokenized as a whole: chunks gave other tokens"] += 1
@@ -168,24 +205,27 @@ class Renderer:
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
-            for turn, text in turns:
+            for turn, text, _ in turns:
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
-            return tree.finish(record.source, self._decode)
+            switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
+            return tree.finish(record.source, self._decode, switched)
 
         return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
 
     def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        return self._proof(record)[0]
+        return [(turn, text) for turn, text, _ in self._proof(record)[0]]
 
-    def _proof(self, record: Conversation) -> tuple[list[tuple[Turn, str]], bool]:
-        """The turns as above; and whether special tokens are spelled out and must be read as plain text."""
+    def _proof(self, record: Conversation) -> tuple[list[Proved], bool]:
+        """The turns as they are proved; and whether special tokens are spelled out and must be read as plain text."""
         turns = self._trained(record.messages)
         messages = record.messages[: turns[-1] + 1]
         self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
         spelled_out = self._check_messages(messages)
+        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
+            raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         rejected: Rejected | None = None
         given = [message.given for message in messages]
@@ -193,7 +233,7 @@ class Renderer:
         for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
             fitted = self._forms.fit(reading.messages)
             chat = Chat(self.template, self._forms, fitted, record.tools, reading.as_given)
-            attempts = {k: self._attempts(fitted[k], arguments) for k in turns}
+            attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
             renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
             try:
                 return [self._proved(renders, k, tried) for k, tried in attempts.items()], spelled_out
@@ -214,28 +254,45 @@ class Renderer:
             raise Rejected("no_prompt", "messages[0] is an assistant's")
         return turns
 
-    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> tuple[Turn, str]:
-        """Turn k and the text of its target, by the first arguments with which there is one. Raises Rejected."""
+    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> Proved:
+        """Turn k, by the first arguments with which there is a target. Raises Rejected."""
         rejected: Rejected | None = None
         for arguments in attempts:
             try:
-                turn = renders.turn(k, arguments)
-                return turn, target_of(turn, self._stops)
+                return self._proved_with(renders, k, attempts, arguments)
             except Rejected as error:
-                rejected = rejected or error
+                if rejected is None or self.switch.value(arguments) is not None:  # its reason is the better one
+                    rejected = error
         assert rejected is not None
         if rejected.code not in _ARGUMENTS_MAY_HELP:
             raise rejected
-        settings = [(name, value) for name, value in self._forms.settings if name not in attempts[-1]]
-        for (name, value), arguments in product(settings, attempts):
-            with suppress(Rejected):  # an argument that changes the turn's render and not its prompt: no server needs it
-                turn = renders.turn(k, arguments, {name: value})
-                return turn, target_of(turn, self._stops)
-        for name, value in settings:
+        settings = [
+            ({name: value}, arguments)
+            for (name, value), arguments in product(self._forms.settings, attempts)
+            if name not in arguments
+        ]
+        for setting, arguments in settings:  # of the turn's render alone: no server needs it
             with suppress(Rejected):
-                target_of(renders.turn(k, {**attempts[-1], name: value}), self._stops)
-                raise rejected.helped_by(f"set chat_template_kwargs: {{{name}: {json.dumps(value)}}}")
+                return self._proved_with(renders, k, attempts, arguments, setting)
+        for setting, arguments in settings:
+            with suppress(Rejected):
+                self._proved_with(renders, k, attempts, {**arguments, **setting})
+                rejected = rejected.helped_by(
+                    f"set chat_template_kwargs: {json.dumps(setting)}, with which it is proved"
+                )
+                break
         raise rejected
+
+    def _proved_with(
+        self,
+        renders: Renders,
+        k: int,
+        attempts: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        more: Mapping[str, Any] | None = None,
+    ) -> Proved:
+        turn = renders.turn(k, arguments, more)
+        return Proved(turn, target_of(turn, self._stops), self.switch.value(arguments) if len(attempts) > 1 else None)
 
     def _tokenised(
         self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
@@ -261,16 +318,44 @@ class Renderer:
             raise Rejected("unknown_token", turn.where)
         return context, target, num_shared
 
-    def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The template arguments to try: those that turn reasoning on where the turn has some and off where not.
+    def _attempts(
+        self, given: Mapping[str, Any], arguments: Mapping[str, Any], as_given: bool
+    ) -> list[Mapping[str, Any]]:
+        """The template arguments to try: its thinking switch as it is by default, or set by whether the turn reasons.
 
-        What the user set is left as it is. If the template's reasoning switch makes no provable turn, its own default
-        is tried, which is what a server uses that sets nothing.
+        Which comes first hangs on the template alone: turns of one kind are not trained now so, now so. A switch that
+        the user has set is left as it is.
         """
-        switches = [name for name in self.template.reasoning_switches if name not in arguments]
-        if not switches:
+        switch = self.switch
+        if not switch.names or switch.value(arguments) is not None:
             return [arguments]
-        return [{**arguments, **dict.fromkeys(switches, has_reasoning(given, self.template.reasoning_tags))}, arguments]
+        both = [arguments, {**arguments, **switch.set_to(has_reasoning(given, self.template.reasoning_tags))}]
+        return both if self._default_first(given, as_given) else both[::-1]
+
+    def _default_first(self, given: Mapping[str, Any], as_given: bool) -> bool:
+        """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
+        fields = {name: "Recall it." for name in REASONING_FIELDS if reasoning_text({name: given.get(name)})}
+        inline = block_of(content_text(given), self.template.reasoning_tags) is not None
+        key = (*fields, inline, as_given)
+        if key not in self._default_is_first:
+            content = "<think>\nRecall it.\n</think>\n\nIt is so." if inline else "It is so."
+            probe: list[Mapping[str, Any]] = [
+                {"role": "user", "content": "Is it so?"},
+                {"role": "assistant", "content": content, **fields},
+            ]
+            chat = Chat(self.template, self._forms, self._forms.fit(probe), None, as_given)
+            switched = {**self.template_kwargs, **self.switch.set_to(has_reasoning(probe[1]))}
+            proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
+            self._default_is_first[key] = proved[0] or not proved[1]
+        return self._default_is_first[key]
+
+    def _proves(self, chat: Chat, arguments: Mapping[str, Any]) -> bool:
+        """Whether the chat's turn is proved, and is not one without reasoning after a prompt that opens some."""
+        try:
+            turn, *_ = self._proved(Renders(chat, self._runs), 1, [arguments])
+        except Rejected:
+            return False
+        return has_reasoning(turn.given) or not opened_by(turn.prompt)[0]
 
     @cached_property
     def _forms(self) -> Forms:

@@ -16,6 +16,8 @@ import jinja2
 
 from preceptor.chat.alignment import Alignments, kind_of
 from preceptor.chat.environment import plain_environment
+from preceptor.chat.growing_tree import shared_length
+from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
@@ -133,6 +135,8 @@ class Runs:
         try:
             text = chat.template.run(chat.tools, chat.variables(request, shown))
         except TemplateError as error:
+            if error.condemns:
+                raise
             raise Rejected("template_rejects", str(error)) from error
         self._num_renders += 1
         if self._num_renders <= _COMPARED_RENDERS or self._num_renders % _COMPARE_EVERY == 0:
@@ -140,11 +144,9 @@ class Runs:
         return text
 
     def _compare(self, chat: Chat, request: Request, text: str) -> None:
-        """Compare a render with transformers'. Raises Rejected."""
-        name, given = (
-            chat.template.name,
-            [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]],
-        )
+        """Compare a render with transformers'. One difference condemns the template: raises TemplateError."""
+        name = chat.template.name
+        given = [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]]
         try:
             expected = self._tokenizer.apply_chat_template(
                 given,
@@ -155,9 +157,16 @@ class Runs:
                 **chat.arguments(request),
             )
         except Exception as error:  # transformers rejects what the sandbox here allows
-            raise Rejected("render_differs", f"template {name} in transformers: {error}") from error
+            raise condemned(
+                f"template {name}: transformers refuses to render what is rendered here, so no server could use the "
+                f"model: {error}. Choose another template"
+            ) from error
         if expected != text:
-            raise Rejected("render_differs", f"template {name} renders otherwise in transformers")
+            raise condemned(
+                f"template {name}: transformers renders another text, so the model would be trained on what no server "
+                f"builds (does the template write a random choice or the time of day?): {_difference(text, expected)}. "
+                "Choose another template"
+            )
 
     def in_one_pass(self, chat: Chat, requests: Sequence[Request], head_again: bool) -> dict[Request, str]:
         """The renders, by one run of the template for each of the arguments; {} where that cannot be done.
@@ -184,6 +193,8 @@ class Runs:
                 if not again:
                     self._looks_ahead.add(text)
                 continue
+            except TemplateError:  # a limit
+                raise
             except Exception as error:
                 if raised_in_pass(error):
                     raise
@@ -217,6 +228,8 @@ class Runs:
                 passes = list(_passes(chat, template, requests, marked=True))
             except LooksAhead:
                 continue
+            except TemplateError:
+                raise
             except Exception:
                 return {}  # and `marked` tells why
             return {asked[one]: made.all_outputs() for asked, written in passes for one, made in written.items()}
@@ -228,12 +241,20 @@ class Runs:
         template = compiled_marked(chat.template.text_for(chat.tools))
         context = template.new_context(chat.variables(request, chat.marked(request, only)))
         try:
-            pieces, origins = pieces_of(template.root_render_func(context))
-        except Exception as error:
-            raise Rejected("render_differs", f"template {chat.template.name}: {error}") from error
+            with limits(chat.template.name):
+                pieces, origins = pieces_of(template.root_render_func(context))
+        except TemplateError:
+            raise
+        except Exception as error:  # whose text may be anything: none of it is shown
+            raise Rejected("render_differs", f"template {chat.template.name} fails with origins") from error
         if "".join(pieces) != text:
             raise Rejected("render_differs", f"template {chat.template.name} renders otherwise with origins")
         return Rendered(text, pieces, origins)
+
+
+def _difference(ours: str, theirs: str) -> str:
+    at = shared_length(ours, theirs)
+    return f"{ours[max(at - 20, 0) : at + 40]!r} here, {theirs[max(at - 20, 0) : at + 40]!r} there"
 
 
 def _passes(
@@ -244,7 +265,9 @@ def _passes(
         asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
         longest = max(asked.values())
         shown = chat.marked(longest, None) if marked else chat.shown(longest)
-        yield asked, run_once(template, shown, list(asked), chat.variables(longest, ()))
+        with limits(chat.template.name):
+            written = run_once(template, shown, list(asked), chat.variables(longest, ()))
+        yield asked, written
 
 
 class Renders:

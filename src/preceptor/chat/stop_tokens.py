@@ -27,11 +27,15 @@ def find_stop_tokens(template: Template, tokenizer: Any) -> tuple[str, ...]:
         return (template.stop,)
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     forms = find_forms(template)
-    *answered, follower = forms.fit([_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}])
+    *answered, follower = forms.fit(
+        [_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+    )
     found = [_closing(template, answered, follower, None, special)]
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-    *called, result = forms.fit([_USER, calling, {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}])
+    *called, result = forms.fit(
+        [_USER, calling, {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}]
+    )
     found.append(_closing(template, called, result, [_TOOL], special))
     return tuple(dict.fromkeys(token for token in found if token))
 
@@ -77,6 +81,8 @@ def _tail(
     """What the render has after the probe's answer; None if it does not show it."""
     try:
         _, found, after = template.render(messages, tools).rpartition(_ANSWER)
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return None
     return after if found else None

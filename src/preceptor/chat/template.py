@@ -19,11 +19,11 @@ import jinja2
 from jinja2 import meta, nodes
 
 from preceptor.chat.environment import compiled, parsed, plain_environment, rendered
+from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
+from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
 
-
-_ALWAYS_GIVEN = frozenset(("messages", "tools", "add_generation_prompt", "documents", *plain_environment().globals))
 _MAX_SETTINGS = 24
 
 
@@ -90,17 +90,17 @@ class Template:
 
     @property
     def text(self) -> str:
-        """The text that is saved as the model's chat template: the only one, or the default of several."""
+        """The only text, or the default of several."""
         return self.texts.get("default") or next(iter(self.texts.values()))
 
     def text_for(self, tools: Sequence[Any] | None) -> str:
         """As transformers chooses: `tool_use` when tools are given and there is one, else `default`."""
         return self.texts["tool_use"] if tools is not None and "tool_use" in self.texts else self.text
 
-    @cached_property
-    def reasoning_switches(self) -> tuple[str, ...]:
-        """The template arguments that turn reasoning on and off: `enable_thinking`, `thinking`, where it reads them."""
-        return tuple(name for name in ("enable_thinking", "thinking") if name in self.names_read)
+    @property
+    def saved(self) -> str | dict[str, str]:
+        """What is saved as the tokenizer's chat template: all texts by name, or the only one."""
+        return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
     def reasoning_tags(self) -> Mapping[str, str]:
@@ -116,13 +116,15 @@ class Template:
     @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
-        return frozenset(name for text in self.texts.values() for name in meta.find_undeclared_variables(parsed(text)))
+        return frozenset().union(*map(names_read_by, self.texts.values()))
 
     @cached_property
     def settings(self) -> tuple[tuple[str, Any], ...]:
-        """The arguments that may change a render, each with a value: what the texts compare it with, or true and false."""
+        """The arguments that may change a render, with values: what the texts compare them with, or true and false."""
         found: dict[tuple[str, Any], None] = {}
-        for name in sorted(self.names_read - _ALWAYS_GIVEN - self.variables.keys()):
+        for name in sorted(
+            self.names_read - RESERVED_ARGUMENTS - self.variables.keys() - plain_environment().globals.keys()
+        ):
             values = [value for text in self.texts.values() for value in compared_with(text, name)]
             found |= dict.fromkeys((name, value) for value in values or (True, False))
         return tuple(found)[:_MAX_SETTINGS]
@@ -144,7 +146,10 @@ class Template:
     def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
         """As `render`, with the variables of `all_variables`."""
         try:
-            return rendered(self.text_for(tools), variables)
+            with limits(self.name):
+                return rendered(self.text_for(tools), variables)
+        except TemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateError(f"template {self.name}: {error}") from error
         except Exception as error:  # whatever the template's code does wrong is the template's error
@@ -175,9 +180,20 @@ def compared_with(text: str, name: str) -> tuple[str, ...]:
     for compare in parsed(text).find_all(nodes.Compare):
         sides = [compare.expr, *(operand.expr for operand in compare.ops)]
         if any(isinstance(side, nodes.Name) and side.name == name for side in sides):
-            strings = [const.value for side in sides for const in (side, *side.find_all(nodes.Const)) if isinstance(const, nodes.Const)]
+            strings = [
+                const.value
+                for side in sides
+                for const in (side, *side.find_all(nodes.Const))
+                if isinstance(const, nodes.Const)
+            ]
             found |= dict.fromkeys(value for value in strings if isinstance(value, str))
     return tuple(found)
+
+
+@lru_cache(maxsize=256)
+def names_read_by(text: str) -> frozenset[str]:
+    """The variables that a template's text reads and that are not always its own."""
+    return frozenset(meta.find_undeclared_variables(parsed(text)))
 
 
 def probe_message_rules(tokenizer: Any) -> MessageRules:
@@ -206,6 +222,15 @@ def probe_message_rules(tokenizer: Any) -> MessageRules:
     return rules
 
 
+def check_name(name: str | None) -> None:
+    """Raises TemplateError for a name that is neither that of a template nor of a file."""
+    if name not in (None, "tokenizer", *BUILTIN) and not Path(str(name)).is_file():
+        known = ", ".join(BUILTIN)
+        raise TemplateError(
+            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
+        )
+
+
 def load_template(name: str | None, tokenizer: Any) -> Template:
     """`chatml | llama3 | tokenizer | path.jinja`; None: the tokenizer's own if it has one, else chatml.
 
@@ -222,13 +247,11 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
         return Template(name, _own_texts(own, tokenizer), variables, message_rules=rules)
-    path = Path(name)
-    if not path.is_file():
-        known = ", ".join(BUILTIN)
-        raise TemplateError(
-            f"template: {name!r} is none of {known}, tokenizer, and no file; give the path of a .jinja file"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"template {name}: cannot be read: {error}") from None
     check_syntax(text, name)
     return Template(name, {"default": text}, variables, _special_looking(text, tokenizer), None, rules)
 
@@ -240,6 +263,8 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             f"template: tokenizer, but {name} has no chat template; choose chatml, llama3 or the path of a .jinja file"
         )
     texts = dict(own) if isinstance(own, dict) else {"default": own}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise TemplateError("template: the tokenizer's chat_template is no text; give the path of a .jinja file")
     for key, text in texts.items():
         check_syntax(text, f"tokenizer ({key})" if len(texts) > 1 else "tokenizer")
     if len(texts) > 1 and "default" not in texts:
@@ -264,10 +289,15 @@ def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raises TemplateError with the line of the first syntax error."""
+    """Raises TemplateError for what cannot be compiled, with the line of the first syntax error."""
     try:
-        compiled(text)
+        with limits(name):
+            compiled(text)
+    except TemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         lines = text.splitlines()
         line = lines[error.lineno - 1].strip() if error.lineno <= len(lines) else ""
         raise TemplateError(f"{name}:{error.lineno}: {error.message}: {line!r}") from error
+    except Exception as error:  # nested too deeply for Python, a `break` outside of a loop, a number too long to print
+        raise TemplateError(f"{name}: cannot be compiled: {type(error).__name__}: {error}") from error

@@ -27,6 +27,7 @@ from preceptor.data.rejections import Rejected
 Ids = tuple[int, ...]
 
 _CACHED_IDS = 1_000_000
+_HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
 _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
 
 
@@ -60,7 +61,8 @@ class Tokeniser:
         return Path(self)
 
     def whole(self, text: str) -> Ids:
-        """The tokenizer's own answer."""
+        """The tokenizer's own answer. Raises Rejected for a text of which it would take too much memory."""
+        _require_size(text)
         return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def spells_all(self, ids: Sequence[int], text: str, num_known: int = 0) -> bool:
@@ -117,6 +119,7 @@ class Tokeniser:
 
     def _asked(self, text: str) -> Ids:
         assert self._backend is not None
+        _require_size(text)
         self._backend.no_truncation()
         self._backend.no_padding()
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
@@ -184,6 +187,7 @@ class Tokeniser:
         return text.rstrip() if after in self._lstrip else text
 
     def _as_text(self, text: str) -> Ids:
+        _require_size(text)
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tuple(self._tokenizer(text, **options)["input_ids"]) if text else ()
 
@@ -191,6 +195,11 @@ class Tokeniser:
         """Whether a text behind an added token is tokenised as at the start of a text."""
         added = [(number, token.content) for number, token in self._tokenizer.added_tokens_decoder.items()]
         return any(self.whole(token + "a") == (number, *self.whole("a")) for number, token in added[:1])
+
+
+def _require_size(text: str) -> None:
+    if len(text) > _HUGE:
+        raise Rejected("text_too_large", f"a text of {len(text):,} characters")
 
 
 def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], text: str) -> Ids:

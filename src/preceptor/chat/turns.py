@@ -26,9 +26,9 @@ class Turn:
     """Message `message` of a conversation, an assistant's turn, and its renders.
 
     tags: the reasoning tags that the template knows. as_given: whether the target may be the content as it is
-    (`reasoning.Reading`). leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the turn itself. prompt:
-    P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F with all leaves
-    marked. followed: F with a message after the turn; None where the template rejects that.
+    (`reasoning.Reading`). leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the
+    turn itself. prompt: P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F
+    with all leaves marked. followed: F with a message after the turn; None where the template rejects that.
     """
 
     message: int
@@ -145,7 +145,9 @@ def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -
     if text.startswith(opening, from_here):
         return from_here + len(opening)
     head = text[from_here:first]
-    if head.split() == opening.split():  # a server's prompt ends as it ends: white space before the first word is its own
+    if (
+        head.split() == opening.split()
+    ):  # a server's prompt ends as it ends: white space before the first word is its own
         return first if opening[-1:].isspace() else from_here + len(head.rstrip())
     block = reasoning.opened_by(opening)[1] if reasons else reasoning.closed_by(opening)
     if block < 0:

@@ -18,10 +18,13 @@ from unicodedata import is_normalized
 
 import regex
 
+from preceptor.data.rejections import Rejected
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel(use_regex=True)
 _AROUND = ("{0}", "{0}{0}", "a{0}a", "A{0}A", "a{0}A", "1{0}1", " {0} ", "!{0}!", "a'{0}a", "\n{0}\n", "  {0}", "{0}1a")
 _MAX_WORDS = 100_000
 _LONGEST_WORD = 64  # characters; longer ones seldom come twice
+_HUGE = 2**20  # characters of a word, for which a tokenizer takes 150 bytes each, and 2 s
 _LOOKS_BACK = ("(?<", "\\b", "\\B", "\\A", "\\G", "^")
 _SHOWN = 24  # characters after the boundary that the pattern may look at; none in use looks further than one
 _KEPT_BEHAVIORS = ("Isolated", "Removed")
@@ -112,6 +115,8 @@ class _Table(dict[str, tuple[int, ...]]):
         self._model = model
 
     def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(word) > _HUGE:
+            raise Rejected("text_too_large", f"one word of {len(word):,} characters")
         spelled = "".join([_SPELLED[byte] for byte in word.encode()])
         ids = tuple([token.id for token in self._model.tokenize(spelled)])
         if len(word) <= _LONGEST_WORD:

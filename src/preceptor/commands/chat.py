@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from preceptor.commands.options import MaxNewTokens, large_imports
+from preceptor.commands.options import MaxNewTokens, check_models, large_imports
 
 
 def chat(
@@ -18,6 +18,7 @@ def chat(
     """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
     from preceptor.console import standard_console
 
+    check_models(base, model)
     with large_imports():
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.serve.chat import Speaker, converse
@@ -28,7 +29,7 @@ def chat(
 
     def write(name: str, text: str) -> None:
         label = f"[{name}] " if name and len(speakers) > 1 else ""
-        console.print(f"{label}{text}", markup=False, highlight=False)
+        console.print(f"{label}{text}", highlight=False)
 
     converse(speakers, _input_lines(), system, write)
 

@@ -33,6 +33,7 @@ def compare(
     """Compare a base with a tuned model. Alignment tax and token-distribution shift (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import choose_prompts
 
+    options.check_models(base, tuned)
     wanted = options.read_tasks(trained, tasks, text, limit, seed)
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
@@ -42,7 +43,7 @@ def compare(
         from preceptor.compare.compare import EvaluationSuite, write
         from preceptor.compare.compare import compare as compare_models
         from preceptor.compare.text import print_comparison
-        from preceptor.console import status_line, table_console
+        from preceptor.console import print_json, status_line, table_console
         from preceptor.evaluate.model import load_evaluated_model
 
     suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)
@@ -57,6 +58,6 @@ def compare(
     if out is not None:
         write(out, found, items)
     if as_json:
-        options.print_json(found)
+        print_json(found)
     else:
         print_comparison(found, table_console())

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from preceptor.commands.options import Replace, large_imports
+from preceptor.commands.options import Replace, large_imports, require_one_process
 
 
 def demo(
@@ -14,6 +14,7 @@ def demo(
     replace: Replace = False,
 ) -> None:
     """Fine-tune the shipped base model as a demonstration. Shows its answers before and after."""
+    require_one_process()
     from preceptor.console import standard_console
     from preceptor.train.run_folder import check_out
 

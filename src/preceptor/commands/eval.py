@@ -29,12 +29,13 @@ def eval(
     """Evaluate a model on tasks. Generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import read_task
 
+    options.check_models(model)
     wanted = [read_task(path).limited(limit, seed) for path in tasks]
     if out is not None and not out.parent.is_dir():
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 
     with options.large_imports():
-        from preceptor.console import status_line, table_console
+        from preceptor.console import print_json, status_line, table_console
         from preceptor.evaluate.figures import records, summary
         from preceptor.evaluate.model import load_evaluated_model
         from preceptor.evaluate.run import evaluation_settings, run_task
@@ -58,6 +59,6 @@ def eval(
     if out is not None:
         write_json(out, {**found, "items": items})
     if as_json:
-        options.print_json(found)
+        print_json(found)
     else:
         print_evaluation(found, table_console())

@@ -41,6 +41,7 @@ def merge(
     for share in weight or ():
         if not 0 <= share <= 1:
             raise errors.ConfigError(f"--weight {share:g}: must be from 0 (the base) to 1 (the tuned model)")
+    options.check_models(base, tuned)
     if not sweep:
         _merge(base, tuned, weight or [_ONE_WEIGHT], out, bool(trained or tasks or text))
         return
@@ -57,10 +58,11 @@ def merge(
 def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: bool) -> None:
     if len(weight) > 1 or has_tasks:
         raise errors.ConfigError("several weights, and tasks or texts, go with --sweep")
+    from preceptor.console import say
     from preceptor.model.interpolate import merge_weights
 
     merge_weights(base, tuned, weight[0], out)
-    print(f"{out}: {1 - weight[0]:g} of {base}, {weight[0]:g} of {tuned}")
+    say(f"{out}: {1 - weight[0]:g} of {base}, {weight[0]:g} of {tuned}")
 
 
 def _sweep(

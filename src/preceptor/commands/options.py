@@ -1,8 +1,9 @@
 """Options that several commands share, and what they are turned into."""
 
 import gc
-import json
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -42,8 +43,62 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampled items and of
 CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that cannot be trained
 
 
+def load_run(run_file: Path, overrides: Sequence[str] | None = None) -> "Run":
+    """The run of a run file, all of whose files exist. Raises ConfigError, and as `check_names`."""
+    from preceptor import config
+
+    return check_names(config.load(run_file, overrides or []))
+
+
+def check_names(run: "Run") -> "Run":
+    """The run, if all that it names is there: so that a mistake shows at once, before torch is imported.
+
+    Raises ConfigError for a code of rejections that is none, DataError, ModelError and TemplateError for files.
+    """
+    from preceptor.chat.template import check_name
+    from preceptor.data.rejections import check_codes
+    from preceptor.data.sources import OpenSource
+    from preceptor.evaluate.tasks import file_of
+    from preceptor.hub import resolve_model_path
+
+    check_codes(run.data.allow_rejected)
+    resolve_model_path(run.model.path)
+    check_name(run.data.chat_template)
+    for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
+        OpenSource(source)
+    for task in run.eval.tasks:
+        OpenSource(file_of(task))
+    return run
+
+
+def require_one_process() -> None:
+    """Raises ConfigError where a launcher starts several processes: each would train the whole run by itself."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched.strip() not in ("", "0", "1"):
+        raise errors.ConfigError(
+            f"WORLD_SIZE is {launched}: a launcher (torchrun, accelerate) starts several processes, but training is "
+            "one process on one device. Start `preceptor` by itself"
+        )
+
+
+def check_models(*paths: str | None) -> None:
+    """Raises ModelError for a model that is not there: at once, before torch is imported."""
+    from preceptor.hub import resolve_model_path
+
+    for path in filter(None, paths):
+        resolve_model_path(path)
+
+
+def say_loading() -> None:
+    """Say on a terminal that torch is being loaded, so that the first line is there at once."""
+    if sys.stderr.isatty():
+        from preceptor.console import say
+
+        say("loading torch ...", error=True)
+
+
 def run_of(run_file: Path | None, model: str | None, data: str | None, chat_template: str | None) -> "Run":
-    """The run of a run file, or of --model and --data. Raises ConfigError."""
+    """The run of a run file, or of --model and --data, all of whose files exist. Raises as `load_run`."""
     from preceptor import config
 
     if (run_file is None) == (model is None and data is None):
@@ -51,11 +106,11 @@ def run_of(run_file: Path | None, model: str | None, data: str | None, chat_temp
     if run_file is not None:
         if chat_template is not None:
             raise errors.ConfigError("--chat-template goes with --model; a run file has data.chat_template")
-        return config.load(run_file)
+        return load_run(run_file)
     if model is None or data is None:
         raise errors.ConfigError("--model and --data go together")
     tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "chat_template": chat_template}, "out": "-"}
-    return config.build(tree, "command line")
+    return check_names(config.build(tree, "command line"))
 
 
 def read_tasks(
@@ -74,6 +129,7 @@ def large_imports() -> Iterator[None]:
     """Switch the garbage collector off while torch and transformers are imported: it would find nothing to free."""
     collects = gc.isenabled()
     gc.disable()
+    say_loading()
     try:
         yield
     finally:
@@ -81,12 +137,10 @@ def large_imports() -> Iterator[None]:
             gc.enable()
 
 
-def print_json(found: dict[str, Any]) -> None:
-    print(json.dumps(found, indent=2, ensure_ascii=False))
-
-
 def print_result(found: dict[str, Any], as_json: bool, to_text: Callable[[dict[str, Any]], str]) -> None:
+    from preceptor.console import print_json, say
+
     if as_json:
         print_json(found)
     else:
-        print(to_text(found))
+        say(to_text(found))

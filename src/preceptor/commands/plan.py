@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from preceptor.commands.options import AsJson, Overrides, RunFile, print_result
+from preceptor.commands.options import AsJson, Overrides, RunFile, load_run, print_result
 
 
 def plan(
@@ -20,7 +20,6 @@ def plan(
     ] = False,
 ) -> None:
     """Predict time and memory of a run. Reads the run file and the model's config.json only."""
-    from preceptor import config
     from preceptor.plan.changes import find_change
     from preceptor.plan.devices import find_device
     from preceptor.plan.model import read_model
@@ -28,7 +27,7 @@ def plan(
     from preceptor.plan.sample import sample_data
     from preceptor.plan.text import to_text
 
-    run = config.load(run_file, overrides or [])
+    run = load_run(run_file, overrides)
     target = find_device(device)
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)

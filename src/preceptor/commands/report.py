@@ -13,6 +13,7 @@ def report(
     ] = None,
 ) -> None:
     """Write an HTML page about one or several runs. Reads their folders only."""
+    from preceptor.console import say
     from preceptor.report.page import write_report
 
-    print(f"{write_report(runs, out)}: open it in a browser")
+    say(f"{write_report(runs, out)}: open it in a browser")

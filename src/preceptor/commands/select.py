@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import AsJson, print_result
+from preceptor.commands.options import AsJson, check_models, print_result
 
 
 def select(
@@ -51,6 +51,7 @@ def select(
     from preceptor.select.pool import open_pool
     from preceptor.select.quality import read_weights
 
+    check_models(model)
     settings = Settings(keep, seed, read_weights(weight or []), quality_share, diversity)
     pool = open_pool(data, _columns_of(columns or []), split)
     from preceptor.console import example_progress

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import AsJson, large_imports, print_result
+from preceptor.commands.options import AsJson, check_models, large_imports, print_result
 
 if TYPE_CHECKING:
     from preceptor.chat.render import Renderer
@@ -67,6 +67,7 @@ def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
 def _model_renderer(model: str, template: str, template_kwargs: dict[str, Any]) -> "Renderer":
     from preceptor import config
 
+    check_models(model)
     with large_imports():
         from preceptor.chat.format import load_chat_format
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from preceptor.chat.format import ChatFormat
 from preceptor.compare.shift import (
     AnswerTokens,
     TargetStates,
@@ -75,7 +76,7 @@ class _TunedAnswers:
     answers: list[GeneratedAnswer]
     tokens: list[AnswerTokens]
     states: TargetStates
-    tokenizer: Any
+    chat: ChatFormat
 
 
 def compare(
@@ -135,7 +136,7 @@ def _answer(tuned: EvaluatedModel, suite: EvaluationSuite) -> _TunedAnswers:
         AnswerTokens(source, context, answer.ids + (() if answer.stop_id is None else (answer.stop_id,)))
         for (source, _, _), context, answer in zip(suite.prompts, contexts, answers, strict=True)
     ]
-    return _TunedAnswers(answers, tokens, target_states(tuned, list(map(tuned_tree, tokens))), tuned.tokenizer)
+    return _TunedAnswers(answers, tokens, target_states(tuned, list(map(tuned_tree, tokens))), tuned.chat)
 
 
 def _shift(
@@ -144,12 +145,12 @@ def _shift(
     """The figures of the shift, and samples of both models side by side."""
     say(f"{base.name}: the tuned model's answers")
     try:
-        shared = shared_ids(base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab())
+        shared = shared_ids(base.chat.tokenizer.get_vocab(), tuned.chat.tokenizer.get_vocab())
     except ModelError as error:
         return {"skipped": str(error)}, []
-    trees = [base_tree(each, shared, speller(tuned.tokenizer, base.tokenizer)) for each in tuned.tokens]
+    trees = [base_tree(each, shared, speller(tuned.chat.tokenizer, base.chat.tokenizer)) for each in tuned.tokens]
     shift = measure_shift(tuned.tokens, target_states(base, trees), tuned.states, shared)
-    figures = shift_figures(shift, tuned.tokens, tuned.tokenizer, suite.seed)
+    figures = shift_figures(shift, tuned.tokens, tuned.chat.tokenizer, suite.seed)
     contexts = [tree.segments[0].ids for tree in trees[:NUM_SAMPLES]]
     continued = base.generate(contexts, suite.max_new_tokens, batch_size=suite.batch_size)
     samples = [

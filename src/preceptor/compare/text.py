@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from preceptor.compare.sweep import gain
@@ -17,12 +16,12 @@ from preceptor.evaluate.text import range_text, shown
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     """Print the results of `preceptor compare`."""
     settings = found["settings"]
-    table = Table(title=escape(f"{found['base']} -> {found['tuned']}"), title_justify="left")
+    table = Table(title=f"{found['base']} -> {found['tuned']}", title_justify="left")
     for column in ("task", "", "items", "figure", "base", "tuned", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column in ("task", "", "figure") else "right", no_wrap=True)
     for entry in found["tasks"]:
         for place, (name, figure) in enumerate(entry["figures"].items()):
-            first = (escape(entry["task"]), entry["role"], f"{entry['num_items']:,}") if place == 0 else ("", "", "")
+            first = (entry["task"], entry["role"], f"{entry['num_items']:,}") if place == 0 else ("", "", "")
             sides = (shown(entry["kind"], figure[side]["value"]) for side in ("base", "tuned"))
             difference = figure["difference"]
             signed = shown(entry["kind"], difference["value"], sign=True)
@@ -31,15 +30,14 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
         console.print(table)
     if found["shift"] is not None:
         for line in _shift_lines(found["shift"]):
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False)
     for line in found["verdict"]:
-        console.print(line, highlight=False, markup=False, style="bold")
+        console.print(line, highlight=False, style="bold")
     console.print(
         f"Prompt format of the base: {settings['base_prompt_format']}; of the tuned model: "
         f"{settings['tuned_prompt_format']}. Intervals: {settings['num_resamples']:,} paired bootstrap resamples of "
         f"the items, seed {settings['seed']}.",
         highlight=False,
-        markup=False,
     )
 
 
@@ -79,18 +77,18 @@ def _positions(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def print_sweep(found: Mapping[str, Any], files: Sequence[Path], console: Console) -> None:
     """Print the skill as it is and each tax as the loss against the base, with 95 % intervals in brackets."""
-    table = Table(title=escape(f"{found['base']} -> {found['tuned']}, averaged"), title_justify="left")
+    table = Table(title=f"{found['base']} -> {found['tuned']}, averaged", title_justify="left")
     table.add_column("weight", justify="right")
     for entry in found["tasks"]:
         metric = HEADLINES[entry["kind"]]
         unit = metric.value_unit if entry["role"] == "trained" else f"tax, {metric.unit}"
-        table.add_column(escape(f"{short_name(entry['task'])}: {unit}"), justify="right", no_wrap=True)
+        table.add_column(f"{short_name(entry['task'])}: {unit}", justify="right", no_wrap=True)
     for place, point in enumerate(found["tasks"][0]["points"]):
         table.add_row(f"{point['weight']:g}", *(_cell(entry, entry["points"][place]) for entry in found["tasks"]))
     console.print(table)
     for sentence in found["verdict"]:
-        console.print(f"{sentence}.", highlight=False, markup=False)
-    console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False)
+        console.print(f"{sentence}.", highlight=False)
+    console.print(f"written: {', '.join(map(str, files))}", highlight=False)
 
 
 def _cell(entry: Mapping[str, Any], point: Mapping[str, Any]) -> str:

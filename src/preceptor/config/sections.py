@@ -48,6 +48,8 @@ class Model(Section):
     """The base model: a local Hugging Face folder, a Hub id, or `scholar`, the model that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the weights are held. `bfloat16` needs an adapter: full training loses small updates in it."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type in which the tuned model's weights are saved. Absent: that of the base model's files."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random`: only the configuration and tokenizer are read and the weights drawn from `train.seed`."""
     revision: str | None = None

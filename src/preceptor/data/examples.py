@@ -55,7 +55,7 @@ class Message:
 
     @property
     def content(self) -> str:
-        """The message's text; "" where there is none, the text parts joined, a tool's result that is an object as JSON."""
+        """The message's text; "" where there is none, parts joined, a tool's result that is an object as JSON."""
         content = self.given.get("content")
         if content is None:
             return ""

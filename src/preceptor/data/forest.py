@@ -42,10 +42,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The segments of one example, parents before children, children in the order of the messages."""
+    """The segments of one example, parents before children, children in the order of the messages.
+
+    switched: the messages for whose turn the template's thinking switch was set, each with its value.
+    """
 
     source: str
     segments: tuple[Segment, ...]
+    switched: tuple[tuple[int, bool], ...] = ()
 
     @property
     def num_tokens(self) -> int:

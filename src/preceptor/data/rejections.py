@@ -43,16 +43,17 @@ ADVICE: dict[str, str] = {
     "special_token_in_text": "remove the token from the text, or set special_tokens_in_text to plain (the text is read "
     "as ordinary characters) or allow (it acts as the token)",
     "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or change it",
+    "text_too_large": "a tokenizer would take more than a gigabyte of memory for it: split the text",
     "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
-    "reasoning_unclosed": "the reasoning does not end, so there is no answer to learn: complete the turn, or set train: "
-    "false on it",
-    "empty_answer": "no answer follows the reasoning: add one, or set train: false on it",
+    "reasoning_unclosed": "the reasoning does not end, so there is no answer to learn: complete the turn, or set "
+    "train: false on it",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
     "data.chat_template",
     "no_prompt": "no server asks a model to speak before anyone has said anything: put a user message first, or set "
     "train: false on this message",
     "template_rejects": "change the messages as the template asks, or choose another template",
+    "reserved_argument": "these are arguments of the server's own and reach no template: remove them",
     "arguments_not_object": "write a tool call's arguments as an object, or as a string that holds a JSON object",
     "render_differs": "the template does something that cannot be followed exactly: choose another, and report it",
     # what the template makes of the turn
@@ -98,7 +99,7 @@ class Rejected(Exception):
 
     def __init__(self, code: str, found: str, helps: str = "") -> None:
         """helps: what is known to help here, said instead of what helps in general."""
-        assert code in ADVICE, code
+        assert code in (CODES if helps else ADVICE), code
         super().__init__(f"{found}: {helps or ADVICE[code]}")
         self.code, self.found = code, found
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from preceptor.chat.format import load_trained_format
-from preceptor.chat.template import Template
+from preceptor.chat.format import ChatFormat, load_trained_format
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
@@ -26,19 +25,17 @@ TokenIds = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedModel:
-    """A loaded model with its tokenizer and prompt format."""
+    """A loaded model with its chat format; without a template, messages are given as plain text."""
 
     name: str
     model: Any
-    tokenizer: Any
-    template: Template | None  # None: messages are given as plain text
-    stop_token_ids: tuple[int, ...]
+    chat: ChatFormat
     alone: bool = False  # one chain per forward pass (likelihood.py)
 
     @property
     def prompt_format(self) -> str:
         """How messages are given to the model, for results."""
-        return "plain text" if self.template is None else f"chat template ({self.template.name})"
+        return "plain text" if self.chat.template is None else f"chat template ({self.chat.template.name})"
 
     @property
     def max_tokens(self) -> int | None:
@@ -50,29 +47,20 @@ class EvaluatedModel:
     def window_tokens(self) -> int:
         return min(WINDOW_TOKENS, self.max_tokens or WINDOW_TOKENS)
 
-    @property
-    def bos(self) -> TokenIds:
-        bos = self.tokenizer.bos_token_id
-        return (bos,) if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else ()
-
-    def ids(self, text: str) -> TokenIds:
-        """The tokens of a text, without special tokens that the tokenizer would add."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def prompt_text(self, prompt: TaskPrompt) -> str:
         """The prompt as the text that the model is given. Raises TemplateError if the template rejects the messages."""
         if prompt.messages is None:
             return prompt.text or ""
-        if self.template is None:
+        if self.chat.template is None:
             return "".join(f"{text_of(message)}\n" for message in prompt.messages)
-        return self.template.render(prompt.messages, prompt.tools, add_generation_prompt=True, **prompt.template_kwargs)
+        return self.chat.prompt(prompt.messages, prompt.tools, prompt.template_kwargs)
 
     def prompt_ids(self, prompt: TaskPrompt) -> TokenIds:
-        return (*(self.bos if self.is_plain(prompt) else ()), *self.ids(self.prompt_text(prompt)))
+        return (*(self.chat.bos if self.is_plain(prompt) else ()), *self.chat.ids(self.prompt_text(prompt)))
 
     def is_plain(self, prompt: TaskPrompt) -> bool:
         """Whether the prompt is given as plain text, in which tokens may join its end with what follows."""
-        return prompt.messages is None or self.template is None
+        return prompt.messages is None or self.chat.template is None
 
     def context(self, prompt: TaskPrompt, source: str, num_new: int = 0) -> TokenIds:
         """The tokens before an answer of at most `num_new` tokens.
@@ -101,8 +89,8 @@ class EvaluatedModel:
         until: Sequence[Sequence[str]] = (),
     ) -> list[GeneratedAnswer]:
         """The answer to each context (generate.py)."""
-        stop = self.stop_token_ids
-        return generate(self.model, self.tokenizer, contexts, stop, max_new_tokens, batch_size, sampling, until)
+        tokenizer, stop = self.chat.tokenizer, self.chat.stop_token_ids
+        return generate(self.model, tokenizer, contexts, stop, max_new_tokens, batch_size, sampling, until)
 
 
 def load_evaluated_model(path: str, dtype: str, device: str, template: str | None = None) -> EvaluatedModel:
@@ -114,4 +102,4 @@ def load_evaluated_model(path: str, dtype: str, device: str, template: str | Non
     chat = load_trained_format(path, template)
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     model = load_model(path, dtype=dtype, device=place)
-    return EvaluatedModel(path, model, chat.tokenizer, chat.template, chat.stop_token_ids, must_read_alone(model))
+    return EvaluatedModel(path, model, chat, must_read_alone(model))

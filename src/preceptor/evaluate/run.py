@@ -127,10 +127,10 @@ def choice_tree(evaluated: EvaluatedModel, item: TaskItem) -> Tree:
     """The context and, as branches, the tokens of each choice. Raises DataError if there is no context."""
     prompt = _prompt_of(item)
     context = evaluated.context(prompt, item.source)
-    endings: list[TokenIds] = [evaluated.ids(choice) for choice in item.choices]
+    endings: list[TokenIds] = [evaluated.chat.ids(choice) for choice in item.choices]
     if evaluated.is_plain(prompt):
-        text, bos = evaluated.prompt_text(prompt), evaluated.bos
-        wholes = [(*bos, *evaluated.ids(text + choice)) for choice in item.choices]
+        text, bos = evaluated.prompt_text(prompt), evaluated.chat.bos
+        wholes = [(*bos, *evaluated.chat.ids(text + choice)) for choice in item.choices]
         shared = min(shared_length(context, whole) for whole in wholes)
         if shared:  # else the choices differ in the very first token, and something must come before it
             context, endings = context[:shared], [whole[shared:] for whole in wholes]
@@ -144,7 +144,7 @@ def choice_tree(evaluated: EvaluatedModel, item: TaskItem) -> Tree:
 def _predict(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
     trees, owners = [], []
     for number, item in enumerate(items):
-        windows = text_windows(item.source, evaluated.bos, evaluated.ids(item.text), evaluated.window_tokens)
+        windows = text_windows(item.source, evaluated.chat.bos, evaluated.chat.ids(item.text), evaluated.window_tokens)
         trees += windows
         owners += [number] * len(windows)
     losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone)
@@ -178,9 +178,9 @@ def text_windows(source: str, bos: TokenIds, ids: TokenIds, window: int) -> list
 
 def predicted_bytes(evaluated: EvaluatedModel, text: str) -> int:
     """The UTF-8 bytes of a text, without those of a first token that is not predicted."""
-    if evaluated.bos:
+    if evaluated.chat.bos:
         return len(text.encode())
-    measured = spans(evaluated.ids(text), text, evaluated.tokenizer)
+    measured = spans(evaluated.chat.ids(text), text, evaluated.chat.tokenizer)
     return len(text[measured[0][1] if measured else 0 :].encode())
 
 

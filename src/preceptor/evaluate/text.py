@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 _LARGEST_GROUPS = 24  # values of a group key that are shown; all are in the JSON
@@ -13,18 +12,18 @@ _LARGEST_GROUPS = 24  # values of a group key that are shown; all are in the JSO
 def print_evaluation(found: Mapping[str, Any], console: Console) -> None:
     """Print the results of `preceptor eval`."""
     settings = found["settings"]
-    table = Table(title=escape(f"{found['model']}: prompts as {found['prompt_format']}"), title_justify="left")
+    table = Table(title=f"{found['model']}: prompts as {found['prompt_format']}", title_justify="left")
     for column in ("task", "items", "figure", "value", "95 % interval"):
         table.add_column(column, justify="left" if column in ("task", "figure") else "right", no_wrap=True)
     for entry in found["tasks"]:
         for place, (name, figure) in enumerate(entry["figures"].items()):
-            first = (escape(entry["task"]), f"{entry['num_items']:,}") if place == 0 else ("", "")
+            first = (entry["task"], f"{entry['num_items']:,}") if place == 0 else ("", "")
             table.add_row(*first, name, shown(entry["kind"], figure["value"]), range_text(entry["kind"], figure))
     console.print(table)
     for entry in found["tasks"]:
-        console.print(f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", highlight=False, markup=False)
+        console.print(f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", highlight=False)
         for line in _group_lines(entry):
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False)
     console.print(
         f"Intervals: {settings['num_resamples']:,} bootstrap resamples of the items, seed {settings['seed']}; "
         f"{settings['dtype']} on {settings['device']}.",

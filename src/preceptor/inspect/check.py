@@ -17,6 +17,7 @@ import numpy as np
 
 from preceptor import config
 from preceptor.chat.format import load_chat_format
+from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines
 from preceptor.console import example_progress
 from preceptor.data.dataset import num_sample_tokens, read_trees
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
@@ -90,6 +91,7 @@ class Check:
     tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
+    arguments: TrainedArguments = field(default_factory=lambda: TrainedArguments(Switch(), {}))
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
 
@@ -107,11 +109,12 @@ class Check:
             table.num_rejected += 1
             self.rejections.add(fitted)
             return
-        for _, tree in fitted:
+        for example, tree in fitted:
             table.num_tokens += tree.num_tokens
             table.num_trained += tree.num_trained
             if part == "train":
                 self.count_tree(tree, whole)
+                self.arguments.add(example, tree)
         assert not isinstance(entry.example, Rejection)
         (self.train if part == "train" else self.held_out).add(entry.example)
 
@@ -138,6 +141,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     renderer = load_chat_format(run.model, run.data, [source for _, source in sources]).renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
     found.shortened = fitter.shortened
+    found.arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     tables = [table for _, source in sources for table in source.tables]
     with example_progress(tables, "checking") as on_example:
         for part, source in sources:
@@ -175,6 +179,8 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "allowed_but_never_seen": found.rejections.never_seen,
         "files": [{**asdict(table), "formats": dict(table.formats.most_common())} for table in found.tables.values()],
         "shortened": asdict(found.shortened),
+        "thinking": found.arguments.to_json(),
+        "template_defaults": found.arguments.defaults(),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
@@ -276,8 +282,9 @@ def _tokens(found: dict[str, Any]) -> str:
         f"one sample per turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
-    shortened = [f"  {line}" for line in str(Shortened(**found["shortened"])).splitlines()]
-    return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *shortened])
+    more = [*str(Shortened(**found["shortened"])).splitlines()]
+    more += arguments_lines(found["thinking"], found["template_defaults"])
+    return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *[f"  {line}" for line in more]])
 
 
 def _lengths(title: str, lengths_by_kind: Mapping[str, Mapping[str, Any] | None]) -> list[str]:

@@ -54,7 +54,9 @@ def render_or_none(
     """The render; None where the template rejects the messages."""
     try:
         return template.render(messages, tools, prompt, **arguments)
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return None
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.chat.render import Renderer
+from preceptor.chat.thinking import arguments_lines
 from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, path_lengths
 from preceptor.errors import ConfigError
 from preceptor.files import write_atomically
-from preceptor.inspect.show import to_json
+from preceptor.inspect.show import thinking_of, to_json
 
 MAX_EXAMPLES = 100
 MAX_TOKENS = 400_000  # of all examples together; such a page has about 20 MB
@@ -128,6 +129,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
+        "thinking": arguments_lines(thinking_of(record, rendered, renderer), {}),
         "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
     }

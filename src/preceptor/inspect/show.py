@@ -1,14 +1,15 @@
 """Segments and tokens of an example as coloured text or as JSON."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from preceptor.chat.render import Renderer
+from preceptor.chat.thinking import TrainedArguments, arguments_lines
 from preceptor.chat.token_text import pieces_of
+from preceptor.console import print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 
@@ -28,13 +29,15 @@ def show_examples(
             continue
         num_shown += 1
         rendered = record if isinstance(record, Rejection) else renderer.render(record)
+        thinking = thinking_of(record, rendered, renderer)
         if as_json:
-            print(json.dumps(to_json(record.source, rendered), ensure_ascii=False))
+            print_json({**to_json(record.source, rendered), "thinking": thinking}, indent=None)
         else:
             console.rule(record.source, align="left")
             console.print(to_text(rendered, renderer.tokenizer))
             if not isinstance(rendered, Rejection):
-                console.print(summary_line(rendered), style="italic", highlight=False)
+                for line in (summary_line(rendered), *arguments_lines(thinking, {})):
+                    console.print(line, style="italic", highlight=False)
             if number is None and num_shown == FIRST_EXAMPLES:
                 console.print(
                     f"the first {FIRST_EXAMPLES} examples; --example N shows another, --json all", highlight=False
@@ -43,6 +46,16 @@ def show_examples(
         if number is not None:
             break
     return num_shown
+
+
+def thinking_of(
+    record: Example | Rejection, rendered: Tree | Rejection, renderer: Renderer
+) -> Sequence[Mapping[str, Any]]:
+    """The turns of one example by the template's thinking switch: `TrainedArguments.to_json`."""
+    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
+    if not isinstance(record, Rejection) and not isinstance(rendered, Rejection):
+        arguments.add(record, rendered)
+    return arguments.to_json()
 
 
 def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
@@ -68,7 +81,8 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
         for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
             style = _STYLES[segment.kind][place % 2]
-            text.append(piece.replace("\n", "⏎\n").replace("\t", "⇥\t"), f"bold {style}" if special else style)
+            shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
+            text.append(shown, f"bold {style}" if special else style)
     return text
 
 

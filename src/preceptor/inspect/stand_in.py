@@ -57,7 +57,9 @@ def _own_end(template: Template) -> str:
     answer = "A quokka is a marsupial."
     try:
         rendered = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}])
-    except TemplateError:
+    except TemplateError as error:
+        if error.condemns:
+            raise
         return EOS
     before, _, after = rendered.rpartition(answer)
     found = _LOOKS_SPECIAL.match(after.lstrip())

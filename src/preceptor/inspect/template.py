@@ -10,6 +10,7 @@ from preceptor.chat import reasoning
 from preceptor.chat.message_forms import find_forms
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
+from preceptor.chat.thinking import find_switch
 from preceptor.chat.token_text import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
@@ -167,7 +168,7 @@ def _common_end(one: str, other: str) -> str:
 def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Opening]:
     """Without further arguments, and with each reasoning switch that is not `given` on and off."""
     found = {"": _opening(template, asked)}
-    for name in (name for name in template.reasoning_switches if name not in given):
+    for name in (name for name in find_switch(template, given).names if name not in given):
         for value in (True, False):
             found[f"{name}: {str(value).lower()}"] = _opening(template, asked, **{name: value})
     return found
@@ -305,7 +306,7 @@ def _tools(found: dict[str, Any]) -> Iterator[str]:
     yield f"tools offered: {shown}"
     yield f"tool calls: {_ARGUMENTS[found['arguments']]}"
     roles = ", ".join(found["text_parts"])
-    yield f"content as a list of text parts: {f'taken from {roles}' if roles else 'joined to one string, as servers do'}"
+    yield f"content as a list of text parts: {f'taken ({roles})' if roles else 'joined to one string, as servers do'}"
 
 
 def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

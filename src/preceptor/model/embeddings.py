@@ -20,7 +20,6 @@ _DESCRIPTIONS = {
     "<|eom_id|>": "end of the message",
     "<|begin_of_text|>": "start of the text",
     "<|end_of_text|>": "end of the text",
-    "<|pad|>": "nothing",
 }
 
 

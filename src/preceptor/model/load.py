@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # What a model that sees or hears has beside its tokenizer; written where it is saved, as it was found.
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_DECODING_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")  # on which others depend
 
 
 def load_model(
@@ -54,7 +55,7 @@ def load_model(
             _require_all_weights(place, report)
         if not Path(place).is_dir() and config.get_text_config() is not config:
             fetch_optional(place, _PROCESSOR_FILES, revision)  # so that saving after the training needs no network
-        _make_savable(model)
+        _tell_ties(model)
         _honour_softcap(model)
     except ModelError:
         raise
@@ -107,16 +108,14 @@ def _read_generation_config(model: "PreTrainedModel", place: str, revision: str 
         return  # the folder has none: what transformers derived from the model's config stands
 
 
-def _make_savable(model: "PreTrainedModel") -> None:
-    """Sampling values without do_sample, which many a base model has, would make saving fail after the training."""
-    generation = model.generation_config
-    if generation is None:
+def _tell_ties(model: "PreTrainedModel") -> None:
+    """Let the config say whether head and embedding are one table: a checkpoint may hold two against its config."""
+    head = model.get_output_embeddings()
+    if head is None:
         return
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
-        generation.validate(strict=True)
+    tied = head.weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = tied
 
 
 def _honour_softcap(model: "PreTrainedModel") -> None:
@@ -126,17 +125,53 @@ def _honour_softcap(model: "PreTrainedModel") -> None:
         model.set_attn_implementation("eager")
 
 
+def stored_dtype(
+    path: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> "torch.dtype | None":
+    """The type of a checkpoint's weights, as its config says; None where it does not."""
+    import torch
+    from transformers import AutoConfig
+
+    place = resolve_model_path(path)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def unusable_settings(generation: "GenerationConfig") -> dict[str, Any]:
+    """The decoding settings that transformers refuses to save, such as a temperature where nothing is sampled."""
+    given = generation.to_diff_dict()
+    modes = {name: given[name] for name in _DECODING_MODES if name in given}
+    alone = {
+        name: {**modes, name: value} for name, value in given.items() if name not in (*modes, "transformers_version")
+    }
+    return {name: given[name] for name, settings in alone.items() if not _is_savable(settings)}
+
+
+def _is_savable(settings: dict[str, Any]) -> bool:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def save_model(
     model: "nn.Module",
     tokenizer: "PreTrainedTokenizerBase",
     path: str | Path,
     generation_config: "GenerationConfig | None" = None,
+    dtype: "torch.dtype | None" = None,
 ) -> None:
-    """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat template.
+    """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat templates.
 
-    With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself in its
-    subfolder `adapter`. generation_config: instead of the model's own. All or nothing: the files are written to a
-    folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists or cannot be written.
+    With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
+    the tokenizer in its subfolder `adapter`. generation_config: instead of the model's own; `unusable_settings` are
+    left out. dtype: the type to which the model's weights are converted, for good; None: as they are. All or nothing:
+    the files are written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists
+    or cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -146,7 +181,7 @@ def save_model(
     try:
         with replacing(path) as partial:
             partial.mkdir(parents=True)
-            _write(model, tokenizer, partial, generation_config)
+            _write(model, tokenizer, partial, generation_config, dtype)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
@@ -156,20 +191,46 @@ def _write(
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     generation_config: "GenerationConfig | None",
+    dtype: "torch.dtype | None",
 ) -> None:
     from peft import PeftModel
 
     from preceptor.model.adapters.lora import merge_adapter
 
     full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    full.generation_config = generation_config or full.generation_config
+    assert full.generation_config is not None
+    for name in unusable_settings(full.generation_config):
+        setattr(full.generation_config, name, None)
+    if dtype is not None:
+        _convert(full, dtype)
     full.save_pretrained(folder)
-    (generation_config or full.generation_config).save_pretrained(folder)  # type: ignore[union-attr]
     tokenizer.save_pretrained(folder)
     for file in _processor_files(full):
         shutil.copyfile(file, folder / file.name)
     if isinstance(model, PeftModel):
         # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
         model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
+
+
+def _convert(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+    """Convert the weights one by one, so that both copies are never there; not those that transformers keeps float32.
+
+    A weight that float16 cannot hold leaves all of them as they are: an infinite one would ruin the model.
+    """
+    import torch
+
+    limit = torch.finfo(dtype).max
+    keep = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    weights = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and keep.isdisjoint(name.split("."))
+    ]
+    if all(weight.abs().max().item() <= limit for weight in weights if weight.numel()):
+        for weight in weights:
+            weight.data = weight.data.to(dtype)
 
 
 def _processor_files(model: "PreTrainedModel") -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.chat.template import BUILTIN, builtin_stop, builtin_tokens
+from preceptor.chat.template import BUILTIN, builtin_tokens
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource
@@ -152,20 +152,13 @@ def _text_of(message: Message) -> str:
 
 
 def _added_tokens(template: str | None, tokenizer_file: Path, tokenizer: Any) -> int:
-    """How many tokens a built-in template adds to the vocabulary, a pad token included (model/embeddings.py)."""
+    """How many tokens a built-in template adds to the vocabulary (chat/format.py)."""
     settings = _settings(tokenizer_file.with_name("tokenizer_config.json"))
     own = settings.get("chat_template") or tokenizer_file.with_name("chat_template.jinja").is_file()
     name = template or ("tokenizer" if own else "chatml")
     if name not in BUILTIN:
         return 0
-    missing = sum(tokenizer.token_to_id(token) is None for token in builtin_tokens(name))
-    pad = settings.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad is not None and pad != builtin_stop(name):
-        return missing
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    reserved = any(re.search(r"\bpad|pad\b|padding|_pad_|reserved|unused", token.lower()) for token in special)
-    return missing + (not reserved)
+    return sum(tokenizer.token_to_id(token) is None for token in builtin_tokens(name))
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Speaker:
     def reply(self, text: str) -> str:
         """Answer a message, given the conversation so far, and remember both."""
         self.messages.append({"role": "user", "content": text})
-        prompt = TaskPrompt(tuple(self.messages if self.model.template is not None else self.messages[-1:]))
+        prompt = TaskPrompt(tuple(self.messages if self.model.chat.template is not None else self.messages[-1:]))
         (answer,) = self.model.generate([self.model.prompt_ids(prompt)], self.max_new_tokens)
         self.messages.append({"role": "assistant", "content": answer.text})
         return answer.text if answer.stopped else answer.text + " …"

@@ -98,7 +98,6 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
     """The evaluations of a run. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
-    renderer = chat.renderer(run.data)
     enabled = run.eval.every is not None
     conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
     return Evaluations(
@@ -106,14 +105,7 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         held_out=label_targets(prepared.held_out, chat.tokenizer) if enabled else [],
         tasks=prepared.tasks,
         prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
-        evaluated=lambda model: EvaluatedModel(
-            name=str(run.out),
-            model=model,
-            tokenizer=chat.tokenizer,
-            template=None if chat.template is None else renderer.template,
-            stop_token_ids=chat.stop_token_ids,
-            alone=alone,
-        ),
+        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone),
         max_length=run.data.max_length,
         max_new_tokens=run.eval.max_new_tokens,
         sampling=Sampling(run.eval.temperature, run.train.seed),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.chat.thinking import TrainedArguments
 from preceptor.console import example_progress
 from preceptor.data.dataset import Dataset, TokenCounts, read_trees
 from preceptor.data.examples import Rejection
@@ -29,7 +30,7 @@ class Prepared:
     """A run that can start."""
 
     run: config.Run
-    chat: ChatFormat
+    chat: ChatFormat  # as it is saved: its template's defaults are what the turns were trained with
     sources: Mapping[str, Sequence[OpenSource]]  # by use: `train`, `held out`, `replay`
     train: Dataset  # each source's examples `weight` times, and those that are replayed
     held_out: list[ExampleTree]
@@ -40,6 +41,7 @@ class Prepared:
     tokens: TokenCounts  # of an epoch
     shortened: Shortened  # what was done to examples that were too long
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
+    arguments: TrainedArguments  # of the chat template, as the turns were trained with them
 
     @property
     def fingerprint(self) -> str:
@@ -64,39 +66,38 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     renderer = chat.renderer(run.data)
+    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
     rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
-    def read(source: OpenSource) -> Iterator[ExampleTree]:
+    def read(source: OpenSource, trained: bool = True) -> Iterator[ExampleTree]:
         for entry, found in read_trees(source, renderer, fitter, num_processes):
             formats.setdefault(entry.table, Counter())[entry.format] += 1
             if isinstance(found, Rejection):
                 rejections.append(found)
             else:
-                yield from found
+                for example, tree in found:
+                    if trained:
+                        arguments.add(example, tree)
+                    yield example, tree
             on_example()
 
     tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
     with example_progress(tables, "reading and rendering") as on_example:
         train = [([tree for _, tree in read(source)], source.source) for source in sources["train"]]
-        held_out = [(list(read(source)), source.source) for source in sources["held out"]]
+        held_out = [(list(read(source, trained=False)), source.source) for source in sources["held out"]]
         replay = [([tree for _, tree in read(source)], source.source) for source in sources["replay"]]
     num_examples = sum(count for counts in formats.values() for count in counts.values())
     counts = RejectionCounts(run.data.allow_rejected, rejections)
-    if counts.num_not_allowed > run.data.max_rejected * num_examples:
-        raise DataError(
-            f"{counts.num_not_allowed} of {num_examples} examples cannot be trained "
-            f"({counts.num_not_allowed / num_examples:.1%}; data.max_rejected allows "
-            f"{run.data.max_rejected:.1%}):\n{counts}"
-        )
+    _require_few_rejected(counts, num_examples, run.data.max_rejected)
     trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
     if not trees:
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
-        chat=chat,
+        chat=chat.trained_with(arguments),
         sources=sources,
         train=Dataset(shared),
         held_out=mix(held_out, run.train.seed),
@@ -107,7 +108,16 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         tokens=TokenCounts.of(trees, shared, whole=run.data.train_on == "all"),
         shortened=fitter.shortened,
         formats=formats,
+        arguments=arguments,
     )
+
+
+def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_rejected: float) -> None:
+    if counts.num_not_allowed > max_rejected * num_examples:
+        raise DataError(
+            f"{counts.num_not_allowed} of {num_examples} examples cannot be trained "
+            f"({counts.num_not_allowed / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}"
+        )
 
 
 def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree]) -> list[Tree]:

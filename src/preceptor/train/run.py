@@ -1,7 +1,7 @@
 """A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from preceptor import config
+from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
 from preceptor.model.embeddings import align_model, resize_embeddings
 from preceptor.model.forward import Engine
-from preceptor.model.load import load_model, save_model
+from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.plan.plan import predict_peak_bytes
@@ -80,6 +82,14 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
     return model
 
 
+def saved_dtype(model: config.Model) -> torch.dtype | None:
+    """In which type the tuned model's weights are saved: as asked for, else as the base model's files have them."""
+    if model.save_dtype is not None:
+        asked: torch.dtype = getattr(torch, model.save_dtype)
+        return asked
+    return stored_dtype(model.path, model.trust_remote_code, model.revision)
+
+
 def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
     """Train to the end and save; return the summary.
 
@@ -111,7 +121,7 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     with Display(console, num_steps, state.step) as display:
         evaluations = build_evaluations(prepared, folder, display.say, loader.alone)
         loop.train(run, objective, state, loader, evaluations, display, folder, prepared.fingerprint)
-    save_model(model, prepared.chat.tokenizer, folder / "model")
+    save_model(model, prepared.chat.tokenizer, folder / "model", dtype=saved_dtype(run.model))
     summary = {
         "examples_per_epoch": prepared.examples_per_epoch,
         "num_rejected": len(prepared.rejections),
@@ -157,7 +167,7 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: int, loader: Loader) -> None:
-    model: Any = engine.model
+    run, model = prepared.run, engine.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
@@ -170,7 +180,10 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     towers = sum(p.numel() for p in tower_parameters(model))
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
-    for line in filter(None, (of_towers, optimisations, str(tokens), str(prepared.shortened))):
+    lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
+    lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
+    lines += _saved_lines(run.model, model)
+    for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
@@ -179,3 +192,18 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
         console.print(
             f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
         )
+
+
+def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:
+    """In what the saved model will differ from the one that is held, and from the base."""
+    dtype = saved_dtype(settings)
+    if dtype not in (None, model.dtype):
+        why = "model.save_dtype" if settings.save_dtype else "as the base model's files have them"
+        yield f"weights are held in {_name(model.dtype)} and saved in {_name(dtype)} ({why})"
+    unusable = unusable_settings(model.generation_config)
+    if unusable:
+        yield f"generation config: {spelled(unusable)} does not validate in the base model's and is left out"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

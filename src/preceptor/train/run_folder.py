@@ -186,6 +186,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "num_held_out": len(prepared.held_out),
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
+        "thinking": prepared.arguments.to_json(),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,

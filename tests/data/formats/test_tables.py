@@ -172,3 +172,52 @@ def test_reading_text_imports_neither_arrow_nor_datasets():
     heavy = "('pyarrow', 'datasets', 'pandas')"
     code = f"import sys; from preceptor.data import sources; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "deep"])
+def test_a_link_to_nowhere_is_not_passed_over(make, place):
+    folder = make("a.jsonl", "deep/b.jsonl")
+    link = folder / ("deep/gone.jsonl" if place == "deep" else "gone.jsonl")
+    link.symlink_to(folder / "no.jsonl")
+    with pytest.raises(DataError, match=r"gone\.jsonl: a link to nowhere"):
+        texts(link if place == "file" else folder)
+
+
+def test_a_link_to_a_folder_and_packed_files_are_not_passed_over(make, tmp_path):
+    folder = make("data/a.jsonl", "other/b.jsonl")
+    (folder / "data/more").symlink_to(folder / "other")
+    with pytest.raises(DataError, match="more: a link to a folder, which is not followed"):
+        texts(folder / "data")
+    (folder / "data/more").unlink()
+    (folder / "data/linked.jsonl").symlink_to(folder / "other/b.jsonl")
+    assert texts(folder / "data") == ["data/a.jsonl", "other/b.jsonl"]
+    (folder / "data/c.jsonl.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"c\.jsonl\.zip: unpack it, or compress it as one of \.gz"):
+        texts(folder / "data")
+
+
+def test_two_columns_of_one_name_are_an_error(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns are named 'text'"):
+        list(read_examples(str(tmp_path / "a.parquet")))
+
+
+def test_values_of_arrow_that_python_has_not_are_the_rejection_of_their_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts_ = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    )
+    pq.write_table(pa.table({"text": texts_}), tmp_path / "a.parquet")
+    first, second, third = read_examples(str(tmp_path / "a.parquet"))
+    assert (first.text, third.text) == ("a", "b")
+    assert (second.code, second.source) == ("unreadable", f"{tmp_path}/a.parquet:row 2")
+    times = pa.array([0], pa.timestamp("s"))
+    pq.write_table(pa.table({"messages": times}), tmp_path / "b.parquet")
+    (found,) = read_examples(str(tmp_path / "b.parquet"))
+    assert found.code == "no_messages"

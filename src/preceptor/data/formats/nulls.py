@@ -37,7 +37,7 @@ class Struct(dict[str, Any]):
     """An object read from a column of structs: a null in it may be padding. Any other dict's nulls are meant."""
 
 
-class JsonObject(Struct):
+class ParsedObject(Struct):
     """An object of a JSON file, which a program may have written from such a column: sure padding is dropped here too,
     and a null that may be meant is taken for meant, since the file could have left it out."""
 
@@ -68,7 +68,7 @@ def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
 
 def _kept(of: Any, nulls: Nulls, where: str) -> bool:
     """Whether a null of the object `of`, which may be padding, is kept. Raises AmbiguousNull."""
-    if nulls == "reject" and not isinstance(of, JsonObject):
+    if nulls == "reject" and not isinstance(of, ParsedObject):
         raise AmbiguousNull(where)
     return nulls != "drop"
 

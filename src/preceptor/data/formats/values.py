@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from preceptor.data.formats.nulls import JsonObject
+from preceptor.data.formats.nulls import ParsedObject
 from preceptor.data.rejections import CODES
 from preceptor.errors import short
 
@@ -53,8 +53,8 @@ class JsonReader:
             raise Unreadable("unreadable", self._problem)
         return value
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> JsonObject:
-        made = JsonObject(pairs)
+    def _object(self, pairs: list[tuple[str, Any]]) -> ParsedObject:
+        made = ParsedObject(pairs)
         if len(made) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)

@@ -1,0 +1,206 @@
+"""The thinking switch of a template: found, set for each turn, counted, and carried by the saved template.
+
+A *thinking switch* is an argument of the template, such as `enable_thinking`, that turns reasoning on and off: with
+true and false the template writes different prompts. Where a turn can be proved as the template is without an argument,
+it is trained so; else with the switch on where the turn has reasoning and off where not. What the user gives in
+`chat_template_kwargs` is left as it is.
+
+The tuned model is asked with a template's defaults. So the saved template's defaults are what all trained turns have in
+common: an assignment at the template's head for each argument that the caller leaves undefined.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
+from preceptor.chat.template import Template, names_read_by
+from preceptor.config.sections import RESERVED_ARGUMENTS
+from preceptor.data.examples import Conversation, Example
+from preceptor.data.forest import Tree
+from preceptor.errors import TemplateError
+
+_USER = {"role": "user", "content": "b5f1c0de"}
+_SYSTEM = {"role": "system", "content": "d5f1c0de"}
+_TOOL = {"type": "function", "function": {"name": "probe", "description": "A probe.", "parameters": {}}}
+_PROBES: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None]] = (
+    ([_USER], None),
+    ([_SYSTEM, _USER], None),
+    ([_USER], [_TOOL]),
+)
+_WORDS = ("think", "reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """The arguments that turn reasoning on and off, all set together; default: which of the two is the template's own,
+    None if it is neither."""
+
+    names: tuple[str, ...] = ()
+    default: bool | None = None
+
+    def set_to(self, on: bool) -> dict[str, bool]:
+        return dict.fromkeys(self.names, on)
+
+    def value(self, arguments: Mapping[str, Any]) -> Any:
+        """What the arguments set the switch to; None where they leave it to the template."""
+        return next((arguments[name] for name in self.names if name in arguments), None)
+
+
+def find_switch(template: Template, arguments: Mapping[str, Any]) -> Switch:
+    """Try the variables that the template reads. arguments: those of all renders."""
+
+    def prompts(**tried: bool) -> list[str | None]:
+        return [_prompt(template, messages, tools, {**arguments, **tried}) for messages, tools in _PROBES]
+
+    candidates = template.names_read - RESERVED_ARGUMENTS - set(template.variables)
+    names = tuple(
+        name for name in sorted(candidates) if _switches(name, *(prompts(**{name: v}) for v in (True, False)))
+    )
+    if not names:
+        return Switch()
+    asked = prompts()
+    same = [value for value in (True, False) if prompts(**dict.fromkeys(names, value)) == asked]
+    return Switch(names, same[0] if len(same) == 1 else None)
+
+
+def _switches(name: str, on: Sequence[str | None], off: Sequence[str | None]) -> bool:
+    """Whether a variable is a switch by its prompts: they differ, and it is named for it or opens or closes a block."""
+    pairs = [(a, b) for a, b in zip(on, off, strict=True) if a is not None and b is not None and a != b]
+    named = any(word in name for word in _WORDS)
+    return any(named or _state(a) != _state(b) for a, b in pairs)
+
+
+def _state(prompt: str) -> tuple[str, bool]:
+    return opened_by(prompt)[0], closed_by(prompt) >= 0
+
+
+def _prompt(template: Template, messages: Any, tools: Any, arguments: Mapping[str, Any]) -> str | None:
+    try:
+        return template.render(messages, tools, add_generation_prompt=True, **arguments)
+    except TemplateError:
+        return None
+
+
+# What was trained ----------------------------------------------------------------------------------------------------
+
+
+class TrainedArguments:
+    """The template arguments of trained turns: counted, and those that become the saved template's defaults.
+
+    given: `data.chat_template_kwargs`.
+    """
+
+    def __init__(self, switch: Switch, given: Mapping[str, Any]) -> None:
+        self.switch, self._given = switch, given
+        self._counts: Counter[tuple[str, bool]] = Counter()  # by arguments as JSON, and whether the turn has reasoning
+        self._arguments: dict[str, Mapping[str, Any]] = {}  # by what stands for them there
+
+    def add(self, example: Example, tree: Tree) -> None:
+        """Count the turns of one example that is trained."""
+        if not isinstance(example, Conversation):
+            return
+        given = {**self._given, **example.template_kwargs}
+        switched = dict(tree.switched)
+        for k in {segment.message for segment in tree.segments if segment.message is not None}:
+            arguments = {**given, **self.switch.set_to(switched[k])} if k in switched else given
+            reasons = bool(self.switch.names) and has_reasoning(example.messages[k].given)
+            key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+            self._arguments[key] = arguments
+            self._counts[key, reasons] += 1
+
+    def defaults(self) -> dict[str, Any]:
+        """The arguments of the run, and those that all trained turns share."""
+        first, *others = [*self._arguments.values()] or [{}]
+        shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
+        return {**self._given, **shared}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """For each setting of the switch and each kind of turn: how many turns. [] without a switch."""
+        if not self.switch.names:
+            return []
+        found: dict[tuple[str, bool], dict[str, Any]] = {}
+        for (key, reasons), count in self._counts.most_common():
+            arguments = self._arguments[key]
+            set_to = {name: arguments[name] for name in self.switch.names if name in arguments}
+            thinking = self.switch.value(set_to) if set_to else self.switch.default
+            of_kind = {"arguments": set_to, "thinking": thinking, "reasoning": reasons, "num_turns": 0}
+            found.setdefault((str(set_to), reasons), of_kind)["num_turns"] += count
+        return list(found.values())
+
+
+def arguments_lines(counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:
+    """What `TrainedArguments` has found, a sentence each: turns by the switch, and the saved template's defaults."""
+    lines = ["; ".join(map(_counted, counts))] if counts else []
+    if defaults:
+        lines.append(f"the saved chat template has as its defaults: {spelled(defaults)}")
+    return lines
+
+
+def _counted(count: Mapping[str, Any]) -> str:
+    turns = (
+        f"{count['num_turns']:,} turn{'s' * (count['num_turns'] != 1)} {'with' if count['reasoning'] else 'without'}"
+    )
+    how = {True: " with thinking on", False: " with thinking off"}.get(count["thinking"], "")
+    given = spelled(count["arguments"]) or "the template's default"
+    return f"{turns} reasoning {'is' if count['num_turns'] == 1 else 'are'} trained{how} ({given})"
+
+
+def spelled(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
+
+
+# The saved template --------------------------------------------------------------------------------------------------
+
+
+def with_defaults(template: Template, defaults: Mapping[str, Any], switch: Switch) -> Template:
+    """The template whose own defaults are these, for the arguments that it reads. Raises TemplateError for a value
+    that JSON has not.
+
+    The variables of a switch belong together: they have their defaults where the caller gives none of them.
+    """
+    texts = {}
+    for key, text in template.texts.items():
+        read = names_read_by(text) - RESERVED_ARGUMENTS
+        together = [name for name in switch.names if name in read]
+        groups = [together, *([name] for name in defaults if name in read and name not in together)]
+        texts[key] = "".join(_assignments(template, group, defaults) for group in groups) + text
+    return replace(template, texts=texts)
+
+
+def _assignments(template: Template, names: Iterable[str], defaults: Mapping[str, Any]) -> str:
+    """A line of Jinja that writes nothing: the block tag that ends it takes the end of the line with it."""
+    sets = "".join(f"{{%- set {name} = {_literal(defaults[name], name)} %}}" for name in names if name in defaults)
+    if not sets:
+        return ""
+    if any(name in template.variables for name in names):  # special tokens: every caller gives them
+        return f"{sets}\n"
+    return f"{{%- if {' and '.join(map(_is_absent, names))} %}}{sets}{{%- endif %}}\n"
+
+
+def _is_absent(name: str) -> str:
+    return "not documents" if name == "documents" else f"{name} is not defined"  # transformers gives `documents: none`
+
+
+def _literal(value: Any, name: str) -> str:
+    """A JSON value as Jinja spells it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(_literal(item, name) for item in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_items(value, name))}}}"
+    raise TemplateError(
+        f"data.chat_template_kwargs.{name} holds {value!r}: the saved chat template can only keep text, numbers, "
+        "true, false, null, lists and objects; give one of those"
+    )
+
+
+def _items(value: Mapping[Any, Any], name: str) -> Iterator[str]:
+    for key, inner in value.items():
+        yield f"{_literal(str(key), name)}: {_literal(inner, name)}"

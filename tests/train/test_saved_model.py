@@ -1,0 +1,202 @@
+"""What a run saves is what it trained, in plain transformers and peft."""
+
+import io
+import json
+from unittest import mock
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from rich.console import Console
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from preceptor import config
+from preceptor.chat.format import load_tokenizer
+from preceptor.model.load import load_model, save_model, unusable_settings
+from preceptor.train.prepare import prepare
+from preceptor.train.run import build_model, execute
+from tiny import tiny_model, tiny_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "find", "description": "Find it.", "parameters": {"type": "object"}}}
+ASKED = [{"role": "user", "content": "a user"}]
+CHAT_TOKENS = ("<|im_end|>", "<|im_start|>", "<think>", "</think>")
+
+
+def write_base(folder, kind="llama", special=CHAT_TOKENS, template=CHATML, rows=None, dtype=torch.float32, **config):
+    tokenizer = tiny_tokenizer(special_tokens=special)
+    tokenizer.chat_template = template
+    model = tiny_model(kind, vocab_size=rows or len(tokenizer), dtype=dtype, **config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(run_file, folder, console=None, rows=None, **changes):
+    """The folder of the model that a run of two steps saves."""
+    file = run_file(
+        rows,
+        model__path=str(folder),
+        **{"data__chat_template": None, "train__duration": "2 steps", "data__max_length": 256} | changes,
+    )
+    with mock.patch("preceptor.train.run.write_report"):  # it draws for longer than such a run takes
+        execute(prepare(config.load(file, [])), console or Console(quiet=True))
+    return folder.parent / "run" / "model"
+
+
+def said(console):
+    return " ".join(console.export_text(clear=False).split())
+
+
+def recording():
+    return Console(record=True, width=400, file=io.StringIO())
+
+
+# Templates and decoding ----------------------------------------------------------------------------------------------
+
+
+def test_all_named_templates_are_saved_and_the_one_of_training_is_chosen(run_file, tmp_path):
+    with_tools = "{% if tools %}TOOLS: {{ tools | tojson }}\n{% endif %}" + CHATML
+    base = write_base(tmp_path / "base", template={"default": CHATML, "tool_use": with_tools, "rag": "{{ documents }}"})
+    rows = [{"messages": [*ASKED, {"role": "assistant", "content": "yes"}], "tools": [TOOL]}] * 4
+    model = trained(run_file, base, rows=rows)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, model))
+    assert after.chat_template == before.chat_template and set(after.chat_template) == {"default", "tool_use", "rag"}
+    prompts = [
+        each.apply_chat_template(ASKED, [TOOL], tokenize=False, add_generation_prompt=True) for each in (before, after)
+    ]
+    assert prompts[0] == prompts[1] and prompts[0].startswith("TOOLS: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "saved", "dropped"),
+    [
+        ({"temperature": 0.0, "do_sample": False}, {}, ["temperature=0.0"]),
+        ({"temperature": 0.9, "top_p": 0.6}, {}, ["temperature=0.9", "top_p=0.6"]),
+        ({"top_k": 5, "repetition_penalty": 1.2}, {"repetition_penalty": 1.2}, ["top_k=5"]),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 5}, {"do_sample": True, "temperature": 0.7, "top_k": 5}, []),
+        ({"num_beams": 2, "length_penalty": 0.5}, {"num_beams": 2, "length_penalty": 0.5}, []),
+        ({"length_penalty": 0.5, "max_new_tokens": 9}, {"max_new_tokens": 9}, ["length_penalty=0.5"]),
+    ],
+)
+def test_decoding_settings_stay_and_sampling_is_never_switched_on(given, saved, dropped, tmp_path):
+    base, model = write_base(tmp_path / "base"), tmp_path / "model"
+    (base / "generation_config.json").write_text(json.dumps({**given, "eos_token_id": 0}))
+    for init in ("pretrained", "random"):
+        loaded = load_model(base, "float32", "cpu", init=init)
+        named = [f"{name}={value}" for name, value in unusable_settings(loaded.generation_config).items()]
+        assert named == dropped
+        save_model(loaded, load_tokenizer(base), model / init)
+        written = json.loads((model / init / "generation_config.json").read_text())
+        kept = {key: value for key, value in written.items() if not key.endswith(("_token_id", "_version"))}
+        assert {key: value for key, value in kept.items() if value not in (False, None)} == saved
+    ids = AutoTokenizer.from_pretrained(model / "random")("a user", return_tensors="pt")
+    AutoModelForCausalLM.from_pretrained(model / "random").generate(**ids, max_new_tokens=2)
+
+
+def test_a_run_says_which_decoding_settings_it_leaves_out(run_file, tmp_path):
+    base, console = write_base(tmp_path / "base"), recording()
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}))
+    model = trained(run_file, base, console)
+    assert "temperature=0.9, top_p=0.6 does not validate" in said(console)
+    assert not json.loads((model / "generation_config.json").read_text()).get("do_sample")
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [None, {"kind": "lora", "rank": 2}])
+def test_weights_are_saved_in_the_type_of_the_base(adapter, run_file, tmp_path):
+    base = write_base(tmp_path / "base", dtype=torch.bfloat16)
+    console = recording()
+    model = trained(run_file, base, console, adapter=adapter)
+    assert "held in float32 and saved in bfloat16" in said(console)
+    assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(model, dtype="auto").parameters()} == {torch.bfloat16}
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (base, model)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_key_says_in_which_type_weights_are_saved(run_file, tmp_path):
+    model = trained(run_file, write_base(tmp_path / "base", dtype=torch.bfloat16), model__save_dtype="float32")
+    assert json.loads((model / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("says", [True, False])
+def test_the_saved_config_says_whether_tables_are_tied(tied, says, run_file, tmp_path):
+    """A base whose config says "tied" and that holds two tables is of two tables, and stays so when rows are added."""
+    base = write_base(tmp_path / "base", "qwen3", special=("<|endoftext|>",), template=None, tie_word_embeddings=tied)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": says}))
+    if tied and not says:
+        pytest.skip("a base without a head is refused")
+    model = trained(run_file, base, data__chat_template="chatml")
+    written = json.loads((model / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    assert written["tie_word_embeddings"] is tied
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    before = AutoModelForCausalLM.from_pretrained(base)
+    num = before.lm_head.weight.shape[0]
+    change = (loaded.lm_head.weight[:num] - before.lm_head.weight).abs().max()
+    assert change < 0.02, "each table continues its own values"
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def logits(model, ids=((5, 6, 280, 7),)):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(ids), use_cache=False).logits
+
+
+LORA = {"kind": "lora", "rank": 2}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # untied and tied
+def test_no_token_is_added_for_padding_and_the_adapter_loads_on_its_base(kind, run_file, tmp_path):
+    base = write_base(tmp_path / "base", kind)
+    model = trained(run_file, base, adapter=LORA, optimizer__learning_rate=0.05)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, model))
+    assert len(after) == len(before) and after.pad_token is None
+    assert json.loads((model / "config.json").read_text())["vocab_size"] == len(before)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), model / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(model)
+    assert (logits(adapted) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-3
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_an_adapter_with_new_tokens_loads_with_its_tokenizer(kind, run_file, tmp_path):
+    base = write_base(tmp_path / "base", kind, special=("<|endoftext|>",), template=None)
+    model = trained(run_file, base, adapter=LORA, data__chat_template="chatml", optimizer__learning_rate=0.05)
+    tokenizer = AutoTokenizer.from_pretrained(model / "adapter")
+    assert "<|im_end|>" in tokenizer.get_vocab() and tokenizer.chat_template
+    merged = logits(
+        AutoModelForCausalLM.from_pretrained(model),
+        [[5, 6, *tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])]],
+    )
+    ids = [[5, 6, *tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])]]
+    alone = AutoPeftModelForCausalLM.from_pretrained(model / "adapter")
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(json.loads((model / "config.json").read_text())["vocab_size"])
+    by_hand = PeftModel.from_pretrained(grown, model / "adapter")
+    for adapted in (alone, by_hand):
+        torch.testing.assert_close(
+            logits(adapted, ids)[..., : len(tokenizer)], merged[..., : len(tokenizer)], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_users_own_token_without_a_row_gets_one(run_file, tmp_path):
+    base = write_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken("<sql>", normalized=False)])
+    tokenizer.save_pretrained(base)
+    prepared = prepare(config.load(run_file(model__path=str(base), data__chat_template=None), []))
+    assert build_model(prepared, torch.device("cpu")).get_input_embeddings().weight.shape[0] == 320
