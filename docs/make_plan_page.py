@@ -17,6 +17,7 @@ from preceptor.plan.devices import find_device
 from preceptor.plan.dry_run import DryRun, dry_run_of
 from preceptor.plan.memory import Setup, Weights, step_memory
 from preceptor.plan.model import read_model
+from preceptor.plan.parameters import LoraSpec
 from preceptor.plan.plan import make_plan
 from preceptor.plan.text import size, to_text
 from preceptor.plan.work import Work
@@ -36,11 +37,11 @@ LLAMA_70B = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-WAYS: dict[str, tuple[Weights, bool]] = {
-    "float32 weights, autocast": ("float32", True),
-    "bfloat16 weights, float32 master": ("bfloat16 + float32 master", False),
+WAYS: dict[str, tuple[Weights, LoraSpec | None]] = {
+    "everything, float32 weights": ("float32", None),
+    "LoRA of rank 16, frozen bfloat16": ("bfloat16", LoraSpec(16)),
 }
-COMPONENTS = ("weights", "gradients", "master weights", "optimizer", "copies of weights", "activations", "loss")
+COMPONENTS = ("weights", "gradients", "optimizer", "copies of weights", "activations", "loss")
 
 
 def measured() -> str:
@@ -63,10 +64,10 @@ def planned() -> str:
     config = AutoConfig.for_model(**LLAMA_70B)
     dry_run = DryRun(config, AutoModelForCausalLM.from_config)
     sequence, sides = Work((((3072, 1024),),)).sequence(), []
-    for weights, autocast in WAYS.values():
-        setup = Setup(weights, autocast, device_type="cuda")
+    for weights, adapter in WAYS.values():
+        setup = Setup(weights, True, adapter, device_type="cuda")
         moments = dry_run.step(setup, KEEP_ALL, sequence, dry_run.num_rows)
-        sides.append(step_memory(setup, dry_run.parameters(), moments).components)
+        sides.append(step_memory(setup, dry_run.parameters(adapter), moments).components)
     lines = [f"| component | {' | '.join(WAYS)} |", "|---|---|---|"]
     for name in COMPONENTS:
         cells = (size(side[name]) if side[name] else "" for side in sides)
@@ -88,8 +89,8 @@ def _would_fit() -> str:
             "out": "runs/llama-70b",
         }
         run = config.build(tree, "docs/make_plan_page.py")
-        plan = make_plan(run, read_model(run.model), "no data", find_device("H100"), 1, None, dry_run_of(run.model))
-    text = to_text({**plan, "change": None, "four_bits_peak_bytes": None})
+        plan = make_plan(run, read_model(run.model), "no data", find_device("H100"), None, dry_run_of(run.model))
+    text = to_text({**plan, "change": None})
     table = text[text.index("What would fit") :].rstrip()
     return "".join(f"    {line}\n" for line in table.splitlines())
 

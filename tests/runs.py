@@ -25,9 +25,9 @@ def steps(losses, **values):
     return lines
 
 
-def looks(*pairs):
+def looks(*pairs, num_trained=900):
     """A line of eval.jsonl for each (step, loss)."""
-    return [{"step": step, "loss": loss, "token_accuracy": 0.5, "num_trained": 90} for step, loss in pairs]
+    return [{"step": step, "loss": loss, "token_accuracy": 0.5, "num_trained": num_trained} for step, loss in pairs]
 
 
 def sample(step, prompt, answer, **more):
@@ -60,7 +60,7 @@ TREE = example(
 DATA = {
     "num_examples": 100,
     "examples_per_epoch": 100,
-    "num_steps": 20,
+    "num_steps": 60,
     "fill": 0.9,
     "tokens": {"computed": 9000, "trained": 3000},
     "shortened": {"num_truncated": 0, "num_split": 0},
@@ -91,10 +91,10 @@ def _interval(value, half, num=60):
     return {"value": value, "low": value - half, "high": value + half, "num": num}
 
 
-def compared(role, value, half, kind="generation", name="accuracy", task="scholar:arithmetic.jsonl"):
+def compared(role, value, half, kind="generation", name="accuracy", task="scholar:arithmetic.jsonl", num_items=60):
     figure = {"base": _interval(0.9, 0.05), "tuned": _interval(0.9 + value, 0.05), "difference": _interval(value, half)}
     figures = {name: {**figure, "num_changed": 9}}
-    return {"task": task, "kind": kind, "num_items": 60, "role": role, "figures": figures, "sentence": "x"}
+    return {"task": task, "kind": kind, "num_items": num_items, "role": role, "figures": figures, "sentence": "x"}
 
 
 COMPARE = {

@@ -147,6 +147,7 @@ def test_show_as_json(preceptor, base_folder, write_jsonl, tmp_path):
         "source": f"{data}:2",
         "segments": [],
         "rejection": {"code": "no_assistant_message", "message": rejected["rejection"]["message"]},
+        "thinking": [],
     }
     assert pair["segments"][0]["text"] == "a"
     code, out, _ = preceptor(*arguments, "--example", 3)

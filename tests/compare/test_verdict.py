@@ -56,12 +56,15 @@ def test_what_cannot_be_told_from_zero_is_no_change():
     text = sentence(unclear())
     assert text.startswith("no significant change on letters (") and "±" in text
     (told,) = verdict([unclear()], None)
-    assert "no significant loss; no gain" in told
+    assert "no loss that so few items can show; no gain" in told
 
 
 def test_nothing_changed_and_one_item():
     same = row([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
-    assert sentence(same) == "nothing changed on arithmetic (none of 3 items)"
+    assert sentence(same) == "nothing changed on arithmetic (none of 3 items; 3 items are too few to show a small one)"
+    many = row([1.0, 0.0] * 100, [1.0, 0.0] * 100)
+    assert sentence(many) == "nothing changed on arithmetic (none of 200 items)"
+    assert "no significant loss" in verdict([many], None)[0]
     one = row([50.0], [60.0], "text.txt", "text", "perplexity")
     assert "no significant change on text" in sentence(one) and "whose spread is unknown" in sentence(one)
 

@@ -222,14 +222,8 @@ def test_tiny_models_of_every_family_are_counted_exactly(kind):
     counted, whole = count_parameters(shape_of(model.config.to_dict())), dry_run_like(model).parameters()
     assert counted.base == counted.trained == whole.base == whole.trained
     assert counted.num_base == sum(p.numel() for p in model.parameters())
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
-    assert sum(layer.linear for layer in whole.layers) == sum(module.weight.numel() for module in linear)
     assert whole.head == model.lm_head.weight.numel()
-    assert (
-        whole.outside
-        == whole.outside_trained
-        == sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
-    )
+    assert whole.outside == sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen3_vl"])

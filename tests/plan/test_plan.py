@@ -46,11 +46,11 @@ def folder_of(tmp_path, settings):
     return tmp_path
 
 
-def plan_of(run, device="H100", world_size=1, rate=None, quick=False, dry_run=None):
+def plan_of(run, device="H100", rate=None, quick=False, dry_run=None):
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)
     dry_run = None if quick else dry_run or dry_run_of(run.model)
-    return make_plan(run, model, sample, find_device(device), world_size, rate, dry_run)
+    return make_plan(run, model, sample, find_device(device), rate, dry_run)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -129,13 +129,13 @@ def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
     components = plan["memory"]["components"]
     assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
     assert not plan["memory"]["fits"]
-    ways = {(entry["way"].partition(" ")[0], entry["world_size"]): entry for entry in plan["would_fit"]}
-    assert len(plan["would_fit"]) == 16
-    assert ways["QLoRA", 1]["states_bytes"] < ways["LoRA", 1]["states_bytes"] / 3
-    assert "H100" in ways["QLoRA", 1]["fits_on_checkpointed"] and ways["LoRA", 1]["fits_on_checkpointed"] == ["B200"]
-    sharded = [ways["everything,", count]["states_bytes"] for count in (1, 8, 16, 64)]
-    assert [round(sharded[0] / states) for states in sharded] == [1, 8, 16, 64]
-    text = to_text({**plan, "change": None, "four_bits_peak_bytes": None})
+    everything, lora, lora_half = plan["would_fit"]
+    assert (
+        everything["states_bytes"] > 3 * lora["states_bytes"] and lora["states_bytes"] > 1.9 * lora_half["states_bytes"]
+    )
+    assert [way["fits_on_checkpointed"] for way in plan["would_fit"]] == [[], [], ["B200"]]
+    text = to_text({**plan, "change": None})
+    assert "No change of the run file makes it fit this device" in text
     assert "steps and tokens are not known" in text and "assumed: 3/4 of them context" in text
     assert "1.13 TB" in text and "in the backward pass" in text
 
@@ -159,18 +159,20 @@ def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_t
     run_file.write_text(json.dumps({**tree, "out": "x"}))
     run = config.load(run_file)
     target = find_device(device)
-    assert make_case(run, dry_run, "none", target, 1).memory.peak_bytes > target.usable_bytes
-    found = find_change(run, dry_run, "none", target, 1)
-    assert found["change"]["fits"]
+    assert make_case(run, dry_run, "none", target).memory.peak_bytes > target.usable_bytes
+    found = find_change(run, dry_run, "none", target)
+    if found["change"] is None:
+        assert device == "RTX 4090" and not any(change["fits"] for change in found["tried"])
+        return
     assert not any(change["fits"] for change in found["tried"][:-1])
     changed = config.load(run_file, found["change"]["set"])
-    case = make_case(changed, dry_run, "none", target, found["change"]["world_size"])
+    case = make_case(changed, dry_run, "none", target)
     assert case.memory.peak_bytes == found["change"]["peak_bytes"] <= target.usable_bytes
 
 
 def test_changes_that_keep_the_gradient_come_first(tmp_path):
     run = run_of(folder_of(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4}), data={"max_length": 16384})
-    found = find_change(run, dry_run_of(run.model), "none", find_device("H200"), 1)
+    found = find_change(run, dry_run_of(run.model), "none", find_device("H200"))
     tried = [change["set"] for change in found["tried"]]
     assert tried == [["memory.context_gradient=recompute"], ["memory.activation_checkpointing=all"]][: len(tried)]
     assert found["change"]["set"] == tried[-1]
@@ -202,7 +204,7 @@ def test_a_model_that_reads_one_conversation_at_a_time_is_planned_so(tmp_path):
     tiny_model("nemotron", vocab_size=512).config.save_pretrained(tmp_path)
     sample = Sample((((10, 5),), ((20, 30),)), 2.0, True, 0, 512)
     run = run_of(tmp_path, data={"max_length": 256})
-    case = make_case(run, dry_run_of(run.model), sample, find_device("H100"), 1)
+    case = make_case(run, dry_run_of(run.model), sample, find_device("H100"))
     assert case.work.alone and case.work.conversations == (((20, 30),),)
 
 
@@ -252,12 +254,9 @@ def test_the_plan_of_a_run_without_a_precision_follows_the_device(llama_8b):
 def test_time_follows_from_the_rate(llama_8b):
     folder, dry_run = llama_8b
     run = run_of(folder, train={"precision": "bfloat16"})
-    alone, together, measured = (
-        plan_of(run, dry_run=dry_run, **how) for how in ({}, {"world_size": 4}, {"rate": 1e12})
-    )
+    alone, measured = (plan_of(run, dry_run=dry_run, **how) for how in ({}, {"rate": 1e12}))
     total = alone["work"]["operations_per_step"]
     assert alone["work"]["seconds_per_step"] == pytest.approx(total / (0.4 * 989e12))
-    assert together["work"]["seconds_per_step"] == pytest.approx(alone["work"]["seconds_per_step"] / 4)
     assert measured["work"]["seconds_per_step"] == pytest.approx(total / 0.4e12)
     assert alone["work"]["seconds"] is None
 

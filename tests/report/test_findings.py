@@ -53,16 +53,38 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
         ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) examples"),
         ({"samples": [sample(20, "1?", "on and", stopped=False)]}, "warning", "do not stop by themselves: 0 of 1"),
         ({"samples": [sample(20, "1?", " ")]}, "warning", "1 of 1 answers are empty"),
-        ({"samples": [sample(20, str(n), "Yes.") for n in range(3)]}, "warning", "All 3 prompts got the same answer"),
+        (
+            {"samples": [sample(20, str(n), "Yes.", reference=str(n)) for n in range(3)]},
+            "warning",
+            "All 3 prompts got the same answer",
+        ),
         ({"samples": [sample(step, "1?", "base") for step in (0, 20)]}, "warning", "identical to the base model's"),
         ({"samples": [sample(20, "1?", "x", exact=True)]}, "note", "Exact answers to held-out questions: 1 of 1"),
-        ({"summary": None}, "warning", "not finished: 20 of 20 steps"),
+        ({"summary": None}, "warning", "not finished: 20 of 60 steps"),
+        (
+            {"samples": [sample(20, str(n), "Yes." if n < 2 else "No.", reference=str(n)) for n in range(3)]},
+            "warning",
+            "2 of 3 prompts got the same answer: “Yes.”",
+        ),
+        ({"data": DATA | {"num_steps": 3}}, "warning", "Only 3 optimizer steps, too few to learn much"),
+        ({"metrics": steps([3.0, 2.0, 1.0])}, "note", "training loss fell by 67%"),
+        ({"eval": looks((0, 3.0), (20, 0.75), num_trained=40)}, "note", "That is on only 40 tokens"),
+        (
+            {"compare": COMPARE | {"tasks": [compared("tax", 0.0, 0.04, num_items=2)]}},
+            "note",
+            "found no alignment tax, but its items are too few",
+        ),
         (
             {"compare": COMPARE},
             "warning",
             "An alignment tax: lost 10.0 ± 2.0 points on arithmetic; predicts library worse",
         ),
-        ({"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}}, "good", "found no significant alignment tax"),
+        (
+            {"compare": COMPARE | {"tasks": [compared("tax", -0.1, 0.2)]}},
+            "note",
+            "found no alignment tax, but its items are",
+        ),
+        ({"compare": COMPARE | {"tasks": [compared("tax", -0.01, 0.03)]}}, "good", "no significant alignment tax"),
         ({"compare": COMPARE | {"tasks": [compared("trained", 0.1, 0.05)]}}, "good", "gained 10.0 ± 5.0 points"),
     ],
 )
@@ -81,6 +103,28 @@ def test_the_worst_comes_first_and_makes_the_headline(tmp_path):
     assert judged(tmp_path / "b", rejections=REJECTED).headline == "It learned, with 1 warning"
     unfinished = judged(tmp_path / "c", summary=None, metrics=[], eval=[], samples=[])
     assert unfinished.headline == "It has not begun, with 1 warning"
+
+
+def test_the_headline_knows_what_was_measured(tmp_path):
+    memorised = judged(tmp_path / "a", eval=looks((0, 2.0), (20, 2.0)))
+    assert memorised.headline == "It memorised its training examples, with 1 warning"
+    unmeasured = judged(tmp_path / "b", eval=[])
+    assert unmeasured.headline == "It learned its training examples; more was not measured; nothing looks suspicious"
+
+
+def test_one_answer_to_questions_that_have_one_is_not_suspicious(tmp_path):
+    samples = [sample(20, str(n), "Yes.", reference="Yes.") for n in range(3)]
+    assert "the same answer" not in " ".join(
+        finding.seen for finding in judged(tmp_path / "a", samples=samples).findings
+    )
+
+
+def test_few_steps_get_no_advice_that_makes_fewer(tmp_path):
+    data = DATA | {"num_steps": 9, "fill": 0.3}
+    files = {"data": data, "eval": looks((0, 3.0), (10, 1.0), (20, 1.1))}
+    advice = " ".join(finding.advice for finding in judged(tmp_path / "a", **files).findings)
+    assert "`train.batch_size: 1` with `data.max_length: 64` gives about 141 in each epoch" in advice
+    assert "Train shorter" not in advice and "larger data.max_length" not in advice and "fewer epochs" not in advice
 
 
 def test_a_spike_is_held_against_the_steps_before_it():

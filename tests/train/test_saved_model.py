@@ -200,3 +200,64 @@ def test_a_users_own_token_without_a_row_gets_one(run_file, tmp_path):
     tokenizer.save_pretrained(base)
     prepared = prepare(config.load(run_file(model__path=str(base), data__chat_template=None), []))
     assert build_model(prepared, torch.device("cpu")).get_input_embeddings().weight.shape[0] == 320
+
+
+# The thinking switch -------------------------------------------------------------------------------------------------
+
+SWITCHED = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>\n"
+    "{% endif %}{% endif %}",
+)
+OFF = {"messages": [*ASKED, {"role": "assistant", "content": "yes"}]}
+ON = {"messages": [*ASKED, {"role": "assistant", "content": "<think>\nso\n</think>\n\nyes"}]}
+SAID_OFF = "2 turns without reasoning are trained with thinking off (enable_thinking=false)"
+SAID_ON = "1 turn with reasoning is trained with thinking on (the template's default)"
+
+
+def asked(folder, **arguments):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected", "opening"), [([OFF, OFF], SAID_OFF, "<think></think>"), ([OFF, ON, OFF], SAID_ON, "<think>\n")]
+)
+def test_commands_say_what_is_trained_before_it_is(rows, expected, opening, run_file, tmp_path, preceptor):
+    base = write_base(tmp_path / "base", template=SWITCHED)
+    file = run_file(rows, model__path=str(base), data__chat_template=None, train__duration="1 steps")
+    for command in ("check", "show", "train"):
+        with mock.patch("preceptor.train.run.write_report"):
+            code, out, err = preceptor(command, file)
+        printed = " ".join(out.split())
+        assert code == 0, err
+        if command == "show":
+            assert printed.count(SAID_OFF.replace("2 turns without reasoning are", "1 turn without reasoning is")) == 2
+        else:
+            assert SAID_OFF in printed and expected in printed
+            assert ("defaults: enable_thinking=false" in printed) == (len(rows) == 2)
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())["thinking"]
+    assert [count["num_turns"] for count in recorded] == ([2] if len(rows) == 2 else [2, 1])
+    _, out, _ = preceptor("show", file, "--json")
+    assert json.loads(out.splitlines()[0])["thinking"][0]["arguments"] == {"enable_thinking": False}
+    assert asked(tmp_path / "run" / "model").endswith(opening)
+    assert asked(tmp_path / "run" / "model", enable_thinking=True).endswith("<think>\n")
+    assert asked(tmp_path / "run" / "model", enable_thinking=False).endswith("<think></think>")
+
+
+def test_a_tuned_model_is_tuned_again_as_it_is_asked(run_file, tmp_path):
+    """Its template's default is off: nothing has to be switched, and the next default stands before the last one."""
+    base = write_base(tmp_path / "base", template=SWITCHED)
+    first = trained(run_file, base, rows=[OFF, OFF])
+    first.rename(tmp_path / "first")
+    again = prepare(config.load(run_file([OFF], model__path=str(tmp_path / "first"), data__chat_template=None), []))
+    assert [tree.switched for tree in again.train] == [()] and again.arguments.defaults() == {}
+    assert again.chat.tokenizer.chat_template.count("set enable_thinking") == 1
+    second = prepare(config.load(run_file([ON], model__path=str(tmp_path / "first"), data__chat_template=None), []))
+    assert second.chat.prompt(ASKED).endswith("<think>\n")
+
+
+def test_held_out_turns_do_not_change_the_default(run_file, tmp_path):
+    base = write_base(tmp_path / "base", template=SWITCHED)
+    file = run_file([OFF], [ON], model__path=str(base), data__chat_template=None)
+    assert prepare(config.load(file, [])).arguments.defaults() == {"enable_thinking": False}

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from preceptor import config
 from preceptor.chat.message_forms import Forms, find_forms
+from preceptor.chat.model_config import ModelLimits, read_limits, stop_ids_of
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
@@ -20,7 +21,7 @@ from preceptor.data.examples import Completion, Document
 from preceptor.data.rejections import Rejected
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError
-from preceptor.hub import cannot_load, find_file, first_line, require_reachable, resolve_model_path
+from preceptor.hub import cannot_load, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +40,17 @@ class ChatFormat:
         default_factory=dict
     )  # special tokens new to the model's tokenizer, with their ids
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all conversations; their own win over them
+    limits: ModelLimits | None = None  # of the model, where it is to be trained
 
     @property
     def num_base_tokens(self) -> int:
         """Ids below this are tokens of the base model; added ones come after."""
         return min(self.added.values(), default=len(self.tokenizer))
+
+    @property
+    def num_positions(self) -> int | None:
+        """For how many tokens the model has learned positions; None for any number."""
+        return None if self.limits is None else self.limits.longest
 
     @property
     def bos(self) -> Ids:
@@ -109,6 +116,7 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     """
     path = resolve_model_path(model.path)
     source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    limits = read_limits(path, **source)
     tokenizer: Any = load_tokenizer(path, **source)
     template = None
     added: dict[str, int] = {}
@@ -124,7 +132,7 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
         align_tokenizer(tokenizer, template, stop_tokens[0])
         template = replace(template, variables=dict(tokenizer.special_tokens_map))
     ids = [*_stop_token_ids(path, tokenizer, **source), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
-    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added, data.chat_template_kwargs)
+    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added, data.chat_template_kwargs, limits)
 
 
 def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
@@ -238,18 +246,8 @@ def turn_ends(template: Template, tokenizer: Any) -> tuple[str, ...]:
     return found or (tokenizer.eos_token,)
 
 
-def _stop_token_ids(
-    path: str, tokenizer: Any, trust_remote_code: bool = False, revision: str | None = None
-) -> tuple[int, ...]:
+def _stop_token_ids(path: str, tokenizer: Any, **source: Any) -> tuple[int, ...]:
     """What ends a turn of the model at `path`: the tokenizer's eos first, then its generation config's eos tokens."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        earlier = GenerationConfig.from_pretrained(path, revision=revision or "main").eos_token_id
-    except OSError as error:  # no generation config: the model's config says what ends a text
-        if find_file(path, "generation_config.json", revision) is not None:
-            raise ModelError(f"{path}/generation_config.json: cannot be read: {first_line(error)}") from None
-        settings = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
-        earlier = getattr(settings.get_text_config(decoder=True), "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *([earlier] if earlier is None or isinstance(earlier, int) else earlier)]
+    earlier = stop_ids_of(path, max(tokenizer.get_vocab().values()) + 1, **source)
+    ids = [tokenizer.eos_token_id, *earlier]
     return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))

@@ -5,6 +5,7 @@ from `range(99999)` inside itself, `'a' * 10**10` or `'{:2000000000}'.format(1)`
 are measured before they run (`call_binop`, `check_call`); what grows step by step meets the timer of `limits`.
 """
 
+import atexit
 import os
 import re
 import signal
@@ -25,6 +26,7 @@ CHARACTERS = 2**27  # of a text, or items of a list, that an operation may make
 _WIDTH = 100_000  # of a field, as in `'%9d'`
 _BITS = 2**22  # of an integer
 _TICK_SECONDS = 0.1
+_MAIN_THREAD = threading.main_thread().ident
 
 
 class RenderLimit(BaseException):
@@ -59,7 +61,7 @@ class Limits:
         return self
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if threading.get_ident() == _MAIN_THREAD:
             self._num_runs += 1
             self._inside = True
             if not self._armed:
@@ -75,17 +77,21 @@ class Limits:
             if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGPROF) != signal.SIG_DFL:
                 return
             signal.signal(signal.SIGPROF, self._tick)
+            atexit.register(self._stop)  # Python gives signals back when it ends, and this one would end it at once
             self._mine = True
         signal.setitimer(signal.ITIMER_PROF, _TICK_SECONDS, _TICK_SECONDS)
         self._armed = True
+
+    def _stop(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        self._armed = False
 
     def _disarmed(self) -> None:
         self._armed = False  # a process that was forked has no timer
 
     def _tick(self, *_: Any) -> None:
         if not self._inside:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            self._armed = False
+            self._stop()
             return
         number, times, memory = self._seen
         if number != self._num_runs:

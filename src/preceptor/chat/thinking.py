@@ -18,7 +18,7 @@ from typing import Any
 
 from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
 from preceptor.chat.template import Template, names_read_by
-from preceptor.config.sections import RESERVED_ARGUMENTS
+from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Conversation, Example
 from preceptor.data.forest import Tree
 from preceptor.errors import TemplateError

@@ -11,7 +11,6 @@ from preceptor.commands.options import AsJson, Overrides, RunFile, load_run, pri
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
-    world_size: Annotated[int, typer.Option(min=1, help="Number of devices that the run uses.")] = 1,
     device: Annotated[str | None, typer.Option(help="A device such as `H100`. Default: this machine.")] = None,
     as_json: AsJson = False,
     measure: Annotated[bool, typer.Option(help="Measure this machine's matrix products first.")] = False,
@@ -32,17 +31,16 @@ def plan(
     model = read_model(run.model)
     sample = sample_data(run, model.tokenizer_file)
     if quick:
-        found = make_plan(run, model, sample, target, world_size)
+        found = make_plan(run, model, sample, target)
     else:
         from preceptor.plan.dry_run import dry_run_of
 
         half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
         rate = measured_rate(half) if measure else None
         dry_run = dry_run_of(run.model, run.engine)
-        found = make_plan(run, model, sample, target, world_size, rate, dry_run)
-        none_needed: dict[str, Any] = {"change": None, "tried": [], "four_bits_peak_bytes": None}
-        fits = found["memory"]["fits"]
-        found |= none_needed if fits else find_change(run, dry_run, sample, target, world_size)
+        found = make_plan(run, model, sample, target, rate, dry_run)
+        none_needed: dict[str, Any] = {"change": None, "tried": []}
+        found |= none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, target)
     print_result(found, as_json, to_text)
 
 

@@ -28,6 +28,9 @@ class HeadlineMetric(NamedTuple):
         return "%" if self.scale > 1 else self.unit
 
 
+_FEW_ITEMS = 30
+_POINTS, _RELATIVE = 0.05, 0.02  # a change that matters: of a share, and of bits per byte
+
 HEADLINES: Mapping[str, HeadlineMetric] = {
     "generation": HeadlineMetric("accuracy", 100.0, "points", 1),
     "multiple choice": HeadlineMetric("acc", 100.0, "points", 1),
@@ -46,6 +49,15 @@ def change(entry: Mapping[str, Any]) -> int:
     return metric.better * Interval(**entry["figures"][metric.name]["difference"]).sign
 
 
+def tells(entry: Mapping[str, Any]) -> bool:
+    """Whether the items are enough to show a change that matters: 5 points, or 2 % of the bits per byte."""
+    metric = HEADLINES[entry["kind"]]
+    figures = entry["figures"][metric.name]
+    half = Interval(**figures["difference"]).half_width
+    visible = _POINTS if metric.scale > 1 else _RELATIVE * abs(figures["base"]["value"])
+    return entry["num_items"] >= _FEW_ITEMS and half is not None and half <= visible
+
+
 def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
     """ "3.1 ± 0.8 points", by how much the metric changed."""
     metric = HEADLINES[entry["kind"]]
@@ -61,11 +73,13 @@ def amount(entry: Mapping[str, Any], signed: bool = False) -> str:
 def sentence(entry: Mapping[str, Any]) -> str:
     """One task in a sentence, without its full stop."""
     figures, task = entry["figures"][HEADLINES[entry["kind"]].name], short_name(entry["task"])
+    num = entry["num_items"]
+    few = "" if tells(entry) else f"; {num:,} item{'s are' if num != 1 else ' is'} too few to show a small one"
     if figures["num_changed"] == 0:
-        return f"nothing changed on {task} (none of {entry['num_items']:,} items)"
+        return f"nothing changed on {task} (none of {num:,} items{few})"
     sign = change(entry)
     if sign == 0:
-        return f"no significant change on {task} ({amount(entry, signed=True)})"
+        return f"no significant change on {task} ({amount(entry, signed=True)}{few})"
     if entry["kind"] == "perplexity":
         relative = figures["difference"]["value"] / figures["base"]["value"]
         return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(entry)} ({relative:+.1%})"
@@ -93,6 +107,7 @@ def verdict(tasks: Sequence[Mapping[str, Any]], shift: Mapping[str, Any] | None)
 
 def _tax(entries: Sequence[Mapping[str, Any]]) -> str:
     lost, same, gained = ([entry for entry in entries if change(entry) == sign] for sign in (-1, 0, 1))
-    parts = [sentence(entry) for entry in lost] or ["no significant loss"]
+    unseen = "no significant loss" if all(map(tells, entries)) else "no loss that so few items can show"
+    parts = [sentence(entry) for entry in lost] or [unseen]
     parts += [sentence(entry) for entry in gained] or ["no gain"]
     return "; ".join(parts + [sentence(entry) for entry in same])

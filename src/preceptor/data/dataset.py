@@ -31,6 +31,11 @@ class Dataset:
             yield from self.trees([index])
 
     @cached_property
+    def token_ids(self) -> set[int]:
+        """Every token that occurs."""
+        return {token for tree in self for segment in tree.segments for token in segment.ids}
+
+    @cached_property
     def sha256(self) -> str:
         """Changes with any token that is computed, and with which tokens are trained."""
         digest = hashlib.sha256()

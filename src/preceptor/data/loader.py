@@ -14,6 +14,24 @@ from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.packing import count_sequences, plan_epoch
 from preceptor.data.prefix_sharing import chains_of
 
+FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
+
+
+def few_steps(num_steps: int, num_tokens: int, longest: int) -> str | None:
+    """What to say of a run of few optimizer steps, and what makes more of them; None where there are enough.
+
+    num_tokens: of an epoch. longest: tokens of its longest example.
+    """
+    if num_steps >= FEW_STEPS:
+        return None
+    shortest = max(64, -(-longest // 64) * 64)
+    per_epoch = math.ceil(num_tokens / shortest)
+    return (
+        f"only {num_steps:,} optimizer step{'s' * (num_steps != 1)}, too few to learn much (under {FEW_STEPS}): "
+        f"`train.batch_size: 1` with `data.max_length: {shortest}` gives about {per_epoch:,} in each epoch; or raise "
+        "`train.duration`, or add examples"
+    )
+
 
 class Loader:
     """The batches of a run. Every tree occurs once an epoch; epochs differ in packing and order, not in steps.

@@ -64,11 +64,17 @@ class Shortened:
 
 
 class Fitter:
-    """Makes examples fit into `max_length` tokens; counts in `shortened` what it did."""
+    """Makes examples fit into `max_length` tokens; counts in `shortened` what it did.
 
-    def __init__(self, renderer: ExampleRenderer, max_length: int, overflow: Overflow) -> None:
+    num_positions: for how many tokens the model has positions; None for any number.
+    """
+
+    def __init__(
+        self, renderer: ExampleRenderer, max_length: int, overflow: Overflow, num_positions: int | None = None
+    ) -> None:
         self._renderer = renderer
-        self._max_length = max_length
+        self._of_model = num_positions is not None and num_positions < max_length
+        self._max_length = min(max_length, num_positions or max_length)
         self._overflow = overflow
         self.shortened = Shortened()
 
@@ -100,7 +106,10 @@ class Fitter:
         return found
 
     def _rejection(self, example: Example, found: str, advice: str) -> Rejection:
-        sentence = f"{found}, a sequence holds {self._max_length:,}: raise data.max_length, {advice}"
+        holds, longer = "a sequence holds", "raise data.max_length"
+        if self._of_model:
+            holds, longer = "the model has learned positions for", "use a model with more"
+        sentence = f"{found}, {holds} {self._max_length:,}: {longer}, {advice}"
         return Rejection(example.source, "too_long", sentence)
 
     # Conversations

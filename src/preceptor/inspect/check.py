@@ -6,6 +6,7 @@ counts once. If sources have a weight or a count, the examples of an epoch (the 
 those that training takes.
 """
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,9 @@ from preceptor.data.dataset import num_sample_tokens, read_trees
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, turn_lengths
+from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 
@@ -135,11 +137,13 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
+    check_codes(run.data.allow_rejected)
     found = Check(RejectionCounts(run.data.allow_rejected))
     sources = [("train", OpenSource(source)) for source in run.data.train]
     sources += [("eval", OpenSource(source)) for source in run.data.eval]
-    renderer = load_chat_format(run.model, run.data, [source for _, source in sources]).renderer(run.data)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    chat = load_chat_format(run.model, run.data, [source for _, source in sources])
+    renderer = chat.renderer(run.data)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     found.shortened = fitter.shortened
     found.arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     tables = [table for _, source in sources for table in source.tables]
@@ -192,11 +196,19 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
             "context": found.contexts.to_json(),
             "target": found.targets.to_json(),
         },
-        "mixture": None if run is None else _mixture(found, run),
+        "mixture": (mixture := None if run is None else _mixture(found, run)),
+        "few_steps": run and _few_steps(found, run, mixture["num_tokens"] if mixture else num_tokens),
         "near_means_similarity": NEAR,
         "duplicates": _duplicates(found.train, found.train),
         "in_the_evaluation_set": _duplicates(found.train, found.held_out) if len(found.held_out) else None,
     }
+
+
+def _few_steps(found: Check, run: config.Run, num_tokens: int) -> str | None:
+    """What there is to say of few optimizer steps; their number is an estimate from that of the tokens."""
+    sequences = math.ceil(num_tokens / run.data.max_length)
+    num_steps = run.train.duration.steps(math.ceil(sequences / run.train.batch_size))
+    return few_steps(num_steps, num_tokens, int(found.examples.all.max())) if num_tokens else None
 
 
 def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
@@ -348,7 +360,7 @@ def _rejections(found: dict[str, Any]) -> str:
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    lines = []
+    lines = [found["few_steps"]] if found["few_steps"] else []
     if found["allowed_but_never_seen"]:
         codes = ", ".join(found["allowed_but_never_seen"])
         lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")

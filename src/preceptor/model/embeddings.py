@@ -1,14 +1,16 @@
-"""Embedding rows of new tokens, and the special tokens in a model's configuration."""
+"""Embedding rows of tokens that are new to a model, and the special tokens in its configuration."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS_MULTIPLE = 64  # embedding rows come in multiples of this, for the matrix kernels
 _JITTER = 0.01  # of the embedding's standard deviation: tokens of one description must not start as one row
+_NEAR = 0.01  # of the usual distance of a row from the mean of all: no training leaves two rows that close
+_SAMPLED_ROWS = 4096
 
 # A row for a new token starts at the mean of what these words mean to the model.
 _DESCRIPTIONS = {
@@ -24,29 +26,76 @@ _DESCRIPTIONS = {
 
 
 @torch.no_grad()
+def never_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, used: Collection[int]) -> dict[str, int]:
+    """The added tokens of a tokenizer that the model does not know, with their ids: those that have no row, and those
+    among `used` whose row no training has touched, in the embedding or in the head."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    added = {id_: str(token) for id_, token in sorted(tokenizer.added_tokens_decoder.items())}
+    missing = {token: id_ for id_, token in added.items() if id_ >= num_rows}
+    asked = [id_ for id_ in added if id_ < num_rows and id_ in used]
+    untrained = {id_ for table_VD in _tables(model) for id_ in _untrained_rows(table_VD, asked, list(added))}
+    return {**{added[id_]: id_ for id_ in sorted(untrained)}, **missing}
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """The weights that have a row for each token: of the embedding, and of a head that is not tied to it."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding.weight, *([head.weight] if head is not None and head.weight is not embedding.weight else [])]
+
+
+def _untrained_rows(weight_VD: Tensor, ids: Sequence[int], added: Sequence[int]) -> set[int]:
+    """Which rows of `ids` are zero, the mean of all rows, or the row of another of the `added` tokens, up to rounding.
+
+    That is what models are released with for tokens that were kept in reserve. Rows that training has touched
+    are far from all of these.
+    """
+    if not ids:
+        return set()
+    mean_D = weight_VD.mean(dim=0, dtype=torch.float32)
+    sample_SD = weight_VD[:: -(-len(weight_VD) // _SAMPLED_ROWS)].float()
+    near = _NEAR * (sample_SD - mean_D).norm(dim=1).median()
+    others = torch.tensor([id_ for id_ in added if id_ < len(weight_VD)], device=weight_VD.device)
+    others_KD = weight_VD[others].float()
+    found = set()
+    for id_ in ids:
+        row_D = weight_VD[id_].float()
+        alike = (others_KD - row_D).norm(dim=1) < near
+        if row_D.norm() < near or (row_D - mean_D).norm() < near or bool((alike & (others != id_)).any()):
+            found.add(id_)
+    return found
+
+
+@torch.no_grad()
 def resize_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Mapping[str, int], seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Mapping[str, int],
+    seed: int,
+    untrained: Mapping[str, int] | None = None,
 ) -> None:
     """Give every token of the tokenizer a row, and the `added` ones (with their ids) a meaningful one.
 
     Rows grow to a multiple of ROWS_MULTIPLE and never shrink; a tied head stays tied. A new token's row is the mean of
     the rows of its description's tokens, with a jitter of a hundredth of the standard deviation by `seed`; rows that
-    only fill up the multiple are the mean of all. An untied head's rows, and its bias, likewise.
+    only fill up the multiple are the mean of all. An untied head's rows, and its bias, likewise. `untrained`: tokens
+    as `never_trained` finds them; they get such a row where theirs was never trained.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    old_rows = embedding.weight.shape[0]
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    new = {**added, **(untrained or {})}
+    decoder = list(tokenizer.added_tokens_decoder)
+    present = [id_ for id_ in (untrained or {}).values() if id_ < old_rows]
+    trained = [set(present) - _untrained_rows(table_VD, present, decoder) for table_VD in _tables(model)]
     needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     if needed_rows > old_rows:
         rows = -(-needed_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
         model.resize_token_embeddings(rows, mean_resizing=False)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    described = {id_: _description_ids(tokenizer, token, added, old_rows) for token, id_ in added.items()}
+    described = {id_: _description_ids(tokenizer, token, new, old_rows) for token, id_ in new.items()}
     generator = torch.Generator().manual_seed(seed)
-    _first_values(embedding.weight, old_rows, described, generator)
-    if head is not None and head.weight is not embedding.weight:
-        _first_values(head.weight, old_rows, described, generator)
-        if head.bias is not None:
-            _first_values(head.bias[:, None], old_rows, described, generator)
+    for table_VD, kept in zip(_tables(model), trained, strict=True):
+        _first_values(table_VD, old_rows, described, kept, generator)
+    head = model.get_output_embeddings()
+    if len(trained) > 1 and head.bias is not None:
+        _first_values(head.bias[:, None], old_rows, described, trained[1], generator)
 
 
 def _description_ids(
@@ -68,8 +117,13 @@ def describe(token: str) -> str:
 
 
 def _first_values(
-    weight_VD: Tensor, old_rows: int, described: Mapping[int, Sequence[int]], generator: torch.Generator
+    weight_VD: Tensor,
+    old_rows: int,
+    described: Mapping[int, Sequence[int]],
+    kept: Collection[int],
+    generator: torch.Generator,
 ) -> None:
+    """kept: of the described ids, those whose row stays as it is."""
     known = torch.ones(old_rows, dtype=torch.bool)
     known[[id_ for id_ in described if id_ < old_rows]] = False
     known_VD = weight_VD[:old_rows][known.to(weight_VD.device)].float()
@@ -78,7 +132,8 @@ def _first_values(
     for id_, ids in sorted(described.items()):
         row_D = weight_VD[list(ids)].float().mean(dim=0) if ids else mean_D
         noise_D = torch.randn(row_D.shape, generator=generator).to(row_D.device)
-        weight_VD[id_] = (row_D + _JITTER * deviation * noise_D).to(weight_VD.dtype)
+        if id_ not in kept:
+            weight_VD[id_] = (row_D + _JITTER * deviation * noise_D).to(weight_VD.dtype)
 
 
 def align_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int] = ()) -> None:
@@ -105,3 +160,9 @@ def _as_list(ids: int | Sequence[int] | None) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def num_token_rows(model: nn.Module) -> int:
+    """How many tokens have rows that are trained as they are, beside an adapter; 0 without one."""
+    rows = [config.trainable_token_indices for config in getattr(model, "peft_config", {}).values()]
+    return max((len(ids) for by_name in rows if by_name for ids in by_name.values()), default=0)

@@ -4,7 +4,6 @@
 2. shorter sequences: the same gradient, as long as the longest conversation fits
 3. context_gradient: detach: another gradient (that of target tokens alone)
 4. an adapter, then frozen weights in bfloat16: fewer trained parameters
-5. more devices, each with a part of weights, gradients and optimizer
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,77 +22,65 @@ if TYPE_CHECKING:
 
 Keys = Mapping[str, Any]
 _SHORTEST = 512  # tokens of a sequence, where the data says nothing
-_WORLD_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _CHECKPOINTED: Keys = {"memory.activation_checkpointing": "all"}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """keys: what to add to the command line; world_size: on how many devices; peak_bytes: a rank's then.
+    """keys: what to add to the command line; peak_bytes: the peak then.
 
     Where weights, gradients and optimizer are too much by themselves, those.
     """
 
     keys: Keys
-    world_size: int
     peak_bytes: int
     fits: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
             "set": [f"{key}={value}" for key, value in self.keys.items()],
-            "world_size": self.world_size,
             "peak_bytes": self.peak_bytes,
             "fits": self.fits,
         }
 
 
-def find_change(
-    run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, world_size: int
-) -> dict[str, Any]:
-    """The first change after which the run fits, and all that were tried; and whether QLoRA would fit on one device.
-
-    `change` is None where none does: a single sequence is too much for any number of devices.
-    """
+def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
+    """The first change after which the run fits, and all that were tried; `change` is None where none does."""
     tried: list[Change] = []
-    for keys, ranks in _candidates(run, sample, world_size):
-        changed = _changed(run, keys, ranks)
+    for keys in _candidates(run, sample):
+        changed = _changed(run, keys)
         if changed is None:
             continue
-        setup = setup_of(changed, sample, device, ranks)
+        setup = setup_of(changed, sample, device)
         parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens)
         peak = sum(state_bytes(setup, parameters).values())
         if peak <= device.usable_bytes:
-            peak = make_case(changed, dry_run, sample, device, ranks).memory.peak_bytes
-        tried.append(Change(keys, ranks, peak, peak <= device.usable_bytes))
+            peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
+        tried.append(Change(keys, peak, peak <= device.usable_bytes))
         if tried[-1].fits:
             break
     return {
         "change": tried[-1].to_json() if tried and tried[-1].fits else None,
         "tried": [change.to_json() for change in tried],
-        "four_bits_peak_bytes": _in_four_bits(run, dry_run, sample, device, world_size),
     }
 
 
-def _candidates(run: config.Run, sample: Sample | str, world_size: int) -> Iterator[tuple[Keys, int]]:
+def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
     """Each change as keys of the run file, alone and then on top of those that only cost time."""
-    yield {"memory.context_gradient": "recompute"}, world_size
-    yield _CHECKPOINTED, world_size
+    yield {"memory.context_gradient": "recompute"}
+    yield _CHECKPOINTED
     shortest = _CHECKPOINTED
     for tokens in _shorter(run, sample):
         shortest = {**_CHECKPOINTED, "data.max_length": tokens}
-        yield {"data.max_length": tokens}, world_size
-        yield shortest, world_size
-    yield {"memory.context_gradient": "detach"}, world_size
-    yield {"memory.context_gradient": "detach", **_CHECKPOINTED}, world_size
+        yield {"data.max_length": tokens}
+        yield shortest
+    yield {"memory.context_gradient": "detach"}
+    yield {"memory.context_gradient": "detach", **_CHECKPOINTED}
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
     half: Keys = {**adapter, "model.dtype": "bfloat16", "train.precision": "bfloat16"}
     for frozen in (adapter, half):
         for more in ({}, _CHECKPOINTED, shortest):
-            yield {**frozen, **more}, world_size
-    for ranks in (size for size in _WORLD_SIZES if size > world_size):
-        for keys in ({}, _CHECKPOINTED, half, {**half, **_CHECKPOINTED}, {**half, **shortest}):
-            yield keys, ranks
+            yield {**frozen, **more}
 
 
 def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
@@ -105,7 +92,7 @@ def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
         tokens //= 2
 
 
-def _changed(run: config.Run, keys: Keys, world_size: int) -> config.Run | None:
+def _changed(run: config.Run, keys: Keys) -> config.Run | None:
     """The run with the keys set; None where that is the run itself, or no run that could work."""
     tree = run.model_dump(mode="json")
     for key, value in keys.items():
@@ -115,17 +102,4 @@ def _changed(run: config.Run, keys: Keys, world_size: int) -> config.Run | None:
         changed = config.build(tree, "plan")
     except ConfigError:
         return None
-    if changed == run and "adapter.kind" not in keys and not (keys == {} and world_size > 1):
-        return None
-    return changed
-
-
-def _in_four_bits(
-    run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec, world_size: int
-) -> int | None:
-    """The peak of LoRA on 4-bit weights with activation checkpointing. No change to propose: it is not built."""
-    keys: Keys = {"adapter.kind": "lora", "model.dtype": "bfloat16", "train.precision": "bfloat16", **_CHECKPOINTED}
-    changed = _changed(run, keys, world_size)
-    if changed is None:
-        return None
-    return make_case(changed, dry_run, sample, device, world_size, weights="4 bits").memory.peak_bytes
+    return None if changed == run and "adapter.kind" not in keys else changed

@@ -33,12 +33,7 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
         active=sum(base.values()) - base.get("towers", 0) - sum(layer.total - layer.active for layer in layers),
         layers=layers,
         head=int(causal_lm(whole).get_output_embeddings().weight.numel()),
-        trained_layer=max(_trained(layer) for layer in decoder_layers(adapted)),
     )
-
-
-def _trained(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _base(model: Any) -> dict[str, int]:
@@ -72,10 +67,7 @@ def _layer_parameters(model: Any, layer: nn.Module) -> LayerParameters:
     heads = int(getattr(settings, "num_attention_heads", 0) or 0)
     head_dim = int(getattr(settings, "head_dim", None) or (settings.hidden_size // heads if heads else 0))
     attends = any("attn" in name or "attention" in name for name, _ in layer.named_modules())
-    linear = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
-    return LayerParameters(
-        total, round(active), round(matrices), linear, heads * head_dim * attends, _window(settings, layer)
-    )
+    return LayerParameters(total, round(active), round(matrices), heads * head_dim * attends, _window(settings, layer))
 
 
 def _window(settings: Any, layer: nn.Module) -> int | None:

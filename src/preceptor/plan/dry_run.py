@@ -38,7 +38,7 @@ from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, mode
 from preceptor.model.sizes import dry_run_for
 from preceptor.plan.counting import count_built
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import Moment, Setup, Weights
+from preceptor.plan.memory import Moment, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 aten = torch.ops.aten
@@ -115,8 +115,7 @@ class DryRun:
 
         Of the sequence, its lengths alone count. Raises ModelError where the model cannot run without values.
         """
-        held: Weights = "float32" if setup.weights == "float32" else "bfloat16"
-        setup = replace(setup, weights=held, world_size=1, sequences_per_step=min(2, setup.sequences_per_step))
+        setup = replace(setup, sequences_per_step=min(2, setup.sequences_per_step))
         laid_out = sequence.subtree_end_T.tobytes(), sequence.source_N.tobytes(), sequence.alone
         key = setup, policy, num_rows, laid_out
         if key not in self._moments:

@@ -24,14 +24,12 @@ class LoraSpec:
 class LayerParameters:
     """Of one decoder layer: all parameters, those that one token goes through, and of these the elements of matrices.
 
-    linear: elements of linear layers, which 4 bits are for. query_width: of all heads together, 0 without attention.
-    window: tokens that its attention looks back, None for all.
+    query_width: of all heads together, 0 without attention. window: tokens that its attention looks back, None for all.
     """
 
     total: int
     active: int
     matrices: int
-    linear: int
     query_width: int
     window: int | None
 
@@ -41,8 +39,7 @@ class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
     active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
-    output head, tied or not. trained_layer: what is trained of the largest decoder layer. What a dry run alone finds
-    out (layers, head, trained_layer) is empty in arithmetic from config.json.
+    output head, tied or not. What a dry run alone finds out (layers, head) is empty in arithmetic from config.json.
     """
 
     base: Mapping[str, int]
@@ -50,7 +47,6 @@ class Parameters:
     active: int
     layers: tuple[LayerParameters, ...] = ()
     head: int = 0
-    trained_layer: int = 0
 
     @property
     def num_base(self) -> int:
@@ -66,18 +62,9 @@ class Parameters:
         return sum(count for kind, count in self.trained.items() if kind not in self.base)
 
     @property
-    def largest_layer(self) -> int:
-        return max(layer.total for layer in self.layers)
-
-    @property
     def outside(self) -> int:
         """Of no decoder layer: embedding, head, last norm, towers."""
         return self.num_base - sum(layer.total for layer in self.layers)
-
-    @property
-    def outside_trained(self) -> int:
-        of_layers = self.trained.get("adapter", 0) if self.num_added else self.num_base - self.outside
-        return self.num_trained - of_layers
 
     def continued(self, other: "Parameters", times: float) -> "Parameters":
         """These and `times` what `other`, with more layers, trains more."""

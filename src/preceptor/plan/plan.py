@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
+from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from preceptor.data.forest import PackedSequence
     from preceptor.plan.dry_run import DryRun
 
-WORLD_SIZES = (1, 8, 16, 64)
 CONTEXT_SHARE = 0.75  # of a sequence's tokens, assumed where the data cannot be sampled
 _RANK = 16  # of the adapter in what would fit, where the run has none
 
@@ -44,7 +44,6 @@ def make_plan(
     model: PlannedModel,
     sample: Sample | str,
     device: DeviceSpec,
-    world_size: int,
     rate: float | None = None,
     dry_run: "DryRun | None" = None,
 ) -> dict[str, Any]:
@@ -55,14 +54,14 @@ def make_plan(
     """
     plan: dict[str, Any] = {
         "model": {"path": model.path, "model_type": model.model_type, "towers_open": False},
-        "run": _run_facts(run, device, world_size),
+        "run": _run_facts(run, device),
         "device": {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes},
         "quick": dry_run is None,
     }
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
-        return plan | _states(run, model, sample, device, world_size)
-    case = make_case(run, dry_run, sample, device, world_size)
+        return plan | _states(run, model, sample, device)
+    case = make_case(run, dry_run, sample, device)
     return plan | {
         "parameters": case.parameters.to_json(),
         "sequence": _sequence_facts(case.work, sample),
@@ -78,11 +77,9 @@ def make_plan(
     }
 
 
-def _states(
-    run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec, world_size: int
-) -> dict[str, Any]:
+def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
     """Parameters and their bytes, by arithmetic; of a model type without a shape, those of its weight files."""
-    setup = setup_of(run, sample, device, world_size)
+    setup = setup_of(run, sample, device)
     if model.shape is not None:
         grown = replace(model.shape, rows=_num_rows(model.shape.rows, sample))
         parameters = count_parameters(grown, setup.adapter, setup.num_new_tokens)
@@ -93,7 +90,7 @@ def _states(
     return {"parameters": parameters.to_json(), "memory": {"components": state_bytes(setup, parameters)}}
 
 
-def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec, world_size: int) -> Setup:
+def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup:
     adapter = None
     if run.adapter is not None:
         targets = run.adapter.target_modules
@@ -103,8 +100,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec, world_si
         autocast=device.precision(run.train.precision) == "bfloat16",
         adapter=adapter,
         num_new_tokens=0 if isinstance(sample, str) else sample.num_new_tokens,
-        world_size=world_size,
-        sequences_per_step=math.ceil(run.train.batch_size / world_size),
+        sequences_per_step=run.train.batch_size,
         device_type=device.device_type,
     )
 
@@ -114,12 +110,9 @@ def make_case(
     dry_run: "DryRun",
     sample: Sample | str,
     device: DeviceSpec,
-    world_size: int,
-    weights: Weights | None = None,
 ) -> Case:
-    """The run on this device, its largest sequence and its peak. weights: how they are held, if not as the run says."""
-    setup = setup_of(run, sample, device, world_size)
-    setup = setup if weights is None else replace(setup, weights=weights)
+    """The run on this device, its largest sequence and its peak."""
+    setup = setup_of(run, sample, device)
     return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))
 
 
@@ -159,7 +152,7 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
     return found
 
 
-def _run_facts(run: config.Run, device: DeviceSpec, world_size: int) -> dict[str, Any]:
+def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
         "weights": run.model.dtype,
@@ -168,7 +161,6 @@ def _run_facts(run: config.Run, device: DeviceSpec, world_size: int) -> dict[str
         "activation_checkpointing": run.memory.activation_checkpointing,
         "max_length": run.data.max_length,
         "batch_size": run.train.batch_size,
-        "world_size": world_size,
     }
 
 
@@ -192,14 +184,16 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
+    num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(tokens * sample.num_examples / count)
     return {
         "examples_per_epoch": round(sample.num_examples),
         "num_sampled": count,
-        "tokens_per_epoch": round(tokens * sample.num_examples / count),
+        "tokens_per_epoch": per_epoch,
         "share_trained": trained / tokens,
         "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
-        "num_steps": run.train.duration.steps(steps_per_epoch),
+        "num_steps": num_steps,
+        "few_steps": few_steps(num_steps, per_epoch, max(sample.lengths)),
     }
 
 
@@ -207,12 +201,12 @@ def _work_facts(
     run: config.Run, case: Case, sample: Sample | str, device: DeviceSpec, rate: float | None
 ) -> dict[str, Any]:
     """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate."""
-    sequences = case.setup.sequences_per_step * case.setup.world_size
+    sequences = case.setup.sequences_per_step
     found = operations(case.parameters, case.work)
     total = found.total * sequences
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
-    seconds = None if of_device is None else total / (of_device * SHARE_OF_RATE * case.setup.world_size)
+    seconds = None if of_device is None else total / (of_device * SHARE_OF_RATE)
     steps = _data_facts(run, sample).get("num_steps")
     return {
         "operations_per_step": total,
@@ -233,38 +227,35 @@ def _work_facts(
 
 
 def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[dict[str, Any]]:
-    """The run's model and sequence on GPUs, in four ways on 1, 8, 16 and 64 of them: bytes of a rank.
+    """The run's model and sequence on one GPU, in three ways.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
     activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
     ways: Sequence[tuple[str, Weights, LoraSpec | None]] = (
-        ("everything, float32 weights under autocast", "float32", None),
-        ("everything, bfloat16 weights and float32 master", "bfloat16 + float32 master", None),
+        ("everything, float32 weights", "float32", None),
+        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank)),
         (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank)),
-        (f"QLoRA of rank {rank}, frozen 4 bits", "4 bits", LoraSpec(rank)),
     )
     work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
     for name, weights, adapter in ways:
-        for world_size in WORLD_SIZES:
-            setup = Setup(weights, True, adapter, new, world_size, 2, "cuda")
-            memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
-            found.append(
-                {
-                    "way": name,
-                    "world_size": world_size,
-                    "states_bytes": sum(memory.components[state] for state in STATES),
-                    "components": dict(memory.components),
-                    "peak_bytes": memory.peak_bytes,
-                    "fits_on": _fits_on(memory),
-                    "peak_bytes_checkpointed": again.peak_bytes,
-                    "fits_on_checkpointed": _fits_on(again),
-                }
-            )
+        setup = Setup(weights, True, adapter, new, 2, "cuda")
+        memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
+        found.append(
+            {
+                "way": name,
+                "states_bytes": sum(memory.components[state] for state in STATES),
+                "components": dict(memory.components),
+                "peak_bytes": memory.peak_bytes,
+                "fits_on": _fits_on(memory),
+                "peak_bytes_checkpointed": again.peak_bytes,
+                "fits_on_checkpointed": _fits_on(again),
+            }
+        )
     return found
 
 
@@ -287,7 +278,7 @@ def predict_peak_bytes(
     if run.loss.kl_coef > 0:
         return None
     device = DeviceSpec("the run's own", 0, None, None, device_type)
-    setup = replace(setup_of(run, "", device, world_size=1), num_new_tokens=num_new_tokens)
+    setup = replace(setup_of(run, "", device), num_new_tokens=num_new_tokens)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_like(model, run.engine)

@@ -40,9 +40,8 @@ def _memory(plan: Mapping[str, Any]) -> str:
     memory, run = plan["memory"], plan["run"]
     if memory is None:
         return ""
-    ranks = f" per device, on {run['world_size']} devices" if run["world_size"] > 1 else ""
     lines = [
-        f"Memory{ranks} ({run['weights']} weights, matrix products in {run['precision']}; context_gradient: "
+        f"Memory ({run['weights']} weights, matrix products in {run['precision']}; context_gradient: "
         f"{run['context_gradient']}, activation_checkpointing: {run['activation_checkpointing']})"
     ]
     lines += [f"  {name:<18}{size(count):>10}" for name, count in memory["components"].items() if count]
@@ -74,17 +73,10 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     lines = [f"It does not fit. {room}."]
     change = plan["change"]
     if change is None:
-        lines.append("  No change of the run file makes it fit, on any number of such devices.")
+        lines.append("  No change of the run file makes it fit this device, and training on several is not offered.")
     else:
-        keys, devices = " ".join(change["set"]), change["world_size"]
-        on = f" on {devices} devices (--world-size {devices})" if devices != plan["run"]["world_size"] else ""
-        how = f"add {keys}" if keys else "shard it"
-        lines.append(f"  Cheapest change that fits: {how}{on} (peak {size(change['peak_bytes'])})")
-    four = plan["four_bits_peak_bytes"]
-    if four is not None and four <= device["usable_bytes"] and change is not None and change["world_size"] > 1:
-        lines.append(
-            f"  (LoRA on 4-bit weights, which is not built, with activation_checkpointing: all: peak {size(four)})"
-        )
+        keys = " ".join(change["set"])
+        lines.append(f"  Cheapest change that fits: add {keys} (peak {size(change['peak_bytes'])})")
     return "\n".join(lines)
 
 
@@ -102,6 +94,8 @@ def _work(plan: Mapping[str, Any]) -> str:
             f"  about {data['sequences_per_epoch']:,} sequences and {data['steps_per_epoch']:,} steps per epoch; "
             f"{data['num_steps']:,} steps in total"
         )
+        if data["few_steps"]:
+            lines.append(f"  {data['few_steps']}")
     kinds = ", ".join(f"{name} {number(count)}" for name, count in work["by_kind"].items() if count)
     lines.append(
         f"  operations per step  {number(work['operations_per_step'])} ({kinds}); 6 N T: {number(work['six_n_t'])}"
@@ -120,18 +114,13 @@ def _work(plan: Mapping[str, Any]) -> str:
 
 def _table(plan: Mapping[str, Any]) -> str:
     lines = [
-        "What would fit on GPUs, in mixed precision: bytes per device (checkpointed: activation_checkpointing: all)",
-        f"  {'':<14}{'states':>10}{'peak':>10}{'checkpointed':>14}   checkpointed, it fits on",
+        "What would fit on one GPU, in mixed precision (checkpointed: activation_checkpointing: all)",
+        f"  {'':<34}{'states':>10}{'peak':>10}{'checkpointed':>14}   checkpointed, it fits on",
     ]
-    way = ""
     for entry in plan["would_fit"]:
-        if entry["way"] != way:
-            way = entry["way"]
-            lines.append(f"  {way}")
         on = ", ".join(entry["fits_on_checkpointed"]) or "none of these"
-        count = f"{entry['world_size']} device{'s' * (entry['world_size'] != 1)}"
         peaks = f"{size(entry['peak_bytes']):>10}{size(entry['peak_bytes_checkpointed']):>14}"
-        lines.append(f"    {count:<12}{size(entry['states_bytes']):>10}{peaks}   {on}")
+        lines.append(f"  {entry['way']:<34}{size(entry['states_bytes']):>10}{peaks}   {on}")
     lines.append("  (states: weights, gradients, optimizer)")
     return "\n".join(lines)
 

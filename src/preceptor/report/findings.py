@@ -4,12 +4,14 @@ The thresholds are judgement, not statistics.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-from preceptor.compare.verdict import change, sentence
+from preceptor.compare.verdict import change, sentence, tells
+from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.evaluate.intervals import SHARE, interval
 from preceptor.report.run_record import JsonObject, RunRecord
 
@@ -26,7 +28,10 @@ OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
 LOW_FILL = 0.7  # share of the sequences that tokens fill
 MANY_REJECTED = 0.05  # share of the examples
 NOT_STOPPED = 0.1  # share of answers that do not stop
-ENOUGH_ANSWERS = 3  # for a statement about all of them
+OFTEN_EQUAL = 0.5  # share of the prompts that get one answer
+MANY_ANSWERS = 10  # to praise that they stop
+ENOUGH_STEPS = 10  # to praise a training loss
+ENOUGH_TOKENS = 200  # to praise a held-out loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ def judge(run: RunRecord) -> Verdict:
     """All findings of a run, the worst first, with a headline."""
     found = [
         *_whether_finished(run),
+        *_steps(run),
         *_training_loss(run),
         *_held_out(run),
         *_gradients(run),
@@ -60,10 +66,32 @@ def judge(run: RunRecord) -> Verdict:
     errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
     if errors:
         return Verdict("Something went wrong", "error", found)
-    state = "It learned" if run.is_finished else "It is learning" if run.steps else "It has not begun"
+    state = _state(run)
     if warnings:
         return Verdict(f"{state}, with {_count(warnings, 'warning')}", "warning", found)
     return Verdict(f"{state}; nothing looks suspicious", "good", found)
+
+
+def _state(run: RunRecord) -> str:
+    """What became of the run, as far as its losses tell."""
+    if not run.is_finished:
+        return "It is learning" if run.steps else "It has not begun"
+    if len(run.held_out) < 2:
+        return "It learned its training examples; more was not measured" if run.steps else "It is finished"
+    first, last = (float(evaluation["loss"]) for evaluation in (run.held_out[0], run.held_out[-1]))
+    return "It learned" if last < first * (1 - NOTHING_LEARNED) else "It memorised its training examples"
+
+
+def _steps(run: RunRecord) -> Iterator[Finding]:
+    if _has_few_steps(run):
+        tokens, lengths = run.data.get("tokens", {}), run.data.get("lengths", {}).get("trees", {})
+        said = few_steps(run.data["num_steps"], tokens.get("computed", 0), lengths.get("max", 0)) or ""
+        seen, _, advice = said.partition(": ")
+        yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", f"{advice[:1].upper()}{advice[1:]}.")
+
+
+def _has_few_steps(run: RunRecord) -> bool:
+    return bool(run.data.get("num_steps")) and run.data["num_steps"] < FEW_STEPS
 
 
 def _whether_finished(run: RunRecord) -> Iterator[Finding]:
@@ -101,7 +129,8 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         )
         yield Finding("error", f"Nothing was learned: training loss {course}.", advice)
     else:
-        yield Finding("good", f"The training loss fell by {_share(1 - last / first)}: {course}.")
+        level: Severity = "good" if len(run.steps) >= ENOUGH_STEPS else "note"
+        yield Finding(level, f"The training loss fell by {_share(1 - last / first)}: {course}.")
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:
@@ -126,19 +155,22 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         )
         yield Finding("warning", f"The held-out loss did not fall: {course}.{accuracy}", advice)
     else:
-        yield Finding(
-            "good", f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}"
-        )
+        num = last.get("num_trained", ENOUGH_TOKENS)
+        few = f" That is on only {num:,} tokens." if num < ENOUGH_TOKENS else ""
+        seen = f"The held-out loss fell by {_share(1 - last['loss'] / first['loss'])}: {course}.{accuracy}{few}"
+        yield Finding("note" if few else "good", seen)
     if last["loss"] > best["loss"] * (1 + OVERFITTED) and best["step"] > 0:
         seen = (
             f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
             f"to {last['loss']:.3f} (+{_share(last['loss'] / best['loss'] - 1)})."
         )
-        yield Finding("warning", seen, f"Train shorter: `train.duration: {best['step']} steps`; or on more data.")
+        advice = f"Train shorter: `train.duration: {best['step']} steps`; or on more data."
+        yield Finding("warning", seen, "Train on more data." if _has_few_steps(run) else advice)
     both = run.loss_ends
     if both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
-        yield Finding("note", seen, "More data, fewer epochs or an adapter of lower rank close that gap.")
+        epochs = "" if _has_few_steps(run) else ", fewer epochs"
+        yield Finding("note", seen, f"More data{epochs} or an adapter of lower rank close that gap.")
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -187,13 +219,32 @@ def _answers(run: RunRecord) -> Iterator[Finding]:
             advice = "Either the stop token was not learned, or eval.max_new_tokens is too low: look at the answers."
             yield Finding("warning", f"Answers do not stop by themselves: {_of(stopped)} did.", advice)
         else:
-            yield Finding("good", f"Answers stop by themselves: {_of(stopped)}.")
+            level: Severity = "good" if len(stopped) >= MANY_ANSWERS else "note"
+            yield Finding(level, f"Answers stop by themselves: {_of(stopped)}.")
     if all("exact" in sample for sample in last):
         right = _of([bool(sample["exact"]) for sample in last])
         before = run.summary.get("base_exact_match")
         base = "" if before is None else f"; the base model: {before:.1%}"
         yield Finding("note", f"Exact answers to held-out questions: {right}{base}.")
+    yield from _equal_answers(last)
     yield from _suspicious_answers([str(sample["answer"]) for sample in last], [each.base for each in prompts])
+
+
+def _equal_answers(samples: Sequence[JsonObject]) -> Iterator[Finding]:
+    """One answer to questions whose references differ."""
+    answers = Counter(str(sample["answer"]).strip() for sample in samples if str(sample["answer"]).strip())
+    if not answers:
+        return
+    answer, count = answers.most_common(1)[0]
+    wanted = {
+        str(sample.get("reference", index))
+        for index, sample in enumerate(samples)
+        if sample["answer"].strip() == answer
+    }
+    if count > 1 and count > OFTEN_EQUAL * len(samples) and len(wanted) > 1:
+        which = f"All {count}" if count == len(samples) else f"{count} of {len(samples)}"
+        shown = answer if len(answer) <= 60 else answer[:57] + "..."
+        yield Finding("warning", f"{which} prompts got the same answer: “{shown}”.", "The model ignores the prompt.")
 
 
 def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> Iterator[Finding]:
@@ -201,9 +252,6 @@ def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> I
     if empty:
         advice = "The stop token comes first: look for empty or cut answers in the data."
         yield Finding("warning", f"{empty} of {len(answers)} answers are empty.", advice)
-    if len(answers) >= ENOUGH_ANSWERS and len(set(answers)) == 1 and not empty:
-        advice = "The model ignores the prompt."
-        yield Finding("warning", f"All {len(answers)} prompts got the same answer.", advice)
     known = [(answer, before) for answer, before in zip(answers, base, strict=True) if before is not None]
     if known and all(answer == before for answer, before in known):
         advice = "Training changed next to nothing."
@@ -233,7 +281,8 @@ def _data(run: RunRecord) -> Iterator[Finding]:
     fill = run.data.get("fill")
     if fill is not None and fill < LOW_FILL:
         seen = f"Tokens fill only {_share(fill)} of the packed sequences."
-        yield Finding("note", seen, "A larger data.max_length packs conversations more tightly.")
+        advice = "" if _has_few_steps(run) else "A larger data.max_length packs conversations more tightly."
+        yield Finding("note", seen, advice)
     shortened: dict[str, Any] = run.data.get("shortened", {})
     cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
     if cut or split:
@@ -251,8 +300,13 @@ def _tax(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "warning", f"An alignment tax: {losses}.", "Replay, KL to the base, an adapter or averaging lower it."
         )
-    elif run.compare:
+        return
+    outside = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained"]
+    if outside and all(map(tells, outside)):
         yield Finding("good", "`preceptor compare` found no significant alignment tax.")
+    elif outside:
+        seen = "`preceptor compare` found no alignment tax, but its items are too few to show a small one."
+        yield Finding("note", seen, "Compare on more items, or on more tasks.")
 
 
 def _share(value: float) -> str:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from preceptor.data.examples import Rejection
 from preceptor.data.rejections import RejectionCounts
-from preceptor.errors import ConfigError
+from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
 from preceptor.files import write_atomically
 from preceptor.report import curves, facts, trees
 from preceptor.report.comparison import Comparison, read_comparison
@@ -56,8 +56,15 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         out = folders[0] / REPORT
     if out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--out {out}: an HTML page is written there; give a name that ends in .html")
-    runs = [read_run(folder) for folder in folders]
-    text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
+    try:
+        runs = [read_run(folder) for folder in folders]
+        text = page_of_run(runs[0]) if len(runs) == 1 else page_of_runs(runs)
+    except PreceptorError:
+        raise
+    except Exception as error:  # whatever a changed value or a missing key leads to
+        names = ", ".join(map(str, folders))
+        what = f"{type(error).__name__}: {short(str(error))}"
+        raise CheckpointError(f"{names}: a file does not hold what training writes there ({what})") from error
     write_atomically(out, text)
     return out
 

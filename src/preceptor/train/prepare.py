@@ -18,10 +18,10 @@ from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.mixture import draw_replay, mix, weigh
 from preceptor.data.prefix_sharing import share_prefixes
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.errors import DataError
+from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.tasks import Task, read_task
 
 
@@ -61,13 +61,14 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
+    check_codes(run.data.allow_rejected)
     tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
 
@@ -94,6 +95,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
     if not trees:
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    _require_rows(chat, trees)
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
         run=run,
@@ -110,6 +112,23 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         formats=formats,
         arguments=arguments,
     )
+
+
+def _require_rows(chat: ChatFormat, trees: Sequence[Tree]) -> None:
+    """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
+    limits = chat.limits
+    if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
+        return
+    added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
+    for tree in trees:
+        for segment in tree.segments:
+            for id_ in segment.ids:
+                if id_ >= limits.num_rows and id_ not in added:
+                    raise ModelError(
+                        f"{limits.model}: the model has {limits.num_rows:,} embeddings and its tokenizer "
+                        f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
+                        f"{tree.source} holds, has none. Tokenizer and model do not belong together"
+                    )
 
 
 def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_rejected: float) -> None:

@@ -12,10 +12,10 @@ from rich.console import Console
 from preceptor import config
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import write_json
-from preceptor.model.embeddings import align_model, resize_embeddings
+from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
@@ -32,6 +32,8 @@ from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.run_folder import resume_run, start_run
+
+_NAMED_TOKENS = 8
 
 
 def choose_device(device: str) -> torch.device:
@@ -50,8 +52,11 @@ def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str
     return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
 
 
-def build_model(prepared: Prepared, device: torch.device) -> Any:
-    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
+def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised.
+
+    `say` gets a line for each token that the base has and never saw.
+    """
     run, chat = prepared.run, prepared.chat
     model = load_model(
         run.model.path,
@@ -63,7 +68,8 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
         trust_remote_code=run.model.trust_remote_code,
     )
     freeze_towers(model)
-    resize_embeddings(model, chat.tokenizer, chat.added, seed=run.train.seed)
+    untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
+    resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter
@@ -75,11 +81,29 @@ def build_model(prepared: Prepared, device: torch.device) -> Any:
             alpha=run.adapter.alpha,
             dropout=run.adapter.dropout,
             target_modules=run.adapter.target_modules,
-            new_token_ids=sorted(chat.added.values()),
+            new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
             seed=run.train.seed,
         )
     install(model, run.engine)
     return model
+
+
+def _untrained_tokens(model: Any, prepared: Prepared, say: Callable[[str], None]) -> dict[str, int]:
+    """The tokens of the run that its base never saw, besides those that are new to the tokenizer."""
+    chat = prepared.chat
+    used = prepared.train.token_ids | set(chat.stop_token_ids)
+    found = never_trained(model, chat.tokenizer, used)
+    found = {token: id_ for token, id_ in found.items() if token not in chat.added}
+    if found:
+        how = "beside the adapter" if prepared.run.adapter is not None else "with all others"
+        names = ", ".join(list(found)[:_NAMED_TOKENS]) + (", ..." if len(found) > _NAMED_TOKENS else "")
+        exist = (
+            "exists but was never trained: its row gets"
+            if len(found) == 1
+            else "exist but were never trained: rows get"
+        )
+        say(f"{names} {exist} a first value and {'is' if len(found) == 1 else 'are'} trained {how}")
+    return found
 
 
 def saved_dtype(model: config.Model) -> torch.dtype | None:
@@ -103,12 +127,12 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
-    model = build_model(prepared, device)
+    model = build_model(prepared, device, _saying(console))
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
     passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
     loader = passed.loader
     predicted_memory_bytes = predict_peak_bytes(
-        run, model, loader.largest_sequences()[0], len(prepared.chat.added), device.type
+        run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
     )
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
@@ -185,6 +209,9 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
+    few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
+    if few:
+        console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
