@@ -1,5 +1,6 @@
 """The command `chat`: a conversation with a model in the terminal."""
 
+import io
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -16,7 +17,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
-    from preceptor.console import standard_console
+    from preceptor.console import say, standard_console
 
     check_models(base, model)
     with large_imports():
@@ -26,6 +27,13 @@ def chat(
     paths = [*([base] if base else []), model]
     speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]
     console = standard_console()
+    if sys.stdin.isatty():
+        say(
+            "Ctrl-D ends, /new starts a new conversation; an answer that ends in … was cut by --max-new-tokens",
+            error=True,
+        )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
     def write(name: str, text: str) -> None:
         label = f"[{name}] " if name and len(speakers) > 1 else ""

@@ -259,7 +259,7 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
-    lines += _model_lines(prepared, model)
+    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

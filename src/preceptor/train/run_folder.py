@@ -367,7 +367,8 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
         except FileNotFoundError:
             is_same = False
         if is_same:  # else its holder removed it when it ended, and it protects nothing
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with suppress(OSError):  # it says only who holds it
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor, notes
         os.close(descriptor)
