@@ -3,10 +3,12 @@
 import io
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from preceptor import errors
 from preceptor.commands.options import MaxNewTokens, check_models, large_imports
 
 
@@ -32,6 +34,8 @@ def chat(
             "Ctrl-D ends, /new starts a new conversation; an answer that ends in … was cut by --max-new-tokens",
             error=True,
         )
+    if (about := trained_system_prompt(model, system)) is not None:
+        say(about, error=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
 
@@ -40,6 +44,21 @@ def chat(
         console.print(f"{label}{text}", highlight=False)
 
     converse(speakers, _input_lines(), system, write)
+
+
+def trained_system_prompt(model: str, given: str | None) -> str | None:
+    """Which system prompt the model was trained with, if it lies in a run's folder, which says so."""
+    from preceptor.files import read_json
+
+    try:
+        found = read_json(Path(model).parent / "data.json")["system_prompts"]
+        (prompt, count), total = found["most_common"][0], int(found["num_conversations"])
+    except (errors.CheckpointError, KeyError, IndexError, TypeError, ValueError):  # no run's folder, or a changed one
+        return None
+    if not prompt:
+        return "trained mostly without a system prompt" if given else None
+    advice = "" if given == prompt else "; --system gives it"
+    return f"trained with this system prompt in {count:,} of {total:,} conversations{advice}: {prompt}"
 
 
 def _input_lines() -> Iterator[str]:
