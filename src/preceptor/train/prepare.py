@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.chat.left_out import LeftOut
 from preceptor.chat.thinking import TrainedArguments
 from preceptor.console import example_progress
 from preceptor.data.dataset import Dataset, TokenCounts, read_trees
@@ -42,6 +43,7 @@ class Prepared:
     shortened: Shortened  # what was done to examples that were too long
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     arguments: TrainedArguments  # of the chat template, as the turns were trained with them
+    left_out: LeftOut  # of the contexts, by the chat template
 
     @property
     def fingerprint(self) -> str:
@@ -67,7 +69,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     renderer = chat.renderer(run.data)
-    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
+    arguments, left_out = TrainedArguments(renderer.switch, renderer.template_kwargs), LeftOut()
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     rejections: list[Rejection] = []
     formats: dict[str, Counter[str]] = {}
@@ -81,6 +83,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
                 for example, tree in found:
                     if trained:
                         arguments.add(example, tree)
+                        left_out.add(tree)
                     yield example, tree
             on_example()
 
@@ -111,6 +114,7 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         shortened=fitter.shortened,
         formats=formats,
         arguments=arguments,
+        left_out=left_out,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from preceptor import config
+from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
@@ -206,6 +207,7 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
+    lines += left_out_lines(prepared.left_out.to_json())
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

@@ -187,6 +187,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "thinking": prepared.arguments.to_json(),
+        "left_out": prepared.left_out.to_json(),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
