@@ -40,9 +40,9 @@ class Forms:
     texts, parts, one_part: the roles whose messages are shown if their content is a string, a list of text parts, or a
     list of one. thinking_parts: reasoning may be a part of an assistant's content, of type `thinking`. needs_ids: calls
     and results without ids are rejected; needs_names: results without the function's name are. ids: `nine` letters and
-    digits; `named`: the id is written in place of the function's name, as `functions.NAME:NUMBER`. settings: arguments,
-    each with a value, with which the template renders reasoning that it leaves out otherwise, or ends its prompts
-    otherwise.
+    digits; `named`: the id is written in place of the function's name, as `functions.NAME:NUMBER`. tools: whether they
+    are shown. settings: arguments, each with a value, with which the template renders reasoning that it leaves out
+    otherwise, or ends its prompts otherwise.
     """
 
     texts: frozenset[str]
@@ -56,7 +56,13 @@ class Forms:
     needs_ids: bool
     needs_names: bool
     ids: IdForm
+    tools: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """The roles whose messages the template shows at all."""
+        return self.texts | self.one_part
 
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The messages in forms that the template takes; those in which nothing has to change are the same objects.
@@ -218,8 +224,14 @@ def find_forms(template: Template) -> Forms:
     turn = {"role": "assistant", "content": None, "tool_calls": [_call(_ARGUMENTS, _ID)]}
     try_role("tool", found.fit([asked, turn]), tools=[_TOOL])
     settings = _find_settings(template, asked)
+    tools = "probe_tool" in _rendered(template, [asked], [_TOOL], add_generation_prompt=True)
     return replace(
-        found, texts=frozenset(texts), parts=frozenset(parts), one_part=frozenset(one_part), settings=settings
+        found,
+        tools=tools,
+        texts=frozenset(texts),
+        parts=frozenset(parts),
+        one_part=frozenset(one_part),
+        settings=settings,
     )
 
 

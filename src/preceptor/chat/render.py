@@ -20,6 +20,7 @@ from itertools import product
 from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.growing_tree import GrowingTree
+from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import (
@@ -58,6 +59,17 @@ class Proved(NamedTuple):
     turn: Turn
     target: str
     switched: bool | None
+
+
+class Proof(NamedTuple):
+    """The turns of a conversation as they are proved.
+
+    spelled_out: special tokens are spelled out and must be read as plain text. left_out: as in `Tree`.
+    """
+
+    turns: Sequence[Proved]
+    spelled_out: bool
+    left_out: tuple[str, ...]
 
 
 class Renderer:
@@ -198,7 +210,7 @@ class Renderer:
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def _conversation(self, record: Conversation) -> Tree:
-        turns, spelled_out = self._proof(record)
+        turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
@@ -207,16 +219,17 @@ class Renderer:
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
-            return tree.finish(record.source, self._decode, switched)
+            finished = tree.finish(record.source, self._decode, switched)
+            return replace(finished, left_out=missing) if missing else finished
 
         return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
 
     def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        return [(turn, text) for turn, text, _ in self._proof(record)[0]]
+        return [(turn, text) for turn, text, _ in self._proof(record).turns]
 
-    def _proof(self, record: Conversation) -> tuple[list[Proved], bool]:
-        """The turns as they are proved; and whether special tokens are spelled out and must be read as plain text."""
+    def _proof(self, record: Conversation) -> Proof:
+        """Raises Rejected."""
         turns = self._trained(record.messages)
         messages = record.messages[: turns[-1] + 1]
         self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
@@ -233,7 +246,9 @@ class Renderer:
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
             renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
             try:
-                return [self._proved(renders, k, tried) for k, tried in attempts.items()], spelled_out
+                proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
+                missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
+                return Proof(proved, spelled_out, missing)
             except Rejected as error:
                 rejected = rejected or error
         assert rejected is not None
@@ -354,7 +369,9 @@ class Renderer:
 
     @cached_property
     def _forms(self) -> Forms:
-        return find_forms(self.template)
+        """Which forms of messages the template takes, with the arguments of all renders."""
+        template = self.template
+        return find_forms(replace(template, variables={**template.variables, **self.template_kwargs}))
 
     # Checks ----------------------------------------------------------------------------------------------------------
 

@@ -58,19 +58,19 @@ class Chat:
     as_given: bool = False
     leaves: list[Leaf] = field(init=False)
     _seen: list[dict[str, Any]] = field(init=False)
-    _starts: list[int] = field(init=False)
+    starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
-        self.leaves, self._starts = [], [0]
+        self.leaves, self.starts = [], [0]
         for k, message in enumerate(self.messages):
             self.leaves += leaves_of(message, k)
-            self._starts.append(len(self.leaves))
+            self.starts.append(len(self.leaves))
 
     def own(self, k: int) -> range:
         """The leaves of message k."""
-        return range(self._starts[k], self._starts[k + 1])
+        return range(self.starts[k], self.starts[k + 1])
 
     def arguments(self, request: Request) -> Mapping[str, Any]:
         return self._arguments[request.arguments]
@@ -100,7 +100,7 @@ class Chat:
         """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
         shown = self.shown(request)
         for k in range(request.num_messages) if only is None else (only,):
-            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self._starts[k]))
+            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self.starts[k]))
         if request.follower:
             number = self.followers[0]
             shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(number, text))

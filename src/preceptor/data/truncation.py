@@ -250,7 +250,7 @@ class Fitter:
                 parent = len(piece) - 1 if piece else None
                 piece.append(replace(segment, ids=ids[:room], parent=parent, text=""))
                 room, ids = room - len(piece[-1].ids), ids[room:]
-        return [(example, Tree(tree.source, tuple(piece))) for piece in pieces]
+        return [(example, replace(tree, segments=tuple(piece))) for piece in pieces]
 
 
 def _first(num: int, holds: Callable[[int], bool]) -> int | None:

@@ -31,14 +31,16 @@ def show_examples(
         rendered = record if isinstance(record, Rejection) else renderer.render(record)
         thinking = thinking_of(record, rendered, renderer)
         if as_json:
-            print_json({**to_json(record.source, rendered), "thinking": thinking}, indent=None)
+            left_out = [] if isinstance(rendered, Rejection) else list(rendered.left_out)
+            print_json({**to_json(record.source, rendered), "thinking": thinking, "left_out": left_out}, indent=None)
         else:
             if num_shown == 1:
                 console.print(legend(console.is_terminal))
             console.rule(record.source, align="left")
             console.print(to_text(rendered, renderer.tokenizer, coloured=console.is_terminal))
             if not isinstance(rendered, Rejection):
-                for line in (summary_line(rendered), *arguments_lines(thinking, {})):
+                missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
+                for line in (summary_line(rendered), *arguments_lines(thinking, {}), *missing):
                     console.print(line, style="italic", highlight=False)
             if number is None and num_shown == FIRST_EXAMPLES:
                 console.print(

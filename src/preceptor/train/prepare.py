@@ -10,6 +10,7 @@ from datetime import datetime
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.chat.left_out import LeftOut
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments
 from preceptor.console import example_progress
@@ -44,6 +45,7 @@ class Prepared:
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     arguments: TrainedArguments  # of the chat template, as the turns were trained with them
     system_prompts: Mapping[str, int]  # "" for none: in how many conversations
+    left_out: LeftOut  # of the contexts, by the chat template
 
     def loader(self) -> Loader:
         run = self.run
@@ -94,6 +96,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         formats=reader.formats,
         arguments=arguments,
         system_prompts=reader.system_prompts,
+        left_out=reader.left_out,
     )
 
 
@@ -113,6 +116,7 @@ class _Reader:
         self.rejections: list[Rejection] = []
         self.formats: dict[str, Counter[str]] = {}
         self.system_prompts: Counter[str] = Counter()
+        self.left_out = LeftOut()
 
     @property
     def num_examples(self) -> int:
@@ -128,6 +132,7 @@ class _Reader:
                     if trained:
                         self._arguments.add(example, tree)
                         self._count_system_prompt(example)
+                        self.left_out.add(tree)
                     yield example, tree
             self._on_example()
 

@@ -146,6 +146,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
         "thinking": prepared.arguments.to_json(),
+        "left_out": prepared.left_out.to_json(),
         "system_prompts": {
             "num_conversations": sum(prepared.system_prompts.values()),
             "most_common": Counter(prepared.system_prompts).most_common(MOST_PROMPTS),
