@@ -175,9 +175,11 @@ class Pair:
         starts = [at for at in range(len(ids)) if mask[at] and not (at and mask[at - 1])]
         return [Step(ids[:start], ids[start : mask.index(0, start)]) for start in starts]
 
-    def contexts(self, kind: str) -> list[tuple[int, ...]]:
-        """What a server builds before each turn, by transformers alone."""
+    def contexts(self, kind: str, apart: bool = False) -> list[tuple[int, ...]]:
+        """What a server builds before each turn, by transformers alone; apart: with reasoning in its own field."""
         messages, tools = self.conversation(kind)
+        if apart:
+            messages = self.conversation("reasoning_content")[0]
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         built = [
             self.tokenizer.apply_chat_template(
@@ -193,7 +195,8 @@ class Pair:
         if isinstance(ours, Rejection):
             return f"!{ours.code}"
         twins = self.twins(kind)
-        assert [step.context for step in ours] == self.contexts(kind)
+        contexts = [step.context for step in ours]
+        assert contexts == self.contexts(kind) or (kind == "inline think" and contexts == self.contexts(kind, True))
         assert len(ours) == len(twins)
         words: set[str] = set()
         for number, (our, twin) in enumerate(zip(ours, twins, strict=True)):

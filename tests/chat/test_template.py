@@ -161,4 +161,5 @@ def test_forms_that_a_template_takes():
     )
     assert forms("") == (False, False)
     chatml = find_forms(load_template("chatml", tokenizer))
-    assert chatml.object_arguments and chatml.string_arguments and chatml.text_parts and chatml.absent_content
+    assert chatml.object_arguments and chatml.string_arguments and chatml.absent_content
+    assert {"user", "assistant", "system", "tool"} <= chatml.texts

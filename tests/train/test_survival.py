@@ -61,7 +61,7 @@ def run(request, tmp_path_factory, base_folder):
         yield file, result_of(place / "whole"), ended.num_operations
 
 
-def finished(file, out, expected):
+def finished(file, out, expected, but=()):
     """The same command again: what is wrong with what the run then leaves; "" where it is as if never interrupted."""
     ended = command("train", file, f"out={out}", folder=out)
     if ended.code and not (ended.code == 6 and "this run is finished" in ended.shown):
@@ -69,7 +69,9 @@ def finished(file, out, expected):
     if "Traceback" in ended.shown:
         return f"the same command shows {ended.shown[-2000:]}"
     found = result_of(out)
-    return "; ".join(f"{key} {found[key]}, not {expected[key]}" for key in expected if found[key] != expected[key])
+    return "; ".join(
+        f"{key} {found[key]}, not {expected[key]}" for key in expected if key not in but and found[key] != expected[key]
+    )
 
 
 def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path):
@@ -106,8 +108,8 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, kind):
             wrong[at] = f"exit code {ended.code}: {ended.shown[-2000:]}"
         elif ended.code == 6 and (ended.shown.count("error: ") != 1 or str(out) not in ended.shown):
             wrong[at] = f"the message: {ended.shown[-2000:]}"
-        else:
-            wrong[at] = finished(file, out, expected)
+        else:  # older checkpoints may have had to make room
+            wrong[at] = finished(file, out, expected, but=["checkpoints"])
     assert not {at: what for at, what in wrong.items() if what}
 
 

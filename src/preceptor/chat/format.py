@@ -75,7 +75,7 @@ class ChatFormat:
         """
         assert self.template is not None, "a format of plain text has no prompts"
         try:
-            shown = [self._forms.fit(message, f"messages[{k}]") for k, message in enumerate(messages)]
+            shown = self._forms.fit(messages)
         except Rejected as error:
             raise TemplateError(str(error)) from error
         arguments = {**self.template_kwargs, **(template_kwargs or {})}

@@ -19,6 +19,14 @@ _ANSWER = "a5f1c0de"  # occurs in no template
 _USER = {"role": "user", "content": "b5f1c0de"}
 _NEXT = "c5f1c0de"
 _TOOL = {"type": "function", "function": {"name": "probe", "description": "A probe.", "parameters": {}}}
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
+# A question, its answer, and the next question; a question, a tool call, and its result.
+_ANSWERING = [_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+_CALLING = [
+    _USER,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"},
+]
 
 
 class StopTokens(NamedTuple):
@@ -38,32 +46,24 @@ def find_stop_tokens(template: Template, tokenizer: Any, known: Collection[str] 
     if template.stop is not None:
         return StopTokens((template.stop,))
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    forms = find_forms(template)
     earlier = [_USER, {"role": "assistant", "content": "d5f1c0de"}]
+    answering, calling = (
+        [forms.fit([*before, *turns]) for before in ([], earlier)] for turns in (_ANSWERING, _CALLING)
+    )
     answer, doubts = _confirmed(
-        [_closing(template, [*before, *_answering()], None, special) for before in ([], earlier)],
+        [_closing(template, messages, None, special) for messages in answering],
         known,
         "an answer",
     )
     call, doubts_of_call = _confirmed(
-        [_closing(template, [*before, *_calling(template)], [_TOOL], special, answer) for before in ([], earlier)],
+        [_closing(template, messages, [_TOOL], special, answer) for messages in calling],
         known,
         "a tool call",
     )
     if call is not None and answer is None:
         answer = template.variables.get("eos_token")  # what ends a tool call is not what ends a text
     return StopTokens(tuple(dict.fromkeys(token for token in (answer, call) if token)), (*doubts, *doubts_of_call))
-
-
-def _answering() -> list[Mapping[str, Any]]:
-    """A question, its answer, and the next question."""
-    return [_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
-
-
-def _calling(template: Template) -> list[Mapping[str, Any]]:
-    """A question, a tool call, and its result."""
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
-    calling = find_forms(template).fit({"role": "assistant", "content": "", "tool_calls": [call]}, "a probe")
-    return [_USER, calling, {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}]
 
 
 def _confirmed(

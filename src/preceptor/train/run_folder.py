@@ -142,7 +142,9 @@ class RunFolder:
         data = read_json(self.path / "data.json")
         summary = {
             **{
-                key: value for key, value in data.items() if key not in ("formats", "thinking", "lengths", "new_tokens")
+                key: value
+                for key, value in data.items()
+                if key not in ("formats", "thinking", "left_out", "lengths", "new_tokens")
             },
             "num_steps": steps[-1]["step"] if steps else 0,
             "held_out": evaluations[-1] if evaluations else {},
@@ -367,7 +369,8 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
         except FileNotFoundError:
             is_same = False
         if is_same:  # else its holder removed it when it ended, and it protects nothing
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            with suppress(OSError):  # it says only who holds it
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor, notes
         os.close(descriptor)
