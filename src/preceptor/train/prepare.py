@@ -5,7 +5,7 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from preceptor import config
@@ -61,8 +61,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
-    if chat.template is not None:
-        chat = replace(chat, template=chat.template.at(date or datetime.now().astimezone()))
+    chat = chat.at(date or datetime.now().astimezone())
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
