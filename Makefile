@@ -38,7 +38,7 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The full table of the first run: base, intern and control on every held-out question.
+# The full table of the first run: base, tuned model and control on every held-out question.
 table: setup
 	$(BIN)/python benchmarks/first_run.py
 

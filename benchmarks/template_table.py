@@ -1,4 +1,4 @@
-"""The proof for a folder of stock chat templates: a row per template, a column per kind of conversation.
+"""The proof for a folder of stock chat templates and every kind of conversation.
 
     python benchmarks/template_table.py [--templates ../shared/templates]
 
@@ -7,56 +7,31 @@ byte-level ones that hold the special tokens which the template writes. Writes d
 """
 
 import argparse
+import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from template_kinds import CONVERSATIONS, UNFINISHED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
-from preceptor.data.examples import Conversation, Message, Rejection
+from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import Tree
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT.parent / "shared" / "templates"
 PAGE = ROOT / "docs" / "templates.md"
 
-KINDS = ("plain", "system", "reasoning_content", "inline think", "tools", "tools + reasoning")
-# The template rejects the messages, or leaves out of a turn what the kind is about: there is nothing to prove.
-NOT_REPRESENTED = (
-    "template_rejects",
-    "turn_missing",
-    "content_dropped",
-    "reasoning_dropped",
-    "tool_call_dropped",
-)
-
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "city": {"type": "string", "description": "Name of the city."},
-                    "days": {"type": "integer", "description": "How many days ahead."},
-                },
-                "required": ["city"],
-            },
-        },
-    }
-]
-
+KINDS = tuple(CONVERSATIONS)
 _SPECIAL = re.compile(
     r"<\|[^|<>\s'\"{}]{1,40}\|>|<｜[^｜<>\s'\"{}]{1,40}｜>|\[/?[A-Z_]{3,20}\]|<(?:start|end)_of_turn>"
     r"|<\|[A-Z_]+\|?>|<[a-z_]+\|>|<\|[a-z_]+>|<SPECIAL_\d+>|\]~!b\[|\]~b\]|\[e~\[|\[\|[a-z]+\|\]"
@@ -84,31 +59,7 @@ def read_entries(folder: Path = TEMPLATES) -> list[Entry]:
 
 def conversation(kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """(messages, tools) of one kind: two or three turns, so that each has a history."""
-    assert kind in KINDS
-    first: dict[str, Any] = {"role": "user", "content": "Who goes there? "}
-    second = {"role": "user", "content": "2 < 3?"}
-    if kind.startswith("tools"):
-        arguments = {"city": 'Zürich "Altstadt"', "days": 3}
-        call = {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
-        turns: list[dict[str, Any]] = [
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "assistant", "content": "It is 12 degrees."},
-            {"role": "assistant", "content": "Yes & no."},
-        ]
-        result = {"role": "tool", "content": '{"degrees": 12}', "tool_call_id": "call00001", "name": "get_weather"}
-        messages = [first, turns[0], result, turns[1], second, turns[2]]
-    else:
-        turns = [{"role": "assistant", "content": "It is I.\n"}, {"role": "assistant", "content": "Yes & no."}]
-        messages = [first, turns[0], second, turns[1]]
-    for number, turn in enumerate(turns):
-        thought = f"Thought {number}:\nlet me see"
-        if kind in ("reasoning_content", "tools + reasoning"):
-            turn["reasoning_content"] = thought
-        elif kind == "inline think":
-            turn["content"] = f"<think>\n{thought}\n</think>\n\n{turn['content'].strip()}"
-    if kind == "system":
-        messages.insert(0, {"role": "system", "content": "You are <terse>."})
-    return messages, TOOLS if kind.startswith("tools") else None
+    return copy.deepcopy(CONVERSATIONS[kind])
 
 
 @lru_cache(maxsize=1)
@@ -142,69 +93,104 @@ def renderer_for(entry: Entry, tokenizer: Any) -> Renderer:
 
 
 def stop_ids(template: Template, tokenizer: Any) -> list[int]:
-    tokens = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    tokens = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
 
 
 def render(renderer: Renderer, kind: str) -> Tree | Rejection:
-    messages, tools = conversation(kind)
-    return renderer.render(Conversation(kind, tuple(Message(message) for message in messages), tools))
+    raw, tools = conversation(kind)
+    messages = read_messages(raw, kind)
+    return messages if isinstance(messages, Rejection) else renderer.render(Conversation(kind, messages, tools))
 
 
-def outcomes(entries: Sequence[Entry]) -> dict[str, dict[str, str]]:
-    """For each template and kind: `proved`, or the code of the rejection."""
-    table: dict[str, dict[str, str]] = {}
-    for entry in entries:
-        renderer = renderer_for(entry, tokenizer_for(entry))
-        results = {kind: render(renderer, kind) for kind in KINDS}
-        table[entry.name] = {k: r.code if isinstance(r, Rejection) else "proved" for k, r in results.items()}
-    return table
+@dataclass(frozen=True)
+class Result:
+    """What becomes of one kind under one template; represented: as `template_oracle.py` finds, or proved."""
+
+    code: str  # `proved`, or that of the rejection
+    represented: bool
 
 
-def shares(table: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[int, int, int]]:
-    """For each kind, and `all`: (pairs proved, pairs that the template represents, all pairs)."""
+def outcomes(entry: Entry) -> dict[str, Result]:
+    """The results of all kinds."""
+    from template_oracle import Oracle
+
+    tokenizer = tokenizer_for(entry)
+    renderer, oracle = renderer_for(entry, tokenizer), Oracle(tokenizer)
+    results = {}
+    for kind in KINDS:
+        found = render(renderer, kind)
+        code = found.code if isinstance(found, Rejection) else "proved"
+        results[kind] = Result(code, code == "proved" or (kind not in UNFINISHED and oracle.represented(kind)))
+    return results
+
+
+Table = Mapping[str, Mapping[str, Result]]
+
+
+def shares(table: Table) -> dict[str, tuple[int, int, int]]:
+    """For each kind, and `all`: (pairs proved, pairs that the template represents, all pairs).
+
+    `all` is without the kinds whose reasoning or answer is not finished, in which nothing can be right.
+    """
     counts = {}
     for kind in (*KINDS, "all"):
-        codes = [row[k] for row in table.values() for k in KINDS if kind in (k, "all")]
-        represented = [code for code in codes if code not in NOT_REPRESENTED]
-        counts[kind] = (represented.count("proved"), len(represented), len(codes))
+        kinds = [k for k in KINDS if k == kind or (kind == "all" and k not in UNFINISHED)]
+        results = [row[k] for row in table.values() for k in kinds]
+        num_proved = sum(result.code == "proved" for result in results)
+        counts[kind] = (num_proved, sum(result.represented for result in results), len(results))
     return counts
 
 
-def page(table: Mapping[str, Mapping[str, str]]) -> str:
+def page(table: Table) -> str:
     lines = [
         "# Proofs for stock chat templates",
         "",
         f"Made by `python benchmarks/template_table.py` from {len(table)} templates and {len(KINDS)} kinds of",
-        "conversation. *Proved*: the context of every turn is what a server builds, token for token, and its",
-        "target has every field of the turn and ends in a stop token. Any other entry is the code of the",
-        "rejection. A pair is *represented* if the template renders every field of every turn. Where it raises an",
-        "error or drops a field, no correct training is possible, and the rejection says so. No template",
-        "arguments were set by hand.",
+        "conversation (`benchmarks/template_kinds.py`). *Proved*: the context of every turn is what a server builds,",
+        "token for token, and its target has every field of the turn and ends in a stop token. Any other entry is the",
+        "code of the rejection. A pair is *represented* if, for every turn, some render of the template begins with",
+        "a server's prompt and holds every text of the turn behind it; `benchmarks/template_oracle.py` finds that with",
+        "transformers alone, in every form in which a server may give the messages. Where it is not so, no correct",
+        "training is possible, and the rejection says why. No template arguments were set by hand. In",
+        f"*{UNFINISHED[0]}* and *{UNFINISHED[1]}* nothing can be right: templates that know reasoning reject them,",
+        "for the others the tags are text; they do not count in *all*.",
         "",
         "| kind | proved | of those represented | of all |",
         "|---|---|---|---|",
     ]
     for kind, (proved, represented, pairs) in shares(table).items():
-        lines.append(
-            f"| {kind} | {proved} | {proved / represented:.1%} of {represented} | {proved / pairs:.1%} of {pairs} |"
-        )
-    codes = Counter(code for row in table.values() for code in row.values())
+        share = f"{proved / max(1, represented):.1%} of {represented}" if kind not in UNFINISHED else ""
+        lines.append(f"| {kind} | {proved} | {share} | {proved / pairs:.1%} of {pairs} |")
+    codes = Counter(result.code for row in table.values() for result in row.values())
     lines += ["", "| outcome | pairs |", "|---|---|", *(f"| `{code}` | {n} |" for code, n in codes.most_common())]
-    lines += ["", "| template | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    lines += ["", "Represented and not proved, in bold:", "", "| template | proved | rejected |", "|---|---|---|"]
     for name, row in sorted(table.items(), key=lambda item: item[0].lower()):
-        cells = ("proved" if row[kind] == "proved" else f"`{row[kind]}`" for kind in KINDS)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        codes = Counter(result.code for result in row.values())
+        cells = "; ".join(f"`{code}`: {_listed(row, code)}" for code in codes if code != "proved")
+        lines.append(f"| {name} | {codes['proved']} of {len(KINDS)} | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(row: Mapping[str, Result], code: str) -> str:
+    """The kinds that are rejected with this code."""
+    of_code = [kind for kind in KINDS if row[kind].code == code]
+    bold = [kind for kind in of_code if row[kind].represented]
+    rest = [kind for kind in of_code if kind not in bold]
+    tools = [kind for kind in KINDS if CONVERSATIONS[kind][1]]
+    if set(tools) <= set(rest):
+        rest = [kind for kind in rest if kind not in tools] + ["all with tools"]
+    return ", ".join([*(f"**{kind}**" for kind in bold), *rest])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--templates", type=Path, default=TEMPLATES)
-    table = outcomes(read_entries(parser.parse_args().templates))
+    table = {entry.name: outcomes(entry) for entry in read_entries(parser.parse_args().templates)}
     PAGE.write_text(page(table), encoding="utf-8")
     for kind, (proved, represented, pairs) in shares(table).items():
-        print(f"{kind:20} {proved:4} proved of {represented:4} represented ({proved / represented:.1%}), {pairs} pairs")
+        share = f"{proved / max(1, represented):.1%}"
+        print(f"{kind:24} {proved:4} proved of {represented:4} represented ({share}), {pairs} pairs")
 
 
 if __name__ == "__main__":

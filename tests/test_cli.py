@@ -183,3 +183,23 @@ def test_an_interrupted_command_exits_130(preceptor, run_file, monkeypatch):
     monkeypatch.setattr("preceptor.train.loop.take_step", interrupt)
     code, _, err = preceptor("train", run_file())
     assert code == 130 and "stopped by SIGINT before the first step" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "trained with this system prompt in 11 of 12 conversations; --system gives it: Be brief."),
+        ("Be brief.", "trained with this system prompt in 11 of 12 conversations: Be brief."),
+    ],
+)
+def test_chat_says_which_system_prompt_was_trained(preceptor, run_file, tmp_path, given, says):
+    from preceptor.commands.chat import trained_system_prompt
+
+    if not (tmp_path / "run").exists():
+        system = {"role": "system", "content": "Be brief."}
+        rows = [{"messages": [system, *row["messages"]]} for row in conversations(11)] + conversations(1)
+        assert preceptor("train", run_file(rows))[0] == 0
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) == says
+    assert trained_system_prompt("scholar", given) is None
+    (tmp_path / "run/data.json").write_text('{"system_prompts": 3}')
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) is None

@@ -142,7 +142,7 @@ class Pair:
         self.twin = (FOLDER / f"{name}_training.jinja").read_text(encoding="utf-8")
         self.tokenizer = tokenizer_for((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), EOS.get(name))
         self.template: Template = load_template("tokenizer", self.tokenizer)
-        stops = {*find_stop_tokens(self.template, self.tokenizer), self.tokenizer.eos_token}
+        stops = {*find_stop_tokens(self.template, self.tokenizer).tokens, self.tokenizer.eos_token}
         self.stop_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(stops)))
         self.renderer = Renderer(self.tokenizer, self.template, stop_token_ids=self.stop_ids)
 
@@ -175,9 +175,11 @@ class Pair:
         starts = [at for at in range(len(ids)) if mask[at] and not (at and mask[at - 1])]
         return [Step(ids[:start], ids[start : mask.index(0, start)]) for start in starts]
 
-    def contexts(self, kind: str) -> list[tuple[int, ...]]:
-        """What a server builds before each turn, by transformers alone."""
+    def contexts(self, kind: str, apart: bool = False) -> list[tuple[int, ...]]:
+        """What a server builds before each turn, by transformers alone; apart: with reasoning in its own field."""
         messages, tools = self.conversation(kind)
+        if apart:
+            messages = self.conversation("reasoning_content")[0]
         turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         built = [
             self.tokenizer.apply_chat_template(
@@ -193,7 +195,8 @@ class Pair:
         if isinstance(ours, Rejection):
             return f"!{ours.code}"
         twins = self.twins(kind)
-        assert [step.context for step in ours] == self.contexts(kind)
+        contexts = [step.context for step in ours]
+        assert contexts == self.contexts(kind) or (kind == "inline think" and contexts == self.contexts(kind, True))
         assert len(ours) == len(twins)
         words: set[str] = set()
         for number, (our, twin) in enumerate(zip(ours, twins, strict=True)):

@@ -1,6 +1,7 @@
 """Rendering under templates of every class, and what holds for all conversations under any of them."""
 
 import pickle
+import re
 
 import pytest
 from hypothesis import example, given, settings
@@ -73,8 +74,10 @@ def test_a_prompt_that_opens_reasoning():
     assert code(make(text=opens), CHAT) == "prompt_opens_reasoning"
     inline = [CHAT[0], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthe end"}]
     assert segments(make(text=opens), inline)[-1] == ("target", 0, "hm\n</think>\n\nthe end<|im_end|>")
+    one_tag = [CHAT[0], {"role": "assistant", "content": "hm\n</think>\n\nthe end"}]
+    assert segments(make(text=opens), one_tag) == segments(make(text=opens), inline)
     apart = [CHAT[0], {"role": "assistant", "content": "the end", "reasoning_content": "hm"}]
-    assert segments(make(text=opens), apart)[-1] == ("target", 0, "hm\n</think>\n\nthe end<|im_end|>")
+    assert code(make(text=opens), apart) == "reasoning_dropped", "nothing says how the model would spell it"
 
 
 @pytest.mark.parametrize(
@@ -127,15 +130,6 @@ def test_a_turn_that_only_the_next_message_closes_or_nothing():
     assert segments(by_next, CHAT)[1] == ("target", 0, "the end<|im_start|>")
     ends = [target[-1] for _, target in contexts_and_targets(make(text=text).render(conversation(CHAT)))]
     assert ends == [0, 0]
-
-
-def test_a_turn_of_reasoning_alone_that_history_leaves_out():
-    text = "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'user' %}{{ m.content }}{% else %}"
-    text += "{% if loop.last %}<think>{{ m.content[7:-8] }}</think>{% endif %}{% endif %}{% endfor %}"
-    text += "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
-    rows = [CHAT[0], {"role": "assistant", "content": "<think>the end</think>"}]
-    found = segments(make(text=text, stops=("<|im_start|>",)), rows)
-    assert found[1] == ("target", 0, "<think>the end</think><|endoftext|>")
 
 
 def test_named_templates_are_chosen_as_transformers_chooses():
@@ -202,6 +196,8 @@ def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
     if isinstance(tree, Rejection):
         reasons = any(row.get("reasoning_content", "").strip() for row in rows)
         allowed = {"special_token_in_text"} | ({"reasoning_dropped"} if name == "llama3" and reasons else set())
+        if name != "llama3" and any("think>" in row["content"] for row in rows):
+            allowed |= {"reasoning_unclosed", "empty_answer"}
         assert tree.code in allowed, tree
         return
     turns = [(k, row) for k, row in enumerate(rows) if row["role"] == "assistant"]
@@ -210,10 +206,15 @@ def test_no_trained_token_is_anothers_and_none_is_lost(name, rows):
     for (k, row), (context, target) in zip(turns, found, strict=True):
         spelled = decode(target)
         assert target[-1] in renderer.stop_token_ids
-        assert row["content"].strip() in spelled and row.get("reasoning_content", "").strip() in spelled
+        texts = [row["content"], row.get("reasoning_content", "")]
+        if name != "llama3" and "think>" in row["content"]:  # a tag may be added, an empty block left out
+            texts[:1] = re.split("</?think>", row["content"])
+        assert all(text.strip() in spelled for text in texts)
         said = row["content"] + row.get("reasoning_content", "")
         for letter in ASSISTANT + OTHERS:
             assert spelled.count(letter) == said.count(letter), (letter, spelled)
+        if name != "llama3" and any("think>" in earlier["content"] for earlier in rows[:k]):
+            continue
         if name != "plain":
             ids = renderer.tokenizer.apply_chat_template(rows[:k], add_generation_prompt=True, return_dict=False)
             assert context == ids

@@ -1,15 +1,14 @@
 """The stock templates: every turn proved or rejected; what is proved is checked against transformers from outside."""
 
-import itertools
-import json
 from pathlib import Path
 
 import pytest
 import template_table as tt
+from template_oracle import Oracle
 
 from preceptor.chat.template import probe_message_rules
-from preceptor.data.examples import Rejection
-from preceptor.data.rejections import ADVICE
+from preceptor.data.examples import Conversation, Rejection, read_messages
+from preceptor.data.rejections import CODES
 
 if not (tt.TEMPLATES / "index.json").is_file():
     pytest.skip(f"the stock templates are not at {tt.TEMPLATES}", allow_module_level=True)
@@ -22,62 +21,29 @@ ALIASES = probe_message_rules(tt.tokenizer_for(ENTRIES["EXAONE-4"])).aliases_rea
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_turn_is_proved_or_rejected(name):
     tokenizer = tt.tokenizer_for(ENTRIES[name])
-    renderer = tt.renderer_for(ENTRIES[name], tokenizer)
+    renderer, oracle = tt.renderer_for(ENTRIES[name], tokenizer), Oracle(tokenizer)
     for kind in tt.KINDS:
-        trees = [tt.render(renderer, kind) for _ in range(3)]  # rendered, recorded, replayed
-        assert trees[0] == trees[1] == trees[2], kind
-        if isinstance(trees[0], Rejection):
-            assert trees[0].code in ADVICE and ADVICE[trees[0].code] in trees[0].message
-        else:
-            check(tokenizer, renderer.stop_token_ids, kind, trees[0])
+        tree = tt.render(renderer, kind)
+        assert tree == tt.render(renderer, kind), kind
+        if isinstance(tree, Rejection):
+            assert tree.code in CODES, tree
+        elif ALIASES:
+            check(renderer, oracle, kind, tree)
 
 
-def check(tokenizer, stops, kind, tree):
-    """Each turn's context, token for token; its target's fields and end; and that nothing else is trained."""
-    messages, tools = tt.conversation(kind)
-    trained = 0
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        contexts = list(served_contexts(tokenizer, messages[:k], tools))
-        places = [place for place in (end_of(tree, context) for context in contexts) if has_target(tree, place)]
-        assert places, f"{kind} {k}: no context of the tree is one that a server builds: {contexts[:1]}"
-        target = target_after(tree, places[0], stops)
+def check(renderer, oracle, kind, tree):
+    """Each turn's context, token for token; its target is the template's; and nothing else is trained."""
+    raw, tools = tt.conversation(kind)
+    stops, tokenizer, trained = renderer.stop_token_ids, renderer.tokenizer, 0
+    for turn, text in renderer.turns(Conversation(kind, read_messages(raw, kind), tools)):
+        assert oracle.right(kind, turn.message, turn.prompt, text, tokenizer.convert_ids_to_tokens(sorted(stops)))
+        context = end_of(tree, tuple(tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]))
+        target = target_after(tree, context, stops)
         trained += len(target)
-        assert target[-1] in stops and not stops & set(target[:-1]), (kind, k)
-        spelled = tokenizer.decode(target)
-        for field in fields(message):
-            forms = (field, json.dumps(field)[1:-1], json.dumps(field, ensure_ascii=False)[1:-1])
-            assert any(form in spelled for form in forms), (kind, k, field, spelled)
+        assert target == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert target[-1] in stops and not stops & set(target[:-1]), (kind, turn.message)
     targets = [s for s in tree.segments if s.kind == "target"]
     assert sum(len(s.ids) for s in targets) <= trained, "something is trained that belongs to no turn"
-
-
-def served_contexts(tokenizer, messages, tools):
-    """What apply_chat_template builds, for each way in which a server may be asked."""
-    for switches, as_text in itertools.product(({}, True, False), (False, True)):
-        if isinstance(switches, bool):
-            switches = {"enable_thinking": switches, "thinking": switches}
-        shown = [with_text_arguments(message) if as_text else message for message in messages]
-        try:
-            ids = tokenizer.apply_chat_template(shown, tools, add_generation_prompt=True, return_dict=False, **switches)
-        except Exception:
-            continue
-        yield tuple(ids)
-
-
-def with_text_arguments(message):
-    calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in message.get("tool_calls", ())
-    ]
-    return {**message, "tool_calls": calls} if calls else message
 
 
 def end_of(tree, ids):
@@ -85,15 +51,9 @@ def end_of(tree, ids):
     at, node = 0, None
     while at < len(ids):
         children = [i for i, s in enumerate(tree.segments) if s.parent == node]
-        node = next((i for i in children if ids[at : at + len(tree.segments[i].ids)] == tree.segments[i].ids), None)
-        if node is None:
-            return None
+        (node,) = [i for i in children if ids[at : at + len(tree.segments[i].ids)] == tree.segments[i].ids]
         at += len(tree.segments[node].ids)
     return node
-
-
-def has_target(tree, node):
-    return node is not None and any(s.parent == node and s.kind == "target" for s in tree.segments)
 
 
 def target_after(tree, node, stops):
@@ -104,25 +64,22 @@ def target_after(tree, node, stops):
     return ids
 
 
-def fields(message):
-    """Every text of a turn that the model must generate."""
-    content = message["content"]
-    yield from (part.strip() for part in content.replace("<think>", "\0").replace("</think>", "\0").split("\0"))
-    if "reasoning_content" in message:
-        yield message["reasoning_content"]
-    for call in message.get("tool_calls", ()):
-        yield call["function"]["name"]
-        for key, value in call["function"]["arguments"].items():
-            yield from (key, str(value))
+PAGE = Path(tt.PAGE).read_text(encoding="utf-8")
 
 
-def test_nine_pairs_in_ten_are_proved_and_the_page_says_so():
-    table = tt.outcomes(list(ENTRIES.values()))
-    for kind, (proved, represented, _) in tt.shares(table).items():
-        assert proved >= 0.9 * represented, (kind, proved, represented)
-    if ALIASES:
-        page = Path(tt.PAGE).read_text(encoding="utf-8")
-        assert page == tt.page(table), "out of date: run python benchmarks/template_table.py"
+def test_nineteen_in_twenty_pairs_that_a_template_represents_are_proved():
+    """By the page, whose lines the next test makes anew for some of the templates."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("| all |")]
+    assert float(line.split("|")[3].partition("%")[0]) >= 95
+
+
+@pytest.mark.skipif(not ALIASES, reason="the page is made with a later version of transformers")
+@pytest.mark.parametrize("name", list(ENTRIES)[::8])
+def test_the_page_says_what_is_found(name):
+    (line,) = [
+        line for line in tt.page({name: tt.outcomes(ENTRIES[name])}).splitlines() if line.startswith(f"| {name} |")
+    ]
+    assert line in PAGE, "out of date: run python benchmarks/template_table.py"
 
 
 # What is rejected where another might train wrong tokens, by name.
@@ -131,6 +88,13 @@ REJECTED = {
     ("MiniMax-M2", "system"): "prompt_opens_reasoning",
     ("hfjs-default-blenderbot", "plain"): "prompt_conflicts",
     ("openinstruct-olmo_thinker_rlzero", "plain"): "prompt_conflicts",
+    # reasoning beside a call, in the content or not, that no render holds
+    ("mistralai-Mistral-Nemo-Instruct-2407", "tools + inline think"): "content_dropped",
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "tools + inline think"): "reasoning_dropped",
+    # nothing says how a model would spell reasoning that has a field of its own
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "reasoning_content"): "reasoning_dropped",
+    ("Qwen3.5-4B", "unclosed reasoning"): "reasoning_unclosed",
+    ("Qwen3.5-4B", "reasoning without answer"): "empty_answer",
     ("meta-llama-Llama-3.1-8B-Instruct", "reasoning_content"): "reasoning_dropped",
     ("lcpp-Phi-3-mini", "tools"): "tool_call_dropped",
     ("lcpp-google-gemma-7b-it", "system"): "template_rejects",
@@ -152,8 +116,23 @@ TARGETS = {
     ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "inline think"): (
         "Thought 0:\nlet me see\n</think>\n\nIt is I.<｜end▁of▁sentence｜>"
     ),
-    # reasoning known only as a field of its own; the content's block is not put behind an empty one
+    # an empty block is put before the content's, and reasoning of its own is left out: the content as it is
     ("Kimi-K2-Thinking", "inline think"): "<think>\nThought 0:\nlet me see\n</think>\n\nIt is I.<|im_end|>",
+    # reasoning in the content, known as a field of its own only: the template's spelling
+    ("deepseek-ai-DeepSeek-V3.2", "inline think"): ("Thought 0:\nlet me see</think>It is I.<｜end▁of▁sentence｜>"),
+    # one tag, as a model whose prompt opens the block generates it
+    ("Qwen3.5-4B", "one tag"): "Thought 0:\nlet me see\n</think>\n\nIt is I.<|im_end|>",
+    # reasoning that is rendered only with an argument
+    ("EXAONE-4", "reasoning_content"): "Thought 0:\nlet me see\n</think>\n\nIt is I.\n[|endofturn|]",
+    # reasoning as a part of the content
+    ("mistralai-Ministral-3-14B-Reasoning-2512", "reasoning_content"): (
+        "[THINK]Thought 0:\nlet me see[/THINK]It is I.\n</s>"
+    ),
+    # calls without ids, in a template that needs them
+    ("mistralai-Mistral-Nemo-Instruct-2407", "no ids"): (
+        '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Zürich \\"Altstadt\\"", "days": 3}, '
+        '"id": "call00000"}]</s>'
+    ),
     # turns closed only by the next message
     ("GLM-4.6_b", "plain"): "\n<think></think>\nIt is I.<|user|>",
     # sampled <|return|>, <|end|> in history, text of the header is generated

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,9 +24,23 @@ from preceptor.data.forest import Tree
 
 
 def render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What becomes of the rows in turn, by one renderer, whose caches are empty at first."""
+    """What becomes of the rows in turn, by one renderer, whose caches are empty at first, on the day of recording."""
+    with (
+        mock.patch("preceptor.chat.environment.datetime", DayOfRecording),
+        mock.patch("transformers.utils.chat_template_utils.datetime", DayOfRecording),
+    ):
+        return _render_rows(tokenizer, rows)
+
+
+class DayOfRecording(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "DayOfRecording":
+        return cls(2026, 11, 28, tzinfo=tz)
+
+
+def _render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     template = load_template("tokenizer", tokenizer)
-    closings = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    closings = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in closings if token is not None]
     renderer = Renderer(tokenizer, template, stop_token_ids=stops)
     outcomes = []

@@ -171,15 +171,13 @@ def test_a_tree_says_which_branch_is_which_turn(renderer):
 
 
 def test_reasoning_that_the_prompt_opens_and_the_template_leaves_out_is_named(renderer):
-    opens = FORGETS.replace("and message.reasoning_content", "and false").replace(
+    opens = FORGETS.replace("message.content +", "message.content.split('</think>\n\n')[-1] +").replace(
         "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
     )
-    field = conversation(user("Which?"), assistant("The first.", reasoning_content="Compare."))
-    texts = named(field, renderer(opens))
-    assert texts["1.reasoning_content"] == "Compare." and texts["1.content"] == "The first."
-    assert texts["template"].endswith("<think>\n\n</think>\n\n<|im_end|>") and "unknown" not in texts
-    twice = conversation(user("Which?"), assistant("Compare.", reasoning_content="Compare."))
-    assert "1.content" not in named(twice, renderer(opens)), "which is which cannot be told"
+    inline = conversation(user("Which?"), assistant("<think>\nCompare.\n</think>\n\nThe first."))
+    texts = named(inline, renderer(opens.replace("and message.reasoning_content", "and false")))
+    assert texts["1.content"] == "Compare.\n</think>\n\nThe first."
+    assert texts["template"].endswith("<think>\n<|im_end|>") and "unknown" not in texts
 
 
 def test_what_is_read_as_plain_text_is_named_and_what_cannot_be_is_unknown(renderer):

@@ -10,11 +10,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import jinja2
+import markupsafe
 from jinja2 import filters, nodes
 
 from preceptor.chat.environment import SETTINGS, Guarded, guard_filters, prepare
@@ -75,7 +76,52 @@ class MarkedEnvironment(Guarded):
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
+    if isinstance(value, str):
+        return value
+    return _printed(value) if isinstance(value, list | tuple | dict) else str(value)
+
+
+_AS_PRINTED = re.compile(r"'\\x00leaf (\d+)\\x00'")  # a stand-in as Python spells it
+
+
+def _printed(value: Any) -> str:
+    """A list or object as Python prints it, which is how templates spell it that do not ask for JSON."""
+    standing, found = _stand_ins(value)
+    texts = []
+    for index, part in enumerate(_AS_PRINTED.split(str(standing))):
+        if index % 2 == 0:
+            texts.append(part)
+            continue
+        spelled = repr(plain(found[int(part)]))
+        texts += [spelled[0], found[int(part)]._unfollowed(spelled[1:-1]), spelled[-1]]
+    return join(texts) if found else texts[0]
+
+
+class SafeMarked(Marked):
+    """What Jinja's filter `safe` makes: text that escapes what is added to it."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Any) -> Any:
+        return SafeMarked.make(*_parts(join((self, _escaped(other))))) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return SafeMarked.make(*_parts(join((_escaped(other), self)))) if isinstance(other, str) else NotImplemented
+
+
+def _parts(marked: Marked) -> tuple[str, Sequence[Atom]]:
+    return plain(marked), marked.atoms
+
+
+def _escaped(text: str) -> str:
+    if isinstance(text, SafeMarked):
+        return text
+    return join([Marked.make(str(e := markupsafe.escape(p)), [Atom(len(e), a.origin)]) for p, a in _pieces(text)])
+
+
+def _pieces(text: str) -> Iterator[tuple[str, Atom]]:
+    marked = text if isinstance(text, Marked) else Marked(text)
+    return zip(marked.pieces(), marked.atoms, strict=True)
 
 
 # Filters that read characters ----------------------------------------------------------------------------------------
@@ -91,6 +137,18 @@ def _tojson(
     Every marked string is replaced by a stand-in, the whole is encoded by `json.dumps`, and the stand-ins are then
     replaced by the strings as JSON spells them.
     """
+    standing, found = _stand_ins(value)
+    encoded = json.dumps(standing, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if not found:
+        return encoded
+    texts: list[str] = []
+    for index, part in enumerate(_STAND_IN.split(encoded)):
+        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
+    return join(texts)
+
+
+def _stand_ins(value: Any) -> tuple[Any, list[Marked]]:
+    """The value with a stand-in for every marked string, and these strings in order."""
     found: list[Marked] = []
 
     def stand_in(item: Any) -> Any:
@@ -100,18 +158,10 @@ def _tojson(
         if isinstance(item, Mapping):
             return {key: stand_in(inner) for key, inner in item.items()}
         if isinstance(item, list | tuple):
-            return [stand_in(inner) for inner in item]
+            return type(item)([stand_in(inner) for inner in item])
         return item
 
-    encoded = json.dumps(
-        stand_in(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if not found:
-        return encoded
-    texts: list[str] = []
-    for index, part in enumerate(_STAND_IN.split(encoded)):
-        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
-    return join(texts)
+    return stand_in(value), found
 
 
 def _json_body(marked: Marked, ensure_ascii: bool) -> Marked:
@@ -170,8 +220,7 @@ _FILTERS: Mapping[str, Callable[..., Any]] = {
     "join": jinja2.pass_eval_context(_join),
     "lower": lambda value: _text(value).lower(),
     "replace": jinja2.pass_eval_context(_replace),
-    # Jinja's own makes text that escapes what is joined to it; where that shows, the render differs from the plain one.
-    "safe": _text,
+    "safe": lambda value: SafeMarked.make(*_parts(join([_text(value)]))),
     "string": _text,
     "tojson": _tojson,
     "trim": _trim,
@@ -181,7 +230,7 @@ _FILTERS: Mapping[str, Callable[..., Any]] = {
 
 @lru_cache(maxsize=1)
 def marked_environment() -> jinja2.Environment:
-    environment = prepare(MarkedEnvironment(**SETTINGS))
+    environment = prepare(MarkedEnvironment(**SETTINGS, finalize=_text))
     for name, function in list(environment.filters.items()):
         if name not in _TRANSPARENT.split():
             environment.filters[name] = _losing(function)

@@ -1,12 +1,13 @@
 """Reasoning in a turn and in a prompt: which fields and tags hold it, and what a model that reasons must generate."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from preceptor.data.rejections import Rejected
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-INLINE_WORDS = ("<think>", "</think>", "[THINK]", "[/THINK]")  # with which a content may hold its reasoning
-_TAGS = {
+TAGS = {
     "<think>": "</think>",
     "[THINK]": "[/THINK]",
     "<thinking>": "</thinking>",
@@ -14,9 +15,8 @@ _TAGS = {
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<seed:think>": "</seed:think>",
 }
-_ALL_TAGS = (*_TAGS, *_TAGS.values())
-_OPEN, _CLOSE = "|".join(map(re.escape, _TAGS)), "|".join(map(re.escape, _TAGS.values()))
-_INLINE = re.compile(r"\s*(<think>|\[THINK\])(.*?)(</think>|\[/THINK\])(.*)", re.DOTALL)
+_ALL_TAGS = (*TAGS, *TAGS.values())
+_OPEN, _CLOSE = "|".join(map(re.escape, TAGS)), "|".join(map(re.escape, TAGS.values()))
 _OPEN_AT_END = re.compile(rf"({_OPEN})\s*$")
 _EMPTY_AT_END = re.compile(rf"(?:(?:{_OPEN})\s*)?(?:{_CLOSE})\s*$")
 _EMPTY_AT_START = re.compile(rf"\s*(?:(?:{_OPEN})\s*)?(?:{_CLOSE})")
@@ -43,20 +43,128 @@ def reasoning_text(given: Mapping[str, Any]) -> str:
     return ""
 
 
-def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """(reasoning, answer) of a content that begins with a reasoning block, else None."""
-    if "<think>" not in content and "[THINK]" not in content:
-        return None
-    found = _INLINE.match(content)
-    return (found.group(2), found.group(4)) if found else None
+class Block(NamedTuple):
+    """The reasoning block with which a content begins; closed: whether it ends; opened: whether its first tag is there.
+
+    A model whose prompt has opened the block generates the closing tag only.
+    """
+
+    tag: str
+    reasoning: str
+    answer: str
+    opened: bool
+    closed: bool
 
 
-def has_reasoning(given: Mapping[str, Any]) -> bool:
-    """Whether a message holds reasoning, in a field of its own or inline."""
+def block_of(content: str, tags: Mapping[str, str] = TAGS) -> Block | None:
+    """The block at the start of a content, in one of the `tags` (opening tag -> closing tag); None if there is none."""
+    for tag, close in tags.items():
+        if tag not in content and close not in content:
+            continue
+        before, found, answer = content.partition(close)
+        opened = before.lstrip().startswith(tag)
+        if opened or (found and tag not in before):
+            reasoning = before.lstrip().removeprefix(tag) if opened else before
+            return Block(tag, reasoning, answer, opened, bool(found))
+    return None
+
+
+def has_reasoning(given: Mapping[str, Any], tags: Mapping[str, str] = TAGS) -> bool:
+    """Whether a message holds reasoning, in a field of its own or at the start of its content."""
     if reasoning_text(given):
         return True
-    inline = inline_reasoning(content_text(given))
-    return inline is not None and bool(inline[0].strip())
+    block = block_of(content_text(given), tags)
+    return block is not None and bool(block.reasoning.strip())
+
+
+class Reading(NamedTuple):
+    """Messages with their reasoning in one form; as_given: what a turn generates may be its content as it is, even
+    where no render of the template holds it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    as_given: bool = False
+
+
+def readings(
+    messages: Sequence[Mapping[str, Any]],
+    turns: Collection[int],
+    tags: Mapping[str, str],
+    takes_field: bool,
+    takes_parts: bool,
+) -> Iterator[Reading]:
+    """The ways to give a template the reasoning of assistants' messages, in the order in which they are tried.
+
+    First as the file gives it, but for a block without its first tag, which gets it, and an empty block, which is left
+    out. Then blocks in a field of their own; then all reasoning as a part of the content, of type `thinking`; then
+    blocks as they are. Raises Rejected where a block of one of the `turns` does not end, or no answer follows it.
+
+    tags: those that the template knows; all others are text. takes_field, takes_parts: whether it knows such.
+    """
+    blocks = _blocks(messages, turns, tags)
+    full = {k: block for k, block in blocks.items() if block.reasoning.strip()}
+    empty = {k: {"content": block.answer.lstrip()} for k, block in blocks.items() if k not in full}
+    begun = {
+        k: {"content": f"{block.tag}\n{content_text(messages[k]).lstrip()}"}
+        for k, block in full.items()
+        if not block.opened
+    }
+    apart = {
+        k: {"content": block.answer.lstrip(), "reasoning_content": block.reasoning.strip()}
+        for k, block in full.items()
+        if not reasoning_text(messages[k])
+    }
+    whole = _changed(messages, {**empty, **begun})
+    yield Reading(whole)
+    if apart and takes_field:
+        yield Reading(_changed(messages, {**empty, **apart}))
+    if takes_parts:
+        in_parts = _thinking_parts(_changed(messages, {**empty, **apart}))
+        if in_parts:
+            yield Reading(_changed(messages, {**empty, **in_parts}))
+    if full:
+        yield Reading(whole, as_given=True)
+    if empty:
+        yield Reading(messages, as_given=True)
+
+
+def _blocks(messages: Sequence[Mapping[str, Any]], turns: Collection[int], tags: Mapping[str, str]) -> dict[int, Block]:
+    """The blocks at the start of assistants' contents that end. Raises Rejected for a turn that is not finished."""
+    blocks = {}
+    for k, given in enumerate(messages):
+        block = block_of(content_text(given), tags) if given["role"] == "assistant" else None
+        if block is None:
+            continue
+        if k in turns and not block.closed:
+            raise Rejected("reasoning_unclosed", f"messages[{k}].content begins with {block.tag}")
+        if k in turns and not block.answer.strip() and not given.get("tool_calls"):
+            where, helps = (
+                f"messages[{k}].content ends with {tags[block.tag]}",
+                "add an answer, or set train: false on it",
+            )
+            raise Rejected("empty_answer", where, helps)
+        if block.closed:
+            blocks[k] = block
+    return blocks
+
+
+def _changed(
+    messages: Sequence[Mapping[str, Any]], changes: Mapping[int, Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+    if not changes:
+        return messages
+    return [{**given, **changes[k]} if k in changes else given for k, given in enumerate(messages)]
+
+
+def _thinking_parts(messages: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """For assistants' messages with a field of reasoning: the content in parts that begin with it."""
+    found: dict[int, dict[str, Any]] = {}
+    for k, given in enumerate(messages):
+        reasoning = reasoning_text(given) if given["role"] == "assistant" else ""
+        if reasoning:
+            text = [{"type": "text", "text": content_text(given)}] if content_text(given) else []
+            found[k] = {name: None for name in REASONING_FIELDS if name in given}
+            found[k]["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
+    return found
 
 
 def opened_by(prompt: str) -> tuple[str, int]:
@@ -97,46 +205,48 @@ def without_leading_tags(text: str) -> str:
     return _TAGS_AT_START.sub("", text, count=1)
 
 
-def reasons_twice(given: Mapping[str, Any], prompt: str, between: str, said: str) -> bool:
-    """Whether a content that begins with a reasoning block is rendered behind another one.
+def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]) -> bool:
+    """Whether a content that begins with a reasoning block is rendered behind another one, or behind its first tag.
 
-    Templates that know reasoning only as a field of its own do that: `<think></think>`, which may end the prompt, and
-    then the content, which begins with `<think>`. No model was meant to generate it. between: what the render has
+    Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has
     between the prompt and the turn's words `said`.
     """
-    if reasoning_text(given) or inline_reasoning(said) is None or inline_reasoning(content_text(given)) is None:
+    if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags) is None:
         return False
     return bool(opened_by(prompt)[0]) or closed_by(prompt) >= 0 or has_tag(between)
 
 
-def with_reasoning(given: Mapping[str, Any], prompt: str, between: str, said: str) -> str | None:
-    """A turn with its reasoning as the model must generate it; the render has `between` and `said` after the prompt.
+def generated_behind_open_tag(prompt: str, between: str, said: str) -> str | None:
+    """A turn whose content begins with the tag with which the prompt ends: the render without the second one.
 
-    Templates made for history leave a turn's reasoning out even where it is the last. What the model must generate is
-    known all the same in two cases: the content itself spells the reasoning block, or the prompt has opened one. None
-    in all others.
+    None where the prompt ends in another tag, or in none.
+    """
+    opened = opened_by(prompt)[0]
+    if not opened or between.strip() or not said.lstrip().startswith(opened):
+        return None
+    words = said.lstrip().removeprefix(opened)
+    return words.lstrip() if prompt[-1:].isspace() else words
+
+
+def generated_as_given(
+    given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]
+) -> str | None:
+    """A turn whose reasoning block no render holds as a model generates it: the template takes it out of the content
+    even where the turn is the last, or puts an empty one before it.
+
+    Such templates are made for history. What the model generates is the content as the file gives it, since it spells
+    the block with its tags, less the tag that the prompt has opened. None where that is not all of the turn: beside
+    tool calls, or where the reasoning has a field of its own, nothing says how a model would spell it.
     """
     content = content_text(given).strip()
-    inline, own, opened = inline_reasoning(content), reasoning_text(given), opened_by(prompt)[0]
-    rest = without_leading_tags(between)  # what a tool call begins with, for example
-    if has_tag(rest):
+    block, opened = block_of(content, tags), opened_by(prompt)[0]
+    if block is None or given.get("tool_calls") or reasoning_text(given) or without_leading_tags(between).strip():
         return None
-    if own:
-        if not opened or (inline is not None and inline_reasoning(said) is None):
-            return None
-        close = _TAGS[opened]
-        return (f"{own.strip()}\n{close}\n\n" if prompt.endswith("\n") else f"{own}{close}") + rest + said
-    if inline is None or (not opened and closed_by(prompt) >= 0):
+    if opened not in ("", block.tag) or (not opened and closed_by(prompt) >= 0):
         return None
-    block = content[: len(content) - len(inline[1].strip())]
-    if inline_reasoning(said) is not None:
-        if block not in said:
-            return None
-        said = said[said.index(block) + len(block) :]
-    answer = (rest + said).lstrip()
+    shown = block_of(said, tags)
+    words = said.lstrip() if shown else content[: len(content) - len(block.answer.strip())] + said.lstrip()
     if not opened:
-        return block + answer
-    if not block.startswith(opened):
-        return None
-    block = block[len(opened) :]
-    return (block.lstrip() if prompt[-1:].isspace() else block) + answer
+        return words
+    words = words.removeprefix(opened)
+    return words.lstrip() if prompt[-1:].isspace() else words

@@ -13,21 +13,21 @@ Codes of rejections and what to do about each: `rejections.ADVICE`.
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.growing_tree import GrowingTree
+from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
-from preceptor.chat.origins import Leaf, leaves_of
+from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import (
-    INLINE_WORDS,
     REASONING_FIELDS,
-    content_text,
     has_reasoning,
-    inline_reasoning,
     opened_by,
-    reasoning_text,
+    readings,
 )
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
@@ -43,8 +43,33 @@ from preceptor.errors import ConfigError, PreceptorError, short
 Targets = Literal["assistant", "last", "all"]
 SpecialTokens = Literal["reject", "plain", "allow"]
 
+# Rejections of turns that the template may render otherwise when it is given an argument.
+_ARGUMENTS_MAY_HELP = (
+    *("reasoning_dropped", "reasoning_twice", "prompt_conflicts"),
+    *("prompt_opens_reasoning", "prompt_closes_reasoning"),
+)
+
 _CHECK_EVERY = 150  # characters of examples for each that is tokenised a second time
 _CHECKED_FIRST = 50_000  # characters that are tokenised a second time at the beginning of a run
+
+
+class Proved(NamedTuple):
+    """A turn and the text of its target; switched: what the thinking switch was set to for it, None if it was not."""
+
+    turn: Turn
+    target: str
+    switched: bool | None
+
+
+class Proof(NamedTuple):
+    """The turns of a conversation as they are proved.
+
+    spelled_out: special tokens are spelled out and must be read as plain text. left_out: as in `Tree`.
+    """
+
+    turns: Sequence[Proved]
+    spelled_out: bool
+    left_out: tuple[str, ...]
 
 
 class Renderer:
@@ -82,8 +107,7 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
-        self._forms: Forms | None = None
-        self._default_is_first: dict[tuple[object, ...], bool] = {}
+        self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -186,67 +210,101 @@ class Renderer:
     # Conversations ---------------------------------------------------------------------------------------------------
 
     def _conversation(self, record: Conversation) -> Tree:
-        chat, attempts, spelled_out = self._prepared(record)
-        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+        turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
             tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
-            switched: dict[int, bool] = {}
-            for k, tried in attempts.items():
-                turn, text, arguments = self._proved(renders, k, tried)
-                if len(tried) > 1 and (value := self.switch.value(arguments)) is not None:
-                    switched[k] = value
+            for turn, text, _ in turns:
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
-                tree.add(context, target, (turn.prompt, text), record.messages[k].weight, num_shared, k)
-            return tree.finish(record.source, self._decode, tuple(switched.items()))
+                weight = record.messages[turn.message].weight
+                tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
+            switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
+            finished = tree.finish(record.source, self._decode, switched)
+            return replace(finished, left_out=missing) if missing else finished
 
-        return self._compared(grow, sum(len(leaf.text) for leaf in chat.leaves), len(attempts))
+        return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
 
     def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        chat, attempts, _ = self._prepared(record)
-        renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
-        return [self._proved(renders, k, tried)[:2] for k, tried in attempts.items()]
+        return [(turn, text) for turn, text, _ in self._proof(record).turns]
 
-    def _prepared(self, record: Conversation) -> tuple[Chat, dict[int, list[Mapping[str, Any]]], bool]:
-        """The conversation up to its last trained turn; of each such turn the template's arguments to try; and whether
-        special tokens are spelled out and must be read as plain text. Raises Rejected."""
-        turns = trainable_turns(record.messages)
+    def _proof(self, record: Conversation) -> Proof:
+        """Raises Rejected."""
+        turns = self._trained(record.messages)
+        messages = record.messages[: turns[-1] + 1]
+        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
+        spelled_out = self._check_messages(messages)
+        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
+            raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
+        arguments = {**self.template_kwargs, **record.template_kwargs}
+        rejected: Rejected | None = None
+        given = [message.given for message in messages]
+        tags, takes_field = self.template.reasoning_tags, self.template.reasoning_field
+        for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
+            fitted = self._forms.fit(reading.messages)
+            chat = Chat(self.template, self._forms, fitted, record.tools, reading.as_given)
+            attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
+            renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+            try:
+                proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
+                missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
+                return Proof(proved, spelled_out, missing)
+            except Rejected as error:
+                rejected = rejected or error
+        assert rejected is not None
+        raise rejected
+
+    def _trained(self, messages: Sequence[Message]) -> list[int]:
+        """The messages that are to be trained. Raises Rejected where there is none, or none can be."""
+        turns = trainable_turns(messages)
         if self.targets == "last":
-            last = max((k for k, message in enumerate(record.messages) if message.role == "assistant"), default=-1)
+            last = max((k for k, message in enumerate(messages) if message.role == "assistant"), default=-1)
             turns = [k for k in turns if k == last]
         if not turns:
             raise Rejected("no_turn", "no message of this conversation is to be trained")
         if turns[0] == 0:
             raise Rejected("no_prompt", "messages[0] is an assistant's")
-        messages = record.messages[: turns[-1] + 1]
-        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
-        leaves = [leaves_of(message.given, k) for k, message in enumerate(messages)]
-        spelled_out = self._check_messages(messages, leaves)
-        given = [self._fit(message.given, f"messages[{k}]") for k, message in enumerate(messages)]
-        for k, (message, fitted) in enumerate(zip(messages, given, strict=True)):
-            if fitted is not message.given:
-                leaves[k] = leaves_of(fitted, k)
-        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
-            raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
-        arguments = {**self.template_kwargs, **record.template_kwargs}
-        attempts = {k: self._attempts(given[k], arguments) for k in turns}
-        return Chat(self.template, given, record.tools, leaves), attempts, spelled_out
+        return turns
 
-    def _proved(
-        self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]
-    ) -> tuple[Turn, str, Mapping[str, Any]]:
-        """Turn k, the text of its target, and the first arguments with which there is one. Raises Rejected."""
+    def _proved(self, renders: Renders, k: int, attempts: Sequence[Mapping[str, Any]]) -> Proved:
+        """Turn k, by the first arguments with which there is a target. Raises Rejected."""
         rejected: Rejected | None = None
         for arguments in attempts:
             try:
-                turn = renders.turn(k, arguments)
-                return turn, target_of(turn, self._stops), arguments
+                return self._proved_with(renders, k, attempts, arguments)
             except Rejected as error:
                 if rejected is None or self.switch.value(arguments) is not None:  # its reason is the better one
                     rejected = error
         assert rejected is not None
+        if rejected.code not in _ARGUMENTS_MAY_HELP:
+            raise rejected
+        settings = [
+            ({name: value}, arguments)
+            for (name, value), arguments in product(self._forms.settings, attempts)
+            if name not in arguments
+        ]
+        for setting, arguments in settings:  # of the turn's render alone: no server needs it
+            with suppress(Rejected):
+                return self._proved_with(renders, k, attempts, arguments, setting)
+        for setting, arguments in settings:
+            with suppress(Rejected):
+                self._proved_with(renders, k, attempts, {**arguments, **setting})
+                rejected = rejected.helped_by(
+                    f"set chat_template_kwargs: {json.dumps(setting)}, with which it is proved"
+                )
+                break
         raise rejected
+
+    def _proved_with(
+        self,
+        renders: Renders,
+        k: int,
+        attempts: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any],
+        more: Mapping[str, Any] | None = None,
+    ) -> Proved:
+        turn = renders.turn(k, arguments, more)
+        return Proved(turn, target_of(turn, self._stops), self.switch.value(arguments) if len(attempts) > 1 else None)
 
     def _tokenised(
         self, turn: Turn, text: str, tokeniser: Tokeniser, path: Path | None
@@ -272,7 +330,9 @@ class Renderer:
             raise Rejected("unknown_token", turn.where)
         return context, target, num_shared
 
-    def _attempts(self, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def _attempts(
+        self, given: Mapping[str, Any], arguments: Mapping[str, Any], as_given: bool
+    ) -> list[Mapping[str, Any]]:
         """The template arguments to try: its thinking switch as it is by default, or set by whether the turn reasons.
 
         Which comes first hangs on the template alone: turns of one kind are not trained now so, now so. A switch that
@@ -281,19 +341,20 @@ class Renderer:
         switch = self.switch
         if not switch.names or switch.value(arguments) is not None:
             return [arguments]
-        both = [arguments, {**arguments, **switch.set_to(has_reasoning(given))}]
-        return both if self._default_first(given) else both[::-1]
+        reasons = has_reasoning(given, self.template.reasoning_tags)
+        both = [arguments, {**arguments, **switch.set_to(reasons)}]
+        return both if self._default_first(given, reasons, as_given) else both[::-1]
 
-    def _default_first(self, given: Mapping[str, Any]) -> bool:
+    def _default_first(self, given: Mapping[str, Any], reasons: bool, as_given: bool) -> bool:
         """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
-        fields = {name: "Recall it." for name in REASONING_FIELDS if reasoning_text({name: given.get(name)})}
-        inline = inline_reasoning(content_text(given)) is not None
-        key = (*fields, inline)
+        fields = tuple([name for name in REASONING_FIELDS if given.get(name)]) if reasons else ()
+        key = (reasons, fields, as_given)
         if key not in self._default_is_first:
-            content = "<think>\nRecall it.\n</think>\n\nIt is so." if inline else "It is so."
-            probe = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": content, **fields}]
-            chat = Chat(self.template, probe, None, [leaves_of(message, k) for k, message in enumerate(probe)])
-            switched = {**self.template_kwargs, **self.switch.set_to(has_reasoning(probe[1]))}
+            content = "<think>\nRecall it.\n</think>\n\nIt is so." if reasons and not fields else "It is so."
+            answer = {"role": "assistant", "content": content, **dict.fromkeys(fields, "Recall it.")}
+            probe: list[Mapping[str, Any]] = [{"role": "user", "content": "Is it so?"}, answer]
+            chat = Chat(self.template, self._forms, self._forms.fit(probe), None, as_given)
+            switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
             proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
             self._default_is_first[key] = proved[0] or not proved[1]
         return self._default_is_first[key]
@@ -306,25 +367,23 @@ class Renderer:
             return False
         return has_reasoning(turn.given) or not opened_by(turn.prompt)[0]
 
-    def _fit(self, given: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The message in a form that the template takes; only tool calls and lists of parts have more than one."""
-        if not given.get("tool_calls") and not isinstance(given.get("content"), list):
-            return given
-        if self._forms is None:
-            self._forms = find_forms(self.template)
-        return self._forms.fit(given, where)
+    @cached_property
+    def _forms(self) -> Forms:
+        """Which forms of messages the template takes, with the arguments of all renders."""
+        template = self.template
+        return find_forms(replace(template, variables={**template.variables, **self.template_kwargs}))
 
     # Checks ----------------------------------------------------------------------------------------------------------
 
-    def _check_messages(self, messages: Sequence[Message], leaves: Sequence[Sequence[Leaf]]) -> bool:
+    def _check_messages(self, messages: Sequence[Message]) -> bool:
         """Whether special tokens are spelled out and must be read as plain text. Raises Rejected where they may not."""
         if self.special_tokens_in_text == "allow":
             return False
-        found = False
+        found, tags = False, self.template.reasoning_tags
         for index, message in enumerate(messages):
-            own = INLINE_WORDS if message.role == "assistant" else ()
+            own = (*tags, *tags.values()) if message.role == "assistant" else ()
             where = f"messages[{index}]"
-            for leaf in leaves[index]:
+            for leaf in leaves_of(message.given, index):
                 if self._special.search(leaf.text) is not None:
                     found = self._check_special(leaf.text, where, own) or found
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet

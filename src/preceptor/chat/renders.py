@@ -9,7 +9,7 @@ byte. Renders of the template are compared with transformers' own: the first of 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
@@ -20,8 +20,9 @@ from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
+from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import Asked, LooksAhead, Written, compiled_one_pass, raised_in_pass, run_once, texts_of
-from preceptor.chat.origins import Leaf, Rendered, map_leaves
+from preceptor.chat.origins import Leaf, Rendered, leaves_of, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
@@ -47,28 +48,29 @@ class Request(NamedTuple):
 class Chat:
     """A conversation as its template sees it.
 
-    messages: in a form that the template takes. leaves: the strings of all messages.
+    messages: in forms that the template takes. leaves: the strings of all messages.
     """
 
     template: Template
+    forms: Forms
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
-    leaves_of_messages: InitVar[Sequence[Sequence[Leaf]]]
+    as_given: bool = False
     leaves: list[Leaf] = field(init=False)
     _seen: list[dict[str, Any]] = field(init=False)
-    _starts: list[int] = field(init=False)
+    starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
-    def __post_init__(self, leaves_of_messages: Sequence[Sequence[Leaf]]) -> None:
+    def __post_init__(self) -> None:
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
-        self.leaves, self._starts = [], [0]
-        for leaves in leaves_of_messages:
-            self.leaves += leaves
-            self._starts.append(len(self.leaves))
+        self.leaves, self.starts = [], [0]
+        for k, message in enumerate(self.messages):
+            self.leaves += leaves_of(message, k)
+            self.starts.append(len(self.leaves))
 
     def own(self, k: int) -> range:
         """The leaves of message k."""
-        return range(self._starts[k], self._starts[k + 1])
+        return range(self.starts[k], self.starts[k + 1])
 
     def arguments(self, request: Request) -> Mapping[str, Any]:
         return self._arguments[request.arguments]
@@ -98,7 +100,7 @@ class Chat:
         """The messages of a request with marks on their strings, or on those of message `only` and the follower."""
         shown = self.shown(request)
         for k in range(request.num_messages) if only is None else (only,):
-            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self._starts[k]))
+            shown[k] = self.template.message_rules.apply(marked_message(self.messages[k], self.starts[k]))
         if request.follower:
             number = self.followers[0]
             shown[-1] = map_leaves(shown[-1], lambda text: Marked.leaf(number, text))
@@ -106,11 +108,11 @@ class Chat:
 
     def _follower(self, request: Request) -> dict[str, Any]:
         if request.follower == "user":
-            return {"role": "user", "content": "And then?"}
+            return dict(self.forms.fit([{"role": "user", "content": "And then?"}])[0])
         call = self.messages[request.num_messages - 1]["tool_calls"][0]
         taken = {"tool_call_id": call.get("id"), "name": call.get("function", call).get("name")}
         names = {name: text for name, text in taken.items() if isinstance(text, str)}
-        return {"role": "tool", "content": "done", **names}
+        return dict(self.forms.fit([{"role": "tool", "content": "done", **names}])[0])
 
 
 class Runs:
@@ -287,13 +289,18 @@ class Renders:
             requests = [request for pair in both for request in pair]
             self._texts = runs.in_one_pass(chat, requests, head_again=len(turns) >= _MANY_TURNS)
 
-    def turn(self, k: int, arguments: Mapping[str, Any]) -> Turn:
-        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages."""
-        chat, runs, key = self._chat, self._runs, self._chat.key(arguments)
-        prompted, with_turn = Request(k, True, key), Request(k + 1, False, key)
+    def turn(self, k: int, arguments: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Turn:
+        """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages.
+
+        more: arguments of the render of the turn, beside those of its prompt.
+        """
+        chat, runs = self._chat, self._runs
+        prompt_key, key = chat.key(arguments), chat.key({**arguments, **(more or {})})
+        prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
         prompt, full = self._text(prompted), self._text(with_turn)
         own = chat.own(k)
         kind = (
+            prompt_key,
             key,
             kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
         )
@@ -304,6 +311,8 @@ class Renders:
         return Turn(
             message=k,
             given=chat.messages[k],
+            tags=chat.template.reasoning_tags,
+            as_given=chat.as_given,
             leaves=chat.leaves,
             own=own,
             prompt=prompt,

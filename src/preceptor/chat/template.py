@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.nodes
-from jinja2 import meta
+from jinja2 import meta, nodes
 
-from preceptor.chat.environment import FixedClock, compiled, parsed, rendered
+from preceptor.chat.environment import FixedClock, compiled, parsed, plain_environment, rendered
 from preceptor.chat.limits import limits
-from preceptor.chat.reasoning import REASONING_FIELDS
+from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
+from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
+
+_MAX_SETTINGS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,24 @@ class Template:
         return self.text if len(self.texts) == 1 else dict(self.texts)
 
     @cached_property
+    def reasoning_tags(self) -> Mapping[str, str]:
+        """The tags around reasoning that the texts know, each with its closing tag: any other is text."""
+        texts = self.texts.values()
+        return {tag: close for tag, close in TAGS.items() if any(tag in text or close in text for text in texts)}
+
+    @cached_property
+    def reasoning_field(self) -> bool:
+        """Whether the texts name a field that holds reasoning."""
+        return any(name in text for text in self.texts.values() for name in REASONING_FIELDS)
+
+    @cached_property
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset().union(*map(names_read_by, self.texts.values()))
 
     @cached_property
     def writes_date(self) -> bool:
-        named = (node for text in self.texts.values() for node in parsed(text).find_all(jinja2.nodes.Name))
+        named = (node for text in self.texts.values() for node in parsed(text).find_all(nodes.Name))
         return any(node.name == "strftime_now" for node in named)
 
     @property
@@ -122,6 +135,17 @@ class Template:
         if not self.writes_date:
             return self
         return replace(self, variables={**self.variables, "strftime_now": FixedClock(date)})
+
+    @cached_property
+    def settings(self) -> tuple[tuple[str, Any], ...]:
+        """The arguments that may change a render, with values: what the texts compare them with, or true and false."""
+        found: dict[tuple[str, Any], None] = {}
+        for name in sorted(
+            self.names_read - RESERVED_ARGUMENTS - self.variables.keys() - plain_environment().globals.keys()
+        ):
+            values = [value for text in self.texts.values() for value in compared_with(text, name)]
+            found |= dict.fromkeys((name, value) for value in values or (True, False))
+        return tuple(found)[:_MAX_SETTINGS]
 
     def render(
         self,
@@ -165,6 +189,23 @@ class Template:
             **self.variables,
             **kwargs,
         }
+
+
+@lru_cache(maxsize=256)
+def compared_with(text: str, name: str) -> tuple[str, ...]:
+    """The strings that a template compares a variable with."""
+    found: dict[str, None] = {}
+    for compare in parsed(text).find_all(nodes.Compare):
+        sides = [compare.expr, *(operand.expr for operand in compare.ops)]
+        if any(isinstance(side, nodes.Name) and side.name == name for side in sides):
+            strings = [
+                const.value
+                for side in sides
+                for const in (side, *side.find_all(nodes.Const))
+                if isinstance(const, nodes.Const)
+            ]
+            found |= dict.fromkeys(value for value in strings if isinstance(value, str))
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)

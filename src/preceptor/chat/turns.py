@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.chat import reasoning
-from preceptor.chat.origins import Leaf, Rendered
+from preceptor.chat.origins import Leaf, Rendered, json_body
 from preceptor.data.rejections import Rejected
 
 
@@ -25,13 +25,16 @@ from preceptor.data.rejections import Rejected
 class Turn:
     """Message `message` of a conversation, an assistant's turn, and its renders.
 
-    leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the turn itself. prompt:
-    P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F with all leaves
-    marked. followed: F with a message after the turn; None where the template rejects that.
+    tags: the reasoning tags that the template knows. as_given: whether the target may be the content as it is
+    (`reasoning.Reading`). leaves: the strings of all messages up to the turn, and maybe later ones; `own`: those of the
+    turn itself. prompt: P. full: F, in which at least the turn's leaves are marked. prompt_marked, full_marked: P and F
+    with all leaves marked. followed: F with a message after the turn; None where the template rejects that.
     """
 
     message: int
     given: Mapping[str, Any]
+    tags: Mapping[str, str]
+    as_given: bool
     leaves: Sequence[Leaf]
     own: range
     prompt: str
@@ -89,10 +92,13 @@ def target_of(turn: Turn, stops: Stops) -> str:
     if set(missing) - {"reasoning_dropped"}:
         raise Rejected(next(code for code in missing if code != "reasoning_dropped"), turn.where)
     between, said = text[start:first], text[first:last]
-    if missing or reasoning.reasons_twice(turn.given, turn.prompt, between, said):
-        generated = reasoning.with_reasoning(turn.given, turn.prompt, between, said)
+    twice = reasoning.begins_twice(turn.given, turn.prompt, between, said, turn.tags)
+    if missing or twice:
+        generated = reasoning.generated_behind_open_tag(turn.prompt, between, said) if twice else None
+        if generated is None and turn.as_given:
+            generated = reasoning.generated_as_given(turn.given, turn.prompt, between, said, turn.tags)
         if generated is None:
-            raise Rejected("reasoning_dropped", turn.where)
+            raise Rejected("reasoning_twice" if twice else "reasoning_dropped", turn.where)
         return generated + closing
     target = text[start:last] + closing
     if reasoning.opened_by(turn.prompt)[0] and not reasoning.closes(target):
@@ -107,7 +113,7 @@ def _start(turn: Turn, text: str, first: int) -> int:
     """The start of the target in F, whose first character from the turn stands at `first`. Raises Rejected."""
     if text.startswith(turn.prompt):
         return len(turn.prompt)
-    reasons = reasoning.has_reasoning(turn.given)
+    reasons = reasoning.has_reasoning(turn.given, turn.tags)
     start = _after(turn.prompt, text, 0, first, reasons)
     if start is None:
         earlier = range(turn.own.start)
@@ -139,8 +145,10 @@ def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -
     if text.startswith(opening, from_here):
         return from_here + len(opening)
     head = text[from_here:first]
-    if head.rstrip() == opening.rstrip():
-        return first
+    if (
+        head.split() == opening.split()
+    ):  # a server's prompt ends as it ends: white space before the first word is its own
+        return first if opening[-1:].isspace() else from_here + len(head.rstrip())
     block = reasoning.opened_by(opening)[1] if reasons else reasoning.closed_by(opening)
     if block < 0:
         return None
@@ -196,7 +204,7 @@ def missing_fields(turn: Turn, target: str) -> list[str]:
     for index in turn.own:
         leaf, spelled = turn.leaves[index], turn.full.spelled(index)
         if leaf.path[0] == "content":
-            missing.append(_content_problem(leaf.text, spelled))
+            missing.append(_content_problem(leaf.text, spelled, turn.tags))
         elif leaf.path[0] in reasoning.REASONING_FIELDS:
             missing.append(None if _spells(spelled, leaf.text) else "reasoning_dropped")
         elif leaf.path[0] == "tool_calls":
@@ -208,18 +216,23 @@ def missing_fields(turn: Turn, target: str) -> list[str]:
     return [code for code in missing if code]
 
 
-def _spells(spelled: str, text: str) -> bool:
-    return spelled == text or spelled.strip() == text.strip()
+def _spells(spelled: str, *forms: str) -> bool:
+    """Whether it is one of the forms, without the white space around it, once or, as a name may be, several times."""
+    spelled = spelled.strip()
+    for form in (form.strip() for form in forms):
+        if spelled == form or (form and spelled.startswith(form) and not spelled.replace(form, "").strip()):
+            return True
+    return False
 
 
-def _content_problem(text: str, spelled: str) -> str | None:
+def _content_problem(text: str, spelled: str, tags: Mapping[str, str]) -> str | None:
     if _spells(spelled, text):
         return None
-    inline = reasoning.inline_reasoning(text)
-    if inline is not None:
-        if "".join(spelled.split()) == "".join((inline[0] + inline[1]).split()):
+    block = reasoning.block_of(text, tags)
+    if block is not None:
+        if "".join(spelled.split()) == "".join((block.reasoning + block.answer).split()):
             return None
-        if spelled.strip() == inline[1].strip():
+        if spelled.strip() == block.answer.strip():
             return "reasoning_dropped"
     return "content_changed" if spelled.strip() else "content_dropped"
 
@@ -229,19 +242,22 @@ def _call_problem(leaf: Leaf, spelled: str) -> str | None:
     path = leaf.path[3:] if leaf.path[2:3] == ("function",) else leaf.path[2:]
     if not path or path[0] not in ("name", "arguments"):
         return None  # an id, or what no template is asked to render
-    if _spells(spelled, leaf.text) or (path != ("arguments",) and spelled in _json_forms(leaf.text)):
+    forms = _forms_in_text(leaf.text) if path != ("arguments",) else ()
+    if _spells(spelled, leaf.text, *forms):
         return None
     return "content_changed" if spelled.strip() else "tool_call_dropped"
 
 
-def _json_forms(text: str) -> tuple[str, str]:
-    return json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
+def _forms_in_text(text: str) -> tuple[str, ...]:
+    """A string inside arguments as JSON spells it, or Python."""
+    return json_body(text, ensure_ascii=True), json_body(text, ensure_ascii=False), repr(text)[1:-1]
 
 
 def _shows(value: Any, target: str) -> bool:
     """Whether names and plain values of a call's arguments stand in the target (its strings are proved by origin)."""
     if isinstance(value, Mapping):
-        return all((key in target or _json_forms(key)[1] in target) and _shows(v, target) for key, v in value.items())
+        forms = [(key, json_body(key, ensure_ascii=False)) for key in value]
+        return all(any(f in target for f in form) for form in forms) and all(_shows(v, target) for v in value.values())
     if isinstance(value, list):
         return all(_shows(item, target) for item in value)
     if value is None or isinstance(value, str):

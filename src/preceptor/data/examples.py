@@ -5,6 +5,7 @@ prompt and what must follow it, as plain strings) or a `Document` (plain text, e
 its `source`, "file:line". What cannot be trained is a `Rejection` with a reason code and a sentence.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,12 +55,14 @@ class Message:
 
     @property
     def content(self) -> str:
-        """The message's text; "" where there is none, and the text parts joined where content is a list of parts."""
+        """The message's text; "" where there is none, parts joined, a tool's result that is an object as JSON."""
         content = self.given.get("content")
         if content is None:
             return ""
         if isinstance(content, str):
             return content
+        if isinstance(content, Mapping):
+            return json.dumps(content, ensure_ascii=False)
         return "".join(part["text"] for part in content)
 
     @property
@@ -131,9 +134,10 @@ def read_message(raw: object, where: str) -> Message | str:
 
 
 def _problem(raw: Mapping[str, Any], where: str) -> str | None:
-    """What is wrong with the fields that say something, as "code: sentence"."""
+    """What is wrong with the fields that say something, as "code: sentence". A tool's result may be an object."""
     for key in ("content", "reasoning_content"):
-        problem = _text_problem(raw.get(key), f"{where}.{key}")
+        is_result = key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict)
+        problem = None if is_result else _text_problem(raw.get(key), f"{where}.{key}")
         if problem:
             return problem
     calls = raw.get("tool_calls")

@@ -44,12 +44,14 @@ class Segment:
 class Tree:
     """The segments of one example, parents before children, children in the order of the messages.
 
-    switched: the messages for whose turn the template's thinking switch was set, each with its value.
+    switched: the messages for whose turn the template's thinking switch was set, each with its value. left_out: kinds
+    of messages, and tools, that the template leaves out of the contexts.
     """
 
     source: str
     segments: tuple[Segment, ...]
     switched: tuple[tuple[int, bool], ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:

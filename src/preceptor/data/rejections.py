@@ -45,6 +45,8 @@ ADVICE: dict[str, str] = {
     "unknown_token": "the vocabulary has no token for some of the text: use a tokenizer that covers it, or change it",
     "text_too_large": "a tokenizer would take more than a gigabyte of memory for it: split the text",
     "nothing_to_predict": "an example needs at least two tokens, one to read and one to predict",
+    "reasoning_unclosed": "the reasoning does not end, so there is no answer to learn: complete the turn, or set "
+    "train: false on it",
     # the template and the messages
     "no_template": "the data began with plain text and the model has no chat template, so none was set: set "
     "data.chat_template",
@@ -62,6 +64,8 @@ ADVICE: dict[str, str] = {
     "write it as the template would, or choose another template",
     "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, "
     "remove it, or choose a template that renders it (chatml does)",
+    "reasoning_twice": "the template puts a reasoning block of its own before that of the content, and leaves "
+    "reasoning_content out: remove the block, or choose another template",
     "tool_call_dropped": "the template leaves tool calls, or a part of them, out; choose a template that renders them "
     "(chatml does)",
     # where the turn starts
@@ -93,10 +97,14 @@ def check_codes(allowed: Iterable[str]) -> None:
 class Rejected(Exception):
     """Raised while an example is rendered, with a code of ADVICE and what was found; becomes a Rejection."""
 
-    def __init__(self, code: str, found: str) -> None:
-        assert code in ADVICE, code
-        super().__init__(f"{found}: {ADVICE[code]}")
-        self.code = code
+    def __init__(self, code: str, found: str, helps: str = "") -> None:
+        """helps: what is known to help here, said instead of what helps in general."""
+        assert code in (CODES if helps else ADVICE), code
+        super().__init__(f"{found}: {helps or ADVICE[code]}")
+        self.code, self.found = code, found
+
+    def helped_by(self, helps: str) -> "Rejected":
+        return Rejected(self.code, self.found, helps)
 
 
 @dataclass(slots=True)

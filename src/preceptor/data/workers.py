@@ -205,7 +205,7 @@ def packed(outcomes: Sequence[Tree | Rejection]) -> Packed:
             for segment in outcome.segments:
                 ids.extend(segment.ids)
             about = [(s.kind, len(s.ids), s.parent, s.text, s.weight, s.message) for s in outcome.segments]
-            rest.append((outcome.source, about, outcome.switched))
+            rest.append((outcome.source, about, outcome.switched, outcome.left_out))
         else:
             rest.append(outcome)
     return ids.tobytes(), rest
@@ -226,7 +226,7 @@ def unpacked(sent: Packed) -> Outcomes:
             ids_of_one = tuple(all_ids[at : at + length])
             segments.append(Segment(kind, ids_of_one, parent, text, weight, message=message))
             at += length
-        outcomes.append(Tree(item[0], tuple(segments), item[2]))
+        outcomes.append(Tree(item[0], tuple(segments), item[2], item[3]))
     return outcomes
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from preceptor import config
 from preceptor.chat.format import load_chat_format
+from preceptor.chat.left_out import LeftOut, left_out_lines
 from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines
 from preceptor.console import example_progress
 from preceptor.data.dataset import num_sample_tokens, read_trees
@@ -93,6 +94,7 @@ class Check:
     tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
+    left_out: LeftOut = field(default_factory=LeftOut)
     arguments: TrainedArguments = field(default_factory=lambda: TrainedArguments(Switch(), {}))
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
@@ -117,6 +119,7 @@ class Check:
             if part == "train":
                 self.count_tree(tree, whole)
                 self.arguments.add(example, tree)
+                self.left_out.add(tree)
         assert not isinstance(entry.example, Rejection)
         (self.train if part == "train" else self.held_out).add(entry.example)
 
@@ -183,6 +186,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "allowed_but_never_seen": found.rejections.never_seen,
         "files": [{**asdict(table), "formats": dict(table.formats.most_common())} for table in found.tables.values()],
         "shortened": asdict(found.shortened),
+        "left_out": found.left_out.to_json(),
         "thinking": found.arguments.to_json(),
         "template_defaults": found.arguments.defaults(),
         "num_tokens": num_tokens,
@@ -296,6 +300,7 @@ def _tokens(found: dict[str, Any]) -> str:
     )
     more = [*str(Shortened(**found["shortened"])).splitlines()]
     more += arguments_lines(found["thinking"], found["template_defaults"])
+    more += left_out_lines(found["left_out"])
     return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *[f"  {line}" for line in more]])
 
 

@@ -40,7 +40,7 @@ class Outcome:
 
 def outcome(probe: Probe, tree: Tree | Rejection, template: Template) -> Outcome:
     """template: with the renderer's arguments among its variables."""
-    left_out = tuple(_left_out(probe, template))
+    left_out = tree.left_out if isinstance(tree, Tree) else tuple(_left_out(probe, template))
     if isinstance(tree, Rejection):
         return Outcome(probe.kind, False, left_out=left_out, code=tree.code, message=tree.message)
     chain = all(segment.parent == (index - 1 if index else None) for index, segment in enumerate(tree.segments))

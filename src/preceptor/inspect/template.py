@@ -66,7 +66,7 @@ class Abilities:
     tools_shown: bool
     tool_template: bool
     arguments: Literal["object", "string", "both", "neither"]
-    text_parts: bool
+    text_parts: tuple[str, ...]  # the roles whose content may be a list of text parts
     outcomes: tuple[Outcome, ...]
 
 
@@ -95,7 +95,7 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
         tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
         tool_template="tool_use" in template.texts and len(template.texts) > 1,
         arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
-        text_parts=forms.text_parts,
+        text_parts=tuple(sorted(forms.parts)),
         outcomes=tuple(outcome(probe, trees[probe.kind], template) for probe in PROBES),
     )
 
@@ -305,7 +305,8 @@ def _tools(found: dict[str, Any]) -> Iterator[str]:
     shown = f"shown to the model{named}" if found["tools_shown"] else "LEFT OUT: the model never sees them"
     yield f"tools offered: {shown}"
     yield f"tool calls: {_ARGUMENTS[found['arguments']]}"
-    yield f"content as a list of text parts: {'supported' if found['text_parts'] else 'not supported'}"
+    roles = ", ".join(found["text_parts"])
+    yield f"content as a list of text parts: {f'taken ({roles})' if roles else 'joined to one string, as servers do'}"
 
 
 def _history(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

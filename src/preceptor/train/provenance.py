@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -33,6 +34,7 @@ PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets nu
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
 EXAMPLE_SEGMENTS = 40
 NUM_BINS = 30
+MOST_PROMPTS = 3  # system prompts that are recorded
 
 
 def write_start(folder: Path, prepared: Prepared, amounts: Mapping[str, Any]) -> None:
@@ -144,6 +146,11 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
         "thinking": prepared.arguments.to_json(),
+        "left_out": prepared.left_out.to_json(),
+        "system_prompts": {
+            "num_conversations": sum(prepared.system_prompts.values()),
+            "most_common": Counter(prepared.system_prompts).most_common(MOST_PROMPTS),
+        },
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
         "steps_per_epoch": loader.steps_per_epoch,

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from preceptor import config
+from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
@@ -257,9 +258,10 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
+    lines += left_out_lines(prepared.left_out.to_json())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
-    lines += _model_lines(prepared, model)
+    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

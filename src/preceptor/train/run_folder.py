@@ -142,7 +142,9 @@ class RunFolder:
         data = read_json(self.path / "data.json")
         summary = {
             **{
-                key: value for key, value in data.items() if key not in ("formats", "thinking", "lengths", "new_tokens")
+                key: value
+                for key, value in data.items()
+                if key not in ("formats", "thinking", "left_out", "lengths", "new_tokens")
             },
             "num_steps": steps[-1]["step"] if steps else 0,
             "held_out": evaluations[-1] if evaluations else {},
