@@ -227,7 +227,7 @@ def test_commands_say_what_is_trained_before_it_is(rows, expected, opening, run_
     base = write_base(tmp_path / "base", template=SWITCHED)
     file = run_file(rows, model__path=str(base), data__chat_template=None, train__duration="1 steps")
     for command in ("check", "show", "train"):
-        with mock.patch("preceptor.train.run.write_report"):
+        with mock.patch("preceptor.train.finish.write_report"):
             code, out, err = preceptor(command, file)
         printed = " ".join(out.split())
         assert code == 0, err

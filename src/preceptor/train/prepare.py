@@ -76,9 +76,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         replay = [([tree for _, tree in reader.read(source)], source.source) for source in sources["replay"]]
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     _require_few_rejected(counts, reader.num_examples, run.data.max_rejected)
-    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
-    if not trees:
-        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed), str(counts))
     _require_rows(chat, trees)
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
@@ -164,10 +162,12 @@ def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_reject
         )
 
 
-def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree]) -> list[Tree]:
-    """The trees of an epoch, weighed, with those that are replayed."""
+def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree], rejected: str) -> list[Tree]:
+    """The trees of an epoch, weighed, with those that are replayed. Raises DataError if there are none."""
     trees = [weigh(tree, run.loss.reduction) for tree in tuning]
-    if trees and run.replay is not None:
+    if not trees:
+        raise DataError(f"data.train: no example is left to train; {rejected or 'weight too small'}")
+    if run.replay is not None:
         weighed = [weigh(tree, run.loss.reduction) for tree in replay]
         trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
     return trees
