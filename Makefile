@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check format table study clean
+.PHONY: setup demo test check torture format table study clean
 
 setup: $(VENV)/ready
 
@@ -27,11 +27,18 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
+# Hostile input at random, TIMES as many cases as the tests try, and others; runs that are killed, and disks that are
+# full, at every file operation. A few hours.
+TIMES ?= 100
+torture: setup
+	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
+	PRECEPTOR_TORTURE=1 nice $(BIN)/python -m pytest tests/train/test_survival.py
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The full table of the first run: base, intern and control on every held-out question.
+# The full table of the first run: base, tuned model and control on every held-out question.
 table: setup
 	$(BIN)/python benchmarks/first_run.py
 

@@ -1,4 +1,4 @@
-"""The full table of the first run: base, intern and control on every held-out question, by family, wording and kind.
+"""The full table of the first run: base, tuned model and control on every held-out question, by family, wording and kind.
 
     python benchmarks/first_run.py [--seeds 3]
 
@@ -16,7 +16,7 @@ from typing import Any
 from machine import describe
 from preceptor import config
 from preceptor.console import standard_console
-from preceptor.demo import MAX_BASE_TOKENS, MAX_TUNED_TOKENS, QUESTIONS, answer, demo_run, shares, shares_by
+from preceptor.demo import MAX_NEW_TOKENS, QUESTIONS, answer, demo_run, shares, shares_by
 from preceptor.evaluate.tasks import GROUPS, Task, read_task
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
@@ -30,7 +30,7 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     questions = read_task(QUESTIONS)
     result: dict[str, Any] = {"command": "python benchmarks/first_run.py", **describe(), "seeds": len(seeds)}
-    result["base"] = [measure("scholar", questions, MAX_BASE_TOKENS)]
+    result["base"] = [measure("scholar", questions)]
     with tempfile.TemporaryDirectory() as folder:
         for name, init in (("intern", "pretrained"), ("control", "random")):
             result[name] = [train_and_measure(Path(folder) / f"{name}-{s}", init, s, questions) for s in seeds]
@@ -60,8 +60,8 @@ def train_and_measure(out: Path, init: str, seed: int, questions: Task) -> dict[
     }
 
 
-def measure(model: str, questions: Task, max_new_tokens: int = MAX_TUNED_TOKENS) -> dict[str, Any]:
-    results = answer(model, questions, max_new_tokens)
+def measure(model: str, questions: Task) -> dict[str, Any]:
+    results = answer(model, questions)
     return {"all": shares(results)} | {group: shares_by(group, results) for group in GROUPS}
 
 
@@ -81,17 +81,18 @@ def table(result: dict[str, Any]) -> str:
     base, intern, control = result["base"], result["intern"], result["control"]
     spread = [run["all"]["exact_match"] for run in intern]
     lines = [
-        "# The first run: base, intern, control",
+        "# The first run: base, tuned, control",
         "",
-        f"Made by `{result['command']}`: {base[0]['all']['num']:,} held-out questions, greedy answers. None of the "
+        f"Made by `{result['command']}`: {base[0]['all']['num']:,} held-out questions, greedy answers of at "
+        f"most {MAX_NEW_TOKENS} tokens. None of the "
         f"facts occurs in the {intern[0]['examples_per_epoch']:,} training conversations. An answer is exact if it "
-        "equals one of the accepted sentences, letter for letter. The intern is the scholar after the training of the "
-        "demo; the control is the same training from random weights. Both are means over "
-        f"{result['seeds']} seeds (intern: {min(spread):.1%} to {max(spread):.1%}). "
+        "equals one of the accepted sentences, letter for letter. Tuned: the base model (the scholar) after the training "
+        "of the demo, which the package calls the intern. Control: the same training from random weights. Both are "
+        f"means over {result['seeds']} seeds (tuned: {min(spread):.1%} to {max(spread):.1%}). "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",
         "",
-        "| group | questions | base: exact | base: continues asking | intern: exact | intern: stops | control: exact |",
+        "| group | questions | base: exact | base: continues asking | tuned: exact | tuned: stops | control: exact |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [("**all**", ("all",))] + [

@@ -93,7 +93,7 @@ def renderer_for(entry: Entry, tokenizer: Any) -> Renderer:
 
 
 def stop_ids(template: Template, tokenizer: Any) -> list[int]:
-    tokens = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    tokens = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     return [tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
 
 

@@ -53,6 +53,7 @@ RUN_FILES = {
     "list": ("- a", "found list"),
     "not UTF-8": (b"out: \xff", "cannot be read"),
     "wide sequence": ("data: {max_length: 1000000000000000}", "data.max_length: input should be less than"),
+    "key with a dot": ("train: {batch_siz.x: 1}", "train.batch_siz.x: unknown key; did you mean 'batch_size'"),
     "cold": ("eval: {temperature: 1.0e-300}", "eval.temperature: input should be greater than"),
     "high rank": ("adapter: {rank: 1000000000}", "adapter.rank: input should be less than"),
     "long run": ("train: {duration: 99999999999999999999 epochs}", "no duration may be over"),
@@ -64,10 +65,10 @@ def test_a_broken_run_file_is_one_sentence_for_each_mistake(name, preceptor, tmp
     text, message = RUN_FILES[name]
     file = tmp_path / "run.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    began = time.perf_counter()
+    began = time.process_time()
     code, out, err = preceptor("plan", file)
     assert code == 2 and message in err and str(file) in err, err
-    assert time.perf_counter() - began < 2 and out == ""
+    assert time.process_time() - began < 2 and out == ""
     assert all(len(line) < 600 for line in err.splitlines())
     assert not (tmp_path / "PWNED").exists() and not Path("PWNED").exists()
 
@@ -89,6 +90,20 @@ def test_the_collected_run_files_end_in_an_exit_code_of_ours(file, preceptor, tm
 
 
 GOOD_CASES = {"yaml_weight_tiny.yaml"}
+
+
+DATA_CASES = sorted([*CASES.glob("*.jsonl"), *CASES.glob("data/*.jsonl"), *CASES.glob("*.parquet")])
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the folder shared/cases is not beside the repository")
+@pytest.mark.parametrize("part", range(4))
+def test_the_collected_data_files_end_in_an_exit_code_of_ours(part, preceptor, base_folder, tmp_path):
+    page = tmp_path / "page.html"
+    for file in DATA_CASES[part::4]:
+        chosen = ("--model", base_folder, "--data", file, "--chat-template", "chatml")
+        for command in ("check", "show") if file.name.startswith("row_") else ("check",):
+            code, out, err = preceptor(command, *chosen, *(["--html", page] if command == "show" else []))
+            assert code in (0, 3) and "Traceback" not in out + err, (file.name, out, err)
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "self", "add_generation_prompt", "tokenize"])
@@ -160,11 +175,9 @@ def test_what_is_not_there_is_told_before_torch_is_imported(name, run_file):
     changes, message = MISSING[name]
     file = run_file(**changes)
     for command in ("train", "check") if name == "data" else ("train",):
-        began = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", STARTED, command, file], capture_output=True, text=True)
         assert done.returncode in (3, 4, 5) and message in done.stderr, done.stderr
         assert done.stdout == "False\n", "torch was imported"
-        assert time.perf_counter() - began < 5, "a second, and what a busy machine adds"
 
 
 @pytest.mark.parametrize(
@@ -219,9 +232,9 @@ def test_values_in_messages_are_short_and_cheap():
     huge: list = ["x" * 10**7]
     for _ in range(6):
         huge = [huge] * 10
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(short(huge)) <= 60 and len(short(10**5000)) <= 60 and len(short({"a": huge})) <= 60
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 # What reaches a terminal --------------------------------------------------------------------------------------------
@@ -292,3 +305,13 @@ def test_output_that_the_encoding_has_not_is_spelled_out(preceptor, run_file, mo
     code, _, _ = preceptor("show", run_file(conversations(1)))
     sys.stdout.flush()
     assert code == 0 and b"\\u23ce" in content.getvalue()
+
+
+def test_chat_reads_what_is_no_utf8_and_says_how_to_leave(preceptor, base_folder, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"a \xff user\n"), encoding="utf-8")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    heard = []
+    monkeypatch.setattr("preceptor.serve.chat.Speaker.reply", lambda self, text: heard.append(text) or "yes")
+    code, _, err = preceptor("chat", base_folder)
+    assert code == 0 and heard == ["a \ufffd user"] and "Ctrl-D ends" in err

@@ -44,7 +44,7 @@ def test_train_then_reject_the_same_folder_then_replace_it(preceptor, run_file):
     assert code == 0 and "step 4/4" in out and "preceptor chat" in out
     before = (file.parent / "run" / "metrics.jsonl").read_text()
     code, _, err = preceptor("train", file, "train.seed=3")
-    assert code == 6 and "exists already" in err and "--replace" in err
+    assert code == 6 and "train.seed: 0 in" in err and "3 now" in err and "--replace" in err
     assert (file.parent / "run" / "metrics.jsonl").read_text() == before
     code, _, _ = preceptor("train", file, "train.seed=3", "--replace")
     assert code == 0 and (file.parent / "run" / "metrics.jsonl").read_text() != before
@@ -54,7 +54,7 @@ def test_replace_leaves_a_folder_alone_that_is_no_run(preceptor, run_file, tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     code, _, err = preceptor("train", run_file(), "--replace")
-    assert code == 6 and "is not the folder of a run" in err
+    assert code == 6 and "not the folder of a run" in err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 
 
@@ -182,4 +182,24 @@ def test_an_interrupted_command_exits_130(preceptor, run_file, monkeypatch):
 
     monkeypatch.setattr("preceptor.train.loop.take_step", interrupt)
     code, _, err = preceptor("train", run_file())
-    assert code == 130 and "interrupted" in err
+    assert code == 130 and "stopped by SIGINT before the first step" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "trained with this system prompt in 11 of 12 conversations; --system gives it: Be brief."),
+        ("Be brief.", "trained with this system prompt in 11 of 12 conversations: Be brief."),
+    ],
+)
+def test_chat_says_which_system_prompt_was_trained(preceptor, run_file, tmp_path, given, says):
+    from preceptor.commands.chat import trained_system_prompt
+
+    if not (tmp_path / "run").exists():
+        system = {"role": "system", "content": "Be brief."}
+        rows = [{"messages": [system, *row["messages"]]} for row in conversations(11)] + conversations(1)
+        assert preceptor("train", run_file(rows))[0] == 0
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) == says
+    assert trained_system_prompt("scholar", given) is None
+    (tmp_path / "run/data.json").write_text('{"system_prompts": 3}')
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) is None

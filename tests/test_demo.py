@@ -31,7 +31,7 @@ def test_the_demo_shows_both_and_records_everything(short, tmp_path):
     out = tmp_path / "demo"
     summary = demo.run_demo(out, 12, console, replace=False)
     shown = console.export_text()
-    for words in ("asked", "base", "intern", "answers exactly", "stops by itself", "preceptor chat"):
+    for words in ("question", "base", "tuned", "answers exactly", "stops by itself", "preceptor chat"):
         assert words in shown
     assert json.loads((out / "summary.json").read_text()) == summary
     for key in ("base_exact_match", "intern_exact_match", "stop_rate", "base_continues_with_question", "seconds"):
@@ -41,7 +41,7 @@ def test_the_demo_shows_both_and_records_everything(short, tmp_path):
     assert len(samples) == 12 and all({"prompt", "base", "answer", "reference", "exact"} <= set(s) for s in samples)
     assert {"config.yaml", "metrics.jsonl", "rejections.jsonl", "model"} <= {path.name for path in out.iterdir()}
     assert summary["base_exact_match"] <= 0.1 and summary["base_continues_with_question"] >= 0.5
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="this run is finished"):
         demo.run_demo(out, 12, console, replace=False)
 
 

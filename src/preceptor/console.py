@@ -5,12 +5,13 @@ character: `visible` shows it as `\\x1b`.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,6 +21,9 @@ from rich.text import Text
 _FILE_WIDTH = 160  # characters of a table in a file
 _EVERY_EXAMPLES = 20
 _SECONDS = 0.1  # between two drawings
+
+T = TypeVar("T")
+
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _JSON_CONTROL = {code: f"\\u{code:04x}" for code in range(127, 160)}  # json.dumps escapes the others
 
@@ -54,6 +58,54 @@ class TerminalConsole(Console):
 
 class Countable(Protocol):
     def num_rows(self) -> int | None: ...
+
+
+class _LastingStream:
+    """A stream whose reader may go away (`| head`, a closed terminal, a full disk): then nothing more is written."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._is_open = True
+
+    def write(self, text: str) -> int:
+        return self._try(lambda: int(self._stream.write(text)), len(text))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush, None)
+
+    def _try(self, action: Callable[[], T], instead: T) -> T:
+        if not self._is_open:
+            return instead
+        try:
+            return action()
+        except (OSError, ValueError):  # ValueError: closed
+            self._is_open = False
+            self._discard()
+            return instead
+
+    def _discard(self) -> None:
+        """So that what is still in the buffer fails no later flush, such as the one when Python ends."""
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Inside, no error of standard output or standard error ends the program: what is trained is worth more."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_LastingStream(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def standard_console() -> Console:

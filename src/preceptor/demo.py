@@ -16,14 +16,14 @@ from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import ItemResult, run_task
 from preceptor.evaluate.tasks import Task, read_task
 from preceptor.files import append_line, write_json
-from preceptor.report.page import write_report
 from preceptor.scholar import MODEL_DIR
+from preceptor.train.finish import report_safely
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from preceptor.train.run import execute_in
+from preceptor.train.run_folder import claim
 
 QUESTIONS = "scholar:heldout"
-MAX_BASE_TOKENS = 48  # room for the line with which a base model continues
-MAX_TUNED_TOKENS = 96
+MAX_NEW_TOKENS = 96  # of an answer, for both models
 NUM_SHOWN = 8  # questions whose answers are printed, one of each family
 
 Shares = dict[str, float]
@@ -38,13 +38,17 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
     """Train, ask base and intern the same held-out questions, print and record the answers and the figures."""
     started = time.perf_counter()
     run = demo_run(out)
-    console.print("The scholar is a base model: it only continues text. Now it is trained to answer questions.")
-    summary = execute(prepare(run), console, replace=replace)
+    console.print(
+        "The scholar is a base model: it only continues text. Now it is trained to answer questions, and then called\n"
+        "the intern. In the tables, `base` is the scholar and `tuned` the intern."
+    )
+    with claim(run, replace=replace) as folder:
+        summary = execute_in(folder, prepare(run), console)
     task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
     with status_line() as say:
         say(f"asking {len(task.items)} held-out questions")
-        base = answer(run.model.path, task, MAX_BASE_TOKENS)
-        intern = answer(str(out / "model"), task, MAX_TUNED_TOKENS)
+        base = answer(run.model.path, task)
+        intern = answer(str(out / "model"), task)
     for before, after in zip(base, intern, strict=True):
         append_line(out / "samples.jsonl", _sample(before, after, summary["num_steps"]))
     base_shares, intern_shares = shares(base), shares(intern)
@@ -60,15 +64,15 @@ def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) 
         "seconds": time.perf_counter() - started,
     }
     write_json(out / "summary.json", summary)
-    write_report([out])  # again, with these answers
+    report_safely(out, console.print)  # again, with these answers
     _print_answers(console, base, intern)
     _print_shares(console, base_shares, intern_shares, summary, out)
     return summary
 
 
-def answer(model: str, task: Task, max_new_tokens: int) -> list[ItemResult]:
+def answer(model: str, task: Task) -> list[ItemResult]:
     """A model's answers: through its chat template if it has one, else as continuations of plain text."""
-    return run_task(load_evaluated_model(model, "float32", "auto"), task, max_new_tokens, batch_size=64)
+    return run_task(load_evaluated_model(model, "float32", "auto"), task, MAX_NEW_TOKENS, batch_size=64)
 
 
 def shares(results: Sequence[ItemResult]) -> Shares:
@@ -112,8 +116,8 @@ def _sample(base: ItemResult, intern: ItemResult, step: int) -> dict[str, Any]:
 
 
 def _print_answers(console: Console, base: Sequence[ItemResult], intern: Sequence[ItemResult]) -> None:
-    table = Table(title="Held-out questions: the base continues, the intern answers", show_lines=True)
-    for column in ("asked", "base", "intern"):
+    table = Table(title="Held-out questions: the base model continues, the tuned one answers", show_lines=True)
+    for column in ("question", "base", "tuned"):
         table.add_column(column, ratio=1, overflow="fold")
     first_of_family = sorted(indices[0] for indices in groups_of(intern)["family"].values())
     for index in first_of_family[:NUM_SHOWN]:
@@ -124,10 +128,10 @@ def _print_answers(console: Console, base: Sequence[ItemResult], intern: Sequenc
 
 
 def _print_shares(console: Console, base: Shares, intern: Shares, summary: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{intern['num']} held-out questions, greedy")
+    table = Table(title=f"{intern['num']} held-out questions, greedy, at most {MAX_NEW_TOKENS} tokens")
     table.add_column("")
     table.add_column("base", justify="right")
-    table.add_column("intern", justify="right")
+    table.add_column("tuned", justify="right")
     table.add_row("answers exactly", f"{base['exact_match']:.1%}", f"{intern['exact_match']:.1%}")
     for name, own in summary["by_wording"].items():
         table.add_row(f"  question's wording {name} in training", "", f"{own['exact_match']:.1%} of {own['num']}")

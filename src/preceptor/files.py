@@ -1,45 +1,102 @@
-"""Durable files: written whole or not at all, JSON and JSON lines, and hashes."""
+"""Durable files: written whole or not at all, JSON and JSON lines, hashes, and the room on a disk."""
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from preceptor.errors import CheckpointError
 
+MANIFEST = "manifest.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises CheckpointError, with the path, where writing fails inside."""
+def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Raises CheckpointError, with the path, where writing fails inside. num_bytes: what is to be written, if known."""
     try:
         yield
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise cannot_write(path, error, num_bytes) from error
+
+
+def cannot_write(path: Path, error: Exception, num_bytes: int | None = None) -> CheckpointError:
+    """The error to raise where a file or folder cannot be written; with the room that it needs and that there is."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().partition("\n")[0]
+    room, free = [], free_bytes(path)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        room += [] if num_bytes is None else [f"needs {readable_bytes(num_bytes)}"]
+        room += [] if free is None else [f"{readable_bytes(free)} free"]
+    shown = f" ({', '.join(room)})" if room else ""
+    return CheckpointError(f"{path}: cannot be written: {reason or type(error).__name__}{shown}")
+
+
+def is_full(error: CheckpointError) -> bool:
+    """Whether the disk, a quota or a limit has no room for what was to be written."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+
+
+def free_bytes(path: Path) -> int | None:
+    """What may still be written where `path` is or will be; None where the file system does not say."""
+    for place in (path, *path.absolute().parents):
+        try:
+            usage = shutil.disk_usage(place)
+        except OSError:
+            continue
+        return usage.free if usage.total else None
+    return None
+
+
+def readable_bytes(num_bytes: int) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     """A name beside `path` for a new file or folder, which is renamed to `path` when the block ends.
 
-    It is flushed to the disk first, so that after a crash `path` holds the old content or the new, never a part. Where
-    the block raises, nothing is left. A folder can only replace an empty one. Raises CheckpointError.
+    It is flushed to the disk first, so that after a crash `path` holds the old content or the new, never a part (of a
+    folder that is replaced: the old, the new, or nothing). Where the block raises, nothing is left. num_bytes: as
+    `writing`. Raises CheckpointError.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    _remove(partial)  # of a process that was killed
+    partial = _partial(path)
     try:
-        with writing(path):
+        with writing(path, num_bytes):
+            _remove(partial)  # of a process that was killed
             yield partial
             _flush(partial)
+            if path.is_dir():
+                remove_folder(path)
             partial.replace(path)
             _sync(path.parent)
     finally:
-        _remove(partial)
+        with suppress(OSError):
+            _remove(partial)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder. A process that is killed meanwhile leaves nothing under its name."""
+    removed = path.with_name(f".{path.name}.removed.partial")
+    _remove(removed)
+    path.rename(removed)
+    _remove(removed)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left half written, or half removed, in a folder."""
+    for path in folder.glob(".*.partial"):
+        _remove(path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -50,36 +107,46 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Raises CheckpointError."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, _json(value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """One line for each value, written as they come. Raises CheckpointError."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for value in values:
-            lines.write(json.dumps(value, ensure_ascii=False) + "\n")
+            lines.write(_json(value) + "\n")
 
 
 def append_line(path: Path, value: Any) -> None:
     """Add one JSON line, flushed: a reader sees whole lines while the run goes on. Raises CheckpointError."""
     with writing(path), path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(value, ensure_ascii=False) + "\n")
+        lines.write(_json(value) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no file. Raises CheckpointError for anything else."""
-    return _parsed(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    return _parsed(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, on_broken: Callable[[CheckpointError], None] | None = None) -> list[dict[str, Any]]:
     """One JSON object for each line; [] where there is no file.
 
-    A last line without its line end is still being written and is left out. Raises CheckpointError as `read_json`.
+    A last line without its line end is still being written and is left out. Raises CheckpointError as `read_json`;
+    with `on_broken`, it is called with the error instead, and the line is left out.
     """
     if not path.is_file():
         return []
-    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    errors = "strict" if on_broken is None else "replace"
+    *lines, _unfinished = path.read_text(encoding="utf-8", errors=errors).split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(_parsed(line, f"{path}:{number}"))
+        except CheckpointError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+    return found
 
 
 def sha256_of(path: Path) -> str:
@@ -87,18 +154,73 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write size and SHA-256 of each file of a folder into it, beside what else is to be known about it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {
+        path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in files
+    }
+    (folder / MANIFEST).write_text(_json({**about, "files": described}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What was written about a folder. Raises CheckpointError where a file is missing or altered since, naming it."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        described: Mapping[str, Mapping[str, Any]] = manifest["files"]
+        for name, about in described.items():
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: is missing")
+            if path.stat().st_size != about["num_bytes"]:
+                raise CheckpointError(
+                    f"{path}: has {path.stat().st_size:,} bytes, not the {about['num_bytes']:,} that were written"
+                )
+            if sha256_of(path) != about["sha256"]:
+                raise CheckpointError(f"{path}: is damaged: its SHA-256 is not that of what was written")
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder / MANIFEST}: is missing or damaged") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    return manifest
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON as all readers know it: NaN and infinity are null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where}: broken JSON: {error.msg}; was the file changed by hand?") from None
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise CheckpointError(f"{where}: broken JSON: {reason}; was the file changed by hand?") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: {type(value).__name__}, not an object; was the file changed by hand?")
     return value
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def test_the_token_after_an_answer_ends_a_turn_also_where_the_eos_is_another(tmp
     file.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '" + after.replace("\n", "\\n") + "' }}{% endfor %}"
     )
-    assert turn_ends(load_template(str(file), tokenizer), tokenizer)[0] == end
+    assert turn_ends(load_template(str(file), tokenizer), tokenizer).tokens[0] == end
 
 
 def test_a_folder_without_tokenizer(base_folder, tmp_path):

@@ -84,7 +84,7 @@ def rendered(text, num=2):
     tokenizer = tiny_tokenizer(special_tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     tokenizer.chat_template = text
     template = load_template("tokenizer", tokenizer)
-    stops = [tokenizer.convert_tokens_to_ids(token) for token in find_stop_tokens(template, tokenizer)]
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in find_stop_tokens(template, tokenizer).tokens]
     renderer = Renderer(tokenizer, template, stop_token_ids=stops)
     found = []
     for number in range(num):

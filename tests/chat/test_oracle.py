@@ -142,7 +142,7 @@ class Pair:
         self.twin = (FOLDER / f"{name}_training.jinja").read_text(encoding="utf-8")
         self.tokenizer = tokenizer_for((FOLDER / f"{name}.jinja").read_text(encoding="utf-8"), EOS.get(name))
         self.template: Template = load_template("tokenizer", self.tokenizer)
-        stops = {*find_stop_tokens(self.template, self.tokenizer), self.tokenizer.eos_token}
+        stops = {*find_stop_tokens(self.template, self.tokenizer).tokens, self.tokenizer.eos_token}
         self.stop_ids = set(self.tokenizer.convert_tokens_to_ids(sorted(stops)))
         self.renderer = Renderer(self.tokenizer, self.template, stop_token_ids=self.stop_ids)
 

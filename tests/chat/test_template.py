@@ -141,7 +141,7 @@ def test_the_sandbox_holds():
 def test_what_ends_a_turn_is_found(text, closings):
     tokenizer = tiny_tokenizer(special_tokens=("<e>", "<|a|>", "<|b|>"))
     tokenizer.chat_template = text
-    assert find_stop_tokens(load_template(None, tokenizer), tokenizer) == closings
+    assert find_stop_tokens(load_template(None, tokenizer), tokenizer).tokens == closings
 
 
 def test_forms_that_a_template_takes():

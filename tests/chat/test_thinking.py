@@ -48,7 +48,7 @@ def conversations(reasons):
 
 def renderer_of(tokenizer, **settings):
     template = load_template("tokenizer", tokenizer)
-    stops = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    stops = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     ids = [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop is not None]
     return Renderer(tokenizer, template, stop_token_ids=ids, **settings)
 

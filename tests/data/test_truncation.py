@@ -7,8 +7,10 @@ import pytest
 
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
+from preceptor.data.dataset import read_trees
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.forest import Segment, path_ids
+from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import Fitter
 from tiny import tiny_tokenizer
 
@@ -161,3 +163,17 @@ def test_texts_are_split_into_rows_and_every_token_is_trained_once(record):
         assert after.segments[0] == Segment("context", before.segments[-1].ids[-1:], None)
     if isinstance(record, Document):
         assert fit(record, 100, "truncate_context", render)[0].message.endswith("data.overflow: split")
+
+
+def test_what_cannot_be_short_enough_is_not_rendered(write_jsonl):
+    rows = [{"text": "x" * 6401}, {"text": "y" * 6400}, {"prompt": "a", "completion": "b" * 9999}, {"text": "the end"}]
+    render, seen = renderer(), []
+    whole = render.render
+    render.render = lambda record: seen.append(record.source[-1]) or whole(record)
+    fitter = Fitter(render, 64, "reject")
+    found = [fitted for _, fitted in read_trees(OpenSource(write_jsonl(rows)), render, fitter)]
+    assert seen == ["2", "4"]
+    assert [each.code if isinstance(each, Rejection) else "" for each in found] == ["too_long"] * 3 + [""]
+    assert "it has 6,401 characters, a sequence holds 64: raise data.max_length, or split the text" in found[0].message
+    split = Fitter(render, 64, "split")
+    assert not isinstance(next(iter(read_trees(OpenSource(write_jsonl(rows)), render, split)))[1], Rejection)

@@ -1,8 +1,10 @@
 """Batched decoding gives what one prompt at a time gives, and stops where it should."""
 
+import pytest
 import torch
 
-from preceptor.evaluate.generate import generate
+from preceptor.errors import ModelError
+from preceptor.evaluate.generate import Sampling, generate
 from tiny import tiny_model, tiny_tokenizer
 
 CONTEXTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [8, 3]]
@@ -38,3 +40,41 @@ def test_the_model_is_left_in_its_mode():
     generate(model, tokenizer, CONTEXTS, [0], 2)
     assert model.training
     assert generate(model, tokenizer, [], [0], 2) == []
+
+
+@pytest.mark.parametrize("fits", [3, 2, 1])
+def test_the_batch_is_halved_until_it_fits_in_memory(monkeypatch, fits):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    expected = generate(model, tokenizer, CONTEXTS, [0], 4)
+    whole, sizes = model.generate, []
+
+    def in_little_memory(input_ids, **settings):
+        sizes.append(len(input_ids))
+        if len(input_ids) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", in_little_memory)
+    assert generate(model, tokenizer, CONTEXTS, [0], 4) == expected
+    assert sizes == {3: [4, 2, 2], 2: [4, 2, 2], 1: [4, 2, 1, 1, 1, 1]}[fits]
+
+
+def test_an_answer_that_does_not_fit_alone_and_logits_that_are_not_finite_are_said(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+
+    def never(**_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "generate", never)
+        with pytest.raises(ModelError, match=r"an answer of 4 tokens to a prompt of 1 tokens does not fit.*max_new"):
+            generate(model, tokenizer, CONTEXTS, [0], 4)
+        patch.setattr(model, "generate", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, tokenizer, CONTEXTS, [0], 4)
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("inf")
+    with pytest.raises(ModelError, match="logits are not finite"):
+        generate(model, tokenizer, CONTEXTS, [0], 4, sampling=Sampling(1.0, 0))

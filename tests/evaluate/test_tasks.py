@@ -118,3 +118,21 @@ def test_the_shipped_tasks_are_read():
         name: read_task(f"scholar:{name}").kind for name in ("heldout", "completions", "choices", "library_heldout")
     }
     assert list(kinds.values()) == ["generation", "generation", "multiple choice", "perplexity"]
+
+
+def test_whatever_an_item_holds_is_an_error_with_its_place(write_jsonl, monkeypatch):
+    for row, says in (
+        (GENERATION | {"match": ["exact"]}, "match is \\['exact'\\]"),
+        (TEXT | {"kind": float("nan")}, "kind is nan"),
+        (GENERATION | {"chat_template_kwargs": {"x": "\ud800"}}, "half of a surrogate pair"),
+    ):
+        with pytest.raises(DataError, match=rf"train\.jsonl:1: .*{says}"):
+            read_task(write_jsonl([row]))
+
+    def fail(*arguments):
+        raise KeyError("x")
+
+    monkeypatch.setattr("preceptor.evaluate.tasks.read_messages", fail)
+    for read in (read_task, read_prompts):
+        with pytest.raises(DataError, match=r"train\.jsonl:1: cannot be read: KeyError"):
+            read(write_jsonl([GENERATION]))

@@ -40,7 +40,7 @@ class DayOfRecording(datetime):
 
 def _render_rows(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     template = load_template("tokenizer", tokenizer)
-    closings = (*find_stop_tokens(template, tokenizer), tokenizer.eos_token)
+    closings = (*find_stop_tokens(template, tokenizer).tokens, tokenizer.eos_token)
     stops = [tokenizer.convert_tokens_to_ids(token) for token in closings if token is not None]
     renderer = Renderer(tokenizer, template, stop_token_ids=stops)
     outcomes = []
@@ -201,7 +201,7 @@ def command(*arguments: Any) -> None:
     """`preceptor ...` in this process; what it prints comes up only where it fails."""
     printed = io.StringIO()
     with (
-        mock.patch("preceptor.train.run.write_report"),  # it draws for half the time of such a short run
+        mock.patch("preceptor.train.finish.write_report"),  # it draws for half the time of such a short run
         mock.patch.object(sys, "argv", ["preceptor", *map(str, arguments)]),
         contextlib.redirect_stdout(printed),
         contextlib.redirect_stderr(printed),

@@ -2,7 +2,7 @@
 
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Segment, Tree
-from preceptor.inspect.show import pieces, summary_line, to_text
+from preceptor.inspect.show import legend, pieces, summary_line, to_text
 from tiny import tiny_tokenizer
 
 
@@ -40,3 +40,10 @@ def test_branches_and_rejections_are_said():
     assert "continues segment 0" in to_text(branched, tokenizer).plain
     assert "rejected: too_long: cut it" in to_text(Rejection("f:1", "too_long", "cut it"), tokenizer).plain
     assert summary_line(branched) == "3 tokens, 2 trained in 2 turns (67%)"
+
+
+def test_what_is_trained_is_seen_without_colours_and_the_signs_are_explained(preceptor, run_file):
+    code, out, _ = preceptor("show", run_file(), "--example", 1)
+    assert code == 0 and out.splitlines()[0] == "⟦trained⟧ context; ⏎ line end, ⇥ tab"
+    assert "<|im_start|>assistant⏎\n⟦The start is 0.<|im_end|>⟧" in out
+    assert legend(coloured=True).plain == " trained  context; ⏎ line end, ⇥ tab; shades show where tokens meet"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import files
@@ -92,6 +93,26 @@ def test_a_given_generation_config_is_written(tmp_path):
     save_model(model, tokenizer, tmp_path / "model", generation_config=config)
     written = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (written["eos_token_id"], written["max_new_tokens"]) == ([287, 0], 7)
+
+
+def test_weights_that_the_type_cannot_hold_are_saved_as_they_are(tmp_path):
+    model, tokenizer, _ = assistant("llama")
+    save_model(model, tokenizer, tmp_path / "half", dtype=torch.float16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}, "the model is there for another try"
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+    model.lm_head.weight.data[0, 0] = 1e5
+    save_model(model, tokenizer, tmp_path / "large", dtype=torch.float16)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype="auto")
+    assert loaded.dtype == torch.float32 and loaded.lm_head.weight[0, 0] == 1e5
+
+
+def test_what_transformers_keeps_in_float32_is_saved_so(tmp_path):
+    model, tokenizer, _ = assistant("llama")
+    model._keep_in_fp32_modules_strict = {"norm"}
+    save_model(model, tokenizer, tmp_path / "model", dtype=torch.bfloat16)
+    found = {name: p.dtype for name, p in load_file(tmp_path / "model" / "model.safetensors").items()}
+    assert found.pop("model.norm.weight") == torch.float32 and set(found.values()) == {torch.bfloat16}
 
 
 def test_an_existing_folder_is_never_written_to(tmp_path):

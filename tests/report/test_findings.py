@@ -2,7 +2,10 @@
 
 import pytest
 
+from preceptor.report.curves import panels
+from preceptor.report.facts import facts
 from preceptor.report.findings import judge, spikes
+from preceptor.report.page import page_of_run
 from preceptor.report.run_record import read_run
 from runs import COMPARE, DATA, compared, looks, sample, steps, write_run
 
@@ -131,3 +134,35 @@ def test_a_spike_is_held_against_the_steps_before_it():
     assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [0.9] * 10)) == []
     assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [1.1] + [0.1] * 9)) == [21]
     assert spikes(steps([1.0] * 9, grad_norm=[0.1] * 8 + [5.0])) == [], "too early to tell"
+
+
+def altered(value, key, to):
+    """The record with this key's numbers replaced, wherever they are."""
+    if isinstance(value, dict):
+        return {k: to if k == key and isinstance(v, int | float) else altered(v, key, to) for k, v in value.items()}
+    return [altered(inner, key, to) for inner in value] if isinstance(value, list) else value
+
+
+def numbers_in(value):
+    """The names of all keys that hold numbers."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = {k for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else set()
+    return own.union(*map(numbers_in, inner))
+
+
+def test_no_figure_that_is_zero_or_missing_fails_the_report(tmp_path):
+    """A first loss of 0, a task on which the base model had 0, no time, no tokens: one after the other."""
+    write_run(tmp_path / "a", compare=COMPARE)
+    files = {
+        "metrics": steps([3.0, 2.0, 1.0]),
+        "eval": looks((0, 3.0), (3, 0.75)),
+        "data": DATA,
+        "compare": COMPARE,
+        "summary": {"num_steps": 3, "seconds": 12.0, "memory_before_bytes": 5, "predicted_memory_bytes": 7},
+    }
+    for name, content in files.items():
+        for key in sorted(numbers_in(content) - {"step"}):
+            run = read_run(write_run(tmp_path / "a", **{**files, name: altered(content, key, 0)}))
+            assert judge(run).findings and facts(run) and panels([run], [""])
+    page_of_run(read_run(write_run(tmp_path / "a", metrics=steps([0.0] * 3), eval=looks((0, 0.0), (3, 0.0)))))
+    page_of_run(read_run(write_run(tmp_path / "a", eval=looks((0, None), (3, 0.5)))))  # null: the loss was NaN

@@ -1,7 +1,6 @@
 """The loop: one trajectory however the tokens are spread, exact resume, and a model that plain transformers can use."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import conversations
 from preceptor import config
 from preceptor.data.forest import pack_trees
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import ModelError
 from preceptor.train import loop
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import build_optimizer
@@ -113,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
     with pytest.raises(Killed):
         train(file, "train.duration=8 steps", *adapter)
     monkeypatch.undo()
-    resumed = train(file, "train.duration=8 steps", *adapter, resume=True)
+    resumed = train(file, "train.duration=8 steps", *adapter)
 
     def comparable(folder, name):
         timed = ("seconds", "peak_memory_bytes")
@@ -124,18 +123,6 @@ def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(resumed).items())
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
-
-
-def test_resume_rejects_another_run(run_file):
-    file = run_file(checkpoint__every="2 steps")
-    folder = train(file)
-    with pytest.raises(CheckpointError, match="this run is finished"):
-        train(file, resume=True)
-    shutil.rmtree(folder / "model")
-    with pytest.raises(CheckpointError, match="another run file or other data"):
-        train(file, "optimizer.learning_rate=5e-4", resume=True)
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
-        train(file, f"out={file.parent}/none", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(run_file):

@@ -42,15 +42,6 @@ def test_mixed_first_rows_get_a_template(run_file):
     assert prepared.chat.template.name == "chatml"
 
 
-def test_the_fingerprint_follows_the_tokens_and_the_run_but_not_its_place(run_file):
-    file = run_file()
-    prints = [
-        prepare(config.load(file, overrides)).fingerprint
-        for overrides in ([], ["out=elsewhere"], ["train.seed=5"], ["data.chat_template=llama3"])
-    ]
-    assert prints[0] == prints[1] and len(set(prints)) == 3
-
-
 def test_rows_that_are_too_long_are_rejected_or_shared_out_and_counted(run_file):
     file = run_file(conversations(9, turns=4), data__max_length=150)
     with pytest.raises(DataError, match=r"too_long: first at .*train\.jsonl:\d+.*or set data\.overflow"):

@@ -1,140 +1,438 @@
-"""What a run writes of itself when it starts: examples that spell its trees, hashes, lengths; and its report."""
+"""A run's folder: no user's file is deleted, one process uses it, and what is in it decides what happens."""
 
-import hashlib
-import io
 import json
-from itertools import pairwise
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from rich.console import Console
 
-from conftest import conversations
 from preceptor import config
-from preceptor.chat.token_text import special_ids
-from preceptor.data.dataset import Dataset
+from preceptor.errors import CheckpointError, ConfigError
 from preceptor.train import run_folder
-from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
-from tiny import branching, chain, tiny_tokenizer
+from preceptor.train.run_folder import NAMES, claim, move_aside
+from runs import DATA, ENVIRONMENT, steps
+
+RECORD = {**ENVIRONMENT, "run": "1"}
 
 
-def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_path):
-    prepared = prepare(config.load(run_file(eval_rows=conversations(2)), ["data.max_length=256"]))
-    execute(prepared, Console(file=io.StringIO()))
-    folder = Path(prepared.run.out)
-    environment = json.loads((folder / "environment.json").read_text())
-    assert [(file["use"], file["name"]) for file in environment["data"]] == [
-        ("train", str(tmp_path / "train.jsonl")),
-        ("held out", str(tmp_path / "eval.jsonl")),
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with data and a model; `run(out=...)` makes a run of it."""
+    work = tmp_path / "work"
+    (work / "base").mkdir(parents=True)
+    (work / "base" / "config.json").write_text("{}")
+    (work / "data").mkdir()
+    (work / "data" / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(work)
+    return work
+
+
+def run_of(out="run", **changes):
+    tree = {"model": {"path": "base"}, "data": {"train": [{"path": "data/a.jsonl"}]}, "out": str(out)}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return config.build(tree, "test")
+
+
+def left_by(run, folder, state="finished"):
+    """The files that a run leaves: `started`, `stopped` with a checkpoint, `saved` its model, `finished`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(RECORD))
+    (folder / "data.json").write_text(json.dumps({**DATA, "num_examples": 3}))
+    for name in ("rejections.jsonl", "examples.jsonl", "metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+        (folder / name).touch()
+    (folder / "metrics.jsonl").write_text(json.dumps(steps([1.0] * 4)[-1] | {"seconds": 2.0}) + "\n")
+    (folder / "config.yaml").write_text(config.dump(run))
+    if state == "started":
+        return
+    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000004" / "state.pt").write_text("old state")
+    if state == "stopped":
+        return
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").write_text("old model")
+    if state == "finished":
+        summary = {"num_steps": 4, "model_files": ["model.safetensors"]}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "report.html").touch()
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# No user's file is deleted -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "is the working directory"),
+        ("..", "holds the working directory"),
+        ("base", "is model.path"),
+        ("base/config.json/..", "is model.path"),
+        ("files", "holds the run file"),
+        ("inner", "holds data"),
+        ("data/run", "lies in the data folder"),
+        ("templates", "holds data.chat_template"),
+        ("tasks", "holds eval.tasks"),
+        ("link", "is model.path"),
+    ],
+)
+@pytest.mark.parametrize("replace", [False, True])
+def test_out_that_is_or_holds_what_the_run_reads_is_refused(place, out, message, replace):
+    for name in ("files/run.yaml", "inner/b.jsonl", "templates/t.jinja", "tasks/t.jsonl"):
+        (place / name).parent.mkdir()
+        (place / name).write_text("precious")
+    (place / "link").symlink_to(place / "base")
+    before = contents(place)
+    sources = [{"path": "data"}, {"path": "inner/b.jsonl"}]
+    run = run_of(out, data__train=sources, data__chat_template="templates/t.jinja", eval__tasks=["tasks/t.jsonl"])
+    with pytest.raises(ConfigError, match=message), claim(run, run_file=Path("files/run.yaml"), replace=replace):
+        pass
+    assert contents(place) == before
+
+
+def test_model_or_data_inside_an_earlier_run_are_not_replaced(place):
+    """A run on the model of the run that it would replace."""
+    left_by(run_of(), place / "run")
+    before = contents(place)
+    with pytest.raises(ConfigError, match=r"holds model\.path"), claim(run_of(model__path="run/model"), replace=True):
+        pass
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(place, replace):
+    """A run file called config.yaml beside other files was once taken for a run."""
+    (place / "thesis").mkdir()
+    (place / "thesis" / "thesis.txt").write_text("precious")
+    (place / "thesis" / "config.yaml").write_text(config.dump(run_of()))
+    before = contents(place)
+    with pytest.raises(CheckpointError, match="not the folder of a run"), claim(run_of("thesis"), replace=replace):
+        pass
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model/model.gguf", "checkpoints/mine/state.pt", ".git/HEAD"])
+def test_what_no_run_wrote_keeps_replace_away(place, name):
+    left_by(run_of(), place / "run")
+    (place / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+    (place / "run" / name).write_text("precious")
+    before = contents(place)
+    with (
+        pytest.raises(CheckpointError, match=f"what no run wrote.*{name.split('/')[0]}"),
+        claim(run_of(), replace=True),
+    ):
+        pass
+    assert contents(place) == before
+
+
+def begin(folder):
+    folder.begin({**RECORD, "run": "2"}, "new run file\n", lambda path: (path / "data.json").write_text("{}"))
+
+
+def test_the_old_run_is_kept_until_the_new_one_has_something(place):
+    left_by(run_of(), place / "run")
+    before = contents(place / "run")
+    with claim(run_of(), replace=True) as folder:
+        assert before.items() <= contents(place / "run").items()
+        begin(folder)
+        assert contents(place / "run" / "replaced") == before
+        assert (place / "run" / "config.yaml").read_text() == "new run file\n"
+        folder.drop_replaced()
+    assert not (place / "run" / "replaced").exists()
+
+
+def test_a_second_replace_keeps_the_run_that_has_a_model(place):
+    """The first replacing run was killed before its first checkpoint: what it left is worth less than the old run."""
+    left_by(run_of(), place / "run")
+    before = contents(place / "run")
+    for _ in range(2):
+        with claim(run_of(), replace=True) as folder:
+            begin(folder)
+    assert contents(place / "run" / "replaced") == before
+    left_by(
+        run_of(), place / "run", "stopped"
+    )  # the new run has a checkpoint, and was killed before it removed the old
+    newer = contents(place / "run" / "checkpoints")
+    with claim(run_of(), replace=True) as folder:
+        begin(folder)
+    assert contents(place / "run" / "replaced" / "checkpoints") == newer
+    assert not (place / "run" / "replaced" / "model").exists()
+
+
+def test_moving_aside_may_be_killed_anywhere(place, monkeypatch):
+    """After each number of moved names, the next start finishes the move, and nothing of the old run is lost."""
+    run = run_of()
+    left_by(run, place / "whole")
+    whole = contents(place / "whole")
+    replace_path = Path.replace
+    for num in range(len(NAMES)):
+        folder = place / f"run{num}"
+        left_by(run, folder)
+        moves = 0
+
+        class Killed(BaseException):
+            pass
+
+        def move(self, target, num=num, folder=folder):
+            nonlocal moves
+            if folder in self.parents:
+                if moves == num:
+                    raise Killed
+                moves += 1
+            return replace_path(self, target)
+
+        monkeypatch.setattr(Path, "replace", move)
+        with suppress(Killed):
+            move_aside(folder)
+        monkeypatch.setattr(Path, "replace", replace_path)
+        with claim(run_of(folder.name), replace=True) as claimed:
+            begin(claimed)
+        assert contents(folder / "replaced") == whole, num
+
+
+# One process ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import os, sys, time
+from preceptor import config
+from preceptor.train.run_folder import claim
+run = config.load(sys.argv[1])
+with claim(run):
+    if len(sys.argv) > 2 and os.fork() == 0:
+        time.sleep(10)  # as a process that renders data
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("child", [[], ["with a child"]])
+def test_a_folder_in_use_is_refused_until_its_process_ends_however_it_ends(place, child):
+    (place / "run.yaml").write_text(config.dump(run_of()))
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, "run.yaml", *child], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for replace in (False, True):
+            used = pytest.raises(CheckpointError, match=f"used by another run \\(process {holder.pid} on")
+            with used, claim(run_of(), replace=replace):
+                pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with claim(run_of()):
+        pass
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from preceptor import config
+from preceptor.errors import CheckpointError
+from preceptor.train.run_folder import claim
+run = config.load(sys.argv[1])
+for _ in range(150):
+    try:
+        with claim(run) as folder:
+            mark = folder.path.parent / "mark"
+            mark.touch(exist_ok=False)  # fails where another holds the folder too
+            mark.unlink()
+    except CheckpointError:
+        pass
+"""
+
+
+def test_processes_that_start_together_never_share_a_folder(place):
+    """The folder and its lock are made and removed again by each."""
+    (place / "run.yaml").write_text(config.dump(run_of()))
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, "run.yaml"], stderr=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    content = (tmp_path / "train.jsonl").read_bytes()
-    assert environment["data"][0]["sha256"] == hashlib.sha256(content).hexdigest()
-    assert environment["data"][0]["num_bytes"] == len(content)
-    assert environment["model"]["config_sha256"] and environment["model"]["weights"][0]["num_bytes"] > 0
-    assert environment["template"]["name"] == "chatml" and environment["versions"]["torch"] == torch.__version__
-    assert environment["engine"]["mode"] == "auto"
-    assert {"norms", "glu", "last_layer"} < set(environment["engine"]["optimisations"])
-    data = json.loads((folder / "data.json").read_text())
-    assert (data["num_examples"], data["examples_per_epoch"], data["num_steps"]) == (14, 12, 4)
-    assert data["tokens"]["computed"] > 0
-    assert sum(data["lengths"]["trees"]["counts"]) == 12 == sum(data["lengths"]["targets"]["counts"])
-    lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
-    by_source = {tree.source: tree for tree in prepared.train}
-    for line in lines:
-        tree = by_source[line["source"]]
-        assert [
-            (own["parent"], own["kind"], "".join(piece["text"] for piece in own["pieces"])) for own in line["segments"]
-        ] == [(own.parent, own.kind, own.text) for own in tree.segments]
-        ids = [[id_ for piece in own["pieces"] for id_ in piece["ids"]] for own in line["segments"]]
-        assert ids == [list(own.ids) for own in tree.segments]
-    assert {why for line in lines for why in line["why"]} == {
-        "the first",
-        "of median length",
-        "the shortest",
-        "the longest",
-    }
-    page = (folder / "report.html").read_text()
-    assert "held-out loss" in page and "token by token" in page
+    for racer in racers:
+        _, error = racer.communicate()
+        assert racer.returncode == 0, error
 
 
-def test_a_plain_run_has_the_same_losses_and_says_so(run_file, tmp_path):
-    losses, console = {}, Console(file=io.StringIO(), width=200)
-    for mode in ("auto", "plain"):
-        out = tmp_path / mode
-        execute(prepare(config.load(run_file(), [f"engine={mode}", f"out={out}", "train.duration=4 steps"])), console)
-        losses[mode] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert losses["plain"] == pytest.approx(losses["auto"], rel=1e-5)
-    environment = json.loads((tmp_path / "plain" / "environment.json").read_text())
-    assert environment["engine"] == {"mode": "plain", "optimisations": []}
-    assert "engine: attention, " in console.file.getvalue() and "engine: plain" in console.file.getvalue()
+def test_a_file_system_without_locks_is_said(place, monkeypatch):
+    def fail(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", fail)
+    with claim(run_of()) as folder:
+        (note,) = folder.notes
+        assert "has no locks (Operation not supported)" in note
 
 
-def test_a_report_that_fails_does_not_fail_the_run(run_file, monkeypatch):
-    def fail(folders):
-        raise ZeroDivisionError("no axes")
-
-    monkeypatch.setattr("preceptor.train.run.write_report", fail)
-    prepared = prepare(config.load(run_file()))
-    shown = io.StringIO()
-    summary = execute(prepared, Console(file=shown))
-    folder = Path(prepared.run.out)
-    assert json.loads((folder / "summary.json").read_text()) == summary and (folder / "model").is_dir()
-    assert "could not be written (ZeroDivisionError: no axes)" in shown.getvalue().replace("\n", " ")
+# What a folder may be ------------------------------------------------------------------------------------------------
 
 
-def test_the_files_of_replay_are_on_record(run_file, write_jsonl):
-    texts = write_jsonl([{"text": "The start of a message."}] * 3, "texts.jsonl")
-    prepared = prepare(config.load(run_file(replay={"data": [{"path": texts}]})))
-    found = {file["use"]: file for file in run_folder.origins(prepared)["data"]}
-    assert list(found) == ["train", "replay"] and found["replay"]["name"] == texts
-    assert found["replay"]["sha256"] == hashlib.sha256(Path(texts).read_bytes()).hexdigest()
+@pytest.mark.parametrize("kind", ["none", "deep", "empty", "symlink", "dangling symlink", "disk", "killed at once"])
+def test_where_a_run_may_begin(place, kind):
+    out = place / "run"
+    if kind == "deep":
+        out = place / "a" / "b" / "run"
+    if kind == "empty":
+        out.mkdir()
+    if kind in ("symlink", "dangling symlink"):
+        (place / "run").symlink_to(place / "elsewhere")
+        if kind == "symlink":
+            (place / "elsewhere").mkdir()
+    if kind == "disk":
+        (out / "lost+found").mkdir(parents=True)
+    if kind == "killed at once":
+        out.mkdir()
+        for name in (".lock", ".environment.json.partial"):
+            (out / name).touch()
+    before = {path for path in place.rglob("*") if not path.name.startswith(".")}
+    with claim(run_of(out)) as folder:
+        assert not folder.goes_on
+    after = set(place.rglob("*"))
+    if kind == "dangling symlink":
+        before |= {place / "elsewhere"} & after
+    assert after == before  # nothing is left where nothing began
+    with claim(run_of(out)) as folder:
+        begin(folder)
+    assert (out / "config.yaml").is_file()
+    assert (kind not in ("symlink", "dangling symlink")) or (place / "run").is_symlink()
 
 
-def test_a_resumed_run_adds_its_session(tmp_path):
-    (tmp_path / "environment.json").write_text(json.dumps({"command": "first", "resumed": []}))
-    run_folder.resume_run(tmp_path, 7, torch.device("cpu"))
-    found = json.loads((tmp_path / "environment.json").read_text())
-    assert found["command"] == "first" and found["resumed"][0]["step"] == 7 and found["resumed"][0]["versions"]
-    run_folder.resume_run(tmp_path / "old", 7, torch.device("cpu"))
+def test_a_file_and_a_place_that_cannot_be_written_are_refused(place):
+    (place / "file").touch()
+    for out in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match="file"), claim(run_of(out)):
+            pass
+    (place / "closed").mkdir()
+    (place / "closed").chmod(0o500)
+    if os.access(place / "closed" / "x", os.W_OK) or os.geteuid() == 0:
+        return  # root may write everywhere
+    closed = pytest.raises(CheckpointError, match=r"closed/run: cannot be written: Permission denied")
+    with closed, claim(run_of("closed/run")):
+        pass
 
 
-def test_long_examples_have_gaps_that_add_up(monkeypatch):
-    tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(run_folder, "EXAMPLE_TOKENS", 12)
-    monkeypatch.setattr(run_folder, "EXAMPLE_SEGMENTS", 3)
-    tree = chain(np.random.default_rng(0), (30, 5, 4, 3), vocab_size=200)
-    found = run_folder.example(tree, tokenizer, special_ids(tokenizer))
-    assert found["num_segments_left_out"] == 1 and found["num_tokens"] == 42
-    for segment, own in zip(found["segments"], tree.segments, strict=False):
-        pieces = segment["pieces"]
-        gap = segment["gap"] or {"after": len(pieces), "num_tokens": 0}
-        before, after = (
-            [id_ for piece in part for id_ in piece["ids"]] for part in (pieces[: gap["after"]], pieces[gap["after"] :])
-        )
-        assert len(before) + len(after) + gap["num_tokens"] == len(own.ids)
-        assert tuple(before) == own.ids[: len(before)] and tuple(after) == own.ids[len(own.ids) - len(after) :]
-        assert len(before) + len(after) == min(4, len(own.ids))
+def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_refused(place):
+    for state in ("started", "stopped"):
+        left_by(run_of(), place / state, state)
+        with claim(run_of(state)) as folder:
+            assert folder.goes_on and folder.record["run"] == "1" and not folder.has_model
+            assert folder.date.isoformat() == RECORD["date"]
+    left_by(run_of(), place / "saved", "saved")
+    with claim(run_of("saved")) as folder:
+        assert folder.has_model
+        summary = folder.summarise()
+        assert summary["num_examples"] == 3 and summary["num_steps"] == 4 and summary["seconds"] == 2.0
+    assert json.loads((place / "saved" / "summary.json").read_text()) == summary
+    with claim(run_of("saved")) as folder:
+        assert folder.has_model  # its report is missing
+    (place / "saved" / "report.html").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"(?s)finished.*model.path=saved/model out=saved-2"),
+        claim(run_of("saved")),
+    ):
+        pass
+    with claim(run_of("saved"), replace=True) as folder:
+        assert not folder.goes_on and folder.replaces
 
 
-def test_a_branching_tree_is_among_the_examples():
-    rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
-    trees = [chain(rng, (length, 4)) for length in (9, 8, 20, 7)] + [branching(rng), chain(rng, (50, 2))]
-    assert [run_folder.branches(tree) for tree in trees] == [False] * 4 + [True, False]
-    found = {line["number"]: line["why"] for line in run_folder.examples(Dataset(trees), tokenizer)}
-    assert found == {
-        1: ["the first"],
-        3: ["of median length"],
-        4: ["the shortest"],
-        6: ["the longest"],
-        5: ["the first that branches"],
-    }
+def test_resume_asks_for_a_run(place):
+    with pytest.raises(CheckpointError, match="no run to resume"), claim(run_of(), resume=True):
+        pass
+    left_by(run_of(), place / "run", "stopped")
+    with claim(run_of(), resume=True) as folder:
+        assert folder.goes_on
 
 
-def test_histograms_count_every_length():
-    for lengths in ([5], [1, 2, 2, 9], list(range(1, 1000, 7))):
-        found = run_folder.histogram(np.array(lengths))
-        expected = [sum(low <= length < high for length in lengths) for low, high in pairwise(found["edges"])]
-        assert found["counts"] == expected and sum(expected) == len(lengths) and len(expected) <= run_folder.NUM_BINS
+def test_a_start_that_was_killed_begins_again(place):
+    """The record is there, the run file is not: no step was taken, whatever the run was."""
+    left_by(run_of(), place / "run", "started")
+    (place / "run" / "config.yaml").unlink()
+    with claim(run_of(train__seed=7)) as folder:
+        assert not folder.goes_on and not folder.replaces
+        begin(folder)
+    assert json.loads((place / "run" / "environment.json").read_text())["run"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("{", "cannot be read"), ("- a", "is no run file")]
+)
+def test_a_run_whose_run_file_is_gone_or_broken_is_not_taken_for_new(place, content, message):
+    left_by(run_of(), place / "run", "stopped")
+    if content is None:
+        (place / "run" / "config.yaml").unlink()
+    else:
+        (place / "run" / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"(?s)config.yaml: {message}.*--replace"), claim(run_of()):
+        pass
+    with claim(run_of(), replace=True) as folder:
+        assert folder.replaces
+
+
+def test_a_run_goes_on_from_its_own_run_file(place):
+    left_by(run_of(), place / "run", "stopped")
+    with claim(config.load(place / "run" / "config.yaml"), run_file=place / "run" / "config.yaml") as folder:
+        assert folder.goes_on
+
+
+def test_leftovers_of_killed_processes_are_removed(place):
+    left_by(run_of(), place / "run", "stopped")
+    (place / "run" / ".model.partial").mkdir()
+    (place / "run" / ".model.partial" / "model.safetensors").touch()
+    (place / "run" / ".report.html.partial").touch()
+    (place / "run" / "checkpoints" / ".step-00000009.partial").mkdir()
+    (place / "run" / "checkpoints" / ".step-00000001.removed.partial").mkdir()
+    with claim(run_of()):
+        left = sorted(path.name for path in (place / "run").rglob(".*"))
+    assert left == [".lock"] and not (place / "run" / ".lock").exists()
+
+
+# What goes on --------------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_taken_back_to_the_step_and_broken_lines_are_said(place):
+    left_by(run_of(), place / "run", "stopped")
+    folder = place / "run"
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4))
+    (folder / "metrics.jsonl").write_bytes(lines.encode() + b"\x00\x00\n" + b'{"step": 5}\n{"st')
+    (folder / "eval.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
+    (folder / "samples.jsonl").write_text('{"step": 0, "n": 1}\n{"step": 2}\n{"step": 4, "n": 1}\n')
+    said = []
+    with claim(run_of()) as claimed:
+        claimed.go_on(4, {"command": "again"}, said.append)
+
+    def left(name):
+        return [json.loads(line)["step"] for line in (folder / name).read_text().splitlines()]
+
+    assert left("metrics.jsonl") == [1, 2, 3, 4] and left("eval.jsonl") == [0, 2]
+    assert left("samples.jsonl") == [0, 2]  # of the evaluation after step 4 only a part was there
+    assert any("metrics.jsonl:5: broken JSON" in line for line in said)
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["resumed"] == [{"step": 4, "command": "again"}] and record["run"] == "1"
+
+
+def test_refusals_come_before_torch(place):
+    (place / "run.yaml").write_text(config.dump(run_of(".")))
+    code = (
+        "import atexit, sys; from preceptor import cli; sys.argv = ['preceptor', 'train', 'run.yaml'];"
+        "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 2 and "is the working directory" in shown.stderr and shown.stdout.endswith("\nFalse\n")
+    left_by(run_of(), place / "run")
+    (place / "run.yaml").write_text(config.dump(run_of()))
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 6 and "this run is finished" in shown.stderr and shown.stdout.endswith("\nFalse\n")
+    shutil.rmtree(place / "run")
+    left_by(run_of(), place / "run", "saved")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0 and "the record is completed" in shown.stdout and shown.stdout.endswith("False\n")
+    assert (place / "run" / "summary.json").is_file() and (place / "run" / "report.html").is_file()

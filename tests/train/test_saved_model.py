@@ -45,7 +45,7 @@ def trained(run_file, folder, console=None, rows=None, **changes):
         model__path=str(folder),
         **{"data__chat_template": None, "train__duration": "2 steps", "data__max_length": 256} | changes,
     )
-    with mock.patch("preceptor.train.run.write_report"):  # it draws for longer than such a run takes
+    with mock.patch("preceptor.train.finish.write_report"):  # it draws for longer than such a run takes
         execute(prepare(config.load(file, [])), console or Console(quiet=True))
     return folder.parent / "run" / "model"
 
@@ -227,7 +227,7 @@ def test_commands_say_what_is_trained_before_it_is(rows, expected, opening, run_
     base = write_base(tmp_path / "base", template=SWITCHED)
     file = run_file(rows, model__path=str(base), data__chat_template=None, train__duration="1 steps")
     for command in ("check", "show", "train"):
-        with mock.patch("preceptor.train.run.write_report"):
+        with mock.patch("preceptor.train.finish.write_report"):
             code, out, err = preceptor(command, file)
         printed = " ".join(out.split())
         assert code == 0, err

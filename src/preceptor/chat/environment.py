@@ -155,6 +155,16 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class FixedClock:
+    """`strftime_now` of a template, always at one time."""
+
+    def __init__(self, date: datetime) -> None:
+        self.date = date
+
+    def __call__(self, form: str) -> str:
+        return self.date.strftime(form)
+
+
 def _strftime_now(form: str) -> str:
     check_date_format(form)
     return datetime.now().strftime(form)

@@ -13,7 +13,7 @@ from preceptor import config
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.model_config import ModelLimits, read_limits, stop_ids_of
 from preceptor.chat.render import Renderer
-from preceptor.chat.stop_tokens import find_stop_tokens
+from preceptor.chat.stop_tokens import StopTokens, find_stop_tokens
 from preceptor.chat.template import Template, load_template
 from preceptor.chat.thinking import TrainedArguments, with_defaults
 from preceptor.chat.tokenise import Ids
@@ -41,6 +41,7 @@ class ChatFormat:
     )  # special tokens new to the model's tokenizer, with their ids
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of all conversations; their own win over them
     limits: ModelLimits | None = None  # of the model, where it is to be trained
+    doubts: tuple[str, ...] = ()  # where template and model do not agree on what ends a turn
 
     @property
     def num_base_tokens(self) -> int:
@@ -120,7 +121,8 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     tokenizer: Any = load_tokenizer(path, **source)
     template = None
     added: dict[str, int] = {}
-    stop_tokens: tuple[str, ...] = ()
+    ends = StopTokens(())
+    own = _own_stop_ids(path, tokenizer, **source)
     if (
         data.chat_template is not None
         or tokenizer.chat_template
@@ -128,11 +130,11 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     ):
         template = load_template(data.chat_template, tokenizer)
         added = add_tokens(tokenizer, template.needed_tokens)
-        stop_tokens = turn_ends(template, tokenizer)
-        align_tokenizer(tokenizer, template, stop_tokens[0])
+        ends = turn_ends(template, tokenizer, own)
+        align_tokenizer(tokenizer, template, ends.tokens[0])
         template = replace(template, variables=dict(tokenizer.special_tokens_map))
-    ids = [*_stop_token_ids(path, tokenizer, **source), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
-    return ChatFormat(tokenizer, template, tuple(dict.fromkeys(ids)), added, data.chat_template_kwargs, limits)
+    ids = _stop_token_ids(tokenizer, own, ends)
+    return ChatFormat(tokenizer, template, ids, added, data.chat_template_kwargs, limits, ends.doubts)
 
 
 def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
@@ -144,7 +146,8 @@ def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
     place = resolve_model_path(path)
     tokenizer: Any = load_tokenizer(place)
     chosen = None
-    stop_tokens: tuple[str, ...] = ()
+    ends = StopTokens(())
+    own = _own_stop_ids(place, tokenizer)
     if template != PLAIN and (template is not None or tokenizer.chat_template):
         chosen = load_template(template, tokenizer)
         missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]
@@ -154,9 +157,8 @@ def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
                 f"template; let it read messages as plain text: --chat-template {PLAIN}"
             )
         if template is not None:  # another than the model's own, which its generation config may not know
-            stop_tokens = turn_ends(chosen, tokenizer)
-    ids = [*_stop_token_ids(place, tokenizer), *tokenizer.convert_tokens_to_ids(list(stop_tokens))]
-    return ChatFormat(tokenizer, chosen, tuple(dict.fromkeys(ids)))
+            ends = turn_ends(chosen, tokenizer, own)
+    return ChatFormat(tokenizer, chosen, _stop_token_ids(tokenizer, own, ends))
 
 
 def load_tokenizer(
@@ -232,22 +234,32 @@ def _reserved_token(tokenizer: Any, template: Template) -> str | None:
     return None
 
 
-def turn_ends(template: Template, tokenizer: Any) -> tuple[str, ...]:
+def turn_ends(template: Template, tokenizer: Any, own: Sequence[int] = ()) -> StopTokens:
     """The tokens that end a turn, a plain answer's first: what the template writes, else the eos.
 
-    Base models often carry a chat template whose end of turn is not their eos. Raises TemplateError.
+    own: those at which the model itself stops. Base models often carry a chat template whose end of turn is not their
+    eos. Raises TemplateError.
     """
-    found = find_stop_tokens(template, tokenizer)
-    if not found and tokenizer.eos_token is None:
+    known = [token for token in tokenizer.convert_ids_to_tokens(list(own)) if token is not None]
+    found = find_stop_tokens(template, tokenizer, known)
+    if not found.tokens and tokenizer.eos_token is None:
         raise TemplateError(
             f"template {template.name}: writes no special token after an answer and the tokenizer has no eos token, so "
             "nothing would end a turn; choose chatml or llama3"
         )
-    return found or (tokenizer.eos_token,)
+    tokens = found.tokens or (tokenizer.eos_token,)
+    if template.stop is None and known and tokens[0] not in known:
+        both = f"the chat template ends an answer with {tokens[0]}, the model's own files with {', '.join(known)}"
+        return StopTokens(tokens, (*found.doubts, f"{both}: the tuned model stops at all of them"))
+    return StopTokens(tokens, found.doubts)
 
 
-def _stop_token_ids(path: str, tokenizer: Any, **source: Any) -> tuple[int, ...]:
-    """What ends a turn of the model at `path`: the tokenizer's eos first, then its generation config's eos tokens."""
-    earlier = stop_ids_of(path, max(tokenizer.get_vocab().values()) + 1, **source)
-    ids = [tokenizer.eos_token_id, *earlier]
+def _own_stop_ids(path: str, tokenizer: Any, **source: Any) -> list[int]:
+    """The tokens at which the model at `path` stops by its own files."""
+    return stop_ids_of(path, max(tokenizer.get_vocab().values()) + 1, **source)
+
+
+def _stop_token_ids(tokenizer: Any, own: Sequence[int], ends: StopTokens) -> tuple[int, ...]:
+    """What ends a turn: the tokenizer's eos first, then the model's own stop tokens, then the template's."""
+    ids = [tokenizer.eos_token_id, *own, *tokenizer.convert_tokens_to_ids(list(ends.tokens))]
     return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))

@@ -8,7 +8,8 @@ from preceptor.hub import cannot_load, find_file, first_line
 
 # Of a configuration whose positions are computed for any length: rotary or ALiBi, or none beside a state space.
 _COMPUTED = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base", "alibi")
-_NO_TABLE = ("mamba", "ssm_", "state_size", "linear_attn", "attention_hidden_size", "scale_embedding")
+_NO_TABLE = ("mamba", "ssm_", "state_size", "linear_attn", "attention_hidden_size")
+_SINUSOIDS = ("xglm",)  # types that make their sinusoids longer where they must
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_limits(path: str, trust_remote_code: bool = False, revision: str | None
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     positions = positions if isinstance(positions, int) and positions > 0 else None
     computed = any(getattr(text, name, None) not in (None, False) for name in _COMPUTED)
-    no_table = any(key.startswith(_NO_TABLE) for key in text.to_dict())
+    no_table = text.model_type in _SINUSOIDS or any(key.startswith(_NO_TABLE) for key in text.to_dict())
     rows = getattr(text, "vocab_size", None)
     return ModelLimits(
         path,

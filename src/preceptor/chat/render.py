@@ -25,12 +25,9 @@ from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import (
     REASONING_FIELDS,
-    block_of,
-    content_text,
     has_reasoning,
     opened_by,
     readings,
-    reasoning_text,
 )
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
@@ -95,7 +92,7 @@ class Renderer:
     ) -> None:
         self.tokenizer = tokenizer
         # The tokenizer's special tokens as they are now: its eos may have been aligned since the template was loaded.
-        self._template = template and replace(template, variables=dict(tokenizer.special_tokens_map))
+        self._template = template and replace(template, variables={**tokenizer.special_tokens_map, **template.clock})
         self.special_tokens_in_text = special_tokens_in_text
         self.targets = targets
         self.template_kwargs = dict(template_kwargs or {})
@@ -110,7 +107,7 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = any_of({*special, *stops})
         self._runs = Runs(tokenizer)
-        self._default_is_first: dict[tuple[object, ...], bool] = {}
+        self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
 
@@ -344,22 +341,20 @@ class Renderer:
         switch = self.switch
         if not switch.names or switch.value(arguments) is not None:
             return [arguments]
-        both = [arguments, {**arguments, **switch.set_to(has_reasoning(given, self.template.reasoning_tags))}]
-        return both if self._default_first(given, as_given) else both[::-1]
+        reasons = has_reasoning(given, self.template.reasoning_tags)
+        both = [arguments, {**arguments, **switch.set_to(reasons)}]
+        return both if self._default_first(given, reasons, as_given) else both[::-1]
 
-    def _default_first(self, given: Mapping[str, Any], as_given: bool) -> bool:
+    def _default_first(self, given: Mapping[str, Any], reasons: bool, as_given: bool) -> bool:
         """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
-        fields = {name: "Recall it." for name in REASONING_FIELDS if reasoning_text({name: given.get(name)})}
-        inline = block_of(content_text(given), self.template.reasoning_tags) is not None
-        key = (*fields, inline, as_given)
+        fields = tuple([name for name in REASONING_FIELDS if given.get(name)]) if reasons else ()
+        key = (reasons, fields, as_given)
         if key not in self._default_is_first:
-            content = "<think>\nRecall it.\n</think>\n\nIt is so." if inline else "It is so."
-            probe: list[Mapping[str, Any]] = [
-                {"role": "user", "content": "Is it so?"},
-                {"role": "assistant", "content": content, **fields},
-            ]
+            content = "<think>\nRecall it.\n</think>\n\nIt is so." if reasons and not fields else "It is so."
+            answer = {"role": "assistant", "content": content, **dict.fromkeys(fields, "Recall it.")}
+            probe: list[Mapping[str, Any]] = [{"role": "user", "content": "Is it so?"}, answer]
             chat = Chat(self.template, self._forms, self._forms.fit(probe), None, as_given)
-            switched = {**self.template_kwargs, **self.switch.set_to(has_reasoning(probe[1]))}
+            switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
             proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
             self._default_is_first[key] = proved[0] or not proved[1]
         return self._default_is_first[key]

@@ -145,7 +145,13 @@ class Runs:
         return text
 
     def _compare(self, chat: Chat, request: Request, text: str) -> None:
-        """Compare a render with transformers'. One difference condemns the template: raises TemplateError."""
+        """Compare a render with transformers'; of a template whose date is fixed, that of today.
+
+        One difference condemns the template: raises TemplateError.
+        """
+        if chat.template.clock:
+            today = {k: v for k, v in chat.variables(request, chat.shown(request)).items() if k != "strftime_now"}
+            text = chat.template.run(chat.tools, today)
         name = chat.template.name
         given = [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]]
         try:

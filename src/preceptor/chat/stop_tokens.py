@@ -6,8 +6,8 @@ that is another (`<|call|>`, `<|observation|>`).
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from preceptor.chat.message_forms import find_forms
 from preceptor.chat.template import Template
@@ -19,55 +19,103 @@ _ANSWER = "a5f1c0de"  # occurs in no template
 _USER = {"role": "user", "content": "b5f1c0de"}
 _NEXT = "c5f1c0de"
 _TOOL = {"type": "function", "function": {"name": "probe", "description": "A probe.", "parameters": {}}}
+_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
+# A question, its answer, and the next question; a question, a tool call, and its result.
+_ANSWERING = [_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+_CALLING = [
+    _USER,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"},
+]
 
 
-def find_stop_tokens(template: Template, tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that end a turn in this template, a plain answer's first; () if plain text ends it."""
+class StopTokens(NamedTuple):
+    """The special tokens that end a turn, a plain answer's first; () if plain text ends it. doubts: sentences about
+    those that were not confirmed, and are left out."""
+
+    tokens: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+
+
+def find_stop_tokens(template: Template, tokenizer: Any, known: Collection[str] = ()) -> StopTokens:
+    """How this template ends a turn, asked in two conversations each.
+
+    known: the stop tokens of the model's own generation config. A token counts if both conversations show it, or one
+    does and it is known.
+    """
     if template.stop is not None:
-        return (template.stop,)
+        return StopTokens((template.stop,))
     special = any_of(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     forms = find_forms(template)
-    *answered, follower = forms.fit(
-        [_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT}]
+    earlier = [_USER, {"role": "assistant", "content": "d5f1c0de"}]
+    answering, calling = (
+        [forms.fit([*before, *turns]) for before in ([], earlier)] for turns in (_ANSWERING, _CALLING)
     )
-    found = [_closing(template, answered, follower, None, special)]
-    call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": {"key": _ANSWER}}}
-    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-    *called, result = forms.fit(
-        [_USER, calling, {"role": "tool", "content": _NEXT, "tool_call_id": "abcdefghi", "name": "probe"}]
+    answer, doubts = _confirmed(
+        [_closing(template, messages, None, special) for messages in answering],
+        known,
+        "an answer",
     )
-    found.append(_closing(template, called, result, [_TOOL], special))
-    return tuple(dict.fromkeys(token for token in found if token))
+    call, doubts_of_call = _confirmed(
+        [_closing(template, messages, [_TOOL], special, answer) for messages in calling],
+        known,
+        "a tool call",
+    )
+    if call is not None and answer is None:
+        answer = template.variables.get("eos_token")  # what ends a tool call is not what ends a text
+    return StopTokens(tuple(dict.fromkeys(token for token in (answer, call) if token)), (*doubts, *doubts_of_call))
+
+
+def _confirmed(
+    found: Sequence[tuple[bool, str | None]], known: Collection[str], what: str
+) -> tuple[str | None, list[str]]:
+    """The token that ends a turn, and why another is not believed. found: of each conversation, whether the template
+    renders it, and the token."""
+    tokens = list(dict.fromkeys(token for renders, token in found if renders))
+    if len(tokens) == 1 and (tokens[0] in (None, *known) or all(renders for renders, _ in found)):
+        return tokens[0], []
+    believed = next((token for token in tokens if token in known), None)
+    if not tokens or believed is not None:
+        return believed, []
+    shown = " and ".join(str(token) for token in tokens)
+    return None, [f"the chat template ends {what} with {shown}, by what conversation; none of them counts as its end"]
 
 
 def _closing(
     template: Template,
     messages: Sequence[Mapping[str, Any]],
-    follower: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] | None,
     special: re.Pattern[str],
-) -> str | None:
-    """The token that ends the last message.
+    answer: str | None = None,
+) -> tuple[bool, str | None]:
+    """Whether the template renders the messages but the last, and the token that ends the last of these.
 
-    The eos, if it stands there; else of those that follow the message's text whatever comes after, an answer's first
-    and a tool call's last (calls have closing tokens of their own); else the first that the next message brings.
+    The eos, if it stands there; else, of the tokens that follow the message's text whatever comes after: an answer's
+    first that closes no part of it; a tool call's last, since calls have closing tokens of their own, or that of an
+    answer; else the first that the next message brings.
     """
-    tail = _tail(template, messages, tools)
+    before, tail = _around(template, messages[:-1], tools)
     if tail is None:
-        return None
+        return False, None
     eos: str | None = template.variables.get("eos_token")
     if eos is not None and special.findall(tail)[:1] == [eos]:
-        return eos
-    after = _tail(template, [*messages, follower], tools)
+        return True, eos
+    after = _around(template, messages, tools)[1]
     if after is not None:
         after = after.partition(_NEXT)[0]
         tail = shared_start(tail, after)
     tokens = _ending(special.findall(tail), eos)
-    if eos in tokens:
-        return eos
-    if tokens:
-        return tokens[0] if tools is None else tokens[-1]
-    return next(iter(_ending(special.findall(after or ""), eos)), None)
+    for token in (eos, answer):
+        if token in tokens:
+            return True, token
+    if not tokens:
+        return True, next(iter(_ending(special.findall(after or ""), eos)), None)
+    if tools is not None:
+        return True, tokens[-1]
+    closes_part = len(tokens) > 1 and before.rstrip().endswith(
+        tokens[0].replace("END", "START").replace("end", "start")
+    )
+    return True, tokens[closes_part]
 
 
 def _ending(tokens: Sequence[str], eos: str | None) -> list[str]:
@@ -75,14 +123,14 @@ def _ending(tokens: Sequence[str], eos: str | None) -> list[str]:
     return [token for token in tokens if token == eos or not token.startswith(("</", "[/"))]
 
 
-def _tail(
+def _around(
     template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-) -> str | None:
-    """What the render has after the probe's answer; None if it does not show it."""
+) -> tuple[str, str | None]:
+    """What the render has before and after the probe's answer; no text after it if it does not show it."""
     try:
-        _, found, after = template.render(messages, tools).rpartition(_ANSWER)
+        before, found, after = template.render(messages, tools).rpartition(_ANSWER)
     except TemplateError as error:
         if error.condemns:
             raise
-        return None
-    return after if found else None
+        return "", None
+    return (before, after) if found else ("", None)

@@ -9,7 +9,8 @@ null are dropped, reasoning is copied under other names); that is asked of the i
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from preceptor.chat.environment import compiled, parsed, plain_environment, rendered
+from preceptor.chat.environment import FixedClock, compiled, parsed, plain_environment, rendered
 from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
 from preceptor.config.sections import RESERVED_ARGUMENTS
@@ -117,6 +118,23 @@ class Template:
     def names_read(self) -> frozenset[str]:
         """The variables and arguments that the texts read: any other argument changes nothing."""
         return frozenset().union(*map(names_read_by, self.texts.values()))
+
+    @cached_property
+    def writes_date(self) -> bool:
+        named = (node for text in self.texts.values() for node in parsed(text).find_all(nodes.Name))
+        return any(node.name == "strftime_now" for node in named)
+
+    @property
+    def clock(self) -> dict[str, FixedClock]:
+        """The argument that fixes the date; {} where the template writes none, or today's."""
+        clock = self.variables.get("strftime_now")
+        return {"strftime_now": clock} if isinstance(clock, FixedClock) else {}
+
+    def at(self, date: datetime) -> "Template":
+        """The template as it is on that date: for a run that must render the same after midnight."""
+        if not self.writes_date:
+            return self
+        return replace(self, variables={**self.variables, "strftime_now": FixedClock(date)})
 
     @cached_property
     def settings(self) -> tuple[tuple[str, Any], ...]:

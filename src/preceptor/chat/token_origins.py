@@ -5,7 +5,7 @@ tree knows by their message, are measured against the text that they spell, and 
 characters. What cannot be had this way is UNKNOWN, never guessed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -178,7 +178,8 @@ def _is_text(leaf: Leaf) -> bool:
 def _tool_texts(tools: Sequence[Any] | None) -> set[str]:
     """Names and descriptions of the tools."""
     functions = [tool.get("function", tool) for tool in tools or ()]
-    return {text for f in functions for text in (f.get("name"), f.get("description")) if isinstance(text, str) and text}
+    said = (f.get(key) for f in functions if isinstance(f, Mapping) for key in ("name", "description"))
+    return {text for text in said if isinstance(text, str) and text}
 
 
 def _target_runs(target: str, turn: Turn, full: Rendered, roles: Sequence[str]) -> list[TextRun]:

@@ -1,11 +1,14 @@
 """The command `chat`: a conversation with a model in the terminal."""
 
+import io
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from preceptor import errors
 from preceptor.commands.options import MaxNewTokens, check_models, large_imports
 
 
@@ -16,7 +19,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
-    from preceptor.console import standard_console
+    from preceptor.console import say, standard_console
 
     check_models(base, model)
     with large_imports():
@@ -26,12 +29,36 @@ def chat(
     paths = [*([base] if base else []), model]
     speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]
     console = standard_console()
+    if sys.stdin.isatty():
+        say(
+            "Ctrl-D ends, /new starts a new conversation; an answer that ends in … was cut by --max-new-tokens",
+            error=True,
+        )
+    if (about := trained_system_prompt(model, system)) is not None:
+        say(about, error=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
     def write(name: str, text: str) -> None:
         label = f"[{name}] " if name and len(speakers) > 1 else ""
         console.print(f"{label}{text}", highlight=False)
 
     converse(speakers, _input_lines(), system, write)
+
+
+def trained_system_prompt(model: str, given: str | None) -> str | None:
+    """Which system prompt the model was trained with, if it lies in a run's folder, which says so."""
+    from preceptor.files import read_json
+
+    try:
+        found = read_json(Path(model).parent / "data.json")["system_prompts"]
+        (prompt, count), total = found["most_common"][0], int(found["num_conversations"])
+    except (errors.CheckpointError, KeyError, IndexError, TypeError, ValueError):  # no run's folder, or a changed one
+        return None
+    if not prompt:
+        return "trained mostly without a system prompt" if given else None
+    advice = "" if given == prompt else "; --system gives it"
+    return f"trained with this system prompt in {count:,} of {total:,} conversations{advice}: {prompt}"
 
 
 def _input_lines() -> Iterator[str]:

@@ -16,9 +16,7 @@ def demo(
     """Fine-tune the shipped base model as a demonstration. Shows its answers before and after."""
     require_one_process()
     from preceptor.console import standard_console
-    from preceptor.train.run_folder import check_out
 
-    check_out(str(out), replace)
     with large_imports():
         from preceptor.demo import run_demo
 

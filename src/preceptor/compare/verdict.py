@@ -81,8 +81,9 @@ def sentence(entry: Mapping[str, Any]) -> str:
     if sign == 0:
         return f"no significant change on {task} ({amount(entry, signed=True)}{few})"
     if entry["kind"] == "perplexity":
-        relative = figures["difference"]["value"] / figures["base"]["value"]
-        return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(entry)} ({relative:+.1%})"
+        base = figures["base"]["value"]
+        relative = f" ({figures['difference']['value'] / base:+.1%})" if base else ""
+        return f"predicts {task} {'better' if sign > 0 else 'worse'} by {amount(entry)}{relative}"
     return f"{'gained' if sign > 0 else 'lost'} {amount(entry)} on {task}"
 
 

@@ -17,6 +17,7 @@ from preceptor.config.sections import (
     Section,
     Source,
     Train,
+    are_documents,
     nearest,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "Section",
     "Source",
     "Train",
+    "are_documents",
     "beside",
     "build",
     "dump",

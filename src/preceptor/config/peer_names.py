@@ -150,7 +150,7 @@ _ATTENTION = "attention is chosen for the device and checked before the first st
 _HUB = "nothing is uploaded: `hf upload` uploads the folder `model` in `out`"
 _PREPARED = "the data is rendered before the first step, by several processes where it is large: nothing to set"
 _SFT = "supervised fine-tuning is all that is done: remove the key"
-_RESUME = "`preceptor train RUN.yaml --resume` resumes a run"
+_RESUME = "the same command continues a run that was stopped"
 _LOGITS = "the loss computes logits of trained tokens only, in parts: nothing to set"
 _PLAIN_LORA = "this variant of LoRA is not offered: remove the key"
 

@@ -50,7 +50,7 @@ class Run(Section):
     engine: Literal["auto", "plain"] = "auto"
     """`plain` turns all optimisations of the engine off, to see whether one is at fault: the same losses, slower."""
     out: Path_
-    """Folder of the run; it must not exist yet."""
+    """Folder of the run: new or empty, or that of this run, unfinished, which then continues."""
 
     def resolved(self) -> "Run":
         """The same run with every default that depends on another field written out.
@@ -154,7 +154,7 @@ def _sentence(detail: ErrorDetails) -> str:
     if detail["type"] == "missing":
         return f"{place}: required, but absent"
     if detail["type"] == "extra_forbidden":
-        section, _, name = named.rpartition(".")
+        *section, name = (part for part in detail["loc"] if isinstance(part, str))
         return advice(place, all_keys()) or f"{place}: unknown key; {nearest(name, _known_keys(section))}"
     if detail["type"] in ("model_type", "list_type") and named in INSTEAD_OF_SECTIONS:
         return f"{place}: {INSTEAD_OF_SECTIONS[named]}; found {short(detail['input'])}"
@@ -162,9 +162,9 @@ def _sentence(detail: ErrorDetails) -> str:
     return f"{place}: {message[:1].lower()}{message[1:]}; found {short(detail['input'])}"
 
 
-def _known_keys(place: str) -> list[str]:
+def _known_keys(place: Sequence[str]) -> list[str]:
     section: type[BaseModel] = Run
-    for part in place.split(".") if place else ():
+    for part in place:
         inner = _section_type(section.model_fields[part].annotation)
         assert inner is not None, place
         section = inner

@@ -35,6 +35,11 @@ RESERVED_ARGUMENTS = frozenset(
 )
 
 
+def are_documents(value: Any) -> bool:
+    """Whether transformers takes it for the template argument `documents`: a list of objects, or none."""
+    return value is None or (isinstance(value, list) and all(isinstance(each, dict) for each in value))
+
+
 class Section(BaseModel):
     """A part of the run file: unknown keys and wrong types are errors, and nothing changes after it is built."""
 
@@ -121,6 +126,8 @@ class Data(Section):
         for name in arguments:
             if name in RESERVED_ARGUMENTS:
                 raise ValueError(f"{name!r} is set by whoever renders a chat template; remove it")
+        if not are_documents(arguments.get("documents")):
+            raise ValueError("`documents` must be a list of objects")
         return arguments
 
 
@@ -176,7 +183,7 @@ class Memory(Section):
 
 class Checkpoint(Section):
     every: Duration | None = None
-    """A checkpoint to resume from (`--resume`): `100 steps`, `1 epoch`. Absent: only the final model is saved."""
+    """A checkpoint to go on from after a stop: `100 steps`, `1 epoch`. Absent: one where a signal stops the run."""
     keep: Annotated[int, Field(ge=1)] = 2
     """Older checkpoints are deleted."""
 

@@ -92,7 +92,7 @@ def read_trees(
     def examples() -> Iterator[Example | Rejection]:
         for entry in source.entries():
             entries.append(entry)
-            yield entry.example
+            yield fitter.before_rendering(entry.example)
 
     for example, tree in render_all(renderer, examples(), num_processes):
         yield entries.popleft(), fitter.fit(example, tree)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from preceptor.data.examples import Completion, Conversation, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.workers import ExampleRenderer
 
@@ -63,6 +63,15 @@ class Shortened:
         return "\n".join(lines)
 
 
+_CHARACTERS_OF_A_TOKEN = 100  # more than any text has on average
+
+
+def _num_characters(example: Example) -> int:
+    if isinstance(example, Conversation):
+        return sum(len(message.content) + len(message.reasoning_content) for message in example.messages)
+    return len(example.text) if isinstance(example, Document) else len(example.prompt) + len(example.completion)
+
+
 class Fitter:
     """Makes examples fit into `max_length` tokens; counts in `shortened` what it did.
 
@@ -77,6 +86,13 @@ class Fitter:
         self._max_length = min(max_length, num_positions or max_length)
         self._overflow = overflow
         self.shortened = Shortened()
+
+    def before_rendering(self, example: Example | Rejection) -> Example | Rejection:
+        """The example, or its rejection where it cannot be short enough: tokenising takes 200 bytes a character."""
+        if isinstance(example, Rejection) or self._overflow != "reject":
+            return example
+        num, most = _num_characters(example), _CHARACTERS_OF_A_TOKEN * self._max_length
+        return example if num <= most else self._rejection(example, f"it has {num:,} characters", "or split the text")
 
     def fit(self, example: Example | Rejection, tree: Tree | Rejection) -> list[ExampleTree] | Rejection:
         """An example as it is, or what stands for it; the rejection of one that has one or cannot be made to fit."""

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from array import array
 from collections import deque
@@ -41,6 +42,7 @@ _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
 _EXAMPLE_CHARACTERS = 200  # what an example costs besides its text
 _GARBAGE_THRESHOLDS = (50_000, 20, 20)
+_LOOK_SECONDS = 1.0  # between two looks whether the calling process is still there
 _SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send and receive while this one renders
 _BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
@@ -240,6 +242,14 @@ def _begin(renderer: ExampleRenderer) -> None:
     gc.set_threshold(*_GARBAGE_THRESHOLDS)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the calling process ends the work
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A calling process that is killed cannot end this one, which would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)
 
 
 def _ready() -> None:

@@ -1,14 +1,17 @@
 """Batched generation from context tokens, greedy or sampled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from preceptor.errors import ModelError
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating
 
+_NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 
 
@@ -44,7 +47,9 @@ def generate(
     """The answer to each context, in order: greedy, or sampled.
 
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
-    token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context).
+    token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
+    memory runs out, the batch is halved. Raises ModelError where a single answer does not fit, and
+    where there is nothing to draw from because logits are not finite.
     """
     if not contexts:
         return []
@@ -53,21 +58,51 @@ def generate(
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
     settings = _settings(model, stop, pad, max_new_tokens, sampling)
     answers: dict[int, GeneratedAnswer] = {}
+
+    def answer(batch: Sequence[int]) -> None:
+        ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
+        ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
+        output_BT = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            generation_config=settings,
+            stopping_criteria=[ends] if until else None,
+        )
+        for row, index in enumerate(batch):
+            ids_T = output_BT[row, ids_BT.shape[1] : ends.lengths.get(row)].tolist()
+            answers[index] = _cut(ids_T, set(stop), tokenizer)
+
     with evaluating(model), _seeded(model, sampling):
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
-            ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
-            output_BT = model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                generation_config=settings,
-                stopping_criteria=[ends] if until else None,
-            )
-            for row, index in enumerate(batch):
-                ids_T = output_BT[row, ids_BT.shape[1] : ends.lengths.get(row)].tolist()
-                answers[index] = _cut(ids_T, set(stop), tokenizer)
+        while order:
+            batch = order[:batch_size]
+            if _fits(answer, batch):
+                del order[:batch_size]
+                continue
+            if len(batch) == 1:
+                raise ModelError(
+                    f"an answer of {max_new_tokens} tokens to a prompt of {len(contexts[batch[0]]):,} tokens does not "
+                    "fit in memory, alone in its batch: lower the number of new tokens (eval.max_new_tokens, "
+                    "--max-new-tokens), or leave that prompt out"
+                )
+            batch_size = len(batch) // 2
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
     return [answers[index] for index in range(len(contexts))]
+
+
+def _fits(answer: Callable[[Sequence[int]], None], batch: Sequence[int]) -> bool:
+    """Answer a batch; False where memory runs out. What was allocated for it is free again when this returns."""
+    try:
+        answer(batch)
+    except (MemoryError, RuntimeError) as error:
+        if _NOT_FINITE in str(error):
+            raise ModelError(
+                "the model's logits are not finite: its weights are damaged, or the learning rate was far too high"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 @contextmanager

@@ -16,16 +16,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from preceptor.config.sections import nearest
 from preceptor.data.examples import Rejection, read_messages
+from preceptor.data.formats.values import Unreadable, check_values
 from preceptor.data.sources import read_rows
-from preceptor.errors import DataError
+from preceptor.errors import DataError, short
 from preceptor.evaluate.score import MATCHES, Match, is_number
 
+T = TypeVar("T")
 TaskKind = Literal["generation", "multiple choice", "perplexity"]
 GROUPS = ("family", "wording", "kind")
 
@@ -106,7 +108,7 @@ def read_task(path: str) -> Task:
         if kind not in (None, found):
             raise DataError(f"{source}: a {found} item in a {kind} task; give each kind a file of its own")
         kind = found
-        items.append(_READ[kind](row, source))
+        items.append(_item(_READ[kind], row, source))
     assert kind is not None, "reading rejects a file without rows"
     return Task(path, kind, tuple(items))
 
@@ -138,7 +140,7 @@ def read_prompts(path: str) -> list[ReferencePrompt]:
     for source, row in read_rows(file_of(path)):
         row = {key: value for key, value in row.items() if value is not None}
         _require(row.keys() & {"messages", "prompt"} != set(), source, "a prompt row needs `messages` or `prompt`")
-        prompt, reference = _read_prompt(row, source)
+        prompt, reference = _item(_read_prompt, row, source)
         prompts.append(ReferencePrompt(source, prompt, reference or ""))
     return prompts
 
@@ -170,6 +172,19 @@ def file_of(path: str) -> str:
     return f"{path}.jsonl" if path.startswith("scholar:") and not Path(path).suffix else path
 
 
+def _item(read: Callable[[Mapping[str, Any], str], T], row: Mapping[str, Any], source: str) -> T:
+    """What `read` makes of a row. Raises DataError whatever the row holds."""
+    try:
+        check_values(row, "")
+        return read(row, source)
+    except DataError:
+        raise
+    except Unreadable as error:
+        raise DataError(f"{source}: {error}") from None
+    except Exception as error:  # a value that no check foresaw
+        raise DataError(f"{source}: cannot be read: {type(error).__name__}: {short(str(error))}") from None
+
+
 # One item ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +212,11 @@ def _read_generation(row: Mapping[str, Any], source: str) -> TaskItem:
     )
     accepted = _texts(row.get("accepted", row.get("answers")), "accepted", source)
     match = row.get("match", "exact")
-    _require(match in MATCHES, source, f"match is {match!r}; it must be one of {', '.join(MATCHES)}")
+    _require(
+        isinstance(match, str) and match in MATCHES,
+        source,
+        f"match is {short(match)}; it must be one of {', '.join(MATCHES)}",
+    )
     for text in accepted:
         if match == "regex":
             try:

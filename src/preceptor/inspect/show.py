@@ -34,8 +34,10 @@ def show_examples(
             left_out = [] if isinstance(rendered, Rejection) else list(rendered.left_out)
             print_json({**to_json(record.source, rendered), "thinking": thinking, "left_out": left_out}, indent=None)
         else:
+            if num_shown == 1:
+                console.print(legend(console.is_terminal))
             console.rule(record.source, align="left")
-            console.print(to_text(rendered, renderer.tokenizer))
+            console.print(to_text(rendered, renderer.tokenizer, coloured=console.is_terminal))
             if not isinstance(rendered, Rejection):
                 missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
                 for line in (summary_line(rendered), *arguments_lines(thinking, {}), *missing):
@@ -72,8 +74,19 @@ def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
     return {"source": source, "segments": segments, "rejection": None}
 
 
-def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
-    """Coloured text for a terminal, with visible token borders, line ends and special tokens."""
+def legend(coloured: bool) -> Text:
+    """What the signs and colours of `to_text` mean."""
+    trained: list[str | tuple[str, str]] = [
+        (" trained ", _STYLES["target"][0]),
+        " ",
+        ("context", _STYLES["context"][0]),
+    ]
+    shades = "; shades show where tokens meet" if coloured else ""
+    return Text.assemble(*(trained if coloured else ["⟦trained⟧ context"]), f"; ⏎ line end, ⇥ tab{shades}")
+
+
+def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -> Text:
+    """Text for a terminal, with visible token borders, line ends and special tokens; without colours ⟦targets⟧."""
     if isinstance(rendered, Rejection):
         return Text.assemble((f"rejected: {rendered.code}: ", "bold red"), rendered.message)
     text = Text()
@@ -81,10 +94,13 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any) -> Text:
         branches = segment.parent is not None and segment.parent != index - 1
         if branches:
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
+        marked = segment.kind == "target" and not coloured
+        text.append("⟦" * marked)
         for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
             style = _STYLES[segment.kind][place % 2]
             shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
             text.append(shown, f"bold {style}" if special else style)
+        text.append("⟧" * marked)
     return text
 
 

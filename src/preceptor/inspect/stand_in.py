@@ -42,7 +42,7 @@ def stand_in_renderer(name: str, template_kwargs: Mapping[str, Any] | None = Non
     template = replace(template, variables={**template.variables, **(template_kwargs or {})})
     tokenizer.eos_token = _own_end(template)
     template = replace(template, variables={**tokenizer.special_tokens_map, **(template_kwargs or {})})
-    stop_tokens = find_stop_tokens(template, tokenizer)
+    stop_tokens = find_stop_tokens(template, tokenizer).tokens
     if stop_tokens:
         tokenizer.eos_token = stop_tokens[0]
     stops = [tokenizer.convert_tokens_to_ids(token) for token in stop_tokens]

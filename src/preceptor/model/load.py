@@ -1,5 +1,6 @@
 """Loading and saving of Hugging Face causal language models. torch is imported in the functions, not at the top."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,6 @@ def load_model(
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     place = resolve_model_path(path)
@@ -59,7 +59,7 @@ def load_model(
         _honour_softcap(model)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers or pickle raise
         raise cannot_load(place, "model", error) from error
     return model.to(device).eval()  # type: ignore[no-any-return]
 
@@ -169,7 +169,7 @@ def save_model(
 
     With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
     the tokenizer in its subfolder `adapter`. generation_config: instead of the model's own; `unusable_settings` are
-    left out. dtype: the type to which the model's weights are converted, for good; None: as they are. All or nothing:
+    left out. dtype: the type in which weights are written; None: that in which they are held. All or nothing:
     the files are written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists
     or cannot be written.
     """
@@ -178,8 +178,9 @@ def save_model(
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     try:
-        with replacing(path) as partial:
+        with replacing(path, num_bytes) as partial:
             partial.mkdir(parents=True)
             _write(model, tokenizer, partial, generation_config, dtype)
     except SafetensorError as error:
@@ -202,9 +203,7 @@ def _write(
     assert full.generation_config is not None
     for name in unusable_settings(full.generation_config):
         setattr(full.generation_config, name, None)
-    if dtype is not None:
-        _convert(full, dtype)
-    full.save_pretrained(folder)
+    _write_weights(full, folder, dtype)
     tokenizer.save_pretrained(folder)
     for file in _processor_files(full):
         shutil.copyfile(file, folder / file.name)
@@ -214,23 +213,37 @@ def _write(
         tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
 
 
-def _convert(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
-    """Convert the weights one by one, so that both copies are never there; not those that transformers keeps float32.
+def _write_weights(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype | None") -> None:
+    """Write config, generation config and weights; the model itself stays as it is, for another try."""
+    state = None if dtype in (None, model.dtype) else _converted(model, dtype)
+    model.save_pretrained(folder, state_dict=state)
+    if state is not None:
+        config = copy.deepcopy(model.config)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = dtype
+        config.save_pretrained(folder)
 
-    A weight that float16 cannot hold leaves all of them as they are: an infinite one would ruin the model.
+
+def _converted(model: "PreTrainedModel", dtype: Any) -> "dict[str, torch.Tensor] | None":
+    """The weights in another type, but for those that transformers keeps in float32; None if it cannot hold them.
+
+    An infinite weight would ruin the model: float16 ends at 65,504.
     """
     import torch
 
     limit = torch.finfo(dtype).max
     keep = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
-    weights = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and keep.isdisjoint(name.split("."))
-    ]
-    if all(weight.abs().max().item() <= limit for weight in weights if weight.numel()):
-        for weight in weights:
-            weight.data = weight.data.to(dtype)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    found, made = model.state_dict(), {}
+    for name, weight in weights.items():
+        if name not in found or not weight.is_floating_point() or not keep.isdisjoint(name.split(".")):
+            continue
+        if id(weight) not in made:  # what is one table stays one
+            if weight.numel() and weight.detach().abs().max().item() > limit:
+                return None
+            made[id(weight)] = weight.detach().to("cpu", dtype)
+        found[name] = made[id(weight)]
+    return found
 
 
 def _processor_files(model: "PreTrainedModel") -> list[Path]:

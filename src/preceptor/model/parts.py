@@ -1,6 +1,6 @@
 """Parts of a causal language model: decoder, layers, and the towers that text does not use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -77,3 +77,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a router sends each token to some of several experts."""
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    numbers = [getattr(settings, name, None) for name in _NUM_EXPERTS]
+    return any(isinstance(number, int) and number > 1 for number in numbers)
+
+
+@contextmanager
+def exact_routing(model: nn.Module) -> Iterator[None]:
+    """Within the block half-precision weights of a model with experts are float32; afterwards the same to the bit.
+
+    In half precision a rounding error may send a token to another expert, and its hidden state is another one then:
+    two equal computations look unequal. Where the memory does not suffice, the weights stay as they are.
+    """
+    held = [*model.parameters(), *model.buffers()] if has_experts(model) else []
+    converted: list[tuple[torch.Tensor, torch.dtype]] = []
+    try:
+        for tensor in held:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                dtype, tensor.data = tensor.dtype, tensor.data.float()
+                converted.append((tensor, dtype))
+    except torch.OutOfMemoryError:
+        _restore(converted)
+        converted = []
+    try:
+        yield
+    finally:
+        _restore(converted)
+
+
+def _restore(converted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
+    for tensor, dtype in converted:
+        tensor.data = tensor.data.to(dtype)

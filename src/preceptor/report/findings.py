@@ -99,9 +99,7 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
     if not run.is_finished:
         of = f" of {planned:,}" if planned else ""
         seen = f"The run is not finished: {run.num_steps:,}{of} steps are on record."
-        yield Finding(
-            "warning", seen, "If it was stopped, `preceptor train ... --resume` continues from its checkpoint."
-        )
+        yield Finding("warning", seen, "If it was stopped, the same `preceptor train` command continues it.")
     for resumed in run.environment.get("resumed", ()):
         yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
 
@@ -123,7 +121,7 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
         )
-    elif last > first * (1 - NOTHING_LEARNED):
+    elif last >= first * (1 - NOTHING_LEARNED):
         advice = (
             "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
         )
@@ -149,7 +147,7 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
     accuracy = ""
     if "token_accuracy" in last and "token_accuracy" in first:
         accuracy = f" Token accuracy: {first['token_accuracy']:.1%}, then {last['token_accuracy']:.1%}."
-    if last["loss"] > first["loss"] * (1 - NOTHING_LEARNED):
+    if last["loss"] >= first["loss"] * (1 - NOTHING_LEARNED):
         advice = (
             "The training examples may be too few or too different from the held-out ones, or the learning rate wrong."
         )

@@ -48,7 +48,7 @@ class RunRecord:
     @property
     def held_out(self) -> list[JsonObject]:
         """The evaluations that have a held-out loss."""
-        return [evaluation for evaluation in self.evaluations if "loss" in evaluation]
+        return [evaluation for evaluation in self.evaluations if evaluation.get("loss") is not None]
 
     @property
     def loss_ends(self) -> tuple[float, float] | None:

@@ -13,8 +13,8 @@ from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
-from preceptor.files import append_line
-from preceptor.train.checkpoint import State
+from preceptor.files import append_line, read_json_lines
+from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
 
@@ -31,11 +31,12 @@ class SamplePrompt:
 
 @dataclass
 class Evaluations:
-    """Writes `eval.jsonl` (one line per evaluation) and `samples.jsonl` (one line per evaluation and prompt).
+    """Writes `samples.jsonl` (one line per evaluation and prompt), then `eval.jsonl` (one line per evaluation).
 
     A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
     and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
-    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation.
+    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. last: the newest line, also
+    of an earlier session: an evaluation that is there is not made again.
     """
 
     folder: Path
@@ -52,9 +53,10 @@ class Evaluations:
     last: dict[str, Any] = field(default_factory=dict)
 
     def evaluate(self, state: State) -> None:
-        """Evaluate and sample; nothing that influences training changes."""
-        if not self.enabled:
+        """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`."""
+        if not self.enabled or self.last.get("step") == state.step:
             return
+        require_finite(state)
         evaluated = self.evaluated(state.model)
         measured: dict[str, Any] = {}
         with autocast(state.model.device, self.precision):
@@ -62,11 +64,11 @@ class Evaluations:
                 measured |= measure(state.model, self.held_out, self.max_length, evaluated.alone)
             if self.tasks:
                 measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
+        self._sample(evaluated, state.step)
         if measured:
             self.last = {"step": state.step, **measured}
             append_line(self.folder / "eval.jsonl", self.last)
             self.say(f"after {state.step} steps: {_shown(measured)}")
-        self._sample(evaluated, state.step)
 
     def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
         results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)
@@ -95,7 +97,7 @@ class Evaluations:
 
 
 def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
-    """The evaluations of a run. alone: the model processes one conversation at a time."""
+    """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
     enabled = run.eval.every is not None
@@ -112,6 +114,7 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         precision=run.train.precision,
         enabled=enabled,
         say=say,
+        last=(read_json_lines(folder / "eval.jsonl") or [{}])[-1],
     )
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,15 @@ from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
-from preceptor.train import checkpoint
-from preceptor.train.checkpoint import State
+from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.parts import evaluating
+from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
-
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+from preceptor.train.run_folder import RunFolder
+from preceptor.train.signals import Stopped, StopRequest
 
 
 def train(
@@ -37,47 +37,59 @@ def train(
     loader: Loader,
     evaluations: Evaluations,
     display: Display,
-    folder: Path,
-    fingerprint: str,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
 ) -> None:
     """Train `state` to the end of the run.
 
-    Each step divides the summed loss of its sequences once, by the step's number of trained tokens (or of
-    conversations, data/mixture.py), so that how tokens are spread over sequences changes nothing. Raises ModelError as
-    `take_step` does.
+    A step's summed loss is divided once, by its number of trained tokens (or conversations, data/mixture.py), however
+    they are spread over sequences. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
     """
-    optimizer = run.optimizer
+    optimizer, precision = run.optimizer, run.train.precision
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
     warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
-    assert optimizer.learning_rate is not None, "a resolved run has a learning rate"
-    precision = run.train.precision
-    assert precision is not None, "a run that starts has a precision"
-    if state.step == 0:
-        evaluations.evaluate(state)
-    for step in range(state.step, total_steps):
-        started = time.perf_counter()
-        sequences = loader.batch(step)
-        learning_rate = learning_rate_at(
-            step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
-        )
-        loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
-        values = {
-            "step": state.step,
-            "epoch": round(state.step / loader.steps_per_epoch, 4),
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "num_tokens": sum(sequence.num_tokens for sequence in sequences),
-            "num_trained": sum(sequence.num_trained for sequence in sequences),
-            "seconds": time.perf_counter() - started,
-            "peak_memory_bytes": peak_memory_bytes(state.model.device),
-        }
-        append_line(folder / "metrics.jsonl", values)
-        display.step(values)
-        if due(run.eval.every, state.step, loader, total_steps) or state.step == total_steps:
-            evaluations.evaluate(state)
-        if due(run.checkpoint.every, state.step, loader, total_steps):
-            checkpoint.save(state, folder / "checkpoints", fingerprint, run.checkpoint.keep)
+    assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
+
+    def evaluate() -> None:
+        if state.step in (0, total_steps) or due(run.eval.every, state.step, loader, total_steps):
+            with stop.at_once():
+                evaluations.evaluate(state)
+
+    def save() -> None:
+        checkpoints.save(state)
+        folder.drop_replaced()
+
+    try:
+        evaluate()  # unless the session before has done so
+        for step in range(state.step, total_steps):
+            started = time.perf_counter()
+            sequences = loader.batch(step)
+            learning_rate = learning_rate_at(
+                step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
+            )
+            loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
+            values = {
+                "step": state.step,
+                "epoch": round(state.step / loader.steps_per_epoch, 4),
+                "loss": loss,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "num_tokens": sum(sequence.num_tokens for sequence in sequences),
+                "num_trained": sum(sequence.num_trained for sequence in sequences),
+                "seconds": time.perf_counter() - started,
+                "peak_memory_bytes": peak_memory_bytes(state.model.device),
+            }
+            append_line(folder.path / "metrics.jsonl", values)
+            display.step(values)
+            if due(run.checkpoint.every, state.step, loader, total_steps):
+                save()
+            evaluate()
+            stop.check()
+    except Stopped as stopped:
+        if state.step and not checkpoints.has(state.step):
+            save()
+        raise Stopped(stopped.number, state.step) from None
 
 
 def take_step(
@@ -107,6 +119,18 @@ def take_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return loss, grad_norm
+
+
+@torch.no_grad()
+def require_finite_loss(state: State, sequence: PackedSequence, precision: str, objective: Objective) -> None:
+    """Raises ModelError where the loss of a sequence is not finite: weights may be finite and far too large."""
+    with evaluating(state.model), autocast(state.model.device, precision):
+        loss = objective(state.engine, sequence).item()
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"after step {state.step} the loss is {loss}: the model is not saved. Lower optimizer.learning_rate, or "
+            "lengthen optimizer.warmup"
+        )
 
 
 def accumulate_gradients(
@@ -139,8 +163,8 @@ def _explaining_out_of_memory(sequence: PackedSequence, where: str) -> Iterator[
     """Raises ModelError, with the sequence's size and the keys that help, where memory runs out inside."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and not any(words in str(error) for words in _OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise ModelError(
             f"{where}, {sequence.num_tokens:,} tokens, {sequence.num_trained:,} of them trained, does not fit in "

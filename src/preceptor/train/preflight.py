@@ -29,7 +29,7 @@ from preceptor.model.checks.phases import check_phases
 from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.closeness import require_close
 from preceptor.model.forward import Engine
-from preceptor.model.parts import evaluating
+from preceptor.model.parts import evaluating, exact_routing, has_experts
 from preceptor.train.loop import accumulate_gradients
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
@@ -88,6 +88,7 @@ def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], 
             check_sequential(model)
         loader = loader.apart()
     trees: list[Tree] = []
+    proved_in = "float32" if has_experts(model) else precision  # see `exact_routing`
     if not loader.alone:
         check_phases(model, objective.policy)
         trees = _sample(loader)
@@ -96,9 +97,9 @@ def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], 
         with _line(
             say, f"packed conversations do not see each other ({len(trees)} of this run, {num_tokens:,} tokens)"
         ):
-            _check_sample_isolation(engine, trees, precision)
+            _check_sample_isolation(engine, trees, proved_in)
         with _line(say, "the loss of a sequence is the sum of its conversations' losses"):
-            _check_sum(engine, trees, precision, objective)
+            _check_sum(engine, trees, proved_in, objective)
     largest = loader.largest_sequences()
     sizes = (
         f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
@@ -136,7 +137,7 @@ def _check_sample_isolation(engine: Engine, trees: Sequence[Tree], precision: st
         first,
         segments=tuple(replace(s, ids=tuple((token + 1) % vocab_size for token in s.ids)) for s in first.segments),
     )
-    with evaluating(engine.model), autocast(engine.model.device, precision):
+    with evaluating(engine.model), exact_routing(engine.model), autocast(engine.model.device, precision):
         before_TD, after_TD = (
             engine.hidden_states(pack_trees([tree, *others]))[first.num_tokens :] for tree in (first, changed)
         )
@@ -150,7 +151,7 @@ def _check_sample_isolation(engine: Engine, trees: Sequence[Tree], precision: st
 
 @torch.no_grad()
 def _check_sum(engine: Engine, trees: Sequence[Tree], precision: str, objective: Objective) -> None:
-    with evaluating(engine.model), autocast(engine.model.device, precision):
+    with evaluating(engine.model), exact_routing(engine.model), autocast(engine.model.device, precision):
         together = objective(engine, pack_trees(trees)).item()
         alone = math.fsum(objective(engine, pack_trees([tree])).item() for tree in trees)
     require_close(

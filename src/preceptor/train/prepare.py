@@ -3,18 +3,19 @@
 Whatever can be found wrong with a run is found here, in seconds, with nothing written.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
 from preceptor.chat.left_out import LeftOut
+from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments
 from preceptor.console import example_progress
 from preceptor.data.dataset import Dataset, TokenCounts, read_trees
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Conversation, Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader
 from preceptor.data.mixture import draw_replay, mix, weigh
@@ -43,22 +44,18 @@ class Prepared:
     shortened: Shortened  # what was done to examples that were too long
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     arguments: TrainedArguments  # of the chat template, as the turns were trained with them
+    system_prompts: Mapping[str, int]  # "" for none: in how many conversations
     left_out: LeftOut  # of the contexts, by the chat template
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with anything that would make a resumed run differ: the run file (but `out`) and every token."""
-        run_file = config.dump(self.run.model_copy(update={"out": "-"}))
-        return hashlib.sha256(f"{run_file}{self.train.sha256}".encode()).hexdigest()
 
     def loader(self) -> Loader:
         run = self.run
         return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
 
 
-def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
+def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = None) -> Prepared:
     """Read, render and check all data of a run, with a progress bar on a terminal.
 
+    date: for chat templates that write it (absent: now); that of its first start for a run that goes on.
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
@@ -68,36 +65,20 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
+    if chat.template is not None:
+        chat = replace(chat, template=chat.template.at(date or datetime.now().astimezone()))
     renderer = chat.renderer(run.data)
-    arguments, left_out = TrainedArguments(renderer.switch, renderer.template_kwargs), LeftOut()
+    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
-    rejections: list[Rejection] = []
-    formats: dict[str, Counter[str]] = {}
-
-    def read(source: OpenSource, trained: bool = True) -> Iterator[ExampleTree]:
-        for entry, found in read_trees(source, renderer, fitter, num_processes):
-            formats.setdefault(entry.table, Counter())[entry.format] += 1
-            if isinstance(found, Rejection):
-                rejections.append(found)
-            else:
-                for example, tree in found:
-                    if trained:
-                        arguments.add(example, tree)
-                        left_out.add(tree)
-                    yield example, tree
-            on_example()
-
     tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
     with example_progress(tables, "reading and rendering") as on_example:
-        train = [([tree for _, tree in read(source)], source.source) for source in sources["train"]]
-        held_out = [(list(read(source, trained=False)), source.source) for source in sources["held out"]]
-        replay = [([tree for _, tree in read(source)], source.source) for source in sources["replay"]]
-    num_examples = sum(count for counts in formats.values() for count in counts.values())
-    counts = RejectionCounts(run.data.allow_rejected, rejections)
-    _require_few_rejected(counts, num_examples, run.data.max_rejected)
-    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed))
-    if not trees:
-        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+        reader = _Reader(renderer, fitter, num_processes, arguments, on_example)
+        train = [([tree for _, tree in reader.read(source)], source.source) for source in sources["train"]]
+        held_out = [(list(reader.read(source, trained=False)), source.source) for source in sources["held out"]]
+        replay = [([tree for _, tree in reader.read(source)], source.source) for source in sources["replay"]]
+    counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
+    _require_few_rejected(counts, reader.num_examples, run.data.max_rejected)
+    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed), str(counts))
     _require_rows(chat, trees)
     shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
     return Prepared(
@@ -107,15 +88,58 @@ def prepare(run: config.Run, num_processes: int = 1) -> Prepared:
         train=Dataset(shared),
         held_out=mix(held_out, run.train.seed),
         tasks=tasks,
-        rejections=rejections,
-        num_examples=num_examples,
+        rejections=reader.rejections,
+        num_examples=reader.num_examples,
         examples_per_epoch=len(trees),
         tokens=TokenCounts.of(trees, shared, whole=run.data.train_on == "all"),
         shortened=fitter.shortened,
-        formats=formats,
+        formats=reader.formats,
         arguments=arguments,
-        left_out=left_out,
+        system_prompts=reader.system_prompts,
+        left_out=reader.left_out,
     )
+
+
+class _Reader:
+    """Reads sources, and keeps what is found beside their trees."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        fitter: Fitter,
+        num_processes: int,
+        arguments: TrainedArguments,
+        on_example: Callable[[], None],
+    ) -> None:
+        self._renderer, self._fitter, self._num_processes = renderer, fitter, num_processes
+        self._arguments, self._on_example = arguments, on_example
+        self.rejections: list[Rejection] = []
+        self.formats: dict[str, Counter[str]] = {}
+        self.system_prompts: Counter[str] = Counter()
+        self.left_out = LeftOut()
+
+    @property
+    def num_examples(self) -> int:
+        return sum(counts.total() for counts in self.formats.values())
+
+    def read(self, source: OpenSource, trained: bool = True) -> Iterator[ExampleTree]:
+        for entry, found in read_trees(source, self._renderer, self._fitter, self._num_processes):
+            self.formats.setdefault(entry.table, Counter())[entry.format] += 1
+            if isinstance(found, Rejection):
+                self.rejections.append(found)
+            else:
+                for example, tree in found:
+                    if trained:
+                        self._arguments.add(example, tree)
+                        self._count_system_prompt(example)
+                        self.left_out.add(tree)
+                    yield example, tree
+            self._on_example()
+
+    def _count_system_prompt(self, example: Example) -> None:
+        if isinstance(example, Conversation):
+            first = example.messages[0]
+            self.system_prompts[first.content if first.role in ("system", "developer") else ""] += 1
 
 
 def _require_rows(chat: ChatFormat, trees: Sequence[Tree]) -> None:
@@ -143,10 +167,12 @@ def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_reject
         )
 
 
-def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree]) -> list[Tree]:
-    """The trees of an epoch, weighed, with those that are replayed."""
+def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree], rejected: str) -> list[Tree]:
+    """The trees of an epoch, weighed, with those that are replayed. Raises DataError if there are none."""
     trees = [weigh(tree, run.loss.reduction) for tree in tuning]
-    if trees and run.replay is not None:
+    if not trees:
+        raise DataError(f"data.train: no example is left to train; {rejected or 'weight too small'}")
+    if run.replay is not None:
         weighed = [weigh(tree, run.loss.reduction) for tree in replay]
         trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
     return trees

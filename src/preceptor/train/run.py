@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -14,25 +14,33 @@ from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
-from preceptor.errors import CheckpointError, ConfigError
-from preceptor.files import write_json
+from preceptor.errors import CheckpointError, ConfigError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
+from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
-from preceptor.model.parts import freeze_towers, tower_parameters
+from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
 from preceptor.plan.plan import predict_peak_bytes
-from preceptor.report.page import write_report
-from preceptor.train import checkpoint, loop
-from preceptor.train.checkpoint import State
+from preceptor.train import loop
+from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
+from preceptor.train.differences import (
+    changed_keys,
+    content_differences,
+    evaluation_differences,
+    rounding_differences,
+)
 from preceptor.train.evaluations import build_evaluations
+from preceptor.train.finish import finish, require_room, save_at_the_end
 from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.run_folder import resume_run, start_run
+from preceptor.train.provenance import amounts, origins, session, write_start
+from preceptor.train.run_folder import RunFolder, claim
+from preceptor.train.signals import StopRequest
 
 _NAMED_TOKENS = 8
 
@@ -44,9 +52,17 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _with_precision(prepared: Prepared, device: torch.device, say: Callable[[str], None]) -> Prepared:
-    """The run with `train.precision` written out; says so where the default is not the fastest on this CPU."""
+def _with_precision(
+    prepared: Prepared, device: torch.device, folder: RunFolder, say: Callable[[str], None]
+) -> Prepared:
+    """The run with `train.precision` written out: as given, as the run began, or as the device has it.
+
+    Says so where the default is not the fastest on this CPU.
+    """
     train = prepared.run.train
+    if train.precision is None and folder.goes_on:
+        began = folder.run_file.get("train", {}).get("precision")
+        train = train.model_copy(update={"precision": began})
     if train.precision is None and device.type == "cpu" and (feature := cpu_bfloat16_feature()):
         say(f"precision: float32; this CPU has {feature}: `train.precision: bfloat16` would be faster")
     train = train.model_copy(update={"precision": resolve_precision(train.precision, device)})
@@ -68,6 +84,8 @@ def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], N
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
+    if found := first_not_finite(model.named_parameters()):
+        raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
     freeze_towers(model)
     untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
@@ -116,83 +134,116 @@ def saved_dtype(model: config.Model) -> torch.dtype | None:
 
 
 def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
-    """Train to the end and save; return the summary.
+    """As `execute_in`, in the folder that the run file names. resume, replace: as `claim`."""
+    with claim(prepared.run, resume=resume, replace=replace) as folder:
+        return execute_in(folder, prepared, console)
 
-    The folder is made when the model is loaded and has passed the preflight, so that what cannot work leaves nothing
-    behind.
+
+def execute_in(
+    folder: RunFolder, prepared: Prepared, console: Console, stop: StopRequest | None = None
+) -> dict[str, Any]:
+    """Train to the end and save; return the summary. A run in the folder goes on from its newest checkpoint.
+
+    What makes the folder a run's is written when the model is loaded and has passed the preflight, so that what cannot
+    work leaves nothing behind. stop: signals that stop the run (by default none are heard).
     """
-    started = time.perf_counter()
+    started, say = time.perf_counter(), _saying(console)
+    if folder.has_model:
+        return finish(folder, say)
+    stop = stop or StopRequest()
     device = choose_device(prepared.run.train.device)
-    prepared = _with_precision(prepared, device, _saying(console))
-    run, folder = prepared.run, Path(prepared.run.out)
+    prepared = _with_precision(prepared, device, folder, say)
+    run = prepared.run
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
-    model = build_model(prepared, device, _saying(console))
+    model = build_model(prepared, device, say)
+    record = _record(folder, prepared, model, device, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
-    passed = preflight(model, prepared.loader(), run.train.precision, _saying(console), objective)
+    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
+    checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
+    _require_room(run, state, checkpoints)
+    passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
     loader = passed.loader
-    predicted_memory_bytes = predict_peak_bytes(
+    predicted = predict_peak_bytes(
         run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
     )
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
-    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
-    if resume:
-        _resume(state, prepared, folder)
+    if folder.goes_on:
+        checkpoints.restore(state, say)
+        folder.go_on(state.step, session(device), say)
     else:
-        start_run(folder, prepared, loader, num_steps, device, state.engine.state.optimisations, replace)
-    _announce(console, prepared, state.engine, num_steps, loader)
-    with Display(console, num_steps, state.step) as display:
-        evaluations = build_evaluations(prepared, folder, display.say, loader.alone)
-        loop.train(run, objective, state, loader, evaluations, display, folder, prepared.fingerprint)
-    save_model(model, prepared.chat.tokenizer, folder / "model", dtype=saved_dtype(run.model))
-    summary = {
-        "examples_per_epoch": prepared.examples_per_epoch,
-        "num_rejected": len(prepared.rejections),
-        "shortened": asdict(prepared.shortened),
-        "tokens": asdict(prepared.tokens),
-        "fill": loader.fill,
-        "each_conversation_alone": loader.alone,
-        "preflight_seconds": passed.seconds,
-        "num_steps": state.step,
-        "held_out": evaluations.last,
-        "memory_before_bytes": memory_before_bytes,
-        **({} if predicted_memory_bytes is None else {"predicted_memory_bytes": predicted_memory_bytes}),
-        "seconds": time.perf_counter() - started,
-    }
-    write_json(folder / "summary.json", summary)
-    _write_report(folder, console)
-    return summary
+        counts = amounts(prepared, loader, num_steps) | {
+            "each_conversation_alone": loader.alone,
+            "preflight_seconds": passed.seconds,
+            "memory_before_bytes": memory_before_bytes,
+            **({} if predicted is None else {"predicted_memory_bytes": predicted}),
+        }
+        folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
+    _announce(console, prepared, state, num_steps, loader)
+    with stop.after_step():
+        with Display(console, num_steps, state.step) as display:
+            evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone)
+            loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop)
+        require_finite(state)
+        loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
+        save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
+        return finish(folder, say, time.perf_counter() - started)
 
 
-def _write_report(folder: Path, console: Console) -> None:
-    """The run is complete without its report, so no error of the report may fail it."""
-    try:
-        write_report([folder])
-    except Exception as error:
-        console.print(
-            f"the report could not be written ({type(error).__name__}: {error}); the run itself is complete. "
-            f"Try `preceptor report {folder}`",
-            style="yellow",
-            markup=False,
+def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
+    dtype = saved_dtype(prepared.run.model)
+    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype)
+
+
+def _record(
+    folder: RunFolder, prepared: Prepared, model: Any, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What is recorded of a run that begins; of one that goes on, what was recorded when it began.
+
+    Raises CheckpointError where that run was made from something else, and says what does not stop it.
+    """
+    run = prepared.run
+    now = {**session(device), **origins(prepared, folder.record)}
+    if not folder.goes_on:
+        engine = {"mode": run.engine, "optimisations": sorted(Engine(model).state.optimisations)}
+        return {
+            "run": uuid4().hex,
+            **now,
+            "date": folder.date.isoformat(timespec="seconds"),
+            "engine": engine,
+            "resumed": [],
+        }
+    changed = changed_keys(folder.run_file, run, f"{run.out}/config.yaml")
+    reasons = [*changed.weights, *content_differences(folder.record, now)]
+    if reasons:
+        raise CheckpointError(
+            f"{run.out}: holds a run that was made from something else; go on with the same, or replace that run with "
+            "--replace:\n" + "\n".join(f"  {line}" for line in [*reasons, *changed.by_content])
         )
+    rounding = [*changed.rounding, *rounding_differences(folder.record, now)]
+    if rounding:
+        say(f"no longer equal to the bit to an uninterrupted run, but up to rounding: {'; '.join(rounding)}")
+    for measured in evaluation_differences(folder.record, now):
+        say(f"{measured} are not those of the run so far: figures before and after cannot be compared")
+    return folder.record
 
 
-def _resume(state: State, prepared: Prepared, folder: Path) -> None:
-    """Bring model, optimizer and the run's files to its newest checkpoint. Raises CheckpointError."""
-    if (folder / "model").exists():
-        raise CheckpointError(f"{folder}: this run is finished; its model is in {folder / 'model'}")
-    checkpoint.restore(state, folder / "checkpoints", prepared.fingerprint)
-    resume_run(folder, state.step, state.model.device)
+def _require_room(run: config.Run, state: State, checkpoints: Checkpoints) -> None:
+    """Raises CheckpointError where the disk has no room for the model and the checkpoints of this run."""
+    parameters = list(state.model.parameters())
+    model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    num = 0 if run.checkpoint.every is None else max(1, run.checkpoint.keep + 1 - len(checkpoints.found()))
+    require_room(checkpoints.folder.parent, model_bytes, checkpoint_bytes(state), num)
 
 
 def _saying(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, markup=False)
 
 
-def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: int, loader: Loader) -> None:
-    run, model = prepared.run, engine.model
+def _announce(console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader) -> None:
+    run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
@@ -208,6 +259,9 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
     lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
     lines += left_out_lines(prepared.left_out.to_json())
+    clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
+    lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
+    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
     lines += _saved_lines(run.model, model)
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
@@ -221,6 +275,22 @@ def _announce(console: Console, prepared: Prepared, engine: Engine, num_steps: i
         console.print(
             f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
         )
+
+
+def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
+    """What the model's kind makes of the run."""
+    limits = prepared.chat.limits
+    longest = int(prepared.train.lengths.max())
+    if limits is not None and limits.num_positions is not None and longest > limits.num_positions:
+        yield f"the longest example has {longest:,} tokens; the base was made for {limits.num_positions:,}"
+    if not has_experts(model):
+        return
+    if prepared.run.adapter is not None:
+        covered = any(".experts." in name for name, weight in model.named_parameters() if weight.requires_grad)
+        yield "the adapter trains the experts too" if covered else "the experts have no adapter: they stay as they are"
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    if getattr(settings, "output_router_logits", False) and getattr(settings, "router_aux_loss_coef", 0):
+        yield "the loss that balances experts (router_aux_loss_coef in the config) is not part of this run's"
 
 
 def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:

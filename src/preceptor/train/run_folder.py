@@ -1,266 +1,376 @@
-"""The folder of a run.
+"""The folder of a run: who may use it, whether a run in it goes on, and what of it is removed. No torch here.
 
-OUT/config.yaml      the resolved run file
+OUT/environment.json this run's id, command, versions, machine; the model and every data file with their hashes
 OUT/rejections.jsonl examples that were not trained: source, code, message
-OUT/environment.json command, versions, machine; the model and every data file with their hashes
 OUT/data.json        counts of examples, tokens and steps; lengths of trees and targets
 OUT/examples.jsonl   a few of the trained trees, token by token
+OUT/config.yaml      the resolved run file; written last of what a run writes when it starts
 OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation
 OUT/samples.jsonl    one line a sampled answer to a held-out prompt
-OUT/checkpoints/     with checkpoint.every: what `--resume` needs
+OUT/checkpoints/     what a run that was stopped goes on from (checkpoint.py)
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
-OUT/summary.json     the results
+OUT/summary.json     the results; a run that has them is finished
 OUT/report.html      all of it on one page, written last (report/page.py)
+OUT/replaced/        the run that `--replace` replaces, until the new one has its first checkpoint or its model
+OUT/.lock            held by the process that uses the folder, released when that process ends, however it ends
 """
 
-import hashlib
+import errno
+import fcntl
 import os
-import platform
-import shlex
+import re
 import shutil
-import sys
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import yaml
 
 from preceptor import config
-from preceptor.chat.token_text import pieces_of, special_ids
-from preceptor.data.dataset import Dataset
-from preceptor.data.forest import Segment, Tree
-from preceptor.data.loader import Loader
-from preceptor.data.sources import OpenSource
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import (
     read_json,
     read_json_lines,
-    sha256_of,
+    remove_partials,
     write_atomically,
     write_json,
     write_json_lines,
     writing,
 )
-from preceptor.hub import resolve_model_path
-from preceptor.train.prepare import Prepared
+from preceptor.train.differences import changed_keys
 
-PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
-EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
-EXAMPLE_SEGMENTS = 40
-NUM_BINS = 30
-
-
-def check_out(out: str, replace: bool) -> Path:
-    """The run's folder, which must not exist, or be a run's folder that may be replaced. Raises CheckpointError."""
-    folder = Path(out)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return folder
-    if not replace:
-        raise CheckpointError(f"{out}: exists already; choose another `out`, or replace that run with --replace")
-    if not (folder.is_dir() and (folder / "config.yaml").is_file()):
-        raise CheckpointError(f"{out}: is not the folder of a run, so --replace leaves it alone; choose another `out`")
-    return folder
+LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
+REPLACED, LOCK = "replaced", ".lock"
+# What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
+NAMES = (
+    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl"),
+    *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
+)
+CHECKPOINT = re.compile(r"step-\d{8}")
+_NOBODYS = (LOCK, "lost+found")  # lost+found: of an empty disk
+_OF_A_RECORD = {"command", "versions", "trees_sha256"}
 
 
-def start_run(
-    folder: Path,
-    prepared: Prepared,
-    loader: Loader,
-    num_steps: int,
-    device: torch.device,
-    optimisations: Collection[str],
-    replace: bool,
-) -> None:
-    """Make the folder and write what the run is made of. Raises CheckpointError if it cannot be written.
+@dataclass
+class RunFolder:
+    """A folder that this process holds, in which a run begins or goes on.
 
-    optimisations: names of the engine's that are on.
+    record: environment.json of the run that goes on; {} for one that begins. replaces: whether it holds a run that is
+    to be moved aside when the new one begins. notes: what the user should know of the folder.
     """
-    check_out(str(folder), replace)
+
+    path: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    replaces: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.record)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether the run that goes on has saved its model already, so that only summary or report are missing."""
+        return self.goes_on and (self.path / "model").is_dir()
+
+    @cached_property
+    def date(self) -> datetime:
+        """When the run began: the date that templates are given which write one."""
+        return datetime.fromisoformat(self.record["date"]) if self.record else datetime.now().astimezone()
+
+    @property
+    def run_file(self) -> dict[str, Any]:
+        """The resolved run file of the run that goes on."""
+        return _run_file(self.path)
+
+    def begin(self, record: dict[str, Any], run_file: str, write: Callable[[Path], None]) -> None:
+        """Make room and write what a run is made of; `write` adds the rest. Raises CheckpointError.
+
+        The record comes first, so that from then on the folder is known as a run's, and the run file last: a run
+        without it has not begun.
+        """
+        with writing(self.path):
+            if self.replaces:
+                move_aside(self.path)
+            for name in (RUN_FILE, *LOGS):
+                (self.path / name).unlink(missing_ok=True)
+        write_json(self.path / RECORD, record)
+        write(self.path)
+        for name in LOGS:
+            write_json_lines(self.path / name, ())
+        write_atomically(self.path / RUN_FILE, run_file)
+        self.record, self.replaces = record, False
+
+    def go_on(self, step: int, session: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Take the run's logs back to `step`, from where it goes on, and record that it was resumed, and where.
+
+        Samples of an evaluation that was not finished go too: its line in eval.jsonl is written last.
+        """
+        evaluated = [line["step"] for line in self._lines("eval.jsonl", step, say)]
+        for name in LOGS:
+            lines = self._lines(name, step, say)
+            if name == "samples.jsonl":
+                lines = [line for line in lines if line["step"] < step or step in evaluated]
+            write_json_lines(self.path / name, lines)
+        self.record.setdefault("resumed", []).append({"step": step, **session})
+        write_json(self.path / RECORD, self.record)
+
+    def _lines(self, name: str, step: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        lines = read_json_lines(self.path / name, lambda error: say(f"left out: {error}"))
+        return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+
+    def drop_replaced(self) -> None:
+        """Delete the run that this one replaces: it is no longer the best that there is."""
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+
+    def summarise(self, seconds: float | None = None) -> dict[str, Any]:
+        """Write summary.json from what the run has recorded, unless it is there; return it.
+
+        seconds: of this session; None: those of all recorded steps.
+        """
+        known = _summary(self.path)
+        if known:
+            return known
+        steps, evaluations = (read_json_lines(self.path / name, lambda _: None) for name in LOGS[:2])
+        data = read_json(self.path / "data.json")
+        summary = {
+            **{
+                key: value
+                for key, value in data.items()
+                if key not in ("formats", "thinking", "left_out", "lengths", "new_tokens")
+            },
+            "num_steps": steps[-1]["step"] if steps else 0,
+            "held_out": evaluations[-1] if evaluations else {},
+            "model_files": _files_in(self.path / "model"),
+            "seconds": sum(step["seconds"] for step in steps) if seconds is None else seconds,
+        }
+        write_json(self.path / SUMMARY, summary)
+        return summary
+
+
+@contextmanager
+def claim(
+    run: config.Run, *, run_file: Path | None = None, resume: bool = False, replace: bool = False
+) -> Iterator[RunFolder]:
+    """Hold the run's folder while the block lasts, for this process alone; it is made where it does not exist.
+
+    A folder with this run, unfinished, goes on; `resume` asks that there is one, `replace` begins anew. Nothing is
+    removed before `begin`. run_file: where the run was read from. Raises ConfigError for a folder that holds what the
+    run is made from, CheckpointError for one that cannot be used, that another process uses, or that holds a finished
+    run, another run or anything else.
+    """
+    folder = Path(os.path.realpath(run.out))
+    _require_apart(run, folder, run_file)
+    with _locked(folder, run.out) as notes:
+        found = _look(folder, run, resume, replace)
+        found.notes += notes
+        yield found
+
+
+def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFolder:
+    out = run.out
     with writing(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-            (folder / name).touch()
-    write_atomically(folder / "config.yaml", config.dump(prepared.run))
-    write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections))
-    engine = {"mode": prepared.run.engine, "optimisations": sorted(optimisations)}
-    environment = {**session(device), **origins(prepared), "engine": engine, "resumed": []}
-    write_json(folder / "environment.json", environment)
-    write_json(folder / "data.json", amounts(prepared, loader, num_steps))
-    write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
+        remove_partials(folder)
+        remove_partials(folder / "checkpoints")
+        names = {path.name for path in folder.iterdir()} - {*_NOBODYS, REPLACED}
+    if names and not is_run(folder):
+        found = ", ".join(sorted(names)[:3])
+        raise CheckpointError(
+            f"{out}: is not empty ({found}) and not the folder of a run, so nothing is written there and --replace "
+            "leaves it alone; choose another `out`"
+        )
+    if not names & {RUN_FILE, SUMMARY, "model", "checkpoints"}:
+        if resume:
+            raise CheckpointError(f"{out}: there is no run to resume; without --resume one begins")
+        aside = folder / REPLACED
+        return RunFolder(folder, replaces=aside.is_dir() and not is_run(aside))  # killed while it was moved aside
+    if replace:
+        _require_own_files(folder, out)
+        return RunFolder(folder, replaces=True)
+    changed = changed_keys(_run_file(folder), run, str(Path(out) / RUN_FILE))
+    anew = "choose another `out`, or replace that run with --replace"
+    if changed.weights:
+        raise CheckpointError(
+            f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
+            f"{anew}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
+        )
+    if (folder / SUMMARY).is_file() and (folder / REPORT).is_file():
+        raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {anew}" + longer(out))
+    return RunFolder(folder, record=_record(folder))
 
 
-def resume_run(folder: Path, step: int, device: torch.device) -> None:
-    """Take the run's files back to `step`, from where it goes on, and record that it was resumed, and where."""
-    for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-        if (folder / name).is_file():
-            lines = read_json_lines(folder / name)
-            write_json_lines(folder / name, (line for line in lines if line["step"] <= step))
-    environment = read_json(folder / "environment.json")
-    if environment:
-        environment["resumed"].append({"step": step, **session(device)})
-        write_json(folder / "environment.json", environment)
+def longer(out: str) -> str:
+    return (
+        f". To train on, start a run from its model, in a folder of its own: model.path={out}/model out={out}-2 (its "
+        "learning rate begins anew)"
+    )
 
 
-# Where and with what
+def _how_to_train_longer(out: str, keys: list[str]) -> str:
+    return longer(out).replace(". ", "\n", 1) if "train.duration" in keys else ""
 
 
-def session(device: torch.device) -> dict[str, Any]:
-    """The process that trains: what was typed and where, the versions, the machine."""
-    cuda = device.type == "cuda"
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "directory": str(Path.cwd()),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
-            "torch": torch.__version__,  # with its build, which a package's own version may leave out
-        },
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "cuda": torch.version.cuda if cuda else None,
-        "num_threads": torch.get_num_threads(),
-        "num_cores": os.cpu_count(),
-    }
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder: its record is there, and says what only a run says."""
+    return _record(folder).keys() >= _OF_A_RECORD
 
 
-def _version(package: str) -> str | None:
+def _record(folder: Path) -> dict[str, Any]:
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        return read_json(folder / RECORD)
+    except CheckpointError:
+        return {}
 
 
-def origins(prepared: Prepared) -> dict[str, Any]:
-    """What the run was made from, with hashes (SHA-256): model, data files, chat template, and all trained trees."""
-    run, template = prepared.run, prepared.chat.template
-    return {
-        "model": _model(run.model),
-        "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
-        "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
-        "trees_sha256": prepared.train.sha256,
-    }
+def _run_file(folder: Path) -> dict[str, Any]:
+    """Raises CheckpointError."""
+    try:
+        tree = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder / RUN_FILE}: cannot be read: {error}; replace the run with --replace") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{folder / RUN_FILE}: is no run file; replace the run with --replace")
+    return tree
 
 
-def _model(model: config.Model) -> dict[str, Any]:
-    path = resolve_model_path(model.path)
-    folder = Path(path)
-    found: dict[str, Any] = {"path": model.path, "folder": path if folder.is_dir() else None}
-    found["revision"] = model.revision
-    if folder.is_dir():
-        found["config_sha256"] = sha256_of(folder / "config.json")
-        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-        found["weights"] = [{"name": file.name, "num_bytes": file.stat().st_size} for file in weights]
-    return found
+# What a folder may be ------------------------------------------------------------------------------------------------
 
 
-def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
-    """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
-    for source in sources:
-        for table in source.tables:
-            files = table.files()
-            for file in files:
-                name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
-                yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            if not files:
-                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
-
-
-# How much
-
-
-def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
-    """Counts of examples, tokens and steps, and histograms of lengths."""
-    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
-    return {
-        "num_examples": prepared.num_examples,
-        "num_rejected": len(prepared.rejections),
-        "examples_per_epoch": prepared.examples_per_epoch,
-        "num_held_out": len(prepared.held_out),
-        "tokens": asdict(prepared.tokens),
-        "shortened": asdict(prepared.shortened),
-        "thinking": prepared.arguments.to_json(),
-        "left_out": prepared.left_out.to_json(),
-        "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
-        "new_tokens": list(prepared.chat.added),
-        "fill": loader.fill,
-        "steps_per_epoch": loader.steps_per_epoch,
-        "num_steps": num_steps,
-        "lengths": {
-            "trees": histogram(prepared.train.lengths),
-            "targets": histogram(np.array(targets)),
-        },
-    }
-
-
-def histogram(lengths: np.ndarray) -> dict[str, Any]:
-    """Counts between `edges` (the last edge included), with quantiles; lengths are whole numbers, so edges are too."""
-    low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high + 1 - low) // NUM_BINS))
-    edges = np.arange(low, high + 1 + width, width)
-    counts, _ = np.histogram(lengths, edges)
-    quantiles = {name: int(np.quantile(lengths, share)) for name, share in (("median", 0.5), ("p95", 0.95))}
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
-
-
-# Examples
-
-
-def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
-    order = np.argsort(dataset.lengths, stable=True).tolist()
-    chosen: dict[int, list[str]] = {0: ["the first"]}
-    for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
-        chosen.setdefault(order[place], []).append(name)
-    branching = next((index for index, tree in enumerate(dataset) if branches(tree)), None)
-    if branching is not None:
-        chosen.setdefault(branching, []).append("the first that branches")
-    specials = special_ids(tokenizer)
-    for index, why in chosen.items():
-        (tree,) = dataset.trees([index])
-        yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
-
-
-def branches(tree: Tree) -> bool:
-    parents = [segment.parent for segment in tree.segments]
-    return len(parents) != len(set(parents))
-
-
-def example(tree: Tree, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:
-    """A tree with the text of each token; `gap`: after how many pieces how many tokens are left out, or null."""
-    segments = tree.segments[:EXAMPLE_SEGMENTS]
-    whole = sum(len(segment.ids) for segment in segments) <= EXAMPLE_TOKENS
-    room = EXAMPLE_TOKENS if whole else max(2, EXAMPLE_TOKENS // len(segments))
-    return {
-        "source": tree.source,
-        "num_tokens": tree.num_tokens,
-        "num_trained": tree.num_trained,
-        "num_segments_left_out": len(tree.segments) - len(segments),
-        "segments": [_segment(index, segment, room, tokenizer, specials) for index, segment in enumerate(segments)],
-    }
-
-
-def _segment(index: int, segment: Segment, room: int, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:
-    ids = segment.ids
-    left_out = len(ids) - room
-    parts = (ids,) if left_out <= 0 else (ids[: room // 2], ids[len(ids) - (room - room // 2) :])
-    pieces = [
-        [{"text": piece.text, "ids": list(piece.ids), "special": piece.special} for piece in part]
-        for part in (list(pieces_of(part, tokenizer, specials)) for part in parts)
+def _require_apart(run: config.Run, folder: Path, run_file: Path | None) -> None:
+    """Raises ConfigError where the folder is or holds what a run reads, or lies in a folder of data."""
+    if run_file is not None and run_file.name == RUN_FILE and Path(os.path.realpath(run_file.parent)) == folder:
+        run_file = None if is_run(folder) else run_file  # a run may go on from its own copy of the run file
+    data = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
+    read = [
+        ("the working directory", "."),
+        ("the run file", run_file),
+        ("model.path", run.model.path),
+        ("data.chat_template", run.data.chat_template),
+        *(("data", source.path) for source in data),
+        *(("eval.tasks", task) for task in run.eval.tasks),
     ]
-    return {
-        "id": index,
-        "parent": segment.parent,
-        "kind": segment.kind,
-        "weight": segment.weight,
-        "num_tokens": len(ids),
-        "pieces": [piece for part in pieces for piece in part],
-        "gap": {"after": len(pieces[0]), "num_tokens": left_out} if left_out > 0 else None,
-    }
+    for what, named in read:
+        if named is None or not Path(named).expanduser().exists():
+            continue
+        place = Path(os.path.realpath(Path(named).expanduser()))
+        if place == folder or folder in place.parents:
+            relation = "is" if place == folder else "holds"
+            raise ConfigError(f"out: {run.out} {relation} {what} ({named}); choose a folder of its own for the run")
+        if what == "data" and place in folder.parents:
+            raise ConfigError(
+                f"out: {run.out} lies in the data folder {named}, whose files are all read; choose another"
+            )
+
+
+def _require_own_files(folder: Path, out: str) -> None:
+    """Raises CheckpointError where --replace would take a file that no run wrote."""
+    foreign = {path.name for path in folder.iterdir()} - {*NAMES, *_NOBODYS, REPLACED}
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir():
+        foreign |= {f"checkpoints/{path.name}" for path in checkpoints.iterdir() if not CHECKPOINT.fullmatch(path.name)}
+    saved = _summary(folder).get("model_files")
+    if saved is not None:
+        foreign |= {f"model/{name}" for name in _files_in(folder / "model") if name not in saved}
+    if foreign:
+        raise CheckpointError(
+            f"{out}: holds what no run wrote ({', '.join(sorted(foreign)[:3])}), so --replace leaves it alone; move "
+            "that elsewhere, or choose another `out`"
+        )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / SUMMARY)
+    except CheckpointError:
+        return {}
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def move_aside(folder: Path) -> None:
+    """Move the run in a folder to `replaced/`, where a killed process may have begun to.
+
+    If there is a whole run already, that one is kept: it was to be replaced by one that has no checkpoint yet.
+    """
+    place = folder / REPLACED
+    if is_run(place):
+        for name in ("model", "checkpoints"):
+            if (folder / name).is_dir() and any((folder / name).iterdir()):
+                shutil.rmtree(place)
+                break
+    kept = is_run(place)
+    place.mkdir(exist_ok=True)
+    for name in NAMES:  # the record comes last
+        old = folder / name
+        if not old.exists():
+            continue
+        if not kept and not (old.is_dir() and (place / name).exists()):
+            old.replace(place / name)
+        elif old.is_dir():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+
+
+# The lock ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path, out: str) -> Iterator[list[str]]:
+    """Hold OUT/.lock; afterwards it is removed, and what was made for it where that is still empty.
+
+    It is a record lock: processes that are forked to render the data do not inherit it, so that it ends with this
+    process, whatever becomes of them. The value is a list of what the user should know.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{out}: is a file; choose another `out`")
+    descriptor, notes = _lock(folder, out)
+    try:
+        yield notes
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):  # the first that is not empty
+            for place in made:
+                place.rmdir()
+
+
+def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
+    """Raises CheckpointError where another process holds the lock."""
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # another process has just removed the folder
+                continue
+        notes = []
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.read(descriptor, 200).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise CheckpointError(f"{out}: is used by another run ({holder or 'just starting'})") from None
+            notes.append(f"{out}: this file system has no locks ({error.strerror}); let one run alone use the folder")
+        try:
+            is_same = os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat())
+        except FileNotFoundError:
+            is_same = False
+        if is_same:  # else its holder removed it when it ended, and it protects nothing
+            with suppress(OSError):  # it says only who holds it
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor, notes
+        os.close(descriptor)

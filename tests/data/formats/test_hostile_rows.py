@@ -51,6 +51,11 @@ ROWS = {
         "write them as `tools`",
     ),
     "documents": (json.dumps({"messages": [USER, ANSWER], "documents": ["x"]}), "unread_column", "{documents: ...}"),
+    "documents of the wrong kind": (
+        json.dumps({"messages": [USER, ANSWER], "chat_template_kwargs": {"documents": "x"}}),
+        "bad_template_kwargs",
+        "chat_template_kwargs.documents is 'x'; it must be a list of objects",
+    ),
     "weight of an example": (json.dumps({"messages": [USER, ANSWER], "weight": 0.5}), "unread_column", "weight: 0.5"),
     "mask of an example": (json.dumps({"messages": [USER, ANSWER], "loss_mask": [0, 1]}), "unread_column", "[0, 1]"),
     "image of a message": (json.dumps({"messages": [USER | {"images": ["a"]}, ANSWER]}), "unread_field", "[0].images"),

@@ -26,7 +26,7 @@ def open_parquet(file: Path, name: str) -> Any:
 
     try:
         return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise _broken(name, error) from None
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from preceptor.config import are_documents
 from preceptor.data.examples import (
     MEDIA_KEYS,
     TRAIN_KEYS,
@@ -227,6 +228,11 @@ def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
     kwargs = parsed(row["chat_template_kwargs"])
     if not isinstance(kwargs, dict):
         raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")
+    if not are_documents(kwargs.get("documents")):
+        where = "chat_template_kwargs.documents"
+        raise Unreadable(
+            "bad_template_kwargs", f"{where} is {short(kwargs['documents'])}; it must be a list of objects"
+        )
     given = {k: v for k, v in kwargs.items() if v is not None or not isinstance(kwargs, Struct)}
     return {key: unpad_values(value, nulls, f"chat_template_kwargs.{key}") for key, value in given.items()}
 

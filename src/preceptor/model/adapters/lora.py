@@ -54,6 +54,8 @@ def add_adapter(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         # peft asks transformers by a name that 5.2x deprecates; a user can do nothing about it
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        # what peft sets by itself for experts of two fused halves, and then finds no layer for
+        warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)

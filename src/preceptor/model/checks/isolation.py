@@ -11,7 +11,7 @@ from preceptor.model.checks.visibility import check_visibility
 from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
-from preceptor.model.parts import decoder_of, evaluating, model_type
+from preceptor.model.parts import decoder_of, evaluating, exact_routing, model_type
 
 _PROBE_TOKENS = 24
 _MIXING = (
@@ -29,7 +29,7 @@ def check_isolation(model: nn.Module) -> None:
     same in a sequence of its own, and document 1 what the model gives without the engine.
     """
     try:
-        with evaluating(model):
+        with evaluating(model), exact_routing(model):
             check_visibility(model)
             _check_probes(model)
     except (ModelError, torch.OutOfMemoryError):

@@ -1,0 +1,131 @@
+"""What differs between a run in its folder and the session that goes on with it, and which differences matter.
+
+Keys that change what is trained must be the same, and so must what they name: the trained tokens, the base model, the
+chat template. What changes only the rounding (device, threads, versions, engine) or only what is measured (held-out
+data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, and paths whose content is the same.
+No torch here.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preceptor import config
+from preceptor.report.run_record import flat
+
+_FREE = re.compile(
+    r"(out|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|data\.max_rejected|data\.allow_rejected.*)"
+)
+# Compared by what they name (`content_differences`), not by how they spell it.
+_BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code)|.*\.path|data\.chat_template)")
+_ROUNDING = re.compile(r"(engine|train\.device|memory\.activation_checkpointing)")
+_PACKAGES = ("preceptor", "torch", "transformers", "peft", "numpy")
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Keys with other values than in the run's folder. weights, rounding: sentences, by what the keys change."""
+
+    keys: list[str]
+    weights: list[str]
+    rounding: list[str]
+    by_content: list[str]
+
+
+def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Changed:
+    """The keys of the resolved run file `recorded` (read from `where`) that have another value in `run`.
+
+    A `train.precision` that is left out is that of the folder.
+    """
+    before, now = flat(dict(recorded)), flat(run.model_dump(mode="json"))
+    if run.train.precision is None:
+        now.pop("train.precision")
+        before.pop("train.precision", None)
+    found = Changed([], [], [], [])
+    for key in dict.fromkeys([*before, *now]):
+        old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
+        if old == new or _FREE.fullmatch(key):
+            continue
+        line = f"{key}: {_shown(old)} in {where}, {_shown(new)} now"
+        found.keys.append(key)
+        if _BY_CONTENT.fullmatch(key):
+            found.by_content.append(line)
+        elif _ROUNDING.fullmatch(key):
+            found.rounding.append(line)
+        else:
+            found.weights.append(line)
+    return found
+
+
+def _shown(value: object) -> str:
+    if value is _ABSENT:
+        return "absent"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def content_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the run is made from and differs from what its folder records: then it cannot go on."""
+    return [
+        *_of_model(recorded.get("model") or {}, now["model"]),
+        *_of_template(recorded, now),
+        *_of_data(recorded, now),
+    ]
+
+
+def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("config_sha256") != now.get("config_sha256"):
+        yield f"the base model's config.json ({now['path']}) is another one"
+    old, new = ({file["name"]: file["sha256"] for file in side.get("weights", ())} for side in (before, now))
+    changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    if changed:
+        yield f"the base model's weights ({now['path']}) are others: {', '.join(changed)}"
+
+
+def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    old, new = ((side.get("template") or {}).get("sha256") for side in (before, now))
+    if old != new:
+        yield "the chat template is another one"
+
+
+def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("trees_sha256") == now["trees_sha256"]:
+        return
+    files = _changed_files(before, now, ("train", "replay"))
+    old, new = (side.get("versions", {}) for side in (before, now))
+    versions = [f"{name} {old.get(name)}, {new[name]} now" for name in new if old.get(name) != new[name]]
+    if files:
+        why = f"these files are others: {', '.join(files)}"
+    elif versions:
+        why = f"the files are the same, but they are read by other versions: {'; '.join(versions)}"
+    else:
+        why = "the files are the same, so the tokenizer or the date that the chat template writes is another"
+    yield f"the trained tokens are others; {why}"
+
+
+def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any], uses: Sequence[str]) -> list[str]:
+    old, new = ([(f["name"], f["sha256"]) for f in side.get("data", ()) if f["use"] in uses] for side in (before, now))
+    same = {sha256 for _, sha256 in old} & {sha256 for _, sha256 in new}
+    return list(dict.fromkeys(name for name, sha256 in (*new, *old) if sha256 not in same))
+
+
+def rounding_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where the machine and the versions differ from those of the run's sessions so far."""
+    found: dict[str, None] = {}
+    for before in (recorded, *recorded.get("resumed", ())):
+        for key in ("device", "cuda", "num_threads"):
+            if key in before and before[key] != now[key]:
+                found[f"{key}: {before[key]} before, {now[key]} now"] = None
+        old, new = before.get("versions", {}), now["versions"]
+        for name in _PACKAGES:
+            if name in old and old[name] != new[name]:
+                found[f"{name}: {old[name]} before, {new[name]} now"] = None
+    return list(found)
+
+
+def evaluation_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is measured and differs from what the folder records: figures before and after cannot be compared."""
+    old, new = recorded.get("evaluation") or {}, now["evaluation"]
+    names = {"held_out_sha256": "the held-out examples", "tasks_sha256": "the tasks"}
+    return [name for key, name in names.items() if old.get(key) != new[key]]

@@ -1,0 +1,228 @@
+"""What a run writes about itself when it starts: command, machine and versions, what it is made from, how much it is.
+
+run_folder.py lists the files.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preceptor import config
+from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.data.dataset import Dataset
+from preceptor.data.forest import Segment, Tree
+from preceptor.data.loader import Loader
+from preceptor.data.sources import OpenSource
+from preceptor.evaluate.tasks import Task
+from preceptor.files import sha256_of, write_json, write_json_lines
+from preceptor.hub import find_file, resolve_model_path
+from preceptor.train.prepare import Prepared
+
+PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
+EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
+EXAMPLE_SEGMENTS = 40
+NUM_BINS = 30
+MOST_PROMPTS = 3  # system prompts that are recorded
+
+
+def write_start(folder: Path, prepared: Prepared, amounts: Mapping[str, Any]) -> None:
+    """Write rejections, counts and examples of a run that begins. Raises CheckpointError."""
+    write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections))
+    write_json(folder / "data.json", amounts)
+    write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
+
+
+# Where and with what
+
+
+def session(device: torch.device) -> dict[str, Any]:
+    """The process that trains: what was typed and where, the versions, the machine."""
+    cuda = device.type == "cuda"
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "directory": str(Path.cwd()),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "torch": torch.__version__,  # with its build, which a package's own version may leave out
+        },
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "cuda": torch.version.cuda if cuda else None,
+        "num_threads": torch.get_num_threads(),
+        "num_cores": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the run was made from, with hashes (SHA-256): model, data files, chat template, trained and held-out trees.
+
+    recorded: an earlier record of the same run; its weights whose size and time are the same are not read again.
+    """
+    run, template = prepared.run, prepared.chat.template
+    return {
+        "model": _model(run.model, (recorded or {}).get("model") or {}),
+        "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
+        "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        "trees_sha256": prepared.train.sha256,
+        "evaluation": {
+            "held_out_sha256": Dataset([tree for _, tree in prepared.held_out]).sha256,
+            "tasks_sha256": _tasks_sha256(prepared.tasks),
+        },
+    }
+
+
+def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    place = resolve_model_path(model.path)
+    config_file = find_file(place, "config.json", model.revision)
+    found: dict[str, Any] = {"path": model.path, "folder": place if Path(place).is_dir() else None}
+    found["revision"] = model.revision
+    if config_file is not None:
+        found["config_sha256"] = sha256_of(config_file)
+        weights = sorted([*config_file.parent.glob("*.safetensors"), *config_file.parent.glob("*.bin")])
+        known = {
+            (w["name"], w["num_bytes"], w.get("modified_ns")): w.get("sha256") for w in recorded.get("weights", ())
+        }
+        found["weights"] = [_weights(file, known) for file in weights] if model.init == "pretrained" else []
+    return found
+
+
+def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> dict[str, Any]:
+    about = file.stat()
+    sha256 = known.get((file.name, about.st_size, about.st_mtime_ns)) or sha256_of(file)
+    return {"name": file.name, "num_bytes": about.st_size, "modified_ns": about.st_mtime_ns, "sha256": sha256}
+
+
+def _tasks_sha256(tasks: Sequence[Task]) -> str:
+    """Of what is asked, wherever it was read."""
+    asked = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
+
+
+def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
+    """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
+    for source in sources:
+        for table in source.tables:
+            files = table.files()
+            for file in files:
+                name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
+                yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            if not files:
+                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
+
+
+# How much
+
+
+def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
+    """Counts of examples, tokens and steps, and histograms of lengths."""
+    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
+    return {
+        "num_examples": prepared.num_examples,
+        "num_rejected": len(prepared.rejections),
+        "examples_per_epoch": prepared.examples_per_epoch,
+        "num_held_out": len(prepared.held_out),
+        "tokens": asdict(prepared.tokens),
+        "shortened": asdict(prepared.shortened),
+        "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
+        "thinking": prepared.arguments.to_json(),
+        "left_out": prepared.left_out.to_json(),
+        "system_prompts": {
+            "num_conversations": sum(prepared.system_prompts.values()),
+            "most_common": Counter(prepared.system_prompts).most_common(MOST_PROMPTS),
+        },
+        "new_tokens": list(prepared.chat.added),
+        "fill": loader.fill,
+        "steps_per_epoch": loader.steps_per_epoch,
+        "num_steps": num_steps,
+        "lengths": {
+            "trees": histogram(prepared.train.lengths),
+            "targets": histogram(np.array(targets)),
+        },
+    }
+
+
+def histogram(lengths: np.ndarray) -> dict[str, Any]:
+    """Counts between `edges` (the last edge included), with quantiles; lengths are whole numbers, so edges are too."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high + 1 - low) // NUM_BINS))
+    edges = np.arange(low, high + 1 + width, width)
+    counts, _ = np.histogram(lengths, edges)
+    quantiles = {name: int(np.quantile(lengths, share)) for name, share in (("median", 0.5), ("p95", 0.95))}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
+
+
+# Examples
+
+
+def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
+    order = np.argsort(dataset.lengths, stable=True).tolist()
+    chosen: dict[int, list[str]] = {0: ["the first"]}
+    for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
+        chosen.setdefault(order[place], []).append(name)
+    branching = next((index for index, tree in enumerate(dataset) if branches(tree)), None)
+    if branching is not None:
+        chosen.setdefault(branching, []).append("the first that branches")
+    specials = special_ids(tokenizer)
+    for index, why in chosen.items():
+        (tree,) = dataset.trees([index])
+        yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
+
+
+def branches(tree: Tree) -> bool:
+    parents = [segment.parent for segment in tree.segments]
+    return len(parents) != len(set(parents))
+
+
+def example(tree: Tree, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:
+    """A tree with the text of each token; `gap`: after how many pieces how many tokens are left out, or null."""
+    segments = tree.segments[:EXAMPLE_SEGMENTS]
+    whole = sum(len(segment.ids) for segment in segments) <= EXAMPLE_TOKENS
+    room = EXAMPLE_TOKENS if whole else max(2, EXAMPLE_TOKENS // len(segments))
+    return {
+        "source": tree.source,
+        "num_tokens": tree.num_tokens,
+        "num_trained": tree.num_trained,
+        "num_segments_left_out": len(tree.segments) - len(segments),
+        "segments": [_segment(index, segment, room, tokenizer, specials) for index, segment in enumerate(segments)],
+    }
+
+
+def _segment(index: int, segment: Segment, room: int, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:
+    ids = segment.ids
+    left_out = len(ids) - room
+    parts = (ids,) if left_out <= 0 else (ids[: room // 2], ids[len(ids) - (room - room // 2) :])
+    pieces = [
+        [{"text": piece.text, "ids": list(piece.ids), "special": piece.special} for piece in part]
+        for part in (list(pieces_of(part, tokenizer, specials)) for part in parts)
+    ]
+    return {
+        "id": index,
+        "parent": segment.parent,
+        "kind": segment.kind,
+        "weight": segment.weight,
+        "num_tokens": len(ids),
+        "pieces": [piece for part in pieces for piece in part],
+        "gap": {"after": len(pieces[0]), "num_tokens": left_out} if left_out > 0 else None,
+    }

@@ -1,0 +1,141 @@
+"""Runs of the command in forked processes that are killed, or whose disk fills up, at a chosen file operation."""
+
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+TORTURE = int(os.environ.get("PRECEPTOR_TORTURE", "0"))  # how many times more than in the fast suite
+
+_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """code: exit code, or minus the signal that ended it. num_operations: those on files of the folder."""
+
+    code: int
+    shown: str
+    num_operations: int
+
+
+def command(*arguments, folder, kill_at=None, full_at=None, fails_at=None, signals=()):
+    """`preceptor ARGUMENTS` in a child, with nothing imported anew.
+
+    At its n-th operation on a file of `folder` it is killed (kill_at), or finds that no file can grow any more
+    (full_at), or that this one operation fails for want of room (fails_at). signals: it receives a signal at the n-th
+    operation on a file of this name: (name, n, signal), several times.
+    """
+    reader, writer = os.pipe()
+    counter = Path(folder).with_suffix(".count")
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            os.close(reader)
+            code = _in_child(arguments, writer, Path(folder), counter, (kill_at, full_at, fails_at, signals))
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, errors="replace") as output:
+        shown = output.read()
+    _, status = os.waitpid(pid, 0)
+    counted = int(counter.read_text()) if counter.exists() else 0
+    counter.unlink(missing_ok=True)
+    return Ended(os.waitstatus_to_exitcode(status), shown, counted)
+
+
+def _in_child(arguments, writer, folder, counter, moments):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    watch = _Watch(folder, counter, *moments)
+    sys.addaudithook(watch)
+    from preceptor import cli
+
+    sys.argv = ["preceptor", *map(str, arguments)]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    counter.write_text(str(watch.num))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+class _Watch:
+    """An audit hook: counts operations on files, and does at one of them what is asked."""
+
+    def __init__(self, folder, counter, kill_at, full_at, fails_at, signals):
+        self.num, self._of_name, self._own = 0, Counter(), os.getpid()
+        self._folder, self._counter = str(folder), str(counter)
+        self._kill_at, self._full_at, self._fails_at, self._signals = kill_at, full_at, fails_at, signals
+
+    def __call__(self, event, values):
+        if event not in _OPERATIONS or os.getpid() != self._own or not isinstance(values[0], str | os.PathLike):
+            return
+        path = str(values[0])
+        if path == self._counter:
+            return
+        own_name = Path(path).name
+        self._of_name[own_name] += 1
+        for name, number, sent in self._signals:
+            if own_name == name and self._of_name[name] == number:
+                os.kill(self._own, sent)
+        if path.startswith(self._folder):
+            self._operation()
+
+    def _operation(self):
+        self.num += 1
+        if self.num == self._kill_at:
+            os.kill(self._own, signal.SIGKILL)
+        if self.num == self._full_at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        if self.num == self._fails_at:
+            raise OSError(28, "No space left on device")
+
+
+def result_of(folder):
+    """All that a run must leave the same, however often it was stopped: without times, dates and ids."""
+    timed = ("seconds", "peak_memory_bytes")
+    logs = {
+        name: [
+            {key: value for key, value in json.loads(line).items() if key not in timed}
+            for line in (folder / name).read_text().splitlines()
+        ]
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "rejections.jsonl", "examples.jsonl")
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    kept = {key: value for key, value in summary.items() if "seconds" not in key and "memory" not in key}
+    model = {
+        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / "model").rglob("*"))
+        if path.is_file()
+    }
+    names = sorted(path.name for path in folder.iterdir())
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("*"))
+    return {"logs": logs, "summary": kept, "model": model, "names": names, "checkpoints": checkpoints}
+
+
+def moments(total, num, seed=0):
+    """So many of the numbers 1 to `total`, spread over all of them; all of them in the long form."""
+    if TORTURE or num >= total:
+        return list(range(1, total + 1))
+    drawn = random.Random(seed)
+    width = total / num
+    return sorted({1 + int(width * at + drawn.random() * width) for at in range(num)} & set(range(1, total + 1)))

@@ -1,0 +1,47 @@
+"""What a signal does, by where the program is."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from preceptor.train.signals import Stopped, stop_on_signals
+
+
+def test_an_ignored_signal_stays_ignored_and_handlers_come_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_inside_and_outside_of_a_step():
+    with stop_on_signals() as stop:
+        with pytest.raises(Stopped, match="stopped by SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with stop_on_signals() as stop, stop.after_step():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(Stopped), stop.at_once():
+            raise AssertionError("an evaluation after a signal is not begun")
+        with pytest.raises(Stopped):
+            stop.check()
+
+
+def test_in_another_thread_no_signal_is_heard():
+    heard = []
+
+    def work():
+        with stop_on_signals() as stop:
+            heard.append(stop.number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert heard == [None]

@@ -1,0 +1,186 @@
+"""Runs that are killed, told to stop, or find the disk full, at any file operation; the same command finishes them.
+
+The fast form takes a few of the operations, spread over the run; PRECEPTOR_TORTURE=1 (`make torture`) takes all.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from children import TORTURE, command, moments, result_of
+
+from conftest import conversations
+from preceptor import cli
+from preceptor.files import write_atomically
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")  # Python 3.12: a native library may have a thread
+
+KINDS = {"full": {}, "lora": {"adapter": {"rank": 2, "dropout": 0.1}}}
+
+
+@pytest.fixture(scope="module", params=KINDS if TORTURE else ["full"])
+def run(request, tmp_path_factory, base_folder):
+    """(run file, what an uninterrupted run leaves, its number of file operations)."""
+    place = tmp_path_factory.mktemp(request.param)
+    for name, num in (("train", 6), ("eval", 2)):
+        rows = "".join(json.dumps(row) + "\n" for row in conversations(num))
+        (place / f"{name}.jsonl").write_text(rows)
+    tree = {
+        "model": {"path": str(base_folder)},
+        "data": {
+            "train": [{"path": str(place / "train.jsonl")}],
+            "eval": [{"path": str(place / "eval.jsonl")}],
+            "chat_template": "chatml",
+            "max_length": 128,
+        },
+        "train": {"duration": "6 steps", "batch_size": 1},
+        "optimizer": {"learning_rate": 1e-3},
+        "checkpoint": {"every": "2 steps"},
+        "eval": {"every": "3 steps", "num_samples": 1, "max_new_tokens": 3},
+        "out": str(place / "run"),
+        **KINDS[request.param],
+    }
+    file = place / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:  # in this process first: children then have all modules
+        if not TORTURE:  # its plots take half of the time
+            patch.setattr(
+                "preceptor.train.finish.write_report", lambda of: write_atomically(of[0] / "report.html", "-")
+            )
+        patch.setattr("sys.argv", ["preceptor", "train", str(file), f"out={place / 'first'}"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        ended = command("train", file, f"out={place / 'whole'}", folder=place / "whole")
+        assert ended.code == 0, ended.shown
+        assert result_of(place / "first") == result_of(place / "whole")
+        yield file, result_of(place / "whole"), ended.num_operations
+
+
+def finished(file, out, expected, but=()):
+    """The same command again: what is wrong with what the run then leaves; "" where it is as if never interrupted."""
+    ended = command("train", file, f"out={out}", folder=out)
+    if ended.code and not (ended.code == 6 and "this run is finished" in ended.shown):
+        return f"the same command ended with {ended.code}: {ended.shown[-2000:]}"
+    if "Traceback" in ended.shown:
+        return f"the same command shows {ended.shown[-2000:]}"
+    found = result_of(out)
+    return "; ".join(
+        f"{key} {found[key]}, not {expected[key]}" for key in expected if key not in but and found[key] != expected[key]
+    )
+
+
+def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path):
+    file, expected, num = run
+    wrong = {}
+    for at in moments(num, 4):
+        out = tmp_path / f"killed{at}"
+        assert command("train", file, f"out={out}", folder=out, kill_at=at).code == -signal.SIGKILL
+        wrong[at] = finished(file, out, expected)
+    assert not {at: what for at, what in wrong.items() if what}
+
+
+def test_a_run_killed_again_and_again_is_finished(run, tmp_path):
+    """Killed at random operations until it gets through; also while it takes up what the one before left."""
+    file, expected, num = run
+    wrong = {}
+    for seed in range(10 * TORTURE or 1):
+        out, drawn = tmp_path / f"again{seed}", random.Random(seed)
+        for _ in range(12 if TORTURE else 2):
+            command("train", file, f"out={out}", folder=out, kill_at=drawn.randint(1, num))
+        wrong[seed] = finished(file, out, expected)
+    assert not {seed: what for seed, what in wrong.items() if what}
+
+
+@pytest.mark.parametrize("kind", ["full_at", "fails_at"])
+def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, kind):
+    """From some operation on nothing can grow, or one operation fails: one message, exit code 6, then the same end."""
+    file, expected, num = run
+    wrong = {}
+    for at in moments(num, 2, seed=len(kind)):
+        out = tmp_path / f"{kind}{at}"
+        ended = command("train", file, f"out={out}", folder=out, **{kind: at})
+        if ended.code not in (0, 6) or "Traceback" in ended.shown:
+            wrong[at] = f"exit code {ended.code}: {ended.shown[-2000:]}"
+        elif ended.code == 6 and (ended.shown.count("error: ") != 1 or str(out) not in ended.shown):
+            wrong[at] = f"the message: {ended.shown[-2000:]}"
+        else:  # older checkpoints may have had to make room
+            wrong[at] = finished(file, out, expected, but=["checkpoints"])
+    assert not {at: what for at, what in wrong.items() if what}
+
+
+# Signals, and a display that is gone ---------------------------------------------------------------------------------
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+NO_CHECKPOINTS = ("checkpoint.every=null",)  # a signal saves all the same
+
+
+def same_but_for_checkpoints(found, whole):
+    return all(found[key] == whole[key] for key in ("logs", "summary", "model"))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
+    file, whole, _ = run
+    out = tmp_path / "run"
+    while_logging = ("metrics.jsonl", 5, number)  # the first is a removal, the fifth logs step 4
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    ended = command(*train, "--replace", folder=out, signals=[while_logging])
+    name = signal.Signals(number).name
+    assert ended.code == 128 + number, ended.shown
+    assert f"{name}: the run finishes this step and saves it" in ended.shown
+    assert f"stopped by {name} after step 4, which is saved in {out}/checkpoints" in ended.shown
+    assert "--replace" not in ended.shown.rpartition("this goes on: ")[2]
+    assert command(*train, folder=out).code == 0
+    assert same_but_for_checkpoints(result_of(out), whole)
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(run, tmp_path):
+    """The evaluation after step 3 is made anew when the run goes on."""
+    file, whole, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    while_sampling = ("samples.jsonl", 3, signal.SIGTERM)  # after a removal and the evaluation before step 1
+    ended = command(*train, folder=out, signals=[while_sampling])
+    assert ended.code == 128 + signal.SIGTERM and "after step 3" in ended.shown, ended.shown
+    assert [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0]
+    assert command(*train, folder=out).code == 0
+    assert same_but_for_checkpoints(result_of(out), whole)
+
+
+def test_the_second_signal_ends_at_once(run, tmp_path):
+    file, _, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
+    twice = [("metrics.jsonl", 5, signal.SIGTERM), (".step-00000004.partial", 1, signal.SIGTERM)]
+    ended = command(*train, folder=out, signals=twice)
+    assert ended.code == -signal.SIGTERM, ended.shown
+    assert not list(out.glob("checkpoints/step-*"))
+
+
+def test_a_signal_before_the_training_leaves_nothing(run, tmp_path):
+    file, _, _ = run
+    out = tmp_path / "run"
+    train = ("train", file, f"out={out}")
+    ended = command(*train, folder=out, signals=[("train.jsonl", 1, signal.SIGTERM)])
+    assert ended.code == 128 + signal.SIGTERM and not out.exists()
+    assert "stopped by SIGTERM before the first step" in ended.shown
+
+
+def test_a_display_that_is_gone_does_not_end_the_run(run, tmp_path):
+    """`preceptor train run.yaml | head -1`."""
+    file, whole, _ = run
+    out = tmp_path / "run"
+    train = [sys.executable, "-m", "preceptor", "train", str(file), *NO_CHECKPOINTS, f"out={out}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 0, error
+    assert "Traceback" not in error and "BrokenPipe" not in error
+    assert same_but_for_checkpoints(result_of(out), whole)
