@@ -72,7 +72,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
     with example_progress(tables, "reading and rendering") as on_example:
-        reader = _Reader(renderer, fitter, num_processes, arguments, on_example)
+        reader = _SourceReader(renderer, fitter, num_processes, arguments, on_example)
         train = [([tree for _, tree in reader.read(source)], source.source) for source in sources["train"]]
         held_out = [(list(reader.read(source, trained=False)), source.source) for source in sources["held out"]]
         replay = [([tree for _, tree in reader.read(source)], source.source) for source in sources["replay"]]
@@ -100,7 +100,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     )
 
 
-class _Reader:
+class _SourceReader:
     """Reads sources, and keeps what is found beside their trees."""
 
     def __init__(
