@@ -373,6 +373,7 @@ def test_run_folders(base_folder, finished, tmp_path):
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch):
     """Each thing that must not be is planted once, and seen."""
     rng = random.Random(0)
+    monkeypatch.setattr(sys.modules[__name__], "KEPT", Path())
 
     def planted(what):
         monkeypatch.setattr(cli, "main", what)
