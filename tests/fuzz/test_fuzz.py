@@ -144,7 +144,7 @@ def test_run_files(base_folder, tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations(4)))
     tree, file = whole_run(base_folder, tmp_path), tmp_path / "run.yaml"
     text = yaml.safe_dump(tree, sort_keys=False)
-    for number, rng in enumerate(seeds(16, "run file")):
+    for number, rng in enumerate(seeds(12, "run file")):
         how = rng.randrange(3)
         if how == 0:
             content = yaml.safe_dump(changed_value(tree, rng), sort_keys=False, allow_unicode=True)
@@ -223,7 +223,7 @@ def as_parquet(rows, file, rng):
 
 
 def test_data_files(base_folder, tmp_path):
-    for number, rng in enumerate(seeds(40, "data file")):
+    for number, rng in enumerate(seeds(24, "data file")):
         file = data_file(tmp_path, rng)
         chosen = ("--model", base_folder, "--data", file, "--chat-template", "chatml")
         if number % 4 == 0:
@@ -344,7 +344,7 @@ def damage(run, rng):
 def test_run_folders(base_folder, finished, tmp_path):
     run, kept = finished / "run", tmp_path / "kept"
     shutil.copytree(run, kept)
-    for number, rng in enumerate(seeds(12, "run folder")):
+    for number, rng in enumerate(seeds(8, "run folder")):
         damage(run, rng)
         if number % 4 == 1:
             shutil.rmtree(run / "model", ignore_errors=True)
@@ -373,6 +373,7 @@ def test_run_folders(base_folder, finished, tmp_path):
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch):
     """Each thing that must not be is planted once, and seen."""
     rng = random.Random(0)
+    monkeypatch.setattr(sys.modules[__name__], "KEPT", Path())
 
     def planted(what):
         monkeypatch.setattr(cli, "main", what)

@@ -268,3 +268,12 @@ def test_a_measured_rate_is_one():
 def test_numbers_for_the_eye():
     assert [size(count) for count in (1.128e12, 134.2e9, 5.21e6, 12)] == ["1.13 TB", "134 GB", "5.21 MB", "12 B"]
     assert number(7.02e15) == "7.02 P" and seconds(0.34) == "0.34 s" and seconds(7500) == "2.1 h"
+
+
+def test_few_steps_are_said(tmp_path):
+    tiny_model("llama", vocab_size=512).config.save_pretrained(tmp_path)
+    sample = Sample((((10, 5),), ((20, 30),)), 46.0, False, 0, 512)
+    run = run_of(tmp_path, data={"max_length": 256})
+    plan = make_plan(run, read_model(run.model), sample, find_device("H100"), None, dry_run_of(run.model))
+    said = "only 18 optimizer steps, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: 64`"
+    assert plan["data"]["few_steps"].startswith(said) and said in to_text({**plan, "change": None})
