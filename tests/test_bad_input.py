@@ -228,6 +228,18 @@ def test_an_error_that_nobody_expected_is_one_line_and_its_traceback_a_file(erro
         file.unlink()
 
 
+def test_a_traceback_that_no_file_takes_is_printed(preceptor, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("preceptor.commands.options.check_models", fail)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", fail)
+    code, out, err = preceptor("eval", "scholar", "scholar:heldout")
+    assert (
+        (code, out) == (cli.UNEXPECTED, "") and err.startswith("error: [Errno 28] No space left") and "in fail" in err
+    )
+
+
 def test_values_in_messages_are_short_and_cheap():
     huge: list = ["x" * 10**7]
     for _ in range(6):

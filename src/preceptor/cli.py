@@ -75,17 +75,23 @@ def main() -> None:
 
 
 def unexpected(error: Exception) -> str:
-    """One line about an error that nobody expected; its traceback is written to a file that the line names."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="preceptor-error-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        file.write("".join(traceback.format_exception(error)))
+    """One line about an error that nobody expected. It names the file that its traceback is written to; where none can
+    be written, the traceback follows."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="preceptor-error-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(trace)
+        details = file.name
+    except OSError:
+        details = f"what follows\n{trace}"
     what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE]
     if isinstance(error, OSError | MemoryError):  # of the machine: a name that is too long, no more memory
-        return f"error: {what or type(error).__name__}. Details: {file.name}"
+        return f"error: {what or type(error).__name__}. Details: {details}"
     return (
         f"error: unexpected {type(error).__name__}{f': {what}' if what else ''}. This is a bug; please report it with "
-        f"{file.name}"
+        f"{details}"
     )
 
 
