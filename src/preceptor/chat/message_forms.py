@@ -172,9 +172,11 @@ def arguments_object(given: Any, where: str) -> dict[str, Any]:
             value = json.loads(given, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             shown = given if len(given) <= 60 else given[:60] + "…"
-            raise Rejected("arguments_not_object", f"{where}: {shown!r} is not JSON ({error})") from error
+            raise Rejected(
+                "arguments_not_object", f"{where}.function.arguments: {shown!r} is no JSON ({error})"
+            ) from error
     if not isinstance(value, dict):
-        raise Rejected("arguments_not_object", f"{where}: the arguments are {_kind(value)}")
+        raise Rejected("arguments_not_object", f"{where}.function.arguments: it is {_kind(value)}")
     return value
 
 

@@ -18,6 +18,11 @@ class Leaf(NamedTuple):
     path: tuple[str | int, ...]
     text: str
 
+    @property
+    def name(self) -> str:
+        """The field, as `tool_calls[0].function.name`."""
+        return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.path).removeprefix(".")
+
 
 def leaves_of(message: Mapping[str, Any], index: int) -> list[Leaf]:
     """The strings of a message in the order in which they stand."""

@@ -146,7 +146,7 @@ class Renderer:
             return tree
         except Rejected as rejected:
             return Rejection(record.source, rejected.code, str(rejected))
-        except (PreceptorError, MemoryError):  # of the template or the machine, not of this example
+        except (PreceptorError, MemoryError, AssertionError):  # of the template, the machine or this program
             raise
         except Exception as error:
             found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"

@@ -7,6 +7,7 @@ byte. Renders of the template are compared with transformers' own: the first of 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ class Runs:
         except TemplateError as error:
             if error.condemns:
                 raise
-            raise Rejected("template_rejects", str(error)) from error
+            raise Rejected("template_rejects", f"up to messages[{request.num_messages - 1}]: {_told(error)}") from error
         self._num_renders += 1
         if self._num_renders <= _COMPARED_RENDERS or self._num_renders % _COMPARE_EVERY == 0:
             self._compare(chat, request, text)
@@ -251,11 +252,35 @@ class Runs:
                 pieces, origins = pieces_of(template.root_render_func(context))
         except TemplateError:
             raise
-        except Exception as error:  # whose text may be anything: none of it is shown
+        except jinja2.TemplateError as error:  # whose text may be anything: none of it is shown
             raise Rejected("render_differs", f"template {chat.template.name} fails with origins") from error
+        except Exception as error:  # the template has rendered plain strings: what failed are the marked ones
+            raise AssertionError("marked strings fail where plain ones do not") from error
         if "".join(pieces) != text:
             raise Rejected("render_differs", f"template {chat.template.name} renders otherwise with origins")
         return Rendered(text, pieces, origins)
+
+
+_TOLD: Mapping[str, str] = {
+    r"""str object has no element|'str object' has no attribute""": "this template expects content as text parts",
+    r"""\(not "(?:list|str)"\)|'list object' has no attribute|unhashable type: 'dict'""": (
+        "this template expects content as a string"
+    ),
+    r"""'dict object' has no attribute '(\w+)'""": "this template needs the field '{}' of a message, call or tool",
+    r"""^.*: '(\w+)' is undefined""": "this template needs the argument '{}' in chat_template_kwargs",
+    r"""'NoneType' object is not iterable""": "this template needs a list that is not given, tools perhaps",
+    r"""is unsafe|unsafe_undefined""": "this template does what transformers does not allow, so no server can use it",
+}
+"""Errors of a template's code -> what they mean for the messages."""
+
+
+def _told(error: TemplateError) -> str:
+    """The error, with what it means where Python or Jinja says it in their own terms."""
+    for pattern, meaning in _TOLD.items():
+        found = re.search(pattern, str(error))
+        if found:
+            return f"{meaning.format(*found.groups())} ({error})"
+    return str(error)
 
 
 def _difference(ours: str, theirs: str) -> str:

@@ -234,5 +234,4 @@ def _cut(runs: Sequence[TextRun], start: int, text: str, closing: str) -> list[T
 
 
 def _field_of(leaf: Leaf, roles: Sequence[str]) -> Field:
-    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in leaf.path).removeprefix(".")
-    return Field(name, leaf.message, roles[leaf.message])
+    return Field(leaf.name, leaf.message, roles[leaf.message])

@@ -17,8 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.chat import reasoning
+from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.origins import Leaf, Rendered, json_body
 from preceptor.data.rejections import Rejected
+from preceptor.errors import short
+
+_BEFORE = 20  # characters that are shown before the place in which two texts part
 
 
 @dataclass(eq=False, slots=True)
@@ -89,8 +93,9 @@ def target_of(turn: Turn, stops: Stops) -> str:
     start = _start(turn, text, first)
     closing = _closing(turn, text, last, stops)
     missing = missing_fields(turn, text[start:last] + closing)
-    if set(missing) - {"reasoning_dropped"}:
-        raise Rejected(next(code for code in missing if code != "reasoning_dropped"), turn.where)
+    for code, found in missing:
+        if code != "reasoning_dropped":
+            raise Rejected(code, found)
     between, said = text[start:first], text[first:last]
     twice = reasoning.begins_twice(turn.given, turn.prompt, between, said, turn.tags)
     if missing or twice:
@@ -98,7 +103,9 @@ def target_of(turn: Turn, stops: Stops) -> str:
         if generated is None and turn.as_given:
             generated = reasoning.generated_as_given(turn.given, turn.prompt, between, said, turn.tags)
         if generated is None:
-            raise Rejected("reasoning_twice" if twice else "reasoning_dropped", turn.where)
+            if twice:
+                raise Rejected("reasoning_twice", turn.where)
+            raise Rejected("reasoning_dropped", missing[0][1], _what_helps_reasoning(turn))
         return generated + closing
     target = text[start:last] + closing
     if reasoning.opened_by(turn.prompt)[0] and not reasoning.closes(target):
@@ -126,7 +133,31 @@ def _start(turn: Turn, text: str, first: int) -> int:
         raise Rejected("prompt_opens_reasoning", turn.where)
     if reasoning.closed_by(turn.prompt) >= 0 and reasons:
         raise Rejected("prompt_closes_reasoning", turn.where)
-    raise Rejected("prompt_conflicts", turn.where)
+    served, rendered = _around_difference(turn.prompt, text[:first])
+    raise Rejected("prompt_conflicts", f"{turn.where}: the prompt has {served}, the render of the turn {rendered}")
+
+
+def _around_difference(one: str, other: str) -> tuple[str, str]:
+    """The two texts from a little before the place in which they part."""
+    at = max(shared_length(one, other) - _BEFORE, 0)
+    return short(one[at:]), short(other[at:])
+
+
+def _what_helps_reasoning(turn: Turn) -> str:
+    """What to do about reasoning that the render leaves out; "" where the general advice says it."""
+    if turn.given.get("tool_calls"):
+        return (
+            "the template leaves reasoning beside tool calls out: remove it, set train: false on the turn, or choose "
+            "another template (chatml renders it)"
+        )
+    if turn.tags and reasoning.reasoning_text(turn.given):
+        tag, close = next(iter(turn.tags.items()))
+        return (
+            "the template leaves it out even where the turn is the last, so nothing says how the model would spell it: "
+            f"write it into content as the model is to generate it, {tag} reasoning {close} answer, or choose another "
+            "template (chatml renders it)"
+        )
+    return ""
 
 
 def _after_tail(tail: str, text: str, from_here: int, first: int, reasons: bool) -> int | None:
@@ -198,22 +229,27 @@ def shared_start(one: str, other: str) -> str:
 # What must be in it --------------------------------------------------------------------------------------------------
 
 
-def missing_fields(turn: Turn, target: str) -> list[str]:
-    """The codes of the fields of the turn that F does not spell in full."""
-    missing: list[str | None] = []
+def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
+    """The fields of the turn that F does not spell in full: a code, and where and how they differ."""
+    missing: list[tuple[str, str]] = []
     for index in turn.own:
         leaf, spelled = turn.leaves[index], turn.full.spelled(index)
+        code: str | None = None
         if leaf.path[0] == "content":
-            missing.append(_content_problem(leaf.text, spelled, turn.tags))
+            code = _content_problem(leaf.text, spelled, turn.tags)
         elif leaf.path[0] in reasoning.REASONING_FIELDS:
-            missing.append(None if _spells(spelled, leaf.text) else "reasoning_dropped")
+            code = None if _spells(spelled, leaf.text) else "reasoning_dropped"
         elif leaf.path[0] == "tool_calls":
-            missing.append(_call_problem(leaf, spelled))
-    for call in turn.given.get("tool_calls") or ():
+            code = None if _in_id(turn, leaf, target) else _call_problem(leaf, spelled)
+        if code is not None:
+            given, rendered = _around_difference(leaf.text, spelled)
+            shown = f": {given} is rendered as {rendered}" if code == "content_changed" else ""
+            missing.append((code, f"{turn.where}.{leaf.name}{shown}"))
+    for place, call in enumerate(turn.given.get("tool_calls") or ()):
         function = call.get("function", call)
         if not _shows(function.get("arguments"), target):
-            missing.append("tool_call_dropped")
-    return [code for code in missing if code]
+            missing.append(("tool_call_dropped", f"{turn.where}.tool_calls[{place}].function.arguments"))
+    return missing
 
 
 def _spells(spelled: str, *forms: str) -> bool:
@@ -235,6 +271,13 @@ def _content_problem(text: str, spelled: str, tags: Mapping[str, str]) -> str | 
         if spelled.strip() == block.answer.strip():
             return "reasoning_dropped"
     return "content_changed" if spelled.strip() else "content_dropped"
+
+
+def _in_id(turn: Turn, leaf: Leaf, target: str) -> bool:
+    """Whether it is a function's name, and the call's id holds it and stands in the target in its place."""
+    call = turn.given["tool_calls"][leaf.path[1]]
+    id_ = call.get("id") if isinstance(call, Mapping) and leaf.path[-1] == "name" else None
+    return isinstance(id_, str) and leaf.text in id_ and id_ in target
 
 
 def _call_problem(leaf: Leaf, spelled: str) -> str | None:

@@ -62,8 +62,8 @@ ADVICE: dict[str, str] = {
     "remove it, or choose another template",
     "content_changed": "the template alters the text, so the model would learn something else than what was given: "
     "write it as the template would, or choose another template",
-    "reasoning_dropped": "the template does not render reasoning: put it into content between <think> and </think>, "
-    "remove it, or choose a template that renders it (chatml does)",
+    "reasoning_dropped": "the template does not render reasoning: write it into content, remove it, or choose a "
+    "template that renders it (chatml does)",
     "reasoning_twice": "the template puts a reasoning block of its own before that of the content, and leaves "
     "reasoning_content out: remove the block, or choose another template",
     "tool_call_dropped": "the template leaves tool calls, or a part of them, out; choose a template that renders them "
@@ -71,10 +71,10 @@ ADVICE: dict[str, str] = {
     # where the turn starts
     "prompt_opens_reasoning": "the prompt that a server builds opens a reasoning block and this turn has none: give it "
     "reasoning_content, set chat_template_kwargs so that the prompt does not open one, or choose another template",
-    "prompt_closes_reasoning": "the prompt closes the reasoning block and this turn has reasoning: remove "
-    "enable_thinking: false from chat_template_kwargs, or the reasoning from the turn",
-    "prompt_conflicts": "what a server puts before the answer does not occur where the template renders this turn; no "
-    "choice of target would be right. Fix the template, or choose another",
+    "prompt_closes_reasoning": "the prompt closes the reasoning block and this turn has reasoning: turn thinking on in "
+    "chat_template_kwargs, or remove the reasoning from the turn",
+    "prompt_conflicts": "what a server puts before the answer does not stand where the template renders this turn. Fix "
+    "the template, or choose another",
     # where the turn ends
     "no_stop_token": "nothing ends this turn: give the tokenizer an eos token, or the model a generation config",
     "stop_inside_turn": "a server would stop in the middle of this turn: remove the stop token from the text, or from "
