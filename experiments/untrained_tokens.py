@@ -1,6 +1,6 @@
 """LoRA on a base whose chat tokens exist but were never trained: how many answers end with the stop token.
 
-    python experiments/untrained_tokens.py [--rows mean zero] [--epochs 4]
+    python experiments/untrained_tokens.py [--rows mean zero] [--epochs 1]
 
 The scholar gets ChatML's tokens, and some in reserve, with rows as releases have them: the mean of all, or nearly zero.
 It is tuned by LoRA on its own conversations and answers held-out questions greedily. Prints a line for each kind of
@@ -76,7 +76,7 @@ def num_ended(folder: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=("mean", "zero"), default=["mean", "zero"])
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
