@@ -1,4 +1,4 @@
-"""The full table of the first run: base, tuned model and control on every held-out question, by family, wording and kind.
+"""The full table of the first run: base, tuned model and control on each held-out question, by family, wording, kind.
 
     python benchmarks/first_run.py [--seeds 3]
 
@@ -86,9 +86,9 @@ def table(result: dict[str, Any]) -> str:
         f"Made by `{result['command']}`: {base[0]['all']['num']:,} held-out questions, greedy answers of at "
         f"most {MAX_NEW_TOKENS} tokens. None of the "
         f"facts occurs in the {intern[0]['examples_per_epoch']:,} training conversations. An answer is exact if it "
-        "equals one of the accepted sentences, letter for letter. Tuned: the base model (the scholar) after the training "
-        "of the demo, which the package calls the intern. Control: the same training from random weights. Both are "
-        f"means over {result['seeds']} seeds (tuned: {min(spread):.1%} to {max(spread):.1%}). "
+        "equals one of the accepted sentences, letter for letter. Tuned: the base model (the scholar) after the "
+        "training of the demo, which the package calls the intern. Control: the same training from random weights. "
+        f"Both are means over {result['seeds']} seeds (tuned: {min(spread):.1%} to {max(spread):.1%}). "
         f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}; "
         f"one training took {mean(intern, 'training_seconds'):.0f} s.",
         "",

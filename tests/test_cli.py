@@ -185,6 +185,18 @@ def test_an_interrupted_command_exits_130(preceptor, run_file, monkeypatch):
     assert code == 130 and "stopped by SIGINT before the first step" in err
 
 
+def test_few_steps_are_said_before_and_in_training(preceptor, run_file):
+    file = run_file(conversations(46), train={"duration": "3 epochs"}, data__max_length=4096)
+    said = "optimizer steps, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: "
+    for command in ("check", "plan"):
+        code, out, _ = preceptor(command, file)
+        assert code == 0 and "only 3 " + said in out, (command, out)
+    code, out, _ = preceptor("train", file)
+    assert code == 0 and "only 3 " + said in out
+    code, out, _ = preceptor("check", run_file(conversations(46), train={"duration": "50 steps"}))
+    assert "too few to learn" not in out
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -125,7 +125,7 @@ def append_line(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is no file. Raises CheckpointError for anything else."""
-    return _parsed(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
+    return _parsed(_text(path), str(path)) if path.is_file() else {}
 
 
 def read_json_lines(path: Path, on_broken: Callable[[CheckpointError], None] | None = None) -> list[dict[str, Any]]:
@@ -137,7 +137,7 @@ def read_json_lines(path: Path, on_broken: Callable[[CheckpointError], None] | N
     if not path.is_file():
         return []
     errors = "strict" if on_broken is None else "replace"
-    *lines, _unfinished = path.read_text(encoding="utf-8", errors=errors).split("\n")
+    *lines, _unfinished = _text(path, errors).split("\n")
     found = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -206,6 +206,13 @@ def _finite(value: Any) -> Any:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _text(path: Path, errors: str = "replace") -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizer_families as tf
 
-from preceptor.chat import limits
+from preceptor.chat import limits, tokenise, words
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.limits import RenderLimit
 from preceptor.chat.marked import Marked
@@ -230,3 +231,25 @@ def test_arguments_of_the_server_are_rejected(name):
     assert isinstance(rejected, Rejection) and rejected.code == "reserved_argument" and name in rejected.message
     with pytest.raises(ConfigError, match=name):
         Renderer(tokenizer, template, stop_token_ids=[2], template_kwargs={name: True})
+
+
+@pytest.mark.parametrize("family", ["bytes (GPT-2)", "bytes, prefix space (RoBERTa, Falcon)", "unigram always (T5)"])
+def test_texts_for_which_a_tokenizer_takes_much_memory_are_rejected(family, monkeypatch):
+    """Of words, or of all that the tokenizer must take at once; what can be cut into words may be of any size."""
+    monkeypatch.setattr(words, "_HUGE", 1000)
+    monkeypatch.setattr(tokenise, "_HUGE", 3000)
+    text = LOOP + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = tf.tokenizer_for(family, tf.tt.Entry("own", text, None, "<|im_end|>"))
+    renderer = Renderer(tokenizer, load_template("tokenizer", tokenizer), stop_token_ids=[tokenizer.eos_token_id])
+
+    def outcome(content):
+        turns = (Message({"role": "user", "content": content}), Message({"role": "assistant", "content": "yes"}))
+        return renderer.render(Conversation("a:1", turns, None))
+
+    assert not isinstance(outcome("who is it " * 20), Rejection)
+    for content in ("x" * 5000, "who is it " * 500):
+        found = outcome(content)
+        if family == "bytes (GPT-2)" and " " in content:
+            assert not isinstance(found, Rejection)
+        else:
+            assert isinstance(found, Rejection) and found.code == "text_too_large" and "characters" in found.message

@@ -4,7 +4,7 @@ from collections import Counter
 
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, few_steps
 
 TREES = [
     Tree(f"f:{n}", (Segment("context", (n,) * (1 + n % 5), None), Segment("target", (n,), 0))) for n in range(1, 38)
@@ -47,3 +47,12 @@ def test_apart_every_tree_is_a_row_in_the_same_step():
     for step in range(loader.steps_per_epoch):
         assert tokens(apart.batch(step)) == tokens(loader.batch(step))
         assert all(row.alone for row in apart.batch(step))
+
+
+def test_few_steps_are_told_with_what_makes_more():
+    assert few_steps(50, 10_000, 90) is None
+    assert few_steps(1, 10_000, 90) == (
+        "only 1 optimizer step, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: 128` "
+        "gives about 79 in each epoch; or raise `train.duration`, or add examples"
+    )
+    assert few_steps(3, 500, 90).endswith("(under 50): add examples, or raise `train.duration`")

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -147,3 +148,22 @@ def test_can_be_left_early(shows_process: ShowsProcess, started_at_once: None) -
     outcomes = render_all(shows_process, documents(3000), num_processes=2)
     assert next(outcomes)[0] == documents(1)[0]
     outcomes.close()
+
+
+def test_a_process_ends_with_the_one_that_it_works_for():
+    """One that is killed cannot say so: its workers would wait for ever."""
+    code = (
+        "import os, sys; from preceptor.data import workers\n"
+        "parent = os.getpid()\n"
+        "if child := os.fork(): print(child, flush=True); os._exit(0)\n"
+        "os.close(1); workers._end_with(parent)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    child = int(shown.stdout)
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("it still lives after 10 s")

@@ -109,7 +109,7 @@ def test_prompts_come_from_a_file_or_from_the_messages_of_tasks(write_jsonl):
     (chosen,) = choose_prompts(None, [task], 5, seed=0)
     assert chosen[1].messages == tuple(ASKED) and chosen[2] == "It is America."
     assert len(choose_prompts(file, [task], 1, seed=0)) == 1
-    with pytest.raises(DataError, match=r":1: a prompt row needs"):
+    with pytest.raises(DataError, match=r":1: an example needs"):
         read_prompts(write_jsonl([TEXT]))
 
 

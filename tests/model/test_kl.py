@@ -76,3 +76,17 @@ def test_with_an_adapter_the_base_is_the_model_without_it(sequence):
     found.backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     assert model.training
+
+
+def test_tokens_that_the_base_never_saw_are_not_held_to_it(sequence):
+    """Nothing is left where every trained token of the base's vocabulary is one of them."""
+    model = tiny_model("llama", dtype=torch.float64)
+    known = sorted({int(token) for token in sequence.target_N if token < NUM_BASE})
+    found = []
+    for untrained in ((), known[:1], known):
+        base = ReferenceModel.of(model, NUM_BASE, untrained)
+        found.append(base)
+    moved(model)
+    read = (*Engine(model).loss_hidden_states(sequence), output_head(model))
+    whole, fewer, none = (kl_to_base(*read, base, sequence).item() for base in found)
+    assert whole > fewer > none == 0.0

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from conftest import conversations
 from preceptor import config
-from preceptor.errors import DataError
+from preceptor.errors import DataError, ModelError
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 
@@ -76,3 +77,12 @@ def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_
     with pytest.raises(DataError, match=r"task\.jsonl:1: not an item of a task"):
         prepare(config.load(run_file(eval__tasks=[task])))
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_examples_that_do_not_fit_in_memory_are_named(run_file, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("preceptor.train.evaluations.measure", fail)
+    with pytest.raises(ModelError, match=r"held-out examples does not fit in memory: lower data\.max_length"):
+        train(run_file(eval_rows=conversations(1)))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,10 @@ class ChatFormat:
             targets=data.train_on,
             template_kwargs=self.template_kwargs,
         )
+
+    def at(self, date: datetime) -> "ChatFormat":
+        """The format on that date, if its template writes one."""
+        return self if self.template is None else replace(self, template=self.template.at(date))
 
     def trained_with(self, arguments: TrainedArguments) -> "ChatFormat":
         """The format as it is saved: the arguments of training are the template's own defaults, the tokenizer's too.

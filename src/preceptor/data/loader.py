@@ -26,10 +26,12 @@ def few_steps(num_steps: int, num_tokens: int, longest: int) -> str | None:
         return None
     shortest = max(64, -(-longest // 64) * 64)
     per_epoch = math.ceil(num_tokens / shortest)
+    seen = f"only {num_steps:,} optimizer step{'s' * (num_steps != 1)}, too few to learn much (under {FEW_STEPS}): "
+    if per_epoch < FEW_STEPS / 5:  # of so few examples no packing makes many steps
+        return f"{seen}add examples, or raise `train.duration`"
     return (
-        f"only {num_steps:,} optimizer step{'s' * (num_steps != 1)}, too few to learn much (under {FEW_STEPS}): "
-        f"`train.batch_size: 1` with `data.max_length: {shortest}` gives about {per_epoch:,} in each epoch; or raise "
-        "`train.duration`, or add examples"
+        f"{seen}`train.batch_size: 1` with `data.max_length: {shortest}` gives about {per_epoch:,} in each epoch; or "
+        "raise `train.duration`, or add examples"
     )
 
 

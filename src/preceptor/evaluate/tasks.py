@@ -118,7 +118,7 @@ def read_texts(path: str) -> Task:
     if not path.endswith(".txt"):
         task = read_task(path)
         if task.kind != "perplexity":
-            raise DataError(f"{path}: a {task.kind} task where texts are wanted; its rows need `text`")
+            raise DataError(f"{path}: a {task.kind} task where texts are wanted; its items need `text`")
         return task
     try:
         whole = Path(path).read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def read_prompts(path: str) -> list[ReferencePrompt]:
     prompts = []
     for source, row in read_rows(file_of(path)):
         row = {key: value for key, value in row.items() if value is not None}
-        _require(row.keys() & {"messages", "prompt"} != set(), source, "a prompt row needs `messages` or `prompt`")
+        _require(row.keys() & {"messages", "prompt"} != set(), source, "an example needs `messages` or a `prompt`")
         prompt, reference = _item(_read_prompt, row, source)
         prompts.append(ReferencePrompt(source, prompt, reference or ""))
     return prompts

@@ -2,20 +2,21 @@
 
     kl = sum_n  w_n * sum_v p_n[v] * (log p_n[v] - log q_n[v])        p: tuned, q: base, both over the base's vocabulary
 
-It is taken where the trained token is one that the base has, over those tokens alone: the base knows nothing of added
-tokens, and end-of-turn tokens should not be penalised. Chunked like the loss: at no time more than one chunk's logits
-exist, and they are computed again in backward.
+It is taken where the trained token is one that the base knows, over its tokens alone: the base knows nothing of added
+tokens and of those that it never saw, and end-of-turn tokens should not be penalised. Chunked like the loss: at no time
+more than one chunk's logits exist, and they are computed again in backward.
 
 Legend: T tokens of a sequence, M of them with a hidden state at hand, D hidden size, B tokens of the base's vocabulary,
 N trained tokens of a sequence, C of one chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,19 +34,20 @@ class ReferenceModel:
     """The model as it was before training. With an adapter it is the same model without it, at no cost; in full
     fine-tuning a frozen copy, which takes the memory of its weights again.
 
-    num_tokens: its vocabulary, without tokens that were added for training.
+    num_tokens: its vocabulary, without tokens that were added for training. untrained: those of it that it never saw.
     """
 
     model: nn.Module
     is_copy: bool
     num_tokens: int
+    untrained: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, num_tokens: int) -> "ReferenceModel":
+    def of(cls, model: Any, num_tokens: int, untrained: Sequence[int] = ()) -> "ReferenceModel":
         """Take it before the first step."""
         if hasattr(model, "disable_adapter"):
-            return cls(model, is_copy=False, num_tokens=num_tokens)
-        return cls(deepcopy(model).requires_grad_(False).eval(), is_copy=True, num_tokens=num_tokens)
+            return cls(model, False, num_tokens, tuple(untrained))
+        return cls(deepcopy(model).requires_grad_(False).eval(), True, num_tokens, tuple(untrained))
 
     @contextmanager
     def _in_force(self) -> Iterator[None]:
@@ -74,7 +76,8 @@ def kl_to_base(
     `Engine.loss_hidden_states` gives them.
     """
     base_hidden_TD, base_head = base.read(sequence)
-    known_N = torch.from_numpy(sequence.target_N < base.num_tokens).to(hidden_MD.device)
+    known = (sequence.target_N < base.num_tokens) & ~np.isin(sequence.target_N, base.untrained)
+    known_N = torch.from_numpy(known).to(hidden_MD.device)
     source_N = source_N[known_N]
     base_source_N = torch.from_numpy(sequence.source_N).to(hidden_MD.device)[known_N]
     weight_N = torch.from_numpy(sequence.weight_N).to(hidden_MD.device)[known_N]

@@ -7,6 +7,7 @@ from typing import Any
 
 from preceptor.data.examples import Conversation, trainable_turns
 from preceptor.data.forest import Tree, path_ids
+from preceptor.errors import ModelError
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
 from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
@@ -14,6 +15,7 @@ from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json_lines
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
@@ -61,7 +63,7 @@ class Evaluations:
         measured: dict[str, Any] = {}
         with autocast(state.model.device, self.precision):
             if self.held_out:
-                measured |= measure(state.model, self.held_out, self.max_length, evaluated.alone)
+                measured |= self._measure(state.model, evaluated.alone)
             if self.tasks:
                 measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
         self._sample(evaluated, state.step)
@@ -69,6 +71,17 @@ class Evaluations:
             self.last = {"step": state.step, **measured}
             append_line(self.folder / "eval.jsonl", self.last)
             self.say(f"after {state.step} steps: {_shown(measured)}")
+
+    def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
+        try:
+            return measure(model, self.held_out, self.max_length, alone)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the "
+                "longest examples out of data.eval"
+            ) from error
 
     def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
         results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)

@@ -1,5 +1,6 @@
 """Objective of a run: the loss of the trained tokens in the run's variant, and the KL divergence from the base."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,18 @@ class Objective:
     base: ReferenceModel | None = None
 
     @classmethod
-    def of(cls, loss: config.Loss, memory: config.Memory, model: Any, num_base_tokens: int) -> "Objective":
-        """Before the first step and before a checkpoint is read, so that `model` still is the base."""
+    def of(
+        cls, loss: config.Loss, memory: config.Memory, model: Any, num_base_tokens: int, untrained: Sequence[int] = ()
+    ) -> "Objective":
+        """Before the first step and before a checkpoint is read, so that `model` still is the base.
+
+        untrained: tokens of the base that it never saw.
+        """
         return cls(
             policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
             options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft"),
             kl_coef=loss.kl_coef,
-            base=ReferenceModel.of(model, num_base_tokens) if loss.kl_coef else None,
+            base=ReferenceModel.of(model, num_base_tokens, untrained) if loss.kl_coef else None,
         )
 
     def __call__(self, engine: Engine, sequence: PackedSequence, step: StepContext | None = None) -> Tensor:

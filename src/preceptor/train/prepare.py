@@ -5,7 +5,7 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from preceptor import config
@@ -65,14 +65,13 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
-    if chat.template is not None:
-        chat = replace(chat, template=chat.template.at(date or datetime.now().astimezone()))
+    chat = chat.at(date or datetime.now().astimezone())
     renderer = chat.renderer(run.data)
     arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
     with example_progress(tables, "reading and rendering") as on_example:
-        reader = _Reader(renderer, fitter, num_processes, arguments, on_example)
+        reader = _SourceReader(renderer, fitter, num_processes, arguments, on_example)
         train = [([tree for _, tree in reader.read(source)], source.source) for source in sources["train"]]
         held_out = [(list(reader.read(source, trained=False)), source.source) for source in sources["held out"]]
         replay = [([tree for _, tree in reader.read(source)], source.source) for source in sources["replay"]]
@@ -100,7 +99,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     )
 
 
-class _Reader:
+class _SourceReader:
     """Reads sources, and keeps what is found beside their trees."""
 
     def __init__(

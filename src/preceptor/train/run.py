@@ -69,11 +69,13 @@ def _with_precision(
     return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
 
 
-def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], None] = lambda _: None) -> Any:
-    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised.
+def build_model(prepared: Prepared, device: torch.device) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
+    return _build(prepared, device, lambda _: None)[0]
 
-    `say` gets a line for each token that the base has and never saw.
-    """
+
+def _build(prepared: Prepared, device: torch.device, say: Callable[[str], None]) -> tuple[Any, list[int]]:
+    """As `build_model`, and the tokens that the base has and never saw, of which `say` gets a line."""
     run, chat = prepared.run, prepared.chat
     model = load_model(
         run.model.path,
@@ -104,7 +106,7 @@ def build_model(prepared: Prepared, device: torch.device, say: Callable[[str], N
             seed=run.train.seed,
         )
     install(model, run.engine)
-    return model
+    return model, sorted(untrained.values())
 
 
 def _untrained_tokens(model: Any, prepared: Prepared, say: Callable[[str], None]) -> dict[str, int]:
@@ -157,9 +159,9 @@ def execute_in(
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
-    model = build_model(prepared, device, say)
+    model, untrained = _build(prepared, device, say)
     record = _record(folder, prepared, model, device, say)
-    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens)
+    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
     _require_room(run, state, checkpoints)
