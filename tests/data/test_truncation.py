@@ -11,7 +11,7 @@ from preceptor.data.dataset import read_trees
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.forest import Segment, path_ids
 from preceptor.data.sources import OpenSource
-from preceptor.data.truncation import Fitter
+from preceptor.data.truncation import Fitter, _first
 from tiny import tiny_tokenizer
 
 REWRITES = (  # leaves the reasoning of earlier turns out, as most reasoning models' templates do
@@ -177,3 +177,17 @@ def test_what_cannot_be_short_enough_is_not_rendered(write_jsonl):
     assert "it has 6,401 characters, a sequence holds 64: raise data.max_length, or split the text" in found[0].message
     split = Fitter(render, 64, "split")
     assert not isinstance(next(iter(read_trees(OpenSource(write_jsonl(rows)), render, split)))[1], Rejection)
+
+
+@pytest.mark.parametrize("near_end", [False, True])
+def test_the_search_tries_little_and_near_where_it_is_told(near_end):
+    for num in range(40):
+        for first in range(num + 1):
+            tried = []
+            found = _first(
+                num, lambda option, first=first, tried=tried: tried.append(option) or option >= first, near_end
+            )
+            assert found == (None if first == num else first)
+            reach = num - first if near_end else first + 1
+            assert all(0 <= option < num for option in tried) and len(tried) <= 2 + 2 * reach.bit_length()
+            assert not tried or (min(tried) >= num - 2 * reach - 2 if near_end else max(tried) <= 2 * reach + 2)

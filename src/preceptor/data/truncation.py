@@ -172,9 +172,11 @@ class Fitter:
         num_options = len(options)
         start = None if first else _first(1, lambda _: self._fits(candidate(0)))
         if start is None:
-            start = _first(num_options, lambda option: self._fits(candidate(option), self._max_length // 2))
+            start = _first(
+                num_options, lambda option: self._fits(candidate(option), self._max_length // 2), near_end=True
+            )
         if start is None:
-            start = _first(num_options, lambda option: self._fits(candidate(option)))
+            start = _first(num_options, lambda option: self._fits(candidate(option)), near_end=True)
         if start is None:
             cut = self._cut(_kept(example, (*options[-1], turns[first]), turns[first : first + 1]), done)
             return cut if isinstance(cut, Rejection) else (cut[0], 1)
@@ -201,7 +203,7 @@ class Fitter:
         return candidate is not None and candidate[1].num_tokens <= (most_tokens or self._max_length)
 
     def _first_that_fits(self, candidate: Callable[[int], ExampleTree | None], num_options: int) -> ExampleTree | None:
-        option = _first(num_options, lambda option: self._fits(candidate(option)))
+        option = _first(num_options, lambda option: self._fits(candidate(option)), near_end=True)
         return None if option is None else candidate(option)
 
     # Texts
@@ -253,9 +255,21 @@ class Fitter:
         return [(example, replace(tree, segments=tuple(piece))) for piece in pieces]
 
 
-def _first(num: int, holds: Callable[[int], bool]) -> int | None:
-    """The first of `range(num)` for which `holds`, which then holds for all that follow; None if there is none."""
-    first = bisect_left(range(num), True, key=holds)
+def _first(num: int, holds: Callable[[int], bool], near_end: bool = False) -> int | None:
+    """The first of `range(num)` for which `holds`, which then holds for all that follow; None if there is none.
+
+    It is looked for in growing steps from the start, or from the end: where each is rendered, the ones near it are the
+    short ones, so that the cost does not depend on how long the conversation is.
+    """
+    low, high, step = 0, num, 1
+    while low < high:
+        tried = max(low, high - step) if near_end else min(high, low + step) - 1
+        found = holds(tried)
+        low, high = (low, tried) if found else (tried + 1, high)
+        if found != near_end:
+            break
+        step *= 2
+    first = bisect_left(range(num), True, low, high, key=holds)
     return None if first == num else first
 
 
