@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_render import CHAT, conversation, make, segments
 
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.marked import Marked, join, plain
@@ -20,7 +21,6 @@ OPERATIONS = st.sampled_from(
         lambda s, t: s + t,
         lambda s, t: t + s,
         lambda s, t: "<" + s,
-        lambda s, t: "%s!" % s,  # noqa: UP031
         lambda s, t: s[1:],
         lambda s, t: s[:-2],
         lambda s, t: s[::-1],
@@ -84,6 +84,8 @@ TEMPLATES = [
     "{{ 'long' if a | length > 3 else a | string }}{{ a | length }}",
     "{{ a.split('a')[0] + b.split('b')[-1] | lower }}{{ a == b }}{{ a | capitalize }}",
     "{% generation %}{{ a }}{% endgeneration %}{{ '%s.' % b }}",
+    "{{ '%s|%%s %-9s %d%s' | format(a, b, 3, {'x': [a]}) }}{{ '%(k)s %(k).2s' % {'k': b} }}",
+    "{{ 'a%s %s' % (a, b) }}{{ '%r' % a }}",
     "{{ ([a, b] | map('upper') | list)[0] }}{{ [a, b] | select('equalto', a) | first }}",
     "{% for c in a %}{% if c == 'b' %}{% break %}{% endif %}{{ c }}{% endfor %}{{ b[-1:] }}",
 ]
@@ -118,6 +120,31 @@ def test_every_character_of_a_message_keeps_its_origin():
     assert Rendered("".join(pieces), pieces, origins).span(range(1)) == (2, 2 + len(a))
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ '[%s, %d, %s]' | format(a, 1, {'k': b}) }}", "{{ '[%s, %d, %s]' % (a, 1, {'k': b}) }}"],
+)
+def test_texts_behind_percent_signs_keep_their_origins(template):
+    pieces, origins = with_origins(template, a="one", b="it's")
+    assert "".join(pieces) == """[one, 1, {'k': "it's"}]"""
+    assert [(p, o) for p, o in zip(pieces, origins, strict=True) if o is not None] == [("one", 0), ("it's", 1)]
+    assert with_origins("{{ '<%s>' % a }}", a="x") == (["<", "x", ">"], [None, 0, None])
+    assert with_origins("{{ '%5s' | format(a) }}", a="x") == (["    x"], [None])
+
+
 def test_what_cannot_be_followed_counts_as_the_templates_own():
     assert with_origins("{{ a | urlencode }}", a="a b") == (["a%20b"], [None])
     assert with_origins("{{ a.center(5) }}", a="a") == (["  a  "], [None])
+
+
+def test_marked_strings_that_fail_where_plain_ones_do_not_are_a_fault_of_this_program(monkeypatch):
+    def fails(text, chars=None):
+        raise KeyError("strip")
+
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.strip() }}<|im_end|>\n{% endfor %}"
+    renderer = make(text=text + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    assert segments(renderer, CHAT)
+    monkeypatch.setattr(Marked, "strip", fails)
+    fresh = make(text=renderer.tokenizer.chat_template)
+    with pytest.raises(AssertionError, match="marked strings fail where plain ones do not"):
+        fresh.render(conversation(CHAT))

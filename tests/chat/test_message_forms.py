@@ -165,3 +165,10 @@ def test_the_argument_that_helps_is_named():
     )
     tree = make(text=opens, template_kwargs={"effort": "none"}).render(conversation(CHAT[:2]))
     assert not isinstance(tree, Rejection)
+
+
+def test_an_argument_of_reasoning_is_named_before_others():
+    either = "attempt == 'second' or reasoning_effort == 'none'"
+    opens = KNOWS.replace("enable_thinking is defined and not enable_thinking", either)
+    rejection = make(text=opens).render(conversation(CHAT[:2]))
+    assert isinstance(rejection, Rejection) and '{"reasoning_effort": "none"}' in rejection.message, rejection

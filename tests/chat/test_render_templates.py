@@ -80,6 +80,51 @@ def test_a_prompt_that_opens_reasoning():
     assert code(make(text=opens), apart) == "reasoning_dropped", "nothing says how the model would spell it"
 
 
+TAG_IN_TEXT = "The tag </think> closes; <think> opens."
+
+
+def test_a_closing_tag_within_a_line_is_text():
+    rows = [CHAT[0], {"role": "assistant", "content": TAG_IN_TEXT}]
+    knows = LOOP.replace("{{ m.content }}", "{{ m.content }}{# <think> </think> #}")
+    opens = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    closes = knows.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content }}"
+    )
+    splits = LOOP.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1].strip() }}")
+    assert segments(make(text=knows + PROMPT), rows)[-1][2] == TAG_IN_TEXT + "<|im_end|>"
+    assert segments(make(text=closes + opens), rows)[-1][2] == "</think>\n" + TAG_IN_TEXT + "<|im_end|>"
+    assert code(make(text=knows + opens), rows) == "prompt_opens_reasoning"
+    assert code(make(text=splits + PROMPT), rows) == "content_changed"
+    at_end = [CHAT[0], {"role": "assistant", "content": "I recall it.</think>\nAnswer."}]
+    assert segments(make(text=knows + opens), at_end)[-1][2] == "I recall it.</think>\nAnswer.<|im_end|>"
+
+
+RESULT = "{% if m.role == 'tool' %}</result>{% if not loop.last %}\n{% endif %}{% endif %}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        (LOOP.replace("<|im_end|>", RESULT) + PROMPT, "the end<|im_end|>"),
+        (LOOP.replace("{{ m.role }}\n", "{{ m.role }} ") + PROMPT, "the end<|im_end|>"),
+        (LOOP + PROMPT.replace("assistant\n", "assistant"), "\nthe end<|im_end|>"),
+        (
+            LOOP.replace("{{ m.role }}\n", "{{ m.role }} {{ ['[', '] \n'] | join }}") + PROMPT.replace("\n", "[]\n"),
+            "the end<|im_end|>",
+        ),
+    ],
+    ids=["in a result before", "after the role", "not in the prompt", "within the opening"],
+)
+def test_a_prompt_that_differs_from_the_render_in_white_space_only(text, target):
+    result = {"role": "tool", "content": "four", "tool_call_id": "call_1"}
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": {}}}
+    rows = [CHAT[0], {"role": "assistant", "content": "I add.", "tool_calls": [call], "train": False}, result, CHAT[1]]
+    renderer = make(text=text)
+    context, said = segments(renderer, rows)
+    fitted = renderer.tokenizer.apply_chat_template(rows[:3], tokenize=False, add_generation_prompt=True)
+    assert (context[2], said[2]) == (fitted, target)
+
+
 @pytest.mark.parametrize(
     ("text", "rows", "expected"),
     [
@@ -107,11 +152,12 @@ def test_content_dropped_beside_a_tool_call():
     assert code(make(text=drops), [CHAT[0], {**rows[1], "tool_calls": calls * 2}]) == "tool_call_dropped"
 
 
+PRINTED = "{{ f.arguments }}"
 BY_KEY = "{% for key, value in f.arguments.items() %}{{ key }}={{ value }}{% endfor %}"
 
 
 @pytest.mark.parametrize("arguments", [{"a": 'x "y"'}, '{"a": "x \\"y\\""}'])
-@pytest.mark.parametrize("shown", ["{{ f.arguments | tojson }}", "{{ '' + f.arguments }}", BY_KEY])
+@pytest.mark.parametrize("shown", ["{{ f.arguments | tojson }}", "{{ '' + f.arguments }}", PRINTED, BY_KEY])
 def test_arguments_are_given_in_the_form_that_the_template_takes(shown, arguments):
     text = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"

@@ -66,15 +66,6 @@ class Marked(str):
 
     __rmul__ = __mul__
 
-    def __mod__(self, values: Any) -> Any:
-        return self._unfollowed(str.__mod__(plain(self), values))
-
-    def __rmod__(self, form: str) -> Any:
-        before, found, after = form.partition("%s")
-        if found and "%" not in before + after:
-            return join((before, self, after))
-        return self._unfollowed(form % plain(self))
-
     def __getitem__(self, key: Any) -> Any:
         text = str.__getitem__(self, key)  # raises IndexError as a plain string would
         if len(self.atoms) == 1:

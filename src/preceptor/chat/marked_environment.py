@@ -19,7 +19,7 @@ import markupsafe
 from jinja2 import filters, nodes
 
 from preceptor.chat.environment import SETTINGS, Guarded, guard_filters, prepare
-from preceptor.chat.limits import joined
+from preceptor.chat.limits import check_binop, joined
 from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
 from preceptor.chat.origins import json_body, map_leaves
 
@@ -65,6 +65,12 @@ class MarkedEnvironment(Guarded):
     @staticmethod
     def join_outputs(values: Iterable[Any]) -> str:
         return _concat([_text(value) for value in values])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator != "%" or not isinstance(left, str):
+            return super().call_binop(context, operator, left, right)
+        check_binop(operator, left, right)
+        return _percent(left, right)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """A method of a plain string that is given marked ones is the marked method."""
@@ -197,6 +203,32 @@ def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int 
     return str(marked.replace(old, new, -1 if count is None else count))
 
 
+_CONVERSION = re.compile(r"%(?:\(([^()]*)\))?([-#0 +]*\d*(?:\.\d+)?[a-zA-Z%])")
+
+
+def _percent(form: str, values: Any) -> str:
+    """`form % values`; what stands for a plain `%s` keeps its origins."""
+    text = str.__mod__(plain(form), values)
+    given = iter(values if isinstance(values, tuple) else (values,))
+    texts: list[str] = []
+    at = 0
+    for found in _CONVERSION.finditer(form):
+        texts.append(form[at : found.start()])
+        at = found.end()
+        name, conversion = found.groups()
+        if conversion == "%":
+            texts.append("%")
+            continue
+        value = next(given) if name is None else values[name]
+        texts.append(_text(value) if conversion == "s" else str.__mod__(f"%{conversion}", (value,)))
+    made = join([*texts, form[at:]])
+    return made if plain(made) == plain(text) else text
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    return _percent(_text(value), kwargs or args)
+
+
 def _trim(value: Any, chars: str | None = None) -> str:
     return _text(value).strip(chars)
 
@@ -216,6 +248,7 @@ rejectattr reverse select selectattr slice sort sum unique"""
 
 _FILTERS: Mapping[str, Callable[..., Any]] = {
     "capitalize": lambda value: _text(value).capitalize(),
+    "format": _format,
     "indent": _indent,
     "join": jinja2.pass_eval_context(_join),
     "lower": lambda value: _text(value).lower(),

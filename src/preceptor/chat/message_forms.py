@@ -28,6 +28,7 @@ _TOOL = {
 }
 _FIRST, _SECOND, _ID = "probe one", "probe two", "abcdefghi"
 _PRINTED = re.compile(r"""['"]text['"]: ?['"]probe one""")  # a list of parts as Python or JSON spells it
+_WITHIN = re.escape(json.dumps(_ARGUMENTS)).join(("['{]", "['}]"))  # a string of JSON that Python printed, or a set
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
 IdForm = Literal["any", "nine", "named"]
@@ -261,6 +262,9 @@ def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -
     of_object = [shown(_ARGUMENTS), shown(_ARGUMENTS, content=empty)]
     of_string = [shown(as_string), shown(as_string, content=empty)]
     takes_object = any("probe_key" in text and "probe value" in text for text in of_object)
+    takes_string = any(as_string in text and not re.search(_WITHIN, text) for text in of_string)
+    if takes_string and any(str(_ARGUMENTS) in text for text in of_object):
+        takes_object = False  # it prints an object as Python does
     either = [one if "probe value" in one else other for one, other in zip(of_object, of_string, strict=True)]
     absent = "probe value" in either[0] and "None" not in either[0]
     arguments, content = _ARGUMENTS if takes_object else as_string, {} if absent else {"content": empty}
@@ -276,7 +280,7 @@ def _find_call_forms(template: Template, asked: Mapping[str, Any], empty: Any) -
     named = "probe_name" not in shown(arguments, **content)
     return {
         "object_arguments": takes_object,
-        "string_arguments": any(as_string in text and f"{{{as_string}}}" not in text for text in of_string),
+        "string_arguments": takes_string,
         "absent_content": absent,
         "empty_content": "probe value" in either[1],
         "needs_ids": takes and not answered(None),

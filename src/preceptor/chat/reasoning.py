@@ -23,6 +23,7 @@ _EMPTY_AT_START = re.compile(rf"\s*(?:(?:{_OPEN})\s*)?(?:{_CLOSE})")
 _TAGS_AT_START = re.compile(rf"(?:\s*(?:{_OPEN}|{_CLOSE}))*\s*")
 _ANY_TAG = re.compile(f"{_OPEN}|{_CLOSE}")
 _ANY_CLOSE = re.compile(_CLOSE)
+_LINE_END = re.compile(r"\s*?(?:\n|$)")
 _TAIL = 256  # characters at the end of a prompt in which a reasoning block is looked for
 
 
@@ -46,7 +47,8 @@ def reasoning_text(given: Mapping[str, Any]) -> str:
 class Block(NamedTuple):
     """The reasoning block with which a content begins; closed: whether it ends; opened: whether its first tag is there.
 
-    A model whose prompt has opened the block generates the closing tag only.
+    A model whose prompt has opened the block generates the closing tag only, at the end of a line; elsewhere in a line
+    it is text.
     """
 
     tag: str
@@ -56,14 +58,17 @@ class Block(NamedTuple):
     closed: bool
 
 
-def block_of(content: str, tags: Mapping[str, str] = TAGS) -> Block | None:
-    """The block at the start of a content, in one of the `tags` (opening tag -> closing tag); None if there is none."""
+def block_of(content: str, tags: Mapping[str, str] = TAGS, rendered: bool = False) -> Block | None:
+    """The block at the start of a content, in one of the `tags` (opening tag -> closing tag); None if there is none.
+
+    rendered: the template wrote the text, and may write the answer on the line of the closing tag.
+    """
     for tag, close in tags.items():
         if tag not in content and close not in content:
             continue
         before, found, answer = content.partition(close)
         opened = before.lstrip().startswith(tag)
-        if opened or (found and tag not in before):
+        if opened or (found and tag not in before and (rendered or _LINE_END.match(answer))):
             reasoning = before.lstrip().removeprefix(tag) if opened else before
             return Block(tag, reasoning, answer, opened, bool(found))
     return None
@@ -211,7 +216,7 @@ def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str,
     Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has
     between the prompt and the turn's words `said`.
     """
-    if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags) is None:
+    if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags, True) is None:
         return False
     return bool(opened_by(prompt)[0]) or closed_by(prompt) >= 0 or has_tag(between)
 
@@ -244,7 +249,7 @@ def generated_as_given(
         return None
     if opened not in ("", block.tag) or (not opened and closed_by(prompt) >= 0):
         return None
-    shown = block_of(said, tags)
+    shown = block_of(said, tags, True)
     words = said.lstrip() if shown else content[: len(content) - len(block.answer.strip())] + said.lstrip()
     if not opened:
         return words

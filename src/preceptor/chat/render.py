@@ -273,7 +273,10 @@ class Renderer:
             try:
                 return self._proved_with(renders, k, attempts, arguments)
             except Rejected as error:
-                if rejected is None or self.switch.value(arguments) is not None:  # its reason is the better one
+                switched = self.switch.value(arguments) is not None
+                if rejected is None or (
+                    switched and rejected.code != "content_changed"
+                ):  # its reason is the better one
                     rejected = error
         assert rejected is not None
         if rejected.code not in _ARGUMENTS_MAY_HELP:

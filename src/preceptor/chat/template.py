@@ -26,6 +26,7 @@ from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
 
 _MAX_SETTINGS = 24
+_OF_REASONING = re.compile(r"think|reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +139,13 @@ class Template:
 
     @cached_property
     def settings(self) -> tuple[tuple[str, Any], ...]:
-        """The arguments that may change a render, with values: what the texts compare them with, or true and false."""
+        """The arguments that may change a render, with values: what the texts compare them with, or true and false.
+
+        First those whose names speak of reasoning.
+        """
         found: dict[tuple[str, Any], None] = {}
-        for name in sorted(
-            self.names_read - RESERVED_ARGUMENTS - self.variables.keys() - plain_environment().globals.keys()
-        ):
+        free = self.names_read - RESERVED_ARGUMENTS - self.variables.keys() - plain_environment().globals.keys()
+        for name in sorted(free, key=lambda name: (not _OF_REASONING.search(name), name)):
             values = [value for text in self.texts.values() for value in compared_with(text, name)]
             found |= dict.fromkeys((name, value) for value in values or (True, False))
         return tuple(found)[:_MAX_SETTINGS]

@@ -108,8 +108,10 @@ def target_of(turn: Turn, stops: Stops) -> str:
             raise Rejected("reasoning_dropped", missing[0][1], _what_helps_reasoning(turn))
         return generated + closing
     target = text[start:last] + closing
-    if reasoning.opened_by(turn.prompt)[0] and not reasoning.closes(target):
-        raise Rejected("prompt_opens_reasoning", turn.where)
+    if reasoning.opened_by(turn.prompt)[0]:
+        reasons = reasoning.has_reasoning(turn.given, turn.tags)
+        if not reasoning.closes(target if reasons else between):  # in the words of an answer a closing tag is text
+            raise Rejected("prompt_opens_reasoning", turn.where)
     return target
 
 
@@ -176,10 +178,10 @@ def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -
     if text.startswith(opening, from_here):
         return from_here + len(opening)
     head = text[from_here:first]
-    if (
-        head.split() == opening.split()
-    ):  # a server's prompt ends as it ends: white space before the first word is its own
-        return first if opening[-1:].isspace() else from_here + len(head.rstrip())
+    end = _end_but_for_space(opening, head)
+    if end is not None and (reasons or not reasoning.opened_by(opening)[0]):
+        # a server's prompt ends as it ends: white space before the first word is its own
+        return from_here + (len(head) - len(head[end:].lstrip()) if opening[-1:].isspace() else end)
     block = reasoning.opened_by(opening)[1] if reasons else reasoning.closed_by(opening)
     if block < 0:
         return None
@@ -192,6 +194,19 @@ def _after(opening: str, text: str, from_here: int, first: int, reasons: bool) -
     if start > block and head.startswith(space, start):
         start += len(space)
     return None if reasoning.has_tag(head, start) else from_here + start
+
+
+def _end_but_for_space(opening: str, head: str) -> int | None:
+    """Where `opening` ends at the start of `head`, if they differ in white space only; None if they do not."""
+    packed = "".join(opening.split())
+    if not "".join(head.split()).startswith(packed):
+        return None
+    left = len(packed)
+    for word in re.finditer(r"\S+", head):
+        if left <= len(word.group()):
+            return word.start() + left
+        left -= len(word.group())
+    return 0
 
 
 # Where it ends -------------------------------------------------------------------------------------------------------
