@@ -113,6 +113,8 @@ def test_the_headline_knows_what_was_measured(tmp_path):
     assert memorised.headline == "It memorised its training examples, with 1 warning"
     unmeasured = judged(tmp_path / "b", eval=[])
     assert unmeasured.headline == "It learned its training examples; more was not measured; nothing looks suspicious"
+    few = judged(tmp_path / "c", data=DATA | {"num_steps": 9})
+    assert few.headline == "It is finished; too few steps to say what it learned, with 1 warning"
 
 
 def test_one_answer_to_questions_that_have_one_is_not_suspicious(tmp_path):

@@ -76,6 +76,8 @@ def _state(run: RunRecord) -> str:
     """What became of the run, as far as its losses tell."""
     if not run.is_finished:
         return "It is learning" if run.steps else "It has not begun"
+    if _has_few_steps(run):
+        return "It is finished; too few steps to say what it learned"
     if len(run.held_out) < 2:
         return "It learned its training examples; more was not measured" if run.steps else "It is finished"
     first, last = (float(evaluation["loss"]) for evaluation in (run.held_out[0], run.held_out[-1]))
