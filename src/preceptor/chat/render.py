@@ -273,10 +273,8 @@ class Renderer:
             try:
                 return self._proved_with(renders, k, attempts, arguments)
             except Rejected as error:
-                switched = self.switch.value(arguments) is not None
-                if rejected is None or (
-                    switched and rejected.code != "content_changed"
-                ):  # its reason is the better one
+                switched = self.switch.value(arguments) is not None  # then its reason is the better one
+                if rejected is None or (switched and rejected.code != "content_changed"):
                     rejected = error
         assert rejected is not None
         if rejected.code not in _ARGUMENTS_MAY_HELP:
