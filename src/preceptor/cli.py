@@ -21,9 +21,11 @@ from preceptor.commands import (
     compare,
     demo,
     eval,
+    init,
     merge,
     plan,
     report,
+    schema,
     select,
     show,
     template,
@@ -104,6 +106,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 for command in (
     train.train,
+    init.init,
     demo.demo,
     show.show,
     check.check,
@@ -115,5 +118,6 @@ for command in (
     select.select,
     eval.eval,
     compare.compare,
+    schema.schema,
 ):
     app.command()(command)
