@@ -20,6 +20,7 @@ from preceptor.commands import (
     check,
     compare,
     demo,
+    doctor,
     eval,
     init,
     merge,
@@ -119,5 +120,6 @@ for command in (
     eval.eval,
     compare.compare,
     schema.schema,
+    doctor.doctor,
 ):
     app.command()(command)
