@@ -19,6 +19,7 @@ from preceptor.commands import (
     chat,
     check,
     compare,
+    convert,
     demo,
     doctor,
     eval,
@@ -121,5 +122,6 @@ for command in (
     compare.compare,
     schema.schema,
     doctor.doctor,
+    convert.convert,
 ):
     app.command()(command)

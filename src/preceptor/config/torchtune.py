@@ -1,0 +1,108 @@
+"""A torchtune config as the flat settings that convert.py takes."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from preceptor.config.peer_files import PeerFile
+from preceptor.errors import short
+
+_MODULES = {"output_proj": "o_proj"}
+_OF_MLP = ["gate_proj", "up_proj", "down_proj"]
+_DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
+# Of single sections: handled below, or about nothing that trains.
+_READ = frozenset(("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss"))
+_SETTINGS = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "seed": "seed",
+    "output_dir": "output_dir",
+    "dtype": "dtype",
+    "enable_activation_checkpointing": "gradient_checkpointing",
+    "clip_grad_norm": "max_grad_norm",
+}
+
+
+def flattened(file: PeerFile) -> PeerFile:
+    """Sections become the keys of other trainers; `${key}` is replaced by the value of that key."""
+    tree: dict[str, Any] = _filled(file.settings, file.settings)
+    found = PeerFile(file.peer, {}, list(file.unread))
+    for key, value in tree.items():
+        if key in _SETTINGS:
+            found.settings[_SETTINGS[key]] = value
+        elif key not in _READ:
+            found.settings[key] = value if not isinstance(value, Mapping) else _name(value) or value
+    _model(tree, found)
+    _data(tree, found)
+    optimizer = dict(tree.get("optimizer") or {})
+    if (name := _name(optimizer)) is not None:
+        found.settings["optimizer"] = name
+    found.settings |= {key: optimizer[key] for key in ("lr", "weight_decay") if key in optimizer}
+    betas = optimizer.get("betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        found.settings |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    scheduler = dict(tree.get("lr_scheduler") or {})
+    if (name := _name(scheduler)) is not None:
+        found.settings["lr_scheduler"] = name
+        found.settings["warmup_steps"] = scheduler.get("num_warmup_steps", 0)
+    return found
+
+
+def _filled(value: Any, root: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(inner, root) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, root) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"\$\{(\w+)\}", lambda match: str(root.get(match[1], match[0])), value)
+    return value
+
+
+def _name(section: Mapping[str, Any]) -> str | None:
+    """The last part of a section's component."""
+    component = section.get("_component_")
+    return None if component is None else str(component).rpartition(".")[2]
+
+
+def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
+    model, checkpointer = tree.get("model") or {}, tree.get("checkpointer") or {}
+    if "checkpoint_dir" in checkpointer:
+        found.settings["model_name_or_path"] = str(checkpointer["checkpoint_dir"]).rstrip("/")
+    if (_name(model) or "").startswith(("lora", "qlora")):
+        found.settings["use_peft"] = True
+        found.settings |= {key: model[key] for key in ("lora_rank", "lora_alpha", "lora_dropout") if key in model}
+        targets = [_MODULES.get(name, name) for name in model.get("lora_attn_modules") or ()]
+        found.settings["target_modules"] = targets + (_OF_MLP if model.get("apply_lora_to_mlp") else [])
+        if model.get("apply_lora_to_output"):
+            found.unread.append("apply_lora_to_output: the output head gets no adapter here")
+    if (_name(model) or "").startswith("qlora"):
+        found.settings["load_in_4bit"] = True
+
+
+def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
+    data, tokenizer = dict(tree.get("dataset") or {}), tree.get("tokenizer") or {}
+    if tokenizer.get("max_seq_len"):
+        found.settings["max_length"] = tokenizer["max_seq_len"]
+    name = _name(data)
+    data.pop("_component_", None)
+    if data.pop("packed", False):
+        found.settings["packing"] = True
+    if data.pop("train_on_input", False):
+        found.settings["train_on_inputs"] = True
+    source = data.pop("source", None) or _DATA.get(str(name))
+    files = data.get("data_files")
+    if source is None and files is None:
+        found.unread.append(f"dataset: {name}: which data that is, is part of torchtune: name its file or Hub id")
+        return
+    entry = {"path": source, "split": data.pop("split", "train")}
+    if files is not None:
+        entry["data_files"] = data.pop("data_files")
+    if "conversation_column" in data:
+        entry["field_messages"] = data.pop("conversation_column")
+    data.pop("conversation_style", None)
+    found.settings["train_dataset"] = entry
+    if name in _DATA:
+        found.unread.append(f"dataset: {name} writes Alpaca's own prompt; here it becomes a conversation")
+    for key, value in data.items():
+        found.unread.append(f"dataset.{key}: {short(value)}: not known here; look whether it matters")

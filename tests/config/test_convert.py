@@ -1,0 +1,299 @@
+"""`preceptor convert`: files of other trainers, in the style of their published examples, key by key."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from preceptor import config
+from preceptor.config.convert import DEFAULTS, convert, convert_file
+from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
+from preceptor.config.run import all_keys
+from preceptor.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("file", "peer"),
+    [
+        ("from_trl/train.py", "TRL"),
+        ("from_axolotl/lora.yml", "Axolotl"),
+        ("from_llamafactory/sft.yaml", "LLaMA-Factory"),
+    ],
+)
+def test_the_examples_are_what_convert_makes(file, peer, monkeypatch):
+    place = EXAMPLES / file
+    monkeypatch.chdir(place.parent)
+    found = convert_file(Path(place.name))
+    assert (found.peer, found.missing) == (peer, [])
+    assert Path("run.yaml").read_text(encoding="utf-8") == found.text(place.name), f"convert examples/{file} again"
+    config.load("run.yaml")
+
+
+def converted(tmp_path, text, name="config.yaml"):
+    (tmp_path / name).write_text(text)
+    return convert_file(tmp_path / name)
+
+
+def notes_of(found):
+    return dict(found.notes)
+
+
+AXOLOTL = """base_model: some/Base-8B
+load_in_4bit: true
+adapter: qlora
+datasets:
+  - path: some/alpaca-set
+    type: alpaca
+  - path: own.jsonl
+    type: chat_template
+    field_messages: dialogue
+    message_field_training: train
+val_set_size: 0.05
+output_dir: ./out
+sequence_len: 2048
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_target_modules: [q_proj, v_proj]
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: true
+fp16:
+warmup_steps: 10
+saves_per_epoch: 2
+roles_to_train: [assistant, tool]
+chat_template: gemma
+lora_fan_in_fan_out:
+loss_watchdog_threshold: 5.0
+"""
+
+
+def test_axolotl(tmp_path):
+    found = converted(tmp_path, AXOLOTL)
+    tree, notes = found.tree, notes_of(found)
+    assert (found.peer, found.missing) == ("Axolotl", [])
+    assert tree["model"] == {"dtype": "bfloat16", "path": "some/Base-8B"}
+    assert tree["data"] == {
+        "train": [
+            {"path": "some/alpaca-set", "split": "train"},
+            {"path": "own.jsonl", "columns": {"messages": "dialogue"}},
+        ],
+        "max_length": 2048,
+    }
+    assert tree["train"] == {"duration": "2 epochs", "batch_size": 8, "precision": "bfloat16", "seed": 42}
+    assert tree["optimizer"]["learning_rate"] == 2e-4 and tree["optimizer"]["warmup"] == "10 steps"
+    assert tree["checkpoint"] == {"every": "0.5 epochs"}
+    assert tree["adapter"] == {"kind": "lora", "rank": 32, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]}
+    assert "writes its own prompt there" in notes["data.train type"]
+    assert notes.keys() >= {
+        "quantization",
+        "val_set_size",
+        "optimizer",
+        "roles_to_train",
+        "chat_template",
+        "batch size",
+    }
+    assert notes.keys() >= {"data.train message_field_training", "loss_watchdog_threshold"}
+    assert not notes.keys() & {"fp16", "lora_fan_in_fan_out", "base_model"}
+    config.build(tree, "converted")
+
+
+LLAMA_FACTORY = """model_name_or_path: some/Base
+stage: sft
+finetuning_type: lora
+lora_target: all
+dataset: mine, other
+eval_dataset: mine
+template: llama3
+cutoff_len: 1024
+max_samples: 500
+train_on_prompt: true
+output_dir: saves/x
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+max_steps: 300
+learning_rate: 1.0e-4
+eval_strategy: steps
+eval_steps: 0.1
+"""
+
+
+def test_llama_factory(tmp_path):
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "mine.json", "formatting": "sharegpt", "columns": {"messages": "turns"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    found = converted(tmp_path, LLAMA_FACTORY)
+    source = {"path": f"{tmp_path}/data/mine.json", "columns": {"messages": "turns"}}
+    assert found.tree["data"] == {
+        "train": [source],
+        "eval": [source],
+        "chat_template": "llama3",
+        "train_on": "all",
+        "max_length": 1024,
+    }
+    assert found.tree["train"] == {"duration": "300 steps", "batch_size": 8, "seed": 42}
+    assert found.tree["eval"] == {"every": "10 %"}
+    assert found.tree["adapter"] == {"kind": "lora", "rank": 8}
+    assert "'other' is an entry of dataset_info.json" in notes_of(found)["dataset"]
+    assert "max_samples" in notes_of(found)
+    config.build(found.tree, "converted")
+
+
+TORCHTUNE = """output_dir: /tmp/torchtune/lora
+model:
+  _component_: torchtune.models.llama3_1.lora_llama3_1_8b
+  lora_attn_modules: ['q_proj', 'v_proj', 'output_proj']
+  apply_lora_to_mlp: True
+  lora_rank: 8
+  lora_alpha: 16
+tokenizer: {_component_: torchtune.models.llama3.llama3_tokenizer, path: /m/tokenizer.model, max_seq_len: 2048}
+checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /m/}
+dataset: {_component_: torchtune.datasets.chat_dataset, source: json, data_files: own.json, packed: True,
+  conversation_column: dialogue, conversation_style: openai, new_system_prompt: Be brief.}
+seed: null
+shuffle: True
+batch_size: 2
+optimizer: {_component_: torch.optim.AdamW, fused: True, weight_decay: 0.1, lr: 3e-4}
+lr_scheduler: {_component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, num_warmup_steps: 100}
+loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss}
+epochs: 1
+gradient_accumulation_steps: 8
+clip_grad_norm: null
+compile: False
+metric_logger: {_component_: torchtune.training.metric_logging.DiskLogger, log_dir: "${output_dir}/logs"}
+device: cuda
+dtype: bf16
+enable_activation_checkpointing: True
+"""
+
+
+def test_torchtune(tmp_path):
+    found = converted(tmp_path, TORCHTUNE)
+    tree, notes = found.tree, notes_of(found)
+    assert (found.peer, found.missing) == ("torchtune", [])
+    assert tree["model"] == {"dtype": "bfloat16", "path": "/m"}
+    assert tree["data"] == {"train": [{"path": "own.json", "columns": {"messages": "dialogue"}}], "max_length": 2048}
+    assert tree["train"]["batch_size"] == 16 and tree["train"]["duration"] == "1 epochs"
+    assert (tree["optimizer"]["lr_scheduler"], tree["optimizer"]["warmup"]) == ("cosine", "100 steps")
+    assert (tree["optimizer"]["learning_rate"], tree["optimizer"]["weight_decay"]) == (3e-4, 0.1)
+    assert tree["adapter"]["target_modules"] == ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert tree["memory"] == {"activation_checkpointing": "all"} and tree["out"] == "/tmp/torchtune/lora"
+    assert notes.keys() >= {"metric_logger", "dataset.new_system_prompt", "shuffle"}
+    config.build(tree, "converted")
+
+
+SCRIPT = """from trl import SFTConfig, SFTTrainer
+NAME = "some/Base"
+model = AutoModelForCausalLM.from_pretrained(NAME, torch_dtype="bfloat16", device_map=where())
+data = load_dataset("json", data_files="own.jsonl", split="train").map(to_chat)
+config = SFTConfig(output_dir="out", learning_rate=args.lr, max_steps=100, max_length=None, **more)
+trainer = SFTTrainer(model=model, args=config, train_dataset=data, callbacks=[Log()], peft_config=LoraConfig())
+"""
+
+
+def test_a_trl_script_is_read_and_what_cannot_be_read_is_named(tmp_path):
+    found = converted(tmp_path, SCRIPT, "train.py")
+    tree, notes = found.tree, notes_of(found)
+    assert tree["model"] == {"dtype": "bfloat16", "path": "some/Base"}
+    assert tree["data"] == {"train": [{"path": "own.jsonl"}]}
+    assert tree["train"]["duration"] == "100 steps"
+    assert tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 8.0}
+    assert "args.lr (line 5)" in notes["learning_rate"] and "more (line 5)" in " ".join(notes)
+    assert ".map(...) (line 4)" in notes["train_dataset"]
+    assert notes.keys() >= {"callbacks", "device_map", "assistant_only_loss", "lora_target_modules"}
+
+
+COMMAND = """# full training
+python trl/scripts/sft.py \\
+    --model_name_or_path some/Base --dataset_name some/set \\
+    --learning_rate 2.0e-5 --packing --eos_token '<|im_end|>' \\
+    --eval_strategy steps --eval_steps=100 --output_dir $HERE/out --push_to_hub --assistant_only_loss
+"""
+
+
+def test_a_trl_command(tmp_path):
+    found = converted(tmp_path, COMMAND, "sft.sh")
+    assert found.tree["data"]["train"] == [{"path": "some/set", "split": "train"}]
+    assert found.tree["data"]["eval"] == [{"path": "some/set", "split": "test"}]
+    assert found.tree["optimizer"]["learning_rate"] == 2e-5 and found.tree["eval"] == {"every": "100 steps"}
+    assert found.missing == ["out"] and "variable of the shell" in notes_of(found)["output_dir"]
+    assert notes_of(found).keys() >= {"eos_token", "push_to_hub"}
+    assert "# To be filled in: out" in found.text("sft.sh")
+
+
+def test_defaults_of_trl_are_those_of_the_installed_one():
+    trl = pytest.importorskip("trl", reason="TRL is not installed: its defaults are not compared")
+    found = {field.name: field.default for kind in (trl.SFTConfig, trl.ModelConfig) for field in fields(kind)}
+    for key, value in DEFAULTS["TRL"].items():
+        assert found[key] == value, key
+
+
+def test_defaults_count_only_where_no_other_name_of_the_key_is_given():
+    found = convert(PeerFile("Axolotl", {"num_epochs": 2, "lr": 1e-3, "warmup_ratio": 0.1}), Path())
+    assert found.tree["train"]["duration"] == "2 epochs"
+    assert (found.tree["optimizer"]["learning_rate"], found.tree["optimizer"]["warmup"]) == (1e-3, "10 %")
+
+
+EVERY = sorted({*COUNTERPARTS, *(key for key in NO_COUNTERPART if "." not in key)})
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl", "LLaMA-Factory"])
+def test_no_key_of_another_trainer_is_dropped_in_silence(peer):
+    """A value that is no default changes the run, or is named."""
+    values = {"lora_target_linear": True, "datasets": ["a.jsonl"], "r": 77, "max_steps": 77}
+    dropped = []
+    for key in EVERY:
+        base = {} if key == "use_peft" else {"use_peft": True}
+        with_key = {**base, key: values.get(key, "odd")}
+        before, after = (convert(PeerFile(peer, settings), Path()) for settings in (base, with_key))
+        if before.tree == after.tree and before.notes == after.notes:
+            dropped.append(key)
+    assert len(EVERY) > 100 and dropped == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "a: [", "not valid YAML or JSON"),
+        ("a.yaml", "- 1", "holds list"),
+        ("a.yaml", "colour: red", "not known as a file of TRL, Axolotl, LLaMA-Factory or torchtune"),
+        ("a.py", "def f(:", "a.py:1: not valid Python"),
+        ("a.py", "print(1)", "calls neither SFTConfig nor SFTTrainer"),
+        ("a.sh", "x --a 'b", "not a shell command"),
+    ],
+)
+def test_what_is_no_file_of_a_trainer_is_refused(tmp_path, name, text, says):
+    with pytest.raises(ConfigError) as caught:
+        converted(tmp_path, text, name)
+    assert says in str(caught.value)
+
+
+def test_the_command(preceptor, tmp_path):
+    file = tmp_path / "axolotl.yml"
+    file.write_text(AXOLOTL)
+    code, out, _ = preceptor("convert", file)
+    assert code == 0 and out.startswith("# Made by `preceptor convert` from axolotl.yml (Axolotl).")
+    code, printed, _ = preceptor("convert", file, "--json")
+    assert set(json.loads(printed)) == {"peer", "run", "notes", "missing"}
+    code, said, _ = preceptor("convert", file, tmp_path / "run.yaml")
+    assert code == 0 and "val_set_size: " in said and "Next: preceptor check" in said
+    assert (tmp_path / "run.yaml").read_text() == out
+    assert config.load(tmp_path / "run.yaml").adapter.rank == 32
+    code, _, err = preceptor("convert", file, tmp_path / "run.yaml")
+    assert code == 2 and "exists already" in err
+    code, _, err = preceptor("convert", tmp_path / "none.yml")
+    assert code == 2 and "cannot be read" in err
+
+
+def test_keys_that_are_carried_over_exist():
+    from preceptor.config.convert import _DIRECT
+
+    assert {ours for ours, _ in _DIRECT.values()} <= set(all_keys())
