@@ -49,6 +49,7 @@ def page() -> str:
             rows.append(f"| `{key}` | {default} | {field.description} |")
         parts.append(f"## {name}\n\n{note}\n\n| key | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
     parts.append(f"## engine\n\nDefault: `auto`. {config.Run.model_fields['engine'].description}\n")
+    parts.append(f"## tracker\n\nDefault: `[]`. {config.Run.model_fields['tracker'].description}\n")
     parts.append(f"## out\n\n{config.Run.model_fields['out'].description} `--replace` replaces an earlier run.\n")
     return "\n".join(parts)
 

@@ -20,7 +20,7 @@ FLOORS = (
     ("chat", "model"),
     ("plan", "evaluate", "select"),
     ("compare",),
-    ("inspect", "report"),
+    ("inspect", "report", "trackers"),
     ("train",),
     ("serve", "demo", "api"),
     ("preceptor",),

@@ -31,6 +31,7 @@ from preceptor.commands import (
     select,
     show,
     template,
+    track,
     train,
 )
 from preceptor.console import say
@@ -123,5 +124,6 @@ for command in (
     schema.schema,
     doctor.doctor,
     convert.convert,
+    track.track,
 ):
     app.command()(command)

@@ -60,7 +60,9 @@ def check_names(run: "Run") -> "Run":
     from preceptor.data.sources import OpenSource
     from preceptor.evaluate.tasks import file_of
     from preceptor.hub import resolve_model_path
+    from preceptor.trackers.sink import require_installed
 
+    require_installed(run.tracker if isinstance(run.tracker, list) else [run.tracker])
     check_codes(run.data.allow_rejected)
     resolve_model_path(run.model.path)
     check_name(run.data.chat_template)

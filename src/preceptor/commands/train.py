@@ -65,6 +65,7 @@ def first_line(run: "Run") -> str:
 def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", dry_run: bool) -> float | None:
     """The seconds that it took; None for a dry run."""
     from preceptor.console import say
+    from preceptor.trackers.follower import followed
 
     for note in folder.notes:
         say(note)
@@ -75,13 +76,15 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
             say(f"{run.out}: the model is saved already; the same command without --dry-run completes the record")
             return None
         say(f"{run.out}: the model is saved already; the record is completed")
-        return float(finish(folder, say)["seconds"])
+        with followed(run.tracker, folder.path, say, begins=False):
+            return float(finish(folder, say)["seconds"])
     if folder.goes_on:
         say(f"{run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
     prepared = _prepare(run, folder, console)
     from preceptor.train.run import execute_in
 
-    summary = execute_in(folder, prepared, console, stop, dry_run=dry_run)
+    with followed([] if dry_run else run.tracker, folder.path, say):
+        summary = execute_in(folder, prepared, console, stop, dry_run=dry_run)
     return None if dry_run else float(summary["seconds"])
 
 

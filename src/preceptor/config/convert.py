@@ -7,11 +7,11 @@ out. What the file does not say and a run needs is left open: nothing is guessed
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from preceptor.config.peer_files import Peer, PeerFile, dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
-from preceptor.config.run import all_keys
+from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
@@ -159,6 +159,7 @@ class _Conversion:
         self._optimizer()
         self._memory_and_moments()
         self._adapter()
+        self._trackers()
         for key, (ours, cast) in _DIRECT.items():
             if (value := self._value(key)) is not None:
                 self._set(ours, self._cast(key, value, cast))
@@ -475,6 +476,18 @@ class _Conversion:
             self._set("adapter.target_modules", [str(name) for name in dict.fromkeys(targets)])
         elif targets is None and self._peer in ("TRL", "Axolotl") and not self._on("lora_target_linear"):
             self._note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
+
+    def _trackers(self) -> None:
+        given = self._on("report_to")
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given or []
+        if self._on("use_wandb", "wandb_project") is not None:
+            names = [*names, "wandb"]
+        offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
+        for name in names:
+            if name not in offered:
+                self._note("report_to", f"{short(name)}: offered are {', '.join(get_args(Tracker))}")
+        if offered:
+            self._found.tree["tracker"] = offered
 
     def _rest(self) -> None:
         """Keys that nothing above has read, with the reason; those that are off say nothing."""

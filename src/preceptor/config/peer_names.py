@@ -97,6 +97,8 @@ COUNTERPARTS: dict[str, str] = {
     "data_seed": "train.seed",
     "use_cpu": "train.device: cpu",
     "device_map": "train.device",
+    "report_to": "tracker: such as `[tensorboard]`",
+    "use_wandb": "tracker: wandb",
     # the optimizer
     "lr": "optimizer.learning_rate",
     "lr_scheduler_type": "optimizer.lr_scheduler",
@@ -141,7 +143,7 @@ COUNTERPARTS: dict[str, str] = {
 _PACKED = "conversations are always packed into sequences, and do not see each other: nothing to set"
 _UNPADDED = "sequences hold no padding: nothing to set"
 _LOGGED = "every step is written to metrics.jsonl in the folder `out`: nothing to set"
-_UNTRACKED = "no tracker is offered: metrics.jsonl and report.html are in the folder `out`"
+_NAMED = "a run is named by its folder `out`; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT name the project"
 _ONE_PROCESS = "training on several devices is not offered: remove the key"
 _LAST = "the model after the last step is saved: choose train.duration by the held-out losses in report.html"
 _TOKENS = "the tokens that the chat template needs are added to the tokenizer and the model: nothing to set"
@@ -193,10 +195,9 @@ NO_COUNTERPART: dict[str, str] = {
     "logging_first_step": _LOGGED,
     "logging_dir": _LOGGED,
     "plot_loss": "report.html in the folder `out` shows the loss: nothing to set",
-    "report_to": _UNTRACKED,
-    "run_name": _UNTRACKED,
-    "wandb_project": _UNTRACKED,
-    "use_wandb": _UNTRACKED,
+    "run_name": _NAMED,
+    "wandb_project": _NAMED,
+    "project": _NAMED,
     "deepspeed": _ONE_PROCESS,
     "fsdp": _ONE_PROCESS,
     "fsdp_config": _ONE_PROCESS,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
@@ -32,6 +32,8 @@ from preceptor.config.sections import (
 from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, parse_yaml
 from preceptor.errors import ConfigError, short
 
+Tracker = Literal["tensorboard", "trackio", "mlflow", "wandb"]
+
 
 class Run(Section):
     """A whole run file."""
@@ -50,6 +52,8 @@ class Run(Section):
     """Absent: only `data.train` is trained on."""
     engine: Literal["auto", "plain"] = "auto"
     """`plain` turns all optimisations of the engine off, to see whether one is at fault: the same losses, slower."""
+    tracker: Tracker | list[Tracker] = Field(default_factory=list)
+    """Where the run's record is sent as it comes: tensorboard, trackio, mlflow, wandb, or a list (docs/tools.md)."""
     out: Path_
     """Folder of the run: new or empty, or that of this run, unfinished, which then continues."""
 
@@ -75,7 +79,8 @@ class Run(Section):
             optimizer = optimizer.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
         if adapter is not None and adapter.alpha is None:
             adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
-        return self.model_copy(update={"optimizer": optimizer, "adapter": adapter})
+        tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
+        return self.model_copy(update={"optimizer": optimizer, "adapter": adapter, "tracker": tracker})
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:

@@ -16,6 +16,10 @@ from preceptor.plan.devices import this_machine
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "lm-eval": ("lm-eval", "tasks of lm-evaluation-harness in `preceptor eval`"),
+    "tensorboard": ("tensorboard", "`tracker: tensorboard`: curves in the browser, from files in the run folder"),
+    "trackio": ("trackio", "`tracker: trackio`: a local database of runs and its page"),
+    "mlflow": ("mlflow", "`tracker: mlflow`"),
+    "wandb": ("wandb", "`tracker: wandb`: Weights & Biases, online or offline"),
 }
 """Extra -> (the package that it installs, what it adds)."""
 

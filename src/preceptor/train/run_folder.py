@@ -12,6 +12,7 @@ OUT/checkpoints/     what a run that was stopped goes on from (checkpoint.py)
 OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
 OUT/summary.json     the results; a run that has them is finished
 OUT/report.html      all of it on one page, written last (report/page.py)
+OUT/trackers/        what `tracker` keeps: what was sent, TensorBoard's and W&B's own files (trackers/replay.py)
 OUT/replaced/        the run that `--replace` replaces, until the new one has its first checkpoint or its model
 OUT/.lock            held by the process that uses the folder, released when that process ends, however it ends
 """
@@ -50,7 +51,7 @@ RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.
 REPLACED, LOCK = "replaced", ".lock"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
-    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl"),
+    *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl", "trackers"),
     *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")

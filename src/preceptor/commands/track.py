@@ -1,0 +1,51 @@
+"""The command `track`: the record of a run, sent to a tracker."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from preceptor import errors
+
+NOT_SENT = 6  # exit code, as for files that cannot be written
+
+
+class TrackerName(StrEnum):
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
+    wandb = "wandb"
+
+
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    to: Annotated[
+        list[TrackerName] | None, typer.Option(help="The tracker; repeatable. Default: those of the run file.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until standard input ends.")] = False,
+    since: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Send the record of a run to a tracker."""
+    import yaml
+
+    from preceptor.console import say
+    from preceptor.trackers import follower
+    from preceptor.trackers.sink import require_installed
+
+    names = [name.value for name in to or ()]
+    if not names and (run / "config.yaml").is_file():
+        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        names = list(tree.get("tracker") or ())
+    if not names:
+        raise errors.ConfigError(f"{run}: its run file names no tracker; name one with --to")
+    require_installed(names)
+    if follow:
+        done = follower.follow(run, names, since, sys.stdin, lambda line: say(line, error=True))
+    elif (run / "environment.json").is_file():
+        done = follower.send_all(run, names, say)
+    else:
+        raise errors.CheckpointError(f"{run}: is not the folder of a run")
+    if not done:
+        raise typer.Exit(NOT_SENT)

@@ -1,0 +1,202 @@
+"""The record of a run folder, replayed to a tracker: each step once, in order, whatever was stopped in between.
+
+What a tracker has is kept in OUT/trackers/state.json, by the run's id. A resumed run trains the steps after its
+checkpoint again, with the same figures; those that were sent are passed over. An evaluation is sent with its samples
+when its line in eval.jsonl, which is written last, is there; so the steps that a tracker gets never go back.
+"""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preceptor.errors import CheckpointError
+from preceptor.files import read_json, write_json, writing
+from preceptor.trackers.sink import Sink, TrackedRun, open_sink
+
+FOLDER = "trackers"
+ATTACHED = ("report.html", "summary.json", "config.yaml", "samples.jsonl", "rejections.jsonl")
+_STEP_VALUES = ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "epoch", "peak_memory_bytes")
+
+
+class GrowingLines:
+    """The JSON lines of a file that grows: each call gives those that are new and whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All from the start again where the file was replaced."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset = inode, 0
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._offset += len(whole) + len(newline)
+        found = []
+        for line in whole.splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict) and isinstance(value.get("step"), int):
+                found.append(value)
+        return found
+
+
+class RunReplay:
+    """One tracker of one run folder. Nothing is opened before there is something to send."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._files = {each: GrowingLines(folder / f"{each}.jsonl") for each in ("metrics", "eval", "samples")}
+        self._waiting: dict[str, dict[int, list[dict[str, Any]]]] = {each: {} for each in self._files}
+        self._sink: Sink | None = None
+        self._state: dict[str, Any] = {}
+        self.num_steps, self.num_evaluations = 0, 0
+
+    @property
+    def where(self) -> str:
+        return "" if self._sink is None else self._sink.where
+
+    def send(self) -> None:
+        """Send what is new. Raises whatever the tracker raises; what was sent before is remembered."""
+        for each, file in self._files.items():
+            for line in file.read():
+                self._waiting[each].setdefault(line["step"], []).append(line)
+        if not self._state:
+            self._state = self._remembered()
+        steps = sorted({*self._new("metrics"), *self._new("eval")})
+        if not steps:
+            return
+        sink = self._opened()
+        try:
+            for step in steps:
+                for line in self._new("metrics").get(step, [])[-1:]:
+                    sink.log(step, step_values(line))
+                    self.num_steps += 1
+                for line in self._new("eval").get(step, [])[-1:]:
+                    sink.log(step, numbers(line, "eval/"))
+                    if samples := self._waiting["samples"].get(step):
+                        sink.samples(step, samples)
+                    self.num_evaluations += 1
+                for each in ("metrics", "eval"):
+                    if step in self._new(each):
+                        self._state[each] = step
+        finally:
+            self._remember()
+        for each in ("metrics", "eval"):  # what is sent is not needed any more
+            self._waiting[each] = self._new(each)
+
+    def end(self) -> None:
+        """Send the rest, and the files of a finished run. Raises as `send`."""
+        self.send()
+        finished = (self._folder / "summary.json").is_file()
+        files = [file for name in ATTACHED if (file := self._folder / name).is_file() and file.stat().st_size]
+        if finished and not self._state["attached"]:
+            self._opened().attach(files)
+            self._state["attached"] = True
+        if self._sink is not None:
+            self._sink.close(finished)
+            self._remember()
+
+    def _new(self, each: str) -> dict[int, list[dict[str, Any]]]:
+        return {step: lines for step, lines in self._waiting[each].items() if step > self._state[each]}
+
+    def _opened(self) -> Sink:
+        if self._sink is None:
+            run = self._record()
+            tree = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
+            self._sink = open_sink(
+                self._name,
+                TrackedRun(
+                    folder=self._folder / FOLDER,
+                    id=run,
+                    name=f"{self._folder.name}-{run[:8]}",
+                    config=flat(tree),
+                    tracker_id=self._state["tracker_id"],
+                    next_step=self._state["metrics"] + 1,
+                ),
+            )
+            if self._sink.last_step is not None:  # it has more than is remembered: this was killed in between
+                self._state["metrics"] = max(self._state["metrics"], self._sink.last_step)
+            self._state["tracker_id"] = self._sink.tracker_id
+            self._remember()
+        return self._sink
+
+    def _record(self) -> str:
+        """The run's id."""
+        found = read_json(self._folder / "environment.json").get("run")
+        if not isinstance(found, str):
+            raise CheckpointError(f"{self._folder}: is not the folder of a run: environment.json names none")
+        return found
+
+    def _remembered(self) -> dict[str, Any]:
+        begun = {"metrics": -1, "eval": -1, "attached": False, "tracker_id": None}
+        known = read_json(self._folder / FOLDER / "state.json")
+        return begun | dict(known.get("sent", {}).get(self._name, {}) if known.get("run") == self._record() else {})
+
+    def _remember(self) -> None:
+        file = self._folder / FOLDER / "state.json"
+        known = read_json(file)
+        sent = known.get("sent", {}) if known.get("run") == self._record() else {}
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, {"run": self._record(), "sent": {**sent, self._name: self._state}})
+
+
+def step_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a step."""
+    found = {f"train/{key}": float(line[key]) for key in _STEP_VALUES if isinstance(line.get(key), int | float)}
+    if line.get("seconds") and line.get("num_tokens"):
+        found["train/tokens_per_second"] = line["num_tokens"] / line["seconds"]
+    return found
+
+
+def numbers(line: Mapping[str, Any], place: str) -> dict[str, float]:
+    """Every number of an evaluation, by its dotted name."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{place}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            found[f"{place}{key}"] = float(value)
+    return found
+
+
+def flat(tree: Any, place: str = "") -> dict[str, Any]:
+    """The keys of a run file, dotted; a list of sections with its indices."""
+    if isinstance(tree, dict):
+        inner = [flat(value, f"{place}.{key}" if place else str(key)) for key, value in tree.items()]
+        return {key: value for part in inner for key, value in part.items()}
+    if isinstance(tree, list) and any(isinstance(each, dict) for each in tree):
+        return {key: value for at, each in enumerate(tree) for key, value in flat(each, f"{place}.{at}").items()}
+    return {place: tree}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the trackers of a run folder. Raises CheckpointError where another process sends from it."""
+    place = folder / FOLDER
+    with writing(place):
+        place.mkdir(exist_ok=True)
+        descriptor = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(f"{folder}: another process sends this run to its trackers already") from None
+        yield
+    finally:
+        os.close(descriptor)

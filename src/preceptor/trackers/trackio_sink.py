@@ -1,0 +1,51 @@
+"""Trackio: a local database, shown by `trackio show`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+
+from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
+
+
+def open_run(run: TrackedRun) -> "TrackioSink":
+    return TrackioSink(run)
+
+
+class TrackioSink:
+    tracker_id: str | None = None
+
+    def __init__(self, run: TrackedRun) -> None:
+        project = os.environ.get("TRACKIO_PROJECT") or PROJECT
+        self.where = f"trackio show --project {project}"
+        try:
+            steps = [line["step"] for line in SQLiteStorage.get_logs(project, run.name) if "train/loss" in line]
+        except Exception:  # no such project yet
+            steps = []
+        self.last_step: int | None = max(steps, default=None)
+        self._run = trackio.init(
+            project=project,
+            name=run.name,
+            config=dict(run.config),
+            resume="allow",
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        columns, rows = table_of(lines)
+        data = [dict(zip(columns, row, strict=True)) for row in rows]
+        self._run.log({"samples": trackio.Table(data=data)}, step=step)
+
+    def attach(self, files: Sequence[Path]) -> None:
+        """Trackio takes no files of a run; it shows where they are."""
+        self._run.log({"files": trackio.Table(data=[{"file": str(file)} for file in files])})
+
+    def close(self, finished: bool) -> None:
+        self._run.finish()

@@ -1,0 +1,48 @@
+"""Weights & Biases: as its own environment variables say; WANDB_MODE=offline keeps it in the run folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
+
+
+def open_run(run: TrackedRun) -> "WandbSink":
+    return WandbSink(run)
+
+
+class WandbSink:
+    last_step: int | None = None  # a step that it has already is merged by W&B itself
+
+    def __init__(self, run: TrackedRun) -> None:
+        self.tracker_id: str | None = run.id
+        folder = run.folder / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=os.environ.get("WANDB_NAME") or run.name,
+            id=run.id,
+            resume="allow",
+            dir=str(run.folder),
+            config=dict(run.config),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        offline = os.environ.get("WANDB_MODE") == "offline" or self._run.url is None
+        self.where = f"wandb sync {folder}/offline-run-*" if offline else str(self._run.url)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        columns, rows = table_of(lines)
+        self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=step)
+
+    def attach(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self._run.save(str(file), base_path=str(file.parent), policy="now")
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)

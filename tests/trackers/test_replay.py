@@ -1,0 +1,354 @@
+"""The replay of a run folder: each step once and in order, whatever was stopped; and each real tracker that is here."""
+
+import json
+import os
+from typing import get_args
+
+import pytest
+
+from preceptor.errors import CheckpointError
+from preceptor.trackers import follower, replay
+from preceptor.trackers.replay import RunReplay
+from runs import sample, steps
+
+
+class Recorded:
+    """A tracker that keeps what it gets, and fails where asked."""
+
+    def __init__(self):
+        self.got, self.opened, self.fails_at = [], [], None
+        self.tracker_id, self.last_step, self.where = "theirs", None, "nowhere"
+
+    def open(self, name, run):
+        self.opened.append(run)
+        return self
+
+    def log(self, step, values):
+        if self.fails_at == step:
+            self.fails_at = None
+            raise ConnectionError("no network")
+        self.got.append((step, sorted({key.partition("/")[0] for key in values})[0]))
+
+    def samples(self, step, lines):
+        self.got.append((step, f"{len(lines)} samples"))
+
+    def attach(self, files):
+        self.got.append([file.name for file in files])
+
+    def close(self, finished):
+        self.got.append("finished" if finished else "stopped")
+
+
+@pytest.fixture
+def tracker(monkeypatch):
+    found = Recorded()
+    monkeypatch.setattr(replay, "open_sink", found.open)
+    return found
+
+
+class Folder:
+    """A run folder that grows."""
+
+    def __init__(self, path, run="a" * 32):
+        self.path = path
+        path.mkdir(exist_ok=True)
+        (path / "environment.json").write_text(json.dumps({"run": run}))
+        (path / "config.yaml").write_text("model: {path: scholar}\ntrain: {seed: 0}\ndata: {train: [{path: a}]}\n")
+
+    def add(self, name, *lines):
+        with (self.path / name).open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def train(self, first, last):
+        self.add("metrics.jsonl", *steps([2.0] * last)[first - 1 :])
+
+    def evaluate(self, step):
+        self.add("samples.jsonl", sample(step, "Q?", "A."), sample(step, "R?", "B."))
+        self.add("eval.jsonl", {"step": step, "loss": 2.0, "tasks": {"t": {"accuracy": 0.5}}})
+
+    def go_on_from(self, step):
+        """As a resumed run does: its logs go back to its checkpoint, in new files."""
+        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+            lines = [line for line in (self.path / name).read_text().splitlines() if json.loads(line)["step"] <= step]
+            (self.path / "new").write_text("".join(f"{line}\n" for line in lines))
+            (self.path / "new").replace(self.path / name)
+
+    def finish(self):
+        for name in ("summary.json", "report.html"):
+            (self.path / name).write_text("{}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Folder(tmp_path / "run")
+
+
+def trained(first, last):
+    return [(step, "train") for step in range(first, last + 1)]
+
+
+def evaluated(step):
+    return [(step, "eval"), (step, "2 samples")]
+
+
+def test_steps_come_in_order_with_their_evaluations(run, tracker):
+    sent = RunReplay(run.path, "tensorboard")
+    sent.send()
+    assert tracker.opened == [], "nothing is opened for nothing"
+    run.evaluate(0)
+    run.train(1, 3)
+    run.add("samples.jsonl", sample(3, "Q?", "A."))
+    sent.send()
+    assert tracker.got == [*evaluated(0), *trained(1, 3)], "an evaluation is sent when it is whole"
+    run.add("samples.jsonl", sample(3, "R?", "B."))
+    run.add("eval.jsonl", {"step": 3, "loss": 1.0})
+    run.train(4, 5)
+    run.finish()
+    sent.end()
+    files = ["report.html", "summary.json", "config.yaml", "samples.jsonl"]
+    assert tracker.got[5:] == [*evaluated(3), *trained(4, 5), files, "finished"]
+    assert tracker.opened[0].config["data.train.0.path"] == "a" and tracker.opened[0].name == "run-aaaaaaaa"
+    RunReplay(run.path, "tensorboard").end()
+    assert tracker.got[-1] == "finished" and len(tracker.opened) == 1, "all is sent: nothing is opened again"
+
+
+def test_a_line_that_is_half_written_is_waited_for(run, tracker):
+    sent = RunReplay(run.path, "tensorboard")
+    line = json.dumps(steps([2.0])[0])
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write(line[:20])
+        file.flush()
+        sent.send()
+        assert tracker.got == []
+        file.write(line[20:] + "\n")
+    sent.send()
+    assert tracker.got == trained(1, 1)
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_resumed_run_has_no_doubled_step(run, tracker, same_process):
+    run.evaluate(0)
+    run.train(1, 7)
+    run.evaluate(5)
+    sent = RunReplay(run.path, "tensorboard")
+    sent.send()
+    run.go_on_from(4)
+    sent = sent if same_process else RunReplay(run.path, "tensorboard")
+    run.train(5, 6)
+    run.evaluate(5)
+    sent.send()
+    run.train(7, 9)
+    sent.end()
+    assert tracker.got == [*evaluated(0), *trained(1, 5), *evaluated(5), *trained(6, 9), "stopped"]
+    if not same_process:
+        assert (tracker.opened[1].next_step, tracker.opened[1].tracker_id) == (8, "theirs")
+
+
+def test_a_tracker_that_fails_gets_the_rest_later(run, tracker):
+    run.train(1, 4)
+    tracker.fails_at = 3
+    with pytest.raises(ConnectionError):
+        RunReplay(run.path, "tensorboard").send()
+    run.train(5, 5)
+    RunReplay(run.path, "tensorboard").send()
+    assert tracker.got == trained(1, 5)
+
+
+def test_what_a_killed_process_sent_and_did_not_note_is_not_sent_again(run, tracker):
+    run.train(1, 4)
+    tracker.last_step = 2
+    RunReplay(run.path, "tensorboard").send()
+    assert tracker.got == trained(3, 4)
+
+
+def test_another_run_in_the_folder_begins_anew(run, tracker):
+    run.train(1, 2)
+    RunReplay(run.path, "tensorboard").send()
+    again = Folder(run.path, run="b" * 32)
+    (run.path / "metrics.jsonl").unlink()
+    again.train(1, 3)
+    RunReplay(run.path, "tensorboard").send()
+    assert tracker.got == [*trained(1, 2), *trained(1, 3)] and tracker.opened[1].tracker_id is None
+
+
+def test_the_follower_waits_for_its_run_and_sends_the_rest_when_the_training_ends(run, tracker, monkeypatch):
+    monkeypatch.setattr(follower, "_EVERY_SECONDS", 0.01)
+    reader, writer = os.pipe()
+    moments = iter(range(100))
+    run.train(1, 2)  # of an earlier run, which is replaced
+    since = follower.changed_at(run.path)
+    wait = follower._ends
+
+    def then(stream):
+        match next(moments):
+            case 1:
+                (run.path / "metrics.jsonl").unlink()
+                Folder(run.path, run="b" * 32).train(1, 1)
+                os.utime(run.path / "environment.json", ns=(since + 1, since + 1))
+            case 3:
+                run.train(2, 3)
+            case 5:
+                run.train(4, 4)
+                os.close(writer)
+        return wait(stream)
+
+    monkeypatch.setattr(follower, "_ends", then)
+    said = []
+    with os.fdopen(reader) as stream:
+        assert follower.follow(run.path, ["tensorboard"], since, stream, said.append)
+    assert tracker.got == [*trained(1, 4), "stopped"] and tracker.opened[0].id == "b" * 32
+    assert said == ["tensorboard: 4 steps and 0 evaluations sent; look at it: nowhere"]
+
+
+def test_a_run_that_begins_and_ends_while_the_follower_waits_is_sent(run, tracker, monkeypatch):
+    since = follower.changed_at(run.path)
+    reader, writer = os.pipe()
+    wait = follower._ends
+
+    def then(stream):
+        if not tracker.opened and not (run.path / "metrics.jsonl").exists():
+            run.train(1, 2)
+            os.utime(run.path / "environment.json", ns=(since + 1, since + 1))
+            os.close(writer)
+        return wait(stream)
+
+    monkeypatch.setattr(follower, "_ends", then)
+    with os.fdopen(reader) as stream:
+        assert follower.follow(run.path, ["tensorboard"], since, stream, print)
+    assert tracker.got == [*trained(1, 2), "stopped"]
+
+
+def test_no_run_began_nothing_is_sent(run, tracker, monkeypatch):
+    monkeypatch.setattr(follower, "_EVERY_SECONDS", 0.01)
+    run.train(1, 2)
+    reader, writer = os.pipe()
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        assert follower.follow(run.path, ["tensorboard"], follower.changed_at(run.path), stream, print)
+    assert tracker.got == []
+
+
+def test_an_error_is_said_with_the_command_that_sends_the_rest(run, tracker):
+    run.train(1, 4)
+    tracker.fails_at = 2
+    said = []
+    assert not follower.send_all(run.path, ["wandb"], said.append)
+    rest = f"nothing is lost, this sends the rest: preceptor track {run.path} --to wandb"
+    assert said == [f"wandb: ConnectionError: no network; {rest}"]
+    assert follower.send_all(run.path, ["wandb"], said.append) and tracker.got == [*trained(1, 4), "stopped"]
+
+
+def test_one_process_at_a_time(run, monkeypatch):
+    def busy(descriptor, flags):
+        raise BlockingIOError(11, "busy")
+
+    monkeypatch.setattr(replay.fcntl, "lockf", busy)
+    with pytest.raises(CheckpointError, match="another process sends this run"), replay.alone(run.path):
+        pass
+
+
+def test_a_tracker_that_is_not_installed_is_refused_at_once(preceptor, run_file, monkeypatch):
+    monkeypatch.setitem(replay.open_sink.__globals__["PACKAGES"], "wandb", "no_such_package")
+    code, _, err = preceptor("train", run_file(tracker="wandb"))
+    assert code == 2 and "tracker: wandb is not installed: pip install 'preceptor[wandb]'" in err
+
+
+def test_the_trackers_are_the_same_everywhere():
+    from preceptor.commands.track import TrackerName
+    from preceptor.config.run import Tracker
+    from preceptor.inspect.machine import EXTRAS
+    from preceptor.trackers.sink import PACKAGES
+
+    assert {name.value for name in TrackerName} == set(get_args(Tracker)) == set(PACKAGES) <= set(EXTRAS)
+
+
+# The real ones -------------------------------------------------------------------------------------------------------
+
+
+def installed(name):
+    return pytest.importorskip(name, reason=f"{name} is not installed: this tracker is not tried")
+
+
+def stopped_and_finished(run, name):
+    """A run that is killed after step 7, goes on from step 4, and ends; each session with a process of its own."""
+    run.evaluate(0)
+    run.train(1, 7)
+    assert follower.send_all(run.path, [name], print)
+    run.go_on_from(4)
+    run.train(5, 9)
+    run.evaluate(9)
+    run.finish()
+    assert follower.send_all(run.path, [name], print)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard(run):
+    installed("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stopped_and_finished(run, "tensorboard")
+    found = EventAccumulator(str(run.path / "trackers" / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("train/loss")] == list(range(1, 10))
+    assert [event.value for event in found.Scalars("eval/tasks/t/accuracy")] == [0.5, 0.5]
+    assert found.Scalars("train/tokens_per_second")[0].value == 200.0
+    (text,) = found.Tensors("samples/text_summary")[0].tensor_proto.string_val
+    assert b"    Q?" in text
+    assert b"report.html" in found.Tensors("files/text_summary")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_in_a_local_file_store(run, tmp_path, monkeypatch):
+    installed("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient, set_tracking_uri
+
+    set_tracking_uri((tmp_path / "mlruns").as_uri())
+    stopped_and_finished(run, "mlflow")
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("preceptor")
+    (found,) = client.search_runs([experiment.experiment_id])
+    steps_sent = [metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")]
+    assert steps_sent == list(range(1, 10)) and found.info.status == "FINISHED"
+    assert found.data.params["train.seed"] == "0"
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"report.html", "samples"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_in_a_local_database(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    installed("trackio")
+    from trackio import sqlite_storage, utils
+
+    monkeypatch.setattr(utils, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")
+    stopped_and_finished(run, "trackio")
+    lines = sqlite_storage.SQLiteStorage.get_logs("preceptor", "run-aaaaaaaa")
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 10))
+    assert any("samples" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline(run, monkeypatch):
+    installed("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    stopped_and_finished(run, "wandb")
+    found = sorted((run.path / "trackers" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(found) == 2 and {file.name for file in found} == {f"run-{'a' * 32}.wandb"}, "one run, two sessions"
+    text = b"".join(file.read_bytes() for file in found)
+    assert b"train/tokens_per_second" in text and b"report.html" in text
+
+
+def test_a_training_is_followed_by_a_process_of_its_own(preceptor, run_file, tmp_path):
+    installed("tensorboard")
+    from conftest import conversations
+
+    code, _, err = preceptor("train", run_file(eval_rows=conversations(3), tracker="tensorboard"))
+    assert code == 0, err
+    state = json.loads((tmp_path / "run" / "trackers" / "state.json").read_text())
+    assert state["sent"]["tensorboard"] == {"metrics": 4, "eval": 4, "attached": True, "tracker_id": None}
+    assert list((tmp_path / "run" / "trackers" / "tensorboard").glob("events.*"))
+    code, out, _ = preceptor("track", tmp_path / "run")
+    assert code == 0 and "0 steps and 0 evaluations sent" in out
+    code, _, err = preceptor("train", run_file(tracker="tensorboard"), "--replace")
+    assert code == 0, err  # what a tracker wrote is the run's own
