@@ -11,6 +11,8 @@ from preceptor.trackers import follower, replay
 from preceptor.trackers.replay import RunReplay
 from runs import sample, steps
 
+TASK = {"task": "t", "num_items": 9, "figures": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "num": 9}}}
+
 
 class Recorded:
     """A tracker that keeps what it gets, and fails where asked."""
@@ -64,7 +66,7 @@ class Folder:
 
     def evaluate(self, step):
         self.add("samples.jsonl", sample(step, "Q?", "A."), sample(step, "R?", "B."))
-        self.add("eval.jsonl", {"step": step, "loss": 2.0, "tasks": {"t": {"accuracy": 0.5}}})
+        self.add("eval.jsonl", {"step": step, "loss": 2.0, "tasks": [TASK]})
 
     def go_on_from(self, step):
         """As a resumed run does: its logs go back to its checkpoint, in new files."""

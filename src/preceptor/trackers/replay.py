@@ -164,8 +164,14 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def numbers(line: Mapping[str, Any], place: str) -> dict[str, float]:
-    """Every number of an evaluation, by its dotted name."""
+    """Every number of an evaluation, by its name; of tasks each figure's value."""
     found: dict[str, float] = {}
+    for task in line.get("tasks", ()) if isinstance(line.get("tasks"), list) else ():
+        found |= {
+            f"{place}tasks/{task['task']}/{name}": float(figure["value"])
+            for name, figure in task["figures"].items()
+            if figure.get("value") is not None
+        }
     for key, value in line.items():
         if isinstance(value, Mapping):
             found |= numbers(value, f"{place}{key}/")
