@@ -7,29 +7,16 @@ import pytest
 from rich.console import Console
 
 from preceptor import demo
-from preceptor.config.durations import Duration
 from preceptor.errors import CheckpointError
 from preceptor.evaluate.run import ItemResult
 from preceptor.evaluate.tasks import TaskItem, TaskPrompt
 from preceptor.scholar import MODEL_DIR
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Three steps instead of hundreds."""
-    whole = demo.demo_run
-
-    def cut(out):
-        run = whole(out)
-        return run.model_copy(update={"train": run.train.model_copy(update={"duration": Duration(3, "steps")})})
-
-    monkeypatch.setattr(demo, "demo_run", cut)
-
-
-def test_the_demo_shows_both_and_records_everything(short, tmp_path):
+def test_the_demo_shows_both_and_records_everything(tmp_path):
     console = Console(record=True, width=120, file=io.StringIO())
     out = tmp_path / "demo"
-    summary = demo.run_demo(out, 12, console, replace=False)
+    summary = demo.run_demo(out, 12, console, replace=False, overrides=["train.duration=3 steps"])
     shown = console.export_text()
     for words in ("question", "base", "tuned", "answers exactly", "stops by itself", "preceptor chat"):
         assert words in shown
@@ -42,7 +29,7 @@ def test_the_demo_shows_both_and_records_everything(short, tmp_path):
     assert {"config.yaml", "metrics.jsonl", "rejections.jsonl", "model"} <= {path.name for path in out.iterdir()}
     assert summary["base_exact_match"] <= 0.1 and summary["base_continues_with_question"] >= 0.5
     with pytest.raises(CheckpointError, match="this run is finished"):
-        demo.run_demo(out, 12, console, replace=False)
+        demo.run_demo(out, 12, console, replace=False, overrides=["train.duration=3 steps"])
 
 
 @pytest.mark.parametrize(
