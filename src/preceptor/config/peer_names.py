@@ -142,7 +142,7 @@ _PACKED = "conversations are always packed into sequences, and do not see each o
 _UNPADDED = "sequences hold no padding: nothing to set"
 _LOGGED = "every step is written to metrics.jsonl in the folder `out`: nothing to set"
 _UNTRACKED = "no tracker is offered: metrics.jsonl and report.html are in the folder `out`"
-_ONE_PROCESS = "training on several devices is not offered: remove the key"
+_STRATEGY = "parallel.strategy: by default chosen from memory; the processes are started by torchrun or --nproc"
 _LAST = "the model after the last step is saved: choose train.duration by the held-out losses in report.html"
 _TOKENS = "the tokens that the chat template needs are added to the tokenizer and the model: nothing to set"
 _UNQUANTIZED = "quantized weights are not offered: use an `adapter` with `model.dtype: bfloat16`"
@@ -197,10 +197,10 @@ NO_COUNTERPART: dict[str, str] = {
     "run_name": _UNTRACKED,
     "wandb_project": _UNTRACKED,
     "use_wandb": _UNTRACKED,
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "deepspeed": _STRATEGY,
+    "fsdp": _STRATEGY,
+    "fsdp_config": _STRATEGY,
+    "ddp_find_unused_parameters": "parameters without a gradient need no setting: remove the key",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,

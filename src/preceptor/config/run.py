@@ -22,6 +22,7 @@ from preceptor.config.sections import (
     Memory,
     Model,
     Optimizer,
+    Parallel,
     Path_,
     Replay,
     Section,
@@ -41,6 +42,7 @@ class Run(Section):
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     memory: Memory = Memory()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     adapter: Adapter | None = None

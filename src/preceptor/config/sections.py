@@ -181,6 +181,11 @@ class Memory(Section):
     """`recompute`: contexts run again in backward, same gradient; `detach`: constants to the gradient (TokenTune)."""
 
 
+class Parallel(Section):
+    strategy: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
+    """With several processes: the model whole in each (`replicate`), in parts over all (`shard`) or over each node's."""
+
+
 class Checkpoint(Section):
     every: Duration | None = None
     """A checkpoint to go on from after a stop: `100 steps`, `1 epoch`. Absent: one where a signal stops the run."""

@@ -1,7 +1,7 @@
 """What differs between a run in its folder and the session that goes on with it, and which differences matter.
 
 Keys that change what is trained must be the same, and so must what they name: the trained tokens, the base model, the
-chat template. What changes only the rounding (device, threads, versions, engine) or only what is measured (held-out
+chat template. What changes only the rounding (device, processes, threads, versions, engine) or only what is measured (held-out
 data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, and paths whose content is the same.
 No torch here.
 """
@@ -19,7 +19,7 @@ _FREE = re.compile(
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
 _BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code)|.*\.path|data\.chat_template)")
-_ROUNDING = re.compile(r"(engine|train\.device|memory\.activation_checkpointing)")
+_ROUNDING = re.compile(r"(engine|parallel\.strategy|train\.device|memory\.activation_checkpointing)")
 _PACKAGES = ("preceptor", "torch", "transformers", "peft", "numpy")
 _ABSENT = object()
 
@@ -114,7 +114,7 @@ def rounding_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Where the machine and the versions differ from those of the run's sessions so far."""
     found: dict[str, None] = {}
     for before in (recorded, *recorded.get("resumed", ())):
-        for key in ("device", "cuda", "num_threads"):
+        for key in ("device", "cuda", "num_threads", "num_processes"):
             if key in before and before[key] != now[key]:
                 found[f"{key}: {before[key]} before, {now[key]} now"] = None
         old, new = before.get("versions", {}), now["versions"]

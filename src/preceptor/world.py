@@ -1,0 +1,239 @@
+"""The processes of a run: which of them this one is, and the small values that they tell each other.
+
+A launcher (torchrun, `preceptor train --nproc`) starts them and says by the environment which is which. A run of one
+process is a world of one, in which every method returns what it is given. Tensors of the model are not exchanged here
+(model/sharding.py). torch is imported in the functions, not at the top.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from preceptor.errors import ConfigError, PreceptorError, ProcessError
+
+TIMEOUT = timedelta(minutes=30)
+"""After which a process that waits for another one gives up."""
+
+_LOOK_SECONDS = 0.05  # between two looks for what another process has published
+_CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
+_BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
+_FAILURE = "failure"
+
+
+class Silenced(SystemExit):
+    """The end of a process whose error another one has told already; with its exit code."""
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: of all processes; local_rank: of those on this machine. store: where all can read what one has written."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    store: Any = None
+
+    @classmethod
+    @contextmanager
+    def launched(cls) -> "Iterator[World]":
+        """The world that the environment tells of; its processes can publish, and compute together after `connect`.
+
+        Raises ConfigError where a launcher says how many processes there are, but not which is which.
+        """
+        size = _number(os.environ, "WORLD_SIZE", 1)
+        if size <= 1:
+            yield ONE
+            return
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the processes by torchrun, or use "
+                "`preceptor train --nproc N`"
+            )
+        from torch import distributed
+
+        local_rank = _number(os.environ, "LOCAL_RANK", 0)
+        store, rank, size = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+        store = distributed.PrefixStore("preceptor", store)
+        world = cls(rank, size, local_rank, _number(os.environ, "LOCAL_WORLD_SIZE", 1), store)
+        try:
+            yield world
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, self.size // self.local_size)
+
+    # Before the processes are connected
+
+    def publish(self, name: str, value: Any) -> None:
+        """For all others to read. value: of what JSON has."""
+        if self.size > 1:
+            self.store.set(name, json.dumps(value))
+
+    def published(self, name: str) -> Any:
+        """What another process publishes under a name, sooner or later. Ends this process where one has failed."""
+        until = time.monotonic() + TIMEOUT.total_seconds()
+        while not self.store.check([name]):
+            self._end_if_another_failed()
+            if time.monotonic() > until:
+                raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
+            time.sleep(_LOOK_SECONDS)
+        return json.loads(self.store.get(name))
+
+    def connect(self, device_type: str) -> None:
+        """Let the processes compute together. Data is rendered before: processes cannot be forked afterwards."""
+        if self.size == 1:
+            return
+        from torch import distributed
+
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        distributed.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
+        )
+
+    # Connected; all processes call the same methods in the same order
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, by rank: whatever pickle takes."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        found = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def sum(self, *values: float) -> list[float]:
+        """Of each value the sum over the processes: the same on all of them, to the bit, in whatever order."""
+        return [math.fsum(each) for each in self._gathered(values)]
+
+    def max(self, *values: float) -> list[float]:
+        return [max(each) for each in self._gathered(values)]
+
+    def _gathered(self, values: tuple[float, ...]) -> list[tuple[float, ...]]:
+        if self.size == 1:
+            return [(value,) for value in values]
+        import torch
+        from torch import distributed
+
+        own = torch.tensor(values, dtype=torch.float64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(found, own)
+        return list(zip(*(each.tolist() for each in found), strict=True))
+
+    # Errors
+
+    @contextmanager
+    def errors_told_once(self) -> Iterator[None]:
+        """Inside, an error is raised on in the process that fails first, with its rank; others end with its exit code.
+
+        So one message is shown, and the launcher ends what still runs. What only follows from the end of another
+        process, such as a broken connection, waits a while for that process to say what happened.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except Silenced:
+            raise
+        except Exception as error:
+            found = self._failed(error)
+            if found is error:
+                raise
+            raise found from error
+
+    def end_if_another_failed(self) -> None:
+        """For a process that was told to stop: by the launcher, perhaps, because another one has failed."""
+        if self.size > 1:
+            self._end_if_another_failed()
+
+    def _end_if_another_failed(self) -> None:
+        failure = self._failure()
+        if failure is not None:
+            raise Silenced(failure["exit_code"])
+
+    def _failed(self, error: Exception) -> BaseException:
+        broken = not isinstance(error, PreceptorError) and _is_broken_connection(error)
+        if broken:
+            until = time.monotonic() + _CONSEQUENCE_SECONDS
+            while self._failure() is None and time.monotonic() < until:
+                time.sleep(_LOOK_SECONDS)
+            reason = str(error).strip().partition("\n")[0]
+            error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
+        exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
+        try:
+            own = json.dumps({"rank": self.rank, "exit_code": exit_code})
+            first = self.store.compare_set(_FAILURE, "", own).decode()
+        except RuntimeError:  # the process that held the store has ended
+            first = own
+        if first != own:
+            return Silenced(json.loads(first)["exit_code"])
+        if not isinstance(error, PreceptorError):
+            error.add_note(f"in process {self.rank} of {self.size}")
+            return error
+        told = type(error)(f"process {self.rank} of {self.size}: {error}")
+        told.__dict__.update(error.__dict__)
+        return told
+
+    def _failure(self) -> Any:
+        try:
+            return json.loads(self.store.get(_FAILURE)) if self.store.check([_FAILURE]) else None
+        except RuntimeError:
+            return None
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, only the first process prints; what the others have to say is said by their errors."""
+        if self.is_first:
+            yield
+            return
+        before = sys.stdout, sys.stderr
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 (no path of anybody's)
+            sys.stdout = sys.stderr = nowhere
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = before
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdigit():
+        raise ConfigError(f"the environment's {name} is {text!r}, which is no number")
+    return int(text)
+
+
+def _is_broken_connection(error: Exception) -> bool:
+    from torch import distributed
+
+    text = str(error).lower()
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in _BROKEN)
+    )
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+ONE = World()
+"""A run of one process."""
