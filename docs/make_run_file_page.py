@@ -19,6 +19,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("optimizer", config.Optimizer, "AdamW. Everything has a default."),
     ("loss", config.Loss, "Everything has a default."),
     ("memory", config.Memory, "What is kept for backward and what is computed again. Everything has a default."),
+    ("parallel", config.Parallel, "Runs of several processes (docs/scale.md)."),
     ("checkpoint", config.Checkpoint, "Everything has a default."),
     ("eval", config.Eval, "What is measured, besides the loss of `data.eval`, and when."),
     ("adapter", config.Adapter, "Absent: full fine-tuning."),

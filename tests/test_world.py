@@ -19,7 +19,7 @@ def test_one_process_is_a_world_of_one(monkeypatch):
         world.connect("cpu")
         assert world is ONE and world.is_first and world.num_nodes == 1
         assert (world.sum(1.5, 2), world.max(3, -1), world.gather("a")) == ([1.5, 2], [3, -1], ["a"])
-        with pytest.raises(DataError, match="^told as it is$"), world.errors_told_once():
+        with pytest.raises(DataError, match=r"^told as it is$"), world.errors_told_once():
             raise DataError("told as it is")
 
 

@@ -59,10 +59,12 @@ class World:
                 "`preceptor train --nproc N`"
             )
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         local_rank = _number(os.environ, "LOCAL_RANK", 0)
-        store, rank, size = next(distributed.rendezvous("env://", timeout=TIMEOUT))
-        store = distributed.PrefixStore("preceptor", store)
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store = PrefixStore("preceptor", store)
         world = cls(rank, size, local_rank, _number(os.environ, "LOCAL_WORLD_SIZE", 1), store)
         try:
             yield world
@@ -102,9 +104,7 @@ class World:
         from torch import distributed
 
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        distributed.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT
-        )
+        distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
 
     # Connected; all processes call the same methods in the same order
 

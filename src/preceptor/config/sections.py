@@ -183,7 +183,7 @@ class Memory(Section):
 
 class Parallel(Section):
     strategy: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
-    """With several processes: the model whole in each (`replicate`), in parts over all (`shard`) or over each node's."""
+    """Of several processes: whole models (`replicate`), one spread over all (`shard`) or over each node (`hybrid`)."""
 
 
 class Checkpoint(Section):

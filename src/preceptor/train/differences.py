@@ -1,9 +1,9 @@
 """What differs between a run in its folder and the session that goes on with it, and which differences matter.
 
 Keys that change what is trained must be the same, and so must what they name: the trained tokens, the base model, the
-chat template. What changes only the rounding (device, processes, threads, versions, engine) or only what is measured (held-out
-data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, and paths whose content is the same.
-No torch here.
+chat template. What changes only the rounding (device, processes, threads, versions, engine) or only what is measured
+(held-out data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, and paths whose content is
+the same. No torch here.
 """
 
 import re

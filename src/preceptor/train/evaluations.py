@@ -19,6 +19,7 @@ from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
+from preceptor.world import ONE, World
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Evaluations:
     precision: str
     enabled: bool
     say: Callable[[str], None]
+    world: World = ONE
     last: dict[str, Any] = field(default_factory=dict)
 
     def evaluate(self, state: State) -> None:
@@ -69,12 +71,13 @@ class Evaluations:
         self._sample(evaluated, state.step)
         if measured:
             self.last = {"step": state.step, **measured}
-            append_line(self.folder / "eval.jsonl", self.last)
+            if self.world.is_first:
+                append_line(self.folder / "eval.jsonl", self.last)
             self.say(f"after {state.step} steps: {_shown(measured)}")
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
         try:
-            return measure(model, self.held_out, self.max_length, alone)
+            return measure(model, self.held_out, self.max_length, alone, self.world)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -92,6 +95,8 @@ class Evaluations:
         greedy, sampled = (
             evaluated.generate(contexts, self.max_new_tokens, sampling=sampling) for sampling in (None, self.sampling)
         )
+        if not self.world.is_first:
+            return
         for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
             append_line(
                 self.folder / "samples.jsonl",
@@ -109,7 +114,9 @@ class Evaluations:
             )
 
 
-def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
+def build_evaluations(
+    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
+) -> Evaluations:
     """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
@@ -120,13 +127,14 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         held_out=label_targets(prepared.held_out, chat.tokenizer) if enabled else [],
         tasks=prepared.tasks,
         prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
-        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone),
+        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone, world),
         max_length=run.data.max_length,
         max_new_tokens=run.eval.max_new_tokens,
         sampling=Sampling(run.eval.temperature, run.train.seed),
         precision=run.train.precision,
         enabled=enabled,
         say=say,
+        world=world,
         last=(read_json_lines(folder / "eval.jsonl") or [{}])[-1],
     )
 

@@ -30,6 +30,7 @@ from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
+from preceptor.world import ONE, World
 
 
 def train(
@@ -42,13 +43,14 @@ def train(
     folder: RunFolder,
     checkpoints: Checkpoints,
     stop: StopRequest,
+    world: World = ONE,
 ) -> None:
     """Train `state` to the end of the run.
 
     A step's summed loss is divided once, by its number of trained tokens (or conversations, data/mixture.py), however
-    they are spread over sequences. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
+    they are spread. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
     """
-    optimizer, precision = run.optimizer, run.train.precision
+    optimizer, precision, seed = run.optimizer, run.train.precision, run.train.seed
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
     warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
     assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
@@ -66,25 +68,22 @@ def train(
         evaluate()  # unless the session before has done so
         for step in range(state.step, total_steps):
             started = time.perf_counter()
-            sequences = loader.batch(step)
+            sequences = loader.batch(step, world.rank, world.size)
             learning_rate = learning_rate_at(
                 step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
-            loss, grad_norm = take_step(
-                state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective, run.train.seed
-            )
+            limit = optimizer.max_grad_norm
+            loss, grad_norm = take_step(state, sequences, learning_rate, limit, precision, objective, seed, world)
             values = {
                 "step": state.step,
                 "epoch": round(state.step / loader.steps_per_epoch, 4),
                 "loss": loss,
                 "learning_rate": learning_rate,
                 "grad_norm": grad_norm,
-                "num_tokens": sum(sequence.num_tokens for sequence in sequences),
-                "num_trained": sum(sequence.num_trained for sequence in sequences),
-                "seconds": time.perf_counter() - started,
-                "peak_memory_bytes": peak_memory_bytes(state.model.device),
+                **_of_all(state, sequences, time.perf_counter() - started, world),
             }
-            append_line(folder.path / "metrics.jsonl", values)
+            if world.is_first:
+                append_line(folder.path / "metrics.jsonl", values)
             display.step(values)
             if due(run.checkpoint.every, state.step, loader, total_steps):
                 save()
@@ -96,6 +95,19 @@ def train(
         raise Stopped(stopped.number, state.step) from None
 
 
+def _of_all(state: State, sequences: Sequence[PackedSequence], seconds: float, world: World) -> dict[str, Any]:
+    """Tokens of a step over all processes, the time of the slowest and the memory of the largest."""
+    num_tokens = sum(sequence.num_tokens for sequence in sequences)
+    num_trained = sum(sequence.num_trained for sequence in sequences)
+    sums, most = world.sum(num_tokens, num_trained), world.max(seconds, peak_memory_bytes(state.model.device))
+    return {
+        "num_tokens": int(sums[0]),
+        "num_trained": int(sums[1]),
+        "seconds": most[0],
+        "peak_memory_bytes": int(most[1]),
+    }
+
+
 def take_step(
     state: State,
     sequences: Sequence[PackedSequence],
@@ -104,15 +116,18 @@ def take_step(
     precision: str,
     objective: Objective = CROSS_ENTROPY_LOSS,
     seed: int = 0,
+    world: World = ONE,
 ) -> tuple[float, float]:
     """One optimizer step: (mean loss in nats, by default per trained token; norm of the gradient, not clipped).
 
+    sequences: of several processes those of this one; what is returned is of all.
     seed: of the run; with the number of the step and a sequence's tokens it determines what is drawn for that sequence.
     Raises ModelError, before any weight is touched, when loss or gradient is not finite, or when memory runs out.
     """
-    divisor = math.fsum(sequence.divisor for sequence in sequences) or 1.0
+    divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
     where = f"step {state.step + 1}: a sequence"
     loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, (seed, state.step))
+    (loss,) = world.sum(loss)
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(

@@ -1,5 +1,6 @@
 """A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
-from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
@@ -38,18 +39,35 @@ from preceptor.train.optimizer import build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import amounts, origins, session, write_start
+from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
 from preceptor.train.run_folder import RunFolder, claim
 from preceptor.train.signals import StopRequest
+from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
 
 
-def choose_device(device: str) -> torch.device:
-    """Raises ConfigError where `cuda` is asked for and not there."""
+def choose_device(device: str, world: World = ONE) -> torch.device:
+    """The device of this process. Of several on a machine, each has a GPU of its own, or its share of the cores.
+
+    Raises ConfigError where `cuda` is asked for and not there, and where there are fewer GPUs than processes.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device: cuda, but torch sees no GPU here; use `auto` or `cpu`")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun sets by itself
+            torch.set_num_threads(max(1, num_cores() // world.local_size))
+        return torch.device("cpu")
+    if world.size == 1:
+        return torch.device("cuda")
+    num = torch.cuda.device_count()
+    if world.local_rank >= num:
+        raise ConfigError(
+            f"{world.local_size} processes on this machine, but torch sees {num} GPU{'s' * (num != 1)}: start one "
+            "process for each (`--nproc gpu`)"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
 
 
 def _with_precision(
@@ -142,25 +160,30 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
 
 
 def execute_in(
-    folder: RunFolder, prepared: Prepared, console: Console, stop: StopRequest | None = None
+    folder: RunFolder, prepared: Prepared, console: Console, stop: StopRequest | None = None, world: World = ONE
 ) -> dict[str, Any]:
     """Train to the end and save; return the summary. A run in the folder goes on from its newest checkpoint.
 
     What makes the folder a run's is written when the model is loaded and has passed the preflight, so that what cannot
-    work leaves nothing behind. stop: signals that stop the run (by default none are heard).
+    work leaves nothing behind. stop: signals that stop the run (by default none are heard). world: not connected yet;
+    its first process alone writes in the folder, but for checkpoints and model, and has the summary.
     """
     started, say = time.perf_counter(), _saying(console)
     if folder.has_model:
-        return finish(folder, say)
+        return finish(folder, say) if world.is_first else {}
     stop = stop or StopRequest()
-    device = choose_device(prepared.run.train.device)
+    device = choose_device(prepared.run.train.device, world)
+    world.connect(device.type)
+    _require_same_data(prepared, world)
     prepared = _with_precision(prepared, device, folder, say)
     run = prepared.run
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
     model, untrained = _build(prepared, device, say)
-    record = _record(folder, prepared, model, device, say)
+    if world.is_first:
+        world.publish("record", _record(folder, prepared, model, device, world, say))
+    record = folder.record = world.published("record")
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
@@ -173,8 +196,9 @@ def execute_in(
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if folder.goes_on:
         checkpoints.restore(state, say)
-        folder.go_on(state.step, session(device), say)
-    else:
+        if world.is_first:
+            folder.go_on(state.step, session(device, world.size), say)
+    elif world.is_first:
         counts = amounts(prepared, loader, num_steps) | {
             "each_conversation_alone": loader.alone,
             "preflight_seconds": passed.seconds,
@@ -185,12 +209,24 @@ def execute_in(
     _announce(console, prepared, state, num_steps, loader)
     with stop.after_step():
         with Display(console, num_steps, state.step) as display:
-            evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone)
-            loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop)
+            evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone, world)
+            loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop, world)
         require_finite(state)
         loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
-        return finish(folder, say, time.perf_counter() - started)
+        return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
+
+
+def _require_same_data(prepared: Prepared, world: World) -> None:
+    """Raises DataError where the processes have prepared other examples: each reads the files of its own machine."""
+    of_ranks = world.gather(trees_hashes(prepared))
+    for rank, hashes in enumerate(of_ranks):
+        other = [what for what, sha256 in hashes.items() if sha256 != of_ranks[0][what]]
+        if other:
+            raise DataError(
+                f"process {rank} has other {' and '.join(other)} than process 0: all must read the same files, by the "
+                "same versions of the packages"
+            )
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
@@ -199,14 +235,19 @@ def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
 
 
 def _record(
-    folder: RunFolder, prepared: Prepared, model: Any, device: torch.device, say: Callable[[str], None]
+    folder: RunFolder,
+    prepared: Prepared,
+    model: Any,
+    device: torch.device,
+    world: World,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """What is recorded of a run that begins; of one that goes on, what was recorded when it began.
 
     Raises CheckpointError where that run was made from something else, and says what does not stop it.
     """
     run = prepared.run
-    now = {**session(device), **origins(prepared, folder.record)}
+    now = {**session(device, world.size), **origins(prepared, folder.record)}
     if not folder.goes_on:
         engine = {"mode": run.engine, "optimisations": sorted(Engine(model).state.optimisations)}
         return {
