@@ -66,11 +66,9 @@ class World:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store = PrefixStore("preceptor", store)
         world = cls(rank, size, local_rank, _number(os.environ, "LOCAL_WORLD_SIZE", 1), store)
-        try:
-            yield world
-        finally:
-            if distributed.is_initialized():
-                distributed.destroy_process_group()
+        yield world
+        if distributed.is_initialized():  # after an error nothing is waited for
+            distributed.destroy_process_group()
 
     @property
     def is_first(self) -> bool:

@@ -1,15 +1,17 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
-import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run, require_one_process
+from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run
 from preceptor.hub import SCHOLAR
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from preceptor.train.prepare import Prepared
     from preceptor.train.run_folder import RunFolder
     from preceptor.train.signals import Stopped, StopRequest
+    from preceptor.world import World
 
 
 def train(
@@ -28,26 +31,70 @@ def train(
         bool, typer.Option("--resume", help="Only continue an unfinished run; begin none. (Without it: either.)")
     ] = False,
     replace: Replace = False,
+    nproc: Annotated[
+        str | None, typer.Option("--nproc", metavar="N", help="Processes to train in; `gpu`: one for each GPU.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
-    from preceptor.console import lasting_streams, say, standard_console
-    from preceptor.train.run_folder import claim
-    from preceptor.train.signals import Stopped, stop_on_signals
+    from preceptor.console import lasting_streams
+    from preceptor.train.signals import stop_on_signals
+    from preceptor.world import World
 
-    require_one_process()
-    with lasting_streams(), stop_on_signals() as stop:
-        run = load_run(run_file, overrides)
-        say(first_line(run))
-        console = standard_console()
-        try:
-            with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
-                seconds = _train(run, folder, console, stop)
-        except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
-            stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-            say(_how_to_go_on(stopped, run.out), error=True)
-            raise typer.Exit(stopped.exit_code) from None
-        say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
-        say(f"talk to it: preceptor chat {run.out}/model")
+    if nproc is not None:
+        raise typer.Exit(_launch(nproc, run_file, overrides, resume, replace))
+    with (
+        lasting_streams(),
+        stop_on_signals() as stop,
+        World.launched() as world,
+        world.quiet(),
+        world.errors_told_once(),
+    ):
+        _train_or_stop(load_run(run_file, overrides), run_file, resume, replace, stop, world)
+
+
+def _launch(nproc: str, run_file: Path, overrides: list[str] | None, resume: bool, replace: bool) -> int:
+    from preceptor.commands.launch import launch
+
+    load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
+    options = ["--resume"] * resume + ["--replace"] * replace
+    return launch(nproc, ["train", *options, "--", str(run_file), *(overrides or ())])
+
+
+def _train_or_stop(
+    run: "Run", run_file: Path, resume: bool, replace: bool, stop: "StopRequest", world: "World"
+) -> None:
+    """Train, and say where the model is, or how to go on."""
+    from preceptor.console import say, standard_console
+    from preceptor.train.signals import Stopped
+
+    say(first_line(run))
+    try:
+        with claimed(run, run_file, resume, replace, world) as folder:
+            seconds = _train(run, folder, standard_console(), stop, world)
+    except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
+        world.end_if_another_failed()
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        say(_how_to_go_on(stopped, run.out), error=True)
+        raise typer.Exit(stopped.exit_code) from None
+    say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
+    say(f"talk to it: preceptor chat {run.out}/model")
+
+
+@contextmanager
+def claimed(run: "Run", run_file: Path, resume: bool, replace: bool, world: "World") -> "Iterator[RunFolder]":
+    """The run's folder, which the first process holds for all; the others see in it what that one has found."""
+    from preceptor.train.run_folder import RunFolder, claim
+
+    if not world.is_first:
+        found = world.published("folder")
+        folder = RunFolder(Path(found["path"]), record=found["record"])
+        folder.date = datetime.fromisoformat(found["date"])
+        yield folder
+        return
+    with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
+        found = {"path": str(folder.path), "record": folder.record, "date": folder.date.isoformat()}
+        world.publish("folder", found)
+        yield folder
 
 
 def first_line(run: "Run") -> str:
@@ -56,12 +103,14 @@ def first_line(run: "Run") -> str:
     return f"{run.model.path}{hub}, trained on {', '.join(source.path for source in run.data.train)} -> {run.out}"
 
 
-def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest") -> float:
+def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", world: "World") -> float:
     """The seconds that it took."""
     from preceptor.console import say
 
     for note in folder.notes:
         say(note)
+    if folder.has_model and not world.is_first:
+        return 0.0
     if folder.has_model:
         from preceptor.train.finish import finish
 
@@ -69,19 +118,20 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
         return float(finish(folder, say)["seconds"])
     if folder.goes_on:
         say(f"{run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
-    prepared = _prepare(run, folder, console)
+    prepared = _prepare(run, folder, console, world)
     from preceptor.train.run import execute_in
 
-    return float(execute_in(folder, prepared, console, stop)["seconds"])
+    return float(execute_in(folder, prepared, console, stop, world).get("seconds", 0.0))
 
 
-def _prepare(run: "Run", folder: "RunFolder", console: "Console") -> "Prepared":
+def _prepare(run: "Run", folder: "RunFolder", console: "Console", world: "World") -> "Prepared":
     from preceptor.inspect.check import format_line
+    from preceptor.world import num_cores
 
     with large_imports():
         from preceptor.train.prepare import prepare
 
-    prepared = prepare(run, num_processes=min(4, os.cpu_count() or 1), date=folder.date)
+    prepared = prepare(run, num_processes=min(4, max(1, num_cores() // world.local_size)), date=folder.date)
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared
