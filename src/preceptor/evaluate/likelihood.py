@@ -68,13 +68,18 @@ def segment_losses(
     world: each of its processes reads a part of the trees and has the losses of all.
     """
     found = [[SegmentLosses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
-    head = output_head(model)
-    measured: list[tuple[int, int, SegmentLosses]] = []
-    for states in read_trees(model, trees, max_length, alone, world):
-        loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
-        losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
-        measured += [(tree, segment, SegmentLosses(losses_N[own], hits_N[own])) for tree, segment, own in states.owners]
-    for of_rank in world.gather(measured):
+
+    def measure() -> list[tuple[int, int, SegmentLosses]]:
+        head, measured = output_head(model), []
+        for states in read_trees(model, trees, max_length, alone, world):
+            loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
+            losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
+            measured += [
+                (tree, segment, SegmentLosses(losses_N[own], hits_N[own])) for tree, segment, own in states.owners
+            ]
+        return measured
+
+    for of_rank in world.gather(Engine.of(model).call(measure)):
         for tree, segment, losses in of_rank:
             found[tree][segment] = losses
     return found
@@ -104,7 +109,7 @@ def read_trees(
     own = dealt[world.rank]
     shortest = min(range(len(plan)), key=sizes.__getitem__, default=0)
     surplus = [shortest] * (max(map(len, dealt)) - len(own))  # of no use but to the others
-    engine = Engine(model)
+    engine = Engine.of(model)
     with evaluating(model):
         for number, at in enumerate([*own, *surplus]):
             packed = [parts[index] for index in plan[at]]

@@ -17,7 +17,9 @@ from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import TaskPrompt, text_of
+from preceptor.model.forward import Engine
 from preceptor.model.load import load_model
+from preceptor.model.sharding import is_sharded
 from preceptor.world import ONE, World
 
 WINDOW_TOKENS = 4096  # tokens of one forward pass, and the window in which longer texts are read
@@ -107,15 +109,19 @@ class EvaluatedModel:
             by_length = sorted(own, key=lambda index: len(contexts[index]))
             own = by_length[self.world.rank :: self.world.size]
             own += by_length[:1] * (math.ceil(num / self.world.size) - len(own))  # each as many, as in likelihood.py
-        answers = generate(
-            self.model,
-            tokenizer,
-            [contexts[index] for index in own],
-            stop,
-            max_new_tokens,
-            batch_size,
-            sampling,
-            [until[index] for index in own] if until else (),
+        engine = Engine.of(self.model)
+        answers = engine.call(
+            lambda: generate(
+                self.model,
+                tokenizer,
+                [contexts[index] for index in own],
+                stop,
+                max_new_tokens,
+                batch_size,
+                sampling,
+                [until[index] for index in own] if until else (),
+                in_step=is_sharded(engine),
+            )
         )
         if not shared_out:
             return answers

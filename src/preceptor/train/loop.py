@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ import torch
 
 from preceptor import config
 from preceptor.console import Display
-from preceptor.data.forest import PackedSequence
+from preceptor.data.forest import PackedSequence, empty_sequence
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.phases import num_levels
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating
+from preceptor.model.sharding import begin_sequence, is_sharded, sum_gradients
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
@@ -126,7 +129,9 @@ def take_step(
     """
     divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
     where = f"step {state.step + 1}: a sequence"
-    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, (seed, state.step))
+    loss = accumulate_gradients(
+        state.engine, sequences, divisor, precision, objective, where, (seed, state.step), world
+    )
     (loss,) = world.sum(loss)
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -162,9 +167,11 @@ def accumulate_gradients(
     objective: Objective,
     where: str,
     seed: tuple[int, int] = (0, 0),
+    world: World = ONE,
 ) -> float:
     """Forward and backward of each sequence: their loss over `divisor`, whose gradients join `.grad`.
 
+    sequences: of this process; the gradients are those of all processes, summed, or this one's part of them.
     seed: of the run, and the step. Random numbers (dropout) are drawn anew for each sequence, so that they do not
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
@@ -173,14 +180,33 @@ def accumulate_gradients(
     device = engine.model.device
     engine.train()
     loss = 0.0
-    for sequence in sequences:
+    passes = _in_step_with_others(engine, sequences, objective, world)
+    for place, (sequence, levels) in enumerate(passes):
         torch.manual_seed(sequence_seed(*seed, sequence))
+        begin_sequence(engine, is_last=place == len(passes) - 1)
         with _explaining_out_of_memory(sequence, where):
             with autocast(device, precision):
-                share = objective(engine, sequence, step)
+                share = objective(engine, sequence, replace(step, num_levels=levels))
             share.backward()
         loss += share.item()
+    sum_gradients(engine)
     return loss
+
+
+def _in_step_with_others(
+    engine: Engine, sequences: Sequence[PackedSequence], objective: Objective, world: World
+) -> list[tuple[PackedSequence, int]]:
+    """The passes of this process, each a sequence and its number of levels: as many as on the others, where they share
+    the weights of a model, and so must ask for them equally often.
+    """
+    if world.size == 1 or not is_sharded(engine):
+        return [(sequence, 0) for sequence in sequences]
+    num = int(world.max(len(sequences))[0])
+    alone = any(world.max(*[sequence.alone for sequence in sequences[:1]] or [False]))
+    padded = [*sequences, *[empty_sequence(alone)] * (num - len(sequences))]
+    if objective.policy.context_gradient == "full":
+        return [(sequence, 0) for sequence in padded]
+    return list(zip(padded, map(int, world.max(*map(num_levels, padded))), strict=True))
 
 
 def sequence_seed(seed: int, step: int, sequence: PackedSequence) -> int:

@@ -1,0 +1,111 @@
+"""Bytes of each process where a model is spread over several, and the strategy that `parallel.strategy: auto` takes.
+
+    replicate   weights, gradients and optimizer whole on each; beside them a bucket of gradients that are summed
+    shard       1/N of each on each of N; beside that lies what is gathered for a while: weights and gradients outside
+                the layers (last norm, head, embedding), and those of two layers, one that runs and the next
+    hybrid      `shard` over the processes of a node, replicated over nodes
+
+A sharded model either gathers each layer anew for every pass, or, where there is room, keeps whole weights and
+gradients from the first sequence of a step to the last (`regathers` False), which sends less. No torch here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes
+from preceptor.plan.parameters import Parameters
+
+Strategy = Literal["replicate", "shard", "hybrid"]
+
+BUCKET_BYTES = 64 * 2**20  # of gradients that are summed together (model/sharding.py)
+_NEXT = 2  # layers that are gathered at one time
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A strategy, and what it takes. num_parts: processes that share one copy of the model.
+
+    peak_bytes: the most on one process at one time; None: not known. fits: None where that is not known.
+    """
+
+    strategy: Strategy
+    num_parts: int
+    regathers: bool
+    peak_bytes: int | None
+    fits: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("strategy", "num_parts", "regathers", "peak_bytes", "fits")}
+
+
+def placements(
+    setup: Setup,
+    parameters: Parameters,
+    moments: Sequence[Moment],
+    num_ranks: int,
+    ranks_per_node: int,
+    usable_bytes: int,
+) -> Iterator[Placement]:
+    """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
+    ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
+    for strategy, num_parts in ways:
+        if strategy == "hybrid" and not 1 < ranks_per_node < num_ranks:
+            continue
+        for regathers in (False, True)[:num_parts]:
+            peak = rank_peak_bytes(setup, parameters, moments, num_parts, regathers)
+            yield Placement(strategy, num_parts, regathers, peak, peak <= usable_bytes)
+
+
+def choose(found: Sequence[Placement], asked: str) -> Placement:
+    """The first that fits, of the strategy that is asked for; where none does, the one that takes least."""
+    asked = "shard" if asked == "hybrid" and all(each.strategy != "hybrid" for each in found) else asked
+    of_asked = [each for each in found if asked in ("auto", each.strategy)]
+    assert all(each.peak_bytes is not None for each in of_asked)
+    smallest = min(of_asked, key=lambda each: each.peak_bytes or 0)
+    return next((each for each in of_asked if each.fits), smallest)
+
+
+def rank_peak_bytes(
+    setup: Setup, parameters: Parameters, moments: Sequence[Moment], num_parts: int, regathers: bool
+) -> int:
+    """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
+    states = state_bytes(setup, parameters)
+    lasting = (states["weights"] + states["optimizer"]) / num_parts
+    if num_parts == 1:
+        summing = lasting + states["gradients"] + min(BUCKET_BYTES, states["gradients"])
+        return round(max([summing, *(lasting + moment.peak_bytes for moment in moments)]))
+    lasting += states["gradients"] / num_parts
+    if regathers:
+        outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
+        gathered = outside.weights + outside.gradients + _NEXT * (layer.weights + layer.gradients)
+    else:
+        gathered = states["weights"] + states["gradients"]
+    activations = max((moment.peak_bytes - moment.gradient_bytes for moment in moments), default=0)
+    return round(lasting + gathered + activations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Bytes of what is gathered together."""
+
+    weights: float
+    gradients: float
+
+
+def _layer_bytes(setup: Setup, parameters: Parameters) -> _Unit:
+    """Of the largest layer."""
+    largest = max((layer.total for layer in parameters.layers), default=0)
+    if setup.adapter is None:
+        return _Unit(setup.weight_bytes * largest, setup.weight_bytes * largest)
+    adapter = FLOAT32 * parameters.trained.get("adapter", 0) / max(1, len(parameters.layers))
+    return _Unit(setup.weight_bytes * largest + adapter, adapter)
+
+
+def _outside_bytes(setup: Setup, parameters: Parameters) -> _Unit:
+    """Of what is in no layer, but for towers, which no text goes through."""
+    outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
+    if setup.adapter is None:
+        return _Unit(outside, outside)
+    rows = FLOAT32 * parameters.trained.get("token rows", 0)
+    return _Unit(outside + rows, rows)
