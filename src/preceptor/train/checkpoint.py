@@ -37,7 +37,7 @@ class State:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model)
+        return Engine.of(self.model)
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
