@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import Ranks
@@ -76,6 +77,16 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
     register_fsdp_forward_method(engine, "enter")
     engine.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else ranks.reshard())
     ranks.root, ranks.regathers = engine, regathers
+
+
+def is_sharded(engine: Engine) -> bool:
+    """Whether processes share the weights, so that all must pass through the layers equally often."""
+    return engine.state.ranks is not None and engine.state.ranks.root is not None
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that is spread over several; else the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:
