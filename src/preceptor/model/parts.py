@@ -115,3 +115,8 @@ def exact_routing(model: nn.Module) -> Iterator[None]:
 def _restore(converted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
     for tensor, dtype in converted:
         tensor.data = tensor.data.to(dtype)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether random numbers are drawn in training: by an adapter, or by what the authors left switched on."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from preceptor.model.activations.phases import num_levels
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
-from preceptor.model.parts import evaluating
+from preceptor.model.parts import evaluating, has_dropout
 from preceptor.model.sharding import begin_sequence, is_sharded, sum_gradients
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
@@ -196,17 +196,21 @@ def accumulate_gradients(
 def _in_step_with_others(
     engine: Engine, sequences: Sequence[PackedSequence], objective: Objective, world: World
 ) -> list[tuple[PackedSequence, int]]:
-    """The passes of this process, each a sequence and its number of levels: as many as on the others, where they share
-    the weights of a model, and so must ask for them equally often.
+    """The passes of this process, each a sequence and its number of levels (activations/phases.py): as many as on the
+    others, where they share the weights of a model, and so must ask for them equally often.
     """
-    if world.size == 1 or not is_sharded(engine):
-        return [(sequence, 0) for sequence in sequences]
-    num = int(world.max(len(sequences))[0])
-    alone = any(world.max(*[sequence.alone for sequence in sequences[:1]] or [False]))
-    padded = [*sequences, *[empty_sequence(alone)] * (num - len(sequences))]
+    padded = list(sequences)
+    if world.size > 1 and is_sharded(engine):
+        num, alone = world.max(len(sequences), any(sequence.alone for sequence in sequences))
+        padded += [empty_sequence(bool(alone))] * (int(num) - len(sequences))
     if objective.policy.context_gradient == "full":
         return [(sequence, 0) for sequence in padded]
-    return list(zip(padded, map(int, world.max(*map(num_levels, padded))), strict=True))
+    levels: Iterable[float] = [0] * len(padded)
+    if has_dropout(engine.model):  # what is added draws as well, so it follows the step, not the processes
+        levels = world.max(max(map(num_levels, sequences), default=0)) * len(padded)
+    elif world.size > 1 and is_sharded(engine):
+        levels = world.max(*map(num_levels, padded))
+    return list(zip(padded, map(int, levels), strict=True))
 
 
 def sequence_seed(seed: int, step: int, sequence: PackedSequence) -> int:
