@@ -69,9 +69,8 @@ def test_slurm(commands):
     found = started(["bash", LAUNCH / "slurm.sbatch", RUN, "out=a b"], commands, **SLURM)
     require_command(found, nproc="8", endpoint="node-a:29500", overrides=["out=a b"])
     assert "requeue" not in (commands / "scontrol.txt").read_text()
-    settings = [
-        line.split()[1] for line in (LAUNCH / "slurm.sbatch").read_text().splitlines() if line.startswith("#SB")
-    ]
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    settings = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
     assert {"--nodes=2", "--ntasks-per-node=1", "--requeue", "--signal=B:USR1@600"} <= set(settings)
 
 

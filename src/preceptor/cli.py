@@ -79,7 +79,8 @@ def unexpected(error: Exception) -> str:
         details = file.name
     except OSError:
         details = f"what follows\n{trace}"
-    what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))  # of several processes: which one
+    what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE] + notes
     if isinstance(error, OSError | MemoryError):  # of the machine: a name that is too long, no more memory
         return f"error: {what or type(error).__name__}. Details: {details}"
     return (

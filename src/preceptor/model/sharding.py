@@ -150,11 +150,12 @@ def sharded_copy(model: nn.Module) -> Any:
         if own.device.type == "meta":
             setattr(module, name, value)
         else:
-            _shard_of(own).copy_(_shard_of(value))
+            own_part(own).copy_(own_part(value))
     return copied
 
 
-def _shard_of(tensor: Tensor) -> Tensor:
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that is spread over several; else the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -7,6 +7,7 @@ torch; all else follows from a dry run of the model (dry_run.py), which any mode
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
-from preceptor.plan.memory import STATES, Setup, StepMemory, Weights, state_bytes, step_memory
+from preceptor.plan.memory import STATES, Moment, Setup, StepMemory, Weights, state_bytes, step_memory
 from preceptor.plan.model import PlannedModel
 from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
+from preceptor.plan.ranks import Placement, choose, placements, unknown
 from preceptor.plan.sample import Sample
 from preceptor.plan.work import TurnLengths, Work, operations
 
@@ -261,6 +263,41 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
 
 def _fits_on(memory: StepMemory) -> list[str]:
     return [device.name for device in DEVICES if memory.peak_bytes <= device.usable_bytes]
+
+
+def place_on_ranks(
+    run: config.Run,
+    sequence: "PackedSequence",
+    num_new_tokens: int,
+    num_tokenizer: int,
+    device: DeviceSpec,
+    num_ranks: int,
+    ranks_per_node: int,
+) -> Placement:
+    """How a run spreads its model over processes, decided before it is loaded. device: of one process.
+
+    sequence: the run's largest. num_tokenizer: tokens of its tokenizer. Where a model cannot run without values, and
+    with `loss.kl_coef` (which runs the base as well), the bytes of weights, gradients and optimizer decide alone, and
+    may fill half of the device.
+    """
+    from preceptor.model.closeness import FAILURES
+    from preceptor.plan.dry_run import dry_run_of
+
+    setup = replace(setup_of(run, "", device), num_new_tokens=num_new_tokens)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
+    try:
+        dry_run = dry_run_of(run.model, run.engine)
+        num_rows = rows_for(dry_run.num_rows, num_tokenizer)
+        parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows)
+    except (ModelError, *FAILURES):  # what cannot be loaded either says so when it is loaded
+        return unknown(run.parallel.strategy, num_ranks, ranks_per_node)
+    moments: Sequence[Moment] = ()
+    with suppress(ModelError, *FAILURES):
+        if run.loss.kl_coef == 0:
+            moments = dry_run.step(setup, policy, sequence, num_rows)
+    usable_bytes = device.usable_bytes if moments else device.usable_bytes // 2
+    found = placements(setup, parameters, moments, num_ranks, ranks_per_node, usable_bytes)
+    return choose(list(found), run.parallel.strategy)
 
 
 def predict_peak_bytes(

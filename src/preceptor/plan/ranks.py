@@ -11,12 +11,13 @@ gradients from the first sequence of a step to the last (`regathers` False), whi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes
 from preceptor.plan.parameters import Parameters
 
-Strategy = Literal["replicate", "shard", "hybrid"]
+if TYPE_CHECKING:
+    from preceptor.model.sharding import Strategy
 
 BUCKET_BYTES = 64 * 2**20  # of gradients that are summed together (model/sharding.py)
 _NEXT = 2  # layers that are gathered at one time
@@ -29,7 +30,7 @@ class Placement:
     peak_bytes: the most on one process at one time; None: not known. fits: None where that is not known.
     """
 
-    strategy: Strategy
+    strategy: "Strategy"
     num_parts: int
     regathers: bool
     peak_bytes: int | None
@@ -50,20 +51,54 @@ def placements(
     """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
     ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
     for strategy, num_parts in ways:
-        if strategy == "hybrid" and not 1 < ranks_per_node < num_ranks:
+        if strategy == "hybrid" and not has_nodes(num_ranks, ranks_per_node):
             continue
-        for regathers in (False, True)[:num_parts]:
+        for regathers in (False, True) if num_parts > 1 else (False,):
             peak = rank_peak_bytes(setup, parameters, moments, num_parts, regathers)
             yield Placement(strategy, num_parts, regathers, peak, peak <= usable_bytes)
 
 
+def has_nodes(num_ranks: int, ranks_per_node: int) -> bool:
+    """Whether there are several nodes of several processes each, as many on each."""
+    return 1 < ranks_per_node < num_ranks and num_ranks % ranks_per_node == 0
+
+
+def unknown(asked: str, num_ranks: int, ranks_per_node: int) -> Placement:
+    """Of a model of which nothing can be said: what is asked for, else `replicate`."""
+    if asked == "shard" or (asked == "hybrid" and not has_nodes(num_ranks, ranks_per_node)):
+        return Placement("shard", num_ranks, True, None, None)
+    if asked == "hybrid":
+        return Placement("hybrid", ranks_per_node, True, None, None)
+    return Placement("replicate", 1, False, None, None)
+
+
 def choose(found: Sequence[Placement], asked: str) -> Placement:
-    """The first that fits, of the strategy that is asked for; where none does, the one that takes least."""
+    """The first that fits, of the strategy that is asked for; where none does, the one that takes least.
+
+    `hybrid` on one node is `shard`.
+    """
     asked = "shard" if asked == "hybrid" and all(each.strategy != "hybrid" for each in found) else asked
     of_asked = [each for each in found if asked in ("auto", each.strategy)]
     assert all(each.peak_bytes is not None for each in of_asked)
     smallest = min(of_asked, key=lambda each: each.peak_bytes or 0)
     return next((each for each in of_asked if each.fits), smallest)
+
+
+def in_words(placement: Placement, asked: str) -> str:
+    """What `train` says of it."""
+    how = {
+        "replicate": "the whole model in each",
+        "shard": f"one model spread over all {placement.num_parts}",
+        "hybrid": f"a model spread over the {placement.num_parts} of each node",
+    }[placement.strategy]
+    if placement.num_parts > 1:
+        how += ", each layer gathered for each pass" if placement.regathers else ", gathered once a step"
+    chosen = f" (parallel.strategy: {placement.strategy}{', chosen by memory' * (asked == 'auto')}"
+    if placement.peak_bytes is None:
+        return f"{how}{chosen}; its memory cannot be predicted)"
+    peak = f"{placement.peak_bytes / 1e9:.2f} GB"
+    too_much = "" if placement.fits else ", which may be more than there is"
+    return f"{how}{chosen}; predicted peak of each: {peak}{too_much})"
 
 
 def rank_peak_bytes(
@@ -86,26 +121,26 @@ def rank_peak_bytes(
 
 
 @dataclass(frozen=True, slots=True)
-class _Unit:
+class _GatheredBytes:
     """Bytes of what is gathered together."""
 
     weights: float
     gradients: float
 
 
-def _layer_bytes(setup: Setup, parameters: Parameters) -> _Unit:
+def _layer_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
     """Of the largest layer."""
     largest = max((layer.total for layer in parameters.layers), default=0)
     if setup.adapter is None:
-        return _Unit(setup.weight_bytes * largest, setup.weight_bytes * largest)
+        return _GatheredBytes(setup.weight_bytes * largest, setup.weight_bytes * largest)
     adapter = FLOAT32 * parameters.trained.get("adapter", 0) / max(1, len(parameters.layers))
-    return _Unit(setup.weight_bytes * largest + adapter, adapter)
+    return _GatheredBytes(setup.weight_bytes * largest + adapter, adapter)
 
 
-def _outside_bytes(setup: Setup, parameters: Parameters) -> _Unit:
+def _outside_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
     """Of what is in no layer, but for towers, which no text goes through."""
     outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
     if setup.adapter is None:
-        return _Unit(outside, outside)
+        return _GatheredBytes(outside, outside)
     rows = FLOAT32 * parameters.trained.get("token rows", 0)
-    return _Unit(outside + rows, rows)
+    return _GatheredBytes(outside + rows, rows)

@@ -23,8 +23,9 @@ from preceptor.model.load import load_model, save_model, stored_dtype, unusable_
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
 from preceptor.model.sharding import device_mesh, shard_from_first, shard_model
-from preceptor.plan.plan import predict_peak_bytes
-from preceptor.plan.ranks import Placement
+from preceptor.plan.devices import DeviceSpec, this_machine_bytes
+from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
+from preceptor.plan.ranks import Placement, in_words
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
 from preceptor.train.differences import (
@@ -87,6 +88,38 @@ def _with_precision(
         say(f"precision: float32; this CPU has {feature}: `train.precision: bfloat16` would be faster")
     train = train.model_copy(update={"precision": resolve_precision(train.precision, device)})
     return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
+
+
+def _placement(prepared: Prepared, device: torch.device, world: World, say: Callable[[str], None]) -> Placement | None:
+    """How the model is spread over the processes, of which `say` gets a line; None for one process."""
+    asked = prepared.run.parallel.strategy
+    if world.size == 1:
+        if asked != "auto":
+            say(f"parallel.strategy: {asked} means nothing to one process")
+        return None
+    if world.is_first:
+        found = place_on_ranks(
+            prepared.run,
+            prepared.loader().largest_sequences()[0],
+            len(prepared.chat.added),
+            len(prepared.chat.tokenizer),
+            process_device(device, world),
+            world.size,
+            world.local_size,
+        )
+        world.publish("placement", found.to_json())
+    found = Placement(**world.published("placement"))
+    say(f"{world.size} processes: {in_words(found, asked)}")
+    return found
+
+
+def process_device(device: torch.device, world: World) -> DeviceSpec:
+    """What one process has: its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory_bytes = this_machine_bytes() // world.local_size
+    return DeviceSpec("the run's own", memory_bytes, None, None, device.type)
 
 
 def build_model(prepared: Prepared, device: torch.device) -> Any:
@@ -208,19 +241,16 @@ def execute_in(
     assert run.train.precision is not None, "resolved above"
     memory_before_bytes = peak_memory_bytes(device)
     torch.manual_seed(run.train.seed)
-    model, untrained = _build(prepared, device, say)
-    if world.is_first:
-        world.publish("record", _record(folder, prepared, model, device, world, say))
-    record = folder.record = world.published("record")
+    placement = _placement(prepared, device, world, say)
+    model, untrained = _build(prepared, device, say, placement, world)
+    record = _record_of_first(folder, prepared, model, device, world, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
     checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
     _require_room(run, state, checkpoints)
     passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
     loader = passed.loader
-    predicted = predict_peak_bytes(
-        run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
-    )
+    predicted = _predicted_bytes(prepared, model, loader, device) if placement is None else placement.peak_bytes
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if folder.goes_on:
         checkpoints.restore(state, say)
@@ -245,6 +275,11 @@ def execute_in(
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
 
 
+def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:
+    num_new_tokens = num_token_rows(model) or len(prepared.chat.added)
+    return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)
+
+
 def _require_same_data(prepared: Prepared, world: World) -> None:
     """Raises DataError where the processes have prepared other examples: each reads the files of its own machine."""
     of_ranks = world.gather(trees_hashes(prepared))
@@ -260,6 +295,22 @@ def _require_same_data(prepared: Prepared, world: World) -> None:
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
     dtype = saved_dtype(prepared.run.model)
     save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype)
+
+
+def _record_of_first(
+    folder: RunFolder,
+    prepared: Prepared,
+    model: Any,
+    device: torch.device,
+    world: World,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """As `_record`, which the first process finds out for all: it reads the weights of the base model."""
+    if not world.is_first:
+        return dict(world.published("record"))
+    record = _record(folder, prepared, model, device, world, say)
+    world.publish("record", record)
+    return record
 
 
 def _record(
