@@ -29,7 +29,7 @@ def on_ranks(num_ranks, function, *arguments):
             trouble = [
                 file.read_text() for file in sorted(place.glob("error-*"), key=lambda file: file.stat().st_mtime)
             ]
-            assert not trouble and not any(codes), trouble[0] if trouble else f"ranks ended with {codes}"
+            assert codes == [0] * num_ranks, trouble[0] if trouble else f"exit codes of the ranks: {codes} (None: hung)"
             return [pickle.loads((place / f"result-{rank}").read_bytes()) for rank in range(num_ranks)]
         finally:
             for pid in pids:

@@ -15,9 +15,10 @@ from preceptor.model.activations.phases import num_levels, phases
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
+from preceptor.model.load import load_model
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
-from preceptor.model.sharding import begin_sequence, device_mesh, shard_model, sum_gradients
+from preceptor.model.sharding import begin_sequence, device_mesh, shard_from_first, shard_model, sum_gradients
 from preceptor.train.precision import autocast
 from tiny import branching, chain, seeing_model, tiny_model
 
@@ -204,3 +205,37 @@ def test_weights_that_cannot_be_sharded_are_rejected():
     for broken, why in ((shared, "layers share weights"), (mixed, "several types"), (single, "a single number")):
         with pytest.raises(ModelError, match=f"llama: .*{why}"):
             sharding._require_shardable(broken)
+
+
+def _read(rank, folder, new_token_ids):
+    """The first rank's model and, of each rank, what it has of it once it is sharded."""
+    whole = load_model(folder, "float32", "cpu" if rank == 0 else "meta")
+    freeze_towers(whole)
+    if new_token_ids:
+        whole.resize_token_embeddings(128, mean_resizing=False)
+        whole = add_adapter(whole, 4, 8.0, 0.0, None, new_token_ids, seed=0)
+    true = {name: tensor for name, tensor in _named_tensors(whole) if tensor.device.type != "meta"}
+    model = shard_from_first(whole, "auto", device_mesh("shard", "cpu", 2, 2), True, torch.device("cpu"))
+    with torch.no_grad():
+        hidden = [Engine.of(each).hidden_states(step_sequences()[0]) for each in (model, whole)[: 2 - rank]]
+    found = {name: _whole(tensor) for name, tensor in _named_tensors(model)}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return true, found, hidden, trained, Engine.of(model).state.optimisations
+
+
+def _named_tensors(model):
+    return *model.named_parameters(), *model.named_buffers()
+
+
+@pytest.mark.parametrize(("kind", "new_token_ids"), [("qwen3", [70, 71]), ("gemma3", [])])
+def test_the_first_rank_alone_reads_the_model(kind, new_token_ids, tmp_path):
+    (seeing_model if kind == "gemma3" else tiny_model)(kind).save_pretrained(tmp_path)
+    first, second = on_ranks(2, _read, tmp_path, new_token_ids)
+    true, found, hidden, trained, optimisations = first
+    assert {name for name in second[0] if "lora" not in name and "delta" not in name} == set()
+    assert true.keys() == found.keys() == second[1].keys()
+    for name, tensor in true.items():
+        assert torch.equal(found[name], tensor) and torch.equal(second[1][name], tensor), name
+    assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], second[2][0])
+    assert second[3:] == (trained, optimisations) and "last_layer" in optimisations
+    assert any("lora_A" in name for name in trained) == bool(new_token_ids)

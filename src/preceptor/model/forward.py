@@ -6,7 +6,8 @@ Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hi
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +24,23 @@ from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.parts import decoder_of, model_type
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 Penalty = Callable[[Tensor, Tensor, Head, PackedSequence, float], Tensor]
 """(hidden_MD, source_N, head, sequence, divisor) -> what is added to the loss."""
 
 _WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many
+
+
+def gathered(check: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model that runs in `Engine.call`."""
+
+    @wraps(check)
+    def called(*arguments: P.args, **named: P.kwargs) -> T:
+        return Engine.of(arguments[0]).call(lambda: check(*arguments, **named))
+
+    return called
 
 
 class Engine(nn.Module):

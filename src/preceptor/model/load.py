@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +31,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """A causal LM in evaluation mode, its weights in `dtype` on `device`.
 
-    init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`.
+    init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`. device:
+    `meta` gives the same model without values, and reads none.
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
     import torch
@@ -40,17 +42,19 @@ def load_model(
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    empty = torch.device(device).type == "meta"
+    where = {"": "meta"} if empty else None
     try:
         config = AutoConfig.from_pretrained(place, **source)
         model_class = auto_class(place, config)
         if init == "random":
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else nullcontext():
                 torch.manual_seed(seed)
                 model = model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             _read_generation_config(model, place, revision)
         else:
             model, report = model_class.from_pretrained(
-                place, config=config, dtype=dtype, output_loading_info=True, **source
+                place, config=config, dtype=dtype, output_loading_info=True, device_map=where, **source
             )
             _require_all_weights(place, report)
         if not Path(place).is_dir() and config.get_text_config() is not config:

@@ -15,6 +15,7 @@ the loss is divided once, by the global number of trained tokens (StepContext.di
       towers                   a group each, which nothing ever gathers
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -23,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import Ranks
 from preceptor.model.forward import Engine
-from preceptor.model.optimisations import OPTIMISATIONS
-from preceptor.model.parts import decoder_layers, decoder_of, model_type, tower_parameters
+from preceptor.model.optimisations import OPTIMISATIONS, Mode, install
+from preceptor.model.parts import decoder_layers, decoder_of, device_of, model_type, tower_parameters
 
 Strategy = Literal["replicate", "shard", "hybrid"]
 
@@ -53,8 +54,8 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
     each sequence; False: whole weights and gradients stay from the first sequence of a step to the last. Afterwards the
     model runs through this engine alone (`forward`, `call`). Raises ModelError for weights that FSDP2 cannot shard.
     """
-    ranks = engine.state.ranks = Ranks(mesh)
     if "shard" not in (mesh.mesh_dim_names or ()):
+        engine.state.ranks = Ranks(mesh)
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -62,6 +63,8 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
         if optimisation.name in _IN_PLACE:
             optimisation.remove(engine.model, engine.state)
     _require_shardable(engine.model)
+    skeleton = without_values(engine.model)
+    ranks = engine.state.ranks = Ranks(mesh, regathers=regathers, skeleton=skeleton)
     embedding: Any = decoder_of(engine.model).get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None  # no sequence is padded: such a token is one of the data, and learns
@@ -76,12 +79,79 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
     root.set_reduce_scatter_unused_params(True)  # a phase, or a rank's experts, may leave some without a gradient
     register_fsdp_forward_method(engine, "enter")
     engine.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else ranks.reshard())
-    ranks.root, ranks.regathers = engine, regathers
+    ranks.root = engine
 
 
 def is_sharded(engine: Engine) -> bool:
-    """Whether processes share the weights, so that all must pass through the layers equally often."""
+    """Whether each rank holds a part of the model, so that all must make the same passes through it."""
     return engine.state.ranks is not None and engine.state.ranks.root is not None
+
+
+def without_values(model: nn.Module) -> Any:
+    """A copy of a model, or of its skeleton if it is sharded, whose parameters are on the meta device."""
+    ranks = Engine(model).state.ranks
+    if ranks is not None and ranks.root is not None:
+        return copy.deepcopy(ranks.skeleton)
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def shard_from_first(model: nn.Module, mode: Mode, mesh: DeviceMesh, regathers: bool, device: torch.device) -> Any:
+    """The first rank's model, sharded, on `device`: no other rank ever holds more of it than its shards and one tensor.
+
+    model: whole on the first rank, wherever it fits; on the others the same without values (`load_model` on the meta
+    device). mode: of the optimisations (`install`), of which the first rank tries which hold.
+    """
+    is_first = dist.get_rank() == 0
+    state = install(model, mode, check=is_first)
+    found = [state.optimisations]
+    dist.broadcast_object_list(found, src=0)
+    for optimisation in OPTIMISATIONS:
+        if optimisation.name not in found[0]:
+            optimisation.remove(model, state)
+    engine = Engine(without_values(model))
+    shard_model(engine, mesh, regathers)
+    engine.model.to_empty(device=device)
+    with torch.no_grad():
+        for (module, name, own), (_, _, value) in zip(_tensors(engine.model), _tensors(model), strict=True):
+            value = value.detach().to(device) if is_first else torch.empty(own.shape, dtype=own.dtype, device=device)
+            dist.broadcast(value, src=0)
+            if isinstance(own, DTensor):
+                part = distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+                own.to_local().copy_(part.to_local())
+            elif own.device.type == "meta":  # no parameter and no buffer, just an attribute
+                setattr(module, name, value)
+            else:
+                own.copy_(value)
+    return engine.model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Every tensor that a module holds, once: parameters, buffers and plain attributes."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                yield module, name, value
+
+
+@torch.no_grad()
+def sharded_copy(model: nn.Module) -> Any:
+    """A frozen copy of a sharded model, sharded alike; each rank copies its own shards."""
+    ranks = Engine.of(model).state.ranks
+    assert ranks is not None
+    engine = Engine(without_values(model).requires_grad_(False).eval())
+    shard_model(engine, ranks.mesh, ranks.regathers)
+    copied = engine.model.to_empty(device=device_of(model))
+    for (module, name, own), (_, _, value) in zip(_tensors(copied), _tensors(model), strict=True):
+        if own.device.type == "meta":
+            setattr(module, name, value)
+        else:
+            own_part(own).copy_(own_part(value))
+    return copied
 
 
 def own_part(tensor: Tensor) -> Tensor:

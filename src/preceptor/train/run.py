@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import torch
@@ -22,7 +22,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
-from preceptor.model.sharding import device_mesh, shard_model
+from preceptor.model.sharding import device_mesh, shard_from_first, shard_model
 from preceptor.plan.devices import DeviceSpec, this_machine_bytes
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
@@ -134,21 +134,27 @@ def _build(
     placement: Placement | None = None,
     world: World = ONE,
 ) -> tuple[Any, list[int]]:
-    """As `build_model`, and the tokens that the base has and never saw, of which `say` gets a line."""
+    """As `build_model`, and the tokens that the base has and never saw, of which `say` gets a line.
+
+    placement: how the model is spread over the processes; where it is sharded, the first reads it for all.
+    """
     run, chat = prepared.run, prepared.chat
+    sharded = placement is not None and placement.strategy != "replicate"
     model = load_model(
         run.model.path,
         dtype=run.model.dtype,
-        device=device,
+        device=("cpu" if world.is_first else "meta") if sharded else device,
         init=run.model.init,
         seed=run.train.seed,
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
     )
-    if found := first_not_finite(model.named_parameters()):
+    has_values = model.device.type != "meta"
+    if has_values and (found := first_not_finite(model.named_parameters())):
         raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
     freeze_towers(model)
-    untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
+    asked = has_values and run.model.init != "random"
+    untrained = world.gather(_untrained_tokens(model, prepared, say) if asked else {})[0]
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if run.adapter is not None:
@@ -164,11 +170,22 @@ def _build(
             new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
             seed=run.train.seed,
         )
-    install(model, run.engine)
-    if placement is not None:
-        mesh = device_mesh(placement.strategy, device.type, world.size, world.local_size)
-        shard_model(Engine(model), mesh, placement.regathers)
-    return model, sorted(untrained.values())
+    return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _spread(
+    model: Any, engine: Literal["auto", "plain"], device: torch.device, placement: Placement | None, world: World
+) -> Any:
+    """The model with its optimisations, on all processes."""
+    if placement is None:
+        install(model, engine)
+        return model
+    mesh = device_mesh(placement.strategy, device.type, world.size, world.local_size)
+    if placement.strategy != "replicate":
+        return shard_from_first(model, engine, mesh, placement.regathers, device)
+    install(model, engine)
+    shard_model(Engine(model), mesh)
+    return model
 
 
 def _untrained_tokens(model: Any, prepared: Prepared, say: Callable[[str], None]) -> dict[str, int]:

@@ -81,16 +81,16 @@ class Ranks:
     mesh: its dimensions are named, `replicate` and `shard`, one of them or both. root: the engine whose forward pass
     gathers what is sharded; None: each rank holds the whole model. regathers: a layer's weights are gathered when they
     are needed and freed afterwards; else they stay from the first forward pass of a step to its last backward pass.
-    inside: the root is running.
+    skeleton: the model without its values, since FSDP2 has no copy of a sharded one. inside: the root is running.
     """
 
     mesh: Any
     root: Any = None
     regathers: bool = False
+    skeleton: Any = None
     inside: bool = False
 
     def __deepcopy__(self, memo: Any) -> "Ranks":
-        assert self.root is None, "FSDP2 has no copy of a sharded model"
         return self
 
     @contextmanager
