@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,14 +35,18 @@ def train(
     nproc: Annotated[
         str | None, typer.Option("--nproc", metavar="N", help="Processes to train in; `gpu`: one for each GPU.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="All checks up to the first step, the preflight included; write nothing.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
     from preceptor.console import lasting_streams
     from preceptor.train.signals import stop_on_signals
     from preceptor.world import World
 
+    options = Options(resume, replace, dry_run)
     if nproc is not None:
-        raise typer.Exit(_launch(nproc, run_file, overrides, resume, replace))
+        raise typer.Exit(_launch(nproc, run_file, overrides, options))
     with (
         lasting_streams(),
         stop_on_signals() as stop,
@@ -49,39 +54,51 @@ def train(
         world.quiet(),
         world.errors_told_once(),
     ):
-        _train_or_stop(load_run(run_file, overrides), run_file, resume, replace, stop, world)
+        _train_or_stop(load_run(run_file, overrides), run_file, options, stop, world)
 
 
-def _launch(nproc: str, run_file: Path, overrides: list[str] | None, resume: bool, replace: bool) -> int:
+@dataclass(frozen=True)
+class Options:
+    """As on the command line."""
+
+    resume: bool
+    replace: bool
+    dry_run: bool
+
+    def words(self) -> list[str]:
+        return [f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name)]
+
+
+def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: Options) -> int:
     from preceptor.commands.launch import launch
 
     load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
-    options = ["--resume"] * resume + ["--replace"] * replace
-    return launch(nproc, ["train", *options, "--", str(run_file), *(overrides or ())])
+    return launch(nproc, ["train", *options.words(), "--", str(run_file), *(overrides or ())])
 
 
-def _train_or_stop(
-    run: "Run", run_file: Path, resume: bool, replace: bool, stop: "StopRequest", world: "World"
-) -> None:
+def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequest", world: "World") -> None:
     """Train, and say where the model is, or how to go on."""
     from preceptor.console import say, standard_console
     from preceptor.train.signals import Stopped
 
     say(first_line(run))
     try:
-        with claimed(run, run_file, resume, replace, world) as folder:
-            seconds = _train(run, folder, standard_console(), stop, world)
+        with claimed(run, run_file, options, world) as folder:
+            seconds = _train(run, folder, standard_console(), stop, world, options.dry_run)
     except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
         raise typer.Exit(stopped.exit_code) from None
+    if seconds is None:
+        say("dry run: everything is checked up to the first step, and nothing is written")
+        return
     say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
     say(f"talk to it: preceptor chat {run.out}/model")
 
 
 @contextmanager
-def claimed(run: "Run", run_file: Path, resume: bool, replace: bool, world: "World") -> "Iterator[RunFolder]":
+def claimed(run: "Run", run_file: Path, options: Options, world: "World") -> "Iterator[RunFolder]":
     """The run's folder, which the first process holds for all; the others see in it what that one has found."""
     from preceptor.train.run_folder import RunFolder, claim
 
@@ -91,7 +108,7 @@ def claimed(run: "Run", run_file: Path, resume: bool, replace: bool, world: "Wor
         folder.date = datetime.fromisoformat(found["date"])
         yield folder
         return
-    with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
+    with claim(run, run_file=run_file, resume=options.resume, replace=options.replace) as folder:
         found = {"path": str(folder.path), "record": folder.record, "date": folder.date.isoformat()}
         world.publish("folder", found)
         yield folder
@@ -103,8 +120,10 @@ def first_line(run: "Run") -> str:
     return f"{run.model.path}{hub}, trained on {', '.join(source.path for source in run.data.train)} -> {run.out}"
 
 
-def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", world: "World") -> float:
-    """The seconds that it took."""
+def _train(
+    run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", world: "World", dry_run: bool
+) -> float | None:
+    """The seconds that it took; None for a dry run."""
     from preceptor.console import say
 
     for note in folder.notes:
@@ -114,6 +133,9 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
     if folder.has_model:
         from preceptor.train.finish import finish
 
+        if dry_run:
+            say(f"{run.out}: the model is saved already; the same command without --dry-run completes the record")
+            return None
         say(f"{run.out}: the model is saved already; the record is completed")
         return float(finish(folder, say)["seconds"])
     if folder.goes_on:
@@ -121,7 +143,8 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
     prepared = _prepare(run, folder, console, world)
     from preceptor.train.run import execute_in
 
-    return float(execute_in(folder, prepared, console, stop, world).get("seconds", 0.0))
+    summary = execute_in(folder, prepared, console, stop, world, dry_run=dry_run)
+    return None if dry_run else float(summary.get("seconds", 0.0))
 
 
 def _prepare(run: "Run", folder: "RunFolder", console: "Console", world: "World") -> "Prepared":
