@@ -48,8 +48,10 @@ def make_plan(
     device: DeviceSpec,
     rate: float | None = None,
     dry_run: "DryRun | None" = None,
+    ranks: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as one object. rate: measured operations per second of this machine's matrix products, if they were.
+    ranks: processes on a node, and nodes, for which a placement of the model is planned too.
 
     Without a dry run: parameters and states alone, as far as config.json or the weight files tell. Raises ModelError
     for adapter targets that the model has not, and where the model cannot run without values.
@@ -73,6 +75,7 @@ def make_plan(
             "moment": case.memory.moment,
             "fits": case.memory.peak_bytes <= device.usable_bytes,
         },
+        "ranks": None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, *ranks),
         "data": _data_facts(run, sample),
         "work": _work_facts(run, case, sample, device, rate),
         "would_fit": would_fit(run, dry_run, sample),
@@ -164,6 +167,35 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
         "max_length": run.data.max_length,
         "batch_size": run.train.batch_size,
     }
+
+
+def _ranks_facts(
+    run: config.Run,
+    dry_run: "DryRun",
+    case: Case,
+    sample: Sample | str,
+    device: DeviceSpec,
+    ranks_per_node: int,
+    num_nodes: int,
+) -> dict[str, Any]:
+    """Every way to spread the model over processes, and the one that the run takes."""
+    num_ranks = ranks_per_node * num_nodes
+    setup = _setup_of_rank(case.setup, num_ranks)
+    moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
+    usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
+    found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
+    return {
+        "num_ranks": num_ranks,
+        "ranks_per_node": ranks_per_node,
+        "usable_bytes": usable_bytes,
+        "ways": [each.to_json() for each in found],
+        "chosen": choose(found, run.parallel.strategy).to_json(),
+    }
+
+
+def _setup_of_rank(setup: Setup, num_ranks: int) -> Setup:
+    """With the sequences of a step that a process gets at most."""
+    return replace(setup, sequences_per_step=-(-setup.sequences_per_step // num_ranks))
 
 
 def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
@@ -283,7 +315,7 @@ def place_on_ranks(
     from preceptor.model.closeness import FAILURES
     from preceptor.plan.dry_run import dry_run_of
 
-    setup = replace(setup_of(run, "", device), num_new_tokens=num_new_tokens)
+    setup = _setup_of_rank(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), num_ranks)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_of(run.model, run.engine)
