@@ -8,7 +8,10 @@ process is a world of one, in which every method returns what it is given. Tenso
 import json
 import math
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -151,6 +154,7 @@ class World:
         except Silenced:
             raise
         except Exception as error:
+            _ignore_signals()
             found = self._failed(error)
             if found is error:
                 raise
@@ -172,7 +176,7 @@ class World:
             until = time.monotonic() + _CONSEQUENCE_SECONDS
             while self._failure() is None and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
-            reason = str(error).strip().partition("\n")[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
             error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
         exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
         try:
@@ -208,6 +212,13 @@ class World:
                 yield
             finally:
                 sys.stdout, sys.stderr = before
+
+
+def _ignore_signals() -> None:
+    """This process ends by itself: the launcher, which tells all to stop where one has failed, need not hurry it."""
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -46,14 +46,16 @@ def launch(nproc: str, arguments: Sequence[str]) -> int:
 
 
 def _exit_code(error: "Exception") -> int:
-    """Of the processes that ended with an error; a killed one counts only where no other says why.
+    """Of the processes that ended with an error; a killed one is named where no other says more.
 
     The launcher itself ends by SIGTERM what still runs.
     """
     failures = error.failures  # type: ignore[attr-defined]
     codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
     ended = {rank: failure.exitcode for rank, failure in failures.items() if failure.exitcode < 0}
-    killed = {rank: code for rank, code in ended.items() if not codes and code != -signal.SIGTERM}
+    killed = {
+        rank: code for rank, code in ended.items() if code != -signal.SIGTERM and set(codes) <= {ProcessError.exit_code}
+    }
     if killed:
         names = ", ".join(f"process {rank} by {signal.Signals(-code).name}" for rank, code in sorted(killed.items()))
         why = " (SIGKILL: memory may have run out)" if -signal.SIGKILL in killed.values() else ""
