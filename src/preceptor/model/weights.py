@@ -84,7 +84,7 @@ def write_weights(model: nn.Module, merged: PreTrainedModel, folder: Path, dtype
     then. Raises CheckpointError on all ranks where one cannot write, or reads back something else than it wrote.
     """
     peers = Peers.of(model)
-    source = _Source(model, merged, dtype)
+    source = _SavedTensors(model, merged, dtype)
     files = _files(source, peers.size)
     written: dict[str, str] = {}
     for first in range(0, len(files), peers.size):
@@ -134,7 +134,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _write_index(peers: Peers, folder: Path, written: Mapping[str, str], source: "_Source") -> None:
+def _write_index(peers: Peers, folder: Path, written: Mapping[str, str], source: "_SavedTensors") -> None:
     """Which tensor is in which file, where there are several; by the first rank, which looks for all of them."""
     weight_map = {name: file for of_rank in peers.share(written) for name, file in of_rank.items()}
     with peers.together(folder):
@@ -181,7 +181,7 @@ def merged_skeleton(model: nn.Module) -> PreTrainedModel:
     return plain
 
 
-class _Source:
+class _SavedTensors:
     """Where the tensors come from: names and sizes in files, and the groups in which they are gathered."""
 
     def __init__(self, model: nn.Module, merged: PreTrainedModel, dtype: torch.dtype | None) -> None:
@@ -280,7 +280,7 @@ def _merged(module: nn.Module, name: str, values: dict[int, Any]) -> dict[str, T
     return {f"{name}.{key}": value for key, value in base.state_dict().items()}
 
 
-def _files(source: _Source, num_ranks: int) -> list[list[list[str]]]:
+def _files(source: _SavedTensors, num_ranks: int) -> list[list[list[str]]]:
     """The groups of each file, in the order of the model; files are about equally large."""
     most = _FILE_BYTES if num_ranks == 1 else _FILE_BYTES_OF_RANK
     total = sum(source.num_bytes(group) for group in source.groups)
