@@ -132,6 +132,8 @@ def test_two_hosts_train_together(run_file, tmp_path, two_hosts):
     processes = []
     for name, address, interface in two_hosts:
         more = {"NPROC_PER_NODE": "1", "PET_LOCAL_ADDR": address, "GLOO_SOCKET_IFNAME": interface}
+        if name == two_hosts[0][0]:  # by its name, which both have, no host can tell that it is the first
+            more["PET_RDZV_CONF"] = "is_host=1"
         command = ("ip", "netns", "exec", name, TWO_NODES, two_hosts[0][1], file, "parallel.strategy=shard")
         processes.append(started(*command, **more))
     shown = [ended(process) for process in processes]
