@@ -83,8 +83,11 @@ def _turn(example: Example, index: int | None) -> int | None:
     return sum(message.role == "assistant" for message in example.messages[: index + 1])
 
 
-def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:
-    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`.
+def measure(
+    model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False, by_example: bool = False
+) -> dict[str, Any]:
+    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
+    sum) and `num_tokens`.
 
     Under the caller's autocast. Raises ValueError if there is no held-out target.
     """
@@ -105,8 +108,13 @@ def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
+    of_examples = {
+        "loss": [float(sum(own.loss_N.sum() for own in tree_losses)) for tree_losses in losses],
+        "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
+    }
     return {
         **_figures(pairs),
+        **({"by_example": of_examples} if by_example else {}),
         **{
             group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}
             for group, found in groups.items()

@@ -1,11 +1,11 @@
-"""Agreement between the ranks of a run: what one alone does, and what all do. One process is a world of one."""
+"""Agreement between the ranks of a run: what one alone does, and what all do. One process is a world of one.
+
+torch is imported where there are several only, so that what is said before it is loaded can be.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
 
 T = TypeVar("T")
 
@@ -22,16 +22,18 @@ class Ranks:
     @classmethod
     def of_world(cls) -> "Ranks":
         """A new group of all ranks. All make their groups in the same order."""
+        import torch.distributed as dist
+
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return cls(dist.new_group(backend="gloo") if several else None)
 
     @property
     def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
+        return 0 if self.group is None else int(self.group.rank())
 
     @property
     def size(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
+        return 1 if self.group is None else int(self.group.size())
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +43,8 @@ class Ranks:
         """Do `work` on every rank; its results by rank. Where it fails on one, all raise the first error."""
         if self.group is None:
             return [work()]
+        import torch.distributed as dist
+
         result: tuple[T | None, BaseException | None, BaseException | None]
         try:
             result = (work(), None, None)
@@ -62,6 +66,9 @@ class Ranks:
         """The largest of each value over the ranks."""
         if self.group is None:
             return list(values)
+        import torch
+        import torch.distributed as dist
+
         tensor = torch.tensor(values)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return [int(value) for value in tensor.tolist()]

@@ -13,6 +13,7 @@ OUT/model/           a complete Hugging Face folder (with an adapter: merged; th
 OUT/summary.json     the results; a run that has them is finished
 OUT/report.html      all of it on one page, written last (report/page.py)
 OUT/replaced/        the run that `--replace` replaces, until the new one has its first checkpoint or its model
+OUT/STOP, OUT/SAVE   made by the user: the run saves after its step, and ends, or goes on (signals.py)
 OUT/.lock            held by the process that uses the folder, released when that process ends, however it ends
 """
 
@@ -48,13 +49,14 @@ from preceptor.train.differences import changed_keys
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
 REPLACED, LOCK = "replaced", ".lock"
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
     *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl"),
     *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
-_NOBODYS = (LOCK, "lost+found")  # lost+found: of an empty disk
+_NOBODYS = (LOCK, STOP_FILE, SAVE_FILE, "lost+found")  # lost+found: of an empty disk
 _OF_A_RECORD = {"command", "versions", "trees_sha256"}
 
 
@@ -179,6 +181,8 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
     with writing(folder):
         remove_partials(folder)
         remove_partials(folder / "checkpoints")
+        for name in (STOP_FILE, SAVE_FILE) * is_run(folder):  # of an earlier session
+            (folder / name).unlink(missing_ok=True)
         names = {path.name for path in folder.iterdir()} - {*_NOBODYS, REPLACED}
     if names and not is_run(folder):
         found = ", ".join(sorted(names)[:3])
