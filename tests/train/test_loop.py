@@ -52,6 +52,26 @@ def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
         torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
 
 
+def test_dropout_follows_seed_step_and_sequence_alone(run_file):
+    """Whatever was drawn before, and in whatever order the sequences are computed."""
+    prepared = prepare(config.load(run_file(conversations(4)), ["adapter.rank=4", "adapter.dropout=0.5"]))
+    sequences = [pack_trees(prepared.train.trees([index])) for index in range(4)]
+
+    def loss(drawn, ordered, seed=0, step=3):
+        model = build_model(prepared, torch.device("cpu"))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # zero at first: dropout would change nothing
+                torch.nn.init.constant_(weight, 0.1)
+        torch.manual_seed(drawn)
+        state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)), step)
+        return loop.take_step(state, ordered, 1e-3, 1.0, "float32", seed=seed)[0]
+
+    first = loss(0, sequences)
+    assert loss(1, sequences[::-1]) == pytest.approx(first, rel=1e-6)
+    assert abs(loss(0, sequences, seed=1) - first) > 1e-4
+    assert abs(loss(0, sequences, step=4) - first) > 1e-4
+
+
 def test_a_run_leaves_what_it_promises(run_file):
     folder = train(run_file(eval_rows=conversations(3)), "train.duration=2 epochs", "eval.every=1 epochs")
     assert {path.name for path in folder.iterdir()} == {

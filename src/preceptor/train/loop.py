@@ -4,10 +4,12 @@ import math
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from preceptor import config
@@ -68,7 +70,9 @@ def train(
             learning_rate = learning_rate_at(
                 step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
-            loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
+            loss, grad_norm = take_step(
+                state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective, run.train.seed
+            )
             values = {
                 "step": state.step,
                 "epoch": round(state.step / loader.steps_per_epoch, 4),
@@ -99,14 +103,16 @@ def take_step(
     max_grad_norm: float,
     precision: str,
     objective: Objective = CROSS_ENTROPY_LOSS,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """One optimizer step: (mean loss in nats, by default per trained token; norm of the gradient, not clipped).
 
+    seed: of the run; with the number of the step and a sequence's tokens it determines what is drawn for that sequence.
     Raises ModelError, before any weight is touched, when loss or gradient is not finite, or when memory runs out.
     """
     divisor = math.fsum(sequence.divisor for sequence in sequences) or 1.0
     where = f"step {state.step + 1}: a sequence"
-    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where)
+    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, (seed, state.step))
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(
@@ -140,22 +146,31 @@ def accumulate_gradients(
     precision: str,
     objective: Objective,
     where: str,
+    seed: tuple[int, int] = (0, 0),
 ) -> float:
     """Forward and backward of each sequence: their loss over `divisor`, whose gradients join `.grad`.
 
-    Raises ModelError, which begins with `where`, when memory runs out.
+    seed: of the run, and the step. Random numbers (dropout) are drawn anew for each sequence, so that they do not
+    depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
+    `where`, when memory runs out.
     """
     step = StepContext(divisor, accumulates=True, head_cast=HeadCast())
     device = engine.model.device
     engine.train()
     loss = 0.0
     for sequence in sequences:
+        torch.manual_seed(sequence_seed(*seed, sequence))
         with _explaining_out_of_memory(sequence, where):
             with autocast(device, precision):
                 share = objective(engine, sequence, step)
             share.backward()
         loss += share.item()
     return loss
+
+
+def sequence_seed(seed: int, step: int, sequence: PackedSequence) -> int:
+    """The seed of what is drawn for a sequence in a step: the same wherever, and after whatever, it is computed."""
+    return int(np.random.SeedSequence([seed, step, zlib.crc32(sequence.ids_T.tobytes())]).generate_state(1)[0])
 
 
 @contextmanager

@@ -170,7 +170,6 @@ def execute_in(
     predicted = predict_peak_bytes(
         run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
     )
-    torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if folder.goes_on:
         checkpoints.restore(state, say)
