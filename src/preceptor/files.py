@@ -28,7 +28,7 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         raise cannot_write(path, error, num_bytes) from error
 
 
-def cannot_write(path: Path, error: Exception, num_bytes: int | None = None) -> CheckpointError:
+def cannot_write(path: Path, error: BaseException, num_bytes: int | None = None) -> CheckpointError:
     """The error to raise where a file or folder cannot be written; with the room that it needs and that there is."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().partition("\n")[0]
     room, free = [], free_bytes(path)

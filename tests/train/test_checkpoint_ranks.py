@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: saved by any number of them, read by any other, to the bit; published by all or none."""
+"""Checkpoints of several ranks: saved by any number, read by any other, to the bit; published by all or none."""
 
 import json
 import os

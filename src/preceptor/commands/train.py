@@ -1,5 +1,6 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
+import json
 import os
 import shlex
 import signal
@@ -28,15 +29,19 @@ def train(
         bool, typer.Option("--resume", help="Only continue an unfinished run; begin none. (Without it: either.)")
     ] = False,
     replace: Replace = False,
+    from_run: Annotated[
+        str | None, typer.Option("--from", metavar="OUT", help="Start from the model or adapter of a finished run.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
     from preceptor.console import lasting_streams, say, standard_console
     from preceptor.train.run_folder import claim
-    from preceptor.train.signals import Stopped, stop_on_signals
+    from preceptor.train.signals import EXIT_CODE, Stopped, stop_on_signals
 
     require_one_process()
     with lasting_streams(), stop_on_signals() as stop:
-        run = load_run(run_file, overrides)
+        start = [] if from_run is None else [f"model.from_run={json.dumps(from_run)}"]
+        run = load_run(run_file, [*(overrides or []), *start])
         say(first_line(run))
         console = standard_console()
         try:
@@ -45,7 +50,7 @@ def train(
         except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             say(_how_to_go_on(stopped, run.out), error=True)
-            raise typer.Exit(stopped.exit_code) from None
+            raise typer.Exit(EXIT_CODE) from None
         say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
         say(f"talk to it: preceptor chat {run.out}/model")
 

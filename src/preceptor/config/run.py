@@ -31,7 +31,6 @@ from preceptor.config.sections import (
 from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, parse_yaml
 from preceptor.errors import ConfigError, short
 
-
 BEST_OF_HELD_OUT = ("loss", "token_accuracy")
 
 

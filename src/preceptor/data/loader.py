@@ -71,9 +71,19 @@ class Loader:
 
     def batch(self, step: int) -> list[PackedSequence]:
         """The sequences of step 0, 1, 2, ..."""
+        return [packed for planned in self._planned(step) for packed in pack(self.trees(planned), self.alone)]
+
+    def sources(self, step: int) -> list[tuple[str, ...]]:
+        """The examples, `file:line`, of each sequence of `batch(step)`."""
+        trees = [self.trees(planned) for planned in self._planned(step)]
+        if self.alone:
+            return [(tree.source,) for own in trees for tree in own for _ in chains_of(tree)]
+        return [tuple(tree.source for tree in own) for own in trees]
+
+    def _planned(self, step: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
-        return [packed for planned in self.plan(epoch)[start:end] for packed in pack(self.trees(planned), self.alone)]
+        return self.plan(epoch)[start:end]
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another."""

@@ -87,7 +87,7 @@ def measure(
     model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False, by_example: bool = False
 ) -> dict[str, Any]:
     """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
-    sum) and `num_tokens`.
+    sum, to six digits) and `num_tokens`.
 
     Under the caller's autocast. Raises ValueError if there is no held-out target.
     """
@@ -109,7 +109,7 @@ def measure(
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
     of_examples = {
-        "loss": [float(sum(own.loss_N.sum() for own in tree_losses)) for tree_losses in losses],
+        "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
     }
     return {

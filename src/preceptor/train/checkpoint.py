@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import (
-    MANIFEST,
     cannot_write,
     describe_files,
     is_full,
@@ -277,14 +277,14 @@ def _content(state: State, with_optimizer: bool) -> Content:
 def _write_part(content: Content, partial: Path, place: Path, num_bytes: int, ranks: Ranks) -> None:
     writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
     with _explained(lambda cause: cannot_write(place, cause, num_bytes)):
-        dcp.save(content, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
+        save(content, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
 
 
 def _saved_tensors(place: Path, state: State) -> dict[str, Any]:
     """DCP's metadata by name. Raises CheckpointError where the checkpoint holds other parameters than are trained."""
     with _explained(_unreadable(place)):
         saved = FileSystemReader(place).read_metadata().state_dict_metadata
-        shapes = {name: tensor.size for name, tensor in saved.items() if name.startswith(_PARAMETER)}
+        shapes = {name: getattr(tensor, "size", None) for name, tensor in saved.items() if name.startswith(_PARAMETER)}
     if shapes != {f"{_PARAMETER}{name}": p.shape for name, p in state.trained.items()}:
         raise CheckpointError(f"{place}: holds other parameters than this model trains; start anew with --replace")
     return saved
@@ -301,7 +301,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, ranks: Ranks, wit
         content[full] = _empty(saved[full], trained[name])
     with _explained(_unreadable(place)):
         reader = FileSystemReader(place)
-        dcp.load(content, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        load(content, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
     if owners:
         state.optimizer.state.clear()
     for full, (parameter, key) in owners.items():

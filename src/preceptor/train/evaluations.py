@@ -17,6 +17,7 @@ from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json_lines
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
+from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
 
@@ -37,8 +38,9 @@ class Evaluations:
 
     A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
     and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
-    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. last: the newest line, also
-    of an earlier session: an evaluation that is there is not made again.
+    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `judges` a line also
+    has the losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also
+    of earlier sessions: an evaluation that is there is not made again.
     """
 
     folder: Path
@@ -52,11 +54,12 @@ class Evaluations:
     precision: str
     enabled: bool
     say: Callable[[str], None]
-    last: dict[str, Any] = field(default_factory=dict)
+    judges: bool = False
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
     def evaluate(self, state: State) -> None:
         """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`."""
-        if not self.enabled or self.last.get("step") == state.step:
+        if not self.enabled or (self.lines and self.lines[-1]["step"] == state.step):
             return
         require_finite(state)
         evaluated = self.evaluated(state.model)
@@ -68,13 +71,16 @@ class Evaluations:
                 measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
         self._sample(evaluated, state.step)
         if measured:
-            self.last = {"step": state.step, **measured}
-            append_line(self.folder / "eval.jsonl", self.last)
+            line = {"step": state.step, **measured}
+            if self.judges:
+                line["improvement"] = improvement(self.lines, line, self.sampling.seed)
+            append_line(self.folder / "eval.jsonl", line)
+            self.lines.append(line)
             self.say(f"after {state.step} steps: {_shown(measured)}")
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
         try:
-            return measure(model, self.held_out, self.max_length, alone)
+            return measure(model, self.held_out, self.max_length, alone, by_example=self.judges)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,7 +133,8 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         precision=run.train.precision,
         enabled=enabled,
         say=say,
-        last=(read_json_lines(folder / "eval.jsonl") or [{}])[-1],
+        judges=run.train.patience is not None,
+        lines=read_json_lines(folder / "eval.jsonl"),
     )
 
 

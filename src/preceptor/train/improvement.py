@@ -16,11 +16,6 @@ Line = Mapping[str, Any]
 _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 
-def by_example(losses: Sequence[float], num_tokens: Sequence[int]) -> dict[str, Any]:
-    """The summed loss and the tokens of each held-out example, as they stand in a line of eval.jsonl."""
-    return {"loss": [float(f"{loss:.6g}") for loss in losses], "num_tokens": list(num_tokens)}
-
-
 def improvement(lines: Sequence[Line], line: Line, seed: int) -> dict[str, Any]:
     """What the line after `lines` gets: whether it improves, on which step, and by how much."""
     before = next((own for own in reversed(lines) if own.get("improvement", {}).get("improves")), None)
@@ -100,7 +95,9 @@ def outcome_lines(found: Mapping[str, Any], step: int, folder: str) -> list[str]
     if early := found.get("stopped_early"):
         chance = ""
         if early.get("low") is not None:
-            chance = f" (difference {early['difference']:+.4f}, 95 % interval {early['low']:+.4f} to {early['high']:+.4f})"
+            chance = (
+                f" (difference {early['difference']:+.4f}, 95 % interval {early['low']:+.4f} to {early['high']:+.4f})"
+            )
         since = "before the first step" if early["on_step"] == 0 else f"after step {early['on_step']}"
         num = early["num_evaluations"]
         lines.append(

@@ -25,11 +25,14 @@ from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
+from preceptor.train.improvement import best_of, stopped_early
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
+
+_NAMED_EXAMPLES = 8  # of a step whose loss is not finite
 
 
 def train(
@@ -52,27 +55,42 @@ def train(
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
     warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
     assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
+    saving, evaluating = (Clock(each.every, loader.steps_per_epoch, total_steps) for each in (run.checkpoint, run.eval))
 
-    def evaluate() -> None:
-        if state.step in (0, total_steps) or due(run.eval.every, state.step, loader, total_steps):
+    def evaluate(due: bool) -> bool:
+        """Whether the run ends here because evaluations no longer improve."""
+        if due or state.step in (0, total_steps):
             with stop.at_once():
                 evaluations.evaluate(state)
+        best = best_of(evaluations.lines, run)
+        if best is not None and best[0] == state.step:
+            checkpoints.best = state.step
+            save()
+        return stopped_early(evaluations.lines, run.train.patience) is not None
 
     def save() -> None:
-        checkpoints.save(state)
+        checkpoints.wait()
+        if not checkpoints.has(state.step):
+            checkpoints.save(state)
         folder.drop_replaced()
 
     try:
-        evaluate()  # unless the session before has done so
-        for step in range(state.step, total_steps):
+        ends = evaluate(evaluating.due(state.step))  # unless the session before has done so
+        while state.step < total_steps and not ends:
             started = time.perf_counter()
-            sequences = loader.batch(step)
+            step, sequences = state.step, loader.batch(state.step)
             learning_rate = learning_rate_at(
                 step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
-            loss, grad_norm = take_step(
-                state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective, run.train.seed
-            )
+            try:
+                loss, grad_norm = take_step(
+                    state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective, run.train.seed
+                )
+                skipped: dict[str, Any] = {}
+            except NotFiniteError as error:
+                skipped = skip_step(state, error, loader.sources(step), folder.num_skipped, run.train.max_skipped)
+                loss, grad_norm = error.loss, error.grad_norm
+                display.say(skipped["skipped"])
             values = {
                 "step": state.step,
                 "epoch": round(state.step / loader.steps_per_epoch, 4),
@@ -83,17 +101,58 @@ def train(
                 "num_trained": sum(sequence.num_trained for sequence in sequences),
                 "seconds": time.perf_counter() - started,
                 "peak_memory_bytes": peak_memory_bytes(state.model.device),
+                **skipped,
             }
             append_line(folder.path / "metrics.jsonl", values)
             display.step(values)
-            if due(run.checkpoint.every, state.step, loader, total_steps):
+            checkpoints.check()
+            asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
+            if asked or saves:
                 save()
-            evaluate()
+            if asked:
+                checkpoints.wait()
+                stop.answered()
+            ends = evaluate(evaluates)
             stop.check()
     except Stopped as stopped:
-        if state.step and not checkpoints.has(state.step):
+        if state.step:
             save()
+        checkpoints.wait()
+        stop.answered()
         raise Stopped(stopped.number, state.step) from None
+    checkpoints.wait()
+
+
+class NotFiniteError(ModelError):
+    """Loss or gradient of a step is NaN or infinite. broken: the sequences whose own loss is, by their place."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, broken: Sequence[int]) -> None:
+        super().__init__(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite")
+        self.loss, self.grad_norm, self.broken = loss, grad_norm, broken
+
+
+def skip_step(
+    state: State, error: NotFiniteError, sources: Sequence[Sequence[str]], num_skipped: int, most: int
+) -> dict[str, Any]:
+    """Go on without the update of this step; what the log says of it. Raises ModelError where too many were skipped.
+
+    sources: the examples of each sequence of the step.
+    """
+    own = error.broken or range(len(sources))
+    examples = list(dict.fromkeys(source for at in own for source in sources[at]))
+    shown = ", ".join(examples[:_NAMED_EXAMPLES])
+    shown += f" and {len(examples) - _NAMED_EXAMPLES} more" if len(examples) > _NAMED_EXAMPLES else ""
+    whose = "in the sequence of" if error.broken else "in one of the sequences of"
+    if num_skipped >= most:
+        skipped = f"; {num_skipped} steps were skipped before" if num_skipped else ""
+        raise ModelError(
+            f"{error}, {whose} {shown}{skipped}. The weights were left as they are. Look at these examples, lower "
+            "optimizer.learning_rate, lengthen optimizer.warmup, use precision float32, or allow some steps to be "
+            "skipped with train.max_skipped"
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    return {"skipped": f"{error}, {whose} {shown}; skipped, {num_skipped + 1} of {most}", "examples": examples}
 
 
 def take_step(
@@ -108,17 +167,19 @@ def take_step(
     """One optimizer step: (mean loss in nats, by default per trained token; norm of the gradient, not clipped).
 
     seed: of the run; with the number of the step and a sequence's tokens it determines what is drawn for that sequence.
-    Raises ModelError, before any weight is touched, when loss or gradient is not finite, or when memory runs out.
+    Raises NotFiniteError, before any weight is touched, when loss or gradient is not finite; ModelError when memory
+    runs out.
     """
     divisor = math.fsum(sequence.divisor for sequence in sequences) or 1.0
     where = f"step {state.step + 1}: a sequence"
-    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, (seed, state.step))
+    losses = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, (seed, state.step))
+    loss = 0.0
+    for own in losses:  # one after the other: `sum` rounds otherwise from Python 3.12 on
+        loss += own
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ModelError(
-            f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, the weights were left as they "
-            "are. Lower optimizer.learning_rate, lengthen optimizer.warmup, or use precision float32"
-        )
+        broken = [place for place, own in enumerate(losses) if not math.isfinite(own)]
+        raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
@@ -147,8 +208,8 @@ def accumulate_gradients(
     objective: Objective,
     where: str,
     seed: tuple[int, int] = (0, 0),
-) -> float:
-    """Forward and backward of each sequence: their loss over `divisor`, whose gradients join `.grad`.
+) -> list[float]:
+    """Forward and backward of each sequence: the loss of each over `divisor`, whose gradients join `.grad`.
 
     seed: of the run, and the step. Random numbers (dropout) are drawn anew for each sequence, so that they do not
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
@@ -157,15 +218,15 @@ def accumulate_gradients(
     step = StepContext(divisor, accumulates=True, head_cast=HeadCast())
     device = engine.model.device
     engine.train()
-    loss = 0.0
+    losses = []
     for sequence in sequences:
         torch.manual_seed(sequence_seed(*seed, sequence))
         with _explaining_out_of_memory(sequence, where):
             with autocast(device, precision):
                 share = objective(engine, sequence, step)
             share.backward()
-        loss += share.item()
-    return loss
+        losses.append(share.item())
+    return losses
 
 
 def sequence_seed(seed: int, step: int, sequence: PackedSequence) -> int:
@@ -196,6 +257,21 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB, macOS in bytes
 
 
-def due(every: Any, step: int, loader: Loader, total_steps: int) -> bool:
-    """Whether something that happens `every` so often happens after `step` steps."""
-    return every is not None and step % max(1, every.steps(loader.steps_per_epoch, total_steps)) == 0
+class Clock:
+    """When something that happens `every` so often is due: after certain steps, or when so much time has passed."""
+
+    def __init__(self, every: config.Duration | None, steps_per_epoch: int, total_steps: int) -> None:
+        self._seconds = None if every is None else every.seconds
+        self._steps = None
+        if every is not None and every.seconds is None:
+            self._steps = max(1, every.steps(steps_per_epoch, total_steps))
+        self._last = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether it is after this step. For one in time, asking says that it happens now."""
+        if self._steps is not None:
+            return step % self._steps == 0
+        if self._seconds is None or time.monotonic() - self._last < self._seconds:
+            return False
+        self._last = time.monotonic()
+        return True

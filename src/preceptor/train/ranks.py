@@ -52,15 +52,15 @@ class Ranks:
             result = (None, error, error.__cause__)
         results: list[Any] = [None] * self.size
         dist.all_gather_object(results, result, group=self.group)
-        for _, error, cause in results:
-            if error is not None:
-                raise error from cause
+        for _, wrong, cause in results:
+            if wrong is not None:
+                raise wrong from cause
         return [own for own, _, _ in results]
 
     def first(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank alone; its result, or its error, on all."""
-        found = self.together(lambda: work() if self.is_first else None)[0]
-        return found  # type: ignore[return-value]
+        results: list[Any] = self.together(lambda: work() if self.is_first else None)
+        return results[0]  # type: ignore[no-any-return]
 
     def most(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over the ranks."""
