@@ -12,11 +12,11 @@ from typing import Any
 from preceptor import config
 from preceptor.evaluate.intervals import paired_interval
 
-Line = Mapping[str, Any]
+Evaluation = Mapping[str, Any]
 _LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 
-def improvement(lines: Sequence[Line], line: Line, seed: int) -> dict[str, Any]:
+def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dict[str, Any]:
     """What the line after `lines` gets: whether it improves, on which step, and by how much."""
     before = next((own for own in reversed(lines) if own.get("improvement", {}).get("improves")), None)
     if before is None or len(before["by_example"]["loss"]) != len(line["by_example"]["loss"]):
@@ -28,7 +28,7 @@ def improvement(lines: Sequence[Line], line: Line, seed: int) -> dict[str, Any]:
     return {"improves": improves, "on_step": before["step"], **interval}
 
 
-def num_without_improvement(lines: Sequence[Line]) -> int:
+def num_without_improvement(lines: Sequence[Evaluation]) -> int:
     """How many of the last evaluations did not improve."""
     num = 0
     for line in reversed(lines):
@@ -38,7 +38,7 @@ def num_without_improvement(lines: Sequence[Line]) -> int:
     return num
 
 
-def stopped_early(lines: Sequence[Line], patience: int | None) -> dict[str, Any] | None:
+def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str, Any] | None:
     """Why the run ends after the last of these evaluations; None where it goes on."""
     if patience is None or num_without_improvement(lines) < patience:
         return None
@@ -46,7 +46,7 @@ def stopped_early(lines: Sequence[Line], patience: int | None) -> dict[str, Any]
     return {"step": last["step"], "num_evaluations": num_without_improvement(lines), **last["improvement"]}
 
 
-def best_of(lines: Sequence[Line], run: config.Run) -> tuple[int, float] | None:
+def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
     """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones."""
     found: tuple[int, float] | None = None
     lower = _is_lower_better(lines, run)
@@ -59,7 +59,7 @@ def best_of(lines: Sequence[Line], run: config.Run) -> tuple[int, float] | None:
     return found
 
 
-def value_of(line: Line, run: config.Run) -> float | None:
+def value_of(line: Evaluation, run: config.Run) -> float | None:
     """What `checkpoint.best` names, in a line of eval.jsonl; of a task, its first figure."""
     best = run.checkpoint.best
     if best not in run.eval.tasks:
@@ -69,7 +69,7 @@ def value_of(line: Line, run: config.Run) -> float | None:
     return float(next(iter(tasks[at]["figures"].values()))["value"]) if at < len(tasks) else None
 
 
-def _is_lower_better(lines: Sequence[Line], run: config.Run) -> bool:
+def _is_lower_better(lines: Sequence[Evaluation], run: config.Run) -> bool:
     best = run.checkpoint.best
     if best not in run.eval.tasks:
         return best in _LOWER_IS_BETTER
@@ -78,7 +78,7 @@ def _is_lower_better(lines: Sequence[Line], run: config.Run) -> bool:
     return at < len(tasks) and next(iter(tasks[at]["figures"])) in _LOWER_IS_BETTER
 
 
-def outcome(lines: Sequence[Line], run: config.Run, step: int, num_planned: int) -> dict[str, Any]:
+def outcome(lines: Sequence[Evaluation], run: config.Run, step: int, num_planned: int) -> dict[str, Any]:
     """How a training ended: after which step, why, and of which step the model is."""
     early = stopped_early(lines, run.train.patience) if step < num_planned else None
     best = best_of(lines, run)
