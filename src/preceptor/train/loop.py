@@ -46,15 +46,13 @@ def train(
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> None:
-    """Train `state` to the end of the run.
-
-    A step's summed loss is divided once, by its number of trained tokens (or conversations, data/mixture.py), however
-    they are spread over sequences. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
+    """Train `state` to the end of the run: a step's summed loss is divided once, by its number of
+    trained tokens (or conversations, data/mixture.py), however they are spread over sequences. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
     """
-    optimizer, precision = run.optimizer, run.train.precision
+    optimizer, peak = run.optimizer, run.optimizer.learning_rate
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
     warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
-    assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
+    assert peak is not None
     saving, evaluating = (Clock(each.every, loader.steps_per_epoch, total_steps) for each in (run.checkpoint, run.eval))
 
     def evaluate(due: bool) -> bool:
@@ -62,65 +60,68 @@ def train(
         if due or state.step in (0, total_steps):
             with stop.at_once():
                 evaluations.evaluate(state)
-        best = best_of(evaluations.lines, run)
-        if best is not None and best[0] == state.step:
+        if (best := best_of(evaluations.lines, run)) and best[0] == state.step:
             checkpoints.best = state.step
             save()
         return stopped_early(evaluations.lines, run.train.patience) is not None
 
-    def save() -> None:
+    def save(wait: bool = False) -> None:
         checkpoints.wait()
-        if not checkpoints.has(state.step):
+        if state.step and not checkpoints.has(state.step):
             checkpoints.save(state)
-        folder.drop_replaced()
+        if wait:
+            checkpoints.wait()
+            stop.answered()
+        if checkpoints.found():
+            folder.drop_replaced()
 
     try:
         ends = evaluate(evaluating.due(state.step))  # unless the session before has done so
         while state.step < total_steps and not ends:
-            started = time.perf_counter()
-            step, sequences = state.step, loader.batch(state.step)
             learning_rate = learning_rate_at(
-                step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
+                state.step, total_steps, warmup_steps, peak, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
-            try:
-                loss, grad_norm = take_step(
-                    state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective, run.train.seed
-                )
-                skipped: dict[str, Any] = {}
-            except NotFiniteError as error:
-                skipped = skip_step(state, error, loader.sources(step), folder.num_skipped, run.train.max_skipped)
-                loss, grad_norm = error.loss, error.grad_norm
-                display.say(skipped["skipped"])
-            values = {
-                "step": state.step,
-                "epoch": round(state.step / loader.steps_per_epoch, 4),
-                "loss": loss,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "num_tokens": sum(sequence.num_tokens for sequence in sequences),
-                "num_trained": sum(sequence.num_trained for sequence in sequences),
-                "seconds": time.perf_counter() - started,
-                "peak_memory_bytes": peak_memory_bytes(state.model.device),
-                **skipped,
-            }
+            values = _logged_step(run, objective, state, loader, learning_rate, folder)
             append_line(folder.path / "metrics.jsonl", values)
             display.step(values)
             checkpoints.check()
             asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
             if asked or saves:
-                save()
-            if asked:
-                checkpoints.wait()
-                stop.answered()
+                save(wait=asked)
             ends = evaluate(evaluates)
             stop.check()
     except Stopped as stopped:
-        if state.step:
-            save()
-        checkpoints.wait()
-        stop.answered()
+        save(wait=True)
         raise Stopped(stopped.number, state.step) from None
     checkpoints.wait()
+
+
+def _logged_step(
+    run: config.Run, objective: Objective, state: State, loader: Loader, learning_rate: float, folder: RunFolder
+) -> dict[str, Any]:
+    """Take the next step, or leave out its update; its line of the log. Raises as `take_step`, `skip_step`."""
+    started, step, skipped = time.perf_counter(), state.step, {}
+    sequences, precision = loader.batch(step), run.train.precision
+    assert precision is not None
+    try:
+        loss, grad_norm = take_step(
+            state, sequences, learning_rate, run.optimizer.max_grad_norm, precision, objective, run.train.seed
+        )
+    except NotFiniteError as error:
+        skipped = skip_step(state, error, loader.sources(step), folder.num_skipped, run.train.max_skipped)
+        loss, grad_norm = error.loss, error.grad_norm
+    return {
+        "step": state.step,
+        "epoch": round(state.step / loader.steps_per_epoch, 4),
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "num_tokens": sum(sequence.num_tokens for sequence in sequences),
+        "num_trained": sum(sequence.num_trained for sequence in sequences),
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(state.model.device),
+        **skipped,
+    }
 
 
 class NotFiniteError(ModelError):
