@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -124,6 +124,14 @@ class Checkpoints:
             return
         staged = BlockingAsyncStager().stage(content)
         self._writer = _Writer(lambda: self._save(staged, num_bytes, step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What is being written is written to its end, also where the run has failed."""
+        if self._writer is not None:
+            self._writer.join()
 
     def check(self) -> None:
         """Raises the error of a write that has ended; does not wait for one that has not."""

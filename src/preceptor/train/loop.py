@@ -46,8 +46,9 @@ def train(
     checkpoints: Checkpoints,
     stop: StopRequest,
 ) -> None:
-    """Train `state` to the end of the run: a step's summed loss is divided once, by its number of
-    trained tokens (or conversations, data/mixture.py), however they are spread over sequences. Raises ModelError as `take_step`, `require_finite`; Stopped, with all steps saved.
+    """Train `state` to the end of the run. A step's summed loss is divided once, by its number of trained tokens (or
+    conversations, data/mixture.py), however they are spread over sequences. Raises ModelError as `skip_step`,
+    `require_finite`; Stopped, with all steps saved.
     """
     optimizer, peak = run.optimizer, run.optimizer.learning_rate
     total_steps = run.train.duration.steps(loader.steps_per_epoch)

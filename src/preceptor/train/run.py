@@ -1,7 +1,7 @@
 """A run from its prepared data to a trained model in its folder (run_folder.py lists what is in it)."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
@@ -171,14 +171,7 @@ def execute_in(
     record = _record(folder, prepared, model, device, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
-    checkpoints = Checkpoints(
-        folder.path / "checkpoints",
-        record["run"],
-        run.checkpoint.keep,
-        run.checkpoint.async_save,
-        about={"versions": record["versions"], "config": run.model_dump(mode="json")},
-        best=folder.best_step(run),
-    )
+    checkpoints = _checkpoints(folder, run, record)
     _require_room(run, state, checkpoints)
     passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
     loader = passed.loader
@@ -187,13 +180,7 @@ def execute_in(
     )
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if folder.goes_on:
-        checkpoints.restore(state, say)
-        if folder.lengthens:
-            if not state.step:
-                raise CheckpointError(f"{run.out}: has no checkpoint to train on from" + longer(run.out))
-            folder.lengthen(config.dump(run), num_steps)
-            say(f"lengthened to {num_steps:,} steps; goes on after step {state.step:,}")
-        folder.go_on(state.step, session(device), say)
+        _go_on(folder, run, state, checkpoints, num_steps, say)
     else:
         counts = amounts(prepared, loader, num_steps) | {
             "each_conversation_alone": loader.alone,
@@ -204,7 +191,7 @@ def execute_in(
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader)
     with stop.while_training(folder.path):
-        with Display(console, num_steps, state.step) as display:
+        with checkpoints, Display(console, num_steps, state.step) as display:
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone)
             loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop)
         require_finite(state)
@@ -212,6 +199,26 @@ def execute_in(
         _end(state, run, folder, checkpoints, num_steps, say)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started)
+
+
+def _checkpoints(folder: RunFolder, run: config.Run, record: Mapping[str, Any]) -> Checkpoints:
+    about = {"versions": record["versions"], "config": run.model_dump(mode="json")}
+    place, settings = folder.path / "checkpoints", run.checkpoint
+    return Checkpoints(place, record["run"], settings.keep, settings.async_save, about, best=folder.best_step(run))
+
+
+def _go_on(
+    folder: RunFolder, run: config.Run, state: State, checkpoints: Checkpoints, num_steps: int, say: Say
+) -> None:
+    """Bring `state` and the logs to the newest checkpoint. Raises CheckpointError where a longer run has none."""
+    checkpoints.restore(state, say)
+    if folder.lengthens:
+        if not state.step:
+            raise CheckpointError(f"{run.out}: has no checkpoint to train on from{longer(run.out)}")
+        folder.lengthen(config.dump(run), num_steps)
+        say(f"lengthened to {num_steps:,} steps; goes on after step {state.step:,}")
+    folder.go_on(state.step, session(state.model.device), say)
+    checkpoints.best = folder.best_step(run)  # of the evaluations up to there
 
 
 def _end(state: State, run: config.Run, folder: RunFolder, checkpoints: Checkpoints, num_steps: int, say: Say) -> None:
