@@ -55,7 +55,7 @@ def command(*arguments, folder, kill_at=None, full_at=None, fails_at=None, signa
 
 
 def _in_child(arguments, writer, folder, counter, moments):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.dup2(writer, 1)
     os.dup2(writer, 2)

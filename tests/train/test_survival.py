@@ -17,6 +17,7 @@ from children import TORTURE, command, moments, result_of
 from conftest import conversations
 from preceptor import cli
 from preceptor.files import write_atomically
+from preceptor.train.signals import EXIT_CODE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")  # Python 3.12: a native library may have a thread
 
@@ -115,7 +116,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, kind):
 
 # Signals, and a display that is gone ---------------------------------------------------------------------------------
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 NO_CHECKPOINTS = ("checkpoint.every=null",)  # a signal saves all the same
 
 
@@ -131,7 +132,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
     ended = command(*train, "--replace", folder=out, signals=[while_logging])
     name = signal.Signals(number).name
-    assert ended.code == 128 + number, ended.shown
+    assert ended.code == EXIT_CODE, ended.shown
     assert f"{name}: the run finishes this step and saves it" in ended.shown
     assert f"stopped by {name} after step 4, which is saved in {out}/checkpoints" in ended.shown
     assert "--replace" not in ended.shown.rpartition("this goes on: ")[2]
@@ -146,7 +147,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(run, tmp_path):
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
     while_sampling = ("samples.jsonl", 3, signal.SIGTERM)  # after a removal and the evaluation before step 1
     ended = command(*train, folder=out, signals=[while_sampling])
-    assert ended.code == 128 + signal.SIGTERM and "after step 3" in ended.shown, ended.shown
+    assert ended.code == EXIT_CODE and "after step 3" in ended.shown, ended.shown
     assert [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0]
     assert command(*train, folder=out).code == 0
     assert same_but_for_checkpoints(result_of(out), whole)
@@ -167,7 +168,7 @@ def test_a_signal_before_the_training_leaves_nothing(run, tmp_path):
     out = tmp_path / "run"
     train = ("train", file, f"out={out}")
     ended = command(*train, folder=out, signals=[("train.jsonl", 1, signal.SIGTERM)])
-    assert ended.code == 128 + signal.SIGTERM and not out.exists()
+    assert ended.code == EXIT_CODE and not out.exists()
     assert "stopped by SIGTERM before the first step" in ended.shown
 
 
