@@ -35,7 +35,8 @@ resolved file, with every default written out, is kept in the run's folder as `c
 working directory; a data or template file that is not there is looked for beside the run file. In paths, `~/`, `$NAME`
 and `${NAME}` (environment variables) are replaced.
 
-Durations are written `3 epochs`, `500 steps` or, where a share of the run makes sense, `5 %`.
+Durations are written `3 epochs`, `500 steps`; where a share of the run makes sense, `5 %`; and how often something
+happens also `10 minutes`, `2 hours`.
 
 This page is made from `src/preceptor/config/sections.py` by `python docs/make_run_file_page.py`.
 """

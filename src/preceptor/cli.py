@@ -2,8 +2,9 @@
 
 Exit codes: 0 done; 2 an error in the command line or run file; 3 in the data; 4 in the chat template; 5 in the model;
 6 a file or folder cannot be written, or a run folder is broken; 7 another process of the run was killed or cannot be
-reached; 1 any other error, a bug of this program most likely, in one line with the file that holds its traceback; 128
-plus the number of the signal that stopped it.
+reached; 1 any other error, a bug of this program most likely, in one line with the file that holds its traceback; 75 a
+run that was told to stop and has saved, to be started again (train/signals.py); 130 any other command that was
+interrupted.
 """
 
 import io

@@ -13,13 +13,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from preceptor.errors import ConfigError, PreceptorError, ProcessError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """After which a process that waits for another one gives up."""
@@ -36,13 +38,17 @@ class Silenced(SystemExit):
 
 @dataclass(frozen=True)
 class World:
-    """rank: of all processes; local_rank: of those on this machine. store: where all can read what one has written."""
+    """rank: of all processes; local_rank: of those on this machine. store: where all can read what one has written.
+
+    group: torch's group of the processes; None: the one of `connect`.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     store: Any = None
+    group: Any = None
 
     @classmethod
     @contextmanager
@@ -72,6 +78,14 @@ class World:
         yield world
         if distributed.is_initialized():  # after an error nothing is waited for
             distributed.destroy_process_group()
+
+    @classmethod
+    def of_process_group(cls) -> "World":
+        """Of a process group that a program has made by itself."""
+        from torch import distributed
+
+        own = cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
+        return own.with_own_group()
 
     @property
     def is_first(self) -> bool:
@@ -107,6 +121,17 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
 
+    def with_own_group(self) -> "World":
+        """The same processes, who talk apart from others: a thread that waits for them there disturbs nothing else.
+
+        All make such groups in the same order.
+        """
+        if self.size == 1:
+            return self
+        from torch import distributed
+
+        return replace(self, group=distributed.new_group(backend="gloo", timeout=TIMEOUT))
+
     # Connected; all processes call the same methods in the same order
 
     def gather(self, value: Any) -> list[Any]:
@@ -116,8 +141,27 @@ class World:
         from torch import distributed
 
         found = [None] * self.size
-        distributed.all_gather_object(found, value)
+        distributed.all_gather_object(found, value, group=self.group)
         return found
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` in every process; its results by rank. Where it fails in one, all raise the first error."""
+        if self.size == 1:
+            return [work()]
+        result: tuple[T | None, BaseException | None, BaseException | None]
+        try:
+            result = (work(), None, None)
+        except BaseException as error:
+            result = (None, error, error.__cause__)
+        results = self.gather(result)
+        for _, failed, cause in results:
+            if failed is not None:
+                raise failed from cause
+        return [own for own, _, _ in results]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do `work` in the first process alone; its result, or its error, in all."""
+        return self.together(lambda: work() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def sum(self, *values: float) -> list[float]:
         """Of each value the sum over the processes: the same on all of them, to the bit, in whatever order."""
@@ -134,7 +178,7 @@ class World:
 
         own = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.size)]
-        distributed.all_gather(found, own)
+        distributed.all_gather(found, own, group=self.group)
         return list(zip(*(each.tolist() for each in found), strict=True))
 
     # Errors

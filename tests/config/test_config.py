@@ -180,6 +180,17 @@ def test_durations_in_steps(text, steps):
     assert Duration.parse(text).steps(steps_per_epoch=10, total_steps=30) == steps
 
 
+def test_durations_in_time_say_how_often_and_not_how_long():
+    assert Duration.parse("10 minutes").seconds == 600 and Duration.parse("1.5 hours").seconds == 5400
+    assert Duration.parse("3 epochs").seconds is None and str(Duration.parse("1 minute")) == "1 minutes"
+    tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}]}, "out": "o"}
+    run = config.build({**tree, "checkpoint": {"every": "2 hours"}, "eval": {"every": "30 seconds"}}, "test")
+    assert run.checkpoint.every.seconds == 7200 and config.build(run.model_dump(mode="json"), "test") == run
+    for section, key in (("train", "duration"), ("optimizer", "warmup")):
+        with pytest.raises(ConfigError, match=rf"{section}\.{key}: in epochs or steps, not in time"):
+            config.build({**tree, section: {key: "10 minutes"}}, "test")
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_field_has_its_line(section):
     for name, field in section.model_fields.items():

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_inside_and_outside_of_a_step():
         with pytest.raises(Stopped, match="stopped by SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with stop_on_signals() as stop, stop.after_step():
+    with stop_on_signals() as stop, stop.while_training(Path()):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.number == signal.SIGTERM
         with pytest.raises(Stopped), stop.at_once():

@@ -1,5 +1,6 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
+import json
 import shlex
 import signal
 import sys
@@ -35,6 +36,9 @@ def train(
     nproc: Annotated[
         str | None, typer.Option("--nproc", metavar="N", help="Processes to train in; `gpu`: one for each GPU.")
     ] = None,
+    from_run: Annotated[
+        str | None, typer.Option("--from", metavar="OUT", help="Start from the model or adapter of a finished run.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="All checks up to the first step, the preflight included; write nothing.")
     ] = False,
@@ -45,6 +49,8 @@ def train(
     from preceptor.world import World
 
     options = Options(resume, replace, dry_run)
+    if from_run is not None:
+        overrides = [*(overrides or []), f"model.from_run={json.dumps(from_run)}"]
     if nproc is not None:
         raise typer.Exit(_launch(nproc, run_file, overrides, options))
     with (
@@ -79,7 +85,7 @@ def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: Op
 def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequest", world: "World") -> None:
     """Train, and say where the model is, or how to go on."""
     from preceptor.console import say, standard_console
-    from preceptor.train.signals import Stopped
+    from preceptor.train.signals import EXIT_CODE, Stopped
 
     say(first_line(run))
     try:
@@ -89,7 +95,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
-        raise typer.Exit(stopped.exit_code) from None
+        raise typer.Exit(EXIT_CODE) from None
     if seconds is None:
         say("dry run: everything is checked up to the first step, and nothing is written")
         return
@@ -104,13 +110,13 @@ def claimed(run: "Run", run_file: Path, options: Options, world: "World") -> "It
 
     if not world.is_first:
         found = world.published("folder")
-        folder = RunFolder(Path(found["path"]), record=found["record"])
+        folder = RunFolder(Path(found["path"]), record=found["record"], lengthens=found["lengthens"])
         folder.date = datetime.fromisoformat(found["date"])
         yield folder
         return
     with claim(run, run_file=run_file, resume=options.resume, replace=options.replace) as folder:
-        found = {"path": str(folder.path), "record": folder.record, "date": folder.date.isoformat()}
-        world.publish("folder", found)
+        found = {"path": str(folder.path), "record": folder.record, "lengthens": folder.lengthens}
+        world.publish("folder", {**found, "date": folder.date.isoformat()})
         yield folder
 
 

@@ -71,11 +71,22 @@ class Loader:
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
         """The sequences of step 0, 1, 2, ...; with several processes those of one of them."""
+        of_rank = self._planned(step, rank, num_ranks)
+        return [packed for planned in of_rank for packed in pack(self.trees(planned), self.alone)]
+
+    def sources(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, ...]]:
+        """The examples, `file:line`, of each sequence of `batch`."""
+        trees = [self.trees(planned) for planned in self._planned(step, rank, num_ranks)]
+        if self.alone:
+            return [(tree.source,) for own in trees for tree in own for _ in chains_of(tree)]
+        return [tuple(tree.source for tree in own) for own in trees]
+
+    def _planned(self, step: int, rank: int, num_ranks: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         batch = self.plan(epoch)[start:end]
-        own = deal([sum(self._lengths[index] for index in planned) for planned in batch], num_ranks)[rank]
-        return [packed for at in own for packed in pack(self.trees(batch[at]), self.alone)]
+        dealt = deal([sum(self._lengths[index] for index in planned) for planned in batch], num_ranks)
+        return [batch[at] for at in dealt[rank]]
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another."""

@@ -85,9 +85,15 @@ def _turn(example: Example, index: int | None) -> int | None:
 
 
 def measure(
-    model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False, world: World = ONE
+    model: Any,
+    held_out: Sequence[LabelledTree],
+    max_length: int,
+    alone: bool = False,
+    by_example: bool = False,
+    world: World = ONE,
 ) -> dict[str, Any]:
-    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`.
+    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
+    sum, to six digits) and `num_tokens`.
 
     Under the caller's autocast. world: the examples are shared out over its processes; each has the figures. Raises
     ValueError if there is no held-out target.
@@ -109,8 +115,13 @@ def measure(
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
+    of_examples = {
+        "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
+        "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
+    }
     return {
         **_figures(pairs),
+        **({"by_example": of_examples} if by_example else {}),
         **{
             group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}
             for group, found in groups.items()

@@ -28,6 +28,7 @@ from preceptor.data.sources import OpenSource
 from preceptor.evaluate.tasks import Task
 from preceptor.files import sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
+from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
 
 PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
@@ -84,6 +85,7 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
     hashes = trees_hashes(prepared)
     return {
         "model": _model(run.model, (recorded or {}).get("model") or {}),
+        "from_run": record_of_start(run),
         "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "trees_sha256": hashes["examples"],

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -29,13 +29,17 @@ from preceptor.plan.ranks import Placement, in_words
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
 from preceptor.train.differences import (
+    base_differences,
     changed_keys,
     content_differences,
     evaluation_differences,
+    may_be_lengthened,
     rounding_differences,
 )
 from preceptor.train.evaluations import build_evaluations
-from preceptor.train.finish import finish, require_room, save_at_the_end
+from preceptor.train.finish import Say, finish, require_room, save_at_the_end
+from preceptor.train.from_run import adapter_to_continue
+from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
@@ -43,7 +47,7 @@ from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
-from preceptor.train.run_folder import RunFolder, claim
+from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
 from preceptor.world import ONE, World, num_cores
 
@@ -158,7 +162,7 @@ def _build(
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if run.adapter is not None:
-        from preceptor.model.adapters.lora import add_adapter
+        from preceptor.model.adapters.lora import add_adapter, load_adapter
 
         assert run.adapter.alpha is not None, "a resolved run has an alpha"
         model = add_adapter(
@@ -170,6 +174,10 @@ def _build(
             new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
             seed=run.train.seed,
         )
+        start = adapter_to_continue(run)
+        if start is not None and has_values:
+            load_adapter(model, start)
+            say(f"trains on the adapter of {run.model.from_run}")
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
 
@@ -252,7 +260,7 @@ def execute_in(
     record = _record_of_first(folder, prepared, model, device, world, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
     state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
-    checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
+    checkpoints = _checkpoints(folder, run, record, world)
     _require_room(run, state, checkpoints)
     passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
     loader = passed.loader
@@ -262,9 +270,7 @@ def execute_in(
         _announce(console, prepared, state, num_steps, loader, "`preceptor check` counts them")
         return {}
     if folder.goes_on:
-        checkpoints.restore(state, say)
-        if world.is_first:
-            folder.go_on(state.step, session(device, world.size), say)
+        _go_on(folder, run, state, checkpoints, num_steps, world, say)
     elif world.is_first:
         counts = amounts(prepared, loader, num_steps) | {
             "each_conversation_alone": loader.alone,
@@ -274,12 +280,13 @@ def execute_in(
         }
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
-    with stop.after_step():
-        with Display(console, num_steps, state.step) as display:
+    with stop.while_training(folder.path, world):
+        with checkpoints, Display(console, num_steps, state.step) as display:
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone, world)
             loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop, world)
         require_finite(state)
-        loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
+        loop.require_finite_loss(state, loader.batch(state.step - 1)[0], run.train.precision, objective)
+        _end(state, run, folder, checkpoints, num_steps, world, say)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
 
@@ -299,6 +306,63 @@ def _require_same_data(prepared: Prepared, world: World) -> None:
                 f"process {rank} has other {' and '.join(other)} than process 0: all must read the same files, by the "
                 "same versions of the packages"
             )
+
+
+def _checkpoints(folder: RunFolder, run: config.Run, record: Mapping[str, Any], world: World) -> Checkpoints:
+    about = {"versions": record["versions"], "config": run.model_dump(mode="json")}
+    place, settings, best = folder.path / "checkpoints", run.checkpoint, world.first(lambda: folder.best_step(run))
+    own = world.with_own_group()  # a thread may write while training goes on
+    return Checkpoints(place, record["run"], settings.keep, settings.async_save, about, own, best)
+
+
+def _go_on(
+    folder: RunFolder,
+    run: config.Run,
+    state: State,
+    checkpoints: Checkpoints,
+    num_steps: int,
+    world: World,
+    say: Say,
+) -> None:
+    """Bring `state` and the logs to the newest checkpoint. Raises CheckpointError where a longer run has none."""
+    checkpoints.restore(state, say)
+    if folder.lengthens:
+        if not state.step:
+            raise CheckpointError(f"{run.out}: has no checkpoint to train on from{longer(run.out)}")
+        world.first(lambda: folder.lengthen(config.dump(run), num_steps))
+        say(f"lengthened to {num_steps:,} steps; goes on after step {state.step:,}")
+    world.first(lambda: folder.go_on(state.step, session(state.model.device, world.size), say))
+    checkpoints.best = world.first(lambda: folder.best_step(run))  # of the evaluations up to there
+
+
+def _end(
+    state: State,
+    run: config.Run,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    num_steps: int,
+    world: World,
+    say: Say,
+) -> None:
+    """Record how the training ended; give the model the weights that are to be saved, where they are not the last.
+
+    A checkpoint of the last step is kept where the model is of another one, or where the run may be lengthened.
+    """
+    lines, step = world.first(lambda: folder.evaluations), state.step
+    found = outcome(lines, run, step, num_steps)
+    best = found["model_step"]
+    if best != step and not checkpoints.has(best):
+        say(f"the checkpoint of step {best}, the best by {run.checkpoint.best}, is not there: the last is saved")
+        found = {**found, "model_step": step}
+    may_go_on = run.checkpoint.every is not None and may_be_lengthened(run)
+    if (found["model_step"] != step or may_go_on) and not checkpoints.has(step):
+        checkpoints.save(state)
+        checkpoints.wait()
+    world.first(lambda: folder.record_outcome(found))
+    for line in outcome_lines(found, step, run.out):
+        say(line)
+    if found["model_step"] != step:
+        checkpoints.restore_weights(state, found["model_step"])
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
@@ -336,6 +400,8 @@ def _record(
     """
     run = prepared.run
     now = {**session(device, world.size), **origins(prepared, folder.record)}
+    if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
+        raise ModelError("\n".join(reasons))
     if not folder.goes_on:
         engine = {"mode": run.engine, "optimisations": sorted(Engine(model).state.optimisations)}
         return {
