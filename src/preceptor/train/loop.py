@@ -72,8 +72,7 @@ def train(
         return stopped_early(evaluations.lines, run.train.patience) is not None
 
     def save(wait: bool = False) -> None:
-        checkpoints.wait()
-        if state.step and not checkpoints.has(state.step):
+        if state.step:
             checkpoints.save(state)
         if wait:
             checkpoints.wait()
@@ -88,8 +87,6 @@ def train(
                 state.step, total_steps, warmup_steps, peak, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
             values = _logged_step(run, objective, state, loader, learning_rate, folder, world)
-            if world.is_first:
-                append_line(folder.path / "metrics.jsonl", values)
             display.step(values)
             checkpoints.check()
             asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
@@ -112,7 +109,7 @@ def _logged_step(
     folder: RunFolder,
     world: World,
 ) -> dict[str, Any]:
-    """Take the next step, or leave out its update; its line of the log. Raises as `take_step`, `skip_step`."""
+    """Take the next step, or leave out its update; the logged line of it. Raises as `take_step`, `skip_step`."""
     started, step, skipped = time.perf_counter(), state.step, {}
     sequences, precision = loader.batch(step, world.rank, world.size), run.train.precision
     assert precision is not None
@@ -126,7 +123,7 @@ def _logged_step(
         num_skipped = world.gather(folder.num_skipped if world.is_first else 0)[0]
         skipped = skip_step(state, error, broken, loader.sources(step), num_skipped, run.train.max_skipped)
         loss, grad_norm = error.loss, error.grad_norm
-    return {
+    values = {
         "step": state.step,
         "epoch": round(state.step / loader.steps_per_epoch, 4),
         "loss": loss,
@@ -135,6 +132,9 @@ def _logged_step(
         **_of_all(state, sequences, time.perf_counter() - started, world),
         **skipped,
     }
+    if world.is_first:
+        append_line(folder.path / "metrics.jsonl", values)
+    return values
 
 
 class NotFiniteError(ModelError):
