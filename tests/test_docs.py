@@ -31,7 +31,7 @@ def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
 
-RECIPES = sorted((ROOT / "recipes").iterdir())
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -29,7 +29,7 @@ TIMEOUT = timedelta(minutes=30)
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
 _BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
-_FAILURE = "failure"
+_FAILURE, _CONNECTED = "failure", "connected"
 
 
 class Silenced(SystemExit):
@@ -104,13 +104,16 @@ class World:
 
     def published(self, name: str) -> Any:
         """What another process publishes under a name, sooner or later. Ends this process where one has failed."""
+        self._wait(lambda: self.store.check([name]), name)
+        return json.loads(self.store.get(name))
+
+    def _wait(self, is_there: Callable[[], bool], name: str) -> None:
         until = time.monotonic() + TIMEOUT.total_seconds()
-        while not self.store.check([name]):
+        while not is_there():
             self._end_if_another_failed()
             if time.monotonic() > until:
                 raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
             time.sleep(_LOOK_SECONDS)
-        return json.loads(self.store.get(name))
 
     def connect(self, device_type: str) -> None:
         """Let the processes compute together. Data is rendered before: processes cannot be forked afterwards."""
@@ -120,6 +123,8 @@ class World:
 
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        self.store.add(_CONNECTED, 1)  # none may end before all are: who still connects would wait for it
+        self._wait(lambda: self.store.add(_CONNECTED, 0) == self.size, _CONNECTED)
 
     def with_own_group(self) -> "World":
         """The same processes, who talk apart from others: a thread that waits for them there disturbs nothing else.

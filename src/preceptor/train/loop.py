@@ -21,6 +21,7 @@ from preceptor.errors import ModelError
 from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
@@ -88,8 +89,6 @@ def train(
                 state.step, total_steps, warmup_steps, peak, optimizer.lr_scheduler, optimizer.min_lr_ratio
             )
             values = _logged_step(run, objective, state, loader, learning_rate, folder, world)
-            if world.is_first:
-                append_line(folder.path / "metrics.jsonl", values)
             display.step(values)
             checkpoints.check()
             asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
@@ -112,7 +111,7 @@ def _logged_step(
     folder: RunFolder,
     world: World,
 ) -> dict[str, Any]:
-    """Take the next step, or leave out its update; its line of the log. Raises as `take_step`, `skip_step`."""
+    """Take the next step, or leave out its update; the logged line of it. Raises as `take_step`, `skip_step`."""
     started, step, skipped = time.perf_counter(), state.step, {}
     sequences, precision = loader.batch(step, world.rank, world.size), run.train.precision
     assert precision is not None
@@ -126,7 +125,7 @@ def _logged_step(
         num_skipped = world.gather(folder.num_skipped if world.is_first else 0)[0]
         skipped = skip_step(state, error, broken, loader.sources(step), num_skipped, run.train.max_skipped)
         loss, grad_norm = error.loss, error.grad_norm
-    return {
+    values = {
         "step": state.step,
         "epoch": round(state.step / loader.steps_per_epoch, 4),
         "loss": loss,
@@ -135,6 +134,9 @@ def _logged_step(
         **_of_all(state, sequences, time.perf_counter() - started, world),
         **skipped,
     }
+    if world.is_first:
+        append_line(folder.path / "metrics.jsonl", values)
+    return values
 
 
 class NotFiniteError(ModelError):
@@ -257,7 +259,7 @@ def accumulate_gradients(
     device = engine.model.device
     engine.train()
     losses = []
-    passes = _in_step_with_others(engine, sequences, objective, world)
+    passes = _in_step_with_others(engine, sequences, objective.policy, world)
     for place, (sequence, levels) in enumerate(passes):
         torch.manual_seed(sequence_seed(*seed, sequence))
         begin_sequence(engine, is_last=place == len(passes) - 1)
@@ -271,7 +273,7 @@ def accumulate_gradients(
 
 
 def _in_step_with_others(
-    engine: Engine, sequences: Sequence[PackedSequence], objective: Objective, world: World
+    engine: Engine, sequences: Sequence[PackedSequence], policy: ActivationPolicy, world: World
 ) -> list[tuple[PackedSequence, int]]:
     """The passes of this process, each a sequence and its number of levels (activations/phases.py): as many as on the
     others, where they share the weights of a model, and so must ask for them equally often.
@@ -280,7 +282,7 @@ def _in_step_with_others(
     if world.size > 1 and is_sharded(engine):
         num, alone = world.max(len(sequences), any(sequence.alone for sequence in sequences))
         padded += [empty_sequence(bool(alone))] * (int(num) - len(sequences))
-    if objective.policy.context_gradient == "full":
+    if policy.context_gradient == "full":
         return [(sequence, 0) for sequence in padded]
     levels: Iterable[float] = [0] * len(padded)
     if has_dropout(engine.model):  # what is added draws as well, so it follows the step, not the processes

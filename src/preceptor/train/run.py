@@ -247,9 +247,7 @@ def execute_in(
     if folder.has_model:
         return finish(folder, say) if world.is_first else {}
     stop = stop or StopRequest()
-    device = choose_device(prepared.run.train.device, world)
-    world.connect(device.type)
-    _require_same_data(prepared, world)
+    device = _connected(prepared, world)
     prepared = _with_precision(prepared, device, folder, say)
     run = prepared.run
     assert run.train.precision is not None, "resolved above"
@@ -296,8 +294,13 @@ def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: tor
     return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)
 
 
-def _require_same_data(prepared: Prepared, world: World) -> None:
-    """Raises DataError where the processes have prepared other examples: each reads the files of its own machine."""
+def _connected(prepared: Prepared, world: World) -> torch.device:
+    """The device of this process, which can compute together with the others from here on.
+
+    Raises DataError where the processes have prepared other examples: each reads the files of its own machine.
+    """
+    device = choose_device(prepared.run.train.device, world)
+    world.connect(device.type)
     of_ranks = world.gather(trees_hashes(prepared))
     for rank, hashes in enumerate(of_ranks):
         other = [what for what, sha256 in hashes.items() if sha256 != of_ranks[0][what]]
@@ -306,6 +309,7 @@ def _require_same_data(prepared: Prepared, world: World) -> None:
                 f"process {rank} has other {' and '.join(other)} than process 0: all must read the same files, by the "
                 "same versions of the packages"
             )
+    return device
 
 
 def _checkpoints(folder: RunFolder, run: config.Run, record: Mapping[str, Any], world: World) -> Checkpoints:
