@@ -121,8 +121,8 @@ def broken(monkeypatch):
     def breaks(*steps, gradient=False):
         real = loop.accumulate_gradients
 
-        def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0)):
-            losses = real(engine, sequences, divisor, precision, objective, where, seed)
+        def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0), *world):
+            losses = real(engine, sequences, divisor, precision, objective, where, seed, *world)
             if seed[1] + 1 in steps and where.startswith("step"):
                 next(p for p in engine.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
                 losses[0] = losses[0] if gradient else float("nan")
@@ -166,7 +166,7 @@ def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file
     broken(2)
     with pytest.raises(loop.NotFiniteError) as raised:
         loop.take_step(state, loader.batch(1), 1e-3, 1.0, "float32")
-    loop.skip_step(state, raised.value, loader.sources(1), 0, 1)
+    loop.skip_step(state, raised.value, [], loader.sources(1), 0, 1)
     assert state.step == 2 and all(p.grad is None for p in state.trained.values())
     for name, parameter in state.trained.items():
         assert torch.equal(parameter, weights[name])

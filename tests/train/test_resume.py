@@ -126,7 +126,7 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         "data.chat_template",
         "replay.data[0].path",
     }
-    assert rounding == {"engine", "train.device", "memory.activation_checkpointing"}
+    assert rounding == {"engine", "parallel.strategy", "train.device", "memory.activation_checkpointing"}
     compared = {re.sub(r"\[\d+\]", "[]", line.partition(":")[0]) for line in changed.weights}
     free = set(config.run.all_keys()) - {key.removesuffix("[]") for key in compared}
     free -= {re.sub(r"\[\d+\]", "[]", key) for key in by_content | rounding}

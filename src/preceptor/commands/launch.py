@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from preceptor.console import say
 from preceptor.errors import ConfigError, ProcessError
+from preceptor.train.signals import EXIT_CODE
 from preceptor.world import num_cores
 
 _SHUTDOWN_SECONDS = "600"  # to finish a step and save, before a process that was told to stop is killed
@@ -34,12 +35,13 @@ def launch(nproc: str, arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     logging.disable(logging.CRITICAL)  # of the launcher: the processes say themselves what went wrong
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(num)]
+    options += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     try:
         torchrun.run(torchrun.parse_args([*options, "-m", "preceptor", *arguments]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return _exit_code(error)
-    except SignalException as error:
-        return 128 + error.sigval
+    except SignalException:  # the processes have saved, or the same command goes on from the checkpoint before
+        return EXIT_CODE
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import (
@@ -110,13 +112,16 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
     def save(self, state: State, with_optimizer: bool = True) -> None:
-        """Write `step-N`; the older ones go when it is on the disk. Raises CheckpointError; ModelError for a NaN.
+        """Write `step-N`, unless it is there; the older ones go when it is on the disk.
 
         with_optimizer False: only what is needed after the last step. Where there is no room beside the older
-        checkpoints, all of them but the newest are deleted first. With `async_save` the error of a write that is under
-        way comes from `check`, `wait` or the next `save`.
+        checkpoints, all of them but the newest are deleted first. Raises CheckpointError; ModelError for a NaN. With
+        `async_save` the error of a write that is under way comes from `check`, `wait` or the next `save`.
         """
         self.wait()
+        if self.has(state.step):
+            self._prune(self.keep, state.step)  # another one may be the best now
+            return
         require_finite(state)
         content, num_bytes, step = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer), state.step
         if not self.async_save:
@@ -306,7 +311,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
     for full in (full for full in saved if full.startswith(_OPTIMIZER) and with_optimizer):
         name, _, key = full.removeprefix(_OPTIMIZER).rpartition(".")
         owners[full] = trained[name], key
-        content[full] = _empty(saved[full], trained[name])
+        content[full] = _empty(saved[full], trained[name], state.optimizer)
     with _explained(_unreadable(place)):
         reader = FileSystemReader(place)
         load(content, storage_reader=reader, process_group=world.group, no_dist=world.group is None)
@@ -324,13 +329,20 @@ def _unreadable(place: Path) -> Callable[[BaseException], CheckpointError]:
     return explain
 
 
-def _empty(saved: Any, parameter: torch.Tensor) -> Any:
-    """Where a value of the optimizer is read to: spread over the ranks as its parameter is, if it has its shape."""
+def _empty(saved: Any, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """Where a value of the optimizer is read to: spread over the ranks as its parameter is, if it has as many rows.
+
+    A number is where the optimizer wants it: torch's fused ones beside the parameter, all others on the CPU.
+    """
     if not isinstance(saved, TensorStorageMetadata):
         return None
-    if saved.size == parameter.shape:
-        return torch.zeros_like(parameter, dtype=saved.properties.dtype, requires_grad=False)
-    return torch.zeros(saved.size, dtype=saved.properties.dtype, device=parameter.device)
+    size, dtype = saved.size, saved.properties.dtype
+    if size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    if isinstance(parameter, DTensor) and size[:1] == parameter.shape[:1]:
+        return distributed_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    on_cpu = not size and not optimizer.defaults.get("fused")
+    return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu else parameter.device)
 
 
 @contextmanager

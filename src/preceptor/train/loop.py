@@ -73,8 +73,7 @@ def train(
         return stopped_early(evaluations.lines, run.train.patience) is not None
 
     def save(wait: bool = False) -> None:
-        checkpoints.wait()
-        if state.step and not checkpoints.has(state.step):
+        if state.step:
             checkpoints.save(state)
         if wait:
             checkpoints.wait()

@@ -359,7 +359,7 @@ def _end(
         say(f"the checkpoint of step {best}, the best by {run.checkpoint.best}, is not there: the last is saved")
         found = {**found, "model_step": step}
     may_go_on = run.checkpoint.every is not None and may_be_lengthened(run)
-    if (found["model_step"] != step or may_go_on) and not checkpoints.has(step):
+    if found["model_step"] != step or may_go_on:
         checkpoints.save(state)
         checkpoints.wait()
     world.first(lambda: folder.record_outcome(found))
