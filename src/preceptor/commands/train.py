@@ -95,7 +95,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
-        raise typer.Exit(EXIT_CODE) from None
+        raise SystemExit(EXIT_CODE) from None  # no error, as typer.Exit would be
     if seconds is None:
         say("dry run: everything is checked up to the first step, and nothing is written")
         return
