@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from preceptor.errors import ConfigError, PreceptorError, ProcessError
@@ -26,10 +28,13 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """After which a process that waits for another one gives up."""
 
+COMMAND = "PRECEPTOR_COMMAND"
+"""Variable of the environment in which a launcher hands on what was typed."""
+
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
 _BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
-_FAILURE = "failure"
+_FAILURE, _CONNECTED = "failure", "connected"
 
 
 class Silenced(SystemExit):
@@ -104,13 +109,16 @@ class World:
 
     def published(self, name: str) -> Any:
         """What another process publishes under a name, sooner or later. Ends this process where one has failed."""
+        self._wait(lambda: self.store.check([name]), name)
+        return json.loads(self.store.get(name))
+
+    def _wait(self, is_there: Callable[[], bool], name: str) -> None:
         until = time.monotonic() + TIMEOUT.total_seconds()
-        while not self.store.check([name]):
+        while not is_there():
             self._end_if_another_failed()
             if time.monotonic() > until:
                 raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
             time.sleep(_LOOK_SECONDS)
-        return json.loads(self.store.get(name))
 
     def connect(self, device_type: str) -> None:
         """Let the processes compute together. Data is rendered before: processes cannot be forked afterwards."""
@@ -120,6 +128,8 @@ class World:
 
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
+        self.store.add(_CONNECTED, 1)  # none may end before all are: who still connects would wait for it
+        self._wait(lambda: self.store.add(_CONNECTED, 0) == self.size, _CONNECTED)
 
     def with_own_group(self) -> "World":
         """The same processes, who talk apart from others: a thread that waits for them there disturbs nothing else.
@@ -281,6 +291,15 @@ def _is_broken_connection(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in _BROKEN)
     )
+
+
+def command_words() -> list[str]:
+    """The command that was typed: of a process that a launcher of ours has started, the launcher's."""
+    typed = os.environ.get(COMMAND)
+    if typed:
+        return shlex.split(typed)
+    name = Path(sys.argv[0]).name
+    return ["preceptor" if name == "__main__.py" else name, *sys.argv[1:]]
 
 
 def num_cores() -> int:

@@ -38,7 +38,10 @@ def test_a_required_key_that_is_absent_is_named(tmp_path, key):
     [
         ("optimizer: {learnin_rate: 1}", "optimizer.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("trian: {}", "trian: unknown key; did you mean 'train'"),
-        ("zzz: 1", "zzz: unknown key; known keys are model, data, train, optimizer, loss, memory, checkpoint"),
+        (
+            "zzz: 1",
+            "zzz: unknown key; known keys are model, data, train, optimizer, loss, memory, parallel, checkpoint",
+        ),
         ("train: {batch_size: two}", "train.batch_size: input should be a valid integer; found 'two'"),
         ("train: {batch_size: 0}", "train.batch_size: input should be greater than or equal to 1; found 0"),
         ("train: {duration: 3 weeks}", "train.duration: a duration is written as `3 epochs`"),

@@ -1,13 +1,15 @@
 """Bytes of each process, and the strategy that follows from them."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from preceptor import config
 from preceptor.plan.memory import Moment, Setup, state_bytes, step_memory
 from preceptor.plan.parameters import LayerParameters, LoraSpec, Parameters
-from preceptor.plan.ranks import choose, in_words, placements, rank_peak_bytes, unknown
+from preceptor.plan.ranks import choose, in_words, placements, rank_peak_bytes, rank_sent_bytes, unknown
 from preceptor.plan.text import to_text
 from tiny_types import BASE
 
@@ -42,13 +44,34 @@ def test_one_copy_for_each_process_takes_what_one_process_takes():
 
 
 def test_a_part_of_the_states_and_what_is_gathered():
-    states = 16 * 10_500  # weights, gradients, two means
-    activations = 3_000
-    assert rank_peak_bytes(SETUP, FULL, MOMENTS, 8, False) == states / 8 + 8 * 10_500 + activations
-    assert rank_peak_bytes(SETUP, FULL, MOMENTS, 8, True) == states / 8 + 8 * 500 + 2 * 8 * 1000 + activations
+    """Weights of 42,000 bytes, of which each layer has 4,000 and what is in none 2,000; two means of 84,000."""
+    lasting = 126_000 / 8
+    assert rank_peak_bytes(SETUP, FULL, MOMENTS, 8, False) == lasting + 42_000 + 45_000
+    backward = 3_000 + 2_000 + 40_000 / 8  # activations; whole and scattered gradients
+    assert rank_peak_bytes(SETUP, FULL, MOMENTS, 8, True) == lasting + backward + 2_000 + 2 * 4_000 + 4_000
+    second = replace(SETUP, sequences_per_step=2)  # beside the gradients of the first, here of 42,000 bytes
+    backward = 3_000 + 2_000 + 42_000 / 8
+    assert rank_peak_bytes(second, FULL, MOMENTS, 8, True) == lasting + backward + 2_000 + 2 * 4_000 + 4_000
     half = Setup(weights="bfloat16", adapter=LoraSpec(1))
     lasting = (2 * 10_500 + 16 * 200) / 8
-    assert rank_peak_bytes(half, LORA, (), 8, True) == lasting + 2 * 500 + 2 * (2 * 1000 + 2 * 4 * 20)
+    assert rank_peak_bytes(half, LORA, (), 8, True) == lasting + 2 * 500 + 2 * (2 * 1000 + 80) + 80
+
+
+def test_what_is_sent():
+    """Of 42,000 bytes of weights and as many of gradients; the head, here the embedding's 2,000, is gathered once."""
+    assert rank_sent_bytes(SETUP, FULL, 8, 1, False, 3) == 2 * 7 / 8 * 42_000
+    assert rank_sent_bytes(SETUP, FULL, 8, 8, False, 3) == 7 / 8 * 84_000
+    assert rank_sent_bytes(SETUP, FULL, 8, 8, True, 3) == 3 * 7 / 8 * (84_000 - 2_000 + 42_000)
+    within, between = 3 / 4 * 84_000, 2 * 1 / 2 * 42_000 / 4
+    assert rank_sent_bytes(SETUP, FULL, 8, 4, False, 3) == within + between
+
+
+def test_the_plan_is_what_was_measured():
+    """benchmarks/scaling_ranks.py, as it was last run."""
+    found = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "scaling_ranks.json").read_text())
+    for case in found["cases"]:
+        assert case["memory_predicted"] == pytest.approx(case["memory_measured"], rel=0.1), case
+        assert case["sent_predicted"] == pytest.approx(case["sent_measured"], rel=0.001, abs=100), case
 
 
 @pytest.mark.parametrize(

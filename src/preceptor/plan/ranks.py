@@ -110,14 +110,53 @@ def rank_peak_bytes(
     if num_parts == 1:
         summing = lasting + states["gradients"] + min(BUCKET_BYTES, states["gradients"])
         return round(max([summing, *(lasting + moment.peak_bytes for moment in moments)]))
-    lasting += states["gradients"] / num_parts
-    if regathers:
-        outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
-        gathered = outside.weights + outside.gradients + _NEXT * (layer.weights + layer.gradients)
-    else:
-        gathered = states["weights"] + states["gradients"]
-    activations = max((moment.peak_bytes - moment.gradient_bytes for moment in moments), default=0)
-    return round(lasting + gathered + activations)
+    if not regathers:  # whole gradients are there until the last backward pass of the step
+        peak = max((moment.peak_bytes for moment in moments), default=states["gradients"])
+        return round(lasting + states["weights"] + peak)
+    outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
+    if not moments:
+        gathered = outside.weights + outside.gradients + _NEXT * layer.weights + layer.gradients
+        return round(lasting + states["gradients"] / num_parts + gathered)
+    first = setup.sequences_per_step == 1
+    found = [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+    return round(lasting + max(found))
+
+
+def _gathered_by_layer(
+    moment: Moment, outside: "_GatheredBytes", layer: "_GatheredBytes", num_parts: int, first: bool
+) -> float:
+    """What lies beside weights and optimizer at a moment, each layer gathered for each pass.
+
+    first: no gradients of a sequence before. Those outside the layers are scattered when a backward pass ends.
+    """
+    backward = moment.name == "backward pass"
+    before = moment.gradient_bytes
+    whole = min(before, outside.gradients) if first else outside.gradients * (moment.name != "forward pass")
+    scattered = (before - whole if first else before) / num_parts
+    layers = 0.0 if moment.name == "loss" else _NEXT * layer.weights + layer.gradients * backward
+    return moment.peak_bytes - before + whole + scattered + outside.weights + layers
+
+
+def rank_sent_bytes(
+    setup: Setup, parameters: Parameters, num_ranks: int, num_parts: int, regathers: bool, num_passes: int
+) -> int:
+    """What one process sends in a step of so many sequences, where collectives go round a ring.
+
+    Of N processes each sends (N - 1) / N of what is gathered or scattered, and twice that of what is summed.
+    """
+
+    def ring(num: int) -> float:
+        return (num - 1) / num
+
+    states = state_bytes(setup, parameters)
+    gradients = states["gradients"]
+    if num_parts == 1:
+        return round(2 * ring(num_ranks) * gradients)
+    kept = setup.weight_bytes * parameters.base.get("head", parameters.base.get("embedding", 0))  # by the whole pass
+    gathered = 2 * states["weights"] - kept if regathers else states["weights"]
+    times = num_passes if regathers else 1
+    between_nodes = 2 * ring(num_ranks // num_parts) * gradients / num_parts
+    return round(times * ring(num_parts) * (gathered + gradients) + between_nodes)
 
 
 @dataclass(frozen=True, slots=True)

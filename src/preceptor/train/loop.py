@@ -21,6 +21,7 @@ from preceptor.errors import ModelError
 from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels
+from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
@@ -257,7 +258,7 @@ def accumulate_gradients(
     device = engine.model.device
     engine.train()
     losses = []
-    passes = _in_step_with_others(engine, sequences, objective, world)
+    passes = _in_step_with_others(engine, sequences, objective.policy, world)
     for place, (sequence, levels) in enumerate(passes):
         torch.manual_seed(sequence_seed(*seed, sequence))
         begin_sequence(engine, is_last=place == len(passes) - 1)
@@ -271,7 +272,7 @@ def accumulate_gradients(
 
 
 def _in_step_with_others(
-    engine: Engine, sequences: Sequence[PackedSequence], objective: Objective, world: World
+    engine: Engine, sequences: Sequence[PackedSequence], policy: ActivationPolicy, world: World
 ) -> list[tuple[PackedSequence, int]]:
     """The passes of this process, each a sequence and its number of levels (activations/phases.py): as many as on the
     others, where they share the weights of a model, and so must ask for them equally often.
@@ -280,7 +281,7 @@ def _in_step_with_others(
     if world.size > 1 and is_sharded(engine):
         num, alone = world.max(len(sequences), any(sequence.alone for sequence in sequences))
         padded += [empty_sequence(bool(alone))] * (int(num) - len(sequences))
-    if objective.policy.context_gradient == "full":
+    if policy.context_gradient == "full":
         return [(sequence, 0) for sequence in padded]
     levels: Iterable[float] = [0] * len(padded)
     if has_dropout(engine.model):  # what is added draws as well, so it follows the step, not the processes
