@@ -34,7 +34,7 @@ TIMES ?= 100
 SURVIVAL ?= 100
 torture: setup
 	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
-	PRECEPTOR_TORTURE=$(SURVIVAL) nice $(BIN)/python -m pytest tests/train/test_survival.py
+	PRECEPTOR_TORTURE=$(SURVIVAL) nice $(BIN)/python -m pytest tests/train/test_survival.py tests/train/test_survival_ranks.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -315,3 +315,49 @@ def test_an_error_of_the_writer_ends_the_run_at_the_next_step_and_the_former_che
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     execute(prepare(config.load(file)), QUIET)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+
+
+# What is gone or too large -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_path, monkeypatch, preceptor):
+    file = run_file(checkpoint__every="2 steps")
+
+    def no_memory():
+        raise MemoryError("cannot allocate")
+
+    with monkeypatch.context() as patch:
+        accumulate = loop.accumulate_gradients
+
+        def too_large(engine, sequences, divisor, precision, objective, where, *more):
+            if where.startswith("step 4"):
+                with loop._explaining_out_of_memory(sequences[0], where):
+                    no_memory()
+            return accumulate(engine, sequences, divisor, precision, objective, where, *more)
+
+        patch.setattr(loop, "accumulate_gradients", too_large)
+        code, _, error = preceptor("train", file)
+    assert code == 5 and "step 4: a sequence" in error and "data.max_length" in error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_data_that_is_gone_between_runs_is_named_and_put_back_the_run_goes_on(
+    run_file, tmp_path, monkeypatch, preceptor
+):
+    file = run_file(checkpoint__every="2 steps")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(3, patch)
+        execute(prepare(config.load(file)), QUIET)
+    data = tmp_path / "train.jsonl"
+    data.rename(tmp_path / "away.jsonl")
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    code, _, error = preceptor("train", file)
+    assert code in (2, 3) and str(data) in error
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    (tmp_path / "away.jsonl").rename(data)
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]

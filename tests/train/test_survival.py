@@ -6,17 +6,12 @@ full, LoRA and asynchronous checkpoints, and writes a table of what was tried.
 
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
-import time
-from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from children import TORTURE, command, moments, result_of
 
@@ -33,15 +28,6 @@ KINDS = {
     "async": {"checkpoint": {"every": "2 steps", "async_save": True, "best": "loss"}},
 }
 RANDOM_KILLS = 30  # of the long form, over all kinds
-
-
-@pytest.fixture(scope="module")
-def table():
-    """Rows of what was tried; the long form writes them to benchmarks/results/torture.json."""
-    started, rows = time.monotonic(), []
-    yield rows
-    if TORTURE:
-        write_table(rows, time.monotonic() - started)
 
 
 @pytest.fixture(scope="module", params=KINDS if TORTURE else ["full"])
@@ -105,36 +91,13 @@ def place_of(path):
     return "log" if any(name in parts[0] for name in ("metrics", "eval", "samples")) else "record"
 
 
-def write_table(rows, seconds):
-    """Rows of one fault, kind and place become one, with how many runs there were and how many ended well."""
-    counts = {}
-    for row in rows:
-        own = counts.setdefault((row["fault"], row["kind"], row["place"]), {"num": 0, "as_uninterrupted": 0})
-        own["num"] += 1
-        own["as_uninterrupted"] += not row["wrong"]
-    found = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "times": TORTURE,
-        "minutes": round(seconds / 60, 1),
-        "rows": [
-            {"fault": fault, "kind": kind, "place": place, **own}
-            for (fault, kind, place), own in sorted(counts.items())
-        ],
-        "wrong": [row for row in rows if row["wrong"]],
-    }
-    file = Path(__file__).parents[2] / "benchmarks" / "results" / "torture.json"
-    write_atomically(file, json.dumps(found, indent=1) + "\n")
-
-
 def assert_none_wrong(table, fault, kind, wrong):
     """wrong: of each (run, place), "" where it ended well."""
     table += [{"fault": fault, "kind": kind, "place": place, "wrong": what} for (_, place), what in wrong.items()]
     assert not {at: what for at, what in wrong.items() if what}
 
 
-def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path, table):
+def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path, torture_table):
     file, expected, whole, kind = run
     wrong = {}
     for at in moments(whole.num_operations, 4):
@@ -142,10 +105,10 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_
         ended = command("train", file, f"out={out}", folder=out, kill_at=at)
         assert ended.code == -signal.SIGKILL
         wrong[at, place_of(ended.place)] = finished(file, out, expected)
-    assert_none_wrong(table, "SIGKILL at a file operation", kind, wrong)
+    assert_none_wrong(torture_table, "SIGKILL at a file operation", kind, wrong)
 
 
-def test_a_run_killed_again_and_again_is_finished(run, tmp_path, table):
+def test_a_run_killed_again_and_again_is_finished(run, tmp_path, torture_table):
     """Killed at random operations until it gets through; also while it takes up what the one before left."""
     file, expected, whole, kind = run
     wrong = {}
@@ -154,10 +117,10 @@ def test_a_run_killed_again_and_again_is_finished(run, tmp_path, table):
         for _ in range(6 if TORTURE else 2):
             command("train", file, f"out={out}", folder=out, kill_at=drawn.randint(1, whole.num_operations))
         wrong[seed, "any"] = finished(file, out, expected)
-    assert_none_wrong(table, "SIGKILL again and again", kind, wrong)
+    assert_none_wrong(torture_table, "SIGKILL again and again", kind, wrong)
 
 
-def test_a_run_killed_at_random_instants_is_finished(run, tmp_path, table):
+def test_a_run_killed_at_random_instants_is_finished(run, tmp_path, torture_table):
     """Wherever the program is: in a step, a save, an evaluation, the final export."""
     file, expected, whole, kind = run
     wrong, drawn = {}, random.Random(kind)
@@ -165,7 +128,7 @@ def test_a_run_killed_at_random_instants_is_finished(run, tmp_path, table):
         out = tmp_path / f"instant{number}"
         command("train", file, f"out={out}", folder=out, kill_after=drawn.uniform(0.0, whole.seconds))
         wrong[number, "any"] = finished(file, out, expected)
-    assert_none_wrong(table, "SIGKILL at a random instant", kind, wrong)
+    assert_none_wrong(torture_table, "SIGKILL at a random instant", kind, wrong)
 
 
 FAULTS = {
@@ -176,7 +139,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, table, fault):
+def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, torture_table, fault):
     """One message, exit code 6; when there is room again, the same end."""
     file, expected, whole, kind = run
     wrong = {}
@@ -190,7 +153,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, table, fault):
             wrong[at, place] = f"the message: {ended.shown[-2000:]}"
         else:  # older checkpoints may have had to make room
             wrong[at, place] = finished(file, out, expected, but=["checkpoints"])
-    assert_none_wrong(table, FAULTS[fault], kind, wrong)
+    assert_none_wrong(torture_table, FAULTS[fault], kind, wrong)
 
 
 # Signals, and a display that is gone ---------------------------------------------------------------------------------

@@ -16,12 +16,10 @@ import yaml
 from children import TORTURE, command, result_of
 from processes import run_command
 from safetensors.torch import load_file
-from test_survival import table  # noqa: F401 (a fixture)
 
 from conftest import conversations
 from preceptor.files import write_atomically
 from preceptor.train import loop
-from preceptor.train.signals import EXIT_CODE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -111,7 +109,7 @@ def wrong_with(processes, out, whole):
     return "; ".join(f"{key} {found[key]}, not {expected[key]}" for key in expected if found[key] != expected[key])
 
 
-def test_two_processes_killed_at_random_instants_are_finished_to_the_bit(run, tmp_path, table):  # noqa: F811
+def test_two_processes_killed_at_random_instants_are_finished_to_the_bit(run, tmp_path, torture_table):
     """One of them, or both; the same command then leaves the weights and logs of an uninterrupted run of two."""
     file, whole, seconds, kind = run
     drawn, wrong = random.Random(kind), {}
@@ -120,7 +118,7 @@ def test_two_processes_killed_at_random_instants_are_finished_to_the_bit(run, tm
         run_command(2, "train", file, f"out={out}", before=killed_after(drawn.uniform(0.2, seconds), victims))
         wrong[number] = wrong_with(run_command(2, "train", file, f"out={out}"), out, whole)
     fault = "SIGKILL of one or both of two processes at a random instant"
-    table += [{"fault": fault, "kind": kind, "place": "any", "wrong": what} for what in wrong.values()]
+    torture_table += [{"fault": fault, "kind": kind, "place": "any", "wrong": what} for what in wrong.values()]
     assert not {number: what for number, what in wrong.items() if what}
 
 
@@ -154,23 +152,3 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(run, tmp_path, be
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-4)
-
-
-def test_one_process_is_told_to_stop_and_all_save_and_end(run, tmp_path):
-    file, whole, _, _ = run
-    out = tmp_path / "run"
-
-    def before(rank):
-        take_step = loop.take_step
-
-        def told(state, *arguments):
-            if state.step == 3 and rank == 1:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            return take_step(state, *arguments)
-
-        loop.take_step = told
-
-    processes = run_command(2, "train", file, f"out={out}", before=before)
-    assert [process.code for process in processes] == [EXIT_CODE, EXIT_CODE], [each.shown for each in processes]
-    assert "stopped by SIGUSR1 after step 4, which is saved" in processes[0].shown
-    assert wrong_with(run_command(2, "train", file, f"out={out}"), out, whole) == ""
