@@ -434,7 +434,11 @@ def _require_room(run: config.Run, state: State, checkpoints: Checkpoints) -> No
     """Raises CheckpointError where the disk has no room for the model and the checkpoints of this run."""
     parameters = list(state.model.parameters())
     model_bytes = sum(p.numel() * p.element_size() for p in parameters)
-    num = 0 if run.checkpoint.every is None else max(1, run.checkpoint.keep + 1 - len(checkpoints.found()))
+    num = (
+        0
+        if run.checkpoint.every is None
+        else max(1, run.checkpoint.keep + 1 + (run.checkpoint.best is not None) - len(checkpoints.found()))
+    )
     require_room(checkpoints.folder.parent, model_bytes, checkpoint_bytes(state), num)
 
 
