@@ -35,6 +35,7 @@ def page() -> str:
         "context_memory": _context,
         "context_learning": _learning,
         "scaling": _scaling,
+        "scaling_ranks": _ranks,
         "rendering": _rendering,
         "packing": _packing,
     }
@@ -156,6 +157,29 @@ def _scaling(found: Any) -> str:
         f"length (a straight line fits all points to {packed['largest_deviation']:.0%}). "
         f"{_on(found, 'python benchmarks/scaling.py')}."
     )
+
+
+def _ranks(found: Any) -> str:
+    lines = [
+        "## Several processes",
+        "",
+        f"Processes of one machine ({found['backend']}), which share its cores: the time says little of GPUs, of which "
+        "none was measured. Four sequences a step, full fine-tuning in float32; of the process that holds most. Sent: "
+        "what a ring of processes sends in the collective operations of a step.",
+        "",
+        "| model | processes | way | memory, MB | plan | sent, MB | plan | s per step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in found["cases"]:
+        way = case["way"] if case["processes"] > 1 else ""
+        figures = " | ".join(_beside_plan(case, what) for what in ("memory", "sent"))
+        lines.append(f"| {case['model']} | {case['processes']} | {way} | {figures} | {case['seconds']:.2f} |")
+    return "\n".join([*lines, "", f"{_on(found, 'python benchmarks/scaling_ranks.py')}."])
+
+
+def _beside_plan(case: Any, what: str) -> str:
+    measured, predicted = case[f"{what}_measured"], case[f"{what}_predicted"]
+    return f"{measured / 1e6:.1f} | {predicted / measured - 1:+.1%}" if measured else "0 | "
 
 
 def _rendering(found: Any) -> str:

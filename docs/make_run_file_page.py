@@ -19,6 +19,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("optimizer", config.Optimizer, "AdamW. Everything has a default."),
     ("loss", config.Loss, "Everything has a default."),
     ("memory", config.Memory, "What is kept for backward and what is computed again. Everything has a default."),
+    ("parallel", config.Parallel, "Runs of several processes (docs/scale.md)."),
     ("checkpoint", config.Checkpoint, "Everything has a default."),
     ("eval", config.Eval, "What is measured, besides the loss of `data.eval`, and when."),
     ("adapter", config.Adapter, "Absent: full fine-tuning."),
@@ -34,7 +35,8 @@ resolved file, with every default written out, is kept in the run's folder as `c
 working directory; a data or template file that is not there is looked for beside the run file. In paths, `~/`, `$NAME`
 and `${NAME}` (environment variables) are replaced.
 
-Durations are written `3 epochs`, `500 steps` or, where a share of the run makes sense, `5 %`.
+Durations are written `3 epochs`, `500 steps`; where a share of the run makes sense, `5 %`; and how often something
+happens also `10 minutes`, `2 hours`.
 
 This page is made from `src/preceptor/config/sections.py` by `python docs/make_run_file_page.py`.
 """

@@ -1,59 +1,85 @@
-"""Runs of the command in forked processes that are killed, or whose disk fills up, at a chosen file operation."""
+"""Forked processes: runs of the command that are killed, or whose disk fills up, at a chosen file operation; ranks."""
 
+import errno
 import json
 import os
 import random
 import resource
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
-TORTURE = int(os.environ.get("PRECEPTOR_TORTURE", "0"))  # how many times more than in the fast suite
+TORTURE = int(os.environ.get("PRECEPTOR_TORTURE", "0"))  # how many times more than in the fast suite, where not 0
 
 _OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """code: exit code, or minus the signal that ended it. num_operations: those on files of the folder."""
+    """code: exit code, or minus the signal that ended it. num_operations: those on files of the folder. place: the file
+    of the folder at which something was done to it. seconds: how long it took."""
 
     code: int
     shown: str
     num_operations: int
+    place: str
+    seconds: float
 
 
-def command(*arguments, folder, kill_at=None, full_at=None, fails_at=None, signals=()):
+def command(
+    *arguments, folder, kill_at=None, full_at=None, fails_at=None, read_only_at=None, signals=(), kill_after=None
+):
     """`preceptor ARGUMENTS` in a child, with nothing imported anew.
 
     At its n-th operation on a file of `folder` it is killed (kill_at), or finds that no file can grow any more
-    (full_at), or that this one operation fails for want of room (fails_at). signals: it receives a signal at the n-th
-    operation on a file of this name: (name, n, signal), several times.
+    (full_at), that this one operation fails for want of room (fails_at), or that the folder has become read-only
+    (read_only_at). signals: it receives a signal at the n-th operation on a file of this name: (name, n, signal),
+    several times. kill_after: it is killed after so many seconds.
     """
     reader, writer = os.pipe()
+    started = time.monotonic()
     counter = Path(folder).with_suffix(".count")
     pid = os.fork()
     if not pid:
         code = 70
         try:
             os.close(reader)
-            code = _in_child(arguments, writer, Path(folder), counter, (kill_at, full_at, fails_at, signals))
+            code = _in_child(
+                arguments, writer, Path(folder), counter, (kill_at, full_at, fails_at, read_only_at, signals)
+            )
         finally:
             os._exit(code)
     os.close(writer)
+    if kill_after is not None:
+        _kill_after(pid, kill_after)
     with os.fdopen(reader, errors="replace") as output:
         shown = output.read()
     _, status = os.waitpid(pid, 0)
-    counted = int(counter.read_text()) if counter.exists() else 0
+    counted, _, place = (counter.read_text() if counter.exists() else "0").partition(" ")
     counter.unlink(missing_ok=True)
-    return Ended(os.waitstatus_to_exitcode(status), shown, counted)
+    return Ended(os.waitstatus_to_exitcode(status), shown, int(counted), place, time.monotonic() - started)
+
+
+def _kill_after(pid, seconds):
+    """Kill a child that is not waited for yet; nothing where it has ended."""
+
+    def kill():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(seconds, kill).start()
 
 
 def _in_child(arguments, writer, folder, counter, moments):
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.dup2(writer, 1)
     os.dup2(writer, 2)
@@ -72,7 +98,7 @@ def _in_child(arguments, writer, folder, counter, moments):
         traceback.print_exc()
         code = 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    counter.write_text(str(watch.num))
+    counter.write_text(f"{watch.num} {watch.place}")
     sys.stdout.flush()
     sys.stderr.flush()
     return code
@@ -81,10 +107,11 @@ def _in_child(arguments, writer, folder, counter, moments):
 class _Watch:
     """An audit hook: counts operations on files, and does at one of them what is asked."""
 
-    def __init__(self, folder, counter, kill_at, full_at, fails_at, signals):
-        self.num, self._of_name, self._own = 0, Counter(), os.getpid()
+    def __init__(self, folder, counter, kill_at, full_at, fails_at, read_only_at, signals):
+        self.num, self.place, self._of_name, self._own = 0, "", Counter(), os.getpid()
         self._folder, self._counter = str(folder), str(counter)
-        self._kill_at, self._full_at, self._fails_at, self._signals = kill_at, full_at, fails_at, signals
+        self._kill_at, self._full_at, self._fails_at = kill_at, full_at, fails_at
+        self._read_only_at, self._signals = read_only_at, signals
 
     def __call__(self, event, values):
         if event not in _OPERATIONS or os.getpid() != self._own or not isinstance(values[0], str | os.PathLike):
@@ -98,16 +125,22 @@ class _Watch:
             if own_name == name and self._of_name[name] == number:
                 os.kill(self._own, sent)
         if path.startswith(self._folder):
-            self._operation()
+            writes = event != "open" or bool(values[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            self._operation(path, writes)
 
-    def _operation(self):
+    def _operation(self, path, writes):
         self.num += 1
+        if self.num in (self._kill_at, self._full_at, self._fails_at, self._read_only_at):
+            self.place = path.removeprefix(self._folder)
         if self.num == self._kill_at:
+            Path(self._counter).write_text(f"{self.num} {self.place}")
             os.kill(self._own, signal.SIGKILL)
+        if writes and self._read_only_at is not None and self.num >= self._read_only_at:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if self.num == self._full_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.num == self._fails_at:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def result_of(folder):
@@ -133,9 +166,58 @@ def result_of(folder):
 
 
 def moments(total, num, seed=0):
-    """So many of the numbers 1 to `total`, spread over all of them; all of them in the long form."""
-    if TORTURE or num >= total:
+    """So many of the numbers 1 to `total`, spread over all of them; in the long form as many times more."""
+    num *= max(1, TORTURE)
+    if num >= total:
         return list(range(1, total + 1))
     drawn = random.Random(seed)
     width = total / num
     return sorted({1 + int(width * at + drawn.random() * width) for at in range(num)} & set(range(1, total + 1)))
+
+
+def on_ranks(num, work, folder, seconds=60):
+    """Do `work(rank)` in so many forked processes that form a gloo group; raises what one of them shows in the end.
+
+    None waits longer than `seconds`: all are ended where one fails or hangs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pids = {}
+    for rank in range(num):
+        pid = os.fork()
+        if not pid:
+            _rank(rank, num, work, folder)
+        pids[pid] = rank
+    wrong, until = [], time.monotonic() + seconds
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            rank = pids.pop(pid)
+            if status:
+                shown = folder / f"rank{rank}.txt"
+                wrong.append(f"rank {rank}: {status} {shown.read_text() if shown.exists() else ''}")
+                until = min(until, time.monotonic() + 5)
+        elif time.monotonic() > until:
+            wrong.append(f"ranks {sorted(pids.values())} did not end")
+            for left in pids:
+                os.kill(left, signal.SIGKILL)
+                os.waitpid(left, 0)
+            break
+        else:
+            time.sleep(0.01)
+    assert not wrong, "\n".join(wrong)
+
+
+def _rank(rank, num, work, folder):
+    import torch.distributed as dist
+
+    code = 1
+    try:
+        store = dist.FileStore(str(folder / "store"), num)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(seconds=30))
+        work(rank)
+        dist.barrier()
+        code = 0
+    except BaseException:
+        (folder / f"rank{rank}.txt").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
@@ -45,6 +46,19 @@ def base_folder(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def torture_table():
+    """Rows (fault, kind, place, wrong) of what was tried; the long form writes them as a table."""
+    from children import TORTURE
+
+    started, rows = time.monotonic(), []
+    yield rows
+    if TORTURE and rows:
+        from torture import write_table
+
+        write_table(rows, time.monotonic() - started)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "preceptor"
 FLOORS = (
     ("errors",),
     ("files", "scholar"),
-    ("hub", "console", "config"),
+    ("hub", "console", "config", "world"),
     ("data",),
     ("chat", "model"),
     ("plan", "evaluate", "select"),

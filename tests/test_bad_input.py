@@ -147,13 +147,27 @@ def test_an_override_that_leads_nowhere(override, preceptor, run_file):
 # Several processes --------------------------------------------------------------------------------------------------
 
 
-def test_a_launcher_of_several_processes_is_refused(preceptor, run_file, monkeypatch, tmp_path):
+def test_a_launcher_of_several_processes_is_for_train_alone(preceptor, run_file, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for arguments in (("train", run_file()), ("demo", "--out", tmp_path / "demo")):
-        code, _, err = preceptor(*arguments)
-        assert code == 2 and "WORLD_SIZE is 2" in err and "Start `preceptor` by itself" in err
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    code, _, err = preceptor("demo", "--out", tmp_path / "demo")
+    assert code == 2 and "WORLD_SIZE is 2" in err and "Start `preceptor` by itself" in err
+    code, _, err = preceptor("train", run_file())
+    assert code == 2 and "MASTER_ADDR" in err and "--nproc" in err
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert preceptor("train", run_file())[0] == 0
+
+
+@pytest.mark.parametrize("number", ["0", "-2", "many", "1.5"])
+def test_a_number_of_processes_that_is_none(number, preceptor, run_file):
+    code, _, err = preceptor("train", run_file(), f"--nproc={number}")
+    assert code == 2 and "neither a number of processes nor `gpu`" in err
+
+
+def test_a_mistake_in_the_run_file_is_told_before_processes_are_started(preceptor, run_file, monkeypatch):
+    monkeypatch.setattr("preceptor.commands.launch.launch", None)
+    code, _, err = preceptor("train", run_file(), "--nproc", "2", "train.batch_sise=2")
+    assert code == 2 and err.count("error: ") == 1 and "batch_size" in err
 
 
 # What is not there --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_the_run_file_page_is_made_from_the_fields():
     assert (ROOT / "docs" / "run-file.md").read_text(encoding="utf-8") == made_by("make_run_file_page").page()
 
 
-RECIPES = sorted((ROOT / "recipes").iterdir())
+RECIPES = sorted(path for path in (ROOT / "recipes").iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -153,7 +153,7 @@ def test_the_page_on_plans_says_what_was_measured_and_planned():
 
 
 def test_the_tests_that_hold_the_promises_exist():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8"))
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
     assert len(named) > 30
     absent = [
         f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")
@@ -169,3 +169,10 @@ def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys):
         if printed:
             assert capsys.readouterr().out == printed
     assert float(names["loss"]) > 0
+
+
+def test_the_table_of_kills_says_what_was_tried():
+    module = made_by("make_reliability")
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert module.TABLE.search(page).group() == module.table(), "run python docs/make_reliability.py"
+    assert json.loads(module.MEASURED.read_text(encoding="utf-8"))["wrong"] == []

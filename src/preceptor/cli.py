@@ -1,8 +1,10 @@
 """The command line: registers the commands, catches errors and picks exit codes.
 
 Exit codes: 0 done; 2 an error in the command line or run file; 3 in the data; 4 in the chat template; 5 in the model;
-6 a file or folder cannot be written, or a run folder is broken; 1 any other error, a bug of this program most likely,
-in one line with the file that holds its traceback; 130 interrupted.
+6 a file or folder cannot be written, or a run folder is broken; 7 another process of the run was killed or cannot be
+reached; 1 any other error, a bug of this program most likely, in one line with the file that holds its traceback; 75 a
+run that was told to stop and has saved, to be started again (train/signals.py); 130 any other command that was
+interrupted.
 """
 
 import io
@@ -47,15 +49,7 @@ app = typer.Typer(
     help="Supervised fine-tuning of language models: turn a base model into an assistant.",
 )
 
-UNEXPECTED = 1
-EXIT_CODES: dict[type[errors.PreceptorError], int] = {
-    errors.PreceptorError: UNEXPECTED,
-    errors.ConfigError: 2,
-    errors.DataError: 3,
-    errors.TemplateError: 4,
-    errors.ModelError: 5,
-    errors.CheckpointError: 6,
-}
+UNEXPECTED = errors.PreceptorError.exit_code
 
 
 def main() -> None:
@@ -73,7 +67,7 @@ def main() -> None:
         app()
     except errors.PreceptorError as error:
         say(f"error: {error}", error=True)
-        sys.exit(EXIT_CODES[type(error)])
+        sys.exit(error.exit_code)
     except Exception as error:
         say(unexpected(error), error=True)
         sys.exit(UNEXPECTED)
@@ -91,7 +85,8 @@ def unexpected(error: Exception) -> str:
         details = file.name
     except OSError:
         details = f"what follows\n{trace}"
-    what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))  # of several processes: which one
+    what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE] + notes
     if isinstance(error, OSError | MemoryError):  # of the machine: a name that is too long, no more memory
         return f"error: {what or type(error).__name__}. Details: {details}"
     return (

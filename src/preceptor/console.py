@@ -188,6 +188,8 @@ class Display:
         self._progress.stop()
 
     def step(self, values: dict[str, Any]) -> None:
+        if "skipped" in values:
+            self.say(values["skipped"])
         tokens_per_second = values["num_tokens"] / values["seconds"]
         status = f"loss {values['loss']:.4f}  {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=values["step"], status=status)

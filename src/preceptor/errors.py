@@ -1,7 +1,7 @@
 """Errors that a user can fix, one class per kind. Each is also the standard-library type that callers would catch.
 
 A message says where (file:line, or the key of the run file), what was found, and what to do.
-Defects of this program are not here: they are `assert`s.
+Defects of this program are not here: they are `assert`s. exit_code: with which the command line ends.
 """
 
 import reprlib
@@ -23,13 +23,19 @@ def short(value: object) -> str:
 class PreceptorError(Exception):
     """Any error that the user can fix."""
 
+    exit_code = 1
+
 
 class ConfigError(PreceptorError, ValueError):
     """The run file asks for something that does not exist or cannot work."""
 
+    exit_code = 2
+
 
 class DataError(PreceptorError, ValueError):
     """A data file is missing, malformed, or holds nothing that can be trained."""
+
+    exit_code = 3
 
 
 class TemplateError(PreceptorError, ValueError):
@@ -38,12 +44,23 @@ class TemplateError(PreceptorError, ValueError):
     condemns: nothing may be trained with it, whatever the example.
     """
 
+    exit_code = 4
     condemns = False
 
 
 class ModelError(PreceptorError, ValueError):
     """A model cannot be loaded, or cannot be trained as asked."""
 
+    exit_code = 5
+
 
 class CheckpointError(PreceptorError, OSError):
     """A file or folder cannot be written, or a run's folder is not what a resumed run needs."""
+
+    exit_code = 6
+
+
+class ProcessError(PreceptorError, RuntimeError):
+    """Another process of the run was killed, or cannot be reached: the same command goes on."""
+
+    exit_code = 7

@@ -28,7 +28,7 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         raise cannot_write(path, error, num_bytes) from error
 
 
-def cannot_write(path: Path, error: Exception, num_bytes: int | None = None) -> CheckpointError:
+def cannot_write(path: Path, error: BaseException, num_bytes: int | None = None) -> CheckpointError:
     """The error to raise where a file or folder cannot be written; with the room that it needs and that there is."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().partition("\n")[0]
     room, free = [], free_bytes(path)
@@ -73,30 +73,44 @@ def replacing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
     partial = _partial(path)
     try:
         with writing(path, num_bytes):
-            _remove(partial)  # of a process that was killed
-            yield partial
-            _flush(partial)
-            if path.is_dir():
-                remove_folder(path)
-            partial.replace(path)
-            _sync(path.parent)
+            yield prepare_partial(path)
+            publish(partial, path)
     finally:
         with suppress(OSError):
-            _remove(partial)
+            remove(partial)
+
+
+def prepare_partial(path: Path, folder: bool = False) -> Path:
+    """The name beside `path` under which it is written, free of what a killed process left. folder: make it."""
+    partial = _partial(path)
+    with writing(path):
+        remove(partial)
+        if folder:
+            partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Flush what was written beside `path` and rename it to `path`."""
+    _flush(partial)
+    if path.is_dir():
+        remove_folder(path)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder. A process that is killed meanwhile leaves nothing under its name."""
     removed = path.with_name(f".{path.name}.removed.partial")
-    _remove(removed)
+    remove(removed)
     path.rename(removed)
-    _remove(removed)
+    remove(removed)
 
 
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes left half written, or half removed, in a folder."""
     for path in folder.glob(".*.partial"):
-        _remove(path)
+        remove(path)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -154,22 +168,31 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write size and SHA-256 of each file of a folder into it, beside what else is to be known about it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    described = {
+Described = Mapping[str, Mapping[str, Any]]
+
+
+def describe_files(folder: Path, files: Iterable[Path]) -> Described:
+    """Size and SHA-256 of files of a folder, by their path in it."""
+    return {
         path.relative_to(folder).as_posix(): {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in files
     }
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any], described: Described) -> None:
+    """Write what is to be known about a folder into it, and what its files are."""
     (folder / MANIFEST).write_text(_json({**about, "files": described}, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What was written about a folder. Raises CheckpointError where a file is missing or altered since, naming it."""
+def read_manifest(folder: Path, part: int = 0, num_parts: int = 1) -> dict[str, Any]:
+    """What was written about a folder. Raises CheckpointError where a file is missing or altered since, naming it.
+
+    part, num_parts: of the files, every `num_parts`-th is looked at, from `part` on.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
-        described: Mapping[str, Mapping[str, Any]] = manifest["files"]
-        for name, about in described.items():
+        described: Described = manifest["files"]
+        for name, about in list(described.items())[part::num_parts]:
             path = folder / name
             if not path.is_file():
                 raise CheckpointError(f"{path}: is missing")
@@ -226,7 +249,8 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -38,7 +38,10 @@ def test_a_required_key_that_is_absent_is_named(tmp_path, key):
     [
         ("optimizer: {learnin_rate: 1}", "optimizer.learnin_rate: unknown key; did you mean 'learning_rate'"),
         ("trian: {}", "trian: unknown key; did you mean 'train'"),
-        ("zzz: 1", "zzz: unknown key; known keys are model, data, train, optimizer, loss, memory, checkpoint"),
+        (
+            "zzz: 1",
+            "zzz: unknown key; known keys are model, data, train, optimizer, loss, memory, parallel, checkpoint",
+        ),
         ("train: {batch_size: two}", "train.batch_size: input should be a valid integer; found 'two'"),
         ("train: {batch_size: 0}", "train.batch_size: input should be greater than or equal to 1; found 0"),
         ("train: {duration: 3 weeks}", "train.duration: a duration is written as `3 epochs`"),
@@ -178,6 +181,17 @@ def test_paths_beside_the_run_file_are_found(tmp_path, monkeypatch):
 )
 def test_durations_in_steps(text, steps):
     assert Duration.parse(text).steps(steps_per_epoch=10, total_steps=30) == steps
+
+
+def test_durations_in_time_say_how_often_and_not_how_long():
+    assert Duration.parse("10 minutes").seconds == 600 and Duration.parse("1.5 hours").seconds == 5400
+    assert Duration.parse("3 epochs").seconds is None and str(Duration.parse("1 minute")) == "1 minutes"
+    tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}]}, "out": "o"}
+    run = config.build({**tree, "checkpoint": {"every": "2 hours"}, "eval": {"every": "30 seconds"}}, "test")
+    assert run.checkpoint.every.seconds == 7200 and config.build(run.model_dump(mode="json"), "test") == run
+    for section, key in (("train", "duration"), ("optimizer", "warmup")):
+        with pytest.raises(ConfigError, match=rf"{section}\.{key}: in epochs or steps, not in time"):
+            config.build({**tree, section: {key: "10 minutes"}}, "test")
 
 
 @pytest.mark.parametrize("section", SECTIONS)

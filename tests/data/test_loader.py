@@ -4,7 +4,7 @@ from collections import Counter
 
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
-from preceptor.data.loader import Loader, few_steps
+from preceptor.data.loader import Loader, deal, few_steps
 
 TREES = [
     Tree(f"f:{n}", (Segment("context", (n,) * (1 + n % 5), None), Segment("target", (n,), 0))) for n in range(1, 38)
@@ -38,6 +38,20 @@ def test_steps_are_even_and_hold_no_more_rows_than_asked():
     for epoch in range(3):
         sizes = [len(loader.batch(epoch * loader.steps_per_epoch + step)) for step in range(loader.steps_per_epoch)]
         assert sum(sizes) == loader.sequences_per_epoch and max(sizes) <= 3 and max(sizes) - min(sizes) <= 1
+
+
+def test_a_step_is_dealt_to_processes_by_tokens():
+    assert deal([5, 9, 4, 4, 3], 1) == [[0, 1, 2, 3, 4]]
+    assert deal([5, 9, 4, 4, 3], 2) == [[1, 3], [0, 2, 4]]  # 13 and 12 tokens
+    assert deal([7, 7], 3) == [[0], [1], []]
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=6, seed=0)
+    for step in range(2 * loader.steps_per_epoch):
+        for num in (2, 4, 9):
+            dealt = [loader.batch(step, rank, num) for rank in range(num)]
+            assert sum(map(tokens, dealt), Counter()) == tokens(loader.batch(step))
+            if num == 2:
+                sizes = [sum(sequence.num_tokens for sequence in own) for own in dealt]
+                assert max(sizes) - min(sizes) <= 16  # at most a sequence
 
 
 def test_apart_every_tree_is_a_row_in_the_same_step():

@@ -80,7 +80,7 @@ def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_
 
 
 def test_held_out_examples_that_do_not_fit_in_memory_are_named(run_file, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("preceptor.train.evaluations.measure", fail)

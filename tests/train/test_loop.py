@@ -15,6 +15,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.train import loop
 from preceptor.train.checkpoint import State
+from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
 from preceptor.train.run import build_model, execute
@@ -50,6 +51,26 @@ def test_accumulation_1x8_and_8x1_give_the_same_trajectory(run_file):
         trajectories.append([loop.take_step(state, sequences, 1e-3, 1.0, "float32") for _ in range(5)])
     for other in trajectories[1:]:
         torch.testing.assert_close(torch.tensor(other), torch.tensor(trajectories[0]), rtol=2e-5, atol=1e-6)
+
+
+def test_dropout_follows_seed_step_and_sequence_alone(run_file):
+    """Whatever was drawn before, and in whatever order the sequences are computed."""
+    prepared = prepare(config.load(run_file(conversations(4)), ["adapter.rank=4", "adapter.dropout=0.5"]))
+    sequences = [pack_trees(prepared.train.trees([index])) for index in range(4)]
+
+    def loss(drawn, ordered, seed=0, step=3):
+        model = build_model(prepared, torch.device("cpu"))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # zero at first: dropout would change nothing
+                torch.nn.init.constant_(weight, 0.1)
+        torch.manual_seed(drawn)
+        state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)), step)
+        return loop.take_step(state, ordered, 1e-3, 1.0, "float32", seed=seed)[0]
+
+    first = loss(0, sequences)
+    assert loss(1, sequences[::-1]) == pytest.approx(first, rel=1e-6)
+    assert abs(loss(0, sequences, seed=1) - first) > 1e-4
+    assert abs(loss(0, sequences, step=4) - first) > 1e-4
 
 
 def test_a_run_leaves_what_it_promises(run_file):
@@ -145,11 +166,12 @@ def test_a_sequence_that_does_not_fit_is_named_with_its_step_and_what_helps(run_
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
     state.step = 6
 
-    def more_than_there_is(*_, **__):
-        return torch.empty(1 << 60)
+    class MoreThanThereIs(Objective):
+        def __call__(self, *_, **__):
+            return torch.empty(1 << 60)
 
     with pytest.raises(ModelError, match=r"^step 7: a sequence, \d+ tokens, .*data\.max_length") as raised:
-        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", more_than_there_is)
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", MoreThanThereIs())
     assert "allocate" in str(raised.value.__cause__)
 
 

@@ -77,7 +77,7 @@ def again(file, *overrides, **kwargs):
         ("train.precision=bfloat16", r"train\.precision: float32 in .*, bfloat16 now"),
         (
             "train.duration=9 steps",
-            r"(?s)train\.duration: 6 steps in .*, 9 steps now.*model\.path=.*run/model out=.*run-2",
+            r"(?s)train\.duration: 6 steps in .*, 9 steps now.*lr_scheduler: constant.*--from .*run out=.*run-2",
         ),
     ],
 )
@@ -121,11 +121,12 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         "model.path",
         "model.revision",
         "model.trust_remote_code",
+        "model.from_run",
         "data.train[0].path",
         "data.chat_template",
         "replay.data[0].path",
     }
-    assert rounding == {"engine", "train.device", "memory.activation_checkpointing"}
+    assert rounding == {"engine", "parallel.strategy", "train.device", "memory.activation_checkpointing"}
     compared = {re.sub(r"\[\d+\]", "[]", line.partition(":")[0]) for line in changed.weights}
     free = set(config.run.all_keys()) - {key.removesuffix("[]") for key in compared}
     free -= {re.sub(r"\[\d+\]", "[]", key) for key in by_content | rounding}
@@ -133,6 +134,7 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         key for key in free if any(other.startswith((f"{key}.", f"{key}[]")) for other in config.run.all_keys())
     }
     expected = {"out", "tracker", "model.save_dtype", "data.max_rejected", "data.allow_rejected", "train.precision"}
+    expected |= {"train.patience", "train.max_skipped"}
     assert {key for key in free - sections if not key.startswith(("eval.", "checkpoint.", "data.eval"))} == expected
 
 
@@ -235,11 +237,12 @@ def test_a_damaged_model_is_not_saved(run_file, tmp_path, learning_rate, every):
     assert "NaN" not in "".join(path.read_text() for path in (tmp_path / "run").glob("*.json*"))
 
 
-def test_a_finished_run_says_how_to_train_on_and_that_works(run_file, tmp_path):
+def test_a_finished_run_says_how_to_train_on_and_that_works(run_file, tmp_path, preceptor):
     file = run_file()
     train(file)
     with pytest.raises(CheckpointError, match="this run is finished") as refused:
         train(file)
-    longer = re.search(r"(model\.path=\S+) (out=\S+)", str(refused.value))
-    train(file, longer[1], longer[2])
+    longer = re.search(r"--from (\S+) (out=\S+)", str(refused.value))
+    code, _, error = preceptor("train", file, "--from", longer[1], longer[2])
+    assert code == 0, error
     assert (tmp_path / "run-2" / "model").is_dir() and Path(longer[2].removeprefix("out=")) == tmp_path / "run-2"

@@ -336,7 +336,7 @@ def test_a_run_that_was_stopped_goes_on_and_a_finished_one_is_refused(place):
         assert folder.has_model  # its report is missing
     (place / "saved" / "report.html").touch()
     with (
-        pytest.raises(CheckpointError, match=r"(?s)finished.*model.path=saved/model out=saved-2"),
+        pytest.raises(CheckpointError, match=r"(?s)finished.*--from saved out=saved-2"),
         claim(run_of("saved")),
     ):
         pass

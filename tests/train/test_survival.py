@@ -1,6 +1,7 @@
 """Runs that are killed, told to stop, or find the disk full, at any file operation; the same command finishes them.
 
-The fast form takes a few of the operations, spread over the run; PRECEPTOR_TORTURE=1 (`make torture`) takes all.
+The fast form takes a few of the operations, spread over the run; PRECEPTOR_TORTURE=n (`make torture`) n times as many,
+full, LoRA and asynchronous checkpoints, and writes a table of what was tried.
 """
 
 import json
@@ -17,15 +18,21 @@ from children import TORTURE, command, moments, result_of
 from conftest import conversations
 from preceptor import cli
 from preceptor.files import write_atomically
+from preceptor.train.signals import EXIT_CODE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")  # Python 3.12: a native library may have a thread
 
-KINDS = {"full": {}, "lora": {"adapter": {"rank": 2, "dropout": 0.1}}}
+KINDS = {
+    "full": {},
+    "lora": {"adapter": {"rank": 2, "dropout": 0.1}},
+    "async": {"checkpoint": {"every": "2 steps", "async_save": True, "best": "loss"}},
+}
+RANDOM_KILLS = 30  # of the long form, over all kinds
 
 
 @pytest.fixture(scope="module", params=KINDS if TORTURE else ["full"])
 def run(request, tmp_path_factory, base_folder):
-    """(run file, what an uninterrupted run leaves, its number of file operations)."""
+    """(run file, what an uninterrupted run leaves, how that one ended, its kind)."""
     place = tmp_path_factory.mktemp(request.param)
     for name, num in (("train", 6), ("eval", 2)):
         rows = "".join(json.dumps(row) + "\n" for row in conversations(num))
@@ -58,7 +65,7 @@ def run(request, tmp_path_factory, base_folder):
         ended = command("train", file, f"out={place / 'whole'}", folder=place / "whole")
         assert ended.code == 0, ended.shown
         assert result_of(place / "first") == result_of(place / "whole")
-        yield file, result_of(place / "whole"), ended.num_operations
+        yield file, result_of(place / "whole"), ended, request.param
 
 
 def finished(file, out, expected, but=()):
@@ -74,48 +81,84 @@ def finished(file, out, expected, but=()):
     )
 
 
-def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path):
-    file, expected, num = run
+def place_of(path):
+    """What the file belongs to, for the table."""
+    parts = path.strip("/").split("/")
+    if parts[0] == "checkpoints":
+        return "checkpoint"
+    if "model" in parts[0]:
+        return "final export"
+    return "log" if any(name in parts[0] for name in ("metrics", "eval", "samples")) else "record"
+
+
+def assert_none_wrong(table, fault, kind, wrong):
+    """wrong: of each (run, place), "" where it ended well."""
+    table += [{"fault": fault, "kind": kind, "place": place, "wrong": what} for (_, place), what in wrong.items()]
+    assert not {at: what for at, what in wrong.items() if what}
+
+
+def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_path, torture_table):
+    file, expected, whole, kind = run
     wrong = {}
-    for at in moments(num, 4):
+    for at in moments(whole.num_operations, 4):
         out = tmp_path / f"killed{at}"
-        assert command("train", file, f"out={out}", folder=out, kill_at=at).code == -signal.SIGKILL
-        wrong[at] = finished(file, out, expected)
-    assert not {at: what for at, what in wrong.items() if what}
+        ended = command("train", file, f"out={out}", folder=out, kill_at=at)
+        assert ended.code == -signal.SIGKILL
+        wrong[at, place_of(ended.place)] = finished(file, out, expected)
+    assert_none_wrong(torture_table, "SIGKILL at a file operation", kind, wrong)
 
 
-def test_a_run_killed_again_and_again_is_finished(run, tmp_path):
+def test_a_run_killed_again_and_again_is_finished(run, tmp_path, torture_table):
     """Killed at random operations until it gets through; also while it takes up what the one before left."""
-    file, expected, num = run
+    file, expected, whole, kind = run
     wrong = {}
-    for seed in range(10 * TORTURE or 1):
+    for seed in range(5 if TORTURE else 1):
         out, drawn = tmp_path / f"again{seed}", random.Random(seed)
-        for _ in range(12 if TORTURE else 2):
-            command("train", file, f"out={out}", folder=out, kill_at=drawn.randint(1, num))
-        wrong[seed] = finished(file, out, expected)
-    assert not {seed: what for seed, what in wrong.items() if what}
+        for _ in range(6 if TORTURE else 2):
+            command("train", file, f"out={out}", folder=out, kill_at=drawn.randint(1, whole.num_operations))
+        wrong[seed, "any"] = finished(file, out, expected)
+    assert_none_wrong(torture_table, "SIGKILL again and again", kind, wrong)
 
 
-@pytest.mark.parametrize("kind", ["full_at", "fails_at"])
-def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, kind):
-    """From some operation on nothing can grow, or one operation fails: one message, exit code 6, then the same end."""
-    file, expected, num = run
+def test_a_run_killed_at_random_instants_is_finished(run, tmp_path, torture_table):
+    """Wherever the program is: in a step, a save, an evaluation, the final export."""
+    file, expected, whole, kind = run
+    wrong, drawn = {}, random.Random(kind)
+    for number in range(RANDOM_KILLS // len(KINDS) if TORTURE else 1):
+        out = tmp_path / f"instant{number}"
+        command("train", file, f"out={out}", folder=out, kill_after=drawn.uniform(0.0, whole.seconds))
+        wrong[number, "any"] = finished(file, out, expected)
+    assert_none_wrong(torture_table, "SIGKILL at a random instant", kind, wrong)
+
+
+FAULTS = {
+    "full_at": "no file can grow from an operation on",
+    "fails_at": "an operation fails for want of room",
+    "read_only_at": "the folder is read-only from an operation on",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, torture_table, fault):
+    """One message, exit code 6; when there is room again, the same end."""
+    file, expected, whole, kind = run
     wrong = {}
-    for at in moments(num, 2, seed=len(kind)):
-        out = tmp_path / f"{kind}{at}"
-        ended = command("train", file, f"out={out}", folder=out, **{kind: at})
+    for at in moments(whole.num_operations, 2, seed=len(fault)):
+        out = tmp_path / f"{fault}{at}"
+        ended = command("train", file, f"out={out}", folder=out, **{fault: at})
+        place = place_of(ended.place)
         if ended.code not in (0, 6) or "Traceback" in ended.shown:
-            wrong[at] = f"exit code {ended.code}: {ended.shown[-2000:]}"
+            wrong[at, place] = f"exit code {ended.code}: {ended.shown[-2000:]}"
         elif ended.code == 6 and (ended.shown.count("error: ") != 1 or str(out) not in ended.shown):
-            wrong[at] = f"the message: {ended.shown[-2000:]}"
+            wrong[at, place] = f"the message: {ended.shown[-2000:]}"
         else:  # older checkpoints may have had to make room
-            wrong[at] = finished(file, out, expected, but=["checkpoints"])
-    assert not {at: what for at, what in wrong.items() if what}
+            wrong[at, place] = finished(file, out, expected, but=["checkpoints"])
+    assert_none_wrong(torture_table, FAULTS[fault], kind, wrong)
 
 
 # Signals, and a display that is gone ---------------------------------------------------------------------------------
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 NO_CHECKPOINTS = ("checkpoint.every=null",)  # a signal saves all the same
 
 
@@ -125,13 +168,13 @@ def same_but_for_checkpoints(found, whole):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
-    file, whole, _ = run
+    file, whole, *_ = run
     out = tmp_path / "run"
     while_logging = ("metrics.jsonl", 5, number)  # the first is a removal, the fifth logs step 4
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
     ended = command(*train, "--replace", folder=out, signals=[while_logging])
     name = signal.Signals(number).name
-    assert ended.code == 128 + number, ended.shown
+    assert ended.code == EXIT_CODE, ended.shown
     assert f"{name}: the run finishes this step and saves it" in ended.shown
     assert f"stopped by {name} after step 4, which is saved in {out}/checkpoints" in ended.shown
     assert "--replace" not in ended.shown.rpartition("this goes on: ")[2]
@@ -141,19 +184,19 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(run, tmp_path):
     """The evaluation after step 3 is made anew when the run goes on."""
-    file, whole, _ = run
+    file, whole, *_ = run
     out = tmp_path / "run"
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
     while_sampling = ("samples.jsonl", 3, signal.SIGTERM)  # after a removal and the evaluation before step 1
     ended = command(*train, folder=out, signals=[while_sampling])
-    assert ended.code == 128 + signal.SIGTERM and "after step 3" in ended.shown, ended.shown
+    assert ended.code == EXIT_CODE and "after step 3" in ended.shown, ended.shown
     assert [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()] == [0]
     assert command(*train, folder=out).code == 0
     assert same_but_for_checkpoints(result_of(out), whole)
 
 
 def test_the_second_signal_ends_at_once(run, tmp_path):
-    file, _, _ = run
+    file, *_ = run
     out = tmp_path / "run"
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")
     twice = [("metrics.jsonl", 5, signal.SIGTERM), (".step-00000004.partial", 1, signal.SIGTERM)]
@@ -163,17 +206,17 @@ def test_the_second_signal_ends_at_once(run, tmp_path):
 
 
 def test_a_signal_before_the_training_leaves_nothing(run, tmp_path):
-    file, _, _ = run
+    file, *_ = run
     out = tmp_path / "run"
     train = ("train", file, f"out={out}")
     ended = command(*train, folder=out, signals=[("train.jsonl", 1, signal.SIGTERM)])
-    assert ended.code == 128 + signal.SIGTERM and not out.exists()
+    assert ended.code == EXIT_CODE and not out.exists()
     assert "stopped by SIGTERM before the first step" in ended.shown
 
 
 def test_a_display_that_is_gone_does_not_end_the_run(run, tmp_path):
     """`preceptor train run.yaml | head -1`."""
-    file, whole, _ = run
+    file, whole, *_ = run
     out = tmp_path / "run"
     train = [sys.executable, "-m", "preceptor", "train", str(file), *NO_CHECKPOINTS, f"out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

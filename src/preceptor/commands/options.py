@@ -46,8 +46,9 @@ CHECK_FAILED = 3  # exit code of a check that does not pass, as for data that ca
 def load_run(run_file: Path, overrides: Sequence[str] | None = None) -> "Run":
     """The run of a run file, all of whose files exist. Raises ConfigError, and as `check_names`."""
     from preceptor import config
+    from preceptor.train.from_run import with_start
 
-    return check_names(config.load(run_file, overrides or []))
+    return check_names(with_start(config.load(run_file, overrides or [])))
 
 
 def check_names(run: "Run") -> "Run":
@@ -74,12 +75,12 @@ def check_names(run: "Run") -> "Run":
 
 
 def require_one_process() -> None:
-    """Raises ConfigError where a launcher starts several processes: each would train the whole run by itself."""
+    """Raises ConfigError where a launcher starts several processes of a command that runs in one."""
     launched = os.environ.get("WORLD_SIZE", "1")
     if launched.strip() not in ("", "0", "1"):
         raise errors.ConfigError(
-            f"WORLD_SIZE is {launched}: a launcher (torchrun, accelerate) starts several processes, but training is "
-            "one process on one device. Start `preceptor` by itself"
+            f"WORLD_SIZE is {launched}: a launcher (torchrun, accelerate) starts several processes, but only `train` "
+            "runs in several. Start `preceptor` by itself"
         )
 
 

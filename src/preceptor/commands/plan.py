@@ -24,6 +24,8 @@ def plan(
     quick: Annotated[
         bool, typer.Option("--quick", help="Weights, gradients and optimizer only, at once: torch is not loaded.")
     ] = False,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on each node, one to a device.")] = 1,
+    nnodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
 ) -> None:
     """Predict time and memory of a run. Reads the run file and the model's config.json only."""
     from preceptor.plan.devices import find_device
@@ -43,7 +45,7 @@ def plan(
 
         half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
         rate = measured_rate(half) if measure else None
-        found = find_plan(run, model, sample, target, dry_run_of(run.model, run.engine), rate)
+        found = find_plan(run, model, sample, target, dry_run_of(run.model, run.engine), rate, (nproc, nnodes))
     print_result(found, as_json, to_text)
 
 
@@ -54,12 +56,13 @@ def find_plan(
     device: "DeviceSpec",
     dry_run: "DryRun",
     rate: float | None = None,
+    ranks: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
-    """The plan, and the cheapest change where it does not fit."""
+    """The plan, and the cheapest change where it does not fit. ranks: processes on a node, nodes."""
     from preceptor.plan.changes import find_change
     from preceptor.plan.plan import make_plan
 
-    found = make_plan(run, model, sample, device, rate, dry_run)
+    found = make_plan(run, model, sample, device, rate, dry_run, None if ranks == (1, 1) else ranks)
     none_needed: dict[str, Any] = {"change": None, "tried": []}
     return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
 

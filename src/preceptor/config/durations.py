@@ -1,4 +1,4 @@
-"""Durations as values: `3 epochs`, `500 steps`, `5 %`."""
+"""Durations as values: `3 epochs`, `500 steps`, `5 %`, `10 minutes`."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-Unit = Literal["epochs", "steps", "percent"]
+Unit = Literal["epochs", "steps", "percent", "seconds", "minutes", "hours"]
 _UNITS: dict[str, Unit] = {
     "epoch": "epochs",
     "epochs": "epochs",
@@ -16,14 +16,21 @@ _UNITS: dict[str, Unit] = {
     "steps": "steps",
     "%": "percent",
     "percent": "percent",
+    "second": "seconds",
+    "seconds": "seconds",
+    "minute": "minutes",
+    "minutes": "minutes",
+    "hour": "hours",
+    "hours": "hours",
 }
+_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 _LARGEST = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """A stretch of training. In a run file it is written as text, `<number> epochs|steps|%`."""
+    """A stretch of training. In a run file it is written as text, `<number> epochs|steps|%|minutes|hours`."""
 
     count: float
     unit: Unit
@@ -35,7 +42,7 @@ class Duration:
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]+)\s*", value) if isinstance(value, str) else None
         if match is None or match[2] not in _UNITS:
-            raise ValueError("a duration is written as `3 epochs`, `500 steps` or `5 %`")
+            raise ValueError("a duration is written as `3 epochs`, `500 steps`, `5 %` or `10 minutes`")
         if float(match[1]) > _LARGEST:
             raise ValueError(f"no duration may be over {_LARGEST:,}")
         duration = cls(float(match[1]), _UNITS[match[2]])
@@ -43,8 +50,13 @@ class Duration:
             raise ValueError("steps are whole numbers")
         return duration
 
+    @property
+    def seconds(self) -> float | None:
+        """Its seconds, if it is in time; None for epochs, steps and percent."""
+        return self.count * _SECONDS[self.unit] if self.unit in _SECONDS else None
+
     def steps(self, steps_per_epoch: int, total_steps: int = 0) -> int:
-        """Whole steps; part epochs are rounded up. `percent` is a share of `total_steps`."""
+        """Whole steps; part epochs are rounded up. `percent` is a share of `total_steps`. Not for time."""
         per_unit = {"epochs": steps_per_epoch, "steps": 1, "percent": total_steps / 100}[self.unit]
         return math.ceil(round(self.count * per_unit, 6))
 

@@ -42,7 +42,9 @@ RENAMED: dict[str, str] = {
 
 _BATCH = "train.batch_size: packed sequences per optimizer step, over all devices"
 _BETAS = "optimizer.betas: such as `[0.9, 0.95]`"
-_CHECKPOINT = "checkpoint.every: such as `100 steps`"
+_CHECKPOINT = "checkpoint.every: such as `100 steps` or `10 minutes`"
+_BEST = "checkpoint.best: such as `loss`; the best weights are then saved as the model"
+_PATIENCE = "train.patience: evaluations without improvement of the held-out loss after which the run ends"
 _EVALUATION = "eval.every: such as `100 steps` or `1 epoch`"
 _COLUMNS = "data.train[].columns: such as `{text: body}`"
 
@@ -120,6 +122,13 @@ COUNTERPARTS: dict[str, str] = {
     "save_strategy": _CHECKPOINT,
     "saves_per_epoch": _CHECKPOINT,
     "save_total_limit": "checkpoint.keep",
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "early_stopping": _PATIENCE,
+    "early_stopping_patience": _PATIENCE,
+    "early_stopping_steps": _PATIENCE,
+    "adapter_name_or_path": "model.from_run: the `out` of the run whose adapter is trained on",
+    "lora_model_dir": "model.from_run: the `out` of the run whose adapter is trained on",
     "eval_steps": _EVALUATION,
     "eval_strategy": _EVALUATION,
     "evaluation_strategy": _EVALUATION,
@@ -144,15 +153,14 @@ _PACKED = "conversations are always packed into sequences, and do not see each o
 _UNPADDED = "sequences hold no padding: nothing to set"
 _LOGGED = "every step is written to metrics.jsonl in the folder `out`: nothing to set"
 _NAMED = "a run is named by its folder `out`; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT name the project"
-_ONE_PROCESS = "training on several devices is not offered: remove the key"
-_LAST = "the model after the last step is saved: choose train.duration by the held-out losses in report.html"
+_STRATEGY = "parallel.strategy: by default chosen from memory; the processes are started by torchrun or --nproc"
 _TOKENS = "the tokens that the chat template needs are added to the tokenizer and the model: nothing to set"
 _UNQUANTIZED = "quantized weights are not offered: use an `adapter` with `model.dtype: bfloat16`"
 _ATTENTION = "attention is chosen for the device and checked before the first step: nothing to set"
 _HUB = "nothing is uploaded: `hf upload` uploads the folder `model` in `out`"
 _PREPARED = "the data is rendered before the first step, by several processes where it is large: nothing to set"
 _SFT = "supervised fine-tuning is all that is done: remove the key"
-_RESUME = "the same command continues a run that was stopped"
+_RESUME = "the same command continues a run that was stopped; `--from OUT` starts from the model of another run"
 _LOGITS = "the loss computes logits of trained tokens only, in parts: nothing to set"
 _PLAIN_LORA = "this variant of LoRA is not offered: remove the key"
 
@@ -198,17 +206,16 @@ NO_COUNTERPART: dict[str, str] = {
     "run_name": _NAMED,
     "wandb_project": _NAMED,
     "project": _NAMED,
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
+    "deepspeed": _STRATEGY,
+    "fsdp": _STRATEGY,
+    "fsdp_config": _STRATEGY,
+    "ddp_find_unused_parameters": "parameters without a gradient need no setting: remove the key",
+    "ddp_timeout": "a process that waits for another one gives up after 30 minutes: nothing to set",
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,
-    "load_best_model_at_end": _LAST,
-    "metric_for_best_model": _LAST,
-    "early_stopping_patience": _LAST,
+    "greater_is_better": "the direction of each metric of checkpoint.best is known: nothing to set",
+    "early_stopping_threshold": "an improvement counts where it is beyond chance, by a 95 % interval: nothing to set",
     "resume_from_checkpoint": _RESUME,
     "auto_resume_from_checkpoints": _RESUME,
     "overwrite_output_dir": "`preceptor train RUN.yaml --replace` replaces an earlier run in the same folder",

@@ -23,6 +23,7 @@ from preceptor.config.sections import (
     Memory,
     Model,
     Optimizer,
+    Parallel,
     Path_,
     Replay,
     Section,
@@ -33,6 +34,7 @@ from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, p
 from preceptor.errors import ConfigError, short
 
 Tracker = Literal["tensorboard", "trackio", "mlflow", "wandb"]
+BEST_OF_HELD_OUT = ("loss", "token_accuracy")
 
 
 class Run(Section):
@@ -44,6 +46,7 @@ class Run(Section):
     optimizer: Optimizer = Optimizer()
     loss: Loss = Loss()
     memory: Memory = Memory()
+    parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
     adapter: Adapter | None = None
@@ -68,19 +71,45 @@ class Run(Section):
                 "Use `dtype: float32` with `train.precision: bfloat16`, or train an `adapter`"
             )
         optimizer, adapter = self.optimizer, self.adapter
-        if self.train.duration.unit == "percent":
-            raise ConfigError("train.duration: a run's length is in epochs or steps, not in percent of itself")
-        if self.train.duration.count == 0:
-            raise ConfigError("train.duration: must be more than 0")
-        for key, every in (("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every)):
-            if every is not None and every.count == 0:
-                raise ConfigError(f"{key}: must be more than 0; null: never")
+        self._require_durations()
+        self._require_evaluations()
         if optimizer.learning_rate is None:
             optimizer = optimizer.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
         if adapter is not None and adapter.alpha is None:
             adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
         return self.model_copy(update={"optimizer": optimizer, "adapter": adapter, "tracker": tracker})
+
+    def _require_durations(self) -> None:
+        duration = self.train.duration
+        if duration.unit == "percent":
+            raise ConfigError("train.duration: a run's length is in epochs or steps, not in percent of itself")
+        for key, own in (("train.duration", duration), ("optimizer.warmup", self.optimizer.warmup)):
+            if own.seconds is not None:
+                raise ConfigError(f"{key}: in epochs or steps, not in time: a run must be the same on every machine")
+        if duration.count == 0:
+            raise ConfigError("train.duration: must be more than 0")
+        for key, every in (("checkpoint.every", self.checkpoint.every), ("eval.every", self.eval.every)):
+            if every is not None and every.count == 0:
+                raise ConfigError(f"{key}: must be more than 0; null: never")
+
+    def _require_evaluations(self) -> None:
+        """Raises ConfigError where `checkpoint.best` or `train.patience` ask for what no evaluation measures."""
+        best, patience, every = self.checkpoint.best, self.train.patience, self.eval.every
+        for key, wanted in (("checkpoint.best", best), ("train.patience", patience)):
+            if wanted is None:
+                continue
+            if every is None:
+                raise ConfigError(f"{key}: needs evaluations: set eval.every, such as `100 steps`")
+            if every.seconds is not None:
+                raise ConfigError(
+                    f"{key}: needs eval.every in steps or epochs: by the clock, each start would give another model"
+                )
+            if not self.data.eval and wanted not in self.eval.tasks:
+                raise ConfigError(f"{key}: needs held-out examples: name files in data.eval")
+        if best is not None and best not in (*BEST_OF_HELD_OUT, *self.eval.tasks):
+            known = ", ".join([*BEST_OF_HELD_OUT, *self.eval.tasks])
+            raise ConfigError(f"checkpoint.best: {short(best)} is not measured; choose one of {known}")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -142,10 +171,12 @@ def beside(run: Run, folder: Path) -> Run:
         }
     )
     tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks]})
+    best = run.checkpoint.best
+    checkpoint = run.checkpoint.model_copy(update={"best": find(best) if best in run.eval.tasks else best})
     replay = run.replay and run.replay.model_copy(
         update={"data": [s.model_copy(update={"path": find(s.path)}) for s in run.replay.data]}
     )
-    return run.model_copy(update={"data": data, "eval": tasks, "replay": replay})
+    return run.model_copy(update={"data": data, "eval": tasks, "replay": replay, "checkpoint": checkpoint})
 
 
 def all_keys(section: type[BaseModel] = Run, place: str = "") -> Iterator[str]:

@@ -90,6 +90,8 @@ class Model(Section):
     """Branch, tag or commit of a Hub id."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Read it first."""
+    from_run: Path_ | None = None
+    """Folder of a finished run to start from: its adapter if this run has one too, else its model. See docs/runs.md."""
 
 
 class Source(Section):
@@ -171,6 +173,10 @@ class Train(Section):
     """Seed of everything drawn: order, new weights, dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: the GPU where there is one."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop early after so many evaluations that do not lower the held-out loss beyond chance. Absent: never."""
+    max_skipped: Annotated[int, Field(ge=0)] = 0
+    """Steps of a run that may be skipped because loss or gradient is NaN or infinite; one more ends the run."""
 
 
 class Optimizer(Section):
@@ -210,11 +216,20 @@ class Memory(Section):
     """`recompute`: contexts run again in backward, same gradient; `detach`: constants to the gradient (TokenTune)."""
 
 
+class Parallel(Section):
+    strategy: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
+    """Of several processes: whole models (`replicate`), one spread over all (`shard`) or over each node (`hybrid`)."""
+
+
 class Checkpoint(Section):
-    every: Duration | None = None
-    """A checkpoint to go on from after a stop: `100 steps`, `1 epoch`. Absent: one where a signal stops the run."""
+    every: Duration | None = Duration(10, "minutes")
+    """A checkpoint to go on from after a crash: `10 minutes`, `100 steps`. null: only where a signal stops the run."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Older checkpoints are deleted."""
+    """Checkpoints that are kept; older ones are deleted."""
+    best: str | None = None
+    """Save as `model` the weights with the best `loss`, `token_accuracy` or task of `eval.tasks`. Absent: the last."""
+    async_save: bool = False
+    """Copy the state to memory and write it while training goes on. Takes the memory of the copy."""
 
 
 class Eval(Section):

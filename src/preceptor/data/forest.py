@@ -178,6 +178,11 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
     )
 
 
+def empty_sequence(alone: bool = False) -> PackedSequence:
+    """A token without a target: what a rank goes through that has no sequence when others have one."""
+    return pack_trees([Tree("empty", (Segment("context", (0,), None),))], alone=alone)
+
+
 def _lay_out(
     number: int,
     tree: Tree,

@@ -69,11 +69,24 @@ class Loader:
     def trees(self, planned: Sequence[int]) -> list[Tree]:
         return self._dataset.trees(planned)
 
-    def batch(self, step: int) -> list[PackedSequence]:
-        """The sequences of step 0, 1, 2, ..."""
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
+        """The sequences of step 0, 1, 2, ...; with several processes those of one of them."""
+        of_rank = self._planned(step, rank, num_ranks)
+        return [packed for planned in of_rank for packed in pack(self.trees(planned), self.alone)]
+
+    def sources(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, ...]]:
+        """The examples, `file:line`, of each sequence of `batch`."""
+        trees = [self.trees(planned) for planned in self._planned(step, rank, num_ranks)]
+        if self.alone:
+            return [(tree.source,) for own in trees for tree in own for _ in chains_of(tree)]
+        return [tuple(tree.source for tree in own) for own in trees]
+
+    def _planned(self, step: int, rank: int, num_ranks: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
-        return [packed for planned in self.plan(epoch)[start:end] for packed in pack(self.trees(planned), self.alone)]
+        batch = self.plan(epoch)[start:end]
+        dealt = deal([sum(self._lengths[index] for index in planned) for planned in batch], num_ranks)
+        return [batch[at] for at in dealt[rank]]
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another."""
@@ -91,6 +104,21 @@ class Loader:
     def fill(self) -> float:
         """Share of the sequences' capacity that tokens take."""
         return sum(self._lengths) / (self.sequences_per_epoch * self._max_length)
+
+
+def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Which of the sequences of these sizes each process takes, so that all have about the same number of tokens.
+
+    The longest first, each to the process that has fewest tokens, and of those the fewest sequences (Graham 1969). A
+    process has its own in their order.
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        rank = min(range(num_ranks), key=lambda rank: (tokens[rank], len(dealt[rank]), rank))
+        dealt[rank].append(index)
+        tokens[rank] += sizes[index]
+    return [sorted(own) for own in dealt]
 
 
 def pack(trees: Sequence[Tree], alone: bool) -> list[PackedSequence]:

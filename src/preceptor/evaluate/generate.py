@@ -43,13 +43,15 @@ def generate(
     batch_size: int = 64,
     sampling: Sampling | None = None,
     until: Sequence[Sequence[str]] = (),
+    in_step: bool = False,
 ) -> list[GeneratedAnswer]:
     """The answer to each context, in order: greedy, or sampled.
 
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
     memory runs out, the batch is halved. Raises ModelError where a single answer does not fit, and
-    where there is nothing to draw from because logits are not finite.
+    where there is nothing to draw from because logits are not finite. in_step: processes that share the model's weights
+    generate at the same time, as many contexts each; they go on until the last answer ends, and no batch is halved.
     """
     if not contexts:
         return []
@@ -66,6 +68,7 @@ def generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
             generation_config=settings,
+            synced_gpus=in_step,
             stopping_criteria=[ends] if until else None,
         )
         for row, index in enumerate(batch):
@@ -78,11 +81,11 @@ def generate(
             if _fits(answer, batch):
                 del order[:batch_size]
                 continue
-            if len(batch) == 1:
+            if len(batch) == 1 or in_step:
                 raise ModelError(
-                    f"an answer of {max_new_tokens} tokens to a prompt of {len(contexts[batch[0]]):,} tokens does not "
-                    "fit in memory, alone in its batch: lower the number of new tokens (eval.max_new_tokens, "
-                    "--max-new-tokens), or leave that prompt out"
+                    f"{len(batch)} at a time, answers of {max_new_tokens} tokens to prompts of "
+                    f"{len(contexts[batch[-1]]):,} tokens do not fit in memory: lower the number of new tokens "
+                    "(eval.max_new_tokens, --max-new-tokens), or leave the longest prompts out"
                 )
             batch_size = len(batch) // 2
             if model.device.type == "cuda":

@@ -21,6 +21,7 @@ from preceptor.chat.token_text import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Example
 from preceptor.data.forest import Tree
 from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
+from preceptor.world import ONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,21 @@ def _turn(example: Example, index: int | None) -> int | None:
     return sum(message.role == "assistant" for message in example.messages[: index + 1])
 
 
-def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone: bool = False) -> dict[str, Any]:
-    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`.
+def measure(
+    model: Any,
+    held_out: Sequence[LabelledTree],
+    max_length: int,
+    alone: bool = False,
+    by_example: bool = False,
+    world: World = ONE,
+) -> dict[str, Any]:
+    """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
+    sum, to six digits) and `num_tokens`.
 
-    Under the caller's autocast. Raises ValueError if there is no held-out target.
+    Under the caller's autocast. world: the examples are shared out over its processes; each has the figures. Raises
+    ValueError if there is no held-out target.
     """
-    losses = segment_losses(model, [each.tree for each in held_out], max_length, alone)
+    losses = segment_losses(model, [each.tree for each in held_out], max_length, alone, world)
     pairs = [
         (labels, own)
         for each, tree_losses in zip(held_out, losses, strict=True)
@@ -105,8 +115,13 @@ def measure(model: Any, held_out: Sequence[LabelledTree], max_length: int, alone
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
+    of_examples = {
+        "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
+        "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
+    }
     return {
         **_figures(pairs),
+        **({"by_example": of_examples} if by_example else {}),
         **{
             group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}
             for group, found in groups.items()

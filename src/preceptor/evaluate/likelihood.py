@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from preceptor.data.forest import Tree, leaf_paths, pack_trees
+from preceptor.data.loader import deal
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
@@ -22,6 +23,7 @@ from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
 from preceptor.model.parts import evaluating
+from preceptor.world import ONE, World
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -59,24 +61,38 @@ def must_read_alone(model: Any) -> bool:
 
 
 def segment_losses(
-    model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False
+    model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False, world: World = ONE
 ) -> list[list[SegmentLosses]]:
-    """For each tree the losses of each of its segments (none for contexts), under the caller's autocast."""
+    """For each tree the losses of each of its segments (none for contexts), under the caller's autocast.
+
+    world: each of its processes reads a part of the trees and has the losses of all.
+    """
     found = [[SegmentLosses(np.zeros(0), np.zeros(0, dtype=bool)) for _ in tree.segments] for tree in trees]
-    head = output_head(model)
-    for states in read_trees(model, trees, max_length, alone):
-        loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
-        losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
-        for tree, segment, own in states.owners:
-            found[tree][segment] = SegmentLosses(losses_N[own], hits_N[own])
+
+    def measure() -> list[tuple[int, int, SegmentLosses]]:
+        head, measured = output_head(model), []
+        for states in read_trees(model, trees, max_length, alone, world):
+            loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
+            losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
+            measured += [
+                (tree, segment, SegmentLosses(losses_N[own], hits_N[own])) for tree, segment, own in states.owners
+            ]
+        return measured
+
+    for of_rank in world.gather(Engine.of(model).call(measure)):
+        for tree, segment, losses in of_rank:
+            found[tree][segment] = losses
     return found
 
 
 @torch.no_grad()
-def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False) -> Iterator[SequenceStates]:
+def read_trees(
+    model: Any, trees: Sequence[Tree], max_length: int, alone: bool = False, world: World = ONE
+) -> Iterator[SequenceStates]:
     """Run the model over the trees, one packed sequence at a time, in a fixed order; its mode is restored.
 
-    alone: one chain at a time; a target that several chains share is predicted in the first.
+    alone: one chain at a time; a target that several chains share is predicted in the first. world: this process reads
+    its part of the sequences; all make the same number of passes, since they may share the model's weights.
     """
     parts = [
         (number, part, path)
@@ -87,14 +103,20 @@ def read_trees(model: Any, trees: Sequence[Tree], max_length: int, alone: bool =
     ]
     lengths = [part.num_tokens for _, part, _ in parts]
     plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
-    engine = Engine(model)
+    plan = [indices for indices in plan if any(parts[index][1].num_trained for index in indices)]
+    sizes = [sum(lengths[index] for index in indices) for indices in plan]
+    dealt = deal(sizes, world.size)
+    own = dealt[world.rank]
+    shortest = min(range(len(plan)), key=sizes.__getitem__, default=0)
+    surplus = [shortest] * (max(map(len, dealt)) - len(own))  # of no use but to the others
+    engine = Engine.of(model)
     with evaluating(model):
-        for indices in plan:
-            packed = [parts[index] for index in indices]
+        for number, at in enumerate([*own, *surplus]):
+            packed = [parts[index] for index in plan[at]]
             sequence = pack_trees([part for _, part, _ in packed], alone=alone)
-            if not sequence.num_trained:
-                continue
             hidden_MD, source_N = engine.loss_hidden_states(sequence)
+            if number >= len(own):
+                continue
             target_N = torch.from_numpy(sequence.target_N).to(source_N.device)
             owners = [
                 (packed[span.tree][0], packed[span.tree][2][span.segment], span.targets)

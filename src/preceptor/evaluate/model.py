@@ -5,6 +5,7 @@ text: each message's content on a line of its own; the answer is to be written o
 text for every model. The bos token comes first if the tokenizer adds it by itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import TaskPrompt, text_of
+from preceptor.model.forward import Engine
 from preceptor.model.load import load_model
+from preceptor.model.sharding import is_sharded
+from preceptor.world import ONE, World
 
 WINDOW_TOKENS = 4096  # tokens of one forward pass, and the window in which longer texts are read
 
@@ -25,12 +29,16 @@ TokenIds = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedModel:
-    """A loaded model with its chat format; without a template, messages are given as plain text."""
+    """A loaded model with its chat format; without a template, messages are given as plain text.
+
+    world: over whose processes tasks are shared out.
+    """
 
     name: str
     model: Any
     chat: ChatFormat
     alone: bool = False  # one chain per forward pass (likelihood.py)
+    world: World = ONE
 
     @property
     def prompt_format(self) -> str:
@@ -87,10 +95,38 @@ class EvaluatedModel:
         batch_size: int = 64,
         sampling: Sampling | None = None,
         until: Sequence[Sequence[str]] = (),
+        shared_out: bool = False,
     ) -> list[GeneratedAnswer]:
-        """The answer to each context (generate.py)."""
+        """The answer to each context (generate.py).
+
+        shared_out: each process of the world answers a part, and has all answers; without it each answers all of them.
+        Where answers are drawn, that would give others than one process does.
+        """
         tokenizer, stop = self.chat.tokenizer, self.chat.stop_token_ids
-        return generate(self.model, tokenizer, contexts, stop, max_new_tokens, batch_size, sampling, until)
+        num = len(contexts)
+        own = list(range(num))
+        if shared_out and num:
+            by_length = sorted(own, key=lambda index: len(contexts[index]))
+            own = by_length[self.world.rank :: self.world.size]
+            own += by_length[:1] * (math.ceil(num / self.world.size) - len(own))  # each as many, as in likelihood.py
+        engine = Engine.of(self.model)
+        answers = engine.call(
+            lambda: generate(
+                self.model,
+                tokenizer,
+                [contexts[index] for index in own],
+                stop,
+                max_new_tokens,
+                batch_size,
+                sampling,
+                [until[index] for index in own] if until else (),
+                in_step=is_sharded(engine),
+            )
+        )
+        if not shared_out:
+            return answers
+        found = dict(pair for of_rank in self.world.gather(list(zip(own, answers, strict=True))) for pair in of_rank)
+        return [found[index] for index in range(num)]
 
 
 def load_evaluated_model(path: str, dtype: str, device: str, template: str | None = None) -> EvaluatedModel:

@@ -87,7 +87,7 @@ def _generate(
 ) -> list[ItemResult]:
     contexts = [evaluated.context(_prompt_of(item), item.source, max_new_tokens) for item in items]
     until = [item.until for item in items] if any(item.until for item in items) else ()
-    answers = evaluated.generate(contexts, max_new_tokens, batch_size=batch_size, until=until)
+    answers = evaluated.generate(contexts, max_new_tokens, batch_size=batch_size, until=until, shared_out=True)
     return [_scored(item, answer) for item, answer in zip(items, answers, strict=True)]
 
 
@@ -106,7 +106,7 @@ def _scored(item: TaskItem, answer: GeneratedAnswer) -> ItemResult:
 
 def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
     trees = [choice_tree(evaluated, item) for item in items]
-    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone)
+    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone, evaluated.world)
     results = []
     for item, tree_losses in zip(items, losses, strict=True):
         log_likelihoods = [-own.nats for own in tree_losses[1:]]
@@ -147,7 +147,7 @@ def _predict(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemR
         windows = text_windows(item.source, evaluated.chat.bos, evaluated.chat.ids(item.text), evaluated.window_tokens)
         trees += windows
         owners += [number] * len(windows)
-    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone)
+    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone, evaluated.world)
     nats, num_tokens = [0.0] * len(items), [0] * len(items)
     for number, tree_losses in zip(owners, losses, strict=True):
         nats[number] += sum(own.nats for own in tree_losses)

@@ -78,17 +78,18 @@ def resize_embeddings(
     Rows grow to a multiple of ROWS_MULTIPLE and never shrink; a tied head stays tied. A new token's row is the mean of
     the rows of its description's tokens, with a jitter of a hundredth of the standard deviation by `seed`; rows that
     only fill up the multiple are the mean of all. An untied head's rows, and its bias, likewise. `untrained`: tokens
-    as `never_trained` finds them; they get such a row where theirs was never trained.
+    as `never_trained` finds them; they get such a row where theirs was never trained. Of a model without values (on the
+    meta device) the shapes alone change.
     """
     old_rows = model.get_input_embeddings().weight.shape[0]
     new = {**added, **(untrained or {})}
+    if model.device.type == "meta":
+        _grow(model, tokenizer, old_rows)
+        return
     decoder = list(tokenizer.added_tokens_decoder)
     present = [id_ for id_ in (untrained or {}).values() if id_ < old_rows]
     trained = [set(present) - _untrained_rows(table_VD, present, decoder) for table_VD in _tables(model)]
-    needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    if needed_rows > old_rows:
-        rows = -(-needed_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    _grow(model, tokenizer, old_rows)
     described = {id_: _description_ids(tokenizer, token, new, old_rows) for token, id_ in new.items()}
     generator = torch.Generator().manual_seed(seed)
     for table_VD, kept in zip(_tables(model), trained, strict=True):
@@ -96,6 +97,13 @@ def resize_embeddings(
     head = model.get_output_embeddings()
     if len(trained) > 1 and head.bias is not None:
         _first_values(head.bias[:, None], old_rows, described, trained[1], generator)
+
+
+def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_rows: int) -> None:
+    needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    if needed_rows > old_rows:
+        rows = -(-needed_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _description_ids(

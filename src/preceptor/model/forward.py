@@ -4,8 +4,10 @@ Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hi
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +24,23 @@ from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.parts import decoder_of, model_type
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Penalty = Callable[[Tensor, Tensor, Head, PackedSequence, float], Tensor]
 """(hidden_MD, source_N, head, sequence, divisor) -> what is added to the loss."""
 
 _WORTH = 8  # the last layer is spared for context-only tokens if they are at least one in so many
+
+
+def gathered(check: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model that runs in `Engine.call`."""
+
+    @wraps(check)
+    def called(*arguments: P.args, **named: P.kwargs) -> T:
+        return Engine.of(arguments[0]).call(lambda: check(*arguments, **named))
+
+    return called
 
 
 class Engine(nn.Module):
@@ -38,6 +53,13 @@ class Engine(nn.Module):
         self.state = install(model)
         self.training = model.training
 
+    @classmethod
+    def of(cls, model: Any) -> "Engine":
+        """The engine of a model: of a sharded one, that which `shard_model` was given."""
+        engine = cls(model)
+        ranks = engine.state.ranks
+        return engine if ranks is None or ranks.root is None else ranks.root
+
     def forward(
         self,
         sequence: PackedSequence,
@@ -48,21 +70,60 @@ class Engine(nn.Module):
     ) -> Tensor:
         """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`.
 
-        A scalar with a graph, also where no token is trained. Where `step` accumulates, backward must follow.
+        A scalar with a graph, also where no token is trained. Where `step` accumulates, backward must follow. Of a
+        sharded model this is the method of the engine that `shard_model` was given, on all ranks alike.
         """
         step = step or StepContext()
-        with self.state.accumulating(step.accumulates):
-            hidden_MD, source_N = self.loss_hidden_states(sequence, policy)
-        head = output_head(self.model)
-        if "head_gradient" not in self.state.optimisations:
-            step = StepContext(step.divisor)
-        loss = head.loss(hidden_MD, source_N, sequence, options, step)
-        if penalty is not None:
-            loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
-        return loss
+        with nullcontext() if self.state.ranks is None else self.state.ranks.entered():
+            with self.state.accumulating(step.accumulates):
+                hidden_MD, source_N = self._loss_hidden_states(sequence, policy, step.num_levels)
+            head = output_head(self.model)
+            if "head_gradient" not in self.state.optimisations:
+                step = StepContext(step.divisor)
+            loss = head.loss(hidden_MD, source_N, sequence, options, step)
+            if penalty is not None:
+                loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
+            return loss
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function gives that runs the model, in whatever way.
+
+        Of a sharded model the weights outside its layers are gathered meanwhile, those of each layer while it runs. All
+        ranks call it alike, and pass through the layers equally often in it.
+        """
+        ranks = self.state.ranks
+        if ranks is None or ranks.root is None or ranks.inside:
+            return function()
+        try:
+            result: T = ranks.root.enter(function)
+        except BaseException:
+            ranks.root.reset_iter_state()
+            raise
+        finally:
+            ranks.reshard()
+        return result
+
+    def enter(self, function: Callable[[], T]) -> T:
+        """`call`, between FSDP2's hooks (`register_fsdp_forward_method`)."""
+        assert self.state.ranks is not None
+        with self.state.ranks.entered():
+            return function()
 
     def hidden_states(self, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL) -> Tensor:
         """The last hidden state (T, D) of each token, each tree as if it were alone. No logits are computed."""
+        return self.call(lambda: self._hidden_states(sequence, policy))
+
+    def loss_hidden_states(
+        self, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL, num_levels: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The last hidden states (M, D) of the loss-bearing tokens, at least; and source_N, as indices into them.
+
+        A sequence without trained tokens goes through whole, so that every parameter still has its part in the graph.
+        num_levels: as in StepContext. Raises ModelError for phases of a sequence that is read alone.
+        """
+        return self.call(lambda: self._loss_hidden_states(sequence, policy, num_levels))
+
+    def _hidden_states(self, sequence: PackedSequence, policy: ActivationPolicy) -> Tensor:
         if sequence.alone:
             return decode_alone(self.model, self.state, sequence, policy)
         self._require_rope_for(sequence, policy)
@@ -70,14 +131,9 @@ class Engine(nn.Module):
             return decode_dense(self.model, self.state, sequence, policy)
         return decode_whole(self.model, self.state, sequence, replace(policy, context_gradient="full"))
 
-    def loss_hidden_states(
-        self, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL
+    def _loss_hidden_states(
+        self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int
     ) -> tuple[Tensor, Tensor]:
-        """The last hidden states (M, D) of the loss-bearing tokens, at least; and source_N, as indices into them.
-
-        A sequence without trained tokens goes through whole, so that every parameter still has its part in the graph.
-        Raises ModelError for phases of a sequence that is read alone.
-        """
         if sequence.alone and policy.context_gradient != "full":
             raise ModelError(
                 f"memory.context_gradient: {policy.context_gradient}, but the layers of a {model_type(self.model)} "
@@ -86,17 +142,19 @@ class Engine(nn.Module):
             )
         given = self.model, self.state, sequence, policy
         _, bearing = parts = split_by_loss(sequence)
-        whole = sequence.alone or not sequence.num_trained or "attention" not in self.state.optimisations
+        phased = policy.context_gradient != "full"
+        untrained = not sequence.num_trained and not (phased and num_levels)
+        whole = sequence.alone or untrained or "attention" not in self.state.optimisations
         few = _WORTH * (sequence.num_tokens - bearing.num_tokens) < sequence.num_tokens
-        if not whole and policy.context_gradient != "full":
+        if not whole and phased:
             self._require_rope_for(sequence, policy)
-            hidden_MD, index_M = decode_phases(*given)
+            hidden_MD, index_M = decode_phases(*given, num_levels)
         elif not whole and not few and "last_layer" in self.state.optimisations:
             self._require_rope_for(sequence, policy)
             hidden_MD, index_M = decode_whole(*given, parts), bearing.index_T()
         else:
-            hidden_MD, index_M = self.hidden_states(sequence, policy), np.arange(sequence.num_tokens)
-        place_T = np.zeros(sequence.num_tokens, dtype=np.int64)
+            hidden_MD, index_M = self._hidden_states(sequence, policy), np.arange(sequence.num_tokens)
+        place_T = np.zeros(sequence.num_tokens + 2 * num_levels, dtype=np.int64)
         place_T[index_M] = np.arange(len(index_M))
         return hidden_MD, torch.from_numpy(place_T[sequence.source_N]).to(hidden_MD.device)
 

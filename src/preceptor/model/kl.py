@@ -25,6 +25,7 @@ from preceptor.data.forest import PackedSequence
 from preceptor.model.forward import Engine
 from preceptor.model.head import Head, output_head
 from preceptor.model.parts import evaluating
+from preceptor.model.sharding import is_sharded, sharded_copy
 
 LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
 
@@ -47,7 +48,8 @@ class ReferenceModel:
         """Take it before the first step."""
         if hasattr(model, "disable_adapter"):
             return cls(model, False, num_tokens, tuple(untrained))
-        return cls(deepcopy(model).requires_grad_(False).eval(), True, num_tokens, tuple(untrained))
+        copied = sharded_copy(model) if is_sharded(Engine.of(model)) else deepcopy(model).requires_grad_(False).eval()
+        return cls(copied, True, num_tokens, tuple(untrained))
 
     @contextmanager
     def _in_force(self) -> Iterator[None]:
@@ -57,9 +59,12 @@ class ReferenceModel:
 
     @torch.no_grad()
     def read(self, sequence: PackedSequence) -> tuple[Tensor, Head]:
-        """Its hidden states (T, D) of a sequence, and its head."""
+        """Its hidden states (T, D) of a sequence, and its head. The head of a sharded copy stays gathered."""
+        engine = Engine.of(self.model)
         with self._in_force():
-            return Engine(self.model).hidden_states(sequence), output_head(self.model)
+            if self.is_copy and is_sharded(engine):
+                return engine.enter(lambda: (engine.hidden_states(sequence), output_head(self.model)))
+            return engine.hidden_states(sequence), output_head(self.model)
 
 
 def kl_to_base(

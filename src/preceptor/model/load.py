@@ -1,7 +1,7 @@
 """Loading and saving of Hugging Face causal language models. torch is imported in the functions, not at the top."""
 
-import copy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,8 @@ def load_model(
 ) -> "PreTrainedModel":
     """A causal LM in evaluation mode, its weights in `dtype` on `device`.
 
-    init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`.
+    init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`. device:
+    `meta` gives the same model without values, and reads none.
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
     """
     import torch
@@ -40,17 +41,19 @@ def load_model(
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    empty = torch.device(device).type == "meta"
+    where = {"": "meta"} if empty else None
     try:
         config = AutoConfig.from_pretrained(place, **source)
         model_class = auto_class(place, config)
         if init == "random":
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.device("meta") if empty else nullcontext():
                 torch.manual_seed(seed)
                 model = model_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
             _read_generation_config(model, place, revision)
         else:
             model, report = model_class.from_pretrained(
-                place, config=config, dtype=dtype, output_loading_info=True, **source
+                place, config=config, dtype=dtype, output_loading_info=True, device_map=where, **source
             )
             _require_all_weights(place, report)
         if not Path(place).is_dir() and config.get_text_config() is not config:
@@ -173,18 +176,15 @@ def save_model(
     the files are written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists
     or cannot be written.
     """
-    from safetensors import SafetensorError
+    from preceptor.model.weights import Peers
 
-    path = Path(path)
-    if path.exists():
+    path, peers = Path(path), Peers.of(model)
+    if any(peers.share(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
     num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    try:
-        with replacing(path, num_bytes) as partial:
-            partial.mkdir(parents=True)
-            _write(model, tokenizer, partial, generation_config, dtype)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    with peers.together(path), replacing(path, num_bytes) if peers.rank == 0 else nullcontext() as partial:
+        folder = peers.share(partial)[0]
+        _write(model, tokenizer, folder, generation_config, dtype)
 
 
 def _write(
@@ -194,56 +194,45 @@ def _write(
     generation_config: "GenerationConfig | None",
     dtype: "torch.dtype | None",
 ) -> None:
+    """The files of a model; the model itself stays as it is, for another try."""
     from peft import PeftModel
 
-    from preceptor.model.adapters.lora import merge_adapter
+    from preceptor.model.weights import Peers, merged_skeleton, write_adapter, write_weights
 
-    full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    full, peers = merged_skeleton(model), Peers.of(model)
+    held, dtype = full.dtype, dtype or full.dtype
+    with peers.together(folder):
+        if peers.rank == 0:
+            folder.mkdir(parents=True)
+            _write_beside_weights(full, tokenizer, folder, generation_config)
+    if not write_weights(model, full, folder, None if dtype == held else dtype):
+        dtype = held  # an infinite weight would ruin the model: float16 ends at 65,504
+        write_weights(model, full, folder, None)
+    if isinstance(model, PeftModel):
+        write_adapter(model, folder / "adapter")
+    with peers.together(folder):
+        if peers.rank == 0 and dtype != held:
+            for part in (full.config, *(getattr(full.config, name) for name in full.config.sub_configs)):
+                part.dtype = dtype
+            full.config.save_pretrained(folder)
+        if peers.rank == 0 and isinstance(model, PeftModel):
+            tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
+
+
+def _write_beside_weights(
+    full: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    generation_config: "GenerationConfig | None",
+) -> None:
     full.generation_config = generation_config or full.generation_config
     assert full.generation_config is not None
     for name in unusable_settings(full.generation_config):
         setattr(full.generation_config, name, None)
-    _write_weights(full, folder, dtype)
+    full.save_pretrained(folder, state_dict={})
     tokenizer.save_pretrained(folder)
     for file in _processor_files(full):
         shutil.copyfile(file, folder / file.name)
-    if isinstance(model, PeftModel):
-        # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
-        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
-
-
-def _write_weights(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype | None") -> None:
-    """Write config, generation config and weights; the model itself stays as it is, for another try."""
-    state = None if dtype in (None, model.dtype) else _converted(model, dtype)
-    model.save_pretrained(folder, state_dict=state)
-    if state is not None:
-        config = copy.deepcopy(model.config)
-        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-            part.dtype = dtype
-        config.save_pretrained(folder)
-
-
-def _converted(model: "PreTrainedModel", dtype: Any) -> "dict[str, torch.Tensor] | None":
-    """The weights in another type, but for those that transformers keeps in float32; None if it cannot hold them.
-
-    An infinite weight would ruin the model: float16 ends at 65,504.
-    """
-    import torch
-
-    limit = torch.finfo(dtype).max
-    keep = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    found, made = model.state_dict(), {}
-    for name, weight in weights.items():
-        if name not in found or not weight.is_floating_point() or not keep.isdisjoint(name.split(".")):
-            continue
-        if id(weight) not in made:  # what is one table stays one
-            if weight.numel() and weight.detach().abs().max().item() > limit:
-                return None
-            made[id(weight)] = weight.detach().to("cpu", dtype)
-        found[name] = made[id(weight)]
-    return found
 
 
 def _processor_files(model: "PreTrainedModel") -> list[Path]:

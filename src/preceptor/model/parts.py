@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -94,9 +95,11 @@ def exact_routing(model: nn.Module) -> Iterator[None]:
     """Within the block half-precision weights of a model with experts are float32; afterwards the same to the bit.
 
     In half precision a rounding error may send a token to another expert, and its hidden state is another one then:
-    two equal computations look unequal. Where the memory does not suffice, the weights stay as they are.
+    two equal computations look unequal. Where the memory does not suffice, and where the weights are sharded, they stay
+    as they are.
     """
     held = [*model.parameters(), *model.buffers()] if has_experts(model) else []
+    held = [tensor for tensor in held if not isinstance(tensor, DTensor)]
     converted: list[tuple[torch.Tensor, torch.dtype]] = []
     try:
         for tensor in held:
@@ -115,3 +118,8 @@ def exact_routing(model: nn.Module) -> Iterator[None]:
 def _restore(converted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
     for tensor, dtype in converted:
         tensor.data = tensor.data.to(dtype)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether random numbers are drawn in training: by an adapter, or by what the authors left switched on."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

@@ -75,8 +75,12 @@ def this_machine() -> DeviceSpec:
     gpu = _gpu_by_driver()
     if gpu is not None:
         return gpu
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DeviceSpec(THIS_MACHINE, total, None, None, device_type="cpu")
+    return DeviceSpec(THIS_MACHINE, this_machine_bytes(), None, None, device_type="cpu")
+
+
+def this_machine_bytes() -> int:
+    """Its memory, without that of GPUs."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gpu_by_driver() -> DeviceSpec | None:

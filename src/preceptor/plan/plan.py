@@ -7,6 +7,7 @@ torch; all else follows from a dry run of the model (dry_run.py), which any mode
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
-from preceptor.plan.memory import STATES, Setup, StepMemory, Weights, state_bytes, step_memory
+from preceptor.plan.memory import STATES, Moment, Setup, StepMemory, Weights, state_bytes, step_memory
 from preceptor.plan.model import PlannedModel
 from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
+from preceptor.plan.ranks import Placement, choose, placements, unknown
 from preceptor.plan.sample import Sample
 from preceptor.plan.work import TurnLengths, Work, operations
 
@@ -46,8 +48,10 @@ def make_plan(
     device: DeviceSpec,
     rate: float | None = None,
     dry_run: "DryRun | None" = None,
+    ranks: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The plan as one object. rate: measured operations per second of this machine's matrix products, if they were.
+    ranks: processes on a node, and nodes, for which a placement of the model is planned too.
 
     Without a dry run: parameters and states alone, as far as config.json or the weight files tell. Raises ModelError
     for adapter targets that the model has not, and where the model cannot run without values.
@@ -71,6 +75,7 @@ def make_plan(
             "moment": case.memory.moment,
             "fits": case.memory.peak_bytes <= device.usable_bytes,
         },
+        "ranks": None if ranks is None else _ranks_facts(run, dry_run, case, sample, device, *ranks),
         "data": _data_facts(run, sample),
         "work": _work_facts(run, case, sample, device, rate),
         "would_fit": would_fit(run, dry_run, sample),
@@ -162,6 +167,35 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
         "max_length": run.data.max_length,
         "batch_size": run.train.batch_size,
     }
+
+
+def _ranks_facts(
+    run: config.Run,
+    dry_run: "DryRun",
+    case: Case,
+    sample: Sample | str,
+    device: DeviceSpec,
+    ranks_per_node: int,
+    num_nodes: int,
+) -> dict[str, Any]:
+    """Every way to spread the model over processes, and the one that the run takes."""
+    num_ranks = ranks_per_node * num_nodes
+    setup = _setup_of_rank(case.setup, num_ranks)
+    moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
+    usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
+    found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
+    return {
+        "num_ranks": num_ranks,
+        "ranks_per_node": ranks_per_node,
+        "usable_bytes": usable_bytes,
+        "ways": [each.to_json() for each in found],
+        "chosen": choose(found, run.parallel.strategy).to_json(),
+    }
+
+
+def _setup_of_rank(setup: Setup, num_ranks: int) -> Setup:
+    """With the sequences of a step that a process gets at most."""
+    return replace(setup, sequences_per_step=-(-setup.sequences_per_step // num_ranks))
 
 
 def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
@@ -261,6 +295,41 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
 
 def _fits_on(memory: StepMemory) -> list[str]:
     return [device.name for device in DEVICES if memory.peak_bytes <= device.usable_bytes]
+
+
+def place_on_ranks(
+    run: config.Run,
+    sequence: "PackedSequence",
+    num_new_tokens: int,
+    num_tokenizer: int,
+    device: DeviceSpec,
+    num_ranks: int,
+    ranks_per_node: int,
+) -> Placement:
+    """How a run spreads its model over processes, decided before it is loaded. device: of one process.
+
+    sequence: the run's largest. num_tokenizer: tokens of its tokenizer. Where a model cannot run without values, and
+    with `loss.kl_coef` (which runs the base as well), the bytes of weights, gradients and optimizer decide alone, and
+    may fill half of the device.
+    """
+    from preceptor.model.closeness import FAILURES
+    from preceptor.plan.dry_run import dry_run_of
+
+    setup = _setup_of_rank(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), num_ranks)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
+    try:
+        dry_run = dry_run_of(run.model, run.engine)
+        num_rows = rows_for(dry_run.num_rows, num_tokenizer)
+        parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows)
+    except (ModelError, *FAILURES):  # what cannot be loaded either says so when it is loaded
+        return unknown(run.parallel.strategy, num_ranks, ranks_per_node)
+    moments: Sequence[Moment] = ()
+    with suppress(ModelError, *FAILURES):
+        if run.loss.kl_coef == 0:
+            moments = dry_run.step(setup, policy, sequence, num_rows)
+    usable_bytes = device.usable_bytes if moments else device.usable_bytes // 2
+    found = placements(setup, parameters, moments, num_ranks, ranks_per_node, usable_bytes)
+    return choose(list(found), run.parallel.strategy)
 
 
 def predict_peak_bytes(

@@ -10,7 +10,7 @@ def to_text(plan: Mapping[str, Any]) -> str:
     if plan["quick"]:
         parts.append("Activations, peak, time and whether it fits: run `preceptor plan` without --quick.")
     else:
-        parts += [_verdict(plan), _work(plan), _table(plan)]
+        parts += [_verdict(plan), _ranks(plan), _work(plan), _table(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -73,10 +73,26 @@ def _verdict(plan: Mapping[str, Any]) -> str:
     lines = [f"It does not fit. {room}."]
     change = plan["change"]
     if change is None:
-        lines.append("  No change of the run file makes it fit this device, and training on several is not offered.")
+        lines.append("  No change of the run file makes it fit this device. On several: --nproc N.")
     else:
         keys = " ".join(change["set"])
         lines.append(f"  Cheapest change that fits: add {keys} (peak {size(change['peak_bytes'])})")
+    return "\n".join(lines)
+
+
+def _ranks(plan: Mapping[str, Any]) -> str:
+    """The ways to spread the model over processes, the chosen one marked."""
+    ranks = plan["ranks"]
+    if ranks is None:
+        return ""
+    nodes = ranks["num_ranks"] // ranks["ranks_per_node"]
+    on = f" on {nodes} nodes" if nodes > 1 else ""
+    lines = [f"On {ranks['num_ranks']} processes{on} (usable by each: {size(ranks['usable_bytes'])}; > chosen)"]
+    for way in ranks["ways"]:
+        gathered = "" if way["num_parts"] == 1 else "layer by layer" if way["regathers"] else "gathered once a step"
+        fits = "fits" if way["fits"] else "does not fit"
+        mark = ">" if way == ranks["chosen"] else " "
+        lines.append(f" {mark}{way['strategy']:<10}{gathered:<22}{size(way['peak_bytes']):>9}  {fits}")
     return "\n".join(lines)
 
 

@@ -20,6 +20,8 @@ def facts(run: RunRecord) -> dict[str, str]:
         "trained tokens per epoch": _number(tokens.get("trained")),
         "sequences filled": _share(data.get("fill")),
         "steps": _steps(run),
+        "steps skipped": _number(len(run.skipped) or None),
+        "model": _model(run),
         **_losses(run),
         "exact answers": _share(summary.get("intern_exact_match")),
         "tokens per second (median)": _number(_throughput(run)),
@@ -47,6 +49,12 @@ def _losses(run: RunRecord) -> dict[str, str]:
 def _steps(run: RunRecord) -> str:
     planned = run.data.get("num_steps")
     return f"{run.num_steps:,}" + (f" of {planned:,}" if planned and planned != run.num_steps else "")
+
+
+def _model(run: RunRecord) -> str:
+    """Which step's weights were saved, where they are not the last step's as a matter of course."""
+    best = run.summary.get("best")
+    return f"that of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4f})" if best else ""
 
 
 def _throughput(run: RunRecord) -> float | None:

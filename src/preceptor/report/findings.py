@@ -31,6 +31,7 @@ NOT_STOPPED = 0.1  # share of answers that do not stop
 MANY_ANSWERS = 10  # to praise that they stop
 ENOUGH_STEPS = 10  # to praise a training loss
 ENOUGH_TOKENS = 200  # to praise a held-out loss
+_NAMED = 5  # steps and examples of a finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ def judge(run: RunRecord) -> Verdict:
     """All findings of a run, the worst first, with a headline."""
     found = [
         *_whether_finished(run),
+        *_skipped(run),
         *_steps(run),
         *_training_loss(run),
         *_held_out(run),
@@ -103,6 +105,30 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
         yield Finding("warning", seen, "If it was stopped, the same `preceptor train` command continues it.")
     for resumed in run.environment.get("resumed", ()):
         yield Finding("note", f"The run was resumed after step {resumed['step']:,} ({resumed['date']}).")
+    early, best = run.summary.get("stopped_early"), run.summary.get("best")
+    if early:
+        since = f"after step {early['on_step']:,}" if early["on_step"] else "before the first step"
+        num = early["num_evaluations"]
+        seen = (
+            f"The run stopped early, after step {early['step']:,}: {_count(num, 'evaluation')} did not lower the "
+            f"held-out loss of {since} beyond chance (train.patience)."
+        )
+        yield Finding("note", seen, "" if best else "`checkpoint.best: loss` saves the best weights, not the last.")
+    if best:
+        last = "the last" if best["step"] == run.num_steps else f"not the last, {run.num_steps:,}"
+        yield Finding("note", f"The model is that of step {best['step']:,}, the best by {best['metric']}; {last}.")
+
+
+def _skipped(run: RunRecord) -> Iterator[Finding]:
+    if run.skipped:
+        named = ", ".join(f"{step['step']:,}" for step in run.skipped[:_NAMED])
+        examples = list(dict.fromkeys(name for step in run.skipped for name in step.get("examples", ())))
+        seen = (
+            f"{_count(len(run.skipped), 'step')} {'was' if len(run.skipped) == 1 else 'were'} skipped, because loss or "
+            f"gradient was not finite: {named}{', ...' if len(run.skipped) > _NAMED else ''}."
+        )
+        shown = ", ".join(examples[:_NAMED]) + (", ..." if len(examples) > _NAMED else "")
+        yield Finding("warning", seen, f"Look at the examples {shown}; lower optimizer.learning_rate.")
 
 
 # The loss ------------------------------------------------------------------------------------------------------------
@@ -163,8 +189,13 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
             f"Overfitting: the held-out loss was lowest after step {best['step']:,} ({best['loss']:.3f}) and then rose "
             f"to {last['loss']:.3f} (+{_share(last['loss'] / best['loss'] - 1)})."
         )
-        advice = f"Train shorter: `train.duration: {best['step']} steps`; or on more data."
-        yield Finding("warning", seen, "Train on more data." if _has_few_steps(run) else advice)
+        if run.summary.get("best", {}).get("step") == best["step"]:
+            yield Finding("note", f"{seen} The model is that of step {best['step']:,}.")
+        else:
+            advice = (
+                f"Save the best weights: `checkpoint.best: loss`; train shorter, {best['step']} steps; or on more data."
+            )
+            yield Finding("warning", seen, "Train on more data." if _has_few_steps(run) else advice)
     both = run.loss_ends
     if both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."

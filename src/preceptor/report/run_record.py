@@ -5,7 +5,7 @@ A last line without a line end is still being written, and is left out.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class RunRecord:
     name: str
     config: JsonObject
     config_text: str
-    steps: list[JsonObject]  # metrics.jsonl
+    steps: list[JsonObject]  # metrics.jsonl, without those whose update was left out
     evaluations: list[JsonObject]  # eval.jsonl
     samples: list[JsonObject]
     rejections: list[JsonObject]
@@ -35,6 +35,7 @@ class RunRecord:
     environment: JsonObject
     data: JsonObject
     compare: JsonObject
+    skipped: list[JsonObject] = field(default_factory=list)  # of metrics.jsonl: steps whose update was left out
 
     @property
     def is_finished(self) -> bool:
@@ -43,7 +44,7 @@ class RunRecord:
     @property
     def num_steps(self) -> int:
         """Steps taken so far."""
-        return int(self.steps[-1]["step"]) if self.steps else 0
+        return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
 
     @property
     def held_out(self) -> list[JsonObject]:
@@ -103,12 +104,14 @@ def read_run(folder: Path) -> RunRecord:
         raise CheckpointError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: is not a run file, but {type(config).__name__}")
+    steps = read_json_lines(folder / "metrics.jsonl")
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
         config=config,
         config_text=text,
-        steps=read_json_lines(folder / "metrics.jsonl"),
+        steps=[step for step in steps if "skipped" not in step],
+        skipped=[step for step in steps if "skipped" in step],
         evaluations=read_json_lines(folder / "eval.jsonl"),
         samples=read_json_lines(folder / "samples.jsonl"),
         rejections=read_json_lines(folder / "rejections.jsonl"),

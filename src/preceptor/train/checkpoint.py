@@ -1,30 +1,57 @@
 """Checkpoints of a run: everything that must survive, written whole or not at all, and read only if undamaged.
 
     OUT/checkpoints/step-00000200/
-      state.pt        trained parameters, optimizer, generator states
-      manifest.json   the run's id, the step; size and SHA-256 of each other file
+      .metadata, *.distcp   trained parameters and optimizer state by name, of torch.distributed.checkpoint (DCP)
+      manifest.json         the run's id, the step, run file and versions; size and SHA-256 of each other file
 
-A checkpoint is written beside its place and renamed, so a folder named `step-*` is always complete. The order of the
-data needs no state: it is a function of the step (data/loader.py).
+Each rank writes its part of each tensor; any number of ranks can read them. A checkpoint is written beside its place
+and renamed by the first rank when all are done, so a folder named `step-*` is always complete. The order of the data
+needs no state: it is a function of the step (data/loader.py).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.files import cannot_write, is_full, read_manifest, remove_folder, replacing, write_manifest, writing
+from preceptor.files import (
+    cannot_write,
+    describe_files,
+    is_full,
+    prepare_partial,
+    publish,
+    read_manifest,
+    remove,
+    remove_folder,
+    write_manifest,
+    writing,
+)
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.train.run_folder import CHECKPOINT
+from preceptor.world import ONE, World
 
-STATE = "state.pt"
 _STATE_PER_PARAMETER = 2  # AdamW's two means
-_OTHER_BYTES = 1 << 20  # of a checkpoint: names, generator states, manifest
+_BYTES_PER_TENSOR = 3000  # of its record in the file, and of its place in the metadata
+_OTHER_BYTES = 1 << 18  # of a checkpoint: manifest, and what the metadata needs
+_PARAMETER, _OPTIMIZER = "parameter.", "optimizer."  # what the names in a checkpoint begin with
+
+Content = dict[str, Any]
 
 
 @dataclass
@@ -37,7 +64,7 @@ class State:
 
     @cached_property
     def engine(self) -> Engine:
-        return Engine(self.model)
+        return Engine.of(self.model)
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -46,9 +73,11 @@ class State:
 
 
 def checkpoint_bytes(state: State, with_optimizer: bool = True) -> int:
-    """What a checkpoint takes on the disk."""
-    weights = sum(p.numel() * p.element_size() for p in state.trained.values())
-    return weights * (1 + _STATE_PER_PARAMETER * with_optimizer) + _OTHER_BYTES
+    """What a checkpoint takes on the disk, of all ranks."""
+    trained = state.trained.values()
+    weights = sum(p.numel() * p.element_size() for p in trained)
+    num_tensors = len(trained) * (1 + (_STATE_PER_PARAMETER + 1) * with_optimizer)
+    return weights * (1 + _STATE_PER_PARAMETER * with_optimizer) + num_tensors * _BYTES_PER_TENSOR + _OTHER_BYTES
 
 
 def require_finite(state: State) -> None:
@@ -61,98 +90,182 @@ def require_finite(state: State) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of the run `run_id` in `folder`; after each save all but the newest `keep` are deleted."""
+    """The checkpoints of the run `run_id` in `folder`; after each save all but the newest `keep` are deleted.
+
+    about: run file and versions, for the manifest. best: the step of the best evaluation, whose checkpoint is kept too.
+    async_save: `save` copies the state to memory and returns; one thread writes it, one checkpoint at a time.
+    """
 
     folder: Path
     run_id: str
     keep: int
+    async_save: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    world: World = ONE
+    best: int | None = None
+    _writer: "_Writer | None" = None
 
     def found(self) -> list[Path]:
         """The complete ones, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
     def save(self, state: State, with_optimizer: bool = True) -> None:
-        """Write `step-N`; the older ones go when it is on the disk. Raises CheckpointError; ModelError for a NaN.
+        """Write `step-N`, unless it is there; the older ones go when it is on the disk.
 
         with_optimizer False: only what is needed after the last step. Where there is no room beside the older
-        checkpoints, all of them but the newest are deleted first.
+        checkpoints, all of them but the newest are deleted first. Raises CheckpointError; ModelError for a NaN. With
+        `async_save` the error of a write that is under way comes from `check`, `wait` or the next `save`.
         """
+        self.wait()
+        if self.has(state.step):
+            self._prune(self.keep, state.step)  # another one may be the best now
+            return
         require_finite(state)
+        content, num_bytes, step = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer), state.step
+        if not self.async_save:
+            self._save(content, num_bytes, step)
+            return
+        staged = BlockingAsyncStager().stage(content)
+        self._writer = _Writer(lambda: self._save(staged, num_bytes, step))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """What is being written is written to its end, also where the run has failed."""
+        if self._writer is not None:
+            self._writer.join()
+
+    def check(self) -> None:
+        """Raises the error of a write that has ended; does not wait for one that has not."""
+        if self._writer is not None and not self._writer.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written any more. Raises its error."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.join()
+            if writer.error is not None:
+                raise writer.error
+
+    def _save(self, content: Content, num_bytes: int, step: int) -> None:
         try:
-            self._write(state, with_optimizer)
+            self._write(content, num_bytes, step)
         except CheckpointError as error:
             if not is_full(error) or len(self.found()) < 2:
                 raise
-            self._prune(1, state.step)
-            self._write(state, with_optimizer)
-        self._prune(self.keep, state.step)
-        _delete(path for path in self.found() if path > self._place(state.step))  # those that `restore` passed over
+            self._prune(1, step)
+            self._write(content, num_bytes, step)
+        self._prune(self.keep, step)
+        self.world.first(lambda: _delete(path for path in self.found() if path > self._place(step)))  # passed over
 
-    def _write(self, state: State, with_optimizer: bool) -> None:
-        place = self._place(state.step)
-        num_bytes = checkpoint_bytes(state, with_optimizer)
-        content = {
-            "parameters": {name: p.detach() for name, p in state.trained.items()},
-            "optimizer": state.optimizer.state_dict() if with_optimizer else None,
-            "random_cpu": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-        with replacing(place, num_bytes) as partial:
-            partial.mkdir(parents=True)
-            try:
-                with (partial / STATE).open("wb") as file:
-                    torch.save(content, file)
-            except RuntimeError as error:  # torch's writer, after the file's own error
-                cause = error.__context__ if isinstance(error.__context__, OSError) else error
-                raise cannot_write(place, cause, num_bytes) from cause
-            write_manifest(partial, {"run": self.run_id, "step": state.step})
+    def _write(self, content: Content, num_bytes: int, step: int) -> None:
+        """Every rank its part, into a folder beside the place; then the first rank renames it."""
+        place = self._place(step)
+        try:
+            partial = self.world.first(lambda: prepare_partial(place, folder=True))
+            self.world.together(lambda: _write_part(content, partial, place, num_bytes, self.world))
+            parts = self.world.together(lambda: describe_files(partial, self._own_files(partial)))
+            described = {name: about for part in parts for name, about in sorted(part.items())}
+
+            def finish() -> None:
+                with writing(place, num_bytes):
+                    write_manifest(partial, {"run": self.run_id, "step": step, **self.about}, described)
+                    publish(partial, place)
+
+            self.world.first(finish)
+        finally:
+            if self.world.is_first:
+                with suppress(OSError):
+                    remove(place.with_name(f".{place.name}.partial"))
+
+    def _own_files(self, partial: Path) -> list[Path]:
+        """Those that this rank has written; the metadata is the first rank's."""
+        files = [path for path in partial.iterdir() if path.name.startswith(f"__{self.world.rank}_")]
+        return sorted(files + [partial / ".metadata"] * self.world.is_first)
 
     def _prune(self, keep: int, step: int) -> None:
-        """Delete all but the newest `keep` of those up to `step`."""
-        _delete([path for path in self.found() if path <= self._place(step)][:-keep])
+        """Delete all but the newest `keep` of those up to `step`, and the best."""
+        kept = [] if self.best is None else [self._place(self.best)]
+
+        def prune() -> None:
+            until = [path for path in self.found() if path <= self._place(step)]
+            _delete(path for path in until[:-keep] if path not in kept)
+
+        self.world.first(prune)
 
     def has(self, step: int) -> bool:
-        """Whether there is an undamaged one of this step."""
-        try:
-            return self._place(step).is_dir() and bool(self._manifest(self._place(step)))
-        except CheckpointError:
-            return False
+        """Whether there is an undamaged one of this step, on the disk."""
+
+        def look() -> bool:
+            try:
+                return self._place(step).is_dir() and bool(self._manifest(self._place(step)))
+            except CheckpointError:
+                return False
+
+        return self.world.first(look)
 
     def restore(self, state: State, say: Callable[[str], None]) -> None:
         """Bring `state` to the newest undamaged checkpoint, bit for bit; `say` why newer ones are passed over.
 
         Without any checkpoint `state` stays at step 0. Raises CheckpointError if there are some and none can be read.
         """
-        found, reasons = self.found(), []
+        found, reasons = self.world.first(self.found), []
         for place in reversed(found):
             try:
-                manifest = self._manifest(place)
-                content = _load(place / STATE)
+                step = self._read(place, state)
             except CheckpointError as error:
                 reasons.append(str(error))
                 say(f"passed over: {error}")
                 continue
-            _apply(content, state, place)
-            state.step = manifest["step"]
-            self._prune(self.keep, state.step)
+            state.step = step
+            self._prune(self.keep, step)
             return
         if found:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint can be read: {'; '.join(reasons)}. Start anew with --replace"
             )
 
+    def restore_weights(self, state: State, step: int) -> None:
+        """Give the model the weights that it had after `step`; nothing else changes. Raises CheckpointError."""
+        self._read(self._place(step), state, with_optimizer=False)
+
+    def _read(self, place: Path, state: State, with_optimizer: bool = True) -> int:
+        """The step of the checkpoint that is read, by all ranks. Each looks at its share of the files' hashes."""
+        manifest = self.world.together(lambda: self._manifest(place))[0]
+        saved = self.world.together(lambda: _saved_tensors(place, state))[0]
+        self.world.together(lambda: _load(saved, place, state, self.world, with_optimizer))
+        return int(manifest["step"])
+
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
     def _manifest(self, place: Path) -> dict[str, Any]:
-        manifest = read_manifest(place)
+        manifest = read_manifest(place, self.world.rank, self.world.size)
         if manifest.get("run") != self.run_id:
             raise CheckpointError(f"{place}: is a checkpoint of another run")
         if manifest.get("step") != int(place.name.removeprefix("step-")):
             raise CheckpointError(f"{place}: is a checkpoint of step {manifest.get('step')}, not of the step it names")
         return manifest
+
+
+class _Writer(threading.Thread):
+    """A thread that writes one checkpoint, and keeps its error."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint writer", daemon=True)
+        self._write = write
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:
+            self.error = error
 
 
 def _delete(places: Iterable[Path]) -> None:
@@ -161,25 +274,90 @@ def _delete(places: Iterable[Path]) -> None:
             remove_folder(place)
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever pickle and zip files raise
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file}: cannot be read: {reason}") from error
+# What is in a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def _content(state: State, with_optimizer: bool) -> Content:
+    """Everything that must survive, by names that do not depend on the number of ranks."""
+    content: Content = {f"{_PARAMETER}{name}": p.detach() for name, p in state.trained.items()}
+    if with_optimizer:
+        for name, parameter in state.trained.items():
+            for key, value in state.optimizer.state.get(parameter, {}).items():
+                content[f"{_OPTIMIZER}{name}.{key}"] = value
     return content
 
 
-def _apply(content: dict[str, Any], state: State, place: Path) -> None:
-    """Raises CheckpointError, before anything is changed, where the checkpoint holds other parameters."""
-    saved, trained = content["parameters"], state.trained
-    if {name: p.shape for name, p in saved.items()} != {name: p.shape for name, p in trained.items()}:
+def _write_part(content: Content, partial: Path, place: Path, num_bytes: int, world: World) -> None:
+    writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+    with _explained(lambda cause: cannot_write(place, cause, num_bytes)):
+        save(content, storage_writer=writer, process_group=world.group, no_dist=world.group is None)
+
+
+def _saved_tensors(place: Path, state: State) -> dict[str, Any]:
+    """DCP's metadata by name. Raises CheckpointError where the checkpoint holds other parameters than are trained."""
+    with _explained(_unreadable(place)):
+        saved = FileSystemReader(place).read_metadata().state_dict_metadata
+        shapes = {name: getattr(tensor, "size", None) for name, tensor in saved.items() if name.startswith(_PARAMETER)}
+    if shapes != {f"{_PARAMETER}{name}": p.shape for name, p in state.trained.items()}:
         raise CheckpointError(f"{place}: holds other parameters than this model trains; start anew with --replace")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-    if content["optimizer"] is not None:
-        state.optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["random_cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["random_cuda"][: torch.cuda.device_count()])
+    return saved
+
+
+def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, with_optimizer: bool) -> None:
+    """Read parameters in place, and the optimizer's state, each rank its part."""
+    trained = state.trained
+    content: Content = {f"{_PARAMETER}{name}": p.detach() for name, p in trained.items()}
+    owners: dict[str, tuple[torch.nn.Parameter, str]] = {}
+    for full in (full for full in saved if full.startswith(_OPTIMIZER) and with_optimizer):
+        name, _, key = full.removeprefix(_OPTIMIZER).rpartition(".")
+        owners[full] = trained[name], key
+        content[full] = _empty(saved[full], trained[name], state.optimizer)
+    with _explained(_unreadable(place)):
+        reader = FileSystemReader(place)
+        load(content, storage_reader=reader, process_group=world.group, no_dist=world.group is None)
+    if owners:
+        state.optimizer.state.clear()
+    for full, (parameter, key) in owners.items():
+        state.optimizer.state[parameter][key] = content[full]
+
+
+def _unreadable(place: Path) -> Callable[[BaseException], CheckpointError]:
+    def explain(cause: BaseException) -> CheckpointError:
+        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        return CheckpointError(f"{place}: cannot be read: {reason}")
+
+    return explain
+
+
+def _empty(saved: Any, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """Where a value of the optimizer is read to: spread over the ranks as its parameter is, if it has as many rows.
+
+    A number is where the optimizer wants it: torch's fused ones beside the parameter, all others on the CPU.
+    """
+    if not isinstance(saved, TensorStorageMetadata):
+        return None
+    size, dtype = saved.size, saved.properties.dtype
+    if size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    if isinstance(parameter, DTensor) and size[:1] == parameter.shape[:1]:
+        return distributed_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    on_cpu = not size and not optimizer.defaults.get("fused")
+    return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu else parameter.device)
+
+
+@contextmanager
+def _explained(explain: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
+    """Raises CheckpointError for whatever DCP raises inside, and does not warn that there is but one process."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointError:
+        raise
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause.__context__, OSError):  # torch's writer, after the file's own error
+            cause = cause.__context__
+        raise explain(cause) from cause
+    except Exception as error:
+        raise explain(error) from error

@@ -1,8 +1,9 @@
 """What differs between a run in its folder and the session that goes on with it, and which differences matter.
 
 Keys that change what is trained must be the same, and so must what they name: the trained tokens, the base model, the
-chat template. What changes only the rounding (device, threads, versions, engine) or only what is measured (held-out
-data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, and paths whose content is the same.
+chat template. What changes only the rounding (device, processes, threads, versions, engine) or only what is measured
+(held-out data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, when to stop early, and
+paths whose content is the same; and `train.duration` may grow where the rate of no step depends on it.
 No torch here.
 """
 
@@ -15,23 +16,28 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|data\.max_rejected|data\.allow_rejected.*)"
+    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|data\.max_rejected|data\.allow_rejected.*"
+    r"|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
-_BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code)|.*\.path|data\.chat_template)")
-_ROUNDING = re.compile(r"(engine|train\.device|memory\.activation_checkpointing)")
+_BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code|from_run)|.*\.path|data\.chat_template)")
+_ROUNDING = re.compile(r"(engine|parallel\.strategy|train\.device|memory\.activation_checkpointing)")
 _PACKAGES = ("preceptor", "torch", "transformers", "peft", "numpy")
 _ABSENT = object()
 
 
 @dataclass(frozen=True)
 class Changed:
-    """Keys with other values than in the run's folder. weights, rounding: sentences, by what the keys change."""
+    """Keys with other values than in the run's folder. weights, rounding: sentences, by what the keys change.
+
+    lengthened: whether the run is to be longer than it was, and may be.
+    """
 
     keys: list[str]
     weights: list[str]
     rounding: list[str]
     by_content: list[str]
+    lengthened: bool = False
 
 
 def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Changed:
@@ -43,10 +49,11 @@ def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Ch
     if run.train.precision is None:
         now.pop("train.precision")
         before.pop("train.precision", None)
-    found = Changed([], [], [], [])
+    lengthened = _is_longer(before.get("train.duration"), run)
+    found = Changed([], [], [], [], lengthened)
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
-        if old == new or _FREE.fullmatch(key):
+        if old == new or _FREE.fullmatch(key) or (key == "train.duration" and lengthened):
             continue
         line = f"{key}: {_shown(old)} in {where}, {_shown(new)} now"
         found.keys.append(key)
@@ -59,6 +66,20 @@ def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Ch
     return found
 
 
+def may_be_lengthened(run: config.Run) -> bool:
+    """Whether the learning rate of no step depends on the length of the run."""
+    return run.optimizer.lr_scheduler == "constant" and run.optimizer.warmup.unit != "percent"
+
+
+def _is_longer(before: Any, run: config.Run) -> bool:
+    try:
+        old = config.Duration.parse(before)
+    except ValueError:
+        return False
+    now = run.train.duration
+    return may_be_lengthened(run) and old.unit == now.unit and now.count > old.count
+
+
 def _shown(value: object) -> str:
     if value is _ABSENT:
         return "absent"
@@ -69,6 +90,7 @@ def content_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
     """What the run is made from and differs from what its folder records: then it cannot go on."""
     return [
         *_of_model(recorded.get("model") or {}, now["model"]),
+        *_of_start(recorded.get("from_run") or {}, now.get("from_run") or {}),
         *_of_template(recorded, now),
         *_of_data(recorded, now),
     ]
@@ -81,6 +103,22 @@ def _of_model(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if changed:
         yield f"the base model's weights ({now['path']}) are others: {', '.join(changed)}"
+
+
+def _of_start(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """The adapter that is trained on; where there is none, the other run's model is the base model."""
+    if before.get("adapter_sha256") != now.get("adapter_sha256"):
+        yield f"the adapter that the run starts from ({now.get('folder') or before.get('folder')}) is another one"
+
+
+def base_differences(run: str, start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Why the adapter of the run that this one starts from does not fit the base model `now`."""
+    if start is None or start.get("base") is None:
+        return []
+    return [
+        f"model.from_run: the adapter of {run} was trained on another base model: {line}"
+        for line in _of_model(start["base"], now)
+    ]
 
 
 def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -114,7 +152,7 @@ def rounding_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) ->
     """Where the machine and the versions differ from those of the run's sessions so far."""
     found: dict[str, None] = {}
     for before in (recorded, *recorded.get("resumed", ())):
-        for key in ("device", "cuda", "num_threads"):
+        for key in ("device", "cuda", "num_threads", "num_processes"):
             if key in before and before[key] != now[key]:
                 found[f"{key}: {before[key]} before, {now[key]} now"] = None
         old, new = before.get("versions", {}), now["versions"]

@@ -17,8 +17,10 @@ from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json_lines
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
+from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
+from preceptor.world import ONE, World
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Evaluations:
 
     A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
     and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
-    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. last: the newest line, also
-    of an earlier session: an evaluation that is there is not made again.
+    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `judges` a line also
+    has the losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also
+    of earlier sessions: an evaluation that is there is not made again.
     """
 
     folder: Path
@@ -52,11 +55,13 @@ class Evaluations:
     precision: str
     enabled: bool
     say: Callable[[str], None]
-    last: dict[str, Any] = field(default_factory=dict)
+    world: World = ONE
+    judges: bool = False
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
     def evaluate(self, state: State) -> None:
         """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`."""
-        if not self.enabled or self.last.get("step") == state.step:
+        if not self.enabled or (self.lines and self.lines[-1]["step"] == state.step):
             return
         require_finite(state)
         evaluated = self.evaluated(state.model)
@@ -68,13 +73,17 @@ class Evaluations:
                 measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
         self._sample(evaluated, state.step)
         if measured:
-            self.last = {"step": state.step, **measured}
-            append_line(self.folder / "eval.jsonl", self.last)
+            line = {"step": state.step, **measured}
+            if self.judges:
+                line["improvement"] = improvement(self.lines, line, self.sampling.seed)
+            if self.world.is_first:
+                append_line(self.folder / "eval.jsonl", line)
+            self.lines.append(line)
             self.say(f"after {state.step} steps: {_shown(measured)}")
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
         try:
-            return measure(model, self.held_out, self.max_length, alone)
+            return measure(model, self.held_out, self.max_length, alone, by_example=self.judges, world=self.world)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -92,6 +101,8 @@ class Evaluations:
         greedy, sampled = (
             evaluated.generate(contexts, self.max_new_tokens, sampling=sampling) for sampling in (None, self.sampling)
         )
+        if not self.world.is_first:
+            return
         for prompt, answer, drawn in zip(self.prompts, greedy, sampled, strict=True):
             append_line(
                 self.folder / "samples.jsonl",
@@ -109,7 +120,9 @@ class Evaluations:
             )
 
 
-def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool) -> Evaluations:
+def build_evaluations(
+    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
+) -> Evaluations:
     """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
     assert run.train.precision is not None, "a run that starts has a precision"
@@ -120,14 +133,16 @@ def build_evaluations(prepared: Prepared, folder: Path, say: Callable[[str], Non
         held_out=label_targets(prepared.held_out, chat.tokenizer) if enabled else [],
         tasks=prepared.tasks,
         prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
-        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone),
+        evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone, world),
         max_length=run.data.max_length,
         max_new_tokens=run.eval.max_new_tokens,
         sampling=Sampling(run.eval.temperature, run.train.seed),
         precision=run.train.precision,
         enabled=enabled,
         say=say,
-        last=(read_json_lines(folder / "eval.jsonl") or [{}])[-1],
+        world=world,
+        judges=run.train.patience is not None,
+        lines=world.gather(read_json_lines(folder / "eval.jsonl") if world.is_first else [])[0],
     )
 
 

@@ -28,7 +28,7 @@ def require_room(folder: Path, model_bytes: int, checkpoint_bytes: int, num_chec
         raise CheckpointError(
             f"{folder}: no room on this disk: the model takes {readable_bytes(model_bytes)}"
             f"{checkpoints if num_checkpoints else ''}, {readable_bytes(needed)} in all, and {readable_bytes(free)} "
-            "are free. Free some room, lower checkpoint.keep, or choose another `out`"
+            "are free. Free some room, lower checkpoint.keep, set checkpoint.every: null, or choose another `out`"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 Scheduler = Literal["cosine", "linear", "constant"]
 
@@ -42,6 +43,13 @@ def learning_rate_at(
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Scale all gradients together down to `max_norm`; return their norm before that, inf or nan as found."""
+    """Scale all gradients together down to `max_norm`; return their norm before that, inf or nan as found.
+
+    Of gradients that are spread over processes it is the norm of the whole.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return float(norm)

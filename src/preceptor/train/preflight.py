@@ -30,6 +30,7 @@ from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.closeness import require_close
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, exact_routing, has_experts
+from preceptor.model.sharding import own_part
 from preceptor.train.loop import accumulate_gradients
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
@@ -64,7 +65,7 @@ def preflight(
     was_training = model.training
     with torch.random.fork_rng(devices=devices):
         try:
-            loader = _prove(Engine(model), loader, precision, say, objective)
+            loader = _prove(Engine.of(model), loader, precision, say, objective)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -78,19 +79,19 @@ def preflight(
 def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], None], objective: Objective) -> Loader:
     model = engine.model
     with _line(say, "the loss uses the model's own logits"):
-        check_head(model)
+        engine.call(lambda: check_head(model))
     try:
         with _line(say, "packed conversations do not see each other (random tokens)"):
-            check_isolation(model)
+            engine.call(lambda: check_isolation(model))
     except ModelError as error:
         reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
         with _line(say, f"each conversation goes through the model alone, as {reason}"):
-            check_sequential(model)
+            engine.call(lambda: check_sequential(model))
         loader = loader.apart()
     trees: list[Tree] = []
     proved_in = "float32" if has_experts(model) else precision  # see `exact_routing`
     if not loader.alone:
-        check_phases(model, objective.policy)
+        engine.call(lambda: check_phases(model, objective.policy))
         trees = _sample(loader)
     if trees:
         num_tokens = sum(tree.num_tokens for tree in trees)
@@ -132,7 +133,7 @@ def _sample(loader: Loader) -> list[Tree]:
 def _check_sample_isolation(engine: Engine, trees: Sequence[Tree], precision: str) -> None:
     """Other tokens in the first conversation must not move the hidden states of those that follow it."""
     first, *others = trees
-    vocab_size = len(engine.model.get_input_embeddings().weight)
+    vocab_size = engine.call(lambda: len(engine.model.get_input_embeddings().weight))
     changed = replace(
         first,
         segments=tuple(replace(s, ids=tuple((token + 1) % vocab_size for token in s.ids)) for s in first.segments),
@@ -169,7 +170,7 @@ def _check_largest(
     """One after the other, beside what a step has: the optimizer's state, and the gradients of sequences before."""
     model: Any = engine.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_bytes = _STATE_PER_PARAMETER * sum(p.numel() * p.element_size() for p in trained)
+    num_bytes = _STATE_PER_PARAMETER * sum(own_part(p).nbytes for p in trained)
     several = loader.batch_size > 1 or loader.alone
     for sequence in largest:
         if several:
@@ -178,9 +179,11 @@ def _check_largest(
         state = torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
         divisor = max(1.0, sequence.divisor)
         where = "the largest sequence of the run"
-        loss = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)
+        (loss,) = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)
         del state
-        if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained) or not math.isfinite(loss):
+        if not all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained) or not math.isfinite(
+            loss
+        ):
             raise ModelError(
                 f"a sequence of {sequence.num_tokens:,} tokens has a loss of {loss:.4g} or a gradient that is not "
                 f"finite before the first step: look for broken weights, or use train.precision: float32"

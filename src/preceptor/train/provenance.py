@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -28,7 +27,9 @@ from preceptor.data.sources import OpenSource
 from preceptor.evaluate.tasks import Task
 from preceptor.files import sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
+from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
+from preceptor.world import command_words
 
 PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
@@ -47,11 +48,11 @@ def write_start(folder: Path, prepared: Prepared, amounts: Mapping[str, Any]) ->
 # Where and with what
 
 
-def session(device: torch.device) -> dict[str, Any]:
-    """The process that trains: what was typed and where, the versions, the machine."""
+def session(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
+    """The processes that train: what was typed and where, the versions, the machine."""
     cuda = device.type == "cuda"
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command_words()),
         "directory": str(Path.cwd()),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
@@ -62,6 +63,7 @@ def session(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "cuda": torch.version.cuda if cuda else None,
+        "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
         "num_cores": os.cpu_count(),
     }
@@ -80,15 +82,23 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
     recorded: an earlier record of the same run; its weights whose size and time are the same are not read again.
     """
     run, template = prepared.run, prepared.chat.template
+    hashes = trees_hashes(prepared)
     return {
         "model": _model(run.model, (recorded or {}).get("model") or {}),
+        "from_run": record_of_start(run),
         "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
-        "trees_sha256": prepared.train.sha256,
-        "evaluation": {
-            "held_out_sha256": Dataset([tree for _, tree in prepared.held_out]).sha256,
-            "tasks_sha256": _tasks_sha256(prepared.tasks),
-        },
+        "trees_sha256": hashes["examples"],
+        "evaluation": {"held_out_sha256": hashes["held-out examples"], "tasks_sha256": hashes["tasks"]},
+    }
+
+
+def trees_hashes(prepared: Prepared) -> dict[str, str]:
+    """What the processes of a run must have in common."""
+    return {
+        "examples": prepared.train.sha256,
+        "held-out examples": Dataset([tree for _, tree in prepared.held_out]).sha256,
+        "tasks": _tasks_sha256(prepared.tasks),
     }
 
 

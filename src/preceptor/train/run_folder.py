@@ -14,6 +14,7 @@ OUT/summary.json     the results; a run that has them is finished
 OUT/report.html      all of it on one page, written last (report/page.py)
 OUT/trackers/        what `tracker` keeps: what was sent, TensorBoard's and W&B's own files (trackers/replay.py)
 OUT/replaced/        the run that `--replace` replaces, until the new one has its first checkpoint or its model
+OUT/STOP, OUT/SAVE   made by the user: the run saves after its step, and ends, or goes on (signals.py)
 OUT/.lock            held by the process that uses the folder, released when that process ends, however it ends
 """
 
@@ -38,6 +39,7 @@ from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import (
     read_json,
     read_json_lines,
+    remove_folder,
     remove_partials,
     write_atomically,
     write_json,
@@ -45,17 +47,19 @@ from preceptor.files import (
     writing,
 )
 from preceptor.train.differences import changed_keys
+from preceptor.train.improvement import best_of
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
 REPLACED, LOCK = "replaced", ".lock"
+STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
     *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl", "trackers"),
     *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
-_NOBODYS = (LOCK, "lost+found")  # lost+found: of an empty disk
+_NOBODYS = (LOCK, STOP_FILE, SAVE_FILE, "lost+found")  # lost+found: of an empty disk
 _OF_A_RECORD = {"command", "versions", "trees_sha256"}
 
 
@@ -64,12 +68,14 @@ class RunFolder:
     """A folder that this process holds, in which a run begins or goes on.
 
     record: environment.json of the run that goes on; {} for one that begins. replaces: whether it holds a run that is
-    to be moved aside when the new one begins. notes: what the user should know of the folder.
+    to be moved aside when the new one begins. lengthens: whether the run that goes on had a shorter `train.duration`,
+    and may be finished. notes: what the user should know of the folder.
     """
 
     path: Path
     record: dict[str, Any] = field(default_factory=dict)
     replaces: bool = False
+    lengthens: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +85,7 @@ class RunFolder:
     @property
     def has_model(self) -> bool:
         """Whether the run that goes on has saved its model already, so that only summary or report are missing."""
-        return self.goes_on and (self.path / "model").is_dir()
+        return self.goes_on and not self.lengthens and (self.path / "model").is_dir()
 
     @cached_property
     def date(self) -> datetime:
@@ -109,6 +115,20 @@ class RunFolder:
         write_atomically(self.path / RUN_FILE, run_file)
         self.record, self.replaces = record, False
 
+    def lengthen(self, run_file: str, num_steps: int) -> None:
+        """Make a run that may be finished an unfinished one of so many steps; a checkpoint of it has been read.
+
+        The run file comes last: a process that is killed before finds the shorter one there, and does all of it again.
+        """
+        with writing(self.path):
+            for name in (SUMMARY, REPORT):
+                (self.path / name).unlink(missing_ok=True)
+            if (self.path / "model").is_dir():
+                remove_folder(self.path / "model")
+        write_json(self.path / "data.json", {**read_json(self.path / "data.json"), "num_steps": num_steps})
+        write_atomically(self.path / RUN_FILE, run_file)
+        self.lengthens = False
+
     def go_on(self, step: int, session: dict[str, Any], say: Callable[[str], None]) -> None:
         """Take the run's logs back to `step`, from where it goes on, and record that it was resumed, and where.
 
@@ -120,12 +140,33 @@ class RunFolder:
             if name == "samples.jsonl":
                 lines = [line for line in lines if line["step"] < step or step in evaluated]
             write_json_lines(self.path / name, lines)
+        self.record.pop("outcome", None)
         self.record.setdefault("resumed", []).append({"step": step, **session})
         write_json(self.path / RECORD, self.record)
 
     def _lines(self, name: str, step: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
         lines = read_json_lines(self.path / name, lambda error: say(f"left out: {error}"))
         return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of eval.jsonl."""
+        return read_json_lines(self.path / "eval.jsonl", lambda _: None)
+
+    def best_step(self, run: config.Run) -> int | None:
+        """The step of the best evaluation so far, by `checkpoint.best`."""
+        best = best_of(self.evaluations, run) if self.goes_on else None
+        return None if best is None else best[0]
+
+    def record_outcome(self, outcome: dict[str, Any]) -> None:
+        """Record how the training ended, before its model is saved. Raises CheckpointError."""
+        self.record["outcome"] = outcome
+        write_json(self.path / RECORD, self.record)
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps of this run so far whose update was left out."""
+        return sum("skipped" in line for line in read_json_lines(self.path / "metrics.jsonl"))
 
     def drop_replaced(self) -> None:
         """Delete the run that this one replaces: it is no longer the best that there is."""
@@ -148,6 +189,8 @@ class RunFolder:
                 if key not in ("formats", "thinking", "left_out", "lengths", "new_tokens")
             },
             "num_steps": steps[-1]["step"] if steps else 0,
+            "num_skipped": self.num_skipped,
+            **self.record.get("outcome", {}),
             "held_out": evaluations[-1] if evaluations else {},
             "model_files": _files_in(self.path / "model"),
             "seconds": sum(step["seconds"] for step in steps) if seconds is None else seconds,
@@ -180,6 +223,8 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
     with writing(folder):
         remove_partials(folder)
         remove_partials(folder / "checkpoints")
+        for name in (STOP_FILE, SAVE_FILE) * is_run(folder):  # of an earlier session
+            (folder / name).unlink(missing_ok=True)
         names = {path.name for path in folder.iterdir()} - {*_NOBODYS, REPLACED}
     if names and not is_run(folder):
         found = ", ".join(sorted(names)[:3])
@@ -202,28 +247,35 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
             f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
             f"{anew}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
         )
-    if (folder / SUMMARY).is_file() and (folder / REPORT).is_file():
+    finished = (folder / SUMMARY).is_file() and (folder / REPORT).is_file()
+    if finished and not changed.lengthened:
         raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {anew}" + longer(out))
-    return RunFolder(folder, record=_record(folder))
+    return RunFolder(folder, record=record_of(folder), lengthens=changed.lengthened)
 
 
 def longer(out: str) -> str:
     return (
-        f". To train on, start a run from its model, in a folder of its own: model.path={out}/model out={out}-2 (its "
-        "learning rate begins anew)"
+        f". To train on, start a run from this one, in a folder of its own: --from {out} out={out}-2 (its learning "
+        "rate begins anew)"
     )
 
 
 def _how_to_train_longer(out: str, keys: list[str]) -> str:
-    return longer(out).replace(". ", "\n", 1) if "train.duration" in keys else ""
+    if "train.duration" not in keys:
+        return ""
+    kept = (
+        "\nThe rate of each step depends on the length of the run, except with `lr_scheduler: constant` and a warm-up "
+    )
+    return kept + "in steps or epochs: such a run may be lengthened" + longer(out)
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run wrote this folder: its record is there, and says what only a run says."""
-    return _record(folder).keys() >= _OF_A_RECORD
+    return record_of(folder).keys() >= _OF_A_RECORD
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def record_of(folder: Path) -> dict[str, Any]:
+    """environment.json; {} where there is none that can be read."""
     try:
         return read_json(folder / RECORD)
     except CheckpointError:
@@ -252,6 +304,7 @@ def _require_apart(run: config.Run, folder: Path, run_file: Path | None) -> None
     read = [
         ("the working directory", "."),
         ("the run file", run_file),
+        ("model.from_run", run.model.from_run),
         ("model.path", run.model.path),
         ("data.chat_template", run.data.chat_template),
         *(("data", source.path) for source in data),

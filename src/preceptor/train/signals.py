@@ -1,71 +1,123 @@
-"""Signals that stop a run: the first lets it finish its step and save, the second ends it at once."""
+"""Requests to stop or save a run: by a signal, or by a file STOP or SAVE in its folder.
+
+A run that is told to stop finishes its step, saves and ends with `EXIT_CODE`; a second signal ends it at once.
+"""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from preceptor.train.run_folder import SAVE_FILE, STOP_FILE
+from preceptor.world import ONE, World
+
+EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_FILE = -1  # instead of a signal's number
+_SAME_SECONDS = 5.0  # in which a scheduler and a launcher may tell one of several processes the same
 
 
 class Stopped(BaseException):
     """The run was told to stop. Not an error: no `except Exception` may catch it.
 
-    step: how many steps have been taken and saved; None: none has, because the training had not begun.
+    number: of the signal; -1: by the file. step: how many steps have been taken and saved; None: none has, because the
+    training had not begun.
     """
 
     def __init__(self, number: int, step: int | None = None) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(number, step)
         self.number, self.step = number, step
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.number
+    def __str__(self) -> str:
+        return f"stopped by {'the file STOP' if self.number == _FILE else signal.Signals(self.number).name}"
 
 
 class StopRequest:
-    """Whether a signal has told the run to stop.
+    """Whether the run has been told to stop, or to save.
 
     Before the training, and inside `at_once` (where nothing is changed that must be saved), the first signal raises
-    Stopped where the program is; else it is kept in `number`, for the loop to look at after each step.
+    Stopped where the program is; else it is kept in `number`, for the loop to look at after each step. What one of
+    several ranks was told, `after_step` makes known to all. folder: where the files are looked for.
     """
 
     def __init__(self, listened: Sequence[int] = ()) -> None:
         self.number: int | None = None
+        self.folder: Path | None = None
+        self._world = ONE
         self._listened = listened
         self._raises = True
         self._process = os.getpid()
+        self._told = 0.0
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        for each in self._listened:
-            signal.signal(each, signal.SIG_DFL)
+        if self.number is None and self._world.size > 1:
+            self._told = time.monotonic()
+        elif self._world.size > 1 and time.monotonic() - self._told < _SAME_SECONDS:
+            return
+        else:
+            for each in self._listened:
+                signal.signal(each, signal.SIG_DFL)
+        if self.number is not None:  # a second one, after handlers were kept for the first
+            os.kill(os.getpid(), number)
         if os.getpid() != self._process:  # forked to render data: nothing to save
             os.kill(os.getpid(), number)
         self.number = number
         if self._raises:
             raise Stopped(number)
         name = signal.Signals(number).name
-        _write(f"{name}: the run finishes this step and saves it, then ends; a second signal ends it at once\n")
+        if self._world.is_first:
+            _write(f"{name}: the run finishes this step and saves it, then ends; a second signal ends it at once\n")
 
     @contextmanager
-    def after_step(self) -> Iterator[None]:
+    def while_training(self, folder: Path, world: World = ONE) -> Iterator[None]:
         """Inside, a signal is kept until the loop looks."""
-        self._raises = False
+        self._raises, self.folder, self._world = False, folder, world
         try:
             yield
         finally:
             self._raises = True
 
+    def after_step(self, clocks: Sequence[bool] = ()) -> list[bool]:
+        """What all ranks know after a step: whether to save at once; and of `clocks` what the first rank's say.
+
+        A request to stop is in `number` then, on all ranks.
+        """
+        first = self._world.is_first
+        asked = [first and self._asks(SAVE_FILE), *(first and due for due in clocks)]
+        number = self.number or 0
+        if not number and first and self._asks(STOP_FILE):
+            number = _FILE
+        # 1 for the file, twice a signal's number: the largest of all ranks counts
+        told, *known = self._world.max(1 if number == _FILE else 2 * number, *asked)
+        if told:
+            self.number = _FILE if told == 1 else int(told) // 2
+        return [bool(value) for value in known]
+
+    def _asks(self, name: str) -> bool:
+        return self.folder is not None and (self.folder / name).exists()
+
+    def answered(self) -> None:
+        """Remove the files that asked, since what they asked for is done."""
+        if self.folder is not None and self._world.is_first:
+            for name in (SAVE_FILE, STOP_FILE):
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+
     def check(self) -> None:
-        """Raises Stopped where a signal has come."""
+        """Raises Stopped where the run has been told to stop."""
         if self.number is not None:
             raise Stopped(self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises Stopped, also one that has come already."""
+        """Inside, a signal raises Stopped, also one that has come already; of several ranks, none may leave alone."""
+        if self._world.size > 1:
+            yield
+            return
         self.check()
         before, self._raises = self._raises, True
         try:
@@ -76,7 +128,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Listen to SIGINT, SIGTERM and SIGHUP, but to none that is ignored already (`nohup`, a shell's background).
+    """Listen to SIGINT, SIGTERM, SIGHUP and SIGUSR1, but to none that is ignored already (`nohup`, a background job).
 
     Only the main thread can: elsewhere nothing is changed.
     """

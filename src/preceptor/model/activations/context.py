@@ -25,12 +25,14 @@ class StepContext:
     """What the sequences of one optimizer step share.
 
     divisor: of every loss. accumulates: embedding and head add their gradients to `.grad` themselves, so backward must
-    follow with a gradient of 1. head_cast: the head in the type of matrix products.
+    follow with a gradient of 1. head_cast: the head in the type of matrix products. num_levels: the most that a
+    sequence of this pass has on any rank (activations/phases.py); 0 where no rank waits for another.
     """
 
     divisor: float = 1.0
     accumulates: bool = False
     head_cast: HeadCast | None = None
+    num_levels: int = 0
 
 
 class SharedCasts:
@@ -73,16 +75,56 @@ class DecoderPass:
 
 
 @dataclass(eq=False)
+class Ranks:
+    """The processes over which a model is spread (sharding.py).
+
+    mesh: its dimensions are named, `replicate` and `shard`, one of them or both. root: the engine whose forward pass
+    gathers what is sharded; None: each rank holds the whole model. regathers: a layer's weights are gathered when they
+    are needed and freed afterwards; else they stay from the first forward pass of a step to its last backward pass.
+    skeleton: the model without its values, since FSDP2 has no copy of a sharded one. inside: the root is running.
+    """
+
+    mesh: Any
+    root: Any = None
+    regathers: bool = False
+    skeleton: Any = None
+    inside: bool = False
+
+    def __deepcopy__(self, memo: Any) -> "Ranks":
+        return self
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+    def reshard(self) -> None:
+        """Free what was gathered, so that `parameters()` are the shards: after passes without a backward one."""
+        for module in self.root.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+
+@dataclass(eq=False)
 class ModelState:
     """What the engine has installed in one model, by name, and the pass that is running in it.
 
     casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
+    ranks: how the model is spread over processes (sharding.py); None: it is in this one alone.
     """
 
     optimisations: set[str] = field(default_factory=set)
     current: DecoderPass | None = None
     casts: SharedCasts | None = None
     accumulates: bool = False
+    ranks: Ranks | None = None
+
+    @property
+    def regathers(self) -> bool:
+        return self.ranks is not None and self.ranks.regathers
 
     @contextmanager
     def running(self, this: DecoderPass, casts: SharedCasts | None = None) -> Iterator[None]:

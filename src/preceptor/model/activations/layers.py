@@ -10,7 +10,6 @@
 The layer's own code runs, unchanged, on the tokens that it is given.
 """
 
-from dataclasses import replace
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -64,14 +63,15 @@ class EngineLayer(nn.Module):
         if index == num_layers - 1:
             if this.keys_only:
                 self._record_keys(*arguments, **named)
-                return arguments[0] if arguments else named["hidden_states"]
+                _gather_before_backward(layer, named["forest"])
+                return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
             if this.parts is not None:
                 return self._run_parts(*this.parts, *arguments, **named)
         return super().forward(*arguments, **named)
 
     def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
         try:
-            super().forward(*arguments, forest=replace(forest, keys_only=True), **named)
+            super().forward(*arguments, forest=forest.for_keys_only(), **named)
         except KeysRecorded:
             return
         raise ModelError("the last layer does not hand keyword arguments on to its attention")
@@ -98,6 +98,20 @@ class EngineLayer(nn.Module):
         if context.runs:
             self._record_keys(forest=before, **cut(context))
         return super().forward(forest=PhaseLayout(bearing.runs, before.recorded or {}, None, masks), **cut(bearing))
+
+
+def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:
+    """Have a sharded layer gathered before backward comes to the keys and values that this phase recorded.
+
+    FSDP2 does so when backward comes to what a layer returns, and here nothing reads that.
+    """
+    if not layer.engine_state.regathers or forest.recorded is None:
+        return
+    for module in layer.modules():
+        seen = forest.recorded.get(module, {})
+        for tensor in (each for start, end, _ in forest.runs for each in seen.get((start, end), ())):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _: layer.unshard())
 
 
 @cache

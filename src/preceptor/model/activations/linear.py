@@ -2,7 +2,8 @@
 
 Layers that read the same tensor (q, k and v; gate and up) share one copy of it, which autocast would make, and autograd
 keep, for each anew. A weight's copy lives until the layer's own backward, or with several phases until the last one;
-autocast's own cache would hold all of them to the end of the pass.
+autocast's own cache would hold all of them to the end of the pass. Of a weight that is sharded and gathered again for
+backward no copy outlives the layer's forward: copies of all layers would be what sharding spares.
 """
 
 from typing import Any
@@ -25,7 +26,8 @@ class SharedCastLinear(nn.Module):
         if casts is None or not plain or not torch.is_autocast_enabled(device_type):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device_type)
-        return _HalfLinear.apply(x, weight, layer.bias, casts.of_input(x, dtype), casts.of_weight(weight, dtype))
+        copies = casts.of_input(x, dtype), casts.of_weight(weight, dtype)
+        return _HalfLinear.apply(x, weight, layer.bias, *copies, layer.engine_state.regathers)
 
 
 class _HalfLinear(torch.autograd.Function):
@@ -33,18 +35,19 @@ class _HalfLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_half: Tensor, weight_half: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_half: Tensor, weight_half: Tensor, cast_again: bool
     ) -> Tensor:
         of_x, of_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x_half if of_weight else None, weight_half if of_x else None)
+        kept = weight if cast_again else weight_half
+        ctx.save_for_backward(x_half if of_weight else None, kept if of_x else None)
         return linear(x_half, weight_half, None if bias is None else bias.to(x_half.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_half, weight_half = ctx.saved_tensors
+        x_half, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        grad_x = None if weight_half is None else (grad @ weight_half).float()
+        grad_x = None if weight is None else (grad @ weight.to(grad.dtype)).float()
         grad_weight = None if x_half is None else (flat.T @ x_half.flatten(0, -2)).float()
         grad_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None

@@ -45,7 +45,7 @@ def decode_whole(
         efficient=True,
     )
     num_asked = sequence.num_tokens if parts is None else parts[1].num_tokens
-    return _decode(sequence, None, layout, state, this)[:num_asked]
+    return _decode(sequence.ids_T, sequence.position_T, layout, state, this)[:num_asked]
 
 
 def decode_dense(
@@ -55,7 +55,7 @@ def decode_dense(
     constant_T = ~loss_bearing(sequence) if policy.context_gradient == "detach" else None
     layout = ForestLayout.from_sequence(sequence, device_of(model), dense=True, constant_T=constant_T)
     this = DecoderPass(decoder_of(model), IMPLEMENTATION, num_checkpointed=num_checkpointed(model, policy))
-    return _decode(sequence, None, layout, state, this)
+    return _decode(sequence.ids_T, sequence.position_T, layout, state, this)
 
 
 def decode_phases(
@@ -63,16 +63,22 @@ def decode_phases(
     state: ModelState,
     sequence: PackedSequence,
     policy: ActivationPolicy,
+    num_levels: int = 0,
 ) -> tuple[Tensor, np.ndarray]:
-    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,)."""
-    decoder, device = decoder_of(model), device_of(model)
+    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,).
+
+    num_levels: as `phases`; tokens that it adds are numbered after the sequence's own.
+    """
+    decoder = decoder_of(model)
     num_layers = len(_layers(model))
     checkpointed = policy.checkpointed_layers(num_layers)
     kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]] = {}
     hidden, index = [], []
-    plan = phases(sequence)
+    plan = phases(sequence, num_levels)
+    ids_T, position_T = (np.pad(each_T, (0, 2 * num_levels)) for each_T in (sequence.ids_T, sequence.position_T))
+    position_T[sequence.num_tokens :] = np.arange(2 * num_levels)
     masks = PathMasks(run for phase in plan for run in phase.runs)
-    casts = SharedCasts(keep_weights=len(plan) > 1)
+    casts = SharedCasts(keep_weights=len(plan) > 1 and not state.regathers)
     for phase in plan:
         layout = PhaseLayout(phase.runs, kept, None if phase is plan[-1] else {}, masks)
         index_M = phase.index_T()
@@ -85,7 +91,7 @@ def decode_phases(
         )
         constant = policy.context_gradient == "detach" and not phase.loss_bearing
         with torch.no_grad() if constant else nullcontext():
-            hidden_MD = _decode(sequence, torch.from_numpy(index_M).to(device), layout, state, this, casts)
+            hidden_MD = _decode(ids_T[index_M], position_T[index_M], layout, state, this, casts)
         if phase.loss_bearing:
             hidden.append(hidden_MD[: phase.num_tokens])
             index.append(index_M)
@@ -114,23 +120,19 @@ def decode_alone(
 
 
 def _decode(
-    sequence: PackedSequence,
-    index_M: Tensor | None,
+    ids: np.ndarray,
+    position: np.ndarray,
     layout: ForestLayout | PhaseLayout,
     state: ModelState,
     this: DecoderPass,
     casts: SharedCasts | None = None,
 ) -> Tensor:
-    """Last hidden states (M, D) of the tokens `index_M` (None: all), which go through the decoder together.
+    """Last hidden states (M, D) of M tokens, which go through the decoder together.
 
     More may come behind them, see `computed_tokens`.
     """
     weight_VD = this.decoder.get_input_embeddings().weight
-    ids_M, position_M = (
-        torch.from_numpy(each_T).to(weight_VD.device) for each_T in (sequence.ids_T, sequence.position_T)
-    )
-    if index_M is not None:
-        ids_M, position_M = ids_M[index_M], position_M[index_M]
+    ids_M, position_M = (torch.from_numpy(each).to(weight_VD.device) for each in (ids, position))
     if this.efficient:
         added = computed_tokens(len(ids_M), weight_VD) - len(ids_M)
         ids_M, position_M = pad(ids_M, (0, added)), pad(position_M, (0, added))

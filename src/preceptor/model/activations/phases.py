@@ -38,10 +38,12 @@ class Phase:
         return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end, _ in self.runs)])
 
 
-def phases(sequence: PackedSequence) -> list[Phase]:
+def phases(sequence: PackedSequence, num_levels: int = 0) -> list[Phase]:
     """The sequence's phases in the order of computation, without pieces that no loss-bearing token sees.
 
-    A sequence with trained tokens has at least one. Every loss-bearing token is in exactly one odd phase.
+    A sequence with trained tokens has at least one. Every loss-bearing token is in exactly one odd phase. num_levels:
+    where the sequence has fewer, a chain of single tokens behind its own, which no loss reads, takes part in two phases
+    of each level: processes that share the weights of a model pass through its layers equally often.
     """
     bearing_T = loss_bearing(sequence)
     pieces = _pieces(sequence, bearing_T)
@@ -59,7 +61,17 @@ def phases(sequence: PackedSequence) -> list[Phase]:
         phase = above if above % 2 == bearing else above + 1
         phase_of[start, end] = phase
         members.setdefault(phase, []).append((start, end, ancestors))
+    if len(members) < 2 * num_levels:
+        chain = [(token, token + 1) for token in range(sequence.num_tokens, sequence.num_tokens + 2 * num_levels)]
+        for phase, (start, end) in enumerate(chain):
+            members.setdefault(phase, []).append((start, end, tuple(chain[:phase])))
     return [Phase(bool(phase % 2), tuple(members[phase])) for phase in sorted(members)]
+
+
+def num_levels(sequence: PackedSequence) -> int:
+    """How often context-only and loss-bearing tokens alternate: 1 for a conversation of one turn, 0 for no trained
+    token."""
+    return -(-len(phases(sequence)) // 2)
 
 
 def split_by_loss(sequence: PackedSequence) -> tuple[Phase, Phase]:

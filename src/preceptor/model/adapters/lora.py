@@ -3,9 +3,17 @@
 import copy
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +22,7 @@ from preceptor.errors import ModelError
 from preceptor.model.parts import decoder_of
 
 ALL_LINEAR = "all-linear"
+_NAMED = 5  # of what does not fit
 
 
 def add_adapter(
@@ -63,6 +72,39 @@ def add_adapter(
             raise ModelError(f"adapter: {error}") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Give the adapter of `model` the weights of one that was saved. Raises ModelError where they do not fit."""
+    saved, ours = LoraConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    assert isinstance(saved, LoraConfig) and isinstance(ours, LoraConfig)
+    wrong = []
+    for key, there, here in (("rank", saved.r, ours.r), ("alpha", saved.lora_alpha, ours.lora_alpha)):
+        if there != here:
+            wrong.append(f"adapter.{key}: {there:g} there, {here:g} here")
+    weights = load_peft_weights(str(folder), device="cpu")
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if not wrong:
+        wrong += [
+            f"{name}: not adapted here (adapter.target_modules, new tokens)" for name in sorted({*weights} - {*wanted})
+        ]
+        wrong += [
+            f"{name}: not adapted there (adapter.target_modules, new tokens)" for name in sorted({*wanted} - {*weights})
+        ]
+        wrong += [
+            f"{name}: {list(weights[name].shape)} there, {list(tensor.shape)} here"
+            for name, tensor in sorted(wanted.items())
+            if name in weights and weights[name].shape != tensor.shape
+        ]
+    if wrong:
+        more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise ModelError(
+            f"{folder}: this adapter does not fit the run's, so it cannot be trained on. Set the same, or leave out "
+            "the section `adapter` to train its merged model:\n"
+            + "\n".join(f"  {line}" for line in wrong[:_NAMED])
+            + more
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:

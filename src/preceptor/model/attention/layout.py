@@ -4,7 +4,6 @@ Legend: T tokens of a sequence, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,21 +71,28 @@ class PathMasks:
         return self._masks[form][rows - num_queries :, columns - num_keys :]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class ForestLayout:
     """A whole sequence. `runs` are in layout order and cover its T tokens.
 
     dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get no
-    gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others.
+    gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others. No
+    dataclass, nor is PhaseLayout: FSDP2 looks for tensors in a layer's arguments and copies the dataclasses that hold
+    some, so that what one layer records would be lost to the others.
     """
 
-    position_T: Tensor
-    subtree_end_T: Tensor
-    runs: tuple[AttentionRun, ...]
-    masks: PathMasks
-    dense: bool = False
-    constant_T: Tensor | None = None
-    made: dict[Any, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        position_T: Tensor,
+        subtree_end_T: Tensor,
+        runs: tuple[AttentionRun, ...],
+        masks: PathMasks,
+        dense: bool = False,
+        constant_T: Tensor | None = None,
+    ) -> None:
+        self.position_T, self.subtree_end_T = position_T, subtree_end_T
+        self.runs, self.masks = runs, masks
+        self.dense, self.constant_T = dense, constant_T
+        self.made: dict[Any, Any] = {}
 
     @classmethod
     def from_sequence(
@@ -107,7 +113,6 @@ class ForestLayout:
         )
 
 
-@dataclass(eq=False, slots=True)
 class PhaseLayout:
     """Some tokens of a sequence, whose runs see others that went through the layers before.
 
@@ -117,12 +122,21 @@ class PhaseLayout:
     ForestLayout.
     """
 
-    runs: tuple[AttentionRun, ...]
-    kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]]
-    recorded: dict[nn.Module, dict[TokenRange, KeysValues]] | None
-    masks: PathMasks
-    keys_only: bool = False
-    made: dict[Any, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        runs: tuple[AttentionRun, ...],
+        kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]],
+        recorded: dict[nn.Module, dict[TokenRange, KeysValues]] | None,
+        masks: PathMasks,
+        keys_only: bool = False,
+    ) -> None:
+        self.runs, self.kept, self.recorded, self.masks = runs, kept, recorded, masks
+        self.keys_only = keys_only
+        self.made: dict[Any, Any] = {}
+
+    def for_keys_only(self) -> "PhaseLayout":
+        """The same tokens, of which only keys and values are computed."""
+        return PhaseLayout(self.runs, self.kept, self.recorded, self.masks, keys_only=True)
 
 
 def dense_mask(subtree_end_T: Tensor, position_T: Tensor, sliding_window: int | None = None) -> Tensor:

@@ -7,10 +7,12 @@ from torch import nn
 
 from preceptor.errors import ModelError
 from preceptor.model.closeness import require_close
+from preceptor.model.forward import gathered
 from preceptor.model.head import output_head
 from preceptor.model.parts import causal_lm, decoder_of, evaluating, model_type
 
 
+@gathered
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
     """Prove it on random tokens. Raises ModelError if it is not so."""

@@ -9,7 +9,7 @@ from preceptor.errors import ModelError
 from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.checks.visibility import check_visibility
 from preceptor.model.closeness import FAILURES, require_close
-from preceptor.model.forward import Engine
+from preceptor.model.forward import Engine, gathered
 from preceptor.model.head import output_head
 from preceptor.model.parts import decoder_of, evaluating, exact_routing, model_type
 
@@ -20,6 +20,7 @@ _MIXING = (
 )
 
 
+@gathered
 @torch.no_grad()
 def check_isolation(model: nn.Module) -> None:
     """Raises ModelError where it is not so.

@@ -7,12 +7,14 @@ from preceptor.errors import ModelError
 from preceptor.model.activations.passes import decode_phases, decode_whole
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.closeness import FAILURES, require_close
+from preceptor.model.forward import gathered
 from preceptor.model.optimisations import install, probe_sequence
 from preceptor.model.parts import evaluating, model_type
 
 _ADVICE = "Set memory.context_gradient to `full`."
 
 
+@gathered
 @torch.no_grad()
 def check_phases(model: nn.Module, policy: ActivationPolicy) -> None:
     """Raises ModelError where it is not so. Nothing to prove where the policy has no phases."""

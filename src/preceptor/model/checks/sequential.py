@@ -8,11 +8,13 @@ from torch import nn
 
 from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.closeness import require_close
+from preceptor.model.forward import gathered
 from preceptor.model.parts import decoder_of, evaluating, model_type
 
 _PROBE_TOKENS = 24
 
 
+@gathered
 @torch.no_grad()
 def check_sequential(model: nn.Module) -> None:
     """Prove on random tokens that each reads the tokens before it only.

@@ -1,0 +1,185 @@
+"""Bytes of each process where a model is spread over several, and the strategy that `parallel.strategy: auto` takes.
+
+    replicate   weights, gradients and optimizer whole on each; beside them a bucket of gradients that are summed
+    shard       1/N of each on each of N; beside that lies what is gathered for a while: weights and gradients outside
+                the layers (last norm, head, embedding), and those of two layers, one that runs and the next
+    hybrid      `shard` over the processes of a node, replicated over nodes
+
+A sharded model either gathers each layer anew for every pass, or, where there is room, keeps whole weights and
+gradients from the first sequence of a step to the last (`regathers` False), which sends less. No torch here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes
+from preceptor.plan.parameters import Parameters
+
+if TYPE_CHECKING:
+    from preceptor.model.sharding import Strategy
+
+BUCKET_BYTES = 64 * 2**20  # of gradients that are summed together (model/sharding.py)
+_NEXT = 2  # layers that are gathered at one time
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A strategy, and what it takes. num_parts: processes that share one copy of the model.
+
+    peak_bytes: the most on one process at one time; None: not known. fits: None where that is not known.
+    """
+
+    strategy: "Strategy"
+    num_parts: int
+    regathers: bool
+    peak_bytes: int | None
+    fits: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("strategy", "num_parts", "regathers", "peak_bytes", "fits")}
+
+
+def placements(
+    setup: Setup,
+    parameters: Parameters,
+    moments: Sequence[Moment],
+    num_ranks: int,
+    ranks_per_node: int,
+    usable_bytes: int,
+) -> Iterator[Placement]:
+    """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
+    ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
+    for strategy, num_parts in ways:
+        if strategy == "hybrid" and not has_nodes(num_ranks, ranks_per_node):
+            continue
+        for regathers in (False, True) if num_parts > 1 else (False,):
+            peak = rank_peak_bytes(setup, parameters, moments, num_parts, regathers)
+            yield Placement(strategy, num_parts, regathers, peak, peak <= usable_bytes)
+
+
+def has_nodes(num_ranks: int, ranks_per_node: int) -> bool:
+    """Whether there are several nodes of several processes each, as many on each."""
+    return 1 < ranks_per_node < num_ranks and num_ranks % ranks_per_node == 0
+
+
+def unknown(asked: str, num_ranks: int, ranks_per_node: int) -> Placement:
+    """Of a model of which nothing can be said: what is asked for, else `replicate`."""
+    if asked == "shard" or (asked == "hybrid" and not has_nodes(num_ranks, ranks_per_node)):
+        return Placement("shard", num_ranks, True, None, None)
+    if asked == "hybrid":
+        return Placement("hybrid", ranks_per_node, True, None, None)
+    return Placement("replicate", 1, False, None, None)
+
+
+def choose(found: Sequence[Placement], asked: str) -> Placement:
+    """The first that fits, of the strategy that is asked for; where none does, the one that takes least.
+
+    `hybrid` on one node is `shard`.
+    """
+    asked = "shard" if asked == "hybrid" and all(each.strategy != "hybrid" for each in found) else asked
+    of_asked = [each for each in found if asked in ("auto", each.strategy)]
+    assert all(each.peak_bytes is not None for each in of_asked)
+    smallest = min(of_asked, key=lambda each: each.peak_bytes or 0)
+    return next((each for each in of_asked if each.fits), smallest)
+
+
+def in_words(placement: Placement, asked: str) -> str:
+    """What `train` says of it."""
+    how = {
+        "replicate": "the whole model in each",
+        "shard": f"one model spread over all {placement.num_parts}",
+        "hybrid": f"a model spread over the {placement.num_parts} of each node",
+    }[placement.strategy]
+    if placement.num_parts > 1:
+        how += ", each layer gathered for each pass" if placement.regathers else ", gathered once a step"
+    chosen = f" (parallel.strategy: {placement.strategy}{', chosen by memory' * (asked == 'auto')}"
+    if placement.peak_bytes is None:
+        return f"{how}{chosen}; its memory cannot be predicted)"
+    peak = f"{placement.peak_bytes / 1e9:.2f} GB"
+    too_much = "" if placement.fits else ", which may be more than there is"
+    return f"{how}{chosen}; predicted peak of each: {peak}{too_much})"
+
+
+def rank_peak_bytes(
+    setup: Setup, parameters: Parameters, moments: Sequence[Moment], num_parts: int, regathers: bool
+) -> int:
+    """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
+    states = state_bytes(setup, parameters)
+    lasting = (states["weights"] + states["optimizer"]) / num_parts
+    if num_parts == 1:
+        summing = lasting + states["gradients"] + min(BUCKET_BYTES, states["gradients"])
+        return round(max([summing, *(lasting + moment.peak_bytes for moment in moments)]))
+    if not regathers:  # whole gradients are there until the last backward pass of the step
+        peak = max((moment.peak_bytes for moment in moments), default=states["gradients"])
+        return round(lasting + states["weights"] + peak)
+    outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
+    if not moments:
+        gathered = outside.weights + outside.gradients + _NEXT * layer.weights + layer.gradients
+        return round(lasting + states["gradients"] / num_parts + gathered)
+    first = setup.sequences_per_step == 1
+    found = [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
+    return round(lasting + max(found))
+
+
+def _gathered_by_layer(
+    moment: Moment, outside: "_GatheredBytes", layer: "_GatheredBytes", num_parts: int, first: bool
+) -> float:
+    """What lies beside weights and optimizer at a moment, each layer gathered for each pass.
+
+    first: no gradients of a sequence before. Those outside the layers are scattered when a backward pass ends.
+    """
+    backward = moment.name == "backward pass"
+    before = moment.gradient_bytes
+    whole = min(before, outside.gradients) if first else outside.gradients * (moment.name != "forward pass")
+    scattered = (before - whole if first else before) / num_parts
+    layers = 0.0 if moment.name == "loss" else _NEXT * layer.weights + layer.gradients * backward
+    return moment.peak_bytes - before + whole + scattered + outside.weights + layers
+
+
+def rank_sent_bytes(
+    setup: Setup, parameters: Parameters, num_ranks: int, num_parts: int, regathers: bool, num_passes: int
+) -> int:
+    """What one process sends in a step of so many sequences, where collectives go round a ring.
+
+    Of N processes each sends (N - 1) / N of what is gathered or scattered, and twice that of what is summed.
+    """
+
+    def ring(num: int) -> float:
+        return (num - 1) / num
+
+    states = state_bytes(setup, parameters)
+    gradients = states["gradients"]
+    if num_parts == 1:
+        return round(2 * ring(num_ranks) * gradients)
+    kept = setup.weight_bytes * parameters.base.get("head", parameters.base.get("embedding", 0))  # by the whole pass
+    gathered = 2 * states["weights"] - kept if regathers else states["weights"]
+    times = num_passes if regathers else 1
+    between_nodes = 2 * ring(num_ranks // num_parts) * gradients / num_parts
+    return round(times * ring(num_parts) * (gathered + gradients) + between_nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class _GatheredBytes:
+    """Bytes of what is gathered together."""
+
+    weights: float
+    gradients: float
+
+
+def _layer_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
+    """Of the largest layer."""
+    largest = max((layer.total for layer in parameters.layers), default=0)
+    if setup.adapter is None:
+        return _GatheredBytes(setup.weight_bytes * largest, setup.weight_bytes * largest)
+    adapter = FLOAT32 * parameters.trained.get("adapter", 0) / max(1, len(parameters.layers))
+    return _GatheredBytes(setup.weight_bytes * largest + adapter, adapter)
+
+
+def _outside_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
+    """Of what is in no layer, but for towers, which no text goes through."""
+    outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
+    if setup.adapter is None:
+        return _GatheredBytes(outside, outside)
+    rows = FLOAT32 * parameters.trained.get("token rows", 0)
+    return _GatheredBytes(outside + rows, rows)

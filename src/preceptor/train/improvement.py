@@ -1,0 +1,111 @@
+"""Which evaluation was the best, and whether they still improve: functions of the lines of eval.jsonl. No torch.
+
+An evaluation improves on the best one before it where the difference of the held-out loss is below zero beyond chance:
+the whole 95 % interval of the paired bootstrap over held-out examples (evaluate/intervals.py). It is compared with the
+last evaluation that improved, so that small steps add up. The evaluation before the first step is the first to compare
+with, and no candidate for the best: it is the base model's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preceptor import config
+from preceptor.evaluate.intervals import paired_interval
+
+Evaluation = Mapping[str, Any]
+_LOWER_IS_BETTER = ("loss", "bits_per_byte")
+
+
+def improvement(lines: Sequence[Evaluation], line: Evaluation, seed: int) -> dict[str, Any]:
+    """What the line after `lines` gets: whether it improves, on which step, and by how much."""
+    before = next((own for own in reversed(lines) if own.get("improvement", {}).get("improves")), None)
+    if before is None or len(before["by_example"]["loss"]) != len(line["by_example"]["loss"]):
+        return {"improves": True, "on_step": None}  # the first, or other held-out examples than before
+    old, new = before["by_example"], line["by_example"]
+    found = paired_interval(old["loss"], new["loss"], old["num_tokens"], new["num_tokens"], seed=seed)
+    improves = found.value < 0 if found.high is None else found.high < 0
+    interval = {"difference": found.value, "low": found.low, "high": found.high}
+    return {"improves": improves, "on_step": before["step"], **interval}
+
+
+def num_without_improvement(lines: Sequence[Evaluation]) -> int:
+    """How many of the last evaluations did not improve."""
+    num = 0
+    for line in reversed(lines):
+        if line.get("improvement", {}).get("improves", True):
+            break
+        num += 1
+    return num
+
+
+def stopped_early(lines: Sequence[Evaluation], patience: int | None) -> dict[str, Any] | None:
+    """Why the run ends after the last of these evaluations; None where it goes on."""
+    if patience is None or num_without_improvement(lines) < patience:
+        return None
+    last = lines[-1]
+    return {"step": last["step"], "num_evaluations": num_without_improvement(lines), **last["improvement"]}
+
+
+def best_of(lines: Sequence[Evaluation], run: config.Run) -> tuple[int, float] | None:
+    """(step, value) of the best evaluation by `checkpoint.best`, the earliest of equal ones."""
+    found: tuple[int, float] | None = None
+    lower = _is_lower_better(lines, run)
+    for line in lines:
+        value = value_of(line, run)
+        if line["step"] == 0 or value is None:
+            continue
+        if found is None or (value < found[1] if lower else value > found[1]):
+            found = line["step"], value
+    return found
+
+
+def value_of(line: Evaluation, run: config.Run) -> float | None:
+    """What `checkpoint.best` names, in a line of eval.jsonl; of a task, its first figure."""
+    best = run.checkpoint.best
+    if best not in run.eval.tasks:
+        return None if best is None else line.get(best)
+    tasks = line.get("tasks", ())
+    at = run.eval.tasks.index(best)
+    return float(next(iter(tasks[at]["figures"].values()))["value"]) if at < len(tasks) else None
+
+
+def _is_lower_better(lines: Sequence[Evaluation], run: config.Run) -> bool:
+    best = run.checkpoint.best
+    if best not in run.eval.tasks:
+        return best in _LOWER_IS_BETTER
+    tasks = next((line["tasks"] for line in lines if line.get("tasks")), ())
+    at = run.eval.tasks.index(best)
+    return at < len(tasks) and next(iter(tasks[at]["figures"])) in _LOWER_IS_BETTER
+
+
+def outcome(lines: Sequence[Evaluation], run: config.Run, step: int, num_planned: int) -> dict[str, Any]:
+    """How a training ended: after which step, why, and of which step the model is."""
+    early = stopped_early(lines, run.train.patience) if step < num_planned else None
+    best = best_of(lines, run)
+    return {
+        "model_step": step if best is None else best[0],
+        **({} if best is None else {"best": {"metric": run.checkpoint.best, "value": best[1], "step": best[0]}}),
+        **({} if early is None else {"stopped_early": early}),
+    }
+
+
+def outcome_lines(found: Mapping[str, Any], step: int, folder: str) -> list[str]:
+    """The outcome in words."""
+    lines = []
+    if early := found.get("stopped_early"):
+        chance = ""
+        if early.get("low") is not None:
+            chance = (
+                f" (difference {early['difference']:+.4f}, 95 % interval {early['low']:+.4f} to {early['high']:+.4f})"
+            )
+        since = "before the first step" if early["on_step"] == 0 else f"after step {early['on_step']}"
+        num = early["num_evaluations"]
+        lines.append(
+            f"stopped early after step {step}: {num} evaluation{'s' * (num != 1)} did not lower the held-out loss of "
+            f"{since}{chance}"
+        )
+    if best := found.get("best"):
+        which = f"the model is that of step {best['step']}, the best by {best['metric']} ({best['value']:.4f})"
+        last = "" if best["step"] == step else f"; the last step's is in {folder}/checkpoints/step-{step:08d}"
+        lines.append(which + last)
+    return lines

@@ -1,0 +1,241 @@
+"""A model over several ranks: loss and gradient are those of one process, whatever the ranks' sequences are."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from preceptor.data.forest import empty_sequence, pack_trees
+from preceptor.errors import ModelError
+from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.phases import num_levels, phases
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.forward import Engine
+from preceptor.model.load import load_model
+from preceptor.model.optimisations import install
+from preceptor.model.parts import freeze_towers
+from preceptor.model.sharding import begin_sequence, device_mesh, shard_from_first, shard_model, sum_gradients
+from preceptor.train.precision import autocast
+from tiny import branching, chain, seeing_model, tiny_model
+
+FULL, RECOMPUTE = ActivationPolicy(), ActivationPolicy("recompute", 1)
+DETACH = ActivationPolicy("detach", "all")
+DIVISOR = 50.0
+
+
+def step_sequences():
+    """Of three levels, of two branches, and one that begins with a target; far from equally many trained tokens."""
+    rng = np.random.default_rng(0)
+    return [
+        pack_trees([chain(rng, (9, 12, 5, 8, 3, 6)), chain(rng, (4, 7))]),
+        pack_trees([branching(rng)]),
+        pack_trees([chain(rng, (0, 5, 3, 2))]),
+    ]
+
+
+def alone_sequences():
+    rng = np.random.default_rng(0)
+    return [pack_trees([chain(rng, lengths)], alone=True) for lengths in ((9, 12, 5, 8), (4, 7), (6, 2))]
+
+
+def dealt(sequences, rank, num_ranks):
+    """This rank's, and empty ones up to what the first rank has; and the most levels that one at each place has."""
+    share = -(-len(sequences) // num_ranks)
+    mine = sequences[rank * share : (rank + 1) * share]
+    mine += [empty_sequence(sequences[0].alone)] * (share - len(mine))
+    levels = torch.tensor([num_levels(sequence) for sequence in mine])
+    if num_ranks > 1:
+        dist.all_reduce(levels, dist.ReduceOp.MAX)
+    return mine, levels.tolist()
+
+
+def gradients(engine, sequences, policy, levels=None, precision="float32"):
+    """The loss, and each trained parameter's whole gradient."""
+    engine.train()
+    engine.model.zero_grad(set_to_none=True)
+    loss = 0.0
+    for place, sequence in enumerate(sequences):
+        begin_sequence(engine, is_last=place == len(sequences) - 1)
+        step = StepContext(DIVISOR, accumulates=True, num_levels=levels[place] if levels else 0)
+        with autocast(torch.device("cpu"), precision):
+            share = engine(sequence, policy, step=step)
+        share.backward()
+        loss += share.item()
+    sum_gradients(engine)
+    return loss, {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.requires_grad}
+
+
+def _whole(gradient):
+    if gradient is None:
+        return None
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+
+
+def relative_errors(rank, make, sequences, policy, strategy="shard", regathers=True, precision="float32"):
+    """Of the summed loss and of the gradient that is furthest from one process's, and its name."""
+    true_loss, true = gradients(Engine(make()), sequences, policy, precision=precision)
+    engine, num_ranks = Engine(make()), dist.get_world_size()
+    shard_model(engine, device_mesh(strategy, "cpu", num_ranks, ranks_per_node=2), regathers)
+    mine, levels = dealt(sequences, rank, num_ranks)
+    for _ in range(2):  # the second step must be as the first
+        loss, found = gradients(engine, mine, policy, levels, precision)
+    total = torch.tensor(loss, dtype=torch.float64)
+    dist.all_reduce(total)
+    assert found.keys() == true.keys()
+    errors = [(_error(found[name], true[name]), name) for name in true]
+    return abs(total.item() - true_loss) / abs(true_loss), *max(errors)
+
+
+def _error(found, true):
+    if found is None or true is None:
+        return float(any(each is not None and each.any() for each in (found, true)))
+    return ((found - true).norm() / true.norm().clamp_min(1e-6)).item()
+
+
+def adapted(kind, new_token_ids=(), dtype=torch.float32):
+    model = add_adapter(tiny_model(kind, dtype=dtype), 4, 8.0, 0.0, None, new_token_ids, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+def seeing(kind):
+    model = seeing_model(kind)
+    freeze_towers(model)
+    return model
+
+
+def plain(kind):
+    model = tiny_model(kind)
+    install(model, "plain")
+    return model
+
+
+CASES = {
+    "untied": (lambda: tiny_model("llama"), step_sequences, FULL, "shard", True),
+    "untied, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", True),
+    "untied, kept, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", False),
+    "untied, contexts as constants": (lambda: tiny_model("llama"), step_sequences, DETACH, "shard", True),
+    "untied, replicated": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "replicate", True),
+    "plain engine": (lambda: plain("llama"), step_sequences, DETACH, "shard", True),
+    "tied, windows": (lambda: tiny_model("gemma3_text"), step_sequences, RECOMPUTE, "shard", True),
+    "tied, kept": (lambda: tiny_model("qwen3"), step_sequences, FULL, "shard", False),
+    "experts, sinks": (lambda: tiny_model("gpt_oss"), step_sequences, RECOMPUTE, "shard", True),
+    "alone": (lambda: tiny_model("lfm2", layer_types=["conv", "full_attention"]), alone_sequences, FULL, "shard", True),
+    "adapter": (lambda: adapted("llama"), step_sequences, RECOMPUTE, "shard", True),
+    "adapter, new tokens": (lambda: adapted("llama", [60, 63]), step_sequences, FULL, "shard", True),
+    "adapter, new tokens, tied": (lambda: adapted("qwen3", [60, 63]), step_sequences, DETACH, "shard", False),
+    "adapter, half-precision base": (lambda: adapted("llama", (), torch.bfloat16), step_sequences, FULL, "shard", True),
+    "adapter, replicated": (lambda: adapted("qwen3", [60, 63]), step_sequences, RECOMPUTE, "replicate", True),
+    "frozen towers": (lambda: seeing("gemma3"), step_sequences, FULL, "shard", True),
+}
+
+
+def _all_cases(rank):
+    found = {}
+    for name, (make, sequences, policy, strategy, regathers) in CASES.items():
+        found[name] = relative_errors(rank, make, sequences(), policy, strategy, regathers)
+    found["autocast"] = relative_errors(
+        rank, lambda: tiny_model("llama"), step_sequences(), RECOMPUTE, precision="bfloat16"
+    )
+    return found
+
+
+def test_two_ranks_have_the_gradient_of_one():
+    for found in on_ranks(2, _all_cases):
+        for name, (loss_error, error, where) in found.items():
+            assert loss_error < 1e-6 and error < 1e-5, f"{name}: {where} is off by {error}"
+
+
+def _hybrid(rank):
+    return relative_errors(rank, lambda: tiny_model("llama"), step_sequences(), RECOMPUTE, "hybrid")
+
+
+def test_four_ranks_of_two_nodes_have_the_gradient_of_one():
+    for loss_error, error, where in on_ranks(4, _hybrid):
+        assert loss_error < 1e-6 and error < 1e-5, where
+
+
+def _held(rank):
+    engine = Engine(tiny_model("llama"))
+    whole = sum(p.numel() for p in engine.model.parameters())
+    shard_model(engine, device_mesh("shard", "cpu", 2, 2))
+    mine, levels = dealt(step_sequences(), rank, 2)
+    gradients(engine, mine, RECOMPUTE, levels)
+    with torch.no_grad():
+        engine(mine[0])
+        engine.hidden_states(mine[0])
+    local = [p.to_local() for p in engine.model.parameters()]
+    return whole, sum(p.numel() for p in local), sum(p.grad.to_local().numel() for p in engine.model.parameters())
+
+
+def test_each_rank_holds_its_shards_alone_between_steps():
+    whole, *both = zip(*on_ranks(2, _held), strict=True)
+    assert [sum(each) for each in both] == [whole[0], whole[0]]
+
+
+def test_phases_that_only_another_rank_has_hold_tokens_of_their_own():
+    sequence = step_sequences()[0]
+    T = sequence.num_tokens
+    own, more = phases(sequence), phases(sequence, num_levels=4)
+    assert num_levels(sequence) == 3 and num_levels(empty_sequence()) == 0
+    assert phases(sequence, num_levels=3) == own
+    assert [phase.loss_bearing for phase in more] == [False, True] * 4
+    assert [phase.runs[:-1] for phase in more] == [phase.runs for phase in own] + [(), ()]
+    chain_ = [phase.runs[-1] for phase in more]
+    assert chain_[3] == (T + 3, T + 4, ((T, T + 1), (T + 1, T + 2), (T + 2, T + 3)))
+
+
+def test_weights_that_cannot_be_sharded_are_rejected():
+    from preceptor.model import sharding
+
+    model = tiny_model("llama")
+    shared = copy.deepcopy(model)
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    mixed = copy.deepcopy(model)
+    mixed.model.layers[0].mlp.to(torch.bfloat16)
+    single = copy.deepcopy(model)
+    single.model.scale = torch.nn.Parameter(torch.ones(()))
+    for broken, why in ((shared, "layers share weights"), (mixed, "several types"), (single, "a single number")):
+        with pytest.raises(ModelError, match=f"llama: .*{why}"):
+            sharding._require_shardable(broken)
+
+
+def _read(rank, folder, new_token_ids):
+    """The first rank's model and, of each rank, what it has of it once it is sharded."""
+    whole = load_model(folder, "float32", "cpu" if rank == 0 else "meta")
+    freeze_towers(whole)
+    if new_token_ids:
+        whole.resize_token_embeddings(128, mean_resizing=False)
+        whole = add_adapter(whole, 4, 8.0, 0.0, None, new_token_ids, seed=0)
+    true = {name: tensor for name, tensor in _named_tensors(whole) if tensor.device.type != "meta"}
+    model = shard_from_first(whole, "auto", device_mesh("shard", "cpu", 2, 2), True, torch.device("cpu"))
+    with torch.no_grad():
+        hidden = [Engine.of(each).hidden_states(step_sequences()[0]) for each in (model, whole)[: 2 - rank]]
+    found = {name: _whole(tensor) for name, tensor in _named_tensors(model)}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    return true, found, hidden, trained, Engine.of(model).state.optimisations
+
+
+def _named_tensors(model):
+    return *model.named_parameters(), *model.named_buffers()
+
+
+@pytest.mark.parametrize(("kind", "new_token_ids"), [("qwen3", [70, 71]), ("gemma3", [])])
+def test_the_first_rank_alone_reads_the_model(kind, new_token_ids, tmp_path):
+    (seeing_model if kind == "gemma3" else tiny_model)(kind).save_pretrained(tmp_path)
+    first, second = on_ranks(2, _read, tmp_path, new_token_ids)
+    true, found, hidden, trained, optimisations = first
+    assert {name for name in second[0] if "lora" not in name and "delta" not in name} == set()
+    assert true.keys() == found.keys() == second[1].keys()
+    for name, tensor in true.items():
+        assert torch.equal(found[name], tensor) and torch.equal(second[1][name], tensor), name
+    assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], second[2][0])
+    assert second[3:] == (trained, optimisations) and "last_layer" in optimisations
+    assert any("lora_A" in name for name in trained) == bool(new_token_ids)

@@ -1,0 +1,72 @@
+"""Functions run on several ranks: forked processes that talk over gloo, with nothing imported anew."""
+
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 120
+
+
+def on_ranks(num_ranks, function, *arguments):
+    """What `function(rank, *arguments)` gives on each rank, in order.
+
+    Raises AssertionError with the traceback of the first rank that fails, and when the time is over; no process is
+    left behind.
+    """
+    assert torch.get_num_threads() == 1, "threads do not survive a fork"
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        pids = [_forked(rank, num_ranks, place, function, arguments) for rank in range(num_ranks)]
+        try:
+            codes = _wait(pids)
+            trouble = [
+                file.read_text() for file in sorted(place.glob("error-*"), key=lambda file: file.stat().st_mtime)
+            ]
+            assert codes == [0] * num_ranks, trouble[0] if trouble else f"exit codes of the ranks: {codes} (None: hung)"
+            return [pickle.loads((place / f"result-{rank}").read_bytes()) for rank in range(num_ranks)]
+        finally:
+            for pid in pids:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                except (ProcessLookupError, ChildProcessError):
+                    pass
+
+
+def _forked(rank, num_ranks, place, function, arguments):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=num_ranks)
+        result = function(rank, *arguments)
+        (place / f"result-{rank}").write_bytes(pickle.dumps(result))
+        dist.barrier()
+        code = 0
+    except BaseException:
+        (place / f"error-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+    finally:
+        os._exit(code)
+
+
+def _wait(pids):
+    """Exit codes; as soon as one rank fails the others have a second to say why."""
+    codes, ends = dict.fromkeys(pids), time.monotonic() + TIMEOUT_SECONDS
+    while None in codes.values():
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                ends = min(ends, time.monotonic() + 1) if codes[pid] else ends
+        if time.monotonic() > ends:
+            return list(codes.values())
+        time.sleep(0.01)
+    return list(codes.values())

@@ -1,0 +1,363 @@
+"""How a run ends or goes on: the best model, early, skipped steps, files that ask, checkpoints by the clock."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from conftest import conversations
+from preceptor import config
+from preceptor.errors import CheckpointError, ModelError
+from preceptor.train import checkpoint, loop
+from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
+from preceptor.train.signals import EXIT_CODE, StopRequest
+
+QUIET = Console(quiet=True)
+
+
+def lines(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def model(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step, patch):
+    """The run is killed when it is about to take the step after `step`."""
+    take_step = loop.take_step
+
+    def killed(state, *arguments):
+        if state.step == step:
+            raise Killed
+        return take_step(state, *arguments)
+
+    patch.setattr(loop, "take_step", killed)
+
+
+@pytest.fixture
+def overfitting(run_file, tmp_path):
+    """A run whose held-out loss falls until step 6 and then rises; and its folder."""
+    answers = ["start end and user " * (1 + number % 3) for number in range(6)]
+    held_out = [
+        {"messages": [{"role": "user", "content": "the message?"}, {"role": "assistant", "content": answer}]}
+        for answer in answers
+    ]
+    settings = {"train__duration": "12 steps", "eval__every": "2 steps", "checkpoint__every": "3 steps"}
+    settings |= {"optimizer__learning_rate": 1e-2, "optimizer__lr_scheduler": "constant", "eval__num_samples": 0}
+    settings |= {"optimizer__warmup": "0 steps"}
+    return run_file(conversations(2), eval_rows=held_out, **settings), tmp_path / "run"
+
+
+def test_the_best_model_is_saved_and_the_last_is_kept(overfitting, preceptor, tmp_path):
+    file, folder = overfitting
+    code, out, error = preceptor("train", file, "checkpoint.best=loss", "checkpoint.keep=1")
+    assert code == 0, error
+    evaluations = lines(folder, "eval.jsonl")
+    best = min(evaluations[1:], key=lambda line: line["loss"])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 < best["step"] < 12, "this test needs a run that gets worse"
+    assert summary["best"] == {"metric": "loss", "value": best["loss"], "step": best["step"]}
+    assert summary["model_step"] == best["step"] and summary["num_steps"] == 12
+    assert f"the model is that of step {best['step']}, the best by loss" in out
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [f"step-{best['step']:08d}", "step-00000012"]
+    short = f"train.duration={best['step']} steps"  # a constant rate: the same steps
+    assert preceptor("train", file, short, f"out={tmp_path}/short")[0] == 0
+    assert equal(model(folder), model(tmp_path / "short"))
+
+
+def test_a_killed_run_ends_with_the_same_best_model(overfitting, monkeypatch, tmp_path):
+    file, folder = overfitting
+    run = config.load(file, ["checkpoint.best=loss", "checkpoint.keep=1"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(8, patch)
+        execute(prepare(run), QUIET)
+    execute(prepare(run), QUIET)
+    execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
+    assert equal(model(folder), model(tmp_path / "whole"))
+    assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
+
+
+def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, preceptor, monkeypatch, tmp_path):
+    file, folder = overfitting
+    code, out, error = preceptor("train", file, "train.patience=2", "checkpoint.best=loss")
+    assert code == 0, error
+    summary = json.loads((folder / "summary.json").read_text())
+    early = summary["stopped_early"]
+    assert early["num_evaluations"] == 2 and summary["num_steps"] == early["step"] < 12
+    assert lines(folder)[-1]["step"] == early["step"] == lines(folder, "eval.jsonl")[-1]["step"]
+    assert f"stopped early after step {early['step']}: 2 evaluations did not lower the held-out loss" in out
+    assert "The run stopped early, after step" in (folder / "report.html").read_text()
+    run = config.load(file, ["train.patience=2", "checkpoint.best=loss", f"out={tmp_path}/again"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(early["step"] - 1, patch)
+        execute(prepare(run), QUIET)
+    execute(prepare(run), QUIET)
+    assert equal(model(folder), model(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["stopped_early"] == early
+
+
+# Steps that are not finite -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes the loss of the first sequence NaN in these steps (1, 2, ...), or the gradient alone."""
+
+    def breaks(*steps, gradient=False):
+        real = loop.accumulate_gradients
+
+        def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0), *world):
+            losses = real(engine, sequences, divisor, precision, objective, where, seed, *world)
+            if seed[1] + 1 in steps and where.startswith("step"):
+                next(p for p in engine.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+                losses[0] = losses[0] if gradient else float("nan")
+            return losses
+
+        monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
+
+    return breaks
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(run_file, tmp_path, broken, preceptor):
+    file = run_file(train__max_skipped=2, checkpoint__every="1 steps")
+    broken(2, 3)
+    code, out, error = preceptor("train", file)
+    assert code == 0, error
+    logged = lines(tmp_path / "run")
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert ["skipped" in line for line in logged] == [False, True, True, False]
+    assert logged[1]["loss"] is None and all("train.jsonl:" in example for example in logged[1]["examples"])
+    assert "step 2: loss nan" in out and "in the sequence of" in out and logged[1]["examples"][0] in out
+    assert "skipped, 2 of 2" in out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_skipped"] == 2
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "2 steps were skipped" in report
+    run = config.load(file)
+    sources = prepare(run).loader().sources(1)
+    assert set(logged[1]["examples"]) == set(sources[0]) and len(sources) > 1
+
+
+def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file, broken):
+    run = config.load(run_file(train__max_skipped=1))
+    prepared = prepare(run)
+    from preceptor.train.run import build_model
+
+    model = build_model(prepared, torch.device("cpu"))
+    state = checkpoint.State(model, loop_optimizer(model))
+    loader = prepared.loader()
+    loop.take_step(state, loader.batch(0), 1e-3, 1.0, "float32")
+    weights = {name: p.clone() for name, p in state.trained.items()}
+    moments = {name: {k: v.clone() for k, v in state.optimizer.state[p].items()} for name, p in state.trained.items()}
+    broken(2)
+    with pytest.raises(loop.NotFiniteError) as raised:
+        loop.take_step(state, loader.batch(1), 1e-3, 1.0, "float32")
+    loop.skip_step(state, raised.value, [], loader.sources(1), 0, 1)
+    assert state.step == 2 and all(p.grad is None for p in state.trained.values())
+    for name, parameter in state.trained.items():
+        assert torch.equal(parameter, weights[name])
+        assert all(torch.equal(value, moments[name][key]) for key, value in state.optimizer.state[parameter].items())
+
+
+def loop_optimizer(model):
+    from preceptor.train.optimizer import build_optimizer
+
+    return build_optimizer(model, 0.1, (0.9, 0.95))
+
+
+def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_file, tmp_path, broken, monkeypatch):
+    """The count is that of the whole run, not of a session."""
+    run = config.load(run_file(train__max_skipped=1, checkpoint__every="1 steps"))
+    broken(2, 4, gradient=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(2, patch)
+        execute(prepare(run), QUIET)
+    words = r"step 4: .*not finite, in one of the sequences of .*train\.jsonl:\d+.*; 1 steps were skipped before"
+    with pytest.raises(ModelError, match=words):
+        execute(prepare(run), QUIET)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# Files that ask ------------------------------------------------------------------------------------------------------
+
+
+def when(step, action, monkeypatch):
+    take_step = loop.take_step
+
+    def acting(state, *arguments):
+        if state.step + 1 == step:
+            action()
+        return take_step(state, *arguments)
+
+    monkeypatch.setattr(loop, "take_step", acting)
+
+
+def test_a_file_SAVE_saves_and_the_run_goes_on(run_file, tmp_path, monkeypatch, preceptor):
+    file = run_file()
+    when(2, (tmp_path / "run" / "SAVE").touch, monkeypatch)
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert not (tmp_path / "run" / "SAVE").exists() and (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_file_STOP_saves_and_ends_the_run_and_the_same_command_goes_on(run_file, tmp_path, monkeypatch, preceptor):
+    file = run_file()
+    with monkeypatch.context() as patch:
+        when(3, (tmp_path / "run" / "STOP").touch, patch)
+        code, _, error = preceptor("train", file)
+    assert code == EXIT_CODE == 75
+    assert "stopped by the file STOP after step 3, which is saved in" in error and "this goes on:" in error
+    assert not (tmp_path / "run" / "STOP").exists()
+    (tmp_path / "run" / "STOP").touch()  # one that is there when a run starts is of the session before
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# Checkpoints by the clock, and while training goes on ----------------------------------------------------------------
+
+
+def test_checkpoints_by_the_clock(run_file, tmp_path):
+    assert str(config.load(run_file()).checkpoint.every) == "10 minutes"
+    run = config.load(run_file(checkpoint__every="0.0001 seconds", checkpoint__keep=9, eval__every="1 hours"))
+    execute(prepare(run), QUIET)
+    saved = [int(path.name[-8:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert saved == [1, 2, 3, 4]
+
+
+def test_a_clock_in_time_starts_again_when_it_was_due(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop.Clock(config.Duration(10, "minutes"), 5, 50)
+    due = []
+    for minute in range(1, 35):
+        now[0] = minute * 60.0
+        due.append(minute) if clock.due(minute) else None
+    assert due == [10, 20, 30]
+    assert [step for step in range(1, 9) if loop.Clock(config.Duration(3, "steps"), 5, 50).due(step)] == [3, 6]
+    assert not loop.Clock(None, 5, 50).due(3)
+
+
+def test_one_rank_tells_the_others_what_it_was_told(tmp_path):
+    stop = StopRequest()
+    with stop.while_training(tmp_path):
+        assert stop.after_step([True, False]) == [False, True, False]
+        (tmp_path / "SAVE").touch()
+        assert stop.after_step([False, False]) == [True, False, False] and stop.number is None
+        stop.answered()
+        assert not (tmp_path / "SAVE").exists()
+        (tmp_path / "STOP").touch()
+        stop.after_step()
+        assert stop.number == -1
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(run_file, tmp_path, monkeypatch):
+    """The writer waits until two more steps are taken: nothing of them is in what it writes; never two at once."""
+    whole = config.load(run_file(train__duration="6 steps"), [f"out={tmp_path}/whole"])
+    execute(prepare(whole), QUIET)
+    file = run_file(train__duration="6 steps", checkpoint__every="1 steps", checkpoint__async_save=True)
+    taken, waiting, writing = threading.Event(), [], []
+    write = checkpoint.Checkpoints._write
+
+    def slow(self, content, num_bytes, step):
+        writing.append(step)
+        assert threading.current_thread() is not threading.main_thread()
+        if step == 1:
+            waiting.append(taken.wait(20))
+        write(self, content, num_bytes, step)
+        assert writing == [*range(1, step + 1)]
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
+    when(2, taken.set, monkeypatch)
+    execute(prepare(config.load(file)), QUIET)
+    assert waiting == [True] and equal(model(tmp_path / "run"), model(tmp_path / "whole"))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", "", 2)
+    assert [path.name for path in checkpoints.found()] == ["step-00000005", "step-00000006"]
+
+
+def test_an_error_of_the_writer_ends_the_run_at_the_next_step_and_the_former_checkpoint_stays(
+    run_file, tmp_path, monkeypatch
+):
+    file = run_file(train__duration="9 steps", checkpoint__every="2 steps", checkpoint__async_save=True)
+    write = checkpoint.Checkpoints._write
+
+    def fails(self, content, num_bytes, step):
+        if step == 4:
+            raise CheckpointError("step-00000004: cannot be written: No space left on device")
+        write(self, content, num_bytes, step)
+
+    def slowly(state, *arguments):
+        time.sleep(0.1)
+        return take_step(state, *arguments)
+
+    take_step = loop.take_step
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_write", fails)
+        patch.setattr(loop, "take_step", slowly)
+        with pytest.raises(CheckpointError, match="No space left"):
+            execute(prepare(config.load(file)), QUIET)
+    assert 4 <= lines(tmp_path / "run")[-1]["step"] <= 6
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    execute(prepare(config.load(file)), QUIET)
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+
+
+# What is gone or too large -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_path, monkeypatch, preceptor):
+    file = run_file(checkpoint__every="2 steps")
+
+    def no_memory():
+        raise MemoryError("cannot allocate")
+
+    with monkeypatch.context() as patch:
+        accumulate = loop.accumulate_gradients
+
+        def too_large(engine, sequences, divisor, precision, objective, where, *more):
+            if where.startswith("step 4"):
+                with loop._explaining_out_of_memory(sequences[0], where):
+                    no_memory()
+            return accumulate(engine, sequences, divisor, precision, objective, where, *more)
+
+        patch.setattr(loop, "accumulate_gradients", too_large)
+        code, _, error = preceptor("train", file)
+    assert code == 5 and "step 4: a sequence" in error and "data.max_length" in error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_data_that_is_gone_between_runs_is_named_and_put_back_the_run_goes_on(
+    run_file, tmp_path, monkeypatch, preceptor
+):
+    file = run_file(checkpoint__every="2 steps")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(3, patch)
+        execute(prepare(config.load(file)), QUIET)
+    data = tmp_path / "train.jsonl"
+    data.rename(tmp_path / "away.jsonl")
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    code, _, error = preceptor("train", file)
+    assert code in (2, 3) and str(data) in error
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    (tmp_path / "away.jsonl").rename(data)
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,0 +1,114 @@
+"""However a step is spread over processes, or accumulated in one, its losses are the same.
+
+The fast form covers every kind of model, mode of memory and strategy; PRECEPTOR_TORTURE=1 takes all with all.
+"""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from children import TORTURE
+from processes import run_ranks
+
+from preceptor import config
+from preceptor.data.dataset import Dataset
+from preceptor.data.loader import Loader
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.forward import Engine
+from preceptor.model.sharding import device_mesh, shard_model
+from preceptor.train.checkpoint import State
+from preceptor.train.loop import take_step
+from preceptor.train.objective import Objective
+from preceptor.train.optimizer import build_optimizer
+from preceptor.world import ONE
+from tiny import branching, chain, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
+
+STEPS = 20
+MODELS = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"tie_word_embeddings": True},
+    "gpt_oss": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
+MEMORY = {
+    "full": {},
+    "recompute": {"context_gradient": "recompute"},
+    "detach": {"context_gradient": "detach"},
+    "checkpointing": {"activation_checkpointing": "all"},
+    "both": {"context_gradient": "recompute", "activation_checkpointing": 1},
+}
+# strategy, processes, processes on a node, whether layers are gathered for each pass
+SPREAD = {
+    "replicate 2": ("replicate", 2, 2, False),
+    "replicate 4": ("replicate", 4, 4, False),
+    "shard 2": ("shard", 2, 2, True),
+    "shard 4": ("shard", 4, 4, False),
+    "hybrid 4": ("hybrid", 4, 2, True),
+}
+CASES = [
+    ("llama", "full", "adapter", ["replicate 2"]),
+    ("llama", "full", "everything", ["replicate 4", "shard 4"]),
+    ("qwen3", "recompute", "everything", ["hybrid 4"]),
+    ("gemma3_text", "detach", "everything", ["shard 2"]),
+    ("gpt_oss", "checkpointing", "everything", ["shard 2"]),
+    ("gpt_oss", "recompute", "adapter", ["shard 2"]),
+    ("qwen3_moe", "both", "everything", ["shard 4"]),
+]
+if TORTURE:
+    CASES = [(*case, list(SPREAD)) for case in product(MODELS, MEMORY, ("everything", "adapter"))]
+
+
+def loader():
+    """Of conversations with few and with many trained tokens, trees among them: at most 3 sequences a step."""
+    rng = np.random.default_rng(0)
+    trees = [chain(rng, (3 + n % 7, 1 + 11 * (n % 3), *(4, 1 + n % 5) * (n % 2))) for n in range(14)]
+    return Loader(Dataset([*trees, branching(rng)]), 50, batch_size=3, seed=0)
+
+
+def losses(kind, memory, trained, world=ONE, spread=None, batches=None):
+    """Loss and norm of the gradient of each step."""
+    model = tiny_model(kind, **MODELS[kind])
+    if trained == "adapter":
+        model = add_adapter(model, 4, 8.0, 0.1, None, [5, 9], seed=0)
+    if spread is not None:
+        strategy, num, on_node, regathers = SPREAD[spread]
+        shard_model(Engine(model), device_mesh(strategy, "cpu", num, on_node), regathers)
+    state = State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
+    objective = Objective.of(config.Loss(), config.Memory(**MEMORY[memory]), model, 64)
+    batches = batches or (lambda step: loader().batch(step, world.rank, world.size))
+    return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, 0, world) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(("kind", "memory", "trained", "spreads"), CASES)
+def test_any_number_of_processes_gives_the_losses_of_one(kind, memory, trained, spreads):
+    expected = torch.tensor(losses(kind, memory, trained), dtype=torch.float64)
+    for spread in spreads:
+        num = SPREAD[spread][1]
+        for found in run_ranks(num, lambda world, own=spread: losses(kind, memory, trained, world, own)):
+            assert not isinstance(found, BaseException), found.__notes__
+            found_losses = torch.tensor(found, dtype=torch.float64)
+            torch.testing.assert_close(found_losses[:, 0], expected[:, 0], rtol=1e-5, atol=0, msg=f"{spread}: {found}")
+            torch.testing.assert_close(found_losses[:, 1], expected[:, 1], rtol=1e-3, atol=0)
+
+
+def test_accumulation_instead_of_processes_gives_the_same_losses():
+    """The same trees in sequences of one tree each."""
+    from preceptor.data.forest import pack_trees
+
+    def apart(step):
+        own = loader()
+        epoch, within = divmod(step, own.steps_per_epoch)
+        start, end = (at * own.sequences_per_epoch // own.steps_per_epoch for at in (within, within + 1))
+        return [pack_trees([tree]) for planned in own.plan(epoch)[start:end] for tree in own.trees(planned)]
+
+    found, expected = losses("llama", "full", "everything", batches=apart), losses("llama", "full", "everything")
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=torch.float64)[:, 0],
+        torch.tensor(expected, dtype=torch.float64)[:, 0],
+        rtol=1e-5,
+        atol=0,
+    )
