@@ -209,6 +209,19 @@ def test_weights_that_cannot_be_sharded_are_rejected():
             sharding._require_shardable(broken)
 
 
+def _with_an_older_torch(rank):
+    from torch.distributed.fsdp import FSDPModule
+
+    del FSDPModule.set_reduce_scatter_unused_params
+    with pytest.raises(ModelError, match=r"need torch 2\.13 or newer"):
+        shard_model(Engine(tiny_model("llama")), device_mesh("shard", "cpu", 1, 1))
+    shard_model(Engine(tiny_model("llama")), device_mesh("replicate", "cpu", 1, 1))
+
+
+def test_a_torch_that_cannot_keep_ranks_in_step_is_refused():
+    on_ranks(1, _with_an_older_torch)
+
+
 def _read(rank, folder, new_token_ids):
     """The first rank's model and, of each rank, what it has of it once it is sharded."""
     whole = load_model(folder, "float32", "cpu" if rank == 0 else "meta")

@@ -59,10 +59,16 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ModelError(
+            f"parallel.strategy: shard and hybrid need torch 2.13 or newer, this is {torch.__version__}: in older ones "
+            "processes wait for each other for ever where one has a gradient that another has not. Update torch, or "
+            "set parallel.strategy: replicate"
+        )
+    _require_shardable(engine.model)
     for optimisation in OPTIMISATIONS:
         if optimisation.name in _IN_PLACE:
             optimisation.remove(engine.model, engine.state)
-    _require_shardable(engine.model)
     skeleton = without_values(engine.model)
     ranks = engine.state.ranks = Ranks(mesh, regathers=regathers, skeleton=skeleton)
     embedding: Any = decoder_of(engine.model).get_input_embeddings()
