@@ -177,13 +177,13 @@ def test_chat_answers_in_turn(preceptor, run_file, base_folder, tmp_path):
     assert out.count(f"[{base_folder}]") == 2 and out.count("[" + str(tmp_path / "run/model") + "]") == 2
 
 
-def test_an_interrupted_command_exits_130(preceptor, run_file, monkeypatch):
+def test_an_interrupted_training_exits_75(preceptor, run_file, monkeypatch):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("preceptor.train.loop.take_step", interrupt)
     code, _, err = preceptor("train", run_file())
-    assert code == 130 and "stopped by SIGINT before the first step" in err
+    assert code == 75 and "stopped by SIGINT before the first step" in err
 
 
 def test_few_steps_are_said_before_and_in_training(preceptor, run_file):

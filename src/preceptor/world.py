@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from preceptor.errors import ConfigError, PreceptorError, ProcessError
@@ -25,6 +27,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """After which a process that waits for another one gives up."""
+
+COMMAND = "PRECEPTOR_COMMAND"
+"""Variable of the environment in which a launcher hands on what was typed."""
 
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
@@ -286,6 +291,15 @@ def _is_broken_connection(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and any(word in text for word in _BROKEN)
     )
+
+
+def command_words() -> list[str]:
+    """The command that was typed: of a process that a launcher of ours has started, the launcher's."""
+    typed = os.environ.get(COMMAND)
+    if typed:
+        return shlex.split(typed)
+    name = Path(sys.argv[0]).name
+    return ["preceptor" if name == "__main__.py" else name, *sys.argv[1:]]
 
 
 def num_cores() -> int:

@@ -102,6 +102,20 @@ def test_a_killed_process_ends_the_run_and_is_named(run_file, tmp_path):
     assert "killed: process 1 by SIGKILL" in shown and "Traceback" not in shown
 
 
+def test_a_signal_to_the_launcher_saves_and_says_how_to_go_on(run_file, tmp_path):
+    file = run_file(train__duration="100000 steps", eval__every=None, checkpoint__every=None)
+    process = train(file, "--nproc", 2)
+    processes_of(file, tmp_path)
+    process.terminate()
+    shown = ended(process)
+    assert process.returncode == 75, shown
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert shown.count(f"stopped by SIGTERM after step {step}, which is saved in") == 1, shown
+    assert shown.count(f"this goes on: preceptor train --nproc 2 {file}") == 1, shown
+    assert "Traceback" not in shown and "error: " not in shown
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a link between them: (name, address, interface) of each."""

@@ -1,12 +1,16 @@
 """A run in several processes: what they write and say, and how they end when one of them fails."""
 
+import json
 import os
 import signal
 import time
 
 import pytest
+import torch
 from processes import run_command
+from transformers import AutoModelForCausalLM
 
+from conftest import conversations
 from preceptor.train import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
@@ -77,3 +81,84 @@ def test_other_data_on_one_machine_is_refused(run_file, tmp_path):
     shown = "".join(process.shown for process in found)
     assert shown.count("process 1 has other examples and held-out examples than process 0") == 1
     assert not (tmp_path / "run").exists()
+
+
+# What a run leaves --------------------------------------------------------------------------------------------------
+
+TIMED = ("seconds", "peak_memory_bytes")
+
+
+def lines(folder, name):
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
+
+
+def numbers(value, place=""):
+    """Everything in a log, by its place."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in numbers(inner, f"{place}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for at, inner in enumerate(value) for k, v in numbers(inner, f"{place}[{at}]").items()}
+    return {place: value}
+
+
+def require_same(folder, expected):
+    """Logs and weights up to rounding, all else to the letter."""
+    for name, tolerance in (("metrics.jsonl", 1e-3), ("eval.jsonl", 1e-3), ("samples.jsonl", 0)):
+        found, wanted = numbers(lines(folder, name)), numbers(lines(expected, name))
+        assert found.keys() == wanted.keys(), name
+        for place, value in wanted.items():
+            near = pytest.approx(value, rel=tolerance) if isinstance(value, float) else value
+            assert found[place] == near, f"{name}{place}: {found[place]}, not {value}"
+    losses = [[line["loss"] for line in lines(each, "metrics.jsonl")] for each in (folder, expected)]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+    names = [sorted(path.name for path in each.iterdir() if path.name != "checkpoints") for each in (folder, expected)]
+    assert names[0] == names[1]
+    own, whole = (AutoModelForCausalLM.from_pretrained(each / "model").state_dict() for each in (folder, expected))
+    assert own.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(own[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def run_of(run_file, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "match": "contains", "accepted": [str(n)]}) + "\n" for n in range(3))
+    )
+    more = {"eval__tasks": [str(task)], "eval__every": "2 steps", "train__batch_size": 3, "eval__num_samples": 2}
+    return run_file(eval_rows=conversations(5), checkpoint__every="2 steps", **more)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keys"),
+    [
+        ("replicate", ("adapter.rank=2", "adapter.dropout=0.1")),
+        ("shard", ("memory.context_gradient=recompute",)),
+        ("shard", ("adapter.rank=2", "adapter.dropout=0.1", "memory.activation_checkpointing=all")),
+        ("shard", ("loss.kl_coef=0.1",)),
+    ],
+)
+def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, strategy, keys):
+    file = run_of(run_file, tmp_path)
+    code, _, err = preceptor("train", file, f"out={tmp_path / 'one'}", *keys)
+    assert code == 0, err
+    first, second = run_command(2, "train", file, f"out={tmp_path / 'two'}", f"parallel.strategy={strategy}", *keys)
+    assert (first.code, second.code) == (0, 0), first.shown + second.shown
+    assert second.shown.strip() == "" or "Warning" in second.shown, second.shown
+    require_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(run_file, tmp_path, preceptor):
+    """Told to stop in one of them, both save after the same step; one process then finishes the run."""
+    file = run_of(run_file, tmp_path)
+    assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0
+    command = ("train", file, f"out={tmp_path / 'two'}", "parallel.strategy=shard", "checkpoint.every=null")
+    before = in_step(2, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    first, second = run_command(2, *command, before=before)
+    assert (first.code, second.code) == (75, 75), first.shown + second.shown
+    assert "stopped by SIGTERM after step 2, which is saved" in first.shown
+    assert [line["step"] for line in lines(tmp_path / "two", "metrics.jsonl")] == [1, 2]
+    code, out, err = preceptor(*command)
+    assert code == 0, err
+    assert "num_processes: 2 before, 1 now" in out
+    require_same(tmp_path / "two", tmp_path / "one")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preceptor.train.signals import Stopped, stop_on_signals
+from preceptor.world import World
 
 
 def test_an_ignored_signal_stays_ignored_and_handlers_come_back():
@@ -33,6 +34,19 @@ def test_inside_and_outside_of_a_step():
             raise AssertionError("an evaluation after a signal is not begun")
         with pytest.raises(Stopped):
             stop.check()
+
+
+def test_of_several_processes_each_may_be_told_twice(monkeypatch):
+    """By the scheduler, and by the launcher that was told too; only a later signal ends the process at once."""
+    with stop_on_signals() as stop, stop.while_training(Path(), World(0, 2)):
+        ended = []
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        monkeypatch.setattr("preceptor.train.signals._SAME_SECONDS", 0.0)
+        monkeypatch.setattr("preceptor.train.signals.os.kill", lambda _, number: ended.append(number))
+        stop.receive(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.SIGTERM in ended
 
 
 def test_in_another_thread_no_signal_is_heard():

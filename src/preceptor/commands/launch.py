@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from preceptor.console import say
 from preceptor.errors import ConfigError, ProcessError
 from preceptor.train.signals import EXIT_CODE
-from preceptor.world import num_cores
+from preceptor.world import COMMAND, command_words, num_cores
 
 _SHUTDOWN_SECONDS = "600"  # to finish a step and save, before a process that was told to stop is killed
 
@@ -31,6 +31,7 @@ def launch(nproc: str, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ[COMMAND] = shlex.join(command_words())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     logging.disable(logging.CRITICAL)  # of the launcher: the processes say themselves what went wrong

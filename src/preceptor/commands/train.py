@@ -3,7 +3,6 @@
 import json
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +14,7 @@ import typer
 
 from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run
 from preceptor.hub import SCHOLAR
+from preceptor.world import command_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
-        raise typer.Exit(EXIT_CODE) from None
+        raise SystemExit(EXIT_CODE) from None  # no error, as typer.Exit would be
     if seconds is None:
         say("dry run: everything is checked up to the first step, and nothing is written")
         return
@@ -168,7 +168,7 @@ def _prepare(run: "Run", folder: "RunFolder", console: "Console", world: "World"
 
 def _how_to_go_on(stopped: "Stopped", out: str) -> str:
     """What a run that was stopped has saved, and the command with which it goes on."""
-    again = shlex.join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if word != "--replace")])
+    again = shlex.join(word for word in command_words() if word != "--replace")
     if stopped.step:
         return f"{stopped} after step {stopped.step}, which is saved in {out}/checkpoints; this goes on: {again}"
-    return f"{stopped} before the first step; this begins again: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    return f"{stopped} before the first step; this begins again: {shlex.join(command_words())}"

@@ -133,7 +133,7 @@ def _sample(loader: Loader) -> list[Tree]:
 def _check_sample_isolation(engine: Engine, trees: Sequence[Tree], precision: str) -> None:
     """Other tokens in the first conversation must not move the hidden states of those that follow it."""
     first, *others = trees
-    vocab_size = len(engine.model.get_input_embeddings().weight)
+    vocab_size = engine.call(lambda: len(engine.model.get_input_embeddings().weight))
     changed = replace(
         first,
         segments=tuple(replace(s, ids=tuple((token + 1) % vocab_size for token in s.ids)) for s in first.segments),

@@ -7,7 +7,6 @@ import hashlib
 import os
 import platform
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from preceptor.files import sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
 from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
+from preceptor.world import command_words
 
 PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
@@ -52,7 +52,7 @@ def session(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
     """The processes that train: what was typed and where, the versions, the machine."""
     cuda = device.type == "cuda"
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(command_words()),
         "directory": str(Path.cwd()),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {

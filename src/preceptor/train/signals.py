@@ -6,6 +6,7 @@ A run that is told to stop finishes its step, saves and ends with `EXIT_CODE`; a
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from preceptor.world import ONE, World
 EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _FILE = -1  # instead of a signal's number
+_SAME_SECONDS = 5.0  # in which a scheduler and a launcher may tell one of several processes the same
 
 
 class Stopped(BaseException):
@@ -49,17 +51,26 @@ class StopRequest:
         self._listened = listened
         self._raises = True
         self._process = os.getpid()
+        self._told = 0.0
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        for each in self._listened:
-            signal.signal(each, signal.SIG_DFL)
+        if self.number is None and self._world.size > 1:
+            self._told = time.monotonic()
+        elif self._world.size > 1 and time.monotonic() - self._told < _SAME_SECONDS:
+            return
+        else:
+            for each in self._listened:
+                signal.signal(each, signal.SIG_DFL)
+        if self.number is not None:  # a second one, after handlers were kept for the first
+            os.kill(os.getpid(), number)
         if os.getpid() != self._process:  # forked to render data: nothing to save
             os.kill(os.getpid(), number)
         self.number = number
         if self._raises:
             raise Stopped(number)
         name = signal.Signals(number).name
-        _write(f"{name}: the run finishes this step and saves it, then ends; a second signal ends it at once\n")
+        if self._world.is_first:
+            _write(f"{name}: the run finishes this step and saves it, then ends; a second signal ends it at once\n")
 
     @contextmanager
     def while_training(self, folder: Path, world: World = ONE) -> Iterator[None]:
