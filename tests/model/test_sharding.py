@@ -119,7 +119,31 @@ def plain(kind):
     return model
 
 
+class Either(torch.nn.Module):
+    """Two parts, of which the tokens of a sequence go through one: experts that are modules of their own."""
+
+    def __init__(self, even, odd):
+        super().__init__()
+        self.even, self.odd = even, odd
+
+    def forward(self, x):
+        return self.odd(x) if x.shape[1] % 2 else self.even(x)
+
+
+def of_two_parts():
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    first.mlp = Either(first.mlp, copy.deepcopy(second.mlp))
+    return model
+
+
+def of_unlike_lengths():
+    rng = np.random.default_rng(0)
+    return [pack_trees([chain(rng, lengths)]) for lengths in ((5, 4, 3, 3), (4, 8), (6, 2), (7, 3))]
+
+
 CASES = {
+    "a part that one rank alone uses": (of_two_parts, of_unlike_lengths, FULL, "shard", True),
     "untied": (lambda: tiny_model("llama"), step_sequences, FULL, "shard", True),
     "untied, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", True),
     "untied, kept, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", False),
