@@ -1,5 +1,6 @@
 """Tiny random models, trees and a tokenizer for the tests: every supported kind of attention and head, no network."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +90,11 @@ def tiny_tokenizer(
     )
     tokenizer.train_from_iterator(["the start of a message", "the end of a message", "user and assistant"] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special_tokens[0])
+
+
+def merged(model):
+    """A copy of a model into which peft has merged its adapter."""
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def chain(rng: np.random.Generator, lengths: tuple[int, ...], weight: float = 1.0, vocab_size: int = 64) -> Tree:

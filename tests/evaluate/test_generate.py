@@ -69,7 +69,7 @@ def test_an_answer_that_does_not_fit_alone_and_logits_that_are_not_finite_are_sa
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "generate", never)
-        with pytest.raises(ModelError, match=r"an answer of 4 tokens to a prompt of 1 tokens does not fit.*max_new"):
+        with pytest.raises(ModelError, match=r"answers of 4 tokens to prompts of 1 tokens do not fit.*max_new"):
             generate(model, tokenizer, CONTEXTS, [0], 4)
         patch.setattr(model, "generate", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

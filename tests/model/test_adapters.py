@@ -6,12 +6,12 @@ import torch
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model.adapters.lora import add_adapter, merge_adapter
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
-from tiny import SEEING, chain, seeing_model, tiny_model
+from tiny import SEEING, chain, merged, seeing_model, tiny_model
 from tiny_types import tiny_of
 
 NEW = [60, 63]
@@ -57,11 +57,11 @@ def test_exactly_the_new_sequences_and_the_low_rank_factors_are_trained(kind, ta
     assert all("lora_" in name for name in trained.keys() - rows.keys())
     assert not any("lm_head" in name for name in trained.keys() - rows.keys())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    merged_before = merge_adapter(model).get_input_embeddings().weight.detach().clone()
+    merged_before = merged(model).get_input_embeddings().weight.detach().clone()
     train(model)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != (name in trained), name
-    moved = (merge_adapter(model).get_input_embeddings().weight != merged_before).any(dim=1).nonzero()[:, 0]
+    moved = (merged(model).get_input_embeddings().weight != merged_before).any(dim=1).nonzero()[:, 0]
     assert moved.tolist() == NEW
 
 
@@ -116,22 +116,14 @@ def test_merging_gives_the_same_loss_and_leaves_the_adapter_as_it_is(kind):
     train(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = Engine(model)(sequence()).item()
-    merged = merge_adapter(model)
-    assert Engine(merged)(sequence()).item() == pytest.approx(expected, rel=1e-5)
-    assert not any("lora" in name or "token_adapter" in name for name, _ in merged.named_modules())
-    tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    assert tied == merged.config.tie_word_embeddings
+    plain = merged(model)
+    assert Engine(plain)(sequence()).item() == pytest.approx(expected, rel=1e-5)
+    assert not any("lora" in name or "token_adapter" in name for name, _ in plain.named_modules())
+    tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    assert tied == plain.config.tie_word_embeddings
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
     assert Engine(model)(sequence()).item() == expected
-
-
-def test_merging_copies_only_what_the_adapter_changes():
-    model = adapted("llama", target_modules=["q_proj"], new_token_ids=[])
-    merged = merge_adapter(model)
-    ours, theirs = model.get_base_model().model.layers[0], merged.model.layers[0]
-    assert theirs.mlp.up_proj.weight is ours.mlp.up_proj.weight
-    assert theirs.self_attn.q_proj.weight is not ours.self_attn.q_proj.base_layer.weight
 
 
 def test_trained_parameters_are_float32_beside_a_bfloat16_base():
@@ -140,7 +132,7 @@ def test_trained_parameters_are_float32_beside_a_bfloat16_base():
     assert dtypes == {torch.float32}
     check_head(model)
     train(model)
-    assert merge_adapter(model).dtype == torch.bfloat16
+    assert merged(model).dtype == torch.bfloat16
 
 
 def test_first_values_follow_the_seed_and_nothing_else():

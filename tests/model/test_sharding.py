@@ -10,17 +10,19 @@ from ranks import on_ranks
 
 from preceptor.data.forest import empty_sequence, pack_trees
 from preceptor.errors import ModelError
+from preceptor.evaluate.generate import generate
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels, phases
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
+from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import load_model
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
-from preceptor.model.sharding import begin_sequence, device_mesh, shard_from_first, shard_model, sum_gradients
+from preceptor.model.sharding import begin_sequence, device_mesh, own_part, shard_from_first, shard_model, sum_gradients
 from preceptor.train.precision import autocast
-from tiny import branching, chain, seeing_model, tiny_model
+from tiny import branching, chain, seeing_model, tiny_model, tiny_tokenizer
 
 FULL, RECOMPUTE = ActivationPolicy(), ActivationPolicy("recompute", 1)
 DETACH = ActivationPolicy("detach", "all")
@@ -53,7 +55,7 @@ def dealt(sequences, rank, num_ranks):
     return mine, levels.tolist()
 
 
-def gradients(engine, sequences, policy, levels=None, precision="float32"):
+def gradients(engine, sequences, policy, levels=None, precision="float32", penalty=None):
     """The loss, and each trained parameter's whole gradient."""
     engine.train()
     engine.model.zero_grad(set_to_none=True)
@@ -62,7 +64,7 @@ def gradients(engine, sequences, policy, levels=None, precision="float32"):
         begin_sequence(engine, is_last=place == len(sequences) - 1)
         step = StepContext(DIVISOR, accumulates=True, num_levels=levels[place] if levels else 0)
         with autocast(torch.device("cpu"), precision):
-            share = engine(sequence, policy, step=step)
+            share = engine(sequence, policy, step=step, penalty=penalty)
         share.backward()
         loss += share.item()
     sum_gradients(engine)
@@ -117,7 +119,31 @@ def plain(kind):
     return model
 
 
+class Either(torch.nn.Module):
+    """Two parts, of which the tokens of a sequence go through one: experts that are modules of their own."""
+
+    def __init__(self, even, odd):
+        super().__init__()
+        self.even, self.odd = even, odd
+
+    def forward(self, x):
+        return self.odd(x) if x.shape[1] % 2 else self.even(x)
+
+
+def of_two_parts():
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    first.mlp = Either(first.mlp, copy.deepcopy(second.mlp))
+    return model
+
+
+def of_unlike_lengths():
+    rng = np.random.default_rng(0)
+    return [pack_trees([chain(rng, lengths)]) for lengths in ((5, 4, 3, 3), (4, 8), (6, 2), (7, 3))]
+
+
 CASES = {
+    "a part that one rank alone uses": (of_two_parts, of_unlike_lengths, FULL, "shard", True),
     "untied": (lambda: tiny_model("llama"), step_sequences, FULL, "shard", True),
     "untied, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", True),
     "untied, kept, by phases": (lambda: tiny_model("llama"), step_sequences, RECOMPUTE, "shard", False),
@@ -207,6 +233,19 @@ def test_weights_that_cannot_be_sharded_are_rejected():
             sharding._require_shardable(broken)
 
 
+def _with_an_older_torch(rank):
+    from torch.distributed.fsdp import FSDPModule
+
+    del FSDPModule.set_reduce_scatter_unused_params
+    with pytest.raises(ModelError, match=r"need torch 2\.13 or newer"):
+        shard_model(Engine(tiny_model("llama")), device_mesh("shard", "cpu", 1, 1))
+    shard_model(Engine(tiny_model("llama")), device_mesh("replicate", "cpu", 1, 1))
+
+
+def test_a_torch_that_cannot_keep_ranks_in_step_is_refused():
+    on_ranks(1, _with_an_older_torch)
+
+
 def _read(rank, folder, new_token_ids):
     """The first rank's model and, of each rank, what it has of it once it is sharded."""
     whole = load_model(folder, "float32", "cpu" if rank == 0 else "meta")
@@ -239,3 +278,55 @@ def test_the_first_rank_alone_reads_the_model(kind, new_token_ids, tmp_path):
     assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], second[2][0])
     assert second[3:] == (trained, optimisations) and "last_layer" in optimisations
     assert any("lora_A" in name for name in trained) == bool(new_token_ids)
+
+
+def _with_divergence(rank, adapter):
+    """Loss and gradient with KL to the base, of a model that has moved from it: on one process, and on two ranks."""
+    found = []
+    for spread in (False, True):
+        engine = Engine(adapted("qwen3", [60, 63]) if adapter else tiny_model("llama"))
+        if spread:
+            shard_model(engine, device_mesh("shard", "cpu", 2, 2))
+        base = ReferenceModel.of(engine.model, 64)
+        with torch.no_grad():
+            for parameter in engine.model.parameters():
+                if parameter.requires_grad:
+                    own_part(parameter).mul_(1.1)
+
+        def penalty(hidden_MD, source_N, head, sequence, divisor, base=base):
+            return 5.0 / divisor * kl_to_base(hidden_MD, source_N, head, base, sequence)
+
+        sequences, levels = dealt(step_sequences(), rank, 2) if spread else (step_sequences(), None)
+        for _ in range(2):
+            loss, gradient = gradients(engine, sequences, RECOMPUTE, levels, penalty=penalty)
+        found.append((loss, gradient))
+    (true_loss, true), (loss, gradient) = found
+    total = torch.tensor(loss, dtype=torch.float64)
+    dist.all_reduce(total)
+    return abs(total.item() / true_loss - 1), *max((_error(gradient[name], true[name]), name) for name in true)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_divergence_from_a_sharded_base_is_that_of_one_process(adapter):
+    for loss_error, error, where in on_ranks(2, _with_divergence, adapter):
+        assert loss_error < 1e-6 and error < 1e-5, where
+
+
+def _answers(rank):
+    tokenizer = tiny_tokenizer()
+    contexts = [[5, 6, 7, 8], [9, 10, 11], [12, 13]]
+    whole = tiny_model("llama", vocab_size=len(tokenizer)).eval()
+    stop = [generate(whole, tokenizer, contexts[:1], [], 12)[0].ids[3]]  # so that the first answer is a short one
+    true = generate(whole, tokenizer, contexts, stop, 12)
+    engine = Engine(tiny_model("llama", vocab_size=len(tokenizer)).eval())
+    shard_model(engine, device_mesh("shard", "cpu", 2, 2))
+    own = contexts[:2] if rank == 0 else contexts[1:]
+    found = engine.call(lambda: generate(engine.model, tokenizer, own, stop, 12, in_step=True))
+    assert all(hasattr(p, "placements") for p in engine.model.parameters())
+    return [answer.ids for answer in true], [answer.ids for answer in found]
+
+
+def test_ranks_that_share_the_weights_generate_as_one_process_does():
+    (true, first), (_, second) = on_ranks(2, _answers)
+    assert first == true[:2] and second == true[1:]
+    assert len({len(ids) for ids in true}) > 1, "answers end at different lengths"

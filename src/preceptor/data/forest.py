@@ -179,8 +179,12 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
 
 
 def empty_sequence(alone: bool = False) -> PackedSequence:
-    """A token without a target: what a rank goes through that has no sequence when others have one."""
-    return pack_trees([Tree("empty", (Segment("context", (0,), None),))], alone=alone)
+    """A token without a target: what a rank goes through that has no sequence when others have one.
+
+    Not token 0, which many models pad with: its row may be zero, where some norms have no finite derivative, and zero
+    times that is NaN (Gemma 3n).
+    """
+    return pack_trees([Tree("empty", (Segment("context", (1,), None),))], alone=alone)
 
 
 def _lay_out(

@@ -59,10 +59,16 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
         return
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ModelError(
+            f"parallel.strategy: shard and hybrid need torch 2.13 or newer, this is {torch.__version__}: older ones do "
+            "not keep processes in step where one has a gradient that another has not, nor recover from a check that "
+            "fails. Update torch, or set parallel.strategy: replicate"
+        )
+    _require_shardable(engine.model)
     for optimisation in OPTIMISATIONS:
         if optimisation.name in _IN_PLACE:
             optimisation.remove(engine.model, engine.state)
-    _require_shardable(engine.model)
     skeleton = without_values(engine.model)
     ranks = engine.state.ranks = Ranks(mesh, regathers=regathers, skeleton=skeleton)
     embedding: Any = decoder_of(engine.model).get_input_embeddings()
@@ -76,7 +82,7 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other, NCCL rounds factors to bfloat16
     root.set_reshard_after_backward(regathers)
-    root.set_reduce_scatter_unused_params(True)  # a phase, or a rank's experts, may leave some without a gradient
+    root.set_reduce_scatter_unused_params(True)  # a rank's tokens may go through other experts
     register_fsdp_forward_method(engine, "enter")
     engine.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else ranks.reshard())
     ranks.root = engine

@@ -67,7 +67,10 @@ class EngineLayer(nn.Module):
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
             if this.parts is not None:
                 return self._run_parts(*this.parts, *arguments, **named)
-        return super().forward(*arguments, **named)
+        output = super().forward(*arguments, **named)
+        if this.keys_only:
+            _gather_before_backward(layer, named["forest"])
+        return output
 
     def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
         try:
@@ -103,7 +106,8 @@ class EngineLayer(nn.Module):
 def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:
     """Have a sharded layer gathered before backward comes to the keys and values that this phase recorded.
 
-    FSDP2 does so when backward comes to what a layer returns, and here nothing reads that.
+    FSDP2 does so when backward comes to what a layer returns. Of the last layer nothing reads that here, nor of others
+    whose keys are those of all layers behind them (Gemma 3n).
     """
     if not layer.engine_state.regathers or forest.recorded is None:
         return

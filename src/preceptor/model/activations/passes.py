@@ -75,8 +75,8 @@ def decode_phases(
     kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]] = {}
     hidden, index = [], []
     plan = phases(sequence, num_levels)
-    ids_T, position_T = (np.pad(each_T, (0, 2 * num_levels)) for each_T in (sequence.ids_T, sequence.position_T))
-    position_T[sequence.num_tokens :] = np.arange(2 * num_levels)
+    ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
+    position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
     masks = PathMasks(run for phase in plan for run in phase.runs)
     casts = SharedCasts(keep_weights=len(plan) > 1 and not state.regathers)
     for phase in plan:

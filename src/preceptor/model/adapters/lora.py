@@ -1,6 +1,5 @@
 """LoRA through peft (Hu et al. 2021): low-rank updates beside frozen weights, and the rows of new tokens."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -162,20 +160,3 @@ def _token_rows(model: PreTrainedModel, new_token_ids: Sequence[int]) -> dict[st
 
 def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted).rpartition(".")[2]
-
-
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """A plain transformers model with the adapter added into its weights; `model` itself stays as it is.
-
-    The copy shares every weight that no adapter changes, so it costs the bytes of the adapted layers only. Merging in
-    place and taking it back would not do: W + BA - BA is not W to the bit.
-    """
-    adapted = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        for parameter in module.parameters()
-    }
-    shared = {id(p): p for p in model.parameters() if id(p) not in adapted}
-    merged: PreTrainedModel = copy.deepcopy(model, shared).merge_and_unload()
-    return merged
