@@ -16,6 +16,7 @@ import typer
 
 from preceptor import __version__, errors
 from preceptor.commands import (
+    cache,
     chat,
     check,
     compare,
@@ -117,3 +118,4 @@ for command in (
     compare.compare,
 ):
     app.command()(command)
+app.add_typer(cache.cache, name="cache")

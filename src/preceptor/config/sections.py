@@ -113,12 +113,19 @@ class Data(Section):
     """Tokens in one forward pass; conversations are packed into sequences of at most this, without padding."""
     overflow: Literal["reject", "truncate_context", "split"] = "reject"
     """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
+    cache: Path_ | None = None
+    """Folder that keeps rendered data for later runs, or `off`. Absent: `PRECEPTOR_CACHE`, else `~/.cache/preceptor`."""
     share_prefixes: bool = False
     """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of rejected examples above which the run stops before any model is loaded."""
     allow_rejected: list[str] = []
     """Codes of rejections that are expected, as `[too_long]`: not counted for `max_rejected`; `check` passes."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, cache: object) -> object:
+        return "off" if cache is False else cache  # YAML takes the word for false
 
     @field_validator("chat_template_kwargs")
     @classmethod

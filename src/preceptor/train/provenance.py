@@ -8,8 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +81,11 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
     run, template = prepared.run, prepared.chat.template
     return {
         "model": _model(run.model, (recorded or {}).get("model") or {}),
-        "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
+        "data": [
+            {"use": use, **file}
+            for use, sources in prepared.sources.items()
+            for file in _files(sources, prepared.cache.sha256_of if prepared.cache else sha256_of)
+        ],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "trees_sha256": prepared.train.sha256,
         "evaluation": {
@@ -119,7 +122,7 @@ def _tasks_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
-def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
+def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> Iterator[dict[str, Any]]:
     """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
     for source in sources:
         for table in source.tables:
@@ -136,7 +139,6 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
     """Counts of examples, tokens and steps, and histograms of lengths."""
-    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
@@ -148,8 +150,8 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "thinking": prepared.arguments.to_json(),
         "left_out": prepared.left_out.to_json(),
         "system_prompts": {
-            "num_conversations": sum(prepared.system_prompts.values()),
-            "most_common": Counter(prepared.system_prompts).most_common(MOST_PROMPTS),
+            "num_conversations": prepared.counts.num_conversations,
+            "most_common": prepared.counts.system_prompts.most_common(MOST_PROMPTS),
         },
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
@@ -157,7 +159,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "num_steps": num_steps,
         "lengths": {
             "trees": histogram(prepared.train.lengths),
-            "targets": histogram(np.array(targets)),
+            "targets": histogram(prepared.train.target_lengths),
         },
     }
 
@@ -181,18 +183,13 @@ def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     chosen: dict[int, list[str]] = {0: ["the first"]}
     for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
         chosen.setdefault(order[place], []).append(name)
-    branching = next((index for index, tree in enumerate(dataset) if branches(tree)), None)
+    branching = dataset.first_branching
     if branching is not None:
         chosen.setdefault(branching, []).append("the first that branches")
     specials = special_ids(tokenizer)
     for index, why in chosen.items():
         (tree,) = dataset.trees([index])
         yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
-
-
-def branches(tree: Tree) -> bool:
-    parents = [segment.parent for segment in tree.segments]
-    return len(parents) != len(set(parents))
 
 
 def example(tree: Tree, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ files tell of several splits, so that no test set is trained on unseen.
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,9 @@ class DataTable(Protocol):
     def files(self) -> list[Path]:
         """The files that it is read from; none for a data set of the Hub, which its id and revision name."""
 
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        """What changes where its rows may; None where only reading them would tell. sha256_of: of a file."""
+
     def columns(self) -> Sequence[str] | None:
         """Names of the columns; None where each row has keys of its own. Raises DataError."""
 
@@ -65,6 +68,9 @@ class TextFile:
     def files(self) -> list[Path]:
         return [self.file]
 
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str]:
+        return [self._kind, self.file.suffix.lower(), sha256_of(self.file)]
+
     def columns(self) -> Sequence[str] | None:
         return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
 
@@ -86,6 +92,9 @@ class ParquetFile:
 
     def files(self) -> list[Path]:
         return [self.file]
+
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str]:
+        return ["parquet", sha256_of(self.file)]
 
     def columns(self) -> Sequence[str]:
         return list(arrow.open_parquet(self.file, self.name).schema_arrow.names)
@@ -112,6 +121,12 @@ class HuggingFaceDataset:
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.place.rglob("*") if file.is_file()) if isinstance(self.place, Path) else []
+
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        if isinstance(self.place, Path):
+            return ["datasets", *(part for file in self.files() for part in (file.name, sha256_of(file)))]
+        fingerprint = getattr(self._loaded, "_fingerprint", None)
+        return None if fingerprint is None else ["hub", str(fingerprint)]
 
     def columns(self) -> Sequence[str]:
         return list(self._loaded.column_names)
