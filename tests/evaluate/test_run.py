@@ -156,6 +156,7 @@ def test_answers_are_scored_and_their_stops_counted():
     found = summary(task, results)
     assert found["counts"]["length"] == 2 and found["counts"]["until"] == 1
     assert found["groups"] == {"family": {"so": found["groups"]["family"]["so"]}}
+    assert found["repeated"].startswith("2 of 3 prompts got the same answer")
     stopping = tiny_evaluated(stop=[tokens[0], free.record["answer"] and tokens[-1]])
     (stopped,) = run_task(stopping, Task("t", "generation", items[:1]), 12, 4)
     assert stopped.record["stop"] == "stop_token"

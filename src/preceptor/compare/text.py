@@ -28,6 +28,10 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
             table.add_row(*first, name, *sides, signed, range_text(entry["kind"], difference, sign=True))
     if found["tasks"]:
         console.print(table)
+    for entry in found["tasks"]:
+        if entry["repeated"]:
+            line = f"{entry['task']}, the tuned model: {entry['repeated']}"
+            console.print(line, highlight=False, markup=False, style="yellow")
     if found["shift"] is not None:
         for line in _shift_lines(found["shift"]):
             console.print(line, highlight=False)

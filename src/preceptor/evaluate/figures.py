@@ -2,7 +2,8 @@
 
     {"task", "kind", "num_items", "figures": {NAME: {"value", "low", "high", "num"}},
      "counts": {"stop_token", "until", "length"} | {"num_tokens", "num_bytes"} | {"chance"},
-     "groups": {KEY: {VALUE: {NAME: ...}}}}
+     "groups": {KEY: {VALUE: {NAME: ...}}},
+     "repeated": a sentence, where most items get one answer although they ask for different ones; else ""}
 
 For two models each figure is {"base", "tuned", "difference", "num_changed"}: the difference with its paired interval,
 and the number of items whose value changed.
@@ -16,6 +17,7 @@ from typing import Any
 from preceptor.errors import DataError
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
 from preceptor.evaluate.run import METRICS, STOP_REASONS, ItemResult
+from preceptor.evaluate.score import repeated_answer, repeated_line
 from preceptor.evaluate.tasks import GROUPS, Task
 
 
@@ -34,6 +36,7 @@ def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResul
             }
             for key, values in groups_of(base).items()
         },
+        "repeated": repeated(tuned),
     }
 
 
@@ -52,7 +55,15 @@ def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[st
             }
             for key, groups in groups_of(results).items()
         },
+        "repeated": repeated(results),
     }
+
+
+def repeated(results: Sequence[ItemResult]) -> str:
+    """A sentence where most items get one generated answer although they ask for different ones; else ""."""
+    answers = [(result.record["answer"], result.item.accepted) for result in results if "answer" in result.record]
+    found = repeated_answer(answers)
+    return "" if found is None else repeated_line(*found, len(answers))
 
 
 def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Interval]:

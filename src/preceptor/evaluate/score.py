@@ -9,9 +9,12 @@ Of an answer with reasoning, only what follows the last `</think>` counts.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Literal
+
+OFTEN_EQUAL = 0.5  # share of the prompts that get one answer
 
 Match = Literal["exact", "contains", "regex", "numeric"]
 
@@ -60,3 +63,24 @@ def last_number(text: str) -> Decimal | None:
 def is_number(text: str) -> bool:
     """Whether a text is one number and nothing else."""
     return _NUMBER.fullmatch(text.strip()) is not None
+
+
+def repeated_answer(answers: Iterable[tuple[str, Sequence[str]]]) -> tuple[str, int] | None:
+    """The answer that most prompts get although they ask for different ones, and how many do; None if there is none.
+
+    answers: of each prompt, with the accepted texts.
+    """
+    given = [(text.strip(), tuple(accepted)) for text, accepted in answers]
+    counts = Counter(text for text, _ in given if text)
+    if not counts:
+        return None
+    answer, count = counts.most_common(1)[0]
+    wanted = {accepted for text, accepted in given if text == answer}
+    return (answer, count) if count > max(1, OFTEN_EQUAL * len(given)) and len(wanted) > 1 else None
+
+
+def repeated_line(answer: str, count: int, num_prompts: int) -> str:
+    """`repeated_answer` in a sentence."""
+    which = f"All {count}" if count == num_prompts else f"{count} of {num_prompts}"
+    shown = answer if len(answer) <= 60 else answer[:57] + "..."
+    return f"{which} prompts got the same answer: “{shown}”."

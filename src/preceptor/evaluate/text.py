@@ -24,6 +24,8 @@ def print_evaluation(found: Mapping[str, Any], console: Console) -> None:
         console.print(f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", highlight=False)
         for line in _group_lines(entry):
             console.print(line, highlight=False)
+        if entry["repeated"]:
+            console.print(f"{entry['task']}: {entry['repeated']}", highlight=False, markup=False, style="yellow")
     console.print(
         f"Intervals: {settings['num_resamples']:,} bootstrap resamples of the items, seed {settings['seed']}; "
         f"{settings['dtype']} on {settings['device']}.",

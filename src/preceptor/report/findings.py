@@ -4,7 +4,6 @@ The thresholds are judgement, not statistics.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from preceptor.compare.verdict import change, sentence, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.evaluate.intervals import SHARE, interval
+from preceptor.evaluate.score import repeated_answer, repeated_line
 from preceptor.report.run_record import JsonObject, RunRecord
 
 Severity = Literal["error", "warning", "note", "good"]
@@ -28,7 +28,6 @@ OFTEN_CLIPPED = 0.5  # share of the steps after the first tenth
 LOW_FILL = 0.7  # share of the sequences that tokens fill
 MANY_REJECTED = 0.05  # share of the examples
 NOT_STOPPED = 0.1  # share of answers that do not stop
-OFTEN_EQUAL = 0.5  # share of the prompts that get one answer
 MANY_ANSWERS = 10  # to praise that they stop
 ENOUGH_STEPS = 10  # to praise a training loss
 ENOUGH_TOKENS = 200  # to praise a held-out loss
@@ -232,19 +231,11 @@ def _answers(run: RunRecord) -> Iterator[Finding]:
 
 def _equal_answers(samples: Sequence[JsonObject]) -> Iterator[Finding]:
     """One answer to questions whose references differ."""
-    answers = Counter(str(sample["answer"]).strip() for sample in samples if str(sample["answer"]).strip())
-    if not answers:
-        return
-    answer, count = answers.most_common(1)[0]
-    wanted = {
-        str(sample.get("reference", index))
-        for index, sample in enumerate(samples)
-        if sample["answer"].strip() == answer
-    }
-    if count > 1 and count > OFTEN_EQUAL * len(samples) and len(wanted) > 1:
-        which = f"All {count}" if count == len(samples) else f"{count} of {len(samples)}"
-        shown = answer if len(answer) <= 60 else answer[:57] + "..."
-        yield Finding("warning", f"{which} prompts got the same answer: “{shown}”.", "The model ignores the prompt.")
+    found = repeated_answer(
+        (str(sample["answer"]), (str(sample.get("reference", index)),)) for index, sample in enumerate(samples)
+    )
+    if found is not None:
+        yield Finding("warning", repeated_line(*found, len(samples)), "The model ignores the prompt.")
 
 
 def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> Iterator[Finding]:
