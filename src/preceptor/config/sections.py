@@ -143,7 +143,7 @@ class Data(Section):
     overflow: Literal["reject", "truncate_context", "split"] = "reject"
     """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
     cache: Path_ | None = None
-    """Folder that keeps rendered data for later runs, or `off`. Absent: `PRECEPTOR_CACHE`, else `~/.cache/preceptor`."""
+    """Folder that keeps rendered data for later runs, or `off`. Absent: $PRECEPTOR_CACHE, else ~/.cache/preceptor."""
     share_prefixes: bool = False
     """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
