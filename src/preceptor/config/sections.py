@@ -94,7 +94,7 @@ class Model(Section):
 
 class Source(Section):
     path: Path_
-    """A data file, a folder of them or one saved by `datasets`, a Hub id, or `scholar:NAME`. See docs/data.md."""
+    """A data file, a folder, a pattern, a URL, a Hub id, or `scholar:NAME`. See docs/data.md."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often each example is seen in an epoch: 2 is twice, 0.5 a seeded half. Absent: once."""
     count: Annotated[int, Field(ge=1)] | None = None
