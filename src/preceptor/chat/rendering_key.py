@@ -16,7 +16,9 @@ from preceptor.chat.environment import FixedClock, parsed
 from preceptor.chat.template import Template
 
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "markupsafe", "regex")
-_CODE = ("chat", "data", "config/sections.py")  # of this package: how files are read and examples rendered
+# Of this package: how files are read, examples rendered, and their trees kept.
+_READ = "examples forest records rejections rendered sources table_trees truncation"
+_CODE = ("chat", "data/formats", "config/sections.py", *(f"data/{name}.py" for name in _READ.split()))
 # Where a tokenizer's files are and what they were called says nothing of what it does.
 _PLACES = (
     *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "chat_template"),

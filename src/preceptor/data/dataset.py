@@ -29,6 +29,12 @@ class TreeStore:
     def _starts(self) -> np.ndarray:
         return np.cumsum([0, *map(len, self.tables)])
 
+    @cached_property
+    def _takes_all(self) -> bool:
+        """Whether an epoch is every tree once, in order."""
+        num = int(self._starts[-1])
+        return len(self.chosen_N) == num and bool((self.chosen_N == np.arange(num, dtype=np.int32)).all())
+
     def __len__(self) -> int:
         return len(self.chosen_N)
 
@@ -50,8 +56,8 @@ class TreeStore:
         return self._of_epoch([table.trained_N for table in self.tables])
 
     def _of_epoch(self, per_table: Sequence[np.ndarray]) -> np.ndarray:
-        found: np.ndarray = (per_table[0] if len(per_table) == 1 else np.concatenate(per_table))[self.chosen_N]
-        return found
+        found = per_table[0] if len(per_table) == 1 else np.concatenate(per_table)
+        return found if self._takes_all else found[self.chosen_N]
 
     @property
     def token_ids(self) -> set[int]:

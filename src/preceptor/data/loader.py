@@ -7,6 +7,7 @@ would have got.
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -81,6 +82,13 @@ class Loader:
         Of an epoch of more than one block (packing.py): the one with most tokens of the first block, and one made of
         the trees with the largest share of trained tokens, of which no sequence has more.
         """
+        packed = [sequence for planned in self._largest_plans for sequence in pack(self.trees(planned), self.alone)]
+        most_tokens = max(packed, key=lambda sequence: (sequence.num_tokens, sequence.num_trained))
+        most_targets = max(packed, key=lambda sequence: (sequence.num_trained, sequence.num_tokens))
+        return [most_tokens] if most_tokens is most_targets else [most_tokens, most_targets]
+
+    @cached_property
+    def _largest_plans(self) -> list[list[int]]:
         plan = self.plan(0, 0, self._plans.sequences_per_block)
         if self._plans.sequences_per_block < self.sequences_per_epoch:
             plan.append(self._most_trained())
@@ -88,10 +96,7 @@ class Loader:
         sizes = [(int(lengths[planned].sum()), int(num_trained[planned].sum())) for planned in plan]
         longest = max(range(len(plan)), key=lambda at: sizes[at])
         most_trained = max(range(len(plan)), key=lambda at: sizes[at][::-1])
-        packed = [sequence for at in {longest, most_trained} for sequence in pack(self.trees(plan[at]), self.alone)]
-        most_tokens = max(packed, key=lambda sequence: (sequence.num_tokens, sequence.num_trained))
-        most_targets = max(packed, key=lambda sequence: (sequence.num_trained, sequence.num_tokens))
-        return [most_tokens] if most_tokens is most_targets else [most_tokens, most_targets]
+        return [plan[at] for at in {longest, most_trained}]
 
     def _most_trained(self) -> list[int]:
         """Trees that fill a sequence, those with the largest share of trained tokens first."""

@@ -4,6 +4,7 @@ run_folder.py lists the files.
 """
 
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -166,12 +167,22 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """Counts between `edges` (the last edge included), with quantiles; lengths are whole numbers, so edges are too."""
-    low, high = int(lengths.min()), int(lengths.max())
+    times = np.bincount(lengths)  # linear in the number of lengths, which is large
+    occurring = np.flatnonzero(times)
+    low, high = int(occurring[0]), int(occurring[-1])
     width = max(1, -(-(high + 1 - low) // NUM_BINS))
     edges = np.arange(low, high + 1 + width, width)
-    counts, _ = np.histogram(lengths, edges)
-    quantiles = {name: int(np.quantile(lengths, share)) for name, share in (("median", 0.5), ("p95", 0.95))}
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
+    counts, _ = np.histogram(occurring, edges, weights=times[occurring])
+    quantiles = {name: _quantile(times, share) for name, share in (("median", 0.5), ("p95", 0.95))}
+    return {"edges": edges.tolist(), "counts": counts.astype(int).tolist(), "min": low, "max": high, **quantiles}
+
+
+def _quantile(times: np.ndarray, share: float) -> int:
+    """Of numbers that each occur so many times; between two of them in proportion, rounded down."""
+    ends = np.cumsum(times)
+    place = share * (int(ends[-1]) - 1)
+    below, above = (int(np.searchsorted(ends, at, side="right")) for at in (math.floor(place), math.ceil(place)))
+    return int(below + (above - below) * (place % 1))
 
 
 # Examples
@@ -179,10 +190,10 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
 
 def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
-    order = np.argsort(dataset.lengths, stable=True).tolist()
+    num = len(dataset.lengths)
     chosen: dict[int, list[str]] = {0: ["the first"]}
-    for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
-        chosen.setdefault(order[place], []).append(name)
+    for name, place in (("of median length", num // 2), ("the shortest", 0), ("the longest", num - 1)):
+        chosen.setdefault(_in_order(dataset.lengths, place), []).append(name)
     branching = dataset.first_branching
     if branching is not None:
         chosen.setdefault(branching, []).append("the first that branches")
@@ -190,6 +201,13 @@ def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     for index, why in chosen.items():
         (tree,) = dataset.trees([index])
         yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
+
+
+def _in_order(lengths: np.ndarray, place: int) -> int:
+    """Which of them is at a place when they are sorted, those of one length as they come; without sorting them all."""
+    length = np.partition(lengths, place)[place]
+    same = np.flatnonzero(lengths == length)
+    return int(same[place - int((lengths < length).sum())])
 
 
 def example(tree: Tree, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:
