@@ -3,12 +3,16 @@
 import json
 import os
 import sys
+import tempfile
 import time
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Rendered data of the tests stays out of the user's cache.
+_cache = tempfile.TemporaryDirectory(prefix="preceptor-cache-")
+os.environ["PRECEPTOR_CACHE"] = _cache.name
 
 WORDS = ["start", "of a message", "end", "user", "assistant", "and then", "the message", "a user and an assistant"]
 

@@ -11,6 +11,7 @@ from conftest import conversations
 from preceptor import cli
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS += [group.name for group in cli.app.registered_groups]
 
 
 def test_summaries_are_whole_at_eighty_columns(preceptor, monkeypatch):

@@ -18,6 +18,7 @@ import typer
 
 from preceptor import __version__, errors
 from preceptor.commands import (
+    cache,
     chat,
     check,
     compare,
@@ -122,3 +123,4 @@ for command in (
     track.track,
 ):
     app.command()(command)
+app.add_typer(cache.cache, name="cache")

@@ -96,7 +96,7 @@ def publish(partial: Path, path: Path) -> None:
     if path.is_dir():
         remove_folder(path)
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -261,10 +261,11 @@ def _flush(path: Path) -> None:
     """Flush a file, or a folder and everything in it, to the disk."""
     for inner in path.iterdir() if path.is_dir() else ():
         _flush(inner)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from preceptor.data import packing
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader, deal, few_steps
@@ -70,3 +71,14 @@ def test_few_steps_are_told_with_what_makes_more():
         "gives about 79 in each epoch; or raise `train.duration`, or add examples"
     )
     assert few_steps(3, 500, 90).endswith("(under 50): add examples, or raise `train.duration`")
+
+
+def test_more_than_one_block(monkeypatch):
+    monkeypatch.setattr(packing, "_BLOCK", 10)
+    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    expected = Counter(token for tree in TREES for segment in tree.segments for token in segment.ids)
+    assert sum((tokens(loader.batch(step)) for step in range(loader.steps_per_epoch)), Counter()) == expected
+    largest = loader.largest_sequences()
+    steps = [row for step in range(loader.steps_per_epoch) for row in loader.batch(step)]
+    assert max(row.num_trained for row in largest) >= max(row.num_trained for row in steps)
+    assert all(row.num_tokens <= 16 for row in largest)

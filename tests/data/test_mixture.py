@@ -1,7 +1,5 @@
 """The mixture: weights by `loss.reduction`, the same gradient for any spread over sequences; mixing and replay."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -87,26 +85,24 @@ def test_a_conversation_weighs_the_mean_of_its_tokens():
     assert abs(by_token - loss) > 1e-3
 
 
-@pytest.fixture
-def trees():
-    rng = np.random.default_rng(0)
-    return [chain(rng, (3, int(length))) for length in rng.integers(5, 40, size=60)]
+LENGTHS = np.random.default_rng(0).integers(5, 40, size=60)  # trained tokens of each example
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
-def test_the_share_is_of_all_trained_tokens(trees, share):
-    replay, tuning = trees[:40], trees[40:]
+def test_the_share_is_of_all_trained_tokens(share):
+    replay, tuning = LENGTHS[:40], int(LENGTHS[40:].sum())
     drawn = draw_replay(replay, tuning, share, seed=0)
-    tokens, others = (sum(tree.num_trained for tree in group) for group in (drawn, tuning))
-    assert share <= tokens / (tokens + others) < share + 40 / others
-    times = Counter(id(tree) for tree in drawn)
-    assert max(times.values()) - min(times.get(id(tree), 0) for tree in replay) <= 1
+    tokens = replay[drawn].sum()
+    assert share <= tokens / (tokens + tuning) < share + 40 / tuning
+    times = np.bincount(drawn, minlength=40)
+    assert times.max() - times.min() <= 1
 
 
-def test_the_choice_follows_the_seed(trees):
-    first, again, other = (draw_replay(trees[:40], trees[40:], 0.2, seed) for seed in (0, 0, 1))
+def test_the_choice_follows_the_seed():
+    first, again, other = (draw_replay(LENGTHS, 1000, 0.2, seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_nothing_to_replay(trees):
-    assert draw_replay([], trees, 0.5, seed=0) == []
+def test_nothing_to_replay():
+    assert len(draw_replay(LENGTHS[:0], 1000, 0.5, seed=0)) == 0
+    assert draw_replay(np.array([0, 3, 0]), 10, 0.5, seed=0).tolist() == [1, 1, 1, 1]

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.packing import best_fit_decreasing, count_sequences, plan_epoch, plan_sequences
+from preceptor.data import packing
+from preceptor.data.packing import EpochPlans, best_fit_decreasing, count_sequences, plan_epoch, plan_sequences
 
 
 def chat_lengths(num, most=2048, seed=0):
@@ -86,3 +87,58 @@ def test_epochs_have_the_same_number_of_sequences():
 def test_an_example_longer_than_a_sequence_is_an_error():
     with pytest.raises(ValueError, match="example 1 has 9 tokens, a sequence holds 8"):
         plan_sequences([3, 9], 8, seed=0)
+
+
+# More than one block -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocks_of_500(monkeypatch):
+    monkeypatch.setattr(packing, "_BLOCK", 500)
+
+
+def sequences_of(plans, epoch):
+    return plans.sequences(epoch, 0, plans.num_sequences)
+
+
+@pytest.mark.parametrize("num", [1000, 2011, 3499])
+def test_blocks_hold_every_example_once_in_the_same_number_of_sequences(blocks_of_500, num):
+    lengths_N = np.array(chat_lengths(num), np.int32)
+    plans = EpochPlans(lengths_N, 2048, seed=3)
+    for epoch in range(2):
+        plan = sequences_of(plans, epoch)
+        assert len(plan) == plans.num_sequences
+        assert sorted(index for row in plan for index in row) == list(range(num))
+        assert all(row and lengths_N[row].sum() <= 2048 for row in plan)
+    assert sequences_of(plans, 0) == sequences_of(EpochPlans(lengths_N, 2048, seed=3), 0) != plan
+    assert plans.sequences(1, 5, 40) == plan[5:40]
+    assert plan != sequences_of(EpochPlans(lengths_N, 2048, seed=4), 1)
+
+
+def test_blocks_are_as_full_as_one_plan(blocks_of_500, monkeypatch):
+    lengths_N = np.array(chat_lengths(20_000, most=512))
+    in_blocks = EpochPlans(lengths_N, 512, 0).num_sequences
+    monkeypatch.setattr(packing, "_BLOCK", 20_000)
+    assert in_blocks < 1.005 * EpochPlans(lengths_N, 512, 0).num_sequences
+
+
+def test_a_block_that_cannot_be_packed_anew_takes_the_packing_of_the_longest(blocks_of_500, monkeypatch):
+    lengths_N = np.random.default_rng(0).integers(200, 700, 1500)
+    plans = EpochPlans(lengths_N, 1024, 0)
+
+    def cannot(*_):
+        raise ValueError
+
+    monkeypatch.setattr(packing, "plan_epoch", cannot)
+    plan = sequences_of(plans, 0)
+    assert len(plan) == plans.num_sequences and sorted(index for row in plan for index in row) == list(range(1500))
+    assert all(row and lengths_N[row].sum() <= 1024 for row in plan)
+
+
+def test_epochs_in_blocks_share_few_pairs_of_examples(blocks_of_500):
+    plans = EpochPlans(np.array(chat_lengths(3000)), 4096, 0)
+    first, second = (
+        {(a, b) for row in sequences_of(plans, epoch) for a in row for b in row if a < b} for epoch in (0, 1)
+    )
+    chance = len(first) / (3000 * 2999 / 2)
+    assert len(first & second) / len(first) < 2 * chance

@@ -121,7 +121,7 @@ def test_missing_files_folders_and_other_encodings(tmp_path):
 
 def test_mix_copies_whole_and_chooses_parts_by_seed():
     def mixed(seed=0, **share):
-        return mix([(rows, Source(path="x", **share))], seed)
+        return mix([(100, Source(path="x", **share))], seed).tolist()
 
     rows = list(range(100))
     assert mixed() == rows
@@ -133,7 +133,7 @@ def test_mix_copies_whole_and_chooses_parts_by_seed():
 
 def test_mix_by_count():
     def mixed(count, rows, seed=0):
-        return mix([(rows, Source(path="x", count=count))], seed)
+        return mix([(len(rows), Source(path="x", count=count))], seed).tolist()
 
     rows = list(range(100))
     some = mixed(30, rows)
@@ -142,6 +142,12 @@ def test_mix_by_count():
     assert more[:200] == rows + rows and len(set(more[200:])) == 30
     assert mixed(100, rows) == rows
     assert mixed(5, []) == []
+
+
+def test_mix_numbers_the_examples_of_all_sources():
+    sources = [Source(path="a", weight=2.0), Source(path="b", count=1), Source(path="c")]
+    mixed = mix(zip([2, 3, 2], sources, strict=True), 0).tolist()
+    assert mixed[:4] == [0, 1, 0, 1] and mixed[4] in (2, 3, 4) and mixed[5:] == [5, 6]
 
 
 def test_what_was_peeked_at_is_not_read_again(tmp_path, monkeypatch):

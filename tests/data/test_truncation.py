@@ -7,9 +7,9 @@ import pytest
 
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
-from preceptor.data.dataset import read_trees
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.forest import Segment, path_ids
+from preceptor.data.reading import read_trees
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import Fitter, _first
 from tiny import tiny_tokenizer

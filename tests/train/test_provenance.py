@@ -15,6 +15,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.token_text import special_ids
 from preceptor.data.dataset import Dataset
+from preceptor.data.forest import has_branches
 from preceptor.train import provenance
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
@@ -47,7 +48,7 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
         tree = by_source[line["source"]]
         assert [
             (own["parent"], own["kind"], "".join(piece["text"] for piece in own["pieces"])) for own in line["segments"]
-        ] == [(own.parent, own.kind, own.text) for own in tree.segments]
+        ] == [(own.parent, own.kind, prepared.chat.tokenizer.decode(own.ids)) for own in tree.segments]
         ids = [[id_ for piece in own["pieces"] for id_ in piece["ids"]] for own in line["segments"]]
         assert ids == [list(own.ids) for own in tree.segments]
     assert {why for line in lines for why in line["why"]} == {
@@ -114,7 +115,7 @@ def test_long_examples_have_gaps_that_add_up(monkeypatch):
 def test_a_branching_tree_is_among_the_examples():
     rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
     trees = [chain(rng, (length, 4)) for length in (9, 8, 20, 7)] + [branching(rng), chain(rng, (50, 2))]
-    assert [provenance.branches(tree) for tree in trees] == [False] * 4 + [True, False]
+    assert [has_branches(tree) for tree in trees] == [False] * 4 + [True, False]
     found = {line["number"]: line["why"] for line in provenance.examples(Dataset(trees), tokenizer)}
     assert found == {
         1: ["the first"],

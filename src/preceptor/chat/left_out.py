@@ -93,6 +93,15 @@ class LeftOut:
         for name in tree.left_out:
             self._found.setdefault(name, [0, tree.source])[0] += 1
 
+    def counted(self, name: str) -> list[list[Any]]:
+        """The counts as plain values, places without the name of their table."""
+        return [[what, count, first.removeprefix(name)] for what, (count, first) in self._found.items()]
+
+    def include(self, counted: Sequence[Sequence[Any]], name: str) -> None:
+        """Add what `counted` gave, for a table of this name."""
+        for what, count, first in counted:
+            self._found.setdefault(what, [0, name + first])[0] += count
+
     def to_json(self) -> list[dict[str, Any]]:
         return [{"what": name, "num_examples": count, "first_at": at} for name, (count, at) in self._found.items()]
 

@@ -29,6 +29,7 @@ from preceptor.chat.reasoning import (
     opened_by,
     readings,
 )
+from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
@@ -128,14 +129,22 @@ class Renderer:
         """The template's thinking switch; of no name where there is none."""
         return Switch() if self._template is None else find_switch(self._template, self.template_kwargs)
 
-    def __reduce__(self) -> Any:
-        chosen = {
+    @cached_property
+    def key(self) -> str | None:
+        """A hash of everything that rendering depends on but the example; None where that cannot be told."""
+        chosen = {**self._chosen(), "stop_token_ids": sorted(self.stop_token_ids)}
+        return rendering_key(self.tokenizer, self._template, chosen)
+
+    def _chosen(self) -> dict[str, Any]:
+        return {
             "stop_token_ids": self.stop_token_ids,
             "special_tokens_in_text": self.special_tokens_in_text,
             "targets": self.targets,
             "template_kwargs": self.template_kwargs,
         }
-        return _rebuilt, (self.tokenizer, self._template, chosen)
+
+    def __reduce__(self) -> Any:
+        return _rebuilt, (self.tokenizer, self._template, self._chosen())
 
     def render(self, record: Example) -> Tree | Rejection:
         """The record's tree, its context and target segments; or why it cannot be trained."""

@@ -112,6 +112,16 @@ class TrainedArguments:
             self._arguments[key] = arguments
             self._counts[key, reasons] += 1
 
+    def counted(self) -> dict[str, Any]:
+        """The counts as plain values."""
+        return {"arguments": self._arguments, "turns": [[*key, count] for key, count in self._counts.items()]}
+
+    def include(self, counted: Mapping[str, Any]) -> None:
+        """Add what `counted` gave."""
+        self._arguments.update(counted["arguments"])
+        for key, reasons, count in counted["turns"]:
+            self._counts[key, reasons] += count
+
     def defaults(self) -> dict[str, Any]:
         """The arguments of the run, and those that all trained turns share."""
         first, *others = [*self._arguments.values()] or [{}]

@@ -96,7 +96,7 @@ class Model(Section):
 
 class Source(Section):
     path: Path_
-    """A data file, a folder of them or one saved by `datasets`, a Hub id, or `scholar:NAME`. See docs/data.md."""
+    """A data file, a folder, a pattern, a URL, a Hub id, or `scholar:NAME`. See docs/data.md."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """How often each example is seen in an epoch: 2 is twice, 0.5 a seeded half. Absent: once."""
     count: Annotated[int, Field(ge=1)] | None = None
@@ -144,12 +144,19 @@ class Data(Section):
     """Tokens in one forward pass; conversations are packed into sequences of at most this, without padding."""
     overflow: Literal["reject", "truncate_context", "split"] = "reject"
     """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
+    cache: Path_ | None = None
+    """Folder that keeps rendered data for later runs, or `off`. Absent: $PRECEPTOR_CACHE, else ~/.cache/preceptor."""
     share_prefixes: bool = False
     """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of rejected examples above which the run stops before any model is loaded."""
     allow_rejected: list[str] = []
     """Codes of rejections that are expected, as `[too_long]`: not counted for `max_rejected`; `check` passes."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, cache: object) -> object:
+        return "off" if cache is False else cache  # YAML takes the word for false
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -65,6 +65,11 @@ class Tree:
         )
 
 
+def has_branches(tree: Tree) -> bool:
+    parents = [segment.parent for segment in tree.segments]
+    return len(parents) != len(set(parents))
+
+
 def path_ids(tree: Tree, index: int | None) -> tuple[int, ...]:
     """The tokens from the root to the end of segment `index`: what the model has read by then."""
     ids: tuple[int, ...] = ()

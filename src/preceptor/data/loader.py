@@ -7,11 +7,13 @@ would have got.
 import copy
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
+
+import numpy as np
 
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
-from preceptor.data.packing import count_sequences, plan_epoch
+from preceptor.data.packing import EpochPlans
 from preceptor.data.prefix_sharing import chains_of
 
 FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
@@ -46,12 +48,11 @@ class Loader:
     def __init__(self, dataset: Dataset, max_length: int, batch_size: int, seed: int) -> None:
         assert len(dataset.lengths)
         self._dataset = dataset
-        self._lengths: list[int] = dataset.lengths.tolist()
         self._max_length = max_length
-        self._seed = seed
+        self._plans = EpochPlans(dataset.lengths, max_length, seed)
         self.batch_size = batch_size
         self.alone = False
-        self.sequences_per_epoch = count_sequences(self._lengths, max_length, seed)
+        self.sequences_per_epoch = self._plans.num_sequences
         self.steps_per_epoch = math.ceil(self.sequences_per_epoch / batch_size)
 
     def apart(self) -> "Loader":
@@ -60,11 +61,10 @@ class Loader:
         loader.alone = True
         return loader
 
-    @lru_cache(maxsize=2)  # noqa: B019 (a loader lives as long as its run)
-    def plan(self, epoch: int) -> list[list[int]]:
-        """Tree indices of each sequence of an epoch, in training order."""
-        seed = self._seed * 1_000_003 + epoch
-        return plan_epoch(self._lengths, self._max_length, self.sequences_per_epoch, seed)
+    def plan(self, epoch: int, start: int = 0, end: int | None = None) -> list[list[int]]:
+        """Tree indices of each sequence of an epoch, or of its sequences `start` to `end`, in training order."""
+        end = self.sequences_per_epoch if end is None else min(end, self.sequences_per_epoch)
+        return self._plans.sequences(epoch, start, end)
 
     def trees(self, planned: Sequence[int]) -> list[Tree]:
         return self._dataset.trees(planned)
@@ -84,26 +84,48 @@ class Loader:
     def _planned(self, step: int, rank: int, num_ranks: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
-        batch = self.plan(epoch)[start:end]
-        dealt = deal([sum(self._lengths[index] for index in planned) for planned in batch], num_ranks)
+        batch = self.plan(epoch, start, end)
+        dealt = deal([int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch], num_ranks)
         return [batch[at] for at in dealt[rank]]
 
     def largest_sequences(self) -> list[PackedSequence]:
-        """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another."""
-        plan = self.plan(0)
-        num_tokens = [sum(self._lengths[index] for index in planned) for planned in plan]
-        num_trained = [sum(tree.num_trained for tree in self.trees(planned)) for planned in plan]
-        longest = max(range(len(plan)), key=lambda at: (num_tokens[at], num_trained[at]))
-        most_trained = max(range(len(plan)), key=lambda at: (num_trained[at], num_tokens[at]))
-        packed = [sequence for at in {longest, most_trained} for sequence in pack(self.trees(plan[at]), self.alone)]
+        """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another.
+
+        Of an epoch of more than one block (packing.py): the one with most tokens of the first block, and one made of
+        the trees with the largest share of trained tokens, of which no sequence has more.
+        """
+        packed = [sequence for planned in self._largest_plans for sequence in pack(self.trees(planned), self.alone)]
         most_tokens = max(packed, key=lambda sequence: (sequence.num_tokens, sequence.num_trained))
         most_targets = max(packed, key=lambda sequence: (sequence.num_trained, sequence.num_tokens))
         return [most_tokens] if most_tokens is most_targets else [most_tokens, most_targets]
 
+    @cached_property
+    def _largest_plans(self) -> list[list[int]]:
+        plan = self.plan(0, 0, self._plans.sequences_per_block)
+        if self._plans.sequences_per_block < self.sequences_per_epoch:
+            plan.append(self._most_trained())
+        lengths, num_trained = self._dataset.lengths, self._dataset.num_trained
+        sizes = [(int(lengths[planned].sum()), int(num_trained[planned].sum())) for planned in plan]
+        longest = max(range(len(plan)), key=lambda at: sizes[at])
+        most_trained = max(range(len(plan)), key=lambda at: sizes[at][::-1])
+        return [plan[at] for at in {longest, most_trained}]
+
+    def _most_trained(self) -> list[int]:
+        """Trees that fill a sequence, those with the largest share of trained tokens first."""
+        shares = (self._dataset.num_trained / np.maximum(self._dataset.lengths, 1)).astype(np.float32)
+        num = min(len(shares), self._max_length)
+        first = np.argpartition(-shares, num - 1)[:num]
+        planned, free = [], self._max_length
+        for index in first[np.argsort(-shares[first], kind="stable")].tolist():
+            if self._dataset.lengths[index] <= free:
+                planned.append(index)
+                free -= int(self._dataset.lengths[index])
+        return planned
+
     @property
     def fill(self) -> float:
         """Share of the sequences' capacity that tokens take."""
-        return sum(self._lengths) / (self.sequences_per_epoch * self._max_length)
+        return int(self._dataset.lengths.sum(dtype=np.int64)) / (self.sequences_per_epoch * self._max_length)
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

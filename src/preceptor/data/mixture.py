@@ -11,10 +11,9 @@ Shares belong to the conversation, so they are given to its tree before trees ar
 apart (one chain a sequence): then weights and divisor are right however the tokens are spread over sequences.
 """
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -22,10 +21,10 @@ from preceptor.config import Source
 from preceptor.data.forest import Tree
 from preceptor.errors import ConfigError
 
-_MOST_EXAMPLES = 10**8  # of a source in an epoch; a list of so many takes 800 MB
+_MOST_EXAMPLES = 10**8  # of a source in an epoch; their numbers take 400 MB
+_REPLAY = 1  # so that what is replayed is drawn apart from all else
 
 Reduction = Literal["token", "conversation"]
-T = TypeVar("T")
 
 
 def share_of(tree: Tree, reduction: Reduction) -> float:
@@ -43,46 +42,49 @@ def weigh(tree: Tree, reduction: Reduction) -> Tree:
     return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
 
 
-def draw_replay(replay: Sequence[Tree], tuning: Sequence[Tree], share: float, seed: int) -> list[Tree]:
-    """A seeded choice of `replay` with `share` of all trained tokens, beside `tuning`; within one example's length.
+def draw_replay(replay_N: np.ndarray, num_tuned: int, share: float, seed: int) -> np.ndarray:
+    """Which examples to replay, so that they have `share` of all trained tokens, within one example's length.
 
-    No example is drawn again before all were. share: over 0, under 1.
+    replay_N: trained tokens of each example. num_tuned: trained tokens beside them. share: over 0, under 1. A seeded
+    choice; no example is drawn again before all were.
     """
-    wanted = share / (1.0 - share) * sum(tree.num_trained for tree in tuning)
-    usable = [tree for tree in replay if tree.num_trained]
-    rng = random.Random(f"replay {seed}")
-    drawn: list[Tree] = []
+    wanted = share / (1.0 - share) * num_tuned
+    usable = np.flatnonzero(replay_N)
+    rng = np.random.default_rng([seed, _REPLAY])
+    drawn = [np.empty(0, np.int64)]
     num_trained = 0
-    while usable and num_trained < wanted:
-        for tree in rng.sample(usable, len(usable)):
-            if num_trained >= wanted:
-                break
-            drawn.append(tree)
-            num_trained += tree.num_trained
-    return drawn
+    while len(usable) and num_trained < wanted:
+        order = rng.permutation(usable)
+        ends = np.cumsum(replay_N[order], dtype=np.int64)
+        num = int(np.searchsorted(ends, wanted - num_trained)) + 1
+        drawn.append(order[:num])
+        num_trained += int(ends[min(num, len(ends)) - 1])
+    return np.concatenate(drawn)
 
 
-def mix(per_source: Iterable[tuple[Sequence[T], Source]], seed: int) -> list[T]:
-    """Items of several sources in one list: each source `weight` times, or `count` of its items.
+def mix(per_source: Iterable[tuple[int, Source]], seed: int) -> np.ndarray:
+    """The examples of an epoch, numbered source by source: each source's `weight` times, or `count` of them.
 
-    Whole copies first, then a part of one that `seed` chooses, in the order of the file. Raises ConfigError for more
-    items than a list can hold.
+    per_source: the number of a source's examples. Whole copies first, then a part of one that `seed` chooses, in the
+    order of the file. Raises ConfigError for more than an epoch can hold.
     """
     rng = np.random.default_rng(seed)
-    mixed: list[T] = []
-    for items, source in per_source:
-        copies, num_chosen = _copies(source, len(items))
-        num = copies * len(items) + num_chosen
+    mixed = [np.empty(0, np.int32)]
+    start = 0
+    drawn = [(num, source, *_copies(source, num)) for num, source in per_source]
+    for place, (num_examples, source, copies, num_chosen) in enumerate(drawn):
+        num = copies * num_examples + num_chosen
         if num > _MOST_EXAMPLES:
             given = f"weight {source.weight:g}" if source.count is None else f"count {source.count:,}"
             raise ConfigError(
                 f"{source.path}: {given} makes an epoch of {num:,} examples, more than {_MOST_EXAMPLES:,}; lower it"
             )
-        for _ in range(copies):
-            mixed.extend(items)
-        chosen = rng.permutation(len(items))[:num_chosen]
-        mixed.extend(items[index] for index in sorted(chosen.tolist()))
-    return mixed
+        whole = np.arange(start, start + num_examples, dtype=np.int32)
+        mixed += [whole] * copies
+        if any(chosen for *_, chosen in drawn[place:]):  # what is drawn later hangs on all draws before
+            mixed.append(whole[np.sort(rng.permutation(num_examples)[:num_chosen])])
+        start += num_examples
+    return np.concatenate(mixed)
 
 
 def _copies(source: Source, num_items: int) -> tuple[int, int]:

@@ -9,14 +9,23 @@ So a sequence is a random sample of the examples but for its end, and completely
 nearly always one of the wanted length. On chat, long-tail and reasoning lengths (benchmarks/packing.py) sequences are
 as full as those of best-fit decreasing, which however puts examples of similar length together, the same ones in every
 epoch. Here each epoch has groups of its own, drawn at random.
+
+Of more than 200,000 examples, blocks of 100,000 and more are packed, each when its first sequence is asked for:
+
+    all examples, by length    1 2 3 | 4 5 6 | 7 8 9 | ...     strata of as many examples as there are blocks
+    an epoch's blocks          2 6 7 ... │ 1 4 9 ... │ 3 5 8 ...     of each stratum one to each block, at random
+
+So all blocks have nearly the same lengths, and the number of sequences that one needs is enough for every other.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 _LONG = 0.9  # the quantile of the lengths that counts as long; with the median, sequences are a little less full
 _TRIES = 4
+_BLOCK = 100_000  # examples; 0.1 to 0.3 s to pack
 
 
 def plan_sequences(lengths: Sequence[int], max_length: int, seed: int) -> list[list[int]]:
@@ -28,7 +37,7 @@ def plan_sequences(lengths: Sequence[int], max_length: int, seed: int) -> list[l
     return _shuffled(_fill_sequences(_checked(lengths, max_length), max_length, rng), rng)
 
 
-def count_sequences(lengths: Sequence[int], max_length: int, seed: int) -> int:
+def count_sequences(lengths: Sequence[int] | np.ndarray, max_length: int, seed: int) -> int:
     """The number of sequences of each epoch: what two ways of packing need at most, and half a percent more."""
     lengths_N = _checked(lengths, max_length)
     filled = _fill_sequences(lengths_N, max_length, np.random.default_rng(seed))
@@ -37,7 +46,9 @@ def count_sequences(lengths: Sequence[int], max_length: int, seed: int) -> int:
     return min(len(lengths_N), num_sequences + num_sequences // 200)
 
 
-def plan_epoch(lengths: Sequence[int], max_length: int, num_sequences: int, seed: int) -> list[list[int]]:
+def plan_epoch(
+    lengths: Sequence[int] | np.ndarray, max_length: int, num_sequences: int, seed: int | Sequence[int]
+) -> list[list[int]]:
     """As `plan_sequences`, in exactly `num_sequences` (from `count_sequences`), so that all epochs take the same steps.
 
     Plans of two seeds differ by a few sequences in a thousand. One that has too many is drawn anew, at last by best-fit
@@ -45,20 +56,87 @@ def plan_epoch(lengths: Sequence[int], max_length: int, num_sequences: int, seed
     halved. Raises ValueError as `plan_sequences`, and for a `num_sequences` that cannot be kept.
     """
     lengths_N = _checked(lengths, max_length)
+    seeds = [seed] if isinstance(seed, int) else seed
     for attempt in range(_TRIES):
-        rng = np.random.default_rng([seed, attempt])
+        rng = np.random.default_rng([*seeds, attempt])
         sequences = _fill_sequences(lengths_N, max_length, rng)
         if len(sequences) <= num_sequences:
             break
     else:
-        rng = np.random.default_rng([seed, _TRIES])
+        rng = np.random.default_rng([*seeds, _TRIES])
         sequences = best_fit_decreasing(lengths_N, max_length, rng)
     if not len(sequences) <= num_sequences <= len(lengths_N):
         raise ValueError(f"{len(lengths_N)} examples make {len(sequences)} sequences, not {num_sequences}")
     return _shuffled(_halved(sequences, num_sequences), rng)
 
 
-def _checked(lengths: Sequence[int], max_length: int) -> np.ndarray:
+class EpochPlans:
+    """The sequences of every epoch, as many in each; a pure function of the lengths, `max_length` and the seed.
+
+    Memory holds 4 bytes for each example in each of: the order by length, and the blocks of one epoch.
+    """
+
+    def __init__(self, lengths_N: np.ndarray, max_length: int, seed: int) -> None:
+        """Raises ValueError for a length over `max_length`."""
+        self._lengths_N, self._max_length, self._seed = lengths_N, max_length, seed
+        self._num_blocks = max(1, len(lengths_N) // _BLOCK)
+        if self._num_blocks == 1:
+            self.sequences_per_block = count_sequences(lengths_N, max_length, seed)
+        else:
+            small = (
+                np.uint16 if lengths_N.max() < 1 << 16 else np.int32
+            )  # of small numbers NumPy sorts ten times as fast
+            order_N = np.argsort(lengths_N.astype(small), kind="stable").astype(np.int32)
+            num_rest = len(order_N) % self._num_blocks
+            self._rest, self._strata = order_N[:num_rest], order_N[num_rest:].reshape(-1, self._num_blocks)
+            self.sequences_per_block = count_sequences(self._longest_N, max_length, seed)
+        self.num_sequences = self._num_blocks * self.sequences_per_block
+
+    @property
+    def _longest_N(self) -> np.ndarray:
+        """The lengths of a block that has the longest of each stratum: no block needs more sequences than it."""
+        found: np.ndarray = self._lengths_N[np.concatenate([self._rest[-1:], self._strata[:, -1]])]
+        return found
+
+    def sequences(self, epoch: int, start: int, end: int) -> list[list[int]]:
+        """The sequences `start` to `end` of an epoch, in training order, as indices of examples."""
+        found: list[list[int]] = []
+        while start < end:
+            block, within = divmod(start, self.sequences_per_block)
+            planned = self._block(epoch, block)[within : within + end - start]
+            found += planned
+            start += len(planned)
+        return found
+
+    @lru_cache(maxsize=2)  # noqa: B019 (it lives as long as its run)
+    def _block(self, epoch: int, block: int) -> list[list[int]]:
+        seed = self._seed * 1_000_003 + epoch
+        if self._num_blocks == 1:
+            return plan_epoch(self._lengths_N, self._max_length, self.sequences_per_block, seed)
+        strata, blocks_of_rest = self._drawn(epoch)
+        members_N = np.concatenate([self._rest[blocks_of_rest == block], strata[:, block]])
+        plan = self._plan_of(self._lengths_N[members_N], [seed, block])
+        return [members_N[sequence].tolist() for sequence in plan]
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of each stratum in the order of their blocks, and the blocks of those in no whole stratum."""
+        rng = np.random.default_rng([self._seed, epoch])
+        return rng.permuted(self._strata, axis=1), rng.permutation(self._num_blocks)[: len(self._rest)]
+
+    def _plan_of(self, lengths_N: np.ndarray, seed: int | Sequence[int]) -> list[list[int]]:
+        try:
+            return plan_epoch(lengths_N, self._max_length, self.sequences_per_block, seed)
+        except ValueError:  # a packing of the longest of each stratum holds every block, example by example
+            rng = np.random.default_rng(seed)
+            longest_N = self._longest_N
+            sequences = best_fit_decreasing(longest_N, self._max_length, rng)
+            absent = len(longest_N) - len(lengths_N)  # the first, where the block has none of the rest
+            kept = [[rank - absent for rank in sequence if rank >= absent] for sequence in sequences]
+            return _shuffled(_halved([sequence for sequence in kept if sequence], self.sequences_per_block), rng)
+
+
+def _checked(lengths: Sequence[int] | np.ndarray, max_length: int) -> np.ndarray:
     lengths_N = np.asarray(lengths, dtype=np.int64)
     if len(lengths_N) and lengths_N.max() > max_length:
         longest = int(lengths_N.argmax())

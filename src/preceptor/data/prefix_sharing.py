@@ -7,10 +7,15 @@
 contexts begin with the same `MIN_SHARED_TOKENS` or more, such as a long system prompt. Only contexts are shared: what
 is trained stays trained as often as before, and each target reads exactly what it read before, so loss and gradient
 are those of the separate trees. `chains_of` is the way back, for models that can read one chain at a time only.
+
+`group_prefixes` decides who shares what from the first contexts alone, 4 bytes for each of their tokens; `joined` puts
+the trees of a group together when they are read.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from preceptor.data.forest import Segment, Tree, leaf_paths
 from preceptor.data.packing import plan_sequences
@@ -35,74 +40,118 @@ def chains_of(tree: Tree) -> list[Tree]:
     return chains
 
 
-def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tree]:
-    """The same trained tokens in fewer trees of at most `max_length`, those that share nothing as they were.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Trees, by their index, and groups of them, that share their first tokens."""
 
-    Copies of one tree (a source's weight) stay apart, so that an example seen twice an epoch is not seen twice at once.
-    Trees that share only a beginning are merged in small groups, drawn by `seed`, so that sequences stay mixed.
+    num_shared: int
+    members: tuple["int | Group", ...]
+
+
+class Beginning(NamedTuple):
+    """A tree, or a group, as far as sharing is concerned. root: the ids of its first context, 4 bytes each."""
+
+    root: bytes
+    num_tokens: int
+    of: int | Group
+
+
+def beginning_of(tree: Tree, index: int) -> Beginning:
+    """root: b"" where the tree begins with a target, or with several segments."""
+    num_roots = sum(segment.parent is None for segment in tree.segments)
+    shares = num_roots == 1 and tree.segments[0].kind == "context"
+    return Beginning(array("I", tree.segments[0].ids).tobytes() if shares else b"", tree.num_tokens, index)
+
+
+def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tree]:
+    """The same trained tokens in fewer trees of at most `max_length`, those that share nothing as they were."""
+    seen: dict[int, int] = {}
+    firsts = [seen.setdefault(id(tree), index) for index, tree in enumerate(trees)]
+    groups = group_prefixes(map(beginning_of, trees, range(len(trees))), firsts, max_length, seed)
+    return [joined(group, trees.__getitem__) for group in groups]
+
+
+def group_prefixes(
+    beginnings: Iterable[Beginning], originals: Iterable[int], max_length: int, seed: int
+) -> list[int | Group]:
+    """Which trees share what they begin with.
+
+    originals: for each tree what it is a copy of. Copies of one tree (a source's weight) stay apart, so that an example
+    seen twice an epoch is not seen twice at once. Trees that share only a beginning are merged in small groups, drawn
+    by `seed`, so that sequences stay mixed.
     """
-    grouped: list[Tree] = []
-    for copies in _apart(trees):
+    grouped: list[Beginning] = []
+    for copies in _apart(beginnings, originals):
         whole = _by_beginning(copies, None)
-        copies = [tree for group in whole for tree in _merged(group, len(_root(group[0])), max_length, seed)]
-        longest = max(len(_root(tree)) for tree in copies)
+        copies = [each for group in whole for each in _merged(group, len(group[0].root) // 4, max_length, seed)]
+        longest = max(len(each.root) // 4 for each in copies)
         for power in range(longest.bit_length(), MIN_SHARED_TOKENS.bit_length() - 2, -1):
-            left: list[Tree] = []
+            left: list[Beginning] = []
             for group in _by_beginning(copies, 1 << power):
                 if len(group) == 1:
                     left += group
                     continue
-                shared = _num_shared([_root(tree) for tree in group])
+                shared = _num_shared([each.root for each in group])
                 most_tokens = min(max_length, max(4 * shared, max_length // 4))
                 grouped += _merged(group, shared, most_tokens, seed)
             copies = left
         grouped += copies
-    return grouped
+    return [each.of for each in grouped]
 
 
-def _apart(trees: Sequence[Tree]) -> list[list[Tree]]:
-    """Lists in which no tree object occurs twice."""
+def joined(group: int | Group, tree_at: Callable[[int], Tree]) -> Tree:
+    """The tree of a group. tree_at: the tree of an index."""
+    if isinstance(group, int):
+        return tree_at(group)
+    return _merge([joined(member, tree_at) for member in group.members], group.num_shared)
+
+
+def _apart(beginnings: Iterable[Beginning], originals: Iterable[int]) -> list[list[Beginning]]:
+    """Lists in which no tree occurs twice."""
     seen: dict[int, int] = {}
-    lists: list[list[Tree]] = []
-    for tree in trees:
-        number = seen[id(tree)] = seen.get(id(tree), -1) + 1
+    lists: list[list[Beginning]] = []
+    for each, original in zip(beginnings, originals, strict=True):
+        number = seen[original] = seen.get(original, -1) + 1
         if number == len(lists):
             lists.append([])
-        lists[number].append(tree)
+        lists[number].append(each)
     return lists
 
 
-def _root(tree: Tree) -> tuple[int, ...]:
-    """The tree's first context; () where it begins with a target, or with several."""
-    num_roots = sum(segment.parent is None for segment in tree.segments)
-    return tree.segments[0].ids if num_roots == 1 and tree.segments[0].kind == "context" else ()
-
-
-def _by_beginning(trees: Sequence[Tree], num_tokens: int | None) -> list[list[Tree]]:
+def _by_beginning(trees: Sequence[Beginning], num_tokens: int | None) -> list[list[Beginning]]:
     """Trees whose first contexts have the same first `num_tokens` (None: are the same); shorter ones alone."""
-    groups: dict[object, list[Tree]] = {}
+    groups: dict[object, list[Beginning]] = {}
+    end = None if num_tokens is None else 4 * num_tokens
     for number, tree in enumerate(trees):
-        root = _root(tree)
-        alone = not root or (num_tokens is not None and len(root) < num_tokens)
-        groups.setdefault(number if alone else root[:num_tokens], []).append(tree)
+        alone = not tree.root or (end is not None and len(tree.root) < end)
+        groups.setdefault(number if alone else tree.root[:end], []).append(tree)
     return list(groups.values())
 
 
-def _num_shared(roots: Sequence[tuple[int, ...]]) -> int:
+def _num_shared(roots: Sequence[bytes]) -> int:
     """How many first tokens are the same in all: of the first and last in order, which differ most."""
     first, last = min(roots), max(roots)
-    return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return same // 4
 
 
-def _merged(group: Sequence[Tree], num_shared: int, most_tokens: int, seed: int) -> list[Tree]:
-    """Trees of at most `most_tokens` that share their first `num_shared` tokens; what is too long stays as it is."""
+def _merged(group: Sequence[Beginning], num_shared: int, most_tokens: int, seed: int) -> list[Beginning]:
+    """Groups of at most `most_tokens` that share their first `num_shared` tokens; what is too long stays as it is."""
     if len(group) == 1:
         return list(group)
     rests = [tree.num_tokens - num_shared for tree in group]
     fitting = [number for number, rest in enumerate(rests) if rest + num_shared <= most_tokens]
     plan = plan_sequences([rests[number] for number in fitting], most_tokens - num_shared, seed)
-    merged = [_merge([group[fitting[place]] for place in sequence], num_shared) for sequence in plan]
+    merged = [_together([group[fitting[place]] for place in sequence], num_shared) for sequence in plan]
     return merged + [tree for tree, rest in zip(group, rests, strict=True) if rest + num_shared > most_tokens]
+
+
+def _together(group: Sequence[Beginning], num_shared: int) -> Beginning:
+    if len(group) == 1:
+        return group[0]
+    num_tokens = num_shared + sum(each.num_tokens - num_shared for each in group)
+    of = Group(num_shared, tuple(each.of for each in group))
+    return Beginning(group[0].root[: 4 * num_shared], num_tokens, of)
 
 
 def _merge(trees: Sequence[Tree], num_shared: int) -> Tree:

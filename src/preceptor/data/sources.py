@@ -70,9 +70,12 @@ class OpenSource:
         return [entry.example for entry in self._begun[0]]
 
     def _read(self) -> Iterator[Entry]:
-        for table in self.tables:
-            for place, row in _named(table, self.source):
-                yield Entry(table.name, *read_row(row, place, self.source.nulls))
+        return chain.from_iterable(map(self.entries_of, self.tables))
+
+    def entries_of(self, table: DataTable) -> Iterator[Entry]:
+        """Each example of one of the tables. Raises DataError as `examples`."""
+        for place, row in _named(table, self.source):
+            yield Entry(table.name, *read_row(row, place, self.source.nulls))
 
 
 def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:

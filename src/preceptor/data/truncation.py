@@ -21,7 +21,7 @@ token of the one before, so that every token is trained once. A target longer th
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree
@@ -86,6 +86,11 @@ class Fitter:
         self._max_length = min(max_length, num_positions or max_length)
         self._overflow = overflow
         self.shortened = Shortened()
+
+    @property
+    def key(self) -> list[Any]:
+        """What decides about an example whose tree is known."""
+        return [self._max_length, self._overflow, self._of_model]
 
     def before_rendering(self, example: Example | Rejection) -> Example | Rejection:
         """The example, or its rejection where it cannot be short enough: tokenising takes 200 bytes a character."""

@@ -52,6 +52,10 @@ class ExampleRenderer(Protocol):
 
     targets: Literal["assistant", "last", "all"]
 
+    @property
+    def key(self) -> str | None:
+        """A hash of everything that rendering depends on but the example; None where that cannot be told."""
+
     def render(self, example: Example) -> Tree | Rejection: ...
 
 
@@ -70,7 +74,7 @@ def render_all(
     if num_processes > 1:
         for chunk in chunks:
             first.append(chunk)
-            num_characters += sum(map(_num_characters, chunk))
+            num_characters += sum(map(characters_in, chunk))
             if num_characters >= _SMALL_CHARACTERS[method]:
                 break
     chunks = chain(first, chunks)
@@ -162,7 +166,7 @@ def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
     num_characters = 0
     for example in examples:
         chunk.append(example)
-        num_characters += _num_characters(example)
+        num_characters += characters_in(example)
         if num_characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, num_characters = [], 0
@@ -170,7 +174,8 @@ def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
-def _num_characters(example: Example | Rejection) -> int:
+def characters_in(example: Example | Rejection) -> int:
+    """About how much there is to render."""
     num = _EXAMPLE_CHARACTERS
     if isinstance(example, Conversation):
         num += sum(len(message.content) for message in example.messages)

@@ -21,14 +21,15 @@ from preceptor.chat.format import load_chat_format
 from preceptor.chat.left_out import LeftOut, left_out_lines
 from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines
 from preceptor.console import example_progress
-from preceptor.data.dataset import num_sample_tokens, read_trees
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
+from preceptor.data.reading import read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import Entry, OpenSource
+from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 
 _FIRST_PLACES = 5
@@ -221,8 +222,8 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
     if all(source.count is None and source.weight in (None, 1) for source in sources):
         return None
     ends = [0, *found.tree_ends]
-    mixed = mix([(range(*span), s) for span, s in zip(pairwise(ends), sources, strict=True)], run.train.seed)
-    times_N = np.bincount(np.array(mixed, np.int64), minlength=ends[-1])
+    mixed = mix([(end - start, s) for (start, end), s in zip(pairwise(ends), sources, strict=True)], run.train.seed)
+    times_N = np.bincount(mixed, minlength=ends[-1])
     turn_times = times_N[np.frombuffer(found.tree_of_turn, np.int64)]
     length_N, trained_N = found.examples.all, np.frombuffer(found.trained, np.int64)
     num_tokens, num_trained = int(length_N @ times_N), int(trained_N @ times_N)

@@ -75,6 +75,8 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     """A sample of the training data, or a sentence saying why there is none. Raises DataError as reading does."""
     if tokenizer_file is None:
         return "the model's tokenizer.json is not on this machine"
+    if any("://" in s.path for s in run.data.train):
+        return "the data is at a URL, and is not fetched for a plan"
     if any(re.fullmatch(r"[\w.-]+/[\w.-]+", s.path) and not Path(s.path).exists() for s in run.data.train):
         return "the data is on the Hub, and is not fetched for a plan"
     from tokenizers import Tokenizer

@@ -16,8 +16,8 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|data\.max_rejected|data\.allow_rejected.*"
-    r"|train\.patience|train\.max_skipped)"
+    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|data\.max_rejected"
+    r"|data\.allow_rejected.*|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
 _BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code|from_run)|.*\.path|data\.chat_template)")

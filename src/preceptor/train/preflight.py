@@ -120,7 +120,7 @@ def _line(say: Callable[[str], None], proved: str) -> Iterator[None]:
 
 def _sample(loader: Loader) -> list[Tree]:
     """The shortest conversations of one of the first sequences, two at least; none where no sequence holds two."""
-    planned = [loader.trees(indices) for indices in loader.plan(0)[:_SAMPLE_SEQUENCES]]
+    planned = [loader.trees(indices) for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES)]
     planned = [sorted(trees, key=lambda tree: tree.num_tokens) for trees in planned if len(trees) > 1]
     if not planned:
         return []

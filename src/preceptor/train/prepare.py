@@ -1,27 +1,32 @@
 """Everything that a run needs before a model is loaded: chat format, trees, tasks, and what was rejected.
 
-Whatever can be found wrong with a run is found here, in seconds, with nothing written.
+Whatever can be found wrong with a run is found here, in seconds, with nothing written but the cache of rendered trees
+(data/cache.py). The processes of one run may prepare it at once: one renders, the others wait for it and read.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+
+import numpy as np
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
 from preceptor.chat.left_out import LeftOut
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments
-from preceptor.console import example_progress
-from preceptor.data.dataset import Dataset, TokenCounts, read_trees
-from preceptor.data.examples import Conversation, Example, Rejection
-from preceptor.data.forest import Tree
+from preceptor.chat.trained_counts import TrainedCounts
+from preceptor.console import example_progress, say
+from preceptor.data.cache import Cache, cache_folder
+from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, with_shared_prefixes
+from preceptor.data.examples import Rejection
 from preceptor.data.loader import Loader
-from preceptor.data.mixture import draw_replay, mix, weigh
-from preceptor.data.prefix_sharing import share_prefixes
+from preceptor.data.mixture import draw_replay, mix
+from preceptor.data.reading import TableReader, read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
+from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.tasks import Task, read_task
@@ -43,9 +48,18 @@ class Prepared:
     tokens: TokenCounts  # of an epoch
     shortened: Shortened  # what was done to examples that were too long
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
-    arguments: TrainedArguments  # of the chat template, as the turns were trained with them
-    system_prompts: Mapping[str, int]  # "" for none: in how many conversations
-    left_out: LeftOut  # of the contexts, by the chat template
+    counts: TrainedCounts  # of the conversations that are trained
+    cache: Cache | None
+
+    @property
+    def arguments(self) -> TrainedArguments:
+        """Of the chat template, as the turns were trained with them."""
+        return self.counts.arguments
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Of the contexts, by the chat template."""
+        return self.counts.left_out
 
     def loader(self) -> Loader:
         run = self.run
@@ -67,36 +81,42 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     chat = chat.at(date or datetime.now().astimezone())
     renderer = chat.renderer(run.data)
-    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
+    cache = open_cache(run.data.cache)
     tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
     with example_progress(tables, "reading and rendering") as on_example:
-        reader = _SourceReader(renderer, fitter, num_processes, arguments, on_example)
-        train = [([tree for _, tree in reader.read(source)], source.source) for source in sources["train"]]
-        held_out = [(list(reader.read(source, trained=False)), source.source) for source in sources["held out"]]
-        replay = [([tree for _, tree in reader.read(source)], source.source) for source in sources["replay"]]
+        reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
+        train = [reader.read(source) for source in sources["train"]]
+        held_out = [reader.read_held_out(source) for source in sources["held out"]]
+        replay = [reader.read(source) for source in sources["replay"]]
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     _require_few_rejected(counts, reader.num_examples, run.data.max_rejected)
-    trees = _mixture(run, mix(train, run.train.seed), mix(replay, run.train.seed), str(counts))
-    _require_rows(chat, trees)
-    shared = share_prefixes(trees, run.data.max_length, run.train.seed) if run.data.share_prefixes else trees
+    store = _mixture(run, train, replay, str(counts))
+    _require_rows(chat, store)
+    shares = run.data.share_prefixes
+    dataset = with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
     return Prepared(
         run=run,
-        chat=chat.trained_with(arguments),
+        chat=chat.trained_with(reader.counts.arguments),
         sources=sources,
-        train=Dataset(shared),
-        held_out=mix(held_out, run.train.seed),
+        train=dataset,
+        held_out=_held_out(held_out, run),
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
-        examples_per_epoch=len(trees),
-        tokens=TokenCounts.of(trees, shared, whole=run.data.train_on == "all"),
-        shortened=fitter.shortened,
+        examples_per_epoch=len(store),
+        tokens=TokenCounts.of(dataset, store),
+        shortened=reader.shortened,
         formats=reader.formats,
-        arguments=arguments,
-        system_prompts=reader.system_prompts,
-        left_out=reader.left_out,
+        counts=reader.counts,
+        cache=cache,
     )
+
+
+def open_cache(setting: str | None) -> Cache | None:
+    """The cache of rendered trees; None where there is to be none. setting: `data.cache`."""
+    folder = cache_folder(setting)
+    return None if folder is None else Cache(folder, lambda line: say(line, error=True))
 
 
 class _SourceReader:
@@ -104,53 +124,71 @@ class _SourceReader:
 
     def __init__(
         self,
+        run: config.Run,
         renderer: Renderer,
         fitter: Fitter,
+        cache: Cache | None,
         num_processes: int,
-        arguments: TrainedArguments,
         on_example: Callable[[], None],
     ) -> None:
-        self._renderer, self._fitter, self._num_processes = renderer, fitter, num_processes
-        self._arguments, self._on_example = arguments, on_example
+        self._renderer, self._fitter, self._cache = renderer, fitter, cache
+        self._num_processes, self._on_example = num_processes, on_example
+        whole = run.data.train_on == "all"
+        self._tables = TableReader(renderer, fitter, self._new_counts, whole, cache, num_processes, on_example)
         self.rejections: list[Rejection] = []
         self.formats: dict[str, Counter[str]] = {}
-        self.system_prompts: Counter[str] = Counter()
-        self.left_out = LeftOut()
+        self.counts, self.shortened = self._new_counts(), Shortened()
+
+    def _new_counts(self) -> TrainedCounts:
+        return TrainedCounts(TrainedArguments(self._renderer.switch, self._renderer.template_kwargs))
 
     @property
     def num_examples(self) -> int:
         return sum(counts.total() for counts in self.formats.values())
 
-    def read(self, source: OpenSource, trained: bool = True) -> Iterator[ExampleTree]:
-        for entry, found in read_trees(source, self._renderer, self._fitter, self._num_processes):
+    def read(self, source: OpenSource) -> list[TableTrees]:
+        """The trees of a source that is trained on."""
+        found = self._tables.read(source)
+        for table in found:
+            self.formats.setdefault(table.name, Counter()).update(table.about["formats"])
+            self.rejections += table.rejections
+            self.counts.include(table.about["counts"], table.name)
+            self.shortened.add(Shortened(**table.about["shortened"]))
+        return found
+
+    def read_held_out(self, source: OpenSource) -> list[ExampleTree]:
+        """The examples of a source that is held out, each with its tree."""
+        found: list[ExampleTree] = []
+        self._fitter.shortened = self.shortened
+        read = read_trees(source, self._renderer, self._fitter, self._num_processes, self._cache, with_texts=True)
+        for entry, fitted in read:
             self.formats.setdefault(entry.table, Counter())[entry.format] += 1
-            if isinstance(found, Rejection):
-                self.rejections.append(found)
+            if isinstance(fitted, Rejection):
+                self.rejections.append(fitted)
             else:
-                for example, tree in found:
-                    if trained:
-                        self._arguments.add(example, tree)
-                        self._count_system_prompt(example)
-                        self.left_out.add(tree)
-                    yield example, tree
+                found += fitted
             self._on_example()
-
-    def _count_system_prompt(self, example: Example) -> None:
-        if isinstance(example, Conversation):
-            first = example.messages[0]
-            self.system_prompts[first.content if first.role in ("system", "developer") else ""] += 1
+        return found
 
 
-def _require_rows(chat: ChatFormat, trees: Sequence[Tree]) -> None:
+def _held_out(per_source: Sequence[list[ExampleTree]], run: config.Run) -> list[ExampleTree]:
+    chosen = mix([(len(own), source) for own, source in zip(per_source, run.data.eval, strict=True)], run.train.seed)
+    every = [each for own in per_source for each in own]
+    return [every[index] for index in chosen.tolist()]
+
+
+def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
     """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
     limits = chat.limits
     if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
         return
     added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
-    for tree in trees:
+    missing = {id_ for id_ in store.token_ids if id_ >= limits.num_rows and id_ not in added}
+    for index in range(len(store)) if missing else ():
+        tree = store.tree(index)
         for segment in tree.segments:
             for id_ in segment.ids:
-                if id_ >= limits.num_rows and id_ not in added:
+                if id_ in missing:
                     raise ModelError(
                         f"{limits.model}: the model has {limits.num_rows:,} embeddings and its tokenizer "
                         f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
@@ -166,12 +204,32 @@ def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_reject
         )
 
 
-def _mixture(run: config.Run, tuning: Sequence[Tree], replay: Sequence[Tree], rejected: str) -> list[Tree]:
-    """The trees of an epoch, weighed, with those that are replayed. Raises DataError if there are none."""
-    trees = [weigh(tree, run.loss.reduction) for tree in tuning]
-    if not trees:
+def _mixture(
+    run: config.Run, train: Sequence[list[TableTrees]], replay: Sequence[list[TableTrees]], rejected: str
+) -> TreeStore:
+    """The trees of an epoch, with those that are replayed. Raises DataError if there are none."""
+    seed = run.train.seed
+    tuning_N = mix(_with_numbers(train, run.data.train), seed)
+    if not len(tuning_N):
         raise DataError(f"data.train: no example is left to train; {rejected or 'weight too small'}")
+    tables = list(_tables(train))
+    chosen_N = tuning_N
     if run.replay is not None:
-        weighed = [weigh(tree, run.loss.reduction) for tree in replay]
-        trees += draw_replay(weighed, trees, run.replay.share, run.train.seed)
-    return trees
+        replayed = TreeStore(_tables(replay), mix(_with_numbers(replay, run.replay.data), seed), run.loss.reduction)
+        num_tuned = int(TreeStore(tuple(tables), tuning_N).num_trained.sum(dtype=np.int64))
+        drawn_N = replayed.chosen_N[draw_replay(replayed.num_trained, num_tuned, run.replay.share, seed)]
+        chosen_N = np.concatenate([tuning_N, drawn_N + sum(map(len, tables))])
+        tables += _tables(replay)
+    return TreeStore(tuple(tables), chosen_N, run.loss.reduction)
+
+
+def _tables(per_source: Iterable[list[TableTrees]]) -> tuple[TableTrees, ...]:
+    return tuple(table for own in per_source for table in own)
+
+
+def _with_numbers(
+    per_source: Sequence[list[TableTrees]], sources: Sequence[config.Source]
+) -> Iterator[tuple[int, config.Source]]:
+    """Each source with the number of its trees."""
+    for own, source in zip(per_source, sources, strict=True):
+        yield sum(map(len, own)), source

@@ -4,11 +4,11 @@ run_folder.py lists the files.
 """
 
 import hashlib
+import math
 import os
 import platform
 import shlex
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -86,7 +86,11 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
     return {
         "model": _model(run.model, (recorded or {}).get("model") or {}),
         "from_run": record_of_start(run),
-        "data": [{"use": use, **file} for use, sources in prepared.sources.items() for file in _files(sources)],
+        "data": [
+            {"use": use, **file}
+            for use, sources in prepared.sources.items()
+            for file in _files(sources, prepared.cache.sha256_of if prepared.cache else sha256_of)
+        ],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "trees_sha256": hashes["examples"],
         "evaluation": {"held_out_sha256": hashes["held-out examples"], "tasks_sha256": hashes["tasks"]},
@@ -129,7 +133,7 @@ def _tasks_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
-def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
+def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> Iterator[dict[str, Any]]:
     """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
     for source in sources:
         for table in source.tables:
@@ -146,7 +150,6 @@ def _files(sources: Sequence[OpenSource]) -> Iterator[dict[str, Any]]:
 
 def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
     """Counts of examples, tokens and steps, and histograms of lengths."""
-    targets = [len(s.ids) for tree in prepared.train for s in tree.segments if s.kind == "target"]
     return {
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
@@ -158,8 +161,8 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "thinking": prepared.arguments.to_json(),
         "left_out": prepared.left_out.to_json(),
         "system_prompts": {
-            "num_conversations": sum(prepared.system_prompts.values()),
-            "most_common": Counter(prepared.system_prompts).most_common(MOST_PROMPTS),
+            "num_conversations": prepared.counts.num_conversations,
+            "most_common": prepared.counts.system_prompts.most_common(MOST_PROMPTS),
         },
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
@@ -167,19 +170,29 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         "num_steps": num_steps,
         "lengths": {
             "trees": histogram(prepared.train.lengths),
-            "targets": histogram(np.array(targets)),
+            "targets": histogram(prepared.train.target_lengths),
         },
     }
 
 
 def histogram(lengths: np.ndarray) -> dict[str, Any]:
     """Counts between `edges` (the last edge included), with quantiles; lengths are whole numbers, so edges are too."""
-    low, high = int(lengths.min()), int(lengths.max())
+    times = np.bincount(lengths)  # linear in the number of lengths, which is large
+    occurring = np.flatnonzero(times)
+    low, high = int(occurring[0]), int(occurring[-1])
     width = max(1, -(-(high + 1 - low) // NUM_BINS))
     edges = np.arange(low, high + 1 + width, width)
-    counts, _ = np.histogram(lengths, edges)
-    quantiles = {name: int(np.quantile(lengths, share)) for name, share in (("median", 0.5), ("p95", 0.95))}
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "min": low, "max": high, **quantiles}
+    counts, _ = np.histogram(occurring, edges, weights=times[occurring])
+    quantiles = {name: _quantile(times, share) for name, share in (("median", 0.5), ("p95", 0.95))}
+    return {"edges": edges.tolist(), "counts": counts.astype(int).tolist(), "min": low, "max": high, **quantiles}
+
+
+def _quantile(times: np.ndarray, share: float) -> int:
+    """Of numbers that each occur so many times; between two of them in proportion, rounded down."""
+    ends = np.cumsum(times)
+    place = share * (int(ends[-1]) - 1)
+    below, above = (int(np.searchsorted(ends, at, side="right")) for at in (math.floor(place), math.ceil(place)))
+    return int(below + (above - below) * (place % 1))
 
 
 # Examples
@@ -187,11 +200,11 @@ def histogram(lengths: np.ndarray) -> dict[str, Any]:
 
 def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """The shortest tree, the median, the longest, the first, and the first that branches, each once."""
-    order = np.argsort(dataset.lengths, stable=True).tolist()
+    num = len(dataset.lengths)
     chosen: dict[int, list[str]] = {0: ["the first"]}
-    for name, place in (("of median length", len(order) // 2), ("the shortest", 0), ("the longest", -1)):
-        chosen.setdefault(order[place], []).append(name)
-    branching = next((index for index, tree in enumerate(dataset) if branches(tree)), None)
+    for name, place in (("of median length", num // 2), ("the shortest", 0), ("the longest", num - 1)):
+        chosen.setdefault(_in_order(dataset.lengths, place), []).append(name)
+    branching = dataset.first_branching
     if branching is not None:
         chosen.setdefault(branching, []).append("the first that branches")
     specials = special_ids(tokenizer)
@@ -200,9 +213,11 @@ def examples(dataset: Dataset, tokenizer: Any) -> Iterator[dict[str, Any]]:
         yield example(tree, tokenizer, specials) | {"why": why, "number": index + 1}
 
 
-def branches(tree: Tree) -> bool:
-    parents = [segment.parent for segment in tree.segments]
-    return len(parents) != len(set(parents))
+def _in_order(lengths: np.ndarray, place: int) -> int:
+    """Which of them is at a place when they are sorted, those of one length as they come; without sorting them all."""
+    length = np.partition(lengths, place)[place]
+    same = np.flatnonzero(lengths == length)
+    return int(same[place - int((lengths < length).sum())])
 
 
 def example(tree: Tree, tokenizer: Any, specials: Collection[int]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ them may be padding (nulls.py); columns of Arrow's JSON type (`datasets.Json`) c
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from preceptor.data.formats.nulls import Struct
+from preceptor.data.formats.remote_files import RemoteFile
 from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
 from preceptor.errors import DataError, short
 from preceptor.hub import first_line
@@ -19,23 +21,29 @@ _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131
 Convert = Callable[[Any], Any]
 
 
-def open_parquet(file: Path, name: str) -> Any:
+@contextmanager
+def open_parquet(file: Path | RemoteFile, name: str) -> Iterator[Any]:
     """Raises DataError if it is no Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
-        raise _broken(name, error) from None
+    with ExitStack() as stack:
+        try:
+            if isinstance(file, RemoteFile):
+                opened = pq.ParquetFile(stack.enter_context(file.open_seekable()))
+            else:
+                opened = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no UTF-8
+            raise _broken(name, error) from None
+        yield stack.enter_context(opened)
 
 
-def parquet_rows(file: Path, name: str, wanted: Columns = None) -> TableRows:
+def parquet_rows(file: Path | RemoteFile, name: str, wanted: Columns = None) -> TableRows:
     """Each row with its source, "file:row N", counted from 1; of `wanted` columns only, if given. Raises DataError."""
-    parquet = open_parquet(file, name)
-    _check_names(parquet.schema_arrow.names, name)
-    columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
-    yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
+    with open_parquet(file, name) as parquet:
+        _check_names(parquet.schema_arrow.names, name)
+        columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
+        yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
 
 
 def batch_rows(batches: Iterable[Any], name: str) -> TableRows:

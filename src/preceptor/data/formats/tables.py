@@ -3,6 +3,8 @@
     a file             .jsonl, .ndjson, .json, .csv or .tsv, each also as .gz, .bz2, .xz, .zst, or .parquet;
                        `scholar:NAME`
     a folder           of such files, whatever lies deeper too; or one that Hugging Face `datasets` saved
+    a pattern          files by `*`, `?`, `[...]`, and `**` for folders in one another
+    a URL              s3://, gs://, hf:// ...: a file, a folder, a pattern; http(s)://: a file (remote_files.py)
     owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
 
 `split` chooses in a folder (train-00000-of-00002.parquet, train.jsonl, train/...), and must where the names of the
@@ -10,9 +12,10 @@ files tell of several splits, so that no test set is trained on unseen.
 """
 
 import difflib
+import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any, Protocol
 
 from preceptor.config import Source
 from preceptor.data.formats import arrow, text_files
+from preceptor.data.formats.remote_files import RemoteFile, find_remote, protocol_of
 from preceptor.data.formats.values import Columns, TableRows
 from preceptor.errors import ConfigError, DataError
 from preceptor.scholar import data_file
@@ -41,6 +45,9 @@ class DataTable(Protocol):
     def files(self) -> list[Path]:
         """The files that it is read from; none for a data set of the Hub, which its id and revision name."""
 
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        """What changes where its rows may; None where only reading them would tell. sha256_of: of a file."""
+
     def columns(self) -> Sequence[str] | None:
         """Names of the columns; None where each row has keys of its own. Raises DataError."""
 
@@ -55,7 +62,7 @@ class DataTable(Protocol):
 class TextFile:
     """JSON lines, JSON or CSV."""
 
-    file: Path
+    file: Path | RemoteFile
     name: str
 
     @property
@@ -63,13 +70,17 @@ class TextFile:
         return text_files.suffix_of(self.file)
 
     def files(self) -> list[Path]:
-        return [self.file]
+        return [self.file] if isinstance(self.file, Path) else []
+
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        own = [sha256_of(self.file)] if isinstance(self.file, Path) else self.file.identity()
+        return None if own is None else [self._kind, self.file.suffix.lower(), *own]
 
     def columns(self) -> Sequence[str] | None:
         return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
 
     def num_rows(self) -> int | None:
-        if self.file.suffix.lower() not in (".jsonl", ".ndjson"):
+        if not isinstance(self.file, Path) or self.file.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
         with self.file.open("rb") as pieces:
             return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
@@ -81,17 +92,23 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class ParquetFile:
-    file: Path
+    file: Path | RemoteFile
     name: str
 
     def files(self) -> list[Path]:
-        return [self.file]
+        return [self.file] if isinstance(self.file, Path) else []
+
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        own = [sha256_of(self.file)] if isinstance(self.file, Path) else self.file.identity()
+        return None if own is None else ["parquet", *own]
 
     def columns(self) -> Sequence[str]:
-        return list(arrow.open_parquet(self.file, self.name).schema_arrow.names)
+        with arrow.open_parquet(self.file, self.name) as parquet:
+            return list(parquet.schema_arrow.names)
 
     def num_rows(self) -> int:
-        return int(arrow.open_parquet(self.file, self.name).metadata.num_rows)
+        with arrow.open_parquet(self.file, self.name) as parquet:
+            return int(parquet.metadata.num_rows)
 
     def rows(self, wanted: Columns) -> TableRows:
         return arrow.parquet_rows(self.file, self.name, wanted)
@@ -113,6 +130,12 @@ class HuggingFaceDataset:
     def files(self) -> list[Path]:
         return sorted(file for file in self.place.rglob("*") if file.is_file()) if isinstance(self.place, Path) else []
 
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        if isinstance(self.place, Path):
+            return ["datasets", *(part for file in self.files() for part in (file.name, sha256_of(file)))]
+        fingerprint = getattr(self._loaded, "_fingerprint", None)
+        return None if fingerprint is None else ["hub", str(fingerprint)]
+
     def columns(self) -> Sequence[str]:
         return list(self._loaded.column_names)
 
@@ -128,6 +151,8 @@ def find_tables(source: Source) -> list[DataTable]:
     if source.path.startswith(PACKAGED):
         _only_keys(source, (), "a file")
         return [_file(data_file(source.path.removeprefix(PACKAGED)), source.path)]
+    if protocol_of(source.path) is not None:
+        return _remote(source)
     place = Path(source.path)
     if place.is_dir():
         _only_keys(source, ("split",), "a folder")
@@ -136,12 +161,38 @@ def find_tables(source: Source) -> list[DataTable]:
     if place.is_file():
         _only_keys(source, (), "a file")
         return [_file(place, source.path)]
+    if re.search(r"[*?\[]", source.path):
+        _only_keys(source, (), "a pattern")
+        return _matching(source.path)
     if place.is_symlink():
         raise DataError(f"{source.path}: a link to nowhere; {place.readlink()} does not exist")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and text_files.suffix_of(place) not in _SUFFIXES:
         parts = (source.path, source.name, source.split)
         return [HuggingFaceDataset(source, "/".join(part for part in parts if part))]
     raise DataError(f"{source.path}: no such data file{_near(place)}")
+
+
+def _matching(pattern: str) -> list[DataTable]:
+    """The data files of a pattern. Raises DataError if there are none."""
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (also absolute ones)
+    files = [path for path in found if path.is_file() and _is_data(path)]
+    if not files:
+        raise DataError(f"{pattern}: no data file has such a name ({', '.join(_SUFFIXES)})")
+    return [_file(path, str(path)) for path in files]
+
+
+def _remote(source: Source) -> list[DataTable]:
+    """The data files of a URL: itself, or those of a folder or pattern."""
+    files = find_remote(source.path)
+    if [file.url for file in files] == [source.path]:
+        _only_keys(source, (), "a file")
+        return [_file(files[0], source.path)]
+    is_pattern = re.search(r"[*?\[]", source.path) is not None
+    _only_keys(source, () if is_pattern else ("split",), "a pattern" if is_pattern else "a folder")
+    data = {Path(file.url): file for file in files if _is_data(Path(file.url))}
+    folder = Path(source.path)
+    chosen = list(data) if is_pattern and data else _of_split(source, list(data), folder)
+    return [_file(data[path], data[path].url) for path in chosen]
 
 
 def _only_keys(source: Source, applying: Sequence[str], what: str) -> None:
@@ -158,7 +209,7 @@ def _near(place: Path) -> str:
     return f"; did you mean {str(place.parent / near[0])!r}?" if near else ""
 
 
-def _file(file: Path, name: str) -> DataTable:
+def _file(file: Path | RemoteFile, name: str) -> DataTable:
     if file.suffix.lower() == ".parquet":
         return ParquetFile(file, name)
     if text_files.suffix_of(file) in _TEXT_SUFFIXES:
@@ -190,6 +241,11 @@ def _chosen(source: Source, splits: Sequence[str]) -> str:
 def _files_in(source: Source, folder: Path) -> list[DataTable]:
     """All data files of a folder, or those of a split, in the order of their names."""
     files = [path for path in _all_files(folder) if _is_data(path)]
+    return [_file(path, str(path)) for path in _of_split(source, files, folder)]
+
+
+def _of_split(source: Source, files: list[Path], folder: Path) -> list[Path]:
+    """The files of a folder that are read, by `split`. Raises DataError if there are none, or of several splits."""
     files = [path for path in files if not re.fullmatch(r"(dataset_infos?|state)\.json", path.name)]
     if not files:
         raise DataError(f"{source.path}: the folder holds no data file ({', '.join(_SUFFIXES)})")
@@ -203,7 +259,7 @@ def _files_in(source: Source, folder: Path) -> list[DataTable]:
         raise DataError(
             f"{source.path}: the folder's files are of the splits {', '.join(found)}; name one with `split`"
         )
-    return [_file(path, str(path)) for path in files]
+    return files
 
 
 def _all_files(folder: Path) -> list[Path]:

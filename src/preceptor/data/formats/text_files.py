@@ -12,45 +12,47 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from preceptor.config import ROW_KEYS
+from preceptor.data.formats.remote_files import RemoteFile
 from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
+_UNPACKING: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PIECE_CHARACTERS = 1 << 20
 _LONGEST_LINE_CHARACTERS = 1 << 26
 _LONGEST_CELL_CHARACTERS = 2**31 - 1  # the csv module's own limit is 131,072, less than a long conversation
 
 
-def suffix_of(file: Path) -> str:
+def suffix_of(file: Path | RemoteFile) -> str:
     """`.jsonl` of x.jsonl and of x.jsonl.gz."""
     return (file.with_suffix("") if file.suffix.lower() in COMPRESSED else file).suffix.lower()
 
 
-def _opened(file: Path) -> IO[bytes]:
+@contextmanager
+def _opened(file: Path | RemoteFile) -> Iterator[IO[bytes]]:
     """The content of a file, decompressed."""
     suffix = file.suffix.lower()
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.open(file))
-    if suffix == ".bz2":
-        return bz2.open(file)
-    if suffix == ".xz":
-        return lzma.open(file)
-    if suffix == ".zst":
-        import pyarrow as pa
+    with file.open("rb") as packed:
+        if suffix == ".zst":
+            import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
-    return file.open("rb")
+            yield io.BufferedReader(pa.input_stream(packed, compression="zstd"))
+        elif suffix in _UNPACKING:
+            with _UNPACKING[suffix](packed) as content:
+                yield cast(IO[bytes], content)
+        else:
+            yield packed
 
 
 @contextmanager
-def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[TextIO]:
+def open_text(file: Path | RemoteFile, name: str, newline: str | None = None) -> Iterator[TextIO]:
     """UTF-8, with or without a byte-order mark; a name that ends in one of COMPRESSED is decompressed.
 
     Whatever goes wrong below the format, also later while it is read, becomes a DataError.
@@ -64,7 +66,7 @@ def open_text(file: Path, name: str, newline: str | None = None) -> Iterator[Tex
         raise DataError(f"{name}: cannot be read: {error}") from None
 
 
-def jsonl_rows(file: Path, name: str) -> TableRows:
+def jsonl_rows(file: Path | RemoteFile, name: str) -> TableRows:
     """One JSON object a line; blank lines are passed over."""
     reader = JsonReader()
     with open_text(file, name) as lines:
@@ -90,7 +92,7 @@ def _parse_line(line: str, source: str, reader: JsonReader) -> Row:
     return row  # type: ignore[no-any-return]
 
 
-def json_rows(file: Path, name: str) -> TableRows:
+def json_rows(file: Path | RemoteFile, name: str) -> TableRows:
     """A list of objects, an object that holds one such list, or, for many files named .json are that, JSON lines."""
     with open_text(file, name) as text:
         lines = (line.lstrip() for line in iter(lambda: text.readline(_LONGEST_LINE_CHARACTERS), "") if line.strip())
@@ -111,7 +113,7 @@ def _is_row(line: str, following: str) -> bool:
     return following.startswith("{") or any(key in ROW_KEYS for key in value)
 
 
-def _streamed_rows(file: Path, name: str) -> TableRows:
+def _streamed_rows(file: Path | RemoteFile, name: str) -> TableRows:
     with open_text(file, name) as text:
         stream = _JsonStream(text, name)
         opening = stream.peek()
@@ -246,7 +248,7 @@ class _JsonStream:
         return DataError(f"{self._name}:{line}: broken JSON: {message}. Fix the file or write it again")
 
 
-def csv_rows(file: Path, name: str) -> TableRows:
+def csv_rows(file: Path | RemoteFile, name: str) -> TableRows:
     """Rows under a header line, separated by commas, or by tabs in a .tsv; a quoted cell may hold line ends."""
     header: list[str] = []
     for number, cells in _csv_lines(file, name):
@@ -261,7 +263,7 @@ def csv_rows(file: Path, name: str) -> TableRows:
             yield f"{name}:{number}", dict(zip(header, cells, strict=True))
 
 
-def csv_columns(file: Path, name: str) -> list[str]:
+def csv_columns(file: Path | RemoteFile, name: str) -> list[str]:
     """The names in the header; [] if the file is empty."""
     return next((csv_header(cells, name) for _, cells in _csv_lines(file, name)), [])
 
@@ -274,7 +276,7 @@ def csv_header(cells: list[str], name: str) -> list[str]:
     return header
 
 
-def _csv_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(file: Path | RemoteFile, name: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_LONGEST_CELL_CHARACTERS)
     with open_text(file, name, newline="") as text:
         tabs = suffix_of(file) == ".tsv"

@@ -1,0 +1,196 @@
+"""The trees that a run takes of one table, by their number, and what was counted of its examples.
+
+Memory holds 8 bytes for each tree, its tokens and its trained tokens. All else is an array in the cache, or in memory
+where there is none:
+
+    pointers   for each tree: which portion holds its record (or the table's own records: those of examples that were
+               shortened, and all without a cache), where, how many bytes; the number of its row; which part of how many
+    digests    of each record: a run's fingerprint is made from them, and a record that is read is compared with its own
+    targets    tokens of each target, and `num_targets` how many each tree has
+"""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from preceptor.data.cache import Cache
+from preceptor.data.examples import Example, Rejection
+from preceptor.data.flat_files import Arrays, FlatFile, MemoryArrays
+from preceptor.data.forest import Tree, has_branches, path_lengths, turn_lengths
+from preceptor.data.records import DIGEST_BYTES, decode, digest, encode
+from preceptor.data.rendered import RenderedExample, StoredRecord
+from preceptor.data.truncation import Fitter, Shortened
+from preceptor.errors import DataError
+
+_PLACE = re.compile(r"(:|:row )(\d+)(?: \(part (\d+) of (\d+)\))?")
+_POINTER = 6  # numbers of a tree's pointer: portion, offset, size, row, part, parts
+_OWN = -1  # instead of the number of a portion: the table's own records
+
+
+class ExampleCounts(Protocol):
+    """What is counted of the examples that are trained, beside their trees: `chat.trained_counts.TrainedCounts`."""
+
+    def add(self, example: Example, tree: Tree) -> None: ...
+
+    def of_table(self, name: str) -> Any:
+        """All counts as values that JSON can spell, without the name of the table whose examples were counted."""
+
+
+class TableTrees:
+    """Trees of a table. Raises DataError where the cache was altered since it was written."""
+
+    def __init__(self, name: str, arrays: Arrays, portion_path: Callable[[str], Path] | None) -> None:
+        """portion_path: the file of a portion; None where all records are the table's own."""
+        self.name, self.about = name, arrays.about
+        self._arrays, self._portion_path = arrays, portion_path
+        self._portions: dict[int, FlatFile] = {}
+        self.length_N = arrays.load("lengths")
+        self.trained_N = arrays.load("trained")
+
+    @classmethod
+    def opened(cls, name: str, file: FlatFile, cache: Cache) -> "TableTrees | None":
+        """Of a file of the cache; None, and the file is removed, where it is damaged."""
+        try:
+            return cls(name, file, cache.portion_path)
+        except DataError as error:
+            cache.damaged(file.path, error)
+            return None
+
+    def __len__(self) -> int:
+        return len(self.length_N)
+
+    def tree(self, number: int) -> Tree:
+        portion, offset, size, row, part, parts = self._arrays.rows("pointers", number, number + 1)[0].tolist()
+        arrays = self._arrays if portion == _OWN else self._portion(portion)
+        record = arrays.rows("records", offset, offset + size).tobytes()
+        if digest(record) != self._arrays.rows("digests", number, number + 1).tobytes():
+            assert isinstance(arrays, FlatFile), "records in memory do not change"
+            raise _removed(arrays.path)
+        source = f"{self.name}{self.about['place']}{row}" + (f" (part {part} of {parts})" if parts else "")
+        return decode(record, source)
+
+    def load(self, name: str) -> np.ndarray:
+        """One of the arrays, as a whole."""
+        return self._arrays.load(name)
+
+    def _portion(self, number: int) -> FlatFile:
+        if number not in self._portions:
+            if len(self._portions) >= 256:
+                self._portions.clear()
+            assert self._portion_path is not None
+            path = self._portion_path(self.about["portions"][number])
+            try:
+                self._portions[number] = FlatFile(path)
+            except DataError:
+                raise _removed(path) from None
+        return self._portions[number]
+
+    @property
+    def rejections(self) -> Iterator[Rejection]:
+        for place, code, message in self.about["rejections"]:
+            yield Rejection(self.name + place, code, message)
+
+
+def _removed(path: Path) -> DataError:
+    """The error to raise for a file of the cache that is damaged; it is removed."""
+    with suppress(OSError):
+        path.unlink()
+    return DataError(f"{path}: was altered since it was written; the same command renders it anew")
+
+
+class TableBuilder:
+    """Takes the rendered examples of a table and makes its TableTrees."""
+
+    def __init__(self, name: str, fitter: Fitter, counts: ExampleCounts, whole: bool) -> None:
+        """whole: prompts are trained too, so a sample is a conversation and not a turn."""
+        self._name, self._fitter, self._counts, self._whole = name, fitter, counts, whole
+        self._pointers, self._digests, self._records = array("q"), bytearray(), bytearray()
+        self._lengths, self._trained, self._samples = array("i"), array("i"), array("q")
+        self._targets, self._num_targets, self._branches = array("i"), array("i"), bytearray()
+        self._portions: dict[str, tuple[int, int]] = {}  # number, bytes
+        self._formats: Counter[str] = Counter()
+        self._rejections: list[tuple[str, str, str]] = []
+        self._shortened = Shortened()
+        self._ids: set[int] = set()
+        self._place = ""
+
+    def add(self, example: RenderedExample) -> None:
+        self._formats[example.entry.format] += 1
+        if example.stored is not None:
+            portion = (len(self._portions), example.stored.num_portion_bytes)
+            self._portions.setdefault(example.stored.portion, portion)
+        self._fitter.shortened = self._shortened
+        fitted = self._fitter.fit(example.content, example.outcome)
+        if isinstance(fitted, Rejection):
+            self._rejections.append((fitted.source.removeprefix(self._name), fitted.code, fitted.message))
+            return
+        for own, tree in fitted:
+            self._counts.add(own, tree)
+            self._add_tree(tree, example.stored if tree is example.outcome else None)
+
+    def _add_tree(self, tree: Tree, stored: StoredRecord | None) -> None:
+        match = _PLACE.fullmatch(tree.source.removeprefix(self._name))
+        assert match, f"{tree.source}: no place in {self._name}"
+        self._place = match[1]
+        if stored is None:
+            record = encode(tree)
+            stored = StoredRecord("", 0, len(self._records), len(record), digest(record))
+            self._records += record
+            portion = _OWN
+        else:
+            portion, _ = self._portions[stored.portion]
+        row, part, parts = (int(found or 0) for found in match.groups()[1:])
+        self._pointers.extend((portion, stored.offset, stored.size, row, part, parts))
+        self._digests += stored.digest
+        self._lengths.append(tree.num_tokens)
+        self._trained.append(tree.num_trained)
+        self._samples.append(num_sample_tokens(tree, self._whole))
+        targets = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
+        self._targets.extend(targets)
+        self._num_targets.append(len(targets))
+        self._branches.append(has_branches(tree))
+        for segment in tree.segments:
+            self._ids.update(segment.ids)
+
+    def finish(self, cache: Cache | None, key: str | None) -> TableTrees:
+        """All that was added; written to the cache under the key where there are both."""
+        about = {
+            "names": [self._name],
+            "num_trees": len(self._lengths),
+            "place": self._place,
+            "portions": list(self._portions),
+            "portion_bytes": [num_bytes for _, num_bytes in self._portions.values()],
+            "formats": dict(self._formats),
+            "rejections": self._rejections,
+            "counts": self._counts.of_table(self._name),
+            "shortened": asdict(self._shortened),
+        }
+        arrays: dict[str, np.ndarray] = {
+            "lengths": np.frombuffer(self._lengths, np.int32),
+            "trained": np.frombuffer(self._trained, np.int32),
+            "samples": np.frombuffer(self._samples, np.int64),
+            "num_targets": np.frombuffer(self._num_targets, np.int32),
+            "targets": np.frombuffer(self._targets, np.int32),
+            "branches": np.frombuffer(self._branches, np.uint8),
+            "token_ids": np.array(sorted(self._ids), np.int64),
+            "pointers": np.frombuffer(self._pointers, np.int64).reshape(-1, _POINTER),
+            "digests": np.frombuffer(self._digests, np.uint8).reshape(-1, DIGEST_BYTES),
+            "records": np.frombuffer(self._records, np.uint8),
+        }
+        if cache is not None and key is not None:
+            file = cache.write_table(key, about, arrays)
+            if file is not None:
+                return TableTrees(self._name, file, cache.portion_path)
+        return TableTrees(self._name, MemoryArrays(about, arrays), None if cache is None else cache.portion_path)
+
+
+def num_sample_tokens(tree: Tree, whole: bool) -> int:
+    """Tokens of the tree as one sample for each turn; whole: as one sample for each of its conversations."""
+    return sum(path_lengths(tree) if whole else map(sum, turn_lengths(tree)))
