@@ -132,7 +132,8 @@ def test_every_key_of_the_run_file_is_of_one_kind():
     sections = {
         key for key in free if any(other.startswith((f"{key}.", f"{key}[]")) for other in config.run.all_keys())
     }
-    expected = {"out", "model.save_dtype", "data.max_rejected", "data.allow_rejected", "train.precision"}
+    expected = {"out", "model.save_dtype", "adapter.save", "data.max_rejected", "data.allow_rejected"}
+    expected.add("train.precision")
     assert {key for key in free - sections if not key.startswith(("eval.", "checkpoint.", "data.eval"))} == expected
 
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
-from preceptor.hub import cannot_load, fetch_optional, find_file, require_reachable, resolve_model_path
+from preceptor.hub import (
+    adapter_base,
+    cannot_load,
+    fetch_optional,
+    find_file,
+    require_reachable,
+    resolve_model_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +35,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> "PreTrainedModel":
-    """A causal LM in evaluation mode, its weights in `dtype` on `device`.
+    """A causal LM in evaluation mode, its weights in `dtype` on `device`. An adapter comes merged into its base.
 
     init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`.
     Raises ModelError for what is no causal LM, lacks weights, or cannot be reached.
@@ -36,7 +43,12 @@ def load_model(
     import torch
     from transformers import AutoConfig
 
-    place = resolve_model_path(path)
+    place = resolve_model_path(path, adapters=True)
+    base = adapter_base(place)
+    if base is not None:
+        from preceptor.model.adapters.folder import merge_folder
+
+        return merge_folder(load_model(base, dtype, device, trust_remote_code=trust_remote_code), Path(place))
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -164,27 +176,34 @@ def save_model(
     path: str | Path,
     generation_config: "GenerationConfig | None" = None,
     dtype: "torch.dtype | None" = None,
+    adapter: Literal["both", "merged", "adapter"] = "both",
 ) -> None:
     """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat templates.
 
     With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
-    the tokenizer in its subfolder `adapter`. generation_config: instead of the model's own; `unusable_settings` are
-    left out. dtype: the type in which weights are written; None: that in which they are held. All or nothing:
-    the files are written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists
-    or cannot be written.
+    the tokenizer in its subfolder `adapter`; or one of the two alone, by `adapter`. generation_config: instead of the
+    model's own; `unusable_settings` are left out. dtype: the type in which weights are written; None: that in which
+    they are held. All or nothing: the files are written to a folder beside `path`, made durable, and renamed. Raises
+    CheckpointError if `path` exists or cannot be written.
     """
     from safetensors import SafetensorError
 
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    num_bytes = saved_bytes(model, adapter)
     try:
         with replacing(path, num_bytes) as partial:
             partial.mkdir(parents=True)
-            _write(model, tokenizer, partial, generation_config, dtype)
+            _write(model, tokenizer, partial, generation_config, dtype, adapter)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
+    """What `save_model` writes, about."""
+    weights = [p for p in model.parameters() if adapter != "adapter" or p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in weights)
 
 
 def _write(
@@ -193,24 +212,28 @@ def _write(
     folder: Path,
     generation_config: "GenerationConfig | None",
     dtype: "torch.dtype | None",
+    adapter: str,
 ) -> None:
     from peft import PeftModel
 
+    from preceptor.model.adapters.folder import write_folder
     from preceptor.model.adapters.lora import merge_adapter
 
-    full: PreTrainedModel = merge_adapter(model) if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    full: PreTrainedModel = model  # type: ignore[assignment]
+    if isinstance(model, PeftModel):
+        full = model.get_base_model() if adapter == "adapter" else merge_adapter(model)  # type: ignore[assignment]
     full.generation_config = generation_config or full.generation_config
     assert full.generation_config is not None
     for name in unusable_settings(full.generation_config):
         setattr(full.generation_config, name, None)
+    if isinstance(model, PeftModel) and adapter != "merged":
+        write_folder(model, tokenizer, full.generation_config, folder / "adapter")
+    if isinstance(model, PeftModel) and adapter == "adapter":
+        return
     _write_weights(full, folder, dtype)
     tokenizer.save_pretrained(folder)
     for file in _processor_files(full):
         shutil.copyfile(file, folder / file.name)
-    if isinstance(model, PeftModel):
-        # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
-        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
 
 
 def _write_weights(model: "PreTrainedModel", folder: Path, dtype: "torch.dtype | None") -> None:

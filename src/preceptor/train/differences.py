@@ -15,7 +15,7 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|data\.max_rejected|data\.allow_rejected.*)"
+    r"(out|checkpoint\..*|eval\..*|data\.eval.*|model\.save_dtype|adapter\.save|data\.max_rejected|data\.allow_rejected.*)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
 _BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code)|.*\.path|data\.chat_template)")
