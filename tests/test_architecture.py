@@ -22,7 +22,7 @@ FLOORS = (
     ("compare",),
     ("inspect", "report"),
     ("train",),
-    ("serve", "demo", "api"),
+    ("serve", "export", "demo", "api"),
     ("preceptor",),
     ("commands",),
     ("cli",),

@@ -75,12 +75,15 @@ class ChatFormat:
         Raises TemplateError if the template rejects the messages.
         """
         assert self.template is not None, "a format of plain text has no prompts"
+        arguments = {**self.template_kwargs, **(template_kwargs or {})}
+        return self.template.render(self.fit(messages), tools, add_generation_prompt=True, **arguments)
+
+    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The messages in the form that the template takes. Raises TemplateError for those that it cannot take."""
         try:
-            shown = self._forms.fit(messages)
+            return self._forms.fit(messages)
         except Rejected as error:
             raise TemplateError(str(error)) from error
-        arguments = {**self.template_kwargs, **(template_kwargs or {})}
-        return self.template.render(shown, tools, add_generation_prompt=True, **arguments)
 
     @cached_property
     def _forms(self) -> Forms:
