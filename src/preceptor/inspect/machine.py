@@ -16,6 +16,8 @@ from preceptor.plan.devices import this_machine
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "lm-eval": ("lm-eval", "tasks of lm-evaluation-harness in `preceptor eval`"),
+    "serve": ("openai", "`transformers serve`, and a client to ask it"),
+    "gguf": ("llama-cpp-python", "proof of `preceptor export --to gguf` and `--to ollama`"),
 }
 """Extra -> (the package that it installs, what it adds)."""
 
