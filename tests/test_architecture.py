@@ -22,7 +22,7 @@ FLOORS = (
     ("compare",),
     ("inspect", "report", "trackers"),
     ("train",),
-    ("serve", "demo", "api"),
+    ("serve", "export", "demo", "api"),
     ("preceptor",),
     ("commands",),
     ("cli",),

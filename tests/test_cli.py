@@ -177,6 +177,29 @@ def test_chat_answers_in_turn(preceptor, run_file, base_folder, tmp_path):
     assert out.count(f"[{base_folder}]") == 2 and out.count("[" + str(tmp_path / "run/model") + "]") == 2
 
 
+def test_one_name_for_a_model_in_every_command(preceptor, run_file, base_folder, tmp_path):
+    """A run's folder, its model and its adapter are asked the same way; a run without a model says what to do."""
+    preceptor("train", run_file(adapter={"kind": "lora", "rank": 2}))
+    run = tmp_path / "run"
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"messages": [{"role": "user", "content": "a user"}], "accepted": ["yes"]}) + "\n")
+    answers = set()
+    for model in (run, run / "model", run / "model/adapter"):
+        code, out, err = preceptor("chat", model, "--max-new-tokens", 3, stdin=["a user"])
+        assert code == 0, err
+        answers.add(out)
+        code, _, err = preceptor("eval", model, task, "--max-new-tokens", 3, "--json")
+        assert code == 0, err
+    assert len(answers) == 1
+    code, _, err = preceptor("compare", base_folder, run, "--tasks", task, "--max-new-tokens", 3, "--json")
+    assert code == 0, err
+    code, _, err = preceptor("merge", base_folder, run / "model/adapter", "--out", tmp_path / "merged")
+    assert code == 5 and "--to hf --out DIR` merges it into its base" in err
+    (run / "model").rename(tmp_path / "elsewhere")
+    code, _, err = preceptor("chat", run)
+    assert code == 5 and f"this run has saved no model yet; `preceptor train {run}/config.yaml` goes on" in err
+
+
 def test_an_interrupted_training_exits_75(preceptor, run_file, monkeypatch):
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt

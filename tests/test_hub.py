@@ -11,7 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from preceptor.errors import ModelError
-from preceptor.hub import fetch_file, fetch_folder, find_file, resolve_model_path
+from preceptor.hub import (
+    adapter_base,
+    fetch_file,
+    fetch_folder,
+    find_file,
+    place_of,
+    resolve_model_path,
+    run_folder_of,
+)
 from preceptor.model.load import load_model
 from tiny import seeing_model, tiny_tokenizer
 
@@ -107,3 +115,42 @@ def test_names_that_lead_nowhere(tmp_path):
     ):
         with pytest.raises(ModelError, match="owner/name: no such folder, and no"):
             fetch()
+
+
+# One way to name a model ---------------------------------------------------------------------------------------------
+
+
+def folder_with(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text('{"base_model_name_or_path": "owner/name"}')
+    return folder
+
+
+def test_a_run_folder_names_its_model(tmp_path):
+    run = folder_with(tmp_path / "run", "config.yaml", "environment.json")
+    with pytest.raises(ModelError, match=r"saved no model yet; `preceptor train .*/run/config\.yaml` goes on"):
+        resolve_model_path(run)
+    step = folder_with(run / "checkpoints/step-00000002", "manifest.json")
+    with pytest.raises(ModelError, match=r"a checkpoint, from which a run goes on, .*/run/model"):
+        resolve_model_path(step)
+    adapter = folder_with(run / "model/adapter", "adapter_config.json")
+    for named in (run, run / "model", adapter):
+        assert resolve_model_path(named, adapters=True) == str(adapter)
+        with pytest.raises(ModelError, match=r"an adapter, .* `preceptor export .*/adapter --to hf --out DIR` merges"):
+            resolve_model_path(named)
+    assert adapter_base(str(adapter)) == "owner/name"
+    assert place_of(str(adapter), "tokenizer_config.json") == "owner/name"
+    folder_with(run / "model", "config.json")
+    for named in (run, run / "model"):
+        assert resolve_model_path(named) == str(run / "model")
+    assert [run_folder_of(named) for named in (run, run / "model", adapter)] == [run] * 3
+    assert run_folder_of(tmp_path) is None and adapter_base(str(run / "model")) is None
+
+
+def test_an_adapter_whose_base_is_not_there_says_where_to_name_it(tmp_path):
+    folder = folder_with(tmp_path / "adapter", "adapter_config.json")
+    for base, reason in (("/gone/base", "/gone/base: no such folder"), (None, ".*a file"), ([], ".*a file"), (3, "")):
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        with pytest.raises(ModelError, match=rf"base model .* is not there: {reason}.*as base_model_name_or_path"):
+            adapter_base(str(folder))

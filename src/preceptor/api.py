@@ -19,29 +19,16 @@ from preceptor import config
 from preceptor.chat import format as chat_format
 from preceptor.chat.render import Renderer, SpecialTokens, Targets
 from preceptor.data.examples import Conversation, Rejection, read_messages
-from preceptor.data.forest import Tree, leaf_paths, path_ids
+from preceptor.data.forest import Tree
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.rejections import ADVICE
+from preceptor.data.rendered_turns import RenderedTurn, turns_of
 from preceptor.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100  # the label of a token that is not trained, as transformers has it
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedTurn:
-    """One assistant message: the tokens that a server feeds, and those that the model must generate.
-
-    message: its index among the messages. target: ends with the token at which a server stops.
-    """
-
-    message: int
-    context: tuple[int, ...]
-    target: tuple[int, ...]
-    context_text: str
-    target_text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +80,7 @@ class ConversationRenderer:
         tree = self._renderer.render(Conversation("messages", read, tools, chat_template_kwargs or {}))
         if isinstance(tree, Rejection):
             raise DataError(f"{tree.code}: {tree.message}. {ADVICE[tree.code]}")
-        return RenderedConversation(tree, _turns(tree))
+        return RenderedConversation(tree, turns_of(tree))
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -189,20 +176,3 @@ def _row(chain: Tree, max_length: int | None) -> tuple[list[int], list[int]]:
     if max_length is not None and len(ids) > max_length:
         raise DataError(f"{chain.source}: {len(ids):,} tokens, more than max_length {max_length:,}")
     return ids, [IGNORED, *labels[1:]]
-
-
-def _turns(tree: Tree) -> tuple[RenderedTurn, ...]:
-    """The turns of a tree. A target stands in several segments where a later context shares only its beginning."""
-    of_message: dict[int, list[int]] = {}
-    for index, segment in enumerate(tree.segments):
-        if segment.message is not None:
-            of_message.setdefault(segment.message, []).append(index)
-    paths = {index: path[: place + 1] for path in leaf_paths(tree) for place, index in enumerate(path)}
-    turns = []
-    for message, indices in sorted(of_message.items()):
-        path = paths[indices[-1]]
-        before = path[: path.index(indices[0])]
-        whole, context = path_ids(tree, indices[-1]), path_ids(tree, before[-1] if before else None)
-        texts = ["".join(tree.segments[index].text for index in part) for part in (before, path[len(before) :])]
-        turns.append(RenderedTurn(message, context, whole[len(context) :], *texts))
-    return tuple(turns)

@@ -1,5 +1,6 @@
-"""Models on this machine and on the Hugging Face Hub: what a path names, which files are there, and fetching them."""
+"""Models on this machine and on the Hugging Face Hub: what a name means, which files are there, and fetching them."""
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +9,19 @@ from preceptor.errors import ModelError
 from preceptor.scholar import MODEL_DIR
 
 SCHOLAR = "scholar"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_OF_A_RUN = ("config.yaml", "environment.json")  # what the folder of a run holds from its start on
+_CHECKPOINT = re.compile(r"step-\d+")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SECONDS = 10  # to wait for the Hub's answer
 
 
-def resolve_model_path(path: str | Path) -> str:
-    """The folder or Hub id that `path` means: the word `scholar`, a local folder, or a Hub id `owner/name`.
+def resolve_model_path(path: str | Path, adapters: bool = False) -> str:
+    """The model folder or Hub id that `path` means.
 
-    Raises ModelError for a folder without config.json, a file, and what can be neither folder nor Hub id.
+    path: the word `scholar`; a model folder; the folder of a run, for the model that it saved; a Hub id `owner/name`.
+    adapters: whether an adapter's folder will do, as such or as all that a run saved. Raises ModelError for a folder
+    that holds no model, a checkpoint, a file, and what can be neither folder nor Hub id.
     """
     if str(path) == SCHOLAR:
         path = MODEL_DIR
@@ -25,16 +31,73 @@ def resolve_model_path(path: str | Path) -> str:
             )
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        found = _model_in(folder)
+        if not adapters and not (found / CONFIG).is_file():
             raise ModelError(
-                f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder"
+                f"{found}: an adapter, and a whole model is needed here; `preceptor export {found} --to hf --out DIR` "
+                "merges it into its base"
             )
-        return str(folder)
+        return str(found)
     if folder.exists():
         raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
     if not _HUB_ID.fullmatch(str(path)):
         raise ModelError(f"{path}: no such folder; name an existing model folder, a Hub id (owner/name) or {SCHOLAR!r}")
     return str(path)
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder with the model or adapter that `folder` is or holds. Raises ModelError."""
+    of_a_run = is_run_folder(folder)
+    inner = folder / "model" if of_a_run else folder
+    for place in (inner, inner / "adapter"):
+        if (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+            return place
+    run = folder.absolute().parent.parent
+    if folder.absolute().parent.name == "checkpoints" and _CHECKPOINT.fullmatch(folder.name) and is_run_folder(run):
+        raise ModelError(
+            f"{folder}: a checkpoint, from which a run goes on, and no model; `preceptor train {run}/config.yaml` "
+            f"finishes the run, whose model is then in {run}/model"
+        )
+    if of_a_run:
+        raise ModelError(
+            f"{folder}: this run has saved no model yet; `preceptor train {folder}/config.yaml` goes on with it"
+        )
+    raise ModelError(f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder")
+
+
+def is_run_folder(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _OF_A_RUN)
+
+
+def run_folder_of(place: str | Path) -> Path | None:
+    """The folder of the run that saved the model or adapter in the folder `place`; None where no run did."""
+    folder = Path(place).absolute()
+    return next((each for each in (folder, *list(folder.parents)[:2]) if is_run_folder(each)), None)
+
+
+def adapter_base(place: str) -> str | None:
+    """The base model of the adapter in the folder `place`, as `resolve_model_path`; None for what is no adapter.
+
+    Raises ModelError where the adapter's configuration does not name a model that can be looked for.
+    """
+    file = Path(place) / ADAPTER_CONFIG
+    if (Path(place) / CONFIG).is_file() or not file.is_file():
+        return None
+    try:
+        return resolve_model_path(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, ModelError) else f"{ADAPTER_CONFIG} names none"
+        raise ModelError(
+            f"{place}: the base model of this adapter is not there: {reason}. Write its folder or Hub id into "
+            f"{ADAPTER_CONFIG}, as base_model_name_or_path"
+        ) from None
+
+
+def place_of(place: str, name: str) -> str:
+    """Where to look for a file of a model: the folder or Hub id `place`, or an adapter's base where it has none."""
+    if (Path(place) / name).is_file():
+        return place
+    return adapter_base(place) or place
 
 
 def find_file(place: str, name: str, revision: str | None = None) -> Path | None:

@@ -134,7 +134,7 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         key for key in free if any(other.startswith((f"{key}.", f"{key}[]")) for other in config.run.all_keys())
     }
     expected = {"out", "tracker", "model.save_dtype", "data.max_rejected", "data.allow_rejected", "train.precision"}
-    expected |= {"train.patience", "train.max_skipped", "data.cache"}
+    expected |= {"train.patience", "train.max_skipped", "data.cache", "adapter.save"}
     assert {key for key in free - sections if not key.startswith(("eval.", "checkpoint.", "data.eval"))} == expected
 
 

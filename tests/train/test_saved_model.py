@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preceptor import config
-from preceptor.chat.format import load_tokenizer
+from preceptor.chat.format import load_tokenizer, load_trained_format
 from preceptor.errors import ModelError
 from preceptor.model.load import load_model, save_model, unusable_settings
 from preceptor.train.prepare import prepare
@@ -197,6 +197,67 @@ def test_an_adapter_with_new_tokens_loads_with_its_tokenizer(kind, run_file, tmp
         torch.testing.assert_close(
             logits(adapted, ids)[..., : len(tokenizer)], merged[..., : len(tokenizer)], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])  # untied and tied
+@pytest.mark.parametrize(
+    ("case", "special", "template", "rows"),
+    [
+        ("no pad token, no new token", CHAT_TOKENS, None, None),
+        ("existing rows that were never trained", CHAT_TOKENS, "chatml", None),
+        ("new tokens in rows that the base has in reserve", ("<|endoftext|>",), "chatml", 320),
+        ("new tokens without rows", ("<|endoftext|>",), "chatml", None),
+    ],
+)
+def test_an_adapter_loads_by_its_own_instructions(kind, case, special, template, rows, run_file, tmp_path, monkeypatch):
+    """Plain peft, on the base as it was: only tokens that the base has no rows for need another line."""
+    base = write_base(tmp_path / "base", kind, special, template=None if template else CHATML, rows=rows)
+    if "never trained" in case:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                table[:4] = table.mean(dim=0)
+        model.save_pretrained(base)
+    changes = {"adapter": LORA, "data__chat_template": template, "optimizer__learning_rate": 0.05}
+    folder = trained(run_file, base, **changes) / "adapter"
+    assert not (folder / "config.json").exists()
+    readme = (folder / "README.md").read_text()
+    assert ("resize_token_embeddings" in readme) == (case == "new tokens without rows")
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(readme.partition("```python\n")[2].partition("```")[0], names)
+    adapted, tokenizer = names["model"], names["tokenizer"]
+    ids = [[5, 6, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]), 280]]
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder.parent), ids)
+    torch.testing.assert_close(logits(adapted, ids), merged[..., : adapted.config.vocab_size], rtol=1e-4, atol=1e-5)
+    stops = adapted.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
+    again = load_model(folder, "float32", "cpu")
+    torch.testing.assert_close(logits(again, ids), merged[..., : again.config.vocab_size], rtol=1e-4, atol=1e-5)
+    assert again.generation_config.eos_token_id == adapted.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("save", "files"),
+    [("both", {"config.json", "adapter"}), ("merged", {"config.json"}), ("adapter", {"adapter"})],
+)
+def test_a_key_says_what_is_saved_of_an_adapter(save, files, run_file, tmp_path):
+    base = write_base(tmp_path / "base")
+    model = trained(run_file, base, adapter={**LORA, "save": save})
+    assert {name for name in ("config.json", "adapter") if (model / name).exists()} == files
+    prompt = load_trained_format(str(model.parent)).prompt(ASKED)
+    assert prompt == "<|im_start|>user\na user<|im_end|>\n<|im_start|>assistant\n"
+    assert load_model(model.parent, "float32", "cpu").generation_config.eos_token_id == 0
+
+
+def test_an_adapter_of_another_model_or_without_its_base_is_named(run_file, tmp_path):
+    model = trained(run_file, write_base(tmp_path / "base"), adapter=LORA)
+    write_base(tmp_path / "base", rows=400, hidden_size=64)
+    with pytest.raises(ModelError, match=r"cannot be loaded as an adapter of .*base"):
+        load_model(model / "adapter", "float32", "cpu")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"base model of this adapter is not there: .*/base: no such folder"):
+        load_model(model / "adapter", "float32", "cpu")
 
 
 def test_a_users_own_token_without_a_row_gets_one(run_file, tmp_path):

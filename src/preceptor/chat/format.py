@@ -22,7 +22,7 @@ from preceptor.data.examples import Completion, Document
 from preceptor.data.rejections import Rejected
 from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError
-from preceptor.hub import cannot_load, require_reachable, resolve_model_path
+from preceptor.hub import cannot_load, place_of, require_reachable, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,12 +75,15 @@ class ChatFormat:
         Raises TemplateError if the template rejects the messages.
         """
         assert self.template is not None, "a format of plain text has no prompts"
+        arguments = {**self.template_kwargs, **(template_kwargs or {})}
+        return self.template.render(self.fit(messages), tools, add_generation_prompt=True, **arguments)
+
+    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The messages in the form that the template takes. Raises TemplateError for those that it cannot take."""
         try:
-            shown = self._forms.fit(messages)
+            return self._forms.fit(messages)
         except Rejected as error:
             raise TemplateError(str(error)) from error
-        arguments = {**self.template_kwargs, **(template_kwargs or {})}
-        return self.template.render(shown, tools, add_generation_prompt=True, **arguments)
 
     @cached_property
     def _forms(self) -> Forms:
@@ -143,16 +146,16 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
 
 
 def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
-    """The chat format of a model as it is, to ask it or to evaluate it.
+    """The chat format of a model as it is, to ask it or to evaluate it; of an adapter, with its base for what it lacks.
 
     template: as in a run file, or `plain` for none; absent: the model's own, and none where it has none. Raises
     ModelError, or TemplateError for a template whose special tokens the model lacks.
     """
-    place = resolve_model_path(path)
-    tokenizer: Any = load_tokenizer(place)
+    place = resolve_model_path(path, adapters=True)
+    tokenizer: Any = load_tokenizer(place_of(place, "tokenizer_config.json"))
     chosen = None
     ends = StopTokens(())
-    own = _own_stop_ids(place, tokenizer)
+    own = _own_stop_ids(place_of(place, "generation_config.json"), tokenizer)
     if template != PLAIN and (template is not None or tokenizer.chat_template):
         chosen = load_template(template, tokenizer)
         missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]
@@ -172,7 +175,7 @@ def load_tokenizer(
     """The tokenizer of a model. Raises ModelError if there is none or it cannot be reached."""
     from transformers import AutoTokenizer
 
-    place = resolve_model_path(path)
+    place = resolve_model_path(path, adapters=True)
     require_reachable(place, revision)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import MaxNewTokens, check_models, large_imports
+from preceptor.commands.options import AnyModel, MaxNewTokens, check_models, large_imports
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
+    model: AnyModel,
     base: Annotated[str | None, typer.Option(help="A second model that answers too, for comparison.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -49,9 +49,10 @@ def chat(
 def trained_system_prompt(model: str, given: str | None) -> str | None:
     """Which system prompt the model was trained with, if it lies in a run's folder, which says so."""
     from preceptor.files import read_json
+    from preceptor.hub import run_folder_of
 
     try:
-        found = read_json(Path(model).parent / "data.json")["system_prompts"]
+        found = read_json((run_folder_of(model) or Path(model)) / "data.json")["system_prompts"]
         (prompt, count), total = found["most_common"][0], int(found["num_conversations"])
     except (errors.CheckpointError, KeyError, IndexError, TypeError, ValueError):  # no run's folder, or a changed one
         return None

@@ -10,7 +10,7 @@ from preceptor.commands import options
 
 
 def eval(
-    model: Annotated[str, typer.Argument(help="A model folder, Hub id or `scholar`.")],
+    model: options.AnyModel,
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files, or `scholar:NAME`.")],
     as_json: options.AsJson = False,
     limit: options.Limit = None,

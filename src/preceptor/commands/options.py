@@ -32,7 +32,8 @@ TemplateName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 BaseModel = Annotated[str, typer.Argument(help="The base model: a folder, Hub id or `scholar`.")]
-TunedModel = Annotated[str, typer.Argument(help="The tuned model.")]
+TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model or adapter.")]
+AnyModel = Annotated[str, typer.Argument(help="A run's folder, a model or adapter folder, a Hub id or `scholar`.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")]
 DeviceName = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU if there is one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items per task, sampled by --seed. Default: all.")]
@@ -85,11 +86,11 @@ def require_one_process() -> None:
 
 
 def check_models(*paths: str | None) -> None:
-    """Raises ModelError for a model that is not there: at once, before torch is imported."""
-    from preceptor.hub import resolve_model_path
+    """Raises ModelError for a model, or an adapter's base, that is not there: at once, before torch is imported."""
+    from preceptor.hub import adapter_base, resolve_model_path
 
     for path in filter(None, paths):
-        resolve_model_path(path)
+        adapter_base(resolve_model_path(path, adapters=True))
 
 
 def say_loading() -> None:

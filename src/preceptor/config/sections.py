@@ -272,6 +272,8 @@ class Adapter(Section):
     """Dropout before each update."""
     target_modules: list[str] | None = None
     """Names of the linear layers to adapt. Absent: all of the decoder's; of a state-space mixer only `in_proj`."""
+    save: Literal["both", "merged", "adapter"] = "both"
+    """What is saved: the whole model with the adapter merged into it, the adapter by itself, or both."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "trackio": ("trackio", "`tracker: trackio`: a local database of runs and its page"),
     "mlflow": ("mlflow", "`tracker: mlflow`"),
     "wandb": ("wandb", "`tracker: wandb`: Weights & Biases, online or offline"),
+    "serve": ("openai", "`transformers serve`, and a client to ask it"),
+    "gguf": ("llama-cpp-python", "proof of `preceptor export --to gguf` and `--to ollama`"),
 }
 """Extra -> (the package that it installs, what it adds)."""
 

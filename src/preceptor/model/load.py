@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
-from preceptor.hub import cannot_load, fetch_optional, find_file, require_reachable, resolve_model_path
+from preceptor.hub import (
+    adapter_base,
+    cannot_load,
+    fetch_optional,
+    find_file,
+    require_reachable,
+    resolve_model_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +35,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> "PreTrainedModel":
-    """A causal LM in evaluation mode, its weights in `dtype` on `device`.
+    """A causal LM in evaluation mode, its weights in `dtype` on `device`. An adapter comes merged into its base.
 
     init: `pretrained` reads the weights; `random` takes the shape only, with values that follow from `seed`. device:
     `meta` gives the same model without values, and reads none.
@@ -37,7 +44,12 @@ def load_model(
     import torch
     from transformers import AutoConfig
 
-    place = resolve_model_path(path)
+    place = resolve_model_path(path, adapters=True)
+    base = adapter_base(place)
+    if base is not None:
+        from preceptor.model.adapters.folder import merge_folder
+
+        return merge_folder(load_model(base, dtype, device, trust_remote_code=trust_remote_code), Path(place))
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -167,24 +179,31 @@ def save_model(
     path: str | Path,
     generation_config: "GenerationConfig | None" = None,
     dtype: "torch.dtype | None" = None,
+    adapter: Literal["both", "merged", "adapter"] = "both",
 ) -> None:
     """Write a complete Hugging Face folder: config, weights, generation config, tokenizer with its chat templates.
 
     With an adapter (peft), the folder holds the merged full model, which loads anywhere, and the adapter itself with
-    the tokenizer in its subfolder `adapter`. generation_config: instead of the model's own; `unusable_settings` are
-    left out. dtype: the type in which weights are written; None: that in which they are held. All or nothing:
-    the files are written to a folder beside `path`, made durable, and renamed. Raises CheckpointError if `path` exists
-    or cannot be written.
+    the tokenizer in its subfolder `adapter`; or one of the two alone, by `adapter`. generation_config: instead of the
+    model's own; `unusable_settings` are left out. dtype: the type in which weights are written; None: that in which
+    they are held. All or nothing: the files are written to a folder beside `path`, made durable, and renamed. Raises
+    CheckpointError if `path` exists or cannot be written.
     """
     from preceptor.model.weights import Peers
 
     path, peers = Path(path), Peers.of(model)
     if any(peers.share(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    num_bytes = saved_bytes(model, adapter)
     with peers.together(path), replacing(path, num_bytes) if peers.rank == 0 else nullcontext() as partial:
         folder = peers.share(partial)[0]
-        _write(model, tokenizer, folder, generation_config, dtype)
+        _write(model, tokenizer, folder, generation_config, dtype, adapter)
+
+
+def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
+    """What `save_model` writes, about."""
+    weights = [p for p in model.parameters() if adapter != "adapter" or p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in weights)
 
 
 def _write(
@@ -193,46 +212,49 @@ def _write(
     folder: Path,
     generation_config: "GenerationConfig | None",
     dtype: "torch.dtype | None",
+    adapter: str,
 ) -> None:
     """The files of a model; the model itself stays as it is, for another try."""
     from peft import PeftModel
 
+    from preceptor.model.adapters.folder import write_beside_adapter
     from preceptor.model.weights import Peers, merged_skeleton, write_adapter, write_weights
 
     full, peers = merged_skeleton(model), Peers.of(model)
+    full.generation_config = _usable(generation_config or full.generation_config)
     held, dtype = full.dtype, dtype or full.dtype
     with peers.together(folder):
         if peers.rank == 0:
             folder.mkdir(parents=True)
-            _write_beside_weights(full, tokenizer, folder, generation_config)
+    if isinstance(model, PeftModel) and adapter != "merged":
+        write_adapter(model, folder / "adapter")
+        with peers.together(folder):
+            if peers.rank == 0:
+                write_beside_adapter(model, tokenizer, full.generation_config, folder / "adapter")
+    if isinstance(model, PeftModel) and adapter == "adapter":
+        return
+    with peers.together(folder):
+        if peers.rank == 0:
+            full.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+            for file in _processor_files(full):
+                shutil.copyfile(file, folder / file.name)
     if not write_weights(model, full, folder, None if dtype == held else dtype):
         dtype = held  # an infinite weight would ruin the model: float16 ends at 65,504
         write_weights(model, full, folder, None)
-    if isinstance(model, PeftModel):
-        write_adapter(model, folder / "adapter")
     with peers.together(folder):
         if peers.rank == 0 and dtype != held:
             for part in (full.config, *(getattr(full.config, name) for name in full.config.sub_configs)):
                 part.dtype = dtype
             full.config.save_pretrained(folder)
-        if peers.rank == 0 and isinstance(model, PeftModel):
-            tokenizer.save_pretrained(folder / "adapter")  # AutoPeftModel makes rows for its new tokens
 
 
-def _write_beside_weights(
-    full: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    folder: Path,
-    generation_config: "GenerationConfig | None",
-) -> None:
-    full.generation_config = generation_config or full.generation_config
-    assert full.generation_config is not None
-    for name in unusable_settings(full.generation_config):
-        setattr(full.generation_config, name, None)
-    full.save_pretrained(folder, state_dict={})
-    tokenizer.save_pretrained(folder)
-    for file in _processor_files(full):
-        shutil.copyfile(file, folder / file.name)
+def _usable(generation_config: "GenerationConfig | None") -> "GenerationConfig":
+    """Without the settings that transformers refuses to save."""
+    assert generation_config is not None
+    for name in unusable_settings(generation_config):
+        setattr(generation_config, name, None)
+    return generation_config
 
 
 def _processor_files(model: "PreTrainedModel") -> list[Path]:

@@ -19,7 +19,7 @@ from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
-from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
+from preceptor.model.load import load_model, save_model, saved_bytes, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
 from preceptor.model.sharding import device_mesh, shard_from_first, shard_model
@@ -370,8 +370,12 @@ def _end(
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
-    dtype = saved_dtype(prepared.run.model)
-    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype)
+    dtype, adapter = saved_dtype(prepared.run.model), _saved_adapter(prepared.run)
+    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
+
+
+def _saved_adapter(run: config.Run) -> Any:
+    return "both" if run.adapter is None else run.adapter.save
 
 
 def _record_of_first(
@@ -432,8 +436,7 @@ def _record(
 
 def _require_room(run: config.Run, state: State, checkpoints: Checkpoints) -> None:
     """Raises CheckpointError where the disk has no room for the model and the checkpoints of this run."""
-    parameters = list(state.model.parameters())
-    model_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    model_bytes = saved_bytes(state.model, _saved_adapter(run))
     num = (
         0
         if run.checkpoint.every is None

@@ -9,7 +9,7 @@ OUT/metrics.jsonl    one line a step
 OUT/eval.jsonl       one line an evaluation
 OUT/samples.jsonl    one line a sampled answer to a held-out prompt
 OUT/checkpoints/     what a run that was stopped goes on from (checkpoint.py)
-OUT/model/           a complete Hugging Face folder (with an adapter: merged; the adapter in model/adapter)
+OUT/model/           a complete Hugging Face folder (an adapter: merged, and in model/adapter, by adapter.save)
 OUT/summary.json     the results; a run that has them is finished
 OUT/report.html      all of it on one page, written last (report/page.py)
 OUT/trackers/        what `tracker` keeps: what was sent, TensorBoard's and W&B's own files (trackers/replay.py)

@@ -1,0 +1,1 @@
+"""A trained model for other programs: folders, GGUF, Ollama, the Hub; each proved to read what was trained."""

@@ -1,0 +1,184 @@
+"""A model exported: written to a folder, proved, described; all or nothing."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from preceptor.chat.format import load_tokenizer, load_trained_format
+from preceptor.errors import CheckpointError, ConfigError
+from preceptor.export.card import card
+from preceptor.export.contexts import TrainedTurns, trained_turns
+from preceptor.export.gguf import GgufType, Vocabulary, answers, convert, find_converter
+from preceptor.export.hub import push
+from preceptor.export.ollama import modelfile, turn_law
+from preceptor.export.proof import prove_folder, prove_gguf
+from preceptor.export.source import ExportSource
+from preceptor.files import replacing
+
+Target = Literal["hf", "adapter", "gguf", "ollama", "hub"]
+GGUF_FILE = "model.gguf"
+_NUM_ANSWERS, _NEW_TOKENS = 4, 32  # prompts that both programs answer, and the length of an answer
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is wanted. skip_proof: write even what is not proved. repo: on the Hub, with `private`."""
+
+    to: Target
+    out: Path
+    gguf_type: GgufType = "auto"
+    licence: str | None = None
+    skip_proof: bool = False
+    repo: str | None = None
+    private: bool = True
+
+
+def export(source: ExportSource, wanted: Export, say: Callable[[str], None]) -> dict[str, Any]:
+    """Write what is wanted and return what was written and proved.
+
+    Raises ModelError where it is refused, CheckpointError where `out` exists or cannot be written.
+    """
+    if wanted.out.exists():
+        raise CheckpointError(f"{wanted.out}: exists already; choose another folder with --out, or remove this one")
+    if wanted.to in ("gguf", "ollama"):
+        find_converter()
+    if wanted.to == "hub" and wanted.repo is None:
+        raise ConfigError("--to hub: name the model to make there, as --repo OWNER/NAME")
+    trained = trained_turns(source)
+    with replacing(wanted.out) as partial:
+        partial.mkdir(parents=True)
+        proof = _WRITERS[wanted.to](source, wanted, partial, trained, say)
+        if wanted.skip_proof:
+            proof = ["nothing was proved (--skip-proof)"]
+        use = _adapter_use(partial) if (partial / "adapter_config.json").is_file() else None
+        name = wanted.repo or wanted.out.name
+        text = card(source, proof, name, wanted.licence, use or _file_use(wanted))
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    for line in proof:
+        say(line)
+    found: dict[str, Any] = {"out": str(wanted.out), "to": wanted.to, "proof": proof}
+    if wanted.to == "hub":
+        assert wanted.repo is not None
+        found["address"] = push(wanted.out, wanted.repo, wanted.private)
+    return found
+
+
+def _write_hf(
+    source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
+) -> list[str]:
+    """A whole model; an adapter is merged into its base."""
+    if source.base is None:
+        for file in source.folder.iterdir():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    else:
+        from preceptor.model.load import load_model, save_model, stored_dtype
+
+        say(f"merging {source.folder} into {source.base}")
+        model, tokenizer = load_model(source.folder, "float32", "cpu"), load_tokenizer(source.folder)
+        shutil.rmtree(folder)
+        save_model(model, tokenizer, folder, dtype=stored_dtype(source.base))
+    return [] if wanted.skip_proof else prove_folder(folder, trained)
+
+
+def _write_adapter(
+    source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
+) -> list[str]:
+    for file in source.adapter.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    return [] if wanted.skip_proof else prove_folder(folder, trained)
+
+
+def _write_hub(
+    source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
+) -> list[str]:
+    """The whole model; the adapter, where its folder was named."""
+    writer = _write_hf if source.base is None else _write_adapter
+    return writer(source, wanted, folder, trained, say)
+
+
+def _write_gguf(
+    source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
+) -> list[str]:
+    whole = source.folder
+    if source.base is not None:
+        whole = folder / "merged"
+        whole.mkdir()
+        _write_hf(source, wanted, whole, trained, say)
+    say(f"llama.cpp converts {source.folder}")
+    convert(whole, folder / GGUF_FILE, wanted.gguf_type)
+    chat = load_trained_format(str(whole))
+    law = turn_law(chat) if wanted.to == "ollama" else None
+    proof = []
+    if not wanted.skip_proof:
+        proof = [*prove_folder(whole, trained), *prove_gguf(folder / GGUF_FILE, trained, law)]
+        proof += _compare_answers(whole, folder / GGUF_FILE, trained)
+    if law is not None:
+        stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
+        bos = None if wanted.skip_proof else Vocabulary(folder / GGUF_FILE).bos
+        settings = {**_decoding(whole), "num_ctx": _num_ctx(source, whole)}
+        text = modelfile(law, GGUF_FILE, bos, stops, settings, _only_system_prompt(source), wanted.licence)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    if whole != source.folder:
+        shutil.rmtree(whole)
+    return proof
+
+
+_WRITERS = {"hf": _write_hf, "adapter": _write_adapter, "gguf": _write_gguf, "ollama": _write_gguf, "hub": _write_hub}
+
+
+def _compare_answers(whole: Path, file: Path, trained: TrainedTurns) -> list[str]:
+    """Say how many greedy answers are the same in transformers and llama.cpp; types of weights round differently."""
+    from preceptor.evaluate.model import load_evaluated_model
+
+    contexts = [turn.rendered.context for turn in trained.turns[:_NUM_ANSWERS]]
+    if not contexts:
+        return []
+    model = load_evaluated_model(str(whole), "float32", "cpu")
+    here = [tuple(answer.ids) for answer in model.generate(contexts, _NEW_TOKENS)]
+    stops = model.chat.stop_token_ids
+    there = [tuple(id_ for id_ in answer if id_ not in stops) for answer in answers(file, contexts, _NEW_TOKENS)]
+    here = [tuple(id_ for id_ in answer if id_ not in stops) for answer in here]
+    same = sum(a == b for a, b in zip(here, there, strict=True))
+    return [f"llama.cpp: {same} of {len(contexts)} greedy answers of {_NEW_TOKENS} tokens are those of transformers"]
+
+
+def _decoding(folder: Path) -> dict[str, Any]:
+    from preceptor.files import read_json
+
+    return read_json(folder / "generation_config.json")
+
+
+def _num_ctx(source: ExportSource, folder: Path) -> int | None:
+    """The context that Ollama makes room for: that of training, at least 4,096, as far as the model has positions."""
+    from preceptor.files import read_json
+
+    positions = read_json(folder / "config.json").get("max_position_embeddings")
+    wanted = max(4096, int(source.run.config["data"]["max_length"])) if source.run else 4096
+    return min(wanted, positions) if isinstance(positions, int) else wanted
+
+
+def _only_system_prompt(source: ExportSource) -> str | None:
+    """The system prompt that all conversations of the run had."""
+    found: dict[str, Any] = (source.run.data.get("system_prompts") if source.run else None) or {}
+    most_common = found.get("most_common") or [("", 0)]
+    prompt, count = most_common[0]
+    return prompt if prompt and count == found.get("num_conversations") else None
+
+
+def _adapter_use(folder: Path) -> str | None:
+    """How to load the adapter, from the README that came with it."""
+    readme = folder / "README.md"
+    before, _, code = (readme.read_text(encoding="utf-8") if readme.is_file() else "").partition("```python\n")
+    return f"```python\n{code.partition('```')[0]}```\n" if before and code else None
+
+
+def _file_use(wanted: Export) -> str | None:
+    if wanted.to == "gguf":
+        return f"    llama-server -m {GGUF_FILE} --jinja\n"
+    if wanted.to == "ollama":
+        return f"    ollama create {wanted.out.name} -f Modelfile\n    ollama run {wanted.out.name}\n"
+    return None

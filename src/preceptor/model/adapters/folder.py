@@ -1,0 +1,102 @@
+"""The folder of an adapter: weights, tokenizer, decoding settings and instructions; and its merge into the base."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peft import PeftConfig, PeftModel
+
+from preceptor.errors import ModelError
+from preceptor.hub import first_line
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+README = """---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+---
+
+# LoRA adapter of {base}
+
+The folder holds the adapter, the tokenizer with the chat template of training, and the generation config with its stop
+tokens. {tokens}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+adapter = "."  # this folder, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForCausalLM.from_pretrained("{base}")
+{resize}model = PeftModel.from_pretrained(model, adapter)
+model.generation_config = GenerationConfig.from_pretrained(adapter)
+```
+
+`model.merge_and_unload()` gives a model of the base's kind that needs no peft.
+"""
+_RESIZE = "model.resize_token_embeddings({rows}, mean_resizing=False)  # rows for the new tokens\n"
+
+
+def write_beside_adapter(
+    model: PeftModel, tokenizer: "PreTrainedTokenizerBase", generation_config: "GenerationConfig", folder: Path
+) -> None:
+    """Write what an adapter needs beside its weights to load in plain peft on its base."""
+    tokenizer.save_pretrained(folder)  # AutoPeftModel makes rows for its new tokens
+    generation_config.save_pretrained(folder)
+    (settings,) = model.peft_config.values()
+    base = str(settings.base_model_name_or_path)
+    (folder / "README.md").write_text(_readme(settings, base), encoding="utf-8")
+
+
+def _readme(settings: PeftConfig, base: str) -> str:
+    rows = num_rows(settings)
+    base_rows = _base_rows(base)
+    if not rows:
+        return README.format(base=base, tokens="No token was added.", resize="")
+    if base_rows is not None and rows <= base_rows:
+        return README.format(base=base, tokens="Rows of some special tokens are trained and part of it.", resize="")
+    tokens = "Training added tokens that the base has no rows for, so it gets them before the adapter is loaded:"
+    return README.format(base=base, tokens=tokens, resize=_RESIZE.format(rows=rows))
+
+
+def _base_rows(base: str) -> int | None:
+    """How many tokens have rows in the base, by its configuration; None where that cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(base).get_text_config(decoder=True).vocab_size)
+    except Exception:  # whatever it raises for a base of another form
+        return None
+
+
+def num_rows(settings: PeftConfig) -> int:
+    """How many rows of the embedding an adapter needs for the rows that it holds itself; 0 if it holds none."""
+    indices = getattr(settings, "trainable_token_indices", None) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((max(ids) + 1 for ids in lists if ids), default=0)
+
+
+def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+    """The base `model` with the adapter of a folder merged into it, and with its decoding settings, if it has some.
+
+    Of a model without values (device meta) only the shapes are those of the merged one.
+    Raises ModelError for an adapter that is not one of this model.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        rows = num_rows(PeftConfig.from_pretrained(str(folder)))
+        if rows > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        if model.device.type == "meta":
+            return model
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+        if (folder / "generation_config.json").is_file():
+            merged.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever peft raises for an adapter of another model or a damaged file
+        raise ModelError(
+            f"{folder}: cannot be loaded as an adapter of {model.name_or_path}: {first_line(error)}"
+        ) from error
+    return merged.eval()  # type: ignore[no-any-return]

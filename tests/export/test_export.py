@@ -1,0 +1,310 @@
+"""Exported models read what was trained, or are refused: folders, adapters, GGUF files, the Hub."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import conversations
+
+LORA = {"kind": "lora", "rank": 2, "save": "adapter"}
+PROVED = "transformers: the contexts of 24 turns of the run's data are those of training, token for token"
+
+
+@pytest.fixture
+def trained(preceptor, run_file, tmp_path):
+    """Trains a run in `tmp_path / run`; keyword arguments as those of `run_file`."""
+
+    def train(**changes):
+        changes = {"rows": conversations(12, 2), "eval": {"every": None}, "data__max_length": 256} | changes
+        code, _, err = preceptor("train", run_file(**changes))
+        assert code == 0, err
+        return tmp_path / "run"
+
+    return train
+
+
+def front_matter(folder):
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+def test_an_adapter_is_exported_merged_and_as_it_is(trained, preceptor, tmp_path, base_folder, monkeypatch):
+    run = trained(adapter=LORA)
+    assert not (run / "model/config.json").exists()
+    code, out, err = preceptor("export", run, "--to", "hf", "--license", "mit")
+    assert code == 0 and PROVED in out, err
+    code, out, err = preceptor("export", run, "--to", "adapter", "--out", tmp_path / "adapter", "--json")
+    assert code == 0 and json.loads(out)["proof"] == [PROVED], err
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "run-hf")
+    assert front_matter(tmp_path / "run-hf")["license"] == "mit"
+    assert front_matter(tmp_path / "adapter") == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "preceptor"],
+    }
+    names = {}
+    monkeypatch.chdir(tmp_path / "adapter")
+    exec((tmp_path / "adapter/README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    ids = names["tokenizer"].apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        there, here = whole(ids).logits, names["model"].eval()(ids).logits
+    torch.testing.assert_close(here, there[..., : here.shape[-1]], rtol=1e-3, atol=1e-3)
+    code, _, err = preceptor("export", run, "--to", "hf")
+    assert code == 6 and "exists already" in err
+
+
+def test_what_reads_another_context_is_refused_and_nothing_is_written(trained, preceptor, tmp_path):
+    run = trained()
+    template = run / "model/chat_template.jinja"
+    text = template.read_text()
+    template.write_text(text.replace("<|im_start|>' + message", "<|im_start|> ' + message") + " ")
+    code, _, err = preceptor("export", run, "--to", "hf")
+    assert code == 5 and "refused: " in err and "train.jsonl:1, message 1: from token" in err
+    assert not (tmp_path / "run-hf").exists()
+    code, out, _ = preceptor("export", run, "--to", "hf", "--skip-proof")
+    assert code == 0 and "nothing was proved (--skip-proof)" in out
+    assert "nothing was proved" in (tmp_path / "run-hf/README.md").read_text()
+
+
+def test_a_model_that_does_not_stop_where_it_was_trained_to_is_refused(trained, preceptor, tmp_path):
+    run = trained()
+    for name, changes in (
+        ("generation_config", {"eos_token_id": 0}),
+        ("tokenizer_config", {"eos_token": "<|endoftext|>"}),
+    ):
+        file = run / f"model/{name}.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    code, _, err = preceptor("export", run, "--to", "hf")
+    assert code == 5 and "does not stop at token" in err
+
+
+def test_data_that_is_gone_is_said_and_other_conversations_are_compared(trained, preceptor, tmp_path):
+    run = trained()
+    (tmp_path / "train.jsonl").unlink()
+    code, out, err = preceptor("export", run, "--to", "hf")
+    assert code == 0, err
+    assert "4 turns of conversations made for this: the data of the run cannot be read here" in out
+
+
+def test_a_card_says_data_steps_evaluation_and_tax(trained, preceptor, tmp_path, base_folder):
+    run = trained(eval_rows=conversations(2), eval={"every": "1 epochs", "num_samples": 0})
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}], "accepted": ["b"]}) + "\n")
+    arguments = ("--tasks", task, "--max-new-tokens", 2, "--num-prompts", 0, "--out", run)
+    assert preceptor("compare", base_folder, run, *arguments)[0] == 0
+    code, _, err = preceptor("export", run, "--to", "hf")
+    assert code == 0, err
+    card = (tmp_path / "run-hf/README.md").read_text()
+    assert "base_model" not in front_matter(tmp_path / "run-hf") and str(tmp_path) not in card
+    for line in (
+        "train.jsonl, SHA-256 ",
+        "| steps | 4 of 2 sequences",
+        "held-out loss",
+        "(tax): accuracy ",
+        "Licence: not",
+    ):
+        assert line in card, line
+
+
+def test_both_settings_of_a_thinking_switch_are_compared(trained, preceptor, tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.reasoning_content %}"
+        "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n"
+        "{% endif %}{% endif %}"
+    )
+    (tmp_path / "switch.jinja").write_text(template)
+    ask = {"role": "user", "content": "a user"}
+    rows = [
+        {"messages": [ask, {"role": "assistant", "content": "yes", "reasoning_content": "so"}]},
+        {"messages": [ask, {"role": "assistant", "content": "yes"}]},
+    ] * 3
+    run = trained(rows=rows, data__chat_template=str(tmp_path / "switch.jinja"))
+    code, out, err = preceptor("export", run, "--to", "hf")
+    assert code == 0, err
+    assert "3 of them need the template's switch in the request" in out
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_without_a_converter_the_error_says_how_to_get_one(to, trained, preceptor, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = trained()
+    code, _, err = preceptor("export", run, "--to", to)
+    assert code == 5 and "no convert_hf_to_gguf.py here" in err and "LLAMA_CPP" in err
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    code, _, err = preceptor("export", run, "--to", to)
+    assert code == 5 and "holds no convert_hf_to_gguf.py" in err
+
+
+def test_a_converter_is_driven_and_its_failure_told(trained, preceptor, tmp_path, monkeypatch):
+    """By a stand-in that takes the converter's arguments; without llama-cpp-python nothing is written unproved."""
+    run = trained()
+    converter = tmp_path / "convert_hf_to_gguf.py"
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    converter.write_text("import sys\nsys.exit('ERROR:hf-to-gguf:Model Unheard is not supported')\n")
+    code, _, err = preceptor("export", run, "--to", "gguf")
+    assert code == 5 and "converter failed: ERROR:hf-to-gguf:Model Unheard is not supported" in err
+    converter.write_text(
+        "import sys\nfolder, flag, file, kind, value = sys.argv[1:]\n"
+        "assert (flag, kind) == ('--outfile', '--outtype')\n"
+        "open(file, 'w').write(folder + ' ' + value)\n"
+    )
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    code, _, err = preceptor("export", run, "--to", "gguf")
+    assert code == 5 and "llama-cpp-python is not installed" in err and not (tmp_path / "run-gguf").exists()
+    code, _, err = preceptor("export", run, "--to", "gguf", "--gguf-type", "q8_0", "--skip-proof")
+    assert code == 0, err
+    assert (tmp_path / "run-gguf/model.gguf").read_text().endswith("run/model q8_0")
+
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None or not os.environ.get("LLAMA_CPP"),
+    reason="needs llama-cpp-python, and llama.cpp's sources in LLAMA_CPP",
+)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("kind", "adapter"), [("llama", None), ("qwen3", LORA)])
+def test_llama_cpp_reads_and_answers_as_transformers_does(kind, adapter, trained, preceptor, tmp_path):
+    from tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(kind, vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained(adapter=adapter, model__path=str(tmp_path / "base"), optimizer__learning_rate=0.02)
+    code, out, err = preceptor("export", tmp_path / "run", "--to", "ollama", "--gguf-type", "f32")
+    assert code == 0, err
+    assert "llama.cpp: contexts and answers of 24 turns of the run's data have the token ids of training" in out
+    assert "Modelfile: its template gives the contexts of 24 turns, token for token" in out
+    assert "4 of 4 greedy answers of 32 tokens are those of transformers" in out
+    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "run-ollama/Modelfile").read_text()
+
+
+@needs_llama_cpp
+def test_messages_that_ollama_would_read_otherwise_are_refused(trained, preceptor, tmp_path):
+    """The template strips each message; Ollama's language cannot."""
+    stripped = [{"role": "user", "content": " a user \n"}, {"role": "assistant", "content": "yes"}]
+    rows = [*conversations(4), {"messages": stripped}]
+    run = trained(rows=rows, data__chat_template="llama3")
+    code, _, err = preceptor("export", run, "--to", "ollama")
+    assert code == 5 and "refused: the Modelfile, in Ollama, reads another context than training" in err
+    code, _, err = preceptor("export", run, "--to", "gguf")
+    assert code == 0, err
+
+
+# The Hub -------------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """What a server answers that takes uploads as the Hub does, and what was uploaded."""
+
+    def __init__(self):
+        self.address, self.made, self.stored, self.files = "", [], {}, {}
+
+    def create(self, body):
+        self.made.append(json.loads(body))
+        return {"url": f"{self.address}/owner/name"}
+
+    def validate_yaml(self, body):
+        return {"errors": [], "warnings": []}
+
+    def preupload(self, body):
+        wanted = json.loads(body)["files"]
+        for file in wanted:
+            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+            file |= {"uploadMode": mode, "shouldIgnore": False}
+        return {"files": wanted}
+
+    def batch(self, body):
+        objects = json.loads(body)["objects"]
+        for each in objects:
+            each["actions"] = {"upload": {"href": f"{self.address}/put/{each['oid']}"}}
+        return {"objects": objects, "transfer": "basic"}
+
+    def commit(self, body):
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.files[value["path"]] = self.stored[value["oid"]]
+        return {"commitUrl": f"{self.address}/owner/name/commit/1", "commitOid": "1" * 40, "success": True}
+
+
+@pytest.fixture
+def hub():
+    stand_in = StandIn()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_POST(self):
+            route = self.path.removesuffix("/main").rpartition("/")[2].replace("-", "_")
+            self.answer(getattr(stand_in, route)(self.body()))
+
+        def do_GET(self):
+            self.answer({"sha": "1" * 40, "id": "owner/name", "siblings": []})
+
+        def do_PUT(self):
+            data = self.body()
+            stand_in.stored[hashlib.sha256(data).hexdigest()] = data
+            self.answer({})
+
+        def body(self):
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+
+        def answer(self, value):
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    stand_in.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield stand_in
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_is_pushed_to_the_hub(trained, preceptor, tmp_path, hub):
+    address, files = hub.address, hub.files
+    run = trained()
+    code, _, err = preceptor("export", run, "--to", "hub")
+    assert code == 2 and "--repo OWNER/NAME" in err
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": "hf_of_a_test", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "preceptor", "export", str(run), "--to", "hub", "--repo", "owner/name"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{address}/owner/name" in done.stdout and hub.made[0]["visibility"] == "private"
+    written = tmp_path / "run-hub"
+    assert files == {file.name: file.read_bytes() for file in written.iterdir()}
+    assert 'from_pretrained("owner/name")' in files["README.md"].decode()
+    (tmp_path / "got").mkdir()
+    for name, data in files.items():
+        Path(tmp_path / "got" / name).write_bytes(data)
+    assert AutoTokenizer.from_pretrained(tmp_path / "got").chat_template
+    AutoModelForCausalLM.from_pretrained(tmp_path / "got")
