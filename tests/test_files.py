@@ -23,7 +23,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr(files, "_sync", lambda path: flushed.append((path.name, (tmp_path / "model").exists())))
+    monkeypatch.setattr(files, "sync", lambda path: flushed.append((path.name, (tmp_path / "model").exists())))
     (tmp_path / ".model.partial").mkdir()  # of a killed process
     (tmp_path / ".model.partial" / "old").touch()
     with files.replacing(tmp_path / "model") as partial:

@@ -92,7 +92,7 @@ def asked(monkeypatch):
     """The contexts that models are asked to answer."""
     contexts = []
 
-    def answer(model, tokenizer, given, *_):
+    def answer(model, tokenizer, given, *_, in_step):
         contexts.extend(tuple(context) for context in given)
         return [GeneratedAnswer((), "the message", True) for _ in given]
 
