@@ -8,6 +8,7 @@ AdamW with float32 weights: 4 (weights) + 4 (gradients) + 4 + 4 (two means) = 16
 2 more for copies while a sequence is computed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +19,30 @@ Weights = Literal["float32", "bfloat16"]
 
 STATES = ("weights", "gradients", "optimizer")
 FLOAT32, HALF = 4, 2  # bytes of an element
-ADAM_BYTES = 2 * FLOAT32
-"""Optimizer state of a parameter: two means."""
+LOW = 2
+"""Bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps."""
+BLOCK = 128
+"""Elements of a row with one scale, in states of 8 bits."""
+
+OptimizerName = Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"]
+
+
+def rule_of(optimizer: OptimizerName, shape: tuple[int, ...], in_layer: bool) -> str:
+    """How one weight is updated: muon is for the matrices of the layers, and all else by adamw."""
+    return "adamw" if optimizer == "muon" and not (in_layer and len(shape) == 2) else optimizer
+
+
+def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
+    """State of one weight under a rule: adamw two means, muon and sgd one, adafactor those of rows and columns."""
+    count = math.prod(shape)
+    if len(shape) < 2:
+        return FLOAT32 * count * (1 if rule in ("adafactor", "sgd") else 2)
+    rows = count // max(1, shape[-1])
+    if rule == "adamw_8bit":
+        return 2 * (count + FLOAT32 * rows * -(-shape[-1] // BLOCK))
+    if rule == "adafactor":
+        return FLOAT32 * (rows + count // max(1, shape[-2]))
+    return FLOAT32 * count * (2 if rule == "adamw" else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +98,7 @@ def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
     weights, gradients = setup.weight_bytes * parameters.num_base, setup.weight_bytes * trained
     if setup.adapter is not None:  # what is trained is float32 beside a frozen base
         weights, gradients = weights + FLOAT32 * trained, FLOAT32 * trained
-    return {"weights": weights, "gradients": gradients, "optimizer": ADAM_BYTES * trained}
+    return {"weights": weights, "gradients": gradients, "optimizer": 8 * trained}
 
 
 def step_memory(setup: Setup, parameters: Parameters, moments: Sequence[Moment]) -> StepMemory:

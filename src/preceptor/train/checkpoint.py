@@ -20,10 +20,10 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import cannot_write, is_full, read_manifest, remove_folder, replacing, write_manifest, writing
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
+from preceptor.train.optimizer import expected_state_bytes
 from preceptor.train.run_folder import CHECKPOINT
 
 STATE = "state.pt"
-_STATE_PER_PARAMETER = 2  # AdamW's two means
 _OTHER_BYTES = 1 << 20  # of a checkpoint: names, generator states, manifest
 
 
@@ -48,7 +48,7 @@ class State:
 def checkpoint_bytes(state: State, with_optimizer: bool = True) -> int:
     """What a checkpoint takes on the disk."""
     weights = sum(p.numel() * p.element_size() for p in state.trained.values())
-    return weights * (1 + _STATE_PER_PARAMETER * with_optimizer) + _OTHER_BYTES
+    return weights + expected_state_bytes(state.optimizer) * with_optimizer + _OTHER_BYTES
 
 
 def require_finite(state: State) -> None:

@@ -24,7 +24,7 @@ from preceptor.model.parts import evaluating
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
-from preceptor.train.optimizer import clip_gradients, learning_rate_at
+from preceptor.train.optimizer import apply_learning_rate, clip_gradients, learning_rate_at
 from preceptor.train.precision import autocast
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
@@ -49,6 +49,7 @@ def train(
     optimizer, precision = run.optimizer, run.train.precision
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
     warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
+    decay_steps = optimizer.decay.steps(loader.steps_per_epoch, total_steps) if optimizer.decay else 0
     assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
 
     def evaluate() -> None:
@@ -66,7 +67,13 @@ def train(
             started = time.perf_counter()
             sequences = loader.batch(step)
             learning_rate = learning_rate_at(
-                step, total_steps, warmup_steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.min_lr_ratio
+                step,
+                total_steps,
+                warmup_steps,
+                optimizer.learning_rate,
+                optimizer.lr_scheduler,
+                optimizer.min_lr_ratio,
+                decay_steps,
             )
             loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
             values = {
@@ -113,8 +120,7 @@ def take_step(
             f"step {state.step + 1}: loss {loss}, gradient norm {grad_norm}: not finite, the weights were left as they "
             "are. Lower optimizer.learning_rate, lengthen optimizer.warmup, or use precision float32"
         )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    apply_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1

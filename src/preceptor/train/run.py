@@ -21,6 +21,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
+from preceptor.model.trained import choose_trained
 from preceptor.plan.plan import predict_peak_bytes
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
@@ -34,7 +35,12 @@ from preceptor.train.evaluations import build_evaluations
 from preceptor.train.finish import finish, require_room, save_at_the_end
 from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import (
+    accumulate_in_float32,
+    build_optimizer,
+    expected_state_bytes,
+    optimizer_lines,
+)
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
@@ -92,6 +98,8 @@ def _build(prepared: Prepared, device: torch.device, say: Callable[[str], None])
     untrained = {} if run.model.init == "random" else _untrained_tokens(model, prepared, say)
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
+    if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
+        say(frozen)
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter
 
@@ -162,10 +170,12 @@ def execute_in(
     model, untrained = _build(prepared, device, say)
     record = _record(folder, prepared, model, device, say)
     objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
-    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
+    state = State(model, _optimizer(run, model))
     checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
     _require_room(run, state, checkpoints)
-    passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
+    passed = preflight(
+        model, prepared.loader(), run.train.precision, say, objective, expected_state_bytes(state.optimizer)
+    )
     loader = passed.loader
     predicted = predict_peak_bytes(
         run, model, loader.largest_sequences()[0], num_token_rows(model) or len(prepared.chat.added), device.type
@@ -192,6 +202,15 @@ def execute_in(
         loop.require_finite_loss(state, loader.batch(num_steps - 1)[0], run.train.precision, objective)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started)
+
+
+def _optimizer(run: config.Run, model: Any) -> torch.optim.Optimizer:
+    own = run.optimizer
+    if run.train.batch_size > 1:
+        accumulate_in_float32(model)
+    return build_optimizer(
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, own.lr_factors, run.train.seed
+    )
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
@@ -264,7 +283,7 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
     lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
-    lines += _saved_lines(run.model, model)
+    lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
