@@ -22,9 +22,8 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], key: str) -> 
         if not any(matches(pattern, name) for name in names):
             modules = {name.rsplit(".", cut)[0]: None for name in names for cut in (1, 2)}
             near = difflib.get_close_matches(pattern, [*names, *modules], n=_NUM_NEAR, cutoff=0.3)
-            raise ModelError(
-                f"{key}: {pattern!r} matches no parameter of this model; near it: {', '.join(near or names[:_NUM_NEAR])}"
-            )
+            hint = ", ".join(near or names[:_NUM_NEAR])
+            raise ModelError(f"{key}: {pattern!r} matches no parameter of this model; near it: {hint}")
 
 
 def choose_trained(model: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> str:

@@ -2,8 +2,8 @@
 
 A mean is held as sign * scale * 2^-e: `scale` is the largest magnitude of its block of BLOCK elements of a row, and the
 code says the exponent e in equal steps, so that a small element is as exact as a large one (its square root divides an
-update: Dettmers et al. 2021, arXiv:2110.02861, for why equal steps of the value do not do). Between two codes the nearer
-one is the likelier one, and the mean is right: rounding to the nearest would hold a slow mean where it is.
+update: Dettmers et al. 2021, arXiv:2110.02861, on why equal steps of the value do not do). Of two codes the nearer one
+is the likelier one, and the mean is right: rounding to the nearest would hold a slow mean where it is.
 
 Legend: R rows, K columns, B blocks of a row.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from preceptor.plan.memory import BLOCK
-from preceptor.train.rounding import CHUNK, first_element, local, parts_of, random_bits
+from preceptor.plan.memory import BLOCK, chunk_of
+from preceptor.train.rounding import first_element, local, parts_of, random_bits
 
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)
@@ -45,7 +45,7 @@ def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Ma
     step, first = int(state["step"]), first_element(weight)
     size = group["lr"] / (1 - beta1**step)
     root_of_correction = (1 - beta2**step) ** 0.5
-    for rows in parts_of(len(weight_RK), max(1, CHUNK // columns)):
+    for rows in parts_of(len(weight_RK), max(1, chunk_of(weight.device.type) // columns)):
         gradient = gradient_RK[rows]
         mean = decoded(mean_RK[rows], mean_RB[rows], *_MEAN).lerp_(gradient, 1 - beta1)
         square = decoded(square_RK[rows], square_RB[rows], *_SQUARE).mul_(beta2)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from preceptor.plan.memory import chunk_of
+
 Rounding = Literal["exact", "stochastic", "nearest"]
 
-CHUNK = 1 << 20  # elements at a time: what is computed between stays in the cache, and small
 _HIGH = -0x10000  # the upper 16 bits of an int32
 
 
@@ -61,13 +62,13 @@ def widened(weight: Tensor, low: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def narrow(wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None, key: int) -> None:
-    """Write the float32 `wide` into the bfloat16 `weight`, and what `exact` keeps of it into `low`. `wide` is used up."""
+    """Write the float32 `wide` into the bfloat16 `weight`, what `exact` keeps of it into `low`. `wide` is used up."""
     if rounding == "nearest":
         weight.copy_(wide)
         return
     wide_X, weight_X = local(wide).view(-1), local(weight).view(-1)
     first = first_element(weight)
-    for part in parts_of(len(wide_X)):
+    for part in parts_of(len(wide_X), chunk_of(wide_X.device.type)):
         bits = wide_X[part].view(torch.int32)
         if low is None:
             noise = random_bits(key, first + part.start, len(bits), bits.device)
@@ -78,5 +79,5 @@ def narrow(wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None,
         weight_X[part] = high.view(torch.float32).to(torch.bfloat16)
 
 
-def parts_of(num: int, each: int = CHUNK) -> Iterator[slice]:
+def parts_of(num: int, each: int) -> Iterator[slice]:
     return (slice(start, min(num, start + each)) for start in range(0, num, each))

@@ -90,13 +90,9 @@ def torch_rule(optimizer_class: type[torch.optim.Optimizer], **settings: Any) ->
 
 
 def adamw_8bit_rule(betas: Sequence[float], eps: float = 1e-8) -> Rule:
-    """Matrices by adamw_8bit.py, vectors by torch's AdamW: their states are small."""
-    of_vectors = torch_rule(torch.optim.AdamW, betas=tuple(betas), eps=eps, fused=True)
+    """Of matrices."""
 
     def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
-        if weight.ndim < 2:
-            of_vectors(weight, state, group, key)
-            return
         if not state:
             state.update(adamw_8bit.new_state(weight), step=torch.zeros(()))
         state["step"] += 1
