@@ -130,7 +130,7 @@ def run_trial(trial: Trial, yardsticks: Sequence[Yardstick], folder: Path) -> Re
         "examples_per_epoch": summary["examples_per_epoch"],
         "losses": _losses(out) if trial.trained else [],
         "model": measure(model, yardsticks),
-        "losses": [of each step], "merged": {str(weight): _measure_merged(model, weight, yardsticks) for weight in trial.merge},
+        "merged": {str(weight): _measure_merged(model, weight, yardsticks) for weight in trial.merge},
         "comparison": _compare(model, trial.num_prompts) if trial.num_prompts else None,
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -47,7 +47,7 @@ def test_a_required_key_that_is_absent_is_named(tmp_path, key):
         ("train: {duration: 1.5 steps}", "steps are whole numbers"),
         (
             "optimizer: {lr_scheduler: cosin}",
-            "optimizer.lr_scheduler: input should be 'cosine', 'linear' or 'constant'",
+            "optimizer.lr_scheduler: input should be 'cosine', 'linear', 'constant' or 'wsd'",
         ),
         ("adapter: {kind: qlora}", "adapter.kind"),
         ("train: 5", "train: "),

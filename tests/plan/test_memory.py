@@ -100,8 +100,16 @@ def test_the_state_of_every_optimizer_by_arithmetic_and_by_dry_run(kind, name, a
 @pytest.mark.parametrize("num_sequences", [1, 2])
 @pytest.mark.parametrize(
     ("name", "rounding"),
-    [("adamw", "exact"), ("adamw", "stochastic"), ("adamw_8bit", "exact"), ("adamw_8bit", None), ("muon", None)]
-    + [("muon", "exact"), ("adafactor", "nearest"), ("sgd", None)],
+    [
+        ("adamw", "exact"),
+        ("adamw", "stochastic"),
+        ("adamw_8bit", "exact"),
+        ("adamw_8bit", None),
+        ("muon", None),
+        ("muon", "exact"),
+        ("adafactor", "nearest"),
+        ("sgd", None),
+    ],
 )
 def test_the_peak_of_a_step_by_optimizer_and_type(name, rounding, num_sequences):
     """The update of the largest weight is the peak where a sequence is short."""

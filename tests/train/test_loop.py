@@ -15,6 +15,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.train import loop
 from preceptor.train.checkpoint import State
+from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
 from preceptor.train.run import build_model, execute
@@ -145,11 +146,12 @@ def test_a_sequence_that_does_not_fit_is_named_with_its_step_and_what_helps(run_
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
     state.step = 6
 
-    def more_than_there_is(*_, **__):
-        return torch.empty(1 << 60)
+    class MoreThanThereIs(Objective):
+        def __call__(self, *_, **__):
+            return torch.empty(1 << 60)
 
     with pytest.raises(ModelError, match=r"^step 7: a sequence, \d+ tokens, .*data\.max_length") as raised:
-        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", more_than_there_is)
+        loop.take_step(state, [pack_trees(prepared.train.trees([0]))], 1e-3, 1.0, "float32", MoreThanThereIs())
     assert "allocate" in str(raised.value.__cause__)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from preceptor.errors import ModelError
+from preceptor.model.random_bits import random_bits
 from preceptor.train.adamw_8bit import decoded, encoded
 from preceptor.train.optimizer import apply_learning_rate, build_optimizer, expected_state_bytes, optimizer_lines
-from preceptor.train.rounding import narrow, random_bits, widened
+from preceptor.train.rounding import narrow, widened
 from tiny import tiny_model
 
 NAMES = ("adamw", "adamw_8bit", "muon", "adafactor", "sgd")

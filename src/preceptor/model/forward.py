@@ -51,7 +51,9 @@ class Engine(nn.Module):
         A scalar with a graph, also where no token is trained. Where `step` accumulates, backward must follow.
         """
         step = step or StepContext()
-        with self.state.accumulating(step.accumulates):
+        embedding = decoder_of(self.model).get_input_embeddings()
+        noise_TD = None if step.noise is None else step.noise.of(sequence, embedding)
+        with self.state.accumulating(step.accumulates, noise_TD):
             hidden_MD, source_N = self.loss_hidden_states(sequence, policy)
         head = output_head(self.model)
         if "head_gradient" not in self.state.optimisations:

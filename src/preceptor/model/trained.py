@@ -20,8 +20,8 @@ def require_matches(patterns: Iterable[str], names: Sequence[str], key: str) -> 
     """Raises ModelError, with near names, for a pattern that no name matches. key: of the run file."""
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
-            modules = {name.rsplit(".", cut)[0]: None for name in names for cut in (1, 2)}
-            near = difflib.get_close_matches(pattern, [*names, *modules], n=_NUM_NEAR, cutoff=0.3)
+            known = {part: None for name in names for part in (*name.split("."), name.rpartition(".")[0], name)}
+            near = difflib.get_close_matches(pattern.strip("*."), list(known), n=_NUM_NEAR)
             hint = ", ".join(near or names[:_NUM_NEAR])
             raise ModelError(f"{key}: {pattern!r} matches no parameter of this model; near it: {hint}")
 

@@ -141,7 +141,8 @@ def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
 def update_bytes(setup: Setup, parameters: Parameters) -> int:
     """The most that an update of one weight takes beside states and gradients.
 
-    A bfloat16 weight and its gradient are widened; what a rule computes, with weight decay, is added. Fused AdamW needs none.
+    A bfloat16 weight and its gradient are widened; what a rule computes, with weight decay, is added. Fused AdamW
+    needs none.
     """
     most = 0
     for in_layer, shape in parameters.tensors:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from preceptor.model.random_bits import random_bits
 from preceptor.plan.memory import BLOCK, chunk_of
-from preceptor.train.rounding import first_element, local, parts_of, random_bits
+from preceptor.train.rounding import first_element, local, parts_of
 
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)

@@ -113,7 +113,7 @@ def take_step(
     """
     divisor = math.fsum(sequence.divisor for sequence in sequences) or 1.0
     where = f"step {state.step + 1}: a sequence"
-    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where)
+    loss = accumulate_gradients(state.engine, sequences, divisor, precision, objective, where, state.step)
     grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise ModelError(
@@ -146,12 +146,15 @@ def accumulate_gradients(
     precision: str,
     objective: Objective,
     where: str,
+    number: int = 0,
 ) -> float:
     """Forward and backward of each sequence: their loss over `divisor`, whose gradients join `.grad`.
 
+    number: of the step, from 0.
+
     Raises ModelError, which begins with `where`, when memory runs out.
     """
-    step = StepContext(divisor, accumulates=True, head_cast=HeadCast())
+    step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=objective.noise(number))
     device = engine.model.device
     engine.train()
     loss = 0.0

@@ -9,7 +9,6 @@ What is drawn at random is a function of a key (seed, step, parameter's name) an
 tensor: the same on every device, sharded or not, after any stop, and no generator has a state.
 """
 
-import zlib
 from collections.abc import Iterator
 from typing import Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from preceptor.model.random_bits import random_bits
 from preceptor.plan.memory import chunk_of
 
 Rounding = Literal["exact", "stochastic", "nearest"]
@@ -36,20 +36,6 @@ def first_element(tensor: Tensor) -> int:
     mesh, dim = tensor.device_mesh, len(tensor.placements) - 1
     rows = -(-tensor.shape[0] // mesh.size(dim))
     return int(mesh.get_local_rank(dim)) * rows * (tensor.numel() // max(1, tensor.shape[0]))
-
-
-def key_of(*parts: object) -> int:
-    """An int32 that follows from the parts."""
-    return zlib.crc32(repr(parts).encode()) - (1 << 31)
-
-
-def random_bits(key: int, first: int, num: int, device: torch.device) -> Tensor:
-    """int32 (num,): of elements first, first + 1, ... A hash of place and key (the finalizer of MurmurHash3)."""
-    bits = torch.arange(first, first + num, dtype=torch.int64, device=device).to(torch.int32)
-    bits.mul_(-1640531535).bitwise_xor_(key)
-    for shift, factor in ((16, -2048144789), (13, -1028477387)):
-        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
-    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
 def widened(weight: Tensor, low: Tensor | None) -> Tensor:

@@ -100,6 +100,9 @@ def _build(prepared: Prepared, device: torch.device, say: Callable[[str], None])
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
         say(frozen)
+        new = [*chat.added, *untrained]
+        if new and not model.get_input_embeddings().weight.requires_grad:
+            say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter
 
@@ -169,7 +172,7 @@ def execute_in(
     torch.manual_seed(run.train.seed)
     model, untrained = _build(prepared, device, say)
     record = _record(folder, prepared, model, device, say)
-    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
+    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained, run.train)
     state = State(model, _optimizer(run, model))
     checkpoints = Checkpoints(folder.path / "checkpoints", record["run"], run.checkpoint.keep)
     _require_room(run, state, checkpoints)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from preceptor.model.random_bits import key_of
 from preceptor.train import adamw_8bit
-from preceptor.train.rounding import Rounding, key_of, narrow, widened
+from preceptor.train.rounding import Rounding, narrow, widened
 
 Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int], None]
 """(float32 weight with its .grad, its state, its group, key of what is drawn): the weight and state after a step."""
@@ -34,7 +35,7 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "a step has one gradient"
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from preceptor.model.activations.noise import EmbeddingNoise
 from preceptor.model.activations.phases import Phase
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
@@ -25,12 +26,13 @@ class StepContext:
     """What the sequences of one optimizer step share.
 
     divisor: of every loss. accumulates: embedding and head add their gradients to `.grad` themselves, so backward must
-    follow with a gradient of 1. head_cast: the head in the type of matrix products.
+    follow with a gradient of 1. head_cast: the head in the type of matrix products. noise: on the embeddings.
     """
 
     divisor: float = 1.0
     accumulates: bool = False
     head_cast: HeadCast | None = None
+    noise: EmbeddingNoise | None = None
 
 
 class SharedCasts:
@@ -77,12 +79,14 @@ class ModelState:
     """What the engine has installed in one model, by name, and the pass that is running in it.
 
     casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
+    noise_TD: on the embeddings of the sequence that is running.
     """
 
     optimisations: set[str] = field(default_factory=set)
     current: DecoderPass | None = None
     casts: SharedCasts | None = None
     accumulates: bool = False
+    noise_TD: Tensor | None = None
 
     @contextmanager
     def running(self, this: DecoderPass, casts: SharedCasts | None = None) -> Iterator[None]:
@@ -95,12 +99,12 @@ class ModelState:
             self.current, self.casts = former
 
     @contextmanager
-    def accumulating(self, accumulates: bool) -> Iterator[None]:
-        self.accumulates = accumulates
+    def accumulating(self, accumulates: bool, noise_TD: Tensor | None = None) -> Iterator[None]:
+        self.accumulates, self.noise_TD = accumulates, noise_TD
         try:
             yield
         finally:
-            self.accumulates = False
+            self.accumulates, self.noise_TD = False, None
 
 
 def adopt(module: nn.Module, mixin: type[nn.Module], state: ModelState, settings: Any = None) -> None:

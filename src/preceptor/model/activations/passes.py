@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts
+from preceptor.model.activations.noise import noisy
 from preceptor.model.activations.phases import Phase, loss_bearing, phases
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.attention.layout import (
@@ -107,7 +108,7 @@ def decode_alone(
     assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
     decoder = decoder_of(model)
     this = DecoderPass(decoder, decoder.config._attn_implementation, num_checkpointed=num_checkpointed(model, policy))
-    with state.running(this):
+    with state.running(this), noisy(decoder.get_input_embeddings(), state.noise_TD):
         output = decoder(input_ids=torch.from_numpy(sequence.ids_T).to(device_of(model))[None], use_cache=False)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
@@ -134,7 +135,11 @@ def _decode(
     if this.efficient:
         added = computed_tokens(len(ids_M), weight_VD) - len(ids_M)
         ids_M, position_M = pad(ids_M, (0, added)), pad(position_M, (0, added))
-    with state.running(this, casts), attention_implementation(this.decoder, this.attention):
+    with (
+        state.running(this, casts),
+        attention_implementation(this.decoder, this.attention),
+        noisy(this.decoder.get_input_embeddings(), state.noise_TD, index_M),
+    ):
         output = this.decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
     hidden_MD: Tensor = output.last_hidden_state[0]
     return hidden_MD
