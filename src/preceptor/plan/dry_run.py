@@ -39,7 +39,7 @@ from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import EVERYTHING, Choice, Moment, Setup
+from preceptor.plan.memory import EVERYTHING, Patterns, Moment, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ class DryRun:
         adapter: LoraSpec | None = None,
         num_new_tokens: int = 0,
         num_rows: int = 0,
-        choice: Choice = EVERYTHING,
+        choice: Patterns = EVERYTHING,
     ) -> Parameters:
         """Raises ModelError for an adapter target that the model has not, and as `choose_trained`."""
         num_rows = num_rows or self.num_rows
@@ -158,7 +158,7 @@ class DryRun:
         num_new_tokens: int,
         num_rows: int,
         depth: int | None,
-        choice: Choice = EVERYTHING,
+        choice: Patterns = EVERYTHING,
     ) -> Any:
         """A model without values; depth: so many of its layers, None for all."""
         key = dtype, adapter, num_new_tokens, num_rows, depth, choice

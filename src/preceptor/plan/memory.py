@@ -55,9 +55,9 @@ def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
     return FLOAT32 * count * (2 if rule == "adamw" else 1)
 
 
-Choice = tuple[tuple[str, ...], tuple[str, ...]]
+Patterns = tuple[tuple[str, ...], tuple[str, ...]]
 """`model.freeze` and `model.train_only`."""
-EVERYTHING: Choice = ((), ())
+EVERYTHING: Patterns = ((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Setup:
     device_type: str = "cpu"
     optimizer: OptimizerName = "adamw"
     rounding: str | None = None
-    choice: Choice = EVERYTHING
+    choice: Patterns = EVERYTHING
 
     @property
     def weight_bytes(self) -> int:

@@ -24,7 +24,7 @@ from preceptor.model.parts import evaluating
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
-from preceptor.train.optimizer import apply_learning_rate, clip_gradients, learning_rate_at
+from preceptor.train.optimizer import apply_learning_rate, clip_gradients, schedule
 from preceptor.train.precision import autocast
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
@@ -48,9 +48,8 @@ def train(
     """
     optimizer, precision = run.optimizer, run.train.precision
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
-    warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
-    decay_steps = optimizer.decay.steps(loader.steps_per_epoch, total_steps) if optimizer.decay else 0
-    assert optimizer.learning_rate is not None and precision is not None, "a run that starts has both"
+    learning_rates = schedule(optimizer, loader.steps_per_epoch, total_steps)
+    assert precision is not None, "a run that starts has one"
 
     def evaluate() -> None:
         if state.step in (0, total_steps) or due(run.eval.every, state.step, loader, total_steps):
@@ -66,15 +65,7 @@ def train(
         for step in range(state.step, total_steps):
             started = time.perf_counter()
             sequences = loader.batch(step)
-            learning_rate = learning_rate_at(
-                step,
-                total_steps,
-                warmup_steps,
-                optimizer.learning_rate,
-                optimizer.lr_scheduler,
-                optimizer.min_lr_ratio,
-                decay_steps,
-            )
+            learning_rate = learning_rates(step)
             loss, grad_norm = take_step(state, sequences, learning_rate, optimizer.max_grad_norm, precision, objective)
             values = {
                 "step": state.step,

@@ -1,12 +1,13 @@
 """The optimizer of a run with its parameter groups, the learning-rate schedule, and gradient clipping."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from preceptor import config
 from preceptor.model.parts import decoder_layers, is_plain_parameter
 from preceptor.model.trained import matches, require_matches
 from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of
@@ -98,6 +99,16 @@ def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for group in optimizer.param_groups
         for p in group["params"]
     )
+
+
+def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run, as `learning_rate_at`."""
+    peak = settings.learning_rate
+    assert peak is not None, "a resolved run has one"
+    warmup_steps = settings.warmup.steps(steps_per_epoch, total_steps)
+    decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
+    of_run = warmup_steps, peak, settings.lr_scheduler, settings.min_lr_ratio, decay_steps
+    return lambda step: learning_rate_at(step, total_steps, *of_run)
 
 
 def learning_rate_at(
