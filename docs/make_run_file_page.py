@@ -31,7 +31,8 @@ INTRODUCTION = """# The run file
 (`optimizer.learning_rate=1e-4`, `data.train.0.weight=2`). Everything but `model.path`, `data.train` and `out` has a
 default. An unknown key, a wrong type, or a combination that cannot work is rejected before anything is loaded; the
 resolved file, with every default written out, is kept in the run's folder as `config.yaml`. Paths are relative to the
-working directory; a data or template file that is not there is looked for beside the run file.
+working directory; a data or template file that is not there is looked for beside the run file. In paths, `~/`, `$NAME`
+and `${NAME}` (environment variables) are replaced.
 
 Durations are written `3 epochs`, `500 steps` or, where a share of the run makes sense, `5 %`.
 

@@ -159,3 +159,13 @@ def test_the_tests_that_hold_the_promises_exist():
         f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / file).read_text(encoding="utf-8")
     ]
     assert absent == []
+
+
+def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys):
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    names = {}
+    for code, printed in re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", page, re.DOTALL):
+        exec(compile(code, "docs/python.md", "exec"), names)
+        if printed:
+            assert capsys.readouterr().out == printed
+    assert float(names["loss"]) > 0

@@ -1,18 +1,20 @@
 """Preceptor: supervised fine-tuning that trains exactly what inference will see."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from preceptor.api import collate as collate
+    from preceptor.api import load_chat_format as load_chat_format
     from preceptor.train.textbook import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["SFTTrainer", "__version__"]
+_PLACES = {"SFTTrainer": "train.textbook", "collate": "api", "load_chat_format": "api"}
+__all__ = [*_PLACES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """`from preceptor import SFTTrainer` imports torch when it is asked for, and `preceptor --help` does not."""
-    if name == "SFTTrainer":
-        from preceptor.train.textbook import SFTTrainer
-
-        return SFTTrainer
+    if name in _PLACES:
+        return getattr(import_module(f"preceptor.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'preceptor' has no attribute {name!r}")

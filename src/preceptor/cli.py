@@ -20,10 +20,13 @@ from preceptor.commands import (
     check,
     compare,
     demo,
+    doctor,
     eval,
+    init,
     merge,
     plan,
     report,
+    schema,
     select,
     show,
     template,
@@ -36,7 +39,7 @@ _LONGEST_MESSAGE = 300  # characters
 app = typer.Typer(
     name="preceptor",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Supervised fine-tuning of language models: turn a base model into an assistant.",
@@ -104,6 +107,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 for command in (
     train.train,
+    init.init,
     demo.demo,
     show.show,
     check.check,
@@ -115,5 +119,7 @@ for command in (
     select.select,
     eval.eval,
     compare.compare,
+    schema.schema,
+    doctor.doctor,
 ):
     app.command()(command)

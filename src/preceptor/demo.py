@@ -29,15 +29,17 @@ NUM_SHOWN = 8  # questions whose answers are printed, one of each family
 Shares = dict[str, float]
 
 
-def demo_run(out: Path) -> config.Run:
-    """The demo's run file, which ships with the package, with another `out`."""
-    return config.load(MODEL_DIR.parent / "demo.yaml", [f"out={json.dumps(str(out))}"])
+def demo_run(out: Path, overrides: Sequence[str] = ()) -> config.Run:
+    """The demo's run file, which ships with the package, with another `out` and other overrides."""
+    return config.load(MODEL_DIR.parent / "demo.yaml", [*overrides, f"out={json.dumps(str(out))}"])
 
 
-def run_demo(out: Path, num_questions: int, console: Console, *, replace: bool) -> dict[str, Any]:
+def run_demo(
+    out: Path, num_questions: int, console: Console, *, replace: bool, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Train, ask base and intern the same held-out questions, print and record the answers and the figures."""
     started = time.perf_counter()
-    run = demo_run(out)
+    run = demo_run(out, overrides)
     console.print(
         "The scholar is a base model: it only continues text. Now it is trained to answer questions, and then called\n"
         "the intern. In the tables, `base` is the scholar and `tuned` the intern."

@@ -184,3 +184,48 @@ def test_durations_in_steps(text, steps):
 def test_every_field_has_its_line(section):
     for name, field in section.model_fields.items():
         assert field.description, f"{section.__name__}.{name} has no line under it"
+
+
+PATHS = """model: {path: ~/models/a}
+data:
+  train: [{path: $DATA/train.jsonl}, {path: "scholar:heldout"}]
+  eval: [{path: "${DATA}-old/$NAME.jsonl"}]
+  chat_template: ${DATA}/t.jinja
+eval: {tasks: [$DATA/task.jsonl]}
+replay: {data: [{path: $DATA/web.txt}]}
+out: $OUT/x
+"""
+
+
+def test_variables_and_home_in_paths(tmp_path, monkeypatch):
+    for name, value in {"DATA": "/data", "NAME": "held out", "OUT": "/big", "HOME": "/home/me"}.items():
+        monkeypatch.setenv(name, value)
+    run = load(tmp_path, PATHS, ["data.train.1.path=$DATA/two.jsonl"])
+    assert run.model.path == "/home/me/models/a"
+    assert [source.path for source in run.data.train] == ["/data/train.jsonl", "/data/two.jsonl"]
+    assert run.data.eval[0].path == "/data-old/held out.jsonl"
+    assert (run.data.chat_template, run.eval.tasks, run.out) == ("/data/t.jinja", ["/data/task.jsonl"], "/big/x")
+    assert run.replay.data[0].path == "/data/web.txt"
+    assert load(tmp_path, config.dump(run)) == run
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_variable_that_is_not_set_is_named_with_its_key(tmp_path, monkeypatch, value):
+    monkeypatch.delenv("SCRATCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SCRATCH", value)
+    with pytest.raises(ConfigError, match=r"run.yaml: out: the environment variable SCRATCH is not set; set it, or"):
+        load(tmp_path, MINIMAL.replace("runs/x", "${SCRATCH}/x"))
+
+
+def test_a_path_that_exists_as_it_is_written_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$DATA").write_text("")
+    assert load(tmp_path, MINIMAL.replace("train.jsonl", "$DATA")).data.train[0].path == "$DATA"
+
+
+def test_other_texts_and_runs_that_are_built_keep_their_signs(tmp_path):
+    text = MINIMAL.replace("[{path: train.jsonl}]", "[{path: a$, split: $x}]")
+    assert load(tmp_path, text).data.train[0].model_dump(include={"path", "split"}) == {"path": "a$", "split": "$x"}
+    tree = {"model": {"path": "scholar"}, "data": {"train": [{"path": "$x"}]}, "out": "~/a"}
+    assert config.build(tree, "here").out == "~/a"

@@ -9,13 +9,14 @@ from preceptor.commands import options
 
 def check(
     run_file: options.OptionalRunFile = None,
+    overrides: options.Overrides = None,
     model: options.ModelPath = None,
     data: options.DataFile = None,
     chat_template: options.TemplateName = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Prove every example and count what is rejected. Exit code 3 unless the run file allows it."""
-    run = options.run_of(run_file, model, data, chat_template)
+    run = options.run_of(run_file, model, data, chat_template, overrides)
     with options.large_imports():
         from preceptor.inspect.check import check_data, to_json, to_text
 

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
-from preceptor.commands.options import Replace, large_imports, require_one_process
+from preceptor.commands.options import Overrides, Replace, large_imports, require_one_process
 
 
 def demo(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     questions: Annotated[int, typer.Option(min=1, help="Number of held-out questions.")] = 300,
     replace: Replace = False,
@@ -20,4 +21,4 @@ def demo(
     with large_imports():
         from preceptor.demo import run_demo
 
-    run_demo(out, questions, standard_console(), replace=replace)
+    run_demo(out, questions, standard_console(), replace=replace, overrides=overrides or ())

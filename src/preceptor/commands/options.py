@@ -97,19 +97,35 @@ def say_loading() -> None:
         say("loading torch ...", error=True)
 
 
-def run_of(run_file: Path | None, model: str | None, data: str | None, chat_template: str | None) -> "Run":
+def run_of(
+    run_file: Path | None,
+    model: str | None,
+    data: str | None,
+    chat_template: str | None,
+    overrides: Sequence[str] | None = None,
+) -> "Run":
     """The run of a run file, or of --model and --data, all of whose files exist. Raises as `load_run`."""
     from preceptor import config
+    from preceptor.config.yaml_text import apply_override
 
+    overrides = list(overrides or ())
+    if run_file is not None and model is not None and "=" in str(run_file):  # the first override, not a run file
+        run_file, overrides = None, [str(run_file), *overrides]
     if (run_file is None) == (model is None and data is None):
         raise errors.ConfigError("name either a run file, or --model and --data")
     if run_file is not None:
         if chat_template is not None:
             raise errors.ConfigError("--chat-template goes with --model; a run file has data.chat_template")
-        return load_run(run_file)
+        return load_run(run_file, overrides)
     if model is None or data is None:
         raise errors.ConfigError("--model and --data go together")
-    tree = {"model": {"path": model}, "data": {"train": [{"path": data}], "chat_template": chat_template}, "out": "-"}
+    tree: dict[str, Any] = {
+        "model": {"path": model},
+        "data": {"train": [{"path": data}], "chat_template": chat_template},
+        "out": "-",
+    }
+    for override in overrides:
+        apply_override(tree, override)
     return check_names(config.build(tree, "command line"))
 
 

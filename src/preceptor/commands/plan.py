@@ -1,11 +1,18 @@
 """The command `plan`: time and memory of a run, predicted."""
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from preceptor.commands.options import AsJson, Overrides, RunFile, load_run, print_result
+
+if TYPE_CHECKING:
+    from preceptor.config import Run
+    from preceptor.plan.devices import DeviceSpec
+    from preceptor.plan.dry_run import DryRun
+    from preceptor.plan.model import PlannedModel
+    from preceptor.plan.sample import Sample
 
 
 def plan(
@@ -19,7 +26,6 @@ def plan(
     ] = False,
 ) -> None:
     """Predict time and memory of a run. Reads the run file and the model's config.json only."""
-    from preceptor.plan.changes import find_change
     from preceptor.plan.devices import find_device
     from preceptor.plan.model import read_model
     from preceptor.plan.plan import make_plan
@@ -37,11 +43,25 @@ def plan(
 
         half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
         rate = measured_rate(half) if measure else None
-        dry_run = dry_run_of(run.model, run.engine)
-        found = make_plan(run, model, sample, target, rate, dry_run)
-        none_needed: dict[str, Any] = {"change": None, "tried": []}
-        found |= none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, target)
+        found = find_plan(run, model, sample, target, dry_run_of(run.model, run.engine), rate)
     print_result(found, as_json, to_text)
+
+
+def find_plan(
+    run: "Run",
+    model: "PlannedModel",
+    sample: "Sample | str",
+    device: "DeviceSpec",
+    dry_run: "DryRun",
+    rate: float | None = None,
+) -> dict[str, Any]:
+    """The plan, and the cheapest change where it does not fit."""
+    from preceptor.plan.changes import find_change
+    from preceptor.plan.plan import make_plan
+
+    found = make_plan(run, model, sample, device, rate, dry_run)
+    none_needed: dict[str, Any] = {"change": None, "tried": []}
+    return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
 
 
 def measured_rate(half: bool, seconds: float = 1.0) -> float:

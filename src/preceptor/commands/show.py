@@ -6,11 +6,20 @@ from typing import Annotated
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import DataFile, ModelPath, OptionalRunFile, TemplateName, large_imports, run_of
+from preceptor.commands.options import (
+    DataFile,
+    ModelPath,
+    OptionalRunFile,
+    Overrides,
+    TemplateName,
+    large_imports,
+    run_of,
+)
 
 
 def show(
     run_file: OptionalRunFile = None,
+    overrides: Overrides = None,
     model: ModelPath = None,
     data: DataFile = None,
     chat_template: TemplateName = None,
@@ -27,7 +36,7 @@ def show(
 
     if html is not None:
         check_page_file(html, as_json)
-    run = run_of(run_file, model, data, chat_template)
+    run = run_of(run_file, model, data, chat_template, overrides)
     with large_imports():
         from preceptor.chat.format import load_chat_format
         from preceptor.data.sources import OpenSource

@@ -28,6 +28,9 @@ def train(
         bool, typer.Option("--resume", help="Only continue an unfinished run; begin none. (Without it: either.)")
     ] = False,
     replace: Replace = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="All checks up to the first step, the preflight included; write nothing.")
+    ] = False,
 ) -> None:
     """Fine-tune a model as described by a run file. The same command continues a run that was stopped."""
     from preceptor.console import lasting_streams, say, standard_console
@@ -41,11 +44,14 @@ def train(
         console = standard_console()
         try:
             with claim(run, run_file=run_file, resume=resume, replace=replace) as folder:
-                seconds = _train(run, folder, console, stop)
+                seconds = _train(run, folder, console, stop, dry_run)
         except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             say(_how_to_go_on(stopped, run.out), error=True)
             raise typer.Exit(stopped.exit_code) from None
+        if seconds is None:
+            say("dry run: everything is checked up to the first step, and nothing is written")
+            return
         say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
         say(f"talk to it: preceptor chat {run.out}/model")
 
@@ -56,8 +62,8 @@ def first_line(run: "Run") -> str:
     return f"{run.model.path}{hub}, trained on {', '.join(source.path for source in run.data.train)} -> {run.out}"
 
 
-def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest") -> float:
-    """The seconds that it took."""
+def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", dry_run: bool) -> float | None:
+    """The seconds that it took; None for a dry run."""
     from preceptor.console import say
 
     for note in folder.notes:
@@ -65,6 +71,9 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
     if folder.has_model:
         from preceptor.train.finish import finish
 
+        if dry_run:
+            say(f"{run.out}: the model is saved already; the same command without --dry-run completes the record")
+            return None
         say(f"{run.out}: the model is saved already; the record is completed")
         return float(finish(folder, say)["seconds"])
     if folder.goes_on:
@@ -72,7 +81,8 @@ def _train(run: "Run", folder: "RunFolder", console: "Console", stop: "StopReque
     prepared = _prepare(run, folder, console)
     from preceptor.train.run import execute_in
 
-    return float(execute_in(folder, prepared, console, stop)["seconds"])
+    summary = execute_in(folder, prepared, console, stop, dry_run=dry_run)
+    return None if dry_run else float(summary["seconds"])
 
 
 def _prepare(run: "Run", folder: "RunFolder", console: "Console") -> "Prepared":

@@ -4,7 +4,8 @@ Every field (sections.py) has a good default except `model.path`, `data.train` a
 applies `key=value` overrides, and rejects an unknown key by naming the nearest known one.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -112,8 +113,8 @@ def _resolved(optimizer: Optimizer, half_trained: bool, adapted: bool) -> Optimi
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file, apply `dotted.key=value` overrides (values are YAML), validate, resolve.
 
-    Raises ConfigError naming the file and key. Data and template paths that do not exist in the working directory are
-    taken relative to the run file where they exist there.
+    In paths, `~`, `$VAR` and `${VAR}` are replaced. Raises ConfigError naming the file and key. Data and template paths
+    that do not exist in the working directory are taken relative to the run file where they exist there.
     """
     path = Path(path)
     try:
@@ -130,14 +131,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: a run file is a mapping with model, data and out; found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return beside(build(tree, str(path)), path.parent)
+    return beside(build(tree, str(path), os.environ), path.parent)
 
 
-def build(tree: dict[str, Any], where: str) -> Run:
-    """A plain tree -> Run. Raises ConfigError with one line per mistake, each starting with `where: key`."""
+def build(tree: dict[str, Any], where: str, environment: Mapping[str, str] | None = None) -> Run:
+    """A plain tree -> Run. Raises ConfigError with one line per mistake, each starting with `where: key`.
+
+    environment: variables that paths may name; None leaves paths as they are.
+    """
     try:
         check_plain(tree)
-        return Run.model_validate(tree).resolved()
+        return Run.model_validate(tree, context={"environment": environment}).resolved()
     except ValidationError as error:
         lines = [f"{where}: {_sentence(detail)}" for detail in error.errors()]
         raise ConfigError("\n".join(lines)) from None

@@ -4,24 +4,53 @@ run.py puts them together and docs/run-file.md is made from them. No torch here.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from preceptor.config.durations import Duration
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # what Linux takes
 
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def _expanded(path: str, info: ValidationInfo) -> str:
+    """`~`, `$VAR` and `${VAR}` replaced, from the environment of the validation's context; without one, as it is.
+
+    A path that exists as it is written is left. Raises ValueError for a variable that is not set.
+    """
+    environment = (info.context or {}).get("environment")
+    if environment is None or not ("$" in path or path.startswith("~")) or (_is_short(path) and Path(path).exists()):
+        return path
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not environment.get(name):
+            raise ValueError(f"the environment variable {name} is not set; set it, or write the path out")
+        return str(environment[name])
+
+    path = _VARIABLE.sub(value, path)
+    home = environment.get("HOME") or str(Path.home())
+    return home + path[1:] if path == "~" or path.startswith("~/") else path
+
+
+def _is_short(path: str) -> bool:
+    return len(path.encode()) <= _PATH_BYTES and all(len(name.encode()) <= _NAME_BYTES for name in path.split("/"))
+
+
 def _short_enough(path: str) -> str:
     """Raises ValueError for a path that no file system takes: asking it would be an error by itself."""
-    if len(path.encode()) > _PATH_BYTES or any(len(name.encode()) > _NAME_BYTES for name in path.split("/")):
+    if not _is_short(path):
         raise ValueError(f"no name in a path may be longer than {_NAME_BYTES} bytes, no path than {_PATH_BYTES}")
     return path
 
 
-Path_ = Annotated[str, Field(min_length=1), AfterValidator(_short_enough)]
+Path_ = Annotated[str, Field(min_length=1), AfterValidator(_expanded), AfterValidator(_short_enough)]
 
 # What an example may be made of; data/formats/rows.py says which of them make a format.
 ROW_KEYS = """messages conversations prompt completion response instruction input output question answer text

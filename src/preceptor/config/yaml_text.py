@@ -87,6 +87,12 @@ def dump_yaml(tree: Any) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def one_line_yaml(text: str) -> str:
+    """A text as a YAML value on one line, in quotes where it needs them."""
+    listed: str = yaml.safe_dump([text], allow_unicode=True, width=math.inf)
+    return listed.removeprefix("- ").rstrip("\n")
+
+
 def apply_override(tree: dict[str, Any], text: str) -> None:
     """Set one value in the tree of a run file, in place. Raises ConfigError if the key leads nowhere."""
     key, equals, value = text.partition("=")

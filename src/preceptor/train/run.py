@@ -153,12 +153,13 @@ def execute(prepared: Prepared, console: Console, *, resume: bool = False, repla
 
 
 def execute_in(
-    folder: RunFolder, prepared: Prepared, console: Console, stop: StopRequest | None = None
+    folder: RunFolder, prepared: Prepared, console: Console, stop: StopRequest | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
     """Train to the end and save; return the summary. A run in the folder goes on from its newest checkpoint.
 
     What makes the folder a run's is written when the model is loaded and has passed the preflight, so that what cannot
-    work leaves nothing behind. stop: signals that stop the run (by default none are heard).
+    work leaves nothing behind. stop: signals that stop the run (by default none are heard). dry_run: stop there, with
+    nothing written, and return an empty summary.
     """
     started, say = time.perf_counter(), _saying(console)
     if folder.has_model:
@@ -185,6 +186,9 @@ def execute_in(
     )
     torch.manual_seed(run.train.seed)  # what the proofs drew does not count
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
+    if dry_run:
+        _announce(console, prepared, state, num_steps, loader, "`preceptor check` counts them")
+        return {}
     if folder.goes_on:
         checkpoints.restore(state, say)
         folder.go_on(state.step, session(device), say)
@@ -196,7 +200,7 @@ def execute_in(
             **({} if predicted is None else {"predicted_memory_bytes": predicted}),
         }
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
-    _announce(console, prepared, state, num_steps, loader)
+    _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
     with stop.after_step():
         with Display(console, num_steps, state.step) as display:
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone)
@@ -266,7 +270,9 @@ def _saying(console: Console) -> Callable[[str], None]:
     return lambda line: console.print(line, highlight=False, markup=False)
 
 
-def _announce(console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader) -> None:
+def _announce(
+    console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader, where_rejected: str
+) -> None:
     run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -296,9 +302,7 @@ def _announce(console: Console, prepared: Prepared, state: State, num_steps: int
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
-        console.print(
-            f"{num} example{'s' * (num != 1)} rejected, see {prepared.run.out}/rejections.jsonl", style="yellow"
-        )
+        console.print(f"{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
 
 
 def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:

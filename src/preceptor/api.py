@@ -1,0 +1,208 @@
+"""Contexts, targets and labels for programs that train with something else than this package.
+
+>>> from preceptor import collate, load_chat_format
+>>> chat = load_chat_format("Qwen/Qwen3-0.6B")
+>>> conversation = chat.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+>>> conversation.turns[0].target_text
+'Hello!<|im_end|>'
+>>> batch = collate([conversation])  # input_ids, labels, attention_mask, position_ids
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from preceptor import config
+from preceptor.chat import format as chat_format
+from preceptor.chat.render import Renderer, SpecialTokens, Targets
+from preceptor.data.examples import Conversation, Rejection, read_messages
+from preceptor.data.forest import Tree, leaf_paths, path_ids
+from preceptor.data.prefix_sharing import chains_of
+from preceptor.data.rejections import ADVICE
+from preceptor.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100  # the label of a token that is not trained, as transformers has it
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedTurn:
+    """One assistant message: the tokens that a server feeds, and those that the model must generate.
+
+    message: its index among the messages. target: ends with the token at which a server stops.
+    """
+
+    message: int
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+    context_text: str
+    target_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedConversation:
+    """A conversation whose turns are proved. `tree` holds each token once: turns share what they have in common."""
+
+    tree: Tree
+    turns: tuple[RenderedTurn, ...]
+
+
+@dataclass(frozen=True)
+class ConversationRenderer:
+    """Renders conversations for one model. tokenizer: with the template's tokens, its template and its stop token."""
+
+    chat: chat_format.ChatFormat
+    train_on: Targets
+    special_tokens_in_text: SpecialTokens
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer as the tuned model has to be saved with it."""
+        return self.chat.tokenizer
+
+    @property
+    def added(self) -> Mapping[str, int]:
+        """Tokens that the template needs and the tokenizer lacked: the model needs rows for them, and trains them."""
+        return self.chat.added
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Where a server stops; each target ends with one of them."""
+        return self.chat.stop_token_ids
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RenderedConversation:
+        """Each turn's context, as an inference server builds it, and its target.
+
+        messages: in the chat-completions format; `train: False` leaves an assistant's message untrained. Raises
+        DataError for what cannot be proved, with the reason and what to do.
+        """
+        read = read_messages(list(messages), "messages")
+        if isinstance(read, Rejection):
+            raise DataError(f"{read.code}: {read.message}")
+        tree = self._renderer.render(Conversation("messages", read, tools, chat_template_kwargs or {}))
+        if isinstance(tree, Rejection):
+            raise DataError(f"{tree.code}: {tree.message}. {ADVICE[tree.code]}")
+        return RenderedConversation(tree, _turns(tree))
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(
+            self.chat.tokenizer,
+            self.chat.template,
+            stop_token_ids=self.chat.stop_token_ids,
+            special_tokens_in_text=self.special_tokens_in_text,
+            targets=self.train_on,
+            template_kwargs=self.template_kwargs,
+        )
+
+
+def load_chat_format(
+    model: str,
+    *,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: Targets = "assistant",
+    special_tokens_in_text: SpecialTokens = "reject",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ConversationRenderer:
+    """The chat format of a model: a folder, or a name on the Hub. Its weights are not loaded.
+
+    chat_template: `chatml`, `llama3` or a Jinja file; absent: the model's own, else `chatml`. The other arguments are
+    those of the run file (docs/run-file.md). Raises ConfigError, ModelError and TemplateError.
+    """
+    try:
+        settings = config.Model(path=model, revision=revision, trust_remote_code=trust_remote_code)
+        data = config.Data(
+            train=[config.Source(path="-")],
+            chat_template=chat_template,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+            train_on=train_on,
+            special_tokens_in_text=special_tokens_in_text,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    chat = chat_format.load_chat_format(settings, data)
+    if chat.template is None:
+        chat = chat_format.load_chat_format(settings, data.model_copy(update={"chat_template": "chatml"}))
+    return ConversationRenderer(chat, train_on, special_tokens_in_text, data.chat_template_kwargs)
+
+
+def collate(
+    conversations: Sequence[RenderedConversation], *, max_length: int | None = None, packed: bool = False
+) -> dict[str, "Tensor"]:
+    """A batch for a model of transformers: `input_ids`, `labels`, `attention_mask`, `position_ids`, all int64 (B, T).
+
+    The label of a token that is not trained is -100; a token's label stands at its own place, since transformers'
+    models shift them. A conversation whose template rewrites history has several paths of tokens, each a row; what
+    they share is trained in the first alone. Rows are padded at the right, with 0, whatever the pad token.
+    packed: all in one row without padding, position_ids begin anew at each path (for attention that keeps them apart
+    by these, as FlashAttention under transformers does); then there is no `attention_mask`. It can be the
+    `data_collator` of a transformers Trainer. Raises DataError for a row of more than `max_length` tokens, and for
+    messages with a `weight`, which labels cannot express.
+    """
+    import torch
+
+    rows = [_row(chain, max_length) for each in conversations for chain in chains_of(each.tree)]
+    if not rows:
+        raise DataError("collate: no conversations")
+    if packed:
+        ids, labels = ([token for row in rows for token in row[part]] for part in (0, 1))
+        positions = [place for row in rows for place in range(len(row[0]))]
+        names = ("input_ids", "labels", "position_ids")
+        return {name: torch.tensor([each]) for name, each in zip(names, (ids, labels, positions), strict=True)}
+    longest = max(len(ids) for ids, _ in rows)
+
+    def padded(values: Sequence[Sequence[int]], padding: int) -> "Tensor":
+        return torch.tensor([[*each, *[padding] * (longest - len(each))] for each in values])
+
+    return {
+        "input_ids": padded([ids for ids, _ in rows], 0),
+        "labels": padded([labels for _, labels in rows], IGNORED),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+        "position_ids": padded([range(len(ids)) for ids, _ in rows], 0),
+    }
+
+
+def _row(chain: Tree, max_length: int | None) -> tuple[list[int], list[int]]:
+    """The ids and labels of one path of tokens; the first token of all follows nothing and is not trained."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for segment in chain.segments:
+        trained = segment.kind == "target" and segment.weight > 0
+        if trained and segment.weight != 1:
+            raise DataError(f"{chain.source}: a message has the weight {segment.weight:g}, which labels cannot express")
+        ids += segment.ids
+        labels += segment.ids if trained else [IGNORED] * len(segment.ids)
+    if max_length is not None and len(ids) > max_length:
+        raise DataError(f"{chain.source}: {len(ids):,} tokens, more than max_length {max_length:,}")
+    return ids, [IGNORED, *labels[1:]]
+
+
+def _turns(tree: Tree) -> tuple[RenderedTurn, ...]:
+    """The turns of a tree. A target stands in several segments where a later context shares only its beginning."""
+    of_message: dict[int, list[int]] = {}
+    for index, segment in enumerate(tree.segments):
+        if segment.message is not None:
+            of_message.setdefault(segment.message, []).append(index)
+    paths = {index: path[: place + 1] for path in leaf_paths(tree) for place, index in enumerate(path)}
+    turns = []
+    for message, indices in sorted(of_message.items()):
+        path = paths[indices[-1]]
+        before = path[: path.index(indices[0])]
+        whole, context = path_ids(tree, indices[-1]), path_ids(tree, before[-1] if before else None)
+        texts = ["".join(tree.segments[index].text for index in part) for part in (before, path[len(before) :])]
+        turns.append(RenderedTurn(message, context, whole[len(context) :], *texts))
+    return tuple(turns)

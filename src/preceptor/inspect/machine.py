@@ -1,0 +1,139 @@
+"""This machine: versions, devices, memory, disk, optional extras, and what is missing. Imports no torch."""
+
+import importlib.util
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from preceptor.files import free_bytes, readable_bytes
+from preceptor.plan.devices import this_machine
+
+EXTRAS: Mapping[str, tuple[str, str]] = {
+    "lm-eval": ("lm-eval", "tasks of lm-evaluation-harness in `preceptor eval`"),
+}
+"""Extra -> (the package that it installs, what it adds)."""
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def look_at_machine() -> dict[str, Any]:
+    """All of it as plain values; `problems` says what is wrong and what to do."""
+    packages = {need.name: _version(need.name) for need in _required()}
+    torch = {"version": packages.get("torch"), "build": _torch_build()}
+    device = this_machine()
+    gpu = {"name": device.name, "memory_bytes": device.memory_bytes} if device.device_type == "cuda" else None
+    total, available = memory_bytes()
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return {
+        "preceptor": _version("preceptor"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": total,
+        "available_memory_bytes": available,
+        "disk": [{"path": str(place), "free_bytes": free_bytes(place)} for place in (Path.cwd(), cache)],
+        "gpu": gpu,
+        "torch": torch,
+        "packages": packages,
+        "extras": {name: {"installed": _version(package), "adds": adds} for name, (package, adds) in EXTRAS.items()},
+        "problems": [*_package_problems(), *_gpu_problems(gpu is not None, torch["build"])],
+    }
+
+
+def memory_bytes(meminfo: Path = _MEMINFO) -> tuple[int, int | None]:
+    """All of the memory, less where a container's limit is lower, and what is available; None where not known."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [int(text) for file in _CGROUP_LIMITS if (text := _text(file).strip()).isdigit()]
+    total = min([total, *limits])
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(meminfo), re.MULTILINE)
+    return total, None if found is None else min(total, int(found[1]) * 1024)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _required() -> list[Requirement]:
+    """What the package needs, extras apart."""
+    found = [Requirement(text) for text in requires("preceptor") or ()]
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def _torch_build() -> str | None:
+    """`cpu`, or for which CUDA or ROCm torch was built, from its own file; None where that does not say."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = _text(Path(spec.origin).with_name("version.py"))
+    built = {name: found[1] for name in ("cuda", "hip") if (found := re.search(rf"^{name}.*= '(.+)'$", text, re.M))}
+    if "cuda" in built:
+        return f"CUDA {built['cuda']}"
+    return f"ROCm {built['hip']}" if "hip" in built else "cpu" if text else None
+
+
+def _package_problems() -> Iterator[str]:
+    for need in _required():
+        found = _version(need.name)
+        wanted = f"{need.name}{need.specifier}"
+        if found is None:
+            yield f"{need.name} is not installed: pip install '{wanted}'"
+        elif not need.specifier.contains(found, prereleases=True):
+            yield f"{need.name} {found} is not the version that is needed: pip install '{wanted}'"
+
+
+def _gpu_problems(has_gpu: bool, build: str | None) -> Iterator[str]:
+    if has_gpu and build == "cpu":
+        yield "there is a GPU, but torch is built for the CPU: install torch's build for your CUDA version"
+
+
+def to_text(found: Mapping[str, Any]) -> str:
+    total, available = found["memory_bytes"], found["available_memory_bytes"]
+    free = "" if available is None else f", {readable_bytes(available)} of them available"
+    lines = [
+        f"preceptor {found['preceptor']}, Python {found['python']}, {found['platform']}",
+        f"  cores     {found['num_cores']}",
+        f"  memory    {readable_bytes(total)}{free}",
+        *(f"  disk      {_disk(place)}" for place in found["disk"]),
+        f"  GPU       {_gpu(found)}",
+        f"  torch     {found['torch']['version'] or 'not installed'}, built for {found['torch']['build'] or 'unknown'}",
+        "",
+        "Packages",
+        *(f"  {name:<14}{installed or 'not installed'}" for name, installed in found["packages"].items()),
+        "",
+        "Extras (pip install 'preceptor[NAME]')",
+        *(
+            f"  {name:<14}{extra['installed'] or 'not installed':<16}{extra['adds']}"
+            for name, extra in found["extras"].items()
+        ),
+        "",
+    ]
+    problems = [f"  {problem}" for problem in found["problems"]]
+    return "\n".join([*lines, *(["Problems", *problems] if problems else ["Nothing is wrong."])])
+
+
+def _disk(place: Mapping[str, Any]) -> str:
+    free = place["free_bytes"]
+    return f"{'unknown' if free is None else readable_bytes(free)} free in {place['path']}"
+
+
+def _gpu(found: Mapping[str, Any]) -> str:
+    if found["gpu"] is None:
+        return "none that nvidia-smi, which comes with NVIDIA's driver, tells of: training runs on the CPU"
+    return f"{found['gpu']['name']}, {readable_bytes(found['gpu']['memory_bytes'])}"

@@ -1,0 +1,120 @@
+"""What all commands have in common: help, overrides, completion, a dry run, and refusals before torch is imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import conversations
+from preceptor import cli
+
+COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+
+
+def test_summaries_are_whole_at_eighty_columns(preceptor, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = preceptor("--help")
+    listed = out[out.index("Commands:") :].splitlines()[1:]
+    assert code == 0 and [line.split()[0] for line in listed] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("..") and len(line) <= 80 for line in listed), listed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_h_is_help(preceptor, command):
+    code, out, _ = preceptor(command, "-h")
+    assert (code, out) == preceptor(command, "--help")[:2] and code == 0
+
+
+def in_a_process(*arguments, **environment):
+    """What is printed, and at last whether torch was imported and the CPU seconds until the end."""
+    code = (
+        "import atexit, sys, time; from preceptor import cli; sys.argv = ['preceptor', *sys.argv[1:]];"
+        "atexit.register(lambda: print('torch' in sys.modules, time.process_time())); cli.main()"
+    )
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture
+def mistakes(run_file, tmp_path):
+    """Run files that cannot work: (change of the file, exit code, what is said)."""
+    done = tmp_path / "run"
+
+    def finish(file):
+        from preceptor import config
+
+        done.mkdir()
+        run = config.load(file)
+        record = {"command": "preceptor train", "versions": {}, "trees_sha256": "", "date": "2026-01-01T00:00:00+00:00"}
+        (done / "environment.json").write_text(json.dumps(record))
+        (done / "config.yaml").write_text(config.dump(run))
+        for name in ("summary.json", "report.html"):
+            (done / name).write_text("{}")
+
+    return {
+        "data": (lambda: run_file(data__train=[{"path": "none.jsonl"}]), 3, "none.jsonl: no such data file"),
+        "key": (lambda: run_file(optimizer__learnin_rate=1), 2, "did you mean 'learning_rate'"),
+        "model": (lambda: run_file(model__path="no/such/model"), 5, "no/such/model: no such folder"),
+        "finished": (lambda: finish(file := run_file()) or file, 6, "this run is finished"),
+        "out": (lambda: run_file(out=str(tmp_path)), 2, "holds the run file"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["data", "key", "model", "finished", "out"])
+def test_what_can_be_refused_is_refused_before_torch_is_imported(mistakes, kind):
+    write, code, says = mistakes[kind]
+    shown = in_a_process("train", write())
+    imported, seconds = shown.stdout.splitlines()[-1].split()
+    assert shown.returncode == code and says in shown.stderr
+    assert imported == "False" and float(seconds) < 1.5, "0.4 to 0.6 s where the test was written"
+
+
+def test_completion_knows_the_commands():
+    words = {"_PRECEPTOR_COMPLETE": "complete_bash", "COMP_WORDS": "preceptor do", "COMP_CWORD": "1"}
+    assert in_a_process(**words).stdout.split()[0] == "doctor"
+
+
+def test_overrides_of_show_and_check(preceptor, run_file, base_folder, write_jsonl):
+    file = run_file()
+    code, out, _ = preceptor("check", file, "data.max_length=16", "--json")
+    assert code == 3 and json.loads(out)["rejections"][0]["code"] == "too_long"
+    code, out, _ = preceptor("show", file, "data.chat_template=llama3", "--json")
+    assert code == 0 and "<|start_header_id|>" in out
+    data = write_jsonl(conversations(3))
+    code, out, _ = preceptor("show", "--model", base_folder, "--data", data, "data.chat_template=llama3", "--json")
+    assert code == 0 and "<|start_header_id|>" in out
+    code, _, err = preceptor("check", file, "data.no_such=1")
+    assert code == 2 and "data.no_such" in err
+
+
+def files_in(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_dry_run_makes_all_checks_and_writes_nothing(preceptor, run_file, tmp_path):
+    rows = [*conversations(12), {"messages": [{"role": "user", "content": "Hi"}]}]
+    file = run_file(rows, data__max_rejected=0.5)
+    before = files_in(tmp_path)
+    code, out, err = preceptor("train", file, "--dry-run")
+    assert code == 0, err
+    assert "do not see each other" in out and "4 steps" in out and "nothing is written" in out
+    assert "1 example rejected, `preceptor check` counts them" in out
+    assert "step 1/4" not in out and files_in(tmp_path) == before
+    code, _, err = preceptor("train", file, "--dry-run", "adapter.target_modules=[no_such_layer]")
+    assert code == 5 and "no_such_layer" in err and files_in(tmp_path) == before
+
+
+def test_a_dry_run_leaves_the_run_in_its_folder_alone(preceptor, run_file, tmp_path):
+    file = run_file()
+    assert preceptor("train", file)[0] == 0
+    before = files_in(tmp_path)
+    code, _, err = preceptor("train", file, "--dry-run")
+    assert code == 6 and "this run is finished" in err
+    code, out, err = preceptor("train", file, "--dry-run", "--replace")
+    assert code == 0 and "nothing is written" in out, err
+    assert files_in(tmp_path) == before
+    (tmp_path / "run" / "summary.json").unlink()
+    code, out, _ = preceptor("train", file, "--dry-run")
+    assert code == 0 and "the model is saved already" in out and not (tmp_path / "run" / "summary.json").exists()
