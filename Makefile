@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check torture format table study clean
+.PHONY: setup demo test check torture format table study optimizers clean
 
 setup: $(VENV)/ready
 
@@ -48,6 +48,11 @@ table: setup
 # Interrupted, it goes on where it was; what has been measured is kept in runs/study.
 study: setup
 	$(BIN)/python experiments/study.py
+
+# The tables of docs/optimizers.md, about 25 minutes on 2 cores; it goes on where it was.
+optimizers: setup
+	$(BIN)/python experiments/optimizers.py
+	$(BIN)/python docs/make_optimizers_page.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

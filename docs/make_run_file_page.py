@@ -16,7 +16,7 @@ SECTIONS: list[tuple[str, type[BaseModel], str]] = [
     ("data", config.Data, "Required: `train`."),
     ("data.train[], data.eval[], replay.data[]", config.Source, "Required: `path`."),
     ("train", config.Train, "Everything has a default."),
-    ("optimizer", config.Optimizer, "AdamW. Everything has a default."),
+    ("optimizer", config.Optimizer, "Everything has a default. More: [optimizers](optimizers.md)."),
     ("loss", config.Loss, "Everything has a default."),
     ("memory", config.Memory, "What is kept for backward and what is computed again. Everything has a default."),
     ("parallel", config.Parallel, "Runs of several processes (docs/scale.md)."),

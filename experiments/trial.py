@@ -5,7 +5,7 @@ A trial is the demo's run with some of it changed (`changes`: dotted key -> valu
 and what has changed is measured again. Run folders are removed.
 
     {"name", "fingerprint", "seconds", "num_steps", "examples_per_epoch", "model": MEASURED,
-     "merged": {WEIGHT: MEASURED}, "comparison": of `preceptor compare` to the base, or null}
+     "losses": [of each step], "merged": {WEIGHT: MEASURED}, "comparison": of `preceptor compare` to the base, or null}
 
 MEASURED: {task: {value's name: [of each item]}}
 """
@@ -128,6 +128,7 @@ def run_trial(trial: Trial, yardsticks: Sequence[Yardstick], folder: Path) -> Re
         "fingerprint": trial.fingerprint(yardsticks),
         "num_steps": summary["num_steps"],
         "examples_per_epoch": summary["examples_per_epoch"],
+        "losses": _losses(out) if trial.trained else [],
         "model": measure(model, yardsticks),
         "merged": {str(weight): _measure_merged(model, weight, yardsticks) for weight in trial.merge},
         "comparison": _compare(model, trial.num_prompts) if trial.num_prompts else None,
@@ -169,6 +170,11 @@ def _train(trial: Trial, out: Path) -> dict[str, Any]:
 
     run = config.build(run_tree(trial, out), trial.name)
     return execute(prepare(run), Console(quiet=True), replace=True)
+
+
+def _losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [round(json.loads(line)["loss"], 5) for line in lines]
 
 
 def measure(model: str, yardsticks: Sequence[Yardstick]) -> Measured:

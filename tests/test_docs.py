@@ -152,6 +152,12 @@ def test_the_page_on_plans_says_what_was_measured_and_planned():
     assert module.PLANNED.search(page).group() == module.planned(), "run python docs/make_plan_page.py"
 
 
+def test_the_optimizers_page_has_the_measured_figures():
+    module = made_by("make_optimizers_page")
+    page = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_optimizers_page.py"
+
+
 def test_the_tests_that_hold_the_promises_exist():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
     assert len(named) > 30

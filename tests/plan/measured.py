@@ -10,7 +10,7 @@ from preceptor.model.activations.context import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.train.precision import autocast
 from tiny import chain
 
@@ -24,9 +24,11 @@ def sequence_of(conversations, alone=False):
     return pack_trees([chain(rng, tuple(n for turn in turns for n in turn)) for turns in conversations], alone)
 
 
-def measured_peak(model, sequence, policy, precision="float32", num_sequences=1):
+def measured_peak(model, sequence, policy, precision="float32", num_sequences=1, **of_optimizer):
     """The most bytes of tensors that live at one time in the second step, when the optimizer has its state."""
-    optimizer = build_optimizer(model, 0.0, (0.9, 0.95))
+    optimizer = build_optimizer(model, **of_optimizer)
+    if num_sequences > 1:
+        accumulate_in_float32(model)
     engine = Engine(model)
     gc.collect()
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:

@@ -1,17 +1,19 @@
 """Bytes by component that are arithmetic, and operations of a sequence."""
 
 import pytest
-from measured import sequence_of
+import torch
+from measured import measured_peak, sequence_of
 from test_parameters import LLAMA_8B, REAL, built
 
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
+from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import Moment, Setup, state_bytes, step_memory
 from preceptor.plan.parameters import LoraSpec, count_parameters
 from preceptor.plan.shapes import shape_of
 from preceptor.plan.work import Work, operations
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import build_optimizer, expected_state_bytes
 from tiny import tiny_model
 
 
@@ -73,6 +75,54 @@ def test_weights_gradients_and_optimizer_of_a_real_model(kind, adapter):
     assert found["gradients"] == sum(p.numel() * p.element_size() for p in parameters if p.grad is not None)
     means = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert found["optimizer"] == sum(mean.numel() * mean.element_size() for mean in means)
+
+
+@pytest.mark.parametrize("adapter", [None, LoraSpec(4)])
+@pytest.mark.parametrize("name", ["adamw_8bit", "muon", "adafactor", "sgd"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text", "gpt_oss", "qwen3_moe"])
+def test_the_state_of_every_optimizer_by_arithmetic_and_by_dry_run(kind, name, adapter):
+    """Of experts' adapters arithmetic does not know what peft makes of a fused type: the dry run does."""
+    model = tiny_model(kind, **({"hidden_size": 136, "head_dim": 16} if kind == "qwen2" else {}))
+    trained = model if adapter is None else add_adapter(model, 4, 8.0, 0.0, None, [5], seed=0)
+    momentum = 0.9 if name in ("muon", "sgd") else None
+    made = expected_state_bytes(build_optimizer(trained, name=name, momentum=momentum))
+    setup = Setup(adapter=adapter, num_new_tokens=1 if adapter else 0, optimizer=name)
+    shape = shape_of(model.config.to_dict())
+    quick = state_bytes(setup, count_parameters(shape, adapter, setup.num_new_tokens))["optimizer"]
+    dry = built(model.config.to_dict()).parameters(adapter, setup.num_new_tokens)
+    found = state_bytes(setup, dry)["optimizer"]
+    biases = 2 * 4 * 4 * (2 * 48 + 32) if (kind, name, adapter) == ("gpt_oss", "adafactor", None) else 0
+    assert found - biases <= made <= found
+    if adapter is None or kind != "qwen3_moe":
+        assert quick == found
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [
+        ("adamw", "exact"),
+        ("adamw", "stochastic"),
+        ("adamw_8bit", "exact"),
+        ("adamw_8bit", None),
+        ("muon", None),
+        ("muon", "exact"),
+        ("adafactor", "nearest"),
+        ("sgd", None),
+    ],
+)
+def test_the_peak_of_a_step_by_optimizer_and_type(name, rounding, num_sequences):
+    """The update of the largest weight is the peak where a sequence is short."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model = tiny_model("llama", vocab_size=2048, hidden_size=128, intermediate_size=1024, dtype=dtype)
+    momentum = 0.9 if name in ("muon", "sgd") else None
+    settings = {"name": name, "rounding": rounding, "momentum": momentum, "weight_decay": 0.1}
+    measured = measured_peak(model, sequence_of((((9, 3),),)), KEEP_ALL, num_sequences=num_sequences, **settings)
+    setup = Setup("bfloat16" if rounding else "float32", False, None, 0, num_sequences, "cpu", name, rounding)
+    dry_run = dry_run_like(model)
+    moments = dry_run.step(setup, KEEP_ALL, sequence_of((((9, 3),),)), 2048)
+    memory = step_memory(setup, dry_run.parameters(), moments)
+    assert memory.peak_bytes == pytest.approx(measured, rel=0.02)
 
 
 def test_operations_are_6_n_t_where_that_is_right():

@@ -31,6 +31,13 @@ def test_without_warmup_the_first_step_is_near_the_peak():
     assert course("linear", warmup=0, final=0.0)[0] == pytest.approx(2.0 * 0.99)
 
 
+def test_wsd_stays_at_the_peak_until_the_last_part_and_falls_to_the_ratio():
+    rates = [learning_rate_at(step, 100, 10, 2.0, "wsd", 0.1, 20) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert set(rates[9:80]) == {2.0} and rates[89] == pytest.approx(2.0 * 0.55) and rates[99] == pytest.approx(0.2)
+    assert learning_rate_at(5, 6, 2, 1.0, "wsd", 0.0, 6) == pytest.approx(0.0)  # longer than what is left
+
+
 def test_matrices_decay_and_the_rest_does_not():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     model[0].weight.requires_grad_(True)

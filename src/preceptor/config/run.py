@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from preceptor.config.durations import Duration
 from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
 from preceptor.config.sections import (
     Adapter,
@@ -65,16 +66,15 @@ class Run(Section):
 
         Raises ConfigError where the combination cannot work.
         """
-        if self.model.dtype == "bfloat16" and self.adapter is None:
-            raise ConfigError(
-                "model.dtype: bfloat16 weights lose every update smaller than 1/256 of the weight in full fine-tuning. "
-                "Use `dtype: float32` with `train.precision: bfloat16`, or train an `adapter`"
-            )
-        optimizer, adapter = self.optimizer, self.adapter
+        model, adapter = self.model, self.adapter
+        if adapter is not None and (model.freeze or model.train_only):
+            key = "freeze" if model.freeze else "train_only"
+            raise ConfigError(f"model.{key}: an adapter trains nothing of the base; see `adapter.target_modules`")
+        if model.freeze and model.train_only:
+            raise ConfigError("model.freeze and model.train_only both say what is trained; give one of them")
         self._require_durations()
         self._require_evaluations()
-        if optimizer.learning_rate is None:
-            optimizer = optimizer.model_copy(update={"learning_rate": 2e-5 if adapter is None else 2e-4})
+        optimizer = _resolved(self.optimizer, model.dtype == "bfloat16" and adapter is None, adapter is not None)
         if adapter is not None and adapter.alpha is None:
             adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
@@ -110,6 +110,38 @@ class Run(Section):
         if best is not None and best not in (*BEST_OF_HELD_OUT, *self.eval.tasks):
             known = ", ".join([*BEST_OF_HELD_OUT, *self.eval.tasks])
             raise ConfigError(f"checkpoint.best: {short(best)} is not measured; choose one of {known}")
+
+
+_LEARNING_RATES = {"adamw": 2e-5, "adamw_8bit": 2e-5, "muon": 2e-5, "adafactor": 1e-3, "sgd": 2e-2}
+"""Of full fine-tuning; an adapter has ten times as much."""
+_MOMENTA = {"muon": 0.95, "sgd": 0.9}
+
+
+def _resolved(optimizer: Optimizer, half_trained: bool, adapted: bool) -> Optimizer:
+    """With every default written out. half_trained: the weights that are trained are bfloat16.
+
+    Raises ConfigError for a key that has no effect with the others.
+    """
+    found: dict[str, Any] = {}
+    if optimizer.learning_rate is None:
+        found["learning_rate"] = _LEARNING_RATES[optimizer.name] * (10 if adapted else 1)
+    if optimizer.lr_scheduler == "wsd":
+        found["decay"] = optimizer.decay or Duration(20, "percent")
+    elif optimizer.decay is not None:
+        raise ConfigError("optimizer.decay: only `lr_scheduler: wsd` has a decay of its own length; remove one")
+    if optimizer.name in _MOMENTA:
+        momentum = optimizer.momentum
+        found["momentum"] = _MOMENTA[optimizer.name] if momentum is None else momentum
+    elif optimizer.momentum is not None:
+        raise ConfigError(f"optimizer.momentum: of muon and sgd; {optimizer.name} has none, AdamW has `betas`")
+    if half_trained:
+        found["rounding"] = optimizer.rounding or "exact"
+    elif optimizer.rounding is not None:
+        raise ConfigError(
+            "optimizer.rounding: of trained weights in bfloat16; here they are float32 and nothing is lost. Remove it, "
+            "or set `model.dtype: bfloat16` without an adapter"
+        )
+    return optimizer.model_copy(update=found)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:

@@ -81,7 +81,7 @@ class Model(Section):
     path: Path_
     """The base model: a local Hugging Face folder, a Hub id, or `scholar`, the model that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the weights are held. `bfloat16` needs an adapter: full training loses small updates in it."""
+    """Type in which the weights are held. Weights that are trained in `bfloat16`: see `optimizer.rounding`."""
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type in which the tuned model's weights are saved. Absent: that of the base model's files."""
     init: Literal["pretrained", "random"] = "pretrained"
@@ -92,6 +92,10 @@ class Model(Section):
     """Run Python code that comes with the model. Read it first."""
     from_run: Path_ | None = None
     """Folder of a finished run to start from: its adapter if this run has one too, else its model. See docs/runs.md."""
+    freeze: list[str] = []
+    """Parameters that are not trained, by name, such as `[model.embed_tokens, "*.layers.[0-3].*"]`."""
+    train_only: list[str] = []
+    """Instead: the only parameters that are trained, by name, such as `["*.mlp.*"]`. Both without an adapter."""
 
 
 class Source(Section):
@@ -184,21 +188,33 @@ class Train(Section):
     """Stop early after so many evaluations that do not lower the held-out loss beyond chance. Absent: never."""
     max_skipped: Annotated[int, Field(ge=0)] = 0
     """Steps of a run that may be skipped because loss or gradient is NaN or infinite; one more ends the run."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune (arXiv:2310.05914): uniform noise on the embeddings, `alpha / sqrt(tokens * hidden size)`. 0: none."""
 
 
 class Optimizer(Section):
+    name: Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"] = "adamw"
+    """What turns gradients into updates. docs/optimizers.md: what each is, its bytes per parameter, a comparison."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate. Absent: 2e-4 with an adapter, 2e-5 without."""
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up; cosine and linear fall to `min_lr_ratio`."""
+    """Peak learning rate. Absent: 2e-5 (of an adapter 2e-4); adafactor 1e-3 (1e-2), sgd 2e-2 (2e-1)."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Learning rates of some parameters as a factor of it, by name: `{"*.embed_tokens": 0.1, "*lora_B*": 16}`."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Course of the learning rate after the warm-up; all but `constant` fall to `min_lr_ratio`."""
     warmup: Duration = Duration(5, "percent")
     """Linear rise from 0 to the peak: `5 %` of the run, or `20 steps`."""
+    decay: Duration | None = None
+    """Of `wsd` (warmup, stable, decay): the last part of the run, in which the rate falls linearly. Absent: `20 %`."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate of the last step as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled decay, on matrices only."""
+    """Decoupled decay, on matrices only; with sgd it is part of the gradient."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay of the mean of the gradient, and of the mean of its square."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of muon and sgd: decay of the mean of the gradient. Absent: 0.95 (muon), 0.9 (sgd)."""
+    rounding: Literal["exact", "stochastic", "nearest"] | None = None
+    """Of trained bfloat16 weights. `exact` (absent): their other 16 bits are kept; `nearest` loses small updates."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
 

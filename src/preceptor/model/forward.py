@@ -75,7 +75,9 @@ class Engine(nn.Module):
         """
         step = step or StepContext()
         with nullcontext() if self.state.ranks is None else self.state.ranks.entered():
-            with self.state.accumulating(step.accumulates):
+            embedding = decoder_of(self.model).get_input_embeddings()
+            noise_TD = None if step.noise is None else step.noise.of(sequence, embedding)
+            with self.state.accumulating(step.accumulates, noise_TD):
                 hidden_MD, source_N = self._loss_hidden_states(sequence, policy, step.num_levels)
             head = output_head(self.model)
             if "head_gradient" not in self.state.optimisations:

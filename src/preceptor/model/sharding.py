@@ -261,7 +261,7 @@ def sum_gradients(engine: Engine) -> None:
     with torch.no_grad():
         for parameter, num in zip(trained, found.tolist(), strict=True):
             if num and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)  # type: ignore[attr-defined]
         for bucket in _buckets(parameter.grad for parameter in trained if parameter.grad is not None):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat, group=group)

@@ -2,8 +2,9 @@
 
 1. activation checkpointing: the same gradient, more time
 2. shorter sequences: the same gradient, as long as the longest conversation fits
-3. context_gradient: detach: another gradient (that of target tokens alone)
-4. an adapter, then frozen weights in bfloat16: fewer trained parameters
+3. full fine-tuning with bfloat16 weights, their other bits kept, then optimizer states of 8 bits
+4. context_gradient: detach: another gradient (that of target tokens alone)
+5. an adapter, then frozen weights in bfloat16: fewer trained parameters
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Keys = Mapping[str, Any]
 _SHORTEST = 512  # tokens of a sequence, where the data says nothing
+_HALF: Keys = {"model.dtype": "bfloat16", "train.precision": "bfloat16"}
 _CHECKPOINTED: Keys = {"memory.activation_checkpointing": "all"}
 
 
@@ -52,7 +54,7 @@ def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device
         if changed is None:
             continue
         setup = setup_of(changed, sample, device)
-        parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens)
+        parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, choice=setup.choice)
         peak = sum(state_bytes(setup, parameters).values())
         if peak <= device.usable_bytes:
             peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
@@ -74,10 +76,14 @@ def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
         shortest = {**_CHECKPOINTED, "data.max_length": tokens}
         yield {"data.max_length": tokens}
         yield shortest
+    if run.adapter is None:
+        for held in (_HALF, {**_HALF, "optimizer.name": "adamw_8bit"}):
+            for more in ({}, _CHECKPOINTED, shortest):
+                yield {**held, **more}
     yield {"memory.context_gradient": "detach"}
     yield {"memory.context_gradient": "detach", **_CHECKPOINTED}
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
-    half: Keys = {**adapter, "model.dtype": "bfloat16", "train.precision": "bfloat16"}
+    half: Keys = {**adapter, **_HALF}
     for frozen in (adapter, half):
         for more in ({}, _CHECKPOINTED, shortest):
             yield {**frozen, **more}
@@ -95,6 +101,11 @@ def _shorter(run: config.Run, sample: Sample | str) -> Iterator[int]:
 def _changed(run: config.Run, keys: Keys) -> config.Run | None:
     """The run with the keys set; None where that is the run itself, or no run that could work."""
     tree = run.model_dump(mode="json")
+    if "adapter.kind" in keys:
+        tree["model"] |= {"freeze": [], "train_only": []}
+    for name in ("learning_rate", "momentum", "rounding"):  # defaults that follow from others
+        if any(key in keys for key in ("adapter.kind", "model.dtype", "optimizer.name")):
+            tree["optimizer"][name] = None
     for key, value in keys.items():
         section, _, name = key.partition(".")
         tree[section] = {**(tree[section] or {}), name: value}

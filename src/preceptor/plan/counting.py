@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from preceptor.model.parts import causal_lm, decoder_layers, tower_parameters
-from preceptor.plan.parameters import LayerParameters, Parameters
+from preceptor.plan.parameters import LayerParameters, Parameters, Tensor
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "norms": ("norm",),
@@ -21,8 +21,8 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
 def count_built(whole: Any, adapted: Any) -> Parameters:
     """Parameters of a model, and of what an adapted one of any depth trains (the same model: everything)."""
     layers = tuple(_layer_parameters(whole, layer) for layer in decoder_layers(whole))
-    base = _base(whole)
-    trained = {kind: count for kind, count in base.items() if kind != "towers"}
+    base = _by_kind(whole)
+    trained = _by_kind(whole, trained=True)
     if adapted is not whole:
         named = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
         trained = {"adapter": sum(count for name, count in named if "lora_" in name)}
@@ -33,16 +33,29 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
         active=sum(base.values()) - base.get("towers", 0) - sum(layer.total - layer.active for layer in layers),
         layers=layers,
         head=int(causal_lm(whole).get_output_embeddings().weight.numel()),
+        tensors=_tensors(adapted),
     )
 
 
-def _base(model: Any) -> dict[str, int]:
-    """By kind, each parameter once."""
+def _tensors(model: Any) -> dict[Tensor, int]:
+    """How many of each shape are trained."""
+    in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()}
+    found: Counter[Tensor] = Counter()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            found[id(p) in in_layers, (p.numel(),) if name.endswith("bias") else tuple(p.shape)] += 1
+    return dict(found)
+
+
+def _by_kind(model: Any, trained: bool = False) -> dict[str, int]:
+    """Each parameter once; trained: of those that are."""
     bare = causal_lm(model)
     of_towers = {id(parameter) for parameter in tower_parameters(bare)}
     embedding, head = bare.get_input_embeddings().weight, bare.get_output_embeddings().weight
     found: Counter[str] = Counter()
     for name, parameter in bare.named_parameters():
+        if trained and not parameter.requires_grad:
+            continue
         if id(parameter) in of_towers:
             kind = "towers"
         elif parameter is embedding:

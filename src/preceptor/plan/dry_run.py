@@ -36,9 +36,10 @@ from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
 from preceptor.model.sizes import dry_run_for
+from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import Moment, Setup
+from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 aten = torch.ops.aten
@@ -89,12 +90,18 @@ class DryRun:
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
-    def parameters(self, adapter: LoraSpec | None = None, num_new_tokens: int = 0, num_rows: int = 0) -> Parameters:
-        """Raises ModelError for an adapter target that the model has not."""
+    def parameters(
+        self,
+        adapter: LoraSpec | None = None,
+        num_new_tokens: int = 0,
+        num_rows: int = 0,
+        choice: Patterns = EVERYTHING,
+    ) -> Parameters:
+        """Raises ModelError for an adapter target that the model has not, and as `choose_trained`."""
         num_rows = num_rows or self.num_rows
-        key = adapter, num_new_tokens, num_rows
+        key = adapter, num_new_tokens, num_rows, choice
         if key not in self._parameters:
-            whole = self._model(torch.float32, None, 0, num_rows, None)
+            whole = self._model(torch.float32, None, 0, num_rows, None, choice)
             if adapter is None:
                 found = count_built(whole, whole)
             else:
@@ -120,6 +127,7 @@ class DryRun:
         key = setup, policy, num_rows, laid_out
         if key not in self._moments:
             alike = policy.checkpointed_layers(self.num_layers) in (0, self.num_layers)
+            alike = alike and setup.choice == EVERYTHING
             depth = self._depths.short if alike else self.num_layers
             short = long = self._run(setup, policy, sequence, num_rows, depth)
             if depth < self.num_layers:
@@ -132,7 +140,7 @@ class DryRun:
         self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
     ) -> dict[Role, Moment]:
         dtype = getattr(torch, setup.weights)
-        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth).train()
+        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice).train()
         with dry_run_for(setup.device_type):
             state = install(model, self._engine, check=False)
             try:
@@ -144,10 +152,16 @@ class DryRun:
         return self._run(setup, policy, sequence, num_rows, depth)
 
     def _model(
-        self, dtype: torch.dtype, adapter: LoraSpec | None, num_new_tokens: int, num_rows: int, depth: int | None
+        self,
+        dtype: torch.dtype,
+        adapter: LoraSpec | None,
+        num_new_tokens: int,
+        num_rows: int,
+        depth: int | None,
+        choice: Patterns = EVERYTHING,
     ) -> Any:
         """A model without values; depth: so many of its layers, None for all."""
-        key = dtype, adapter, num_new_tokens, num_rows, depth
+        key = dtype, adapter, num_new_tokens, num_rows, depth, choice
         if key not in self._models:
             settings = copy.deepcopy(self._settings)
             text = settings.get_text_config(decoder=True)
@@ -158,6 +172,7 @@ class DryRun:
                 warnings.simplefilter("ignore")  # what transformers and peft have to say, they say of the real model
                 model = self._build(settings, dtype=dtype)
                 freeze_towers(model)
+                choose_trained(model, *choice)
                 if adapter is not None:
                     new_ids = range(num_rows - num_new_tokens, num_rows)
                     targets = adapter.targets
@@ -191,7 +206,10 @@ def _passes(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     mode: Any = next(iter(trained)).fake_mode
     for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if setup.sequences_per_step > 1 else None
+        if parameter.dtype == torch.bfloat16:
+            parameter.grad_dtype = torch.bfloat16 if setup.sequences_per_step == 1 else torch.float32  # type: ignore[attr-defined]
+        dtype = parameter.grad_dtype  # type: ignore[attr-defined]
+        parameter.grad = torch.empty_like(parameter, dtype=dtype) if setup.sequences_per_step > 1 else None
     layers = decoder_layers(model)
     timeline = _Timeline(model, trained, len(layers), side)
     hooks = [hook for index, layer in enumerate(layers) for hook in timeline.watch(layer, index)]

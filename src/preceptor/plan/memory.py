@@ -5,9 +5,11 @@
     + one sequence       activations, copies of weights, the loss               a dry run (dry_run.py)
 
 AdamW with float32 weights: 4 (weights) + 4 (gradients) + 4 + 4 (two means) = 16 bytes per parameter, and under autocast
-2 more for copies while a sequence is computed.
+2 more for copies while a sequence is computed. With bfloat16 weights: 2 + 2 + 2 (their other half) + 8 = 14, and with
+states of 8 bits 8.1; a step of several sequences sums their gradients in float32, which is 2 more.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,13 +20,52 @@ Weights = Literal["float32", "bfloat16"]
 
 STATES = ("weights", "gradients", "optimizer")
 FLOAT32, HALF = 4, 2  # bytes of an element
-ADAM_BYTES = 2 * FLOAT32
-"""Optimizer state of a parameter: two means."""
+LOW = 2
+"""Bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps."""
+BLOCK = 128
+"""Elements of a row with one scale, in states of 8 bits."""
+
+_RULE_BYTES = {"adamw": 0, "adamw_8bit": 37, "muon": 8, "adafactor": 4, "sgd": 4}
+_ROUNDING_BYTES = {None: 0, "nearest": 0, "stochastic": 12, "exact": 10}
+
+OptimizerName = Literal["adamw", "adamw_8bit", "muon", "adafactor", "sgd"]
+
+
+def chunk_of(device_type: str) -> int:
+    """Elements at a time where each is updated on its own: of a cache's size, on a GPU enough for few launches."""
+    return 1 << 20 if device_type == "cpu" else 1 << 24
+
+
+def rule_of(optimizer: OptimizerName, shape: tuple[int, ...], in_layer: bool) -> str:
+    """How one weight is updated: muon is for the matrices of the layers, 8 bits for matrices, adamw for the rest."""
+    matrix = len(shape) == 2 and in_layer if optimizer == "muon" else len(shape) >= 2
+    return "adamw" if optimizer in ("muon", "adamw_8bit") and not matrix else optimizer
+
+
+def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
+    """State of one weight under a rule: adamw two means, muon and sgd one, adafactor those of rows and columns."""
+    count = math.prod(shape)
+    if len(shape) < 2:
+        return FLOAT32 * count * (1 if rule in ("adafactor", "sgd") else 2)
+    rows = count // max(1, shape[-1])
+    if rule == "adamw_8bit":
+        return 2 * (count + FLOAT32 * rows * -(-shape[-1] // BLOCK))
+    if rule == "adafactor":
+        return FLOAT32 * (rows + count // max(1, shape[-2]))
+    return FLOAT32 * count * (2 if rule == "adamw" else 1)
+
+
+Patterns = tuple[tuple[str, ...], tuple[str, ...]]
+"""`model.freeze` and `model.train_only`."""
+EVERYTHING: Patterns = ((), ())
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`)."""
+    """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`).
+
+    rounding: of trained bfloat16 weights (`optimizer.rounding`).
+    """
 
     weights: Weights = "float32"
     autocast: bool = False
@@ -32,11 +73,24 @@ class Setup:
     num_new_tokens: int = 0
     sequences_per_step: int = 1
     device_type: str = "cpu"
+    optimizer: OptimizerName = "adamw"
+    rounding: str | None = None
+    choice: Patterns = EVERYTHING
 
     @property
     def weight_bytes(self) -> int:
         """Of an element that goes into a matrix product or a norm."""
         return FLOAT32 if self.weights == "float32" else HALF
+
+    @property
+    def half_trained(self) -> bool:
+        """Whether trained weights are bfloat16: what an adapter trains is float32 beside a frozen base."""
+        return self.weights == "bfloat16" and self.adapter is None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of `.grad`; gradients of several sequences are summed in float32."""
+        return HALF if self.half_trained and self.sequences_per_step == 1 else FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +126,34 @@ class StepMemory:
 def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
     """What lasts from step to step, and gradients."""
     trained = parameters.num_trained
-    weights, gradients = setup.weight_bytes * parameters.num_base, setup.weight_bytes * trained
-    if setup.adapter is not None:  # what is trained is float32 beside a frozen base
-        weights, gradients = weights + FLOAT32 * trained, FLOAT32 * trained
-    return {"weights": weights, "gradients": gradients, "optimizer": ADAM_BYTES * trained}
+    weights = setup.weight_bytes * parameters.num_base
+    if setup.adapter is not None:
+        weights += FLOAT32 * trained
+    optimizer = sum(
+        count * optimizer_bytes(rule_of(setup.optimizer, shape, in_layer), shape)
+        for (in_layer, shape), count in parameters.tensors.items()
+    )
+    if setup.half_trained and setup.rounding == "exact":
+        optimizer += LOW * trained
+    return {"weights": weights, "gradients": setup.gradient_bytes * trained, "optimizer": optimizer}
+
+
+def update_bytes(setup: Setup, parameters: Parameters) -> int:
+    """The most that an update of one weight takes beside states and gradients.
+
+    A bfloat16 weight and its gradient are widened; what a rule computes, with weight decay, is added. Fused AdamW
+    needs none.
+    """
+    most = 0
+    for in_layer, shape in parameters.tensors:
+        count, rule = math.prod(shape), rule_of(setup.optimizer, shape, in_layer)
+        wide = FLOAT32 * count * (1 + (setup.gradient_bytes == HALF)) if setup.half_trained else 0
+        part = min(count, chunk_of(setup.device_type))
+        between = _RULE_BYTES[rule] * (part if rule == "adamw_8bit" else count)
+        between += FLOAT32 * min(shape) ** 2 if rule == "muon" else 0  # its Gram matrices
+        after = _ROUNDING_BYTES[setup.rounding] * part if setup.half_trained else 0
+        most = max(most, wide + max(between, after))
+    return most
 
 
 def step_memory(setup: Setup, parameters: Parameters, moments: Sequence[Moment]) -> StepMemory:
@@ -90,5 +168,6 @@ def step_memory(setup: Setup, parameters: Parameters, moments: Sequence[Moment])
         "copies of weights": loss.cast_bytes,
         "loss": loss.peak_bytes - loss.start_bytes,
     }
-    peak, moment = max((lasting + highest.peak_bytes, highest.name), (lasting + states["gradients"], "optimizer step"))
+    update = states["gradients"] + update_bytes(setup, parameters)
+    peak, moment = max((lasting + highest.peak_bytes, highest.name), (lasting + update, "optimizer step"))
     return StepMemory(components, peak, moment)

@@ -2,11 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preceptor.errors import ModelError
 from preceptor.plan.shapes import LayerShape, ModelShape
+
+Tensor = tuple[bool, tuple[int, ...]]
+"""Whether it is a matrix or vector of a layer, and its shape; of a bias the number of elements, whatever its shape."""
 
 ROWS_MULTIPLE = 64  # as model/embeddings.py resizes; a test holds the two together
 
@@ -38,6 +41,7 @@ class LayerParameters:
 class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
+    tensors: how many of each shape are trained; empty where only their total is known.
     active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
     output head, tied or not. What a dry run alone finds out (layers, head) is empty in arithmetic from config.json.
     """
@@ -47,6 +51,7 @@ class Parameters:
     active: int
     layers: tuple[LayerParameters, ...] = ()
     head: int = 0
+    tensors: Mapping[Tensor, int] = field(default_factory=dict)
 
     @property
     def num_base(self) -> int:
@@ -69,7 +74,9 @@ class Parameters:
     def continued(self, other: "Parameters", times: float) -> "Parameters":
         """These and `times` what `other`, with more layers, trains more."""
         counts = ((kind, count, other.trained[kind]) for kind, count in self.trained.items())
-        return replace(self, trained={kind: round(one + times * (two - one)) for kind, one, two in counts})
+        trained = {kind: round(one + times * (two - one)) for kind, one, two in counts}
+        tensors = {own: round(n + times * (other.tensors.get(own, 0) - n)) for own, n in self.tensors.items()}
+        return replace(self, trained=trained, tensors=tensors)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -110,7 +117,49 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
         base={kind: count for kind, count in base.items() if count},
         trained={kind: count for kind, count in trained.items() if count},
         active=sum(base.values()) - idle - shape.towers,
+        tensors=_tensors(shape) if adapter is None else _adapter_tensors(shape, adapter, num_new_tokens),
     )
+
+
+def _tensors(shape: ModelShape) -> Mapping[Tensor, int]:
+    """Of all of the text model."""
+    hidden, heads = shape.hidden, shape.head_dim
+    found: Counter[Tensor] = Counter({(False, (shape.rows, hidden)): 1 if shape.tied else 2, (False, (hidden,)): 1})
+    of_keys = {"each head": (heads, heads), "joint": (shape.query_width, shape.key_width), None: ()}
+    for layer in shape.layers:
+        norms = [hidden] * (4 if shape.family.norms == "both" else 2) + list(of_keys[shape.family.qk_norm])
+        vectors = [*norms, *[shape.num_heads] * shape.family.sinks]
+        linears = (*shape.attention_linears(), *shape.mlp_linears(layer))
+        vectors += [linear.outputs for linear in linears if linear.bias]
+        matrices: list[tuple[int, ...]] = [(linear.outputs, linear.inputs) for linear in linears]
+        if layer.experts is not None:
+            count, width, bias = layer.experts.count, layer.experts.width, layer.experts.bias
+            both = [(count, 2 * width, hidden), (count, hidden, width)]
+            matrices += [(count, hidden), *((a, c, b) if bias else (a, b, c) for a, b, c in both)]
+            vectors += [count, 2 * width * count, hidden * count] if bias else []
+        found.update([(True, (size,)) for size in vectors] + [(True, matrix) for matrix in matrices])
+    return found
+
+
+def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) -> Mapping[Tensor, int]:
+    """A and B of each adapted matrix; all experts of a layer share one of each."""
+    found: Counter[Tensor] = Counter()
+    rank, hidden = adapter.rank, shape.hidden
+    for layer in shape.layers:
+        sides = [
+            (rank, linear.inputs, linear.outputs)
+            for linear in (*shape.attention_linears(), *shape.mlp_linears(layer))
+            if adapter.targets is None or linear.name in adapter.targets
+        ]
+        experts = layer.experts
+        if experts is not None and adapter.targets is None and shape.family.adapts_experts:
+            all_ranks, width = experts.count * rank, experts.width
+            sides += [(2 * all_ranks, hidden, 2 * width), (all_ranks, width, hidden), (rank, hidden, experts.count)]
+        for of_rank, inputs, outputs in sides:
+            found.update([(True, (of_rank, inputs)), (True, (outputs, of_rank))])
+    if num_new_tokens:
+        found[(False, (num_new_tokens, hidden))] += 1 if shape.tied else 2
+    return found
 
 
 def expert_parameters(shape: ModelShape, layer: LayerShape) -> int:

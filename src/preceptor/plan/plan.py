@@ -16,7 +16,17 @@ from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
-from preceptor.plan.memory import STATES, Moment, Setup, StepMemory, Weights, state_bytes, step_memory
+from preceptor.plan.memory import (
+    EVERYTHING,
+    STATES,
+    Moment,
+    OptimizerName,
+    Setup,
+    StepMemory,
+    Weights,
+    state_bytes,
+    step_memory,
+)
 from preceptor.plan.model import PlannedModel
 from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
 from preceptor.plan.ranks import Placement, choose, placements, unknown
@@ -85,11 +95,14 @@ def make_plan(
 def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
     """Parameters and their bytes, by arithmetic; of a model type without a shape, those of its weight files."""
     setup = setup_of(run, sample, device)
+    if setup.choice != EVERYTHING:  # names of parameters are not in config.json
+        return {"parameters": {"total": model.num_stored}, "memory": None}
     if model.shape is not None:
         grown = replace(model.shape, rows=_num_rows(model.shape.rows, sample))
         parameters = count_parameters(grown, setup.adapter, setup.num_new_tokens)
-    elif model.num_stored is not None and setup.adapter is None:
-        parameters = Parameters({"stored": model.num_stored}, {"stored": model.num_stored}, model.num_stored)
+    elif model.num_stored is not None and setup.adapter is None and setup.optimizer in ("adamw", "sgd"):
+        stored = {"stored": model.num_stored}
+        parameters = Parameters(stored, stored, model.num_stored, tensors={(False, (model.num_stored,)): 1})
     else:
         return {"parameters": {"total": model.num_stored}, "memory": None}
     return {"parameters": parameters.to_json(), "memory": {"components": state_bytes(setup, parameters)}}
@@ -107,6 +120,9 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         num_new_tokens=0 if isinstance(sample, str) else sample.num_new_tokens,
         sequences_per_step=run.train.batch_size,
         device_type=device.device_type,
+        optimizer=run.optimizer.name,
+        rounding=run.optimizer.rounding,
+        choice=(tuple(run.model.freeze), tuple(run.model.train_only)),
     )
 
 
@@ -135,7 +151,7 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
     if dry_run.reads_alone:
         work = work.longest_alone()
         moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
-    parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows)
+    parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows, setup.choice)
     return Case(parameters, work, setup, step_memory(setup, parameters, moments))
 
 
@@ -161,6 +177,8 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
         "weights": run.model.dtype,
+        "optimizer": run.optimizer.name,
+        "rounding": run.optimizer.rounding,
         "precision": device.precision(run.train.precision),
         "context_gradient": run.memory.context_gradient,
         "activation_checkpointing": run.memory.activation_checkpointing,
@@ -261,23 +279,25 @@ def _work_facts(
 
 
 def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[dict[str, Any]]:
-    """The run's model and sequence on one GPU, in three ways.
+    """The run's model and sequence on one GPU, in four ways.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
     activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
-    ways: Sequence[tuple[str, Weights, LoraSpec | None]] = (
-        ("everything, float32 weights", "float32", None),
-        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank)),
-        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank)),
+    ways: Sequence[tuple[str, Weights, LoraSpec | None, OptimizerName]] = (
+        ("everything, float32 weights", "float32", None, "adamw"),
+        ("everything, bfloat16, adamw_8bit", "bfloat16", None, "adamw_8bit"),
+        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank), "adamw"),
+        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw"),
     )
     work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
-    for name, weights, adapter in ways:
-        setup = Setup(weights, True, adapter, new, 2, "cuda")
+    for name, weights, adapter, optimizer in ways:
+        rounding = "exact" if adapter is None and weights == "bfloat16" else None
+        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding)
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {
@@ -352,7 +372,7 @@ def predict_peak_bytes(
     try:
         dry_run = dry_run_like(model, run.engine)
         moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)
-        parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows)
+        parameters = dry_run.parameters(setup.adapter, num_new_tokens, dry_run.num_rows, setup.choice)
     except (ModelError, *FAILURES):  # whatever a model's code cannot do without values: no run may end for a prediction
         return None
     return step_memory(setup, parameters, moments).peak_bytes

@@ -41,8 +41,8 @@ def _memory(plan: Mapping[str, Any]) -> str:
     if memory is None:
         return ""
     lines = [
-        f"Memory ({run['weights']} weights, matrix products in {run['precision']}; context_gradient: "
-        f"{run['context_gradient']}, activation_checkpointing: {run['activation_checkpointing']})"
+        f"Memory ({run['weights']} weights, matrix products in {run['precision']}; {_optimizer(run)}; "
+        f"context_gradient: {run['context_gradient']}, activation_checkpointing: {run['activation_checkpointing']})"
     ]
     lines += [f"  {name:<18}{size(count):>10}" for name, count in memory["components"].items() if count]
     if "peak_bytes" in memory:
@@ -55,6 +55,10 @@ def _memory(plan: Mapping[str, Any]) -> str:
             f"in {conversations}{assumed}"
         )
     return "\n".join(lines)
+
+
+def _optimizer(run: Mapping[str, Any]) -> str:
+    return run["optimizer"] + (f", rounding: {run['rounding']}" if run["rounding"] else "")
 
 
 _WHEN = {

@@ -43,10 +43,11 @@ from preceptor.files import (
 )
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
+from preceptor.train.optimizer import expected_state_bytes
 from preceptor.train.run_folder import CHECKPOINT
 from preceptor.world import ONE, World
 
-_STATE_PER_PARAMETER = 2  # AdamW's two means
+_TENSORS_PER_PARAMETER = 5  # at most: the weight, and what an optimizer keeps of it
 _BYTES_PER_TENSOR = 3000  # of its record in the file, and of its place in the metadata
 _OTHER_BYTES = 1 << 18  # of a checkpoint: manifest, and what the metadata needs
 _PARAMETER, _OPTIMIZER = "parameter.", "optimizer."  # what the names in a checkpoint begin with
@@ -76,8 +77,9 @@ def checkpoint_bytes(state: State, with_optimizer: bool = True) -> int:
     """What a checkpoint takes on the disk, of all ranks."""
     trained = state.trained.values()
     weights = sum(p.numel() * p.element_size() for p in trained)
-    num_tensors = len(trained) * (1 + (_STATE_PER_PARAMETER + 1) * with_optimizer)
-    return weights * (1 + _STATE_PER_PARAMETER * with_optimizer) + num_tensors * _BYTES_PER_TENSOR + _OTHER_BYTES
+    num_tensors = len(trained) * (_TENSORS_PER_PARAMETER if with_optimizer else 1)
+    states = expected_state_bytes(state.optimizer) if with_optimizer else 0
+    return weights + states + num_tensors * _BYTES_PER_TENSOR + _OTHER_BYTES
 
 
 def require_finite(state: State) -> None:

@@ -31,7 +31,7 @@ from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.improvement import best_of, stopped_early
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
-from preceptor.train.optimizer import clip_gradients, learning_rate_at
+from preceptor.train.optimizer import apply_learning_rate, clip_gradients, schedule
 from preceptor.train.precision import autocast
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
@@ -56,10 +56,9 @@ def train(
     conversations, data/mixture.py), however they are spread. Raises ModelError as `skip_step`, `require_finite`;
     Stopped, with all steps saved.
     """
-    optimizer, peak = run.optimizer, run.optimizer.learning_rate
+    optimizer = run.optimizer
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
-    warmup_steps = optimizer.warmup.steps(loader.steps_per_epoch, total_steps)
-    assert peak is not None
+    learning_rates = schedule(optimizer, loader.steps_per_epoch, total_steps)
     saving, evaluating = (Clock(each.every, loader.steps_per_epoch, total_steps) for each in (run.checkpoint, run.eval))
 
     def evaluate(due: bool) -> bool:
@@ -84,10 +83,7 @@ def train(
     try:
         ends = evaluate(evaluating.due(state.step))  # unless the session before has done so
         while state.step < total_steps and not ends:
-            learning_rate = learning_rate_at(
-                state.step, total_steps, warmup_steps, peak, optimizer.lr_scheduler, optimizer.min_lr_ratio
-            )
-            values = _logged_step(run, objective, state, loader, learning_rate, folder, world)
+            values = _logged_step(run, objective, state, loader, learning_rates(state.step), folder, world)
             display.step(values)
             checkpoints.check()
             asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
@@ -217,8 +213,7 @@ def take_step(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         broken = [place for place, own in enumerate(losses) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    apply_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -254,7 +249,7 @@ def accumulate_gradients(
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
     """
-    step = StepContext(divisor, accumulates=True, head_cast=HeadCast())
+    step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=objective.noise(seed[1]))
     device = engine.model.device
     engine.train()
     losses = []

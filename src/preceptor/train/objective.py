@@ -9,6 +9,7 @@ from torch import Tensor
 from preceptor import config
 from preceptor.data.forest import PackedSequence
 from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.noise import EmbeddingNoise
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.head import Head
@@ -24,10 +25,22 @@ class Objective:
     options: LossOptions = CROSS_ENTROPY
     kl_coef: float = 0.0
     base: ReferenceModel | None = None
+    neftune_alpha: float = 0.0
+    seed: int = 0
+
+    def noise(self, step: int) -> EmbeddingNoise | None:
+        """On the embeddings, in the step of this number."""
+        return EmbeddingNoise(self.neftune_alpha, self.seed, step) if self.neftune_alpha else None
 
     @classmethod
     def of(
-        cls, loss: config.Loss, memory: config.Memory, model: Any, num_base_tokens: int, untrained: Sequence[int] = ()
+        cls,
+        loss: config.Loss,
+        memory: config.Memory,
+        model: Any,
+        num_base_tokens: int,
+        untrained: Sequence[int] = (),
+        train: config.Train | None = None,
     ) -> "Objective":
         """Before the first step and before a checkpoint is read, so that `model` still is the base.
 
@@ -38,6 +51,8 @@ class Objective:
             options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft"),
             kl_coef=loss.kl_coef,
             base=ReferenceModel.of(model, num_base_tokens, untrained) if loss.kl_coef else None,
+            neftune_alpha=train.neftune_alpha if train else 0.0,
+            seed=train.seed if train else 0,
         )
 
     def __call__(self, engine: Engine, sequence: PackedSequence, step: StepContext | None = None) -> Tensor:

@@ -1,43 +1,137 @@
-"""AdamW with its parameter groups, the learning-rate schedule, and gradient clipping."""
+"""The optimizer of a run with its parameter groups, the learning-rate schedule, and gradient clipping."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-Scheduler = Literal["cosine", "linear", "constant"]
+from preceptor import config
+from preceptor.model.parts import decoder_layers, is_plain_parameter
+from preceptor.model.trained import matches, require_matches
+from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of
+from preceptor.train.rounding import Rounding
+from preceptor.train.weightwise import Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
+
+Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 
 
-def build_optimizer(model: nn.Module, weight_decay: float, betas: Sequence[float]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) over what requires a gradient; matrices alone decay.
+def build_optimizer(
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    betas: Sequence[float] = (0.9, 0.95),
+    name: OptimizerName = "adamw",
+    momentum: float | None = None,
+    rounding: Rounding | None = None,
+    lr_factors: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
+    """Over what requires a gradient; matrices alone decay. The learning rate is set by the loop before each step.
 
-    One kernel for the whole update, which makes no temporaries of a parameter's size and is four times as fast on a
-    CPU. The learning rate is set by the loop before each step.
+    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) of float32 weights is torch's own, fused: one kernel for the
+    whole update, which makes no temporaries of a parameter's size and is four times as fast on a CPU. All else goes
+    weight by weight (weightwise.py). rounding: of bfloat16 weights; what is drawn at random follows from `seed`.
     """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    half = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
+    in_layers = {id(p) for layer in decoder_layers(model) for p in layer.parameters()} if name == "muon" else set()
+    rates = _factors(trained, lr_factors or {})
+    groups: dict[Any, dict[str, Any]] = {}
+    for own_name, parameter in trained.items():
+        shape = () if own_name.endswith("bias") else tuple(parameter.shape)  # an expert's bias is no matrix
+        rule = rule_of(name, shape, id(parameter) in in_layers)
+        decays, factor = len(shape) >= 2, rates[own_name]
+        settings = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_factor": factor}
+        groups.setdefault((not decays, factor, rule), {**settings, "rule": rule})["params"].append(parameter)
+    ordered = [groups[key] for key in sorted(groups)]
     mean, square = betas
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(mean, square), fused=True)
+    if name == "adamw" and not half:
+        return torch.optim.AdamW(ordered, lr=0.0, betas=(mean, square), fused=True)
+    rules: dict[str, Rule] = {"adamw": torch_rule(torch.optim.AdamW, betas=(mean, square), fused=True)}
+    if name != "adamw":
+        rules[name] = _rule(name, betas, momentum)
+    names = {parameter: own_name for own_name, parameter in trained.items()}
+    return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed)
+
+
+def _rule(name: str, betas: Sequence[float], momentum: float | None) -> Rule:
+    if name == "adamw_8bit":
+        return adamw_8bit_rule(betas)
+    if name == "muon":  # with this size of an update AdamW's learning rates serve (Liu et al. 2025, arXiv:2502.16982)
+        return torch_rule(torch.optim.Muon, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+    if name == "sgd":
+        return torch_rule(torch.optim.SGD, momentum=momentum)
+    return torch_rule(torch.optim.Adafactor)
+
+
+def _factors(trained: Mapping[str, nn.Parameter], patterns: Mapping[str, float]) -> dict[str, float]:
+    """Of each parameter's learning rate; factors of several patterns multiply. Raises ModelError for a vain one."""
+    require_matches(patterns, list(trained), "optimizer.lr_factors")
+    return {
+        name: math.prod(factor for pattern, factor in patterns.items() if matches(pattern, name)) for name in trained
+    }
+
+
+def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """What there is to say of an optimizer before the start: rules, learning rates, bytes."""
+    groups = optimizer.param_groups
+    trained = [parameter for group in groups for parameter in group["params"]]
+    total = sum(parameter.numel() for parameter in trained)
+    if isinstance(optimizer, WeightwiseOptimizer):
+        counts = {group["rule"]: 0 for group in groups}
+        for group in groups:
+            counts[group["rule"]] += sum(parameter.numel() for parameter in group["params"])
+        shares = ", ".join(f"{rule} for {count / total:.1%} of the parameters" for rule, count in counts.items())
+        bytes_each = expected_state_bytes(optimizer) / total
+        yield f"optimizer: {shares if len(counts) > 1 else next(iter(counts))}, {bytes_each:.2f} bytes per parameter"
+    for factor in sorted({group["lr_factor"] for group in groups} - {1}):
+        own = [parameter for group in groups if group["lr_factor"] == factor for parameter in group["params"]]
+        num = sum(parameter.numel() for parameter in own)
+        yield f"learning rate times {factor:g}: {len(own)} of {len(trained)} tensors ({num:,} parameters)"
+
+
+def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the states, which are made in the first step."""
+    exact = isinstance(optimizer, WeightwiseOptimizer) and optimizer.rounding == "exact"
+    return sum(
+        optimizer_bytes(group["rule"], tuple(p.shape)) + LOW * p.numel() * (exact and p.dtype == torch.bfloat16)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each step of a run, as `learning_rate_at`."""
+    peak = settings.learning_rate
+    assert peak is not None, "a resolved run has one"
+    warmup_steps = settings.warmup.steps(steps_per_epoch, total_steps)
+    decay_steps = settings.decay.steps(steps_per_epoch, total_steps) if settings.decay else 0
+    of_run = warmup_steps, peak, settings.lr_scheduler, settings.min_lr_ratio, decay_steps
+    return lambda step: learning_rate_at(step, total_steps, *of_run)
 
 
 def learning_rate_at(
-    step: int, total_steps: int, warmup_steps: int, peak: float, lr_scheduler: Scheduler, min_lr_ratio: float
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    lr_scheduler: Scheduler,
+    min_lr_ratio: float,
+    decay_steps: int = 0,
 ) -> float:
     """Learning rate of `step` (0-based): linear rise to `peak` over the warm-up, then the scheduler's fall.
 
     The first warm-up step already learns (peak / warmup_steps); the last step of the run has `min_lr_ratio * peak`.
+    decay_steps: of `wsd`, whose rate stays at the peak until then (Hu et al. 2024, arXiv:2404.06395).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if lr_scheduler == "constant":
         return peak
-    progress = (step - warmup_steps + 1) / max(1, total_steps - warmup_steps)
+    begin = max(warmup_steps, total_steps - decay_steps) if lr_scheduler == "wsd" else warmup_steps
+    progress = max(0, step - begin + 1) / max(1, total_steps - begin)
     fall = (1 + math.cos(math.pi * progress)) / 2 if lr_scheduler == "cosine" else 1 - progress
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * fall)
 
@@ -48,8 +142,25 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     Of gradients that are spread over processes it is the norm of the whole.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(gradient.dtype == torch.bfloat16 for gradient in gradients):
+        norm = torch.stack([torch.linalg.vector_norm(own, dtype=torch.float32) for own in gradients]).norm()
+    else:
+        norm = nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
+
+
+def accumulate_in_float32(model: nn.Module) -> None:
+    """Let gradients of trained bfloat16 weights be float32: in bfloat16 a sum of many sequences loses the last ones."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and is_plain_parameter(parameter):
+            parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+
+
+def apply_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of the next step; each group's times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_factor", 1.0)

@@ -37,7 +37,6 @@ from preceptor.train.precision import autocast
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
-_STATE_PER_PARAMETER = 2  # AdamW's two means
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ def preflight(
     precision: str,
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
+    state_bytes: int = 0,
 ) -> PreflightResult:
-    """Prove all that can be proved before step 1; `say` gets a line for each proof.
+    """Prove all that can be proved before step 1; `say` gets a line for each proof. state_bytes: of the optimizer.
 
     Raises ModelError if the loss would not be the model's own, if the model is not causal, if loss or gradient is not
     finite, or if the largest sequence does not fit in memory.
@@ -65,7 +65,7 @@ def preflight(
     was_training = model.training
     with torch.random.fork_rng(devices=devices):
         try:
-            loader = _prove(Engine.of(model), loader, precision, say, objective)
+            loader = _prove(Engine.of(model), loader, precision, say, objective, state_bytes)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -76,7 +76,14 @@ def preflight(
     return PreflightResult(loader, seconds)
 
 
-def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], None], objective: Objective) -> Loader:
+def _prove(
+    engine: Engine,
+    loader: Loader,
+    precision: str,
+    say: Callable[[str], None],
+    objective: Objective,
+    state_bytes: int,
+) -> Loader:
     model = engine.model
     with _line(say, "the loss uses the model's own logits"):
         engine.call(lambda: check_head(model))
@@ -107,7 +114,7 @@ def _prove(engine: Engine, loader: Loader, precision: str, say: Callable[[str], 
         f"{max(sequence.num_trained for sequence in largest):,} trained"
     )
     with _line(say, f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results"):
-        _check_largest(engine, largest, loader, precision, objective)
+        _check_largest(engine, largest, loader, precision, objective, state_bytes)
     return loader
 
 
@@ -165,18 +172,22 @@ def _check_sum(engine: Engine, trees: Sequence[Tree], precision: str, objective:
 
 
 def _check_largest(
-    engine: Engine, largest: Sequence[PackedSequence], loader: Loader, precision: str, objective: Objective
+    engine: Engine,
+    largest: Sequence[PackedSequence],
+    loader: Loader,
+    precision: str,
+    objective: Objective,
+    state_bytes: int,
 ) -> None:
     """One after the other, beside what a step has: the optimizer's state, and the gradients of sequences before."""
     model: Any = engine.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_bytes = _STATE_PER_PARAMETER * sum(own_part(p).nbytes for p in trained)
     several = loader.batch_size > 1 or loader.alone
     for sequence in largest:
         if several:
             for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        state = torch.empty(num_bytes, dtype=torch.uint8, device=model.device)
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad  # type: ignore[attr-defined]
+        state = torch.empty(state_bytes, dtype=torch.uint8, device=model.device)
         divisor = max(1.0, sequence.divisor)
         where = "the largest sequence of the run"
         (loss,) = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)

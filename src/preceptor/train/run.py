@@ -22,7 +22,8 @@ from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, saved_bytes, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
-from preceptor.model.sharding import device_mesh, shard_from_first, shard_model
+from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
+from preceptor.model.trained import choose_trained
 from preceptor.plan.devices import DeviceSpec, this_machine_bytes
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
@@ -42,13 +43,19 @@ from preceptor.train.from_run import adapter_to_continue
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import peak_memory_bytes
 from preceptor.train.objective import Objective
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import (
+    accumulate_in_float32,
+    build_optimizer,
+    expected_state_bytes,
+    optimizer_lines,
+)
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
+from preceptor.train.weightwise import WeightwiseOptimizer
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
@@ -161,6 +168,11 @@ def _build(
     untrained = world.gather(_untrained_tokens(model, prepared, say) if asked else {})[0]
     resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
     align_model(model, chat.tokenizer, chat.stop_token_ids)
+    if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
+        say(frozen)
+        new = [*chat.added, *untrained]
+        if new and not model.get_input_embeddings().weight.requires_grad:
+            say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter, load_adapter
 
@@ -256,11 +268,13 @@ def execute_in(
     placement = _placement(prepared, device, world, say)
     model, untrained = _build(prepared, device, say, placement, world)
     record = _record_of_first(folder, prepared, model, device, world, say)
-    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained)
-    state = State(model, build_optimizer(model, run.optimizer.weight_decay, run.optimizer.betas))
+    objective = Objective.of(run.loss, run.memory, model, prepared.chat.num_base_tokens, untrained, run.train)
+    state = State(model, _optimizer(run, model))
     checkpoints = _checkpoints(folder, run, record, world)
     _require_room(run, state, checkpoints)
-    passed = preflight(model, prepared.loader(), run.train.precision, say, objective)
+    passed = preflight(
+        model, prepared.loader(), run.train.precision, say, objective, expected_state_bytes(state.optimizer)
+    )
     loader = passed.loader
     predicted = _predicted_bytes(prepared, model, loader, device) if placement is None else placement.peak_bytes
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
@@ -369,6 +383,23 @@ def _end(
         checkpoints.restore_weights(state, found["model_step"])
 
 
+def _optimizer(run: config.Run, model: Any) -> torch.optim.Optimizer:
+    """Raises ConfigError for one that cannot be sharded, of a model that is."""
+    own = run.optimizer
+    if run.train.batch_size > 1:
+        accumulate_in_float32(model)
+    optimizer = build_optimizer(
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, own.lr_factors, run.train.seed
+    )
+    if is_sharded(Engine.of(model)) and isinstance(optimizer, WeightwiseOptimizer):
+        what = f"optimizer.name {own.name}" if own.name != "adamw" else "bfloat16 weights that are trained"
+        raise ConfigError(
+            f"parallel.strategy: {what} cannot be sharded yet. Use `replicate`, or adamw with float32 weights "
+            "(train.precision: bfloat16 keeps matrix products fast), or an adapter"
+        )
+    return optimizer
+
+
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
     dtype, adapter = saved_dtype(prepared.run.model), _saved_adapter(prepared.run)
     save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
@@ -471,7 +502,7 @@ def _announce(
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
     lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
-    lines += _saved_lines(run.model, model)
+    lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from preceptor.model.activations.noise import EmbeddingNoise
 from preceptor.model.activations.phases import Phase
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
@@ -26,13 +27,15 @@ class StepContext:
 
     divisor: of every loss. accumulates: embedding and head add their gradients to `.grad` themselves, so backward must
     follow with a gradient of 1. head_cast: the head in the type of matrix products. num_levels: the most that a
-    sequence of this pass has on any rank (activations/phases.py); 0 where no rank waits for another.
+    sequence of this pass has on any rank (activations/phases.py); 0 where no rank waits for another. noise: on the
+    embeddings.
     """
 
     divisor: float = 1.0
     accumulates: bool = False
     head_cast: HeadCast | None = None
     num_levels: int = 0
+    noise: EmbeddingNoise | None = None
 
 
 class SharedCasts:
@@ -114,6 +117,7 @@ class ModelState:
 
     casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
     ranks: how the model is spread over processes (sharding.py); None: it is in this one alone.
+    noise_TD: on the embeddings of the sequence that is running.
     """
 
     optimisations: set[str] = field(default_factory=set)
@@ -121,6 +125,7 @@ class ModelState:
     casts: SharedCasts | None = None
     accumulates: bool = False
     ranks: Ranks | None = None
+    noise_TD: Tensor | None = None
 
     @property
     def regathers(self) -> bool:
@@ -137,12 +142,12 @@ class ModelState:
             self.current, self.casts = former
 
     @contextmanager
-    def accumulating(self, accumulates: bool) -> Iterator[None]:
-        self.accumulates = accumulates
+    def accumulating(self, accumulates: bool, noise_TD: Tensor | None = None) -> Iterator[None]:
+        self.accumulates, self.noise_TD = accumulates, noise_TD
         try:
             yield
         finally:
-            self.accumulates = False
+            self.accumulates, self.noise_TD = False, None
 
 
 def adopt(module: nn.Module, mixin: type[nn.Module], state: ModelState, settings: Any = None) -> None:

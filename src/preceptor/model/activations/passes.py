@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts
+from preceptor.model.activations.noise import noisy
 from preceptor.model.activations.phases import Phase, loss_bearing, phases
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.attention.layout import (
@@ -45,7 +46,7 @@ def decode_whole(
         efficient=True,
     )
     num_asked = sequence.num_tokens if parts is None else parts[1].num_tokens
-    return _decode(sequence.ids_T, sequence.position_T, layout, state, this)[:num_asked]
+    return _decode(sequence.ids_T, sequence.position_T, layout, state, this, state.noise_TD)[:num_asked]
 
 
 def decode_dense(
@@ -55,7 +56,7 @@ def decode_dense(
     constant_T = ~loss_bearing(sequence) if policy.context_gradient == "detach" else None
     layout = ForestLayout.from_sequence(sequence, device_of(model), dense=True, constant_T=constant_T)
     this = DecoderPass(decoder_of(model), IMPLEMENTATION, num_checkpointed=num_checkpointed(model, policy))
-    return _decode(sequence.ids_T, sequence.position_T, layout, state, this)
+    return _decode(sequence.ids_T, sequence.position_T, layout, state, this, state.noise_TD)
 
 
 def decode_phases(
@@ -77,6 +78,7 @@ def decode_phases(
     plan = phases(sequence, num_levels)
     ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
     position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
+    noise_TD = None if state.noise_TD is None else pad(state.noise_TD, (0, 0, 0, 2 * num_levels))
     masks = PathMasks(run for phase in plan for run in phase.runs)
     casts = SharedCasts(keep_weights=len(plan) > 1 and not state.regathers)
     for phase in plan:
@@ -91,7 +93,8 @@ def decode_phases(
         )
         constant = policy.context_gradient == "detach" and not phase.loss_bearing
         with torch.no_grad() if constant else nullcontext():
-            hidden_MD = _decode(ids_T[index_M], position_T[index_M], layout, state, this, casts)
+            noise_MD = None if noise_TD is None else noise_TD[torch.from_numpy(index_M).to(noise_TD.device)]
+            hidden_MD = _decode(ids_T[index_M], position_T[index_M], layout, state, this, noise_MD, casts)
         if phase.loss_bearing:
             hidden.append(hidden_MD[: phase.num_tokens])
             index.append(index_M)
@@ -113,7 +116,7 @@ def decode_alone(
     assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
     decoder = decoder_of(model)
     this = DecoderPass(decoder, decoder.config._attn_implementation, num_checkpointed=num_checkpointed(model, policy))
-    with state.running(this):
+    with state.running(this), noisy(decoder.get_input_embeddings(), state.noise_TD):
         output = decoder(input_ids=torch.from_numpy(sequence.ids_T).to(device_of(model))[None], use_cache=False)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
@@ -125,6 +128,7 @@ def _decode(
     layout: ForestLayout | PhaseLayout,
     state: ModelState,
     this: DecoderPass,
+    noise_MD: Tensor | None = None,
     casts: SharedCasts | None = None,
 ) -> Tensor:
     """Last hidden states (M, D) of M tokens, which go through the decoder together.
@@ -136,7 +140,11 @@ def _decode(
     if this.efficient:
         added = computed_tokens(len(ids_M), weight_VD) - len(ids_M)
         ids_M, position_M = pad(ids_M, (0, added)), pad(position_M, (0, added))
-    with state.running(this, casts), attention_implementation(this.decoder, this.attention):
+    with (
+        state.running(this, casts),
+        attention_implementation(this.decoder, this.attention),
+        noisy(this.decoder.get_input_embeddings(), noise_MD),
+    ):
         output = this.decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
     hidden_MD: Tensor = output.last_hidden_state[0]
     return hidden_MD

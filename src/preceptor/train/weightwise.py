@@ -1,0 +1,105 @@
+"""Optimizer that updates one weight after the other, by a rule per group, in float32 whatever the weight is held in.
+
+A rule is one of torch's own optimizers, which is lent the weight, its gradient and its state, or AdamW with 8-bit
+states. A bfloat16 weight is widened before it and rounded after it (rounding.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preceptor.model.random_bits import key_of
+from preceptor.train import adamw_8bit
+from preceptor.train.rounding import Rounding, narrow, widened
+
+Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int], None]
+"""(float32 weight with its .grad, its state, its group, key of what is drawn): the weight and state after a step."""
+
+
+class WeightwiseOptimizer(torch.optim.Optimizer):
+    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters."""
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        rules: Mapping[str, Rule],
+        names: Mapping[nn.Parameter, str],
+        rounding: Rounding | None,
+        seed: int,
+    ) -> None:
+        self._rules, self._names, self.rounding, self._seed = rules, names, rounding, seed
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None, "a step has one gradient"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        half = parameter.dtype == torch.bfloat16
+        if not state:
+            state["updates"] = torch.zeros((), dtype=torch.int64)
+            if half and self.rounding == "exact":
+                state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
+        state["updates"] += 1
+        names = ("updates", "low")
+        of_rule = {name: value for name, value in state.items() if name not in names}
+        low = state.get("low")
+        weight = widened(parameter, low) if half else parameter.detach()
+        assert parameter.grad is not None
+        weight.grad = parameter.grad.float()
+        key = key_of(self._seed, int(state["updates"]), self._names[parameter])
+        self._rules[group["rule"]](weight, of_rule, group, key)
+        state.update(of_rule)
+        if half:
+            assert self.rounding is not None
+            narrow(weight, parameter, self.rounding, low, ~key)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved: torch's own would turn every state into the type of its weight, codes among them."""
+        super().load_state_dict({**state_dict, "state": {}})
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                on_cpu = value.ndim == 0
+                self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def torch_rule(optimizer_class: type[torch.optim.Optimizer], **settings: Any) -> Rule:
+    """A rule that is an optimizer of torch with these settings; learning rate and decay are the group's."""
+    optimizer: Any = optimizer_class([nn.Parameter(torch.zeros(1, 1))], **settings)
+    defaults = optimizer.param_groups[0]
+
+    def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
+        own = {"lr": group["lr"], "weight_decay": group["weight_decay"], "params": [weight]}
+        if "step" in state and defaults.get("fused"):  # a checkpoint's numbers are read to the CPU
+            state["step"] = state["step"].to(weight.device)
+        optimizer.param_groups = [{**defaults, **own}]
+        optimizer.state = defaultdict(dict, {weight: state})
+        optimizer.step()
+        optimizer.state = defaultdict(dict)
+        optimizer.param_groups = []
+
+    return update
+
+
+def adamw_8bit_rule(betas: Sequence[float], eps: float = 1e-8) -> Rule:
+    """Of matrices."""
+
+    def update(weight: Tensor, state: dict[str, Tensor], group: Mapping[str, Any], key: int) -> None:
+        if not state:
+            state.update(adamw_8bit.new_state(weight), step=torch.zeros(()))
+        state["step"] += 1
+        assert weight.grad is not None
+        adamw_8bit.update(weight, weight.grad, state, {**group, "betas": betas, "eps": eps}, key)
+
+    return update
