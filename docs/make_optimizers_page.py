@@ -19,9 +19,9 @@ def measured() -> str:
     says = (
         f"`python experiments/optimizers.py` measured this on {found['date']}: {found['machine']}, torch "
         f"{found['torch']}.\nEach setting trains the scholar on the package's 1,000 conversations for "
-        f"{settings['steps']} steps of {settings['max_length']}\ntokens, under {settings['seeds']} seeds, at a learning "
-        "rate of its own: the best of three to five by the training loss under\nanother seed. *Loss*: mean of the "
-        f"last {settings['last']} steps. *Answers*: exact answers to {items['heldout']} held-out questions. *Tax*: "
+        f"{settings['steps']} steps of {settings['max_length']}\ntokens, under {settings['seeds']} seeds, at a "
+        "learning rate of its own: the best of three to five by the training loss under\nanother seed. *Loss*: mean of "
+        f"the last {settings['last']} steps. *Answers*: exact answers to {items['heldout']} held-out questions. *Tax*: "
         f"bits\nper byte on {items['pages']} new pages of the library, above the base. Brackets hold 95 % intervals "
         "over seeds and items, and\n*from float32* is the difference to the first row in points."
     )

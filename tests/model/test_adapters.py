@@ -152,3 +152,10 @@ def test_target_modules():
         ModelError, match=r"query.*it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     ):
         adapted("llama", target_modules=["q_proj", "query"])
+
+
+def test_the_names_of_adapted_layers_have_one_order_in_every_process(tmp_path):
+    """peft keeps them as a set, whose order changes with the hash seed: the same run would write other bytes."""
+    settings = adapted("llama").peft_config["default"]
+    assert isinstance(settings.target_modules, list) and settings.target_modules == sorted(settings.target_modules)
+    assert len(settings.target_modules) == 7

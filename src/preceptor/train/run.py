@@ -272,9 +272,8 @@ def execute_in(
     state = State(model, _optimizer(run, model))
     checkpoints = _checkpoints(folder, run, record, world)
     _require_room(run, state, checkpoints)
-    passed = preflight(
-        model, prepared.loader(), run.train.precision, say, objective, expected_state_bytes(state.optimizer)
-    )
+    state_bytes = expected_state_bytes(state.optimizer)
+    passed = preflight(model, prepared.loader(), run.train.precision, say, objective, state_bytes)
     loader = passed.loader
     predicted = _predicted_bytes(prepared, model, loader, device) if placement is None else placement.peak_bytes
     num_steps = run.train.duration.steps(loader.steps_per_epoch)

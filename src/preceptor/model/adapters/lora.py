@@ -69,6 +69,10 @@ def add_adapter(
         except ValueError as error:
             raise ModelError(f"adapter: {error}") from error
     assert isinstance(adapted, PeftModel)
+    for settings in adapted.peft_config.values():  # sets, whose order is another one in each process
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(settings, key, None), set):
+                setattr(settings, key, sorted(names))
     return adapted
 
 
