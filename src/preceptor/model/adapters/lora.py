@@ -71,8 +71,9 @@ def add_adapter(
     assert isinstance(adapted, PeftModel)
     for settings in adapted.peft_config.values():  # sets, whose order is another one in each process
         for key in ("target_modules", "exclude_modules"):
-            if isinstance(names := getattr(settings, key, None), set):
-                setattr(settings, key, sorted(names))
+            found = getattr(settings, key, None)
+            if isinstance(found, set):
+                setattr(settings, key, sorted(found))
     return adapted
 
 
