@@ -35,8 +35,8 @@ KNOWN = {
 INTRODUCTION = """# Licences of dependencies
 
 Preceptor is under the [Apache License 2.0](../LICENSE). This is what it brings along, with the licence that each
-package states. `python docs/make_licences.py` makes this page, and a test fails where a licence is unknown. Builds of torch for
-CUDA also bring NVIDIA's libraries, under NVIDIA's own terms. Optional extras are not listed.
+package states. `python docs/make_licences.py` makes this page, and a test fails where a licence is unknown. Builds of
+torch for CUDA also bring NVIDIA's libraries, under NVIDIA's own terms. Optional extras are not listed.
 
 | package | licence | needed by |
 |---|---|---|
