@@ -59,6 +59,8 @@ def needed() -> dict[str, set[str]]:
             if marker is not None and ("extra" in str(marker) or not marker.evaluate()):
                 continue
             package = name_of(requirement.name)
+            if package.startswith(("nvidia-", "cuda-")):
+                continue  # NVIDIA's own terms, which the page names
             if package not in found:
                 waiting.append((package, distribution(package).requires or []))
             found.setdefault(package, set()).add(asking)
