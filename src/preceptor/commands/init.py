@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import TemplateName, check_names, large_imports
+from preceptor.commands.options import TemplateName, large_imports
 
 _SCHEMA = ".preceptor-schema.json"  # hidden, so that it is no data where the run file lies in a folder of data
 
@@ -73,6 +73,8 @@ def _named_run(
         },
         "out": out,
     }
+    from preceptor.train.session import check_names
+
     return check_names(config.build(tree, "init"))
 
 

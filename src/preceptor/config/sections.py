@@ -97,6 +97,11 @@ class Model(Section):
     train_only: list[str] = []
     """Instead: the only parameters that are trained, by name, such as `["*.mlp.*"]`. Both without an adapter."""
 
+    @property
+    def place(self) -> str:
+        """Where the model's files are read from, but its weights of one that a program holds."""
+        return self.path
+
 
 class Source(Section):
     path: Path_
