@@ -127,7 +127,7 @@ def _suggested(
     said = rejected if lengths.rejections.num_rejected else ""
     if isinstance(dry_run, str):
         return text, f"{said}no plan: {dry_run}"
-    from preceptor.commands.plan import find_plan
+    from preceptor.plan.changes import find_plan
     from preceptor.plan.text import to_text
 
     return text, said + to_text(find_plan(found.run, model, sample, device, dry_run))

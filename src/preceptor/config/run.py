@@ -150,6 +150,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     In paths, `~`, `$VAR` and `${VAR}` are replaced. Raises ConfigError naming the file and key. Data and template paths
     that do not exist in the working directory are taken relative to the run file where they exist there.
     """
+    return beside(build(read_tree(path, overrides), str(path), os.environ), Path(path).parent)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a run file with overrides, not validated yet. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,7 +170,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: a run file is a mapping with model, data and out; found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return beside(build(tree, str(path), os.environ), path.parent)
+    return tree
 
 
 def build(tree: dict[str, Any], where: str, environment: Mapping[str, str] | None = None) -> Run:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from preceptor import config
+from preceptor.config.held import LiveModel
 from preceptor.data.loader import Loader
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
@@ -96,9 +97,16 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
         if asked != "auto":
             say(f"parallel.strategy: {asked} means nothing to one process")
         return None
+    run = prepared.run
+    if isinstance(run.model, LiveModel):
+        if asked not in ("auto", "replicate"):
+            raise ConfigError(
+                f"parallel.strategy: {asked}, but each process holds a whole live model; give the model by its path"
+            )
+        run = run.model_copy(update={"parallel": run.parallel.model_copy(update={"strategy": "replicate"})})
     if world.is_first:
         found = place_on_ranks(
-            prepared.run,
+            run,
             prepared.loader().largest_sequences()[0],
             len(prepared.chat.added),
             len(prepared.chat.tokenizer),
@@ -138,16 +146,10 @@ def build(
     placement: how the model is spread over the processes; where it is sharded, the first reads it for all.
     """
     run, chat = prepared.run, prepared.chat
-    sharded = placement is not None and placement.strategy != "replicate"
-    model = load_model(
-        run.model.path,
-        dtype=run.model.dtype,
-        device=("cpu" if world.is_first else "meta") if sharded else device,
-        init=run.model.init,
-        seed=run.train.seed,
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-    )
+    held = run.model.held if isinstance(run.model, LiveModel) else None
+    if held is not None and held.built is not None:  # by a session of this program before
+        return _spread(held.built[0], run.engine, device, placement, world), held.built[1]
+    model = _loaded(prepared, device, say, placement, world)
     has_values = model.device.type != "meta"
     if has_values and (found := first_not_finite(model.named_parameters())):
         raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
@@ -178,7 +180,35 @@ def build(
         if start is not None and has_values:
             load_adapter(model, start)
             say(f"trains on the adapter of {run.model.from_run}")
+    if held is not None:
+        held.built = model, sorted(untrained.values())
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Placement | None, world: World) -> Any:
+    """The base model, with its values; those of a sharded one are the first process's alone.
+
+    Raises ModelError where processes hold live models of other weights.
+    """
+    run = prepared.run
+    if isinstance(run.model, LiveModel):
+        model, moved = run.model.held.take(device, prepared.chat.tokenizer)
+        if moved:
+            say(f"the model is moved to {device} and stays there (train.device)")
+        of_ranks = world.gather(run.model.held.record)
+        if any(record != of_ranks[0] for record in of_ranks):
+            raise ModelError("model: the processes hold live models of other weights; load the same one in each")
+        return model
+    sharded = placement is not None and placement.strategy != "replicate"
+    return load_model(
+        run.model.path,
+        dtype=run.model.dtype,
+        device=("cpu" if world.is_first else "meta") if sharded else device,
+        init=run.model.init,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
 
 
 def _spread(
@@ -236,7 +266,7 @@ def saved_dtype(model: config.Model) -> torch.dtype | None:
     if model.save_dtype is not None:
         asked: torch.dtype = getattr(torch, model.save_dtype)
         return asked
-    return stored_dtype(model.path, model.trust_remote_code, model.revision)
+    return stored_dtype(model.place, model.trust_remote_code, model.revision)
 
 
 def predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:

@@ -20,6 +20,7 @@ import torch
 
 from preceptor import config
 from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader
@@ -107,6 +108,9 @@ def trees_hashes(prepared: Prepared) -> dict[str, str]:
 
 
 def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(model, LiveModel):
+        assert model.held.record is not None, "recorded when it was taken"
+        return {"path": model.path, "folder": None, "revision": None, **model.held.record}
     place = resolve_model_path(model.path)
     config_file = find_file(place, "config.json", model.revision)
     found: dict[str, Any] = {"path": model.path, "folder": place if Path(place).is_dir() else None}
@@ -142,7 +146,8 @@ def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> I
                 name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
                 yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
             if not files:
-                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
+                sha256 = table.identity(sha256_of)[-1] if isinstance(source.source, LiveSource) else None  # type: ignore[index]
+                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": sha256}
 
 
 # How much

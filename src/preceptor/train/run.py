@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from preceptor import config
+from preceptor.config.held import LiveModel
 from preceptor.console import Display
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError
@@ -85,13 +86,20 @@ class Training:
         What makes the folder a run's is written when the model is loaded and has passed the preflight, so that what
         cannot work leaves nothing behind. dry_run: end there, with nothing written.
         """
-        started, folder, world = time.perf_counter(), self.folder, self.world
-        if folder.has_model:
-            self.summary = finish(folder, self.say) if world.is_first else {}
+        started = time.perf_counter()
+        if self.folder.has_model:
+            self.summary = finish(self.folder, self.say) if self.world.is_first else {}
             return
-        ready = self._begin(dry_run)
-        if dry_run:
-            return
+        try:
+            ready = self._begin(dry_run)
+            if not dry_run:
+                yield from self._train(ready, started)
+        finally:
+            if isinstance(self.prepared.run.model, LiveModel):
+                self.prepared.run.model.held.release()
+
+    def _train(self, ready: "_Ready", started: float) -> Generator[Step]:
+        folder, world = self.folder, self.world
         state, checkpoints, loader, run = ready.state, ready.checkpoints, ready.loader, self.prepared.run
         with self.stop.while_training(folder.path, world):
             with checkpoints, Display(self.console, ready.num_steps, state.step) as display:
@@ -99,7 +107,11 @@ class Training:
                 self.loop = Loop(
                     run, ready.objective, state, loader, evaluations, display, folder, checkpoints, self.stop, world
                 )
-                yield from self.loop.steps()
+                try:
+                    yield from self.loop.steps()
+                finally:
+                    if isinstance(run.model, LiveModel):
+                        run.model.held.has_steps = state.step > 0
             require_finite(state)
             assert run.train.precision is not None, "resolved when it began"
             require_finite_loss(state, loader.batch(state.step - 1)[0], run.train.precision, ready.objective)
@@ -113,6 +125,8 @@ class Training:
     def _begin(self, dry_run: bool) -> "_Ready":
         """Load, prove, and write what makes the folder this run's, or bring the model to the newest checkpoint."""
         folder, world, say = self.folder, self.world, self.say
+        if isinstance(self.prepared.run.model, LiveModel) and not folder.goes_on:
+            self.prepared.run.model.held.require_steps_saved(0)
         device = connected(self.prepared, world)
         prepared = self.prepared = with_precision(self.prepared, device, folder, say)
         run = prepared.run
@@ -137,6 +151,8 @@ class Training:
             return ready
         if folder.goes_on:
             _go_on(folder, run, state, checkpoints, num_steps, world, say)
+            if isinstance(run.model, LiveModel):
+                run.model.held.require_steps_saved(state.step)
         elif world.is_first:
             counts = amounts(prepared, loader, num_steps) | {
                 "each_conversation_alone": loader.alone,
