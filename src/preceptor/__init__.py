@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from preceptor.api.chat_format import collate as collate
     from preceptor.api.chat_format import load_chat_format as load_chat_format
     from preceptor.api.run import Run as Run
-    from preceptor.train.textbook import SFTTrainer as SFTTrainer
+    from preceptor.api.trainer import SFTConfig as SFTConfig
+    from preceptor.api.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
 _PLACES = {
     "Run": "api.run",
-    "SFTTrainer": "train.textbook",
+    "SFTConfig": "api.trainer",
+    "SFTTrainer": "api.trainer",
     "collate": "api.chat_format",
     "load_chat_format": "api.chat_format",
 }
