@@ -6,6 +6,7 @@ from typing import Any
 
 from preceptor import config
 from preceptor.config import Source
+from preceptor.config.code import HeldCode
 from preceptor.config.held import LIVE, MEMORY, LiveModel, LiveSource
 from preceptor.data.formats.memory import HeldDataset, RecordList
 from preceptor.errors import ConfigError, short
@@ -36,6 +37,9 @@ def settings_of(
         tree["data"] = live.data(tree["data"])
     if isinstance(tree.get("replay"), Mapping) and "data" in tree["replay"]:
         tree["replay"] = {**tree["replay"], "data": live.sources(tree["replay"]["data"], "replay.data")}
+    for section in ("loss", "eval"):
+        if isinstance(tree.get(section), Mapping) and "code" in tree[section]:
+            tree[section] = {**tree[section], "code": live.code(tree[section]["code"])}
     if "out" in tree and isinstance(tree["out"], Path):
         tree["out"] = str(tree["out"])
     run = config.build(tree, where, environment)
@@ -48,6 +52,7 @@ class _LiveValues:
     def __init__(self) -> None:
         self._held: Any = None
         self._tables: dict[str, Any] = {}
+        self._functions: dict[str | None, HeldCode] = {}
 
     def model(self, given: Any, tokenizer: Any) -> dict[str, Any]:
         section = dict(given) if isinstance(given, Mapping) else {"path": given}
@@ -90,11 +95,27 @@ class _LiveValues:
 
     def _source(self, given: Any, name: str) -> dict[str, Any]:
         section = dict(given) if isinstance(given, Mapping) and not _is_record(given) else {"path": given}
+        if "code" in section:
+            section["code"] = self.code(section["code"])
         path = section.get("path")
         if isinstance(path, str | Path):
             return {**section, "path": str(path)}
         self._tables[f"{MEMORY}{name}"] = _table(path, f"{MEMORY}{name}", name)
         return {**section, "path": f"{MEMORY}{name}"}
+
+    def code(self, given: Any) -> Any:
+        """A function becomes its name, which `put` makes a function again."""
+        if not callable(given):
+            return given
+        held = HeldCode.of(given)
+        if self._functions.get(str(held), held).function is not given:  # another one of this name
+            held = HeldCode.of(given, f"_{len(self._functions)}")
+        self._functions[str(held)] = held
+        return str(held)
+
+    def _coded(self, section: Any) -> Any:
+        held = self._functions.get(section.code)
+        return section if held is None else section.model_copy(update={"code": held})
 
     def put(self, run: config.Run) -> config.Run:
         def sources(of: Sequence[Source]) -> list[Source]:
@@ -102,13 +123,14 @@ class _LiveValues:
                 LiveSource.model_construct(**dict(source), table=self._tables[source.path])
                 if source.path in self._tables
                 else source
-                for source in of
+                for source in map(self._coded, of)
             ]
 
         data = run.data.model_copy(update={"train": sources(run.data.train), "eval": sources(run.data.eval)})
         replay = run.replay and run.replay.model_copy(update={"data": sources(run.replay.data)})
         model = run.model if self._held is None else LiveModel.model_construct(**dict(run.model), held=self._held)
-        return run.model_copy(update={"data": data, "replay": replay, "model": model})
+        own = {"loss": self._coded(run.loss), "eval": self._coded(run.eval)}
+        return run.model_copy(update={"data": data, "replay": replay, "model": model, **own})
 
 
 def _is_record(value: Any) -> bool:

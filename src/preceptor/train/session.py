@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from preceptor import config
+from preceptor.config.code import require_code
 from preceptor.data.rejections import check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.train.run_folder import RunFolder, claim
@@ -39,7 +40,10 @@ def check_names(run: config.Run) -> config.Run:
     check_codes(run.data.allow_rejected)
     resolve_model_path(run.model.place)
     check_name(run.data.chat_template)
+    require_code(run.loss.code, "loss.code")
+    require_code(run.eval.code, "eval.code")
     for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
+        require_code(source.code, f"{source.path}: code")
         OpenSource(source)
     for task in run.eval.tasks:
         OpenSource(file_of(task))
