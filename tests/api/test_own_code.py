@@ -26,6 +26,8 @@ from preceptor.train.run import execute
 from preceptor.train.step import take_step
 from tiny import chain, tiny_model
 
+pytestmark = pytest.mark.usefixtures("empty_report")
+
 
 def focal(log_probs, weights):
     return -weights * (1 - log_probs.exp()) ** 2 * log_probs

@@ -19,6 +19,7 @@ from preceptor import Run, config
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.train.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("empty_report")
 SETTINGS = {
     "train": {"duration": "4 steps", "batch_size": 2},
     "optimizer": {"learning_rate": 1e-3},
@@ -179,8 +180,9 @@ def test_stop_ends_the_training_and_the_model_is_saved(tmp_path, live):
         run.train()
 
 
-@pytest.mark.parametrize("how", ["the same object", "another program"])
-@pytest.mark.parametrize("adapter", [None, {"rank": 4, "dropout": 0.1}])
+@pytest.mark.parametrize(
+    ("how", "adapter"), [("the same object", {"rank": 4, "dropout": 0.1}), ("another program", None)]
+)
 def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, adapter):
     run_of(tmp_path, live(), name="whole", adapter=adapter).train()
     run = run_of(tmp_path, live(), adapter=adapter)

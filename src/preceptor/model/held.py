@@ -92,12 +92,17 @@ class HeldModel:
         if self.built is None:
             return
         model = self.built[0]
-        model.zero_grad(set_to_none=True)
-        remove(model)
-        model.eval()
+        leave_plain(model)
         if isinstance(model, PeftModel) and not self.has_steps:
             self.model, self.built = model.unload(), None
             self.model.requires_grad_(True)
+
+
+def leave_plain(model: Any) -> None:
+    """A trained model as plain transformers or peft runs it, in evaluation mode."""
+    model.zero_grad(set_to_none=True)
+    remove(model)
+    model.eval()
 
 
 def content_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from preceptor.config.held import LiveModel
 from preceptor.console import Display
 from preceptor.data.loader import Loader
 from preceptor.errors import CheckpointError
+from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model, saved_bytes
 from preceptor.train.announce import announce
 from preceptor.train.build import (
@@ -97,6 +98,8 @@ class Training:
         finally:
             if isinstance(self.prepared.run.model, LiveModel):
                 self.prepared.run.model.held.release()
+            elif self.model is not None and self.world.size == 1:
+                leave_plain(self.model)
 
     def _train(self, ready: "_Ready", started: float) -> Generator[Step]:
         folder, world = self.folder, self.world
