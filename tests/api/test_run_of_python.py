@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -379,6 +380,26 @@ def test_several_processes_each_with_its_own_copy(tmp_path, live):
     assert first == second == pytest.approx([line["loss"] for line in lines(tmp_path / "alone")], rel=1e-5)
     errors = run_ranks(2, lambda rank: work(rank, tmp_path / "other", same_weights=False), connected=False)
     assert any("live models of other weights" in str(error) for error in errors)
+
+
+def test_a_program_is_not_run_anew_by_those_that_render(monkeypatch):
+    """Fresh interpreters import the main file; most programs have no `if __name__ == "__main__"`."""
+    from preceptor.api import run as api
+
+    for method, has_file, expected in (("spawn", True, 1), ("spawn", False, 4), ("fork", True, 4)):
+        monkeypatch.setattr(api, "start_method", lambda method=method: method)
+        monkeypatch.setattr(api, "num_cores", lambda: 8)
+        main = types.SimpleNamespace(**({"__file__": "program.py"} if has_file else {}))
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert api._num_processes() == expected
+
+
+def test_steps_are_taken_by_one_loop_at_a_time(tmp_path, live):
+    run = run_of(tmp_path, live())
+    for _ in run.steps():
+        with pytest.raises(ConfigError, match="are being taken already"):
+            next(iter(run.steps()))
+        break
 
 
 def test_importing_preceptor_does_not_import_torch():

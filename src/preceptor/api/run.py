@@ -10,8 +10,8 @@ It is what `preceptor train` drives: the same checks, folder, checkpoints, logs 
 import io
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from preceptor.api.values import merged, over_model_and_data, settings_of
 from preceptor.chat.format import load_chat_format
 from preceptor.console import TerminalConsole, standard_console
 from preceptor.data.sources import OpenSource
+from preceptor.data.workers import start_method
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json
 from preceptor.inspect.page import make_page
@@ -98,7 +99,7 @@ class Run:
 
     def check(self) -> CheckResult:
         """Prove every example, and count what is rejected. Raises DataError for data that cannot be read."""
-        return CheckResult.of(to_json(check_data(self.config, min(4, num_cores())), self.config))
+        return CheckResult.of(to_json(check_data(self.config, _num_processes()), self.config))
 
     def show(self, number: int | None = None) -> ShownExamples:
         """The context and the trained tokens of example `number`, counted from 1 as in messages; or of the first ones.
@@ -163,7 +164,14 @@ class Run:
             _require_first_of_process(world)
             console = Console(quiet=True) if self._quiet or not world.is_first else standard_console()
             self._session = Session(
-                self.config, console, stop, world, self._run_file, resume=resume, replace=replace, importing=nullcontext
+                self.config,
+                console,
+                stop,
+                world,
+                self._run_file,
+                resume=resume,
+                replace=replace,
+                num_processes=_num_processes(),
             )
             try:
                 yield from self._session.steps()
@@ -220,9 +228,23 @@ class Run:
         return TrainResult.of(Path(self.config.out))
 
 
+def _num_processes() -> int:
+    """That render the data: one, where others would run this program's file anew (data/workers.py)."""
+    runs_anew = start_method() == "spawn" and hasattr(sys.modules["__main__"], "__file__")
+    return 1 if runs_anew else min(4, num_cores())
+
+
 def _require_first_of_process(world: World) -> None:
-    """Raises ConfigError where this process has trained a run already: what processes tell each other is told once."""
+    """Raises ConfigError where this process has trained a run already, as what processes tell each other is told once;
+    and where the program has connected them by itself."""
     if world.size > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            raise ConfigError(
+                "torch.distributed is initialised already, by this program or accelerate: leave that to the run, which "
+                "connects the processes when its data is rendered"
+            )
         key = f"session of {world.rank}"
         if world.store.check([key]):
             raise ConfigError("several processes train one Run a program; start them again for the next one")

@@ -54,8 +54,8 @@ def check_names(run: config.Run) -> config.Run:
 class Session:
     """run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
 
-    importing: entered while torch is imported. training: from the moment that the data is rendered. summary: of a run
-    that has ended, in its first process.
+    num_processes: that render the data, at most. importing: entered while torch is imported. training: from the moment
+    that the data is rendered. summary: of a run that has ended, in its first process.
     """
 
     run: config.Run
@@ -66,6 +66,7 @@ class Session:
     resume: bool = False
     replace: bool = False
     dry_run: bool = False
+    num_processes: int = 4
     importing: Callable[[], AbstractContextManager[None]] = nullcontext
     training: "Training | None" = None
     summary: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Session:
         with self.importing():
             from preceptor.train.prepare import prepare
 
-        num_processes = min(4, max(1, num_cores() // self.world.local_size))
+        num_processes = min(self.num_processes, max(1, num_cores() // self.world.local_size))
         prepared = prepare(self.run, num_processes=num_processes, date=folder.date)
         for name, formats in prepared.formats.items():
             self._say(format_line(name, formats))
