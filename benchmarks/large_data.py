@@ -162,14 +162,14 @@ def in_the_process(folder: Path, began: float, what: str) -> None:
         note("first_batch")
         print(json.dumps(found | {"plan_seconds": round(time.perf_counter() - planned, 2)}))
         return
-    take_step = loop.take_step
+    take_step = loop.__dict__["take_step"]
 
     def noted(*arguments: Any) -> Any:
         result = take_step(*arguments)
         note("first_step")
         return result
 
-    loop.take_step = noted  # type: ignore[assignment]
+    loop.__dict__["take_step"] = noted
     execute(prepared, standard_console())
     print(json.dumps(found))
 

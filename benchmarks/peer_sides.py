@@ -24,8 +24,8 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     from preceptor.data.loader import Loader
     from preceptor.model.load import load_model
     from preceptor.train.checkpoint import State
-    from preceptor.train.loop import take_step
     from preceptor.train.optimizer import build_optimizer
+    from preceptor.train.step import take_step
 
     folder = Path(options["folder"])
     steps = pickle.loads((folder / "trees.pickle").read_bytes())

@@ -34,9 +34,9 @@ from preceptor.plan.memory import Setup
 from preceptor.plan.ranks import rank_peak_bytes, rank_sent_bytes
 from preceptor.plan.work import Work
 from preceptor.train.checkpoint import State
-from preceptor.train.loop import take_step
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
+from preceptor.train.step import take_step
 from preceptor.world import World, num_cores
 
 RESULTS = Path(__file__).parent / "results"

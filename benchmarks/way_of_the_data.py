@@ -125,7 +125,7 @@ def follow(folder: Path) -> Way:
     preparation.__dict__["load_chat_format"] = way.pausing(load_chat_format)
     prepared = way.recording(preparation.prepare)(run)
     Loader.batch = way.recording(Loader.batch)  # type: ignore[method-assign]
-    loop.take_step = way.recording(loop.take_step)
+    loop.__dict__["take_step"] = way.recording(loop.__dict__["take_step"])
     execution.execute(prepared, Console(quiet=True))
     return way
 

@@ -66,6 +66,16 @@ def torture_table():
 
 
 @pytest.fixture
+def empty_report(monkeypatch):
+    """Runs write an empty report: drawing it takes longer than their training."""
+
+    def write(folders):
+        (folders[0] / "report.html").write_text("")
+
+    monkeypatch.setattr("preceptor.train.finish.write_report", write)
+
+
+@pytest.fixture
 def preceptor(monkeypatch, capsys):
     """Runs a command in this process: (exit code, standard output, standard error)."""
 

@@ -19,8 +19,10 @@ from torch.distributed import TCPStore
 from preceptor.world import World
 
 
-def run_ranks(num, work, seconds=60):
+def run_ranks(num, work, seconds=60, connected=True):
     """What `work(world)` returns in each of `num` processes, by rank; an exception that it raises is returned.
+
+    connected False: `work(rank)`, which launches its world by itself.
 
     Those that take longer than `seconds` are killed and give None. So does one that kills itself.
     """
@@ -30,7 +32,7 @@ def run_ranks(num, work, seconds=60):
         pid = os.fork()
         if not pid:
             os.close(reader)
-            _in_process(rank, num, store.port, work, writer)
+            _in_process(rank, num, store.port, work, writer, connected)
         os.close(writer)
         readers.append(reader)
         pids.append(pid)
@@ -42,12 +44,15 @@ def run_ranks(num, work, seconds=60):
     return found
 
 
-def _in_process(rank, num, port, work, writer):
+def _in_process(rank, num, port, work, writer, connected):
     _environment(rank, num, port)
     try:
-        with World.launched() as world:
-            world.connect("cpu")
-            found = work(world)
+        if connected:
+            with World.launched() as world:
+                world.connect("cpu")
+                found = work(world)
+        else:
+            found = work(rank)
     except BaseException as error:
         error.add_note("".join(traceback.format_exception(error)))
         found = error

@@ -41,3 +41,9 @@ def test_streams_that_fail_end_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     with console.lasting_streams():
         print("to a closed stream")
+
+
+def test_a_name_between_colons_is_no_emoji(capsys):
+    console.standard_console().print("memory:train:row 2")
+    console.standard_console().rule(":train:", align="left")
+    assert "memory:train:row 2" in (shown := capsys.readouterr().out) and ":train: " in shown

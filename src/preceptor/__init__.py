@@ -4,12 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from preceptor.api import collate as collate
-    from preceptor.api import load_chat_format as load_chat_format
-    from preceptor.train.textbook import SFTTrainer as SFTTrainer
+    from preceptor.api.chat_format import collate as collate
+    from preceptor.api.chat_format import load_chat_format as load_chat_format
+    from preceptor.api.run import Run as Run
+    from preceptor.api.trainer import SFTConfig as SFTConfig
+    from preceptor.api.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
-_PLACES = {"SFTTrainer": "train.textbook", "collate": "api", "load_chat_format": "api"}
+_PLACES = {
+    "Run": "api.run",
+    "SFTConfig": "api.trainer",
+    "SFTTrainer": "api.trainer",
+    "collate": "api.chat_format",
+    "load_chat_format": "api.chat_format",
+}
 __all__ = [*_PLACES, "__version__"]
 
 

@@ -43,10 +43,10 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 class TerminalConsole(Console):
-    """A console that shows control characters of a text instead of sending them, and takes no text for markup."""
+    """A console that shows control characters instead of sending them, and takes no text for markup or emoji."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, highlight=False, **options)
+        super().__init__(markup=False, highlight=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)

@@ -40,6 +40,8 @@ def resolve_model_path(path: str | Path, adapters: bool = False) -> str:
         return str(found)
     if folder.exists():
         raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
+    if str(path).startswith("live:"):
+        raise ModelError(f"{path}: a model that a Python program held; the same program goes on with this run")
     if not _HUB_ID.fullmatch(str(path)):
         raise ModelError(f"{path}: no such folder; name an existing model folder, a Hub id (owner/name) or {SCHOLAR!r}")
     return str(path)

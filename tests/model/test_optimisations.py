@@ -17,9 +17,9 @@ from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import OPTIMISATIONS, install, remove
 from preceptor.train.checkpoint import State
-from preceptor.train.loop import take_step
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
+from preceptor.train.step import take_step
 from tiny import MODELS, branching, chain, tiny_model
 
 ALL = {optimisation.name for optimisation in OPTIMISATIONS}

@@ -104,8 +104,8 @@ def test_quick_loads_no_torch(tmp_path):
 
 def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     """Parameters with the added tokens exactly; tokens and steps too, of messages between two marks and a role."""
+    from preceptor.train.build import build_model, choose_device
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import build_model, choose_device
 
     run = run_of(
         "scholar",

@@ -13,6 +13,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train import checkpoint, loop
+from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from preceptor.train.signals import EXIT_CODE, StopRequest
@@ -119,7 +120,7 @@ def broken(monkeypatch):
     """Makes the loss of the first sequence NaN in these steps (1, 2, ...), or the gradient alone."""
 
     def breaks(*steps, gradient=False):
-        real = loop.accumulate_gradients
+        real = stepping.accumulate_gradients
 
         def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0), *world):
             losses = real(engine, sequences, divisor, precision, objective, where, seed, *world)
@@ -128,7 +129,7 @@ def broken(monkeypatch):
                 losses[0] = losses[0] if gradient else float("nan")
             return losses
 
-        monkeypatch.setattr(loop, "accumulate_gradients", accumulate)
+        monkeypatch.setattr(stepping, "accumulate_gradients", accumulate)
 
     return breaks
 
@@ -155,7 +156,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(run_fi
 def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file, broken):
     run = config.load(run_file(train__max_skipped=1))
     prepared = prepare(run)
-    from preceptor.train.run import build_model
+    from preceptor.train.build import build_model
 
     model = build_model(prepared, torch.device("cpu"))
     state = checkpoint.State(model, loop_optimizer(model))
@@ -164,7 +165,7 @@ def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file
     weights = {name: p.clone() for name, p in state.trained.items()}
     moments = {name: {k: v.clone() for k, v in state.optimizer.state[p].items()} for name, p in state.trained.items()}
     broken(2)
-    with pytest.raises(loop.NotFiniteError) as raised:
+    with pytest.raises(stepping.NotFiniteError) as raised:
         loop.take_step(state, loader.batch(1), 1e-3, 1.0, "float32")
     loop.skip_step(state, raised.value, [], loader.sources(1), 0, 1)
     assert state.step == 2 and all(p.grad is None for p in state.trained.values())
@@ -327,15 +328,15 @@ def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_
         raise MemoryError("cannot allocate")
 
     with monkeypatch.context() as patch:
-        accumulate = loop.accumulate_gradients
+        accumulate = stepping.accumulate_gradients
 
         def too_large(engine, sequences, divisor, precision, objective, where, *more):
             if where.startswith("step 4"):
-                with loop._explaining_out_of_memory(sequences[0], where):
+                with stepping._explaining_out_of_memory(sequences[0], where):
                     no_memory()
             return accumulate(engine, sequences, divisor, precision, objective, where, *more)
 
-        patch.setattr(loop, "accumulate_gradients", too_large)
+        patch.setattr(stepping, "accumulate_gradients", too_large)
         code, _, error = preceptor("train", file)
     assert code == 5 and "step 4: a sequence" in error and "data.max_length" in error
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]

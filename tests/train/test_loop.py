@@ -14,11 +14,12 @@ from preceptor import config
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.train import loop
+from preceptor.train.build import build_model
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import build_model, execute
+from preceptor.train.run import execute
 
 QUIET = Console(quiet=True)
 

@@ -11,8 +11,8 @@ from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.loss.options import LossOptions
 from preceptor.train.checkpoint import State
-from preceptor.train.loop import take_step
 from preceptor.train.objective import Objective
+from preceptor.train.step import take_step
 from tiny import chain, tiny_model
 
 TREES = [chain(np.random.default_rng(seed), lengths) for seed, lengths in enumerate([(3, 9), (4, 2, 2, 5), (2, 30)])]

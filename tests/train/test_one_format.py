@@ -15,9 +15,9 @@ from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
 from preceptor.model.load import save_model
 from preceptor.serve.chat import Speaker, converse
+from preceptor.train.build import build_model
 from preceptor.train.evaluations import build_evaluations
 from preceptor.train.prepare import prepare
-from preceptor.train.run import build_model
 from tiny import tiny_model, tiny_tokenizer
 
 CHATML = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from preceptor import config
-from preceptor.train import run as running
+from preceptor.train import build as building
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -47,7 +47,7 @@ def test_what_a_cpu_has_for_bfloat16(tmp_path, flags, feature):
 def test_a_run_writes_its_precision_out_and_says_what_would_be_faster(
     preceptor, run_file, tmp_path, monkeypatch, given, feature, says
 ):
-    monkeypatch.setattr(running, "cpu_bfloat16_feature", lambda: feature)
+    monkeypatch.setattr(building, "cpu_bfloat16_feature", lambda: feature)
     code, out, _ = preceptor("train", run_file(train__precision=given, train__device="cpu", train__duration="1 steps"))
     assert code == 0
     assert ("this CPU has AMX" in out) == says

@@ -125,6 +125,9 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         "data.train[0].path",
         "data.chat_template",
         "replay.data[0].path",
+        "loss.code",
+        "data.train[0].code",
+        "replay.data[0].code",
     }
     assert rounding == {"engine", "parallel.strategy", "train.device", "memory.activation_checkpointing"}
     compared = {re.sub(r"\[\d+\]", "[]", line.partition(":")[0]) for line in changed.weights}

@@ -12,7 +12,7 @@ import pytest
 
 from preceptor import config
 from preceptor.errors import CheckpointError, ConfigError
-from preceptor.train import run_folder
+from preceptor.train import lock
 from preceptor.train.run_folder import NAMES, claim, move_aside
 from runs import DATA, ENVIRONMENT, steps
 
@@ -267,7 +267,7 @@ def test_a_file_system_without_locks_is_said(place, monkeypatch):
     def fail(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", fail)
+    monkeypatch.setattr(lock.fcntl, "lockf", fail)
     with claim(run_of()) as folder:
         (note,) = folder.notes
         assert "has no locks (Operation not supported)" in note

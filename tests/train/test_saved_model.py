@@ -15,8 +15,9 @@ from preceptor import config
 from preceptor.chat.format import load_tokenizer, load_trained_format
 from preceptor.errors import ModelError
 from preceptor.model.load import load_model, save_model, unusable_settings
+from preceptor.train.build import build_model
 from preceptor.train.prepare import prepare
-from preceptor.train.run import build_model, execute
+from preceptor.train.run import execute
 from tiny import tiny_model, tiny_tokenizer
 
 CHATML = (

@@ -123,7 +123,7 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     is a conversation, or was rejected and might have been one; else there is none and nothing is added, so that a base
     model stays one. Raises ModelError and TemplateError, and DataError as reading the sources does.
     """
-    path = resolve_model_path(model.path)
+    path = resolve_model_path(model.place)
     source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     limits = read_limits(path, **source)
     tokenizer: Any = load_tokenizer(path, **source)

@@ -124,6 +124,11 @@ class Renderer:
             raise Rejected("no_template", "a conversation")
         return self._template
 
+    @property
+    def template_name(self) -> str | None:
+        """None where the run has no template, and so no conversations."""
+        return None if self._template is None else self._template.name
+
     @cached_property
     def switch(self) -> Switch:
         """The template's thinking switch; of no name where there is none."""

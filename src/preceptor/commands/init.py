@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import TemplateName, check_names, large_imports
+from preceptor.commands.options import TemplateName, large_imports
 
 _SCHEMA = ".preceptor-schema.json"  # hidden, so that it is no data where the run file lies in a folder of data
 
@@ -73,6 +73,8 @@ def _named_run(
         },
         "out": out,
     }
+    from preceptor.train.session import check_names
+
     return check_names(config.build(tree, "init"))
 
 
@@ -125,7 +127,7 @@ def _suggested(
     said = rejected if lengths.rejections.num_rejected else ""
     if isinstance(dry_run, str):
         return text, f"{said}no plan: {dry_run}"
-    from preceptor.commands.plan import find_plan
+    from preceptor.plan.changes import find_plan
     from preceptor.plan.text import to_text
 
     return text, said + to_text(find_plan(found.run, model, sample, device, dry_run))

@@ -48,31 +48,9 @@ def load_run(run_file: Path, overrides: Sequence[str] | None = None) -> "Run":
     """The run of a run file, all of whose files exist. Raises ConfigError, and as `check_names`."""
     from preceptor import config
     from preceptor.train.from_run import with_start
+    from preceptor.train.session import check_names
 
     return check_names(with_start(config.load(run_file, overrides or [])))
-
-
-def check_names(run: "Run") -> "Run":
-    """The run, if all that it names is there: so that a mistake shows at once, before torch is imported.
-
-    Raises ConfigError for a code of rejections that is none, DataError, ModelError and TemplateError for files.
-    """
-    from preceptor.chat.template import check_name
-    from preceptor.data.rejections import check_codes
-    from preceptor.data.sources import OpenSource
-    from preceptor.evaluate.tasks import file_of
-    from preceptor.hub import resolve_model_path
-    from preceptor.trackers.sink import require_installed
-
-    require_installed(run.tracker if isinstance(run.tracker, list) else [run.tracker])
-    check_codes(run.data.allow_rejected)
-    resolve_model_path(run.model.path)
-    check_name(run.data.chat_template)
-    for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
-        OpenSource(source)
-    for task in run.eval.tasks:
-        OpenSource(file_of(task))
-    return run
 
 
 def require_one_process() -> None:
@@ -111,6 +89,7 @@ def run_of(
     """The run of a run file, or of --model and --data, all of whose files exist. Raises as `load_run`."""
     from preceptor import config
     from preceptor.config.yaml_text import apply_override
+    from preceptor.train.session import check_names
 
     overrides = list(overrides or ())
     if run_file is not None and model is not None and "=" in str(run_file):  # the first override, not a run file

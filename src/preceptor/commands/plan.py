@@ -1,18 +1,11 @@
 """The command `plan`: time and memory of a run, predicted."""
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from preceptor.commands.options import AsJson, Overrides, RunFile, load_run, print_result
-
-if TYPE_CHECKING:
-    from preceptor.config import Run
-    from preceptor.plan.devices import DeviceSpec
-    from preceptor.plan.dry_run import DryRun
-    from preceptor.plan.model import PlannedModel
-    from preceptor.plan.sample import Sample
 
 
 def plan(
@@ -41,30 +34,13 @@ def plan(
     if quick:
         found = make_plan(run, model, sample, target)
     else:
+        from preceptor.plan.changes import find_plan
         from preceptor.plan.dry_run import dry_run_of
 
         half = target.precision(run.train.precision) == "bfloat16" or run.model.dtype == "bfloat16"
         rate = measured_rate(half) if measure else None
         found = find_plan(run, model, sample, target, dry_run_of(run.model, run.engine), rate, (nproc, nnodes))
     print_result(found, as_json, to_text)
-
-
-def find_plan(
-    run: "Run",
-    model: "PlannedModel",
-    sample: "Sample | str",
-    device: "DeviceSpec",
-    dry_run: "DryRun",
-    rate: float | None = None,
-    ranks: tuple[int, int] = (1, 1),
-) -> dict[str, Any]:
-    """The plan, and the cheapest change where it does not fit. ranks: processes on a node, nodes."""
-    from preceptor.plan.changes import find_change
-    from preceptor.plan.plan import make_plan
-
-    found = make_plan(run, model, sample, device, rate, dry_run, None if ranks == (1, 1) else ranks)
-    none_needed: dict[str, Any] = {"change": None, "tried": []}
-    return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
 
 
 def measured_rate(half: bool, seconds: float = 1.0) -> float:

@@ -3,10 +3,7 @@
 import json
 import shlex
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +14,7 @@ from preceptor.hub import SCHOLAR
 from preceptor.world import command_words
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from preceptor.config import Run
-    from preceptor.train.prepare import Prepared
-    from preceptor.train.run_folder import RunFolder
     from preceptor.train.signals import Stopped, StopRequest
     from preceptor.world import World
 
@@ -85,88 +78,31 @@ def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: Op
 def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequest", world: "World") -> None:
     """Train, and say where the model is, or how to go on."""
     from preceptor.console import say, standard_console
+    from preceptor.train.session import Session
     from preceptor.train.signals import EXIT_CODE, Stopped
 
     say(first_line(run))
+    session = Session(run, standard_console(), stop, world, run_file, **asdict(options), importing=large_imports)
     try:
-        with claimed(run, run_file, options, world) as folder:
-            seconds = _train(run, folder, standard_console(), stop, world, options.dry_run)
+        for _ in session.steps():
+            pass
     except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         say(_how_to_go_on(stopped, run.out), error=True)
         raise SystemExit(EXIT_CODE) from None  # no error, as typer.Exit would be
-    if seconds is None:
-        say("dry run: everything is checked up to the first step, and nothing is written")
+    if options.dry_run:
+        if session.training is not None:
+            say("dry run: everything is checked up to the first step, and nothing is written")
         return
-    say(f"done in {seconds:.0f} s; the model is in {run.out}/model")
+    say(f"done in {session.summary.get('seconds', 0.0):.0f} s; the model is in {run.out}/model")
     say(f"talk to it: preceptor chat {run.out}/model")
-
-
-@contextmanager
-def claimed(run: "Run", run_file: Path, options: Options, world: "World") -> "Iterator[RunFolder]":
-    """The run's folder, which the first process holds for all; the others see in it what that one has found."""
-    from preceptor.train.run_folder import RunFolder, claim
-
-    if not world.is_first:
-        found = world.published("folder")
-        folder = RunFolder(Path(found["path"]), record=found["record"], lengthens=found["lengthens"])
-        folder.date = datetime.fromisoformat(found["date"])
-        yield folder
-        return
-    with claim(run, run_file=run_file, resume=options.resume, replace=options.replace) as folder:
-        found = {"path": str(folder.path), "record": folder.record, "lengthens": folder.lengthens}
-        world.publish("folder", {**found, "date": folder.date.isoformat()})
-        yield folder
 
 
 def first_line(run: "Run") -> str:
     """What is trained on what, before torch is loaded, which takes seconds."""
     hub = "" if run.model.path == SCHOLAR or Path(run.model.path).is_dir() else " (from the Hub, or its cache)"
     return f"{run.model.path}{hub}, trained on {', '.join(source.path for source in run.data.train)} -> {run.out}"
-
-
-def _train(
-    run: "Run", folder: "RunFolder", console: "Console", stop: "StopRequest", world: "World", dry_run: bool
-) -> float | None:
-    """The seconds that it took; None for a dry run."""
-    from preceptor.console import say
-    from preceptor.trackers.follower import followed
-
-    for note in folder.notes:
-        say(note)
-    if folder.has_model and not world.is_first:
-        return 0.0
-    if folder.has_model:
-        from preceptor.train.finish import finish
-
-        if dry_run:
-            say(f"{run.out}: the model is saved already; the same command without --dry-run completes the record")
-            return None
-        say(f"{run.out}: the model is saved already; the record is completed")
-        with followed(run.tracker, folder.path, say, begins=False):
-            return float(finish(folder, say)["seconds"])
-    if folder.goes_on:
-        say(f"{run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
-    prepared = _prepare(run, folder, console, world)
-    from preceptor.train.run import execute_in
-
-    with followed([] if dry_run or not world.is_first else run.tracker, folder.path, say):
-        summary = execute_in(folder, prepared, console, stop, world, dry_run=dry_run)
-    return None if dry_run else float(summary.get("seconds", 0.0))
-
-
-def _prepare(run: "Run", folder: "RunFolder", console: "Console", world: "World") -> "Prepared":
-    from preceptor.inspect.check import format_line
-    from preceptor.world import num_cores
-
-    with large_imports():
-        from preceptor.train.prepare import prepare
-
-    prepared = prepare(run, num_processes=min(4, max(1, num_cores() // world.local_size)), date=folder.date)
-    for name, formats in prepared.formats.items():
-        console.print(format_line(name, formats), highlight=False, markup=False)
-    return prepared
 
 
 def _how_to_go_on(stopped: "Stopped", out: str) -> str:

@@ -1,7 +1,7 @@
 """The run file: its sections, durations, overrides and YAML. No torch here."""
 
 from preceptor.config.durations import Duration
-from preceptor.config.run import Run, beside, build, dump, load
+from preceptor.config.run import Run, beside, build, dump, load, read_tree
 from preceptor.config.sections import (
     RESERVED_ARGUMENTS,
     ROW_KEYS,
@@ -46,4 +46,5 @@ __all__ = [
     "dump",
     "load",
     "nearest",
+    "read_tree",
 ]

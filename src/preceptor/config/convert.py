@@ -140,6 +140,11 @@ def convert(file: PeerFile, folder: Path) -> Converted:
     return _Conversion(file, folder).result()
 
 
+def known_settings() -> set[str]:
+    """Every key of another trainer that is carried over, or of which is known why it is not."""
+    return {*COUNTERPARTS, *NO_COUNTERPART, *_DIRECT, *_OF_ADAPTERS, *_NAMES, *_TRAINER, "activation_checkpointing"}
+
+
 class _Conversion:
     def __init__(self, file: PeerFile, folder: Path) -> None:
         self._peer, self._folder, self._unread = file.peer, folder, file.unread
@@ -432,7 +437,7 @@ class _Conversion:
             self._note("optimizer", f"{short(optimizer)}: here it is AdamW with float32 states")
 
     def _memory_and_moments(self) -> None:
-        checkpointing = self._on("gradient_checkpointing")
+        checkpointing = self._on("gradient_checkpointing", "activation_checkpointing")
         if checkpointing is True:
             self._set("memory.activation_checkpointing", "all")
         elif checkpointing is not None:

@@ -175,6 +175,8 @@ _RESUME = "the same command continues a run that was stopped; `--from OUT` start
 _LOGITS = "the loss computes logits of trained tokens only, in parts: nothing to set"
 _PLAIN_LORA = "this variant of LoRA is not offered: remove the key"
 
+_LOOP = "part of the loop of transformers' Trainer, which is another one here: remove the key"
+
 NO_COUNTERPART: dict[str, str] = {
     "packing": _PACKED,
     "sample_packing": _PACKED,
@@ -271,6 +273,70 @@ NO_COUNTERPART: dict[str, str] = {
     "init_lora_weights": _PLAIN_LORA,
     "bias": "an adapter trains no biases: remove the key",
     "task_type": _SFT,
+    "do_predict": _SFT,
+    "model_init_kwargs": "the keys of the section `model` say how a model is loaded: remove the key",
+    "dataset_kwargs": _PREPARED,
+    "shuffle_dataset": "the order of the examples is drawn anew for each epoch: nothing to set",
+    "train_sampling_strategy": "the order of the examples is drawn anew for each epoch: nothing to set",
+    "length_column_name": _PACKED,
+    "router_aux_loss_coef": "the loss that balances experts is not part of this one: remove the key",
+    "activation_checkpointing_kwargs": "memory.activation_checkpointing says which layers run again: remove the key",
+    "eval_delay": "the model is always evaluated before the first step: remove the key",
+    "fp16_full_eval": "float16 is not offered: remove the key",
+    "liger_kernel_config": _LOGITS,
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "torch.compile is not offered: remove the key"),
+    **dict.fromkeys(("hub_token", "hub_private_repo", "hub_always_push", "hub_revision"), _HUB),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NAMED),
+    **dict.fromkeys(
+        (
+            "accelerator_config",
+            "parallelism_config",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_backend",
+            "local_rank",
+        ),
+        _STRATEGY,
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+            "dataloader_in_order",
+        ),
+        _PREPARED,
+    ),
+    **dict.fromkeys(
+        (
+            "log_on_each_node",
+            "logging_nan_inf_filter",
+            "include_num_input_tokens_seen",
+            "log_level",
+            "log_level_replica",
+            "disable_tqdm",
+            "skip_memory_metrics",
+        ),
+        _LOGGED,
+    ),
+    **dict.fromkeys(
+        (
+            "use_cache",
+            "prediction_loss_only",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "eval_accumulation_steps",
+            "include_for_metrics",
+            "batch_eval_metrics",
+            "save_on_each_node",
+            "enable_jit_checkpoint",
+            "restore_callback_states_from_checkpoint",
+            "label_names",
+            "debug",
+        ),
+        _LOOP,
+    ),
     "data.train.type": "the format of an example is recognised by its keys, `columns` renames them: remove the key",
     "data.train.ds_type": "the type of a file is recognised by its name and content: remove the key",
 }

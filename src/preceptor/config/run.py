@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from preceptor.config.code import beside_code
 from preceptor.config.durations import Duration
 from preceptor.config.peer_names import INSTEAD_OF_SECTIONS, advice
 from preceptor.config.sections import (
@@ -28,6 +29,7 @@ from preceptor.config.sections import (
     Path_,
     Replay,
     Section,
+    Source,
     Train,
     nearest,
 )
@@ -73,6 +75,9 @@ class Run(Section):
         if model.freeze and model.train_only:
             raise ConfigError("model.freeze and model.train_only both say what is trained; give one of them")
         self._require_durations()
+        if self.loss.code is not None and (self.loss.type != "nll" or self.loss.label_smoothing):
+            key = "type" if self.loss.type != "nll" else "label_smoothing"
+            raise ConfigError(f"loss.{key}: is part of the loss that `loss.code` replaces; remove one of them")
         self._require_evaluations()
         optimizer = _resolved(self.optimizer, model.dtype == "bfloat16" and adapter is None, adapter is not None)
         if adapter is not None and adapter.alpha is None:
@@ -150,6 +155,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     In paths, `~`, `$VAR` and `${VAR}` are replaced. Raises ConfigError naming the file and key. Data and template paths
     that do not exist in the working directory are taken relative to the run file where they exist there.
     """
+    return beside(build(read_tree(path, overrides), str(path), os.environ), Path(path).parent)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a run file with overrides, not validated yet. Raises ConfigError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -165,7 +175,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(f"{path}: a run file is a mapping with model, data and out; found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return beside(build(tree, str(path), os.environ), path.parent)
+    return tree
 
 
 def build(tree: dict[str, Any], where: str, environment: Mapping[str, str] | None = None) -> Run:
@@ -195,20 +205,24 @@ def beside(run: Run, folder: Path) -> Run:
         near = folder / path
         return str(near.resolve()) if not Path(path).exists() and near.exists() else path
 
+    def sources(of: Sequence[Source]) -> list[Source]:
+        return [s.model_copy(update={"path": find(s.path), "code": beside_code(s.code, folder)}) for s in of]
+
     data = run.data.model_copy(
         update={
-            "train": [s.model_copy(update={"path": find(s.path)}) for s in run.data.train],
-            "eval": [s.model_copy(update={"path": find(s.path)}) for s in run.data.eval],
+            "train": sources(run.data.train),
+            "eval": sources(run.data.eval),
             "chat_template": run.data.chat_template and find(run.data.chat_template),
         }
     )
-    tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks]})
+    own = beside_code(run.eval.code, folder)
+    tasks = run.eval.model_copy(update={"tasks": [find(path) for path in run.eval.tasks], "code": own})
+    loss = run.loss.model_copy(update={"code": beside_code(run.loss.code, folder)})
     best = run.checkpoint.best
     checkpoint = run.checkpoint.model_copy(update={"best": find(best) if best in run.eval.tasks else best})
-    replay = run.replay and run.replay.model_copy(
-        update={"data": [s.model_copy(update={"path": find(s.path)}) for s in run.replay.data]}
-    )
-    return run.model_copy(update={"data": data, "eval": tasks, "replay": replay, "checkpoint": checkpoint})
+    replay = run.replay and run.replay.model_copy(update={"data": sources(run.replay.data)})
+    parts = {"data": data, "eval": tasks, "loss": loss, "replay": replay, "checkpoint": checkpoint}
+    return run.model_copy(update=parts)
 
 
 def all_keys(section: type[BaseModel] = Run, place: str = "") -> Iterator[str]:

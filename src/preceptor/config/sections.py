@@ -97,6 +97,11 @@ class Model(Section):
     train_only: list[str] = []
     """Instead: the only parameters that are trained, by name, such as `["*.mlp.*"]`. Both without an adapter."""
 
+    @property
+    def place(self) -> str:
+        """Where the model's files are read from, but its weights of one that a program holds."""
+        return self.path
+
 
 class Source(Section):
     path: Path_
@@ -113,6 +118,8 @@ class Source(Section):
     """Of a Hub id: its configuration, where it has several."""
     revision: str | None = None
     """Of a Hub id: branch, tag or commit."""
+    code: Path_ | None = None
+    """`FILE.py:FUNCTION` that makes a known record of each one of the file, or None to leave it out: docs/python.md."""
     nulls: Literal["reject", "drop", "keep"] = "reject"
     """A null in tools or tool calls from Parquet or Arrow that may be meant or padding; sure padding is dropped."""
 
@@ -126,6 +133,8 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _weight_or_count(self) -> "Source":
+        if self.code is not None and self.columns:
+            raise ValueError("`code` and `columns` both say what a record is; give one of them")
         if self.weight is not None and self.count is not None:
             raise ValueError("`weight` and `count` both say how often examples are seen; give one of them")
         return self
@@ -222,6 +231,8 @@ class Optimizer(Section):
 class Loss(Section):
     type: Literal["nll", "dft"] = "nll"
     """`dft`: Dynamic Fine-Tuning (arXiv:2508.05629), each token's loss times its own probability, as a constant."""
+    code: Path_ | None = None
+    """`FILE.py:FUNCTION` instead of `type`: losses of tokens from log-probabilities and weights (docs/python.md)."""
     reduction: Literal["token", "conversation"] = "token"
     """The loss of a step is the mean over its trained tokens, or over its conversations of the mean of their tokens."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -260,6 +271,8 @@ class Eval(Section):
     """When to evaluate, besides before the first step and after the last: `1 epoch`, `100 steps`. null: never."""
     tasks: list[Path_] = []
     """Task files (docs/evaluate.md) that the model answers at each evaluation, such as `scholar:heldout`."""
+    code: Path_ | None = None
+    """`FILE.py:FUNCTION` that gives a number for an answer and its item: a figure more (docs/python.md)."""
     limit: Annotated[int, Field(ge=1)] | None = 200
     """Items of each task, a choice by `train.seed`, the same each time; null: all."""
     num_samples: Annotated[int, Field(ge=0)] = 4

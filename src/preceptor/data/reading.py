@@ -88,7 +88,7 @@ class TableReader:
         identity = table.identity(cache.sha256_of)
         if identity is None:
             return None
-        read = (identity, source.source.columns, source.source.nulls)
+        read = (identity, source.source.columns, source.source.nulls, *([source.own.sha256] if source.own else []))
         return key_of("table", self._renderer.key, read, self._fitter.key, self._whole)
 
     def _build(

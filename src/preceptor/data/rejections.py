@@ -33,6 +33,7 @@ READING: dict[str, str] = {
     "bad_prompt_completion": "a prompt and a completion of different kinds",
     "bad_history": "Alpaca's history that is no list of pairs",
     "needs_template": "plain strings beside tools, a system prompt or template arguments",
+    "left_out": "the function of the source's `code` gave None; allow it where that is meant",
     "too_long": "more than `data.max_length` tokens",
 }
 """Codes of what is found while an example is read or cut, and what they mean."""

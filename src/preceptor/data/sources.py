@@ -7,16 +7,18 @@ is a DataError.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
 from preceptor.config import ROW_KEYS, Source
+from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, find_tables
-from preceptor.data.formats.values import Columns, TableRows, Unreadable
-from preceptor.errors import ConfigError, DataError
+from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
+from preceptor.errors import ConfigError, DataError, short
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
 _FIRST = 100  # examples in which a column must occur, and that tell whether a source holds conversations
@@ -74,8 +76,19 @@ class OpenSource:
 
     def entries_of(self, table: DataTable) -> Iterator[Entry]:
         """Each example of one of the tables. Raises DataError as `examples`."""
-        for place, row in _named(table, self.source):
-            yield Entry(table.name, *read_row(row, place, self.source.nulls))
+        own = self.own
+        for place, row in _named(table, self.source) if own is None else _rows_of(table, None):
+            made = row if own is None else _made(own, row)
+            if made is None:
+                rejection = Rejection(place, "left_out", f"{self.source.code} gave None for it")
+                yield Entry(table.name, "left out", rejection)
+            else:
+                yield Entry(table.name, *read_row(made, place, self.source.nulls))
+
+    @cached_property
+    def own(self) -> OwnFunction | None:
+        """What makes a record of each row. Raises ConfigError where it cannot be loaded."""
+        return None if self.source.code is None else load_code(self.source.code, "code")
 
 
 def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,6 +102,19 @@ def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_examples(source: Source | str) -> Iterator[Example | Rejection]:
     """Each example of a source. Raises as `OpenSource`."""
     return OpenSource(source).examples()
+
+
+def _made(own: OwnFunction, row: Row) -> Row | None:
+    """What the user's function makes of a row; whatever it raises is the row's rejection."""
+    if isinstance(row, Unreadable):
+        return row
+    try:
+        made = own.function(dict(row))
+    except Exception as error:
+        return Unreadable("unreadable", f"{own.name} raised {type(error).__name__}: {short(str(error))}")
+    if made is None or isinstance(made, dict):
+        return made
+    return Unreadable("unreadable", f"{own.name} gave {short(made)}, which is neither a dict nor None")
 
 
 def _rows_of(table: DataTable, columns: Columns) -> TableRows:

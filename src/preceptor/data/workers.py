@@ -68,7 +68,7 @@ def render_all(
     PreceptorError if a process was killed.
     """
     chunks = _chunks(examples)
-    method = _start_method()
+    method = start_method()
     first: list[list[T]] = []
     num_characters = 0
     if num_processes > 1:
@@ -128,7 +128,7 @@ def _shared_out(
         yield _taken(*pending.popleft())
 
 
-def _start_method() -> Literal["fork", "spawn"]:
+def start_method() -> Literal["fork", "spawn"]:
     """How other processes are started; torch is asked only where it is loaded already."""
     if sys.platform != "linux" or threading.active_count() > 1:
         return "spawn"

@@ -16,7 +16,7 @@ from typing import Any
 
 from preceptor.errors import DataError
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
-from preceptor.evaluate.run import METRICS, STOP_REASONS, ItemResult
+from preceptor.evaluate.run import OWN, STOP_REASONS, ItemResult, metrics_of
 from preceptor.evaluate.score import repeated_answer, repeated_line
 from preceptor.evaluate.tasks import GROUPS, Task
 
@@ -69,12 +69,19 @@ def repeated(results: Sequence[ItemResult]) -> str:
 def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Interval]:
     """Each metric of the task's kind with its interval. Raises DataError if no token could be predicted."""
     found = {}
-    for name, (above, below) in METRICS[task.kind].items():
+    for name, (above, below) in metrics_of(task).items():
         weights = _values(results, below) if below else None
         if weights is not None and not sum(weights) > 0:
             raise DataError(f"{task.name}: its texts have no token that could be predicted; give it longer texts")
-        found[name] = interval(_values(results, above), weights, bounds=None if below else SHARE, seed=seed)
+        found[name] = interval(
+            _values(results, above), weights, bounds=SHARE if _is_share(above, below) else None, seed=seed
+        )
     return found
+
+
+def _is_share(above: str, below: str) -> bool:
+    """Whether it is a share of the items; the user's own numbers may be any."""
+    return not below and above != OWN
 
 
 def paired(
@@ -83,13 +90,13 @@ def paired(
     """Each metric of both models, and the difference on the same items."""
     ours, theirs = figures(task, base, seed), figures(task, tuned, seed)
     found = {}
-    for name, (above, below) in METRICS[task.kind].items():
+    for name, (above, below) in metrics_of(task).items():
         difference = paired_interval(
             _values(base, above),
             _values(tuned, above),
             _values(base, below) if below else None,
             _values(tuned, below) if below else None,
-            bounds=None if below else DIFFERENCE_OF_SHARES,
+            bounds=DIFFERENCE_OF_SHARES if _is_share(above, below) else None,
             seed=seed,
         )
         own = {"base": asdict(ours[name]), "tuned": asdict(theirs[name]), "difference": asdict(difference)}

@@ -24,7 +24,9 @@ import transformers
 
 from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.token_text import spans
+from preceptor.config.code import OwnFunction
 from preceptor.data.forest import Segment, Tree
+from preceptor.errors import DataError, short
 from preceptor.evaluate.generate import GeneratedAnswer
 from preceptor.evaluate.intervals import LEVEL, NUM_RESAMPLES
 from preceptor.evaluate.likelihood import segment_losses
@@ -38,7 +40,13 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
     "multiple choice": {"acc": ("right", ""), "acc_norm": ("right_norm", "")},
     "perplexity": {"bits_per_byte": ("bits", "num_bytes")},
 }
+OWN = "own"  # the value of the user's function
 STOP_REASONS = ("stop_token", "until", "length")
+
+
+def metrics_of(task: Task) -> dict[str, tuple[str, str]]:
+    """Those of its kind, and that of the user's function."""
+    return METRICS[task.kind] | ({} if task.own is None else {task.own.name: (OWN, "")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class ItemResult:
 def run_task(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
     """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit."""
     if task.kind == "generation":
-        return _generate(evaluated, task.items, max_new_tokens, batch_size)
+        results = _generate(evaluated, task.items, max_new_tokens, batch_size)
+        return results if task.own is None else [_with_own(result, task.own) for result in results]
     return _choose(evaluated, task.items) if task.kind == "multiple choice" else _predict(evaluated, task.items)
 
 
@@ -99,6 +108,21 @@ def _scored(item: TaskItem, answer: GeneratedAnswer) -> ItemResult:
     values = {"right": float(right), "num_tokens": float(len(answer.ids))}
     record = {"answer": text, "stop": stop, "right": right, "accepted": list(item.accepted)}
     return ItemResult(item, values | {reason: float(stop == reason) for reason in STOP_REASONS}, record)
+
+
+def _with_own(result: ItemResult, own: OwnFunction) -> ItemResult:
+    """With the number that the user's function gives. Raises DataError for anything else."""
+    item = result.item
+    assert item.prompt is not None
+    asked = {"messages": item.prompt.messages} if item.prompt.text is None else {"prompt": item.prompt.text}
+    example = {"source": item.source, **asked, "accepted": list(item.accepted), "match": item.match, **item.groups}
+    try:
+        value = float(own.function(result.record["answer"], example))
+    except Exception as error:
+        raise DataError(f"{item.source}: {own.name} raised {type(error).__name__}: {short(str(error))}") from error
+    if not math.isfinite(value):
+        raise DataError(f"{item.source}: {own.name} gave {value}; it must be a finite number")
+    return ItemResult(item, result.values | {OWN: value}, result.record)
 
 
 # Multiple choice -----------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ A task is named by the path of its file. `scholar:NAME` is a task that ships wit
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from preceptor.config.code import OwnFunction
 from preceptor.config.sections import nearest
 from preceptor.data.examples import Rejection, read_messages
 from preceptor.data.formats.values import Unreadable, check_values
@@ -90,12 +91,13 @@ class Task:
     name: str
     kind: TaskKind
     items: tuple[TaskItem, ...]
+    own: OwnFunction | None = None  # of an answer and its item: one more figure of a generation task
 
     def limited(self, num_items: int | None, seed: int = 0) -> "Task":
         """A random sample of at most `num_items`, in the order of the file."""
         if num_items is None or num_items >= len(self.items):
             return self
-        return Task(self.name, self.kind, tuple(self.items[at] for at in _sample(len(self.items), num_items, seed)))
+        return replace(self, items=tuple(self.items[at] for at in _sample(len(self.items), num_items, seed)))
 
 
 def read_task(path: str) -> Task:

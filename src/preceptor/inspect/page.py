@@ -72,8 +72,8 @@ def make_page(
         num_tokens += examples[-1]["num_tokens"]
         if number is not None:
             break
-    if renderer.template is not None:
-        about += f"; chat template {renderer.template.name}"
+    if renderer.template_name is not None:
+        about += f"; chat template {renderer.template_name}"
     return ExamplesPage(_fill(examples, about, _note(len(examples), number, complete)), len(examples))
 
 

@@ -60,6 +60,7 @@ class Head:
             logit_scale=self.logit_scale,
             trained_rows=self.trained_rows,
             options=options,
+            divisor=step.divisor,
             head_grad_VD=gradient_of(self.weight_VD) if in_place else None,
             head_cast=step.head_cast,
         )

@@ -70,8 +70,7 @@ def load_model(
             _require_all_weights(place, report)
         if not Path(place).is_dir() and config.get_text_config() is not config:
             fetch_optional(place, _PROCESSOR_FILES, revision)  # so that saving after the training needs no network
-        _tell_ties(model)
-        _honour_softcap(model)
+        make_ready(model)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged file makes transformers or pickle raise
@@ -121,6 +120,12 @@ def _read_generation_config(model: "PreTrainedModel", place: str, revision: str 
         model.generation_config = GenerationConfig.from_pretrained(place, revision=revision or "main")
     except OSError:
         return  # the folder has none: what transformers derived from the model's config stands
+
+
+def make_ready(model: "PreTrainedModel") -> None:
+    """What a loaded model lacks to be trained and saved as it is."""
+    _tell_ties(model)
+    _honour_softcap(model)
 
 
 def _tell_ties(model: "PreTrainedModel") -> None:

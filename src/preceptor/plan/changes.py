@@ -15,7 +15,8 @@ from preceptor import config
 from preceptor.errors import ConfigError
 from preceptor.plan.devices import DeviceSpec
 from preceptor.plan.memory import state_bytes
-from preceptor.plan.plan import make_case, setup_of
+from preceptor.plan.model import PlannedModel
+from preceptor.plan.plan import make_case, make_plan, setup_of
 from preceptor.plan.sample import Sample
 
 if TYPE_CHECKING:
@@ -25,6 +26,21 @@ Keys = Mapping[str, Any]
 _SHORTEST = 512  # tokens of a sequence, where the data says nothing
 _HALF: Keys = {"model.dtype": "bfloat16", "train.precision": "bfloat16"}
 _CHECKPOINTED: Keys = {"memory.activation_checkpointing": "all"}
+
+
+def find_plan(
+    run: config.Run,
+    model: PlannedModel,
+    sample: Sample | str,
+    device: DeviceSpec,
+    dry_run: "DryRun",
+    rate: float | None = None,
+    ranks: tuple[int, int] = (1, 1),
+) -> dict[str, Any]:
+    """The plan, and the cheapest change where it does not fit. ranks: processes on a node, nodes."""
+    found = make_plan(run, model, sample, device, rate, dry_run, None if ranks == (1, 1) else ranks)
+    none_needed: dict[str, Any] = {"change": None, "tried": []}
+    return found | (none_needed if found["memory"]["fits"] else find_change(run, dry_run, sample, device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ Role = tuple[Any, ...]
 
 def dry_run_of(model: config.Model, engine: Mode = "auto") -> "DryRun":
     """Of a run's model, from its config alone. Raises ModelError for what is no causal language model."""
-    place = resolve_model_path(model.path)
+    place = resolve_model_path(model.place)
     source = {"trust_remote_code": model.trust_remote_code, "revision": model.revision or "main"}
     try:
         found = AutoConfig.from_pretrained(place, **source)

@@ -34,7 +34,7 @@ class PlannedModel:
 
 def read_model(model: config.Model) -> PlannedModel:
     """Raises ModelError for a model that is not there, or whose config.json is broken or lacks a key."""
-    place = resolve_model_path(model.path)
+    place = resolve_model_path(model.place)
     file = fetch_file(place, "config.json", model.revision)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ _FREE = re.compile(
     r"|data\.allow_rejected.*|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
-_BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code|from_run)|.*\.path|data\.chat_template)")
+_BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code|from_run)|.*\.path|.*\.code|data\.chat_template)")
 _ROUNDING = re.compile(r"(engine|parallel\.strategy|train\.device|memory\.activation_checkpointing)")
 _PACKAGES = ("preceptor", "torch", "transformers", "peft", "numpy")
 _ABSENT = object()
@@ -92,6 +92,7 @@ def content_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
         *_of_model(recorded.get("model") or {}, now["model"]),
         *_of_start(recorded.get("from_run") or {}, now.get("from_run") or {}),
         *_of_template(recorded, now),
+        *_of_loss(recorded, now),
         *_of_data(recorded, now),
     ]
 
@@ -125,6 +126,11 @@ def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
     old, new = ((side.get("template") or {}).get("sha256") for side in (before, now))
     if old != new:
         yield "the chat template is another one"
+
+
+def _of_loss(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("loss_sha256") != now.get("loss_sha256"):
+        yield "the function of loss.code is another one"
 
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

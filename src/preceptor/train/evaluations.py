@@ -59,9 +59,12 @@ class Evaluations:
     judges: bool = False
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def evaluate(self, state: State) -> None:
-        """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`."""
-        if not self.enabled or (self.lines and self.lines[-1]["step"] == state.step):
+    def evaluate(self, state: State, asked: bool = False) -> None:
+        """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`.
+
+        asked: also where `eval.every` says never.
+        """
+        if not (self.enabled or asked) or (self.lines and self.lines[-1]["step"] == state.step):
             return
         require_finite(state)
         evaluated = self.evaluated(state.model)
@@ -130,7 +133,7 @@ def build_evaluations(
     conversations = [(example, tree) for example, tree in prepared.held_out if isinstance(example, Conversation)]
     return Evaluations(
         folder=folder,
-        held_out=label_targets(prepared.held_out, chat.tokenizer) if enabled else [],
+        held_out=label_targets(prepared.held_out, chat.tokenizer),
         tasks=prepared.tasks,
         prompts=[first_prompt(example, tree) for example, tree in conversations[: run.eval.num_samples]],
         evaluated=lambda model: EvaluatedModel(str(run.out), model, chat, alone, world),

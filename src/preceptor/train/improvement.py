@@ -78,20 +78,24 @@ def _is_lower_better(lines: Sequence[Evaluation], run: config.Run) -> bool:
     return at < len(tasks) and next(iter(tasks[at]["figures"])) in _LOWER_IS_BETTER
 
 
-def outcome(lines: Sequence[Evaluation], run: config.Run, step: int, num_planned: int) -> dict[str, Any]:
-    """How a training ended: after which step, why, and of which step the model is."""
-    early = stopped_early(lines, run.train.patience) if step < num_planned else None
+def outcome(
+    lines: Sequence[Evaluation], run: config.Run, step: int, num_planned: int, ended: bool = False
+) -> dict[str, Any]:
+    """How a training ended: after which step, why, and of which step the model is. ended: by `Run.stop` of Python."""
+    is_early = step < num_planned
+    early = stopped_early(lines, run.train.patience) if is_early and not ended else None
     best = best_of(lines, run)
     return {
         "model_step": step if best is None else best[0],
         **({} if best is None else {"best": {"metric": run.checkpoint.best, "value": best[1], "step": best[0]}}),
         **({} if early is None else {"stopped_early": early}),
+        **({"ended_by_program": step} if is_early and ended else {}),
     }
 
 
 def outcome_lines(found: Mapping[str, Any], step: int, folder: str) -> list[str]:
     """The outcome in words."""
-    lines = []
+    lines = [f"ended by the program after step {step}"] if "ended_by_program" in found else []
     if early := found.get("stopped_early"):
         chance = ""
         if early.get("low") is not None:

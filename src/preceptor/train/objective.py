@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from preceptor import config
+from preceptor.config.code import load_code
 from preceptor.data.forest import PackedSequence
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.noise import EmbeddingNoise
@@ -15,6 +16,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
+from preceptor.model.loss.own import require_token_wise
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Objective:
     ) -> "Objective":
         """Before the first step and before a checkpoint is read, so that `model` still is the base.
 
-        untrained: tokens of the base that it never saw.
+        untrained: tokens of the base that it never saw. Raises ConfigError and ModelError for a loss of the user's own
+        that cannot be.
         """
+        own = None if loss.code is None else load_code(loss.code, "loss.code").function
+        if own is not None:
+            require_token_wise(own)
         return cls(
             policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
-            options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft"),
+            options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft", own=own),
             kl_coef=loss.kl_coef,
             base=ReferenceModel.of(model, num_base_tokens, untrained) if loss.kl_coef else None,
             neftune_alpha=train.neftune_alpha if train else 0.0,

@@ -31,9 +31,9 @@ from preceptor.model.closeness import require_close
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, exact_routing, has_experts
 from preceptor.model.sharding import own_part
-from preceptor.train.loop import accumulate_gradients
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
+from preceptor.train.step import accumulate_gradients
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from

@@ -6,7 +6,7 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import numpy as np
@@ -17,6 +17,7 @@ from preceptor.chat.left_out import LeftOut
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments
 from preceptor.chat.trained_counts import TrainedCounts
+from preceptor.config.code import load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, with_shared_prefixes
@@ -28,7 +29,8 @@ from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.errors import DataError, ModelError
+from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.evaluate.run import METRICS
 from preceptor.evaluate.tasks import Task, read_task
 
 
@@ -75,7 +77,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
-    tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
+    tasks = _with_own([read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
@@ -111,6 +113,18 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         counts=reader.counts,
         cache=cache,
     )
+
+
+def _with_own(tasks: list[Task], settings: config.Eval) -> list[Task]:
+    """The tasks, those with answers with the user's own metric. Raises ConfigError where there are none."""
+    if settings.code is None:
+        return tasks
+    own = load_code(settings.code, "eval.code")
+    if own.name in METRICS["generation"]:
+        raise ConfigError(f"eval.code: a figure is named {own.name!r} already; give the function another name")
+    if not any(task.kind == "generation" for task in tasks):
+        raise ConfigError("eval.code: measures answers, and no task of eval.tasks has any: name a generation task")
+    return [replace(task, own=own) if task.kind == "generation" else task for task in tasks]
 
 
 def open_cache(setting: str | None) -> Cache | None:

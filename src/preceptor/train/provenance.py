@@ -20,6 +20,8 @@ import torch
 
 from preceptor import config
 from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.config.code import load_code
+from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader
@@ -92,6 +94,7 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
             for file in _files(sources, prepared.cache.sha256_of if prepared.cache else sha256_of)
         ],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        "loss_sha256": run.loss.code and load_code(run.loss.code, "loss.code").sha256,
         "trees_sha256": hashes["examples"],
         "evaluation": {"held_out_sha256": hashes["held-out examples"], "tasks_sha256": hashes["tasks"]},
     }
@@ -107,6 +110,9 @@ def trees_hashes(prepared: Prepared) -> dict[str, str]:
 
 
 def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(model, LiveModel):
+        assert model.held.record is not None, "recorded when it was taken"
+        return {"path": model.path, "folder": None, "revision": None, **model.held.record}
     place = resolve_model_path(model.path)
     config_file = find_file(place, "config.json", model.revision)
     found: dict[str, Any] = {"path": model.path, "folder": place if Path(place).is_dir() else None}
@@ -129,20 +135,24 @@ def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> di
 
 def _tasks_sha256(tasks: Sequence[Task]) -> str:
     """Of what is asked, wherever it was read."""
-    asked = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
+    asked: list[object] = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
+    asked += [task.own.sha256 for task in tasks if task.own is not None]
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
 def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> Iterator[dict[str, Any]]:
     """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
     for source in sources:
+        if source.own is not None:
+            yield {"name": source.source.code, "num_bytes": None, "sha256": source.own.sha256}
         for table in source.tables:
             files = table.files()
             for file in files:
                 name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
                 yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
             if not files:
-                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": None}
+                sha256 = table.identity(sha256_of)[-1] if isinstance(source.source, LiveSource) else None  # type: ignore[index]
+                yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": sha256}
 
 
 # How much

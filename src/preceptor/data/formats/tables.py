@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from preceptor.config import Source
+from preceptor.config.held import MEMORY, LiveSource
 from preceptor.data.formats import arrow, text_files
 from preceptor.data.formats.remote_files import RemoteFile, find_remote, protocol_of
 from preceptor.data.formats.values import Columns, TableRows
@@ -148,6 +149,11 @@ class HuggingFaceDataset:
 
 def find_tables(source: Source) -> list[DataTable]:
     """The tables of a source. Raises DataError if there are none, ConfigError for a key that does not apply."""
+    if isinstance(source, LiveSource):
+        _only_keys(source, (), "data in memory")
+        return [source.table]
+    if source.path.startswith(MEMORY):
+        raise DataError(f"{source.path}: data that a Python program held; the same program goes on with this run")
     if source.path.startswith(PACKAGED):
         _only_keys(source, (), "a file")
         return [_file(data_file(source.path.removeprefix(PACKAGED)), source.path)]

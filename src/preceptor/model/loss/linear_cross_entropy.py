@@ -72,6 +72,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     trained_rows: TrainedRows | None = None,
     options: LossOptions = CROSS_ENTROPY,
+    divisor: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
@@ -83,6 +84,8 @@ def linear_cross_entropy(
     N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
     With trained_rows, weight_VD holds their values already.
 
+    divisor: by which weight_N is divided already; what a loss of the user's own is given is not (own.py).
+
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
     is known by what the loss will be multiplied, so backward must come with a gradient of 1, else RuntimeError: a
@@ -93,7 +96,7 @@ def linear_cross_entropy(
     half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient, since rounding
     after each chunk would lose bits.
     """
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes)
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
@@ -142,6 +145,7 @@ def _form(
     logit_scale: float,
     options: LossOptions,
     logits_bytes: int,
+    divisor: float = 1.0,
 ) -> LossForm:
     device_type = hidden_TD.device.type
     product_dtype = weight_VD.dtype
@@ -149,7 +153,7 @@ def _form(
         product_dtype = torch.get_autocast_dtype(device_type)
     sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
     chunk = chunk_tokens(len(target_N), *sizes)
-    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes))
+    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes), divisor)
 
 
 def _chunks(

@@ -7,7 +7,9 @@ a_n: 1, or p_n[t_n] as a constant under DFT (Dynamic Fine-Tuning, Wu et al. 2025
 token multiplies all of it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from preceptor.model.sizes import FINEST
 
@@ -20,13 +22,18 @@ _MOST_TOKENS = {"cpu": 1024}
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """0 <= label_smoothing < 1; z_loss >= 0; dft: each token's loss times its own probability, without gradient."""
+    """0 <= label_smoothing < 1; z_loss >= 0; dft: each token's loss times its own probability, without gradient.
+
+    own: instead of both, a function of (log p_n[t_n], w_n) that gives w_n loss_n, each of shape (N,): see own.py.
+    """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     dft: bool = False
+    own: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        assert self.own is None or not (self.dft or self.label_smoothing)
         assert 0 <= self.label_smoothing < 1, self.label_smoothing
         assert self.z_loss >= 0, self.z_loss
 

@@ -19,6 +19,7 @@ def linear_cross_entropy_reference(
     logit_scale: float = 1.0,
     trained_rows: TrainedRows | None = None,
     options: LossOptions = CROSS_ENTROPY,
+    divisor: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
@@ -39,5 +40,8 @@ def linear_cross_entropy_reference(
         losses_N = -(1 - eps) * target_log_prob_N - eps * log_probs_NV.mean(dim=-1)
         if options.dft:
             losses_N = target_log_prob_N.detach().exp() * losses_N
+        if options.own is not None:
+            own_N = options.own(target_log_prob_N, weight_N.double() * divisor) / divisor
+            losses_N = own_N / weight_N.double()
         losses_N = losses_N + options.z_loss * torch.logsumexp(logits_NV, dim=-1).square()
         return (weight_N.double() * losses_N).sum()

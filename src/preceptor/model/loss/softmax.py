@@ -16,6 +16,7 @@ from torch import Tensor
 
 from preceptor.model.attention.layout import computed_tokens
 from preceptor.model.loss.options import LossOptions
+from preceptor.model.loss.own import own_losses
 from preceptor.model.sizes import device_type_of, representative
 
 _BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # 1 MiB of float32, half of a core's cache; enough to fill a GPU
@@ -31,6 +32,7 @@ class LossForm:
     product_dtype: torch.dtype
     chunk_tokens: int
     most_tokens: int
+    divisor: float = 1.0  # by which weights are divided already
 
     def computed_tokens(self, num_tokens: int, head_VD: Tensor) -> int:
         """With those that round so many up to the grid, unless memory is not for so many."""
@@ -101,6 +103,8 @@ def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, 
     if mean_R1 is not None:
         losses_R1 = (1 - eps) * losses_R1 + eps * (found.top_R1 - mean_R1 + found.log_total_R1)
     losses_R1 = share_R1 * losses_R1
+    if form.options.own is not None:
+        losses_R1, share_R1 = _own_shares(form, -found.cross_entropy_R1[:, 0], weight_R1[:, 0])
     factor_R1 = share_R1
     if z_loss:
         log_sum_R1 = found.top_R1 + found.log_total_R1
@@ -113,6 +117,13 @@ def losses_and_gradients(logits_RV: Tensor, target_R: Tensor, weight_R: Tensor, 
     if slope_RV is not None:
         gradient_RV *= slope_RV
     return losses_R1[:, 0]
+
+
+def _own_shares(form: LossForm, log_prob_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses by the user's function, and by what the exponentials are multiplied then."""
+    assert form.options.own is not None
+    losses_R, slope_R = own_losses(form.options.own, log_prob_R, weight_R * form.divisor)
+    return losses_R[:, None] / form.divisor, -slope_R[:, None] / form.divisor
 
 
 @dataclass(frozen=True, eq=False, slots=True)

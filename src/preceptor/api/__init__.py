@@ -1,0 +1,1 @@
+"""What `from preceptor import ...` gives."""

@@ -1,0 +1,277 @@
+"""SFTTrainer: TRL's constructor over a run, and the textbook's single optimizer step.
+
+The names of TRL's arguments are those that `preceptor convert` knows (config/peer_names.py); what has no counterpart is
+named in `notes` and printed, or refused where it would change what is trained.
+"""
+
+import dataclasses
+import enum
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preceptor.api.results import TrainResult
+from preceptor.api.run import Run
+from preceptor.chat.format import load_tokenizer
+from preceptor.config.convert import Converted, convert, known_settings
+from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_names import NO_COUNTERPART
+from preceptor.config.sections import nearest
+from preceptor.console import say
+from preceptor.data.forest import Segment, Tree, pack_trees
+from preceptor.errors import ConfigError, DataError, short
+from preceptor.model.forward import Engine
+
+_NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
+_LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_REFUSED = {
+    "callbacks": _LOOP,
+    "data_collator": "conversations are packed with their targets here, by no collator; remove it",
+    "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
+    "compute_metrics": "write it as a metric of a task (docs/evaluate.md)",
+    "preprocess_logits_for_metrics": "logits of all tokens never exist here; write a metric of a task",
+    "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+    "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+    "quantization_config": NO_COUNTERPART["load_in_4bit"],
+}
+_OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over
+_OF_NO_EFFECT = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
+
+
+def known_arguments() -> set[str]:
+    return known_settings()
+
+
+class SFTConfig:
+    """Arguments by the names of TRL's SFTConfig. Those that are not given have TRL's values where a run has such a key.
+
+    It needs no TRL. An SFTConfig of TRL, or TrainingArguments of transformers, will do as well.
+    """
+
+    def __init__(self, output_dir: str | None = None, **arguments: Any) -> None:
+        """Raises ConfigError for an argument that is none."""
+        for name in arguments:
+            if name not in known_arguments():
+                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_arguments()))}")
+        self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "arguments" and name in self.arguments:
+            return self.arguments[name]
+        raise AttributeError(f"SFTConfig has no argument {name!r}")
+
+    def __repr__(self) -> str:
+        return f"SFTConfig({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+
+
+class SFTTrainer:
+    """Supervised fine-tuning of a Hugging Face causal model: of a data set, or a step at a time.
+
+    >>> trainer = SFTTrainer(model="Qwen/Qwen3-0.6B", train_dataset=dataset)
+    >>> trainer.train()
+    >>> loss = SFTTrainer(model, tokenizer).train_step("How do I bake a cake?", " First, heat the oven.", optimizer)
+
+    run: the `preceptor.Run` that it stands for; None without data. notes: what of the arguments was not carried over as
+    it was, and why.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], str] | None = None,
+        tokenizer: Any = None,
+        **arguments: Any,
+    ) -> None:
+        """model: a path or name, or a live model. args: an SFTConfig; or a tokenizer, as textbooks write it.
+
+        arguments: those of SFTConfig may be given here instead. Raises ConfigError for what has no counterpart and
+        would change what is trained; and as `Run`.
+        """
+        if hasattr(args, "get_vocab"):
+            args, processing_class = None, args
+        processing_class = tokenizer if processing_class is None else processing_class
+        others = {"data_collator": data_collator} | {key: arguments.pop(key) for key in _REFUSED if key in arguments}
+        for key, value in others.items():
+            if value is not None and value != [] and value != (None, None):
+                raise ConfigError(f"{key}: has no counterpart here: {_REFUSED[key]}")
+        self._given, self._tokenizer = model, processing_class
+        self.notes: list[tuple[str, str]] = []
+        self.run: Run | None = None
+        settings = {**_settings_of(args), **SFTConfig(**arguments).arguments, **_adapter(peft_config)}
+        if train_dataset is not None:
+            data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}
+            self.run = self._run(settings, {key: _formatted(each, formatting_func) for key, each in data.items()})
+
+    def _run(self, settings: dict[str, Any], data: Mapping[str, Any]) -> Run:
+        is_named = isinstance(self._given, str | Path)
+        name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
+        settings.setdefault("output_dir", f"{Path(name).name}-SFT")
+        settings |= settings.pop("model_init_kwargs", None) or {}
+        for place in data:
+            settings[f"{place}_dataset"] = "in memory"
+        converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())
+        tree, self.notes = converted.tree, converted.notes
+        tree["data"] |= data
+        if is_named:
+            _require_own(self._tokenizer, name)
+        else:
+            tree["model"] = {"path": self._given}
+        if settings.get("use_cpu"):
+            tree["train"]["device"] = "cpu"
+            self.notes = [note for note in self.notes if note[0] != "use_cpu"]
+        return Run(**tree, tokenizer=None if is_named else self._tokenizer)
+
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainResult:
+        """Train to the end; the model is saved in `output_dir`/model. The same call goes on with what was stopped.
+
+        resume_from_checkpoint: True: only go on. Raises ConfigError without `train_dataset`, and as `Run.train`.
+        """
+        run = self._required()
+        if isinstance(resume_from_checkpoint, str):
+            raise ConfigError(
+                f"resume_from_checkpoint: {resume_from_checkpoint!r}: a run goes on by itself, from the newest "
+                "checkpoint in its `output_dir`; remove the argument, or write True"
+            )
+        for key, why in self.notes:
+            if not why.endswith(_NOT_SAID):
+                say(f"from TRL: {key}: {why}")
+        return run.train(resume=bool(resume_from_checkpoint))
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Copy the saved model, a complete folder, to another one. Raises CheckpointError where it is not trained yet.
+
+        output_dir: None: it stays where `train` has saved it.
+        """
+        saved = self._required().result.model
+        if output_dir is None:
+            say(f"the model is saved in {saved}")
+        elif Path(output_dir).resolve() != saved.resolve():
+            shutil.copytree(saved, output_dir, dirs_exist_ok=True)
+
+    @property
+    def model(self) -> Any:
+        """The model in memory: as it was given, or as it is trained."""
+        trained = None if self.run is None else self.run.model
+        return self._given if trained is None else trained
+
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer: as it was given, or as the trained model has it."""
+        trained = None if self.run is None else self.run.tokenizer
+        return self._tokenizer if trained is None else trained
+
+    def _required(self) -> Run:
+        if self.run is None:
+            raise ConfigError("train_dataset: needed to train; without it there is `train_step` alone")
+        return self.run
+
+    def train_step(self, prompt: str, response: str, optimizer: torch.optim.Optimizer) -> float:
+        """One step on `-1/n sum_i log p(y_i | y_<i, X)` over the n tokens of the response; returns that loss.
+
+        Prompt and response are tokenised separately, without special tokens: what must end the response (an eos token,
+        a closing tag) is to be written in it. Raises DataError if the response has no token, or the prompt none that
+        the response could follow.
+        """
+        prompt_ids, response_ids = self._ids(prompt), self._ids(response)
+        if not prompt_ids:
+            raise DataError("the prompt has no token: nothing comes before the response's first token")
+        if not response_ids:
+            raise DataError("the response has no token: there is nothing to train")
+        context = Segment("context", prompt_ids, parent=None, text=prompt)
+        target = Segment("target", response_ids, parent=0, text=response)
+        sequence = pack_trees([Tree("train_step", (context, target))])
+        self.model.train()
+        optimizer.zero_grad()
+        loss: torch.Tensor = Engine(self.model)(sequence) / sequence.num_trained
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.item()
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.processing_class(text, add_special_tokens=False)["input_ids"])
+
+
+def _settings_of(args: Any) -> dict[str, Any]:
+    """The arguments that a config has set. Raises ConfigError for what is no config."""
+    if args is None:
+        return {}
+    if isinstance(args, SFTConfig):
+        return dict(args.arguments)
+    if not dataclasses.is_dataclass(args) or not hasattr(args, "output_dir"):
+        raise ConfigError(f"args: {short(args)} is no SFTConfig; from preceptor import SFTConfig")
+    theirs: Any = args
+    unset = type(theirs)(output_dir=theirs.output_dir, use_cpu=theirs.use_cpu)
+    found = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
+    changed = {name: value for name, value in found.items() if value != getattr(unset, name)}
+    return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu} | {
+        name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()
+    }
+
+
+def _require_own(tokenizer: Any, model: str) -> None:
+    """Raises ConfigError for a tokenizer that reads text otherwise than the model's own. Padding is not looked at."""
+    if tokenizer is None:
+        return
+    own = load_tokenizer(model)
+    given = getattr(tokenizer, "tokenizer", tokenizer)
+    other = ["vocabulary"] if own.get_vocab() != given.get_vocab() else []
+    other += ["chat template"] if own.chat_template != given.chat_template else []
+    if other:
+        raise ConfigError(
+            f"processing_class: its {' and '.join(other)} are not those of {model}. Load the model too, and give both: "
+            f"model=AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+
+
+def _adapter(peft_config: Any) -> dict[str, Any]:
+    """The settings of a LoraConfig. Raises ConfigError for one of another kind, and for what no run has."""
+    if peft_config is None:
+        return {}
+    if type(peft_config).__name__ != "LoraConfig":
+        raise ConfigError(f"peft_config: {type(peft_config).__name__}: LoRA alone is offered; give a peft.LoraConfig")
+    unset = type(peft_config)()
+    for field in dataclasses.fields(peft_config):
+        value = getattr(peft_config, field.name)
+        if field.name not in (*_OF_PEFT, *_OF_NO_EFFECT) and value != getattr(unset, field.name):
+            why = NO_COUNTERPART.get(field.name, "is not offered: remove it, or choose layers by `target_modules`")
+            raise ConfigError(f"peft_config.{field.name}: {why}")
+    targets = peft_config.target_modules
+    return {
+        "use_peft": True,
+        "r": peft_config.r,
+        "lora_alpha": peft_config.lora_alpha,
+        "lora_dropout": peft_config.lora_dropout,
+        "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+    }
+
+
+def _formatted(dataset: Any, formatting_func: Callable[[Any], str] | None) -> Any:
+    """The data set, or what the function makes of its examples, as plain texts."""
+    if formatting_func is None:
+        return dataset
+
+    def texts() -> Iterator[dict[str, str]]:
+        for example in dataset:
+            made = formatting_func(example)
+            for text in [made] if isinstance(made, str) else made:
+                yield {"text": text}
+
+    return texts()

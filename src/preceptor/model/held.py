@@ -1,0 +1,178 @@
+"""A model that a program holds: fit to be trained where it is, known by its content, released as plain transformers.
+
+Its configuration and its tokenizer are written to a temporary folder at once, so that all that is read of a model but
+its weights is read as of any other, and as it was when the program gave it.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tokenizers import AddedToken
+from torch import nn
+from transformers import PreTrainedModel
+
+from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.model.load import make_ready
+from preceptor.model.optimisations import remove
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class HeldModel:
+    """A model and its tokenizer. folder: what is read of them, without weights.
+
+    built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
+    or the adapter around it. has_steps: whether it was trained. record: its configuration and weights as hashes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Raises ConfigError and ModelError for what cannot be trained as it is."""
+        _require_trainable(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.built: tuple[Any, list[int]] | None = None
+        self.has_steps = False
+        self.record: dict[str, Any] | None = None
+        self.folder = Path(tempfile.mkdtemp(prefix="preceptor-live-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        model.config.save_pretrained(self.folder)
+        generation = model.generation_config
+        if generation is not None:  # what transformers refuses to save is read all the same
+            text = json.dumps(generation.to_diff_dict(), default=str)
+            (self.folder / "generation_config.json").write_text(text, encoding="utf-8")
+        tokenizer.save_pretrained(self.folder)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def dtype(self) -> str:
+        return _DTYPES[self.model.dtype]
+
+    def take(self, device: torch.device, chat_tokenizer: Any) -> tuple[Any, bool]:
+        """The model on the device, as a run would have loaded it; and whether it was moved there.
+
+        Its content is recorded before anything is changed. The program's tokenizer gets the tokens, the chat template
+        and the stop token that the model is trained with.
+        """
+        if self.record is None:
+            self.record = content_of(self.model)
+        moved = self.model.device.type != device.type
+        remove(self.model)  # what a single step outside this run may have installed
+        make_ready(self.model)
+        self.model.to(device).eval()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.model.requires_grad_(True)  # as an adapter that was merged leaves them
+        _align(self.tokenizer, chat_tokenizer)
+        return self.model, moved
+
+    def require_steps_saved(self, step: int) -> None:
+        """Raises CheckpointError where a run would begin with weights that it has trained already."""
+        if self.has_steps and not step:
+            raise CheckpointError(
+                "model: this run has trained the live model, and there is no checkpoint to go on from: load the model "
+                "again and give it to a new Run"
+            )
+
+    def release(self) -> None:
+        """Leave the model to the program: as plain transformers or peft runs it, in evaluation mode.
+
+        An adapter that no step has trained is taken away again.
+        """
+        if self.built is None:
+            return
+        model = self.built[0]
+        leave_plain(model)
+        if isinstance(model, PeftModel) and not self.has_steps:
+            self.model, self.built = model.unload(), None
+            self.model.requires_grad_(True)
+
+
+def leave_plain(model: Any) -> None:
+    """A trained model as plain transformers or peft runs it, in evaluation mode."""
+    model.zero_grad(set_to_none=True)
+    remove(model)
+    model.eval()
+
+
+def content_of(model: PreTrainedModel) -> dict[str, Any]:
+    """SHA-256 of configuration and weights, as the record of a run has them."""
+    settings = copy.deepcopy(model.config.to_dict())
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation"):
+        settings.pop(name, None)
+    weights, num_bytes = _weights_sha256(model)
+    spelled = json.dumps(settings, sort_keys=True, default=str).encode()
+    about = {"name": "held in memory", "num_bytes": num_bytes, "modified_ns": None, "sha256": weights}
+    return {"config_sha256": hashlib.sha256(spelled).hexdigest(), "weights": [about]}
+
+
+def _weights_sha256(model: nn.Module) -> tuple[str, int]:
+    """Of every parameter and saved buffer by name, a tied one once; and their bytes."""
+    found, seen, num_bytes = hashlib.sha256(), set(), 0
+    state: Mapping[str, torch.Tensor] = model.state_dict()
+    for name, tensor in sorted(state.items()):
+        place = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        held = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(held.view(torch.uint8).numpy().data)
+        num_bytes += tensor.numel() * tensor.element_size()
+    return found.hexdigest(), num_bytes
+
+
+def _require_trainable(model: Any) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in _modules(model)):
+        raise ConfigError(
+            "model: carries an adapter already. Give the base model, and `adapter={...}` for a new one; or merge the "
+            "adapter first: model = model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"model: {type(model).__name__} is neither a path nor a transformers.PreTrainedModel, such as "
+            "AutoModelForCausalLM.from_pretrained gives"
+        )
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+        raise ModelError("model: its weights are quantized and cannot be trained; load it without quantization")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        names = ", ".join(sorted(map(str, devices)))
+        raise ModelError(f"model: its weights are on {names}; load it whole on one device, without `device_map`")
+    if model.dtype not in _DTYPES:
+        raise ModelError(
+            f"model: its weights are {str(model.dtype).removeprefix('torch.')}; load it with dtype=torch.float32 or "
+            "torch.bfloat16"
+        )
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ConfigError(
+            "model: gradient checkpointing is on; call model.gradient_checkpointing_disable() and set "
+            "memory={'activation_checkpointing': 'all'}"
+        )
+
+
+def _modules(model: Any) -> Any:
+    return model.modules() if isinstance(model, nn.Module) else ()
+
+
+def _align(tokenizer: Any, trained: Any) -> None:
+    """Give a tokenizer what another one of the same vocabulary has gained."""
+    known = tokenizer.get_vocab()
+    added = sorted((id_, str(token)) for id_, token in trained.added_tokens_decoder.items())
+    new = [AddedToken(token, special=True, normalized=False) for _, token in added if token not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)
+    tokenizer.chat_template = trained.chat_template
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) != getattr(trained, name):
+            setattr(tokenizer, name, getattr(trained, name))

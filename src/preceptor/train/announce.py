@@ -1,0 +1,84 @@
+"""What a run says of itself before its first step: examples, parameters, the engine, what is unusual."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from preceptor import config
+from preceptor.chat.left_out import left_out_lines
+from preceptor.chat.thinking import arguments_lines, spelled
+from preceptor.data.loader import Loader, few_steps
+from preceptor.model.load import unusable_settings
+from preceptor.model.parts import causal_lm, has_experts, tower_parameters
+from preceptor.train.build import saved_dtype
+from preceptor.train.checkpoint import State
+from preceptor.train.optimizer import optimizer_lines
+from preceptor.train.prepare import Prepared
+
+
+def announce(
+    console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader, where_rejected: str
+) -> None:
+    run, model, engine = prepared.run, state.model, state.engine
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    tokens = prepared.tokens
+    console.print(
+        f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
+        f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
+        highlight=False,
+    )
+    towers = sum(p.numel() for p in tower_parameters(model))
+    of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
+    optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
+    lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
+    lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
+    lines += left_out_lines(prepared.left_out.to_json())
+    clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
+    lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
+    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
+    lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
+    for line in filter(None, lines):
+        console.print(line, highlight=False, markup=False)
+    few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
+    if few:
+        console.print(few, style="yellow", highlight=False, markup=False)
+    if prepared.chat.added:
+        console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
+    if prepared.rejections:
+        num = len(prepared.rejections)
+        console.print(f"{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
+
+
+def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
+    """What the model's kind makes of the run."""
+    limits = prepared.chat.limits
+    longest = int(prepared.train.lengths.max())
+    if limits is not None and limits.num_positions is not None and longest > limits.num_positions:
+        yield f"the longest example has {longest:,} tokens; the base was made for {limits.num_positions:,}"
+    if not has_experts(model):
+        return
+    if prepared.run.adapter is not None:
+        covered = any(".experts." in name for name, weight in model.named_parameters() if weight.requires_grad)
+        yield "the adapter trains the experts too" if covered else "the experts have no adapter: they stay as they are"
+    settings = causal_lm(model).config.get_text_config(decoder=True)
+    if getattr(settings, "output_router_logits", False) and getattr(settings, "router_aux_loss_coef", 0):
+        yield "the loss that balances experts (router_aux_loss_coef in the config) is not part of this run's"
+
+
+def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:
+    """In what the saved model will differ from the one that is held, and from the base."""
+    dtype = saved_dtype(settings)
+    if dtype not in (None, model.dtype):
+        why = "model.save_dtype" if settings.save_dtype else "as the base model's files have them"
+        yield f"weights are held in {_name(model.dtype)} and saved in {_name(dtype)} ({why})"
+    unusable = unusable_settings(model.generation_config)
+    if unusable:
+        yield f"generation config: {spelled(unusable)} does not validate in the base model's and is left out"
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

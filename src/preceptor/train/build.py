@@ -1,0 +1,271 @@
+"""The model of a run as it is before the first step, on its device or spread over the processes; its optimizer."""
+
+import os
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from preceptor import config
+from preceptor.config.held import LiveModel
+from preceptor.data.loader import Loader
+from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
+from preceptor.model.finite import first_not_finite
+from preceptor.model.forward import Engine
+from preceptor.model.load import load_model, stored_dtype
+from preceptor.model.optimisations import install
+from preceptor.model.parts import freeze_towers
+from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
+from preceptor.model.trained import choose_trained
+from preceptor.plan.devices import DeviceSpec, this_machine_bytes
+from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
+from preceptor.plan.ranks import Placement, in_words
+from preceptor.train.finish import Say
+from preceptor.train.from_run import adapter_to_continue
+from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
+from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
+from preceptor.train.prepare import Prepared
+from preceptor.train.provenance import trees_hashes
+from preceptor.train.run_folder import RunFolder
+from preceptor.world import ONE, World, num_cores
+
+_NAMED_TOKENS = 8
+
+
+def choose_device(device: str, world: World = ONE) -> torch.device:
+    """The device of this process. Of several on a machine, each has a GPU of its own, or its share of the cores.
+
+    Raises ConfigError where `cuda` is asked for and not there, and where there are fewer GPUs than processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device: cuda, but torch sees no GPU here; use `auto` or `cpu`")
+    if device == "cpu" or not torch.cuda.is_available():
+        if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun sets by itself
+            torch.set_num_threads(max(1, num_cores() // world.local_size))
+        return torch.device("cpu")
+    if world.size == 1:
+        return torch.device("cuda")
+    num = torch.cuda.device_count()
+    if world.local_rank >= num:
+        raise ConfigError(
+            f"{world.local_size} processes on this machine, but torch sees {num} GPU{'s' * (num != 1)}: start one "
+            "process for each (`--nproc gpu`)"
+        )
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def connected(prepared: Prepared, world: World) -> torch.device:
+    """The device of this process, which can compute together with the others from here on.
+
+    Raises DataError where the processes have prepared other examples: each reads the files of its own machine.
+    """
+    device = choose_device(prepared.run.train.device, world)
+    world.connect(device.type)
+    of_ranks = world.gather(trees_hashes(prepared))
+    for rank, hashes in enumerate(of_ranks):
+        other = [what for what, sha256 in hashes.items() if sha256 != of_ranks[0][what]]
+        if other:
+            raise DataError(
+                f"process {rank} has other {' and '.join(other)} than process 0: all must read the same files, by the "
+                "same versions of the packages"
+            )
+    return device
+
+
+def with_precision(prepared: Prepared, device: torch.device, folder: RunFolder, say: Say) -> Prepared:
+    """The run with `train.precision` written out: as given, as the run began, or as the device has it.
+
+    Says so where the default is not the fastest on this CPU.
+    """
+    train = prepared.run.train
+    if train.precision is None and folder.goes_on:
+        began = folder.run_file.get("train", {}).get("precision")
+        train = train.model_copy(update={"precision": began})
+    if train.precision is None and device.type == "cpu" and (feature := cpu_bfloat16_feature()):
+        say(f"precision: float32; this CPU has {feature}: `train.precision: bfloat16` would be faster")
+    train = train.model_copy(update={"precision": resolve_precision(train.precision, device)})
+    return replace(prepared, run=prepared.run.model_copy(update={"train": train}))
+
+
+def placement_of(prepared: Prepared, device: torch.device, world: World, say: Say) -> Placement | None:
+    """How the model is spread over the processes, of which `say` gets a line; None for one process."""
+    asked = prepared.run.parallel.strategy
+    if world.size == 1:
+        if asked != "auto":
+            say(f"parallel.strategy: {asked} means nothing to one process")
+        return None
+    run = prepared.run
+    if isinstance(run.model, LiveModel):
+        if asked not in ("auto", "replicate"):
+            raise ConfigError(
+                f"parallel.strategy: {asked}, but each process holds a whole live model; give the model by its path"
+            )
+        run = run.model_copy(update={"parallel": run.parallel.model_copy(update={"strategy": "replicate"})})
+    if world.is_first:
+        found = place_on_ranks(
+            run,
+            prepared.loader().largest_sequences()[0],
+            len(prepared.chat.added),
+            len(prepared.chat.tokenizer),
+            process_device(device, world),
+            world.size,
+            world.local_size,
+        )
+        world.publish("placement", found.to_json())
+    found = Placement(**world.published("placement"))
+    say(f"{world.size} processes: {in_words(found, asked)}")
+    return found
+
+
+def process_device(device: torch.device, world: World) -> DeviceSpec:
+    """What one process has: its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory_bytes = this_machine_bytes() // world.local_size
+    return DeviceSpec("the run's own", memory_bytes, None, None, device.type)
+
+
+def build_model(prepared: Prepared, device: torch.device) -> Any:
+    """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
+    return build(prepared, device, lambda _: None)[0]
+
+
+def build(
+    prepared: Prepared,
+    device: torch.device,
+    say: Say,
+    placement: Placement | None = None,
+    world: World = ONE,
+) -> tuple[Any, list[int]]:
+    """As `build_model`, and the tokens that the base has and never saw, of which `say` gets a line.
+
+    placement: how the model is spread over the processes; where it is sharded, the first reads it for all.
+    """
+    run, chat = prepared.run, prepared.chat
+    held = run.model.held if isinstance(run.model, LiveModel) else None
+    if held is not None and held.built is not None:  # by a session of this program before
+        return _spread(held.built[0], run.engine, device, placement, world), held.built[1]
+    model = _loaded(prepared, device, say, placement, world)
+    has_values = model.device.type != "meta"
+    if has_values and (found := first_not_finite(model.named_parameters())):
+        raise ModelError(f"{run.model.path}: {found}; the checkpoint is damaged: download or merge it again")
+    freeze_towers(model)
+    asked = has_values and run.model.init != "random"
+    untrained = world.gather(_untrained_tokens(model, prepared, say) if asked else {})[0]
+    resize_embeddings(model, chat.tokenizer, chat.added, run.train.seed, untrained)
+    align_model(model, chat.tokenizer, chat.stop_token_ids)
+    if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
+        say(frozen)
+        new = [*chat.added, *untrained]
+        if new and not model.get_input_embeddings().weight.requires_grad:
+            say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
+    if run.adapter is not None:
+        from preceptor.model.adapters.lora import add_adapter, load_adapter
+
+        assert run.adapter.alpha is not None, "a resolved run has an alpha"
+        model = add_adapter(
+            model,
+            rank=run.adapter.rank,
+            alpha=run.adapter.alpha,
+            dropout=run.adapter.dropout,
+            target_modules=run.adapter.target_modules,
+            new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
+            seed=run.train.seed,
+        )
+        start = adapter_to_continue(run)
+        if start is not None and has_values:
+            load_adapter(model, start)
+            say(f"trains on the adapter of {run.model.from_run}")
+    if held is not None:
+        held.built = model, sorted(untrained.values())
+    return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Placement | None, world: World) -> Any:
+    """The base model, with its values; those of a sharded one are the first process's alone.
+
+    Raises ModelError where processes hold live models of other weights.
+    """
+    run = prepared.run
+    if isinstance(run.model, LiveModel):
+        model, moved = run.model.held.take(device, prepared.chat.tokenizer)
+        if moved:
+            say(f"the model is moved to {device} and stays there (train.device)")
+        of_ranks = world.gather(run.model.held.record)
+        if any(record != of_ranks[0] for record in of_ranks):
+            raise ModelError("model: the processes hold live models of other weights; load the same one in each")
+        return model
+    sharded = placement is not None and placement.strategy != "replicate"
+    return load_model(
+        run.model.path,
+        dtype=run.model.dtype,
+        device=("cpu" if world.is_first else "meta") if sharded else device,
+        init=run.model.init,
+        seed=run.train.seed,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+    )
+
+
+def _spread(
+    model: Any, engine: Literal["auto", "plain"], device: torch.device, placement: Placement | None, world: World
+) -> Any:
+    """The model with its optimisations, on all processes."""
+    if placement is None:
+        install(model, engine)
+        return model
+    mesh = device_mesh(placement.strategy, device.type, world.size, world.local_size)
+    if placement.strategy != "replicate":
+        return shard_from_first(model, engine, mesh, placement.regathers, device)
+    install(model, engine)
+    shard_model(Engine(model), mesh)
+    return model
+
+
+def _untrained_tokens(model: Any, prepared: Prepared, say: Say) -> dict[str, int]:
+    """The tokens of the run that its base never saw, besides those that are new to the tokenizer."""
+    chat = prepared.chat
+    used = prepared.train.token_ids | set(chat.stop_token_ids)
+    found = never_trained(model, chat.tokenizer, used)
+    found = {token: id_ for token, id_ in found.items() if token not in chat.added}
+    if found:
+        how = "beside the adapter" if prepared.run.adapter is not None else "with all others"
+        names = ", ".join(list(found)[:_NAMED_TOKENS]) + (", ..." if len(found) > _NAMED_TOKENS else "")
+        exist = (
+            "exists but was never trained: its row gets"
+            if len(found) == 1
+            else "exist but were never trained: rows get"
+        )
+        say(f"{names} {exist} a first value and {'is' if len(found) == 1 else 'are'} trained {how}")
+    return found
+
+
+def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
+    """Raises ConfigError for Adafactor of a sharded model."""
+    own = run.optimizer
+    if own.name == "adafactor" and is_sharded(Engine.of(model)):
+        raise ConfigError(
+            "optimizer.name: adafactor scales an update by its whole matrix, which no process has where weights are "
+            "sharded. Set optimizer.name: adamw_8bit, or parallel.strategy: replicate"
+        )
+    if run.train.batch_size > 1:
+        accumulate_in_float32(model)
+    return build_optimizer(
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, own.lr_factors, run.train.seed
+    )
+
+
+def saved_dtype(model: config.Model) -> torch.dtype | None:
+    """In which type the tuned model's weights are saved: as asked for, else as the base model's files have them."""
+    if model.save_dtype is not None:
+        asked: torch.dtype = getattr(torch, model.save_dtype)
+        return asked
+    return stored_dtype(model.place, model.trust_remote_code, model.revision)
+
+
+def predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:
+    num_new_tokens = num_token_rows(model) or len(prepared.chat.added)
+    return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)

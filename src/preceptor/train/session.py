@@ -1,0 +1,138 @@
+"""One session of a run, from its settings to the model in its folder: what `preceptor train` and `Run` of Python drive.
+
+torch is imported when the folder is claimed and all that can be refused without it is.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from preceptor import config
+from preceptor.config.code import require_code
+from preceptor.data.rejections import check_codes
+from preceptor.data.sources import OpenSource
+from preceptor.train.run_folder import RunFolder, claim
+from preceptor.train.signals import StopRequest
+from preceptor.world import ONE, World, num_cores
+
+if TYPE_CHECKING:
+    from preceptor.train.loop import Step
+    from preceptor.train.prepare import Prepared
+    from preceptor.train.run import Training
+
+
+def check_names(run: config.Run) -> config.Run:
+    """The run, if all that it names is there: so that a mistake shows at once, before torch is imported.
+
+    Raises ConfigError for a code of rejections that is none, DataError, ModelError and TemplateError for files.
+    """
+    from preceptor.chat.template import check_name
+    from preceptor.evaluate.tasks import file_of
+    from preceptor.hub import resolve_model_path
+    from preceptor.trackers.sink import require_installed
+
+    require_installed(run.tracker if isinstance(run.tracker, list) else [run.tracker])
+    check_codes(run.data.allow_rejected)
+    resolve_model_path(run.model.place)
+    check_name(run.data.chat_template)
+    require_code(run.loss.code, "loss.code")
+    require_code(run.eval.code, "eval.code")
+    for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
+        require_code(source.code, f"{source.path}: code")
+        OpenSource(source)
+    for task in run.eval.tasks:
+        OpenSource(file_of(task))
+    return run
+
+
+@dataclass
+class Session:
+    """run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
+
+    num_processes: that render the data, at most. importing: entered while torch is imported. training: from the moment
+    that the data is rendered. summary: of a run that has ended, in its first process.
+    """
+
+    run: config.Run
+    console: Console
+    stop: StopRequest
+    world: World = ONE
+    run_file: Path | None = None
+    resume: bool = False
+    replace: bool = False
+    dry_run: bool = False
+    num_processes: int = 4
+    importing: Callable[[], AbstractContextManager[None]] = nullcontext
+    training: "Training | None" = None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def steps(self) -> "Generator[Step]":
+        """Take the steps of the run, one at a time, and save its model after the last one. Raises as the `Loop` does,
+        and whatever a run can be refused for.
+        """
+        with self._claimed() as folder:
+            for note in folder.notes:
+                self._say(note)
+            if folder.has_model:
+                self._complete(folder)
+                return
+            if folder.goes_on:
+                self._say(f"{self.run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
+            prepared = self._prepare(folder)
+            from preceptor.trackers.follower import followed
+            from preceptor.train.run import Training
+
+            self.training = Training(folder, prepared, self.console, self.stop, self.world)
+            trackers = [] if self.dry_run or not self.world.is_first else self.run.tracker
+            with followed(trackers, folder.path, self._say):
+                yield from self.training.steps(self.dry_run)
+            self.summary = self.training.summary
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[RunFolder]:
+        """The run's folder, which the first process holds for all; the others see in it what that one has found."""
+        if not self.world.is_first:
+            found = self.world.published("folder")
+            folder = RunFolder(Path(found["path"]), record=found["record"], lengthens=found["lengthens"])
+            folder.date = datetime.fromisoformat(found["date"])
+            yield folder
+            return
+        with claim(self.run, run_file=self.run_file, resume=self.resume, replace=self.replace) as folder:
+            found = {"path": str(folder.path), "record": folder.record, "lengthens": folder.lengthens}
+            self.world.publish("folder", {**found, "date": folder.date.isoformat()})
+            yield folder
+
+    def _complete(self, folder: RunFolder) -> None:
+        """Of a run whose model is saved already, only summary or report are missing."""
+        from preceptor.trackers.follower import followed
+        from preceptor.train.finish import finish
+
+        if not self.world.is_first:
+            return
+        saved = f"{self.run.out}: the model is saved already"
+        if self.dry_run:
+            self._say(f"{saved}; the same command without --dry-run completes the record")
+            return
+        self._say(f"{saved}; the record is completed")
+        with followed(self.run.tracker, folder.path, self._say, begins=False):
+            self.summary = finish(folder, self._say)
+
+    def _prepare(self, folder: RunFolder) -> "Prepared":
+        from preceptor.inspect.check import format_line
+
+        with self.importing():
+            from preceptor.train.prepare import prepare
+
+        num_processes = min(self.num_processes, max(1, num_cores() // self.world.local_size))
+        prepared = prepare(self.run, num_processes=num_processes, date=folder.date)
+        for name, formats in prepared.formats.items():
+            self._say(format_line(name, formats))
+        return prepared

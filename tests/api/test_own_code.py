@@ -1,0 +1,268 @@
+"""Loss, metric and reader of the user's own: by `FILE.py:FUNCTION`, or a function of the program; exact and refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import conversations
+from preceptor import Run, config
+from preceptor.config.code import load_code, require_code
+from preceptor.data.forest import pack_trees
+from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.model.forward import Engine
+from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
+from preceptor.model.loss.options import LossOptions
+from preceptor.model.loss.own import require_token_wise
+from preceptor.model.loss.reference import linear_cross_entropy_reference
+from preceptor.train.checkpoint import State
+from preceptor.train.objective import Objective
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
+from preceptor.train.step import take_step
+from tiny import chain, tiny_model
+
+pytestmark = pytest.mark.usefixtures("empty_report")
+
+
+def focal(log_probs, weights):
+    return -weights * (1 - log_probs.exp()) ** 2 * log_probs
+
+
+def plain(log_probs, weights):
+    return -weights * log_probs
+
+
+def square_weights(log_probs, weights):
+    return -(weights**2) * log_probs
+
+
+CODE = """
+import torch
+
+def focal(log_probs, weights):
+    return -weights * (1 - log_probs.exp()) ** 2 * log_probs
+
+def words(answer, example):
+    return len(answer.split()) + example["source"].count(":")
+
+def read(record):
+    if record["n"] == 3:
+        return None
+    return {"messages": [{"role": "user", "content": record["q"]}, {"role": "assistant", "content": record["a"]}]}
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    file = tmp_path / "my.py"
+    file.write_text(CODE)
+    return lambda name: f"{file}:{name}"
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [focal, plain, square_weights])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_gradient_is_that_of_autograd_in_float64(function, softcap):
+    """In chunks of a few tokens, with weights that are divided already, beside a z-loss."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD, weight_VD = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((40, 8), (50, 8)))
+    source_N, target_N = (torch.randint(high, (30,), generator=generator) for high in (40, 50))
+    given_N = torch.rand(30, generator=generator, dtype=torch.float64) + 0.1
+    found = []
+    for loss_of in (linear_cross_entropy, linear_cross_entropy_reference):
+        leaves = [each.clone().requires_grad_() for each in (hidden_TD, weight_VD)]
+        options = LossOptions(z_loss=1e-3, own=function)
+        more = {"softcap": softcap, "options": options, "divisor": 7.0, "logits_bytes": 8 * 50 * 4}
+        loss = loss_of(*leaves, source_N, target_N, given_N / 7, **more)
+        loss.backward()
+        found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_that_is_the_formula_trains_to_the_same_bits():
+    """The same normalisation and chunking: a step of the built-in loss, and one of the same loss as a function."""
+    trees = [
+        chain(np.random.default_rng(seed), lengths) for seed, lengths in enumerate([(3, 9), (4, 2, 2, 5), (2, 30)])
+    ]
+    sequences = [pack_trees(trees[:2]), pack_trees(trees[2:])]
+    after = []
+    for options in (LossOptions(), LossOptions(own=plain)):
+        model = tiny_model("llama")
+        state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
+        loss, norm = take_step(state, sequences, 1e-3, 1.0, "float32", Objective(options=options))
+        after.append((loss, norm, [p.detach().clone() for p in model.parameters()]))
+    assert after[0][0] == pytest.approx(after[1][0], rel=1e-6) and after[0][1] == pytest.approx(after[1][1], rel=1e-5)
+    for ours, theirs in zip(after[0][2], after[1][2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("context_gradient", ["full", "recompute", "detach"])
+def test_it_goes_with_every_memory_policy(context_gradient):
+    from preceptor.model.activations.policy import ActivationPolicy
+
+    sequence = pack_trees([chain(np.random.default_rng(0), (4, 6, 3, 5))])
+    model = tiny_model("llama", dtype=torch.float64)
+    losses = [
+        Engine(model)(sequence, ActivationPolicy(each, "none"), LossOptions(own=focal)).item()
+        for each in ("full", context_gradient)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) and losses[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda p, w: -w * p / len(p), "changes with the tokens beside it"),
+        (lambda p, w: -(w * p).cumsum(0), "changes with the tokens beside it"),
+        (lambda p, w: -(w * p).sum(), r"gave of shape \(\) for 6 tokens"),
+        (lambda p, w: -w, "no gradient by the log-probabilities"),
+        (lambda p, w: p.absent, "raised AttributeError"),
+        (lambda p, w: 1.0, "gave float for 6 tokens"),
+    ],
+)
+def test_a_loss_that_cannot_be_computed_in_parts_is_refused(function, says):
+    with pytest.raises(ModelError, match=says):
+        require_token_wise(function)
+
+
+def test_a_loss_from_the_run_file_is_that_of_python_and_its_code_is_part_of_the_run(
+    run_file, code, tmp_path, base_folder
+):
+    run = config.load(run_file(loss__code=code("focal"), train__duration="2 steps", checkpoint__every="1 steps"))
+    execute(prepare(run), Console(quiet=True))
+    first = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    own = Run.from_file(tmp_path / "run.yaml", f"out={tmp_path}/python", loss={"code": focal}, quiet=True)
+    assert own.train().losses == first
+    plainly = (
+        Run.from_file(tmp_path / "run.yaml", f"out={tmp_path}/nll", loss={"code": None}, quiet=True).train().losses
+    )
+    assert all(abs(ours - theirs) > 0.01 for ours, theirs in zip(first, plainly, strict=True))
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "my.py").write_text(CODE.replace("** 2", "** 3"))
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match=r"the function of loss\.code is another one"):
+        execute(prepare(run), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"type": "dft"}, r"loss\.type: is part of the loss that `loss\.code` replaces"),
+        ({"label_smoothing": 0.1}, r"loss\.label_smoothing: is part of the loss"),
+    ],
+)
+def test_what_does_not_go_with_an_own_loss_is_refused(run_file, code, keys, says):
+    with pytest.raises(ConfigError, match=says):
+        config.load(run_file(loss={"code": code("focal"), **keys}))
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("my.py", r"loss\.code: 'my\.py': write FILE\.py:FUNCTION"),
+        ("absent.py:f", r"absent\.py: no such file"),
+        ("{}:absent", r"has no function 'absent'; it has focal, words, read"),
+        ("live:f", "a function that a Python program held"),
+    ],
+)
+def test_code_that_is_not_there_is_said_before_anything_runs(code, named, says):
+    with pytest.raises(ConfigError, match=says):
+        require_code(named.format(code("").removesuffix(":")), "loss.code")
+
+
+def test_an_error_of_the_file_is_told(tmp_path):
+    (tmp_path / "my.py").write_text("def f(): pass\nraise ValueError('no luck')\n")
+    with pytest.raises(ConfigError, match="running it raised ValueError: no luck"):
+        load_code(f"{tmp_path}/my.py:f", "loss.code")
+
+
+def test_a_file_beside_the_run_file_is_found(run_file, tmp_path, code):
+    (tmp_path / "run").mkdir()
+    file = run_file(loss__code="my.py:focal")
+    assert config.load(file).loss.code == code("focal")
+
+
+# Reader --------------------------------------------------------------------------------------------------------------
+
+ROWS = [{"n": number, "q": f"{number}?", "a": f"{number}."} for number in range(6)]
+
+
+def test_a_reader_makes_the_examples_and_leaves_out_by_none(run_file, code, tmp_path, write_jsonl, preceptor):
+    source = {"path": write_jsonl(ROWS, "own.jsonl"), "code": code("read")}
+    file = run_file(data__train=[source])
+    code_, out, _ = preceptor("check", file)
+    assert code_ == 3 and "left_out" in out and "own.jsonl:4" in out
+    run = config.load(run_file(data__train=[source], data__allow_rejected=["left_out"]))
+    found = prepare(run)
+    assert len(found.train.lengths) == 5
+    turns = [(row["q"], row["a"]) for row in ROWS if row["n"] != 3]
+    expected = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in turns
+    ]
+    assert prepare(config.load(run_file(expected))).train.sha256 == found.train.sha256
+
+
+def test_a_function_of_the_program_reads_data_in_memory(base_folder, tmp_path):
+    def read(record):
+        return {"prompt": record["q"], "completion": 1 / (record["n"] - 2) and record["a"]}
+
+    run = Run(base_folder, {"path": ROWS, "code": read}, out=tmp_path / "run")
+    found = run.check()
+    assert [reason["message"] for reason in found.rejections] == ["read raised ZeroDivisionError: 'division by zero'"]
+    assert found.num_examples == 6 and found.rejections[0]["first_at"] == "memory:data.train:row 3"
+
+
+# Metric --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(write_jsonl):
+    return write_jsonl(
+        [{"messages": [{"role": "user", "content": f"{n}?"}], "accepted": ["x"]} for n in range(4)], "t.jsonl"
+    )
+
+
+def test_a_metric_is_a_figure_with_its_interval(run_file, code, task, tmp_path):
+    run = config.load(run_file(eval__tasks=[task], eval__code=code("words"), train__duration="1 steps"))
+    execute(prepare(run), Console(quiet=True))
+    line = json.loads((tmp_path / "run" / "eval.jsonl").read_text().splitlines()[-1])
+    figures = line["tasks"][0]["figures"]
+    assert list(figures) == ["accuracy", "words"] and figures["words"]["num"] == 4
+    assert (
+        figures["words"]["low"] <= figures["words"]["value"] <= figures["words"]["high"]
+        and figures["words"]["value"] >= 1
+    )
+    seen = []
+
+    def words(answer, example):
+        seen.append((answer, example["accepted"], example["messages"][0]["content"]))
+        return 2.5
+
+    own = Run.from_file(tmp_path / "run.yaml", f"out={tmp_path}/python", eval={"code": words}, quiet=True)
+    for step in own.steps():
+        assert own.evaluate().tasks[task]["words"]["value"] == 2.5 and step.number == 1
+    assert {each[2] for each in seen} == {"0?", "1?", "2?", "3?"} and all(each[1] == ["x"] for each in seen)
+
+
+def test_a_metric_that_gives_no_number_is_told_with_its_item(base_folder, tmp_path, task):
+    def broken(answer, example):
+        return float("nan")
+
+    given = {"eval": {"tasks": [task], "code": broken, "max_new_tokens": 2}, "out": tmp_path / "run", "quiet": True}
+    with pytest.raises(DataError, match=r"t\.jsonl:1: broken gave nan"):
+        Run(base_folder, {"train": conversations(3), "chat_template": "chatml"}, **given).train()
+    without = {**given, "eval": {"code": broken}}
+    with pytest.raises(ConfigError, match=r"eval\.code: measures answers, and no task"):
+        Run(base_folder, conversations(3), **without).train()
+    assert Path(tmp_path / "run").exists() is False or not (tmp_path / "run" / "model").exists()

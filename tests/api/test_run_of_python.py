@@ -1,0 +1,407 @@
+"""`from preceptor import Run`: live models, data in memory, steps and calls; the same as the command, to the bit."""
+
+import copy
+import json
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from processes import run_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import conversations
+from preceptor import Run, config
+from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.train.prepare import prepare
+
+pytestmark = pytest.mark.usefixtures("empty_report")
+SETTINGS = {
+    "train": {"duration": "4 steps", "batch_size": 2},
+    "optimizer": {"learning_rate": 1e-3},
+    "eval": {"num_samples": 1, "max_new_tokens": 4},
+}
+
+
+@pytest.fixture
+def live(base_folder):
+    """Loads the tiny model and its tokenizer anew, as a program does."""
+
+    def load(dtype=torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+        return {"model": model, "tokenizer": AutoTokenizer.from_pretrained(base_folder)}
+
+    return load
+
+
+def data(rows=None, **more):
+    return {"train": conversations(12) if rows is None else rows, "chat_template": "chatml", "max_length": 128, **more}
+
+
+def run_of(tmp_path, given, rows=None, name="run", eval_rows=None, **sections):
+    own = data(rows) if eval_rows is None else data(rows, eval=eval_rows)
+    return Run(**given, data=own, out=tmp_path / name, quiet=True, **{**SETTINGS, **sections})
+
+
+def lines(folder, name="metrics.jsonl"):
+    timed = ("seconds", "peak_memory_bytes")
+    found = (json.loads(line) for line in (Path(folder) / name).read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in timed} for line in found]
+
+
+def saved(folder):
+    return AutoModelForCausalLM.from_pretrained(Path(folder) / "model").state_dict()
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Live models and data in memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}])
+def test_a_live_model_and_a_list_train_as_the_command_does_to_the_bit(run_file, tmp_path, live, preceptor, adapter):
+    code, _, error = preceptor("train", run_file(out=str(tmp_path / "command"), adapter=adapter))
+    assert code == 0, error
+    given = live()
+    result = run_of(tmp_path, given, adapter=adapter).train()
+    assert lines(tmp_path / "command") == lines(tmp_path / "run")
+    assert same(saved(tmp_path / "command"), saved(tmp_path / "run"))
+    assert result.num_steps == 4 and len(result.losses) == 4 and result.model == tmp_path / "run" / "model"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {p.name for p in (tmp_path / "command").iterdir()}
+
+
+def test_the_live_model_and_its_tokenizer_are_left_trained_as_plain_transformers(tmp_path, live):
+    given = live()
+    kinds = [type(module) for module in given["model"].modules()]
+    run = run_of(tmp_path, given)
+    run.train()
+    model, tokenizer = given["model"], given["tokenizer"]
+    assert run.model is model and not model.training
+    assert [type(module) for module in model.modules()] == kinds
+    assert same(saved(tmp_path / "run"), model.state_dict())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    again = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    messages = [{"role": "user", "content": "user?"}]
+    assert tokenizer.eos_token == "<|im_end|>" and len(tokenizer) == len(again) == len(run.tokenizer)
+    given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    ids, expected = (each.apply_chat_template(messages, **given) for each in (tokenizer, again))
+    assert torch.equal(ids["input_ids"], expected["input_ids"])
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["model"]["path"] == "live:LlamaForCausalLM"
+    assert settings["data"]["train"][0]["path"] == "memory:data.train"
+
+
+def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live):
+    """What the first run has added is known to the second; nothing is drawn anew."""
+    given = live()
+    run_of(tmp_path, given).train()
+    trained = copy.deepcopy(given["model"].state_dict())
+    second = run_of(tmp_path, given, name="second")
+    for step in second.steps():
+        if step.number == 1:
+            rows = given["model"].get_input_embeddings().weight
+            assert (rows - trained["model.embed_tokens.weight"]).abs().max() < 0.01
+            assert second.tokenizer.get_added_vocab() == given["tokenizer"].get_added_vocab()
+            break
+
+
+FORMS = {
+    "a list": lambda rows, _: rows,
+    "a generator": lambda rows, _: (row for row in rows),
+    "a data set": lambda rows, _: datasets.Dataset.from_list(rows),
+    "a path": lambda rows, write: write(rows),
+    "two of them": lambda rows, write: [rows[:5], {"path": write(rows[5:]), "weight": 1.0}],
+    "a source": lambda rows, _: {"path": rows},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_the_data_is_held_in_the_same_tokens_are_trained(tmp_path, base_folder, write_jsonl, form):
+    rows = conversations(9)
+    tree = {"model": {"path": str(base_folder)}, "data": {"train": [{"path": write_jsonl(rows, "all.jsonl")}]}}
+    expected = prepare(config.build({**tree, "out": "-"}, "test"))
+    run = Run(base_folder, FORMS[form](rows, write_jsonl), out=tmp_path / "run")
+    prepared = prepare(run.config)
+    assert prepared.train.sha256 == expected.train.sha256
+    assert prepare(run.config).train.sha256 == expected.train.sha256  # a second time, also of a generator
+
+
+def test_data_in_memory_is_rejected_with_its_place(tmp_path, base_folder):
+    rows = [*conversations(3), {"messages": [{"role": "user", "content": "?"}]}, "no record"]
+    found = Run(base_folder, rows, out=tmp_path / "run").check()
+    assert not found.passed and found.num_rejected == 2
+    assert [reason["first_at"] for reason in found.rejections] == ["memory:data.train:row 4", "memory:data.train:row 5"]
+    assert "not passed: 2 examples rejected" in str(found) and "<pre>" in found._repr_html_()
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_who_owns_the_loop_evaluates_and_saves_by_calls(tmp_path, live):
+    run = run_of(tmp_path, live(), eval_rows=conversations(3), checkpoint={"every": None})
+    seen = []
+    for step in run.steps():
+        seen.append((step.number, step.loss))
+        if step.number == 2:
+            found = run.evaluate()
+            assert found.step == 2 and found.loss > 0 and run.evaluate() == found
+            run.save()
+            assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert seen == [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
+    assert [line["step"] for line in lines(tmp_path / "run", "eval.jsonl")] == [0, 2, 3, 4]
+    assert run.result.evaluations[1].loss == found.loss
+    with pytest.raises(ConfigError, match=r"evaluate\(\): belongs inside the loop"):
+        run.evaluate()
+
+
+def test_evaluations_by_calls_alone(tmp_path, live):
+    run = run_of(tmp_path, live(), eval_rows=conversations(3), eval={"every": None, "num_samples": 0})
+    losses = [run.evaluate().loss for _ in run.steps()]
+    assert len(losses) == 4 and all(losses)
+    assert [line["step"] for line in lines(tmp_path / "run", "eval.jsonl")] == [1, 2, 3, 4]
+
+
+def test_stop_ends_the_training_and_the_model_is_saved(tmp_path, live):
+    run = run_of(tmp_path, live(), eval_rows=conversations(2))
+    for step in run.steps():
+        if step.number == 2:
+            run.stop()
+    result = run.result
+    assert result.num_steps == 2 and result.facts["ended_by_program"] == 2 and result.model.is_dir()
+    assert [line["step"] for line in lines(tmp_path / "run", "eval.jsonl")] == [0, 2]
+    with pytest.raises(CheckpointError, match="this run is finished"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    ("how", "adapter"), [("the same object", {"rank": 4, "dropout": 0.1}), ("another program", None)]
+)
+def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, adapter):
+    run_of(tmp_path, live(), name="whole", adapter=adapter).train()
+    run = run_of(tmp_path, live(), adapter=adapter)
+    for step in run.steps():
+        if step.number == 2:
+            break
+    assert not (tmp_path / "run" / "model").exists()
+    if how == "another program":
+        run = run_of(tmp_path, live(), adapter=adapter)
+    run.train()
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))
+
+
+def test_an_error_in_the_loop_is_raised_and_what_was_trained_is_kept(tmp_path, live):
+    run = run_of(tmp_path, live())
+    with pytest.raises(ZeroDivisionError):
+        for step in run.steps():
+            assert step.number == 1
+            _ = 1 / 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert [step.number for step in run.steps()] == [2, 3, 4]
+
+
+def test_ctrl_c_saves_and_is_raised(tmp_path, live):
+    run = run_of(tmp_path, live())
+    with pytest.raises(KeyboardInterrupt, match="SIGINT after step 2; the same call goes on"):
+        for step in run.steps():
+            if step.number == 2:
+                signal.raise_signal(signal.SIGINT)
+    assert [step.number for step in run.steps()] == [3, 4]
+
+
+# What must be the same -----------------------------------------------------------------------------------------------
+
+
+def test_other_weights_or_other_data_do_not_go_on(tmp_path, live):
+    for step in run_of(tmp_path, live()).steps():
+        if step.number == 2:
+            break
+    changed = live()
+    with torch.no_grad():
+        changed["model"].lm_head.weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"weights \(live:LlamaForCausalLM\) are others: held in memory"):
+        run_of(tmp_path, changed).train()
+    rows = conversations(12)
+    rows[3]["messages"][1]["content"] += " And more."
+    with pytest.raises(CheckpointError, match=r"trained tokens are others; these files are others: memory:data\.train"):
+        run_of(tmp_path, live(), rows).train()
+
+
+def test_a_live_model_that_was_trained_does_not_begin_anew(tmp_path, live):
+    run = run_of(tmp_path, live())
+    run.train()
+    with pytest.raises(CheckpointError, match="load the model again"):
+        run.train(replace=True)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_command_says_who_goes_on_with_a_run_of_a_program(tmp_path, live, preceptor):
+    for _ in run_of(tmp_path, live()).steps():
+        break
+    code, _, error = preceptor("train", tmp_path / "run" / "config.yaml")
+    assert code == 5 and "a Python program held; the same program goes on" in error
+
+
+# What cannot be -------------------------------------------------------------------------------------------------------
+
+
+SPLITS = datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"model": 7}, ConfigError, "int is neither a path nor a transformers.PreTrainedModel"),
+        ({"data": []}, ConfigError, r"data\.train: an empty list"),
+        ({"data": 7}, ConfigError, r"data\.train: 7 is no data; give a path, a list of records"),
+        ({"data": conversations}, ConfigError, "call it, it is a function"),
+        ({"data": (row for row in ())}, ConfigError, "gave no record"),
+        ({"data": SPLITS}, ConfigError, r"splits 'train'; give one of them, such as dataset\['train'\]"),
+        ({"data": "absent.jsonl"}, DataError, "absent.jsonl: no such data file"),
+        ({"learning_rate": 1}, ConfigError, "learning_rate: unknown key; here it is optimizer.learning_rate"),
+        ({"tokenizer": None}, ConfigError, r"tokenizer: needed with a live model"),
+        ({"model_dtype": "bfloat16"}, ConfigError, "model.dtype: says how a model is loaded"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(tmp_path, live, changes, error, says):
+    given = {**live(), "data": conversations(2), "out": tmp_path / "run", **changes}
+    if "model_dtype" in given:
+        given["model"] = {"path": given["model"], "dtype": given.pop("model_dtype")}
+    if given["tokenizer"] is None:
+        given["model"].config._name_or_path = given["model"].name_or_path = ""
+    with pytest.raises(error, match=says):
+        Run(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_be_trained_as_they_are(tmp_path, live, base_folder):
+    def refused(change, error, says):
+        given = live()
+        given["model"] = change(given["model"]) or given["model"]
+        with pytest.raises(error, match=says):
+            Run(**given, data=conversations(2), out=tmp_path / "run")
+
+    from preceptor.model.adapters.lora import add_adapter
+
+    refused(lambda model: model.half(), ModelError, "weights are float16; load it with dtype=torch.float32")
+    refused(lambda model: add_adapter(model, 4, 8.0, 0.0, None, [], 0), ConfigError, "carries an adapter already")
+    refused(lambda model: model.gradient_checkpointing_enable(), ConfigError, "activation_checkpointing")
+    refused(lambda model: model.to("meta"), ModelError, "weights are on meta")
+    with pytest.raises(ConfigError, match="tokenizer: goes with a live model"):
+        Run(base_folder, conversations(2), out=tmp_path / "run", tokenizer=live()["tokenizer"])
+
+
+# Around the training -------------------------------------------------------------------------------------------------
+
+
+def test_show_renders_as_text_and_as_a_page(tmp_path, live):
+    run = run_of(tmp_path, live())
+    shown = run.show(2)
+    assert "⟦The of a message is 1." in str(shown) and "memory:data.train:row 2" in str(shown)
+    page = shown._repr_html_()
+    assert page.startswith('<iframe srcdoc="&lt;!DOCTYPE html&gt;') and "memory:data.train:row 2" in page
+    assert "memory:data.train:row 1" in str(run.show())
+    with pytest.raises(DataError, match="counted from 1"):
+        run.show(0)
+    with pytest.raises(DataError, match="fewer examples"):
+        run.show(99)
+
+
+def test_what_is_looked_at_before_the_training_changes_nothing(tmp_path, live):
+    given = live()
+    before = copy.deepcopy(given["model"].state_dict()), len(given["tokenizer"])
+    run = run_of(tmp_path, given)
+    run.check(), run.show(1)
+    plan = run.plan()
+    assert plan.fits and plan.peak_bytes > 0 and plan.num_steps == 4 and "Memory" in str(plan)
+    assert plan.facts["model"]["path"] == "live:LlamaForCausalLM"
+    assert same(before[0], given["model"].state_dict()) and before[1] == len(given["tokenizer"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_result_in_a_notebook_is_the_verdict_and_the_plots_of_the_report(tmp_path, live):
+    result = run_of(tmp_path, live(), eval_rows=conversations(3)).train()
+    assert set(result.plots()) >= {"Loss", "Learning rate", "Gradient norm"}
+    assert all(svg.startswith("<svg") for svg in result.plots().values())
+    page = result._repr_html_()
+    assert page.count("data:image/svg+xml;base64,") == 4 and str(result.model) in page
+
+
+def test_a_run_file_with_overrides_of_every_form(run_file, live, tmp_path):
+    file = run_file()
+    run = Run.from_file(file, "train.seed=3", train={"batch_size": 1}, **{"optimizer.learning_rate": 1e-4})
+    settings = run.config
+    assert (settings.train.seed, settings.train.batch_size) == (3, 1)
+    assert str(settings.train.duration) == "4 steps" and settings.optimizer.learning_rate == 1e-4
+    assert settings == config.load(file, ["train.seed=3", "train.batch_size=1", "optimizer.learning_rate=1e-4"])
+    own = Run.from_file(file, **live(), data=conversations(5), **{"data.max_length": 64})
+    assert (own.config.model.path, own.config.data.train[0].path) == ("live:LlamaForCausalLM", "memory:data.train")
+    assert own.config.data.chat_template == "chatml" and own.config.data.max_length == 64
+    with pytest.raises(ConfigError, match=r"data\.train\.1: '1' is not an index of a list of 1"):
+        Run.from_file(file, **{"data.train.1.weight": 2})
+
+
+def test_trackers_follow_a_run_of_python(tmp_path, live, monkeypatch):
+    from contextlib import contextmanager
+
+    seen = []
+
+    @contextmanager
+    def followed(trackers, folder, say, **_):
+        seen.append((trackers, folder))
+        yield
+
+    monkeypatch.setattr("preceptor.trackers.follower.followed", followed)
+    monkeypatch.setattr("preceptor.trackers.sink.require_installed", lambda names: None)
+    run_of(tmp_path, live(), tracker="tensorboard").train()
+    assert seen == [(["tensorboard"], tmp_path / "run")]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_several_processes_each_with_its_own_copy(tmp_path, live):
+    run_of(tmp_path, live(), name="alone").train()
+
+    def work(rank, place, same_weights=True):
+        given = live()
+        if rank and not same_weights:
+            with torch.no_grad():
+                given["model"].lm_head.weight[0, 0] += 1
+        return [step.loss for step in run_of(place, given).steps()]
+
+    first, second = run_ranks(2, lambda rank: work(rank, tmp_path), connected=False)
+    assert first == second == pytest.approx([line["loss"] for line in lines(tmp_path / "alone")], rel=1e-5)
+    errors = run_ranks(2, lambda rank: work(rank, tmp_path / "other", same_weights=False), connected=False)
+    assert any("live models of other weights" in str(error) for error in errors)
+
+
+def test_a_program_is_not_run_anew_by_those_that_render(monkeypatch):
+    """Fresh interpreters import the main file; most programs have no `if __name__ == "__main__"`."""
+    from preceptor.api import run as api
+
+    for method, has_file, expected in (("spawn", True, 1), ("spawn", False, 4), ("fork", True, 4)):
+        monkeypatch.setattr(api, "start_method", lambda method=method: method)
+        monkeypatch.setattr(api, "num_cores", lambda: 8)
+        main = types.SimpleNamespace(**({"__file__": "program.py"} if has_file else {}))
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert api._num_processes() == expected
+
+
+def test_steps_are_taken_by_one_loop_at_a_time(tmp_path, live):
+    run = run_of(tmp_path, live())
+    for _ in run.steps():
+        with pytest.raises(ConfigError, match="are being taken already"):
+            next(iter(run.steps()))
+        break
+
+
+def test_importing_preceptor_does_not_import_torch():
+    code = "import sys, preceptor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,135 @@
+"""`SFTTrainer` with TRL's constructor: its own example runs, every argument is carried over, named or refused."""
+
+import dataclasses
+import json
+import re
+
+import datasets
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import conversations
+from preceptor import SFTConfig, SFTTrainer
+from preceptor.api.trainer import known_arguments
+from preceptor.config.convert import convert
+from preceptor.config.peer_files import PeerFile
+from preceptor.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("empty_report")
+ROWS = datasets.Dataset.from_list(conversations(8))
+FAST = {"max_steps": 2, "learning_rate": 1e-3, "max_length": 128, "per_device_train_batch_size": 2, "use_cpu": True}
+
+
+def test_the_example_of_trl_runs_with_only_its_import_changed(base_folder, tmp_path, monkeypatch, capsys):
+    """As it stands in the docstring of TRL's SFTTrainer; the Hub's model and data set are replaced by local ones."""
+    (code,) = re.findall(r"Example:\s+```python\n(.*?)```", trl.SFTTrainer.__doc__, re.DOTALL)
+    code = "\n".join(line.strip()[4:] for line in code.splitlines())
+    assert "from trl import SFTTrainer" in code and "trainer.train()" in code
+    code = code.replace("from trl import", "from preceptor import")
+    code = re.sub(r'model="[^"]+"', f'model="{base_folder}"', code)
+    texts = datasets.Dataset.from_list(
+        [{"text": f"Once upon a time there were {number} users."} for number in range(6)]
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: texts)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "trl", "exec"), names)
+    folder = tmp_path / f"{base_folder.name}-SFT"
+    assert AutoModelForCausalLM.from_pretrained(folder / "model") is not None
+    assert names["trainer"].model is not None and "assistant_only_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("of_trl", [True, False])
+def test_the_arguments_of_a_config_are_those_that_convert_carries_over(base_folder, tmp_path, of_trl):
+    """TRL's own class, of which what is set counts, or ours."""
+    given = {"output_dir": str(tmp_path / "run"), "max_steps": 7, "learning_rate": 3e-4, "warmup_steps": 2}
+    given |= {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 4, "max_length": 64, "seed": 3}
+    given |= {"eval_strategy": "steps", "eval_steps": 3, "report_to": "none", "packing": True}
+    args = trl.SFTConfig(**given, bf16=False, use_cpu=True) if of_trl else SFTConfig(**given, use_cpu=True)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS, eval_dataset=ROWS.select([0]))
+    found = trainer.run.config
+    assert (str(found.train.duration), found.train.batch_size, found.data.max_length) == ("7 steps", 32, 64)
+    assert (found.optimizer.learning_rate, found.optimizer.lr_scheduler, found.train.seed) == (3e-4, "cosine", 3)
+    assert str(found.optimizer.warmup) == "2 steps" and str(found.eval.every) == "3 steps"
+    assert found.out == str(tmp_path / "run") and found.tracker == []
+    settings = {"model_name_or_path": str(base_folder), "train_dataset": "d", "eval_dataset": "d", **given}
+    converted = convert(PeerFile("TRL", settings), tmp_path).tree
+    for section in ("train", "optimizer"):
+        for key, value in converted[section].items():
+            assert str(getattr(getattr(found, section), key)) == str(value), key
+    assert any(key == "batch size" for key, _ in trainer.notes)
+
+
+def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, capsys):
+    model, tokenizer = (each.from_pretrained(base_folder) for each in (AutoModelForCausalLM, AutoTokenizer))
+    before = model.lm_head.weight[:5].clone()
+    trainer = SFTTrainer(
+        model, output_dir=str(tmp_path / "run"), train_dataset=ROWS, processing_class=tokenizer, logging_steps=1, **FAST
+    )
+    result = trainer.train()
+    assert result.num_steps == 2 and not torch.equal(model.lm_head.weight[:5], before)
+    trainer.save_model(str(tmp_path / "copy"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").eos_token == trainer.processing_class.eos_token
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert trainer.train_step("user", " message", optimizer) > 0  # the textbook's step goes on from there
+
+
+def test_an_adapter_by_its_peft_config(base_folder, tmp_path):
+    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        str(base_folder), SFTConfig(str(tmp_path / "run"), **FAST), train_dataset=ROWS, peft_config=peft_config
+    )
+    adapter = trainer.run.config.adapter
+    assert (adapter.rank, adapter.alpha, sorted(adapter.target_modules)) == (4, 16.0, ["q_proj", "v_proj"])
+    trainer.train()
+    assert json.loads((tmp_path / "run/model/adapter/adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
+    rows = [{"q": "1?", "a": "2."}, {"q": "3?", "a": "4."}]
+    trainer = SFTTrainer(
+        str(base_folder),
+        SFTConfig(str(tmp_path / "run"), **FAST),
+        train_dataset=datasets.Dataset.from_list(rows),
+        formatting_func=lambda row: f"{row['q']} {row['a']}",
+    )
+    assert "1? 2." in str(trainer.run.show(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"callbacks": [print]}, r"callbacks: .*for step in run\.steps\(\)"),
+        ({"data_collator": print}, "data_collator: .*conversations are packed"),
+        ({"compute_loss_func": print}, "compute_loss_func: "),
+        ({"optimizers": (1, 2)}, r"optimizers: .*optimizer"),
+        ({"quantization_config": 1}, "quantization_config: .*quantized weights are not offered"),
+        ({"peft_config": LoraConfig(use_dora=True)}, "peft_config.use_dora: this variant of LoRA is not offered"),
+        ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
+        ({"train_dataset": None}, "train_dataset: needed"),
+        ({"args": 7}, "args: 7 is no SFTConfig"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_with_what_to_do(base_folder, tmp_path, given, says):
+    with pytest.raises(ConfigError, match=says):
+        SFTTrainer(str(base_folder), **{"output_dir": str(tmp_path), "train_dataset": ROWS, **given}).train()
+
+
+def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):
+    """As most scripts have it; a pad token of its own changes nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    given = {"train_dataset": ROWS, "output_dir": str(tmp_path / "run")}
+    assert SFTTrainer(str(base_folder), processing_class=tokenizer, **given).run is not None
+    tokenizer.chat_template = "{{ messages }}"
+    with pytest.raises(ConfigError, match="its chat template are not those of"):
+        SFTTrainer(str(base_folder), processing_class=tokenizer, **given)
+
+
+def test_every_argument_of_trl_is_known():
+    assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_arguments()) == []
