@@ -56,6 +56,11 @@ class TerminalConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
+def has_display() -> bool:
+    """Whether a window of a browser could open here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
 class Countable(Protocol):
     def num_rows(self) -> int | None: ...
 

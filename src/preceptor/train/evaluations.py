@@ -37,11 +37,12 @@ class SamplePrompt:
 class Evaluations:
     """Writes `samples.jsonl` (one line per evaluation and prompt), then `eval.jsonl` (one line per evaluation).
 
-    A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
-    and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
-    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `judges` a line also
-    has the losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also
-    of earlier sessions: an evaluation that is there is not made again.
+    A line of eval.jsonl has `step`; with held-out examples, `loss`, its 95 % interval over the examples in
+    `loss_interval`, `bits_per_byte`, `token_accuracy`, `num_trained`, and the same in `by_source`, `by_kind`, `by_turn`
+    (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one,
+    drawn by the same seed at each evaluation. With `judges` a line also has the losses `by_example`, and whether it is
+    an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation that is there
+    is not made again.
     """
 
     folder: Path
@@ -151,7 +152,9 @@ def _shown(measured: dict[str, Any]) -> str:
     parts = []
     if "loss" in measured:
         per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
-        parts.append(f"held-out loss {measured['loss']:.4f}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
+        spread = "({:.4f} to {:.4f})".format(*measured["loss_interval"]) if "loss_interval" in measured else ""
+        loss = f"{measured['loss']:.4f} {spread}".rstrip()
+        parts.append(f"held-out loss {loss}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
     for task in measured.get("tasks", ()):
         name, figure = next(iter(task["figures"].items()))
         parts.append(f"{task['task']} {name} {figure['value']:.3f}")
