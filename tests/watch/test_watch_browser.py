@@ -154,9 +154,7 @@ def test_it_loads_quietly_and_fits(tab, tmp_path, served, width, dark):
     paper = tab.run("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(21, 23, 27)" if dark else "rgb(251, 250, 247)")
     assert tab.run("document.querySelectorAll('.card').length") == 3
-    assert tab.run("[...document.querySelectorAll('.state')].map(e => e.textContent)") == ["stopped"] * 2 + [
-        "waiting"
-    ]
+    assert tab.run("[...document.querySelectorAll('.state')].map(e => e.textContent)") == ["stopped"] * 2 + ["waiting"]
 
 
 @needs_chromium
@@ -216,9 +214,7 @@ def test_it_can_be_paused_by_keyboard_and_says_when_its_server_has_ended(tab, tm
     opened(tab, server)
     tab.run("document.getElementById('pause').focus()")
     for kind in ("keyDown", "keyUp"):
-        tab.send(
-            "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
-        )
+        tab.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
     says = "document.getElementById('connection').textContent"
     assert tab.run(says) == "Paused."
     growing(folder, 25)

@@ -29,7 +29,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show them as they are now, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Watch runs as they go on, in the terminal or in a browser. Ends with the runs, or with Ctrl-C."""
+    """Watch runs as they go on. In the terminal or a browser, until all are finished or Ctrl-C ends it."""
     from preceptor.errors import ConfigError
     from preceptor.watch.live_run import LiveRun
 

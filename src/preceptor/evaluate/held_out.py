@@ -117,7 +117,7 @@ def measure(
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
-    of_examples = {
+    of_examples: dict[str, list[float]] = {
         "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
     }

@@ -231,13 +231,12 @@ def figures(status: dict[str, Any]) -> dict[str, str]:
         spread = "" if each["low"] is None else f" ({each['low']:.3f} to {each['high']:.3f})"
         name = f"{each['task']}: {each['figure']}"
         found["tasks" if "tasks" not in found else " " * len(found)] = f"{name} {each['value']:.3f}{spread}"
-    speed = [] if status["tokens_per_second"] is None else [f"{status['tokens_per_second']:,.0f} tokens/s"]
+    if status["tokens_per_second"] is not None:
+        found["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s"
     if status["memory_bytes"]:
         predicted = status["predicted_memory_bytes"]
         plan = f" ({readable_bytes(predicted)} predicted)" if predicted else ""
-        speed.append(f"memory {readable_bytes(status['memory_bytes'])}{plan}")
-    if speed:
-        found["speed"] = "  ".join(speed)
+        found["memory"] = f"{readable_bytes(status['memory_bytes'])}{plan}"
     if (rejected := status["rejected"])["num"]:
         of = f" of {rejected['num_examples']:,}" if rejected["num_examples"] else ""
         codes = [f"{code} {num:,}" for code, num in list(rejected["codes"].items())[:_MOST_CODES]]

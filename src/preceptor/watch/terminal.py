@@ -16,6 +16,7 @@ from preceptor.watch.status import after, figures, left_in_words, status_of, ste
 from preceptor.watch.text_plot import COLOURS, Curve, plot
 
 _NARROWEST = 64  # letters of a panel that stands beside another
+_LOW = 3  # lines of a panel that has nothing but its state
 _PLOT_ROWS = (5, 14)  # fewest and most
 _STATE_STYLE = {"training": "green", "finished": "green", "stopped": "red", "unknown": "yellow"}
 _MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim"), "good": ("✓", "green")}
@@ -26,15 +27,16 @@ def screen(looks: Sequence[RunLook], console: Console, whole: bool = False) -> R
     """Panels beside one another as the width allows. whole: as high as they are; else as the window is."""
     width, height = console.size
     beside = max(1, min(len(looks), width // _NARROWEST))
-    rows = -(-len(looks) // beside)
     unicode = console.encoding.startswith("utf")
-    room = None if whole else max(3, height // rows) - 2
-    panels = [_panel(look, width // beside - 4, room, unicode) for look in looks]
+    rows = [looks[start : start + beside] for start in range(0, len(looks), beside)]
+    low = [not any(look.record.steps or look.record.evaluations for look in row) for row in rows]  # nothing to draw yet
+    room = (height - _LOW * sum(low)) // max(1, len(rows) - sum(low))
     table = Table.grid(expand=True)
     for _ in range(beside):
         table.add_column(ratio=1)
-    for start in range(0, len(panels), beside):
-        table.add_row(*panels[start : start + beside])
+    for row, is_low in zip(rows, low, strict=True):
+        lines = None if whole else (_LOW if is_low else max(_LOW, room)) - 2
+        table.add_row(*(_panel(look, width // beside - 4, lines, unicode) for look in row))
     return table
 
 
