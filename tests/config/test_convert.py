@@ -349,3 +349,37 @@ def test_keys_that_are_carried_over_exist():
     from preceptor.config.peer_defaults import DIRECT
 
     assert {ours for ours, _ in DIRECT.values()} <= set(all_keys())
+
+
+def test_with_data_the_tokens_that_both_train_are_shown(preceptor, tmp_path, base_folder, write_jsonl):
+    rows = [
+        {"messages": [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]}
+    ] * 4
+    data, file = write_jsonl(rows), tmp_path / "args.yaml"
+    file.write_text("output_dir: a\nmax_length: 64\n")
+    code, out, err = preceptor("convert", file, "--data", data, "--model", base_folder)
+    assert code == 0, err
+    assert "What TRL's documented rule trains: all tokens of `messages`" in out and "⟦The message<|im_end|>⟧" in out
+    assert "4 examples: TRL trains" in out and "only TRL trains: " in out
+    code, out, _ = preceptor("convert", file, "--data", data, "--model", base_folder, "--json")
+    found = json.loads(out)["tokens"]
+    counts = found["counts"]
+    assert code == 0 and counts["examples"] == 4 and counts["only_ours"] == 0
+    assert counts["only_theirs"] == counts["theirs"] - counts["ours"] > 0
+    assert "the user" in next(iter(counts["pieces_only_theirs"]))
+    assert len(found["examples"]) == 3 and found["examples"][0]["ours"]["ids"]
+    code, _, err = preceptor("convert", file, "--data", data)
+    assert code == 2 and "names no model" in err
+
+
+def test_an_end_token_that_the_other_trainer_leaves_untrained_is_seen(preceptor, tmp_path, write_jsonl):
+    """The scholar's eos is not the end of a turn in ChatML: Axolotl trains no end there unless it is told."""
+    messages = [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]
+    file = tmp_path / "a.yml"
+    file.write_text("base_model: scholar\nmicro_batch_size: 1\nsequence_len: 64\nchat_template: chatml\n")
+    code, out, err = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
+    counts = json.loads(out)["tokens"]["counts"]
+    assert code == 0 and counts["pieces_only_ours"] == {"<|im_end|>": 1} and counts["only_theirs"] == 0, err
+    file.write_text(file.read_text() + "special_tokens: {eos_token: <|im_end|>}\n")
+    code, out, _ = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
+    assert json.loads(out)["tokens"]["counts"]["only_ours"] == 0

@@ -53,13 +53,22 @@ def convert_file(path: Path) -> Converted:
     return convert(read_peer_file(path), path.parent)
 
 
+def settings_of(path: Path) -> Mapping[str, Any]:
+    """The flat settings of a file. Raises ConfigError as `read_peer_file`."""
+    return _flat(read_peer_file(path)).settings
+
+
 def convert(file: PeerFile, folder: Path) -> Converted:
     """folder: where the file lies, for what it names."""
-    if file.peer == "torchtune":
-        from preceptor.config.torchtune import flattened
+    return _Conversion(_flat(file), folder).result()
 
-        file = flattened(file)
-    return _Conversion(file, folder).result()
+
+def _flat(file: PeerFile) -> PeerFile:
+    if file.peer != "torchtune":
+        return file
+    from preceptor.config.torchtune import flattened
+
+    return flattened(file)
 
 
 class _Conversion:
