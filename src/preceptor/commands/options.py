@@ -60,7 +60,7 @@ def check_names(run: "Run") -> "Run":
     from preceptor.chat.template import check_name
     from preceptor.data.rejections import check_codes
     from preceptor.data.sources import OpenSource
-    from preceptor.evaluate.tasks import file_of
+    from preceptor.evaluate.harness import check_task
     from preceptor.hub import resolve_model_path
     from preceptor.trackers.sink import require_installed
 
@@ -71,7 +71,7 @@ def check_names(run: "Run") -> "Run":
     for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
         OpenSource(source)
     for task in run.eval.tasks:
-        OpenSource(file_of(task))
+        check_task(task)
     return run
 
 
@@ -137,10 +137,11 @@ def read_tasks(
     trained: list[str] | None, tasks: list[str] | None, text: list[str] | None, limit: int | None, seed: int
 ) -> list[tuple["Task", str]]:
     """The tasks and texts of the options, each with its role: `trained`, `tax` or `text`."""
-    from preceptor.evaluate.tasks import read_task, read_texts
+    from preceptor.evaluate.harness import open_task
+    from preceptor.evaluate.tasks import read_texts
 
-    named = [(path, "trained", read_task) for path in trained or ()]
-    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
+    named = [(path, "trained", open_task) for path in trained or ()]
+    named += [(path, "tax", open_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
     return [(read(path).limited(limit, seed), role) for path, role, read in named]
 
 

@@ -259,7 +259,7 @@ class Eval(Section):
     every: Duration | None = Duration(1, "epochs")
     """When to evaluate, besides before the first step and after the last: `1 epoch`, `100 steps`. null: never."""
     tasks: list[Path_] = []
-    """Task files (docs/evaluate.md) that the model answers at each evaluation, such as `scholar:heldout`."""
+    """Task files that the model answers at each evaluation, `scholar:heldout`, `lm_eval:NAME` (docs/evaluate.md)."""
     limit: Annotated[int, Field(ge=1)] | None = 200
     """Items of each task, a choice by `train.seed`, the same each time; null: all."""
     num_samples: Annotated[int, Field(ge=0)] = 4

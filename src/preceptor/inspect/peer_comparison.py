@@ -14,7 +14,7 @@ from rich.text import Text
 from preceptor.chat.render import Renderer
 from preceptor.chat.token_text import decode
 from preceptor.config import Source
-from preceptor.console import visible
+from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.sources import OpenSource
@@ -139,7 +139,7 @@ def print_comparison(peer: str, rule: PeerRule, found: Iterable[BothTokens], tok
     """The first examples side by side, and counts over all."""
     counts = BothCounts()
     console.print(f"{rule.says}. It is emulated, without {peer}; what is cut at a maximum length is left out.")
-    marks = Text(" trained ", _STYLE) if console.is_terminal else Text("⟦trained⟧")
+    marks = Text(" trained ", _STYLE) if has_colour(console) else Text("⟦trained⟧")
     console.print(Text.assemble(marks, " not trained; ⏎ line end"))
     for both in found:
         if counts.examples < SHOWN:
@@ -147,7 +147,7 @@ def print_comparison(peer: str, rule: PeerRule, found: Iterable[BothTokens], tok
             table.add_column(_heading(peer, both.theirs), ratio=1, overflow="fold")
             again = f"; the last of {both.branches} paths" if both.branches > 1 else ""
             table.add_column(_heading("preceptor", both.ours) + again, ratio=1, overflow="fold")
-            table.add_row(*(_shown(own, tokenizer, console.is_terminal) for own in (both.theirs, both.ours)))
+            table.add_row(*(_shown(own, tokenizer, has_colour(console)) for own in (both.theirs, both.ours)))
             console.print(table)
         add(counts, both, tokenizer)
     for line in counts_lines(peer, counts):

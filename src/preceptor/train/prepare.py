@@ -29,7 +29,8 @@ from preceptor.data.sources import OpenSource
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.errors import DataError, ModelError
-from preceptor.evaluate.tasks import Task, read_task
+from preceptor.evaluate.harness import open_task
+from preceptor.evaluate.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
-    tasks = [read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
+    tasks = [open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
