@@ -22,7 +22,7 @@ FLOORS = (
     ("compare",),
     ("inspect", "report", "trackers"),
     ("train",),
-    ("serve", "export", "demo", "api"),
+    ("serve", "export", "demo", "api", "watch"),
     ("preceptor",),
     ("commands",),
     ("cli",),

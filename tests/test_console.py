@@ -1,5 +1,6 @@
 """The bar of rows on a terminal, and streams that nobody reads any more."""
 
+import io
 import os
 import sys
 import threading
@@ -47,3 +48,45 @@ def test_a_name_between_colons_is_no_emoji(capsys):
     console.standard_console().print("memory:train:row 2")
     console.standard_console().rule(":train:", align="left")
     assert "memory:train:row 2" in (shown := capsys.readouterr().out) and ":train: " in shown
+
+
+def test_no_bar_of_a_library_stands_between_our_lines(run_file, capfd):
+    """Also from Python, where no environment variable was set; and the caller's setting is as before."""
+    from transformers.utils import logging
+
+    from conftest import conversations
+    from preceptor import config
+    from preceptor.train.prepare import prepare
+    from preceptor.train.run import execute
+
+    run = config.load(run_file(conversations(4), adapter={"rank": 2}))
+    capfd.readouterr()
+    logging.enable_progress_bar()
+    execute(prepare(run), Console(quiet=True))
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+
+
+def test_colour_is_known_to_be_there_or_not():
+    for no_colour in (True, False):
+        shown = Console(force_terminal=True, no_color=no_colour, color_system="standard")
+        assert console.has_colour(shown) is not no_colour
+    assert not console.has_colour(Console(force_terminal=True, color_system=None)), "a terminal without colours"
+    assert not console.has_colour(Console(file=io.StringIO()))
+
+
+def test_show_uses_brackets_under_no_color(run_file):
+    from conftest import conversations
+    from preceptor import config
+    from preceptor.chat.format import load_chat_format
+    from preceptor.data.sources import OpenSource
+    from preceptor.inspect.show import show_examples
+
+    run = config.load(run_file(conversations(1)))
+    sources = [OpenSource(source) for source in run.data.train]
+    renderer = load_chat_format(run.model, run.data, sources).renderer(run.data)
+    for no_colour in (True, False):
+        shown = Console(file=io.StringIO(), force_terminal=True, no_color=no_colour, color_system="standard", width=200)
+        show_examples(sources[0].examples(), renderer, None, False, shown)
+        text = shown.file.getvalue()
+        assert ("⟦" in text) is no_colour and ("shades show" in text) is not no_colour

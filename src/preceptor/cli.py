@@ -37,6 +37,7 @@ from preceptor.commands import (
     template,
     track,
     train,
+    watch,
 )
 from preceptor.console import say
 
@@ -106,6 +107,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
 
 for command in (
     train.train,
+    watch.watch,
     init.init,
     demo.demo,
     show.show,

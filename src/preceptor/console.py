@@ -56,6 +56,31 @@ class TerminalConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
+def has_display() -> bool:
+    """Whether a window of a browser could open here."""
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def has_colour(console: Console) -> bool:
+    """Whether colours alone may tell things apart: on a terminal that has them, and NO_COLOR is not set."""
+    return console.is_terminal and console.color_system is not None and not console.no_color
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers (and with it the Hub) draws no progress bars: they would stand between our lines."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    if enabled:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 class Countable(Protocol):
     def num_rows(self) -> int | None: ...
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from preceptor import config
-from preceptor.config.convert import DEFAULTS, convert, convert_file
+from preceptor.config.convert import convert, convert_file
+from preceptor.config.peer_defaults import DEFAULTS
 from preceptor.config.peer_files import PeerFile
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.run import all_keys
@@ -96,7 +97,6 @@ def test_axolotl(tmp_path):
     assert notes.keys() >= {
         "quantization",
         "val_set_size",
-        "optimizer",
         "roles_to_train",
         "chat_template",
         "batch size",
@@ -293,7 +293,93 @@ def test_the_command(preceptor, tmp_path):
     assert code == 2 and "cannot be read" in err
 
 
-def test_keys_that_are_carried_over_exist():
-    from preceptor.config.convert import _DIRECT
+@pytest.mark.parametrize(
+    ("peer", "key", "value", "name"),
+    [
+        ("TRL", "optim", "adamw_torch_fused", None),
+        ("TRL", "optim", "paged_adamw_32bit", None),
+        ("TRL", "optim", "adamw_bnb_8bit", "adamw_8bit"),
+        ("TRL", "optim", "paged_adamw_8bit", "adamw_8bit"),
+        ("TRL", "optim", "adafactor", "adafactor"),
+        ("TRL", "optim", "sgd", "sgd"),
+        ("LLaMA-Factory", "use_muon", True, "muon"),
+        ("Axolotl", "optimizer", "adamw_torch_8bit", "adamw_8bit"),
+        ("Axolotl", "optimizer", "muon", "muon"),
+        ("TRL", "optim", "lion_32bit", None),
+        ("TRL", "optim", "galore_adamw", None),
+    ],
+)
+def test_optimizers_by_name(peer, key, value, name):
+    found = convert(PeerFile(peer, {"model_name_or_path": "m", key: value}), Path())
+    assert found.tree["optimizer"].get("name") == name
+    is_named = value in ("lion_32bit", "galore_adamw")
+    assert ("optimizer" in notes_of(found)) == is_named and not (is_named and "AdamW only" in str(found.notes))
+    if name == "sgd":
+        assert found.tree["optimizer"]["momentum"] == 0.0, "theirs has none, ours 0.9 by default"
+    if name in ("sgd", "adafactor"):
+        assert "betas" not in found.tree["optimizer"]
+    config.build({**found.tree, "data": {"train": [{"path": "a.jsonl"}]}, "out": "b"}, "converted")
 
-    assert {ours for ours, _ in _DIRECT.values()} <= set(all_keys())
+
+def test_torchtune_optimizers(tmp_path):
+    text = TORCHTUNE.replace("torch.optim.AdamW, fused: True", "torchao.optim.AdamW8bit")
+    assert converted(tmp_path, text).tree["optimizer"]["name"] == "adamw_8bit"
+
+
+def test_noise_wsd_and_weights_of_bfloat16(tmp_path):
+    settings = {
+        "model_name_or_path": "m",
+        "dtype": "bfloat16",
+        "neftune_noise_alpha": 5,
+        "output_dir": "b",
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": 10,
+        "lr_scheduler_kwargs": {"num_decay_steps": 30, "min_lr_ratio": 0.1},
+    }
+    found = convert(PeerFile("TRL", settings), Path())
+    assert found.tree["train"]["neftune_alpha"] == 5.0
+    wanted = {"lr_scheduler": "wsd", "decay": "30 steps", "min_lr_ratio": 0.1, "warmup": "10 steps"}
+    assert wanted.items() <= found.tree["optimizer"].items()
+    assert found.tree["model"]["dtype"] == "bfloat16" and "optimizer.rounding" in notes_of(found)["dtype"]
+    assert not notes_of(found).keys() & {"neftune_noise_alpha", "lr_scheduler_kwargs", "lr_scheduler_type"}
+    config.build({**found.tree, "data": {"train": [{"path": "a.jsonl"}]}}, "converted")
+
+
+def test_keys_that_are_carried_over_exist():
+    from preceptor.config.peer_defaults import DIRECT
+
+    assert {ours for ours, _ in DIRECT.values()} <= set(all_keys())
+
+
+def test_with_data_the_tokens_that_both_train_are_shown(preceptor, tmp_path, base_folder, write_jsonl):
+    rows = [
+        {"messages": [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]}
+    ] * 4
+    data, file = write_jsonl(rows), tmp_path / "args.yaml"
+    file.write_text("output_dir: a\nmax_length: 64\n")
+    code, out, err = preceptor("convert", file, "--data", data, "--model", base_folder)
+    assert code == 0, err
+    assert "What TRL's documented rule trains: all tokens of `messages`" in out and "⟦The message<|im_end|>⟧" in out
+    assert "4 examples: TRL trains" in out and "only TRL trains: " in out
+    code, out, _ = preceptor("convert", file, "--data", data, "--model", base_folder, "--json")
+    found = json.loads(out)["tokens"]
+    counts = found["counts"]
+    assert code == 0 and counts["examples"] == 4 and counts["only_ours"] == 0
+    assert counts["only_theirs"] == counts["theirs"] - counts["ours"] > 0
+    assert "the user" in next(iter(counts["pieces_only_theirs"]))
+    assert len(found["examples"]) == 3 and found["examples"][0]["ours"]["ids"]
+    code, _, err = preceptor("convert", file, "--data", data)
+    assert code == 2 and "names no model" in err
+
+
+def test_an_end_token_that_the_other_trainer_leaves_untrained_is_seen(preceptor, tmp_path, write_jsonl):
+    """The scholar's eos is not the end of a turn in ChatML: Axolotl trains no end there unless it is told."""
+    messages = [{"role": "user", "content": "the user"}, {"role": "assistant", "content": "The message"}]
+    file = tmp_path / "a.yml"
+    file.write_text("base_model: scholar\nmicro_batch_size: 1\nsequence_len: 64\nchat_template: chatml\n")
+    code, out, err = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
+    counts = json.loads(out)["tokens"]["counts"]
+    assert code == 0 and counts["pieces_only_ours"] == {"<|im_end|>": 1} and counts["only_theirs"] == 0, err
+    file.write_text(file.read_text() + "special_tokens: {eos_token: <|im_end|>}\n")
+    code, out, _ = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
+    assert json.loads(out)["tokens"]["counts"]["only_ours"] == 0

@@ -10,6 +10,7 @@ from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
 from preceptor.data.sources import read_examples
 from preceptor.evaluate.held_out import LabelledTree, TargetLabels, label_targets, measure
+from preceptor.evaluate.intervals import interval
 from tiny import tiny_model, tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "a start"}
@@ -96,3 +97,15 @@ def test_nothing_held_out_is_an_error(rendered):
     assert TargetLabels("a", ("plain",), 1, 0).num_bytes == 0
     with pytest.raises(ValueError, match="no held-out target"):
         measure(tiny_model("llama", vocab_size=300), [context_only], 64)
+
+
+def test_the_loss_has_an_interval_over_examples(rendered):
+    _, tokenizer, held_out = rendered
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    found = measure(model, held_out, 64, by_example=True)
+    own = found["by_example"]
+    expected = interval(own["loss"], own["num_tokens"])
+    assert found["loss_interval"] == pytest.approx([expected.low, expected.high])
+    assert expected.low < found["loss"] < expected.high
+    assert "loss_interval" not in measure(model, held_out[:1], 64), "one example shows no spread"
+    assert "loss_interval" not in found["by_source"]

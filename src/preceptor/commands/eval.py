@@ -11,7 +11,9 @@ from preceptor.commands import options
 
 def eval(
     model: options.AnyModel,
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="Task files, or `scholar:NAME`.")],
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK...", help="Task files, `scholar:NAME`, or `lm_eval:NAME`.")
+    ],
     as_json: options.AsJson = False,
     limit: options.Limit = None,
     chat_template: Annotated[
@@ -27,10 +29,10 @@ def eval(
     ] = None,
 ) -> None:
     """Evaluate a model on tasks. Generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
-    from preceptor.evaluate.tasks import read_task
+    from preceptor.evaluate.harness import open_task
 
     options.check_models(model)
-    wanted = [read_task(path).limited(limit, seed) for path in tasks]
+    wanted = [open_task(path).limited(limit, seed) for path in tasks]
     if out is not None and not out.parent.is_dir():
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
 

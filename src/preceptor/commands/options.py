@@ -116,10 +116,11 @@ def read_tasks(
     trained: list[str] | None, tasks: list[str] | None, text: list[str] | None, limit: int | None, seed: int
 ) -> list[tuple["Task", str]]:
     """The tasks and texts of the options, each with its role: `trained`, `tax` or `text`."""
-    from preceptor.evaluate.tasks import read_task, read_texts
+    from preceptor.evaluate.harness import open_task
+    from preceptor.evaluate.tasks import read_texts
 
-    named = [(path, "trained", read_task) for path in trained or ()]
-    named += [(path, "tax", read_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
+    named = [(path, "trained", open_task) for path in trained or ()]
+    named += [(path, "tax", open_task) for path in tasks or ()] + [(path, "text", read_texts) for path in text or ()]
     return [(read(path).limited(limit, seed), role) for path, role, read in named]
 
 

@@ -96,6 +96,8 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
             say("dry run: everything is checked up to the first step, and nothing is written")
         return
     say(f"done in {session.summary.get('seconds', 0.0):.0f} s; the model is in {run.out}/model")
+    if (Path(run.out) / "report.html").is_file():
+        say(f"what it did, on one page: {run.out}/report.html")
     say(f"talk to it: preceptor chat {run.out}/model")
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from preceptor.config.peer_files import Peer, PeerFile, dataset_info, read_peer_file
+from preceptor.config.peer_data import Sources
+from preceptor.config.peer_defaults import DEFAULTS, DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
+from preceptor.config.peer_files import Peer, PeerFile, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
@@ -17,92 +19,12 @@ from preceptor.errors import short
 
 T = TypeVar("T")
 
-_TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-}
-DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
-    "TRL": {**_TRAINER, "learning_rate": 2e-5, "max_length": 1024, "lora_r": 16, "lora_alpha": 32},
-    "LLaMA-Factory": {**_TRAINER, "cutoff_len": 2048, "lora_rank": 8},
-    "Axolotl": {
-        **_TRAINER,
-        "num_train_epochs": 1.0,
-        "per_device_train_batch_size": 1,
-        "lr_scheduler_type": "cosine",
-        "sequence_len": 512,
-    },
-    "torchtune": {
-        **_TRAINER,
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 1,
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.01,
-    },
-}
-"""Values where the file has no key. A key counts as given where one of its other names (`_NAMES`) is."""
-
-_NAMES: Mapping[str, str] = {
-    "num_epochs": "num_train_epochs",
-    "epochs": "num_train_epochs",
-    "micro_batch_size": "per_device_train_batch_size",
-    "batch_size": "per_device_train_batch_size",
-    "lr_scheduler": "lr_scheduler_type",
-    "lr": "learning_rate",
-    "warmup_ratio": "warmup_steps",
-    "lora_rank": "lora_r",
-    "r": "lora_r",
-    "max_seq_length": "max_length",
-    "sequence_len": "max_length",
-    "cutoff_len": "max_length",
-    "gradient_clipping": "max_grad_norm",
-}
-"""Other names of a key, for defaults."""
-
-_DIRECT: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "model_name_or_path": ("model.path", str),
-    "base_model": ("model.path", str),
-    "model_revision": ("model.revision", str),
-    "revision_of_model": ("model.revision", str),
-    "trust_remote_code": ("model.trust_remote_code", bool),
-    "max_length": ("data.max_length", int),
-    "max_seq_length": ("data.max_length", int),
-    "sequence_len": ("data.max_length", int),
-    "cutoff_len": ("data.max_length", int),
-    "output_dir": ("out", str),
-    "seed": ("train.seed", int),
-    "learning_rate": ("optimizer.learning_rate", float),
-    "lr": ("optimizer.learning_rate", float),
-    "weight_decay": ("optimizer.weight_decay", float),
-    "max_grad_norm": ("optimizer.max_grad_norm", float),
-    "gradient_clipping": ("optimizer.max_grad_norm", float),
-    "cosine_min_lr_ratio": ("optimizer.min_lr_ratio", float),
-    "label_smoothing_factor": ("loss.label_smoothing", float),
-    "save_total_limit": ("checkpoint.keep", int),
-    "eval_max_new_tokens": ("eval.max_new_tokens", int),
-}
 _OF_ADAPTERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "r": ("rank", int),
     "lora_r": ("rank", int),
     "lora_rank": ("rank", int),
     "lora_alpha": ("alpha", float),
     "lora_dropout": ("dropout", float),
-}
-_SCHEDULERS = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine",
-    "get_cosine_schedule_with_warmup": "cosine",
 }
 _UNKNOWN = "not known here; look whether it matters"
 _OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
@@ -131,18 +53,27 @@ def convert_file(path: Path) -> Converted:
     return convert(read_peer_file(path), path.parent)
 
 
+def settings_of(path: Path) -> Mapping[str, Any]:
+    """The flat settings of a file. Raises ConfigError as `read_peer_file`."""
+    return _flat(read_peer_file(path)).settings
+
+
 def convert(file: PeerFile, folder: Path) -> Converted:
     """folder: where the file lies, for what it names."""
-    if file.peer == "torchtune":
-        from preceptor.config.torchtune import flattened
+    return _Conversion(_flat(file), folder).result()
 
-        file = flattened(file)
-    return _Conversion(file, folder).result()
+
+def _flat(file: PeerFile) -> PeerFile:
+    if file.peer != "torchtune":
+        return file
+    from preceptor.config.torchtune import flattened
+
+    return flattened(file)
 
 
 def known_settings() -> set[str]:
     """Every key of another trainer that is carried over, or of which is known why it is not."""
-    return {*COUNTERPARTS, *NO_COUNTERPART, *_DIRECT, *_OF_ADAPTERS, *_NAMES, *_TRAINER, "activation_checkpointing"}
+    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *_OF_ADAPTERS, *NAMES, *TRAINER, "activation_checkpointing"}
 
 
 class _Conversion:
@@ -150,8 +81,8 @@ class _Conversion:
         self._peer, self._folder, self._unread = file.peer, folder, file.unread
         self._settings = {key: value for key, value in file.settings.items() if value is not None}
         none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
-        given = {_NAMES.get(key, key) for key in (file.settings if none_is_a_value else self._settings)}
-        self._defaults = {key: value for key, value in DEFAULTS[file.peer].items() if _NAMES.get(key, key) not in given}
+        given = {NAMES.get(key, key) for key in (file.settings if none_is_a_value else self._settings)}
+        self._defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in given}
         self._found = Converted(file.peer)
         self._used: set[str] = set()  # keys of the file that became part of the run, or of a note
 
@@ -165,7 +96,7 @@ class _Conversion:
         self._memory_and_moments()
         self._adapter()
         self._trackers()
-        for key, (ours, cast) in _DIRECT.items():
+        for key, (ours, cast) in DIRECT.items():
             if (value := self._value(key)) is not None:
                 self._set(ours, self._cast(key, value, cast))
         self._rest()
@@ -227,14 +158,21 @@ class _Conversion:
             if lora:
                 self._set("model.dtype", "bfloat16")
         dtype = str(self._value("torch_dtype", "dtype") or "").removeprefix("torch.")
+        if not lora and not dtype and self._on("pure_bf16") is True:
+            self._half_weights("pure_bf16")
         if dtype in ("bfloat16", "bf16"):
             if lora:
                 self._set("model.dtype", "bfloat16")
             else:
-                self._note("dtype", "full training in bfloat16 weights loses small updates: weights here are float32")
-                self._set("train.precision", "bfloat16")
+                self._half_weights("dtype")
         elif dtype not in ("", "auto", "float32", "fp32"):
             self._note("dtype", f"{dtype} is not offered")
+
+    def _half_weights(self, key: str) -> None:
+        """Full training of bfloat16 weights."""
+        self._set("model.dtype", "bfloat16")
+        self._set("train.precision", "bfloat16")
+        self._note(key, "there small updates of bfloat16 weights are lost; here optimizer.rounding: exact keeps them")
 
     def _trains_adapter(self) -> bool:
         for key, values in (("finetuning_type", ("lora",)), ("adapter", ("lora", "qlora"))):
@@ -244,105 +182,14 @@ class _Conversion:
         return self._on("use_peft", "peft_type") is not None
 
     def _data(self) -> None:
-        self._sources()
+        given = Sources(self._peer, self._settings, self._folder, self._value, self._note)
+        for key, found in given.read().items():
+            self._set(key, found)
         self._chat_template()
         self._train_on()
         self._packed = self._on("packing", "sample_packing") is not None
         if self._peer in ("TRL", "LLaMA-Factory") and not self._packed:
             self._note("max_length", "longer examples are cut there; here they are rejected, or as data.overflow says")
-
-    def _sources(self) -> None:
-        train: Any = None
-        held_out: Any = None
-        if self._peer == "Axolotl":
-            train, held_out = self._value("datasets"), self._value("test_datasets")
-        elif self._peer == "LLaMA-Factory":
-            self._named_data("dataset", "data.train")
-            self._named_data("eval_dataset", "data.eval")
-        else:
-            train, held_out = self._value("train_dataset"), self._value("eval_dataset")
-            if train is None and (name := self._value("dataset_name")) is not None:
-                found = {"path": name, "name": self._value("dataset_config")}
-                train = {**found, "split": self._value("dataset_train_split") or "train"}
-                if {"eval_strategy", "evaluation_strategy"} & self._settings.keys() and held_out is None:
-                    held_out = {**found, "split": self._value("dataset_test_split") or "test"}
-        for key, entries in (("data.train", train), ("data.eval", held_out)):
-            if entries:
-                sources = [self._source(key, entry) for entry in (entries if isinstance(entries, list) else [entries])]
-                self._set(key, [source for source in sources if source])
-        if self._on("max_samples") is not None:
-            self._note(
-                "max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand"
-            )
-
-    def _source(self, key: str, entry: Any) -> dict[str, Any]:
-        """One data set of Axolotl's list, or the arguments of `load_dataset`."""
-        if not isinstance(entry, Mapping):
-            return {"path": str(entry)}
-        values = {name: value for name, value in entry.items() if value not in _OFF}
-        path, files = values.pop("path", None), values.pop("data_files", None)
-        kind = values.pop("ds_type", None)
-        if files is not None:
-            if not isinstance(files, str):
-                self._note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
-            path = str(files) if isinstance(files, str) else path
-            values.pop("split", None)  # of a file there is only one
-        found: dict[str, Any] = {"path": str(path)}
-        if kind is None and files is None and Path(str(path)).suffix == "":
-            found["split"] = str(values.pop("split", "train"))
-        if "name" in values and files is None:
-            found["name"] = str(values.pop("name"))
-        if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
-            found["columns"] = {"messages": str(column)}
-        self._format(key, values)
-        for name, value in values.items():
-            advice = NO_COUNTERPART.get(name) or "not known here: see docs/data.md"
-            self._note(f"{key} {name}", f"{short(value)}: {advice}")
-        return found
-
-    def _format(self, key: str, values: dict[str, Any]) -> None:
-        """What Axolotl says of the format of examples; here it is recognised by their keys."""
-        kind = values.pop("type", None)
-        if values.get("roles") == {"user": ["user"], "assistant": ["assistant"]}:
-            values.pop("roles")
-        for name in ("message_field_role", "message_field_content"):
-            if values.get(name) in ("role", "content", "from", "value"):
-                values.pop(name)
-        mappings = values.get("message_property_mappings")
-        if isinstance(mappings, Mapping) and set(mappings.values()) <= {"role", "content", "from", "value"}:
-            values.pop("message_property_mappings")
-        if kind not in (None, "chat_template", "sharegpt", "completion", "pretrain"):
-            self._note(
-                f"{key} type",
-                f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
-                "template",
-            )
-
-    def _named_data(self, key: str, ours: str) -> None:
-        """LLaMA-Factory names data sets of data/dataset_info.json."""
-        names = self._value(key)
-        if not names:
-            return
-        known = dataset_info(self._settings, self._folder)
-        sources = []
-        for name in str(names).split(",") if isinstance(names, str) else names:
-            entry = known.get(str(name).strip())
-            if entry is None:
-                self._note(
-                    key,
-                    f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
-                )
-                continue
-            path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry.get("file_name")))
-            columns = {
-                {"prompt": "instruction", "query": "input", "response": "output"}.get(part, part): column
-                for part, column in (entry.get("columns") or {}).items()
-            }
-            renamed = any(part != column for part, column in columns.items() if part != "messages")
-            messages = columns.get("messages", "messages") not in ("messages", "conversations")
-            sources.append({"path": path, **({"columns": columns} if renamed or messages else {})})
-        if sources:
-            self._set(ours, sources)
 
     def _chat_template(self) -> None:
         name = self._value("chat_template_jinja", "chat_template_path", "chat_template", "template")
@@ -416,25 +263,43 @@ class _Conversion:
 
     def _optimizer(self) -> None:
         name = self._value("lr_scheduler_type", "lr_scheduler")
-        scheduler = _SCHEDULERS.get(str(name).rpartition(".")[2])
+        scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
         if scheduler is None:
-            self._note("lr_scheduler_type", f"{short(name)} is not offered: cosine, linear or constant")
+            self._note("lr_scheduler_type", f"{short(name)} is not offered: cosine, linear, constant or wsd")
         self._set("optimizer.lr_scheduler", scheduler)
-        ratio: Any = 0.0
-        if isinstance(arguments := self._settings.get("lr_scheduler_kwargs"), Mapping) and "min_lr_rate" in arguments:
-            ratio = self._value("lr_scheduler_kwargs")["min_lr_rate"]
-        if self._settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear"):
-            self._set("optimizer.min_lr_ratio", self._number("lr_scheduler_kwargs", ratio))
+        self._decay(scheduler)
         key = "warmup_ratio" if self._settings.get("warmup_ratio") not in _OFF else "warmup_steps"
         warmup = self._number(key, self._value(key) or 0)
         if warmup is not None:
             is_share = key == "warmup_ratio" or 0 < warmup < 1
             self._set("optimizer.warmup", f"{100 * warmup:g} %" if is_share else f"{warmup:g} steps")
+        self._optimizer_name()
+
+    def _decay(self, scheduler: str | None) -> None:
+        """How the rate falls at the end."""
+        given = self._settings.get("lr_scheduler_kwargs")
+        arguments: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
+        if self._settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
+            self._set("optimizer.min_lr_ratio", self._number("lr_scheduler_kwargs", ratio))
+        if scheduler == "wsd" and (steps := arguments.get("num_decay_steps")) is not None:
+            self._set("optimizer.decay", f"{steps} steps")
+        if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps"} and arguments:
+            self._used.add("lr_scheduler_kwargs")
+
+    def _optimizer_name(self) -> None:
+        given = "muon" if self._on("use_muon") else self._value("optim", "optimizer")
+        name = "adamw" if given is None else optimizer_name(str(given))
+        if name is None:
+            offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
+            self._note(
+                "optimizer", f"{short(given)} is not offered, {offered}: it is adamw here, with a rate to choose anew"
+            )
+        self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._number(key, self._value(key)) for key in ("adam_beta1", "adam_beta2")]
-        self._set("optimizer.betas", None if None in betas else betas)
-        optimizer = self._value("optim", "optimizer")
-        if optimizer is not None and not str(optimizer).startswith(("adamw_torch", "adamw_hf", "AdamW")):
-            self._note("optimizer", f"{short(optimizer)}: here it is AdamW with float32 states")
+        self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)
+        if name == "sgd":
+            self._set("optimizer.momentum", 0.0)
 
     def _memory_and_moments(self) -> None:
         checkpointing = self._on("gradient_checkpointing", "activation_checkpointing")

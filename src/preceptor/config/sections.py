@@ -270,7 +270,7 @@ class Eval(Section):
     every: Duration | None = Duration(1, "epochs")
     """When to evaluate, besides before the first step and after the last: `1 epoch`, `100 steps`. null: never."""
     tasks: list[Path_] = []
-    """Task files (docs/evaluate.md) that the model answers at each evaluation, such as `scholar:heldout`."""
+    """Task files that the model answers at each evaluation, `scholar:heldout`, `lm_eval:NAME` (docs/evaluate.md)."""
     code: Path_ | None = None
     """`FILE.py:FUNCTION` that gives a number for an answer and its item: a figure more (docs/python.md)."""
     limit: Annotated[int, Field(ge=1)] | None = 200

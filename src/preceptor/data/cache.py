@@ -3,6 +3,7 @@
     FOLDER/portions/   rendered examples, some megabytes of text in each file, named by what they are made from
     FOLDER/tables/     what a run takes of a table: the trees of its examples, what was rejected, all counts
     FOLDER/files/      SHA-256 of data files, by place, size, time and inode, so that they are hashed once
+    FOLDER/evaluations/ figures of base models on tasks (train/evaluations.py)
     FOLDER/locks/      who builds, and who uses what; a lock ends with its process
 
 A file is written aside, flushed and renamed, under a name that says what it is made from: it is never changed, and two

@@ -20,6 +20,7 @@ from preceptor.chat.reasoning import has_reasoning
 from preceptor.chat.token_text import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Example
 from preceptor.data.forest import Tree
+from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import SegmentLosses, segment_losses
 from preceptor.world import ONE, World
 
@@ -93,7 +94,8 @@ def measure(
     world: World = ONE,
 ) -> dict[str, Any]:
     """The figures of all targets, and `by_source`, `by_kind`, `by_turn`; with `by_example` each example's `loss` (the
-    sum, to six digits) and `num_tokens`.
+    sum, to six digits) and `num_tokens`. `loss_interval`: the loss's 95 % interval over the choice of examples, where
+    there are several (intervals.py).
 
     Under the caller's autocast. world: the examples are shared out over its processes; each has the figures. Raises
     ValueError if there is no held-out target.
@@ -115,12 +117,14 @@ def measure(
     for labels, own in pairs:
         for group, name in _memberships(labels):
             groups[group].setdefault(name, []).append((labels, own))
-    of_examples = {
+    of_examples: dict[str, list[float]] = {
         "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
     }
+    spread = interval(of_examples["loss"], of_examples["num_tokens"])
     return {
         **_figures(pairs),
+        **({} if spread.low is None else {"loss_interval": [spread.low, spread.high]}),
         **({"by_example": of_examples} if by_example else {}),
         **{
             group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}

@@ -9,7 +9,8 @@ Messages may come with `tools` and `chat_template_kwargs`. `family`, `wording` a
 reported for each of their values. A question file (`messages` that end in the ideal answer, and `answers`) is a
 generation task.
 
-A task is named by the path of its file. `scholar:NAME` is a task that ships with the package (without `.jsonl`).
+A task is named by the path of its file. `scholar:NAME` is a task that ships with the package (without `.jsonl`),
+`lm_eval:NAME` one of the lm-eval harness (harness.py).
 """
 
 import re
@@ -30,6 +31,7 @@ from preceptor.evaluate.score import MATCHES, Match, is_number
 
 T = TypeVar("T")
 TaskKind = Literal["generation", "multiple choice", "perplexity"]
+HARNESS = "lm_eval:"
 GROUPS = ("family", "wording", "kind")
 
 _PROMPT_KEYS = ("messages", "prompt", "tools", "chat_template_kwargs")

@@ -9,7 +9,7 @@ from rich.text import Text
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments, arguments_lines
 from preceptor.chat.token_text import pieces_of
-from preceptor.console import print_json, visible
+from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 
@@ -35,9 +35,9 @@ def show_examples(
             print_json({**to_json(record.source, rendered), "thinking": thinking, "left_out": left_out}, indent=None)
         else:
             if num_shown == 1:
-                console.print(legend(console.is_terminal))
+                console.print(legend(has_colour(console)))
             console.rule(record.source, align="left")
-            console.print(to_text(rendered, renderer.tokenizer, coloured=console.is_terminal))
+            console.print(to_text(rendered, renderer.tokenizer, coloured=has_colour(console)))
             if not isinstance(rendered, Rejection):
                 missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
                 for line in (summary_line(rendered), *arguments_lines(thinking, {}), *missing):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
 from preceptor.hub import (
@@ -26,6 +27,7 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_
 _DECODING_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")  # on which others depend
 
 
+@without_bars()
 def load_model(
     path: str | Path,
     dtype: "str | torch.dtype",
@@ -178,6 +180,7 @@ def _is_savable(settings: dict[str, Any]) -> bool:
     return True
 
 
+@without_bars()
 def save_model(
     model: "nn.Module",
     tokenizer: "PreTrainedTokenizerBase",

@@ -73,6 +73,15 @@ def judge(run: RunRecord) -> Verdict:
     return Verdict(f"{state}; nothing looks suspicious", "good", found)
 
 
+def warnings_so_far(run: RunRecord) -> list[Finding]:
+    """What is wrong with a run that goes on. Its losses and answers are judged when a tenth of it is done."""
+    found = [*_skipped(run), *_steps(run), *_gradients(run), *_data(run)]
+    if run.num_steps >= max(ENOUGH_STEPS, run.data.get("num_steps", 0) / 10):
+        found += [*_training_loss(run), *_held_out(run), *_answers(run)]
+    found.sort(key=lambda finding: SEVERITIES.index(finding.level))
+    return [finding for finding in found if finding.level in ("error", "warning")]
+
+
 def _state(run: RunRecord) -> str:
     """What became of the run, as far as its losses tell."""
     if not run.is_finished:

@@ -24,7 +24,8 @@ function nearest(values, x) {
   return Math.abs(values[low] - x) <= Math.abs(values[high] - x) ? low : high;
 }
 
-function readOut(figure) {
+// kept: what the reader has chosen in the plot that this one replaces (watch.js), as `figure.kept()` gives it.
+function readOut(figure, kept) {
   const plot = JSON.parse(figure.querySelector("script").textContent), hidden = new Set();
   const canvas = figure.querySelector(".canvas"), readout = figure.querySelector(".readout");
   const [left, top, width, height] = plot.box, [x0, x1] = plot.x, [y0, y1] = plot.y;
@@ -93,16 +94,20 @@ function readOut(figure) {
     button.type = "button";
     button.append(...name.childNodes);
     button.setAttribute("aria-pressed", "true");
-    button.addEventListener("click", () => {
+    function toggle() {
       const show = hidden.delete(index) || !hidden.add(index);
       button.setAttribute("aria-pressed", String(show));
       for (const line of figure.querySelectorAll(`[id*="-series-${name.dataset.series}-"]`)) line.style.display = show ? "" : "none";
       clear();
-    });
+    }
+    button.addEventListener("click", toggle);
     name.replaceWith(button);
+    if (kept && kept.hidden.includes(index)) toggle();
   });
+  figure.kept = () => ({ hidden: [...hidden], at });
+  if (kept && kept.at !== null) show(kept.at);
 }
-document.querySelectorAll("figure").forEach(readOut);
+document.querySelectorAll("figure").forEach(figure => readOut(figure));
 
 // Tokens ------------------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@ Text from a run is escaped by the templates; the values for the page's script ar
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from preceptor.data.examples import Rejection
@@ -20,7 +20,7 @@ from preceptor.files import write_atomically
 from preceptor.report import curves, facts, trees
 from preceptor.report.comparison import Comparison, read_comparison
 from preceptor.report.findings import judge
-from preceptor.report.plots import Plot, draw
+from preceptor.report.plots import Panel, Plot, draw
 from preceptor.report.run_record import RunRecord, flat, read_run
 
 REPORT = "report.html"
@@ -30,11 +30,11 @@ FIRST_PROMPTS = 6  # shown unfolded
 MOST_REJECTIONS = 200  # listed one by one
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    """The page's templates, which escape all values."""
+@lru_cache
+def templates(*packages: str) -> Environment:
+    """The page's templates, which escape all values, and those of other packages that build on them."""
     environment = Environment(
-        loader=PackageLoader("preceptor.report", ""),
+        loader=ChoiceLoader([PackageLoader(package, "") for package in ("preceptor.report", *packages)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -84,8 +84,8 @@ def page_of_run(run: RunRecord) -> str:
         ],
         reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), _rejections(run)).reasons,
         rejections=run.rejections[:MOST_REJECTIONS],
-        lengths=_plots(curves.lengths(run), "l"),
-        curves=_plots(curves.panels([run], [""]), "c"),
+        lengths=draw_all(curves.lengths(run), "l"),
+        curves=draw_all(curves.panels([run], [""]), "c"),
         groups=facts.held_out_groups(run),
         answers=_answers(run),
         comparison=_comparison(run),
@@ -108,7 +108,7 @@ def page_of_runs(runs: Sequence[RunRecord]) -> str:
         facts=facts.side_by_side([facts.facts(run) for run in runs]),
         differences=facts.config_differences(runs),
         environments=facts.environment_differences(runs),
-        curves=_plots(curves.panels(runs, names), "c"),
+        curves=draw_all(curves.panels(runs, names), "c"),
         common=[(key[1], [own.get(key) for own in samples]) for key in common[:MOST_PROMPTS]],
         first=FIRST_PROMPTS,
         commands=[repeat_command(run) for run in runs],
@@ -137,12 +137,17 @@ def repeat_command(run: RunRecord) -> str:
 
 
 def _render(name: str, **values: Any) -> str:
+    return templates().get_template(name).render(**values, **style_and_script())
+
+
+def style_and_script() -> dict[str, Markup]:
+    """The values `css` and `js` of the page's templates."""
     parts = files("preceptor.report")
-    texts = {kind: Markup((parts / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
-    return _environment().get_template(name).render(**values, **texts)
+    return {kind: Markup((parts / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
 
 
-def _plots(panels: Any, prefix: str) -> list[Plot]:
+def draw_all(panels: Iterable[Panel], prefix: str) -> list[Plot]:
+    """prefix: of the ids in the pictures, other than that of other plots on the page."""
     return [draw(panel, f"{prefix}{number}") for number, panel in enumerate(panels, start=1)]
 
 
@@ -164,4 +169,4 @@ def _answers(run: RunRecord) -> dict[str, Any]:
 
 def _comparison(run: RunRecord) -> tuple[Comparison, list[Plot]] | None:
     found = read_comparison(run.compare)
-    return None if found is None else (found, _plots(found.panels, "x"))
+    return None if found is None else (found, draw_all(found.panels, "x"))

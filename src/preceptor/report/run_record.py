@@ -4,7 +4,7 @@ Only `config.yaml` must exist: the folder of a run that is still going on, or wa
 A last line without a line end is still being written, and is left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,9 @@ from preceptor.errors import CheckpointError
 from preceptor.files import read_json, read_json_lines
 
 JsonObject = dict[str, Any]
+
+LINES = ("metrics", "eval", "samples", "rejections", "examples")  # .jsonl
+OBJECTS = ("summary", "environment", "data", "compare")  # .json
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,33 @@ def read_run(folder: Path) -> RunRecord:
         raise CheckpointError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: is not a run file, but {type(config).__name__}")
-    steps = read_json_lines(folder / "metrics.jsonl")
+    lines = {name: read_json_lines(folder / f"{name}.jsonl") for name in LINES}
+    return record_of_files(folder, config, text, lines, {name: read_json(folder / f"{name}.json") for name in OBJECTS})
+
+
+def record_of_files(
+    folder: Path,
+    config: JsonObject,
+    config_text: str,
+    lines: Mapping[str, list[JsonObject]],
+    objects: Mapping[str, JsonObject],
+) -> RunRecord:
+    """lines: of the files of LINES; objects: those of OBJECTS."""
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
         config=config,
-        config_text=text,
-        steps=[step for step in steps if "skipped" not in step],
-        skipped=[step for step in steps if "skipped" in step],
-        evaluations=read_json_lines(folder / "eval.jsonl"),
-        samples=read_json_lines(folder / "samples.jsonl"),
-        rejections=read_json_lines(folder / "rejections.jsonl"),
-        examples=read_json_lines(folder / "examples.jsonl"),
-        summary=read_json(folder / "summary.json"),
-        environment=read_json(folder / "environment.json"),
-        data=read_json(folder / "data.json"),
-        compare=read_json(folder / "compare.json"),
+        config_text=config_text,
+        steps=[step for step in lines["metrics"] if "skipped" not in step],
+        skipped=[step for step in lines["metrics"] if "skipped" in step],
+        evaluations=lines["eval"],
+        samples=lines["samples"],
+        rejections=lines["rejections"],
+        examples=lines["examples"],
+        summary=objects["summary"],
+        environment=objects["environment"],
+        data=objects["data"],
+        compare=objects["compare"],
     )
 
 

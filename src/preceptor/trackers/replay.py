@@ -26,19 +26,24 @@ _STEP_VALUES = ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained
 
 
 class GrowingLines:
-    """The JSON lines of a file that grows: each call gives those that are new and whole."""
+    """The JSON lines of a file that grows: each call gives those that are new and whole.
+
+    began_anew: whether the last call read the file from its start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode, self._offset = 0, 0
+        self.began_anew = False
 
     def read(self) -> list[dict[str, Any]]:
-        """All from the start again where the file was replaced."""
+        """All from the start again where the file was replaced, or is shorter than it was."""
+        self.began_anew = False
         try:
             with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._offset = inode, 0
+                about = os.fstat(file.fileno())
+                if about.st_ino != self._inode or about.st_size < self._offset:
+                    self._inode, self._offset, self.began_anew = about.st_ino, 0, True
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except OSError:

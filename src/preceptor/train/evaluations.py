@@ -1,25 +1,32 @@
 """Evaluations during training: held-out loss, tasks, and answers to the same prompts each time."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from preceptor.data.cache import key_of
 from preceptor.data.examples import Conversation, trainable_turns
 from preceptor.data.forest import Tree, path_ids
-from preceptor.errors import ModelError
+from preceptor.errors import CheckpointError, ModelError
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
 from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
 from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
-from preceptor.files import append_line, read_json_lines
+from preceptor.files import append_line, read_json, read_json_lines, write_json
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
+from preceptor.train.provenance import base_identity, tasks_sha256
 from preceptor.world import ONE, World
 
 
@@ -37,11 +44,12 @@ class SamplePrompt:
 class Evaluations:
     """Writes `samples.jsonl` (one line per evaluation and prompt), then `eval.jsonl` (one line per evaluation).
 
-    A line of eval.jsonl has `step`; with held-out examples, `loss`, `bits_per_byte`, `token_accuracy`, `num_trained`,
-    and the same in `by_source`, `by_kind`, `by_turn` (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample
-    has the greedy `answer` and a `sampled` one, drawn by the same seed at each evaluation. With `judges` a line also
-    has the losses `by_example`, and whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also
-    of earlier sessions: an evaluation that is there is not made again.
+    A line of eval.jsonl has `step`; with held-out examples, `loss`, its 95 % interval over the examples in
+    `loss_interval`, `bits_per_byte`, `token_accuracy`, `num_trained`, and the same in `by_source`, `by_kind`, `by_turn`
+    (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one,
+    drawn by the same seed at each evaluation. With `judges` a line also has the losses `by_example`, and whether it is
+    an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation that is there
+    is not made again. base: what is known of the base model, which is the model before the first step.
     """
 
     folder: Path
@@ -58,6 +66,7 @@ class Evaluations:
     world: World = ONE
     judges: bool = False
     lines: list[dict[str, Any]] = field(default_factory=list)
+    base: "BaseFigures | None" = None
 
     def evaluate(self, state: State, asked: bool = False) -> None:
         """Evaluate and sample; nothing that influences training changes. Raises ModelError as `require_finite`.
@@ -73,7 +82,7 @@ class Evaluations:
             if self.held_out:
                 measured |= self._measure(state.model, evaluated.alone)
             if self.tasks:
-                measured["tasks"] = [self._run_task(evaluated, task) for task in self.tasks]
+                measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self.tasks]
         self._sample(evaluated, state.step)
         if measured:
             line = {"step": state.step, **measured}
@@ -94,6 +103,22 @@ class Evaluations:
                 "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the "
                 "longest examples out of data.eval"
             ) from error
+
+    def _measured(self, evaluated: EvaluatedModel, task: Task, step: int) -> dict[str, Any]:
+        """The figures of a task; of the base model those of an earlier run, where there are some."""
+        base = self.base if step == 0 else None
+        if base is None:
+            return self._run_task(evaluated, task)
+        found = self.world.first(lambda: base.read(task))
+        if found is not None:
+            self.say(
+                f"{task.name}: the base model's figures are kept from an earlier run (data.cache: off measures anew)"
+            )
+            return {**found, "task": task.name}
+        found = self._run_task(evaluated, task)
+        if self.world.is_first:
+            base.write(task, found)
+        return found
 
     def _run_task(self, evaluated: EvaluatedModel, task: Task) -> dict[str, Any]:
         results = run_task(evaluated, task, self.max_new_tokens, batch_size=64)
@@ -123,8 +148,52 @@ class Evaluations:
             )
 
 
+@dataclass(frozen=True)
+class BaseFigures:
+    """The figures of the base model on tasks, kept in a folder. key: all that they depend on, besides the task."""
+
+    folder: Path
+    key: str
+
+    def read(self, task: Task) -> dict[str, Any] | None:
+        try:
+            return read_json(self._file(task)) or None
+        except CheckpointError:
+            return None
+
+    def write(self, task: Task, found: dict[str, Any]) -> None:
+        with suppress(CheckpointError, OSError):  # a cache that cannot be written costs time alone
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._file(task), found)
+
+    def _file(self, task: Task) -> Path:
+        return self.folder / f"{key_of(self.key, tasks_sha256([task]))}.json"
+
+
+def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
+    """None where nothing is cached, or the model before the first step is no base model that can be named."""
+    run, chat = prepared.run, prepared.chat
+    identity = base_identity(run.model)
+    if prepared.cache is None or run.model.init == "random" or run.model.from_run is not None or identity is None:
+        return None
+    on_gpu = run.train.device != "cpu" and torch.cuda.is_available()
+    key = key_of(
+        identity,
+        chat.template and chat.template.text,
+        repr(chat.template_kwargs),
+        [sorted(chat.added), run.train.seed, run.model.dtype, run.train.precision, run.engine, run.eval.max_new_tokens],
+        [run.adapter is not None, on_gpu, world.size, torch.get_num_threads()],
+        [torch.__version__, transformers.__version__, version("preceptor")],
+    )
+    return BaseFigures(prepared.cache.folder / "evaluations", key)
+
+
 def build_evaluations(
-    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
+    prepared: Prepared,
+    folder: Path,
+    say: Callable[[str], None],
+    alone: bool,
+    world: World = ONE,
 ) -> Evaluations:
     """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat
@@ -145,6 +214,7 @@ def build_evaluations(
         say=say,
         world=world,
         judges=run.train.patience is not None,
+        base=_base_figures(prepared, world) if prepared.tasks else None,
         lines=world.gather(read_json_lines(folder / "eval.jsonl") if world.is_first else [])[0],
     )
 
@@ -154,7 +224,9 @@ def _shown(measured: dict[str, Any]) -> str:
     parts = []
     if "loss" in measured:
         per_byte = f", {measured['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in measured else ""
-        parts.append(f"held-out loss {measured['loss']:.4f}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
+        spread = "({:.4f} to {:.4f})".format(*measured["loss_interval"]) if "loss_interval" in measured else ""
+        loss = f"{measured['loss']:.4f} {spread}".rstrip()
+        parts.append(f"held-out loss {loss}{per_byte}, token accuracy {measured['token_accuracy']:.1%}")
     for task in measured.get("tasks", ()):
         name, figure = next(iter(task["figures"].items()))
         parts.append(f"{task['task']} {name} {figure['value']:.3f}")

@@ -3,9 +3,13 @@
 import errno
 import fcntl
 import os
+import re
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from preceptor.errors import CheckpointError
@@ -64,3 +68,41 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor, notes
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class LockHolder:
+    """The process that a run's lock names. is_alive: None where that cannot be told from this machine."""
+
+    pid: int | None
+    host: str | None
+    is_alive: bool | None
+
+
+def lock_holder(folder: Path) -> LockHolder | None:
+    """Who uses a run folder, or used it until it was killed; None: nobody. The lock is looked at, never taken."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        named = re.match(rb"process (\d+) on (\S+)", os.read(descriptor, 200))
+        is_alive = _is_held(descriptor)
+    finally:
+        os.close(descriptor)
+    pid, host = (int(named[1]), named[2].decode(errors="replace")) if named else (None, None)
+    if not is_alive and host not in (None, socket.gethostname()):  # locks may not reach from that machine to this one
+        is_alive = None
+    return LockHolder(pid, host, is_alive)
+
+
+def _is_held(descriptor: int) -> bool | None:
+    """Whether another process holds a record lock of a file; None where the file system or the platform has none."""
+    layout, fields = ("=qqihh", (0, 0, 0)) if sys.platform == "darwin" else ("@hhqqi4x", (os.SEEK_SET, 0, 0, 0))
+    kind = fcntl.F_WRLCK
+    asked = (*fields, kind, os.SEEK_SET) if sys.platform == "darwin" else (kind, *fields)
+    try:
+        answer = struct.unpack(layout, fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(layout, *asked)))
+    except (OSError, AttributeError, struct.error):
+        return None
+    return bool(answer[3 if sys.platform == "darwin" else 0] != fcntl.F_UNLCK)

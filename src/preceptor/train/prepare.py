@@ -30,8 +30,9 @@ from preceptor.data.sources import OpenSource
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.evaluate.harness import open_task
 from preceptor.evaluate.run import METRICS
-from preceptor.evaluate.tasks import Task, read_task
+from preceptor.evaluate.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
-    tasks = _with_own([read_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
+    tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
     named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
     sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])

@@ -105,7 +105,7 @@ def trees_hashes(prepared: Prepared) -> dict[str, str]:
     return {
         "examples": prepared.train.sha256,
         "held-out examples": Dataset([tree for _, tree in prepared.held_out]).sha256,
-        "tasks": _tasks_sha256(prepared.tasks),
+        "tasks": tasks_sha256(prepared.tasks),
     }
 
 
@@ -127,13 +127,23 @@ def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def base_identity(model: config.Model) -> list[Any] | None:
+    """What tells a base model from others, without its weights being read; None where it has no files here."""
+    config_file = find_file(resolve_model_path(model.path), "config.json", model.revision)
+    if config_file is None:
+        return None
+    weights = sorted([*config_file.parent.glob("*.safetensors"), *config_file.parent.glob("*.bin")])
+    about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
+    return [str(config_file.parent.resolve()), sha256_of(config_file), about]
+
+
 def _weights(file: Path, known: Mapping[tuple[str, int, int], str | None]) -> dict[str, Any]:
     about = file.stat()
     sha256 = known.get((file.name, about.st_size, about.st_mtime_ns)) or sha256_of(file)
     return {"name": file.name, "num_bytes": about.st_size, "modified_ns": about.st_mtime_ns, "sha256": sha256}
 
 
-def _tasks_sha256(tasks: Sequence[Task]) -> str:
+def tasks_sha256(tasks: Sequence[Task]) -> str:
     """Of what is asked, wherever it was read."""
     asked: list[object] = [(task.kind, [{**asdict(item), "source": ""} for item in task.items]) for task in tasks]
     asked += [task.own.sha256 for task in tasks if task.own is not None]

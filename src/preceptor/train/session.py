@@ -32,7 +32,7 @@ def check_names(run: config.Run) -> config.Run:
     Raises ConfigError for a code of rejections that is none, DataError, ModelError and TemplateError for files.
     """
     from preceptor.chat.template import check_name
-    from preceptor.evaluate.tasks import file_of
+    from preceptor.evaluate.harness import check_task
     from preceptor.hub import resolve_model_path
     from preceptor.trackers.sink import require_installed
 
@@ -46,7 +46,7 @@ def check_names(run: config.Run) -> config.Run:
         require_code(source.code, f"{source.path}: code")
         OpenSource(source)
     for task in run.eval.tasks:
-        OpenSource(file_of(task))
+        check_task(task)
     return run
 
 

@@ -1,0 +1,125 @@
+"""Data sets that a file of another trainer names, as the sources of a run file."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from preceptor.config.peer_files import Peer, dataset_info
+from preceptor.config.peer_names import NO_COUNTERPART
+from preceptor.errors import short
+
+_OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
+
+
+class Sources:
+    """value: the first of these keys that is given, else a default. note: of what is not carried over, and why."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        settings: Mapping[str, Any],
+        folder: Path,
+        value: Callable[..., Any],
+        note: Callable[[str, str], None],
+    ) -> None:
+        self._peer, self._settings, self._folder = peer, settings, folder
+        self._value, self._note = value, note
+        self._found: dict[str, list[dict[str, Any]]] = {}
+
+    def _set(self, key: str, sources: list[dict[str, Any]]) -> None:
+        self._found.setdefault(key, sources)
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """`data.train` and `data.eval`, where they are named."""
+        train: Any = None
+        held_out: Any = None
+        if self._peer == "Axolotl":
+            train, held_out = self._value("datasets"), self._value("test_datasets")
+        elif self._peer == "LLaMA-Factory":
+            self._named_data("dataset", "data.train")
+            self._named_data("eval_dataset", "data.eval")
+        else:
+            train, held_out = self._value("train_dataset"), self._value("eval_dataset")
+            if train is None and (name := self._value("dataset_name")) is not None:
+                found = {"path": name, "name": self._value("dataset_config")}
+                train = {**found, "split": self._value("dataset_train_split") or "train"}
+                if {"eval_strategy", "evaluation_strategy"} & self._settings.keys() and held_out is None:
+                    held_out = {**found, "split": self._value("dataset_test_split") or "test"}
+        for key, entries in (("data.train", train), ("data.eval", held_out)):
+            if entries:
+                sources = [self._source(key, entry) for entry in (entries if isinstance(entries, list) else [entries])]
+                self._set(key, [source for source in sources if source])
+        if self._settings.get("max_samples") and self._value("max_samples"):
+            self._note(
+                "max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand"
+            )
+        return self._found
+
+    def _source(self, key: str, entry: Any) -> dict[str, Any]:
+        """One data set of Axolotl's list, or the arguments of `load_dataset`."""
+        if not isinstance(entry, Mapping):
+            return {"path": str(entry)}
+        values = {name: value for name, value in entry.items() if value not in _OFF}
+        path, files = values.pop("path", None), values.pop("data_files", None)
+        kind = values.pop("ds_type", None)
+        if files is not None:
+            if not isinstance(files, str):
+                self._note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
+            path = str(files) if isinstance(files, str) else path
+            values.pop("split", None)  # of a file there is only one
+        found: dict[str, Any] = {"path": str(path)}
+        if kind is None and files is None and Path(str(path)).suffix == "":
+            found["split"] = str(values.pop("split", "train"))
+        if "name" in values and files is None:
+            found["name"] = str(values.pop("name"))
+        if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
+            found["columns"] = {"messages": str(column)}
+        self._format(key, values)
+        for name, value in values.items():
+            advice = NO_COUNTERPART.get(name) or "not known here: see docs/data.md"
+            self._note(f"{key} {name}", f"{short(value)}: {advice}")
+        return found
+
+    def _format(self, key: str, values: dict[str, Any]) -> None:
+        """What Axolotl says of the format of examples; here it is recognised by their keys."""
+        kind = values.pop("type", None)
+        if values.get("roles") == {"user": ["user"], "assistant": ["assistant"]}:
+            values.pop("roles")
+        for name in ("message_field_role", "message_field_content"):
+            if values.get(name) in ("role", "content", "from", "value"):
+                values.pop(name)
+        mappings = values.get("message_property_mappings")
+        if isinstance(mappings, Mapping) and set(mappings.values()) <= {"role", "content", "from", "value"}:
+            values.pop("message_property_mappings")
+        if kind not in (None, "chat_template", "sharegpt", "completion", "pretrain"):
+            self._note(
+                f"{key} type",
+                f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
+                "template",
+            )
+
+    def _named_data(self, key: str, ours: str) -> None:
+        """LLaMA-Factory names data sets of data/dataset_info.json."""
+        names = self._value(key)
+        if not names:
+            return
+        known = dataset_info(self._settings, self._folder)
+        sources = []
+        for name in str(names).split(",") if isinstance(names, str) else names:
+            entry = known.get(str(name).strip())
+            if entry is None:
+                self._note(
+                    key,
+                    f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
+                )
+                continue
+            path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry.get("file_name")))
+            columns = {
+                {"prompt": "instruction", "query": "input", "response": "output"}.get(part, part): column
+                for part, column in (entry.get("columns") or {}).items()
+            }
+            renamed = any(part != column for part, column in columns.items() if part != "messages")
+            messages = columns.get("messages", "messages") not in ("messages", "conversations")
+            sources.append({"path": path, **({"columns": columns} if renamed or messages else {})})
+        if sources:
+            self._set(ours, sources)

@@ -1,0 +1,135 @@
+"""Tasks of the lm-eval harness as tasks here: its prompts, choices and answers; run and scored as all others are.
+
+    lm_eval:arc_easy            a task that lm-eval ships with, or finds; its data comes from the Hub or its cache
+    lm_eval:tasks/own.yaml      a task file of lm-eval
+
+multiple_choice becomes multiple choice (`acc`; `acc_norm` is per byte here, per character there),
+loglikelihood_rolling becomes perplexity, generate_until with exact_match alone becomes generation. What is scored by
+lm-eval's own filters or functions is refused, with the command that runs it. Prompts of choices and texts are plain
+text for every model, as lm-eval gives them without --apply_chat_template, so that base and tuned model read the same;
+of answers they are a user message.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preceptor.data.sources import OpenSource
+from preceptor.errors import ConfigError, DataError, short
+from preceptor.evaluate.tasks import HARNESS, Task, TaskItem, TaskKind, TaskPrompt, file_of, read_task
+
+_KINDS: Mapping[str, TaskKind] = {
+    "multiple_choice": "multiple choice",
+    "loglikelihood_rolling": "perplexity",
+    "generate_until": "generation",
+}
+_FEWSHOT_SEED = 1234  # lm-eval's own
+_PLAIN_FILTERS = ({"function": "take_first"}, {"function": "take_first", "kwargs": None})
+
+
+def require_harness(path: str) -> None:
+    """Raises ConfigError where lm-eval is not installed, or its task file is not there."""
+    name = path.removeprefix(HARNESS)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(f"{path}: lm-eval is not installed: pip install 'preceptor[lm-eval]'")
+    if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+        raise ConfigError(f"{path}: there is no file {name}")
+
+
+def open_task(path: str) -> Task:
+    """The task of a task file, or of lm-eval. Raises as `read_task`, and as `read_harness_task`."""
+    return read_harness_task(path) if path.startswith(HARNESS) else read_task(path)
+
+
+def check_task(path: str) -> None:
+    """Raises ConfigError or DataError for a task that is not there, before anything is loaded."""
+    if path.startswith(HARNESS):
+        require_harness(path)
+    else:
+        OpenSource(file_of(path))
+
+
+def read_harness_task(path: str) -> Task:
+    """Raises ConfigError as `require_harness`, DataError for a task that cannot be read or measured here."""
+    require_harness(path)
+    try:
+        task = _loaded(path)
+        kind = _KINDS.get(str(task.config.output_type))
+        items = tuple(_items(path, kind, task))
+    except DataError:
+        raise
+    except Exception as error:  # whatever lm-eval, datasets or a task's own code raises
+        what = short(str(error).strip().partition("\n")[0])
+        raise DataError(f"{path}: lm-eval cannot load it: {type(error).__name__}: {what}") from error
+    if kind is None or not items:
+        raise DataError(f"{path}: it has no items")
+    return Task(path, kind, items)
+
+
+def _loaded(path: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    name, place = path.removeprefix(HARNESS), None
+    if name.endswith((".yaml", ".yml")):
+        place = Path(name)
+        found = yaml.load(place.read_text(encoding="utf-8"), _AnyTag)
+        name = str(found.get("task") if isinstance(found, dict) else "")
+        if not name:
+            raise DataError(f"{path}: the file has no key `task`, the name of an lm-eval task")
+    manager = TaskManager(include_path=None if place is None else str(place.parent.absolute()))
+    tasks = list(manager.load([name])["tasks"].values())
+    if len(tasks) != 1:
+        raise DataError(f"{path}: a group of {len(tasks)} tasks; name each one that is to be measured")
+    tasks[0].set_fewshot_seed(_FEWSHOT_SEED)
+    return tasks[0]
+
+
+class _AnyTag(yaml.SafeLoader):
+    """`!function utils.name` and the like are not needed to find the task's name."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+
+
+def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
+    """One item for each document of the split that lm-eval evaluates."""
+    config = task.config
+    if kind is None or (kind == "generation" and not _is_exact(config)) or (kind != "perplexity" and _is_odd(task)):
+        raise DataError(
+            f"{path}: {config.output_type}, scored by lm-eval's own rules; run it on the saved model: lm_eval run "
+            f"--model hf --model_args pretrained=RUN/model --tasks {config.task} --apply_chat_template"
+        )
+    for number, doc in enumerate(task.eval_docs, start=1):
+        source = f"{path}:{number}"
+        if kind == "perplexity":
+            yield TaskItem(source, text=str(task.doc_to_target(doc)))
+            continue
+        prompt = str(task.fewshot_context(doc, config.num_fewshot or 0))
+        if kind == "generation":
+            target = task.doc_to_target(doc)
+            accepted = tuple(map(str, target)) if isinstance(target, list) else (str(target),)
+            until = tuple((config.generation_kwargs or {}).get("until") or ())
+            asked = TaskPrompt(({"role": "user", "content": prompt},))
+            yield TaskItem(source, asked, accepted, until=until)
+            continue
+        choices = tuple(f"{config.target_delimiter}{choice}" for choice in task.doc_to_choice(doc))
+        yield TaskItem(source, TaskPrompt(text=prompt), choices=choices, answer=int(task.doc_to_target(doc)))
+
+
+def _is_odd(task: Any) -> bool:
+    """Whether the choices are prompts, or several answers are right."""
+    return bool(getattr(task, "multiple_input", 0)) or (
+        str(task.config.output_type) == "multiple_choice" and bool(getattr(task, "multiple_target", 0))
+    )
+
+
+def _is_exact(config: Any) -> bool:
+    """Whether answers are compared as they are."""
+    metrics = config.metric_list or ()
+    filters = [step for each in config.filter_list or () for step in each.get("filter", ())]
+    return [metric.get("metric") for metric in metrics] == ["exact_match"] and (
+        all(step in _PLAIN_FILTERS for step in filters) and not config.process_results
+    )

@@ -1,0 +1,1 @@
+"""A run, or several, watched while they go on."""

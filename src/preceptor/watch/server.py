@@ -1,0 +1,141 @@
+"""A server on this machine alone (loopback) for the page of watched runs. It reads run folders and writes nothing."""
+
+import json
+import secrets
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from preceptor.console import has_display, say
+from preceptor.errors import ConfigError
+from preceptor.watch.live_run import LiveRun, RunLook
+from preceptor.watch.page import PagePart, page_of, parts_of, title_of
+from preceptor.watch.status import has_ended, status_of
+from preceptor.watch.terminal import News
+
+HOST = "127.0.0.1"
+_LOOK_SECONDS = 1.0
+_SHARE = 10  # of the time at most one such part is spent drawing
+
+
+class WatchedRuns:
+    """The runs and their page, drawn anew when it is asked for, and not too often."""
+
+    def __init__(self, runs: Sequence[LiveRun]) -> None:
+        self._runs = runs
+        self._lock = threading.Lock()
+        self._parts: dict[str, PagePart] = {}
+        self._title, self._says = "", ""
+        self._next = 0.0  # when it may be drawn again
+
+    def look(self) -> list[RunLook]:
+        with self._lock:
+            return [run.look() for run in self._runs]
+
+    def parts(self) -> tuple[dict[str, PagePart], str, str]:
+        """The parts of the page, its title, and what it says of being up to date."""
+        with self._lock:
+            started = time.monotonic()
+            if started >= self._next:
+                looks = [run.look() for run in self._runs]
+                self._parts, self._title = parts_of(looks), title_of(looks)
+                ended = all(map(has_ended, looks))
+                self._says = "All of it: the runs are finished." if ended else "Updated as the runs go on."
+                now = time.monotonic()
+                self._next = now + max(_LOOK_SECONDS, _SHARE * (now - started))
+            return self._parts, self._title, self._says
+
+    def report(self, number: str) -> Path | None:
+        """The report of a run, by its place; None where there is none."""
+        if not number.isdigit() or int(number) >= len(self._runs):
+            return None
+        look = self._runs[int(number)].folder / "report.html"
+        return look if look.is_file() else None
+
+
+class WatchServer(ThreadingHTTPServer):
+    """key: part of the address, so that other users of this machine cannot read the runs by guessing it."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, runs: WatchedRuns, port: int) -> None:
+        super().__init__((HOST, port), _Handler)
+        self.runs, self.key = runs, secrets.token_urlsafe(9)
+        self.port = int(self.server_address[1])
+        self.url = f"http://{HOST}:{self.port}/{self.key}/"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WatchServer
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        start = f"/{self.server.key}/"
+        if self.headers.get("Host") not in (f"{HOST}:{self.server.port}", f"localhost:{self.server.port}"):
+            self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "this address is for this machine alone")
+        elif not address.path.startswith(start):
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", "not here; `preceptor watch` prints the whole address")
+        else:
+            self._answer(address.path.removeprefix(start), parse_qs(address.query))
+
+    def _answer(self, name: str, query: dict[str, list[str]]) -> None:
+        runs = self.server.runs
+        if name == "":
+            self._send(HTTPStatus.OK, "text/html", page_of(*runs.parts()))
+        elif name == "state":
+            parts, title, says = runs.parts()
+            seen = "".join(query.get("seen", [])).split(",")
+            new = {name: vars(part) for name, part in parts.items() if part.hash not in seen}
+            self._send(HTTPStatus.OK, "application/json", json.dumps({"title": title, "says": says, "parts": new}))
+        elif name.startswith("report/") and (file := runs.report(name.removeprefix("report/"))):
+            self._send(HTTPStatus.OK, "text/html", file.read_bytes())
+        else:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", "not here")
+
+    def _send(self, status: HTTPStatus, kind: str, content: str | bytes) -> None:
+        content = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(content)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are nothing to tell of."""
+
+
+def serve(live: Sequence[LiveRun], port: int, end: threading.Event) -> None:
+    """Serve the page until `end`, and say what becomes of the runs. Raises ConfigError for a port that is in use."""
+    runs = WatchedRuns(live)
+    try:
+        server = WatchServer(runs, port)
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {error.strerror or error}; leave it out for one that is free") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    say(f"the runs are shown at {server.url} until Ctrl-C")
+    say(f"from another machine: ssh -L {server.port}:{HOST}:{server.port} THIS_MACHINE, then the same address there")
+    if sys.stdout.isatty() and has_display():
+        webbrowser.open(server.url)
+    known = [News() for _ in live]
+    while not end.is_set():
+        for news, look in zip(known, runs.look(), strict=True):
+            status = status_of(look)
+            if status["state"] != news.state and (line := news.line(status)):
+                say(line)
+        end.wait(_LOOK_SECONDS)
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,251 @@
+"""The state and the figures of a watched run, as plain values and in words."""
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from preceptor.files import readable_bytes
+from preceptor.report.findings import judge, warnings_so_far
+from preceptor.report.run_record import JsonObject, RunRecord, tokens_per_second
+from preceptor.train.lock import LockHolder
+from preceptor.train.run_folder import REPORT
+from preceptor.watch.live_run import RunLook
+
+WatchState = Literal["waiting", "starting", "training", "stopped", "unknown", "finished"]
+
+RECENT_STEPS = 10  # of which loss and throughput are the mean
+_RATE_STEPS = 50  # of which the time left is told
+_MOST_CODES = 3  # of rejections that are named
+
+
+def status_of(look: RunLook) -> dict[str, Any]:
+    """A run at one moment, as `preceptor watch --json` prints it. None: not known, or not measured."""
+    run, holder = look.record, look.holder
+    state = _state(look)
+    recent = run.steps[-RECENT_STEPS:]
+    planned = run.data.get("num_steps")
+    rates = [rate for step in recent if (rate := tokens_per_second(step)) is not None]
+    last: JsonObject = recent[-1] if recent else {}
+    return {
+        "run": str(run.folder),
+        "state": state,
+        "says": _says(look, state),
+        "process": None if holder is None else {"alive": holder.is_alive, "pid": holder.pid, "host": holder.host},
+        "seconds_since_written": look.seconds_since_written,
+        "step": run.num_steps,
+        "num_steps": planned,
+        "epoch": last.get("epoch"),
+        "seconds_left": _seconds_left(run, planned) if state == "training" else None,
+        "loss": _mean([step.get("loss") for step in recent]),
+        "learning_rate": last.get("learning_rate"),
+        "grad_norm": last.get("grad_norm"),
+        "tokens_per_second": _mean(rates),
+        "memory_bytes": _memory_bytes(run, last),
+        "predicted_memory_bytes": run.data.get("predicted_memory_bytes"),
+        "held_out": _held_out(run),
+        "tasks": _tasks(run),
+        "rejected": {
+            "num": len(run.rejections),
+            "num_examples": run.data.get("num_examples"),
+            "codes": dict(Counter(str(line.get("code")) for line in run.rejections).most_common()),
+        },
+        "samples": latest_samples(run),
+        **_judged(run, state),
+        "model": _existing(run.folder / "model"),
+        "report": _existing(run.folder / REPORT) if state == "finished" else None,
+    }
+
+
+def has_ended(look: RunLook) -> bool:
+    """Whether nothing more will come: its model is saved, its report written, its process gone."""
+    return _state(look) == "finished"
+
+
+def latest_samples(run: RunRecord) -> list[JsonObject]:
+    """The answers of the newest evaluation, as far as they are there."""
+    newest = max((line["step"] for line in run.samples), default=None)
+    return [line for line in run.samples if line["step"] == newest]
+
+
+def process_in_words(holder: LockHolder) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder.pid else "a process that has just started"
+
+
+# The state -----------------------------------------------------------------------------------------------------------
+
+
+def _state(look: RunLook) -> WatchState:
+    """waiting: no run yet. starting: its process reads data and model. unknown: no lock reaches to this machine."""
+    alive = look.holder is not None and look.holder.is_alive
+    if alive:  # with a report: a new run is to be made of what is there, or its process ends at this very moment
+        return "training" if look.has_begun and not _has_report(look.record) else "starting"
+    if look.record.is_finished:
+        return "finished"
+    if look.holder is not None and look.holder.is_alive is None:
+        return "unknown"
+    return "stopped" if look.has_begun else "waiting"
+
+
+def _has_report(run: RunRecord) -> bool:
+    return run.is_finished and (run.folder / REPORT).is_file()
+
+
+def _says(look: RunLook, state: WatchState) -> str:
+    """The state in a sentence."""
+    run, holder = look.record, look.holder
+    match state:
+        case "waiting":
+            return "no run here yet: waiting for `preceptor train` to begin one"
+        case "starting":
+            assert holder is not None
+            return f"starting: data and model are read by {process_in_words(holder)}"
+        case "training":
+            assert holder is not None
+            if run.is_finished:
+                return "finished; the report is written"
+            resumed = run.environment.get("resumed") or ()
+            since = f"; resumed after step {resumed[-1]['step']:,}" if resumed else ""
+            return f"training, by {process_in_words(holder)}{since}"
+        case "unknown":
+            assert holder is not None
+            ago = "" if look.seconds_since_written is None else f", written {in_time(look.seconds_since_written)} ago"
+            return f"by {process_in_words(holder)}, whose lock cannot be seen from here{ago}"
+        case "stopped":
+            return _stopped(run, holder)
+    early = run.summary.get("stopped_early")
+    seconds = run.summary.get("seconds")
+    took = f" in {in_time(seconds)}" if isinstance(seconds, int | float) else ""
+    return f"finished after step {run.num_steps:,}{took}" + (", stopped early" if early else "")
+
+
+def _stopped(run: RunRecord, holder: LockHolder | None) -> str:
+    """Its process ended before the run did: told to (then the lock is gone), or killed."""
+    sessions = [run.environment, *(run.environment.get("resumed") or ())]
+    command, folder = sessions[-1].get("command"), run.environment.get("directory")
+    again = f"; this continues it{f' in {folder}' if folder else ''}: {command}" if command else ""
+    how = "stopped" if holder is None else f"ended without a word (it was {process_in_words(holder)})"
+    return f"{how} after step {run.num_steps:,}{again}"
+
+
+def in_time(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
+
+
+# Figures -------------------------------------------------------------------------------------------------------------
+
+
+def _seconds_left(run: RunRecord, planned: int | None) -> float | None:
+    """Of the steps alone, by the last ones; evaluations come on top."""
+    seconds = _mean([step.get("seconds") for step in run.steps[-_RATE_STEPS:]])
+    return None if planned is None or seconds is None else max(0, planned - run.num_steps) * seconds
+
+
+def _memory_bytes(run: RunRecord, last: JsonObject) -> int | None:
+    """The peak so far, without what the process held before the model was loaded (on a CPU)."""
+    peak = last.get("peak_memory_bytes")
+    return max(0, peak - (run.data.get("memory_before_bytes") or 0)) if isinstance(peak, int) else None
+
+
+def _held_out(run: RunRecord) -> dict[str, Any] | None:
+    if not run.held_out:
+        return None
+    last = run.held_out[-1]
+    low, high = last.get("loss_interval") or (None, None)
+    return {
+        "step": last["step"],
+        "loss": last["loss"],
+        "low": low,
+        "high": high,
+        "first": run.held_out[0]["loss"],
+        "token_accuracy": last.get("token_accuracy"),
+    }
+
+
+def _tasks(run: RunRecord) -> list[dict[str, Any]]:
+    """The first figure of each task in the last evaluation that has tasks."""
+    lines = [line for line in run.evaluations if line.get("tasks")]
+    found = []
+    for task in lines[-1]["tasks"] if lines else ():
+        name, figure = next(iter(task["figures"].items()))
+        found.append({"task": task["task"], "figure": name, **{key: figure[key] for key in ("value", "low", "high")}})
+    return found
+
+
+def _judged(run: RunRecord, state: WatchState) -> dict[str, Any]:
+    """At the end what the report says; before that, what is wrong so far."""
+    verdict = None
+    try:
+        if state == "finished":
+            verdict = judge(run)
+        findings = verdict.findings if verdict else warnings_so_far(run)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # files that are not those of one moment
+        findings = []
+    return {
+        "verdict": None if verdict is None else {"headline": verdict.headline, "level": verdict.level},
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _existing(path: Path) -> str | None:
+    return str(path) if path.exists() else None
+
+
+def _mean(values: list[Any]) -> float | None:
+    known = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return fmean(known) if known else None
+
+
+# In words ------------------------------------------------------------------------------------------------------------
+
+
+def left_in_words(seconds: float) -> str:
+    return f"about {in_time(seconds)} left" if seconds else "last evaluation and model"
+
+
+def step_in_words(status: dict[str, Any]) -> str:
+    return f"step {status['step']:,}" + (f" of {status['num_steps']:,}" if status["num_steps"] else "")
+
+
+def figures(status: dict[str, Any]) -> dict[str, str]:
+    """Label -> value in words, of what is known."""
+    found = {}
+    if status["loss"] is not None:
+        found["loss"] = f"{status['loss']:.4f}, mean of {min(RECENT_STEPS, status['step'])} steps"
+    if own := status["held_out"]:
+        spread = "" if own["low"] is None else f" ({own['low']:.4f} to {own['high']:.4f})"
+        since = f"; {own['first']:.4f} at first" if own["step"] else ""
+        found["held out"] = f"{own['loss']:.4f}{spread} {after(own['step'])}{since}"
+    for each in status["tasks"]:
+        spread = "" if each["low"] is None else f" ({each['low']:.3f} to {each['high']:.3f})"
+        name = f"{each['task']}: {each['figure']}"
+        found["tasks" if "tasks" not in found else " " * len(found)] = f"{name} {each['value']:.3f}{spread}"
+    if status["tokens_per_second"] is not None:
+        found["speed"] = f"{status['tokens_per_second']:,.0f} tokens/s"
+    if status["memory_bytes"]:
+        predicted = status["predicted_memory_bytes"]
+        plan = f" ({readable_bytes(predicted)} predicted)" if predicted else ""
+        found["memory"] = f"{readable_bytes(status['memory_bytes'])}{plan}"
+    if (rejected := status["rejected"])["num"]:
+        of = f" of {rejected['num_examples']:,}" if rejected["num_examples"] else ""
+        codes = [f"{code} {num:,}" for code, num in list(rejected["codes"].items())[:_MOST_CODES]]
+        more = ", ..." if len(rejected["codes"]) > _MOST_CODES else ""
+        found["rejected"] = f"{rejected['num']:,}{of}: {', '.join(codes)}{more}"
+    return found
+
+
+def after(step: int) -> str:
+    """When something was measured."""
+    return f"after step {step:,}" if step else "before the first step"

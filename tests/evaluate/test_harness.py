@@ -1,0 +1,179 @@
+"""Tasks of the lm-eval harness, read from local files; with the real package where it is installed, and without."""
+
+import importlib.util
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from conftest import conversations
+from preceptor import config
+from preceptor.errors import ConfigError, DataError
+from preceptor.evaluate import harness
+from preceptor.evaluate.harness import open_task, require_harness
+from preceptor.train.prepare import prepare
+from preceptor.train.run import execute
+
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval, an optional extra, is not installed"
+)
+CHOICE = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: "{{label}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+TEXT = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+ANSWER = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n"]}
+metric_list: [{metric: exact_match}]
+"""
+ROWS = [{"question": f"the user {n}", "choices": ["the message", "and then"], "label": n % 2} for n in range(4)]
+
+
+@pytest.fixture
+def task_file(tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+    def write(text, name="own_words"):
+        place = tmp_path / "tasks" / f"{name}.yaml"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text.replace("NAME", name).replace("FILE", write_jsonl(ROWS, f"{name}.jsonl")))
+        return f"lm_eval:{place}"
+
+    return write
+
+
+@needs_lm_eval
+def test_kinds_of_tasks(task_file):
+    chosen = open_task(task_file(CHOICE))
+    assert (chosen.kind, len(chosen.items)) == ("multiple choice", 4)
+    item = chosen.items[1]
+    assert (item.prompt.text, item.choices, item.answer) == ("the user 1", (" the message", " and then"), 1)
+    texts = open_task(task_file(TEXT, "own_texts"))
+    assert texts.kind == "perplexity" and texts.items[0].text == "the user 0"
+    answers = open_task(task_file(ANSWER, "own_answers"))
+    assert answers.kind == "generation" and answers.items[0].until == ("\n",)
+    assert answers.items[0].prompt.messages == ({"role": "user", "content": "the user 0"},)
+    assert answers.items[0].accepted == ("the message",)
+
+
+@needs_lm_eval
+def test_what_lm_eval_scores_by_rules_of_its_own_is_refused_with_the_command(task_file):
+    odd = ANSWER + 'filter_list: [{name: a, filter: [{function: regex, regex_pattern: "x"}, {function: take_first}]}]\n'
+    with pytest.raises(DataError, match=r"lm_eval run --model hf .* --tasks own_words"):
+        open_task(task_file(odd))
+
+
+@needs_lm_eval
+def test_its_figures_are_those_of_the_harness(task_file, run_file, tmp_path):
+    """On a saved model: acc of the harness itself and here."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from preceptor.evaluate.model import load_evaluated_model
+    from preceptor.evaluate.run import run_task
+
+    execute(prepare(config.load(run_file(conversations(6)))), Console(quiet=True))
+    path, place = task_file(CHOICE), str(tmp_path / "run" / "model")
+    ours = run_task(load_evaluated_model(place, "float32", "cpu"), open_task(path), 8, 8)
+    manager = TaskManager(include_path=str(tmp_path / "tasks"))
+    theirs = simple_evaluate(
+        model="hf", model_args=f"pretrained={place},dtype=float32", tasks=["own_words"], task_manager=manager,
+        device="cpu", bootstrap_iters=0, log_samples=True,
+    )["samples"]["own_words"]  # fmt: skip
+    assert [result.values["right"] for result in ours] == [sample["acc"] for sample in theirs]
+    likely = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in theirs]
+    for result, expected in zip(ours, likely, strict=True):
+        assert result.record["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+
+
+class _StandIn:
+    """What harness.py uses of a task of lm-eval."""
+
+    multiple_input = multiple_target = 0
+
+    def __init__(self):
+        self.eval_docs = ROWS
+        names = ("num_fewshot", "generation_kwargs", "filter_list", "process_results")
+        self.config = type("Config", (), {"output_type": "multiple_choice", "target_delimiter": " ", "task": "words"})
+        self.config.metric_list = [{"metric": "acc"}]
+        for name in names:
+            setattr(self.config, name, None)
+
+    def fewshot_context(self, doc, num_fewshot):
+        return doc["question"]
+
+    def doc_to_choice(self, doc):
+        return doc["choices"]
+
+    def doc_to_target(self, doc):
+        return doc["label"]
+
+
+def test_a_run_measures_it_with_intervals_and_its_base_once(run_file, monkeypatch, tmp_path):
+    """By a stand-in of lm-eval's task, so that it runs without the package."""
+    monkeypatch.setattr(harness, "_loaded", lambda path: _StandIn())
+    monkeypatch.setattr(harness, "require_harness", lambda path: None)
+    monkeypatch.setenv("PRECEPTOR_CACHE", str(tmp_path / "cache"))
+    run = config.load(run_file(conversations(6), eval__tasks=["lm_eval:words"], eval__every="1 epochs"))
+    measured = []
+    from preceptor.train import evaluations
+
+    real = evaluations.run_task
+    monkeypatch.setattr(
+        evaluations, "run_task", lambda *arguments, **more: measured.append(1) or real(*arguments, **more)
+    )
+    execute(prepare(run), Console(quiet=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    for line in lines:
+        (task,) = line["tasks"]
+        assert task["task"] == "lm_eval:words" and task["num_items"] == 4
+        assert task["figures"]["acc"]["low"] <= task["figures"]["acc"]["value"] <= task["figures"]["acc"]["high"]
+    first = len(measured)
+    assert first == len(lines)
+    console = Console(record=True, width=200, file=io.StringIO())
+    again = run.model_copy(update={"out": str(tmp_path / "again")})
+    execute(prepare(again), console)
+    assert len(measured) - first == first - 1, "the base is not measured again"
+    assert "the base model's figures are kept from an earlier run" in console.export_text()
+    found = [json.loads(line) for line in (tmp_path / "again" / "eval.jsonl").read_text().splitlines()]
+    assert found == lines
+    other = again.model_copy(
+        update={"out": str(tmp_path / "other"), "eval": again.eval.model_copy(update={"limit": 3})}
+    )
+    before = len(measured)
+    execute(prepare(other), Console(quiet=True))
+    assert len(measured) - before == len(lines), "other items: measured"
+
+
+def test_without_the_package_it_is_told_at_once(monkeypatch, preceptor, run_file):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'preceptor\[lm-eval\]'"):
+        require_harness("lm_eval:arc_easy")
+    code, _, err = preceptor("check", run_file(conversations(2), eval__tasks=["lm_eval:arc_easy"]))
+    assert code == 2 and "lm-eval is not installed" in err

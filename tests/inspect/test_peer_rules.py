@@ -1,0 +1,155 @@
+"""Which tokens other trainers would train: the emulation of their documented rules, and TRL's own labels."""
+
+import json
+
+import pytest
+
+from preceptor import config
+from preceptor.chat.template import load_template
+from preceptor.data.sources import OpenSource
+from preceptor.inspect.peer_rules import rule_of
+from tiny import tiny_tokenizer
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT = [
+    {"role": "system", "content": "a start"},
+    {"role": "user", "content": "the user"},
+    {"role": "assistant", "content": "The message is."},
+    {"role": "user", "content": "and then"},
+    {"role": "assistant", "content": "and an assistant"},
+]
+PAIR = {"prompt": [CHAT[1]], "completion": [CHAT[2]]}
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    found = tiny_tokenizer(special_tokens=SPECIAL)
+    found.eos_token = "<|im_end|>"
+    return found
+
+
+def template_text(tokenizer):
+    return load_template("chatml", tokenizer).text
+
+
+def trained(peer, settings, row, tokenizer, write_jsonl, template=None):
+    """The trained pieces of text, joined where they touch."""
+    source = OpenSource(config.Source(path=write_jsonl([row])))
+    (example,) = source.examples()
+    found = rule_of(peer, settings, tokenizer, template or template_text(tokenizer)).tokens(example, row)
+    if isinstance(found, str):
+        return found
+    runs, before = [], False
+    for id_, own in zip(found.ids, found.trained, strict=True):
+        if own:
+            runs = [*runs[:-1], [*runs[-1], id_]] if before else [*runs, [id_]]
+        before = own
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "expected"),
+    [
+        ("TRL", {"assistant_only_loss": True}, ["The message is.<|im_end|>", "and an assistant<|im_end|>"]),
+        ("Axolotl", {}, ["The message is.<|im_end|>", "and an assistant<|im_end|>"]),
+        ("Axolotl", {"train_on_eos": "none"}, ["The message is.", "and an assistant"]),
+        ("Axolotl", {"train_on_eos": "last"}, ["The message is.", "and an assistant<|im_end|>"]),
+        ("Axolotl", {"roles_to_train": ["user"]}, ["the user<|im_end|>", "and then<|im_end|>"]),
+        ("LLaMA-Factory", {"template": "chatml"}, ["The message is.<|im_end|>\n", "and an assistant<|im_end|>\n"]),
+        ("LLaMA-Factory", {"template": "chatml", "mask_history": True}, ["and an assistant<|im_end|>\n"]),
+        (
+            "torchtune",
+            {},
+            [
+                "<|im_start|>assistant\nThe message is.<|im_end|>\n",
+                "<|im_start|>assistant\nand an assistant<|im_end|>\n",
+            ],
+        ),
+    ],
+)
+def test_what_a_conversation_is_trained_on(peer, settings, expected, tokenizer, write_jsonl):
+    assert trained(peer, settings, {"messages": CHAT}, tokenizer, write_jsonl) == expected
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings"),
+    [
+        ("TRL", {}),
+        ("LLaMA-Factory", {"template": "chatml", "train_on_prompt": True}),
+        ("torchtune", {"train_on_inputs": True}),
+    ],
+)
+def test_all_of_a_conversation(peer, settings, tokenizer, write_jsonl):
+    (whole,) = trained(peer, settings, {"messages": CHAT}, tokenizer, write_jsonl)
+    assert whole.startswith("<|im_start|>system") and "the user" in whole and "an assistant<|im_end|>" in whole
+
+
+def test_axolotl_with_inputs_trains_contents_and_ends_but_no_headers(tokenizer, write_jsonl):
+    found = trained("Axolotl", {"train_on_inputs": True}, {"messages": CHAT}, tokenizer, write_jsonl)
+    assert found == [f"{message['content']}<|im_end|>" for message in CHAT]
+
+
+def test_axolotl_trains_no_end_that_is_not_its_eos(tokenizer, write_jsonl):
+    tokenizer.eos_token = "<|endoftext|>"
+    row = {"messages": CHAT}
+    assert trained("Axolotl", {}, row, tokenizer, write_jsonl) == ["The message is.", "and an assistant"]
+    told = {"eot_tokens": ["<|im_end|>"]}
+    assert trained("Axolotl", told, row, tokenizer, write_jsonl)[0] == "The message is.<|im_end|>"
+
+
+def test_trl_of_a_prompt_and_its_completion(tokenizer, write_jsonl):
+    assert trained("TRL", {}, PAIR, tokenizer, write_jsonl) == ["The message is.<|im_end|>\n"]
+    (whole,) = trained("TRL", {"completion_only_loss": False}, PAIR, tokenizer, write_jsonl)
+    assert whole.startswith("<|im_start|>user")
+    plain = {"prompt": "a user ", "completion": "and an assistant"}
+    found = trained("TRL", {}, plain, tokenizer, write_jsonl)
+    assert found == [" and an assistant<|im_end|>"], "from where the tokens of both parts differ, here a space earlier"
+    assert trained("TRL", {}, {"text": "the message"}, tokenizer, write_jsonl) == ["the message<|im_end|>"]
+
+
+def test_what_is_not_emulated_is_said(tokenizer, write_jsonl):
+    own = rule_of("LLaMA-Factory", {"template": "phi"}, tokenizer, template_text(tokenizer))
+    assert "'phi'" in own.says and "the model's own" in own.says
+    tool = [
+        *CHAT[:2],
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}]},
+    ]
+    assert "tool" in trained("LLaMA-Factory", {"template": "chatml"}, {"messages": tool}, tokenizer, write_jsonl)
+    assert "documented rule" in own.says
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": CHAT}, PAIR, {"prompt": "a user ", "completion": "and an assistant"}, {"text": "the message"}]
+)
+@pytest.mark.parametrize("settings", [{}, {"assistant_only_loss": True}, {"completion_only_loss": False}])
+@pytest.mark.parametrize("marked", [True, False])
+def test_the_emulation_of_trl_is_its_own_labels(row, settings, marked, tokenizer, write_jsonl, tmp_path):
+    """Against the labels that SFTTrainer of the installed TRL makes."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: the emulation is not compared with it")
+    datasets = pytest.importorskip("datasets")
+    from tiny import tiny_model
+
+    if settings.get("assistant_only_loss") and not (
+        marked and isinstance(row.get("messages", row.get("prompt")), list)
+    ):
+        pytest.skip("TRL refuses assistant_only_loss without marks, or of plain text")
+    tokenizer.pad_token = "<|endoftext|>"
+    template = MARKED if marked else template_text(tokenizer)
+    tokenizer.chat_template = template
+    args = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, max_length=None, **settings)
+    trainer = trl.SFTTrainer(
+        model=tiny_model("llama", vocab_size=len(tokenizer)),
+        args=args,
+        train_dataset=datasets.Dataset.from_list([json.loads(json.dumps(row))]),
+        processing_class=tokenizer,
+    )
+    theirs = trainer.train_dataset[0]
+    source = OpenSource(config.Source(path=write_jsonl([row])))
+    found = rule_of("TRL", settings, tokenizer, template).tokens(next(iter(source.examples())), row)
+    assert found.ids == list(theirs["input_ids"])
+    assert [id_ if own else -100 for id_, own in zip(found.ids, found.trained, strict=True)] == list(theirs["labels"])

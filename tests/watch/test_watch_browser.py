@@ -1,0 +1,227 @@
+"""The page of `preceptor watch --browser` in a headless Chromium, and its server."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from browser import CHROMIUM, REASON, browser
+from preceptor.errors import ConfigError
+from preceptor.watch.live_run import LiveRun
+from preceptor.watch.server import WatchedRuns, WatchServer, serve
+from runs import NASTY, looks, sample, steps, write_run
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=REASON)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def tab(chromium, served):
+    """The browser; at the end, before the servers end, its page is left."""
+    yield chromium
+    chromium.send("Page.navigate", url="about:blank")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Serve run folders; the server, which ends with the test."""
+    monkeypatch.setattr("preceptor.watch.server._LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("preceptor.watch.server._SHARE", 0)
+    servers = []
+
+    def start(*folders):
+        server = WatchServer(WatchedRuns([LiveRun(folder) for folder in folders]), 0)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def growing(folder, num_steps=20, **files):
+    return write_run(folder, **{"metrics": steps([2.0 * 0.97**n for n in range(num_steps)]), "summary": None, **files})
+
+
+def get(url, host=None):
+    request = urllib.request.Request(url, headers={} if host is None else {"Host": host})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return answer.read().decode(), dict(answer.headers)
+
+
+def test_it_serves_this_machine_and_its_own_address_alone(tmp_path, served):
+    server = served(growing(tmp_path / "a"))
+    assert server.server_address[0] == "127.0.0.1"
+    page, headers = get(server.url)
+    assert "step 20 of 60" in page and headers["Cache-Control"] == "no-store"
+    root = server.url.replace(f"{server.key}/", "")
+    for url, host, code in (
+        (root, None, 404),
+        (f"{root}state", None, 404),
+        (f"{server.url}../../etc/passwd", None, 404),
+        (f"{server.url}report/0", None, 404),  # none yet
+        (f"{server.url}report/-1", None, 404),
+        (server.url, "evil.example", 421),  # a name that was made to lead here
+    ):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            get(url, host)
+        error.value.close()
+        assert error.value.code == code, url
+
+
+def test_only_parts_that_have_changed_are_sent(tmp_path, served):
+    folder = growing(tmp_path / "a")
+    server = served(folder)
+    first = json.loads(get(f"{server.url}state?seen=")[0])
+    assert first["parts"].keys() == {"runs", "course", "answers"}
+    seen = ",".join(part["hash"] for part in first["parts"].values())
+    assert json.loads(get(f"{server.url}state?seen={seen}")[0])["parts"] == {}
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample(30, "1?", "Thirty.")) + "\n")
+    time.sleep(0.1)
+    assert json.loads(get(f"{server.url}state?seen={seen}")[0])["parts"].keys() == {"answers"}
+
+
+def test_a_port_in_use_is_named(tmp_path, served):
+    server = served(growing(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=f"--port {server.port}: .*leave it out"):
+        serve([], server.port, threading.Event())
+
+
+def test_serving_says_where_and_ends_when_told(tmp_path, capsys):
+    folder = write_run(tmp_path / "a")
+    (folder / "report.html").write_text("x")
+    end = threading.Event()
+    thread = threading.Thread(target=serve, args=([LiveRun(folder)], 0, end))
+    thread.start()
+    deadline, said = time.monotonic() + 20, ""
+    while "finished after step 20" not in said:
+        assert time.monotonic() < deadline
+        said += capsys.readouterr().out
+        time.sleep(0.02)
+    assert "http://127.0.0.1:" in said and f"report: {folder / 'report.html'}" in said
+    end.set()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+# In the browser ------------------------------------------------------------------------------------------------------
+
+
+class Address:
+    """What Browser.open takes for a file."""
+
+    def __init__(self, url):
+        self.url = url
+
+    def as_uri(self):
+        return self.url
+
+
+def until(tab, script):
+    deadline = time.monotonic() + 20
+    while not (found := tab.run(script)):
+        assert time.monotonic() < deadline, script
+        time.sleep(0.05)
+    return found
+
+
+def opened(tab, server, **options):
+    tab.open(Address(server.url), **options)
+    tab.run("setInterval(update, 100)")
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(1300, False), (1300, True), (390, True)])
+def test_it_loads_quietly_and_fits(tab, tmp_path, served, width, dark):
+    nasty = [sample(20, NASTY, NASTY + "x" * 300)]
+    server = served(growing(tmp_path / "first", samples=nasty), growing(tmp_path / "second", 40), tmp_path / "none")
+    opened(tab, server, width=width, dark=dark)
+    until(tab, "performance.getEntriesByType('resource').length > 1")
+    assert tab.console == []
+    assert {url.removeprefix(server.url).partition("?")[0] for url in tab.requests} <= {"", "state"}
+    assert tab.run("document.documentElement.scrollWidth") == width, "no scrolling sideways"
+    paper = tab.run("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(21, 23, 27)" if dark else "rgb(251, 250, 247)")
+    assert tab.run("document.querySelectorAll('.card').length") == 3
+    assert tab.run("[...document.querySelectorAll('.state')].map(e => e.textContent)") == ["stopped"] * 2 + ["waiting"]
+
+
+@needs_chromium
+def test_it_follows_the_files_and_says_when_a_run_has_ended(tab, tmp_path, served):
+    folder = tmp_path / "a"
+    server = served(folder)
+    opened(tab, server)
+    text = "document.querySelector('main').innerText"
+    assert "waiting for" in tab.run(text)
+    growing(folder, 20)
+    until(tab, f"{text}.includes('step 20 of 60')")
+    assert tab.run("document.title") == "33% · a"
+    assert tab.run("document.querySelector('progress').value") == 20
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in steps([1.0] * 30)[20:]))
+    until(tab, f"{text}.includes('step 30 of 60')")
+    write_run(folder)
+    (folder / "report.html").write_text("<title>the report of a</title>")
+    until(tab, f"{text}.includes('finished after step 20')")
+    assert tab.run("document.getElementById('connection').textContent") == "All of it: the runs are finished."
+    assert tab.run(f"fetch('{server.url}report/0').then(a => a.text())") == "<title>the report of a</title>"
+    assert tab.run("document.querySelector('.card a').href") == f"{server.url}report/0"
+    assert tab.console == []
+
+
+@needs_chromium
+def test_what_a_reader_has_chosen_stays(tab, tmp_path, served):
+    folder = growing(tmp_path / "a", eval=looks((0, 3.0), (10, 1.5)))
+    opened(tab, served(folder))
+    tab.run("document.querySelectorAll('#course figure .legend button')[1].click()")
+    tab.run("document.querySelector('#answers details').open = true")
+    tab.run("document.querySelector('#course figure .canvas').focus()")
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))"
+    tab.run(press)
+    readout = "document.querySelector('#course figure .readout').textContent"
+    assert tab.run(readout).startswith("step 1 ") and "held out" not in tab.run(readout)
+    before = tab.run("[...document.querySelectorAll('main > section')].map(e => e.dataset.hash).join()")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in steps([1.0] * 30)[20:]))
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write(json.dumps(sample(30, "1?", "Thirty.")) + "\n")
+    hashes = "[...document.querySelectorAll('main > section')].map(e => e.dataset.hash)"
+    until(tab, f"{hashes}.every((hash, at) => hash !== {json.dumps(before.split(','))}[at])")
+    assert tab.run("document.activeElement.className") == "canvas"
+    assert tab.run(readout).startswith("step 1 ") and "held out" not in tab.run(readout)
+    pressed = "[...document.querySelectorAll('#course figure:first-child .legend button')].map(e => e.ariaPressed)"
+    assert tab.run(pressed) == ["true", "false"]
+    assert tab.run("document.querySelector('#answers details').open") is True
+    tab.run(press)
+    assert tab.run(readout).startswith("step 2 ")
+
+
+@needs_chromium
+def test_it_can_be_paused_by_keyboard_and_says_when_its_server_has_ended(tab, tmp_path, served):
+    folder = growing(tmp_path / "a")
+    server = served(folder)
+    opened(tab, server)
+    tab.run("document.getElementById('pause').focus()")
+    for kind in ("keyDown", "keyUp"):
+        tab.send("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+    says = "document.getElementById('connection').textContent"
+    assert tab.run(says) == "Paused."
+    growing(folder, 25)
+    time.sleep(0.4)
+    assert "step 20 of 60" in tab.run("document.querySelector('main').innerText")
+    tab.run("document.getElementById('pause').click()")
+    until(tab, "document.querySelector('main').innerText.includes('step 25 of 60')")
+    server.shutdown()
+    server.server_close()
+    until(tab, f"{says}.startsWith('No longer updated since')")
