@@ -137,7 +137,7 @@ def test_reads_a_bounded_number_of_records_ahead(
 def test_the_next_input_can_be_forked_for_too(
     shows_process: ShowsProcess, started_at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_start_method", lambda: "fork")  # whatever threads other tests have left
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")  # whatever threads other tests have left
     threads, interval, thresholds = set(threading.enumerate()), sys.getswitchinterval(), gc.get_threshold()
     list(render_all(shows_process, waiting_for_the_pool(shows_process, documents(3000)), num_processes=2))
     assert set(threading.enumerate()) <= threads  # one that another test has left may have ended

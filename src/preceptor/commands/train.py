@@ -163,7 +163,8 @@ def _prepare(run: "Run", folder: "RunFolder", console: "Console", world: "World"
     with large_imports():
         from preceptor.train.prepare import prepare
 
-    prepared = prepare(run, num_processes=min(4, max(1, num_cores() // world.local_size)), date=folder.date)
+    num_processes = min(4, max(1, num_cores() // world.local_size))
+    prepared = prepare(run, num_processes, folder.date, world)
     for name, formats in prepared.formats.items():
         console.print(format_line(name, formats), highlight=False, markup=False)
     return prepared

@@ -14,7 +14,7 @@ from preceptor.config import ROW_KEYS, Source
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
-from preceptor.data.formats.tables import DataTable, find_tables
+from preceptor.data.formats.tables import DataTable, TextFile, find_tables
 from preceptor.data.formats.values import Columns, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError
 
@@ -47,6 +47,11 @@ class OpenSource:
         self.tables = find_tables(self.source)
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
 
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read only once."""
+        return any(isinstance(table, TextFile) and table.is_pipe for table in self.tables)
+
     def rows(self) -> TableRows:
         """Each row as the file holds it, with its place. Raises DataError for what cannot be read or is empty."""
         for table in self.tables:
@@ -63,7 +68,9 @@ class OpenSource:
         return chain(first, rest)
 
     def peek(self) -> list[Example | Rejection]:
-        """The first examples; `entries` goes on from here and reads them no second time."""
+        """The first examples, of a pipe none; `entries` goes on from here and reads them no second time."""
+        if self.is_pipe:
+            return []  # another process reads it
         if self._begun is None:
             rest = self._read()
             self._begun = list(islice(rest, _FIRST)), rest

@@ -68,7 +68,7 @@ def render_all(
     PreceptorError if a process was killed.
     """
     chunks = _chunks(examples)
-    method = _start_method()
+    method = start_method()
     first: list[list[T]] = []
     num_characters = 0
     if num_processes > 1:
@@ -92,6 +92,8 @@ def render_all(
         for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
             yield from zip(chunk, outcomes, strict=True)
     except BrokenProcessPool as error:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # those that ignore what the pool sends them would be waited for
         raise PreceptorError(
             "a process that renders the data ended before its work was done, often for want of memory: use fewer "
             f"processes than {num_processes} (1 needs no others). A script that calls this needs its own work under "
@@ -128,7 +130,7 @@ def _shared_out(
         yield _taken(*pending.popleft())
 
 
-def _start_method() -> Literal["fork", "spawn"]:
+def start_method() -> Literal["fork", "spawn"]:
     """How other processes are started; torch is asked only where it is loaded already."""
     if sys.platform != "linux" or threading.active_count() > 1:
         return "spawn"

@@ -16,8 +16,8 @@ import torch
 from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence, empty_sequence
-from preceptor.data.loader import Loader
-from preceptor.errors import ModelError
+from preceptor.data.loader import Loader, StreamLoader
+from preceptor.errors import ModelError, StreamError
 from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels
@@ -44,7 +44,7 @@ def train(
     run: config.Run,
     objective: Objective,
     state: State,
-    loader: Loader,
+    loader: Loader | StreamLoader,
     evaluations: Evaluations,
     display: Display,
     folder: RunFolder,
@@ -54,7 +54,7 @@ def train(
 ) -> None:
     """Train `state` to the end of the run. A step's summed loss is divided once, by its number of trained tokens (or
     conversations, data/mixture.py), however they are spread. Raises ModelError as `skip_step`, `require_finite`;
-    Stopped, with all steps saved.
+    Stopped and StreamError, with all steps saved.
     """
     optimizer = run.optimizer
     total_steps = run.train.duration.steps(loader.steps_per_epoch)
@@ -94,6 +94,9 @@ def train(
     except Stopped as stopped:
         save(wait=True)
         raise Stopped(stopped.number, state.step) from None
+    except StreamError:  # which all processes have; the steps so far are not lost
+        save(wait=True)
+        raise
     checkpoints.wait()
 
 
@@ -101,7 +104,7 @@ def _logged_step(
     run: config.Run,
     objective: Objective,
     state: State,
-    loader: Loader,
+    loader: Loader | StreamLoader,
     learning_rate: float,
     folder: RunFolder,
     world: World,
@@ -109,6 +112,7 @@ def _logged_step(
     """Take the next step, or leave out its update; the logged line of it. Raises as `take_step`, `skip_step`."""
     started, step, skipped = time.perf_counter(), state.step, {}
     sequences, precision = loader.batch(step, world.rank, world.size), run.train.precision
+    state.position = loader.position
     assert precision is not None
     try:
         loss, grad_norm = take_step(
@@ -122,7 +126,7 @@ def _logged_step(
         loss, grad_norm = error.loss, error.grad_norm
     values = {
         "step": state.step,
-        "epoch": round(state.step / loader.steps_per_epoch, 4),
+        **loader.progress(state.step),
         "loss": loss,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,

@@ -14,7 +14,7 @@ from preceptor import config
 from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
-from preceptor.data.loader import Loader, few_steps
+from preceptor.data.loader import Loader, StreamLoader, few_steps
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
@@ -56,6 +56,7 @@ from preceptor.train.provenance import amounts, origins, session, trees_hashes, 
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.weightwise import WeightwiseOptimizer
+from preceptor.train.windows import WindowRecord
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
@@ -209,9 +210,14 @@ def _spread(
 
 
 def _untrained_tokens(model: Any, prepared: Prepared, say: Callable[[str], None]) -> dict[str, int]:
-    """The tokens of the run that its base never saw, besides those that are new to the tokenizer."""
+    """The tokens of the run that its base never saw, besides those that are new to the tokenizer.
+
+    Of a stream those that may come: all that the base never saw.
+    """
     chat = prepared.chat
     used = prepared.train.token_ids | set(chat.stop_token_ids)
+    if prepared.stream is not None:
+        used |= set(chat.tokenizer.added_tokens_decoder)
     found = never_trained(model, chat.tokenizer, used)
     found = {token: id_ for token, id_ in found.items() if token not in chat.added}
     if found:
@@ -291,7 +297,11 @@ def execute_in(
         }
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
-    with stop.while_training(folder.path, world):
+    if isinstance(loader, StreamLoader):
+        loader.on_window = WindowRecord(prepared, folder, world, say)
+        if state.position is not None:
+            loader.seek(state.position)
+    with prepared.streaming(), stop.while_training(folder.path, world):
         with checkpoints, Display(console, num_steps, state.step) as display:
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone, world)
             loop.train(run, objective, state, loader, evaluations, display, folder, checkpoints, stop, world)
@@ -302,7 +312,7 @@ def execute_in(
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
 
 
-def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:
+def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader | StreamLoader, device: torch.device) -> int | None:
     num_new_tokens = num_token_rows(model) or len(prepared.chat.added)
     return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)
 
@@ -480,14 +490,20 @@ def _saying(console: Console) -> Callable[[str], None]:
 
 
 def _announce(
-    console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader, where_rejected: str
+    console: Console,
+    prepared: Prepared,
+    state: State,
+    num_steps: int,
+    loader: Loader | StreamLoader,
+    where_rejected: str,
 ) -> None:
     run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
+    of = "first window: " if prepared.stream else ""
     console.print(
-        f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"{of}{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
         f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
@@ -505,13 +521,13 @@ def _announce(
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
-    if few:
+    if few and not prepared.stream:
         console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
-        console.print(f"{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
+        console.print(f"{of}{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
 
 
 def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
