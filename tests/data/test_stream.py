@@ -4,16 +4,17 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from tiny import tiny_tokenizer
 
 from preceptor.chat.render import Renderer
 from preceptor.config import Source
 from preceptor.data import stream
-from preceptor.data.stream import WindowReader, Windows
+from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
 from preceptor.errors import StreamError
+from tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -69,8 +70,8 @@ def test_sources_are_read_in_order_each_by_its_weight_and_begin_anew(write_jsonl
 
 
 def test_shares_add_up_over_the_windows():
-    reader = reader_of([Source(path="a", weight=0.5), Source(path="b"), Source(path="c", weight=2.0)], size=10)
-    shares = [reader.shares(number) for number in range(7)]
+    sources = [Source(path="a", weight=0.5), Source(path="b"), Source(path="c", weight=2.0)]
+    shares = [window_shares(sources, 10, number) for number in range(7)]
     assert [sum(column) for column in zip(*shares, strict=True)] == [10, 20, 40]
 
 
@@ -144,11 +145,12 @@ def test_what_renders_ends_when_the_process_that_trains_is_killed(write_jsonl):
         os.write(write, f"{windows._process.pid} {windows.spool}".encode())
         time.sleep(60)
         os._exit(1)
-    pid, spool = os.read(read, 1000).decode().split(maxsplit=1)
+    _, spool = os.read(read, 1000).decode().split(maxsplit=1)
     os.kill(child, 9)
     os.waitpid(child, 0)
     until = time.monotonic() + 10
-    while os.path.exists(spool) and time.monotonic() < until:
+    while Path(spool).exists() and time.monotonic() < until:
         time.sleep(0.05)
-    assert not os.path.exists(spool)
-    os.close(read), os.close(write)
+    assert not Path(spool).exists()
+    os.close(read)
+    os.close(write)

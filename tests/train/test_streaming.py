@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from children import command, moments, result_of
+from children import command, result_of
 from processes import run_command
 
 from conftest import conversations
@@ -15,8 +15,11 @@ from preceptor import config
 from preceptor.data.loader import StreamLoader
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import write_atomically
+from preceptor.report.facts import facts
+from preceptor.report.run_record import read_run
 from preceptor.train import loop
 from preceptor.train.prepare import prepare
+from runs import DATA, write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -28,7 +31,7 @@ STREAM = {
     "data__cache": "off",
     "train__duration": "8 steps",
     "checkpoint__every": "3 steps",
-    "eval__every": "4 steps",
+    "eval__every": None,
 }
 
 
@@ -38,7 +41,7 @@ def streamed(run_file, monkeypatch):
 
     def write(rows=None, **changes):
         rows = [*conversations(7), EMPTY, *conversations(4, turns=2)] if rows is None else rows
-        return run_file(rows, **{"eval_rows": conversations(2), **STREAM, **changes})
+        return run_file(rows, **{**STREAM, **changes})
 
     return write
 
@@ -66,42 +69,42 @@ def test_what_a_run_records_of_its_windows(streamed, tmp_path, preceptor):
     rejections = lines(folder, "rejections.jsonl")
     assert [(line["window"], line["source"].rpartition("/")[2]) for line in rejections[:1]] == [(1, "train.jsonl:8")]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["num_examples"] == 2 + 5 * len(windows) and summary["num_rejected"] == len(rejections)
+    assert summary["num_examples"] == 5 * len(windows) and summary["num_rejected"] == len(rejections)
     assert summary["examples_per_epoch"] is None and summary["num_windows"] == len(windows)
 
 
-def test_a_run_killed_anywhere_is_finished_by_the_same_command(streamed, tmp_path, preceptor):
-    file = streamed()
-    assert preceptor("train", file, f"out={tmp_path / 'first'}")[0] == 0  # children then have all modules
-    whole = command("train", file, f"out={tmp_path / 'whole'}", folder=tmp_path / "whole")
-    assert whole.code == 0, whole.shown
-    expected = result_of(tmp_path / "whole"), windows_of(tmp_path / "whole")
-    assert expected == (result_of(tmp_path / "first"), windows_of(tmp_path / "first"))
-    for at in moments(whole.num_operations, 3):
-        out = tmp_path / f"at-{at}"
-        assert command("train", file, f"out={out}", folder=out, kill_at=at).code == -9
-        again = command("train", file, f"out={out}", folder=out)
-        assert again.code == 0, (at, again.shown)
-        assert (result_of(out), windows_of(out)) == expected, at
-
-
-def stop_at(step):
-    """Tells the run to stop when it has taken so many steps: in the middle of a window."""
+def signalled(monkeypatch, step, number=signal.SIGTERM):
+    """The process gets a signal in a step: in the middle of a window."""
     steps = loop.take_step
 
     def take_step(state, *arguments):
         if state.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return steps(state, *arguments)
 
-    loop.take_step = take_step
+    monkeypatch.setattr(loop, "take_step", take_step)
 
 
-def test_two_processes_see_the_same_windows_and_one_finishes_their_run(streamed, tmp_path, preceptor):
-    file = streamed(eval_rows=None, eval__every=None)
+def test_a_run_killed_anywhere_is_finished_by_the_same_command(streamed, tmp_path, preceptor, monkeypatch):
+    file = streamed(eval_rows=conversations(2), eval__every="4 steps")
+    assert preceptor("train", file, f"out={tmp_path / 'whole'}")[0] == 0
+    expected = result_of(tmp_path / "whole"), windows_of(tmp_path / "whole")
+    for kill_at in (None, 60):  # in a step, or at a file operation
+        out = tmp_path / f"at-{kill_at}"
+        with monkeypatch.context() as patch:
+            if kill_at is None:
+                signalled(patch, 6, signal.SIGKILL)
+            assert command("train", file, f"out={out}", folder=out, kill_at=kill_at).code == -9
+        again = command("train", file, f"out={out}", folder=out)
+        assert again.code == 0, (kill_at, again.shown)
+        assert (result_of(out), windows_of(out)) == expected, kill_at
+
+
+def test_two_processes_see_the_same_windows_and_one_finishes_their_run(streamed, tmp_path, preceptor, monkeypatch):
+    file = streamed()
     assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0
     keys = (f"out={tmp_path / 'two'}", "parallel.strategy=replicate")
-    found = run_command(2, "train", file, *keys, before=lambda rank: rank and stop_at(5))
+    found = run_command(2, "train", file, *keys, before=lambda rank: rank and signalled(monkeypatch, 5))
     assert [process.code for process in found] == [75, 75], found
     code, out, err = preceptor("train", file, *keys)
     assert code == 0, err
@@ -115,19 +118,16 @@ def test_a_run_goes_on_only_with_the_same_stream(streamed, tmp_path, preceptor, 
     rows = conversations(30)
     file = streamed(rows)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", loop.take_step)
-        stop_at(7)
+        signalled(patch, 7)
         assert preceptor("train", file)[0] == 75
     changed = [*rows[:6], {"messages": [*rows[6]["messages"][:1], {"role": "assistant", "content": "No."}]}, *rows[7:]]
     streamed(changed)
     code, _, err = preceptor("train", file)
     assert code == 3 and "the sources give other examples before it than when the run trained them" in err, err
-    streamed(rows)
-    assert preceptor("train", file)[0] == 0
 
 
 def test_too_many_rejections_later_on_end_the_run_with_its_steps_saved(streamed, tmp_path, preceptor):
-    file = streamed([*conversations(8), *[EMPTY] * 7], data__max_rejected=0.2, eval_rows=None)
+    file = streamed([*conversations(8), *[EMPTY] * 7], data__max_rejected=0.2)
     code, _, err = preceptor("train", file)
     assert code == 3 and "window 1: 2 of 10" not in err
     assert "window 2: 7 of 15 examples cannot be trained (46.7%" in err and "empty_text: first at" in err
@@ -149,30 +149,29 @@ def test_a_pipe_is_trained_and_its_end_loses_nothing(streamed, tmp_path, precept
         thread.start()
         return thread
 
-    file = streamed(data__train=[{"path": str(pipe)}], eval_rows=None)
+    file = streamed(data__train=[{"path": str(pipe)}])
     writer = write(12)
     code, _, err = preceptor("train", file)
     assert code == 3 and "endless.jsonl: the pipe ended after 12 examples" in err, err
     writer.join(5)
     writer = write(60)  # the same ones from the beginning, and more
-    code, out, err = preceptor("train", file)
+    code, _, err = preceptor("train", file)
     assert code == 0, err
     assert len(lines(tmp_path / "run", "metrics.jsonl")) == 8
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations(60)))
-    as_file = streamed(data__train=[{"path": str(tmp_path / "all.jsonl")}], eval_rows=None, out=str(tmp_path / "file"))
-    assert preceptor("train", as_file)[0] == 0
-    ids = [[line["sha256"] for line in windows_of(tmp_path / name)] for name in ("run", "file")]
-    assert ids[0] == ids[1]
+    as_file = config.load(streamed(data__train=[{"path": str(tmp_path / "all.jsonl")}]))
+    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["trees_sha256"] == prepare(as_file).train.sha256
+    assert record["data"] == [{"use": "train", "name": str(pipe), "revision": None, "num_bytes": None, "sha256": None}]
 
 
 def test_replay_shared_prefixes_and_weights_meet_windows(streamed):
     rows = [row for row in conversations(4) for _ in range(3)]
-    run = config.load(
-        streamed(rows, data__share_prefixes=True, data__window=12),
-        ['replay={"data": [{"path": "%s"}], "share": 0.5}' % config.load(streamed(rows)).data.train[0].path],
-    )
+    file = streamed(rows, data__share_prefixes=True, data__window=12)
+    path = config.load(file).data.train[0].path
+    run = config.load(file, [f'replay={{"data": [{{"path": "{path}"}}], "share": 0.5}}'])
     prepared = prepare(run)
-    assert prepared.tokens.ungrouped > prepared.tokens.computed
+    assert prepared.tokens.ungrouped > prepared.tokens.computed and prepared.examples_per_epoch > 12
     loader = prepared.loader()
     batches = [loader.batch(step) for step in range(6)]
     again = prepare(run).loader()
@@ -218,9 +217,22 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
     with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe, which can be read only once: set data\.streaming"):
         prepare(config.load(streamed(data__train=pipe, data__streaming=False, data__window=10_000)))
     with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe.*only data\.train can be streamed"):
-        prepare(config.load(streamed(data__eval=pipe, eval_rows=None)))
+        prepare(config.load(streamed(data__eval=pipe)))
     with pytest.raises(DataError, match="no example is left to train"):
         prepare(config.load(streamed([EMPTY], data__max_rejected=1.0)))
+
+
+def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor):
+    file = streamed(conversations(40))
+    code, out, _ = preceptor("check", file)
+    assert code == 0 and "train.jsonl: messages (5 examples)" in out
+    assert "of the stream only the first window was read" in out
+    code, out, _ = preceptor("plan", file)
+    assert code == 0 and "how many examples the data has is known only once it is read; 8 steps are trained" in out
+    assert "128 tokens" in out
+    found = facts(read_run(write_run(tmp_path / "a", data={**DATA, "num_windows": 3, "examples_per_epoch": None})))
+    assert (found["windows begun"], found["examples read"], found["tokens in these windows"]) == ("3", "100", "9,000")
+    assert "examples per epoch" not in found
 
 
 def test_evaluations_of_a_stream_are_by_default_in_parts_of_the_run(run_file):

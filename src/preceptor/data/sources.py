@@ -5,7 +5,7 @@ grow with the number of examples. What is no example, or cannot be trained, is a
 is a DataError.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -83,6 +83,14 @@ class OpenSource:
         """Each example of one of the tables. Raises DataError as `examples`."""
         for place, row in _named(table, self.source):
             yield Entry(table.name, *read_row(row, place, self.source.nulls))
+
+
+def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:
+    """Raises ConfigError where a pipe is among sources that are read as a whole."""
+    for source in sources:
+        if source.is_pipe:
+            helps = "only data.train can be streamed" if streaming else "set data.streaming: true"
+            raise ConfigError(f"{source.source.path}: is a pipe, which can be read only once: {helps}")
 
 
 def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:

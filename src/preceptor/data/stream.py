@@ -61,6 +61,13 @@ class Window:
     sha256: str
 
 
+def window_shares(sources: Sequence[Source], size: int, number: int = 0) -> list[int]:
+    """The examples of each source in a window of `size`; over all windows exact."""
+    weights = [Fraction(source.weight or 1.0) for source in sources]
+    ends = [[floor(at * size * weight / sum(weights)) for weight in weights] for at in (number, number + 1)]
+    return [end - start for start, end in zip(*ends, strict=True)]
+
+
 class WindowReader:
     """Reads sources as windows of `size` examples, from the first on. It can be pickled before it has read.
 
@@ -84,12 +91,6 @@ class WindowReader:
         self._read: list[tuple[Iterator[Entry], Cache | None]] | None = None
         self._ended = ""
         self._number = self._num_read = 0
-
-    def shares(self, number: int) -> list[int]:
-        """The examples of each source in a window; over all windows exact."""
-        weights = [Fraction(source.weight or 1.0) for source in self._sources]
-        ends = [[floor(at * self._size * weight / sum(weights)) for weight in weights] for at in (number, number + 1)]
-        return [end - start for start, end in zip(*ends, strict=True)]
 
     def write_next(self, folder: Path) -> None:
         """Render the next window and write it to the folder. Raises StreamError where there is none, and DataError."""
@@ -137,7 +138,8 @@ class WindowReader:
 
     def _next_entries(self, number: int) -> Iterator[tuple[Iterator[Entry], Cache | None]]:
         assert self._read is not None
-        for source, (entries, cache), num in zip(self._sources, self._read, self.shares(number), strict=True):
+        shares = window_shares(self._sources, self._size, number)
+        for source, (entries, cache), num in zip(self._sources, self._read, shares, strict=True):
             yield self._taken(source.path, entries, num), cache
 
     def _taken(self, path: str, entries: Iterator[Entry], num: int) -> Iterator[Entry]:

@@ -28,11 +28,11 @@ from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.mixture import draw_replay, mix
 from preceptor.data.reading import TableReader, read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.tasks import Task, read_task
 from preceptor.world import ONE, World
 
@@ -167,14 +167,6 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         cache=cache,
         stream=of_stream,
     )
-
-
-def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:
-    """Raises ConfigError where a pipe is among sources that are read as a whole."""
-    for source in sources:
-        if source.is_pipe:
-            helps = "only data.train can be streamed" if streaming else "set data.streaming: true"
-            raise ConfigError(f"{source.source.path}: is a pipe, which can be read only once: {helps}")
 
 
 def _windows(

@@ -50,13 +50,13 @@ from preceptor.train.optimizer import (
     optimizer_lines,
 )
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
-from preceptor.train.preflight import preflight
+from preceptor.train.preflight import PreflightResult, preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.weightwise import WeightwiseOptimizer
-from preceptor.train.windows import WindowRecord
+from preceptor.train.windows import WindowRecord, record_windows
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
@@ -278,8 +278,7 @@ def execute_in(
     state = State(model, _optimizer(run, model))
     checkpoints = _checkpoints(folder, run, record, world)
     _require_room(run, state, checkpoints)
-    state_bytes = expected_state_bytes(state.optimizer)
-    passed = preflight(model, prepared.loader(), run.train.precision, say, objective, state_bytes)
+    passed = _preflight(prepared, state, objective, say)
     loader = passed.loader
     predicted = _predicted_bytes(prepared, model, loader, device) if placement is None else placement.peak_bytes
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
@@ -297,10 +296,7 @@ def execute_in(
         }
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
-    if isinstance(loader, StreamLoader):
-        loader.on_window = WindowRecord(prepared, folder, world, say)
-        if state.position is not None:
-            loader.seek(state.position)
+    record_windows(loader, state.position, WindowRecord(prepared, folder, world, say))
     with prepared.streaming(), stop.while_training(folder.path, world):
         with checkpoints, Display(console, num_steps, state.step) as display:
             evaluations = build_evaluations(prepared, folder.path, display.say, loader.alone, world)
@@ -310,6 +306,13 @@ def execute_in(
         _end(state, run, folder, checkpoints, num_steps, world, say)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
+
+
+def _preflight(prepared: Prepared, state: State, objective: Objective, say: Callable[[str], None]) -> PreflightResult:
+    precision = prepared.run.train.precision
+    assert precision is not None, "resolved by now"
+    state_bytes = expected_state_bytes(state.optimizer)
+    return preflight(state.model, prepared.loader(), precision, say, objective, state_bytes)
 
 
 def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader | StreamLoader, device: torch.device) -> int | None:
