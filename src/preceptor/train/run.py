@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,6 +17,7 @@ from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, StreamLoader, few_steps
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.files import read_json, write_json
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
@@ -27,6 +29,7 @@ from preceptor.model.trained import choose_trained
 from preceptor.plan.devices import DeviceSpec, this_machine_bytes
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
+from preceptor.report.curves import PREDICTED
 from preceptor.train import loop
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes, require_finite
 from preceptor.train.differences import (
@@ -280,7 +283,6 @@ def execute_in(
     _require_room(run, state, checkpoints)
     passed = _preflight(prepared, state, objective, say)
     loader = passed.loader
-    predicted = _predicted_bytes(prepared, model, loader, device) if placement is None else placement.peak_bytes
     num_steps = run.train.duration.steps(loader.steps_per_epoch)
     if dry_run:
         _announce(console, prepared, state, num_steps, loader, "`preceptor check` counts them")
@@ -292,7 +294,7 @@ def execute_in(
             "each_conversation_alone": loader.alone,
             "preflight_seconds": passed.seconds,
             "memory_before_bytes": memory_before_bytes,
-            **({} if predicted is None else {"predicted_memory_bytes": predicted}),
+            **({} if placement is None else {PREDICTED: placement.peak_bytes}),
         }
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
@@ -304,6 +306,7 @@ def execute_in(
         require_finite(state)
         loop.require_finite_loss(state, loader.batch(state.step - 1)[0], run.train.precision, objective)
         _end(state, run, folder, checkpoints, num_steps, world, say)
+        _record_prediction(folder, prepared, model, loader, world)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
 
@@ -315,9 +318,17 @@ def _preflight(prepared: Prepared, state: State, objective: Objective, say: Call
     return preflight(state.model, prepared.loader(), precision, say, objective, state_bytes)
 
 
-def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader | StreamLoader, device: torch.device) -> int | None:
-    num_new_tokens = num_token_rows(model) or len(prepared.chat.added)
-    return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)
+def _record_prediction(
+    folder: RunFolder, prepared: Prepared, model: Any, loader: Loader | StreamLoader, world: World
+) -> None:
+    """What memory a plan predicts, beside what was measured: at the end, as the first step need not wait for it."""
+    if world.size > 1:
+        return  # it was needed to place the model
+    num_new_tokens, sequence = num_token_rows(model) or len(prepared.chat.added), loader.largest_sequences()[0]
+    found = predict_peak_bytes(prepared.run, model, sequence, num_new_tokens, model.device.type)
+    if found is not None:
+        with suppress(CheckpointError):  # a disk that is full is no reason to end here
+            write_json(folder.path / "data.json", {**read_json(folder.path / "data.json"), PREDICTED: found})
 
 
 def _connected(prepared: Prepared, world: World) -> torch.device:
