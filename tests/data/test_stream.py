@@ -1,9 +1,13 @@
 """Windows of a stream: the same examples in the same windows at every start, rendered ahead, memory for a few."""
 
+import contextlib
+import itertools
 import json
 import os
+import pickle
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -69,6 +73,15 @@ def test_sources_are_read_in_order_each_by_its_weight_and_begin_anew(write_jsonl
     assert [r.code for t in third.tables for r in t.rejections] == ["empty_text"] and third.num_examples == 4
 
 
+def test_a_reader_can_be_sent_to_a_fresh_interpreter(write_jsonl, tmp_path):
+    reader = reader_of([Source(path=write_jsonl(texts(6)))])
+    again = pickle.loads(pickle.dumps(reader))
+    for each, folder in ((reader, tmp_path / "a"), (again, tmp_path / "b")):
+        folder.mkdir()
+        each.write_next(folder)
+    assert (tmp_path / "a" / "0.flat").read_bytes() == (tmp_path / "b" / "0.flat").read_bytes()
+
+
 def test_shares_add_up_over_the_windows():
     sources = [Source(path="a", weight=0.5), Source(path="b"), Source(path="c", weight=2.0)]
     shares = [window_shares(sources, 10, number) for number in range(7)]
@@ -121,6 +134,26 @@ def test_a_pipe_is_read_once_and_its_end_is_an_error_that_all_see(tmp_path, open
     writer.join(5)
 
 
+def test_a_server_that_sends_without_end(opened):
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for number in itertools.count():
+                    self.wfile.write(json.dumps(texts(1, number)[0]).encode() + b"\n")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        windows = opened([Source(path=f"http://127.0.0.1:{server.server_port}/rows.jsonl")], size=50)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [places(windows.get(number))[0] for number in (0, 3)] == ["rows.jsonl:1", "rows.jsonl:151"]
+        windows.close()
+        server.shutdown()
+
+
 def test_what_goes_wrong_in_the_other_process_is_told(write_jsonl, opened, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps(row) + "\n" for row in texts(6)) + "{\n")
@@ -131,7 +164,7 @@ def test_what_goes_wrong_in_the_other_process_is_told(write_jsonl, opened, tmp_p
     windows = opened([Source(path=write_jsonl(texts(6)))])
     windows.get(0, is_trained=False)
     windows._process.kill()
-    with pytest.raises(StreamError, match="was killed, often for want of memory"):
+    with pytest.raises(StreamError, match="ended, often for want of memory"):
         windows.get(1)
 
 

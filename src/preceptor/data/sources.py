@@ -76,6 +76,10 @@ class OpenSource:
             self._begun = list(islice(rest, _FIRST)), rest
         return [entry.example for entry in self._begun[0]]
 
+    def close(self) -> None:
+        """Forget what `peek` has read; `entries` begins at the start."""
+        self._begun = None
+
     def _read(self) -> Iterator[Entry]:
         return chain.from_iterable(map(self.entries_of, self.tables))
 

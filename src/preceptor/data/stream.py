@@ -48,6 +48,10 @@ from preceptor.errors import PreceptorError, StreamError
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
+_KILLED = (
+    "the process that renders the data ahead ended, often for want of memory. A script that calls this needs its own "
+    'work under `if __name__ == "__main__":`'
+)
 _ENDS_WITH_SECONDS = 1.0  # between two looks whether the process that trains is still there
 
 
@@ -200,7 +204,7 @@ class Windows:
             if error.exists():
                 raise StreamError(error.read_text(encoding="utf-8"))
             if self._process is not None and not self._process.is_alive() and not place.exists():
-                self._say("error", "the process that renders the data ahead was killed, often for want of memory")
+                self._say("error", _KILLED)
             time.sleep(_WAIT_SECONDS)
         file = FlatFile(place)
         tables = []

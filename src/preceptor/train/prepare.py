@@ -128,6 +128,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     streaming = run.data.streaming
     whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
     require_no_pipe(whole, streaming)
+    for source in sources["train"] if streaming else ():
+        source.close()  # another process reads it
     stream = _windows(run, renderer, fitter, cache, num_processes, world) if streaming else None
     with example_progress(
         [table for source in whole for table in source.tables], "reading and rendering"
