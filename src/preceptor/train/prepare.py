@@ -128,9 +128,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     streaming = run.data.streaming
     whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
     require_no_pipe(whole, streaming)
-    for source in sources["train"] if streaming else ():
-        source.close()  # another process reads it
-    stream = _windows(run, renderer, fitter, cache, num_processes, world) if streaming else None
+    stream = _windows(run, sources["train"], renderer, fitter, cache, num_processes, world) if streaming else None
     with example_progress(
         [table for source in whole for table in source.tables], "reading and rendering"
     ) as on_example:
@@ -172,9 +170,17 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
 
 
 def _windows(
-    run: config.Run, renderer: Renderer, fitter: Fitter, cache: Cache | None, num_processes: int, world: World
+    run: config.Run,
+    sources: Sequence[OpenSource],
+    renderer: Renderer,
+    fitter: Fitter,
+    cache: Cache | None,
+    num_processes: int,
+    world: World,
 ) -> Windows:
     """The windows of `data.train`, which the first process of each machine has rendered."""
+    for source in sources:
+        source.close()  # another process reads it from the start
     node = f"stream of machine {world.rank // world.local_size}"
     if world.local_rank:
         return Windows(Path(world.published(node)))
