@@ -17,7 +17,7 @@ from preceptor.config import Source
 from preceptor.data import stream, workers
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
-from preceptor.errors import StreamError
+from preceptor.errors import ProcessError, StreamError
 from tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
@@ -192,5 +192,7 @@ def test_what_renders_ends_when_the_process_that_trains_is_killed(write_jsonl):
     while Path(spool).exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not Path(spool).exists()
+    with pytest.raises(ProcessError, match="has ended"):
+        Windows(Path(spool)).get(100)  # another process of the run, which waits
     os.close(read)
     os.close(write)

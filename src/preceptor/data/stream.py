@@ -44,7 +44,7 @@ from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.table_trees import ExampleCounts, TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import ExampleRenderer, start_method
-from preceptor.errors import PreceptorError, StreamError
+from preceptor.errors import PreceptorError, ProcessError, StreamError
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
@@ -194,7 +194,7 @@ class Windows:
     def get(self, number: int, is_trained: bool = True) -> Window:
         """A window, once it is rendered; no earlier one can be had later. is_trained: those after it will be asked for.
 
-        Raises StreamError, in all processes the same, where it cannot be had.
+        Raises StreamError, in all processes the same, where it cannot be had; ProcessError where its process ended.
         """
         if is_trained and self._process is not None:
             self._say("wanted", str(number))
@@ -205,6 +205,8 @@ class Windows:
                 raise StreamError(error.read_text(encoding="utf-8"))
             if self._process is not None and not self._process.is_alive() and not place.exists():
                 self._say("error", _KILLED)
+            if not self.spool.exists():  # it is removed when the process that has it rendered ends
+                raise ProcessError("the process of this machine that has the data rendered has ended")
             time.sleep(_WAIT_SECONDS)
         file = FlatFile(place)
         tables = []
