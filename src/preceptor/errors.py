@@ -38,6 +38,10 @@ class DataError(PreceptorError, ValueError):
     exit_code = 3
 
 
+class StreamError(DataError):
+    """A stream gives no further window, for a reason that all processes of the run see alike."""
+
+
 class TemplateError(PreceptorError, ValueError):
     """A chat template is missing, does not parse, or cannot represent what it is given.
 

@@ -120,8 +120,8 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     """The chat format to train with: the model's tokenizer, with the tokens that the template needs.
 
     Where neither the run file nor the model names a template, chatml is used if one of the first examples of `sources`
-    is a conversation, or was rejected and might have been one; else there is none and nothing is added, so that a base
-    model stays one. Raises ModelError and TemplateError, and DataError as reading the sources does.
+    is a conversation, was rejected and might have been one, or is in a pipe; else there is none and nothing is added,
+    so that a base model stays one. Raises ModelError and TemplateError, and DataError as reading the sources does.
     """
     path = resolve_model_path(model.place)
     source: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
@@ -134,7 +134,10 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     if (
         data.chat_template is not None
         or tokenizer.chat_template
-        or any(not isinstance(example, Document | Completion) for source in sources for example in source.peek())
+        or any(
+            source.is_pipe or any(not isinstance(example, Document | Completion) for example in source.peek())
+            for source in sources
+        )
     ):
         template = load_template(data.chat_template, tokenizer)
         added = add_tokens(tokenizer, template.needed_tokens)

@@ -78,12 +78,41 @@ class Run(Section):
         if self.loss.code is not None and (self.loss.type != "nll" or self.loss.label_smoothing):
             key = "type" if self.loss.type != "nll" else "label_smoothing"
             raise ConfigError(f"loss.{key}: is part of the loss that `loss.code` replaces; remove one of them")
-        self._require_evaluations()
+        own = self._of_a_stream() if self.data.streaming else self
+        if not self.data.streaming and self.data.window != Data.model_fields["window"].default:
+            raise ConfigError("data.window: only data.streaming has windows; set it, or remove the key")
+        own._require_evaluations()
         optimizer = _resolved(self.optimizer, model.dtype == "bfloat16" and adapter is None, adapter is not None)
         if adapter is not None and adapter.alpha is None:
             adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
-        return self.model_copy(update={"optimizer": optimizer, "adapter": adapter, "tracker": tracker})
+        return own.model_copy(update={"optimizer": optimizer, "adapter": adapter, "tracker": tracker})
+
+    def _of_a_stream(self) -> "Run":
+        """With the defaults of a stream. Raises ConfigError for a key that asks for epochs, which a stream has not."""
+        own = self
+        if "every" not in self.eval.model_fields_set:
+            own = self.model_copy(update={"eval": self.eval.model_copy(update={"every": Duration(10, "percent")})})
+        durations = {
+            "train.duration": own.train.duration,
+            "optimizer.warmup": own.optimizer.warmup,
+            "optimizer.decay": own.optimizer.decay,
+            "checkpoint.every": own.checkpoint.every,
+            "eval.every": own.eval.every,
+        }
+        for key, value in durations.items():
+            if value is not None and value.unit == "epochs":
+                raise ConfigError(
+                    f"{key}: {value}, but with data.streaming there are no epochs: how many steps the data makes is "
+                    "known only when all of it is read. Give steps, such as `1000 steps`"
+                )
+        for source in self.data.train:
+            if source.count is not None:
+                raise ConfigError(
+                    f"data.train: {source.path}: `count` is of an epoch, which a stream has not; give `weight`, by "
+                    "which each window is shared among the sources"
+                )
+        return own
 
     def _require_durations(self) -> None:
         duration = self.train.duration

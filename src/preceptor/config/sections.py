@@ -159,6 +159,10 @@ class Data(Section):
     """Examples over `max_length`: reject, leave the oldest messages out, or make several (docs/data.md)."""
     cache: Path_ | None = None
     """Folder that keeps rendered data for later runs, or `off`. Absent: $PRECEPTOR_CACHE, else ~/.cache/preceptor."""
+    streaming: bool = False
+    """Render ahead while training, window by window: for data without an end, or too large to be rendered first."""
+    window: Annotated[int, Field(ge=1, le=10**7)] = 10_000
+    """With `streaming`: examples that are shuffled and packed together; of each source a share by its `weight`."""
     share_prefixes: bool = False
     """Compute what conversations begin with once: equal prompts, or 64 tokens and more in common. Same gradient."""
     max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01

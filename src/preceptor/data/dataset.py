@@ -67,6 +67,8 @@ class TreeStore:
     @property
     def target_lengths(self) -> np.ndarray:
         """Tokens of each target, of all trees as often as they occur in the epoch, in no order."""
+        if self._takes_all:
+            return np.concatenate([table.load("targets") for table in self.tables])
         times_N = np.bincount(self.chosen_N, minlength=int(self._starts[-1]))
         parts = []
         for table, start in zip(self.tables, self._starts, strict=False):

@@ -12,7 +12,7 @@ import json
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ class Arrays(Protocol):
     @property
     def about(self) -> Mapping[str, Any]: ...
 
+    @property
+    def names(self) -> Collection[str]: ...
+
     def load(self, name: str) -> np.ndarray:
         """A whole array. Raises DataError if it is damaged."""
 
@@ -43,6 +46,10 @@ class MemoryArrays:
 
     def __init__(self, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         self.about, self._arrays = about, arrays
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
 
     def load(self, name: str) -> np.ndarray:
         return self._arrays[name]
@@ -75,6 +82,10 @@ class FlatFile:
         if end - size != found["num_bytes"]:
             raise self._damaged("it is cut")
         self.num_bytes = end + _END.size
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
 
     def load(self, name: str) -> np.ndarray:
         kind, shape, offset, sha256 = self._arrays[name]

@@ -5,16 +5,22 @@ would have got.
 """
 
 import copy
+import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from preceptor.data.dataset import Dataset
-from preceptor.data.forest import PackedSequence, Tree, pack_trees
+from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.packing import EpochPlans
 from preceptor.data.prefix_sharing import chains_of
+from preceptor.data.stream import Window, Windows
+from preceptor.errors import StreamError
 
 FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
 
@@ -37,6 +43,54 @@ def few_steps(num_steps: int, num_tokens: int, longest: int) -> str | None:
     )
 
 
+@dataclass(frozen=True)
+class Amounts:
+    """Of a stream so far: examples, how many were rejected for which code, tokens."""
+
+    num_examples: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_trained: int = 0
+
+    def plus(self, window: Window, dataset: Dataset | None) -> "Amounts":
+        """dataset: the window's."""
+        codes = Counter(rejection.code for table in window.tables for rejection in table.rejections)
+        return Amounts(
+            self.num_examples + window.num_examples,
+            dict(Counter(self.rejected) + codes),
+            self.num_tokens + (0 if dataset is None else int(dataset.lengths.sum(dtype=np.int64))),
+            self.num_trained + (0 if dataset is None else int(dataset.num_trained.sum(dtype=np.int64))),
+        )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is in a stream: the window, the step that begins it, and what was read before it."""
+
+    window: int
+    first_step: int
+    sha256: str
+    before: Amounts
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "Position":
+        return cls(**{**found, "before": Amounts(**found["before"])})
+
+
+@dataclass(frozen=True)
+class WindowFacts:
+    """A window that a run begins to train. so_far: with it. dataset: None where nothing in it can be trained."""
+
+    window: Window
+    dataset: Dataset | None
+    first_step: int
+    num_steps: int
+    so_far: Amounts
+
+
 class Loader:
     """The batches of a run. Every tree occurs once an epoch; epochs differ in packing and order, not in steps.
 
@@ -45,10 +99,14 @@ class Loader:
     steps over the same tokens, in smaller pieces.
     """
 
-    def __init__(self, dataset: Dataset, max_length: int, batch_size: int, seed: int) -> None:
+    position: Position | None = None  # which the step alone determines
+
+    def __init__(self, dataset: Dataset, max_length: int, batch_size: int, seed: int, first_epoch: int = 0) -> None:
+        """first_epoch: the number of the epoch that begins with step 0."""
         assert len(dataset.lengths)
         self._dataset = dataset
         self._max_length = max_length
+        self._first_epoch = first_epoch
         self._plans = EpochPlans(dataset.lengths, max_length, seed)
         self.batch_size = batch_size
         self.alone = False
@@ -81,8 +139,13 @@ class Loader:
             return [(tree.source,) for own in trees for tree in own for _ in chains_of(tree)]
         return [tuple(tree.source for tree in own) for own in trees]
 
+    def progress(self, step: int) -> dict[str, Any]:
+        """How far a run is after so many steps, for its log."""
+        return {"epoch": round(step / self.steps_per_epoch, 4)}
+
     def _planned(self, step: int, rank: int, num_ranks: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
+        epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         batch = self.plan(epoch, start, end)
         dealt = deal([int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch], num_ranks)
@@ -126,6 +189,119 @@ class Loader:
     def fill(self) -> float:
         """Share of the sequences' capacity that tokens take."""
         return int(self._dataset.lengths.sum(dtype=np.int64)) / (self.sequences_per_epoch * self._max_length)
+
+
+class StreamLoader:
+    """The batches of a stream (stream.py): of one window after the other, each as `Loader` makes those of an epoch.
+
+    How many steps a window takes is known when it is rendered, so a step is found from the *position*: the number of
+    the window, its first step, and what was read before it. A run that goes on begins there.
+    """
+
+    steps_per_epoch = 0  # there are no epochs
+    alone = False
+
+    def __init__(
+        self,
+        windows: Windows,
+        first: Dataset,
+        opened: Callable[[Window], Dataset | None],
+        longest: int,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """first: of the first window. opened: a window's trees; None where there are none. longest: of an example."""
+        self._windows, self._opened = windows, opened
+        self._settings = max_length, batch_size, seed
+        self._first = Loader(first, *self._settings)
+        self._longest, self.batch_size, self.fill = longest, batch_size, self._first.fill
+        self._window: Window | None = None
+        self._loader: Loader | None = None
+        self._at, self._amounts = Position(0, 0, "", Amounts()), Amounts()
+        self.on_window: Callable[[WindowFacts], None] = lambda _: None
+
+    def apart(self) -> "StreamLoader":
+        """As `Loader.apart`; for a loader of which no batch was asked for."""
+        loader = copy.copy(self)
+        loader.alone, loader._first = True, self._first.apart()
+        return loader
+
+    @property
+    def position(self) -> Position:
+        """Of the window of the batch that was asked for last."""
+        return self._at
+
+    def seek(self, position: Position) -> None:
+        """Go on from there. The next batch raises StreamError where the stream is another one up to there."""
+        self._at, self._window = position, None
+
+    def plan(self, epoch: int, start: int = 0, end: int | None = None) -> list[list[int]]:
+        """As `Loader.plan`, of the first window."""
+        return self._first.plan(epoch, start, end)
+
+    def trees(self, planned: Sequence[int]) -> list[Tree]:
+        return self._first.trees(planned)
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
+        """As `Loader.batch`; no step before the position. Raises StreamError."""
+        loader = self._loader_of(step)
+        return loader.batch(step - self._at.first_step, rank, num_ranks)
+
+    def sources(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, ...]]:
+        loader = self._loader_of(step)
+        return loader.sources(step - self._at.first_step, rank, num_ranks)
+
+    def progress(self, step: int) -> dict[str, Any]:
+        return {"window": self._at.window}
+
+    def _loader_of(self, step: int) -> Loader:
+        assert step >= self._at.first_step, "windows that were trained are gone"
+        if self._window is None:
+            self._enter(self._at)
+        while self._loader is None or step >= self._at.first_step + self._loader.steps_per_epoch:
+            self._enter(self._next())
+        return self._loader
+
+    def _next(self) -> Position:
+        num_steps = 0 if self._loader is None else self._loader.steps_per_epoch
+        return Position(self._at.window + 1, self._at.first_step + num_steps, "", self._amounts)
+
+    def _enter(self, position: Position) -> None:
+        window = self._windows.get(position.window)
+        if position.sha256 not in ("", window.sha256):
+            raise StreamError(
+                f"window {position.window}: the sources give other examples before it than when the run trained them; "
+                "a stream must give the same from its beginning at every start"
+            )
+        dataset = self._opened(window)
+        self._window, self._at = window, replace(position, sha256=window.sha256)
+        self._loader = None
+        if dataset is not None:
+            self._loader = Loader(dataset, *self._settings, first_epoch=window.number)
+            self._loader.alone = self.alone
+        self._amounts = position.before.plus(window, dataset)
+        num_steps = 0 if self._loader is None else self._loader.steps_per_epoch
+        self.on_window(WindowFacts(window, dataset, position.first_step, num_steps, self._amounts))
+
+    def largest_sequences(self) -> list[PackedSequence]:
+        """As large as any that may come, as only the first window is known: full, with the share of trained tokens of
+        the first window's largest; and full, with all tokens trained that can be.
+        """
+        known = self._first.largest_sequences()[0]
+        ids = itertools.cycle(known.ids_T.tolist())
+        share = known.num_trained / known.num_tokens
+        return [self._full(ids, lambda length: length - max(1, round(length * share))), self._full(ids, lambda _: 1)]
+
+    def _full(self, ids: Iterator[int], num_context: Callable[[int], int]) -> PackedSequence:
+        trees, free = [], self._settings[0]
+        while free > 1:
+            length = min(free, self._longest)
+            context = min(length - 1, max(1, num_context(length)))
+            parts = [tuple(itertools.islice(ids, num)) for num in (context, length - context)]
+            trees.append(Tree("the largest", (Segment("context", parts[0], None), Segment("target", parts[1], 0))))
+            free -= length
+        return max(pack(trees, self.alone), key=lambda sequence: sequence.num_tokens)
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The trees of a source: read from the cache, or rendered and written to it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 from preceptor.data.cache import Cache, key_of
 from preceptor.data.examples import Rejection
@@ -23,14 +23,16 @@ def read_trees(
     num_processes: int = 1,
     cache: Cache | None = None,
     with_texts: bool = False,
+    most: int | None = None,
 ) -> Iterator[tuple[Entry, list[ExampleTree] | Rejection]]:
     """Each entry of a source with the examples that are trained for it, each with its tree, or with its rejection.
 
     With more than one process, large sources are rendered in several (workers.py says what the caller must heed).
-    with_texts: segments have their texts; without, they may have. Raises DataError if a file cannot be read.
+    most: so many entries, the first. with_texts: segments have their texts; without, they may have. Raises DataError
+    if a file cannot be read.
     """
     cache = _cache_for(source, cache)
-    for each in rendered_examples(source.entries(), renderer, fitter, num_processes, cache, with_texts):
+    for each in rendered_examples(islice(source.entries(), most), renderer, fitter, num_processes, cache, with_texts):
         yield each.entry, fitter.fit(each.content, each.outcome)
 
 

@@ -5,7 +5,7 @@ grow with the number of examples. What is no example, or cannot be trained, is a
 is a DataError.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -16,7 +16,7 @@ from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
-from preceptor.data.formats.tables import DataTable, find_tables
+from preceptor.data.formats.tables import DataTable, TextFile, find_tables
 from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
 
@@ -49,6 +49,11 @@ class OpenSource:
         self.tables = find_tables(self.source)
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
 
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it can be read only once."""
+        return any(isinstance(table, TextFile) and table.is_pipe for table in self.tables)
+
     def rows(self) -> TableRows:
         """Each row as the file holds it, with its place. Raises DataError for what cannot be read or is empty."""
         for table in self.tables:
@@ -65,11 +70,17 @@ class OpenSource:
         return chain(first, rest)
 
     def peek(self) -> list[Example | Rejection]:
-        """The first examples; `entries` goes on from here and reads them no second time."""
+        """The first examples, of a pipe none; `entries` goes on from here and reads them no second time."""
+        if self.is_pipe:
+            return []  # another process reads it
         if self._begun is None:
             rest = self._read()
             self._begun = list(islice(rest, _FIRST)), rest
         return [entry.example for entry in self._begun[0]]
+
+    def close(self) -> None:
+        """Forget what `peek` has read; `entries` begins at the start."""
+        self._begun = None
 
     def _read(self) -> Iterator[Entry]:
         return chain.from_iterable(map(self.entries_of, self.tables))
@@ -89,6 +100,14 @@ class OpenSource:
     def own(self) -> OwnFunction | None:
         """What makes a record of each row. Raises ConfigError where it cannot be loaded."""
         return None if self.source.code is None else load_code(self.source.code, "code")
+
+
+def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:
+    """Raises ConfigError where a pipe is among sources that are read as a whole."""
+    for source in sources:
+        if source.is_pipe:
+            helps = "only data.train can be streamed" if streaming else "set data.streaming: true"
+            raise ConfigError(f"{source.source.path}: is a pipe, which can be read only once: {helps}")
 
 
 def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -159,8 +159,8 @@ class TableBuilder:
         for segment in tree.segments:
             self._ids.update(segment.ids)
 
-    def finish(self, cache: Cache | None, key: str | None) -> TableTrees:
-        """All that was added; written to the cache under the key where there are both."""
+    def built(self) -> MemoryArrays:
+        """All that was added."""
         about = {
             "names": [self._name],
             "num_trees": len(self._lengths),
@@ -184,11 +184,16 @@ class TableBuilder:
             "digests": np.frombuffer(self._digests, np.uint8).reshape(-1, DIGEST_BYTES),
             "records": np.frombuffer(self._records, np.uint8),
         }
+        return MemoryArrays(about, arrays)
+
+    def finish(self, cache: Cache | None, key: str | None) -> TableTrees:
+        """All that was added; written to the cache under the key where there are both."""
+        built = self.built()
         if cache is not None and key is not None:
-            file = cache.write_table(key, about, arrays)
+            file = cache.write_table(key, built.about, {name: built.load(name) for name in built.names})
             if file is not None:
                 return TableTrees(self._name, file, cache.portion_path)
-        return TableTrees(self._name, MemoryArrays(about, arrays), None if cache is None else cache.portion_path)
+        return TableTrees(self._name, built, None if cache is None else cache.portion_path)
 
 
 def num_sample_tokens(tree: Tree, whole: bool) -> int:

@@ -92,6 +92,8 @@ def render_all(
         for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
             yield from zip(chunk, outcomes, strict=True)
     except BrokenProcessPool as error:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # those that ignore what the pool sends them would be waited for
         raise PreceptorError(
             "a process that renders the data ended before its work was done, often for want of memory: use fewer "
             f"processes than {num_processes} (1 needs no others). A script that calls this needs its own work under "

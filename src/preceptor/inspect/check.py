@@ -28,7 +28,8 @@ from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
 from preceptor.data.reading import read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import Entry, OpenSource
+from preceptor.data.sources import Entry, OpenSource, require_no_pipe
+from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 
@@ -136,24 +137,28 @@ class Check:
 
 
 def check_data(run: config.Run, num_processes: int = 1) -> Check:
-    """Read and render all data of a run, with a progress bar on a terminal.
+    """Read and render all data of a run, of a stream the first window, with a progress bar on a terminal.
 
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
     found = Check(RejectionCounts(run.data.allow_rejected))
-    sources = [("train", OpenSource(source)) for source in run.data.train]
-    sources += [("eval", OpenSource(source)) for source in run.data.eval]
-    chat = load_chat_format(run.model, run.data, [source for _, source in sources])
+    numbers: list[int | None] = [None] * len(run.data.train)
+    if run.data.streaming:
+        numbers = [*window_shares(run.data.train, run.data.window)]
+    sources = [("train", OpenSource(source), most) for source, most in zip(run.data.train, numbers, strict=True)]
+    sources += [("eval", OpenSource(source), None) for source in run.data.eval]
+    require_no_pipe([source for _, source, most in sources if most is None], run.data.streaming)
+    chat = load_chat_format(run.model, run.data, [source for _, source, _ in sources])
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     found.shortened = fitter.shortened
     found.arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
-    tables = [table for _, source in sources for table in source.tables]
+    tables = [] if run.data.streaming else [table for _, source, _ in sources for table in source.tables]
     with example_progress(tables, "checking") as on_example:
-        for part, source in sources:
-            for entry, fitted in read_trees(source, renderer, fitter, num_processes):
+        for part, source, most in sources:
+            for entry, fitted in read_trees(source, renderer, fitter, num_processes, most=most):
                 found.count(part, entry, fitted, whole=run.data.train_on == "all")
                 on_example()
             if part == "train":
@@ -168,8 +173,10 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
     num_trained = sum(table.num_trained for table in train)
     saved = found.num_sample_tokens - num_tokens
     num_examples = sum(table.num_examples for table in found.tables.values())
+    streaming = run is not None and run.data.streaming
     return {
         "passed": found.passed,
+        "only_first_window": streaming,
         "num_examples": num_examples,
         "num_rejected": found.rejections.num_rejected,
         "num_rejected_not_allowed": found.rejections.num_not_allowed,
@@ -201,8 +208,10 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
             "context": found.contexts.to_json(),
             "target": found.targets.to_json(),
         },
-        "mixture": (mixture := None if run is None else _mixture(found, run)),
-        "few_steps": run and _few_steps(found, run, mixture["num_tokens"] if mixture else num_tokens),
+        "mixture": (mixture := None if run is None or streaming else _mixture(found, run)),
+        "few_steps": None
+        if run is None or streaming
+        else _few_steps(found, run, mixture["num_tokens"] if mixture else num_tokens),
         "near_means_similarity": NEAR,
         "duplicates": _duplicates(found.train, found.train),
         "in_the_evaluation_set": _duplicates(found.train, found.held_out) if len(found.held_out) else None,
@@ -367,6 +376,10 @@ def _rejections(found: dict[str, Any]) -> str:
 
 def _verdict(found: dict[str, Any]) -> str:
     lines = [found["few_steps"]] if found["few_steps"] else []
+    if found["only_first_window"]:
+        lines.append(
+            "of the stream only the first window was read (data.window); what comes later is proved when it does"
+        )
     if found["allowed_but_never_seen"]:
         codes = ", ".join(found["allowed_but_never_seen"])
         lines.append(f"data.allow_rejected allows {codes}, but no example was rejected for it")

@@ -78,7 +78,7 @@ def make_plan(
     case = make_case(run, dry_run, sample, device)
     return plan | {
         "parameters": case.parameters.to_json(),
-        "sequence": _sequence_facts(case.work, sample),
+        "sequence": _sequence_facts(case.work, isinstance(sample, str) or run.data.streaming),
         "memory": {
             "components": dict(case.memory.components),
             "peak_bytes": case.memory.peak_bytes,
@@ -163,10 +163,11 @@ def _num_rows(rows: int, sample: Sample | str) -> int:
 def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...]:
     """The sample's largest sequence.
 
-    Without a sample: one conversation that fills the sequence, CONTEXT_SHARE of it context.
+    Without a sample, and of a stream, of which larger ones may come: one conversation that fills the sequence,
+    CONTEXT_SHARE of it context.
     """
     limit = run.data.max_length
-    found = None if isinstance(sample, str) else sample.largest_sequence(limit)
+    found = None if isinstance(sample, str) or run.data.streaming else sample.largest_sequence(limit)
     if found is None:
         context = int(limit * CONTEXT_SHARE)
         return (((context, limit - context),),)
@@ -216,12 +217,12 @@ def _setup_of_rank(setup: Setup, num_ranks: int) -> Setup:
     return replace(setup, sequences_per_step=-(-setup.sequences_per_step // num_ranks))
 
 
-def _sequence_facts(work: Work, sample: Sample | str) -> dict[str, Any]:
+def _sequence_facts(work: Work, is_assumed: bool) -> dict[str, Any]:
     return {
         "num_tokens": work.num_tokens,
         "num_trained": work.num_trained,
         "num_conversations": len(work.conversations),
-        "assumed": isinstance(sample, str),
+        "assumed": is_assumed,
     }
 
 
@@ -231,7 +232,8 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         return {"open": sample}
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
-        return {"open": "how many examples the data has is known only once it is read"}
+        found = "how many examples the data has is known only once it is read"
+        return {"open": found + (f"; {run.train.duration} are trained" if run.data.streaming else "")}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)

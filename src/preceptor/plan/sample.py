@@ -79,6 +79,9 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
         return "the data is at a URL, and is not fetched for a plan"
     if any(re.fullmatch(r"[\w.-]+/[\w.-]+", s.path) and not Path(s.path).exists() for s in run.data.train):
         return "the data is on the Hub, and is not fetched for a plan"
+    opened_sources = [OpenSource(source) for source in run.data.train]
+    if any(source.is_pipe for source in opened_sources):
+        return "the data is in a pipe, and is not read for a plan"
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -86,14 +89,13 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     num_examples: float | None = 0.0
     whole = True
     has_conversations = False
-    for source in run.data.train:
-        opened = OpenSource(source)
+    for opened in opened_sources:
         records, ended = _first(opened)
         whole &= ended
         good = [record for record in records if not isinstance(record, Rejection)]
         has_conversations |= any(isinstance(record, Conversation) for record in good)
         conversations += _turns_of(good, tokenizer, run.data.train_on)
-        in_source = _examples_in(opened, records, ended)
+        in_source = None if run.data.streaming else _examples_in(opened, records, ended)
         num_examples = None if num_examples is None or in_source is None else num_examples + in_source
     added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
     return Sample(tuple(conversations), num_examples, whole, added, tokenizer.get_vocab_size() + added)

@@ -12,12 +12,16 @@ LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
+    of_all = "tokens per epoch" if data.get("num_windows") is None else "tokens in these windows"
     found: dict[str, Any] = {
-        "examples in the data": _number(data.get("num_examples")),
+        "windows begun": _number(data.get("num_windows")),
+        "examples in the data" if data.get("num_windows") is None else "examples read": _number(
+            data.get("num_examples")
+        ),
         "rejected": _number(len(run.rejections)),
         "examples per epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
-        "tokens per epoch": _number(tokens.get("computed")),
-        "trained tokens per epoch": _number(tokens.get("trained")),
+        of_all: _number(tokens.get("computed")),
+        f"trained {of_all}": _number(tokens.get("trained")),
         "sequences filled": _share(data.get("fill")),
         "steps": _steps(run),
         "steps skipped": _number(len(run.skipped) or None),

@@ -9,7 +9,7 @@ from rich.console import Console
 from preceptor import config
 from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
-from preceptor.data.loader import Loader, few_steps
+from preceptor.data.loader import Loader, StreamLoader, few_steps
 from preceptor.model.load import unusable_settings
 from preceptor.model.parts import causal_lm, has_experts, tower_parameters
 from preceptor.train.build import saved_dtype
@@ -19,14 +19,20 @@ from preceptor.train.prepare import Prepared
 
 
 def announce(
-    console: Console, prepared: Prepared, state: State, num_steps: int, loader: Loader, where_rejected: str
+    console: Console,
+    prepared: Prepared,
+    state: State,
+    num_steps: int,
+    loader: Loader | StreamLoader,
+    where_rejected: str,
 ) -> None:
     run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     tokens = prepared.tokens
+    of = "first window: " if prepared.stream else ""
     console.print(
-        f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
+        f"{of}{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
         f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
@@ -44,13 +50,13 @@ def announce(
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)
     few = few_steps(num_steps, tokens.computed, int(prepared.train.lengths.max()))
-    if few:
+    if few and not prepared.stream:
         console.print(few, style="yellow", highlight=False, markup=False)
     if prepared.chat.added:
         console.print(f"new tokens: {' '.join(prepared.chat.added)}", highlight=False, markup=False)
     if prepared.rejections:
         num = len(prepared.rejections)
-        console.print(f"{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
+        console.print(f"{of}{num} example{'s' * (num != 1)} rejected, {where_rejected}", style="yellow")
 
 
 def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:

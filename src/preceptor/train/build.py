@@ -8,7 +8,7 @@ import torch
 
 from preceptor import config
 from preceptor.config.held import LiveModel
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
@@ -226,9 +226,14 @@ def _spread(
 
 
 def _untrained_tokens(model: Any, prepared: Prepared, say: Say) -> dict[str, int]:
-    """The tokens of the run that its base never saw, besides those that are new to the tokenizer."""
+    """The tokens of the run that its base never saw, besides those that are new to the tokenizer.
+
+    Of a stream those that may come: all that the base never saw.
+    """
     chat = prepared.chat
     used = prepared.train.token_ids | set(chat.stop_token_ids)
+    if prepared.stream is not None:
+        used |= set(chat.tokenizer.added_tokens_decoder)
     found = never_trained(model, chat.tokenizer, used)
     found = {token: id_ for token, id_ in found.items() if token not in chat.added}
     if found:
@@ -266,6 +271,6 @@ def saved_dtype(model: config.Model) -> torch.dtype | None:
     return stored_dtype(model.place, model.trust_remote_code, model.revision)
 
 
-def predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:
+def predicted_bytes(prepared: Prepared, model: Any, loader: Loader | StreamLoader) -> int | None:
     num_new_tokens = num_token_rows(model) or len(prepared.chat.added)
-    return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, device.type)
+    return predict_peak_bytes(prepared.run, model, loader.largest_sequences()[0], num_new_tokens, model.device.type)

@@ -2,11 +2,12 @@
 
     OUT/checkpoints/step-00000200/
       .metadata, *.distcp   trained parameters and optimizer state by name, of torch.distributed.checkpoint (DCP)
-      manifest.json         the run's id, the step, run file and versions; size and SHA-256 of each other file
+      manifest.json         the run's id, the step, in a stream the position, run file and versions; size and SHA-256
+                            of each other file
 
 Each rank writes its part of each tensor; any number of ranks can read them. A checkpoint is written beside its place
 and renamed by the first rank when all are done, so a folder named `step-*` is always complete. The order of the data
-needs no state: it is a function of the step (data/loader.py).
+needs no state: it is a function of the step (data/loader.py), of a stream with the position of its window.
 """
 
 import threading
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
+from preceptor.data.loader import Position
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import (
     cannot_write,
@@ -57,11 +59,12 @@ Content = dict[str, Any]
 
 @dataclass
 class State:
-    """What a run is between two steps. `step` counts the steps taken."""
+    """What a run is between two steps. `step` counts the steps taken. position: in a stream, else None."""
 
     model: Any
     optimizer: torch.optim.Optimizer
     step: int = 0
+    position: Position | None = None
 
     @cached_property
     def engine(self) -> Engine:
@@ -126,11 +129,12 @@ class Checkpoints:
             return
         require_finite(state)
         content, num_bytes, step = _content(state, with_optimizer), checkpoint_bytes(state, with_optimizer), state.step
+        position = None if state.position is None else state.position.to_json()
         if not self.async_save:
-            self._save(content, num_bytes, step)
+            self._save(content, num_bytes, step, position)
             return
         staged = BlockingAsyncStager().stage(content)
-        self._writer = _Writer(lambda: self._save(staged, num_bytes, step))
+        self._writer = _Writer(lambda: self._save(staged, num_bytes, step, position))
 
     def __enter__(self) -> Self:
         return self
@@ -153,18 +157,18 @@ class Checkpoints:
             if writer.error is not None:
                 raise writer.error
 
-    def _save(self, content: Content, num_bytes: int, step: int) -> None:
+    def _save(self, content: Content, num_bytes: int, step: int, position: dict[str, Any] | None) -> None:
         try:
-            self._write(content, num_bytes, step)
+            self._write(content, num_bytes, step, position)
         except CheckpointError as error:
             if not is_full(error) or len(self.found()) < 2:
                 raise
             self._prune(1, step)
-            self._write(content, num_bytes, step)
+            self._write(content, num_bytes, step, position)
         self._prune(self.keep, step)
         self.world.first(lambda: _delete(path for path in self.found() if path > self._place(step)))  # passed over
 
-    def _write(self, content: Content, num_bytes: int, step: int) -> None:
+    def _write(self, content: Content, num_bytes: int, step: int, position: dict[str, Any] | None) -> None:
         """Every rank its part, into a folder beside the place; then the first rank renames it."""
         place = self._place(step)
         try:
@@ -175,7 +179,8 @@ class Checkpoints:
 
             def finish() -> None:
                 with writing(place, num_bytes):
-                    write_manifest(partial, {"run": self.run_id, "step": step, **self.about}, described)
+                    own = {} if position is None else {"position": position}
+                    write_manifest(partial, {"run": self.run_id, "step": step, **own, **self.about}, described)
                     publish(partial, place)
 
             self.world.first(finish)
@@ -218,13 +223,14 @@ class Checkpoints:
         found, reasons = self.world.first(self.found), []
         for place in reversed(found):
             try:
-                step = self._read(place, state)
+                manifest = self._read(place, state)
             except CheckpointError as error:
                 reasons.append(str(error))
                 say(f"passed over: {error}")
                 continue
-            state.step = step
-            self._prune(self.keep, step)
+            state.step, position = int(manifest["step"]), manifest.get("position")
+            state.position = None if position is None else Position.from_json(position)
+            self._prune(self.keep, state.step)
             return
         if found:
             raise CheckpointError(
@@ -235,12 +241,12 @@ class Checkpoints:
         """Give the model the weights that it had after `step`; nothing else changes. Raises CheckpointError."""
         self._read(self._place(step), state, with_optimizer=False)
 
-    def _read(self, place: Path, state: State, with_optimizer: bool = True) -> int:
-        """The step of the checkpoint that is read, by all ranks. Each looks at its share of the files' hashes."""
+    def _read(self, place: Path, state: State, with_optimizer: bool = True) -> dict[str, Any]:
+        """The manifest of the checkpoint that is read, by all ranks. Each looks at its share of the files' hashes."""
         manifest = self.world.together(lambda: self._manifest(place))[0]
         saved = self.world.together(lambda: _saved_tensors(place, state))[0]
         self.world.together(lambda: _load(saved, place, state, self.world, with_optimizer))
-        return int(manifest["step"])
+        return manifest
 
     def _place(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -8,7 +8,8 @@ from typing import Any
 from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
+from preceptor.errors import StreamError
 from preceptor.files import append_line
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
@@ -27,11 +28,10 @@ class Step:
 
     loss: in nats, the mean over its trained tokens (or conversations, `loss.reduction`). grad_norm: before it was
     scaled down. seconds: of the slowest process. skipped: why its update was left out, and `examples` whose; "" where
-    it was applied.
+    it was applied. epoch: epochs done; of a stream it is None, and window the number of its window.
     """
 
     number: int
-    epoch: float
     loss: float
     learning_rate: float
     grad_norm: float
@@ -41,13 +41,13 @@ class Step:
     peak_memory_bytes: int
     skipped: str = ""
     examples: tuple[str, ...] = ()
+    epoch: float | None = None
+    window: int | None = None
 
     def line(self) -> dict[str, Any]:
         """As metrics.jsonl has it."""
         found = {("step" if key == "number" else key): value for key, value in asdict(self).items()}
-        if not self.skipped:
-            del found["skipped"], found["examples"]
-        return found
+        return {key: value for key, value in found.items() if value not in ("", (), None)}
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Loop:
     run: config.Run
     objective: Objective
     state: State
-    loader: Loader
+    loader: Loader | StreamLoader
     evaluations: Evaluations
     display: Display
     folder: RunFolder
@@ -78,8 +78,8 @@ class Loop:
     def steps(self) -> Generator[Step]:
         """Each step when it was taken and recorded. Whoever asks may evaluate, save and end meanwhile.
 
-        Raises ModelError as `skip_step`, `require_finite`; Stopped, with all steps saved. Closed early, it saves as if
-        it were stopped.
+        Raises ModelError as `skip_step`, `require_finite`; Stopped and StreamError, with all steps saved. Closed early,
+        it saves as if it were stopped.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -100,7 +100,7 @@ class Loop:
         except Stopped as stopped:
             self.save(wait=True)
             raise Stopped(stopped.number, state.step) from None
-        except GeneratorExit:
+        except (StreamError, GeneratorExit):  # the former all processes have; the steps so far are not lost
             self.save(wait=True)
             raise
         self.checkpoints.wait()
@@ -144,6 +144,7 @@ class Loop:
         run, state, loader, world = self.run, self.state, self.loader, self.world
         started, at, skipped = time.perf_counter(), state.step, {}
         sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
+        state.position = loader.position
         assert precision is not None
         settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
         try:
@@ -156,10 +157,10 @@ class Loop:
             loss, grad_norm = error.loss, error.grad_norm
         step = Step(
             number=state.step,
-            epoch=round(state.step / loader.steps_per_epoch, 4),
             loss=loss,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
+            **loader.progress(state.step),
             **_of_all(state, sequences, time.perf_counter() - started, world),
             **skipped,
         )

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
@@ -43,13 +43,13 @@ _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
 class PreflightResult:
     """loader: of sequences that this model can read."""
 
-    loader: Loader
+    loader: Loader | StreamLoader
     seconds: float
 
 
 def preflight(
     model: Any,
-    loader: Loader,
+    loader: Loader | StreamLoader,
     precision: str,
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
@@ -78,12 +78,12 @@ def preflight(
 
 def _prove(
     engine: Engine,
-    loader: Loader,
+    loader: Loader | StreamLoader,
     precision: str,
     say: Callable[[str], None],
     objective: Objective,
     state_bytes: int,
-) -> Loader:
+) -> Loader | StreamLoader:
     model = engine.model
     with _line(say, "the loss uses the model's own logits"):
         engine.call(lambda: check_head(model))
@@ -125,7 +125,7 @@ def _line(say: Callable[[str], None], proved: str) -> Iterator[None]:
     say(f"proved: {proved} ({time.perf_counter() - started:.1f} s)")
 
 
-def _sample(loader: Loader) -> list[Tree]:
+def _sample(loader: Loader | StreamLoader) -> list[Tree]:
     """The shortest conversations of one of the first sequences, two at least; none where no sequence holds two."""
     planned = [loader.trees(indices) for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES)]
     planned = [sorted(trees, key=lambda tree: tree.num_tokens) for trees in planned if len(trees) > 1]
@@ -174,7 +174,7 @@ def _check_sum(engine: Engine, trees: Sequence[Tree], precision: str, objective:
 def _check_largest(
     engine: Engine,
     largest: Sequence[PackedSequence],
-    loader: Loader,
+    loader: Loader | StreamLoader,
     precision: str,
     objective: Objective,
     state_bytes: int,

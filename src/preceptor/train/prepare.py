@@ -6,8 +6,11 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -22,22 +25,24 @@ from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, with_shared_prefixes
 from preceptor.data.examples import Rejection
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.mixture import draw_replay, mix
 from preceptor.data.reading import TableReader, read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, require_no_pipe
+from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.evaluate.harness import open_task
 from preceptor.evaluate.run import METRICS
 from preceptor.evaluate.tasks import Task
+from preceptor.world import ONE, World
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start."""
+    """A run that can start. Of a stream: what is known of its training data is that of the first window."""
 
     run: config.Run
     chat: ChatFormat  # as it is saved: its template's defaults are what the turns were trained with
@@ -53,6 +58,25 @@ class Prepared:
     formats: Mapping[str, Mapping[str, int]]  # of each file: how many examples have each format
     counts: TrainedCounts  # of the conversations that are trained
     cache: Cache | None
+    stream: "Stream | None" = None
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """At the end of the block nothing is rendered ahead any more."""
+        try:
+            yield
+        finally:
+            if self.stream is not None:
+                self.stream.windows.close()
+
+    @property
+    def rejections_beside(self) -> list[Rejection]:
+        """Without those of the first window of a stream, which are recorded when it begins."""
+        return self.rejections[: len(self.rejections) - (self.stream.num_rejected if self.stream else 0)]
+
+    @property
+    def num_examples_beside(self) -> int:
+        return self.num_examples - (self.stream.num_examples if self.stream else 0)
 
     @property
     def arguments(self) -> TrainedArguments:
@@ -64,15 +88,33 @@ class Prepared:
         """Of the contexts, by the chat template."""
         return self.counts.left_out
 
-    def loader(self) -> Loader:
+    def loader(self) -> Loader | StreamLoader:
         run = self.run
-        return Loader(self.train, run.data.max_length, run.train.batch_size, run.train.seed)
+        settings = run.data.max_length, run.train.batch_size, run.train.seed
+        if self.stream is None:
+            return Loader(self.train, *settings)
+        longest = min(run.data.max_length, self.chat.num_positions or run.data.max_length)
+        return StreamLoader(self.stream.windows, self.train, self.stream.opened, longest, *settings)
 
 
-def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = None) -> Prepared:
-    """Read, render and check all data of a run, with a progress bar on a terminal.
+@dataclass(frozen=True)
+class Stream:
+    """The windows of a run's stream, and what makes a dataset of one: None where no example of it can be trained.
 
-    date: for chat templates that write it (absent: now); that of its first start for a run that goes on.
+    num_examples, num_rejected: of the first window.
+    """
+
+    windows: Windows
+    opened: Callable[[Window], Dataset | None]
+    num_examples: int
+    num_rejected: int
+
+
+def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = None, world: World = ONE) -> Prepared:
+    """Read, render and check all data of a run, of a stream the first window, with a progress bar on a terminal.
+
+    date: for chat templates that write it (absent: now); that of its first start for a run that goes on. world: not
+    connected yet; one process of each machine renders a stream for all.
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
     examples are rejected; ModelError and TemplateError as `load_chat_format`.
@@ -86,18 +128,31 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     cache = open_cache(run.data.cache)
-    tables = [table for of_use in sources.values() for source in of_use for table in source.tables]
-    with example_progress(tables, "reading and rendering") as on_example:
+    streaming = run.data.streaming
+    whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
+    require_no_pipe(whole, streaming)
+    stream = _windows(run, sources["train"], renderer, fitter, cache, num_processes, world) if streaming else None
+    with example_progress(
+        [table for source in whole for table in source.tables], "reading and rendering"
+    ) as on_example:
         reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
-        train = [reader.read(source) for source in sources["train"]]
+        train = [] if streaming else [reader.read(source) for source in sources["train"]]
         held_out = [reader.read_held_out(source) for source in sources["held out"]]
         replay = [reader.read(source) for source in sources["replay"]]
+    of_stream = None
+    if stream is not None:
+        num_beside = len(reader.rejections)
+        first = stream.get(0, is_trained=False)
+        train = [reader.include(first.tables)]
+        opened = partial(_opened, run, chat, replay)
+        of_stream = Stream(stream, opened, first.num_examples, len(reader.rejections) - num_beside)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
-    _require_few_rejected(counts, reader.num_examples, run.data.max_rejected)
-    store = _mixture(run, train, replay, str(counts))
-    _require_rows(chat, store)
-    shares = run.data.share_prefixes
-    dataset = with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
+    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, str(counts))
+    tables, tuning_N = _tables(train), _tuning(run, train)
+    if not len(tuning_N):
+        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+    store = _mixture(run, tables, tuning_N, replay)
+    dataset = _dataset(run, chat, store)
     return Prepared(
         run=run,
         chat=chat.trained_with(reader.counts.arguments),
@@ -113,6 +168,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         formats=reader.formats,
         counts=reader.counts,
         cache=cache,
+        stream=of_stream,
     )
 
 
@@ -126,6 +182,44 @@ def _with_own(tasks: list[Task], settings: config.Eval) -> list[Task]:
     if not any(task.kind == "generation" for task in tasks):
         raise ConfigError("eval.code: measures answers, and no task of eval.tasks has any: name a generation task")
     return [replace(task, own=own) if task.kind == "generation" else task for task in tasks]
+
+
+def _windows(
+    run: config.Run,
+    sources: Sequence[OpenSource],
+    renderer: Renderer,
+    fitter: Fitter,
+    cache: Cache | None,
+    num_processes: int,
+    world: World,
+) -> Windows:
+    """The windows of `data.train`, which the first process of each machine has rendered."""
+    for source in sources:
+        source.close()  # another process reads it from the start
+    node = f"stream of machine {world.rank // world.local_size}"
+    if world.local_rank:
+        return Windows(Path(world.published(node)))
+    counts = partial(_no_counts, renderer)
+    folder = None if cache is None else cache.folder
+    whole = run.data.train_on == "all"
+    reader = WindowReader(run.data.train, run.data.window, renderer, fitter, counts, whole, folder, num_processes)
+    windows = Windows.rendered(reader)
+    world.publish(node, str(windows.spool))
+    return windows
+
+
+def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]], window: Window) -> Dataset | None:
+    """The trees of a window, each once, and those that are replayed beside them."""
+    tuning_N = np.arange(sum(map(len, window.tables)), dtype=np.int32)
+    if not len(tuning_N):
+        return None
+    return _dataset(run, chat, _mixture(run, tuple(window.tables), tuning_N, replay, window.number))
+
+
+def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
+    _require_rows(chat, store)
+    shares = run.data.share_prefixes
+    return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
 
 
 def open_cache(setting: str | None) -> Cache | None:
@@ -149,13 +243,12 @@ class _SourceReader:
         self._renderer, self._fitter, self._cache = renderer, fitter, cache
         self._num_processes, self._on_example = num_processes, on_example
         whole = run.data.train_on == "all"
-        self._tables = TableReader(renderer, fitter, self._new_counts, whole, cache, num_processes, on_example)
+        self._tables = TableReader(
+            renderer, fitter, partial(_no_counts, renderer), whole, cache, num_processes, on_example
+        )
         self.rejections: list[Rejection] = []
         self.formats: dict[str, Counter[str]] = {}
-        self.counts, self.shortened = self._new_counts(), Shortened()
-
-    def _new_counts(self) -> TrainedCounts:
-        return TrainedCounts(TrainedArguments(self._renderer.switch, self._renderer.template_kwargs))
+        self.counts, self.shortened = _no_counts(renderer), Shortened()
 
     @property
     def num_examples(self) -> int:
@@ -163,7 +256,10 @@ class _SourceReader:
 
     def read(self, source: OpenSource) -> list[TableTrees]:
         """The trees of a source that is trained on."""
-        found = self._tables.read(source)
+        return self.include(self._tables.read(source))
+
+    def include(self, found: list[TableTrees]) -> list[TableTrees]:
+        """Count what is trained of these tables."""
         for table in found:
             self.formats.setdefault(table.name, Counter()).update(table.about["formats"])
             self.rejections += table.rejections
@@ -184,6 +280,10 @@ class _SourceReader:
                 found += fitted
             self._on_example()
         return found
+
+
+def _no_counts(renderer: Renderer) -> TrainedCounts:
+    return TrainedCounts(TrainedArguments(renderer.switch, renderer.template_kwargs))
 
 
 def _held_out(per_source: Sequence[list[ExampleTree]], run: config.Run) -> list[ExampleTree]:
@@ -211,31 +311,40 @@ def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
                     )
 
 
-def _require_few_rejected(counts: RejectionCounts, num_examples: int, max_rejected: float) -> None:
-    if counts.num_not_allowed > max_rejected * num_examples:
+def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, reasons: str) -> None:
+    """Raises DataError where more were rejected, for reasons that are not allowed, than `data.max_rejected` allows."""
+    if num_rejected > max_rejected * num_examples:
         raise DataError(
-            f"{counts.num_not_allowed} of {num_examples} examples cannot be trained "
-            f"({counts.num_not_allowed / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}"
+            f"{num_rejected} of {num_examples} examples cannot be trained "
+            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{reasons}"
         )
 
 
+def _tuning(run: config.Run, train: Sequence[list[TableTrees]]) -> np.ndarray:
+    """Which of the tables' trees an epoch has, without those that are replayed; of a window each once."""
+    if run.data.streaming:
+        return np.arange(sum(map(len, _tables(train))), dtype=np.int32)
+    return mix(_with_numbers(train, run.data.train), run.train.seed)
+
+
 def _mixture(
-    run: config.Run, train: Sequence[list[TableTrees]], replay: Sequence[list[TableTrees]], rejected: str
+    run: config.Run,
+    tables: tuple[TableTrees, ...],
+    tuning_N: np.ndarray,
+    replay: Sequence[list[TableTrees]],
+    window: int = 0,
 ) -> TreeStore:
-    """The trees of an epoch, with those that are replayed. Raises DataError if there are none."""
-    seed = run.train.seed
-    tuning_N = mix(_with_numbers(train, run.data.train), seed)
-    if not len(tuning_N):
-        raise DataError(f"data.train: no example is left to train; {rejected or 'weight too small'}")
-    tables = list(_tables(train))
-    chosen_N = tuning_N
-    if run.replay is not None:
-        replayed = TreeStore(_tables(replay), mix(_with_numbers(replay, run.replay.data), seed), run.loss.reduction)
-        num_tuned = int(TreeStore(tuple(tables), tuning_N).num_trained.sum(dtype=np.int64))
-        drawn_N = replayed.chosen_N[draw_replay(replayed.num_trained, num_tuned, run.replay.share, seed)]
-        chosen_N = np.concatenate([tuning_N, drawn_N + sum(map(len, tables))])
-        tables += _tables(replay)
-    return TreeStore(tuple(tables), chosen_N, run.loss.reduction)
+    """The trees of an epoch or a window, with those that are replayed. tuning_N: those of `tables` that are trained."""
+    if run.replay is None:
+        return TreeStore(tables, tuning_N, run.loss.reduction)
+    seed = run.train.seed + (window << 31)  # seeds of runs are below
+    replayed = TreeStore(
+        _tables(replay), mix(_with_numbers(replay, run.replay.data), run.train.seed), run.loss.reduction
+    )
+    num_tuned = int(TreeStore(tables, tuning_N).num_trained.sum(dtype=np.int64))
+    drawn_N = replayed.chosen_N[draw_replay(replayed.num_trained, num_tuned, run.replay.share, seed)]
+    chosen_N = np.concatenate([tuning_N, drawn_N + sum(map(len, tables))])
+    return TreeStore((*tables, *_tables(replay)), chosen_N, run.loss.reduction)
 
 
 def _tables(per_source: Iterable[list[TableTrees]]) -> tuple[TableTrees, ...]:

@@ -24,7 +24,7 @@ from preceptor.config.code import load_code
 from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.sources import OpenSource
 from preceptor.evaluate.tasks import Task
 from preceptor.files import sha256_of, write_json, write_json_lines
@@ -42,7 +42,7 @@ MOST_PROMPTS = 3  # system prompts that are recorded
 
 def write_start(folder: Path, prepared: Prepared, amounts: Mapping[str, Any]) -> None:
     """Write rejections, counts and examples of a run that begins. Raises CheckpointError."""
-    write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections))
+    write_json_lines(folder / "rejections.jsonl", map(asdict, prepared.rejections_beside))
     write_json(folder / "data.json", amounts)
     write_json_lines(folder / "examples.jsonl", examples(prepared.train, prepared.chat.tokenizer))
 
@@ -91,7 +91,7 @@ def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> di
         "data": [
             {"use": use, **file}
             for use, sources in prepared.sources.items()
-            for file in _files(sources, prepared.cache.sha256_of if prepared.cache else sha256_of)
+            for file in _files(sources, _hashing(prepared, use))
         ],
         "template": template and {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
         "loss_sha256": run.loss.code and load_code(run.loss.code, "loss.code").sha256,
@@ -150,8 +150,15 @@ def tasks_sha256(tasks: Sequence[Task]) -> str:
     return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
-def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> Iterator[dict[str, Any]]:
-    """The files of sources; a data set of the Hub has none here, and is known by its id and revision."""
+def _hashing(prepared: Prepared, use: str) -> Callable[[Path], str | None]:
+    """What hashes the files of a use. Those of a stream are not read as a whole: its windows have hashes."""
+    if use == "train" and prepared.stream is not None:
+        return lambda _: None
+    return prepared.cache.sha256_of if prepared.cache else sha256_of
+
+
+def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str | None]) -> Iterator[dict[str, Any]]:
+    """The files of sources; a data set of the Hub or a pipe has none here: the one is known by id and revision."""
     for source in sources:
         if source.own is not None:
             yield {"name": source.source.code, "num_bytes": None, "sha256": source.own.sha256}
@@ -161,19 +168,20 @@ def _files(sources: Sequence[OpenSource], sha256_of: Callable[[Path], str]) -> I
                 name = table.name if len(files) == 1 else f"{table.name}/{file.name}"
                 yield {"name": name, "num_bytes": file.stat().st_size, "sha256": sha256_of(file)}
             if not files:
-                sha256 = table.identity(sha256_of)[-1] if isinstance(source.source, LiveSource) else None  # type: ignore[index]
+                known = table.identity(lambda _: "") if isinstance(source.source, LiveSource) else None  # of no file
+                sha256 = None if known is None else known[-1]
                 yield {"name": table.name, "revision": source.source.revision, "num_bytes": None, "sha256": sha256}
 
 
 # How much
 
 
-def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any]:
+def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -> dict[str, Any]:
     """Counts of examples, tokens and steps, and histograms of lengths."""
     return {
         "num_examples": prepared.num_examples,
         "num_rejected": len(prepared.rejections),
-        "examples_per_epoch": prepared.examples_per_epoch,
+        "examples_per_epoch": None if prepared.stream else prepared.examples_per_epoch,
         "num_held_out": len(prepared.held_out),
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
@@ -186,7 +194,7 @@ def amounts(prepared: Prepared, loader: Loader, num_steps: int) -> dict[str, Any
         },
         "new_tokens": list(prepared.chat.added),
         "fill": loader.fill,
-        "steps_per_epoch": loader.steps_per_epoch,
+        "steps_per_epoch": loader.steps_per_epoch or None,
         "num_steps": num_steps,
         "lengths": {
             "trees": histogram(prepared.train.lengths),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from preceptor import config
 from preceptor.config.held import LiveModel
 from preceptor.console import Display
-from preceptor.data.loader import Loader
+from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import CheckpointError
+from preceptor.files import read_json, write_json
 from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model, saved_bytes
+from preceptor.report.curves import PREDICTED
 from preceptor.train.announce import announce
 from preceptor.train.build import (
     build,
@@ -40,6 +43,7 @@ from preceptor.train.record import record_of_first
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.step import peak_memory_bytes, require_finite_loss
+from preceptor.train.windows import WindowRecord, record_windows
 from preceptor.world import ONE, World
 
 
@@ -104,7 +108,8 @@ class Training:
     def _train(self, ready: "_Ready", started: float) -> Generator[Step]:
         folder, world = self.folder, self.world
         state, checkpoints, loader, run = ready.state, ready.checkpoints, ready.loader, self.prepared.run
-        with self.stop.while_training(folder.path, world):
+        record_windows(loader, state.position, WindowRecord(self.prepared, folder, world, self.say))
+        with self.prepared.streaming(), self.stop.while_training(folder.path, world):
             with checkpoints, Display(self.console, ready.num_steps, state.step) as display:
                 evaluations = build_evaluations(self.prepared, folder.path, display.say, loader.alone, world)
                 self.loop = Loop(
@@ -119,6 +124,8 @@ class Training:
             assert run.train.precision is not None, "resolved when it began"
             require_finite_loss(state, loader.batch(state.step - 1)[0], run.train.precision, ready.objective)
             _end(state, run, folder, checkpoints, ready.num_steps, world, self.say, self.loop.ends)
+            if world.size == 1:  # else it was needed to place the model
+                _record_prediction(folder, self.prepared, state.model, loader)
             save_at_the_end(lambda: _save(state, self.prepared, folder), state, checkpoints, self.stop, self.say)
             self.summary = finish(folder, self.say, time.perf_counter() - started) if world.is_first else {}
 
@@ -146,7 +153,6 @@ class Training:
         state_bytes = expected_state_bytes(state.optimizer)
         passed = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
         loader = passed.loader
-        predicted = predicted_bytes(prepared, self.model, loader, device) if placement is None else placement.peak_bytes
         num_steps = run.train.duration.steps(loader.steps_per_epoch)
         ready = _Ready(state, objective, loader, checkpoints, num_steps)
         if dry_run:
@@ -161,7 +167,7 @@ class Training:
                 "each_conversation_alone": loader.alone,
                 "preflight_seconds": passed.seconds,
                 "memory_before_bytes": memory_before_bytes,
-                **({} if predicted is None else {"predicted_memory_bytes": predicted}),
+                **({} if placement is None else {PREDICTED: placement.peak_bytes}),
             }
             folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
         announce(self.console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
@@ -174,7 +180,7 @@ class _Ready:
 
     state: State
     objective: Objective
-    loader: Loader
+    loader: Loader | StreamLoader
     checkpoints: Checkpoints
     num_steps: int
 
@@ -236,6 +242,14 @@ def _end(
         say(line)
     if found["model_step"] != step:
         checkpoints.restore_weights(state, found["model_step"])
+
+
+def _record_prediction(folder: RunFolder, prepared: Prepared, model: Any, loader: Loader | StreamLoader) -> None:
+    """What memory a plan predicts, beside what was measured: at the end, as the first step need not wait for it."""
+    found = predicted_bytes(prepared, model, loader)
+    if found is not None:
+        with suppress(CheckpointError):  # a disk that is full is no reason to end here
+            write_json(folder.path / "data.json", {**read_json(folder.path / "data.json"), PREDICTED: found})
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 OUT/environment.json this run's id, command, versions, machine; the model and every data file with their hashes
 OUT/rejections.jsonl examples that were not trained: source, code, message
+OUT/windows.jsonl    of a stream: one line a window that was begun (windows.py)
 OUT/data.json        counts of examples, tokens and steps; lengths of trees and targets
 OUT/examples.jsonl   a few of the trained trees, token by token
 OUT/config.yaml      the resolved run file; written last of what a run writes when it starts
@@ -48,13 +49,14 @@ from preceptor.train.improvement import best_of
 from preceptor.train.lock import LOCK, locked
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+WINDOWS = "windows.jsonl"
 RECORD, RUN_FILE, SUMMARY, REPORT = "environment.json", "config.yaml", "summary.json", "report.html"
 REPLACED = "replaced"
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 # What a run writes at the top of its folder, and what `compare --out RUN` does; the largest first.
 NAMES = (
     *("model", "checkpoints", *LOGS, SUMMARY, REPORT, "error.txt", "compare.json", "items.jsonl", "trackers"),
-    *("rejections.jsonl", "data.json", "examples.jsonl", RUN_FILE, RECORD),
+    *("rejections.jsonl", WINDOWS, "data.json", "examples.jsonl", RUN_FILE, RECORD),
 )
 CHECKPOINT = re.compile(r"step-\d{8}")
 _NOBODYS = (LOCK, STOP_FILE, SAVE_FILE, "lost+found")  # lost+found: of an empty disk

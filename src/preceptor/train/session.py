@@ -132,7 +132,7 @@ class Session:
             from preceptor.train.prepare import prepare
 
         num_processes = min(self.num_processes, max(1, num_cores() // self.world.local_size))
-        prepared = prepare(self.run, num_processes=num_processes, date=folder.date)
+        prepared = prepare(self.run, num_processes, folder.date, self.world)
         for name, formats in prepared.formats.items():
             self._say(format_line(name, formats))
         return prepared

@@ -154,7 +154,7 @@ class _HttpStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content: bytes = self._response.read(len(buffer))
+        content: bytes = self._response.read1(len(buffer))  # what is there: a server may send slowly, without an end
         buffer[: len(content)] = content
         if self._left is not None:
             self._left -= len(content)

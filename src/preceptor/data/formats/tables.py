@@ -4,6 +4,7 @@
                        `scholar:NAME`
     a folder           of such files, whatever lies deeper too; or one that Hugging Face `datasets` saved
     a pattern          files by `*`, `?`, `[...]`, and `**` for folders in one another
+    a named pipe       of JSON lines or CSV, which is read once, as a stream (stream.py)
     a URL              s3://, gs://, hf:// ...: a file, a folder, a pattern; http(s)://: a file (remote_files.py)
     owner/name         a data set of the Hugging Face Hub, where no file or folder has that name
 
@@ -61,27 +62,31 @@ class DataTable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """JSON lines, JSON or CSV."""
+    """JSON lines, JSON or CSV. is_pipe: it can be read once, and asking for its size or content would be a reading."""
 
     file: Path | RemoteFile
     name: str
+    is_pipe: bool = False
 
     @property
     def _kind(self) -> str:
         return text_files.suffix_of(self.file)
 
     def files(self) -> list[Path]:
-        return [self.file] if isinstance(self.file, Path) else []
+        return [self.file] if isinstance(self.file, Path) and not self.is_pipe else []
 
     def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
+        if self.is_pipe:
+            return None
         own = [sha256_of(self.file)] if isinstance(self.file, Path) else self.file.identity()
         return None if own is None else [self._kind, self.file.suffix.lower(), *own]
 
     def columns(self) -> Sequence[str] | None:
-        return text_files.csv_columns(self.file, self.name) if self._kind in (".csv", ".tsv") else None
+        is_csv = self._kind in (".csv", ".tsv") and not self.is_pipe
+        return text_files.csv_columns(self.file, self.name) if is_csv else None
 
     def num_rows(self) -> int | None:
-        if not isinstance(self.file, Path) or self.file.suffix.lower() not in (".jsonl", ".ndjson"):
+        if not isinstance(self.file, Path) or self.is_pipe or self.file.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
         with self.file.open("rb") as pieces:
             return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
@@ -167,6 +172,13 @@ def find_tables(source: Source) -> list[DataTable]:
     if place.is_file():
         _only_keys(source, (), "a file")
         return [_file(place, source.path)]
+    if place.is_fifo():
+        _only_keys(source, (), "a pipe")
+        if text_files.suffix_of(place) not in (".jsonl", ".ndjson", ".csv", ".tsv"):
+            raise DataError(
+                f"{source.path}: a pipe is read once and in order, so it must be JSON lines or CSV by its name"
+            )
+        return [TextFile(place, source.path, is_pipe=True)]
     if re.search(r"[*?\[]", source.path):
         _only_keys(source, (), "a pattern")
         return _matching(source.path)

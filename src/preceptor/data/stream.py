@@ -1,0 +1,294 @@
+"""Windows of a stream: examples without an end, or too many to render first, rendered ahead by another process.
+
+    sources   a a a a a a a a ...     b b b b ...     each in its order; one that ends begins anew, but for a pipe
+    windows   [ a a a b ] [ a a a b ] ...             so many examples each, of each source a share by its weight
+
+A window is rendered and proved as any data is, and packed and shuffled by the seed and its number, as an epoch is
+(packing.py). Which examples it holds depends on the sources, their weights and the size alone. So a run that goes on
+reads the sources from their beginning, passes over the windows that it has trained, and compares a hash of them.
+
+    another process     reads, renders, writes window 0, then those up to _AHEAD after the one that is asked for
+    SPOOL/N.flat        the trees of window N and what was counted; removed when a later one is asked for
+    SPOOL/wanted        the number of the window that is trained
+    SPOOL/error         why there are no more
+
+One process of each machine starts that other process; all of the run's processes there read what it writes, so memory
+and disk hold a few windows, whatever the number of examples.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import sha256
+from itertools import count
+from math import floor
+from pathlib import Path
+from typing import Any
+
+from preceptor.config import Source
+from preceptor.console import say
+from preceptor.data.cache import Cache
+from preceptor.data.flat_files import FlatFile, MemoryArrays, write_flat
+from preceptor.data.rendered import digest_of_content, rendered_examples
+from preceptor.data.sources import Entry, OpenSource
+from preceptor.data.table_trees import ExampleCounts, TableBuilder, TableTrees
+from preceptor.data.truncation import Fitter
+from preceptor.data.workers import ExampleRenderer, start_method
+from preceptor.errors import PreceptorError, ProcessError, StreamError
+
+_AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
+_WAIT_SECONDS = 0.02
+_KILLED = (
+    "the process that renders the data ahead ended, often for want of memory. A script that calls this needs its own "
+    'work under `if __name__ == "__main__":`'
+)
+_ENDS_WITH_SECONDS = 1.0  # between two looks whether the process that trains is still there
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some examples of a stream, rendered. sha256: of the content of all examples before it."""
+
+    number: int
+    tables: list[TableTrees]
+    num_examples: int
+    sha256: str
+
+
+def window_shares(sources: Sequence[Source], size: int, number: int = 0) -> list[int]:
+    """The examples of each source in a window of `size`; over all windows exact."""
+    weights = [Fraction(source.weight or 1.0) for source in sources]
+    ends = [[floor(at * size * weight / sum(weights)) for weight in weights] for at in (number, number + 1)]
+    return [end - start for start, end in zip(*ends, strict=True)]
+
+
+class WindowReader:
+    """Reads sources as windows of `size` examples, from the first on. It can be pickled before it has read.
+
+    Examples of files that are known by their content go through the cache. new_counts, whole: as `TableReader`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        size: int,
+        renderer: ExampleRenderer,
+        fitter: Fitter,
+        new_counts: Callable[[], ExampleCounts],
+        whole: bool,
+        cache: Path | None = None,
+        num_processes: int = 1,
+    ) -> None:
+        self._sources, self._size, self._renderer, self._fitter = sources, size, renderer, fitter
+        self._new_counts, self._whole, self._num_processes = new_counts, whole, num_processes
+        self._cache_folder = cache
+        self._read: list[tuple[Iterator[Entry], Cache | None]] | None = None
+        self._ended = ""
+        self._number = self._num_read = 0
+
+    def write_next(self, folder: Path) -> None:
+        """Render the next window and write it to the folder. Raises StreamError where there is none, and DataError."""
+        before, number, start = self._begin()
+        builders: dict[str, TableBuilder] = {}
+        for entries, cache in self._next_entries(number):
+            for example in rendered_examples(entries, self._renderer, self._fitter, self._num_processes, cache):
+                table = example.entry.table
+                if table not in builders:
+                    builders[table] = TableBuilder(table, self._fitter, self._new_counts(), self._whole)
+                builders[table].add(example._replace(stored=None))  # a window holds all that it needs
+        if self._num_read == start:
+            raise self._has_ended()
+        tables = [builder.built() for builder in builders.values()]
+        about = {"num_examples": self._num_read - start, "sha256": before, "tables": [own.about for own in tables]}
+        arrays = {f"{k}.{name}": own.load(name) for k, own in enumerate(tables) for name in own.names}
+        partial = folder / f"{number}.partial"
+        write_flat(partial, about, arrays)
+        partial.replace(folder / f"{number}.flat")
+
+    def pass_over(self) -> None:
+        """Read the next window and render nothing. Raises StreamError where it is not there, and DataError."""
+        _, number, start = self._begin()
+        for entries, _ in self._next_entries(number):
+            for _ in entries:
+                pass
+        if self._num_read == start:
+            raise self._has_ended()
+
+    def _begin(self) -> tuple[str, int, int]:
+        if self._read is None:
+            self._hash = sha256()
+            self._read = [_from_the_start(source, self._cache_folder) for source in self._sources]
+        if self._ended:
+            raise self._has_ended()
+        self._number += 1
+        return self._hash.hexdigest(), self._number - 1, self._num_read
+
+    def _has_ended(self) -> StreamError:
+        return StreamError(
+            f"{self._ended}: the pipe ended after {self._num_read:,} examples, in window {max(0, self._number - 1):,}. "
+            "Each start of a run reads a pipe from the beginning of what is written: it must write the same examples, "
+            "and enough of them"
+        )
+
+    def _next_entries(self, number: int) -> Iterator[tuple[Iterator[Entry], Cache | None]]:
+        assert self._read is not None
+        shares = window_shares(self._sources, self._size, number)
+        for source, (entries, cache), num in zip(self._sources, self._read, shares, strict=True):
+            yield self._taken(source.path, entries, num), cache
+
+    def _taken(self, path: str, entries: Iterator[Entry], num: int) -> Iterator[Entry]:
+        for _ in range(num):
+            entry = next(entries, None)
+            if entry is None:
+                self._ended = path
+                return
+            self._hash.update(digest_of_content(entry.example))
+            self._num_read += 1
+            yield entry
+
+
+def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[Entry], Cache | None]:
+    """The examples of a source, without an end, and the cache where its files are known by their content."""
+
+    def entries(opened: OpenSource) -> Iterator[Entry]:
+        yield from opened.entries()
+        while not opened.is_pipe:
+            yield from OpenSource(source).entries()
+
+    opened = OpenSource(source)
+    is_known = all(table.files() for table in opened.tables)
+    cache = Cache(cache_folder, lambda line: say(line, error=True)) if cache_folder and is_known else None
+    return entries(opened), cache
+
+
+class Windows:
+    """The windows of a stream, for the processes of one machine. spool: the folder in which they are handed over.
+
+    reader: of the process that starts the one that renders; the others have none. Ended with `close`, at the latest
+    when this process ends.
+    """
+
+    def __init__(self, spool: Path, reader: WindowReader | None = None) -> None:
+        self.spool = spool
+        self._process = None if reader is None else _started(reader, spool)
+        self._finalizer = weakref.finalize(self, _end, self._process, spool, os.getpid())
+
+    @classmethod
+    def rendered(cls, reader: WindowReader) -> "Windows":
+        """Rendered by a process of this one, in a temporary folder."""
+        return cls(Path(tempfile.mkdtemp(prefix="preceptor-stream-")), reader)
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def get(self, number: int, is_trained: bool = True) -> Window:
+        """A window, once it is rendered; no earlier one can be had later. is_trained: those after it will be asked for.
+
+        Raises StreamError, in all processes the same, where it cannot be had; ProcessError where its process ended.
+        """
+        if is_trained and self._process is not None:
+            self._say("wanted", str(number))
+        place = self.spool / f"{number}.flat"
+        while not place.exists():
+            error = self.spool / "error"
+            if error.exists():
+                raise StreamError(error.read_text(encoding="utf-8"))
+            if self._process is not None and not self._process.is_alive() and not place.exists():
+                self._say("error", _KILLED)
+            if not self.spool.exists():  # it is removed when the process that has it rendered ends
+                raise ProcessError("the process of this machine that has the data rendered has ended")
+            time.sleep(_WAIT_SECONDS)
+        file = FlatFile(place)
+        tables = []
+        for k, about in enumerate(file.about["tables"]):
+            arrays = {name.partition(".")[2]: file.load(name) for name in file.names if name.startswith(f"{k}.")}
+            tables.append(TableTrees(about["names"][0], MemoryArrays(about, arrays), None))
+        return Window(number, tables, file.about["num_examples"], file.about["sha256"])
+
+    def _say(self, name: str, text: str) -> None:
+        if not (self.spool / "error").exists():
+            _write(self.spool / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _started(reader: WindowReader, spool: Path) -> Any:
+    context = multiprocessing.get_context(start_method())
+    process = context.Process(target=_render_ahead, args=(reader, spool, os.getpid()), name="preceptor stream")  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # as in workers.py
+        process.start()
+    return process
+
+
+def _end(process: Any, spool: Path, owner: int) -> None:
+    if process is not None and os.getpid() == owner:
+        process.kill()
+        process.join()
+        shutil.rmtree(spool, ignore_errors=True)
+
+
+# In the other process ------------------------------------------------------------------------------------------------
+
+
+def _render_ahead(reader: WindowReader, spool: Path, parent: int) -> None:
+    """Write one window after the other, and why there are no more."""
+    _end_with(parent, spool)
+    try:
+        for number in count():
+            while number and (wanted := _wanted(spool)) + _AHEAD <= number:
+                time.sleep(_WAIT_SECONDS)
+            if number and number < wanted:
+                reader.pass_over()
+            else:
+                reader.write_next(spool)
+            for place in spool.glob("*.flat"):
+                if int(place.stem) < _wanted(spool):
+                    place.unlink(missing_ok=True)
+    except PreceptorError as error:
+        _write(spool / "error", str(error))
+    except OSError as error:
+        _write(spool / "error", f"{spool}: cannot be written: {error.strerror or error}; TMPDIR names another folder")
+    except Exception:
+        _write(spool / "error", f"the process that renders the data ahead failed:\n{traceback.format_exc()}")
+
+
+def _wanted(spool: Path) -> int:
+    """The window that is trained; before there is one, only the first is rendered."""
+    try:
+        return int((spool / "wanted").read_text())
+    except FileNotFoundError:
+        return -_AHEAD
+
+
+def _end_with(parent: int, spool: Path) -> None:
+    """Heed no signals meant for the run; end when the process that trains has ended, however it ended.
+
+    By a timer: a thread would forbid that the processes that render are forked, and a read of a pipe may last.
+    """
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+
+    def look(*_: object) -> None:
+        if os.getppid() != parent:
+            with suppress(OSError):
+                shutil.rmtree(spool)
+            os._exit(1)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, _ENDS_WITH_SECONDS, _ENDS_WITH_SECONDS)
+    look()

@@ -1,0 +1,198 @@
+"""Windows of a stream: the same examples in the same windows at every start, rendered ahead, memory for a few."""
+
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from preceptor.chat.render import Renderer
+from preceptor.config import Source
+from preceptor.data import stream, workers
+from preceptor.data.stream import WindowReader, Windows, window_shares
+from preceptor.data.truncation import Fitter
+from preceptor.errors import ProcessError, StreamError
+from tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
+
+
+@pytest.fixture(autouse=True)
+def _forked(monkeypatch):
+    """Whatever threads other tests have left."""
+    monkeypatch.setattr(stream, "start_method", lambda: "fork")
+    monkeypatch.setattr(workers, "start_method", lambda: "fork")
+
+
+class NoCounts:
+    def add(self, example, tree):
+        pass
+
+    def of_table(self, name):
+        return {}
+
+
+def reader_of(sources, size=4, cache=None):
+    renderer = Renderer(tiny_tokenizer(), None, stop_token_ids=(0,))
+    return WindowReader(sources, size, renderer, Fitter(renderer, 64, "reject"), NoCounts, False, cache)
+
+
+def places(window):
+    """The file and line of each tree, and each rejection."""
+    trees = [table.tree(k).source for table in window.tables for k in range(len(table))]
+    return [place.rpartition("/")[2] for place in trees + [r.source for t in window.tables for r in t.rejections]]
+
+
+def texts(num, start=0):
+    return [{"text": f"Text {start + n} of many."} for n in range(num)]
+
+
+@pytest.fixture
+def opened():
+    made = []
+
+    def open_windows(*arguments, **more):
+        made.append(Windows.rendered(reader_of(*arguments, **more)))
+        return made[-1]
+
+    yield open_windows
+    for windows in made:
+        windows.close()
+        assert not windows.spool.exists()
+
+
+def test_sources_are_read_in_order_each_by_its_weight_and_begin_anew(write_jsonl, opened):
+    sources = [
+        Source(path=write_jsonl(texts(5), "a.jsonl"), weight=3.0),
+        Source(path=write_jsonl([*texts(2), {"text": ""}], "b.jsonl")),
+    ]
+    windows = opened(sources)
+    assert places(windows.get(0)) == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1"]
+    assert places(windows.get(1)) == ["a.jsonl:4", "a.jsonl:5", "a.jsonl:1", "b.jsonl:2"]
+    third = windows.get(2)
+    assert places(third) == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.jsonl:3"]
+    assert [r.code for t in third.tables for r in t.rejections] == ["empty_text"] and third.num_examples == 4
+
+
+def test_a_reader_can_be_sent_to_a_fresh_interpreter(write_jsonl, tmp_path):
+    reader = reader_of([Source(path=write_jsonl(texts(6)))])
+    again = pickle.loads(pickle.dumps(reader))
+    for each, folder in ((reader, tmp_path / "a"), (again, tmp_path / "b")):
+        folder.mkdir()
+        each.write_next(folder)
+    assert (tmp_path / "a" / "0.flat").read_bytes() == (tmp_path / "b" / "0.flat").read_bytes()
+
+
+def test_shares_add_up_over_the_windows():
+    sources = [Source(path="a", weight=0.5), Source(path="b"), Source(path="c", weight=2.0)]
+    shares = [window_shares(sources, 10, number) for number in range(7)]
+    assert [sum(column) for column in zip(*shares, strict=True)] == [10, 20, 40]
+
+
+def test_windows_are_the_same_when_the_first_are_passed_over(write_jsonl, opened, tmp_path):
+    sources = [Source(path=write_jsonl(texts(30)))]
+    for cache in (None, tmp_path / "cache"):
+        every, late = opened(sources, cache=cache), opened(sources, cache=cache)
+        wanted = [every.get(number) for number in range(6)]
+        late.get(0, is_trained=False)
+        found = late.get(5)
+        assert places(found) == places(wanted[5]) and found.sha256 == wanted[5].sha256
+        digests = [[bytes(table.load("digests")) for table in window.tables] for window in (found, wanted[5])]
+        assert digests[0] == digests[1]
+        assert len({window.sha256 for window in wanted}) == 6
+    assert list((tmp_path / "cache" / "portions").glob("*/*.flat")), "files that are known go through the cache"
+
+
+def test_few_windows_are_there_at_once(write_jsonl, opened):
+    windows = opened([Source(path=write_jsonl(texts(40)))])
+    windows.get(0, is_trained=False)
+    time.sleep(0.2)
+    assert sorted(place.stem for place in windows.spool.glob("*.flat")) == ["0"], "nothing ahead before the training"
+    for number in range(8):
+        windows.get(number)
+        time.sleep(0.1)
+        there = {int(place.stem) for place in windows.spool.glob("*.flat")}
+        assert there <= set(range(number, number + stream._AHEAD)), there
+
+
+def test_a_pipe_is_read_once_and_its_end_is_an_error_that_all_see(tmp_path, opened):
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+
+    def write():
+        with pipe.open("w") as file:
+            for row in texts(10):
+                file.write(json.dumps(row) + "\n")
+
+    writer = threading.Thread(target=write, daemon=True)
+    windows = opened([Source(path=str(pipe))])
+    writer.start()
+    other = Windows(windows.spool)  # of another process of the run
+    assert [len(places(windows.get(number))) for number in range(3)] == [4, 4, 2]
+    for each in (windows, other):
+        with pytest.raises(StreamError, match=r"rows\.jsonl: the pipe ended after 10 examples, in window 2"):
+            each.get(3)
+    writer.join(5)
+
+
+def test_a_server_that_sends_without_end(opened):
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for number in itertools.count():
+                    self.wfile.write(json.dumps(texts(1, number)[0]).encode() + b"\n")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        windows = opened([Source(path=f"http://127.0.0.1:{server.server_port}/rows.jsonl")], size=50)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert [places(windows.get(number))[0] for number in (0, 3)] == ["rows.jsonl:1", "rows.jsonl:151"]
+        windows.close()
+        server.shutdown()
+
+
+def test_what_goes_wrong_in_the_other_process_is_told(write_jsonl, opened, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps(row) + "\n" for row in texts(6)) + "{\n")
+    windows = opened([Source(path=str(broken))])
+    windows.get(0)
+    with pytest.raises(StreamError, match=r"broken\.jsonl:7: broken JSON"):
+        windows.get(1)
+    windows = opened([Source(path=write_jsonl(texts(6)))])
+    windows.get(0, is_trained=False)
+    windows._process.kill()
+    with pytest.raises(StreamError, match="ended, often for want of memory"):
+        windows.get(1)
+
+
+def test_what_renders_ends_when_the_process_that_trains_is_killed(write_jsonl):
+    rows = write_jsonl(texts(6))
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        windows = Windows.rendered(reader_of([Source(path=rows)]))
+        windows.get(0)
+        os.write(write, f"{windows._process.pid} {windows.spool}".encode())
+        time.sleep(60)
+        os._exit(1)
+    _, spool = os.read(read, 1000).decode().split(maxsplit=1)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    until = time.monotonic() + 10
+    while Path(spool).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(spool).exists()
+    with pytest.raises(ProcessError, match="has ended"):
+        Windows(Path(spool)).get(100)  # another process of the run, which waits
+    os.close(read)
+    os.close(write)
