@@ -45,7 +45,7 @@ _ALPACA = (
     "### Instruction:\n{}\n\n{}### Response:\n"
 )
 
-Messages = Sequence[Mapping[str, Any]]
+PeerMessages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class _Emulation:
     def text_ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def rendered(self, messages: Messages, example: Conversation, **options: Any) -> str:
+    def rendered(self, messages: PeerMessages, example: Conversation, **options: Any) -> str:
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages), tools=example.tools, chat_template=self.template, tokenize=False,
@@ -93,7 +93,7 @@ class _Emulation:
             )
         )  # fmt: skip
 
-    def rendered_ids(self, messages: Messages, example: Conversation, **options: Any) -> list[int]:
+    def rendered_ids(self, messages: PeerMessages, example: Conversation, **options: Any) -> list[int]:
         return self.text_ids(self.rendered(messages, example, **options))
 
 
@@ -159,7 +159,7 @@ class _Trl(_Emulation):
         only = self.settings.get("completion_only_loss") is not False
         return PeerTokens(ids, [not only or at >= num for at in range(len(ids))])
 
-    def _marked(self, messages: Messages, ids: list[int], example: Conversation) -> list[bool] | str:
+    def _marked(self, messages: PeerMessages, ids: list[int], example: Conversation) -> list[bool] | str:
         if "generation" in self.template and "endgeneration" in self.template:
             found = self.tokenizer.apply_chat_template(
                 list(messages), tools=example.tools, chat_template=self.template, tokenize=True, return_dict=True,
@@ -218,7 +218,7 @@ class _Axolotl(_Emulation):
         before, after = self.text_ids(prompt, special=True), [*self.text_ids(answer), self.tokenizer.eos_token_id]
         return PeerTokens([*before, *after], [self._inputs] * len(before) + [True] * len(after))
 
-    def _turns(self, messages: Messages, example: Conversation) -> PeerTokens | str:
+    def _turns(self, messages: PeerMessages, example: Conversation) -> PeerTokens | str:
         ids = self.rendered_ids(messages, example)
         trained, last = [False] * len(ids), None
         end_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in self._ends}
@@ -237,7 +237,7 @@ class _Axolotl(_Emulation):
             trained[last] = True
         return PeerTokens(ids, trained)
 
-    def _place(self, messages: Messages, at: int, example: Conversation) -> tuple[int, int]:
+    def _place(self, messages: PeerMessages, at: int, example: Conversation) -> tuple[int, int]:
         """Where the tokens change when the content of the turn is another one; (0, 0) where none do."""
         dummy = {"role": messages[at].get("role"), "content": _DUMMY}
         other = self.rendered_ids([*messages[:at], dummy], example)
@@ -292,7 +292,7 @@ class _LlamaFactory(_Emulation):
         named = self.settings.get("template") in ("llama3", "default") and self.tokenizer.bos_token_id is not None
         return [self.tokenizer.bos_token_id] if named else []
 
-    def _pairs(self, messages: Messages, example: Example) -> list[tuple[list[int], list[int]]]:
+    def _pairs(self, messages: PeerMessages, example: Example) -> list[tuple[list[int], list[int]]]:
         """Each answer with what comes since the one before, tokenised apart."""
         name = str(self.settings.get("template"))
         if name not in _TEMPLATES:
@@ -311,7 +311,7 @@ class _LlamaFactory(_Emulation):
                 before += text
         return pairs
 
-    def _rendered_pairs(self, messages: Messages, example: Example) -> list[tuple[list[int], list[int]]]:
+    def _rendered_pairs(self, messages: PeerMessages, example: Example) -> list[tuple[list[int], list[int]]]:
         """The same by the model's own template: an answer is what follows its generation prompt."""
         holder = example if isinstance(example, Conversation) else Conversation("", ())
         pairs, done = [], ""
