@@ -100,7 +100,7 @@ def test_its_figures_are_those_of_the_harness(task_file, run_file, tmp_path):
     execute(prepare(config.load(run_file(conversations(6)))), Console(quiet=True))
     path, place = task_file(CHOICE), str(tmp_path / "run" / "model")
     ours = run_task(load_evaluated_model(place, "float32", "cpu"), open_task(path), 8, 8)
-    manager = TaskManager(include_path=str(tmp_path / "tasks"))
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     theirs = simple_evaluate(
         model="hf", model_args=f"pretrained={place},dtype=float32", tasks=["own_words"], task_manager=manager,
         device="cpu", bootstrap_iters=0, log_samples=True,

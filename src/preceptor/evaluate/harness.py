@@ -79,7 +79,9 @@ def _loaded(path: str) -> Any:
         name = str(found.get("task") if isinstance(found, dict) else "")
         if not name:
             raise DataError(f"{path}: the file has no key `task`, the name of an lm-eval task")
-    manager = TaskManager(include_path=None if place is None else str(place.parent.absolute()))
+    # its own tasks are thousands of files, which take a minute to look through: not for a file that is named
+    where = None if place is None else str(place.parent.absolute())
+    manager = TaskManager(include_path=where, include_defaults=place is None)
     tasks = list(manager.load([name])["tasks"].values())
     if len(tasks) != 1:
         raise DataError(f"{path}: a group of {len(tasks)} tasks; name each one that is to be measured")

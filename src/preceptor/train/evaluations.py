@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import base_identity, tasks_sha256
+from preceptor.train.provenance import base_identity, package_version, tasks_sha256
 from preceptor.world import ONE, World
 
 
@@ -183,7 +182,7 @@ def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
         repr(chat.template_kwargs),
         [sorted(chat.added), run.train.seed, run.model.dtype, run.train.precision, run.engine, run.eval.max_new_tokens],
         [run.adapter is not None, on_gpu, world.size, torch.get_num_threads()],
-        [torch.__version__, transformers.__version__, version("preceptor")],
+        [torch.__version__, transformers.__version__, package_version("preceptor")],
     )
     return BaseFigures(prepared.cache.folder / "evaluations", key)
 

@@ -59,7 +59,7 @@ def session(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in PACKAGES},
+            **{name: package_version(name) for name in PACKAGES},
             "torch": torch.__version__,  # with its build, which a package's own version may leave out
         },
         "platform": platform.platform(),
@@ -71,7 +71,7 @@ def session(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
