@@ -2,7 +2,7 @@
 
     python benchmarks/streaming.py --before CHECKOUT [--repetitions 3]
 
-*rendering*: `prepare` of 9,000 conversations (the scholar, chatml) with `num_processes=2`, in a program of its own:
+*rendering*: `prepare` of 3,000 conversations (the scholar, chatml) with `num_processes=2`, in a program of its own:
 in CHECKOUT, a work tree of the commit before the cache (3c32ada^), and here without a cache, with an empty one, and
 with one that is full; they take turns, each figure is the fastest. *streams*: a run's batches of all windows of so many
 short conversations, with nothing trained; then how fast a run that goes on passes over them. Memory is the peak
@@ -28,7 +28,7 @@ from machine import describe
 
 RESULT = Path(__file__).parent / "results" / "streaming.json"
 ROOT = Path(__file__).parents[1]
-WINDOW = 5_000
+WINDOW = 2_000
 
 
 def run_of(file: str, folder: str, **data: Any) -> Any:
@@ -57,7 +57,7 @@ def side(source: Path, what: str, file: str, folder: str, cache: str) -> Any:
 
 
 def rendering(before: Path, repetitions: int, folder: str) -> dict[str, Any]:
-    file = write(Path(folder) / "medium.jsonl", SIZES["medium"]._replace(num_conversations=9_000))
+    file = write(Path(folder) / "medium.jsonl", SIZES["medium"]._replace(num_conversations=3_000))
     cache = Path(folder) / "cache"
     found: dict[str, float] = {}
     for _ in range(repetitions):
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a work tree of the commit before the cache")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--examples", type=int, nargs="+", default=[15_000, 45_000, 135_000])
+    parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 40_000])
     parser.add_argument("--side", nargs=3, metavar=("WHAT", "FILE", "FOLDER"), help="one measurement, in this process")
     options = parser.parse_args()
     if options.side:
@@ -136,7 +136,10 @@ def main() -> None:
         (prepared_in if what == "prepare" else streamed_in)(file, folder)
         return
     with tempfile.TemporaryDirectory() as folder:
-        streams = [stream(num, folder) for num in options.examples]
+        streams = []
+        for num in options.examples:
+            streams.append(stream(num, folder))
+            print(streams[-1], flush=True)
         result = {
             "command": "python benchmarks/streaming.py --before CHECKOUT",
             **describe(),
