@@ -153,7 +153,7 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class _RoleText:
+class _SampledText:
     """A text of an example; without a role it has no template around it."""
 
     text: str
@@ -161,19 +161,19 @@ class _RoleText:
     trained: bool
 
 
-def _pieces(example: Example, train_on: str) -> Iterator[_RoleText]:
+def _pieces(example: Example, train_on: str) -> Iterator[_SampledText]:
     if isinstance(example, Document):
-        yield _RoleText(example.text, "", True)
+        yield _SampledText(example.text, "", True)
     elif isinstance(example, Completion):
-        yield _RoleText(example.prompt, "", False)
-        yield _RoleText(example.completion, "", True)
+        yield _SampledText(example.prompt, "", False)
+        yield _SampledText(example.completion, "", True)
     else:
         trained = trainable_turns(example.messages)
         chosen = set(trained[-1:] if train_on == "last" else trained)
         if example.tools:
-            yield _RoleText(json.dumps(example.tools, ensure_ascii=False), "system", False)
+            yield _SampledText(json.dumps(example.tools, ensure_ascii=False), "system", False)
         for index, message in enumerate(example.messages):
-            yield _RoleText(_text_of(message), message.role, index in chosen or train_on == "all")
+            yield _SampledText(_text_of(message), message.role, index in chosen or train_on == "all")
 
 
 def _text_of(message: Message) -> str:
