@@ -151,7 +151,7 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SampledText:
     """A text of an example; without a role it has no template around it."""
 
     text: str
@@ -159,19 +159,19 @@ class _Part:
     trained: bool
 
 
-def _pieces(example: Example, train_on: str) -> Iterator[_Part]:
+def _pieces(example: Example, train_on: str) -> Iterator[_SampledText]:
     if isinstance(example, Document):
-        yield _Part(example.text, "", True)
+        yield _SampledText(example.text, "", True)
     elif isinstance(example, Completion):
-        yield _Part(example.prompt, "", False)
-        yield _Part(example.completion, "", True)
+        yield _SampledText(example.prompt, "", False)
+        yield _SampledText(example.completion, "", True)
     else:
         trained = trainable_turns(example.messages)
         chosen = set(trained[-1:] if train_on == "last" else trained)
         if example.tools:
-            yield _Part(json.dumps(example.tools, ensure_ascii=False), "system", False)
+            yield _SampledText(json.dumps(example.tools, ensure_ascii=False), "system", False)
         for index, message in enumerate(example.messages):
-            yield _Part(_text_of(message), message.role, index in chosen or train_on == "all")
+            yield _SampledText(_text_of(message), message.role, index in chosen or train_on == "all")
 
 
 def _text_of(message: Message) -> str:
