@@ -17,6 +17,7 @@ from preceptor.errors import ModelError
 from preceptor.model.activations.context import ModelState, adopt, release
 from preceptor.model.activations.embedding import AccumulatingEmbedding
 from preceptor.model.activations.glu import EfficientGLU, glu_activation
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.layers import EngineLayer
 from preceptor.model.activations.linear import SharedCastLinear
 from preceptor.model.activations.norms import EfficientNorm, norm_form
@@ -118,17 +119,17 @@ def last_layer_is_exact(model: nn.Module, state: ModelState) -> bool:
     what runs last.
     """
     sequence = probe_sequence(model)
-    parts = split_by_loss(sequence)
+    split = split_by_loss(sequence)
     try:
         with torch.no_grad(), evaluating(model):
-            found_MD = decode_whole(model, state, sequence, parts=parts)
-            true_TD = decode_whole(model, state, sequence)
+            found_MD = decode_whole(model, state, SequenceInputs.of(model, sequence, split=split))
+            true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
     except torch.OutOfMemoryError:
         raise
     except (ModelError, *FAILURES):
         return False  # whatever a layer does not support about fewer tokens: it then gets all of them
     dtype = next(causal_lm(model).parameters()).dtype
-    return relative_error(found_MD, true_TD[parts[1].index_T()]) <= rounding(dtype)
+    return relative_error(found_MD, true_TD[split[1].index_T()]) <= rounding(dtype)
 
 
 def probe_sequence(model: nn.Module) -> PackedSequence:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from preceptor.model.activations.inputs import Part, Rows
 from preceptor.model.activations.noise import EmbeddingNoise
-from preceptor.model.activations.phases import Phase
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
 
@@ -67,14 +67,17 @@ class DecoderPass:
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
     keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
     last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
+    ids, rows: what the embedding is given, (1, M), and which of its rows that is.
     """
 
     decoder: PreTrainedModel
     attention: str
     num_checkpointed: int = 0
     keys_only: bool = False
-    parts: tuple[Phase, Phase] | None = None
+    parts: tuple[Part, ...] = ()
     efficient: bool = False
+    ids: Tensor | None = None
+    rows: Rows | None = None
 
 
 @dataclass(eq=False)

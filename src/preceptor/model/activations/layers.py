@@ -14,14 +14,13 @@ from functools import cache
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import DecoderPass
-from preceptor.model.activations.phases import Phase
+from preceptor.model.activations.inputs import Part
 from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
 
@@ -65,7 +64,7 @@ class EngineLayer(nn.Module):
                 self._record_keys(*arguments, **named)
                 _gather_before_backward(layer, named["forest"])
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
-            if this.parts is not None:
+            if this.parts:
                 return self._run_parts(*this.parts, *arguments, **named)
         output = super().forward(*arguments, **named)
         if this.keys_only:
@@ -79,28 +78,29 @@ class EngineLayer(nn.Module):
             return
         raise ModelError("the last layer does not hand keyword arguments on to its attention")
 
-    def _run_parts(self, context: Phase, bearing: Phase, *given: Any, forest: ForestLayout, **named: Any) -> Any:
+    def _run_parts(self, context: Part, bearing: Part, *given: Any, forest: ForestLayout, **named: Any) -> Any:
         own = type(self).__mro__[type(self).__mro__.index(EngineLayer) + 1]
         names = _argument_names(own)
         if len(given) > len(names):
             raise ModelError("the last layer takes arguments without a name, so they cannot be cut by token")
         every = {**dict(zip(names, given, strict=False)), **named}
         hidden: Tensor = every[names[0]]
-        masks = PathMasks(bearing.runs, forest.masks.scratch)
+        masks = PathMasks(bearing.phase.runs, forest.masks.scratch)
 
-        def cut(part: Phase) -> dict[str, Any]:
-            added = computed_tokens(part.num_tokens, hidden) - part.num_tokens
-            index_M = pad(torch.from_numpy(part.index_T()).to(hidden.device), (0, added))
+        def cut(part: Part) -> dict[str, Any]:
+            added = computed_tokens(part.phase.num_tokens, hidden) - part.phase.num_tokens
+            index_M = pad(part.index_M, (0, added))
             cut_names = CUT | {names[0]}
             return {
                 name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
                 for name, value in every.items()
             }
 
-        before = PhaseLayout(context.runs, {}, {}, masks)
-        if context.runs:
+        before = PhaseLayout(context.phase.runs, {}, {}, masks)
+        if context.phase.runs:
             self._record_keys(forest=before, **cut(context))
-        return super().forward(forest=PhaseLayout(bearing.runs, before.recorded or {}, None, masks), **cut(bearing))
+        after = PhaseLayout(bearing.phase.runs, before.recorded or {}, None, masks, lengths=bearing.lengths)
+        return super().forward(forest=after, **cut(bearing))
 
 
 def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:

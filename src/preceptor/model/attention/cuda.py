@@ -10,8 +10,8 @@ or sinks, heads that a kernel does not take, a version of torch that lacks an op
 of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
 exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
-For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap, gradients
-of a last block that is not full were NaN (pytorch#153799), and lengths that are not divisible are compiled for anew.
+For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
+gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for anew.
 
 Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of
 a sequence.
@@ -24,14 +24,23 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.model.attention.layout import ForestLayout, KeysValues, PhaseLayout, TokenRange, product_dtype
+from preceptor.model.attention.layout import (
+    ForestLayout,
+    KeysValues,
+    PhaseLayout,
+    TokenRange,
+    path_lengths,
+    product_dtype,
+)
 from preceptor.model.sizes import device_type_of, is_dry_run
+from preceptor.model.transfer import on_device
 
 Attend = Callable[..., Tensor]
 
@@ -120,9 +129,11 @@ def attend_varlen(
     assert softcap is None and sinks is None
     dtype = product_dtype(value)
     key, value = key.to(dtype), value.to(dtype)
-    if "varlen" not in layout.made:
-        layout.made["varlen"] = _path_lengths(layout, query.device)
-    cu_query, cu_key, longest_run, longest_path = layout.made["varlen"]
+    if layout.lengths is None:
+        lengths = path_lengths(layout.runs)
+        begins = on_device({place: np.cumsum([0, *each]) for place, each in enumerate(lengths)}, query.device)
+        layout.lengths = begins[0].to(torch.int32), begins[1].to(torch.int32), max(lengths[0]), max(lengths[1])
+    cu_query, cu_key, longest_run, longest_path = layout.lengths
     path_key, path_value = _join_paths(key, value, layout, {} if seen is None else seen)
     windowed = sliding_window is not None and sliding_window < longest_path
     # the kernel shares key heads among query heads by itself; torch 2.13 wants to be told, 2.11 has no word for it
@@ -142,14 +153,6 @@ def attend_varlen(
             **grouped,
         )
     return cast(Tensor, output_THD).transpose(0, 1)[None]
-
-
-def _path_lengths(layout: ForestLayout | PhaseLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Where each run's queries and keys begin, with the end of the last, int32; the most queries and keys of a run."""
-    queries = [end - start for start, end, _ in layout.runs]
-    keys = [end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in layout.runs]
-    begins = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1, dtype=torch.int32).to(device)
-    return begins[0], begins[1], max(queries), max(keys)
 
 
 def _join_paths(
@@ -252,10 +255,11 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
 def block_mask(layout: ForestLayout, sliding_window: int | None = None) -> BlockMask:
     """Which blocks of the sequence's T x T scores are computed, and which of these need the mask of single tokens.
 
-    T is that of the sequence padded to whole blocks; what is added sees itself alone. By the extremes of each block, so that no T x T mask is ever made: with a key block's tokens j and a query block's
-    tokens i, some are visible iff the blocks are in order and min i < max subtree_end[j]; all are if besides
-    max i < min subtree_end[j]. A window W leaves out blocks with min position[i] - max position[j] >= W, so that some
-    that nothing sees may stay; their mask is empty.
+    T is that of the sequence padded to whole blocks; what is added sees itself alone. By the extremes of each block, so
+    that no T x T mask is ever made: with a key block's tokens j and a query block's tokens i, some are visible iff the
+    blocks are in order and min i < max subtree_end[j]; all are if besides max i < min subtree_end[j]. A window W leaves
+    out blocks with min position[i] - max position[j] >= W, so that some that nothing sees may stay; their mask is
+    empty.
     """
     end_T, position_T = layout.subtree_end_T.to(torch.int32), layout.position_T.to(torch.int32)
     added = -len(end_T) % BLOCK

@@ -33,6 +33,7 @@ from preceptor.model.attention.layout import (
     PhaseLayout,
     TokenRange,
     dense_mask,
+    path_lengths,
     product_dtype,
 )
 from preceptor.model.sizes import device_type_of, mostly_short
@@ -135,10 +136,7 @@ def _fastest_dtype(asked: torch.dtype, runs: Sequence[AttentionRun], device: tor
     """On a CPU half precision is the slower one for short runs."""
     if device_type_of(device) != "cpu" or asked.itemsize != 2:
         return asked
-    lengths = [end - start for start, end, _ in runs]
-    before = [sum(end - start for start, end in ancestors) for _, _, ancestors in runs]
-    path_lengths = [length + more for length, more in zip(lengths, before, strict=True)]
-    return torch.float32 if mostly_short(zip(lengths, path_lengths, strict=True)) else asked
+    return torch.float32 if mostly_short(zip(*path_lengths(runs), strict=True)) else asked
 
 
 class KeysRecorded(Exception):

@@ -26,7 +26,11 @@ from preceptor.model.sizes import device_type_of, representative
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
 _HEAD_ROWS = {"cpu": 2048, "cuda": 2**15}
 _FEW_COLUMNS, _MANY_ROWS = 640, 512
-_NOT_DIFFERENTIABLE = (None,) * 7
+_NOT_DIFFERENTIABLE = (None,) * 8
+_NOT_ONE = (
+    "the loss of a step is multiplied after its gradients were computed (and the head's added to its buffer) for a "
+    "gradient of 1: put divisors in weight_N"
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -75,6 +79,7 @@ def linear_cross_entropy(
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
+    gradient_is_one: bool = False,
 ) -> Tensor:
     """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
 
@@ -85,8 +90,9 @@ def linear_cross_entropy(
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
-    is known by what the loss will be multiplied, so backward must come with a gradient of 1, else RuntimeError: a
-    divisor belongs in weight_N. head_cast: shared by calls with one head.
+    is known by what the loss will be multiplied, so it needs gradient_is_one. head_cast: shared by calls with one head.
+    gradient_is_one: backward will come with a gradient of 1, else RuntimeError (a divisor belongs in weight_N), and so
+    multiplies nothing.
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
@@ -96,6 +102,7 @@ def linear_cross_entropy(
     form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
+        assert gradient_is_one, "the buffer cannot be multiplied afterwards"
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
         assert head_grad_VD.dtype == form.softmax_dtype, "half-precision sums over sequences would lose bits"
     if not torch.is_grad_enabled():  # autograd would ask for gradients all the same, and drop them
@@ -113,6 +120,7 @@ def linear_cross_entropy(
         head_grad_VD,
         form,
         head_cast or HeadCast(),
+        gradient_is_one,
     )
     return loss
 
@@ -216,6 +224,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_grad_VD: Tensor | None,
         form: LossForm,
         head_cast: HeadCast,
+        gradient_is_one: bool,
     ) -> Tensor:
         leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -241,7 +250,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _add_product(head_total_VD, products_CV, hidden_CD)
                 if grad_weight_RD is not None:
                     _add_product(grad_weight_RD, products_CV[:, rows_R], hidden_CD)
-        ctx.added_to_head = head_grad_VD is not None  # type: ignore[attr-defined]
+        ctx.gradient_is_one = gradient_is_one  # type: ignore[attr-defined]
         ctx.grads = [  # type: ignore[attr-defined]
             None if grad is None or leaf is None else grad.to(leaf.dtype)
             for leaf, grad in zip(leaves, (grad_hidden_TD, grad_weight_VD, grad_bias_V, grad_weight_RD), strict=True)
@@ -257,14 +266,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy can be differentiated once only: its gradients are scaled in place"
             )
         ctx.grads = None  # type: ignore[attr-defined]
-        added = ctx.added_to_head  # type: ignore[attr-defined]
-        if (added or grad_loss.device.type == "cpu") and grad_loss.item() == 1.0:  # on CPU reading it costs nothing
+        if ctx.gradient_is_one:  # type: ignore[attr-defined]
+            torch._assert_async(grad_loss == 1, _NOT_ONE)  # on a GPU without a wait
             return (*grads, *_NOT_DIFFERENTIABLE)
-        if added:
-            raise RuntimeError(
-                f"the gradient of the head was added to head_grad_VD already, so the loss cannot be multiplied by "
-                f"{grad_loss.item()} any more: put divisors in weight_N"
-            )
         scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
         return (*scaled, *_NOT_DIFFERENTIABLE)
 
