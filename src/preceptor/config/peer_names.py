@@ -209,7 +209,7 @@ NO_COUNTERPART: dict[str, str] = {
     "torch_empty_cache_steps": "memory is tried before the first step: nothing to set",
     "tf32": "matrix products are in float32 or in bfloat16, see train.precision: remove the key",
     "gradient_checkpointing_kwargs": "memory.activation_checkpointing says which layers run again: remove the key",
-    "torch_compile": "torch.compile is not offered: remove the key",
+    "torch_compile": "set `engine: compiled` (by decoder layer; `auto` does so on a GPU)",
     "use_liger_kernel": _LOGITS,
     "enable_liger_kernel": _LOGITS,
     "attn_implementation": _ATTENTION,

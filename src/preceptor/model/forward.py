@@ -82,7 +82,7 @@ class Engine(nn.Module):
             head = output_head(self.model)
             if "head_gradient" not in self.state.optimisations:
                 step = StepContext(step.divisor)
-            loss = head.loss(hidden_MD, inputs, options, step)
+            loss = head.loss(hidden_MD, inputs, options, step, self.state.compiles)
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
             return loss

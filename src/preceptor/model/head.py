@@ -44,7 +44,14 @@ class Head:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         return logits_CV
 
-    def loss(self, hidden_MD: Tensor, inputs: SequenceInputs, options: LossOptions, step: StepContext) -> Tensor:
+    def loss(
+        self,
+        hidden_MD: Tensor,
+        inputs: SequenceInputs,
+        options: LossOptions,
+        step: StepContext,
+        compiled: bool = False,
+    ) -> Tensor:
         """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`: a scalar with a graph."""
         in_place = step.accumulates and torch.is_grad_enabled() and takes_gradient_in_place(self.weight_VD)
         return linear_cross_entropy(
@@ -61,6 +68,7 @@ class Head:
             head_grad_VD=gradient_of(self.weight_VD) if in_place else None,
             head_cast=step.head_cast,
             gradient_is_one=step.accumulates and torch.is_grad_enabled(),
+            compiled=compiled and torch.is_grad_enabled(),
         )
 
     def token_losses(self, hidden_MD: Tensor, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.compiled import compile_seconds
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
@@ -108,7 +109,7 @@ def _logged_step(
     world: World,
 ) -> dict[str, Any]:
     """Take the next step, or leave out its update; the logged line of it. Raises as `take_step`, `skip_step`."""
-    started, step, skipped = time.perf_counter(), state.step, {}
+    started, compiling, step, skipped = time.perf_counter(), compile_seconds(), state.step, {}
     sequences, precision = loader.batch(step, world.rank, world.size), run.train.precision
     assert precision is not None
     try:
@@ -127,7 +128,7 @@ def _logged_step(
         "loss": loss,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
-        **_of_all(state, sequences, time.perf_counter() - started, world),
+        **_of_all(state, sequences, time.perf_counter() - started, compile_seconds() - compiling, world),
         **skipped,
     }
     if world.is_first:
@@ -171,16 +172,23 @@ def skip_step(
     return {"skipped": f"{error}, {whose} {shown}; skipped, {num_skipped + 1} of {most}", "examples": examples}
 
 
-def _of_all(state: State, sequences: Sequence[PackedSequence], seconds: float, world: World) -> dict[str, Any]:
-    """Tokens of a step over all processes, the time of the slowest and the memory of the largest."""
+def _of_all(
+    state: State, sequences: Sequence[PackedSequence], seconds: float, compiling: float, world: World
+) -> dict[str, Any]:
+    """Tokens of a step over all processes, the time of the slowest and the memory of the largest.
+
+    compiling: of the seconds, those in which torch compiled layers for a new kind of sequence, told apart.
+    """
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     num_trained = sum(sequence.num_trained for sequence in sequences)
-    sums, most = world.sum(num_tokens, num_trained), world.max(seconds, peak_memory_bytes(state.model.device))
+    peak = peak_memory_bytes(state.model.device)
+    sums, most = world.sum(num_tokens, num_trained), world.max(seconds - compiling, peak, compiling)
     return {
         "num_tokens": int(sums[0]),
         "num_trained": int(sums[1]),
         "seconds": most[0],
         "peak_memory_bytes": int(most[1]),
+        **({"compile_seconds": most[2]} if most[2] else {}),
     }
 
 

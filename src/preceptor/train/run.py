@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -16,6 +16,7 @@ from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.model.compiled import compile_seconds
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
@@ -193,9 +194,7 @@ def _build(
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
 
-def _spread(
-    model: Any, engine: Literal["auto", "plain"], device: torch.device, placement: Placement | None, world: World
-) -> Any:
+def _spread(model: Any, engine: config.Engine, device: torch.device, placement: Placement | None, world: World) -> Any:
     """The model with its optimisations, on all processes."""
     if placement is None:
         install(model, engine)
@@ -286,9 +285,11 @@ def execute_in(
         counts = amounts(prepared, loader, num_steps) | {
             "each_conversation_alone": loader.alone,
             "preflight_seconds": passed.seconds,
+            **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
             "memory_before_bytes": memory_before_bytes,
             **({} if predicted is None else {"predicted_memory_bytes": predicted}),
         }
+        record = {**record, "engine": _engine_record(run, state)}  # the proofs may have changed it
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
     _announce(console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
     with stop.while_training(folder.path, world):
@@ -300,6 +301,12 @@ def execute_in(
         _end(state, run, folder, checkpoints, num_steps, world, say)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
+
+
+def _engine_record(run: config.Run, state: State) -> dict[str, Any]:
+    engine = state.engine.state
+    why = {} if engine.not_compiled is None else {"not_compiled": engine.not_compiled}
+    return {"mode": run.engine, "optimisations": sorted(engine.optimisations), **why}
 
 
 def _predicted_bytes(prepared: Prepared, model: Any, loader: Loader, device: torch.device) -> int | None:
@@ -441,12 +448,10 @@ def _record(
     if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
         raise ModelError("\n".join(reasons))
     if not folder.goes_on:
-        engine = {"mode": run.engine, "optimisations": sorted(Engine(model).state.optimisations)}
         return {
             "run": uuid4().hex,
             **now,
             "date": folder.date.isoformat(timespec="seconds"),
-            "engine": engine,
             "resumed": [],
         }
     changed = changed_keys(folder.run_file, run, f"{run.out}/config.yaml")

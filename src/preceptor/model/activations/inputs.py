@@ -20,14 +20,14 @@ from preceptor.model.attention.layout import AttentionRun, PathLengths, attentio
 from preceptor.model.parts import decoder_of, device_of
 from preceptor.model.transfer import on_device
 
-Rows = tuple[Tensor, Tensor]
+OccurringRows = tuple[Tensor, Tensor]
 """Of an embedding: the rows that occur (R,), and which of them each token has (M,)."""
 
 _WHOLE = 0  # the group that all tokens are
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Part:
+class SplitPart:
     """Tokens of a sequence that a layer treats on their own (layers.py)."""
 
     phase: Phase
@@ -111,7 +111,7 @@ class SequenceInputs:
     def index(self, group: int = _WHOLE) -> Tensor:
         return self._arrays["index", group]
 
-    def rows(self, group: int = _WHOLE) -> Rows | None:
+    def rows(self, group: int = _WHOLE) -> OccurringRows | None:
         """None: of an embedding that is not trained."""
         if ("rows", group) not in self._arrays:
             return None
@@ -121,12 +121,12 @@ class SequenceInputs:
         runs = self.phases[group].runs if self.phases else self.runs
         return self._lengths(runs, self._arrays["queries", group], self._arrays["keys", group])
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SplitPart, ...]:
         """What `split` says, for the last layer."""
         names = ("part", "part queries", "part keys")
         arrays = [[self._arrays[name, place] for name in names] for place in range(len(self.split))]
         return tuple(
-            Part(phase, index_M, self._lengths(phase.runs, *begins))
+            SplitPart(phase, index_M, self._lengths(phase.runs, *begins))
             for phase, (index_M, *begins) in zip(self.split, arrays, strict=True)
         )
 

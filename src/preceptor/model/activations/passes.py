@@ -25,7 +25,7 @@ from preceptor.model.attention.layout import (
     PhaseLayout,
     TokenRange,
 )
-from preceptor.model.attention.runs import IMPLEMENTATION, attention_implementation
+from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.parts import decoder_layers, decoder_of, device_of
 
 
@@ -43,7 +43,7 @@ def decode_whole(
     )
     this = DecoderPass(
         decoder_of(model),
-        IMPLEMENTATION,
+        state.attention,
         num_checkpointed=num_checkpointed(model, policy),
         parts=inputs.parts(),
         efficient=True,
@@ -62,7 +62,7 @@ def decode_dense(
     layout = ForestLayout.from_sequence(inputs.sequence, device_of(model), dense=True, constant_T=constant_T)
     this = DecoderPass(
         decoder_of(model),
-        IMPLEMENTATION,
+        state.attention,
         num_checkpointed=num_checkpointed(model, policy),
         ids=inputs.ids()[None],
         rows=inputs.rows(),
@@ -88,7 +88,7 @@ def decode_phases(
         layout = PhaseLayout(phase.runs, kept, recorded, masks, lengths=inputs.lengths(group))
         this = DecoderPass(
             decoder,
-            IMPLEMENTATION,
+            state.attention,
             num_checkpointed=checkpointed if phase.loss_bearing else num_layers,
             keys_only=not phase.loss_bearing,
             efficient=True,

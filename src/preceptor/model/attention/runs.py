@@ -17,6 +17,7 @@ Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, Q
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -206,6 +207,14 @@ def forest_attention_forward(
 
 
 AttentionInterface.register(IMPLEMENTATION, forest_attention_forward)
+
+
+@cache
+def outside_graphs() -> str:
+    """The name under which it is left alone, with all that it calls, where a layer is compiled."""
+    name = f"{IMPLEMENTATION}_outside_graphs"
+    AttentionInterface.register(name, torch.compiler.disable(forest_attention_forward))
+    return name
 
 
 @contextmanager

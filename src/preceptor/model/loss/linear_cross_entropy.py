@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from preceptor.model.compiled import compiled_function
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
 from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
 from preceptor.model.sizes import device_type_of, representative
@@ -80,6 +81,7 @@ def linear_cross_entropy(
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
     gradient_is_one: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
 
@@ -92,14 +94,14 @@ def linear_cross_entropy(
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
     is known by what the loss will be multiplied, so it needs gradient_is_one. head_cast: shared by calls with one head.
     gradient_is_one: backward will come with a gradient of 1, else RuntimeError (a divisor belongs in weight_N), and so
-    multiplies nothing.
+    multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
     half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient, since rounding
     after each chunk would lose bits.
     """
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes)
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, compiled)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
         assert gradient_is_one, "the buffer cannot be multiplied afterwards"
@@ -150,6 +152,7 @@ def _form(
     logit_scale: float,
     options: LossOptions,
     logits_bytes: int,
+    compiled: bool = False,
 ) -> LossForm:
     device_type = hidden_TD.device.type
     product_dtype = weight_VD.dtype
@@ -157,7 +160,7 @@ def _form(
         product_dtype = torch.get_autocast_dtype(device_type)
     sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
     chunk = chunk_tokens(len(target_N), *sizes)
-    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes))
+    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes), compiled)
 
 
 def _chunks(
@@ -283,9 +286,10 @@ def _to_gradients(
 ) -> Tensor:
     """Each token's weighted loss; the products become the gradient by themselves, whose sum joins grad_bias_V."""
     losses_C = torch.empty(len(target_C), dtype=form.softmax_dtype, device=products_CV.device)
+    found = compiled_function(losses_and_gradients) if form.compiled else losses_and_gradients
     for rows, block_RV in blocks(products_CV, form):
         logits_RV = to_logits(block_RV, bias_V, form)
-        losses_C[rows] = losses_and_gradients(logits_RV, target_C[rows], weight_C[rows], form)
+        losses_C[rows] = found(logits_RV, target_C[rows], weight_C[rows], form)
         if grad_bias_V is not None:
             grad_bias_V += logits_RV.sum(dim=0)
     return losses_C

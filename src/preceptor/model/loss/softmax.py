@@ -31,6 +31,7 @@ class LossForm:
     product_dtype: torch.dtype
     chunk_tokens: int
     most_tokens: int
+    compiled: bool = False
 
     def computed_tokens(self, num_tokens: int, head_VD: Tensor) -> int:
         """With those that round so many up to the grid, unless memory is not for so many."""
