@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --out FOLDER [--part 1|2] [--phases facts attention ...]
     python benchmarks/gpu.py --out FOLDER --tiny --device cpu
 
-Nothing is read from disk or network: weights are random and made on the device. Each phase has a budget of seconds; what
-it has found, or why it ended, is in FOLDER/gpu.json before the next one begins. gpu.md: how to run it in two calls.
+Nothing is read from disk or network: weights are random and made on the device. Each phase has a budget of seconds;
+what it has found, or why it ended, is in FOLDER/gpu.json before the next one begins. gpu.md says how to run it.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import contextlib
 import gc
 import importlib.util
 import inspect
-import itertools
 import json
 import os
 import signal
@@ -20,7 +19,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,11 @@ class Bench:
         return SHAPES[name] | (small if self.tiny else {})
 
     def lengths(self, *lengths: int) -> tuple[int, ...]:
-        return (96, 160)[: len(lengths)] if self.tiny else lengths
+        return (96,) * len(lengths) if self.tiny else lengths
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        return ("efficient",) if self.tiny else ("efficient", "compiled")
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -148,7 +152,7 @@ def facts(bench: Bench) -> dict[str, Any]:
 def seconds_of(function: Callable[[], Any], bench: Bench, times: int = 3) -> float:
     """The fastest of a few, after one that does not count."""
     seconds = []
-    for _ in range(times + 1):
+    for _ in range(2 if bench.tiny else times + 1):
         bench.synchronize()
         started = time.perf_counter()
         function()
@@ -161,7 +165,7 @@ def seconds_of(function: Callable[[], Any], bench: Bench, times: int = 3) -> flo
 
 
 def attention(bench: Bench) -> dict[str, Any]:
-    """Error of outputs and gradients against float64 and the dense mask; beside it that of bfloat16 and the same mask."""
+    """Error of outputs and gradients against float64 and a dense mask; beside it that of bfloat16 and the mask."""
     lengths, sizes = ((96,), ((4, 2, 16),)) if bench.tiny else ((300, 640, 1000), ((32, 8, 128), (16, 8, 64)))
     found: dict[str, Any] = {}
     for branches in (False, True):
@@ -197,7 +201,7 @@ def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, i
         return [output, *torch.autograd.grad((output * weight.to(dtype)).sum(), tensors)]
 
     half = [each.bfloat16() for each in made]
-    chosen = fast_path(*half, layout, features.get("softcap"), sinks) or attend_runs
+    chosen = fast_path(half[0], half[1], half[2], layout, features.get("softcap"), sinks) or attend_runs
     before = compiled.compile_seconds()
     found, naive = results(chosen, torch.bfloat16), results(attend_reference, torch.bfloat16)
     true = results(attend_reference, torch.float64)
@@ -228,8 +232,8 @@ def models(bench: Bench) -> dict[str, Any]:
         true, own = true.double(), own.to(bench.device)
         if kind == "gpt_oss":
             true.set_experts_implementation("eager")
-        for engine in ("efficient", "compiled"):
-            install(own, engine)
+        for engine in bench.engines:
+            install(own, engine)  # type: ignore[arg-type]
             for mode, policy in MODES.items():
                 for precision in ("bfloat16",) if bench.tiny else ("float32", "bfloat16"):
                     case = f"{kind}, {engine}, {mode}, {precision}"
@@ -251,7 +255,7 @@ def _model_case(true: Any, own: Any, num_tokens: int, policy: ActivationPolicy, 
         with autocast(model.device, half):
             loss = Engine(model)(sequence, policy)
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append(torch.cat([p.grad.flatten().cpu().double() for p in model.parameters() if p.grad is not None]))
     return {"loss_error": losses[0] / losses[1] - 1, "gradient_error": distance(*gradients)}
 
@@ -308,13 +312,13 @@ def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
     name: Any = "adamw" if case.adapter else case.optimizer
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95), name, rounding=rounding))
     objective, losses = Objective(MODES[case.mode]), []
-    length = min(512, case.num_tokens)
+    length = min(512, case.num_tokens // 2)
 
     def step(seed: int = 0) -> None:
         sequence = chats(case.num_tokens, length, bench.shape(case.shape)["vocab_size"], seed, case.branches)
         losses.append(take_step(state, [sequence], 1e-5, 1.0, precision, objective)[0])
 
-    started = time.perf_counter()
+    started, compiling, graphs = time.perf_counter(), compiled.compile_seconds(), compiled.num_graphs()
     step()
     bench.synchronize()
     first = time.perf_counter() - started
@@ -326,8 +330,8 @@ def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "first_seconds": first,
-        "compile_seconds": compiled.compile_seconds(),
-        "graphs": compiled.num_graphs(),
+        "compile_seconds": compiled.compile_seconds() - compiling,
+        "graphs": compiled.num_graphs() - graphs,
         "tokens_per_second": sequence.num_tokens / seconds,
         "operations_per_second": operations / seconds,
         "losses": losses,
@@ -384,14 +388,14 @@ def _profile(bench: Bench, case: Case, step: Callable[[], None]) -> str:
 
 def steps_8b(bench: Bench) -> dict[str, Any]:
     shape, (short, long) = "llama-3.1-8b", bench.lengths(4096, 16_384)
-    cases = [Case(shape, each, engine) for engine in ("efficient", "compiled") for each in (short, long)]
-    return run_cases(bench, [*cases[:1], *cases[2:3], Case(shape, short, branches=True), cases[1], cases[3]])
+    cases = [Case(shape, short), Case(shape, short, "compiled")]
+    more = [Case(shape, short, branches=True), Case(shape, long), Case(shape, long, "compiled")]
+    return run_cases(bench, cases if bench.tiny else [*cases, *more])
 
 
 def lora_8b(bench: Bench) -> dict[str, Any]:
-    lengths = bench.lengths(4096, 16_384)
-    engines = ("efficient", "compiled")
-    return run_cases(bench, [Case("llama-3.1-8b", each, engine, True) for each in lengths for engine in engines])
+    cases = [Case("llama-3.1-8b", each, engine, True) for each in (4096, 16_384) for engine in bench.engines]
+    return run_cases(bench, [Case("llama-3.1-8b", 96, adapter=True)] if bench.tiny else cases)
 
 
 def memory(bench: Bench) -> dict[str, Any]:
@@ -399,16 +403,13 @@ def memory(bench: Bench) -> dict[str, Any]:
     (length,) = bench.lengths(4096)
     cases = [Case("llama-3.2-1b", length, weights="float32", mode=mode, optimizer="adamw") for mode in MODES]
     cases += [Case("llama-3.2-1b", length, mode=mode) for mode in MODES]
-    return run_cases(bench, cases[:: 3 if bench.tiny else 1], profiled=False)
+    return run_cases(bench, cases[:: 5 if bench.tiny else 1], profiled=False)
 
 
 def steps_small(bench: Bench) -> dict[str, Any]:
-    lengths = bench.lengths(4096, 16_384)
-    engines = ("efficient", "compiled")
-    cases = [
-        Case("qwen3-0.6b", each, engine, weights="float32", optimizer="adamw") for each in lengths for engine in engines
-    ]
-    return run_cases(bench, cases[:: 3 if bench.tiny else 1])
+    small = Case("qwen3-0.6b", 96, weights="float32", optimizer="adamw")
+    cases = [replace(small, num_tokens=each, engine=engine) for each in (4096, 16_384) for engine in bench.engines]
+    return run_cases(bench, [small] if bench.tiny else cases, profiled=not bench.tiny)
 
 
 # TRL -----------------------------------------------------------------------------------------------------------------
@@ -445,15 +446,15 @@ def _trl_seconds(bench: Bench, model: Any, case: Case) -> dict[str, Any]:
     AttentionInterface.register("torch_varlen", _varlen_for_trl)
     AttentionMaskInterface.register("torch_varlen", flash_attention_mask)
     model.set_attn_implementation("torch_varlen")
-    length, num_steps = min(512, case.num_tokens), 2 if bench.tiny else 6
+    length, num_steps = min(512, case.num_tokens // 2), 2 if bench.tiny else 6
     sequence = chats(case.num_tokens, length, bench.shape(case.shape)["vocab_size"], 0)
     starts = [span.start for span in sequence.spans if span.parent is None]
-    trained = np.zeros(sequence.num_tokens, dtype=np.int64)
-    trained[sequence.source_N + 1] = 1
-    pieces = list(zip(starts, [*starts[1:], sequence.num_tokens], strict=True))
+    label_T = np.full(sequence.num_tokens, -100)
+    label_T[sequence.source_N + 1] = sequence.target_N
+    pieces = list(pairwise([*starts, sequence.num_tokens]))
     rows = {
-        "input_ids": [sequence.ids_T[a:b].tolist() for a, b in pieces],
-        "assistant_masks": [trained[a:b].tolist() for a, b in pieces],
+        name: [each[a:b].tolist() for a, b in pieces]
+        for name, each in (("input_ids", sequence.ids_T), ("labels", label_T))
     }
     ends: list[float] = []
 
@@ -479,7 +480,6 @@ def _trl_seconds(bench: Bench, model: Any, case: Case) -> dict[str, Any]:
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        assistant_only_loss=True,
         optim="adamw_torch_fused",
         seed=0,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -528,18 +528,19 @@ def _varlen_for_trl(
         )
     if query.device.type == "cpu":
         cuts = begins.tolist()
-        parts = [
-            scaled_dot_product_attention(
-                *(each[:, :, a:b] for each in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
-            )
-            for a, b in itertools.pairwise(cuts)
-        ]
+        parts = [_causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], scaling) for a, b in pairwise(cuts)]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
     longest = int(named.get("max_length_q") or begins.diff().max())
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    flat = (each[0].transpose(0, 1) for each in (query, key, value))
-    output = varlen_attn(*flat, begins, begins, longest, longest, scale=scaling, window_size=(-1, 0), **grouped)
+    settings: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        settings["enable_gqa"] = True
+    flat: Any = [each[0].transpose(0, 1) for each in (query, key, value)]
+    output: Any = varlen_attn(flat[0], flat[1], flat[2], begins, begins, longest, longest, **settings)
     return output[None], None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 
 # All of it -----------------------------------------------------------------------------------------------------------

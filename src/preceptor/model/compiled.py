@@ -6,6 +6,7 @@ kernels. Attention has kernels of its own (attention/cuda.py). A graph is made f
 one for all others; further ones for other types, with and without gradients.
 """
 
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -38,8 +39,9 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
 
 def run_compiled(layer: Any, forward: Callable[..., Any], arguments: Any, named: dict[str, Any]) -> Any:
     """What `forward` of a layer's class gives."""
+    dynamo = import_module("torch._dynamo")
     for tensor in _of_tokens((arguments, named)):
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        dynamo.maybe_mark_dynamic(tensor, 1)
     return _compiled(forward, BACKEND)(layer, *arguments, **named)
 
 
@@ -48,30 +50,43 @@ def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, BACKEND, fullgraph=True, dynamic=True)
 
 
+class _Watch:
+    """The time that torch spends on compiling, wherever it does so."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
+    def start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+@lru_cache
+def watch() -> _Watch:
+    """Begin to take the time, before anything is compiled."""
+    watching, handler = _Watch(), import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(watching.start)
+    handler.register_end_callback(watching.end)
+    return watching
+
+
 def compile_seconds() -> float:
     """What compiling has taken in this process so far."""
-    if not _is_loaded():
-        return 0.0
-    times: dict[str, float] = import_module("torch._dynamo.utils").calculate_time_spent()
-    return times.get("total_wall_time", 0.0)
+    return watch().seconds if watch.cache_info().currsize else 0.0
 
 
 def num_graphs() -> int:
     """Graphs that were made in this process so far."""
-    return int(import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"]) if _is_loaded() else 0
-
-
-def is_compile_error(error: BaseException) -> bool:
-    """Whether torch could not compile something, rather than run it."""
-    return _is_loaded() and isinstance(error, import_module("torch._dynamo.exc").TorchDynamoException)
-
-
-def _is_loaded() -> bool:
-    return _compiled.cache_info().currsize > 0
+    if not watch.cache_info().currsize:
+        return 0
+    return int(import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"])
 
 
 @lru_cache
 def _compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:
+    watch()
     dynamo: Any = import_module("torch._dynamo").config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_FORMS)
     return torch.compile(function, backend=backend, **settings)

@@ -10,7 +10,7 @@ generation and saving meet the model as its authors wrote it. Within decoder lay
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -170,8 +170,8 @@ def probe_sequence(model: nn.Module) -> PackedSequence:
     return pack_trees([Tree("probe:1", tuple(chain)), Tree("probe:2", tuple(tree))])
 
 
-def _in(way: Literal["compiled", "efficient"], *given: Any) -> Optimisation:
-    return Optimisation(*given, within=way)
+def _in(way: Literal["compiled", "efficient"], name: str, purpose: str, *given: Any) -> Optimisation:
+    return replace(Optimisation(name, purpose, *given), within=way)
 
 
 OPTIMISATIONS = (

@@ -132,8 +132,8 @@ class SequenceInputs:
 
     @staticmethod
     def _lengths(runs: Sequence[AttentionRun], queries: Tensor, keys: Tensor) -> PathLengths:
-        most = (max(each, default=0) for each in path_lengths(runs))
-        return queries.to(torch.int32), keys.to(torch.int32), *most
+        longest_run, longest_path = (max(each, default=0) for each in path_lengths(runs))
+        return queries.to(torch.int32), keys.to(torch.int32), longest_run, longest_path
 
     # the whole
 

@@ -77,7 +77,8 @@ class EngineLayer(nn.Module):
         """The authors' own code, compiled or not."""
         layer: Any = self
         if layer.engine_state.compiles and (layer.training or torch.is_grad_enabled()):
-            return run_compiled(layer, _authors_class(type(layer)).forward, arguments, named)
+            cls: Any = type(layer)
+            return run_compiled(layer, _authors_class(cls).forward, arguments, named)
         return super().forward(*arguments, **named)
 
     def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
@@ -90,27 +91,31 @@ class EngineLayer(nn.Module):
     def _run_parts(
         self, context: SplitPart, bearing: SplitPart, *given: Any, forest: ForestLayout, **named: Any
     ) -> Any:
-        names = _argument_names(_authors_class(type(self)))
+        cls: Any = type(self)
+        names = _argument_names(_authors_class(cls))
         if len(given) > len(names):
             raise ModelError("the last layer takes arguments without a name, so they cannot be cut by token")
         every = {**dict(zip(names, given, strict=False)), **named}
         hidden: Tensor = every[names[0]]
         masks = PathMasks(bearing.phase.runs, forest.masks.scratch)
 
-        def cut(part: SplitPart) -> dict[str, Any]:
+        def cut(part: SplitPart) -> tuple[Tensor, dict[str, Any]]:
             added = computed_tokens(part.phase.num_tokens, hidden) - part.phase.num_tokens
             index_M = pad(part.index_M, (0, added))
             cut_names = CUT | {names[0]}
-            return {
+            found = {
                 name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
                 for name, value in every.items()
             }
+            return found.pop(names[0]), found  # given as other layers are given it: else it is compiled anew
 
         before = PhaseLayout(context.phase.runs, {}, {}, masks)
         if context.phase.runs:
-            self._record_keys(forest=before, **cut(context))
+            hidden_MD, others = cut(context)
+            self._record_keys(hidden_MD, forest=before, **others)
         after = PhaseLayout(bearing.phase.runs, before.recorded or {}, None, masks, lengths=bearing.lengths)
-        return self._forward(forest=after, **cut(bearing))
+        hidden_MD, others = cut(bearing)
+        return self._forward(hidden_MD, forest=after, **others)
 
 
 def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:

@@ -39,6 +39,7 @@ from preceptor.model.attention.layout import (
     path_lengths,
     product_dtype,
 )
+from preceptor.model.compiled import watch
 from preceptor.model.sizes import device_type_of, is_dry_run
 from preceptor.model.transfer import on_device
 
@@ -218,6 +219,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
     flex: Callable[..., Any] = flex_attention
     if device_type != "cuda":
         return flex
+    watch()
     settings: Any = import_module("torch._dynamo").config
     settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
     return torch.compile(flex, fullgraph=True)
