@@ -25,11 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 ALL = {optimisation.name for optimisation in OPTIMISATIONS}
 WITHIN = {way: {each.name for each in OPTIMISATIONS if each.within == way} for way in ("compiled", "efficient")}
-POLICIES = [
-    ActivationPolicy(),
-    ActivationPolicy("full", "all"),
-    ActivationPolicy("recompute"),
-]
+POLICIES = [ActivationPolicy(), ActivationPolicy("recompute", "all")]
 
 
 def sequence(seed):
@@ -128,3 +124,12 @@ def test_layers_that_cannot_be_compiled_are_efficient_and_it_is_said(run, reason
     install(asked, "compiled")
     with pytest.raises(ModelError, match=rf"{reason}.*engine: efficient"):
         preflight(asked, loader(), "float32", lines.append)
+
+
+def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
+    monkeypatch.setattr("preceptor.train.preflight.is_sharded", lambda _: True)
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "float32", lines.append)
+    assert not Engine(model).state.compiles
+    assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)

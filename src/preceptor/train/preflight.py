@@ -34,8 +34,8 @@ from preceptor.model.closeness import require_close
 from preceptor.model.compiled import compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
-from preceptor.model.parts import evaluating, exact_routing, has_experts
-from preceptor.model.sharding import own_part
+from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
+from preceptor.model.sharding import is_sharded, own_part
 from preceptor.train.loop import accumulate_gradients
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
@@ -191,8 +191,9 @@ def _settle_compiling(
 
     before = compile_seconds()
     try:
-        if not trees:
-            raise ModelError("each conversation goes through the model alone. Set `engine: efficient`.")
+        if not trees or is_sharded(engine):
+            why = "it is spread over processes" if trees else "each conversation goes through it alone"
+            raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
         with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
             model.train()
             check_compiled(model, loss, torch.bfloat16 if half else torch.float32)

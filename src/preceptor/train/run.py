@@ -193,7 +193,9 @@ def _build(
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
 
-def _spread(model: Any, engine: config.EngineMode, device: torch.device, placement: Placement | None, world: World) -> Any:
+def _spread(
+    model: Any, engine: config.EngineMode, device: torch.device, placement: Placement | None, world: World
+) -> Any:
     """The model with its optimisations, on all processes."""
     if placement is None:
         install(model, engine)
