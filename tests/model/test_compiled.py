@@ -25,7 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 ALL = {optimisation.name for optimisation in OPTIMISATIONS}
 WITHIN = {way: {each.name for each in OPTIMISATIONS if each.within == way} for way in ("compiled", "efficient")}
-POLICIES = [ActivationPolicy(), ActivationPolicy("recompute", "all")]
+# `eager` runs the same graphs as they were traced, in a third of the time
+WAYS = [
+    ("aot_eager", ActivationPolicy()),
+    ("eager", ActivationPolicy("recompute", "all")),
+    ("eager", ActivationPolicy("detach")),
+]
 
 
 def sequence(seed):
@@ -45,22 +50,20 @@ def as_far_as_a_cpu_can(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_every_way_through_a_model_is_exact_and_two_lengths_are_compiled_for():
-    model, true_model = (tiny_model("qwen3", dtype=torch.float64) for _ in range(2))
+@pytest.mark.parametrize(("backend", "policy"), WAYS, ids=str)
+def test_every_way_through_a_model_is_exact_and_two_lengths_are_compiled_for(backend, policy, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    model, true_model = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
     install(model, "compiled"), install(true_model, "efficient")
     before, began = compiled.num_graphs(), time.perf_counter()
     assert compiled.compile_seconds() == 0
-    for policy in POLICIES:
-        graphs = []
-        for each in SEQUENCES:
-            found = loss_and_grads(model, Engine(model)(each, policy))
-            assert_same(found, loss_and_grads(true_model, Engine(true_model)(each, policy)), 1e-11)
-            graphs.append((compiled.num_graphs(), compiled.compile_seconds()))
-        assert before < graphs[1][0] and graphs[1] == graphs[-1]
+    made = []
+    for each in SEQUENCES:
+        found = loss_and_grads(model, Engine(model)(each, policy))
+        assert_same(found, loss_and_grads(true_model, Engine(true_model)(each, policy)), 1e-11)
+        made.append((compiled.num_graphs() - before, compiled.compile_seconds()))
+    assert 0 < made[1][0] <= 32 and made[1] == made[-1]
     assert 0 < compiled.compile_seconds() < time.perf_counter() - began
-    detached = ActivationPolicy("detach")
-    assert_same(*(loss_and_grads(each, Engine(each)(SEQUENCES[0], detached)) for each in (model, true_model)), 1e-11)
-    assert compiled.num_graphs() - before <= 24
 
 
 def test_one_mechanism_within_layers_and_which_is_said(monkeypatch):
