@@ -71,7 +71,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 loss = torch.nn.functional.cross_entropy(logits_NV, target_N)
             else:
                 own = case["kind"] == "own buffer"
-                shared: dict[str, Any] = {} if own else {"head_grad_VD": weight_VD.grad, "head_cast": head_cast}
+                shared: dict[str, Any] = (
+                    {} if own else {"head_grad_VD": weight_VD.grad, "head_cast": head_cast, "gradient_is_one": True}
+                )
                 budget = case["logits_bytes"]
                 loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments, logits_bytes=budget, **shared)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -61,6 +61,8 @@ def main() -> None:
     # 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: first writes are faster
+    # sequences differ in length: else a GPU's memory falls into pieces of which none is large enough
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # No bars of libraries between our lines. Read when they are imported.
     for library in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")

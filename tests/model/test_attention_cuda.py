@@ -52,8 +52,10 @@ def flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_
 
 
 def old_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """As torch 2.11 has it: as many key heads as query heads."""
-    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    """As torch 2.11 has it: heads are grouped without a word."""
+    grouped = query.shape[1] != key.shape[1]
+    sizes = (cu_seq_q, cu_seq_k, max_q, max_k)
+    return flash(query, key, value, *sizes, scale=scale, window_size=window_size, enable_gqa=grouped)
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +206,10 @@ def spelled_out(blocks, num_tokens, block):
 def test_blocks_that_flex_skips_are_seen_by_none_and_full_ones_by_all(seed, block, window, monkeypatch):
     monkeypatch.setattr(cuda, "BLOCK", block)
     layout = ForestLayout.from_sequence(long_row(seed, 4), "cpu")
-    num_tokens = len(layout.position_T)
-    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, window)
+    added = -len(layout.position_T) % block  # a conversation of its own behind the others
+    num_tokens = len(layout.position_T) + added
+    end_T = torch.cat([layout.subtree_end_T, torch.full((added,), num_tokens)])
+    mask_TT = dense_mask(end_T, torch.cat([layout.position_T, torch.arange(added)]), window)
     found = block_mask(layout, window)
     table_TT = spelled_out(found, num_tokens, block)
     assert not mask_TT[table_TT == 0].any()
@@ -285,6 +289,32 @@ def test_a_sequence_has_one_block_mask_for_each_window_whatever_its_layers(as_on
     with torch.no_grad():
         Engine(model)(forest_sequence())
     assert len(made) == 4
+
+
+def test_flex_is_given_whole_blocks_only(monkeypatch):
+    """Else a soft-cap's gradients are NaN on CUDA, and each length is compiled for."""
+    given = []
+
+    def flex(query, key, value, block_mask, **settings):
+        given.append((query.shape[2], key.shape[2], value.shape[2], *block_mask.seq_lengths))
+        return flex_function(query, key, value, block_mask=block_mask, **settings)
+
+    monkeypatch.setattr(cuda, "_flex", lambda _: flex)
+    lengths = []
+    for num_trees in (1, 3, 4):
+        layout = ForestLayout.from_sequence(long_row(num_trees, num_trees), "cpu")
+        outputs_and_grads(attend_flex, layout, torch.float32, FEATURES["softcap"])
+        lengths.append(len(layout.position_T))
+    assert all(length % 128 for length in lengths)
+    assert given == [(-(-length // 128) * 128,) * 5 for length in lengths]
+
+
+def test_a_signature_is_read_once_not_in_every_layer(as_on_cuda, monkeypatch):
+    read = []
+    monkeypatch.setattr(cuda, "signature", lambda function: read.append(function) or signature(function))
+    cuda._arguments_of.cache_clear()
+    Engine(tiny_model("llama"))(SEQUENCES["chains"])
+    assert len(read) == 1
 
 
 def test_flex_is_compiled_once_and_on_cuda_only(monkeypatch):

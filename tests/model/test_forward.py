@@ -7,7 +7,7 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import head
-from preceptor.model.attention.layout import ForestLayout
+from preceptor.model.activations import inputs
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
@@ -166,18 +166,9 @@ def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length()
 
 def test_a_leak_in_attention_is_found(monkeypatch):
     """Planted: the layout says that the whole sequence is one run."""
-    monkeypatch.setattr(ForestLayout, "from_sequence", _one_run(ForestLayout.from_sequence))
+    monkeypatch.setattr(inputs, "attention_runs", lambda sequence: ((0, sequence.num_tokens, ()),))
     with pytest.raises(ModelError, match="another conversation"):
         check_isolation(tiny_model("llama"))
-
-
-def _one_run(from_sequence):
-    def planted(sequence, device, **options):
-        layout = from_sequence(sequence, device, **options)
-        layout.runs = ((0, sequence.num_tokens, ()),)
-        return layout
-
-    return planted
 
 
 def test_attention_that_differs_from_the_models_own_is_found(monkeypatch):

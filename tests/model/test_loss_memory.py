@@ -46,7 +46,12 @@ def test_one_float32_buffer_for_the_gradient_of_the_head_and_none_beside_a_given
     for head_grad_VD, num_made in ((None, 1), (torch.zeros(V, D), 0)):
         with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
             loss = linear_cross_entropy(
-                hidden_TD, weight_VD, *rest, logits_bytes=holding(8, torch.bfloat16), head_grad_VD=head_grad_VD
+                hidden_TD,
+                weight_VD,
+                *rest,
+                logits_bytes=holding(8, torch.bfloat16),
+                head_grad_VD=head_grad_VD,
+                gradient_is_one=True,
             )
             loss.backward()
         assert watch.made.count((torch.float32, (V, D))) == num_made
@@ -76,7 +81,7 @@ def test_rows_add_up_in_a_given_buffer(autocast):
         true = linear_cross_entropy_reference(hidden_TD, weight_VD, *rest)
         trues.append(torch.autograd.grad(true, (hidden_TD, weight_VD)))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=weight_VD.grad)
+            loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=weight_VD.grad, gradient_is_one=True)
         loss.backward()
     tolerance = 2e-2 if autocast else 1e-5
     assert weight_VD.grad.data_ptr() == address
@@ -87,7 +92,9 @@ def test_rows_add_up_in_a_given_buffer(autocast):
 
 def test_a_given_buffer_rejects_a_loss_that_is_multiplied_later():
     (hidden_TD, weight_VD, *rest), _ = inputs()
-    loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=torch.zeros_like(weight_VD))
+    loss = linear_cross_entropy(
+        hidden_TD, weight_VD, *rest, head_grad_VD=torch.zeros_like(weight_VD), gradient_is_one=True
+    )
     with pytest.raises(RuntimeError, match="weight_N"):
         (loss / N).backward()
 
@@ -96,7 +103,7 @@ def test_a_given_buffer_is_left_alone_without_gradients():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     head_grad_VD = torch.zeros_like(weight_VD)
     with torch.no_grad():
-        linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=head_grad_VD)
+        linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=head_grad_VD, gradient_is_one=True)
     assert not head_grad_VD.any()
 
 

@@ -243,7 +243,8 @@ def test_layers_with_two_attentions_are_not_taken_apart(kind, settings, found):
 def test_phases_that_differ_are_found(monkeypatch):
     """Planted: keys of earlier phases are lost."""
 
-    def planted(model, state, sequence, policy):
+    def planted(model, state, inputs, policy):
+        sequence = inputs.sequence
         return Engine(model).hidden_states(sequence)[sequence.source_N] * 1.01, sequence.source_N
 
     monkeypatch.setattr(phases, "decode_phases", planted)

@@ -51,5 +51,5 @@ def test_clipping_returns_the_norm_before_it():
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([3.0, 4.0])
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    assert clip_gradients(optimizer, 1.0) == pytest.approx(5.0)
+    assert clip_gradients(optimizer, 1.0).item() == pytest.approx(5.0)
     assert parameter.grad.norm().item() == pytest.approx(1.0, abs=1e-5)

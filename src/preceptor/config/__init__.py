@@ -1,7 +1,7 @@
 """The run file: its sections, durations, overrides and YAML. No torch here."""
 
 from preceptor.config.durations import Duration
-from preceptor.config.run import Run, beside, build, dump, load, read_tree
+from preceptor.config.run import EngineMode, Run, beside, build, dump, load, read_tree
 from preceptor.config.sections import (
     RESERVED_ARGUMENTS,
     ROW_KEYS,
@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Duration",
+    "EngineMode",
     "Eval",
     "Loss",
     "Memory",

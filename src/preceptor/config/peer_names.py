@@ -211,7 +211,7 @@ NO_COUNTERPART: dict[str, str] = {
     "torch_empty_cache_steps": "memory is tried before the first step: nothing to set",
     "tf32": "matrix products are in float32 or in bfloat16, see train.precision: remove the key",
     "gradient_checkpointing_kwargs": "memory.activation_checkpointing says which layers run again: remove the key",
-    "torch_compile": "torch.compile is not offered: remove the key",
+    "torch_compile": "set `engine: compiled` (by decoder layer; `auto` does so on a GPU)",
     "use_liger_kernel": _LOGITS,
     "enable_liger_kernel": _LOGITS,
     "attn_implementation": _ATTENTION,
@@ -284,7 +284,9 @@ NO_COUNTERPART: dict[str, str] = {
     "eval_delay": "the model is always evaluated before the first step: remove the key",
     "fp16_full_eval": "float16 is not offered: remove the key",
     "liger_kernel_config": _LOGITS,
-    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), "torch.compile is not offered: remove the key"),
+    **dict.fromkeys(
+        ("torch_compile_backend", "torch_compile_mode"), "`engine: compiled` takes torch's default: remove the key"
+    ),
     **dict.fromkeys(("hub_token", "hub_private_repo", "hub_always_push", "hub_revision"), _HUB),
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _NAMED),
     **dict.fromkeys(

@@ -36,6 +36,7 @@ from preceptor.config.sections import (
 from preceptor.config.yaml_text import apply_override, check_plain, dump_yaml, parse_yaml
 from preceptor.errors import ConfigError, short
 
+EngineMode = Literal["auto", "compiled", "efficient", "plain"]
 Tracker = Literal["tensorboard", "trackio", "mlflow", "wandb"]
 BEST_OF_HELD_OUT = ("loss", "token_accuracy")
 
@@ -56,8 +57,8 @@ class Run(Section):
     """Absent: full fine-tuning."""
     replay: Replay | None = None
     """Absent: only `data.train` is trained on."""
-    engine: Literal["auto", "plain"] = "auto"
-    """`plain` turns all optimisations of the engine off, to see whether one is at fault: the same losses, slower."""
+    engine: EngineMode = "auto"
+    """`auto`: decoder layers `compiled` on a GPU, if it can; else `efficient` modules in them. `plain`: all is off."""
     tracker: Tracker | list[Tracker] = Field(default_factory=list)
     """Where the run's record is sent as it comes: tensorboard, trackio, mlflow, wandb, or a list (docs/tools.md)."""
     out: Path_

@@ -9,15 +9,14 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.passes import decode_alone, decode_dense, decode_phases, decode_whole
-from preceptor.model.activations.phases import split_by_loss
+from preceptor.model.activations.phases import phases, split_by_loss
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.head import Head, output_head
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
@@ -77,12 +76,13 @@ class Engine(nn.Module):
         with nullcontext() if self.state.ranks is None else self.state.ranks.entered():
             embedding = decoder_of(self.model).get_input_embeddings()
             noise_TD = None if step.noise is None else step.noise.of(sequence, embedding)
+            inputs = self._inputs(sequence, policy, step.num_levels)
             with self.state.accumulating(step.accumulates, noise_TD):
-                hidden_MD, source_N = self._loss_hidden_states(sequence, policy, step.num_levels)
+                hidden_MD, source_N = self._loss_hidden_states(inputs, policy)
             head = output_head(self.model)
             if "head_gradient" not in self.state.optimisations:
                 step = StepContext(step.divisor)
-            loss = head.loss(hidden_MD, source_N, sequence, options, step)
+            loss = head.loss(hidden_MD, inputs, options, step, self.state.compiles)
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
             return loss
@@ -123,42 +123,45 @@ class Engine(nn.Module):
         A sequence without trained tokens goes through whole, so that every parameter still has its part in the graph.
         num_levels: as in StepContext. Raises ModelError for phases of a sequence that is read alone.
         """
-        return self.call(lambda: self._loss_hidden_states(sequence, policy, num_levels))
+        return self.call(lambda: self._loss_hidden_states(self._inputs(sequence, policy, num_levels), policy))
 
     def _hidden_states(self, sequence: PackedSequence, policy: ActivationPolicy) -> Tensor:
-        if sequence.alone:
-            return decode_alone(self.model, self.state, sequence, policy)
-        self._require_rope_for(sequence, policy)
-        if "attention" not in self.state.optimisations:
-            return decode_dense(self.model, self.state, sequence, policy)
-        return decode_whole(self.model, self.state, sequence, replace(policy, context_gradient="full"))
+        padded = "attention" in self.state.optimisations and not sequence.alone
+        return self._whole_states(SequenceInputs.of(self.model, sequence, padded=padded), policy)
 
-    def _loss_hidden_states(
-        self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int
-    ) -> tuple[Tensor, Tensor]:
+    def _whole_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> Tensor:
+        given = self.model, self.state, inputs
+        if inputs.sequence.alone:
+            return decode_alone(*given, policy)
+        self._require_rope_for(inputs.sequence, policy)
+        if "attention" not in self.state.optimisations:
+            return decode_dense(*given, policy)
+        return decode_whole(*given, replace(policy, context_gradient="full"))
+
+    def _inputs(self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int) -> SequenceInputs:
+        """What a loss reads of a sequence, on the device: whole, phase by phase, or with the last layer spared."""
         if sequence.alone and policy.context_gradient != "full":
             raise ModelError(
                 f"memory.context_gradient: {policy.context_gradient}, but the layers of a {model_type(self.model)} "
                 f"model mix tokens outside attention, so a context cannot go through them apart from its targets. Set "
                 f"it to `full`."
             )
-        given = self.model, self.state, sequence, policy
-        _, bearing = parts = split_by_loss(sequence)
         phased = policy.context_gradient != "full"
-        untrained = not sequence.num_trained and not (phased and num_levels)
-        whole = sequence.alone or untrained or "attention" not in self.state.optimisations
-        few = _WORTH * (sequence.num_tokens - bearing.num_tokens) < sequence.num_tokens
-        if not whole and phased:
-            self._require_rope_for(sequence, policy)
-            hidden_MD, index_M = decode_phases(*given, num_levels)
-        elif not whole and not few and "last_layer" in self.state.optimisations:
-            self._require_rope_for(sequence, policy)
-            hidden_MD, index_M = decode_whole(*given, parts), bearing.index_T()
-        else:
-            hidden_MD, index_M = self._hidden_states(sequence, policy), np.arange(sequence.num_tokens)
-        place_T = np.zeros(sequence.num_tokens + 2 * num_levels, dtype=np.int64)
-        place_T[index_M] = np.arange(len(index_M))
-        return hidden_MD, torch.from_numpy(place_T[sequence.source_N]).to(hidden_MD.device)
+        if sequence.alone or "attention" not in self.state.optimisations:
+            return SequenceInputs.of(self.model, sequence, num_levels=num_levels, padded=False)
+        if phased and (sequence.num_trained or num_levels):
+            return SequenceInputs.of(self.model, sequence, phases(sequence, num_levels), num_levels=num_levels)
+        if sequence.num_trained and "last_layer" in self.state.optimisations:
+            split = split_by_loss(sequence)
+            if _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens:
+                return SequenceInputs.of(self.model, sequence, split=split)
+        return SequenceInputs.of(self.model, sequence)
+
+    def _loss_hidden_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> tuple[Tensor, Tensor]:
+        if inputs.phases:
+            self._require_rope_for(inputs.sequence, policy)
+            return decode_phases(self.model, self.state, inputs, policy)[0], inputs.source_N
+        return self._whole_states(inputs, policy), inputs.source_N
 
     def _require_rope_for(self, sequence: PackedSequence, policy: ActivationPolicy) -> None:
         """Reject sequences in which rotary frequencies that follow the longest position would tie conversations

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.embedding import gradient_of, takes_gradient_in_place
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy, token_losses
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.parts import causal_lm
@@ -45,16 +45,21 @@ class Head:
         return logits_CV
 
     def loss(
-        self, hidden_MD: Tensor, source_N: Tensor, sequence: PackedSequence, options: LossOptions, step: StepContext
+        self,
+        hidden_MD: Tensor,
+        inputs: SequenceInputs,
+        options: LossOptions,
+        step: StepContext,
+        compiled: bool = False,
     ) -> Tensor:
         """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`: a scalar with a graph."""
         in_place = step.accumulates and torch.is_grad_enabled() and takes_gradient_in_place(self.weight_VD)
         return linear_cross_entropy(
             hidden_MD,
             self.weight_VD if self.trained_rows is None else self.weight_VD.detach(),
-            source_N,
-            torch.from_numpy(sequence.target_N).to(hidden_MD.device),
-            torch.from_numpy(sequence.weight_N / step.divisor).to(hidden_MD.device),
+            inputs.source_N,
+            inputs.target_N,
+            inputs.weight_N / step.divisor,
             bias_V=self.bias_V,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
@@ -63,6 +68,8 @@ class Head:
             divisor=step.divisor,
             head_grad_VD=gradient_of(self.weight_VD) if in_place else None,
             head_cast=step.head_cast,
+            gradient_is_one=step.accumulates and torch.is_grad_enabled(),
+            compiled=compiled and torch.is_grad_enabled(),
         )
 
     def token_losses(self, hidden_MD: Tensor, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:

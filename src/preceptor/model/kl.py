@@ -26,6 +26,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.head import Head, output_head
 from preceptor.model.parts import evaluating
 from preceptor.model.sharding import is_sharded, sharded_copy
+from preceptor.model.transfer import on_device
 
 LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
 
@@ -82,10 +83,9 @@ def kl_to_base(
     """
     base_hidden_TD, base_head = base.read(sequence)
     known = (sequence.target_N < base.num_tokens) & ~np.isin(sequence.target_N, base.untrained)
-    known_N = torch.from_numpy(known).to(hidden_MD.device)
-    source_N = source_N[known_N]
-    base_source_N = torch.from_numpy(sequence.source_N).to(hidden_MD.device)[known_N]
-    weight_N = torch.from_numpy(sequence.weight_N).to(hidden_MD.device)[known_N]
+    arrays = {"known": np.flatnonzero(known), "source": sequence.source_N[known], "weight": sequence.weight_N[known]}
+    given = on_device(arrays, hidden_MD.device)
+    source_N, base_source_N, weight_N = source_N[given["known"]], given["source"], given["weight"]
     step = chunk_tokens or max(1, LOGITS_BYTES // (4 * base.num_tokens))
     if head.trained_rows is not None:  # only rows of added tokens are trained, none of the base's
         head = replace(head, weight_VD=head.weight_VD.detach())

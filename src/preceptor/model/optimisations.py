@@ -1,11 +1,16 @@
 """Optimisations of a loaded model, each with a name, and the switch that turns all of them off.
 
 They are installed once, on the model's own modules (activations/context.py), and act only while the engine runs a pass:
-generation and saving meet the model as its authors wrote it. `engine: plain` installs none; the losses are the same.
+generation and saving meet the model as its authors wrote it. Within decoder layers there is one mechanism, never two:
+
+    compiled    torch.compile makes a few kernels of a layer, attention aside (compiled.py)
+    efficient   norms, gated units and linear layers that keep less
+    auto        compiled on a GPU where nothing speaks against it, else efficient
+    plain       no optimisation at all, there or elsewhere; the losses are the same
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +22,17 @@ from preceptor.errors import ModelError
 from preceptor.model.activations.context import ModelState, adopt, release
 from preceptor.model.activations.embedding import AccumulatingEmbedding
 from preceptor.model.activations.glu import EfficientGLU, glu_activation
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.layers import EngineLayer
 from preceptor.model.activations.linear import SharedCastLinear
 from preceptor.model.activations.norms import EfficientNorm, norm_form
 from preceptor.model.activations.passes import decode_whole
 from preceptor.model.activations.phases import split_by_loss
 from preceptor.model.closeness import FAILURES, relative_error, rounding
-from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, evaluating
+from preceptor.model.compiled import why_not
+from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating
 
-Mode = Literal["auto", "plain"]
+Mode = Literal["auto", "compiled", "efficient", "plain"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Optimisation:
 
     mixin: the class whose `forward` comes before a module's own; None: the engine itself asks for the name.
     check: whether it gives the same result on this model, once it is installed; None: `find` has tried it.
+    within: in which of two modes it changes layers; None: it is outside of them, and on in both.
     """
 
     name: str
@@ -41,6 +49,7 @@ class Optimisation:
     mixin: type[nn.Module] | None = None
     find: Callable[[nn.Module], dict[nn.Module, Any]] = lambda model: {}
     check: Callable[[nn.Module, ModelState], bool] | None = None
+    within: Literal["compiled", "efficient"] | None = None
 
     def install(self, model: nn.Module, state: ModelState) -> None:
         """Put it into the model where it applies to anything, and on the list of what is on."""
@@ -72,12 +81,28 @@ def install(model: nn.Module, mode: Mode = "auto", check: bool = True) -> ModelS
         layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             adopt(layer, EngineLayer, state, (index, len(layers)))
-        for optimisation in OPTIMISATIONS if mode == "auto" else ():
+        state.asked_to_compile = mode == "compiled"
+        if mode == "auto":
+            state.not_compiled = why_not(model, device_of(model))
+            mode = "compiled" if state.not_compiled is None else "efficient"
+        for optimisation in OPTIMISATIONS if mode != "plain" else ():
+            if optimisation.within not in (None, mode):
+                continue
             if check or optimisation.check is None:
                 optimisation.install(model, state)
             else:
                 state.optimisations.add(optimisation.name)
     return state
+
+
+def give_up_compiling(model: nn.Module, state: ModelState, reason: str) -> None:
+    """Let the layers be efficient instead of compiled. reason: for the record."""
+    state.not_compiled = reason
+    for optimisation in OPTIMISATIONS:
+        if optimisation.within == "compiled":
+            optimisation.remove(model, state)
+        elif optimisation.within == "efficient":
+            optimisation.install(model, state)
 
 
 def remove(model: nn.Module) -> None:
@@ -118,17 +143,17 @@ def last_layer_is_exact(model: nn.Module, state: ModelState) -> bool:
     what runs last.
     """
     sequence = probe_sequence(model)
-    parts = split_by_loss(sequence)
+    split = split_by_loss(sequence)
     try:
         with torch.no_grad(), evaluating(model):
-            found_MD = decode_whole(model, state, sequence, parts=parts)
-            true_TD = decode_whole(model, state, sequence)
+            found_MD = decode_whole(model, state, SequenceInputs.of(model, sequence, split=split))
+            true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
     except torch.OutOfMemoryError:
         raise
     except (ModelError, *FAILURES):
         return False  # whatever a layer does not support about fewer tokens: it then gets all of them
     dtype = next(causal_lm(model).parameters()).dtype
-    return relative_error(found_MD, true_TD[parts[1].index_T()]) <= rounding(dtype)
+    return relative_error(found_MD, true_TD[split[1].index_T()]) <= rounding(dtype)
 
 
 def probe_sequence(model: nn.Module) -> PackedSequence:
@@ -145,11 +170,16 @@ def probe_sequence(model: nn.Module) -> PackedSequence:
     return pack_trees([Tree("probe:1", tuple(chain)), Tree("probe:2", tuple(tree))])
 
 
+def _in(way: Literal["compiled", "efficient"], name: str, purpose: str, *given: Any) -> Optimisation:
+    return replace(Optimisation(name, purpose, *given), within=way)
+
+
 OPTIMISATIONS = (
     Optimisation("attention", "attention run by run, or by fused kernels, without a dense mask"),
-    Optimisation("norms", "norms that keep their input alone", EfficientNorm, _norms),
-    Optimisation("glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),
-    Optimisation("linear", "half-precision copies shared by linear layers", SharedCastLinear, _linear_layers),
+    _in("compiled", "compile", "decoder layers and loss compiled by torch.compile"),
+    _in("efficient", "norms", "norms that keep their input alone", EfficientNorm, _norms),
+    _in("efficient", "glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),
+    _in("efficient", "linear", "half-precision copies shared by linear layers", SharedCastLinear, _linear_layers),
     Optimisation("embedding_gradient", "the embedding's gradient in place", AccumulatingEmbedding, _embedding),
     Optimisation("head_gradient", "the head's gradient in place, its half-precision copy once a step"),
     Optimisation("last_layer", "the last layer for loss-bearing tokens only", check=last_layer_is_exact),

@@ -76,7 +76,8 @@ class DryRun:
 
     def __init__(self, settings: Any, build: Build, engine: Mode = "auto") -> None:
         """settings: a transformers config. build: makes a model of it."""
-        self._settings, self._build, self._engine = settings, build, engine
+        self._settings, self._build = settings, build
+        self._engine: Mode = "efficient" if engine == "compiled" else engine  # nothing is compiled without values
         self._moments: dict[Any, tuple[Moment, ...]] = {}
         self._parameters: dict[Any, Parameters] = {}
         self._models: dict[Any, Any] = {}

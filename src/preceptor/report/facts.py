@@ -31,6 +31,7 @@ def facts(run: RunRecord) -> dict[str, str]:
         "tokens per second (median)": _number(_throughput(run)),
         **_memory(run),
         "time": _seconds(summary.get("seconds")),
+        "of it compiling layers": _seconds(_compiling(run)),
     }
     return {label: text for label, text in found.items() if text}
 
@@ -64,6 +65,12 @@ def _model(run: RunRecord) -> str:
 def _throughput(run: RunRecord) -> float | None:
     rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
     return median(rates) if rates else None
+
+
+def _compiling(run: RunRecord) -> float | None:
+    """Before the first step and in later ones; the seconds of a step are without it."""
+    before = float(run.data.get("compile_seconds") or 0)
+    return before + sum(step.get("compile_seconds") or 0 for step in run.steps) or None
 
 
 def _memory(run: RunRecord) -> dict[str, str]:

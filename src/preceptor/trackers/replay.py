@@ -22,7 +22,16 @@ from preceptor.trackers.sink import Sink, TrackedRun, open_sink
 
 FOLDER = "trackers"
 ATTACHED = ("report.html", "summary.json", "config.yaml", "samples.jsonl", "rejections.jsonl")
-_STEP_VALUES = ("loss", "learning_rate", "grad_norm", "num_tokens", "num_trained", "epoch", "peak_memory_bytes")
+_STEP_VALUES = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "num_trained",
+    "epoch",
+    "peak_memory_bytes",
+    "compile_seconds",
+)
 
 
 class GrowingLines:

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -211,7 +211,7 @@ def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Place
 
 
 def _spread(
-    model: Any, engine: Literal["auto", "plain"], device: torch.device, placement: Placement | None, world: World
+    model: Any, engine: config.EngineMode, device: torch.device, placement: Placement | None, world: World
 ) -> Any:
     """The model with its optimisations, on all processes."""
     if placement is None:

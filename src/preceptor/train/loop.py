@@ -11,6 +11,7 @@ from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import StreamError
 from preceptor.files import append_line
+from preceptor.model.compiled import compile_seconds
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.improvement import best_of, stopped_early
@@ -27,8 +28,9 @@ class Step:
     """What was recorded of an optimizer step, over all processes. number: 1, 2, ...
 
     loss: in nats, the mean over its trained tokens (or conversations, `loss.reduction`). grad_norm: before it was
-    scaled down. seconds: of the slowest process. skipped: why its update was left out, and `examples` whose; "" where
-    it was applied. epoch: epochs done; of a stream it is None, and window the number of its window.
+    scaled down. seconds: of the slowest process, without compile_seconds, in which torch compiled layers for a new kind
+    of sequence. skipped: why its update was left out, and `examples` whose; "" where it was applied. epoch: epochs
+    done; of a stream it is None, and window the number of its window.
     """
 
     number: int
@@ -41,13 +43,18 @@ class Step:
     peak_memory_bytes: int
     skipped: str = ""
     examples: tuple[str, ...] = ()
+    compile_seconds: float = 0.0
     epoch: float | None = None
     window: int | None = None
 
     def line(self) -> dict[str, Any]:
         """As metrics.jsonl has it."""
         found = {("step" if key == "number" else key): value for key, value in asdict(self).items()}
-        return {key: value for key, value in found.items() if value not in ("", (), None)}
+        return {
+            key: value
+            for key, value in found.items()
+            if value not in ("", (), None) and not (key == "compile_seconds" and not value)
+        }
 
 
 @dataclass
@@ -142,7 +149,7 @@ class Loop:
     def _take(self, learning_rate: float) -> Step:
         """Take the next step, or leave out its update, and record it. Raises as `take_step`, `skip_step`."""
         run, state, loader, world = self.run, self.state, self.loader, self.world
-        started, at, skipped = time.perf_counter(), state.step, {}
+        started, compiling, at, skipped = time.perf_counter(), compile_seconds(), state.step, {}
         sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
         state.position = loader.position
         assert precision is not None
@@ -161,7 +168,7 @@ class Loop:
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             **loader.progress(state.step),
-            **_of_all(state, sequences, time.perf_counter() - started, world),
+            **_of_all(state, sequences, time.perf_counter() - started, compile_seconds() - compiling, world),
             **skipped,
         )
         if world.is_first:
@@ -169,16 +176,23 @@ class Loop:
         return step
 
 
-def _of_all(state: State, sequences: Sequence[PackedSequence], seconds: float, world: World) -> dict[str, Any]:
-    """Tokens of a step over all processes, the time of the slowest and the memory of the largest."""
+def _of_all(
+    state: State, sequences: Sequence[PackedSequence], seconds: float, compiling: float, world: World
+) -> dict[str, Any]:
+    """Tokens of a step over all processes, the time of the slowest and the memory of the largest.
+
+    compiling: of the seconds, those in which torch compiled layers for a new kind of sequence, told apart.
+    """
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     num_trained = sum(sequence.num_trained for sequence in sequences)
-    sums, most = world.sum(num_tokens, num_trained), world.max(seconds, peak_memory_bytes(state.model.device))
+    peak = peak_memory_bytes(state.model.device)
+    sums, most = world.sum(num_tokens, num_trained), world.max(seconds - compiling, peak, compiling)
     return {
         "num_tokens": int(sums[0]),
         "num_trained": int(sums[1]),
         "seconds": most[0],
         "peak_memory_bytes": int(most[1]),
+        **({"compile_seconds": most[2]} if most[2] else {}),
     }
 
 

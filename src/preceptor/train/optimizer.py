@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from preceptor import config
@@ -136,8 +136,8 @@ def learning_rate_at(
     return peak * (min_lr_ratio + (1 - min_lr_ratio) * fall)
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Scale all gradients together down to `max_norm`; return their norm before that, inf or nan as found.
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scale all gradients together down to `max_norm`; return their norm before that, inf or nan as found, unread.
 
     Of gradients that are spread over processes it is the norm of the whole.
     """
@@ -150,7 +150,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return norm
 
 
 def accumulate_in_float32(model: nn.Module) -> None:

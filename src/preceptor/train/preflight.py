@@ -4,7 +4,9 @@
 2. Conversations and branches of a sequence do not see each other: on random tokens, and on the run's own data. A model
    of which this is not true reads each conversation alone (checks/sequential.py), if it is causal then.
 3. A sequence of several conversations has the loss of each alone, summed.
-4. The largest sequences of the run go forward and backward as a step takes them, beside gradients and optimizer state,
+4. Layers that are compiled (`engine`) give the same loss and gradient; where they do not, and the choice was left to
+   the engine, they are not compiled.
+5. The largest sequences of the run go forward and backward as a step takes them, beside gradients and optimizer state,
    and all is finite: what would run out of memory does so now.
 
 Afterwards nothing has changed: no gradient, no weight, no generator of random numbers.
@@ -23,14 +25,17 @@ import torch
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError
+from preceptor.model.checks.compiled import check_compiled
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.checks.phases import check_phases
 from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.closeness import require_close
+from preceptor.model.compiled import compile_seconds, num_graphs
 from preceptor.model.forward import Engine
-from preceptor.model.parts import evaluating, exact_routing, has_experts
-from preceptor.model.sharding import own_part
+from preceptor.model.optimisations import give_up_compiling
+from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
+from preceptor.model.sharding import is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
 from preceptor.train.step import accumulate_gradients
@@ -108,6 +113,8 @@ def _prove(
             _check_sample_isolation(engine, trees, proved_in)
         with _line(say, "the loss of a sequence is the sum of its conversations' losses"):
             _check_sum(engine, trees, proved_in, objective)
+    if engine.state.compiles:
+        _settle_compiling(engine, trees, precision, say, objective)
     largest = loader.largest_sequences()
     sizes = (
         f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
@@ -171,6 +178,35 @@ def _check_sum(engine: Engine, trees: Sequence[Tree], precision: str, objective:
     )
 
 
+def _settle_compiling(
+    engine: Engine, trees: Sequence[Tree], precision: str, say: Callable[[str], None], objective: Objective
+) -> None:
+    """trees: a sample of the run's; none of a model that reads each conversation alone."""
+    model = engine.model
+    half = precision == "bfloat16" or next(model.parameters()).dtype == torch.bfloat16
+
+    def loss() -> torch.Tensor:
+        with autocast(model.device, precision):
+            return objective(engine, pack_trees(trees))
+
+    before = compile_seconds()
+    try:
+        if not trees or is_sharded(engine):
+            why = "it is spread over processes" if trees else "each conversation goes through it alone"
+            raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
+        with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
+            model.train()
+            check_compiled(model, loss, torch.bfloat16 if half else torch.float32)
+    except ModelError as error:
+        if engine.state.asked_to_compile:
+            raise
+        reason = str(error).partition(" Set `engine")[0].rstrip(".")
+        give_up_compiling(model, engine.state, reason)
+        say(f"layers are not compiled: {reason}")
+    else:
+        say(f"compiled in {compile_seconds() - before:.1f} s, {num_graphs()} graphs")
+
+
 def _check_largest(
     engine: Engine,
     largest: Sequence[PackedSequence],
@@ -190,7 +226,7 @@ def _check_largest(
         state = torch.empty(state_bytes, dtype=torch.uint8, device=model.device)
         divisor = max(1.0, sequence.divisor)
         where = "the largest sequence of the run"
-        (loss,) = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)
+        loss = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)[0].item()
         del state
         if not all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained) or not math.isfinite(
             loss

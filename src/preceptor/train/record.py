@@ -6,7 +6,6 @@ from uuid import uuid4
 import torch
 
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.model.forward import Engine
 from preceptor.train.differences import (
     base_differences,
     changed_keys,
@@ -54,12 +53,10 @@ def _record(
     if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
         raise ModelError("\n".join(reasons))
     if not folder.goes_on:
-        engine = {"mode": run.engine, "optimisations": sorted(Engine(model).state.optimisations)}
         return {
             "run": uuid4().hex,
             **now,
             "date": folder.date.isoformat(timespec="seconds"),
-            "engine": engine,
             "resumed": [],
         }
     changed = changed_keys(folder.run_file, run, f"{run.out}/config.yaml")

@@ -15,6 +15,7 @@ from preceptor.console import Display
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json, write_json
+from preceptor.model.compiled import compile_seconds
 from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model, saved_bytes
 from preceptor.report.curves import PREDICTED
@@ -166,9 +167,11 @@ class Training:
             counts = amounts(prepared, loader, num_steps) | {
                 "each_conversation_alone": loader.alone,
                 "preflight_seconds": passed.seconds,
+                **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
                 "memory_before_bytes": memory_before_bytes,
                 **({} if placement is None else {PREDICTED: placement.peak_bytes}),
             }
+            record = {**record, "engine": _engine_record(run, state)}  # the proofs may have changed it
             folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
         announce(self.console, prepared, state, num_steps, loader, f"see {run.out}/rejections.jsonl")
         return ready
@@ -242,6 +245,12 @@ def _end(
         say(line)
     if found["model_step"] != step:
         checkpoints.restore_weights(state, found["model_step"])
+
+
+def _engine_record(run: config.Run, state: State) -> dict[str, Any]:
+    engine = state.engine.state
+    why = {} if engine.not_compiled is None else {"not_compiled": engine.not_compiled}
+    return {"mode": run.engine, "optimisations": sorted(engine.optimisations), **why}
 
 
 def _record_prediction(folder: RunFolder, prepared: Prepared, model: Any, loader: Loader | StreamLoader) -> None:

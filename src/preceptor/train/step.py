@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from preceptor.data.forest import PackedSequence, empty_sequence
 from preceptor.errors import ModelError
@@ -50,14 +51,15 @@ def take_step(
     """
     divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
     where = f"step {state.step + 1}: a sequence"
-    losses = accumulate_gradients(
+    shares = accumulate_gradients(
         state.engine, sequences, divisor, precision, objective, where, (seed, state.step), world
     )
+    norm = clip_gradients(state.optimizer, max_grad_norm)
+    *losses, grad_norm = torch.stack([each.to(norm) for each in (*shares, norm)]).tolist()  # the step's only wait
     loss = 0.0
     for own in losses:  # one after the other: `sum` rounds otherwise from Python 3.12 on
         loss += own
     (loss,) = world.sum(loss)
-    grad_norm = clip_gradients(state.optimizer, max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         broken = [place for place, own in enumerate(losses) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
@@ -89,8 +91,10 @@ def accumulate_gradients(
     where: str,
     seed: tuple[int, int] = (0, 0),
     world: World = ONE,
-) -> list[float]:
+) -> list[Tensor]:
     """Forward and backward of each sequence: the loss of each over `divisor`, whose gradients join `.grad`.
+
+    The host waits for none of it: a GPU is still busy with one sequence when the next one's indices are copied.
 
     sequences: of this process; the gradients are those of all processes, summed, or this one's part of them.
     seed: of the run, and the step. Random numbers (dropout) are drawn anew for each sequence, so that they do not
@@ -109,7 +113,7 @@ def accumulate_gradients(
             with autocast(device, precision):
                 share = objective(engine, sequence, replace(step, num_levels=levels))
             share.backward()
-        losses.append(share.item())
+        losses.append(share.detach())
     sum_gradients(engine)
     return losses
 

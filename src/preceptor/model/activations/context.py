@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from preceptor.model.activations.inputs import OccurringRows, SplitPart
 from preceptor.model.activations.noise import EmbeddingNoise
-from preceptor.model.activations.phases import Phase
+from preceptor.model.attention.runs import IMPLEMENTATION, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
 
@@ -67,14 +68,17 @@ class DecoderPass:
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
     keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
     last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
+    ids, rows: what the embedding is given, (1, M), and which of its rows that is.
     """
 
     decoder: PreTrainedModel
     attention: str
     num_checkpointed: int = 0
     keys_only: bool = False
-    parts: tuple[Phase, Phase] | None = None
+    parts: tuple[SplitPart, ...] = ()
     efficient: bool = False
+    ids: Tensor | None = None
+    rows: OccurringRows | None = None
 
 
 @dataclass(eq=False)
@@ -117,7 +121,8 @@ class ModelState:
 
     casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
     ranks: how the model is spread over processes (sharding.py); None: it is in this one alone.
-    noise_TD: on the embeddings of the sequence that is running.
+    noise_TD: on the embeddings of the sequence that is running. asked_to_compile: by the run file; else the
+    engine chooses, and not_compiled is why it did not.
     """
 
     optimisations: set[str] = field(default_factory=set)
@@ -126,6 +131,18 @@ class ModelState:
     accumulates: bool = False
     ranks: Ranks | None = None
     noise_TD: Tensor | None = None
+    asked_to_compile: bool = False
+    not_compiled: str | None = None
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers and loss are compiled: in training, and whatever keeps a graph; evaluation runs as written."""
+        return "compile" in self.optimisations
+
+    @property
+    def attention(self) -> str:
+        """The implementation in force within a pass."""
+        return outside_graphs() if self.compiles else IMPLEMENTATION
 
     @property
     def regathers(self) -> bool:

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import DecoderPass
-from preceptor.model.activations.phases import Phase
+from preceptor.model.activations.inputs import SplitPart
 from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
+from preceptor.model.compiled import run_compiled
 
 CUT = frozenset(
     {"hidden_states", "position_ids", "position_embeddings", "position_embeddings_global", "position_embeddings_local"}
@@ -65,42 +66,56 @@ class EngineLayer(nn.Module):
                 self._record_keys(*arguments, **named)
                 _gather_before_backward(layer, named["forest"])
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
-            if this.parts is not None:
+            if this.parts:
                 return self._run_parts(*this.parts, *arguments, **named)
-        output = super().forward(*arguments, **named)
+        output = self._forward(*arguments, **named)
         if this.keys_only:
             _gather_before_backward(layer, named["forest"])
         return output
 
+    def _forward(self, *arguments: Any, **named: Any) -> Any:
+        """The authors' own code, compiled or not."""
+        layer: Any = self
+        if layer.engine_state.compiles and (layer.training or torch.is_grad_enabled()):
+            cls: Any = type(layer)
+            return run_compiled(layer, _authors_class(cls).forward, arguments, named)
+        return super().forward(*arguments, **named)
+
     def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
         try:
-            super().forward(*arguments, forest=forest.for_keys_only(), **named)
+            self._forward(*arguments, forest=forest.for_keys_only(), **named)
         except KeysRecorded:
             return
         raise ModelError("the last layer does not hand keyword arguments on to its attention")
 
-    def _run_parts(self, context: Phase, bearing: Phase, *given: Any, forest: ForestLayout, **named: Any) -> Any:
-        own = type(self).__mro__[type(self).__mro__.index(EngineLayer) + 1]
-        names = _argument_names(own)
+    def _run_parts(
+        self, context: SplitPart, bearing: SplitPart, *given: Any, forest: ForestLayout, **named: Any
+    ) -> Any:
+        cls: Any = type(self)
+        names = _argument_names(_authors_class(cls))
         if len(given) > len(names):
             raise ModelError("the last layer takes arguments without a name, so they cannot be cut by token")
         every = {**dict(zip(names, given, strict=False)), **named}
         hidden: Tensor = every[names[0]]
-        masks = PathMasks(bearing.runs, forest.masks.scratch)
+        masks = PathMasks(bearing.phase.runs, forest.masks.scratch)
 
-        def cut(part: Phase) -> dict[str, Any]:
-            added = computed_tokens(part.num_tokens, hidden) - part.num_tokens
-            index_M = pad(torch.from_numpy(part.index_T()).to(hidden.device), (0, added))
+        def cut(part: SplitPart) -> tuple[Tensor, dict[str, Any]]:
+            added = computed_tokens(part.phase.num_tokens, hidden) - part.phase.num_tokens
+            index_M = pad(part.index_M, (0, added))
             cut_names = CUT | {names[0]}
-            return {
+            found = {
                 name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
                 for name, value in every.items()
             }
+            return found.pop(names[0]), found  # given as other layers are given it: else it is compiled anew
 
-        before = PhaseLayout(context.runs, {}, {}, masks)
-        if context.runs:
-            self._record_keys(forest=before, **cut(context))
-        return super().forward(forest=PhaseLayout(bearing.runs, before.recorded or {}, None, masks), **cut(bearing))
+        before = PhaseLayout(context.phase.runs, {}, {}, masks)
+        if context.phase.runs:
+            hidden_MD, others = cut(context)
+            self._record_keys(hidden_MD, forest=before, **others)
+        after = PhaseLayout(bearing.phase.runs, before.recorded or {}, None, masks, lengths=bearing.lengths)
+        hidden_MD, others = cut(bearing)
+        return self._forward(hidden_MD, forest=after, **others)
 
 
 def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:
@@ -116,6 +131,12 @@ def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:
         for tensor in (each for start, end, _ in forest.runs for each in seen.get((start, end), ())):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _: layer.unshard())
+
+
+@cache
+def _authors_class(cls: Any) -> Any:
+    """The class of a layer before the engine's came upon it."""
+    return cls.__mro__[cls.__mro__.index(EngineLayer) + 1]
 
 
 @cache

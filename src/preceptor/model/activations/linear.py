@@ -17,16 +17,19 @@ from preceptor.model.parts import is_plain_parameter
 
 
 class SharedCastLinear(nn.Module):
-    """nn.Linear for what is float32 and plain under autocast; else its own forward."""
+    """nn.Linear for a plain float32 weight under autocast, whichever type its input has; else its own forward."""
 
     def forward(self, x: Tensor) -> Any:
         layer: Any = self
         casts, weight, device_type = layer.engine_state.casts, layer.weight, x.device.type
-        plain = is_plain_parameter(weight) and weight.dtype == x.dtype == torch.float32
+        plain = is_plain_parameter(weight) and weight.dtype == torch.float32
         if casts is None or not plain or not torch.is_autocast_enabled(device_type):
             return super().forward(x)
         dtype = torch.get_autocast_dtype(device_type)
-        copies = casts.of_input(x, dtype), casts.of_weight(weight, dtype)
+        if x.dtype not in (torch.float32, dtype):
+            return super().forward(x)
+        x_half = x.detach() if x.dtype == dtype else casts.of_input(x, dtype)
+        copies = x_half, casts.of_weight(weight, dtype)
         return _HalfLinear.apply(x, weight, layer.bias, *copies, layer.engine_state.regathers)
 
 
@@ -40,6 +43,7 @@ class _HalfLinear(torch.autograd.Function):
         of_x, of_weight = ctx.needs_input_grad[:2]
         kept = weight if cast_again else weight_half
         ctx.save_for_backward(x_half if of_weight else None, kept if of_x else None)
+        ctx.dtype = x.dtype
         return linear(x_half, weight_half, None if bias is None else bias.to(x_half.dtype))
 
     @staticmethod
@@ -47,7 +51,7 @@ class _HalfLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_half, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        grad_x = None if weight is None else (grad @ weight.to(grad.dtype)).float()
+        grad_x = None if weight is None else (grad @ weight.to(grad.dtype)).to(ctx.dtype)
         grad_weight = None if x_half is None else (flat.T @ x_half.flatten(0, -2)).float()
         grad_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None

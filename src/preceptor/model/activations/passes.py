@@ -5,17 +5,18 @@ Legend: T tokens of a sequence, M tokens whose hidden states are asked for, D hi
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.noise import noisy
-from preceptor.model.activations.phases import Phase, loss_bearing, phases
+from preceptor.model.activations.phases import loss_bearing
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.attention.layout import (
     ForestLayout,
@@ -23,88 +24,91 @@ from preceptor.model.attention.layout import (
     PathMasks,
     PhaseLayout,
     TokenRange,
-    computed_tokens,
 )
-from preceptor.model.attention.runs import IMPLEMENTATION, attention_implementation
+from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.parts import decoder_layers, decoder_of, device_of
 
 
 def decode_whole(
-    model: nn.Module,
-    state: ModelState,
-    sequence: PackedSequence,
-    policy: ActivationPolicy = KEEP_ALL,
-    parts: tuple[Phase, Phase] | None = None,
+    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
 ) -> Tensor:
-    """Hidden states of a whole sequence in one pass: (T, D), or with `parts` of the loss-bearing tokens alone."""
-    layout = ForestLayout.from_sequence(sequence, device_of(model))
+    """Hidden states of a whole sequence in one pass: (T, D); where `inputs` are split, of the loss-bearing tokens."""
+    num_tokens = inputs.sequence.num_tokens
+    layout = ForestLayout(
+        inputs.position()[:num_tokens],
+        inputs.subtree_end_T,
+        inputs.runs,
+        PathMasks(inputs.runs),
+        lengths=inputs.lengths(),
+    )
     this = DecoderPass(
         decoder_of(model),
-        IMPLEMENTATION,
+        state.attention,
         num_checkpointed=num_checkpointed(model, policy),
-        parts=parts,
+        parts=inputs.parts(),
         efficient=True,
+        ids=inputs.ids()[None],
+        rows=inputs.rows(),
     )
-    num_asked = sequence.num_tokens if parts is None else parts[1].num_tokens
-    return _decode(sequence.ids_T, sequence.position_T, layout, state, this, state.noise_TD)[:num_asked]
+    num_asked = inputs.split[1].num_tokens if inputs.split else num_tokens
+    return _decode(inputs.position(), layout, state, this, state.noise_TD)[:num_asked]
 
 
 def decode_dense(
-    model: nn.Module, state: ModelState, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL
+    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
 ) -> Tensor:
     """The same (T, D) by the authors' modules and a dense mask. What `recompute` would drop is kept."""
-    constant_T = ~loss_bearing(sequence) if policy.context_gradient == "detach" else None
-    layout = ForestLayout.from_sequence(sequence, device_of(model), dense=True, constant_T=constant_T)
-    this = DecoderPass(decoder_of(model), IMPLEMENTATION, num_checkpointed=num_checkpointed(model, policy))
-    return _decode(sequence.ids_T, sequence.position_T, layout, state, this, state.noise_TD)
+    constant_T = ~loss_bearing(inputs.sequence) if policy.context_gradient == "detach" else None
+    layout = ForestLayout.from_sequence(inputs.sequence, device_of(model), dense=True, constant_T=constant_T)
+    this = DecoderPass(
+        decoder_of(model),
+        state.attention,
+        num_checkpointed=num_checkpointed(model, policy),
+        ids=inputs.ids()[None],
+        rows=inputs.rows(),
+    )
+    return _decode(inputs.position(), layout, state, this, state.noise_TD)
 
 
 def decode_phases(
-    model: nn.Module,
-    state: ModelState,
-    sequence: PackedSequence,
-    policy: ActivationPolicy,
-    num_levels: int = 0,
+    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy
 ) -> tuple[Tensor, np.ndarray]:
-    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,).
-
-    num_levels: as `phases`; tokens that it adds are numbered after the sequence's own.
-    """
+    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,)."""
     decoder = decoder_of(model)
     num_layers = len(_layers(model))
     checkpointed = policy.checkpointed_layers(num_layers)
     kept: Mapping[nn.Module, Mapping[TokenRange, KeysValues]] = {}
     hidden, index = [], []
-    plan = phases(sequence, num_levels)
-    ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
-    position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
-    noise_TD = None if state.noise_TD is None else pad(state.noise_TD, (0, 0, 0, 2 * num_levels))
+    plan = inputs.phases
+    noise_TD = None if state.noise_TD is None else pad(state.noise_TD, (0, 0, 0, 2 * inputs.num_levels))
     masks = PathMasks(run for phase in plan for run in phase.runs)
     casts = SharedCasts(keep_weights=len(plan) > 1 and not state.regathers)
-    for phase in plan:
-        layout = PhaseLayout(phase.runs, kept, None if phase is plan[-1] else {}, masks)
-        index_M = phase.index_T()
+    for group, phase in enumerate(plan):
+        recorded: Any = None if phase is plan[-1] else {}
+        layout = PhaseLayout(phase.runs, kept, recorded, masks, lengths=inputs.lengths(group))
         this = DecoderPass(
             decoder,
-            IMPLEMENTATION,
+            state.attention,
             num_checkpointed=checkpointed if phase.loss_bearing else num_layers,
             keys_only=not phase.loss_bearing,
             efficient=True,
+            ids=inputs.ids(group)[None],
+            rows=inputs.rows(group),
         )
         constant = policy.context_gradient == "detach" and not phase.loss_bearing
         with torch.no_grad() if constant else nullcontext():
-            noise_MD = None if noise_TD is None else noise_TD[torch.from_numpy(index_M).to(noise_TD.device)]
-            hidden_MD = _decode(ids_T[index_M], position_T[index_M], layout, state, this, noise_MD, casts)
+            noise_MD = None if noise_TD is None else noise_TD[inputs.index(group)]
+            hidden_MD = _decode(inputs.position(group), layout, state, this, noise_MD, casts)
         if phase.loss_bearing:
             hidden.append(hidden_MD[: phase.num_tokens])
-            index.append(index_M)
+            index.append(phase.index_T())
         # a layer that runs again must not leave its keys a second time, nor hold on to those of later phases
         kept, layout.recorded = layout.recorded or {}, None
     return torch.cat(hidden), np.concatenate(index)
 
 
 def decode_alone(
-    model: nn.Module, state: ModelState, sequence: PackedSequence, policy: ActivationPolicy = KEEP_ALL
+    model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
 ) -> Tensor:
     """Hidden states (T, D) of one conversation, by the model's own attention, modules and empty state.
 
@@ -113,18 +117,24 @@ def decode_alone(
     that cannot be told a sequence's layout. Such a model reads one chain at a time (`PackedSequence.alone`,
     prefix_sharing.py takes trees apart), as a server would.
     """
+    sequence = inputs.sequence
     assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"
     decoder = decoder_of(model)
-    this = DecoderPass(decoder, decoder.config._attn_implementation, num_checkpointed=num_checkpointed(model, policy))
+    this = DecoderPass(
+        decoder,
+        decoder.config._attn_implementation,
+        num_checkpointed=num_checkpointed(model, policy),
+        ids=inputs.ids()[None],
+        rows=inputs.rows(),
+    )
     with state.running(this), noisy(decoder.get_input_embeddings(), state.noise_TD):
-        output = decoder(input_ids=torch.from_numpy(sequence.ids_T).to(device_of(model))[None], use_cache=False)
+        output = decoder(input_ids=this.ids, use_cache=False)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
 
 
 def _decode(
-    ids: np.ndarray,
-    position: np.ndarray,
+    position_M: Tensor,
     layout: ForestLayout | PhaseLayout,
     state: ModelState,
     this: DecoderPass,
@@ -135,17 +145,12 @@ def _decode(
 
     More may come behind them, see `computed_tokens`.
     """
-    weight_VD = this.decoder.get_input_embeddings().weight
-    ids_M, position_M = (torch.from_numpy(each).to(weight_VD.device) for each in (ids, position))
-    if this.efficient:
-        added = computed_tokens(len(ids_M), weight_VD) - len(ids_M)
-        ids_M, position_M = pad(ids_M, (0, added)), pad(position_M, (0, added))
     with (
         state.running(this, casts),
         attention_implementation(this.decoder, this.attention),
         noisy(this.decoder.get_input_embeddings(), noise_MD),
     ):
-        output = this.decoder(input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, forest=layout)
+        output = this.decoder(input_ids=this.ids, position_ids=position_M[None], use_cache=False, forest=layout)
     hidden_MD: Tensor = output.last_hidden_state[0]
     return hidden_MD
 

@@ -1,8 +1,7 @@
 """Attention over a forest by CUDA's fused kernels: same signature and result as `attend_runs`, few launches a layer.
 
     tokens go through the layers       kernel                       work and memory
-    chains, or a phase of a sequence   `varlen_attn` (flash)        one launch; keys of a branch are copied per path,
-                                                                    and per query head by torch 2.11
+    chains, or a phase of a sequence   `varlen_attn` (flash)        one launch; keys of a branch are copied per path
     a whole sequence with branches     `flex_attention` (Triton)    one launch over blocks of 128 x 128 tokens, of which
                                                                     those that nothing sees are left out; no copies
 
@@ -10,6 +9,9 @@
 or sinks, heads that a kernel does not take, a version of torch that lacks an option. Flex honours soft-cap as a change
 of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
 exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
+
+For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
+gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for anew.
 
 Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of
 a sequence.
@@ -22,13 +24,24 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad
 
-from preceptor.model.attention.layout import ForestLayout, KeysValues, PhaseLayout, TokenRange, product_dtype
+from preceptor.model.attention.layout import (
+    ForestLayout,
+    KeysValues,
+    PhaseLayout,
+    TokenRange,
+    path_lengths,
+    product_dtype,
+)
+from preceptor.model.compiled import watch
 from preceptor.model.sizes import device_type_of, is_dry_run
+from preceptor.model.transfer import on_device
 
 Attend = Callable[..., Tensor]
 
@@ -52,7 +65,7 @@ def fast_path(
         return None
     by_varlen = softcap is None and sinks is None and _varlen_takes(query, key, value)
     by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
-    copies = any(ancestors for _, _, ancestors in layout.runs) or _copies_heads(query, key)
+    copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
     return attend_flex if by_flex else None
@@ -65,7 +78,7 @@ def _is_half_on_cuda(value: Tensor) -> bool:
 def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     head_size = query.shape[-1]
     return (
-        signature(varlen_attn).parameters.keys() >= {"scale", "window_size"}
+        _arguments_of(varlen_attn) >= {"scale", "window_size"}
         and head_size == key.shape[-1] == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= _LARGEST_FLASH_HEAD
@@ -73,9 +86,10 @@ def _varlen_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _copies_heads(query: Tensor, key: Tensor) -> bool:
-    """Whether several query heads share a key head, and `varlen_attn` does not know of it (torch 2.11)."""
-    return query.shape[1] != key.shape[1] and "enable_gqa" not in signature(varlen_attn).parameters
+@lru_cache
+def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Once for each function: looked up for every layer, a signature takes milliseconds a sequence."""
+    return frozenset(signature(function).parameters)
 
 
 @lru_cache
@@ -116,15 +130,16 @@ def attend_varlen(
     assert softcap is None and sinks is None
     dtype = product_dtype(value)
     key, value = key.to(dtype), value.to(dtype)
-    if "varlen" not in layout.made:
-        layout.made["varlen"] = _path_lengths(layout, query.device)
-    cu_query, cu_key, longest_run, longest_path = layout.made["varlen"]
+    if layout.lengths is None:
+        lengths = path_lengths(layout.runs)
+        begins = on_device({place: np.cumsum([0, *each]) for place, each in enumerate(lengths)}, query.device)
+        layout.lengths = begins[0].to(torch.int32), begins[1].to(torch.int32), max(lengths[0]), max(lengths[1])
+    cu_query, cu_key, longest_run, longest_path = layout.lengths
     path_key, path_value = _join_paths(key, value, layout, {} if seen is None else seen)
     windowed = sliding_window is not None and sliding_window < longest_path
-    if _copies_heads(query, key):
-        num_copies = query.shape[1] // key.shape[1]
-        path_key, path_value = (each.repeat_interleave(num_copies, dim=1) for each in (path_key, path_value))
-    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != path_key.shape[1] else {}
+    # the kernel shares key heads among query heads by itself; torch 2.13 wants to be told, 2.11 has no word for it
+    told = query.shape[1] != key.shape[1] and "enable_gqa" in _arguments_of(varlen_attn)
+    grouped: dict[str, Any] = {"enable_gqa": True} if told else {}
     with torch.autocast(query.device.type, enabled=False):
         output_THD = varlen_attn(
             query[0].to(dtype).transpose(0, 1),
@@ -139,14 +154,6 @@ def attend_varlen(
             **grouped,
         )
     return cast(Tensor, output_THD).transpose(0, 1)[None]
-
-
-def _path_lengths(layout: ForestLayout | PhaseLayout, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Where each run's queries and keys begin, with the end of the last, int32; the most queries and keys of a run."""
-    queries = [end - start for start, end, _ in layout.runs]
-    keys = [end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in layout.runs]
-    begins = torch.tensor([[0, *queries], [0, *keys]], dtype=torch.int32).cumsum(1, dtype=torch.int32).to(device)
-    return begins[0], begins[1], max(queries), max(keys)
 
 
 def _join_paths(
@@ -180,14 +187,14 @@ def attend_flex(
 ) -> Tensor:
     """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
     dtype = product_dtype(value)
+    num_tokens = query.shape[2]
+    added = -num_tokens % BLOCK
     if ("flex", sliding_window) not in layout.made:
         layout.made["flex", sliding_window] = block_mask(layout, sliding_window)
     with torch.autocast(query.device.type, enabled=False):
         flex: Callable[..., Any] = _flex_without_values if is_dry_run() else _flex(query.device.type)
         output, aux = flex(
-            query.to(dtype),
-            key.to(dtype),
-            value.to(dtype),
+            *(pad(part.to(dtype), (0, 0, 0, added)) for part in (query, key, value)),
             score_mod=None if softcap is None else _softcapped(softcap),
             block_mask=layout.made["flex", sliding_window],
             scale=scale,
@@ -197,7 +204,7 @@ def attend_flex(
         if sinks is not None:
             share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
             output = (output * share[..., None]).to(dtype)
-    return cast(Tensor, output)
+    return cast(Tensor, output[:, :, :num_tokens])
 
 
 @lru_cache
@@ -212,6 +219,7 @@ def _flex(device_type: str) -> Callable[..., Any]:
     flex: Callable[..., Any] = flex_attention
     if device_type != "cuda":
         return flex
+    watch()
     settings: Any = import_module("torch._dynamo").config
     settings.recompile_limit = max(settings.recompile_limit, _MOST_FORMS)
     return torch.compile(flex, fullgraph=True)
@@ -249,19 +257,22 @@ def _softcapped(softcap: float) -> Callable[..., Tensor]:
 def block_mask(layout: ForestLayout, sliding_window: int | None = None) -> BlockMask:
     """Which blocks of the sequence's T x T scores are computed, and which of these need the mask of single tokens.
 
-    By the extremes of each block, so that no T x T mask is ever made: with a key block's tokens j and a query block's
-    tokens i, some are visible iff the blocks are in order and min i < max subtree_end[j]; all are if besides
-    max i < min subtree_end[j]. A window W leaves out blocks with min position[i] - max position[j] >= W, so that some
-    that nothing sees may stay; their mask is empty.
+    T is that of the sequence padded to whole blocks; what is added sees itself alone. By the extremes of each block, so
+    that no T x T mask is ever made: with a key block's tokens j and a query block's tokens i, some are visible iff the
+    blocks are in order and min i < max subtree_end[j]; all are if besides max i < min subtree_end[j]. A window W leaves
+    out blocks with min position[i] - max position[j] >= W, so that some that nothing sees may stay; their mask is
+    empty.
     """
     end_T, position_T = layout.subtree_end_T.to(torch.int32), layout.position_T.to(torch.int32)
-    num_tokens = len(end_T)
+    added = -len(end_T) % BLOCK
+    num_tokens = len(end_T) + added
+    end_T = pad(end_T, (0, added), value=num_tokens)
+    position_T = torch.cat([position_T, torch.arange(added, dtype=torch.int32, device=end_T.device)])
     begin_B = torch.arange(0, num_tokens, BLOCK, device=end_T.device)
-    last_B = (begin_B + BLOCK - 1).clamp(max=num_tokens - 1)
+    last_B = begin_B + BLOCK - 1
     lowest_end_B, highest_end_B = _extremes(end_T)
     some_BB = (begin_B[None, :] <= begin_B[:, None]) & (begin_B[:, None] < highest_end_B[None, :])
     all_BB = (last_B[None, :] <= begin_B[:, None]) & (last_B[:, None] < lowest_end_B[None, :])
-    all_BB &= (last_B - begin_B == BLOCK - 1)[:, None]  # as flex wants it of a last block that is not full
     if sliding_window is not None:
         lowest_B, highest_B = _extremes(position_T)
         some_BB &= lowest_B[:, None] - highest_B[None, :] < sliding_window
@@ -277,8 +288,7 @@ def block_mask(layout: ForestLayout, sliding_window: int | None = None) -> Block
 
 def _extremes(value_T: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the greatest of each block, (B,) each."""
-    padding = value_T[-1:].expand(-len(value_T) % BLOCK)
-    value_BB = torch.cat([value_T, padding]).view(-1, BLOCK)
+    value_BB = value_T.view(-1, BLOCK)
     return value_BB.amin(dim=1), value_BB.amax(dim=1)
 
 

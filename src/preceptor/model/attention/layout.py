@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence, runs
 from preceptor.model.sizes import device_type_of, on_grid
+from preceptor.model.transfer import on_device
 
 TokenRange = tuple[int, int]
 """Tokens `start` to `end` of a sequence."""
@@ -19,8 +20,24 @@ TokenRange = tuple[int, int]
 AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
 """Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
 
+PathLengths = tuple[Tensor, Tensor, int, int]
+"""Where each run's queries and its path's keys begin, with the end of the last, int32; the most of a run."""
+
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one range, each (1, heads, tokens, head size), with rotary positions in them."""
+
+
+def attention_runs(sequence: PackedSequence) -> tuple[AttentionRun, ...]:
+    return tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(sequence.spans))
+
+
+def path_lengths(runs: Iterable[AttentionRun]) -> tuple[list[int], list[int]]:
+    """Of each run its tokens, and those of its path."""
+    queries, keys = [], []
+    for start, end, ancestors in runs:
+        queries.append(end - start)
+        keys.append(end - start + sum(b - a for a, b in ancestors))
+    return queries, keys
 
 
 class Scratch:
@@ -46,7 +63,7 @@ class PathMasks:
 
     def __init__(self, runs: Iterable[AttentionRun], scratch: Scratch | None = None) -> None:
         """runs: all that will ask, so that one mask is large enough for them."""
-        self._longest = max(end - start + sum(b - a for a, b in ancestors) for start, end, ancestors in runs)
+        self._longest = max(path_lengths(runs)[1])
         self._masks: dict[object, Tensor] = {}
         self.scratch = scratch or Scratch()
 
@@ -75,7 +92,8 @@ class ForestLayout:
     """A whole sequence. `runs` are in layout order and cover its T tokens.
 
     dense: attention by the dense mask, as the plain engine has it; there keys and values of `constant_T` get no
-    gradient. made: what a kernel needs besides, made by the first layer that asks and kept for all others. No
+    gradient. lengths: of its runs and their paths; None: found where they are asked for. made: what a kernel needs
+    besides, made by the first layer that asks and kept for all others. No
     dataclass, nor is PhaseLayout: FSDP2 looks for tensors in a layer's arguments and copies the dataclasses that hold
     some, so that what one layer records would be lost to the others.
     """
@@ -88,10 +106,11 @@ class ForestLayout:
         masks: PathMasks,
         dense: bool = False,
         constant_T: Tensor | None = None,
+        lengths: PathLengths | None = None,
     ) -> None:
         self.position_T, self.subtree_end_T = position_T, subtree_end_T
         self.runs, self.masks = runs, masks
-        self.dense, self.constant_T = dense, constant_T
+        self.dense, self.constant_T, self.lengths = dense, constant_T, lengths
         self.made: dict[Any, Any] = {}
 
     @classmethod
@@ -102,15 +121,13 @@ class ForestLayout:
         dense: bool = False,
         constant_T: np.ndarray | None = None,
     ) -> "ForestLayout":
-        own = tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(sequence.spans))
-        return cls(
-            position_T=torch.from_numpy(sequence.position_T).to(device),
-            subtree_end_T=torch.from_numpy(sequence.subtree_end_T).to(device),
-            runs=own,
-            masks=PathMasks(own),
-            dense=dense,
-            constant_T=None if constant_T is None else torch.from_numpy(constant_T).to(device),
-        )
+        own = attention_runs(sequence)
+        arrays = {"position": sequence.position_T, "subtree_end": sequence.subtree_end_T}
+        if constant_T is not None:
+            arrays["constant"] = constant_T.astype(np.int64)
+        found = on_device(arrays, torch.device(device))
+        constant = found["constant"] != 0 if constant_T is not None else None
+        return cls(found["position"], found["subtree_end"], own, PathMasks(own), dense, constant)
 
 
 class PhaseLayout:
@@ -118,8 +135,8 @@ class PhaseLayout:
 
     kept: for each attention module, keys and values of the ranges that earlier phases computed. recorded: where the
     modules leave theirs, with the earlier ones, for the phases to come; None: nowhere, as when a layer runs again in
-    backward and its keys are known already. keys_only: attention stops the layer once these are recorded. made: as in
-    ForestLayout.
+    backward and its keys are known already. keys_only: attention stops the layer once these are recorded. lengths: as
+    in ForestLayout.
     """
 
     def __init__(
@@ -129,10 +146,10 @@ class PhaseLayout:
         recorded: dict[nn.Module, dict[TokenRange, KeysValues]] | None,
         masks: PathMasks,
         keys_only: bool = False,
+        lengths: PathLengths | None = None,
     ) -> None:
         self.runs, self.kept, self.recorded, self.masks = runs, kept, recorded, masks
-        self.keys_only = keys_only
-        self.made: dict[Any, Any] = {}
+        self.keys_only, self.lengths = keys_only, lengths
 
     def for_keys_only(self) -> "PhaseLayout":
         """The same tokens, of which only keys and values are computed."""

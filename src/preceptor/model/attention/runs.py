@@ -17,6 +17,7 @@ Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, Q
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from preceptor.model.attention.layout import (
     PhaseLayout,
     TokenRange,
     dense_mask,
+    path_lengths,
     product_dtype,
 )
 from preceptor.model.sizes import device_type_of, mostly_short
@@ -135,10 +137,7 @@ def _fastest_dtype(asked: torch.dtype, runs: Sequence[AttentionRun], device: tor
     """On a CPU half precision is the slower one for short runs."""
     if device_type_of(device) != "cpu" or asked.itemsize != 2:
         return asked
-    lengths = [end - start for start, end, _ in runs]
-    before = [sum(end - start for start, end in ancestors) for _, _, ancestors in runs]
-    path_lengths = [length + more for length, more in zip(lengths, before, strict=True)]
-    return torch.float32 if mostly_short(zip(lengths, path_lengths, strict=True)) else asked
+    return torch.float32 if mostly_short(zip(*path_lengths(runs), strict=True)) else asked
 
 
 class KeysRecorded(Exception):
@@ -208,6 +207,14 @@ def forest_attention_forward(
 
 
 AttentionInterface.register(IMPLEMENTATION, forest_attention_forward)
+
+
+@cache
+def outside_graphs() -> str:
+    """The name under which it is left alone, with all that it calls, where a layer is compiled."""
+    name = f"{IMPLEMENTATION}_outside_graphs"
+    AttentionInterface.register(name, torch.compiler.disable(forest_attention_forward))
+    return name
 
 
 @contextmanager

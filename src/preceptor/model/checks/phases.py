@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from preceptor.errors import ModelError
+from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.passes import decode_phases, decode_whole
+from preceptor.model.activations.phases import phases
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import gathered
@@ -24,8 +26,9 @@ def check_phases(model: nn.Module, policy: ActivationPolicy) -> None:
     sequence = probe_sequence(model)
     try:
         with evaluating(model):
-            found_MD, index_M = decode_phases(model, state, sequence, policy)
-            true_TD = decode_whole(model, state, sequence)
+            inputs = SequenceInputs.of(model, sequence, phases(sequence))
+            found_MD, index_M = decode_phases(model, state, inputs, policy)
+            true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
     except (ModelError, torch.OutOfMemoryError):
         raise
     except FAILURES as error:  # LongCat's layers have two attentions each, of which only the first leaves its keys

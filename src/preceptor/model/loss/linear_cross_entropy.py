@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from preceptor.model.compiled import compiled_function
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
 from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
 from preceptor.model.sizes import device_type_of, representative
@@ -26,7 +27,11 @@ from preceptor.model.sizes import device_type_of, representative
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
 _HEAD_ROWS = {"cpu": 2048, "cuda": 2**15}
 _FEW_COLUMNS, _MANY_ROWS = 640, 512
-_NOT_DIFFERENTIABLE = (None,) * 7
+_NOT_DIFFERENTIABLE = (None,) * 8
+_NOT_ONE = (
+    "the loss of a step is multiplied after its gradients were computed (and the head's added to its buffer) for a "
+    "gradient of 1: put divisors in weight_N"
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,6 +81,8 @@ def linear_cross_entropy(
     logits_bytes: int = LOGITS_BYTES,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
+    gradient_is_one: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
 
@@ -88,17 +95,19 @@ def linear_cross_entropy(
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
-    is known by what the loss will be multiplied, so backward must come with a gradient of 1, else RuntimeError: a
-    divisor belongs in weight_N. head_cast: shared by calls with one head.
+    is known by what the loss will be multiplied, so it needs gradient_is_one. head_cast: shared by calls with one head.
+    gradient_is_one: backward will come with a gradient of 1, else RuntimeError (a divisor belongs in weight_N), and so
+    multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
     half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient, since rounding
     after each chunk would lose bits.
     """
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor)
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor, compiled)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
+        assert gradient_is_one, "the buffer cannot be multiplied afterwards"
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
         assert head_grad_VD.dtype == form.softmax_dtype, "half-precision sums over sequences would lose bits"
     if not torch.is_grad_enabled():  # autograd would ask for gradients all the same, and drop them
@@ -116,6 +125,7 @@ def linear_cross_entropy(
         head_grad_VD,
         form,
         head_cast or HeadCast(),
+        gradient_is_one,
     )
     return loss
 
@@ -146,6 +156,7 @@ def _form(
     options: LossOptions,
     logits_bytes: int,
     divisor: float = 1.0,
+    compiled: bool = False,
 ) -> LossForm:
     device_type = hidden_TD.device.type
     product_dtype = weight_VD.dtype
@@ -153,7 +164,8 @@ def _form(
         product_dtype = torch.get_autocast_dtype(device_type)
     sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
     chunk = chunk_tokens(len(target_N), *sizes)
-    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most_tokens(*sizes), divisor)
+    most = most_tokens(*sizes)
+    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most, divisor, compiled)
 
 
 def _chunks(
@@ -220,6 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_grad_VD: Tensor | None,
         form: LossForm,
         head_cast: HeadCast,
+        gradient_is_one: bool,
     ) -> Tensor:
         leaves = (hidden_TD, weight_VD, bias_V, weight_RD)
         needed = ctx.needs_input_grad  # type: ignore[attr-defined]
@@ -245,7 +258,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     _add_product(head_total_VD, products_CV, hidden_CD)
                 if grad_weight_RD is not None:
                     _add_product(grad_weight_RD, products_CV[:, rows_R], hidden_CD)
-        ctx.added_to_head = head_grad_VD is not None  # type: ignore[attr-defined]
+        ctx.gradient_is_one = gradient_is_one  # type: ignore[attr-defined]
         ctx.grads = [  # type: ignore[attr-defined]
             None if grad is None or leaf is None else grad.to(leaf.dtype)
             for leaf, grad in zip(leaves, (grad_hidden_TD, grad_weight_VD, grad_bias_V, grad_weight_RD), strict=True)
@@ -261,14 +274,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy can be differentiated once only: its gradients are scaled in place"
             )
         ctx.grads = None  # type: ignore[attr-defined]
-        added = ctx.added_to_head  # type: ignore[attr-defined]
-        if (added or grad_loss.device.type == "cpu") and grad_loss.item() == 1.0:  # on CPU reading it costs nothing
+        if ctx.gradient_is_one:  # type: ignore[attr-defined]
+            torch._assert_async(grad_loss == 1, _NOT_ONE)  # on a GPU without a wait
             return (*grads, *_NOT_DIFFERENTIABLE)
-        if added:
-            raise RuntimeError(
-                f"the gradient of the head was added to head_grad_VD already, so the loss cannot be multiplied by "
-                f"{grad_loss.item()} any more: put divisors in weight_N"
-            )
         scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads]
         return (*scaled, *_NOT_DIFFERENTIABLE)
 
@@ -283,9 +291,10 @@ def _to_gradients(
 ) -> Tensor:
     """Each token's weighted loss; the products become the gradient by themselves, whose sum joins grad_bias_V."""
     losses_C = torch.empty(len(target_C), dtype=form.softmax_dtype, device=products_CV.device)
+    found = compiled_function(losses_and_gradients) if form.compiled else losses_and_gradients
     for rows, block_RV in blocks(products_CV, form):
         logits_RV = to_logits(block_RV, bias_V, form)
-        losses_C[rows] = losses_and_gradients(logits_RV, target_C[rows], weight_C[rows], form)
+        losses_C[rows] = found(logits_RV, target_C[rows], weight_C[rows], form)
         if grad_bias_V is not None:
             grad_bias_V += logits_RV.sum(dim=0)
     return losses_C

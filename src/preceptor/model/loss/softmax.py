@@ -33,6 +33,7 @@ class LossForm:
     chunk_tokens: int
     most_tokens: int
     divisor: float = 1.0  # by which weights are divided already
+    compiled: bool = False
 
     def computed_tokens(self, num_tokens: int, head_VD: Tensor) -> int:
         """With those that round so many up to the grid, unless memory is not for so many."""

@@ -1,0 +1,103 @@
+"""Decoder layers and the loss compiled by torch.compile, attention outside of what is compiled.
+
+What is compiled: the authors' `forward` of each class of layer, once for all layers of that class, from the layer's
+input to attention and from there to its output: norms, rotary embeddings, gated units, residuals and casts become a few
+kernels. Attention has kernels of its own (attention/cuda.py). A graph is made for the first length of a sequence and
+one for all others; further ones for other types, with and without gradients.
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preceptor.model.parts import decoder_layers, has_experts
+from preceptor.model.sizes import device_type_of, is_dry_run
+
+BACKEND = "inductor"
+_MOST_FORMS = 64  # graphs of one function; beyond, torch would run it uncompiled, without a word
+_CAPABILITY = (7, 0)  # of GPUs for which Triton compiles
+
+
+def why_not(model: nn.Module, device: torch.device) -> str | None:
+    """Why `engine: auto` does not compile the layers of a model; None: it does."""
+    if device_type_of(device) != "cuda" or is_dry_run():
+        return "on a GPU only"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        return "the GPU is older than Triton compiles for"
+    if has_experts(model):
+        return "the number of tokens of each expert is another one in each sequence"
+    return None if decoder_layers(model) else "the model does not say which of its modules are layers"
+
+
+def run_compiled(layer: Any, forward: Callable[..., Any], arguments: Any, named: dict[str, Any]) -> Any:
+    """What `forward` of a layer's class gives."""
+    dynamo = import_module("torch._dynamo")
+    for tensor in _of_tokens((arguments, named)):
+        dynamo.maybe_mark_dynamic(tensor, 1)
+    return _compiled(forward, BACKEND)(layer, *arguments, **named)
+
+
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of tensors, compiled as a whole for any number of tokens."""
+    return _compiled(function, BACKEND, fullgraph=True, dynamic=True)
+
+
+class _Watch:
+    """The time that torch spends on compiling, wherever it does so."""
+
+    def __init__(self) -> None:
+        self.seconds = self._began = 0.0
+
+    def start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def end(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+@lru_cache
+def watch() -> _Watch:
+    """Begin to take the time, before anything is compiled."""
+    watching, handler = _Watch(), import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(watching.start)
+    handler.register_end_callback(watching.end)
+    return watching
+
+
+def compile_seconds() -> float:
+    """What compiling has taken in this process so far."""
+    return watch().seconds if watch.cache_info().currsize else 0.0
+
+
+def num_graphs() -> int:
+    """Graphs that were made in this process so far."""
+    if not watch.cache_info().currsize:
+        return 0
+    return int(import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"])
+
+
+@lru_cache
+def _compiled(function: Callable[..., Any], backend: str, **settings: Any) -> Callable[..., Any]:
+    watch()
+    dynamo: Any = import_module("torch._dynamo").config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_FORMS)
+    return torch.compile(function, backend=backend, **settings)
+
+
+def _of_tokens(given: Any) -> list[Tensor]:
+    """Tensors that are laid out by token, (1, T, ...)."""
+    if isinstance(given, Tensor):
+        return [given] if given.dim() >= 2 and len(given) == 1 and given.shape[1] > 1 else []
+    if isinstance(given, dict):
+        given = given.values()
+    elif not isinstance(given, list | tuple):
+        return []
+    return [tensor for each in given for tensor in _of_tokens(each)]

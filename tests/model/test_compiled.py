@@ -1,0 +1,138 @@
+"""Decoder layers compiled by torch.compile, traced as for a GPU up to its kernels: the same losses and gradients."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_passes import assert_same, loss_and_grads
+
+from preceptor.data.dataset import Dataset
+from preceptor.data.forest import pack_trees
+from preceptor.data.loader import Loader
+from preceptor.errors import ModelError
+from preceptor.model import compiled, optimisations
+from preceptor.model.activations import layers
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.forward import Engine
+from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
+from preceptor.train.preflight import preflight
+from tiny import branching, chain, tiny_model
+
+# torch's own, in tracing
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+ALL = {optimisation.name for optimisation in OPTIMISATIONS}
+WITHIN = {way: {each.name for each in OPTIMISATIONS if each.within == way} for way in ("compiled", "efficient")}
+# `eager` runs the same graphs as they were traced, in a third of the time
+WAYS = [
+    ("aot_eager", ActivationPolicy()),
+    ("eager", ActivationPolicy("recompute", "all")),
+    ("eager", ActivationPolicy("detach")),
+]
+
+
+def sequence(seed):
+    rng = np.random.default_rng(seed)
+    return pack_trees([chain(rng, (9 + seed, 5, 3 + seed, 4)), chain(rng, (7, 6 + 2 * seed)), branching(rng)])
+
+
+SEQUENCES = [sequence(seed) for seed in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def as_far_as_a_cpu_can(monkeypatch):
+    """aot_eager: graphs of forward and backward are made as for a GPU, and then run operation by operation."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    for made in (compiled._compiled, compiled.watch):
+        made.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("backend", "policy"), WAYS, ids=str)
+def test_every_way_through_a_model_is_exact_and_two_lengths_are_compiled_for(backend, policy, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    model, true_model = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
+    install(model, "compiled"), install(true_model, "efficient")
+    before, began = compiled.num_graphs(), time.perf_counter()
+    assert compiled.compile_seconds() == 0
+    made = []
+    for each in SEQUENCES:
+        found = loss_and_grads(model, Engine(model)(each, policy))
+        assert_same(found, loss_and_grads(true_model, Engine(true_model)(each, policy)), 1e-11)
+        made.append((compiled.num_graphs() - before, compiled.compile_seconds()))
+    assert 0 < made[1][0] <= 32 and made[1] == made[-1]
+    assert 0 < compiled.compile_seconds() < time.perf_counter() - began
+
+
+def test_one_mechanism_within_layers_and_which_is_said(monkeypatch):
+    assert install(tiny_model("llama"), "compiled").optimisations == ALL - WITHIN["efficient"]
+    assert install(tiny_model("llama"), "efficient").optimisations == ALL - WITHIN["compiled"]
+    model = tiny_model("llama")
+    state = install(model, "auto")
+    assert state.optimisations == ALL - WITHIN["compiled"] and state.not_compiled == "on a GPU only"
+    monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
+    model = tiny_model("llama")
+    state = install(model, "auto")
+    assert state.optimisations == ALL - WITHIN["efficient"] and state.not_compiled is None
+    give_up_compiling(model, state, "because")
+    assert state.optimisations == ALL - WITHIN["compiled"] and state.not_compiled == "because"
+
+
+def test_evaluation_is_not_compiled():
+    model = tiny_model("llama").eval()
+    install(model, "compiled")
+    before = compiled.num_graphs()
+    with torch.no_grad():
+        Engine(model)(SEQUENCES[0])
+    assert compiled.num_graphs() == before
+
+
+def loader():
+    rng = np.random.default_rng(0)
+    return Loader(Dataset([chain(rng, (5, 7)), chain(rng, (3, 9, 4, 6)), chain(rng, (8, 2))]), 64, 2, 0)
+
+
+def test_before_the_first_step_compiled_layers_are_held_against_the_layers_as_written(monkeypatch):
+    monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
+    """Here beside an adapter, under autocast."""
+    model, lines = add_adapter(tiny_model("llama", num_hidden_layers=1), 4, 8.0, 0.0, None, [], seed=0), []
+    preflight(model, loader(), "bfloat16", lines.append)
+    assert any(line.startswith("proved: compiled layers give the loss and the gradient") for line in lines)
+    assert any(line.startswith("compiled in ") for line in lines) and Engine(model).state.compiles
+
+
+def wrong(layer, forward, arguments, named):
+    return forward(layer, *arguments, **named) * 1.01
+
+
+def fails(*_):
+    raise RuntimeError("backend='inductor' raised:\nmore")
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"), [(wrong, "loss or gradient of compiled layers is another one"), (fails, "torch.compile failed")]
+)
+def test_layers_that_cannot_be_compiled_are_efficient_and_it_is_said(run, reason, monkeypatch):
+    """Planted."""
+    monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
+    monkeypatch.setattr(layers, "run_compiled", run)
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "float32", lines.append)
+    state = Engine(model).state
+    assert state.optimisations == ALL - WITHIN["compiled"] and reason in state.not_compiled
+    assert any(line.startswith("layers are not compiled: llama: ") and reason in line for line in lines)
+    asked = tiny_model("llama")
+    install(asked, "compiled")
+    with pytest.raises(ModelError, match=rf"{reason}.*engine: efficient"):
+        preflight(asked, loader(), "float32", lines.append)
+
+
+def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
+    monkeypatch.setattr("preceptor.train.preflight.is_sharded", lambda _: True)
+    model, lines = tiny_model("llama"), []
+    preflight(model, loader(), "float32", lines.append)
+    assert not Engine(model).state.compiles
+    assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)

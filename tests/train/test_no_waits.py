@@ -1,0 +1,119 @@
+"""A step in which the host never waits for the device, but once at its end; no GPU is needed to see it.
+
+On the CPU, with values, no operation looks at a result. On the meta device, which stands for another one than the
+host's, each copy is seen: one per sequence, of one block, that does not wait.
+"""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from preceptor.data.forest import pack_trees
+from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.forward import Engine
+from preceptor.model.optimisations import install
+from preceptor.model.sizes import dry_run_for
+from preceptor.train import loop
+from preceptor.train.checkpoint import State
+from preceptor.train.objective import Objective
+from preceptor.train.optimizer import build_optimizer
+from preceptor.train.step import accumulate_gradients, take_step
+from tiny import branching, chain, tiny_model
+
+aten = torch.ops.aten
+LOOKS = {
+    *(aten._local_scalar_dense, aten.nonzero, aten._unique2, aten._unique, aten.unique_dim, aten.unique_consecutive),
+    *(aten.masked_select, aten.equal, aten.is_nonzero, aten.repeat_interleave, aten.bincount, aten.allclose),
+}
+RNG = np.random.default_rng(0)
+CHAINS = pack_trees([chain(RNG, (9, 12, 5, 8)), chain(RNG, (4, 7))])
+TREES = pack_trees([branching(RNG), chain(RNG, (30, 9)), branching(RNG)])
+POLICIES = [
+    ActivationPolicy(),
+    ActivationPolicy("full", "all"),
+    ActivationPolicy("recompute"),
+    ActivationPolicy("detach"),
+    ActivationPolicy("detach", "all"),
+]
+
+
+class Waits(TorchDispatchMode):
+    """What a host would have to wait for a device for."""
+
+    def __init__(self):
+        super().__init__()
+        self.looks, self.copies = [], []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        by_mask = operation.overloadpacket in (aten.index, aten.index_put_, aten.index_put) and any(
+            isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in args[1]
+        )
+        sized = operation.overloadpacket is aten.repeat_interleave and (kwargs or {}).get("output_size") is not None
+        if (operation.overloadpacket in LOOKS and not sized) or by_mask:
+            self.looks.append(str(operation))
+        out = operation(*args, **(kwargs or {}))
+        sources = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta" and torch.device("cpu") in sources:
+                self.copies.append((str(operation), bool((kwargs or {}).get("non_blocking")), args[0].numel()))
+        return out
+
+
+def model_of(kind, adapter=False, **settings):
+    model = tiny_model(kind, **settings)
+    return add_adapter(model, 4, 8.0, 0.0, None, [], seed=0) if adapter else model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("kind", "adapter"), [("qwen3", False), ("llama", True), ("gemma2", False)])
+def test_nothing_looks_at_a_result_within_a_step(kind, adapter, policy, precision, monkeypatch):
+    model = model_of(kind, adapter)
+    state = State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
+    install(model)  # tries, and so looks
+    read = []
+    stack = torch.stack
+    monkeypatch.setattr(loop.torch, "stack", lambda tensors: read.append(len(tensors)) or stack(tensors))
+    with Waits() as waits:
+        loss, norm = take_step(state, [CHAINS, TREES], 1e-3, 1.0, precision, Objective(policy))
+    assert waits.looks == []
+    assert loss > 0 and norm > 0
+    assert read.count(3) == 1  # at the end: two losses and the norm, together
+
+
+def test_a_look_is_found():
+    """Planted, one by one."""
+    for look in (
+        lambda: torch.ones(1).item(),
+        lambda: bool(torch.ones(1) > 0),
+        lambda: torch.ones(3).nonzero(),
+        lambda: torch.unique(torch.ones(3)),
+        lambda: torch.ones(3)[torch.ones(3) > 0],
+    ):
+        with Waits() as waits:
+            look()
+        assert len(waits.looks) == 1
+    with Waits() as waits:
+        torch.from_numpy(np.ones(3)).to("meta")
+    assert [wait for _, wait, _ in waits.copies] == [False]
+
+
+@pytest.mark.parametrize("device_type", [None, "cuda"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_the_passes_read_of_a_sequence_is_copied_once_without_a_wait(adapter, policy, device_type, monkeypatch):
+    """device_type: whose kernels are chosen."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # torch knows none for the meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    model = model_of("llama", adapter, num_hidden_layers=3, head_dim=16).to("meta")
+    with dry_run_for(device_type) if device_type else nullcontext():
+        install(model, check=False)
+        with Waits() as waits:
+            losses = accumulate_gradients(Engine(model), [CHAINS, TREES], 2.0, "float32", Objective(policy), "here")
+    assert waits.looks == [] and len(losses) == 2
+    assert len(waits.copies) == 2 and all(unwaited for _, unwaited, _ in waits.copies)
