@@ -16,6 +16,7 @@ from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
@@ -177,6 +178,7 @@ def _build(
         from preceptor.model.adapters.lora import add_adapter, load_adapter
 
         assert run.adapter.alpha is not None, "a resolved run has an alpha"
+        options = LoraOptions.of(run.adapter)
         model = add_adapter(
             model,
             rank=run.adapter.rank,
@@ -185,10 +187,11 @@ def _build(
             target_modules=run.adapter.target_modules,
             new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
             seed=run.train.seed,
+            options=options,
         )
         start = adapter_to_continue(run)
         if start is not None and has_values:
-            load_adapter(model, start)
+            load_adapter(model, start, options)
             say(f"trains on the adapter of {run.model.from_run}")
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
@@ -387,8 +390,9 @@ def _optimizer(run: config.Run, model: Any) -> torch.optim.Optimizer:
     own = run.optimizer
     if run.train.batch_size > 1:
         accumulate_in_float32(model)
+    factors = {**own.lr_factors, **lr_factors(run.adapter)}
     optimizer = build_optimizer(
-        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, own.lr_factors, run.train.seed
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed
     )
     if is_sharded(Engine.of(model)) and isinstance(optimizer, WeightwiseOptimizer):
         what = f"optimizer.name {own.name}" if own.name != "adamw" else "bfloat16 weights that are trained"
