@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import LoraOptions
 from preceptor.plan.dry_run import DryRun, dry_run_like
 from preceptor.plan.memory import Setup, step_memory
 from preceptor.plan.parameters import LoraSpec
@@ -102,6 +103,25 @@ def test_adapters(adapter, num_new_tokens):
     setup, sequence = Setup("float32", True, adapter, num_new_tokens), sequence_of(ONE)
     found = predicted_peak(adapted, sequence, setup)
     assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, "bfloat16"), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LoraOptions(dora=True),
+        LoraOptions(init="pissa"),
+        LoraOptions(rank_pattern=(("layers.0", 9),), modules_to_save=("lm_head", "norm")),
+    ],
+    ids=["dora", "pissa", "by name"],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kinds_of_adapters(options, precision):
+    model = tiny_model("llama", **SIZES)
+    adapter = LoraSpec(4, None, 0.0, options)
+    adapted = add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options).train()
+    setup, sequence = Setup("float32", precision == "bfloat16", adapter), sequence_of(ONE)
+    found = predicted_peak(adapted, sequence, setup)
+    assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, precision), rel=0.005)
 
 
 def test_towers_are_held_beside():

@@ -26,7 +26,8 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
     if adapted is not whole:
         named = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
         trained = {"adapter": sum(count for name, count in named if "lora_" in name)}
-        trained["token rows"] = sum(count for _, count in named) - trained["adapter"]
+        trained["whole modules"] = sum(count for name, count in named if ".modules_to_save." in name)
+        trained["token rows"] = sum(count for _, count in named) - sum(trained.values())
     return Parameters(
         base=base,
         trained={kind: count for kind, count in trained.items() if count},

@@ -107,11 +107,17 @@ class DryRun:
             else:
                 short, long = (
                     count_built(whole, self._model(torch.float32, adapter, num_new_tokens, num_rows, depth))
-                    for depth in (self._depths.short, self._depths.long)
+                    for depth in self._two_depths(adapter)
                 )
                 found = short.continued(long, self._depths.times)
             self._parameters[key] = found
         return self._parameters[key]
+
+    def _two_depths(self, adapter: LoraSpec | None) -> tuple[int, int]:
+        """That stand for the whole; the whole itself where layers are adapted by name."""
+        if adapter is not None and adapter.options.differs_by_layer:
+            return self.num_layers, self.num_layers
+        return self._depths.short, self._depths.long
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -128,10 +134,10 @@ class DryRun:
         if key not in self._moments:
             alike = policy.checkpointed_layers(self.num_layers) in (0, self.num_layers)
             alike = alike and setup.choice == EVERYTHING
-            depth = self._depths.short if alike else self.num_layers
+            depth, more = self._two_depths(setup.adapter) if alike else (self.num_layers, self.num_layers)
             short = long = self._run(setup, policy, sequence, num_rows, depth)
-            if depth < self.num_layers:
-                long = self._run(setup, policy, sequence, num_rows, self._depths.long)
+            if depth < more:
+                long = self._run(setup, policy, sequence, num_rows, more)
             times = self._depths.times
             self._moments[key] = tuple(moment.continued(long[role], times) for role, moment in short.items())
         return self._moments[key]
@@ -175,8 +181,8 @@ class DryRun:
                 choose_trained(model, *choice)
                 if adapter is not None:
                     new_ids = range(num_rows - num_new_tokens, num_rows)
-                    targets = adapter.targets
-                    model = add_adapter(model, adapter.rank, adapter.rank, adapter.dropout, targets, new_ids, seed=0)
+                    own = (adapter.rank, adapter.rank, adapter.dropout, adapter.targets, new_ids)
+                    model = add_adapter(model, *own, seed=0, options=adapter.options)
             _put_on_fake_cpu(model)
             self._models[key] = model
         return self._models[key]

@@ -15,6 +15,7 @@ from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.options import LoraOptions, in_words
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
@@ -95,7 +96,8 @@ def make_plan(
 def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
     """Parameters and their bytes, by arithmetic; of a model type without a shape, those of its weight files."""
     setup = setup_of(run, sample, device)
-    if setup.choice != EVERYTHING:  # names of parameters are not in config.json
+    by_name = setup.adapter is not None and setup.adapter.options.differs_by_layer
+    if setup.choice != EVERYTHING or by_name:  # names of parameters are not in config.json
         return {"parameters": {"total": model.num_stored}, "memory": None}
     if model.shape is not None:
         grown = replace(model.shape, rows=_num_rows(model.shape.rows, sample))
@@ -112,7 +114,8 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
     adapter = None
     if run.adapter is not None:
         targets = run.adapter.target_modules
-        adapter = LoraSpec(run.adapter.rank, None if targets is None else tuple(targets), run.adapter.dropout)
+        chosen, own = None if targets is None else tuple(targets), run.adapter
+        adapter = LoraSpec(own.rank, chosen, own.dropout, LoraOptions.of(own))
     return Setup(
         weights=run.model.dtype,
         autocast=device.precision(run.train.precision) == "bfloat16",
@@ -175,7 +178,7 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
-        "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
+        "trained": "everything" if run.adapter is None else in_words(run.adapter),
         "weights": run.model.dtype,
         "optimizer": run.optimizer.name,
         "rounding": run.optimizer.rounding,

@@ -181,5 +181,5 @@ def _outside_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
     outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
     if setup.adapter is None:
         return _GatheredBytes(outside, outside)
-    rows = FLOAT32 * parameters.trained.get("token rows", 0)
+    rows = FLOAT32 * (parameters.trained.get("token rows", 0) + parameters.trained.get("whole modules", 0))
     return _GatheredBytes(outside + rows, rows)

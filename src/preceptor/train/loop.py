@@ -22,6 +22,7 @@ from preceptor.files import append_line
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.phases import num_levels
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.adapted import FirstUpdate, without_gradient
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.out_of_memory import is_out_of_memory
@@ -85,6 +86,8 @@ def train(
         while state.step < total_steps and not ends:
             values = _logged_step(run, objective, state, loader, learning_rates(state.step), folder, world)
             display.step(values)
+            if unmoved := without_gradient(values.get("without_gradient", [])):
+                display.say(unmoved)
             checkpoints.check()
             asked, saves, evaluates = stop.after_step([saving.due(state.step), evaluating.due(state.step)])
             if asked or saves:
@@ -110,6 +113,7 @@ def _logged_step(
     started, step, skipped = time.perf_counter(), state.step, {}
     sequences, precision = loader.batch(step, world.rank, world.size), run.train.precision
     assert precision is not None
+    first = FirstUpdate(state.model) if run.adapter is not None and step == 0 else None
     try:
         loss, grad_norm = take_step(
             state, sequences, learning_rate, run.optimizer.max_grad_norm, precision, objective, run.train.seed, world
@@ -119,7 +123,7 @@ def _logged_step(
         broken = [source for of_rank in world.gather([own[at] for at in error.broken]) for source in of_rank]
         num_skipped = world.gather(folder.num_skipped if world.is_first else 0)[0]
         skipped = skip_step(state, error, broken, loader.sources(step), num_skipped, run.train.max_skipped)
-        loss, grad_norm = error.loss, error.grad_norm
+        loss, grad_norm, first = error.loss, error.grad_norm, None
     values = {
         "step": state.step,
         "epoch": round(state.step / loader.steps_per_epoch, 4),
@@ -128,10 +132,18 @@ def _logged_step(
         "grad_norm": grad_norm,
         **_of_all(state, sequences, time.perf_counter() - started, world),
         **skipped,
+        **({} if first is None else _unmoved(first, state, world)),
     }
     if world.is_first:
         append_line(folder.path / "metrics.jsonl", values)
     return values
+
+
+def _unmoved(first: FirstUpdate, state: State, world: World) -> dict[str, list[str]]:
+    """The adapted layers that no process has moved in the first step."""
+    of_ranks = world.gather(first.unmoved(state.model))
+    found = [layer for layer in of_ranks[0] if all(layer in own for own in of_ranks)]
+    return {"without_gradient": found} if found else {}
 
 
 class NotFiniteError(ModelError):

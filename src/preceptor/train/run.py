@@ -16,6 +16,7 @@ from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.console import Display
 from preceptor.data.loader import Loader, few_steps
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
+from preceptor.model.adapters.adapted import table_lines
 from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
@@ -504,7 +505,7 @@ def _announce(
     lines += left_out_lines(prepared.left_out.to_json())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
-    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
+    lines += [*prepared.chat.doubts, *table_lines(model), *_model_lines(prepared, model)]
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

@@ -182,11 +182,10 @@ def _train_in_float32(adapted: PeftModel) -> None:
     for module in adapted.modules():
         if isinstance(module, ModulesToSaveWrapper):
             copy = module.modules_to_save["default"]
-            dtypes = {p.dtype for p in copy.parameters()}
-            if dtypes == {torch.float32}:
+            dtype = next(copy.parameters()).dtype
+            if dtype not in (torch.bfloat16, torch.float16):
                 continue
             copy.float()
-            (dtype,) = dtypes
             copy.register_forward_pre_hook(_to_float32, with_kwargs=True)
             copy.register_forward_hook(partial(_to_dtype, dtype))
 

@@ -8,6 +8,7 @@ and B0 get no gradient. Experts that are one tensor get an adapter each, as peft
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,13 @@ def start_at_singular_values(model: nn.Module, fast: bool) -> None:
 def keep_first_values(layer: Any) -> None:
     """The second half of a layer's rank gets no gradient."""
     for parameter, half in _halves(layer):
-        mask = torch.ones_like(parameter, requires_grad=False)
-        half(mask).zero_()
-        parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+        parameter.register_hook(partial(_without, half))
+
+
+def _without(half: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    half(gradient).zero_()
+    return gradient
 
 
 def first_values(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -87,13 +92,10 @@ def _by_expert_b(layer: Any, lora_b: Tensor) -> Tensor:
 
 def _weight(layer: Any) -> Tensor:
     """The adapted matrix of each expert (experts, outputs, inputs) in float32; of a linear layer one."""
-    if not hasattr(layer, "get_param"):
-        weight: Tensor = layer.get_base_layer().weight.float()[None]
-        return weight
-    weight = layer.get_param().float()
-    weight = weight if weight.dim() == 3 else weight[None]
-    outputs = layer.lora_B["default"].weight.shape[0]
-    return weight if weight.shape[1] == outputs and layer._did_swap_in_out_features else weight.transpose(1, 2)
+    weight = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+    if weight.dim() == 2:
+        return weight.float()[None]
+    return weight.float() if layer._did_swap_in_out_features else weight.float().transpose(1, 2)
 
 
 def _factors(weight_EOI: Tensor, rank: int, scale: float, fast: bool) -> tuple[Tensor, Tensor]:
