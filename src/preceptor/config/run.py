@@ -76,7 +76,7 @@ class Run(Section):
         self._require_evaluations()
         optimizer = _resolved(self.optimizer, model.dtype == "bfloat16" and adapter is None, adapter is not None)
         if adapter is not None:
-            adapter = _resolved_adapter(adapter, self.optimizer.weight_decay)
+            adapter = _resolved_adapter(adapter, self.optimizer.weight_decay, self.parallel.strategy)
         model = self._resolved_model()
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
         found = {"model": model, "optimizer": optimizer, "adapter": adapter, "tracker": tracker}
@@ -135,8 +135,13 @@ class Run(Section):
 _RSLORA_ALPHA = 8.0  # the scale of rank 16 is then that of LoRA
 
 
-def _resolved_adapter(adapter: Adapter, weight_decay: float) -> Adapter:
+def _resolved_adapter(adapter: Adapter, weight_decay: float, strategy: str) -> Adapter:
     """With every default written out. Raises ConfigError for keys that do not go together."""
+    if adapter.init.startswith("pissa") and strategy in ("shard", "hybrid"):
+        raise ConfigError(
+            f"parallel.strategy: adapter.init: pissa cannot be sharded ({strategy}): a part of its tensors stays as it is. "
+            "Use `replicate`, or another adapter.init"
+        )
     if adapter.init.startswith("pissa") and weight_decay > 0:
         raise ConfigError(
             "optimizer.weight_decay: with adapter.init: pissa it would shrink the base's own largest components, not "

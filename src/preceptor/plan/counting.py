@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from preceptor.model.parts import causal_lm, decoder_layers, tower_parameters
+from preceptor.model.quantization import quantizable
 from preceptor.plan.parameters import LayerParameters, Parameters, Tensor
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
@@ -35,6 +36,7 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
         layers=layers,
         head=int(causal_lm(whole).get_output_embeddings().weight.numel()),
         tensors=_tensors(adapted),
+        linears=Counter((layer.out_features, layer.in_features) for layer in quantizable(whole).values()),
     )
 
 

@@ -35,11 +35,12 @@ from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
+from preceptor.model.quantization import quantize
 from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
+from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Quantization, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 aten = torch.ops.aten
@@ -146,7 +147,8 @@ class DryRun:
         self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
     ) -> dict[Role, Moment]:
         dtype = getattr(torch, setup.weights)
-        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice).train()
+        bits = None if setup.quantization is None else (setup.quantization, setup.double_quantization)
+        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice, bits).train()
         with dry_run_for(setup.device_type):
             state = install(model, self._engine, check=False)
             try:
@@ -165,9 +167,10 @@ class DryRun:
         num_rows: int,
         depth: int | None,
         choice: Patterns = EVERYTHING,
+        bits: tuple[Quantization, bool] | None = None,
     ) -> Any:
-        """A model without values; depth: so many of its layers, None for all."""
-        key = dtype, adapter, num_new_tokens, num_rows, depth, choice
+        """A model without values; depth: so many of its layers, None for all. bits: of linear layers, as in `quantize`."""
+        key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits
         if key not in self._models:
             settings = copy.deepcopy(self._settings)
             text = settings.get_text_config(decoder=True)
@@ -179,6 +182,8 @@ class DryRun:
                 model = self._build(settings, dtype=dtype)
                 freeze_towers(model)
                 choose_trained(model, *choice)
+                if bits is not None:
+                    quantize(model, *bits, device="meta")
                 if adapter is not None:
                     new_ids = range(num_rows - num_new_tokens, num_rows)
                     own = (adapter.rank, adapter.rank, adapter.dropout, adapter.targets, new_ids)

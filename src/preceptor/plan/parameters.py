@@ -53,7 +53,8 @@ class LayerParameters:
 class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
-    tensors: how many of each shape are trained; empty where only their total is known.
+    tensors: how many of each shape are trained; empty where only their total is known. linears: how many linear layers of
+    each shape the decoder has, which may be quantized.
     active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
     output head, tied or not. What a dry run alone finds out (layers, head) is empty in arithmetic from config.json.
     """
@@ -64,6 +65,7 @@ class Parameters:
     layers: tuple[LayerParameters, ...] = ()
     head: int = 0
     tensors: Mapping[Tensor, int] = field(default_factory=dict)
+    linears: Mapping[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def num_base(self) -> int:
@@ -131,6 +133,7 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
         trained={kind: count for kind, count in trained.items() if count},
         active=sum(base.values()) - idle - shape.towers,
         tensors=tensors,
+        linears=Counter((linear.outputs, linear.inputs) for linear in shape.linears()),
     )
 
 

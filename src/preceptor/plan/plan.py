@@ -126,6 +126,8 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         optimizer=run.optimizer.name,
         rounding=run.optimizer.rounding,
         choice=(tuple(run.model.freeze), tuple(run.model.train_only)),
+        quantization=run.model.quantization,
+        double_quantization=bool(run.model.double_quantization),
     )
 
 
@@ -180,6 +182,7 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
         "trained": "everything" if run.adapter is None else in_words(run.adapter),
         "weights": run.model.dtype,
+        "quantization": run.model.quantization,
         "optimizer": run.optimizer.name,
         "rounding": run.optimizer.rounding,
         "precision": device.precision(run.train.precision),

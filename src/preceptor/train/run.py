@@ -24,6 +24,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, save_model, saved_bytes, stored_dtype, unusable_settings
 from preceptor.model.optimisations import install
 from preceptor.model.parts import causal_lm, freeze_towers, has_experts, tower_parameters
+from preceptor.model.quantization import num_parameters
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
 from preceptor.model.trained import choose_trained
 from preceptor.plan.devices import DeviceSpec, this_machine_bytes
@@ -55,6 +56,7 @@ from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
+from preceptor.train.quantized import quantize_base, take_adapter
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.weightwise import WeightwiseOptimizer
@@ -153,10 +155,11 @@ def _build(
     """
     run, chat = prepared.run, prepared.chat
     sharded = placement is not None and placement.strategy != "replicate"
+    kind = run.model.quantization
     model = load_model(
         run.model.path,
         dtype=run.model.dtype,
-        device=("cpu" if world.is_first else "meta") if sharded else device,
+        device=("cpu" if world.is_first else "meta") if sharded else "cpu" if kind else device,
         init=run.model.init,
         seed=run.train.seed,
         revision=run.model.revision,
@@ -175,6 +178,9 @@ def _build(
         new = [*chat.added, *untrained]
         if new and not model.get_input_embeddings().weight.requires_grad:
             say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
+    if kind is not None:
+        precision = resolve_precision(run.train.precision, device)
+        quantize_base(model, kind, bool(run.model.double_quantization), prepared.loader(), precision, device, say)
     if run.adapter is not None:
         from preceptor.model.adapters.lora import add_adapter, load_adapter
 
@@ -302,7 +308,7 @@ def execute_in(
         require_finite(state)
         loop.require_finite_loss(state, loader.batch(state.step - 1)[0], run.train.precision, objective)
         _end(state, run, folder, checkpoints, num_steps, world, say)
-        save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
+        save_at_the_end(lambda: _save(state, prepared, folder, world), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
 
 
@@ -404,9 +410,27 @@ def _optimizer(run: config.Run, model: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
+def _save(state: State, prepared: Prepared, folder: RunFolder, world: World) -> None:
+    """The model of a run; of a quantized base its unquantized one with the adapter, made by the first process."""
     dtype, adapter = saved_dtype(prepared.run.model), _saved_adapter(prepared.run)
-    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
+
+    def save(model: Any) -> None:
+        save_model(model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
+
+    if prepared.run.model.quantization is None:
+        save(state.model)
+    else:
+        world.first(lambda: save(_unquantized(state.model, prepared)))
+
+
+def _unquantized(model: Any, prepared: Prepared) -> Any:
+    """The unquantized base, on the CPU, with the adapter of `model`."""
+    unquantized = {"quantization": None, "double_quantization": None}
+    settings = prepared.run.model.model_copy(update=unquantized)
+    plain = replace(prepared, run=prepared.run.model_copy(update={"model": settings}))
+    twin = build_model(plain, torch.device("cpu"))
+    take_adapter(twin, model)
+    return twin
 
 
 def _saved_adapter(run: config.Run) -> Any:
@@ -489,7 +513,7 @@ def _announce(
 ) -> None:
     run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = num_parameters(model)
     tokens = prepared.tokens
     console.print(
         f"{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "

@@ -52,7 +52,7 @@ def add_adapter(
     gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises
     ModelError for a target or a pattern that the model has not, or that peft rejects.
     """
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     names = {name.rpartition(".")[2] for name in layers}
     unknown = sorted(set(target_modules or ()) - names)
     if unknown:
@@ -257,7 +257,7 @@ def _other_settings(saved: LoraConfig, ours: LoraConfig, options: LoraOptions) -
             yield f"adapter.{key}: {one} there, {other} here"
 
 
-def _linear_layers(model: PreTrainedModel) -> set[str]:
+def linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers that an adapter works on: not the head, not a vision tower's, which text does not go
     through, and not a router that returns more than x W^T."""
     head, within = model.get_output_embeddings(), set(decoder_of(model).modules())
