@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_adapter_kinds import gradients, plain_loss, shake, trees
 from torch import nn
 from torch.nn.functional import linear
 
@@ -19,7 +20,6 @@ from preceptor.model.forward import Engine
 from preceptor.model.quantization import QuantizedLinear, num_parameters, quantizable, quantize, quantized_layers
 from preceptor.plan.memory import quantized_bytes
 from preceptor.train.precision import autocast
-from test_adapter_kinds import gradients, plain_loss, shake, trees
 from tiny import tiny_model
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 SETTINGS = {
     "dora": "{kind: dora, rank: 2, init: pissa, lr_ratio: 4}",
-    "whole": "{rank: 2, use_rslora: true, rank_pattern: {down_proj: 3}, modules_to_save: [embed_tokens, lm_head, norm]}",
+    "whole": "{rank: 2, use_rslora: true, rank_pattern: {v_proj: 3}, modules_to_save: [embed_tokens, lm_head, norm]}",
 }
 
 

@@ -139,8 +139,8 @@ def _resolved_adapter(adapter: Adapter, weight_decay: float, strategy: str) -> A
     """With every default written out. Raises ConfigError for keys that do not go together."""
     if adapter.init.startswith("pissa") and strategy in ("shard", "hybrid"):
         raise ConfigError(
-            f"parallel.strategy: adapter.init: pissa cannot be sharded ({strategy}): a part of its tensors stays as it is. "
-            "Use `replicate`, or another adapter.init"
+            f"parallel.strategy: adapter.init: pissa cannot be sharded ({strategy}): a part of its tensors stays as it "
+            "is. Use `replicate`, or another adapter.init"
         )
     if adapter.init.startswith("pissa") and weight_decay > 0:
         raise ConfigError(

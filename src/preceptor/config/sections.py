@@ -283,7 +283,7 @@ class Replay(Section):
 
 class Adapter(Section):
     kind: Literal["lora", "dora"] = "lora"
-    """Through peft: `lora` (arXiv:2106.09685), or `dora`, which trains length and direction apart (arXiv:2402.09353)."""
+    """Through peft: `lora` (arXiv:2106.09685), or `dora` (arXiv:2402.09353): lengths and directions of rows apart."""
     rank: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Field(gt=0)] | None = None

@@ -1,15 +1,14 @@
-"""Frozen linear layers in 4 or 8 bits by bitsandbytes, under an adapter (QLoRA, Dettmers et al. 2023, arXiv:2305.14314).
+"""Frozen linear layers in 4 or 8 bits by bitsandbytes, under an adapter (QLoRA, Dettmers et al., arXiv:2305.14314).
 
-    nf4    blocks of 64 weights: 4 bits each, an index into 16 quantiles of the normal distribution, and a float32 scale;
-           doubly quantized, the scales are 8 bits, with a float32 scale per 256 of them
+    nf4    blocks of 64 weights: 4 bits each, an index into 16 quantiles of the normal distribution, and a float32
+           scale; doubly quantized, the scales are 8 bits, with a float32 scale per 256 of them
     int8   rows: 8 bits per weight and a float32 scale
 
-A layer computes x W^T + b with W dequantized, in the type of matrix products, once forward and once backward; between them
-only the bits are kept. Activations are not quantized, unlike in LLM.int8: there outliers of one token decide how another is
-rounded, and packed conversations would see each other.
+A layer computes x W^T + b with W dequantized, in the type of matrix products, once forward and once backward; between
+them only the bits are kept. Activations are not quantized, unlike in LLM.int8: there outliers of one token decide how
+another is rounded, and packed conversations would see each other.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -105,7 +104,6 @@ class _Product(torch.autograd.Function):
 
 def bitsandbytes() -> Any:
     """The package. Raises ConfigError where it is not installed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here asks for
     try:
         import bitsandbytes as package
     except ImportError as error:

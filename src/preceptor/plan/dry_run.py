@@ -169,7 +169,7 @@ class DryRun:
         choice: Patterns = EVERYTHING,
         bits: tuple[Quantization, bool] | None = None,
     ) -> Any:
-        """A model without values; depth: so many of its layers, None for all. bits: of linear layers, as in `quantize`."""
+        """A model without values; depth: so many of its layers, None for all. bits: as `quantize` takes them."""
         key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits
         if key not in self._models:
             settings = copy.deepcopy(self._settings)

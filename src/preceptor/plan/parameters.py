@@ -53,8 +53,8 @@ class LayerParameters:
 class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
-    tensors: how many of each shape are trained; empty where only their total is known. linears: how many linear layers of
-    each shape the decoder has, which may be quantized.
+    tensors: how many of each shape are trained; empty where only their total is known. linears: how many linear layers
+    of each shape the decoder has, which may be quantized.
     active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
     output head, tied or not. What a dry run alone finds out (layers, head) is empty in arithmetic from config.json.
     """
@@ -106,7 +106,8 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     """Parameters of a model, full fine-tuning or with an adapter, by arithmetic.
 
     num_new_tokens: tokens added to the vocabulary, whose rows an adapter run trains as well. Their rows are part of
-    `shape.rows` already (see `with_rows`). adapter: one that is alike in all layers. Raises ModelError for an adapter target that the model has not.
+    `shape.rows` already (see `with_rows`). adapter: one that is alike in all layers. Raises ModelError for an adapter
+    target that the model has not.
     """
     base: Counter[str] = Counter({"embedding": shape.rows * shape.hidden})
     if not shape.tied:
@@ -158,7 +159,7 @@ def _tensors(shape: ModelShape) -> Mapping[Tensor, int]:
 
 
 def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) -> Mapping[Tensor, int]:
-    """A and B of each adapted matrix (Hu et al. 2021), with DoRA its lengths; all experts of a layer share one of each."""
+    """A and B of each adapted matrix (Hu et al. 2021), with DoRA its lengths; experts of a layer share one of each."""
     found: Counter[Tensor] = Counter()
     rank, hidden = adapter.held_rank, shape.hidden
     for layer in shape.layers:

@@ -22,6 +22,7 @@ from preceptor.plan.memory import (
     STATES,
     Moment,
     OptimizerName,
+    Quantization,
     Setup,
     StepMemory,
     Weights,
@@ -285,25 +286,26 @@ def _work_facts(
 
 
 def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[dict[str, Any]]:
-    """The run's model and sequence on one GPU, in four ways.
+    """The run's model and sequence on one GPU, in five ways.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
     activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
-    ways: Sequence[tuple[str, Weights, LoraSpec | None, OptimizerName]] = (
-        ("everything, float32 weights", "float32", None, "adamw"),
-        ("everything, bfloat16, adamw_8bit", "bfloat16", None, "adamw_8bit"),
-        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank), "adamw"),
-        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw"),
+    ways: Sequence[tuple[str, Weights, LoraSpec | None, OptimizerName, Quantization | None]] = (
+        ("everything, float32 weights", "float32", None, "adamw", None),
+        ("everything, bfloat16, adamw_8bit", "bfloat16", None, "adamw_8bit", None),
+        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank), "adamw", None),
+        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw", None),
+        (f"LoRA of rank {rank}, frozen nf4", "bfloat16", LoraSpec(rank), "adamw", "nf4"),
     )
     work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
-    for name, weights, adapter, optimizer in ways:
+    for name, weights, adapter, optimizer, bits in ways:
         rounding = "exact" if adapter is None and weights == "bfloat16" else None
-        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding)
+        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, EVERYTHING, bits, bits == "nf4")
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {

@@ -19,8 +19,8 @@ class Family:
     qkv_bias, o_bias: None where config.json's `attention_bias` decides. fused: one matrix for q, k and v, one for gate
     and up. norms: before attention and MLP, after, or both. qk_norm: of each head's queries and keys, or of all heads'
     together.
-    adapts_router: an adapter on all linear layers goes on the router as well as on the experts, whose gate and up have twice
-    the rank (peft's rewriting of these types).
+    adapts_router: an adapter on all linear layers goes on the router as well as on the experts, whose gate and up have
+    twice the rank (peft's rewriting of these types).
     defaults: what a config.json that leaves a size out means by it.
     """
 

@@ -49,7 +49,10 @@ def quantize_base(
         say("the loss of the unquantized model is not compared: memory does not suffice to run it")
     else:
         what = f"{len(trees)} conversation{'s' * (len(trees) != 1)} of this run, {num_tokens:,} tokens"
-        say(f"loss of the base ({what}): quantized {after:.4f}, unquantized {before:.4f}, difference {after - before:+.4f}")
+        say(
+            f"loss of the base ({what}): quantized {after:.4f}, unquantized {before:.4f}, "
+            f"difference {after - before:+.4f}"
+        )
 
 
 def _num_bytes(model: Any) -> int:

@@ -101,7 +101,9 @@ def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
         if model.device.type == "meta":
             return model
         with warnings.catch_warnings():  # as in `add_adapter`
-            warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
+            warnings.filterwarnings(
+                "ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning
+            )
             adapted = PeftModel.from_pretrained(model, str(folder))
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
         if (folder / "generation_config.json").is_file():

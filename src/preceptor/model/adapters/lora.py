@@ -100,8 +100,8 @@ def _reason(error: ValueError) -> str:
     if "lora.ParamWrapper" not in str(error):
         return str(error)
     return (
-        "experts that are one tensor take neither dropout nor DoRA. Name linear layers in adapter.target_modules, or use "
-        "`kind: lora` without dropout"
+        "experts that are one tensor take neither dropout nor DoRA. Name linear layers in adapter.target_modules, or "
+        "use `kind: lora` without dropout"
     )
 
 
@@ -158,19 +158,19 @@ def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[st
     tables = {name_of(model, embedding), name_of(model, head)}
     if head.weight is embedding.weight and not tables.isdisjoint(found):
         raise ModelError(
-            f"adapter.modules_to_save: embedding and head of {type(model).__name__} are one table, which peft cannot train "
-            "whole beside an adapter. The rows of new tokens are trained in any case; else train without an adapter"
+            f"adapter.modules_to_save: embedding and head of {type(model).__name__} are one table, which peft cannot "
+            "train whole beside an adapter. Rows of new tokens are trained in any case; else train without an adapter"
         )
     inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
     return sorted({*found} - {*inner})
 
 
 def _expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Names of the tensors that hold a matrix of each expert."""
+    """Names of the tensors that hold a matrix of each expert; not of experts that text does not go to (ERNIE VL)."""
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and name.split(".")[-2] == "experts"
+        if parameter.dim() == 3 and name.split(".")[-2] == "experts" and "vision" not in name
     ]
 
 

@@ -11,7 +11,7 @@ Init = Literal["kaiming", "gaussian", "pissa", "pissa_fast"]
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """See the section `adapter` of the run file. Patterns are pairs (name, value), of which the first that fits counts."""
+    """See the section `adapter` of the run file. Patterns are pairs (name, value): the first that fits holds."""
 
     dora: bool = False
     rslora: bool = False

@@ -2,8 +2,8 @@
 
     W = U S V^T,  A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s);  the layer is  W + s (B A - B0 A0),  s the scale
 
-The paper subtracts s B0 A0 from the base. Here the base stays as it is, so that the base is still at hand, in any type, and
-a saved adapter is a plain LoRA on it, of twice the rank: A and A0 above each other, B and -B0 side by side. The halves A0
+The paper subtracts s B0 A0 from the base. Here the base stays as it is, so that it is still at hand, in any type, and a
+saved adapter is a plain LoRA on it, of twice the rank: A and A0 above each other, B and -B0 side by side. The halves A0
 and B0 get no gradient. Experts that are one tensor get an adapter each, as peft lays them out.
 """
 
