@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check torture format table study optimizers adapters clean
+.PHONY: setup demo test check torture wheel-demo docs docs-serve format table study optimizers adapters clean
 
 setup: $(VENV)/ready
 
@@ -35,6 +35,26 @@ SURVIVAL ?= 100
 torture: setup
 	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
 	PRECEPTOR_TORTURE=$(SURVIVAL) nice $(BIN)/python -m pytest tests/train/test_survival.py tests/train/test_survival_ranks.py
+	$(MAKE) wheel-demo
+
+# The wheel in an environment with nothing else runs the demo, as after `pip install`, in WHEEL_PYTHON.
+WHEEL_PYTHON ?= $(PYTHON)
+wheel-demo:
+	rm -rf build/wheel && mkdir -p build/wheel
+	git archive HEAD | tar -x -C build/wheel
+	$(WHEEL_PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/wheel/venv/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel/dist build/wheel
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/dist/*.whl
+	cd build/wheel && PYTHONPATH= nice venv/bin/preceptor demo --out demo --questions 100
+	build/wheel/venv/bin/pip check
+
+# The site from docs/, in build/site; a broken link is an error.
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/mkdocs serve
 
 format: setup
 	$(BIN)/ruff format .

@@ -9,13 +9,9 @@ from pathlib import Path
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART, RENAMED
 
 PAGE = Path(__file__).parent / "migration.md"
-INTRODUCTION = """# Coming from another trainer
+INTRODUCTION = """# Keys of other trainers
 
-    preceptor convert config.yml run.yaml
-
-turns a file of Axolotl, LLaMA-Factory, TRL or torchtune into a run file ([how](tools.md)). Examples, with what becomes
-of them: [TRL](../examples/from_trl/), [Axolotl](../examples/from_axolotl/),
-[LLaMA-Factory](../examples/from_llamafactory/).
+`preceptor convert` turns a file of another trainer into a run file: [coming from another trainer](coming-from.md).
 
 Keys of TRL and transformers, Axolotl and LLaMA-Factory, and what to write in a [run file](run-file.md) instead. A run
 file with one of these keys is rejected with the same advice. `python docs/make_migration_page.py` makes this page from

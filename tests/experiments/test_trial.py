@@ -25,6 +25,7 @@ def trained(monkeypatch):
         out.mkdir(parents=True)
         if own.name == "broken":
             raise RuntimeError("killed")
+        (out / "metrics.jsonl").write_text('{"loss": 0.5}\n')
         return {"num_steps": 2, "examples_per_epoch": 5}
 
     monkeypatch.setattr(trial, "_train", train)

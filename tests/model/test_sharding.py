@@ -21,6 +21,7 @@ from preceptor.model.load import load_model
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import begin_sequence, device_mesh, own_part, shard_from_first, shard_model, sum_gradients
+from preceptor.train.optimizer import accumulate_in_float32
 from preceptor.train.precision import autocast
 from tiny import branching, chain, seeing_model, tiny_model, tiny_tokenizer
 
@@ -177,6 +178,26 @@ def test_two_ranks_have_the_gradient_of_one():
     for found in on_ranks(2, _all_cases):
         for name, (loss_error, error, where) in found.items():
             assert loss_error < 1e-6 and error < 1e-5, f"{name}: {where} is off by {error}"
+
+
+def _of_many_sequences(rank):
+    """Errors of the gradient of 20 equal sequences on each rank against 40 times that of one, by whether gathered."""
+    sequence, found = step_sequences()[2], {}
+    (_, one) = gradients(Engine(tiny_model("qwen3", dtype=torch.bfloat16)), [sequence], FULL)
+    for strategy, regathers in (("shard", True), ("shard", False), ("hybrid", True), ("replicate", False)):
+        engine = Engine(tiny_model("qwen3", dtype=torch.bfloat16))
+        shard_model(engine, device_mesh(strategy, "cpu", 4, ranks_per_node=2), regathers)
+        accumulate_in_float32(engine.model)
+        _, summed = gradients(engine, [sequence] * 10, FULL, [num_levels(sequence)] * 10)
+        assert {each.dtype for each in summed.values()} == {torch.float32}
+        found[strategy, regathers] = max((_error(summed[name], 40 * one[name].float()), name) for name in one)
+    return found
+
+
+def test_gradients_of_bfloat16_weights_are_summed_in_float32():
+    for found in on_ranks(4, _of_many_sequences):
+        for how, (error, where) in found.items():
+            assert error < 3e-3, (how, where, error)  # FSDP rounds a sum to bfloat16 once
 
 
 def _hybrid(rank):

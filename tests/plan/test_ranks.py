@@ -15,8 +15,8 @@ from tiny_types import BASE
 
 LAYER = LayerParameters(1000, 1000, 1000, 64, None)
 MODEL = {"embedding": 500, "mlp": 10_000}
-FULL = Parameters(MODEL, MODEL, 10_500, (LAYER,) * 10, 500)
-LORA = Parameters(MODEL, {"adapter": 200}, 10_500, (LAYER,) * 10, 500)
+FULL = Parameters(MODEL, MODEL, 10_500, (LAYER,) * 10, 500, {(True, (100, 100)): 1, (False, (50, 10)): 1})
+LORA = Parameters(MODEL, {"adapter": 200}, 10_500, (LAYER,) * 10, 500, {(True, (100, 2)): 1})
 SETUP = Setup()
 MOMENTS = (Moment("loss", 3_000, 1_000, 0, 0), Moment("backward pass", 45_000, 44_000, 42_000, 0))
 

@@ -11,7 +11,7 @@ from children import on_ranks
 from preceptor.errors import CheckpointError
 from preceptor.train import checkpoint
 from preceptor.train.checkpoint import Checkpoints, State
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.world import World
 from tiny import tiny_model
 
@@ -29,14 +29,16 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
-def state_of(seed=0, on_ranks=False, odd=True):
+def state_of(seed=0, on_ranks=False, odd=True, optimizer="adamw", rounding=None):
     model = tiny_model("llama", seed=seed)
     if odd:
         model.odd = torch.nn.Linear(5, 1)
         torch.nn.init.constant_(model.odd.weight, seed)
         torch.nn.init.constant_(model.odd.bias, seed)
+    model = model.to(torch.bfloat16) if rounding else model
     model = sharded(model) if on_ranks else model
-    return State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
+    accumulate_in_float32(model)
+    return State(model, build_optimizer(model, 0.1, (0.9, 0.95), optimizer, 0.9, rounding))
 
 
 def take_steps(state, num):
@@ -61,7 +63,9 @@ def take_steps(state, num):
 
 
 def whole(value):
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    if not hasattr(value, "full_tensor"):
+        return value
+    return value.int().full_tensor().to(value.dtype) if value.dtype == torch.int16 else value.full_tensor()  # gloo
 
 
 def same(one, other):
@@ -73,23 +77,32 @@ def same(one, other):
         assert all(torch.equal(whole(value), whole(moments[key])) for key, value in ours.items()), name
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save):
+@pytest.mark.parametrize(
+    ("async_save", "optimizer"),
+    [
+        (False, ("adamw", None)),
+        (True, ("adamw", None)),
+        (False, ("adamw_8bit", "exact")),
+        (False, ("sgd", "stochastic")),
+    ],
+)
+def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optimizer):
+    held = dict(zip(("optimizer", "rounding"), optimizer, strict=True))
     here = Checkpoints(tmp_path / "checkpoints", "this", keep=5, async_save=async_save)
 
     def save(rank):
         checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
-        state = take_steps(state_of(on_ranks=True), 2)
+        state = take_steps(state_of(on_ranks=True, **held), 2)
         checkpoints.save(state)
         take_steps(state, 1)  # what is being written is a copy
         checkpoints.wait()
 
     def read_and_go_on(rank):
         checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
-        state = state_of(seed=4, on_ranks=True)
+        state = state_of(seed=4, on_ranks=True, **held)
         checkpoints.restore(state, print)
         assert state.step == 4
-        same(state, take_steps(state_of(), 4))
+        same(state, take_steps(state_of(**held), 4))
         checkpoints.save(take_steps(state, 1))
         checkpoints.wait()
 
@@ -98,16 +111,16 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save):
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
     described = json.loads((here.folder / "step-00000002" / "manifest.json").read_text())["files"]
     assert set(described) == files - {"manifest.json"}
-    state = state_of(seed=3)
+    state = state_of(seed=3, **held)
     here.restore(state, print)
     assert state.step == 2
-    same(state, take_steps(state_of(), 2))
+    same(state, take_steps(state_of(**held), 2))
     here.save(take_steps(state, 2))
     here.wait()
     on_ranks(2, read_and_go_on, tmp_path / "second")
     here.restore(state, print)
     assert state.step == 5
-    same(state, take_steps(state_of(), 5))
+    same(state, take_steps(state_of(**held), 5))
 
 
 def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, monkeypatch):

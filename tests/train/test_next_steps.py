@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
@@ -15,6 +15,10 @@ trl = pytest.importorskip("trl", reason="TRL is a development dependency")
 pytestmark = pytest.mark.filterwarnings("default")  # those of TRL are its own
 ASK = [{"role": "user", "content": "a user?"}]
 GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("the user", "the end"))
+NO_NEW_TOKENS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+    "{{ 'assistant: ' if add_generation_prompt }}"
+)
 SETTINGS = {
     "max_steps": 1,
     "per_device_train_batch_size": 2,
@@ -29,9 +33,9 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["full", "adapter"])
+@pytest.fixture(scope="module", params=["full", "adapter", "adapter, new tokens"])
 def saved(request, tmp_path_factory, base_folder):
-    """(how it was trained, the folder of the saved model, its base)."""
+    """(how it was trained, the folder of the saved model, its base). ChatML's tokens are new to the base."""
     import json
 
     import yaml
@@ -41,16 +45,18 @@ def saved(request, tmp_path_factory, base_folder):
     from preceptor.train.prepare import prepare
     from preceptor.train.run import execute
 
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "plain.jinja").write_text(NO_NEW_TOKENS)
+    template = str(folder / "plain.jinja") if request.param == "adapter" else "chatml"
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in conversations(4)))
     tree = {
         "model": {"path": str(base_folder)},
-        "data": {"train": [{"path": str(folder / "train.jsonl")}], "chat_template": "chatml", "max_length": 128},
+        "data": {"train": [{"path": str(folder / "train.jsonl")}], "chat_template": template, "max_length": 128},
         "train": {"duration": "2 steps", "batch_size": 1},
         "eval": {"every": None},
         "out": str(folder / "run"),
     }
-    if request.param == "adapter":
+    if request.param != "full":
         tree["adapter"] = {"rank": 2}
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     with mock.patch("preceptor.train.finish.write_report"):
@@ -59,13 +65,19 @@ def saved(request, tmp_path_factory, base_folder):
 
 
 def loaded(saved):
-    """The model to go on with: the whole one, or the base with the adapter, which is trained on."""
+    """The model to go on with: the whole one, or the base with the adapter, which is trained on.
+
+    TRL reads the head's weight and bias by itself, which peft's trained rows of new tokens do not have: such an adapter
+    is handed on merged, with a new one on top.
+    """
     kind, folder, base = saved
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if kind == "full":
         return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    if kind == "adapter, new tokens":
+        merged = AutoModelForCausalLM.from_pretrained(folder)
+        return get_peft_model(merged, LoraConfig(r=2, target_modules="all-linear")), tokenizer
     model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True), tokenizer
 
 
@@ -115,6 +127,6 @@ def test_a_reward_model(saved, tmp_path):
         args=trl.RewardConfig(output_dir=str(tmp_path), **SETTINGS),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder),
-        peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if saved[0] == "adapter" else None,
+        peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if saved[0] != "full" else None,
     )
     assert moved(trainer, trainer.model)

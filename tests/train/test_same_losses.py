@@ -3,6 +3,7 @@
 The fast form covers every kind of model, mode of memory and strategy; PRECEPTOR_TORTURE=1 takes all with all.
 """
 
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,7 +21,7 @@ from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.train.checkpoint import State
 from preceptor.train.loop import take_step
 from preceptor.train.objective import Objective
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.world import ONE
 from tiny import branching, chain, tiny_model
 
@@ -58,6 +59,13 @@ CASES = [
     ("gpt_oss", "recompute", "adapter", ["shard 2"]),
     ("qwen3_moe", "both", "everything", ["shard 4"]),
 ]
+OPTIMIZERS = [
+    ("adamw_8bit", None, "hybrid 4"),
+    ("muon", None, "shard 2"),
+    ("sgd", None, "shard 2"),
+    ("adamw", "exact", "shard 2"),
+    ("adamw_8bit", "stochastic", "hybrid 4"),
+]
 if TORTURE:
     CASES = [(*case, list(SPREAD)) for case in product(MODELS, MEMORY, ("everything", "adapter"))]
 
@@ -69,18 +77,20 @@ def loader():
     return Loader(Dataset([*trees, branching(rng)]), 50, batch_size=3, seed=0)
 
 
-def losses(kind, memory, trained, world=ONE, spread=None, batches=None):
-    """Loss and norm of the gradient of each step."""
-    model = tiny_model(kind, **MODELS[kind])
+def losses(kind, memory, trained, world=ONE, spread=None, batches=None, optimizer="adamw", rounding=None, steps=STEPS):
+    """Loss and norm of the gradient of each step. rounding: of bfloat16 weights, float32 without it."""
+    model = tiny_model(kind, **MODELS[kind]).to(torch.bfloat16 if rounding else torch.float32)
     if trained == "adapter":
         model = add_adapter(model, 4, 8.0, 0.1, None, [5, 9], seed=0)
     if spread is not None:
         strategy, num, on_node, regathers = SPREAD[spread]
         shard_model(Engine(model), device_mesh(strategy, "cpu", num, on_node), regathers)
-    state = State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
+    accumulate_in_float32(model)
+    momentum = {"muon": 0.95, "sgd": 0.9}.get(optimizer)
+    state = State(model, build_optimizer(model, 0.1, (0.9, 0.95), optimizer, momentum, rounding))
     objective = Objective.of(config.Loss(), config.Memory(**MEMORY[memory]), model, 64)
     batches = batches or (lambda step: loader().batch(step, world.rank, world.size))
-    return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, 0, world) for step in range(STEPS)]
+    return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, 0, world) for step in range(steps)]
 
 
 @pytest.mark.parametrize(("kind", "memory", "trained", "spreads"), CASES)
@@ -112,3 +122,15 @@ def test_accumulation_instead_of_processes_gives_the_same_losses():
         rtol=1e-5,
         atol=0,
     )
+
+
+@pytest.mark.parametrize(("optimizer", "rounding", "spread"), OPTIMIZERS)
+def test_sharded_weights_are_updated_as_whole_ones(optimizer, rounding, spread):
+    settings = {"optimizer": optimizer, "rounding": rounding, "steps": 6}
+    expected = torch.tensor(losses("llama", "full", "everything", **settings))
+    # bfloat16 products round otherwise in other sequences, and muon's are always of bfloat16
+    tolerance = 3e-2 if rounding else 1e-3 if optimizer == "muon" else 1e-5
+    run = partial(losses, "llama", "full", "everything", spread=spread, **settings)
+    for found in run_ranks(SPREAD[spread][1], lambda world: run(world=world)):
+        assert not isinstance(found, BaseException), found.__notes__
+        torch.testing.assert_close(torch.tensor(found)[:, 0], expected[:, 0], rtol=tolerance, atol=0)

@@ -12,12 +12,12 @@ from preceptor.world import World
 
 
 def test_an_ignored_signal_stays_ignored_and_handlers_come_back():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    before, of_interrupts = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.getsignal(signal.SIGINT)  # as `nohup`
     try:
         with stop_on_signals() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is of_interrupts
     finally:
         signal.signal(signal.SIGHUP, before)
 

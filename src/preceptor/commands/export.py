@@ -29,7 +29,10 @@ def export(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export a model: for transformers, peft, llama.cpp, Ollama or the Hub, proved (docs/export.md)."""
+    """Export a model to transformers, peft, GGUF, Ollama or the Hub.
+
+    What is written is proved to read what was trained (docs/export.md).
+    """
     from preceptor.export.source import ExportSource
 
     source = ExportSource.of(model)

@@ -57,7 +57,7 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
     if "shard" not in (mesh.mesh_dim_names or ()):
         engine.state.ranks = Ranks(mesh)
         return
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ModelError(
@@ -74,9 +74,11 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
     embedding: Any = decoder_of(engine.model).get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None  # no sequence is padded: such a token is one of the data, and learns
+    half = any(p.requires_grad and p.dtype == torch.bfloat16 for p in engine.model.parameters())
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
     for unit in _units(engine.model):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=regathers)
-    root: Any = fully_shard(engine, mesh=mesh, reshard_after_forward=False)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=regathers, mp_policy=precision)
+    root: Any = fully_shard(engine, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
     for module in engine.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -236,6 +238,9 @@ def begin_sequence(engine: Engine, is_last: bool) -> None:
     if ranks is None or ranks.root is None:
         return
     root: Any = ranks.root
+    for parameter in engine.model.parameters():  # to which FSDP adds what it has summed and rounded to bfloat16
+        if parameter.requires_grad and parameter.grad is None and parameter.dtype != parameter.grad_dtype:  # type: ignore[attr-defined]
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)  # type: ignore[attr-defined]
     root.set_is_last_backward(is_last)
     if ranks.regathers:
         root.set_requires_all_reduce(is_last)

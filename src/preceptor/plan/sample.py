@@ -1,7 +1,7 @@
 """How long the examples of a run's data are, from a sample of them: about, since no chat template is rendered here.
 
-A message's text is tokenised by the model's own tokenizer (the `tokenizers` library alone) and `_MARKS` tokens are
-added for what a template puts around it. Exact counts are what `preceptor check` gives.
+A message's role and text are tokenised by the model's own tokenizer (the `tokenizers` library alone), and two tokens
+are added on each side, as most templates have them. Exact counts are what `preceptor check` gives.
 """
 
 import json
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource
 from preceptor.plan.work import TurnLengths
 
-SAMPLE_EXAMPLES = 200  # of each source
-_MARKS = 5  # tokens around a message: <|im_start|>, its role, a line's end, <|im_end|>, a line's end
+SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
+_OPENING = 2  # tokens before a message, beside its role: <|im_start|>, and a line's end after the role
+_CLOSING = 2  # tokens after it: <|im_end|>, which is trained after a target, and a line's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +88,36 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
     has_conversations = False
     for source in run.data.train:
         opened = OpenSource(source)
-        records = list(islice(opened.examples(), SAMPLE_EXAMPLES + 1))
-        whole &= len(records) <= SAMPLE_EXAMPLES
-        good = [record for record in records[:SAMPLE_EXAMPLES] if not isinstance(record, Rejection)]
+        records, ended = _first(opened)
+        whole &= ended
+        good = [record for record in records if not isinstance(record, Rejection)]
         has_conversations |= any(isinstance(record, Conversation) for record in good)
         conversations += _turns_of(good, tokenizer, run.data.train_on)
-        in_source = _examples_in(opened, records)
+        in_source = _examples_in(opened, records, ended)
         num_examples = None if num_examples is None or in_source is None else num_examples + in_source
     added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
     return Sample(tuple(conversations), num_examples, whole, added, tokenizer.get_vocab_size() + added)
 
 
-def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection]) -> float | None:
+def _first(opened: OpenSource) -> tuple[list[Example | Rejection], bool]:
+    """The first records of a source, and whether they are all."""
+    records: list[Example | Rejection] = []
+    num_characters = 0
+    for record in opened.examples():
+        if len(records) == SAMPLE_EXAMPLES or num_characters > SAMPLE_CHARACTERS:
+            return records, False
+        records.append(record)
+        if not isinstance(record, Rejection):
+            num_characters += sum(len(piece.text) for piece in _pieces(record, "all"))
+    return records, True
+
+
+def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection], all_of_them: bool) -> float | None:
     """Examples that a source gives in an epoch."""
     source = opened.source
     if source.count is not None:
         return source.count
-    if len(records) <= SAMPLE_EXAMPLES:
+    if all_of_them:
         known: float | None = sum(not isinstance(record, Rejection) for record in records)
     else:
         counts = [table.num_rows() for table in opened.tables]
@@ -114,38 +127,51 @@ def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection]) -> 
 
 def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> list[TurnLengths]:
     pieces = [list(_pieces(example, train_on)) for example in examples]
-    texts = [text for record in pieces for text, _, _ in record]
+    texts = [piece.text for record in pieces for piece in record]
     lengths = iter(len(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False))
+    roles = {
+        role: len(tokenizer.encode(role, add_special_tokens=False).ids) for role in {p.role for r in pieces for p in r}
+    }
     found = []
     for record in pieces:
         turns: list[tuple[int, int]] = []
         context = 0
-        for _, marks, trained in record:
-            length = next(lengths)
-            if trained:
-                turns.append((context + marks - 1, length + 1))  # of its marks, the stop token is trained
-                context = 0
+        for piece in record:
+            length, opening, closing = next(lengths), 0, 0
+            if piece.role:
+                opening, closing = _OPENING + roles[piece.role], _CLOSING
+            if piece.trained:
+                turns.append((context + opening, length + 1))
+                context = max(0, closing - 1)
             else:
-                context += length + marks
+                context += opening + length + closing
         if turns:
             found.append(tuple(turns))
     return found
 
 
-def _pieces(example: Example, train_on: str) -> Iterator[tuple[str, int, bool]]:
-    """The example's texts in turn: text, tokens of the template around it, whether it is trained."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A text of an example; without a role it has no template around it."""
+
+    text: str
+    role: str
+    trained: bool
+
+
+def _pieces(example: Example, train_on: str) -> Iterator[_Piece]:
     if isinstance(example, Document):
-        yield example.text, 1, True
+        yield _Piece(example.text, "", True)
     elif isinstance(example, Completion):
-        yield example.prompt, 0, False
-        yield example.completion, 1, True
+        yield _Piece(example.prompt, "", False)
+        yield _Piece(example.completion, "", True)
     else:
         trained = trainable_turns(example.messages)
         chosen = set(trained[-1:] if train_on == "last" else trained)
         if example.tools:
-            yield json.dumps(example.tools, ensure_ascii=False), _MARKS, False
+            yield _Piece(json.dumps(example.tools, ensure_ascii=False), "system", False)
         for index, message in enumerate(example.messages):
-            yield _text_of(message), _MARKS, index in chosen or train_on == "all"
+            yield _Piece(_text_of(message), message.role, index in chosen or train_on == "all")
 
 
 def _text_of(message: Message) -> str:

@@ -156,7 +156,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 def accumulate_in_float32(model: nn.Module) -> None:
     """Let gradients of trained bfloat16 weights be float32: in bfloat16 a sum of many sequences loses the last ones."""
     for parameter in model.parameters():
-        if parameter.requires_grad and is_plain_parameter(parameter):
+        sharded = isinstance(parameter.data, DTensor)
+        if parameter.requires_grad and (sharded or is_plain_parameter(parameter)):
             parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
 
 

@@ -59,7 +59,6 @@ from preceptor.train.provenance import amounts, origins, session, trees_hashes, 
 from preceptor.train.quantized import quantize_base, take_adapter
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
-from preceptor.train.weightwise import WeightwiseOptimizer
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
@@ -393,21 +392,19 @@ def _end(
 
 
 def _optimizer(run: config.Run, model: Any) -> torch.optim.Optimizer:
-    """Raises ConfigError for one that cannot be sharded, of a model that is."""
+    """Raises ConfigError for Adafactor of a sharded model."""
     own = run.optimizer
+    if own.name == "adafactor" and is_sharded(Engine.of(model)):
+        raise ConfigError(
+            "optimizer.name: adafactor scales an update by its whole matrix, which no process has where weights are "
+            "sharded. Set optimizer.name: adamw_8bit, or parallel.strategy: replicate"
+        )
     if run.train.batch_size > 1:
         accumulate_in_float32(model)
     factors = {**own.lr_factors, **lr_factors(run.adapter)}
-    optimizer = build_optimizer(
+    return build_optimizer(
         model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed
     )
-    if is_sharded(Engine.of(model)) and isinstance(optimizer, WeightwiseOptimizer):
-        what = f"optimizer.name {own.name}" if own.name != "adamw" else "bfloat16 weights that are trained"
-        raise ConfigError(
-            f"parallel.strategy: {what} cannot be sharded yet. Use `replicate`, or adamw with float32 weights "
-            "(train.precision: bfloat16 keeps matrix products fast), or an adapter"
-        )
-    return optimizer
 
 
 def _save(state: State, prepared: Prepared, folder: RunFolder, world: World) -> None:
