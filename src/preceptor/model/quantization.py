@@ -10,7 +10,7 @@ another is rounded, and packed conversations would see each other.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 
 from preceptor.errors import ConfigError
 from preceptor.model.adapters.lora import linear_layers
+from preceptor.model.adapters.options import Quantization
 from preceptor.model.sizes import is_dry_run
 
-Quantization = Literal["nf4", "int8"]
 BLOCK, SCALES_BLOCK = 64, 256  # weights with one scale, and scales with one
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # small, and what they round decides which expert computes
 

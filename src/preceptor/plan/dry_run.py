@@ -29,6 +29,7 @@ from preceptor.hub import cannot_load, first_line, resolve_model_path
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import Quantization
 from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.load import auto_class
@@ -40,7 +41,7 @@ from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Quantization, Setup
+from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from preceptor.model.adapters.options import Quantization
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 Weights = Literal["float32", "bfloat16"]
@@ -53,9 +54,6 @@ def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
     if rule == "adafactor":
         return FLOAT32 * (rows + count // max(1, shape[-2]))
     return FLOAT32 * count * (2 if rule == "adamw" else 1)
-
-
-Quantization = Literal["nf4", "int8"]
 
 
 def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) -> int:

@@ -15,14 +15,13 @@ from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
-from preceptor.model.adapters.options import LoraOptions, in_words
+from preceptor.model.adapters.options import LoraOptions, Quantization, in_words
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
     STATES,
     Moment,
     OptimizerName,
-    Quantization,
     Setup,
     StepMemory,
     Weights,

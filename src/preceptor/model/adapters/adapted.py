@@ -11,13 +11,13 @@ from preceptor.model.adapters.pissa import lora_layers
 from preceptor.model.sharding import own_part
 
 _NAMED = 4  # layers without a gradient
-Row = tuple[str, str, str]
+AdaptedRow = tuple[str, str, str]
 """What is trained: its name, how, and its shape."""
 
 
 def table_lines(model: nn.Module) -> Iterator[str]:
     """The table of an adapter: modules of one name, rank and shape in one line. None without an adapter."""
-    rows: dict[Row, list[int]] = {}
+    rows: dict[AdaptedRow, list[int]] = {}
     for row, num_parameters in _rows(model):
         counts = rows.setdefault(row, [0, 0])
         counts[0] += 1
@@ -32,7 +32,7 @@ def table_lines(model: nn.Module) -> Iterator[str]:
         yield f"  {left}  {cell[4]:>12}"
 
 
-def _rows(model: nn.Module) -> Iterator[tuple[Row, int]]:
+def _rows(model: nn.Module) -> Iterator[tuple[AdaptedRow, int]]:
     for name, layer in lora_layers(model):
         own = [p for own_name, p in layer.named_parameters() if own_name.startswith("lora_")]
         rank, scale = layer.r["default"], layer.scaling["default"]

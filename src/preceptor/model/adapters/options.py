@@ -1,4 +1,4 @@
-"""What kind of LoRA an adapter is, as plain values; without torch."""
+"""What kind of LoRA an adapter is, and the types of its quantized base, as plain values; without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Literal
 
 from preceptor import config
 
+Quantization = Literal["nf4", "int8"]
 Init = Literal["kaiming", "gaussian", "pissa", "pissa_fast"]
 
 
