@@ -3,8 +3,9 @@
     python experiments/adapters.py        # or: make adapters; needs bitsandbytes (extra `quantized`)
 
 Each setting trains on the package's 1,000 conversations under three seeds, as the comparison of optimizers does
-(optimizers.py): 40 steps of 512 tokens. All have one rank; the learning rate is the best of a few by the training loss
-under another seed. Full fine-tuning stands beside them. Writes benchmarks/results/adapters.json;
+(optimizers.py): 40 steps of 512 tokens. All have one rank. The learning rates of LoRA and PiSSA are the best of two or
+three by the training loss under another seed; DoRA and QLoRA take LoRA's, rsLoRA and LoRA+ a quarter of it. Full
+fine-tuning stands beside them. Writes benchmarks/results/adapters.json;
 docs/make_adapters_page.py makes the table of docs/adapters.md of it.
 """
 
