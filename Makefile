@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check torture wheel-demo docs docs-serve format table study optimizers clean
+.PHONY: setup demo test check torture wheel-demo docs docs-serve format table study optimizers adapters clean
 
 setup: $(VENV)/ready
 
@@ -73,6 +73,11 @@ study: setup
 optimizers: setup
 	$(BIN)/python experiments/optimizers.py
 	$(BIN)/python docs/make_optimizers_page.py
+
+# The table of docs/adapters.md, about 10 minutes on 2 cores; it goes on where it was.
+adapters: setup
+	$(BIN)/python experiments/adapters.py
+	$(BIN)/python docs/make_adapters_page.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -153,6 +153,12 @@ def test_the_optimizers_page_has_the_measured_figures():
     assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_optimizers_page.py"
 
 
+def test_the_adapters_page_has_the_measured_figures():
+    module = made_by("make_adapters_page")
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_adapters_page.py"
+
+
 def test_the_tests_that_hold_the_promises_exist():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
     assert len(named) > 30

@@ -81,7 +81,8 @@ def test_axolotl(tmp_path):
     found = converted(tmp_path, AXOLOTL)
     tree, notes = found.tree, notes_of(found)
     assert (found.peer, found.missing) == ("Axolotl", [])
-    assert tree["model"] == {"dtype": "bfloat16", "path": "some/Base-8B"}
+    quantized = {"quantization": "nf4", "double_quantization": True}
+    assert tree["model"] == {"dtype": "bfloat16", "path": "some/Base-8B", **quantized}
     assert tree["data"] == {
         "train": [
             {"path": "some/alpaca-set", "split": "train"},
@@ -95,7 +96,6 @@ def test_axolotl(tmp_path):
     assert tree["adapter"] == {"kind": "lora", "rank": 32, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]}
     assert "writes its own prompt there" in notes["data.train type"]
     assert notes.keys() >= {
-        "quantization",
         "val_set_size",
         "roles_to_train",
         "chat_template",
@@ -227,6 +227,52 @@ def test_a_trl_command(tmp_path):
     assert found.missing == ["out"] and "variable of the shell" in notes_of(found)["output_dir"]
     assert notes_of(found).keys() >= {"eos_token", "push_to_hub"}
     assert "# To be filled in: out" in found.text("sft.sh")
+
+
+def test_every_key_of_an_adapter_is_carried_over():
+    given = {
+        "use_peft": True,
+        "lora_r": 32,
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 8},
+        "alpha_pattern": {"q_proj": 4.0},
+        "lora_modules_to_save": ["lm_head"],
+        "init_lora_weights": "pissa_niter_4",
+        "loraplus_lr_ratio": 16,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "use_bnb_nested_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+    found = convert(PeerFile("TRL", given), Path())
+    assert found.tree["adapter"] | {"rank": 32, "alpha": 32.0} == {
+        "kind": "dora",
+        "rank": 32,
+        "alpha": 32.0,
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 8},
+        "alpha_pattern": {"q_proj": 4.0},
+        "modules_to_save": ["lm_head"],
+        "init": "pissa_fast",
+        "lr_ratio": 16.0,
+    }
+    assert found.tree["model"] == {"quantization": "nf4", "dtype": "bfloat16", "double_quantization": False}
+    assert found.tree["train"]["precision"] == "bfloat16"
+    assert "not offered: nf4" in notes_of(found)["bnb_4bit_quant_type"]
+    llama_factory = convert(
+        PeerFile("LLaMA-Factory", {"finetuning_type": "lora", "pissa_init": True, "quantization_bit": 8}), Path()
+    )
+    assert llama_factory.tree["adapter"]["init"] == "pissa" and llama_factory.tree["model"]["quantization"] == "int8"
+
+
+def test_every_argument_of_an_installed_peer_is_known():
+    """Of peft's LoraConfig and TRL's ModelConfig: a counterpart, or a documented no."""
+    peft = pytest.importorskip("peft")
+    trl = pytest.importorskip("trl", reason="TRL is not installed: its arguments are not compared")
+    named = {field.name for kind in (peft.LoraConfig, trl.ModelConfig) for field in fields(kind)}
+    ours = {key.rpartition(".")[2] for key in all_keys()}
+    assert sorted(named - COUNTERPARTS.keys() - NO_COUNTERPART.keys() - ours - {"revision"}) == []
 
 
 def test_defaults_of_trl_are_those_of_the_installed_one():

@@ -9,9 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.quantization import quantize
 from preceptor.plan.dry_run import DryRun, dry_run_like
-from preceptor.plan.memory import Setup, step_memory
-from preceptor.plan.parameters import LoraSpec
+from preceptor.plan.memory import Setup, state_bytes, step_memory
+from preceptor.plan.parameters import LoraSpec, count_parameters
+from preceptor.plan.shapes import shape_of
 from preceptor.plan.work import Work
 from tiny import seeing_model, tiny_model
 
@@ -102,6 +105,45 @@ def test_adapters(adapter, num_new_tokens):
     setup, sequence = Setup("float32", True, adapter, num_new_tokens), sequence_of(ONE)
     found = predicted_peak(adapted, sequence, setup)
     assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, "bfloat16"), rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LoraOptions(dora=True),
+        LoraOptions(init="pissa"),
+        LoraOptions(rank_pattern=(("layers.0", 9),), modules_to_save=("lm_head", "norm")),
+    ],
+    ids=["dora", "pissa", "by name"],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kinds_of_adapters(options, precision):
+    model = tiny_model("llama", **SIZES)
+    adapter = LoraSpec(4, None, 0.0, options)
+    adapted = add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options).train()
+    setup, sequence = Setup("float32", precision == "bfloat16", adapter), sequence_of(ONE)
+    found = predicted_peak(adapted, sequence, setup)
+    assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, precision), rel=0.005)
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("int8", False)])
+def test_a_quantized_base(kind, double):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
+    plain, model = (tiny_model("llama", **SIZES) for _ in range(2))
+    quantize(model, kind, double, "cpu")
+    model = add_adapter(model, 4, 8.0, 0.0, None, [], seed=0).train()
+    adapter = LoraSpec(4)
+    setup = Setup(autocast=True, adapter=adapter, quantization=kind, double_quantization=double)
+    dry_run = dry_run_like(plain)
+    parameters = dry_run.parameters(adapter)
+    counted = count_parameters(shape_of(plain.config.to_dict()), adapter)
+    assert counted.linears == parameters.linears
+    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *dict(model.named_buffers()).values()])
+    held -= sum(b.numel() * b.element_size() for name, b in plain.named_buffers())
+    assert state_bytes(setup, parameters)["weights"] == held
+    sequence = sequence_of(ONE)
+    found = step_memory(setup, parameters, dry_run.step(setup, KEEP_ALL, sequence, dry_run.num_rows)).peak_bytes
+    assert found == pytest.approx(measured_peak(model, sequence, KEEP_ALL, "bfloat16"), rel=0.01)
 
 
 def test_towers_are_held_beside():

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preceptor.errors import ModelError
 from preceptor.model import embeddings
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.parts import decoder_of, tower_parameters
 from preceptor.plan.dry_run import DryRun, dry_run_like
 from preceptor.plan.parameters import ROWS_MULTIPLE, LoraSpec, count_parameters, rows_for
@@ -271,6 +272,26 @@ def test_an_adapter_is_counted_exactly(kind, targets):
     trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
     assert counted.num_trained == sum(trained.values())
     assert counted.trained["adapter"] == sum(count for name, count in trained.items() if "lora_" in name)
+
+
+@pytest.mark.parametrize("options", [LoraOptions(init="pissa"), LoraOptions(dora=True)], ids=["pissa", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "phi3"])
+def test_kinds_of_adapters_are_counted_exactly(kind, options):
+    model, adapter = tiny_model(kind), LoraSpec(3, None, 0.0, options)
+    counted = count_parameters(shape_of(model.config.to_dict()), adapter, num_new_tokens=2)
+    found = dry_run_like(model).parameters(adapter, num_new_tokens=2)
+    assert found.trained == counted.trained and found.tensors == counted.tensors
+    adapted = add_adapter(model, 3, 6.0, 0.0, None, [5, 9], seed=0, options=options)
+    assert counted.num_trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_an_adapter_by_name_is_counted_in_every_layer():
+    options = LoraOptions(rank_pattern=(("layers.[0-6].*", 1),), modules_to_save=("lm_head",))
+    model = tiny_model("llama", num_hidden_layers=10)
+    found = dry_run_like(model).parameters(LoraSpec(3, None, 0.0, options))
+    adapted = add_adapter(model, 3, 6.0, 0.0, None, [], seed=0, options=options)
+    assert found.num_trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert found.trained["whole modules"] == model.lm_head.weight.numel()
 
 
 def test_experts_that_a_token_is_not_sent_to_are_not_active():

@@ -11,7 +11,7 @@ from preceptor.config.held import LIVE, MEMORY, LiveModel, LiveSource
 from preceptor.data.formats.memory import HeldDataset, RecordList
 from preceptor.errors import ConfigError, short
 
-_OF_FILES = ("dtype", "init", "revision", "trust_remote_code", "from_run")
+_OF_FILES = ("dtype", "init", "revision", "trust_remote_code", "from_run", "quantization", "double_quantization")
 _FORMS = (
     "a path, a list of records such as {'messages': [...]}, a datasets.Dataset, a generator of records, or a list of "
     "these"

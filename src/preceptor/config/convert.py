@@ -153,10 +153,7 @@ class _Conversion:
 
     def _model(self) -> None:
         lora = self._trains_adapter()
-        if self._on("load_in_4bit", "load_in_8bit", "quantization_bit") or self._settings.get("adapter") == "qlora":
-            self._note("quantization", NO_COUNTERPART.get("load_in_4bit", "see `model` in docs/run-file.md"))
-            if lora:
-                self._set("model.dtype", "bfloat16")
+        self._quantization(lora)
         dtype = str(self._value("torch_dtype", "dtype") or "").removeprefix("torch.")
         if not lora and not dtype and self._on("pure_bf16") is True:
             self._half_weights("pure_bf16")
@@ -173,6 +170,32 @@ class _Conversion:
         self._set("model.dtype", "bfloat16")
         self._set("train.precision", "bfloat16")
         self._note(key, "there small updates of bfloat16 weights are lost; here optimizer.rounding: exact keeps them")
+
+    def _quantization(self, lora: bool) -> None:
+        four, eight = self._on("load_in_4bit"), self._on("load_in_8bit")
+        bits = self._on("quantization_bit")
+        kind = "nf4" if four or str(bits) == "4" else "int8" if eight or str(bits) == "8" else None
+        if kind is None and (bits is not None or self._settings.get("adapter") == "qlora"):
+            kind = "nf4" if bits is None else None
+            if kind is None:
+                self._note("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+        if kind is None:
+            return
+        if not lora:
+            self._note("quantization", "quantized weights need an adapter: all weights are trained here")
+            return
+        self._set("model.quantization", kind)
+        self._set("model.dtype", "bfloat16")
+        if (name := self._on("bnb_4bit_quant_type", "quantization_type")) not in (None, "nf4"):
+            self._note("bnb_4bit_quant_type", f"{short(name)} is not offered: nf4")
+        nested = ("use_bnb_nested_quant", "bnb_4bit_use_double_quant", "double_quantization")
+        if kind == "nf4":
+            given = [name for name in nested if name in self._settings]
+            doubled = bool(self._value(*given)) if given else self._peer in ("Axolotl", "LLaMA-Factory")
+            self._set("model.double_quantization", doubled)
+        if "bfloat16" in str(self._settings.get("bnb_4bit_compute_dtype")):
+            self._value("bnb_4bit_compute_dtype")
+            self._set("train.precision", "bfloat16")
 
     def _trains_adapter(self) -> bool:
         for key, values in (("finetuning_type", ("lora",)), ("adapter", ("lora", "qlora"))):
@@ -335,10 +358,12 @@ class _Conversion:
             if kind not in (None, "full"):
                 self._note("adapter", f"{short(kind)} is not offered: LoRA, or all weights")
             return
-        self._found.tree["adapter"] = {"kind": "lora"}
+        dora = self._on("use_dora", "peft_use_dora") is not None
+        self._found.tree["adapter"] = {"kind": "dora" if dora else "lora"}
         for key, (name, cast) in _OF_ADAPTERS.items():
             if (value := self._value(key)) is not None:
                 self._set(f"adapter.{name}", self._cast(key, value, cast))
+        self._kind_of_adapter()
         targets = self._value("lora_target_modules", "target_modules", "lora_target")
         if isinstance(targets, str) and targets not in ("all", "all-linear"):
             targets = [name.strip() for name in targets.split(",")]
@@ -346,6 +371,28 @@ class _Conversion:
             self._set("adapter.target_modules", [str(name) for name in dict.fromkeys(targets)])
         elif targets is None and self._peer in ("TRL", "Axolotl") and not self._on("lora_target_linear"):
             self._note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
+
+    def _kind_of_adapter(self) -> None:
+        if self._on("use_rslora", "peft_use_rslora"):
+            self._set("adapter.use_rslora", True)
+        for key in ("rank_pattern", "alpha_pattern"):
+            if (patterns := self._on(key)) is not None:
+                self._set(f"adapter.{key}", dict(patterns))
+                self._note(key, "a regular expression there, a pattern of names here")
+        whole = self._on("modules_to_save", "lora_modules_to_save", "additional_target")
+        if whole is not None:
+            self._set("adapter.modules_to_save", whole.split(",") if isinstance(whole, str) else list(whole))
+        first = self._on("init_lora_weights", "peft_init_lora_weights")
+        if self._on("pissa_init"):
+            first = "pissa" if int(self._value("pissa_iter") or -1) < 0 else "pissa_niter_16"
+        if first is not None:
+            name = str(first)
+            found = "pissa_fast" if name.startswith("pissa_niter") else name if name in ("pissa", "gaussian") else None
+            self._set("adapter.init", found)
+            if found is None and first is not True:
+                self._note("init_lora_weights", f"{short(first)} is not offered: kaiming, gaussian or pissa")
+        if (ratio := self._on("loraplus_lr_ratio")) is not None:
+            self._set("adapter.lr_ratio", self._number("loraplus_lr_ratio", ratio))
 
     def _trackers(self) -> None:
         given = self._on("report_to")

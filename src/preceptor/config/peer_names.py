@@ -115,7 +115,8 @@ COUNTERPARTS: dict[str, str] = {
     "lr_scheduler_kwargs": "optimizer.min_lr_ratio: of `wsd` also optimizer.decay, the length of the last part",
     "num_decay_steps": "optimizer.decay: such as `20 %` or `100 steps`",
     "optim": "optimizer.name: adamw, adamw_8bit, muon, adafactor or sgd",
-    "loraplus_lr_ratio": 'optimizer.lr_factors: `{"*lora_B*": 16}`',
+    "loraplus_lr_ratio": "adapter.lr_ratio: such as 16",
+    "loraplus_lr_embedding": 'optimizer.lr_factors: `{"*.trainable_tokens_delta*": 0.1}`, of the rows of new tokens',
     "embedding_lr": 'optimizer.lr_factors: a factor of the learning rate, `{"*.embed_tokens": 0.1}`',
     "embedding_lr_scale": 'optimizer.lr_factors: `{"*.embed_tokens": 0.1}`',
     "lr_groups": "optimizer.lr_factors: by name, factors of the learning rate",
@@ -145,6 +146,15 @@ COUNTERPARTS: dict[str, str] = {
     "evaluation_strategy": _EVALUATION,
     "evals_per_epoch": _EVALUATION,
     "eval_max_new_tokens": "eval.max_new_tokens",
+    # quantized bases
+    "load_in_4bit": "model.quantization: nf4",
+    "load_in_8bit": "model.quantization: int8",
+    "quantization_bit": "model.quantization: nf4 for 4, int8 for 8",
+    "quantization_type": "model.quantization: nf4",
+    "bnb_4bit_quant_type": "model.quantization: nf4",
+    "bnb_4bit_compute_dtype": "train.precision: the type of all matrix products",
+    "use_bnb_nested_quant": "model.double_quantization",
+    "bnb_4bit_use_double_quant": "model.double_quantization",
     # adapters
     "r": "adapter.rank",
     "lora_r": "adapter.rank",
@@ -152,6 +162,18 @@ COUNTERPARTS: dict[str, str] = {
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "lora_target_modules": "adapter.target_modules",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "additional_target": "adapter.modules_to_save: a list of names",
+    "use_dora": "adapter.kind: dora",
+    "peft_use_dora": "adapter.kind: dora",
+    "peft_use_rslora": "adapter.use_rslora",
+    "init_lora_weights": "adapter.init: kaiming, gaussian, pissa or pissa_fast",
+    "peft_init_lora_weights": "adapter.init: kaiming, gaussian, pissa or pissa_fast",
+    "pissa_init": "adapter.init: pissa",
+    "pissa_iter": "adapter.init: pissa_fast, of 16 iterations",
+    "layers_to_transform": "adapter.target_modules: names; ranks by layer: adapter.rank_pattern",
+    "peft_layers_to_transform": "adapter.target_modules: names; ranks by layer: adapter.rank_pattern",
+    "exclude_modules": "adapter.target_modules: the layers that are adapted",
     "lora_target": "adapter.target_modules: a list of names; absent: all linear layers of the decoder",
     "lora_target_linear": "adapter.target_modules: absent: all linear layers of the decoder",
     "finetuning_type": "adapter.kind: lora; without the section `adapter` all weights are trained",
@@ -166,7 +188,7 @@ _LOGGED = "every step is written to metrics.jsonl in the folder `out`: nothing t
 _NAMED = "a run is named by its folder `out`; WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT name the project"
 _STRATEGY = "parallel.strategy: by default chosen from memory; the processes are started by torchrun or --nproc"
 _TOKENS = "the tokens that the chat template needs are added to the tokenizer and the model: nothing to set"
-_UNQUANTIZED = "quantized weights are not offered: use an `adapter` with `model.dtype: bfloat16`"
+_QUANTIZED = "model.quantization says all of quantized weights but model.double_quantization: remove the key"
 _ATTENTION = "attention is chosen for the device and checked before the first step: nothing to set"
 _HUB = "nothing is uploaded: `hf upload` uploads the folder `model` in `out`"
 _PREPARED = "the data is rendered before the first step, by several processes where it is large: nothing to set"
@@ -174,6 +196,9 @@ _SFT = "supervised fine-tuning is all that is done: remove the key"
 _RESUME = "the same command continues a run that was stopped; `--from OUT` starts from the model of another run"
 _LOGITS = "the loss computes logits of trained tokens only, in parts: nothing to set"
 _PLAIN_LORA = "this variant of LoRA is not offered: remove the key"
+_ADAPTED = "an adapter has an exact path of its own in the engine, chosen by itself: nothing to set"
+_EXPERTS = "experts that are one tensor are adapted unless adapter.target_modules names layers: nothing to set"
+_SAVED = "adapter.save says whether the adapter, the merged model or both are saved: remove the key"
 
 _LOOP = "part of the loop of transformers' Trainer, which is another one here: remove the key"
 
@@ -261,17 +286,52 @@ NO_COUNTERPART: dict[str, str] = {
     "tokenizer_name": "the model's own tokenizer is used: remove the key",
     "tokenizer_config": "the model's own tokenizer is used: remove the key",
     "tokenizer_type": "the model's own tokenizer is used: remove the key",
-    "load_in_4bit": _UNQUANTIZED,
-    "load_in_8bit": _UNQUANTIZED,
-    "quantization_bit": _UNQUANTIZED,
-    "bnb_4bit_quant_type": _UNQUANTIZED,
-    "bnb_4bit_compute_dtype": _UNQUANTIZED,
-    "modules_to_save": "beside an adapter the rows of new tokens are trained, and nothing else: remove the key",
-    "lora_modules_to_save": "beside an adapter the rows of new tokens are trained, and nothing else: remove the key",
-    "use_rslora": _PLAIN_LORA,
-    "use_dora": _PLAIN_LORA,
-    "init_lora_weights": _PLAIN_LORA,
+    "bnb_4bit_quant_storage": _QUANTIZED,
+    "llm_int8_threshold": "int8 quantizes weights alone, so no activation is an outlier: remove the key",
+    "quantization_method": _QUANTIZED,
+    "quantization_device_map": _QUANTIZED,
     "bias": "an adapter trains no biases: remove the key",
+    "lora_bias": "an adapter trains no biases: remove the key",
+    "fan_in_fan_out": "how a layer holds its weight is known: nothing to set",
+    "lora_fan_in_fan_out": "how a layer holds its weight is known: nothing to set",
+    "target_parameters": _EXPERTS,
+    "lora_target_parameters": _EXPERTS,
+    "trainable_token_indices": _TOKENS,
+    "ensure_weight_tying": "tied tables stay tied: nothing to set",
+    "layers_pattern": "adapter.rank_pattern takes whole names of layers: remove the key",
+    "peft_layers_pattern": "adapter.rank_pattern takes whole names of layers: remove the key",
+    "loftq_config": "LoftQ is not offered; adapter.init: pissa also starts from singular values: remove the key",
+    "eva_config": _PLAIN_LORA,
+    "corda_config": _PLAIN_LORA,
+    "lora_ga_config": _PLAIN_LORA,
+    "velora_config": _PLAIN_LORA,
+    "monteclora_config": _PLAIN_LORA,
+    "kasa_config": _PLAIN_LORA,
+    "arrow_config": _PLAIN_LORA,
+    "alora_invocation_tokens": _PLAIN_LORA,
+    "use_qalora": _PLAIN_LORA,
+    "qalora_group_size": _PLAIN_LORA,
+    "use_bdlora": _PLAIN_LORA,
+    "layer_replication": "layers are those of the model: remove the key",
+    "megatron_config": _STRATEGY,
+    "megatron_core": _STRATEGY,
+    "runtime_config": _ADAPTED,
+    "lora_mlp_kernel": _ADAPTED,
+    "lora_qkv_kernel": _ADAPTED,
+    "lora_o_kernel": _ADAPTED,
+    "lora_on_cpu": "an adapter is small and stays on the device: remove the key",
+    "pissa_convert": "an adapter of PiSSA is always saved as plain LoRA on the untouched base: nothing to set",
+    "create_new_adapter": "with model.from_run of a run with an adapter, that adapter is trained on; a run without the "
+    "section `adapter` makes its merged model the base",
+    "merge_lora": _SAVED,
+    "relora": "restarts of LoRA are not offered: remove the key",
+    "relora_steps": "restarts of LoRA are not offered: remove the key",
+    "qlora_sharded_model_loading": "quantized weights are not sharded: remove the key",
+    "lora_task_type": _SFT,
+    "auto_mapping": _SFT,
+    "inference_mode": _SFT,
+    "peft_version": _SFT,
+    "base_model_name_or_path": "the base is model.path: remove the key",
     "task_type": _SFT,
     "do_predict": _SFT,
     "model_init_kwargs": "the keys of the section `model` say how a model is loaded: remove the key",
@@ -350,7 +410,7 @@ INSTEAD_OF_SECTIONS: dict[str, str] = {
     "data.train": "write `train: [{path: ...}]`",
     "data.eval": "write `eval: [{path: ...}]`",
     "optimizer": "write `optimizer: {name: adamw}`; other settings are keys of this section, such as `learning_rate`",
-    "adapter": "write `adapter: {kind: lora}`; quantized weights (QLoRA) are not offered",
+    "adapter": "write `adapter: {kind: lora}`; QLoRA is that with `model: {quantization: nf4}`",
 }
 """Sections and lists that other trainers write as one word -> what to write."""
 

@@ -84,10 +84,12 @@ class Run(Section):
             raise ConfigError("data.window: only data.streaming has windows; set it, or remove the key")
         own._require_evaluations()
         optimizer = _resolved(self.optimizer, model.dtype == "bfloat16" and adapter is None, adapter is not None)
-        if adapter is not None and adapter.alpha is None:
-            adapter = adapter.model_copy(update={"alpha": 2.0 * adapter.rank})
+        if adapter is not None:
+            adapter = _resolved_adapter(adapter, self.optimizer.weight_decay, self.parallel.strategy)
+        model = self._resolved_model()
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
-        return own.model_copy(update={"optimizer": optimizer, "adapter": adapter, "tracker": tracker})
+        found = {"model": model, "optimizer": optimizer, "adapter": adapter, "tracker": tracker}
+        return own.model_copy(update=found)
 
     def _of_a_stream(self) -> "Run":
         """With the defaults of a stream. Raises ConfigError for a key that asks for epochs, which a stream has not."""
@@ -114,6 +116,24 @@ class Run(Section):
                     "which each window is shared among the sources"
                 )
         return own
+
+    def _resolved_model(self) -> Model:
+        """Raises ConfigError where quantized weights cannot be trained on, or a key says nothing."""
+        model, kind = self.model, self.model.quantization
+        if kind is None or kind == "int8":
+            if model.double_quantization is not None:
+                raise ConfigError("model.double_quantization: of `quantization: nf4` alone; remove it")
+            if kind is None:
+                return model
+        if self.adapter is None:
+            raise ConfigError("model.quantization: quantized weights cannot be trained; add the section `adapter`")
+        if self.parallel.strategy in ("shard", "hybrid"):
+            raise ConfigError(
+                f"parallel.strategy: quantized weights cannot be sharded ({self.parallel.strategy}). Use `replicate`, "
+                "or leave out model.quantization"
+            )
+        double = kind == "nf4" and model.double_quantization is not False
+        return model.model_copy(update={"double_quantization": double}) if kind == "nf4" else model
 
     def _require_durations(self) -> None:
         duration = self.train.duration
@@ -145,6 +165,26 @@ class Run(Section):
         if best is not None and best not in (*BEST_OF_HELD_OUT, *self.eval.tasks):
             known = ", ".join([*BEST_OF_HELD_OUT, *self.eval.tasks])
             raise ConfigError(f"checkpoint.best: {short(best)} is not measured; choose one of {known}")
+
+
+_RSLORA_ALPHA = 8.0  # the scale of rank 16 is then that of LoRA
+
+
+def _resolved_adapter(adapter: Adapter, weight_decay: float, strategy: str) -> Adapter:
+    """With every default written out. Raises ConfigError for keys that do not go together."""
+    if adapter.init.startswith("pissa") and strategy in ("shard", "hybrid"):
+        raise ConfigError(
+            f"parallel.strategy: adapter.init: pissa cannot be sharded ({strategy}): a part of its tensors stays as it "
+            "is. Use `replicate`, or another adapter.init"
+        )
+    if adapter.init.startswith("pissa") and weight_decay > 0:
+        raise ConfigError(
+            "optimizer.weight_decay: with adapter.init: pissa it would shrink the base's own largest components, not "
+            "the update; set it to 0"
+        )
+    if adapter.alpha is not None:
+        return adapter
+    return adapter.model_copy(update={"alpha": _RSLORA_ALPHA if adapter.use_rslora else 2.0 * adapter.rank})
 
 
 _LEARNING_RATES = {"adamw": 2e-5, "adamw_8bit": 2e-5, "muon": 2e-5, "adafactor": 1e-3, "sgd": 2e-2}

@@ -96,6 +96,10 @@ class Model(Section):
     """Parameters that are not trained, by name, such as `[model.embed_tokens, "*.layers.[0-3].*"]`."""
     train_only: list[str] = []
     """Instead: the only parameters that are trained, by name, such as `["*.mlp.*"]`. Both without an adapter."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """The decoder's frozen linear layers in 4 or 8 bits by bitsandbytes, under an adapter (QLoRA). docs/adapters.md."""
+    double_quantization: bool | None = None
+    """Of nf4: the scales of blocks are quantized too, 0.4 bits less per weight. Absent: true."""
 
     @property
     def place(self) -> str:
@@ -295,16 +299,28 @@ class Replay(Section):
 
 
 class Adapter(Section):
-    kind: Literal["lora"] = "lora"
-    """LoRA (Hu et al. 2021, arXiv:2106.09685), through peft."""
+    kind: Literal["lora", "dora"] = "lora"
+    """Through peft: `lora` (arXiv:2106.09685), or `dora` (arXiv:2402.09353): lengths and directions of rows apart."""
     rank: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """The update is scaled by alpha / rank. Absent: alpha = 2 * rank."""
+    """The update is scaled by alpha / rank. Absent: alpha = 2 * rank; with `use_rslora` 8."""
+    use_rslora: bool = False
+    """rsLoRA (arXiv:2312.03732): the update is scaled by alpha / sqrt(rank), so that high ranks learn as well."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before each update."""
     target_modules: list[str] | None = None
     """Names of the linear layers to adapt. Absent: all of the decoder's; of a state-space mixer only `in_proj`."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=2**16)]] = {}
+    """Ranks of some layers, by name, the first that fits: `{down_proj: 32, "*.layers.[0-3].*": 4}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alphas of some layers, likewise. Layers of `rank_pattern` have the `alpha` of all others otherwise."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole beside the adapter, and saved with it: `[embed_tokens, lm_head]`."""
+    init: Literal["kaiming", "gaussian", "pissa", "pissa_fast"] = "kaiming"
+    """First values. `pissa` (arXiv:2404.02948): the base's largest singular values; `pissa_fast`: nearly these."""
+    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """LoRA+ (arXiv:2402.12354): the learning rate of the matrices B over that of the matrices A, such as 16."""
     save: Literal["both", "merged", "adapter"] = "both"
     """What is saved: the whole model with the adapter merged into it, the adapter by itself, or both."""
 

@@ -20,6 +20,7 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
     "trackio": ("trackio", "`tracker: trackio`: a local database of runs and its page"),
     "mlflow": ("mlflow", "`tracker: mlflow`"),
     "wandb": ("wandb", "`tracker: wandb`: Weights & Biases, online or offline"),
+    "quantized": ("bitsandbytes", "`model.quantization`: adapters on a base in 4 or 8 bits (QLoRA)"),
     "serve": ("openai", "`transformers serve`, and a client to ask it"),
     "gguf": ("llama-cpp-python", "proof of `preceptor export --to gguf` and `--to ollama`"),
 }

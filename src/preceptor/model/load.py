@@ -210,8 +210,12 @@ def save_model(
 
 def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
     """What `save_model` writes, about."""
+    from preceptor.model.quantization import quantized_layers
+
     weights = [p for p in model.parameters() if adapter != "adapter" or p.requires_grad]
-    return sum(p.numel() * p.element_size() for p in weights)
+    layers = quantized_layers(model) if adapter != "adapter" else ()
+    unquantized = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers)
+    return unquantized + sum(p.numel() * p.element_size() for p in weights)
 
 
 def _write(

@@ -4,7 +4,7 @@
 2. shorter sequences: the same gradient, as long as the longest conversation fits
 3. full fine-tuning with bfloat16 weights, their other bits kept, then optimizer states of 8 bits
 4. context_gradient: detach: another gradient (that of target tokens alone)
-5. an adapter, then frozen weights in bfloat16: fewer trained parameters
+5. an adapter, then frozen weights in bfloat16, then in 4 bits: fewer trained parameters
 """
 
 from collections.abc import Iterator, Mapping
@@ -100,7 +100,8 @@ def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
     yield {"memory.context_gradient": "detach", **_CHECKPOINTED}
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
     half: Keys = {**adapter, **_HALF}
-    for frozen in (adapter, half):
+    bits: Keys = {**half, "model.quantization": "nf4"}
+    for frozen in (adapter, half, bits):
         for more in ({}, _CHECKPOINTED, shortest):
             yield {**frozen, **more}
 

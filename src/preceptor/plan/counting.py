@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from preceptor.model.parts import causal_lm, decoder_layers, tower_parameters
+from preceptor.model.quantization import quantizable
 from preceptor.plan.parameters import LayerParameters, Parameters, Tensor
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
@@ -26,7 +27,8 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
     if adapted is not whole:
         named = [(name, p.numel()) for name, p in adapted.named_parameters() if p.requires_grad]
         trained = {"adapter": sum(count for name, count in named if "lora_" in name)}
-        trained["token rows"] = sum(count for _, count in named) - trained["adapter"]
+        trained["whole modules"] = sum(count for name, count in named if ".modules_to_save." in name)
+        trained["token rows"] = sum(count for _, count in named) - sum(trained.values())
     return Parameters(
         base=base,
         trained={kind: count for kind, count in trained.items() if count},
@@ -34,6 +36,7 @@ def count_built(whole: Any, adapted: Any) -> Parameters:
         layers=layers,
         head=int(causal_lm(whole).get_output_embeddings().weight.numel()),
         tensors=_tensors(adapted),
+        linears=Counter((layer.out_features, layer.in_features) for layer in quantizable(whole).values()),
     )
 
 

@@ -29,12 +29,14 @@ from preceptor.hub import cannot_load, first_line, resolve_model_path
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import Quantization
 from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
+from preceptor.model.quantization import quantize
 from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
@@ -108,11 +110,17 @@ class DryRun:
             else:
                 short, long = (
                     count_built(whole, self._model(torch.float32, adapter, num_new_tokens, num_rows, depth))
-                    for depth in (self._depths.short, self._depths.long)
+                    for depth in self._two_depths(adapter)
                 )
                 found = short.continued(long, self._depths.times)
             self._parameters[key] = found
         return self._parameters[key]
+
+    def _two_depths(self, adapter: LoraSpec | None) -> tuple[int, int]:
+        """That stand for the whole; the whole itself where layers are adapted by name."""
+        if adapter is not None and adapter.options.differs_by_layer:
+            return self.num_layers, self.num_layers
+        return self._depths.short, self._depths.long
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -129,10 +137,10 @@ class DryRun:
         if key not in self._moments:
             alike = policy.checkpointed_layers(self.num_layers) in (0, self.num_layers)
             alike = alike and setup.choice == EVERYTHING
-            depth = self._depths.short if alike else self.num_layers
+            depth, more = self._two_depths(setup.adapter) if alike else (self.num_layers, self.num_layers)
             short = long = self._run(setup, policy, sequence, num_rows, depth)
-            if depth < self.num_layers:
-                long = self._run(setup, policy, sequence, num_rows, self._depths.long)
+            if depth < more:
+                long = self._run(setup, policy, sequence, num_rows, more)
             times = self._depths.times
             self._moments[key] = tuple(moment.continued(long[role], times) for role, moment in short.items())
         return self._moments[key]
@@ -141,7 +149,8 @@ class DryRun:
         self, setup: Setup, policy: ActivationPolicy, sequence: PackedSequence, num_rows: int, depth: int
     ) -> dict[Role, Moment]:
         dtype = getattr(torch, setup.weights)
-        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice).train()
+        bits = None if setup.quantization is None else (setup.quantization, setup.double_quantization)
+        model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice, bits).train()
         with dry_run_for(setup.device_type):
             state = install(model, self._engine, check=False)
             try:
@@ -160,9 +169,10 @@ class DryRun:
         num_rows: int,
         depth: int | None,
         choice: Patterns = EVERYTHING,
+        bits: tuple[Quantization, bool] | None = None,
     ) -> Any:
-        """A model without values; depth: so many of its layers, None for all."""
-        key = dtype, adapter, num_new_tokens, num_rows, depth, choice
+        """A model without values; depth: so many of its layers, None for all. bits: as `quantize` takes them."""
+        key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits
         if key not in self._models:
             settings = copy.deepcopy(self._settings)
             text = settings.get_text_config(decoder=True)
@@ -174,10 +184,12 @@ class DryRun:
                 model = self._build(settings, dtype=dtype)
                 freeze_towers(model)
                 choose_trained(model, *choice)
+                if bits is not None:
+                    quantize(model, *bits, device="meta")
                 if adapter is not None:
                     new_ids = range(num_rows - num_new_tokens, num_rows)
-                    targets = adapter.targets
-                    model = add_adapter(model, adapter.rank, adapter.rank, adapter.dropout, targets, new_ids, seed=0)
+                    own = (adapter.rank, adapter.rank, adapter.dropout, adapter.targets, new_ids)
+                    model = add_adapter(model, *own, seed=0, options=adapter.options)
             _put_on_fake_cpu(model)
             self._models[key] = model
         return self._models[key]

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from preceptor.model.adapters.options import Quantization
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 Weights = Literal["float32", "bfloat16"]
@@ -55,6 +56,17 @@ def optimizer_bytes(rule: str, shape: tuple[int, ...]) -> int:
     return FLOAT32 * count * (2 if rule == "adamw" else 1)
 
 
+def quantized_bytes(kind: Quantization, double: bool, shape: tuple[int, ...]) -> int:
+    """Of one linear layer's weight (model/quantization.py): its bits, scales and tables."""
+    count = math.prod(shape)
+    if kind == "int8":
+        return count + FLOAT32 * shape[0]
+    scales, quantiles = -(-count // 64), 16
+    if not double:
+        return -(-count // 2) + FLOAT32 * (scales + quantiles)
+    return -(-count // 2) + scales + FLOAT32 * (-(-scales // 256) + quantiles + 256 + 1)
+
+
 Patterns = tuple[tuple[str, ...], tuple[str, ...]]
 """`model.freeze` and `model.train_only`."""
 EVERYTHING: Patterns = ((), ())
@@ -76,6 +88,8 @@ class Setup:
     optimizer: OptimizerName = "adamw"
     rounding: str | None = None
     choice: Patterns = EVERYTHING
+    quantization: Quantization | None = None
+    double_quantization: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -127,6 +141,10 @@ def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
     """What lasts from step to step, and gradients."""
     trained = parameters.num_trained
     weights = setup.weight_bytes * parameters.num_base
+    if setup.quantization is not None:
+        for shape, count in parameters.linears.items():
+            quantized = quantized_bytes(setup.quantization, setup.double_quantization, shape)
+            weights += count * (quantized - setup.weight_bytes * math.prod(shape))
     if setup.adapter is not None:
         weights += FLOAT32 * trained
     optimizer = sum(

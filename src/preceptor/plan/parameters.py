@@ -1,11 +1,13 @@
 """Parameters by kind, and which of them a run trains; for known model types by arithmetic from config.json."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preceptor.errors import ModelError
+from preceptor.model.adapters.options import PLAIN, LoraOptions
 from preceptor.plan.shapes import LayerShape, ModelShape
 
 Tensor = tuple[bool, tuple[int, ...]]
@@ -21,6 +23,16 @@ class LoraSpec:
     rank: int
     targets: tuple[str, ...] | None = None
     dropout: float = 0.0
+    options: LoraOptions = PLAIN
+
+    @property
+    def held_rank(self) -> int:
+        """Rank of what is held: first values that are kept count as well."""
+        return self.rank * (2 if self.options.keeps_first_values else 1)
+
+    def adapts_experts(self, layer: LayerShape) -> bool:
+        """Experts that are one tensor take neither DoRA nor dropout."""
+        return layer.experts is not None and self.targets is None and not self.options.dora and not self.dropout
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +53,8 @@ class LayerParameters:
 class Parameters:
     """How many there are. `base`: of the model, by kind; `trained`: by kind, what an optimizer steps.
 
-    tensors: how many of each shape are trained; empty where only their total is known.
+    tensors: how many of each shape are trained; empty where only their total is known. linears: how many linear layers
+    of each shape the decoder has, which may be quantized.
     active: of the base, what one token goes through (all but the experts that it is not sent to). head: elements of the
     output head, tied or not. What a dry run alone finds out (layers, head) is empty in arithmetic from config.json.
     """
@@ -52,6 +65,7 @@ class Parameters:
     layers: tuple[LayerParameters, ...] = ()
     head: int = 0
     tensors: Mapping[Tensor, int] = field(default_factory=dict)
+    linears: Mapping[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def num_base(self) -> int:
@@ -92,7 +106,8 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     """Parameters of a model, full fine-tuning or with an adapter, by arithmetic.
 
     num_new_tokens: tokens added to the vocabulary, whose rows an adapter run trains as well. Their rows are part of
-    `shape.rows` already (see `with_rows`). Raises ModelError for an adapter target that the model has not.
+    `shape.rows` already (see `with_rows`). adapter: one that is alike in all layers. Raises ModelError for an adapter
+    target that the model has not.
     """
     base: Counter[str] = Counter({"embedding": shape.rows * shape.hidden})
     if not shape.tied:
@@ -107,17 +122,19 @@ def count_parameters(shape: ModelShape, adapter: LoraSpec | None = None, num_new
     )
     trained: Mapping[str, int] = dict(base)
     base["towers"] = shape.towers
+    tensors = _tensors(shape) if adapter is None else _adapter_tensors(shape, adapter, num_new_tokens)
     if adapter is not None:
         _check_targets(shape, adapter.targets)
         trained = {
-            "adapter": sum(_adapter_parameters(shape, layer, adapter) for layer in shape.layers),
+            "adapter": sum(math.prod(size) * num for (in_layer, size), num in tensors.items() if in_layer),
             "token rows": num_new_tokens * shape.hidden * (1 if shape.tied else 2),
         }
     return Parameters(
         base={kind: count for kind, count in base.items() if count},
         trained={kind: count for kind, count in trained.items() if count},
         active=sum(base.values()) - idle - shape.towers,
-        tensors=_tensors(shape) if adapter is None else _adapter_tensors(shape, adapter, num_new_tokens),
+        tensors=tensors,
+        linears=Counter((linear.outputs, linear.inputs) for linear in shape.linears()),
     )
 
 
@@ -142,19 +159,23 @@ def _tensors(shape: ModelShape) -> Mapping[Tensor, int]:
 
 
 def _adapter_tensors(shape: ModelShape, adapter: LoraSpec, num_new_tokens: int) -> Mapping[Tensor, int]:
-    """A and B of each adapted matrix; all experts of a layer share one of each."""
+    """A and B of each adapted matrix (Hu et al. 2021), with DoRA its lengths; experts of a layer share one of each."""
     found: Counter[Tensor] = Counter()
-    rank, hidden = adapter.rank, shape.hidden
+    rank, hidden = adapter.held_rank, shape.hidden
     for layer in shape.layers:
-        sides = [
-            (rank, linear.inputs, linear.outputs)
+        linears = [
+            linear
             for linear in (*shape.attention_linears(), *shape.mlp_linears(layer))
             if adapter.targets is None or linear.name in adapter.targets
         ]
+        sides = [(rank, linear.inputs, linear.outputs) for linear in linears]
+        if adapter.options.dora:
+            found.update([(True, (linear.outputs,)) for linear in linears])
         experts = layer.experts
-        if experts is not None and adapter.targets is None and shape.family.adapts_experts:
-            all_ranks, width = experts.count * rank, experts.width
-            sides += [(2 * all_ranks, hidden, 2 * width), (all_ranks, width, hidden), (rank, hidden, experts.count)]
+        if experts is not None and adapter.adapts_experts(layer):
+            all_ranks, width, rewritten = experts.count * rank, experts.width, shape.family.adapts_router
+            sides += [((1 + rewritten) * all_ranks, hidden, 2 * width), (all_ranks, width, hidden)]
+            sides += [(rank, hidden, experts.count)] * rewritten
         for of_rank, inputs, outputs in sides:
             found.update([(True, (of_rank, inputs)), (True, (outputs, of_rank))])
     if num_new_tokens:
@@ -180,20 +201,6 @@ def _layer_kinds(shape: ModelShape, layer: LayerShape) -> "Counter[str]":
         kinds["experts"] = layer.experts.count * expert_parameters(shape, layer)
         kinds["router"] = layer.experts.count * (shape.hidden + layer.experts.bias)
     return kinds
-
-
-def _adapter_parameters(shape: ModelShape, layer: LayerShape, adapter: LoraSpec) -> int:
-    """rank * (inputs + outputs) for each adapted matrix (Hu et al. 2021); of experts' gate and up, with 2 * rank."""
-    rank, hidden, experts = adapter.rank, shape.hidden, layer.experts
-    count = sum(
-        rank * (linear.inputs + linear.outputs)
-        for linear in (*shape.attention_linears(), *shape.mlp_linears(layer))
-        if adapter.targets is None or linear.name in adapter.targets
-    )
-    if experts is not None and adapter.targets is None and shape.family.adapts_experts:
-        of_one = 2 * rank * (hidden + 2 * experts.width) + rank * (experts.width + hidden)
-        count += experts.count * of_one + rank * (hidden + experts.count)
-    return count
 
 
 def _check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:

@@ -15,6 +15,7 @@ from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.options import LoraOptions, Quantization, in_words
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
@@ -95,7 +96,8 @@ def make_plan(
 def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: DeviceSpec) -> dict[str, Any]:
     """Parameters and their bytes, by arithmetic; of a model type without a shape, those of its weight files."""
     setup = setup_of(run, sample, device)
-    if setup.choice != EVERYTHING:  # names of parameters are not in config.json
+    by_name = setup.adapter is not None and setup.adapter.options.differs_by_layer
+    if setup.choice != EVERYTHING or by_name:  # names of parameters are not in config.json
         return {"parameters": {"total": model.num_stored}, "memory": None}
     if model.shape is not None:
         grown = replace(model.shape, rows=_num_rows(model.shape.rows, sample))
@@ -112,7 +114,8 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
     adapter = None
     if run.adapter is not None:
         targets = run.adapter.target_modules
-        adapter = LoraSpec(run.adapter.rank, None if targets is None else tuple(targets), run.adapter.dropout)
+        chosen, own = None if targets is None else tuple(targets), run.adapter
+        adapter = LoraSpec(own.rank, chosen, own.dropout, LoraOptions.of(own))
     return Setup(
         weights=run.model.dtype,
         autocast=device.precision(run.train.precision) == "bfloat16",
@@ -123,6 +126,8 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         optimizer=run.optimizer.name,
         rounding=run.optimizer.rounding,
         choice=(tuple(run.model.freeze), tuple(run.model.train_only)),
+        quantization=run.model.quantization,
+        double_quantization=bool(run.model.double_quantization),
     )
 
 
@@ -176,8 +181,9 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
-        "trained": "everything" if run.adapter is None else f"LoRA of rank {run.adapter.rank}",
+        "trained": "everything" if run.adapter is None else in_words(run.adapter),
         "weights": run.model.dtype,
+        "quantization": run.model.quantization,
         "optimizer": run.optimizer.name,
         "rounding": run.optimizer.rounding,
         "precision": device.precision(run.train.precision),
@@ -281,25 +287,26 @@ def _work_facts(
 
 
 def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[dict[str, Any]]:
-    """The run's model and sequence on one GPU, in four ways.
+    """The run's model and sequence on one GPU, in five ways.
 
     All in mixed precision; the ways differ in what is trained and how the frozen weights are held. Each with the
     activations that the run keeps, and with `activation_checkpointing: all`.
     """
     rank = _RANK if run.adapter is None else run.adapter.rank
-    ways: Sequence[tuple[str, Weights, LoraSpec | None, OptimizerName]] = (
-        ("everything, float32 weights", "float32", None, "adamw"),
-        ("everything, bfloat16, adamw_8bit", "bfloat16", None, "adamw_8bit"),
-        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank), "adamw"),
-        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw"),
+    ways: Sequence[tuple[str, Weights, LoraSpec | None, OptimizerName, Quantization | None]] = (
+        ("everything, float32 weights", "float32", None, "adamw", None),
+        ("everything, bfloat16, adamw_8bit", "bfloat16", None, "adamw_8bit", None),
+        (f"LoRA of rank {rank}, frozen float32", "float32", LoraSpec(rank), "adamw", None),
+        (f"LoRA of rank {rank}, frozen bfloat16", "bfloat16", LoraSpec(rank), "adamw", None),
+        (f"LoRA of rank {rank}, frozen nf4", "bfloat16", LoraSpec(rank), "adamw", "nf4"),
     )
     work, num_rows = _work(run, sample), _num_rows(dry_run.num_rows, sample)
     checkpointed = replace(work, policy=ActivationPolicy("full", "all"))
     new = 0 if isinstance(sample, str) else sample.num_new_tokens
     found = []
-    for name, weights, adapter, optimizer in ways:
+    for name, weights, adapter, optimizer, bits in ways:
         rounding = "exact" if adapter is None and weights == "bfloat16" else None
-        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding)
+        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, EVERYTHING, bits, bits == "nf4")
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {

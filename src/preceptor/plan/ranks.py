@@ -50,6 +50,8 @@ def placements(
 ) -> Iterator[Placement]:
     """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
     ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
+    if setup.quantization is not None or (setup.adapter is not None and setup.adapter.options.keeps_first_values):
+        ways = ways[:1]  # what quantizes cannot be sharded, nor what keeps a part of a tensor
     for strategy, num_parts in ways:
         if strategy == "hybrid" and not has_nodes(num_ranks, ranks_per_node):
             continue
@@ -181,5 +183,5 @@ def _outside_bytes(setup: Setup, parameters: Parameters) -> _GatheredBytes:
     outside = setup.weight_bytes * (parameters.outside - parameters.base.get("towers", 0))
     if setup.adapter is None:
         return _GatheredBytes(outside, outside)
-    rows = FLOAT32 * parameters.trained.get("token rows", 0)
+    rows = FLOAT32 * (parameters.trained.get("token rows", 0) + parameters.trained.get("whole modules", 0))
     return _GatheredBytes(outside + rows, rows)

@@ -10,8 +10,10 @@ from preceptor import config
 from preceptor.chat.left_out import left_out_lines
 from preceptor.chat.thinking import arguments_lines, spelled
 from preceptor.data.loader import Loader, StreamLoader, few_steps
+from preceptor.model.adapters.adapted import table_lines
 from preceptor.model.load import unusable_settings
 from preceptor.model.parts import causal_lm, has_experts, tower_parameters
+from preceptor.model.quantization import num_parameters
 from preceptor.train.build import saved_dtype
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import optimizer_lines
@@ -28,7 +30,7 @@ def announce(
 ) -> None:
     run, model, engine = prepared.run, state.model, state.engine
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = num_parameters(model)
     tokens = prepared.tokens
     of = "first window: " if prepared.stream else ""
     console.print(
@@ -45,7 +47,7 @@ def announce(
     lines += left_out_lines(prepared.left_out.to_json())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
-    lines += [*prepared.chat.doubts, *_model_lines(prepared, model)]
+    lines += [*prepared.chat.doubts, *table_lines(model), *_model_lines(prepared, model)]
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

@@ -10,6 +10,7 @@ from preceptor import config
 from preceptor.config.held import LiveModel
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
@@ -27,6 +28,7 @@ from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import trees_hashes
+from preceptor.train.quantized import quantize_base
 from preceptor.train.run_folder import RunFolder
 from preceptor.world import ONE, World, num_cores
 
@@ -162,26 +164,36 @@ def build(
         new = [*chat.added, *untrained]
         if new and not model.get_input_embeddings().weight.requires_grad:
             say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
+    if kind := run.model.quantization:
+        precision = resolve_precision(run.train.precision, device)
+        quantize_base(model, kind, bool(run.model.double_quantization), prepared.loader(), precision, device, say)
     if run.adapter is not None:
-        from preceptor.model.adapters.lora import add_adapter, load_adapter
-
-        assert run.adapter.alpha is not None, "a resolved run has an alpha"
-        model = add_adapter(
-            model,
-            rank=run.adapter.rank,
-            alpha=run.adapter.alpha,
-            dropout=run.adapter.dropout,
-            target_modules=run.adapter.target_modules,
-            new_token_ids=sorted({*chat.added.values(), *untrained.values()}),
-            seed=run.train.seed,
-        )
-        start = adapter_to_continue(run)
-        if start is not None and has_values:
-            load_adapter(model, start)
-            say(f"trains on the adapter of {run.model.from_run}")
+        model = _adapted(model, run, sorted({*chat.added.values(), *untrained.values()}), has_values, say)
     if held is not None:
         held.built = model, sorted(untrained.values())
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _adapted(model: Any, run: config.Run, new_token_ids: list[int], has_values: bool, say: Say) -> Any:
+    from preceptor.model.adapters.lora import add_adapter, load_adapter
+
+    assert run.adapter is not None and run.adapter.alpha is not None, "a resolved run has an alpha"
+    options = LoraOptions.of(run.adapter)
+    model = add_adapter(
+        model,
+        rank=run.adapter.rank,
+        alpha=run.adapter.alpha,
+        dropout=run.adapter.dropout,
+        target_modules=run.adapter.target_modules,
+        new_token_ids=new_token_ids,
+        seed=run.train.seed,
+        options=options,
+    )
+    start = adapter_to_continue(run)
+    if start is not None and has_values:
+        load_adapter(model, start, options)
+        say(f"trains on the adapter of {run.model.from_run}")
+    return model
 
 
 def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Placement | None, world: World) -> Any:
@@ -202,7 +214,7 @@ def _loaded(prepared: Prepared, device: torch.device, say: Say, placement: Place
     return load_model(
         run.model.path,
         dtype=run.model.dtype,
-        device=("cpu" if world.is_first else "meta") if sharded else device,
+        device=("cpu" if world.is_first else "meta") if sharded else "cpu" if run.model.quantization else device,
         init=run.model.init,
         seed=run.train.seed,
         revision=run.model.revision,
@@ -258,8 +270,9 @@ def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
         )
     if run.train.batch_size > 1:
         accumulate_in_float32(model)
+    factors = {**own.lr_factors, **lr_factors(run.adapter)}
     return build_optimizer(
-        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, own.lr_factors, run.train.seed
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed
     )
 
 

@@ -11,6 +11,7 @@ from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import StreamError
 from preceptor.files import append_line
+from preceptor.model.adapters.adapted import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
@@ -29,8 +30,9 @@ class Step:
 
     loss: in nats, the mean over its trained tokens (or conversations, `loss.reduction`). grad_norm: before it was
     scaled down. seconds: of the slowest process, without compile_seconds, in which torch compiled layers for a new kind
-    of sequence. skipped: why its update was left out, and `examples` whose; "" where it was applied. epoch: epochs
-    done; of a stream it is None, and window the number of its window.
+    of sequence. skipped: why its update was left out, and `examples` whose; "" where it was applied. without_gradient:
+    after the first step, the adapted layers that it did not move. epoch: epochs done; of a stream it is None, and
+    window the number of its window.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Step:
     peak_memory_bytes: int
     skipped: str = ""
     examples: tuple[str, ...] = ()
+    without_gradient: tuple[str, ...] = ()
     compile_seconds: float = 0.0
     epoch: float | None = None
     window: int | None = None
@@ -96,6 +99,8 @@ class Loop:
             while state.step < total and not over:
                 step = self._take(learning_rates(state.step))
                 self.display.step(step.line())
+                if unmoved := without_gradient(step.without_gradient):
+                    self.display.say(unmoved)
                 self.checkpoints.check()
                 yield step
                 due = [saving.due(state.step), evaluating.due(state.step), self.ends]
@@ -153,6 +158,7 @@ class Loop:
         sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
         state.position = loader.position
         assert precision is not None
+        first = FirstUpdate(state.model) if run.adapter is not None and at == 0 else None
         settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
         try:
             loss, grad_norm = take_step(state, sequences, *settings)
@@ -161,7 +167,7 @@ class Loop:
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
             skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
-            loss, grad_norm = error.loss, error.grad_norm
+            loss, grad_norm, first = error.loss, error.grad_norm, None
         step = Step(
             number=state.step,
             loss=loss,
@@ -170,10 +176,17 @@ class Loop:
             **loader.progress(state.step),
             **_of_all(state, sequences, time.perf_counter() - started, compile_seconds() - compiling, world),
             **skipped,
+            without_gradient=() if first is None else _unmoved(first, state, world),
         )
         if world.is_first:
             append_line(self.folder.path / "metrics.jsonl", step.line())
         return step
+
+
+def _unmoved(first: FirstUpdate, state: State, world: World) -> tuple[str, ...]:
+    """The adapted layers that no process has moved in the first step."""
+    of_ranks = world.gather(first.unmoved(state.model))
+    return tuple(layer for layer in of_ranks[0] if all(layer in own for own in of_ranks))
 
 
 def _of_all(

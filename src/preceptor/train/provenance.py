@@ -33,7 +33,7 @@ from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
 from preceptor.world import command_words
 
-PACKAGES = "preceptor torch transformers tokenizers peft safetensors datasets numpy jinja2".split()  # noqa: SIM905
+PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
 EXAMPLE_SEGMENTS = 40
 NUM_BINS = 30

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from preceptor.report.curves import PREDICTED
 from preceptor.train.announce import announce
 from preceptor.train.build import (
     build,
+    build_model,
     connected,
     optimizer_of,
     placement_of,
@@ -40,6 +41,7 @@ from preceptor.train.optimizer import expected_state_bytes
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, session, write_start
+from preceptor.train.quantized import take_adapter
 from preceptor.train.record import record_of_first
 from preceptor.train.run_folder import RunFolder, claim, longer
 from preceptor.train.signals import StopRequest
@@ -127,7 +129,7 @@ class Training:
             _end(state, run, folder, checkpoints, ready.num_steps, world, self.say, self.loop.ends)
             if world.size == 1:  # else it was needed to place the model
                 _record_prediction(folder, self.prepared, state.model, loader)
-            save_at_the_end(lambda: _save(state, self.prepared, folder), state, checkpoints, self.stop, self.say)
+            save_at_the_end(lambda: _save(state, self.prepared, folder, world), state, checkpoints, self.stop, self.say)
             self.summary = finish(folder, self.say, time.perf_counter() - started) if world.is_first else {}
 
     def say(self, line: str) -> None:
@@ -261,9 +263,27 @@ def _record_prediction(folder: RunFolder, prepared: Prepared, model: Any, loader
             write_json(folder.path / "data.json", {**read_json(folder.path / "data.json"), PREDICTED: found})
 
 
-def _save(state: State, prepared: Prepared, folder: RunFolder) -> None:
+def _save(state: State, prepared: Prepared, folder: RunFolder, world: World) -> None:
+    """The model of a run; of a quantized base its unquantized one with the adapter, made by the first process."""
     dtype, adapter = saved_dtype(prepared.run.model), _saved_adapter(prepared.run)
-    save_model(state.model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
+
+    def save(model: Any) -> None:
+        save_model(model, prepared.chat.tokenizer, folder.path / "model", dtype=dtype, adapter=adapter)
+
+    if prepared.run.model.quantization is None:
+        save(state.model)
+    else:
+        world.first(lambda: save(_unquantized(state.model, prepared)))
+
+
+def _unquantized(model: Any, prepared: Prepared) -> Any:
+    """The unquantized base, on the CPU, with the adapter of `model`."""
+    unquantized = {"quantization": None, "double_quantization": None}
+    settings = prepared.run.model.model_copy(update=unquantized)
+    plain = replace(prepared, run=prepared.run.model_copy(update={"model": settings}))
+    twin = build_model(plain, torch.device("cpu"))
+    take_adapter(twin, model)
+    return twin
 
 
 def _saved_adapter(run: config.Run) -> Any:

@@ -1,9 +1,11 @@
 """The folder of an adapter: weights, tokenizer, decoding settings and instructions; and its merge into the base."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 
 from preceptor.errors import ModelError
 from preceptor.hub import first_line
@@ -35,6 +37,8 @@ model.generation_config = GenerationConfig.from_pretrained(adapter)
 
 `model.merge_and_unload()` gives a model of the base's kind that needs no peft.
 """
+_TABLES = {"embed_tokens", "embed_in", "wte", "word_embeddings", "lm_head", "embed_out", "output"}
+"""What modules with a row for each token are called."""
 _RESIZE = "model.resize_token_embeddings({rows}, mean_resizing=False)  # rows for the new tokens\n"
 
 
@@ -46,11 +50,10 @@ def write_beside_adapter(
     generation_config.save_pretrained(folder)
     (settings,) = model.peft_config.values()
     base = str(settings.base_model_name_or_path)
-    (folder / "README.md").write_text(_readme(settings, base), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(num_rows(folder, settings), base), encoding="utf-8")
 
 
-def _readme(settings: PeftConfig, base: str) -> str:
-    rows = num_rows(settings)
+def _readme(rows: int, base: str) -> str:
     base_rows = _base_rows(base)
     if not rows:
         return README.format(base=base, tokens="No token was added.", resize="")
@@ -70,11 +73,17 @@ def _base_rows(base: str) -> int | None:
         return None
 
 
-def num_rows(settings: PeftConfig) -> int:
-    """How many rows of the embedding an adapter needs for the rows that it holds itself; 0 if it holds none."""
+def num_rows(folder: Path, settings: PeftConfig) -> int:
+    """How many rows of the embedding the adapter in a folder needs for the rows that it holds itself; 0 if none."""
     indices = getattr(settings, "trainable_token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
-    return max((max(ids) + 1 for ids in lists if ids), default=0)
+    of_tokens = max((max(ids) + 1 for ids in lists if ids), default=0)
+    whole = {name.rpartition(".")[2] for name in settings.modules_to_save or ()} & _TABLES
+    if not whole:
+        return of_tokens
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.split(".")[-2] in whole]  # noqa: SIM118 (no mapping)
+        return max([of_tokens, *(file.get_slice(name).get_shape()[0] for name in names)])
 
 
 def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
@@ -86,12 +95,16 @@ def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     try:
-        rows = num_rows(PeftConfig.from_pretrained(str(folder)))
+        rows = num_rows(folder, PeftConfig.from_pretrained(str(folder)))
         if rows > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
         if model.device.type == "meta":
             return model
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        with warnings.catch_warnings():  # as in `add_adapter`
+            warnings.filterwarnings(
+                "ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning
+            )
+            adapted = PeftModel.from_pretrained(model, str(folder))
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
         if (folder / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,8 +1,14 @@
 """LoRA through peft (Hu et al. 2021): low-rank updates beside frozen weights, and the rows of new tokens."""
 
+import difflib
+import json
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -13,14 +19,19 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
+from preceptor.model.adapters.options import PLAIN, LoraOptions
+from preceptor.model.adapters.pissa import first_values, start_at_singular_values
 from preceptor.model.parts import decoder_of
+from preceptor.model.trained import matches, require_matches
 
 ALL_LINEAR = "all-linear"
 _NAMED = 5  # of what does not fit
+_ALIKE = 1e-3  # singular values of one matrix, found on two machines
 
 
 def add_adapter(
@@ -31,16 +42,17 @@ def add_adapter(
     target_modules: Sequence[str] | None,
     new_token_ids: Sequence[int],
     seed: int,
+    options: LoraOptions = PLAIN,
 ) -> PeftModel:
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
     target_modules: names of linear layers as in `q_proj`; None for all of the decoder's that an adapter has an effect
-    on (see `_out_of_reach`). new_token_ids: rows of the embedding (and of an untied head) that are trained as they
-    are, since tokens that the base never saw would otherwise stay at their first values; only these rows get gradients
-    and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises ModelError for a
-    target that the model has not, or that peft rejects.
+    on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
+    as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
+    gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises
+    ModelError for a target or a pattern that the model has not, or that peft rejects.
     """
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     names = {name.rpartition(".")[2] for name in layers}
     unknown = sorted(set(target_modules or ()) - names)
     if unknown:
@@ -48,14 +60,21 @@ def add_adapter(
             f"adapter.target_modules: {type(model).__name__} has no linear layer named {', '.join(unknown)}; "
             f"it has {', '.join(sorted(names))}"
         )
+    whole = _modules_to_save(model, options.modules_to_save)
+    experts = [] if target_modules or options.dora or dropout else _expert_parameters(model)
+    patterns = _patterns(model, rank, alpha, options, {*layers, *experts})
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else ALL_LINEAR,
-        exclude_modules=_out_of_reach(model, layers, asked=target_modules is not None) or None,
-        trainable_token_indices=_token_rows(model, new_token_ids),
+        target_parameters=experts or None,
+        exclude_modules=_out_of_reach(model, layers, target_modules is not None, whole) or None,
+        trainable_token_indices=_token_rows(model, new_token_ids, whole),
+        modules_to_save=whole or None,
+        use_dora=options.dora,
+        use_rslora=options.rslora,
+        init_lora_weights="gaussian" if options.init == "gaussian" else True,
+        **patterns,
     )
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
@@ -67,26 +86,129 @@ def add_adapter(
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            raise ModelError(f"adapter: {error}") from error
-    assert isinstance(adapted, PeftModel)
-    for settings in adapted.peft_config.values():  # sets, whose order is another one in each process
-        for key in ("target_modules", "exclude_modules"):
-            found = getattr(settings, key, None)
-            if isinstance(found, set):
-                setattr(settings, key, sorted(found))
+            raise ModelError(f"adapter: {_reason(error)}") from error
+        assert isinstance(adapted, PeftModel)
+        if options.keeps_first_values:
+            start_at_singular_values(adapted, fast=options.init == "pissa_fast")
+    _train_in_float32(adapted)
+    _sort_names(adapted)
     return adapted
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def _reason(error: ValueError) -> str:
+    """What peft says; of experts that are one tensor with what to do."""
+    if "lora.ParamWrapper" not in str(error):
+        return str(error)
+    return (
+        "experts that are one tensor take neither dropout nor DoRA. Name linear layers in adapter.target_modules, or "
+        "use `kind: lora` without dropout"
+    )
+
+
+def _sort_names(adapted: PeftModel) -> None:
+    """peft keeps names as sets, whose order is another one in each process."""
+    for settings in adapted.peft_config.values():
+        for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+            found = getattr(settings, key, None)
+            if isinstance(found, set):
+                setattr(settings, key, sorted(found))
+
+
+def _patterns(
+    model: PreTrainedModel, rank: int, alpha: float, options: LoraOptions, names: Iterable[str]
+) -> dict[str, Any]:
+    """Rank and alpha for peft: in all, and of the layers that a pattern names, each by its whole name.
+
+    An adapter that keeps its first values has twice the rank, and the alpha that leaves the scale as it is. Raises
+    ModelError for a pattern that no layer has.
+    """
+    times = 2 if options.keeps_first_values else 1
+    grown = math.sqrt(times) if options.rslora else times
+    found: dict[str, Any] = {"r": rank * times, "lora_alpha": alpha * grown}
+    for key, own, factor in (
+        ("rank_pattern", options.rank_pattern, times),
+        ("alpha_pattern", options.alpha_pattern, grown),
+    ):
+        patterns: Mapping[str, float] = dict(own)  # type: ignore[arg-type]
+        require_matches([f"*.{pattern}" for pattern in patterns], sorted(names), f"adapter.{key}")
+        chosen = {name: next((p for p in patterns if _fits(p, name)), None) for name in sorted(names)}
+        found[key] = {name: patterns[p] * factor for name, p in chosen.items() if p is not None}
+    return found
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a pattern is the name of a layer, its end, or that of a module around it."""
+    return matches(pattern, name) or matches(f"*.{pattern}", name)
+
+
+def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that are trained whole. Raises ModelError for what is none, or is one table with another."""
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for pattern in patterns:
+        own = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
+        if not own:
+            near = difflib.get_close_matches(pattern, sorted({name.rpartition(".")[2] for name in names}), n=3)
+            raise ModelError(
+                f"adapter.modules_to_save: {type(model).__name__} has no module {pattern!r}"
+                + (f"; near it: {', '.join(near)}" if near else "")
+            )
+        found += own
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {name_of(model, embedding), name_of(model, head)}
+    if head.weight is embedding.weight and not tables.isdisjoint(found):
+        raise ModelError(
+            f"adapter.modules_to_save: embedding and head of {type(model).__name__} are one table, which peft cannot "
+            "train whole beside an adapter. Rows of new tokens are trained in any case; else train without an adapter"
+        )
+    inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
+    return sorted({*found} - {*inner})
+
+
+def _expert_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the tensors that hold a matrix of each expert; not of experts that text does not go to (ERNIE VL)."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.split(".")[-2] == "experts" and "vision" not in name
+    ]
+
+
+def _train_in_float32(adapted: PeftModel) -> None:
+    """Modules that are trained whole, whatever the type of the base: between casts to theirs and back.
+
+    peft does so for LoRA itself, not for copies of modules.
+    """
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            copy = module.modules_to_save["default"]
+            dtype = next(copy.parameters()).dtype
+            if dtype not in (torch.bfloat16, torch.float16):
+                continue
+            copy.float()
+            copy.register_forward_pre_hook(_to_float32, with_kwargs=True)
+            copy.register_forward_hook(partial(_to_dtype, dtype))
+
+
+def _to_float32(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return tuple(map(_wide, given)), {name: _wide(value) for name, value in named.items()}
+
+
+def _to_dtype(dtype: torch.dtype, _: nn.Module, given: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -> None:
     """Give the adapter of `model` the weights of one that was saved. Raises ModelError where they do not fit."""
     saved, ours = LoraConfig.from_pretrained(str(folder)), model.peft_config["default"]
     assert isinstance(saved, LoraConfig) and isinstance(ours, LoraConfig)
-    wrong = []
-    for key, there, here in (("rank", saved.r, ours.r), ("alpha", saved.lora_alpha, ours.lora_alpha)):
-        if there != here:
-            wrong.append(f"adapter.{key}: {there:g} there, {here:g} here")
     weights = load_peft_weights(str(folder), device="cpu")
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = [*_other_settings(saved, ours, options)]
     if not wrong:
         wrong += [
             f"{name}: not adapted here (adapter.target_modules, new tokens)" for name in sorted({*weights} - {*wanted})
@@ -99,6 +221,12 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
             for name, tensor in sorted(wanted.items())
             if name in weights and weights[name].shape != tensor.shape
         ]
+    if not wrong and options.keeps_first_values:
+        wrong += [
+            f"{name}: other singular values there, or none (adapter.init)"
+            for name, first in first_values(model).items()
+            if not torch.allclose(first(weights[name]), first(wanted[name]).cpu(), rtol=_ALIKE, atol=_ALIKE)
+        ]
     if wrong:
         more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise ModelError(
@@ -110,7 +238,26 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def _linear_layers(model: PreTrainedModel) -> set[str]:
+def _other_settings(saved: LoraConfig, ours: LoraConfig, options: LoraOptions) -> Iterator[str]:
+    """The keys in which a saved adapter is another one."""
+    times = 2 if options.keeps_first_values else 1
+    grown = math.sqrt(times) if options.rslora else times
+    for key, there, here in (
+        ("rank", saved.r / times, ours.r / times),
+        ("alpha", saved.lora_alpha / grown, ours.lora_alpha / grown),
+    ):
+        if there != here:
+            yield f"adapter.{key}: {there:g} there, {here:g} here"
+    for key, one, other in (
+        ("kind", *("dora" if each.use_dora else "lora" for each in (saved, ours))),
+        ("use_rslora", *(str(bool(each.use_rslora)).lower() for each in (saved, ours))),
+        ("alpha_pattern", *(json.dumps(each.alpha_pattern, sort_keys=True) for each in (saved, ours))),
+    ):
+        if one != other:
+            yield f"adapter.{key}: {one} there, {other} here"
+
+
+def linear_layers(model: PreTrainedModel) -> set[str]:
     """Names of the linear layers that an adapter works on: not the head, not a vision tower's, which text does not go
     through, and not a router that returns more than x W^T."""
     head, within = model.get_output_embeddings(), set(decoder_of(model).modules())
@@ -121,10 +268,11 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
     }
 
 
-def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool) -> list[str]:
+def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool, whole: Sequence[str] = ()) -> list[str]:
     """Names of what gets no adapter: all outside the decoder but for the head, whatever it is called; linear layers
-    that are none of `layers`; and, unless they were asked for by name, those of a state-space mixer but for its
-    `in_proj`: its fused kernels take the weights, so an adapter would be passed by.
+    that are none of `layers`, or part of the modules `whole`, which are trained; and, unless they were asked for by
+    name, those of a state-space mixer but for its `in_proj`: its fused kernels take the weights, so an adapter would be
+    passed by.
     """
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     within = {*decoder_of(model).modules(), head}
@@ -134,7 +282,9 @@ def _out_of_reach(model: PreTrainedModel, layers: set[str], asked: bool) -> list
         mixer = hasattr(modules[parent], "A_log") and hasattr(modules[parent], "D")
         passed_by = mixer and not asked and last != "in_proj"
         linear = isinstance(module, nn.Linear) and module is not head
-        if (module not in within and not [*module.children()]) or (linear and (name not in layers or passed_by)):
+        trained = any(name == other or name.startswith(f"{other}.") for other in whole)
+        refused = name not in layers or passed_by or trained
+        if (module not in within and not [*module.children()]) or (linear and refused):
             found.append(name)
     return found
 
@@ -151,17 +301,21 @@ def _returns_more(module: nn.Linear) -> bool:
     return not isinstance(output, torch.Tensor) or output.shape != (1, module.out_features)
 
 
-def _token_rows(model: PreTrainedModel, new_token_ids: Sequence[int]) -> dict[str, list[int]] | None:
-    """peft's `trainable_token_indices`: by module name; a head tied to the embedding follows it by itself."""
+def _token_rows(
+    model: PreTrainedModel, new_token_ids: Sequence[int], whole: Sequence[str] = ()
+) -> dict[str, list[int]] | None:
+    """peft's `trainable_token_indices`: by module name; a head tied to the embedding follows it by itself.
+
+    whole: modules of which all is trained.
+    """
     if not new_token_ids:
         return None
     ids = sorted(new_token_ids)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = {_name_of(model, embedding): ids}
-    if head is not None and head.weight is not embedding.weight:
-        rows[_name_of(model, head)] = ids
-    return rows
+    tables = [embedding, *([head] if head is not None and head.weight is not embedding.weight else [])]
+    names = [name for name in (name_of(model, table) for table in tables) if name not in whole]
+    return {name.rpartition(".")[2]: ids for name in names} or None
 
 
-def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted).rpartition(".")[2]
+def name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

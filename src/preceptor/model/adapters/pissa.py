@@ -1,0 +1,109 @@
+"""PiSSA (Meng et al. 2024, arXiv:2404.02948): an adapter that starts at the base's largest singular values.
+
+    W = U S V^T,  A0 = sqrt(S_r / s) V_r^T,  B0 = U_r sqrt(S_r / s);  the layer is  W + s (B A - B0 A0),  s the scale
+
+The paper subtracts s B0 A0 from the base. Here the base stays as it is, so that it is still at hand, in any type, and a
+saved adapter is a plain LoRA on it, of twice the rank: A and A0 above each other, B and -B0 side by side. The halves A0
+and B0 get no gradient. Experts that are one tensor get an adapter each, as peft lays them out.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from preceptor.errors import ModelError
+
+_ITERATIONS = 16  # of the fast decomposition, as in the paper
+
+
+@torch.no_grad()
+def start_at_singular_values(model: nn.Module, fast: bool) -> None:
+    """Set the first values of every LoRA layer, whose rank is twice that which is trained.
+
+    fast: by random projections (Halko et al. 2011). Raises ModelError where a matrix has fewer singular values.
+    """
+    for name, layer in lora_layers(model):
+        lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if lora_a.device.type != "meta":
+            rank = layer.r["default"] // 2
+            weight_EOI = _weight(layer)
+            if rank > min(weight_EOI.shape[1:]):
+                raise ModelError(
+                    f"adapter.rank: {rank}, but {name} has {min(weight_EOI.shape[1:])} singular values; lower it there "
+                    "with adapter.rank_pattern, or use another adapter.init"
+                )
+            a_ERI, b_EOR = _factors(weight_EOI, rank, layer.scaling["default"], fast)
+            _by_expert_a(layer, lora_a).copy_(torch.cat([a_ERI, a_ERI], dim=1))
+            _by_expert_b(layer, lora_b).copy_(torch.cat([b_EOR, -b_EOR], dim=2).permute(1, 2, 0))
+        keep_first_values(layer)
+
+
+def keep_first_values(layer: Any) -> None:
+    """The second half of a layer's rank gets no gradient."""
+    for parameter, half in _halves(layer):
+        parameter.register_hook(partial(_without, half))
+
+
+def _without(half: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    gradient = gradient.clone(memory_format=torch.contiguous_format)
+    half(gradient).zero_()
+    return gradient
+
+
+def first_values(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Of each tensor of a saved adapter, by its name there: what gives the half of it that is not trained."""
+    names = {id(p): name.replace(".default", "") for name, p in model.named_parameters()}
+    return {names[id(p)]: half for _, layer in lora_layers(model) for p, half in _halves(layer)}
+
+
+def _halves(layer: Any) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """A and B of a layer, each with what gives the second half of its rank."""
+    rank = layer.r["default"] // 2
+    yield layer.lora_A["default"].weight, lambda tensor: _by_expert_a(layer, tensor)[:, rank:]
+    yield layer.lora_B["default"].weight, lambda tensor: _by_expert_b(layer, tensor)[:, rank:]
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every module under LoRA, by its name in the base model."""
+    return [
+        (name.removeprefix("base_model.model."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+
+
+def _num_experts(layer: Any) -> int:
+    return int(getattr(layer, "num_experts", 1))
+
+
+def _by_expert_a(layer: Any, lora_a: Tensor) -> Tensor:
+    """(experts, rank, inputs)."""
+    return lora_a.view(_num_experts(layer), -1, lora_a.shape[-1])
+
+
+def _by_expert_b(layer: Any, lora_b: Tensor) -> Tensor:
+    """(outputs, rank, experts)."""
+    return lora_b.view(lora_b.shape[0], -1, _num_experts(layer))
+
+
+def _weight(layer: Any) -> Tensor:
+    """The adapted matrix of each expert (experts, outputs, inputs) in float32; of a linear layer one."""
+    weight = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+    if weight.dim() == 2:
+        return weight.float()[None]
+    return weight.float() if layer._did_swap_in_out_features else weight.float().transpose(1, 2)
+
+
+def _factors(weight_EOI: Tensor, rank: int, scale: float, fast: bool) -> tuple[Tensor, Tensor]:
+    if fast:
+        u_EOR, s_ER, v_EIR = torch.svd_lowrank(weight_EOI, rank, niter=_ITERATIONS)
+        v_ERI = v_EIR.transpose(1, 2)
+    else:
+        u_EOR, s_ER, v_ERI = torch.linalg.svd(weight_EOI, full_matrices=False)
+        u_EOR, s_ER, v_ERI = u_EOR[:, :, :rank], s_ER[:, :rank], v_ERI[:, :rank]
+    root_ER = (s_ER / scale).sqrt()
+    return root_ER[:, :, None] * v_ERI, u_EOR * root_ER[:, None, :]

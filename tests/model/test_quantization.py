@@ -1,0 +1,119 @@
+"""Quantized bases by bitsandbytes: bits, bytes, and gradients of adapters equal to plain autograd's."""
+
+import copy
+
+import pytest
+import torch
+from test_adapter_kinds import gradients, plain_loss, shake, trees
+from torch import nn
+from torch.nn.functional import linear
+
+from preceptor.data.forest import pack_trees
+from preceptor.errors import ConfigError
+from preceptor.model import quantization
+from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.checks.head import check_head
+from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.forward import Engine
+from preceptor.model.quantization import QuantizedLinear, num_parameters, quantizable, quantize, quantized_layers
+from preceptor.plan.memory import quantized_bytes
+from preceptor.train.precision import autocast
+from tiny import tiny_model
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
+WAYS = [("nf4", True), ("nf4", False), ("int8", False)]
+
+
+@pytest.mark.parametrize(("kind", "double"), WAYS)
+@pytest.mark.parametrize("shape", [(48, 80), (3, 5), (7, 1031)], ids=str)
+def test_bits_values_and_bytes_are_those_of_bitsandbytes(kind, double, shape):
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0])
+    own = QuantizedLinear(layer, kind, double, "cpu")
+    weight = layer.weight.detach()
+    if kind == "nf4":
+        theirs = bnb.nn.Params4bit(weight, compress_statistics=double, quant_type="nf4", requires_grad=False).to("cpu")
+        expected = bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state)
+        state = theirs.quant_state
+        tensors = [theirs.data, state.absmax, state.code]
+        tensors += [state.offset, state.state2.absmax, state.state2.code] if double else []
+    else:
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        expected, tensors = bnb.functional.int8_vectorwise_dequant(codes, scales), [codes, scales]
+    torch.testing.assert_close(own.weight, expected, rtol=1e-6, atol=1e-7)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert sum(each.numel() * each.element_size() for each in own.buffers()) == num_bytes
+    assert quantized_bytes(kind, double, shape) == num_bytes
+    empty = QuantizedLinear(layer.to("meta"), kind, double, "meta")
+    assert [(name, t.shape, t.dtype) for name, t in empty.named_buffers()] == [
+        (name, t.shape, t.dtype) for name, t in own.named_buffers()
+    ]
+
+
+def quantized_model(kind="nf4", double=True, model_type="llama", options=None, dtype=torch.float32, **config):
+    model = tiny_model(model_type, dtype=dtype, **config)
+    quantize(model, kind, double, "cpu")
+    return add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options or LoraOptions())
+
+
+@pytest.mark.parametrize(("kind", "double"), WAYS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_layer_has_the_gradient_of_its_dequantized_weight(kind, double, precision):
+    torch.manual_seed(0)
+    own = QuantizedLinear(nn.Linear(80, 48), kind, double, "cpu")
+    x, other = (torch.randn(5, 80).requires_grad_() for _ in range(2))
+    other.data.copy_(x.data)
+    with autocast(torch.device("cpu"), precision):
+        found, expected = own(x), linear(other, own.weight, own.bias)
+    assert found.dtype == expected.dtype
+    found.float().pow(2).sum().backward()
+    expected.float().pow(2).sum().backward()
+    tolerance = 1e-5 if precision == "float32" else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad, other.grad, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("options", [LoraOptions(), LoraOptions(dora=True), LoraOptions(init="pissa")], ids=str)
+@pytest.mark.parametrize(("kind", "double"), WAYS[::2])
+def test_the_gradient_of_an_adapter_is_that_of_plain_autograd(kind, double, options):
+    """Plain: the same model, each linear layer with its dequantized weight, by the model's own forward pass."""
+    model = quantized_model(kind, double, options=options)
+    shake(model)
+    plain = copy.deepcopy(model)
+    for name, layer in [(n, m) for n, m in plain.named_modules() if isinstance(m, QuantizedLinear)]:
+        whole = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None).requires_grad_(False)
+        whole.weight.data = layer.weight
+        parent, _, last = name.rpartition(".")
+        setattr(plain.get_submodule(parent), last, whole)
+    plain_loss(plain.double()).backward()
+    expected = gradients(plain)
+    check_head(model)
+    check_isolation(model)
+    if options.keeps_first_values:  # the copy has no hooks
+        expected = {}
+    for policy in (KEEP_ALL, ActivationPolicy("recompute"), ActivationPolicy("full", "all")):
+        Engine(model)(pack_trees(trees()), policy).backward()
+        for name, gradient in gradients(model).items():
+            expected.setdefault(name, gradient.double())
+            torch.testing.assert_close(gradient.double(), expected[name], rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gpt_oss", "falcon_h1"])
+def test_what_is_quantized(model_type):
+    """Linear layers of the decoder; not the head, no router, no experts that are one tensor."""
+    model = tiny_model(model_type)
+    names, before = set(quantizable(model)), num_parameters(model)
+    assert {name.rpartition(".")[2] for name in names} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not any("lm_head" in name or "embed" in name or name.endswith(".gate") for name in names)
+    assert quantize(model, "int8", False, "cpu") == len(names) == len(list(quantized_layers(model)))
+    assert num_parameters(model) == before
+
+
+def test_without_bitsandbytes_the_extra_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"model\.quantization: needs bitsandbytes.*preceptor\[quantized\]"):
+        quantization.bitsandbytes()
