@@ -1,6 +1,6 @@
 """What an adapter trains: a table by kind of module, and what the first step has not moved."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
