@@ -51,7 +51,7 @@ from preceptor.train.optimizer import (
     optimizer_lines,
 )
 from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
-from preceptor.train.preflight import preflight
+from preceptor.train.preflight import PreflightResult, preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, origins, session, trees_hashes, write_start
 from preceptor.train.run_folder import RunFolder, claim, longer
@@ -285,10 +285,7 @@ def execute_in(
     elif world.is_first:
         counts = amounts(prepared, loader, num_steps) | {
             "each_conversation_alone": loader.alone,
-            "preflight_seconds": passed.seconds,
-            **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
-            "memory_before_bytes": memory_before_bytes,
-            **({} if predicted is None else {"predicted_memory_bytes": predicted}),
+            **_preparations(passed, memory_before_bytes, predicted),
         }
         record = {**record, "engine": _engine_record(run, state)}  # the proofs may have changed it
         folder.begin(record, config.dump(run), lambda place: write_start(place, prepared, counts))
@@ -302,6 +299,15 @@ def execute_in(
         _end(state, run, folder, checkpoints, num_steps, world, say)
         save_at_the_end(lambda: _save(state, prepared, folder), state, checkpoints, stop, say)
         return finish(folder, say, time.perf_counter() - started) if world.is_first else {}
+
+
+def _preparations(passed: PreflightResult, memory_before_bytes: int, predicted: int | None) -> dict[str, Any]:
+    return {
+        "preflight_seconds": passed.seconds,
+        **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
+        "memory_before_bytes": memory_before_bytes,
+        **({} if predicted is None else {"predicted_memory_bytes": predicted}),
+    }
 
 
 def _engine_record(run: config.Run, state: State) -> dict[str, Any]:
