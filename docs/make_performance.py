@@ -18,8 +18,7 @@ INTRODUCTION = """# Performance
 
 Each figure comes from a benchmark of this repository: the command, the machine and the date stand beside it. All values
 are in `benchmarks/results/`; `python docs/make_performance.py` makes this page from them.
-**Nothing here was measured on a GPU**: `benchmarks/gpu.py` is the prepared script, benchmarks/gpu.md says how to run
-it.
+**Nothing here was measured on a GPU**: `benchmarks/gpu.py` is prepared for it, benchmarks/gpu.md says how to run it.
 """
 WORK = {
     "a": "short chats, vocabulary 32k",
