@@ -133,9 +133,9 @@ def lasting_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def standard_console() -> Console:
-    """Standard output, without wrapping where it is no terminal."""
-    return TerminalConsole(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+def standard_console(quiet: bool = False) -> Console:
+    """Standard output, without wrapping where it is no terminal. quiet: nothing is shown."""
+    return TerminalConsole(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
 
 
 def table_console() -> Console:

@@ -209,6 +209,7 @@ def test_an_error_in_the_loop_is_raised_and_what_was_trained_is_kept(tmp_path, l
 
 
 def test_ctrl_c_saves_and_is_raised(tmp_path, live):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
     run = run_of(tmp_path, live())
     with pytest.raises(KeyboardInterrupt, match="SIGINT after step 2; the same call goes on"):
         for step in run.steps():

@@ -7,7 +7,7 @@ from test_passes import SEQUENCES, assert_same, loss_and_grads, rounding_in_floa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations import layers, passes
+from preceptor.model.activations import inputs, layers
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.layout import computed_tokens
@@ -31,7 +31,7 @@ def to_tens(num_tokens, _):
 def round_up(monkeypatch, computed):
     """By it everywhere; `computed` gets the numbers that were asked for."""
     monkeypatch.setattr(softmax, "computed_tokens", to_tens)
-    for module in (layers, passes):
+    for module in (layers, inputs):
         monkeypatch.setattr(module, "computed_tokens", lambda n, like: computed.append(n) or to_tens(n, like))
 
 

@@ -129,12 +129,18 @@ def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
     components = plan["memory"]["components"]
     assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
     assert not plan["memory"]["fits"]
-    everything, half, lora, lora_half = plan["would_fit"]
+    everything, half, lora, lora_half, quantized = plan["would_fit"]
     assert half["states_bytes"] < 0.65 * everything["states_bytes"]  # 10.1 bytes a parameter against 16
     assert (
         everything["states_bytes"] > 3 * lora["states_bytes"] and lora["states_bytes"] > 1.9 * lora_half["states_bytes"]
     )
-    assert [way["fits_on_checkpointed"] for way in plan["would_fit"]] == [[], [], [], ["B200"]]
+    assert [way["fits_on_checkpointed"] for way in plan["would_fit"]] == [
+        [],
+        [],
+        [],
+        ["B200"],
+        ["A100 80", "H100", "H200", "B200"],
+    ]
     text = to_text({**plan, "change": None})
     assert "No change of the run file makes it fit this device" in text
     assert "steps and tokens are not known" in text and "assumed: 3/4 of them context" in text

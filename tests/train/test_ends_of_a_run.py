@@ -275,12 +275,12 @@ def test_a_checkpoint_is_written_while_training_goes_on(run_file, tmp_path, monk
     taken, waiting, writing = threading.Event(), [], []
     write = checkpoint.Checkpoints._write
 
-    def slow(self, content, num_bytes, step):
+    def slow(self, content, num_bytes, step, position):
         writing.append(step)
         assert threading.current_thread() is not threading.main_thread()
         if step == 1:
             waiting.append(taken.wait(20))
-        write(self, content, num_bytes, step)
+        write(self, content, num_bytes, step, position)
         assert writing == [*range(1, step + 1)]
 
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
@@ -297,10 +297,10 @@ def test_an_error_of_the_writer_ends_the_run_at_the_next_step_and_the_former_che
     file = run_file(train__duration="9 steps", checkpoint__every="2 steps", checkpoint__async_save=True)
     write = checkpoint.Checkpoints._write
 
-    def fails(self, content, num_bytes, step):
+    def fails(self, content, num_bytes, step, position):
         if step == 4:
             raise CheckpointError("step-00000004: cannot be written: No space left on device")
-        write(self, content, num_bytes, step)
+        write(self, content, num_bytes, step, position)
 
     def slowly(state, *arguments):
         time.sleep(0.1)

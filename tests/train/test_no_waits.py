@@ -18,7 +18,7 @@ from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
 from preceptor.model.sizes import dry_run_for
-from preceptor.train import loop
+from preceptor.train import step
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
@@ -78,7 +78,7 @@ def test_nothing_looks_at_a_result_within_a_step(kind, adapter, policy, precisio
     install(model)  # tries, and so looks
     read = []
     stack = torch.stack
-    monkeypatch.setattr(loop.torch, "stack", lambda tensors: read.append(len(tensors)) or stack(tensors))
+    monkeypatch.setattr(step.torch, "stack", lambda tensors: read.append(len(tensors)) or stack(tensors))
     with Waits() as waits:
         loss, norm = take_step(state, [CHAINS, TREES], 1e-3, 1.0, precision, Objective(policy))
     assert waits.looks == []

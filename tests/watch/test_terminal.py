@@ -64,7 +64,7 @@ def test_it_never_overflows_the_window(tmp_path, width, height, num_runs):
 
 
 def test_several_runs_stand_beside_one_another(tmp_path):
-    text = shown([growing(tmp_path / "a"), growing(tmp_path / "b")], width=140)
+    text = shown([growing(tmp_path / "a"), growing(tmp_path / "b")], width=220)
     assert any("a" in line and "b" in line and line.count("╭") == 2 for line in text.splitlines())
 
 

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from preceptor import config
 from preceptor.api.results import CheckResult, EvaluationResult, PlanResult, ShownExamples, TrainResult
 from preceptor.api.values import merged, over_model_and_data, settings_of
@@ -162,7 +160,7 @@ class Run:
             raise ConfigError("steps(): of this run are being taken already")
         with stop_on_signals() as stop, World.launched() as world, world.errors_told_once():
             _require_first_of_process(world)
-            console = Console(quiet=True) if self._quiet or not world.is_first else standard_console()
+            console = standard_console(quiet=self._quiet or not world.is_first)
             self._session = Session(
                 self.config,
                 console,

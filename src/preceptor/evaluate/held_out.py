@@ -121,10 +121,11 @@ def measure(
         "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
     }
-    spread = interval(of_examples["loss"], of_examples["num_tokens"])
+    is_finite = math.isfinite(sum(of_examples["loss"]))
+    spread = interval(of_examples["loss"], of_examples["num_tokens"]) if is_finite else None
     return {
         **_figures(pairs),
-        **({} if spread.low is None else {"loss_interval": [spread.low, spread.high]}),
+        **({} if spread is None or spread.low is None else {"loss_interval": [spread.low, spread.high]}),
         **({"by_example": of_examples} if by_example else {}),
         **{
             group: {name: _figures(members) for name, members in sorted(found.items(), key=_in_order)}

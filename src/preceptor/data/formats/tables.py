@@ -157,7 +157,7 @@ def find_tables(source: Source) -> list[DataTable]:
     if isinstance(source, LiveSource):
         _only_keys(source, (), "data in memory")
         return [source.table]
-    if source.path.startswith(MEMORY):
+    if source.path.startswith(MEMORY) and "://" not in source.path:
         raise DataError(f"{source.path}: data that a Python program held; the same program goes on with this run")
     if source.path.startswith(PACKAGED):
         _only_keys(source, (), "a file")

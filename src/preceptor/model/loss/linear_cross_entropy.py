@@ -89,9 +89,8 @@ def linear_cross_entropy(
     Matrix products run in the dtype of weight_VD, or of autocast where that is on for the device; the softmax, the
     loss and the sum are float32 (float64 for float64 inputs). A head without `requires_grad` costs no gradient. With
     N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
-    With trained_rows, weight_VD holds their values already.
-
-    divisor: by which weight_N is divided already; what a loss of the user's own is given is not (own.py).
+    With trained_rows, weight_VD holds their values already. divisor: by which weight_N is divided already; what a loss
+    of the user's own is given is not (own.py).
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
