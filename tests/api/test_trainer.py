@@ -80,14 +80,16 @@ def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, 
 
 
 def test_an_adapter_by_its_peft_config(base_folder, tmp_path):
-    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    targets = ["q_proj", "v_proj"]
+    peft_config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, use_dora=True, task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         str(base_folder), SFTConfig(str(tmp_path / "run"), **FAST), train_dataset=ROWS, peft_config=peft_config
     )
     adapter = trainer.run.config.adapter
     assert (adapter.rank, adapter.alpha, sorted(adapter.target_modules)) == (4, 16.0, ["q_proj", "v_proj"])
     trainer.train()
-    assert json.loads((tmp_path / "run/model/adapter/adapter_config.json").read_text())["r"] == 4
+    saved = json.loads((tmp_path / "run/model/adapter/adapter_config.json").read_text())
+    assert saved["r"] == 4 and saved["use_dora"]
 
 
 def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
@@ -108,8 +110,8 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"data_collator": print}, "data_collator: .*conversations are packed"),
         ({"compute_loss_func": print}, "compute_loss_func: "),
         ({"optimizers": (1, 2)}, r"optimizers: .*optimizer"),
-        ({"quantization_config": 1}, "quantization_config: .*quantized weights are not offered"),
-        ({"peft_config": LoraConfig(use_dora=True)}, "peft_config.use_dora: this variant of LoRA is not offered"),
+        ({"quantization_config": 1}, "quantization_config: model.quantization"),
+        ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),
         ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
         ({"train_dataset": None}, "train_dataset: needed"),
         ({"args": 7}, "args: 7 is no SFTConfig"),

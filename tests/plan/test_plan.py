@@ -129,7 +129,7 @@ def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
     components = plan["memory"]["components"]
     assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
     assert not plan["memory"]["fits"]
-    everything, half, lora, lora_half, quantized = plan["would_fit"]
+    everything, half, lora, lora_half, _ = plan["would_fit"]
     assert half["states_bytes"] < 0.65 * everything["states_bytes"]  # 10.1 bytes a parameter against 16
     assert (
         everything["states_bytes"] > 3 * lora["states_bytes"] and lora["states_bytes"] > 1.9 * lora_half["states_bytes"]

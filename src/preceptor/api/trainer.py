@@ -38,6 +38,7 @@ _REFUSED = {
     "quantization_config": "model.quantization: nf4 or int8 says it, of preceptor.Run",
 }
 _OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over
+_KINDS_OF_PEFT = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save")
 _OF_NO_EFFECT = (
     "task_type",
     "peft_type",
@@ -247,10 +248,14 @@ def _adapter(peft_config: Any) -> dict[str, Any]:
         return {}
     if type(peft_config).__name__ != "LoraConfig":
         raise ConfigError(f"peft_config: {type(peft_config).__name__}: LoRA alone is offered; give a peft.LoraConfig")
-    unset = type(peft_config)()
+    unset, kind = type(peft_config)(), {}
     for field in dataclasses.fields(peft_config):
         value = getattr(peft_config, field.name)
-        if field.name not in (*_OF_PEFT, *_OF_NO_EFFECT) and value != getattr(unset, field.name):
+        if value == getattr(unset, field.name) or field.name in (*_OF_PEFT, *_OF_NO_EFFECT):
+            continue
+        if field.name in _KINDS_OF_PEFT:
+            kind[field.name] = value
+        else:
             why = NO_COUNTERPART.get(field.name, "is not offered: remove it, or choose layers by `target_modules`")
             raise ConfigError(f"peft_config.{field.name}: {why}")
     targets = peft_config.target_modules
@@ -260,6 +265,7 @@ def _adapter(peft_config: Any) -> dict[str, Any]:
         "lora_alpha": peft_config.lora_alpha,
         "lora_dropout": peft_config.lora_dropout,
         "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        **kind,
     }
 
 

@@ -100,8 +100,7 @@ def linear_cross_entropy(
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; and, for a
-    half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient, since rounding
-    after each chunk would lose bits.
+    half-precision head whose tokens take more than one chunk, a float32 accumulator of its gradient.
     """
     form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor, compiled)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
