@@ -35,7 +35,7 @@ _REFUSED = {
     "preprocess_logits_for_metrics": "logits of all tokens never exist here; write a metric of a task",
     "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
-    "quantization_config": "model.quantization: nf4 or int8 says it, of preceptor.Run",
+    "quantization_config": "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run",
 }
 _OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over
 _KINDS_OF_PEFT = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save")
