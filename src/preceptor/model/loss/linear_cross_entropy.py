@@ -99,8 +99,8 @@ def linear_cross_entropy(
     multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
-    token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32 accumulator of
-    the gradient of a half-precision head, for more than one chunk."""
+    token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32
+    accumulator of the gradient of a half-precision head, for more than one chunk."""
     form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor, compiled)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
