@@ -267,7 +267,7 @@ def test_of_two_processes_one_renders(run_file, tmp_path):
 
 def test_a_process_that_is_killed_while_it_renders_leaves_what_it_has_done(run_file, tmp_path, files_of):
     file = run_file(ROWS, data__cache=str(tmp_path / "cache"), data__max_rejected=0.5)
-    process = start(file, 0.02)
+    process = start(file, 0.1)
     while len(files_of("portions")) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
