@@ -72,12 +72,12 @@ study: setup
 # The tables of docs/optimizers.md, about 25 minutes on 2 cores; it goes on where it was.
 optimizers: setup
 	$(BIN)/python experiments/optimizers.py
-	$(BIN)/python docs/make_optimizers_page.py
+	$(BIN)/python docs/make_settings_pages.py
 
 # The table of docs/adapters.md, about 10 minutes on 2 cores; it goes on where it was.
 adapters: setup
 	$(BIN)/python experiments/adapters.py
-	$(BIN)/python docs/make_adapters_page.py
+	$(BIN)/python docs/make_settings_pages.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
@@ -20,6 +20,32 @@ from pathlib import Path
 TORTURE = int(os.environ.get("PRECEPTOR_TORTURE", "0"))  # how many times more than in the fast suite, where not 0
 
 _OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+
+
+class Killed(BaseException):
+    """What ends a run in this process as a kill does: nothing catches it."""
+
+
+@contextmanager
+def killed_at_step(step):
+    """Inside, a run is killed when it is about to take the step after `step`, and the block must end so."""
+    from preceptor.train import loop
+
+    take_step = loop.take_step
+
+    def take(state, *arguments):
+        if state.step == step:
+            raise Killed
+        return take_step(state, *arguments)
+
+    loop.take_step = take
+    try:
+        yield
+    except Killed:
+        return
+    finally:
+        loop.take_step = take_step
+    raise AssertionError(f"the run was not killed at step {step}")
 
 
 @dataclass(frozen=True)

@@ -147,16 +147,10 @@ def test_the_page_on_plans_says_what_was_measured_and_planned():
     assert module.PLANNED.search(page).group() == module.planned(), "run python docs/make_plan_page.py"
 
 
-def test_the_optimizers_page_has_the_measured_figures():
-    module = made_by("make_optimizers_page")
-    page = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
-    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_optimizers_page.py"
-
-
-def test_the_adapters_page_has_the_measured_figures():
-    module = made_by("make_adapters_page")
-    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_adapters_page.py"
+def test_the_pages_on_optimizers_and_adapters_have_the_measured_figures():
+    for made in made_by("make_settings_pages").PAGES:
+        page = made.file.read_text(encoding="utf-8")
+        assert made.place.search(page).group() == made.measured(), "run python docs/make_settings_pages.py"
 
 
 def test_the_tests_that_hold_the_promises_exist():

@@ -115,7 +115,7 @@ def test_kubernetes():
     (container,) = pod["containers"]
     first = f"{job['metadata']['name']}-0.{pod['subdomain']}:29500"
     assert container["command"] == ["torchrun"]
-    require_command(container["args"], nproc="gpu", endpoint=first, run="/work/run.yaml")
+    require_command(container["args"], nproc="gpu", endpoint=first, run="/training/run.yaml")
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     assert pod["terminationGracePeriodSeconds"] > int(container["env"][0]["value"])

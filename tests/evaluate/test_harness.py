@@ -19,38 +19,37 @@ from preceptor.train.run import execute
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval, an optional extra, is not installed"
 )
-CHOICE = """
-task: NAME
+HEAD = """task: NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
-output_type: multiple_choice
+"""
+CHOICE = (
+    HEAD
+    + """output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_target: "{{label}}"
 doc_to_choice: "{{choices}}"
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """
-TEXT = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: loglikelihood_rolling
+)
+TEXT = (
+    HEAD
+    + """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: bits_per_byte}]
 """
-ANSWER = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: generate_until
+)
+ANSWER = (
+    HEAD
+    + """output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{choices[0]}}"
 generation_kwargs: {until: ["\\n"]}
 metric_list: [{metric: exact_match}]
 """
+)
 ROWS = [{"question": f"the user {n}", "choices": ["the message", "and then"], "label": n % 2} for n in range(4)]
 
 

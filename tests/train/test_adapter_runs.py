@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from children import killed_at_step
 from safetensors.torch import load_file
 
 from preceptor import config
@@ -11,7 +12,6 @@ from preceptor.errors import ConfigError
 from preceptor.model.adapters.adapted import FirstUpdate, table_lines, without_gradient
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
-from preceptor.train import loop
 from tiny import tiny_model
 
 SETTINGS = {
@@ -31,21 +31,15 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_is_resumed_to_the_bit_and_trained_on(name, run_file, tmp_path, preceptor, monkeypatch):
-    file, take_step = run_file(), loop.take_step
+def test_a_run_is_resumed_to_the_bit_and_trained_on(name, run_file, tmp_path, preceptor):
+    file = run_file()
     words = ("train", file, f"adapter={SETTINGS[name]}", "checkpoint.every=1 steps", "eval.every=null")
     code, shown, error = preceptor(*words, f"out={tmp_path}/a")
     assert code == 0, error
     assert "adapted" in shown and "down_proj" in shown and "no gradient" not in shown
 
-    def killed(state, *arguments):
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return take_step(state, *arguments)
-
-    monkeypatch.setattr(loop, "take_step", killed)
-    assert preceptor(*words, f"out={tmp_path}/b")[0] != 0
-    monkeypatch.setattr(loop, "take_step", take_step)
+    with killed_at_step(2):
+        preceptor(*words, f"out={tmp_path}/b")
     code, shown, error = preceptor(*words, f"out={tmp_path}/b")
     assert code == 0 and len(metrics(tmp_path / "b")) == 4, error
     one, other = weights(tmp_path / "a"), weights(tmp_path / "b")

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from children import killed_at_step
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -31,22 +32,6 @@ def model(folder):
 
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(step, patch):
-    """The run is killed when it is about to take the step after `step`."""
-    take_step = loop.take_step
-
-    def killed(state, *arguments):
-        if state.step == step:
-            raise Killed
-        return take_step(state, *arguments)
-
-    patch.setattr(loop, "take_step", killed)
 
 
 @pytest.fixture
@@ -81,11 +66,10 @@ def test_the_best_model_is_saved_and_the_last_is_kept(overfitting, preceptor, tm
     assert equal(model(folder), model(tmp_path / "short"))
 
 
-def test_a_killed_run_ends_with_the_same_best_model(overfitting, monkeypatch, tmp_path):
+def test_a_killed_run_ends_with_the_same_best_model(overfitting, tmp_path):
     file, folder = overfitting
     run = config.load(file, ["checkpoint.best=loss", "checkpoint.keep=1"])
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(8, patch)
+    with killed_at_step(8):
         execute(prepare(run), QUIET)
     execute(prepare(run), QUIET)
     execute(prepare(config.load(file, ["checkpoint.best=loss", f"out={tmp_path}/whole"])), QUIET)
@@ -93,7 +77,7 @@ def test_a_killed_run_ends_with_the_same_best_model(overfitting, monkeypatch, tm
     assert lines(folder, "eval.jsonl") == lines(tmp_path / "whole", "eval.jsonl")
 
 
-def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, preceptor, monkeypatch, tmp_path):
+def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, preceptor, tmp_path):
     file, folder = overfitting
     code, out, error = preceptor("train", file, "train.patience=2", "checkpoint.best=loss")
     assert code == 0, error
@@ -104,8 +88,7 @@ def test_a_run_that_no_longer_improves_ends_early_and_says_so(overfitting, prece
     assert f"stopped early after step {early['step']}: 2 evaluations did not lower the held-out loss" in out
     assert "The run stopped early, after step" in (folder / "report.html").read_text()
     run = config.load(file, ["train.patience=2", "checkpoint.best=loss", f"out={tmp_path}/again"])
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(early["step"] - 1, patch)
+    with killed_at_step(early["step"] - 1):
         execute(prepare(run), QUIET)
     execute(prepare(run), QUIET)
     assert equal(model(folder), model(tmp_path / "again"))
@@ -180,12 +163,11 @@ def loop_optimizer(model):
     return build_optimizer(model, 0.1, (0.9, 0.95))
 
 
-def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_file, tmp_path, broken, monkeypatch):
+def test_one_step_more_than_may_be_skipped_ends_the_run_also_over_a_kill(run_file, tmp_path, broken):
     """The count is that of the whole run, not of a session."""
     run = config.load(run_file(train__max_skipped=1, checkpoint__every="1 steps"))
     broken(2, 4, gradient=True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(2, patch)
+    with killed_at_step(2):
         execute(prepare(run), QUIET)
     words = r"step 4: .*not finite, in one of the sequences of .*train\.jsonl:\d+.*; 1 steps were skipped before"
     with pytest.raises(ModelError, match=words):
@@ -345,12 +327,9 @@ def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_data_that_is_gone_between_runs_is_named_and_put_back_the_run_goes_on(
-    run_file, tmp_path, monkeypatch, preceptor
-):
+def test_data_that_is_gone_between_runs_is_named_and_put_back_the_run_goes_on(run_file, tmp_path, preceptor):
     file = run_file(checkpoint__every="2 steps")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(3, patch)
+    with killed_at_step(3):
         execute(prepare(config.load(file)), QUIET)
     data = tmp_path / "train.jsonl"
     data.rename(tmp_path / "away.jsonl")

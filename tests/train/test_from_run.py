@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from children import Killed
 from safetensors.torch import load_file, save_file
 
 from conftest import conversations
@@ -167,9 +168,6 @@ def test_a_lengthening_may_be_killed_anywhere(run_file, tmp_path, preceptor, mon
     file = run_file()
     longer = (*CONSTANT, "train.duration=7 steps")
     assert preceptor("train", file, *longer, f"out={tmp_path}/whole")[0] == 0
-
-    class Killed(BaseException):
-        pass
 
     for name in ("remove_folder", "write_json", "write_atomically"):
         out = f"out={tmp_path}/{name}"

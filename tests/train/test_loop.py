@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import killed_at_step
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,24 +117,12 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_bits(run_file):
 
 
 @pytest.mark.parametrize("adapter", [(), ("adapter.rank=4", "adapter.dropout=0.1")])
-def test_a_killed_run_resumes_to_the_same_bits(run_file, monkeypatch, adapter):
+def test_a_killed_run_resumes_to_the_same_bits(run_file, adapter):
     file = run_file(eval_rows=conversations(2), checkpoint__every="3 steps", eval__every="2 steps")
     whole = train(file, "train.duration=8 steps", f"out={file.parent}/whole", *adapter)
 
-    class Killed(BaseException):
-        pass
-
-    steps = loop.take_step
-
-    def take_step(state, *arguments):
-        if state.step == 4:
-            raise Killed
-        return steps(state, *arguments)
-
-    monkeypatch.setattr(loop, "take_step", take_step)
-    with pytest.raises(Killed):
+    with killed_at_step(4):
         train(file, "train.duration=8 steps", *adapter)
-    monkeypatch.undo()
     resumed = train(file, "train.duration=8 steps", *adapter)
 
     def comparable(folder, name):

@@ -5,11 +5,10 @@ import re
 
 import pytest
 import torch
+from children import killed_at_step
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from preceptor.train import loop
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
 
@@ -18,7 +17,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor, monkeypatch):
+def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor):
     file = run_file(optimizer__learning_rate=1e-2, eval__every=None)
     words = ("train", file, "model.quantization=nf4", "adapter={rank: 2, kind: dora}", "checkpoint.every=1 steps")
     code, shown, error = preceptor(*words, f"out={tmp_path}/a")
@@ -35,16 +34,8 @@ def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path
     _require_merged_into_the_unquantized_base(tmp_path / "a" / "model", base_folder)
     assert json.loads((tmp_path / "a" / "environment.json").read_text())["versions"]["bitsandbytes"]
 
-    take_step = loop.take_step
-
-    def killed(state, *arguments):
-        if state.step == 2:
-            raise KeyboardInterrupt
-        return take_step(state, *arguments)
-
-    monkeypatch.setattr(loop, "take_step", killed)
-    assert preceptor(*words, f"out={tmp_path}/b")[0] != 0
-    monkeypatch.setattr(loop, "take_step", take_step)
+    with killed_at_step(2):
+        preceptor(*words, f"out={tmp_path}/b")
     assert preceptor(*words, f"out={tmp_path}/b")[0] == 0
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         one, other = (load_file(tmp_path / run / "model" / name) for run in "ab")

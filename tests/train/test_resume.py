@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import killed_at_step
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.train import loop
 from preceptor.train.differences import changed_keys
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute, execute_in
@@ -28,10 +28,6 @@ Today is {{ strftime_now('%d %B %Y') }}<|im_end|>
 {% endif %}"""
 
 
-class Killed(BaseException):
-    pass
-
-
 def train(file, *overrides, date=None, **kwargs):
     """As the command does it; what was shown."""
     run = config.load(file, overrides)
@@ -42,20 +38,12 @@ def train(file, *overrides, date=None, **kwargs):
 
 
 @pytest.fixture
-def stopped(run_file, monkeypatch):
+def stopped(run_file):
     """Writes a run file, and trains by it until the run is killed at step 4, with a checkpoint of step 3."""
 
     def stop(*overrides, **changes):
         file = run_file(**{"eval_rows": conversations(2), "checkpoint__every": "3 steps", **changes})
-        steps = loop.take_step
-
-        def take_step(state, *arguments):
-            if state.step == 4:
-                raise Killed
-            return steps(state, *arguments)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(loop, "take_step", take_step)
+        with killed_at_step(4):
             train(file, "train.duration=6 steps", *overrides)
         return file
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from children import Killed
 
 from preceptor import config
 from preceptor.errors import CheckpointError, ConfigError
@@ -180,9 +181,6 @@ def test_moving_aside_may_be_killed_anywhere(place, monkeypatch):
         folder = place / f"run{num}"
         left_by(run, folder)
         moves = 0
-
-        class Killed(BaseException):
-            pass
 
         def move(self, target, num=num, folder=folder):
             nonlocal moves

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import killed_at_step
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -14,7 +15,6 @@ from preceptor.errors import ConfigError, ModelError
 from preceptor.model.trained import choose_trained, matches
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import EVERYTHING
-from preceptor.train import loop
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute, execute_in
 from preceptor.train.run_folder import claim
@@ -117,10 +117,6 @@ def test_the_plan_counts_what_is_trained():
     assert found.num_added == 0
 
 
-class Killed(BaseException):
-    pass
-
-
 RUNS = [
     ("adamw", "float32", None),
     ("adamw_8bit", "float32", None),
@@ -134,28 +130,20 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "dtype", "rounding"), RUNS)
-def test_a_killed_run_goes_on_to_the_same_bits(run_file, tmp_path, monkeypatch, name, dtype, rounding):
+def test_a_killed_run_goes_on_to_the_same_bits(run_file, tmp_path, name, dtype, rounding):
     settings = [f"optimizer.name={name}", f"model.dtype={dtype}", f"optimizer.rounding={rounding or 'null'}"]
     settings += ["train.neftune_alpha=5", "optimizer.lr_factors={'*.mlp.*': 2}", "eval.every=null"]
     file = run_file(checkpoint__every="2 steps")
-    steps = loop.take_step
 
-    def go(out, kill=False):
+    def go(out):
         run = config.load(file, [*settings, f"out={tmp_path / out}"])
-
-        def take_step(state, *arguments):
-            if kill and state.step == 3:
-                raise Killed
-            return steps(state, *arguments)
-
-        with monkeypatch.context() as patch, claim(run) as folder:
-            patch.setattr(loop, "take_step", take_step)
+        with claim(run) as folder:
             execute_in(folder, prepare(run, date=folder.date), Console(quiet=True))
         return run.out
 
     whole = go("whole")
-    with pytest.raises(Killed):
-        go("parts", kill=True)
+    with killed_at_step(3):
+        go("parts")
     parts = go("parts")
     weights = [load_file(f"{out}/model/model.safetensors") for out in (whole, parts)]
     assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())

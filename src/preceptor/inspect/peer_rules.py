@@ -85,6 +85,10 @@ class _Emulation:
     def text_ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
+    def document(self, example: Document) -> PeerTokens:
+        ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
+        return PeerTokens(ids, [True] * len(ids))
+
     def rendered(self, messages: PeerMessages, example: Conversation, **options: Any) -> str:
         return str(
             self.tokenizer.apply_chat_template(
@@ -210,8 +214,7 @@ class _Axolotl(_Emulation):
         if isinstance(example, Completion):
             return self._paired(example.prompt, example.completion)
         if isinstance(example, Document):
-            ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
-            return PeerTokens(ids, [True] * len(ids))
+            return self.document(example)
         return self._turns(_messages(example), example)
 
     def _paired(self, prompt: str, answer: str) -> PeerTokens:
@@ -269,15 +272,8 @@ class _LlamaFactory(_Emulation):
 
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
         if isinstance(example, Document):
-            ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
-            return PeerTokens(ids, [True] * len(ids))
-        if isinstance(example, Completion):
-            messages = [
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.completion},
-            ]
-        else:
-            messages = _messages(example)
+            return self.document(example)
+        messages = _as_messages(example) if isinstance(example, Completion) else _messages(example)
         if any(not isinstance(each.get("content"), str) or each.get("role") == "tool" for each in messages):
             return "tools and contents of several parts are not emulated for LLaMA-Factory"
         pairs = self._pairs(messages, example)
@@ -339,18 +335,15 @@ class _Torchtune(_Emulation):
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
         inputs = bool(self.settings.get("train_on_inputs"))
         if isinstance(example, Document):
-            ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
-            return PeerTokens(ids, [True] * len(ids))
+            return self.document(example)
         if isinstance(example, Completion):
-            messages = [
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.completion},
-            ]
+            messages = _as_messages(example)
             example = Conversation(example.source, ())
         else:
             messages = _messages(example)
         whole = self.rendered(messages, example)
-        ids, done = [], 0
+        ids: list[int] = []
+        done = 0
         trained: list[bool] = []
         for at, message in enumerate(messages):
             text = self.rendered(messages[: at + 1], example)

@@ -5,6 +5,7 @@ from uuid import uuid4
 
 import torch
 
+from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.differences import (
     base_differences,
@@ -23,33 +24,24 @@ from preceptor.world import World
 def record_of_first(
     folder: RunFolder,
     prepared: Prepared,
-    model: Any,
-    device: torch.device,
-    world: World,
-    say: Say,
-) -> dict[str, Any]:
-    """As `_record`, which the first process finds out for all: it reads the weights of the base model."""
-    if not world.is_first:
-        return dict(world.published("record"))
-    record = _record(folder, prepared, model, device, world, say)
-    world.publish("record", record)
-    return record
-
-
-def _record(
-    folder: RunFolder,
-    prepared: Prepared,
-    model: Any,
     device: torch.device,
     world: World,
     say: Say,
 ) -> dict[str, Any]:
     """What is recorded of a run that begins; of one that goes on, what was recorded when it began.
 
-    Raises CheckpointError where that run was made from something else, and says what does not stop it.
+    The first process finds it out for all: it reads the weights of the base model. Raises CheckpointError where the run
+    that goes on was made from something else, and says what does not stop it.
     """
-    run = prepared.run
+    if not world.is_first:
+        return dict(world.published("record"))
     now = {**session(device, world.size), **origins(prepared, folder.record)}
+    record = _compared(folder, prepared.run, now, say)
+    world.publish("record", record)
+    return record
+
+
+def _compared(folder: RunFolder, run: config.Run, now: dict[str, Any], say: Say) -> dict[str, Any]:
     if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
         raise ModelError("\n".join(reasons))
     if not folder.goes_on:

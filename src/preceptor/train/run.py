@@ -148,7 +148,7 @@ class Training:
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
         self.model, untrained = build(prepared, device, say, placement, world)
-        record = record_of_first(folder, prepared, self.model, device, world, say)
+        record = record_of_first(folder, prepared, device, world, say)
         objective = Objective.of(run.loss, run.memory, self.model, prepared.chat.num_base_tokens, untrained, run.train)
         state = State(self.model, optimizer_of(run, self.model))
         checkpoints = _checkpoints(folder, run, record, world)
