@@ -1,7 +1,6 @@
 """Proof that compiled layers give the loss and the gradient that the same layers give as they are written."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +9,10 @@ from preceptor.errors import ModelError
 from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, has_dropout, model_type
+from preceptor.model.random_bits import key_of, random_bits
 
 _ADVICE = "Set `engine: efficient`."
+_PART = 2**24  # elements of a gradient that are looked at together
 
 
 def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> None:
@@ -28,11 +29,12 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
     finally:
         state.optimisations.add("compile")
     differs = f"{model_type(model)}: loss or gradient of compiled layers is another one"
-    require_close(found, true, differs, _ADVICE, dtype)
+    for own, expected in zip(found, true, strict=True):
+        require_close(own, expected, differs, _ADVICE, dtype)
 
 
-def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
-    """The loss, and the norm of the gradient of each parameter over all of them, so that each counts alike."""
+def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss; and of each parameter's gradient the norm, and the sum with signs, which follows its direction too."""
     try:
         if has_dropout(model):
             with evaluating(model):
@@ -47,7 +49,17 @@ def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
         raise ModelError(
             f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {words}). {_ADVICE}"
         ) from error
-    gradients: list[Any] = [p.grad for p in model.parameters() if p.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients])
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients.values()]
+    sums = [_signed_sum(name, gradient) for name, gradient in gradients.items()]
     model.zero_grad(set_to_none=True)
-    return torch.cat([own.detach().float().view(1), norms / norms.norm().clamp_min(1e-30)])
+    return own.detach().float().view(1), torch.stack([*norms, *sums])
+
+
+def _signed_sum(name: str, gradient: Tensor) -> Tensor:
+    """The sum of all elements, each with a fixed sign of its place: another one where they are negated or permuted."""
+    total, parts = gradient.new_zeros((), dtype=torch.float32), gradient.flatten().split(_PART)
+    for at, part in enumerate(parts):
+        signs = random_bits(key_of(name), at * _PART, len(part), part.device) < 0
+        total += torch.where(signs, -part, part).sum(dtype=torch.float32)
+    return total
