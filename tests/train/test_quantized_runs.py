@@ -3,12 +3,18 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from children import killed_at_step
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from preceptor.data.dataset import Dataset
+from preceptor.data.loader import Loader
+from preceptor.train.quantized import quantize_base
+from tiny import branching, chain, tiny_model
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
 
@@ -17,11 +23,20 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor):
+def test_losses_are_compared_on_the_shortest_conversations_each_chain_of_a_branching_one_alone():
+    rng, lines = np.random.default_rng(0), []
+    loader = Loader(Dataset([chain(rng, (700, 600)), branching(rng), chain(rng, (20, 9))]), 2048, 1, 0)
+    quantize_base(tiny_model("llama"), "int8", False, loader, "float32", torch.device("cpu"), lines.append)
+    assert "loss of the base (2 conversations of this run, 63 tokens): quantized" in lines[-1]
+
+
+def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor, decompositions):
     file = run_file(optimizer__learning_rate=1e-2, eval__every=None)
-    words = ("train", file, "model.quantization=nf4", "adapter={rank: 2, kind: dora}", "checkpoint.every=1 steps")
+    adapter = "adapter={rank: 2, kind: dora, init: pissa}"
+    words = ("train", file, "model.quantization=nf4", adapter, "checkpoint.every=1 steps")
     code, shown, error = preceptor(*words, f"out={tmp_path}/a")
     assert code == 0, error
+    assert len(decompositions) == 1, "the unquantized model gets the trained values"
     shown = " ".join(shown.split())
     assert "quantized to nf4: 14 linear layers" in shown
     found = re.search(

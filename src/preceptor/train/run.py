@@ -147,7 +147,8 @@ class Training:
         memory_before_bytes = peak_memory_bytes(device)
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
-        self.model, untrained = build(prepared, device, say, placement, world)
+        restored = world.first(lambda: folder.has_checkpoint)
+        self.model, untrained = build(prepared, device, say, placement, world, first_values=not restored)
         record = record_of_first(folder, prepared, device, world, say)
         objective = Objective.of(run.loss, run.memory, self.model, prepared.chat.num_base_tokens, untrained, run.train)
         state = State(self.model, optimizer_of(run, self.model))
@@ -281,7 +282,7 @@ def _unquantized(model: Any, prepared: Prepared) -> Any:
     unquantized = {"quantization": None, "double_quantization": None}
     settings = prepared.run.model.model_copy(update=unquantized)
     plain = replace(prepared, run=prepared.run.model_copy(update={"model": settings}))
-    twin = build_model(plain, torch.device("cpu"))
+    twin = build_model(plain, torch.device("cpu"), first_values=False)
     take_adapter(twin, model)
     return twin
 
