@@ -111,6 +111,7 @@ def loader():
 
 def test_before_the_first_step_compiled_layers_are_held_against_the_layers_as_written(monkeypatch):
     """Here beside an adapter, under autocast."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
     model, lines = add_adapter(tiny_model("llama", num_hidden_layers=1), 4, 8.0, 0.0, None, [], seed=0), []
     preflight(model, loader(), "bfloat16", lines.append)
