@@ -76,7 +76,7 @@ class Bench:
     folder: Path
 
     def shape(self, name: str) -> dict[str, Any]:
-        small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
         small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
         return SHAPES[name] | (small if self.tiny else {})
 
