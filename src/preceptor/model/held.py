@@ -32,7 +32,8 @@ class HeldModel:
     """A model and its tokenizer. folder: what is read of them, without weights.
 
     built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
-    or the adapter around it. has_steps: whether it was trained. record: its configuration and weights as hashes.
+    or the adapter around it. base: the `ReferenceModel` that was taken of it then. has_steps: whether it was trained.
+    record: its configuration and weights as hashes.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -40,6 +41,7 @@ class HeldModel:
         _require_trainable(model)
         self.model, self.tokenizer = model, tokenizer
         self.built: tuple[Any, list[int]] | None = None
+        self.base: Any = None
         self.has_steps = False
         self.record: dict[str, Any] | None = None
         self.folder = Path(tempfile.mkdtemp(prefix="preceptor-live-"))
@@ -94,7 +96,7 @@ class HeldModel:
         model = self.built[0]
         leave_plain(model)
         if isinstance(model, PeftModel) and not self.has_steps:
-            self.model, self.built = model.unload(), None
+            self.model, self.built, self.base = model.unload(), None, None
             self.model.requires_grad_(True)
 
 

@@ -36,7 +36,7 @@ from preceptor.train.evaluations import build_evaluations
 from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
-from preceptor.train.objective import Objective
+from preceptor.train.objective import Objective, own_loss
 from preceptor.train.optimizer import expected_state_bytes
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
@@ -145,11 +145,23 @@ class Training:
         run = prepared.run
         assert run.train.precision is not None, "resolved above"
         memory_before_bytes = peak_memory_bytes(device)
+        own_loss(run.loss)  # what cannot be is said before the model is loaded
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
         self.model, untrained = build(prepared, device, say, placement, world)
         record = record_of_first(folder, prepared, device, world, say)
-        objective = Objective.of(run.loss, run.memory, self.model, prepared.chat.num_base_tokens, untrained, run.train)
+        held = run.model.held if isinstance(run.model, LiveModel) else None
+        objective = Objective.of(
+            run.loss,
+            run.memory,
+            self.model,
+            prepared.chat.num_base_tokens,
+            untrained,
+            run.train,
+            None if held is None else held.base,
+        )
+        if held is not None:
+            held.base = objective.base
         state = State(self.model, optimizer_of(run, self.model))
         checkpoints = _checkpoints(folder, run, record, world)
         _require_room(run, state, checkpoints)
