@@ -16,7 +16,7 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
+    r"(out|tracker.*|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
     r"|data\.allow_rejected.*|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
@@ -130,7 +130,7 @@ def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 def _of_loss(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if before.get("loss_sha256") != now.get("loss_sha256"):
-        yield "the function of loss.code is another one"
+        yield "the function of loss.code is another one, or a value that it uses is (a default, a name from outside)"
 
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
