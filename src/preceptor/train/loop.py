@@ -80,6 +80,9 @@ class Loop:
     world: World = ONE
     ends: bool = False
 
+    def __post_init__(self) -> None:
+        self._unmoved_unknown = self.run.adapter is not None and self.state.step == 0
+
     @property
     def num_steps(self) -> int:
         """Of the whole run."""
@@ -158,10 +161,11 @@ class Loop:
         sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
         state.position = loader.position
         assert precision is not None
-        first = FirstUpdate(state.model) if run.adapter is not None and at == 0 else None
+        first = FirstUpdate(state.model) if self._unmoved_unknown else None
         settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
         try:
             loss, grad_norm = take_step(state, sequences, *settings)
+            self._unmoved_unknown = False
         except NotFiniteError as error:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
