@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,6 +89,47 @@ def test_a_reader_can_be_sent_to_a_fresh_interpreter(write_jsonl, tmp_path):
         folder.mkdir()
         each.write_next(folder)
     assert (tmp_path / "a" / "0.flat").read_bytes() == (tmp_path / "b" / "0.flat").read_bytes()
+
+
+BESIDE = """
+from preceptor.data.forest import Segment, Tree
+
+class Lengths:
+    targets, key = "assistant", None
+
+    def render(self, example):
+        return Tree(example.source, (Segment("target", tuple(range(len(example.text))), None, example.text),))
+
+class NoCounts:
+    def add(self, example, tree):
+        pass
+
+    def of_table(self, name):
+        return {}
+"""
+PROGRAM = """
+import sys, threading
+print("runs", __name__, flush=True)
+from beside import Lengths, NoCounts
+from preceptor.config import Source
+from preceptor.data.stream import WindowReader, Windows
+from preceptor.data.truncation import Fitter
+reader = WindowReader([Source(path=sys.argv[1])], 2, Lengths(), Fitter(Lengths(), 64, "reject"), NoCounts, False)
+end = threading.Event()
+threading.Thread(target=end.wait).start()  # as a program may have: nothing is forked then
+try:
+    print(Windows.rendered(reader).get(0).num_examples, sys.modules["__main__"].__file__)
+finally:
+    end.set()
+"""
+
+
+def test_a_program_with_threads_is_not_run_anew_by_the_process_that_renders(write_jsonl, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    command = [sys.executable, str(tmp_path / "program.py"), write_jsonl(texts(4))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert found.stdout.split() == ["runs", "__main__", "2", str(tmp_path / "program.py")], found.stderr
 
 
 def test_shares_add_up_over_the_windows():

@@ -20,13 +20,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
@@ -48,10 +49,7 @@ from preceptor.errors import PreceptorError, ProcessError, StreamError
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
-_KILLED = (
-    "the process that renders the data ahead ended, often for want of memory. A script that calls this needs its own "
-    'work under `if __name__ == "__main__":`'
-)
+_KILLED = "the process that renders the data ahead ended, often for want of memory"
 _ENDS_WITH_SECONDS = 1.0  # between two looks whether the process that trains is still there
 
 
@@ -231,8 +229,22 @@ def _started(reader: WindowReader, spool: Path) -> Any:
     process = context.Process(target=_render_ahead, args=(reader, spool, os.getpid()), name="preceptor stream")  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # as in workers.py
-        process.start()
+        with _program_not_run_anew():
+            process.start()
     return process
+
+
+@contextmanager
+def _program_not_run_anew() -> Iterator[None]:
+    """Meanwhile a fresh interpreter that is started does not import the main file, whose own work would begin anew."""
+    of_main = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: of_main[name] for name in ("__file__", "__spec__") if name in of_main}
+    of_main.pop("__file__", None)
+    of_main["__spec__"] = None
+    try:
+        yield
+    finally:
+        of_main.update(kept)
 
 
 def _end(process: Any, spool: Path, owner: int) -> None:
