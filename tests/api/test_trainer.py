@@ -133,5 +133,27 @@ def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):
         SFTTrainer(str(base_folder), processing_class=tokenizer, **given)
 
 
+def test_how_a_model_is_loaded_is_refused_beside_a_live_one(base_folder, tmp_path):
+    model, tokenizer = (each.from_pretrained(base_folder) for each in (AutoModelForCausalLM, AutoTokenizer))
+    given = {"processing_class": tokenizer, "train_dataset": ROWS, "output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(ConfigError, match=r"model\.quantization: says how a model is loaded, and this one is"):
+        SFTTrainer(model, **given, peft_config=LoraConfig(r=2), load_in_4bit=True)
+    with pytest.raises(ConfigError, match=r"train_step: needs the model itself: .*from_pretrained\('some/name'\)"):
+        SFTTrainer("some/name", tokenizer).train_step("a", "b", None)
+    with pytest.raises(ConfigError, match="train_step: needs a tokenizer"):
+        SFTTrainer(model).train_step("a", "b", None)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
+def test_notes_are_printed_by_the_first_process(base_folder, tmp_path, monkeypatch, capsys, rank, said):
+    trainer = SFTTrainer(str(base_folder), train_dataset=ROWS, output_dir=str(tmp_path))
+    trainer.notes = [("key", "why")]
+    monkeypatch.setattr(trainer.run, "train", lambda **_: None)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+    trainer.train()
+    assert ("from TRL: key: why" in capsys.readouterr().out) == said
+
+
 def test_every_argument_of_trl_is_known():
     assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_arguments()) == []

@@ -24,6 +24,7 @@ from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import ConfigError, DataError, short
 from preceptor.model.forward import Engine
+from preceptor.world import is_launched_first
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
 _LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
@@ -134,7 +135,8 @@ class SFTTrainer:
         if is_named:
             _require_own(self._tokenizer, name)
         else:
-            tree["model"] = {"path": self._given}
+            tree["model"]["path"] = self._given
+            tree["model"].pop("dtype", None)  # it has its own
         if settings.get("use_cpu"):
             tree["train"]["device"] = "cpu"
             self.notes = [note for note in self.notes if note[0] != "use_cpu"]
@@ -152,7 +154,7 @@ class SFTTrainer:
                 "checkpoint in its `output_dir`; remove the argument, or write True"
             )
         for key, why in self.notes:
-            if not why.endswith(_NOT_SAID):
+            if is_launched_first() and not why.endswith(_NOT_SAID):
                 say(f"from TRL: {key}: {why}")
         return run.train(resume=bool(resume_from_checkpoint))
 
@@ -189,8 +191,14 @@ class SFTTrainer:
 
         Prompt and response are tokenised separately, without special tokens: what must end the response (an eos token,
         a closing tag) is to be written in it. Raises DataError if the response has no token, or the prompt none that
-        the response could follow.
+        the response could follow, and ConfigError without a live model or its tokenizer.
         """
+        if isinstance(self._given, str | Path) and self.model is self._given:
+            raise ConfigError(
+                f"train_step: needs the model itself: model=AutoModelForCausalLM.from_pretrained({str(self._given)!r})"
+            )
+        if self.processing_class is None:
+            raise ConfigError("train_step: needs a tokenizer: processing_class=AutoTokenizer.from_pretrained(...)")
         prompt_ids, response_ids = self._ids(prompt), self._ids(response)
         if not prompt_ids:
             raise DataError("the prompt has no token: nothing comes before the response's first token")
