@@ -94,6 +94,11 @@ def test_the_first_that_fits_is_chosen(usable, chosen):
     assert "chosen by memory" in in_words(found, "auto") and "chosen" not in in_words(asked, "shard")
 
 
+def test_what_cannot_be_sharded_is_replicated():
+    for setup in (replace(SETUP, optimizer="adafactor"), replace(SETUP, quantization="int8", adapter=LoraSpec(1))):
+        assert [each.strategy for each in ways(setup)] == ["replicate"]
+
+
 def test_hybrid_on_one_node_is_shard():
     assert choose(ways(on_node=8), "hybrid").strategy == "shard"
     assert unknown("hybrid", 8, 8).strategy == "shard" and unknown("hybrid", 8, 4).num_parts == 4

@@ -35,7 +35,7 @@ from preceptor.model.compiled import compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
-from preceptor.model.sharding import is_sharded, own_part
+from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.precision import autocast
 from preceptor.train.step import accumulate_gradients
@@ -192,7 +192,7 @@ def _settle_compiling(
     before = compile_seconds()
     try:
         if not trees or is_sharded(engine):
-            why = "it is spread over processes" if trees else "each conversation goes through it alone"
+            why = SPREAD if trees else "each conversation goes through it alone"
             raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
         with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
             model.train()
