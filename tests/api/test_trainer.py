@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
-from preceptor.api.trainer import known_arguments
-from preceptor.config.convert import convert
+from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_files import PeerFile
 from preceptor.errors import ConfigError
 
@@ -134,4 +133,4 @@ def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):
 
 
 def test_every_argument_of_trl_is_known():
-    assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_arguments()) == []
+    assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_settings()) == []

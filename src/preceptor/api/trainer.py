@@ -50,10 +50,6 @@ _OF_NO_EFFECT = (
 )
 
 
-def known_arguments() -> set[str]:
-    return known_settings()
-
-
 class SFTConfig:
     """Arguments by the names of TRL's SFTConfig. Those that are not given have TRL's values where a run has such a key.
 
@@ -63,8 +59,8 @@ class SFTConfig:
     def __init__(self, output_dir: str | None = None, **arguments: Any) -> None:
         """Raises ConfigError for an argument that is none."""
         for name in arguments:
-            if name not in known_arguments():
-                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_arguments()))}")
+            if name not in known_settings():
+                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_settings()))}")
         self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
 
     def __getattr__(self, name: str) -> Any:
@@ -125,7 +121,6 @@ class SFTTrainer:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        settings |= settings.pop("model_init_kwargs", None) or {}
         for place in data:
             settings[f"{place}_dataset"] = "in memory"
         converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())
