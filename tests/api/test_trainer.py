@@ -108,6 +108,8 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"callbacks": [print]}, r"callbacks: .*for step in run\.steps\(\)"),
         ({"data_collator": print}, "data_collator: .*conversations are packed"),
         ({"compute_loss_func": print}, "compute_loss_func: "),
+        ({"compute_metrics": print}, r"compute_metrics: .*`eval=\{'code': function\}` of preceptor\.Run"),
+        ({"preprocess_logits_for_metrics": print}, r"preprocess_logits_for_metrics: .*`eval=\{'code': function\}`"),
         ({"optimizers": (1, 2)}, r"optimizers: .*optimizer"),
         ({"quantization_config": 1}, "quantization_config: .*'quantization': 'nf4'"),
         ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),

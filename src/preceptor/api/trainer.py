@@ -27,12 +27,13 @@ from preceptor.model.forward import Engine
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
 _LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
 _REFUSED = {
     "callbacks": _LOOP,
     "data_collator": "conversations are packed with their targets here, by no collator; remove it",
     "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
-    "compute_metrics": "write it as a metric of a task (docs/evaluate.md)",
-    "preprocess_logits_for_metrics": "logits of all tokens never exist here; write a metric of a task",
+    "compute_metrics": _METRIC,
+    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
     "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "quantization_config": "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run",
