@@ -91,6 +91,12 @@ def test_an_adapter_by_its_peft_config(base_folder, tmp_path):
     assert saved["r"] == 4 and saved["use_dora"]
 
 
+def test_how_the_model_is_loaded(base_folder, tmp_path):
+    args = trl.SFTConfig(str(tmp_path / "run"), model_init_kwargs={"dtype": "bfloat16"}, use_cpu=True, bf16=False)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS)
+    assert trainer.run.config.model.dtype == "bfloat16"
+
+
 def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
     rows = [{"q": "1?", "a": "2."}, {"q": "3?", "a": "4."}]
     trainer = SFTTrainer(
