@@ -4,17 +4,19 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from children import command, result_of
-from processes import run_command
+from processes import run_command, run_ranks
 
 from conftest import conversations
 from preceptor import config
 from preceptor.data import stream, workers
+from preceptor.data.dataset import Dataset
 from preceptor.data.loader import StreamLoader
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError, DataError, StreamError
 from preceptor.files import write_atomically
 from preceptor.plan.plan import _data_facts, largest_sequence
 from preceptor.plan.sample import sample_data
@@ -22,7 +24,9 @@ from preceptor.report.facts import facts
 from preceptor.report.run_record import read_run
 from preceptor.train import loop
 from preceptor.train.prepare import prepare
+from preceptor.train.windows import WindowRecord
 from runs import DATA, write_run
+from tiny import chain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -111,6 +115,57 @@ def test_a_run_killed_anywhere_is_finished_by_the_same_command(streamed, tmp_pat
         assert (result_of(out), windows_of(out)) == expected, kill_at
 
 
+def test_a_signal_ends_a_run_that_waits_for_a_window(streamed, tmp_path, preceptor, monkeypatch):
+    pipe, told, get = tmp_path / "slow.jsonl", threading.Event(), stream.Windows.get
+    os.mkfifo(pipe)
+
+    def write():
+        with pipe.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in conversations(7))
+            file.flush()
+            told.wait(5)
+
+    def get_or_be_told(self, number, is_trained=True):
+        if number == 1:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return get(self, number, is_trained)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    monkeypatch.setattr(stream.Windows, "get", get_or_be_told)
+    code, _, err = preceptor("train", streamed(data__train=[{"path": str(pipe)}]))
+    told.set()
+    writer.join(5)
+    assert code == 75, err
+    (window,) = windows_of(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{window['num_steps']:08d}").is_dir()
+
+
+def test_an_error_of_one_process_ends_all_with_the_same():
+    class OfOneMachine:
+        """A window that the second process cannot have."""
+
+        def get(self, number):
+            if rank := int(os.environ["RANK"]):
+                raise StreamError(f"machine {rank} is out of memory")
+            return stream.Window(number, [], 5, "")
+
+    def work(world):
+        run = SimpleNamespace(data=SimpleNamespace(allow_rejected=(), max_rejected=1.0))
+        prepared = SimpleNamespace(run=run, num_examples_beside=0, rejections_beside=[])
+        loader = StreamLoader(OfOneMachine(), Dataset([chain(np.random.default_rng(0), (3, 4))]), None, 64, 64, 1, 0)
+        loader.on_window = WindowRecord(prepared, None, world, print)
+        loader.batch(0)
+
+    assert [str(error) for error in run_ranks(2, work, seconds=20)] == ["machine 1 is out of memory"] * 2
+
+
+def test_a_model_that_reads_conversations_alone_does_so_in_every_window(streamed):
+    loader = prepare(config.load(streamed(conversations(12)))).loader().apart()
+    batches = [loader.batch(step) for step in range(20)]
+    assert loader.position.window > 1 and all(sequence.alone for batch in batches for sequence in batch)
+
+
 def test_two_processes_see_the_same_windows_and_one_finishes_their_run(streamed, tmp_path, preceptor, monkeypatch):
     file = streamed()
     assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0
@@ -131,10 +186,11 @@ def test_a_run_goes_on_only_with_the_same_stream(streamed, tmp_path, preceptor, 
     with monkeypatch.context() as patch:
         signalled(patch, 7)
         assert preceptor("train", file)[0] == 75
-    changed = [*rows[:6], {"messages": [*rows[6]["messages"][:1], {"role": "assistant", "content": "No."}]}, *rows[7:]]
-    streamed(changed)
-    code, _, err = preceptor("train", file)
-    assert code == 3 and "the sources give other examples before it than when the run trained them" in err, err
+    for at in (6, 5 * windows_of(tmp_path / "run")[-1]["window"]):  # in a window before, and in that where it stopped
+        answer = {"role": "assistant", "content": "No."}
+        streamed([*rows[:at], {"messages": [*rows[at]["messages"][:1], answer]}, *rows[at + 1 :]])
+        code, _, err = preceptor("train", file)
+        assert code == 3 and "up to its end the sources give other examples than when the run trained it" in err, err
 
 
 def test_too_many_rejections_later_on_end_the_run_with_its_steps_saved(streamed, tmp_path, preceptor):
@@ -173,6 +229,9 @@ def test_a_pipe_is_trained_and_its_end_loses_nothing(streamed, tmp_path, precept
     as_file = config.load(streamed(data__train=[{"path": str(tmp_path / "all.jsonl")}]))
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert record["trees_sha256"] == prepare(as_file).train.sha256
+    assert preceptor("train", tmp_path / "run.yaml", f"out={tmp_path / 'whole'}")[0] == 0
+    losses = [[line["loss"] for line in lines(tmp_path / name, "metrics.jsonl")] for name in ("run", "whole")]
+    assert losses[0] == losses[1], "each example as often as if the pipe had not ended in between"
     assert record["data"] == [{"use": "train", "name": str(pipe), "revision": None, "num_bytes": None, "sha256": None}]
 
 
@@ -203,6 +262,16 @@ def test_windows_differ_in_their_order_and_hold_each_example_once(streamed):
     whole = list(seen.values())[:-1]
     assert all(sorted(own) == sorted(whole[0]) and len(own) == 5 for own in whole)
     assert len({tuple(own) for own in whole}) > 1
+
+
+def test_each_window_replays_other_examples(streamed, write_jsonl):
+    file = streamed(conversations(5), replay={"data": [{"path": write_jsonl(conversations(40), "replay.jsonl")}]})
+    loader, replayed = prepare(config.load(file, ["replay.share=0.5"])).loader(), {}
+    for step in range(9):
+        found = {source for own in loader.sources(step) for source in own if "replay.jsonl" in source}
+        replayed.setdefault(loader.position.window, set()).update(found)
+    whole = list(replayed.values())[:-1]
+    assert len(whole) > 1 and all(whole) and whole[0] != whole[1]
 
 
 @pytest.mark.parametrize(
