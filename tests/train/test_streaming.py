@@ -13,16 +13,18 @@ from processes import run_command, run_ranks
 
 from conftest import conversations
 from preceptor import config
+from preceptor.config.code import HeldCode
 from preceptor.data import stream, workers
 from preceptor.data.dataset import Dataset
 from preceptor.data.loader import StreamLoader
-from preceptor.errors import ConfigError, DataError, StreamError
+from preceptor.errors import ConfigError, DataError, ModelError, StreamError
 from preceptor.files import write_atomically
 from preceptor.plan.plan import _data_facts, largest_sequence
 from preceptor.plan.sample import sample_data
 from preceptor.report.facts import facts
 from preceptor.report.run_record import read_run
 from preceptor.train import loop
+from preceptor.train import prepare as preparing
 from preceptor.train.prepare import prepare
 from preceptor.train.windows import WindowRecord
 from runs import DATA, write_run
@@ -36,6 +38,7 @@ def _forked(monkeypatch):
     """Whatever threads other tests have left."""
     monkeypatch.setattr(stream, "start_method", lambda: "fork")
     monkeypatch.setattr(workers, "start_method", lambda: "fork")
+    monkeypatch.setattr(preparing, "start_method", lambda: "fork")
 
 
 EMPTY = {"text": ""}
@@ -300,6 +303,30 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
         prepare(config.load(streamed(data__eval=pipe)))
     with pytest.raises(DataError, match="no example is left to train"):
         prepare(config.load(streamed([EMPTY], data__max_rejected=1.0)))
+
+
+def test_a_function_that_another_process_cannot_have_is_refused(streamed, monkeypatch):
+    """As in a notebook, whose threads forbid that a process is forked."""
+    run = config.load(streamed(conversations(5)))
+    held = HeldCode.of(lambda record: record)
+    own = [source.model_copy(update={"code": held}) for source in run.data.train]
+    run = run.model_copy(update={"data": run.data.model_copy(update={"train": own})})
+    assert prepare(run).examples_per_epoch == 5
+    monkeypatch.setattr(preparing, "start_method", lambda: "spawn")
+    with pytest.raises(ConfigError, match=r"<lambda>: a stream is read by another process.*FILE\.py:FUNCTION"):
+        prepare(run)
+
+
+def test_a_start_that_fails_leaves_no_process(streamed, preceptor, monkeypatch):
+    opened, rendered = [], stream.Windows.rendered
+    monkeypatch.setattr(stream.Windows, "rendered", lambda reader: opened.append(rendered(reader)) or opened[-1])
+
+    def fail(*_):
+        raise ModelError("broken")
+
+    monkeypatch.setattr("preceptor.train.run.preflight", fail)
+    assert preceptor("train", streamed())[0] == 5
+    assert not opened[0].spool.exists() and not opened[0]._process.is_alive()
 
 
 def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, base_folder):

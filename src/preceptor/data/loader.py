@@ -214,7 +214,7 @@ class StreamLoader:
         batch_size: int,
         seed: int,
     ) -> None:
-        """first: of the first window. opened: a later window's trees; None where there are none. longest: of an example.
+        """first: of the first window. opened: a later window's trees, None without any. longest: of an example.
 
         on_window, which may be set: called with each window that is begun, or why it cannot be.
         """

@@ -97,7 +97,7 @@ class WindowReader:
         self._number = self._num_read = 0
 
     def write_next(self, folder: Path) -> None:
-        """Render the next window and write it to the folder. Raises StreamError where it is not whole, and DataError."""
+        """Render the next window, write it to the folder. Raises StreamError where it is not whole, and DataError."""
         number, start = self._begin(), self._num_read
         builders: dict[str, TableBuilder] = {}
         for entries, cache in self._next_entries(number):
