@@ -189,6 +189,9 @@ def test_a_run_goes_on_only_with_the_same_stream(streamed, tmp_path, preceptor, 
     with monkeypatch.context() as patch:
         signalled(patch, 7)
         assert preceptor("train", file)[0] == 75
+    streamed([*conversations(3, turns=2), *rows[3:]])
+    code, _, err = preceptor("train", file)
+    assert code == 6 and "the data, which has no hash as a whole (a stream, pipe" in err and "files are the" not in err
     for at in (6, 5 * windows_of(tmp_path / "run")[-1]["window"]):  # in a window before, and in that where it stopped
         answer = {"role": "assistant", "content": "No."}
         streamed([*rows[:at], {"messages": [*rows[at]["messages"][:1], answer]}, *rows[at + 1 :]])
@@ -337,7 +340,8 @@ def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, 
     run = config.load(file)
     sample = sample_data(run, base_folder / "tokenizer.json")
     assert largest_sequence(run, sample) == (((96, 32),),)  # whatever the sample's largest is
-    assert "only once it is read; 8 steps are trained" in _data_facts(run, sample)["open"]
+    found = _data_facts(run, sample)
+    assert "only once it is read; 8 steps are trained" in found["open"] and found["num_steps"] == 8
     found = facts(read_run(write_run(tmp_path / "a", data={**DATA, "num_windows": 3, "examples_per_epoch": None})))
     assert (found["windows begun"], found["examples read"], found["tokens in these windows"]) == ("3", "100", "9,000")
     assert "examples per epoch" not in found

@@ -239,13 +239,15 @@ def _sequence_facts(work: Work, is_assumed: bool) -> dict[str, Any]:
 
 
 def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
-    """Sequences, tokens and steps; `open` says why there are none."""
+    """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
     if isinstance(sample, str):
         return {"open": sample}
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
         found = "how many examples the data has is known only once it is read"
-        return {"open": found + (f"; {run.train.duration} are trained" if run.data.streaming else "")}
+        if run.data.streaming:
+            return {"open": f"{found}; {run.train.duration} are trained", "num_steps": run.train.duration.steps(0)}
+        return {"open": found}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)
@@ -259,7 +261,7 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,
-        "few_steps": few_steps(num_steps, per_epoch, max(sample.lengths)),
+        "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, min(run.data.max_length, max(sample.lengths))),
     }
 
 
