@@ -149,8 +149,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         of_stream = Stream(stream, opened, first.num_examples, len(reader.rejections) - num_beside)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, str(counts))
-    tables = _tables(train)
-    tuning_N = _each_once(tables) if streaming else mix(_with_numbers(train, run.data.train), run.train.seed)
+    tables, tuning_N = _tables(train), _tuning(run, train)
     if not len(tuning_N):
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
     store = _mixture(run, tables, tuning_N, replay)
@@ -325,6 +324,13 @@ def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: flo
             f"{num_rejected} of {num_examples} examples cannot be trained "
             f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{reasons}"
         )
+
+
+def _tuning(run: config.Run, train: Sequence[list[TableTrees]]) -> np.ndarray:
+    """Which of the tables' trees an epoch or the first window has, without those that are replayed."""
+    if run.data.streaming:
+        return _each_once(_tables(train))
+    return mix(_with_numbers(train, run.data.train), run.train.seed)
 
 
 def _each_once(tables: Sequence[TableTrees]) -> np.ndarray:
