@@ -27,12 +27,13 @@ from preceptor.model.forward import Engine
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
 _LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
 _REFUSED = {
     "callbacks": _LOOP,
     "data_collator": "conversations are packed with their targets here, by no collator; remove it",
     "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
-    "compute_metrics": "write it as a metric of a task (docs/evaluate.md)",
-    "preprocess_logits_for_metrics": "logits of all tokens never exist here; write a metric of a task",
+    "compute_metrics": _METRIC,
+    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
     "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "quantization_config": "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run",
@@ -50,10 +51,6 @@ _OF_NO_EFFECT = (
 )
 
 
-def known_arguments() -> set[str]:
-    return known_settings()
-
-
 class SFTConfig:
     """Arguments by the names of TRL's SFTConfig. Those that are not given have TRL's values where a run has such a key.
 
@@ -63,8 +60,8 @@ class SFTConfig:
     def __init__(self, output_dir: str | None = None, **arguments: Any) -> None:
         """Raises ConfigError for an argument that is none."""
         for name in arguments:
-            if name not in known_arguments():
-                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_arguments()))}")
+            if name not in known_settings():
+                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_settings()))}")
         self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
 
     def __getattr__(self, name: str) -> Any:
@@ -125,7 +122,6 @@ class SFTTrainer:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        settings |= settings.pop("model_init_kwargs", None) or {}
         for place in data:
             settings[f"{place}_dataset"] = "in memory"
         converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())

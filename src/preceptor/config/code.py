@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from preceptor.errors import ConfigError
-
-_LIVE = "live:"
+from preceptor.files import LIVE
 
 
 class HeldCode(str):
@@ -23,7 +22,7 @@ class HeldCode(str):
 
     @classmethod
     def of(cls, function: Callable[..., Any], end: str = "") -> "HeldCode":
-        found = cls(f"{_LIVE}{getattr(function, '__name__', type(function).__name__)}{end}")
+        found = cls(f"{LIVE}{getattr(function, '__name__', type(function).__name__)}{end}")
         found.function = function
         return found
 
@@ -58,7 +57,7 @@ def require_code(named: str | None, key: str) -> None:
 def load_code(named: str, key: str) -> OwnFunction:
     """Run the file and take its function. Raises ConfigError for what cannot be, and for an error of the file."""
     if isinstance(named, HeldCode):
-        return OwnFunction(named.removeprefix(_LIVE), _sha256_of_source(named.function), named.function)
+        return OwnFunction(named.removeprefix(LIVE), _sha256_of_source(named.function), named.function)
     file, name = _place(named, key)
     try:
         content = file.read_bytes()
@@ -81,7 +80,7 @@ def beside_code(named: str | None, folder: Path) -> str | None:
 
 
 def _place(named: str, key: str) -> tuple[Path, str]:
-    if named.startswith(_LIVE):
+    if named.startswith(LIVE):
         raise ConfigError(f"{key}: {named}: a function that a Python program held; the same program goes on")
     file, _, name = named.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
