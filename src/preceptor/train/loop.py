@@ -158,7 +158,9 @@ class Loop:
         """Take the next step, or leave out its update, and record it. Raises as `take_step`, `skip_step`."""
         run, state, loader, world = self.run, self.state, self.loader, self.world
         started, compiling, at, skipped = time.perf_counter(), compile_seconds(), state.step, {}
-        sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
+        precision = run.train.precision
+        with self.stop.at_once():  # a stream may be waited for
+            sequences = loader.batch(at, world.rank, world.size)
         state.position = loader.position
         assert precision is not None
         first = FirstUpdate(state.model) if self._unmoved_unknown else None

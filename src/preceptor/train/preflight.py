@@ -37,6 +37,7 @@ from preceptor.model.optimisations import give_up_compiling
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
+from preceptor.train.optimizer import accumulate_in_float32
 from preceptor.train.precision import autocast
 from preceptor.train.step import accumulate_gradients
 
@@ -100,6 +101,7 @@ def _prove(
         with _line(say, f"each conversation goes through the model alone, as {reason}"):
             engine.call(lambda: check_sequential(model))
         loader = loader.apart()
+        accumulate_in_float32(model)  # of the several passes of a step
     trees: list[Tree] = []
     proved_in = "float32" if has_experts(model) else precision  # see `exact_routing`
     if not loader.alone:

@@ -99,9 +99,10 @@ class Training:
             self.summary = finish(self.folder, self.say) if self.world.is_first else {}
             return
         try:
-            ready = self._begin(dry_run)
-            if not dry_run:
-                yield from self._train(ready, started)
+            with self.prepared.streaming():
+                ready = self._begin(dry_run)
+                if not dry_run:
+                    yield from self._train(ready, started)
         finally:
             if isinstance(self.prepared.run.model, LiveModel):
                 self.prepared.run.model.held.release()
@@ -112,7 +113,7 @@ class Training:
         folder, world = self.folder, self.world
         state, checkpoints, loader, run = ready.state, ready.checkpoints, ready.loader, self.prepared.run
         record_windows(loader, state.position, WindowRecord(self.prepared, folder, world, self.say))
-        with self.prepared.streaming(), self.stop.while_training(folder.path, world):
+        with self.stop.while_training(folder.path, world):
             with checkpoints, Display(self.console, ready.num_steps, state.step) as display:
                 evaluations = build_evaluations(self.prepared, folder.path, display.say, loader.alone, world)
                 self.loop = Loop(
