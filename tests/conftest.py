@@ -101,6 +101,27 @@ def preceptor(monkeypatch, capsys):
 
 
 @pytest.fixture
+def unpredicted(monkeypatch):
+    """Runs that do not end with the prediction of their memory, which is a dry run."""
+    monkeypatch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """One entry for each time that the base's singular values were computed."""
+    from preceptor.model.adapters import lora
+
+    found, decompose = [], lora.start_at_singular_values
+
+    def counted(model, fast):
+        found.append(fast)
+        decompose(model, fast)
+
+    monkeypatch.setattr(lora, "start_at_singular_values", counted)
+    return found
+
+
+@pytest.fixture
 def write_jsonl(tmp_path):
     def write(rows, name="train.jsonl"):
         file = tmp_path / name

@@ -113,6 +113,26 @@ def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live)
             break
 
 
+def test_what_a_program_has_frozen_stays_so_and_what_a_run_froze_does_not(tmp_path, live):
+    """Over a loop that is left and goes on, to the end of the run."""
+    given = live()
+    model = given["model"]
+    model.model.norm.requires_grad_(False)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    first = copy.deepcopy(model.state_dict())
+    given["model"] = {"path": model, "freeze": ["*.layers.0"]}
+    run = run_of(tmp_path, given)
+    for step in run.steps():
+        if step.number == 2:
+            break
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+    run.train()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+    for name, tensor in model.state_dict().items():
+        if ".layers." in name or name == "model.norm.weight":
+            assert torch.equal(tensor, first[name]) == (".layers.1." not in name), name
+
+
 FORMS = {
     "a list": lambda rows, _: rows,
     "a generator": lambda rows, _: (row for row in rows),

@@ -228,8 +228,15 @@ def test_rank_and_alpha_by_pattern():
         (9, 8 / 3),
         (4, 8 / 2),
     }
-    with pytest.raises(ModelError, match=r"adapter\.rank_pattern: '\*\.dwn_proj' matches no parameter.*down_proj"):
-        adapted("llama", LoraOptions(rank_pattern=(("dwn_proj", 2),)))
+    by_full_name = adapted("llama", LoraOptions(rank_pattern=(("model.layers.0.*", 2),)))
+    assert {(".0." in at, layer.r["default"]) for at, layer in lora_layers(by_full_name)} == {(True, 2), (False, 4)}
+
+
+@pytest.mark.parametrize("pattern", ["dwn_proj", "down_proj"])
+def test_a_pattern_of_no_adapted_layer_is_refused_as_it_was_written(pattern):
+    options = LoraOptions(rank_pattern=((pattern, 2),))
+    with pytest.raises(ModelError, match=rf"adapter\.rank_pattern: '{pattern}' matches no adapted layer; near it: "):
+        add_adapter(tiny_model("llama"), 4, 8.0, 0.0, ["q_proj", "up_proj"], [], seed=0, options=options)
 
 
 def test_experts_of_a_mixture_have_ranks_too():
@@ -245,6 +252,7 @@ def test_modules_that_are_trained_whole():
     for options, words in (
         (LoraOptions(modules_to_save=("lm_hed",)), r"no module 'lm_hed'; near it: lm_head"),
         (LoraOptions(modules_to_save=("embed_tokens",)), "are one table"),
+        (LoraOptions(modules_to_save=("act_fn",)), r"act_fn has no parameters to train"),
     ):
         with pytest.raises(ModelError, match=rf"adapter\.modules_to_save: .*{words}"):
             adapted("qwen3", options)
@@ -279,11 +287,28 @@ def test_a_saved_adapter_is_trained_on(name, tmp_path, tokenizer):
         load_adapter(make("lora", dtype=torch.float32), tmp_path / "a" / "adapter", KINDS["lora"])
 
 
+@pytest.mark.parametrize(("name", "kind"), [("pissa_fast", "llama"), ("pissa", "gpt_oss")])
+def test_a_pissa_is_trained_on_whatever_its_first_values_were(name, kind, tmp_path, tokenizer):
+    """Found with another seed, or of a base that was quantized: here of another one. They are not computed anew."""
+    model = shake(make(name, kind, dtype=torch.float32))
+    save_model(model, tokenizer, tmp_path / "a", adapter="adapter")
+    base = tiny_model(kind, seed=1)
+    other = add_adapter(base, 4, 8.0, 0.0, None, [], seed=1, options=KINDS[name], first_values=False)
+    assert not any(p.any() for own, p in other.named_parameters() if "lora_B" in own)
+    load_adapter(other, tmp_path / "a" / "adapter", KINDS[name])
+    other.pissa = True
+    theirs = dict(model.named_parameters())
+    assert all(torch.equal(p, theirs[own]) for own, p in other.named_parameters() if "lora_" in own)
+    Engine(other)(pack_trees(trees())).backward()
+    for own, gradient in gradients(other).items():
+        assert gradient.any() and torch.equal(gradient, moved_part(other, own, gradient))
+
+
 def test_a_lora_of_twice_the_rank_is_no_pissa(tmp_path, tokenizer):
     plain = shake(adapted("llama", LoraOptions(), dtype=torch.float32, rank=8))
     plain.peft_config["default"].lora_alpha = 16.0
     save_model(plain, tokenizer, tmp_path / "a", adapter="adapter")
-    with pytest.raises(ModelError, match=r"other singular values there, or none \(adapter\.init\)"):
+    with pytest.raises(ModelError, match=r"no first values of PiSSA there \(adapter\.init\)"):
         load_adapter(make("pissa", dtype=torch.float32), tmp_path / "a" / "adapter", KINDS["pissa"])
 
 

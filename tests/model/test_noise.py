@@ -1,5 +1,7 @@
 """Noise on the embeddings (NEFTune): its size, what it depends on, and that no evaluation has any."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,28 +41,32 @@ def test_it_follows_from_seed_step_and_conversation_and_not_from_packing():
         assert not torch.equal(changed, second)
 
 
+def each_token_once(packed):
+    """The same trees with no token twice, so that other rows of the table stand for other embeddings."""
+    left = iter(range(128))
+    return [
+        replace(tree, segments=tuple(replace(s, ids=tuple(next(left) for _ in s.ids)) for s in tree.segments))
+        for tree in packed
+    ]
+
+
 @pytest.mark.parametrize("mode", ["auto", "plain"])
-@pytest.mark.parametrize("context", ["full", "recompute"])
-def test_a_pass_with_it_is_one_of_an_embedding_that_has_it(mode, context):
-    """Against a plain pass whose embedding layer returns the sum."""
-    model, sequence = tiny_model("llama"), pack_trees(trees())
-    install(model, mode)
-    engine, noise = Engine(model), EmbeddingNoise(20.0, 1, 2)
-    policy = ActivationPolicy(context)
+@pytest.mark.parametrize(
+    ("context", "alone"), [("full", False), ("recompute", False), ("detach", False), ("full", True)]
+)
+def test_a_pass_with_it_is_one_of_embeddings_that_have_it(mode, context, alone):
+    """Against the same pass of a model whose table holds the sums."""
+    packed = each_token_once(trees())
+    sequence = pack_trees(packed[-1:], alone=True) if alone else pack_trees(packed)
+    model, expected_model = (tiny_model("llama", vocab_size=128) for _ in range(2))
+    install(model, mode), install(expected_model, mode)
+    engine, noise, policy = Engine(model), EmbeddingNoise(20.0, 1, 2), ActivationPolicy(context)
     loss = engine(sequence, policy, step=StepContext(noise=noise))
-    loss.backward()
-    gradient = model.model.embed_tokens.weight.grad.clone()
-    model.zero_grad()
-    noise_TD = noise.of(sequence, model.model.embed_tokens)
-
-    def add(module, args, out):
-        return out + torch.nn.functional.pad(noise_TD, (0, 0, 0, out.shape[-2] - len(noise_TD)))
-
-    hook = model.model.embed_tokens.register_forward_hook(add)
-    expected = engine(sequence, ActivationPolicy("full"))
-    expected.backward()
-    hook.remove()
+    table = expected_model.model.embed_tokens.weight
+    table.data[torch.from_numpy(sequence.ids_T)] += noise.of(sequence, model.model.embed_tokens)
+    expected = Engine(expected_model)(sequence, policy)
+    loss.backward(), expected.backward()
     plain = engine(sequence, policy)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and abs(plain.item() / loss.item() - 1) > 1e-4
-    torch.testing.assert_close(gradient, model.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, table.grad, rtol=1e-4, atol=1e-5)
     assert torch.equal(engine.hidden_states(sequence), engine.hidden_states(sequence))

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn.functional import linear
 
 from preceptor.data.forest import pack_trees
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, ModelError
 from preceptor.model import quantization
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.adapters.pissa import keep_first_values
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
@@ -87,17 +88,16 @@ def test_the_gradient_of_an_adapter_is_that_of_plain_autograd(kind, double, opti
         whole.weight.data = layer.weight
         parent, _, last = name.rpartition(".")
         setattr(plain.get_submodule(parent), last, whole)
+    if options.keeps_first_values:
+        keep_first_values(plain)  # a copy has no hooks
     plain_loss(plain.double()).backward()
     expected = gradients(plain)
     check_head(model)
     check_isolation(model)
-    if options.keeps_first_values:  # the copy has no hooks
-        expected = {}
     for policy in (KEEP_ALL, ActivationPolicy("recompute"), ActivationPolicy("full", "all")):
         Engine(model)(pack_trees(trees()), policy).backward()
         for name, gradient in gradients(model).items():
-            expected.setdefault(name, gradient.double())
-            torch.testing.assert_close(gradient.double(), expected[name], rtol=2e-4, atol=1e-5)
+            torch.testing.assert_close(gradient.double(), expected[name], rtol=2e-4, atol=3e-5)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gpt_oss", "falcon_h1"])
@@ -109,6 +109,12 @@ def test_what_is_quantized(model_type):
     assert not any("lm_head" in name or "embed" in name or name.endswith(".gate") for name in names)
     assert quantize(model, "int8", False, "cpu") == len(names) == len(list(quantized_layers(model)))
     assert num_parameters(model) == before
+
+
+@pytest.mark.parametrize("name", ["q_proj", "layers.0"])
+def test_what_is_quantized_is_not_trained_whole(name):
+    with pytest.raises(ModelError, match=rf"adapter\.modules_to_save: .*{name} is quantized and cannot be trained"):
+        quantized_model(options=LoraOptions(modules_to_save=(name,)))
 
 
 def test_without_bitsandbytes_the_extra_is_named(monkeypatch):

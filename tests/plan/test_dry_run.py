@@ -107,6 +107,13 @@ def test_adapters(adapter, num_new_tokens):
     assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, "bfloat16"), rel=0.005)
 
 
+def test_an_alpha_of_any_layer_costs_nothing():
+    """Fewer layers stand for the whole: the one that is named may be none of them."""
+    dry_run = dry_run_like(tiny_model("llama", **{**SIZES, "num_hidden_layers": 12}))
+    named = LoraSpec(4, options=LoraOptions(alpha_pattern=(("layers.11", 2.0),)))
+    assert dry_run.parameters(named) == dry_run.parameters(LoraSpec(4))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from children import killed_at_step
@@ -10,18 +11,36 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from preceptor.data.dataset import Dataset
+from preceptor.data.loader import Loader
+from preceptor.report.curves import PREDICTED
+from preceptor.train.quantized import quantize_base
+from tiny import branching, chain, tiny_model
+
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
+pytestmark = pytest.mark.usefixtures("empty_report")
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor):
+def test_losses_are_compared_on_the_shortest_conversations_each_chain_of_a_branching_one_alone():
+    rng, lines = np.random.default_rng(0), []
+    loader = Loader(Dataset([chain(rng, (700, 600)), branching(rng), chain(rng, (20, 9))]), 2048, 1, 0)
+    quantize_base(tiny_model("llama"), "int8", False, loader, "float32", torch.device("cpu"), lines.append)
+    assert "loss of the base (2 conversations of this run, 63 tokens): quantized" in lines[-1]
+
+
+def test_a_run_from_the_check_to_the_saved_model(
+    run_file, base_folder, tmp_path, preceptor, decompositions, unpredicted
+):
     file = run_file(optimizer__learning_rate=1e-2, eval__every=None)
-    words = ("train", file, "model.quantization=nf4", "adapter={rank: 2, kind: dora}", "checkpoint.every=1 steps")
+    adapter = "adapter={rank: 2, kind: dora, init: pissa}"
+    words = ("train", file, "model.quantization=nf4", adapter, "checkpoint.every=1 steps")
     code, shown, error = preceptor(*words, f"out={tmp_path}/a")
     assert code == 0, error
+    assert len(decompositions) == 1, "the unquantized model gets the trained values"
     shown = " ".join(shown.split())
     assert "quantized to nf4: 14 linear layers" in shown
     found = re.search(
@@ -54,7 +73,8 @@ def _require_merged_into_the_unquantized_base(folder, base_folder):
             torch.testing.assert_close(p, found[name], rtol=1e-5, atol=1e-6)
 
 
-def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor):
+def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, monkeypatch):
+    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time
     words = ("train", run_file(), "model.quantization=int8", "train.duration=1 steps", "eval.every=null")
     adapter = "adapter={rank: 2, save: adapter}"
     code, _, error = preceptor(*words, adapter, f"out={tmp_path}/a")
@@ -65,3 +85,4 @@ def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, precept
     code, shown, error = preceptor("plan", tmp_path / "b" / "config.yaml", "--json")
     assert code == 0, error
     assert json.loads(shown)["run"]["quantization"] == "int8"
+    assert all(json.loads((tmp_path / run / "data.json").read_text())[PREDICTED] for run in "ab")

@@ -25,11 +25,12 @@ def require_close(
     problem: str,
     advice: str = "Use another model type.",
     dtype: torch.dtype | None = None,
+    bound: float | None = None,
 ) -> None:
     """Raise ModelError, with `problem` and `advice`, where the two differ by more than the rounding of `dtype`.
 
-    dtype: in which the numbers were computed; by default that of `true`.
+    dtype: in which the numbers were computed; by default that of `true`. bound: of the relative error, instead.
     """
-    error, bound = relative_error(found, true), rounding(dtype or true.dtype)
+    error, bound = relative_error(found, true), bound or rounding(dtype or true.dtype)
     if not error <= bound:
         raise ModelError(f"{problem}: a relative difference of {error:.1e}, rounding allows {bound:.1e}. {advice}")

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class HeldModel:
 
     built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
     or the adapter around it. base: the `ReferenceModel` that was taken of it then. has_steps: whether it was trained.
-    record: its configuration and weights as hashes.
+    record: its configuration and weights as hashes. trainable: names of the parameters that required gradients when the
+    model was taken; trained: when it was built.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -44,6 +45,8 @@ class HeldModel:
         self.base: Any = None
         self.has_steps = False
         self.record: dict[str, Any] | None = None
+        self.trainable: set[str] | None = None
+        self.trained: set[str] = set()
         self.folder = Path(tempfile.mkdtemp(prefix="preceptor-live-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         model.config.save_pretrained(self.folder)
@@ -73,10 +76,21 @@ class HeldModel:
         remove(self.model)  # what a single step outside this run may have installed
         make_ready(self.model)
         self.model.to(device).eval()
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+        self.trainable = _trainable(self.model)
+        if not self.trainable:
             self.model.requires_grad_(True)  # as an adapter that was merged leaves them
         _align(self.tokenizer, chat_tokenizer)
         return self.model, moved
+
+    def keep(self, model: Any, untrained: list[int]) -> None:
+        """Keep what training has made of the model."""
+        self.built, self.trained = (model, untrained), _trainable(model)
+
+    def take_again(self) -> tuple[Any, list[int]]:
+        """What was kept, to be trained on by another session of this program."""
+        assert self.built is not None
+        _require_gradients(self.built[0], self.trained)
+        return self.built
 
     def require_steps_saved(self, step: int) -> None:
         """Raises CheckpointError where a run would begin with weights that it has trained already."""
@@ -89,15 +103,28 @@ class HeldModel:
     def release(self) -> None:
         """Leave the model to the program: as plain transformers or peft runs it, in evaluation mode.
 
-        An adapter that no step has trained is taken away again.
+        An adapter that no step has trained is taken away again. Without one, the parameters require gradients that did
+        when the model was taken.
         """
-        if self.built is None:
-            return
-        model = self.built[0]
-        leave_plain(model)
-        if isinstance(model, PeftModel) and not self.has_steps:
-            self.model, self.built, self.base = model.unload(), None, None
-            self.model.requires_grad_(True)
+        if self.built is not None:
+            model = self.built[0]
+            leave_plain(model)
+            if isinstance(model, PeftModel):
+                if self.has_steps:
+                    return
+                self.model, self.built, self.base = model.unload(), None, None
+        if self.trainable is not None:
+            _require_gradients(self.model, self.trainable)
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _require_gradients(model: nn.Module, names: Set[str]) -> None:
+    """Let these parameters require gradients, and no others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
 
 
 def leave_plain(model: Any) -> None:

@@ -1,7 +1,7 @@
 """Which parameters of a model are trained, by patterns of their names."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -16,14 +16,20 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def require_matches(patterns: Iterable[str], names: Sequence[str], key: str) -> None:
-    """Raises ModelError, with near names, for a pattern that no name matches. key: of the run file."""
+def require_matches(
+    patterns: Iterable[str],
+    names: Sequence[str],
+    key: str,
+    fits: Callable[[str, str], bool] = matches,
+    what: str = "parameter of this model",
+) -> None:
+    """Raises ModelError, with near names, for a pattern that fits no name. key: of the run file. what: a name is of."""
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if not any(fits(pattern, name) for name in names):
             known = {part: None for name in names for part in (*name.split("."), name.rpartition(".")[0], name)}
             near = difflib.get_close_matches(pattern.strip("*."), list(known), n=_NUM_NEAR)
             hint = ", ".join(near or names[:_NUM_NEAR])
-            raise ModelError(f"{key}: {pattern!r} matches no parameter of this model; near it: {hint}")
+            raise ModelError(f"{key}: {pattern!r} matches no {what}; near it: {hint}")
 
 
 def choose_trained(model: nn.Module, freeze: Sequence[str], train_only: Sequence[str]) -> str:

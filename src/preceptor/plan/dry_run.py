@@ -189,7 +189,8 @@ class DryRun:
                 if adapter is not None:
                     new_ids = range(num_rows - num_new_tokens, num_rows)
                     own = (adapter.rank, adapter.rank, adapter.dropout, adapter.targets, new_ids)
-                    model = add_adapter(model, *own, seed=0, options=adapter.options)
+                    options = replace(adapter.options, alpha_pattern=())  # costs nothing, and may name a layer cut off
+                    model = add_adapter(model, *own, seed=0, options=options)
             _put_on_fake_cpu(model)
             self._models[key] = model
         return self._models[key]

@@ -130,9 +130,9 @@ def process_device(device: torch.device, world: World) -> DeviceSpec:
     return DeviceSpec("the run's own", memory_bytes, None, None, device.type)
 
 
-def build_model(prepared: Prepared, device: torch.device) -> Any:
+def build_model(prepared: Prepared, device: torch.device, first_values: bool = True) -> Any:
     """The model as it is before the first step: loaded, resized, aligned with the tokenizer, adapted, optimised."""
-    return build(prepared, device, lambda _: None)[0]
+    return build(prepared, device, lambda _: None, first_values=first_values)[0]
 
 
 def build(
@@ -141,15 +141,18 @@ def build(
     say: Say,
     placement: Placement | None = None,
     world: World = ONE,
+    first_values: bool = True,
 ) -> tuple[Any, list[int]]:
     """As `build_model`, and the tokens that the base has and never saw, of which `say` gets a line.
 
     placement: how the model is spread over the processes; where it is sharded, the first reads it for all.
+    first_values False: an adapter's values will be replaced, so neither PiSSA's nor those of another run are needed.
     """
     run, chat = prepared.run, prepared.chat
     held = run.model.held if isinstance(run.model, LiveModel) else None
     if held is not None and held.built is not None:  # by a session of this program before
-        return _spread(held.built[0], run.engine, device, placement, world), held.built[1]
+        model, untrained_ids = held.take_again()
+        return _spread(model, run.engine, device, placement, world), untrained_ids
     model = _loaded(prepared, device, say, placement, world)
     has_values = model.device.type != "meta"
     if has_values and (found := first_not_finite(model.named_parameters())):
@@ -168,17 +171,20 @@ def build(
         precision = resolve_precision(run.train.precision, device)
         quantize_base(model, kind, bool(run.model.double_quantization), prepared.loader(), precision, device, say)
     if run.adapter is not None:
-        model = _adapted(model, run, sorted({*chat.added.values(), *untrained.values()}), has_values, say)
+        model = _adapted(
+            model, run, sorted({*chat.added.values(), *untrained.values()}), has_values and first_values, say
+        )
     if held is not None:
-        held.built = model, sorted(untrained.values())
+        held.keep(model, sorted(untrained.values()))
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
 
 
-def _adapted(model: Any, run: config.Run, new_token_ids: list[int], has_values: bool, say: Say) -> Any:
+def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values: bool, say: Say) -> Any:
     from preceptor.model.adapters.lora import add_adapter, load_adapter
 
     assert run.adapter is not None and run.adapter.alpha is not None, "a resolved run has an alpha"
     options = LoraOptions.of(run.adapter)
+    start = adapter_to_continue(run) if first_values else None
     model = add_adapter(
         model,
         rank=run.adapter.rank,
@@ -188,9 +194,9 @@ def _adapted(model: Any, run: config.Run, new_token_ids: list[int], has_values: 
         new_token_ids=new_token_ids,
         seed=run.train.seed,
         options=options,
+        first_values=first_values and start is None,
     )
-    start = adapter_to_continue(run)
-    if start is not None and has_values:
+    if start is not None:
         load_adapter(model, start, options)
         say(f"trains on the adapter of {run.model.from_run}")
     return model
@@ -265,7 +271,9 @@ def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
     assert own.name != "adafactor" or not is_sharded(Engine.of(model)), "no run shards it"
     if run.train.batch_size > 1:
         accumulate_in_float32(model)
-    factors = {**own.lr_factors, **lr_factors(run.adapter)}
+    factors = dict(own.lr_factors)
+    for pattern, factor in lr_factors(run.adapter).items():
+        factors[pattern] = factors.get(pattern, 1.0) * factor
     return build_optimizer(
         model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed
     )

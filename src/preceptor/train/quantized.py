@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from preceptor.data.forest import Tree, pack_trees
-from preceptor.data.loader import Loader, StreamLoader
+from preceptor.data.forest import Tree
+from preceptor.data.loader import Loader, StreamLoader, pack
 from preceptor.files import readable_bytes
 from preceptor.model.adapters.options import Quantization
 from preceptor.model.forward import Engine
@@ -62,14 +63,11 @@ def _num_bytes(model: Any) -> int:
 
 
 def _sample(loader: Loader | StreamLoader) -> list[Tree]:
-    """The first conversations of the run that train something."""
-    found: list[Tree] = []
-    for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES):
-        for tree in loader.trees(indices):
-            if found and sum(own.num_tokens for own in found) + tree.num_tokens > _SAMPLE_TOKENS:
-                return found
-            found.append(tree)
-    return found
+    """The shortest conversations of the first sequences, one at least."""
+    planned = [tree for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES) for tree in loader.trees(indices)]
+    planned.sort(key=lambda tree: tree.num_tokens)
+    ends = np.cumsum([tree.num_tokens for tree in planned])
+    return planned[: max(1, int((ends <= _SAMPLE_TOKENS).sum()))]
 
 
 @torch.no_grad()
@@ -78,7 +76,7 @@ def _mean_loss(model: Any, trees: Sequence[Tree], precision: str) -> float | Non
     engine = Engine(model)
     try:
         with evaluating(model), autocast(model.device, precision):
-            sequences = [pack_trees([tree], alone=True) for tree in trees]
+            sequences = pack(trees, alone=True)
             total = sum(engine(sequence).item() for sequence in sequences)
             return total / max(1.0, sum(float(sequence.weight_N.sum()) for sequence in sequences))
     except (MemoryError, RuntimeError) as error:

@@ -149,7 +149,8 @@ class Training:
         own_loss(run.loss)  # what cannot be is said before the model is loaded
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
-        self.model, untrained = build(prepared, device, say, placement, world)
+        restored = world.first(lambda: folder.has_checkpoint)
+        self.model, untrained = build(prepared, device, say, placement, world, first_values=not restored)
         record = record_of_first(folder, prepared, device, world, say)
         held = run.model.held if isinstance(run.model, LiveModel) else None
         objective = Objective.of(
@@ -294,7 +295,7 @@ def _unquantized(model: Any, prepared: Prepared) -> Any:
     unquantized = {"quantization": None, "double_quantization": None}
     settings = prepared.run.model.model_copy(update=unquantized)
     plain = replace(prepared, run=prepared.run.model_copy(update={"model": settings}))
-    twin = build_model(plain, torch.device("cpu"))
+    twin = build_model(plain, torch.device("cpu"), first_values=False)
     take_adapter(twin, model)
     return twin
 

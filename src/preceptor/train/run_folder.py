@@ -87,6 +87,12 @@ class RunFolder:
         """Whether the run that goes on has saved its model already, so that only summary or report are missing."""
         return self.goes_on and not self.lengthens and (self.path / "model").is_dir()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run that goes on has a checkpoint, which replaces the model's first values."""
+        found = (self.path / "checkpoints").glob("step-*")
+        return self.goes_on and any(CHECKPOINT.fullmatch(path.name) and path.is_dir() for path in found)
+
     @cached_property
     def date(self) -> datetime:
         """When the run began: the date that templates are given which write one."""

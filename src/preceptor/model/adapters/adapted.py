@@ -80,12 +80,15 @@ class FirstUpdate:
 
 
 def _tensors_by_layer(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained tensors of each adapted layer. A of a new adapter has no gradient while B is 0, so both count."""
+    """The trained tensors of each adapted layer. A of a new adapter has no gradient while B is 0, so both count.
+
+    Not the rows of new tokens: one that no context holds gets no gradient.
+    """
     found: dict[str, dict[str, nn.Parameter]] = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and ".token_adapter." not in name:
             layer = name.removeprefix("base_model.model.")
-            for mark in (".lora_", ".modules_to_save.", ".token_adapter."):
+            for mark in (".lora_", ".modules_to_save."):
                 layer = layer.partition(mark)[0]
             found.setdefault(layer.replace(".base_layer", ""), {})[name] = p
     return found

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,12 @@ from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
 from preceptor.model.adapters.options import PLAIN, LoraOptions
-from preceptor.model.adapters.pissa import first_values, start_at_singular_values
+from preceptor.model.adapters.pissa import keep_first_values, start_at_singular_values, without_singular_values
 from preceptor.model.parts import decoder_of
 from preceptor.model.trained import matches, require_matches
 
 ALL_LINEAR = "all-linear"
 _NAMED = 5  # of what does not fit
-_ALIKE = 1e-3  # singular values of one matrix, found on two machines
 
 
 def add_adapter(
@@ -43,14 +42,16 @@ def add_adapter(
     new_token_ids: Sequence[int],
     seed: int,
     options: LoraOptions = PLAIN,
+    first_values: bool = True,
 ) -> PeftModel:
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
     target_modules: names of linear layers as in `q_proj`; None for all of the decoder's that an adapter has an effect
     on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
     as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
-    gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. Raises
-    ModelError for a target or a pattern that the model has not, or that peft rejects.
+    gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
+    False: they will be replaced, so PiSSA need not compute its own. Raises ModelError for a target or a pattern that
+    the model has not, or that peft rejects.
     """
     layers = linear_layers(model)
     names = {name.rpartition(".")[2] for name in layers}
@@ -62,13 +63,15 @@ def add_adapter(
         )
     whole = _modules_to_save(model, options.modules_to_save)
     experts = [] if target_modules or options.dora or dropout else _expert_parameters(model)
-    patterns = _patterns(model, rank, alpha, options, {*layers, *experts})
+    excluded = _out_of_reach(model, layers, target_modules is not None, whole)
+    chosen = {name for name in layers if not target_modules or name.rpartition(".")[2] in target_modules}
+    patterns = _patterns(rank, alpha, options, sorted({*chosen.difference(excluded), *experts}))
     config = LoraConfig(
         task_type="CAUSAL_LM",
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else ALL_LINEAR,
         target_parameters=experts or None,
-        exclude_modules=_out_of_reach(model, layers, target_modules is not None, whole) or None,
+        exclude_modules=excluded or None,
         trainable_token_indices=_token_rows(model, new_token_ids, whole),
         modules_to_save=whole or None,
         use_dora=options.dora,
@@ -89,7 +92,9 @@ def add_adapter(
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)
         if options.keeps_first_values:
-            start_at_singular_values(adapted, fast=options.init == "pissa_fast")
+            if first_values:
+                start_at_singular_values(adapted, fast=options.init == "pissa_fast")
+            keep_first_values(adapted)
     _train_in_float32(adapted)
     _sort_names(adapted)
     return adapted
@@ -114,13 +119,11 @@ def _sort_names(adapted: PeftModel) -> None:
                 setattr(settings, key, sorted(found))
 
 
-def _patterns(
-    model: PreTrainedModel, rank: int, alpha: float, options: LoraOptions, names: Iterable[str]
-) -> dict[str, Any]:
+def _patterns(rank: int, alpha: float, options: LoraOptions, names: Sequence[str]) -> dict[str, Any]:
     """Rank and alpha for peft: in all, and of the layers that a pattern names, each by its whole name.
 
-    An adapter that keeps its first values has twice the rank, and the alpha that leaves the scale as it is. Raises
-    ModelError for a pattern that no layer has.
+    names: of all that is adapted. An adapter that keeps its first values has twice the rank, and the alpha that leaves
+    the scale as it is. Raises ModelError for a pattern that fits no name.
     """
     times = 2 if options.keeps_first_values else 1
     grown = math.sqrt(times) if options.rslora else times
@@ -130,8 +133,8 @@ def _patterns(
         ("alpha_pattern", options.alpha_pattern, grown),
     ):
         patterns: Mapping[str, float] = dict(own)  # type: ignore[arg-type]
-        require_matches([f"*.{pattern}" for pattern in patterns], sorted(names), f"adapter.{key}")
-        chosen = {name: next((p for p in patterns if _fits(p, name)), None) for name in sorted(names)}
+        require_matches(patterns, names, f"adapter.{key}", _fits, "adapted layer")
+        chosen = {name: next((p for p in patterns if _fits(p, name)), None) for name in names}
         found[key] = {name: patterns[p] * factor for name, p in chosen.items() if p is not None}
     return found
 
@@ -154,6 +157,8 @@ def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[st
                 + (f"; near it: {', '.join(near)}" if near else "")
             )
         found += own
+    for name in found:
+        _require_trainable(name, model.get_submodule(name))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {name_of(model, embedding), name_of(model, head)}
     if head.weight is embedding.weight and not tables.isdisjoint(found):
@@ -163,6 +168,18 @@ def _modules_to_save(model: PreTrainedModel, patterns: Sequence[str]) -> list[st
         )
     inner = [name for name in found if any(name.startswith(f"{other}.") for other in found)]
     return sorted({*found} - {*inner})
+
+
+def _require_trainable(name: str, module: nn.Module) -> None:
+    """Raises ModelError for a module that cannot be trained whole."""
+    of_linear = [each for each in module.modules() if isinstance(each, nn.Linear)]
+    if any("weight" not in each._parameters for each in of_linear):  # it is made of the bits, whenever it is asked for
+        raise ModelError(
+            f"adapter.modules_to_save: {name} is quantized and cannot be trained; leave it out, or leave out "
+            "model.quantization"
+        )
+    if not any(True for _ in module.parameters()):
+        raise ModelError(f"adapter.modules_to_save: {name} has no parameters to train; leave it out")
 
 
 def _expert_parameters(model: PreTrainedModel) -> list[str]:
@@ -223,9 +240,7 @@ def load_adapter(model: PeftModel, folder: Path, options: LoraOptions = PLAIN) -
         ]
     if not wrong and options.keeps_first_values:
         wrong += [
-            f"{name}: other singular values there, or none (adapter.init)"
-            for name, first in first_values(model).items()
-            if not torch.allclose(first(weights[name]), first(wanted[name]).cpu(), rtol=_ALIKE, atol=_ALIKE)
+            f"{name}: no first values of PiSSA there (adapter.init)" for name in without_singular_values(model, weights)
         ]
     if wrong:
         more = f"\n  and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""

@@ -7,7 +7,7 @@ saved adapter is a plain LoRA on it, of twice the rank: A and A0 above each othe
 and B0 get no gradient. Experts that are one tensor get an adapter each, as peft lays them out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from preceptor.errors import ModelError
 
 _ITERATIONS = 16  # of the fast decomposition, as in the paper
+_ALIKE = 1e-3  # inner products, over the largest of them
 
 
 @torch.no_grad()
@@ -39,13 +40,13 @@ def start_at_singular_values(model: nn.Module, fast: bool) -> None:
             a_ERI, b_EOR = _factors(weight_EOI, rank, layer.scaling["default"], fast)
             _by_expert_a(layer, lora_a).copy_(torch.cat([a_ERI, a_ERI], dim=1))
             _by_expert_b(layer, lora_b).copy_(torch.cat([b_EOR, -b_EOR], dim=2).permute(1, 2, 0))
-        keep_first_values(layer)
 
 
-def keep_first_values(layer: Any) -> None:
-    """The second half of a layer's rank gets no gradient."""
-    for parameter, half in _halves(layer):
-        parameter.register_hook(partial(_without, half))
+def keep_first_values(model: nn.Module) -> None:
+    """The second half of every LoRA layer's rank gets no gradient."""
+    for _, layer in lora_layers(model):
+        for parameter, half in _halves(layer):
+            parameter.register_hook(partial(_without, half))
 
 
 def _without(half: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
@@ -54,10 +55,21 @@ def _without(half: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
     return gradient
 
 
-def first_values(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Of each tensor of a saved adapter, by its name there: what gives the half of it that is not trained."""
+def without_singular_values(model: nn.Module, saved: Mapping[str, Tensor]) -> list[str]:
+    """The tensors A of an adapter that was saved of such a model, whose halves A0 and B0 are no PiSSA of any matrix.
+
+    They are sqrt(S / s) V^T and U sqrt(S / s): A0 A0^T and B0^T B0 are one diagonal matrix, S / s.
+    """
     names = {id(p): name.replace(".default", "") for name, p in model.named_parameters()}
-    return {names[id(p)]: half for _, layer in lora_layers(model) for p, half in _halves(layer)}
+    found = []
+    for _, layer in lora_layers(model):
+        a0_ERI, b0_ORE = (half(saved[names[id(p)]]).float() for p, half in _halves(layer))
+        of_a_ERR, of_b_ERR = a0_ERI @ a0_ERI.mT, torch.einsum("ore,oqe->erq", b0_ORE, b0_ORE)
+        diagonal_ERR = torch.diag_embed(of_a_ERR.diagonal(dim1=1, dim2=2))
+        bound_E11 = _ALIKE * diagonal_ERR.amax(dim=(1, 2), keepdim=True)
+        if not all(bool(((each - diagonal_ERR).abs() <= bound_E11).all()) for each in (of_a_ERR, of_b_ERR)):
+            found.append(names[id(layer.lora_A["default"].weight)])
+    return found
 
 
 def _halves(layer: Any) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:

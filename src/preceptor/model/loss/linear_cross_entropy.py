@@ -288,7 +288,8 @@ def _to_gradients(
 ) -> Tensor:
     """Each token's weighted loss; the products become the gradient by themselves, whose sum joins grad_bias_V."""
     losses_C = torch.empty(len(target_C), dtype=form.softmax_dtype, device=products_CV.device)
-    found = compiled_function(losses_and_gradients) if form.compiled else losses_and_gradients
+    compiles = form.compiled and form.options.own is None  # own losses have a gradient by autograd, never compiled
+    found = compiled_function(losses_and_gradients) if compiles else losses_and_gradients
     for rows, block_RV in blocks(products_CV, form):
         logits_RV = to_logits(block_RV, bias_V, form)
         losses_C[rows] = found(logits_RV, target_C[rows], weight_C[rows], form)
