@@ -131,6 +131,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 40_000])
     parser.add_argument("--side", nargs=3, metavar=("WHAT", "FILE", "FOLDER"), help="one measurement, in this process")
     options = parser.parse_args()
+    if options.before is None and options.side is None:
+        parser.error("--before is required")
     if options.side:
         what, file, folder = options.side
         (prepared_in if what == "prepare" else streamed_in)(file, folder)

@@ -14,6 +14,7 @@ from typing import Any
 from preceptor.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+LIVE, MEMORY = "live:", "memory:"  # in place of a path: a model or function, and data, that a Python program holds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from preceptor.errors import ModelError
+from preceptor.files import LIVE
 from preceptor.scholar import MODEL_DIR
 
 SCHOLAR = "scholar"
@@ -40,7 +41,7 @@ def resolve_model_path(path: str | Path, adapters: bool = False) -> str:
         return str(found)
     if folder.exists():
         raise ModelError(f"{folder}: a file, not a folder; name the folder that holds the model's config.json")
-    if str(path).startswith("live:"):
+    if str(path).startswith(LIVE):
         raise ModelError(f"{path}: a model that a Python program held; the same program goes on with this run")
     if not _HUB_ID.fullmatch(str(path)):
         raise ModelError(f"{path}: no such folder; name an existing model folder, a Hub id (owner/name) or {SCHOLAR!r}")

@@ -275,6 +275,11 @@ def _ignore_signals() -> None:
             signal.signal(each, signal.SIG_IGN)
 
 
+def is_launched_first() -> bool:
+    """Whether the environment tells that this is the first process, or the only one."""
+    return _number(os.environ, "WORLD_SIZE", 1) == 1 or _number(os.environ, "RANK", 0) == 0
+
+
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, "").strip()
     if not text:

@@ -1,7 +1,12 @@
 """Loss, metric and reader of the user's own: by `FILE.py:FUNCTION`, or a function of the program; exact and refused."""
 
+import copy
 import json
+import math
+import re
+from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -10,7 +15,8 @@ from rich.console import Console
 
 from conftest import conversations
 from preceptor import Run, config
-from preceptor.config.code import load_code, require_code
+from preceptor.config.code import HeldCode, load_code, require_code
+from preceptor.data import reading
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.forward import Engine
@@ -154,6 +160,42 @@ def test_a_loss_from_the_run_file_is_that_of_python_and_its_code_is_part_of_the_
         execute(prepare(run), Console(quiet=True))
 
 
+def scaled(by, beside=None):
+    return lambda log_probs, weights: (-weights * log_probs * by, beside)[0]
+
+
+@pytest.mark.parametrize("kind", ["names of a file", "closures", "nothing tells"])
+def test_a_run_goes_on_with_its_own_loss_alone(kind, code, base_folder, tmp_path, capsys):
+    pair = {
+        "names of a file": [code("focal"), code("other")],
+        "closures": [scaled(1.0), scaled(2.0)],
+        "nothing tells": [scaled(1.0, Lock())] * 2,
+    }[kind]
+    (tmp_path / "my.py").write_text(f"{CODE}\n\ndef other(log_probs, weights):\n    return -weights * log_probs\n")
+
+    def run(function):
+        settings = {"train": {"duration": "2 steps"}, "eval": {"num_samples": 0}, "loss": {"code": function}}
+        return Run(
+            base_folder, {"train": conversations(3), "chat_template": "chatml"}, out=tmp_path / "run", **settings
+        )
+
+    for _ in run(pair[0]).steps():
+        break
+    if kind == "nothing tells":
+        assert [step.number for step in run(pair[1]).steps()] == [2]
+        assert "loss.code: nothing tells whether it is the function of the run so far" in capsys.readouterr().out
+        return
+    with pytest.raises(CheckpointError, match=r"the function of loss\.code is another one"):
+        run(pair[1]).train()
+
+
+def test_a_loss_that_cannot_be_is_refused_before_the_model_is_loaded(base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("preceptor.train.run.build", lambda *_: pytest.fail("the model was loaded"))
+    given = {"out": tmp_path / "run", "quiet": True, "loss": {"code": lambda p, w: -(w * p).cumsum(0)}}
+    with pytest.raises(ModelError, match="changes with the tokens beside it"):
+        Run(base_folder, {"train": conversations(3), "chat_template": "chatml"}, **given).train()
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -221,6 +263,126 @@ def test_a_function_of_the_program_reads_data_in_memory(base_folder, tmp_path):
     found = run.check()
     assert [reason["message"] for reason in found.rejections] == ["read raised ZeroDivisionError: 'division by zero'"]
     assert found.num_examples == 6 and found.rejections[0]["first_at"] == "memory:data.train:row 3"
+
+
+OTHERS = """
+def one(record):
+    return {"prompt": record["q"], "completion": "one " + record["a"]}
+
+def two(record):
+    return {"prompt": record["q"], "completion": "two " + record["a"]}
+"""
+
+
+def begun(record, word):
+    return {"prompt": record["q"], "completion": word + record["a"]}
+
+
+def closure(word):
+    return lambda record: begun(record, word)
+
+
+def default(word):
+    def read(record, word=word):
+        return begun(record, word)
+
+    return read
+
+
+LINE = [lambda record: begun(record, "one "), lambda record: begun(record, "two ")]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("my.py:one", "my.py:two"),
+        (closure("one "), closure("two ")),
+        (default("one "), default("two ")),
+        (partial(begun, word="one "), partial(begun, word="two ")),
+        LINE,
+    ],
+    ids=["names of a file", "closures", "defaults", "partials", "lambdas of a line"],
+)
+def test_the_cache_knows_which_function_has_read_the_data(base_folder, write_jsonl, tmp_path, monkeypatch, pair):
+    monkeypatch.setattr(reading, "_SMALL_BYTES", 0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text(OTHERS)
+    path = write_jsonl([{"q": f"{pair}?", "a": "."}])
+    for function, word in zip(pair, ("one", "two"), strict=True):
+        prepared = prepare(Run(base_folder, {"path": path, "code": function}, out=tmp_path / "run").config)
+        (tree,) = prepared.train.trees([0])
+        assert prepared.chat.tokenizer.decode(tree.segments[1].ids).startswith(word)
+
+
+def test_a_function_that_uses_what_cannot_be_told_is_not_cached(base_folder, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_SMALL_BYTES", 0)
+    words = (word for word in ("one ", "two "))
+    path = write_jsonl([{"q": "Told?", "a": "."}])
+    for word in ("one", "two"):
+        run = Run(base_folder, {"path": path, "code": lambda row: begun(row, next(words))}, out=tmp_path / "run")
+        prepared = prepare(run.config)
+        assert prepared.chat.tokenizer.decode(prepared.train.trees([0])[0].segments[1].ids).startswith(word)
+
+
+def hash_of(function):
+    return load_code(HeldCode.of(function), "code").sha256
+
+
+LIMIT = 3
+
+
+def limited(record):
+    return record if record["n"] < LIMIT else None
+
+
+class Reader:
+    def __init__(self, **settings):
+        self.settings = settings
+
+    def __call__(self, record):
+        return record
+
+    read = __call__
+
+
+def test_a_hash_is_of_the_values_that_a_function_uses(monkeypatch):
+    def of(value):
+        return hash_of(lambda record: (record, value, math.pi))
+
+    for value in (
+        1,
+        {0, 8},
+        {"a": [1, None]},
+        torch.ones(2, dtype=torch.bfloat16),
+        re.compile("a"),
+        focal,
+        Reader(a=1),
+    ):
+        assert of(value) == of(copy.deepcopy(value)) is not None, value
+    assert of({0, 8}) == of({8, 0}) and [*{0, 8}] != [*{8, 0}]
+    different = (
+        1,
+        1.0,
+        True,
+        "1",
+        b"1",
+        [1],
+        (1,),
+        {1},
+        torch.ones(2),
+        torch.zeros(2),
+        np.ones(2),
+        re.compile("a"),
+        focal,
+        plain,
+    )
+    different += (Reader(a=1), Reader(a=2), Reader(a=1).read, partial(focal, 1), partial(focal, 2), math, Reader)
+    assert len({of(value) for value in different}) == len(different)
+    assert hash_of(Reader(a=1)) != hash_of(Reader(a=2))
+    assert of(Lock()) is None and of(open) is not None
+    before = hash_of(limited)
+    monkeypatch.setitem(globals(), "LIMIT", 4)
+    assert hash_of(limited) != before
 
 
 # Metric --------------------------------------------------------------------------------------------------------------

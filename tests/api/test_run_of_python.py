@@ -182,6 +182,14 @@ def test_who_owns_the_loop_evaluates_and_saves_by_calls(tmp_path, live):
         run.evaluate()
 
 
+def test_a_live_model_is_asked_tasks(tmp_path, live, write_jsonl):
+    """Its figures are kept for no other run: nothing tells it from a model that was changed."""
+    task = write_jsonl([{"prompt": "a user", "accepted": ["x"]}], "task.jsonl")
+    settings = {"eval": {"tasks": [task], "max_new_tokens": 2, "num_samples": 0}, "train": {"duration": "1 steps"}}
+    run_of(tmp_path, live(), **settings).train()
+    assert [line["tasks"][0]["num_items"] for line in lines(tmp_path / "run", "eval.jsonl")] == [1, 1]
+
+
 def test_evaluations_by_calls_alone(tmp_path, live):
     run = run_of(tmp_path, live(), eval_rows=conversations(3), eval={"every": None, "num_samples": 0})
     losses = [run.evaluate().loss for _ in run.steps()]
@@ -202,17 +210,22 @@ def test_stop_ends_the_training_and_the_model_is_saved(tmp_path, live):
 
 
 @pytest.mark.parametrize(
-    ("how", "adapter"), [("the same object", {"rank": 4, "dropout": 0.1}), ("another program", None)]
+    ("how", "sections"),
+    [
+        ("the same object", {"adapter": {"rank": 4, "dropout": 0.1}}),
+        ("the same object", {"loss": {"kl_coef": 1.0}}),
+        ("another program", {}),
+    ],
 )
-def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, adapter):
-    run_of(tmp_path, live(), name="whole", adapter=adapter).train()
-    run = run_of(tmp_path, live(), adapter=adapter)
+def test_a_loop_that_is_left_goes_on_to_the_same_bits(tmp_path, live, how, sections):
+    run_of(tmp_path, live(), name="whole", **sections).train()
+    run = run_of(tmp_path, live(), **sections)
     for step in run.steps():
         if step.number == 2:
             break
     assert not (tmp_path / "run" / "model").exists()
     if how == "another program":
-        run = run_of(tmp_path, live(), adapter=adapter)
+        run = run_of(tmp_path, live(), **sections)
     run.train()
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert same(saved(tmp_path / "run"), saved(tmp_path / "whole"))

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
-from preceptor.api.trainer import known_arguments
-from preceptor.config.convert import convert
+from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_files import PeerFile
 from preceptor.errors import ConfigError
 
@@ -92,6 +91,12 @@ def test_an_adapter_by_its_peft_config(base_folder, tmp_path):
     assert saved["r"] == 4 and saved["use_dora"]
 
 
+def test_how_the_model_is_loaded(base_folder, tmp_path):
+    args = trl.SFTConfig(str(tmp_path / "run"), model_init_kwargs={"dtype": "bfloat16"}, use_cpu=True, bf16=False)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS)
+    assert trainer.run.config.model.dtype == "bfloat16"
+
+
 def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
     rows = [{"q": "1?", "a": "2."}, {"q": "3?", "a": "4."}]
     trainer = SFTTrainer(
@@ -109,6 +114,8 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"callbacks": [print]}, r"callbacks: .*for step in run\.steps\(\)"),
         ({"data_collator": print}, "data_collator: .*conversations are packed"),
         ({"compute_loss_func": print}, "compute_loss_func: "),
+        ({"compute_metrics": print}, r"compute_metrics: .*`eval=\{'code': function\}` of preceptor\.Run"),
+        ({"preprocess_logits_for_metrics": print}, r"preprocess_logits_for_metrics: .*`eval=\{'code': function\}`"),
         ({"optimizers": (1, 2)}, r"optimizers: .*optimizer"),
         ({"quantization_config": 1}, "quantization_config: .*'quantization': 'nf4'"),
         ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),
@@ -133,5 +140,27 @@ def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):
         SFTTrainer(str(base_folder), processing_class=tokenizer, **given)
 
 
+def test_how_a_model_is_loaded_is_refused_beside_a_live_one(base_folder, tmp_path):
+    model, tokenizer = (each.from_pretrained(base_folder) for each in (AutoModelForCausalLM, AutoTokenizer))
+    given = {"processing_class": tokenizer, "train_dataset": ROWS, "output_dir": str(tmp_path), "use_cpu": True}
+    with pytest.raises(ConfigError, match=r"model\.quantization: says how a model is loaded, and this one is"):
+        SFTTrainer(model, **given, peft_config=LoraConfig(r=2), load_in_4bit=True)
+    with pytest.raises(ConfigError, match=r"train_step: needs the model itself: .*from_pretrained\('some/name'\)"):
+        SFTTrainer("some/name", tokenizer).train_step("a", "b", None)
+    with pytest.raises(ConfigError, match="train_step: needs a tokenizer"):
+        SFTTrainer(model).train_step("a", "b", None)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", True), ("1", False)])
+def test_notes_are_printed_by_the_first_process(base_folder, tmp_path, monkeypatch, capsys, rank, said):
+    trainer = SFTTrainer(str(base_folder), train_dataset=ROWS, output_dir=str(tmp_path))
+    trainer.notes = [("key", "why")]
+    monkeypatch.setattr(trainer.run, "train", lambda **_: None)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+    trainer.train()
+    assert ("from TRL: key: why" in capsys.readouterr().out) == said
+
+
 def test_every_argument_of_trl_is_known():
-    assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_arguments()) == []
+    assert sorted({field.name for field in dataclasses.fields(trl.SFTConfig)} - known_settings()) == []

@@ -127,6 +127,20 @@ def test_overrides_win_and_keep_their_types(tmp_path):
     assert run.out == "b"
 
 
+@pytest.mark.parametrize("strategy", ["shard", "hybrid"])
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("optimizer: {name: adafactor}", "parallel.strategy: adafactor needs whole matrices"),
+        ("engine: compiled", "engine: layers that are spread over processes cannot be compiled"),
+    ],
+)
+def test_what_does_not_go_with_sharded_weights_is_refused(tmp_path, strategy, section, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, MINIMAL + f"{section}\nparallel: {{strategy: {strategy}}}\n")
+    assert load(tmp_path, MINIMAL + f"{section}\nparallel: {{strategy: replicate}}\n")
+
+
 @pytest.mark.parametrize("override", ["train.seed", "=1", "out.x=1", "data.train.3.weight=1", "data.train.x=1"])
 def test_an_override_that_cannot_be_applied_is_rejected(tmp_path, override):
     with pytest.raises(ConfigError, match="override"):

@@ -154,6 +154,9 @@ model:
   apply_lora_to_mlp: True
   lora_rank: 8
   lora_alpha: 16
+  use_dora: True
+  quantize_base: True
+  attn_dropout: 0.1
 tokenizer: {_component_: torchtune.models.llama3.llama3_tokenizer, path: /m/tokenizer.model, max_seq_len: 2048}
 checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /m/}
 dataset: {_component_: torchtune.datasets.chat_dataset, source: json, data_files: own.json, packed: True,
@@ -161,8 +164,9 @@ dataset: {_component_: torchtune.datasets.chat_dataset, source: json, data_files
 seed: null
 shuffle: True
 batch_size: 2
-optimizer: {_component_: torch.optim.AdamW, fused: True, weight_decay: 0.1, lr: 3e-4}
-lr_scheduler: {_component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, num_warmup_steps: 100}
+optimizer: {_component_: torch.optim.AdamW, fused: True, weight_decay: 0.1, lr: 3e-4, eps: 1e-6}
+lr_scheduler: {_component_: torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup, num_warmup_steps: 100,
+  num_cycles: 2}
 loss: {_component_: torchtune.modules.loss.LinearCrossEntropyLoss}
 epochs: 1
 gradient_accumulation_steps: 8
@@ -179,7 +183,9 @@ def test_torchtune(tmp_path):
     found = converted(tmp_path, TORCHTUNE)
     tree, notes = found.tree, notes_of(found)
     assert (found.peer, found.missing) == ("torchtune", [])
-    assert tree["model"] == {"dtype": "bfloat16", "path": "/m"}
+    quantized = {"quantization": "nf4", "double_quantization": False}
+    assert tree["model"] == {"dtype": "bfloat16", "path": "/m", **quantized}
+    assert tree["adapter"]["kind"] == "dora"
     assert tree["data"] == {"train": [{"path": "own.json", "columns": {"messages": "dialogue"}}], "max_length": 2048}
     assert tree["train"]["batch_size"] == 16 and tree["train"]["duration"] == "1 epochs"
     assert (tree["optimizer"]["lr_scheduler"], tree["optimizer"]["warmup"]) == ("cosine", "100 steps")
@@ -187,6 +193,11 @@ def test_torchtune(tmp_path):
     assert tree["adapter"]["target_modules"] == ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert tree["memory"] == {"activation_checkpointing": "all"} and tree["out"] == "/tmp/torchtune/lora"
     assert notes.keys() >= {"metric_logger", "dataset.new_system_prompt", "shuffle"}
+    unknown = "not known here; look whether it matters"
+    assert notes["model.attn_dropout"] == f"0.1: {unknown}" and notes["optimizer.eps"] == f"1e-06: {unknown}"
+    assert notes["lr_scheduler.num_cycles"] == f"2: {unknown}" and not {"optimizer.fused", "model.use_dora"} & set(
+        notes
+    )
     config.build(tree, "converted")
 
 
@@ -260,10 +271,65 @@ def test_every_key_of_an_adapter_is_carried_over():
     assert found.tree["model"] == {"quantization": "nf4", "dtype": "bfloat16", "double_quantization": False}
     assert found.tree["train"]["precision"] == "bfloat16"
     assert "not offered: nf4" in notes_of(found)["bnb_4bit_quant_type"]
-    llama_factory = convert(
-        PeerFile("LLaMA-Factory", {"finetuning_type": "lora", "pissa_init": True, "quantization_bit": 8}), Path()
+
+
+@pytest.mark.parametrize(
+    ("more", "init"), [({}, "pissa_fast"), ({"pissa_iter": 4}, "pissa_fast"), ({"pissa_iter": -1}, "pissa")]
+)
+def test_llama_factorys_pissa_is_the_fast_one_unless_it_is_switched_off(more, init):
+    found = convert(PeerFile("LLaMA-Factory", {"pissa_init": True, "quantization_bit": 8, **more}), Path())
+    assert found.tree["adapter"]["init"] == init and found.tree["model"]["quantization"] == "int8"
+
+
+@pytest.mark.parametrize(("kind", "is_lora"), [(None, True), ("lora", True), ("full", False), ("freeze", False)])
+def test_llama_factory_trains_an_adapter_unless_it_is_told_otherwise(kind, is_lora):
+    given = {"stage": "sft"} if kind is None else {"finetuning_type": kind}
+    found = convert(PeerFile("LLaMA-Factory", given), Path())
+    assert ("adapter" in found.tree) == is_lora and ("adapter" in notes_of(found)) == (kind == "freeze")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pissa_iter", "abc"),
+        ("rank_pattern", "x"),
+        ("alpha_pattern", [1]),
+        ("lora_modules_to_save", 5),
+        ("lora_r", "x"),
+    ],
+)
+def test_a_value_that_is_none_of_its_key_is_named(key, value):
+    found = convert(PeerFile("LLaMA-Factory", {"pissa_init": True, key: value}), Path())
+    assert "is not a value that can be carried over" in notes_of(found)[key]
+
+
+STREAMED = {
+    "LLaMA-Factory": ({"streaming": True, "buffer_size": 500}, {"streaming": True, "window": 500}),
+    "TRL": ({"dataset_streaming": True}, {"streaming": True}),
+    "Axolotl": (
+        {"streaming": True, "streaming_multipack_buffer_size": 700, "pretraining_dataset": [{"path": "a"}]},
+        {"streaming": True, "window": 700},
+    ),
+}
+
+
+@pytest.mark.parametrize(("peer", "given", "ours"), [(peer, *pair) for peer, pair in STREAMED.items()])
+def test_streams(peer, given, ours):
+    found = convert(PeerFile(peer, {"model_name_or_path": "m", "max_steps": 9, **given}), Path())
+    assert ours.items() <= found.tree["data"].items() and ("pretraining_dataset" in notes_of(found)) == (
+        peer == "Axolotl"
     )
-    assert llama_factory.tree["adapter"]["init"] == "pissa" and llama_factory.tree["model"]["quantization"] == "int8"
+    found.tree["data"]["train"] = [{"path": "a.jsonl"}]
+    config.build({**found.tree, "model": {"path": "m"}, "out": "b"}, "converted")
+    off = convert(PeerFile(peer, {**given, **dict.fromkeys(("streaming", "dataset_streaming"), False)}), Path())
+    assert not {"streaming", "window"} & off.tree.get("data", {}).keys()
+
+
+def test_how_trl_loads_its_model():
+    arguments = {"dtype": "bfloat16", "revision": "v1", "attn_implementation": "sdpa", "trust_remote_code": True}
+    found = convert(PeerFile("TRL", {"use_peft": True, "model_init_kwargs": arguments}), Path())
+    assert found.tree["model"] == {"dtype": "bfloat16", "revision": "v1", "trust_remote_code": True}
+    assert "attn_implementation" in notes_of(found) and "model_init_kwargs" not in notes_of(found)
 
 
 def test_every_argument_of_an_installed_peer_is_known():
@@ -380,7 +446,7 @@ def test_noise_wsd_and_weights_of_bfloat16(tmp_path):
         "output_dir": "b",
         "lr_scheduler_type": "warmup_stable_decay",
         "warmup_steps": 10,
-        "lr_scheduler_kwargs": {"num_decay_steps": 30, "min_lr_ratio": 0.1},
+        "lr_scheduler_kwargs": {"num_decay_steps": 30, "min_lr_ratio": 0.1, "decay_type": "linear"},
     }
     found = convert(PeerFile("TRL", settings), Path())
     assert found.tree["train"]["neftune_alpha"] == 5.0
@@ -389,6 +455,14 @@ def test_noise_wsd_and_weights_of_bfloat16(tmp_path):
     assert found.tree["model"]["dtype"] == "bfloat16" and "optimizer.rounding" in notes_of(found)["dtype"]
     assert not notes_of(found).keys() & {"neftune_noise_alpha", "lr_scheduler_kwargs", "lr_scheduler_type"}
     config.build({**found.tree, "data": {"train": [{"path": "a.jsonl"}]}}, "converted")
+
+
+@pytest.mark.parametrize(("arguments", "named"), [({}, "cosine"), ({"decay_type": "1-sqrt"}, "1-sqrt")])
+def test_a_wsd_that_falls_otherwise_is_named(arguments, named):
+    given = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 30, **arguments}}
+    found = convert(PeerFile("TRL", given), Path())
+    assert notes_of(found)["lr_scheduler_type"] == f"at the end the rate falls by {named} there, linearly here"
+    assert "lr_scheduler_kwargs" not in notes_of(found)
 
 
 def test_keys_that_are_carried_over_exist():

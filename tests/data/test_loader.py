@@ -65,12 +65,14 @@ def test_apart_every_tree_is_a_row_in_the_same_step():
 
 
 def test_few_steps_are_told_with_what_makes_more():
-    assert few_steps(50, 10_000, 90) is None
-    assert few_steps(1, 10_000, 90) == (
+    assert few_steps(50, 2, 10_000, 90) is None
+    assert few_steps(1, 1, 10_000, 90) == (
         "only 1 optimizer step, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: 128` "
         "gives about 79 in each epoch; or raise `train.duration`, or add examples"
     )
-    assert few_steps(3, 500, 90).endswith("(under 50): add examples, or raise `train.duration`")
+    add = "(under 50): add examples, or raise `train.duration`"
+    assert few_steps(3, 3, 500, 90).endswith(add)
+    assert few_steps(40, 40, 40 * 128, 128).endswith(add), "batches of 1 of the longest example's length already"
 
 
 def test_more_than_one_block(monkeypatch):

@@ -5,6 +5,9 @@ import itertools
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -89,6 +92,68 @@ def test_a_reader_can_be_sent_to_a_fresh_interpreter(write_jsonl, tmp_path):
     assert (tmp_path / "a" / "0.flat").read_bytes() == (tmp_path / "b" / "0.flat").read_bytes()
 
 
+BESIDE = """
+from preceptor.data.forest import Segment, Tree
+
+class Lengths:
+    targets, key = "assistant", None
+
+    def render(self, example):
+        return Tree(example.source, (Segment("target", tuple(range(len(example.text))), None, example.text),))
+
+class NoCounts:
+    def add(self, example, tree):
+        pass
+
+    def of_table(self, name):
+        return {}
+"""
+PROGRAM = """
+import sys, threading
+print("runs", __name__, flush=True)
+from beside import Lengths, NoCounts
+from preceptor.config import Source
+from preceptor.data.stream import WindowReader, Windows
+from preceptor.data.truncation import Fitter
+reader = WindowReader([Source(path=sys.argv[1])], 2, Lengths(), Fitter(Lengths(), 64, "reject"), NoCounts, False)
+end = threading.Event()
+threading.Thread(target=end.wait).start()  # as a program may have: nothing is forked then
+try:
+    print(Windows.rendered(reader).get(0).num_examples, sys.modules["__main__"].__file__)
+finally:
+    end.set()
+"""
+
+
+def test_a_program_with_threads_is_not_run_anew_by_the_process_that_renders(write_jsonl, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "beside.py").write_text(BESIDE)
+    command = [sys.executable, str(tmp_path / "program.py"), write_jsonl(texts(4))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert found.stdout.split() == ["runs", "__main__", "2", str(tmp_path / "program.py")], found.stderr
+
+
+def test_a_hash_tells_of_the_examples_up_to_the_end_of_a_window(write_jsonl, opened):
+    rows = texts(8)
+    found = []
+    for changed in (None, 6):
+        own = [{"text": "Another."} if at == changed else row for at, row in enumerate(rows)]
+        windows = opened([Source(path=write_jsonl(own, f"{changed}.jsonl"))])
+        found.append([windows.get(number).sha256 for number in range(2)])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
+def test_nothing_is_left_where_no_process_can_be_started(write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "start_method", lambda: "spawn")
+    monkeypatch.setattr(stream.tempfile, "tempdir", str(tmp_path / "spools"))
+    (tmp_path / "spools").mkdir()
+    reader = reader_of([Source(path=write_jsonl(texts(6)))])
+    reader.held = lambda: None  # cannot be pickled
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        Windows.rendered(reader)
+    assert not list((tmp_path / "spools").iterdir())
+
+
 def test_shares_add_up_over_the_windows():
     sources = [Source(path="a", weight=0.5), Source(path="b"), Source(path="c", weight=2.0)]
     shares = [window_shares(sources, 10, number) for number in range(7)]
@@ -134,10 +199,10 @@ def test_a_pipe_is_read_once_and_its_end_is_an_error_that_all_see(tmp_path, open
     windows = opened([Source(path=str(pipe))])
     writer.start()
     other = Windows(windows.spool)  # of another process of the run
-    assert [len(places(windows.get(number))) for number in range(3)] == [4, 4, 2]
+    assert [len(places(windows.get(number))) for number in range(2)] == [4, 4]
     for each in (windows, other):
         with pytest.raises(StreamError, match=r"rows\.jsonl: the pipe ended after 10 examples, in window 2"):
-            each.get(3)
+            each.get(2)  # of two examples: other ones would be in it when more are written
     writer.join(5)
 
 
@@ -173,6 +238,31 @@ def test_what_goes_wrong_in_the_other_process_is_told(write_jsonl, opened, tmp_p
     windows._process.kill()
     with pytest.raises(StreamError, match="ended, often for want of memory"):
         windows.get(1)
+
+
+def test_a_signal_to_the_whole_group_does_not_end_what_renders(write_jsonl, opened):
+    """As Ctrl-C is. The run finishes its step and saves."""
+    windows = opened([Source(path=write_jsonl(texts(40)))])
+    windows.get(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(windows._process.pid, number)
+    assert windows.get(5).num_examples == 4
+
+
+def test_a_program_that_leaves_a_stream_open_ends():
+    """Though multiprocessing, which waits for its processes, is heard before what the program made first."""
+    program = """
+import tempfile, time
+kept = tempfile.TemporaryDirectory()
+from preceptor.data.stream import Windows
+class Reader:
+    def write_next(self, folder):
+        time.sleep(60)
+windows = Windows.rendered(Reader())
+print(windows.spool)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 0 and not Path(ended.stdout.strip()).exists(), ended.stderr
 
 
 def test_what_renders_ends_when_the_process_that_trains_is_killed(write_jsonl):

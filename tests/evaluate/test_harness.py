@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import sys
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
@@ -115,13 +117,15 @@ class _StandIn:
 
     multiple_input = multiple_target = 0
 
-    def __init__(self):
-        self.eval_docs = ROWS
-        names = ("num_fewshot", "generation_kwargs", "filter_list", "process_results")
-        self.config = type("Config", (), {"output_type": "multiple_choice", "target_delimiter": " ", "task": "words"})
-        self.config.metric_list = [{"metric": "acc"}]
+    def __init__(self, output_type="multiple_choice", target="label", **config):
+        self.eval_docs, self._target = ROWS, target
+        names = ("num_fewshot", "generation_kwargs", "filter_list", "process_results", "metric_list")
+        self.config = type("Config", (), {"output_type": output_type, "target_delimiter": " ", "task": "words"})
         for name in names:
-            setattr(self.config, name, None)
+            setattr(self.config, name, config.get(name))
+
+    def set_fewshot_seed(self, seed):
+        self.seed = seed
 
     def fewshot_context(self, doc, num_fewshot):
         return doc["question"]
@@ -130,12 +134,133 @@ class _StandIn:
         return doc["choices"]
 
     def doc_to_target(self, doc):
-        return doc["label"]
+        return self._target(doc) if callable(self._target) else doc[self._target]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Read a stand-in as if lm-eval had loaded it."""
+    monkeypatch.setattr(harness, "require_harness", lambda path: None)
+
+    def of(task):
+        monkeypatch.setattr(harness, "_loaded", lambda path: task)
+        return open_task("lm_eval:words")
+
+    return of
+
+
+ACC, EXACT = [{"metric": "acc", "aggregation": "mean"}], [{"metric": "exact_match", "higher_is_better": True}]
+REGEX = [{"name": "a", "filter": [{"function": "regex"}, {"function": "take_first"}]}]
+FIRST = [{"name": "a", "filter": [{"function": "take_first"}]}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("multiple_choice", {"metric_list": ACC, "process_results": print}),
+        ("multiple_choice", {"metric_list": ACC, "filter_list": REGEX}),
+        ("multiple_choice", {"metric_list": [{"metric": "f1"}]}),
+        ("multiple_choice", {"metric_list": [*ACC, {"metric": "mcc"}]}),
+        ("multiple_choice", {"metric_list": [{"metric": "acc", "aggregation": max}]}),
+        ("loglikelihood_rolling", {"process_results": print}),
+        ("generate_until", {"metric_list": EXACT, "process_results": print}),
+        ("generate_until", {"metric_list": EXACT, "filter_list": REGEX}),
+        ("generate_until", {"metric_list": [{"metric": "f1"}]}),
+        ("generate_until", {"metric_list": [*EXACT, {"metric": "f1"}]}),
+        ("generate_until", {"metric_list": [{"metric": "exact_match", "ignore_case": True}]}),
+        ("generate_until", {"metric_list": [{"metric": "exact_match", "regexes_to_ignore": [","]}]}),
+        ("loglikelihood", {"metric_list": ACC}),
+    ],
+)
+def test_a_rule_of_lm_evals_own_is_refused(read, kind, config):
+    with pytest.raises(DataError, match=r"own rules; run it .* --tasks words"):
+        read(_StandIn(kind, **config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("multiple_choice", "multiple_input"), ("multiple_choice", "multiple_target"),
+                      ("generate_until", "multiple_input")],
+)  # fmt: skip
+def test_choices_that_are_prompts_and_several_right_ones_are_refused(read, kind, key):
+    task = _StandIn(kind, metric_list=ACC if kind == "multiple_choice" else EXACT)
+    setattr(task, key, 2)
+    with pytest.raises(DataError, match="scored by lm-eval's own rules"):
+        read(task)
+
+
+@pytest.mark.parametrize("metrics", [None, ACC, [*ACC, {"metric": "acc_norm"}]])
+@pytest.mark.parametrize("target", ["label", lambda doc: doc["choices"][doc["label"]], lambda doc: str(doc["label"])])
+def test_choices(read, metrics, target):
+    """The right one by its index, or by its text."""
+    found = read(_StandIn(metric_list=metrics, filter_list=FIRST, target=target))
+    assert found.kind == "multiple choice" and [item.answer for item in found.items] == [0, 1, 0, 1]
+    assert found.items[1].prompt.text == "the user 1" and found.items[1].choices == (" the message", " and then")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "until"),
+    [(None, ()), ({}, ()), ({"until": None}, ()), ({"until": "\n\n"}, ("\n\n",)), ({"until": ["a", "b"]}, ("a", "b"))],
+)
+def test_answers_and_what_ends_them(read, arguments, until):
+    found = read(_StandIn("generate_until", "question", metric_list=EXACT, generation_kwargs=arguments))
+    assert found.kind == "generation" and found.items[0].until == until
+    assert found.items[0].accepted == ("the user 0",)
+    assert found.items[0].prompt.messages == ({"role": "user", "content": "the user 0"},)
+
+
+def test_several_answers_are_accepted(read):
+    task = _StandIn("generate_until", "choices", metric_list=EXACT, filter_list=FIRST)
+    task.multiple_target = 2
+    assert read(task).items[0].accepted == ("the message", "and then")
+
+
+def test_texts(read):
+    found = read(_StandIn("loglikelihood_rolling", "question"))
+    assert found.kind == "perplexity" and [item.text for item in found.items] == [f"the user {n}" for n in range(4)]
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """lm_eval.tasks with a TaskManager that says how it was asked."""
+    asked = []
+
+    class TaskManager:
+        found: ClassVar = {"words": _StandIn(metric_list=ACC)}
+
+        def __init__(self, **arguments):
+            asked.append(arguments)
+
+        def load(self, names):
+            asked.append(names)
+            return {"tasks": self.found}
+
+    package, module = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
+    module.TaskManager = TaskManager
+    monkeypatch.setitem(sys.modules, "lm_eval", package)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", module)
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: True)
+    return TaskManager, asked
+
+
+def test_a_task_is_asked_for_by_its_name_or_that_in_its_file(manager, tmp_path):
+    kind, asked = manager
+    assert open_task("lm_eval:words").kind == "multiple choice" and kind.found["words"].seed == 1234
+    file = tmp_path / "own.yaml"
+    file.write_text("task: words_of_a_file\nprocess_docs: !function utils.f\n")
+    open_task(f"lm_eval:{file}")
+    first, second = {"include_path": None, "include_defaults": True}, {"include_path": str(tmp_path)}
+    assert asked == [first, ["words"], {**second, "include_defaults": False}, ["words_of_a_file"]]
+    file.write_text("group: words\n")
+    with pytest.raises(DataError, match="has no key `task`"):
+        open_task(f"lm_eval:{file}")
+    kind.found = {"a": _StandIn(), "b": _StandIn()}
+    with pytest.raises(DataError, match="a group of 2 tasks"):
+        open_task("lm_eval:words")
 
 
 def test_a_run_measures_it_with_intervals_and_its_base_once(run_file, monkeypatch, tmp_path):
     """By a stand-in of lm-eval's task, so that it runs without the package."""
-    monkeypatch.setattr(harness, "_loaded", lambda path: _StandIn())
+    monkeypatch.setattr(harness, "_loaded", lambda path: _StandIn(metric_list=ACC))
     monkeypatch.setattr(harness, "require_harness", lambda path: None)
     monkeypatch.setenv("PRECEPTOR_CACHE", str(tmp_path / "cache"))
     run = config.load(run_file(conversations(6), eval__tasks=["lm_eval:words"], eval__every="1 epochs"))

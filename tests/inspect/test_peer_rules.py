@@ -1,5 +1,6 @@
 """Which tokens other trainers would train: the emulation of their documented rules, and TRL's own labels."""
 
+import itertools
 import json
 
 import pytest
@@ -61,6 +62,11 @@ def trained(peer, settings, row, tokenizer, write_jsonl, template=None):
         ("Axolotl", {"train_on_eos": "last"}, ["The message is.", "and an assistant<|im_end|>"]),
         ("Axolotl", {"roles_to_train": ["user"]}, ["the user<|im_end|>", "and then<|im_end|>"]),
         ("LLaMA-Factory", {"template": "chatml"}, ["The message is.<|im_end|>\n", "and an assistant<|im_end|>\n"]),
+        (
+            "LLaMA-Factory",
+            {"template": "qwen3_nothink"},
+            ["The message is.<|im_end|>\n", "and an assistant<|im_end|>\n"],
+        ),
         ("LLaMA-Factory", {"template": "chatml", "mask_history": True}, ["and an assistant<|im_end|>\n"]),
         (
             "torchtune",
@@ -113,8 +119,13 @@ def test_trl_of_a_prompt_and_its_completion(tokenizer, write_jsonl):
 
 
 def test_what_is_not_emulated_is_said(tokenizer, write_jsonl):
-    own = rule_of("LLaMA-Factory", {"template": "phi"}, tokenizer, template_text(tokenizer))
-    assert "'phi'" in own.says and "the model's own" in own.says
+    for name in ("phi", "qwen3"):  # qwen3 writes an empty <think> block
+        own = rule_of("LLaMA-Factory", {"template": name}, tokenizer, template_text(tokenizer))
+        assert own.says.endswith(
+            f"the model's own chat template, in place of its template '{name}', which is not emulated"
+        )
+    unnamed = rule_of("LLaMA-Factory", {}, tokenizer, template_text(tokenizer))
+    assert unnamed.says.endswith("each answer, in the model's own chat template: the file names no template")
     tool = [
         *CHAT[:2],
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}]},
@@ -123,21 +134,20 @@ def test_what_is_not_emulated_is_said(tokenizer, write_jsonl):
     assert "documented rule" in own.says
 
 
-@pytest.mark.parametrize(
-    "row", [{"messages": CHAT}, PAIR, {"prompt": "a user ", "completion": "and an assistant"}, {"text": "the message"}]
-)
-@pytest.mark.parametrize("settings", [{}, {"assistant_only_loss": True}, {"completion_only_loss": False}])
-@pytest.mark.parametrize("marked", [True, False])
+ROWS = ({"messages": CHAT}, PAIR, {"prompt": "a user ", "completion": "and an assistant"}, {"text": "the message"})
+AS_TRL_TAKES_THEM = [
+    *itertools.product(ROWS, ({}, {"completion_only_loss": False}), (True, False)),
+    *itertools.product(ROWS[:2], ({"assistant_only_loss": True},), (True,)),  # refused without marks, or of plain text
+]
+
+
+@pytest.mark.parametrize(("row", "settings", "marked"), AS_TRL_TAKES_THEM)
 def test_the_emulation_of_trl_is_its_own_labels(row, settings, marked, tokenizer, write_jsonl, tmp_path):
     """Against the labels that SFTTrainer of the installed TRL makes."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: the emulation is not compared with it")
     datasets = pytest.importorskip("datasets")
     from tiny import tiny_model
 
-    if settings.get("assistant_only_loss") and not (
-        marked and isinstance(row.get("messages", row.get("prompt")), list)
-    ):
-        pytest.skip("TRL refuses assistant_only_loss without marks, or of plain text")
     tokenizer.pad_token = "<|endoftext|>"
     template = MARKED if marked else template_text(tokenizer)
     tokenizer.chat_template = template

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from measured import ONE, sequence_of
 from safetensors.torch import save_file
 
 from preceptor import config
@@ -17,7 +18,7 @@ from preceptor.plan.changes import find_change
 from preceptor.plan.devices import DeviceSpec, _read_gpu, find_device
 from preceptor.plan.dry_run import dry_run_of
 from preceptor.plan.model import read_model
-from preceptor.plan.plan import make_case, make_plan
+from preceptor.plan.plan import make_case, make_plan, place_on_ranks
 from preceptor.plan.sample import Sample, sample_data
 from preceptor.plan.text import number, seconds, size, to_text
 from tiny import seeing_model, tiny_model
@@ -34,8 +35,8 @@ LLAMA_70B = {
 }
 
 
-def run_of(model, **sections):
-    tree = {"model": {"path": str(model)}, "data": {"train": [{"path": "rows.jsonl"}]}, "out": "-"}
+def run_of(model, of_model=None, **sections):
+    tree = {"model": {"path": str(model), **(of_model or {})}, "data": {"train": [{"path": "rows.jsonl"}]}, "out": "-"}
     for section, keys in sections.items():
         tree[section] = {**tree.get(section, {}), **keys}
     return config.build(tree, "test")
@@ -213,6 +214,19 @@ def test_a_model_that_reads_one_conversation_at_a_time_is_planned_so(tmp_path):
     run = run_of(tmp_path, data={"max_length": 256})
     case = make_case(run, dry_run_of(run.model), sample, find_device("H100"))
     assert case.work.alone and case.work.conversations == (((20, 30),),)
+    half = run_of(tmp_path, {"dtype": "bfloat16"}, train={"batch_size": 1}, data={"max_length": 256})
+    case = make_case(half, dry_run_of(run.model), sample, find_device("H100"))
+    assert case.memory.components["gradients"] == 4 * case.parameters.num_trained, "summed over the passes of a step"
+    assert case.setup.sequences_per_step == 1
+
+
+def test_what_is_frozen_counts_in_the_placement(tmp_path):
+    tiny_model("llama", vocab_size=512).config.save_pretrained(tmp_path)
+    found = []
+    for keys in ({}, {"train_only": ["lm_head*"]}):
+        run = run_of(tmp_path, keys)
+        found.append(place_on_ranks(run, sequence_of(ONE), 0, 512, find_device("H100"), 2, 2).peak_bytes)
+    assert found[1] < found[0] / 2
 
 
 def test_what_is_wrong_is_said(tmp_path):

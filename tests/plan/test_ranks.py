@@ -37,10 +37,19 @@ def test_the_fewer_bytes_are_sent_the_earlier_a_way_is_tried():
     assert {each.strategy for each in ways(num=6, on_node=4)} == {"replicate", "shard"}  # nodes of unlike size
 
 
-def test_one_copy_for_each_process_takes_what_one_process_takes():
-    whole = step_memory(SETUP, FULL, MOMENTS).peak_bytes
-    buckets = sum(state_bytes(SETUP, FULL).values()) + state_bytes(SETUP, FULL)["gradients"]
-    assert rank_peak_bytes(SETUP, FULL, MOMENTS, 1, False) == max(whole, buckets)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_one_copy_for_each_process_takes_what_one_process_takes(weights, optimizer):
+    setup = Setup(weights, optimizer=optimizer, rounding="exact" if weights == "bfloat16" else None)
+    whole = step_memory(setup, FULL, MOMENTS).peak_bytes
+    buckets = sum(state_bytes(setup, FULL).values()) + state_bytes(setup, FULL)["gradients"]
+    assert rank_peak_bytes(setup, FULL, MOMENTS, 1, False) == max(whole, buckets)
+
+
+def test_each_of_several_updates_its_part_of_a_weight():
+    half, small = Setup("bfloat16"), (Moment("loss", 100, 0, 0, 0),)
+    lasting, update = (2 + 8) * 10_500, 2 * 10_500 + 2 * 4 * 100 * 100  # a weight and its gradient in float32
+    assert rank_peak_bytes(half, FULL, small, 8, True) == (lasting + update) / 8
 
 
 def test_a_part_of_the_states_and_what_is_gathered():
@@ -92,6 +101,11 @@ def test_the_first_that_fits_is_chosen(usable, chosen):
     asked = choose(ways(usable=usable), "shard")
     assert asked.strategy == "shard" and asked.regathers == (usable < 108_000)
     assert "chosen by memory" in in_words(found, "auto") and "chosen" not in in_words(asked, "shard")
+
+
+def test_what_cannot_be_sharded_is_replicated():
+    for setup in (replace(SETUP, optimizer="adafactor"), replace(SETUP, quantization="int8", adapter=LoraSpec(1))):
+        assert [each.strategy for each in ways(setup)] == ["replicate"]
 
 
 def test_hybrid_on_one_node_is_shard():

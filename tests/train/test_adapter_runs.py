@@ -1,6 +1,7 @@
 """Runs with an adapter of every kind: what is said of it, what moved, resume and `--from`, and what is saved."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from preceptor.errors import ConfigError
 from preceptor.model.adapters.adapted import FirstUpdate, table_lines, without_gradient
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
+from preceptor.train import loop
 from preceptor.train.build import optimizer_of
+from preceptor.train.step import NotFiniteError
 from tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("empty_report", "unpredicted")
@@ -63,8 +66,9 @@ def test_factors_of_the_learning_rate_multiply():
     assert {group["lr_factor"] for group in groups} == {1.0, 8.0}
 
 
-def test_an_adapter_without_a_gradient_is_named(run_file, tmp_path, preceptor, monkeypatch):
-    """A layer whose output nothing reads."""
+@pytest.mark.parametrize("num_skipped", [0, 1])
+def test_an_adapter_without_a_gradient_is_named(run_file, tmp_path, preceptor, monkeypatch, num_skipped):
+    """A layer whose output nothing reads: after the first step whose update was applied."""
     from transformers.models.llama import modeling_llama
 
     forward = modeling_llama.LlamaMLP.forward
@@ -74,9 +78,19 @@ def test_an_adapter_without_a_gradient_is_named(run_file, tmp_path, preceptor, m
             return forward(self, x)
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", cut)
-    code, shown, error = preceptor("train", run_file(), "adapter={rank: 2}", "engine=plain", f"out={tmp_path}/a")
+    take_step = loop.take_step
+
+    def broken(state, *arguments):
+        if state.step < num_skipped:
+            raise NotFiniteError(1, math.nan, math.nan, [])
+        return take_step(state, *arguments)
+
+    monkeypatch.setattr(loop, "take_step", broken)
+    overrides = ("adapter={rank: 2}", "engine=plain", "train.max_skipped=1", f"out={tmp_path}/a")
+    code, shown, error = preceptor("train", run_file(), *overrides)
     assert code == 0, error
-    first, *rest = metrics(tmp_path / "a")
+    skipped, (first, *rest) = metrics(tmp_path / "a")[:num_skipped], metrics(tmp_path / "a")[num_skipped:]
+    assert all(line["skipped"] for line in skipped)
     assert len(first["without_gradient"]) == 6 and all(".mlp." in layer for layer in first["without_gradient"])
     assert not any("without_gradient" in line for line in rest)
     assert "no gradient reached the adapter on model.layers.0.mlp.gate_proj" in " ".join(shown.split())

@@ -10,8 +10,10 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError, ModelError
+from preceptor.train.evaluations import _base_figures
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
+from preceptor.world import ONE
 
 TASK = [{"messages": [{"role": "user", "content": f"start of a message {n}?"}], "accepted": ["x"]} for n in range(5)]
 
@@ -70,6 +72,14 @@ def test_samples_are_drawn_anew_but_by_the_same_seed(run_file):
     other = train(file, "eval.max_new_tokens=12", "eval.temperature=0.01", "out=" + str(file.parent / "cold"))
     cold = lines(other, "samples.jsonl")
     assert cold[0]["sampled"] == cold[0]["answer"], "at a low temperature the likeliest token is drawn"
+
+
+def test_figures_of_the_base_are_kept_apart_for_each_quantization(run_file, write_jsonl):
+    file = run_file(eval__tasks=[write_jsonl(TASK, "task.jsonl")], adapter={"rank": 2})
+    kinds = ["null", "int8", "nf4"]
+    runs = [config.load(file, [f"model.quantization={kind}"]) for kind in kinds]
+    runs += [config.load(file, ["model.quantization=nf4", "model.double_quantization=false"])]
+    assert len({_base_figures(prepare(run), ONE).key for run in runs}) == 4
 
 
 def test_a_broken_task_stops_the_run_before_anything_is_written(run_file, write_jsonl, tmp_path):

@@ -164,13 +164,6 @@ def test_a_run_goes_on_with_another_number_of_processes(run_file, tmp_path, prec
     require_same(tmp_path / "two", tmp_path / "one")
 
 
-def test_adafactor_of_sharded_weights_is_refused(run_file):
-    file = run_file(optimizer__name="adafactor", parallel__strategy="shard")
-    found = run_command(2, "train", file)
-    assert [process.code for process in found] == [2, 2]
-    assert "adafactor scales an update by its whole matrix" in "".join(process.shown for process in found)
-
-
 def test_bfloat16_weights_are_sharded_and_saved_as_one_model(run_file, tmp_path):
     half = {"model__dtype": "bfloat16", "optimizer__name": "adamw_8bit", "optimizer__rounding": "exact"}
     file = run_file(**half, parallel__strategy="shard")
@@ -180,3 +173,5 @@ def test_bfloat16_weights_are_sharded_and_saved_as_one_model(run_file, tmp_path)
     assert all(torch.equal(value, value.bfloat16().to(value.dtype)) for value in saved.values())
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 4 and last["loss"] < 6
+    record = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert record["engine"]["not_compiled"] == "it is spread over processes"

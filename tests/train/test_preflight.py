@@ -164,11 +164,12 @@ def test_a_leak_between_the_runs_own_conversations_is_found(monkeypatch):
 
 
 def test_a_model_that_mixes_conversations_reads_each_chain_alone():
-    model, lines = tiny_model("lfm2", layer_types=["conv", "full_attention"]), []
+    model, lines = tiny_model("lfm2", layer_types=["conv", "full_attention"]).bfloat16(), []
     packed = loader()
     passed = preflight(model, packed, "float32", lines.append)
     assert "each conversation goes through the model alone" in lines[1] and "lfm2" in lines[1]
     assert "Use a" not in lines[1]
+    assert {p.grad_dtype for p in model.parameters()} == {torch.float32}, "gradients of several passes are summed"
     apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):

@@ -99,7 +99,7 @@ def test_keys_that_change_no_weight_may_change(stopped, tmp_path, monkeypatch):
 def test_every_key_of_the_run_file_is_of_one_kind():
     """A key changes what is trained unless it is listed: a new key is compared until somebody decides otherwise."""
     tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}], "eval": [{"path": "e"}]}, "out": "o"}
-    tree |= {"adapter": {}, "replay": {"data": [{"path": "r"}]}, "eval": {"tasks": ["t"]}}
+    tree |= {"tracker": ["tensorboard"], "adapter": {}, "replay": {"data": [{"path": "r"}]}, "eval": {"tasks": ["t"]}}
     tree["data"] |= {"allow_rejected": ["too_long"], "chat_template": "c"}
     run = config.build(tree, "test")
     changed = changed_keys({}, run, "config.yaml")

@@ -4,25 +4,31 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from children import command, result_of
-from processes import run_command
+from processes import run_command, run_ranks
 
 from conftest import conversations
 from preceptor import config
+from preceptor.config.code import HeldCode
 from preceptor.data import stream, workers
+from preceptor.data.dataset import Dataset
 from preceptor.data.loader import StreamLoader
-from preceptor.errors import ConfigError, DataError
+from preceptor.errors import ConfigError, DataError, ModelError, StreamError
 from preceptor.files import write_atomically
 from preceptor.plan.plan import _data_facts, largest_sequence
 from preceptor.plan.sample import sample_data
 from preceptor.report.facts import facts
 from preceptor.report.run_record import read_run
 from preceptor.train import loop
+from preceptor.train import prepare as preparing
 from preceptor.train.prepare import prepare
+from preceptor.train.windows import WindowRecord
 from runs import DATA, write_run
+from tiny import chain
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
@@ -32,6 +38,7 @@ def _forked(monkeypatch):
     """Whatever threads other tests have left."""
     monkeypatch.setattr(stream, "start_method", lambda: "fork")
     monkeypatch.setattr(workers, "start_method", lambda: "fork")
+    monkeypatch.setattr(preparing, "start_method", lambda: "fork")
 
 
 EMPTY = {"text": ""}
@@ -111,6 +118,57 @@ def test_a_run_killed_anywhere_is_finished_by_the_same_command(streamed, tmp_pat
         assert (result_of(out), windows_of(out)) == expected, kill_at
 
 
+def test_a_signal_ends_a_run_that_waits_for_a_window(streamed, tmp_path, preceptor, monkeypatch):
+    pipe, told, get = tmp_path / "slow.jsonl", threading.Event(), stream.Windows.get
+    os.mkfifo(pipe)
+
+    def write():
+        with pipe.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in conversations(7))
+            file.flush()
+            told.wait(5)
+
+    def get_or_be_told(self, number, is_trained=True):
+        if number == 1:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return get(self, number, is_trained)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    monkeypatch.setattr(stream.Windows, "get", get_or_be_told)
+    code, _, err = preceptor("train", streamed(data__train=[{"path": str(pipe)}]))
+    told.set()
+    writer.join(5)
+    assert code == 75, err
+    (window,) = windows_of(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / f"step-{window['num_steps']:08d}").is_dir()
+
+
+def test_an_error_of_one_process_ends_all_with_the_same():
+    class OfOneMachine:
+        """A window that the second process cannot have."""
+
+        def get(self, number):
+            if rank := int(os.environ["RANK"]):
+                raise StreamError(f"machine {rank} is out of memory")
+            return stream.Window(number, [], 5, "")
+
+    def work(world):
+        run = SimpleNamespace(data=SimpleNamespace(allow_rejected=(), max_rejected=1.0))
+        prepared = SimpleNamespace(run=run, num_examples_beside=0, rejections_beside=[])
+        loader = StreamLoader(OfOneMachine(), Dataset([chain(np.random.default_rng(0), (3, 4))]), None, 64, 64, 1, 0)
+        loader.on_window = WindowRecord(prepared, None, world, print)
+        loader.batch(0)
+
+    assert [str(error) for error in run_ranks(2, work, seconds=20)] == ["machine 1 is out of memory"] * 2
+
+
+def test_a_model_that_reads_conversations_alone_does_so_in_every_window(streamed):
+    loader = prepare(config.load(streamed(conversations(12)))).loader().apart()
+    batches = [loader.batch(step) for step in range(20)]
+    assert loader.position.window > 1 and all(sequence.alone for batch in batches for sequence in batch)
+
+
 def test_two_processes_see_the_same_windows_and_one_finishes_their_run(streamed, tmp_path, preceptor, monkeypatch):
     file = streamed()
     assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0
@@ -131,10 +189,14 @@ def test_a_run_goes_on_only_with_the_same_stream(streamed, tmp_path, preceptor, 
     with monkeypatch.context() as patch:
         signalled(patch, 7)
         assert preceptor("train", file)[0] == 75
-    changed = [*rows[:6], {"messages": [*rows[6]["messages"][:1], {"role": "assistant", "content": "No."}]}, *rows[7:]]
-    streamed(changed)
+    streamed([*conversations(3, turns=2), *rows[3:]])
     code, _, err = preceptor("train", file)
-    assert code == 3 and "the sources give other examples before it than when the run trained them" in err, err
+    assert code == 6 and "the data, which has no hash as a whole (a stream, pipe" in err and "files are the" not in err
+    for at in (6, 5 * windows_of(tmp_path / "run")[-1]["window"]):  # in a window before, and in that where it stopped
+        answer = {"role": "assistant", "content": "No."}
+        streamed([*rows[:at], {"messages": [*rows[at]["messages"][:1], answer]}, *rows[at + 1 :]])
+        code, _, err = preceptor("train", file)
+        assert code == 3 and "up to its end the sources give other examples than when the run trained it" in err, err
 
 
 def test_too_many_rejections_later_on_end_the_run_with_its_steps_saved(streamed, tmp_path, preceptor):
@@ -173,6 +235,9 @@ def test_a_pipe_is_trained_and_its_end_loses_nothing(streamed, tmp_path, precept
     as_file = config.load(streamed(data__train=[{"path": str(tmp_path / "all.jsonl")}]))
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert record["trees_sha256"] == prepare(as_file).train.sha256
+    assert preceptor("train", tmp_path / "run.yaml", f"out={tmp_path / 'whole'}")[0] == 0
+    losses = [[line["loss"] for line in lines(tmp_path / name, "metrics.jsonl")] for name in ("run", "whole")]
+    assert losses[0] == losses[1], "each example as often as if the pipe had not ended in between"
     assert record["data"] == [{"use": "train", "name": str(pipe), "revision": None, "num_bytes": None, "sha256": None}]
 
 
@@ -205,6 +270,16 @@ def test_windows_differ_in_their_order_and_hold_each_example_once(streamed):
     assert len({tuple(own) for own in whole}) > 1
 
 
+def test_each_window_replays_other_examples(streamed, write_jsonl):
+    file = streamed(conversations(5), replay={"data": [{"path": write_jsonl(conversations(40), "replay.jsonl")}]})
+    loader, replayed = prepare(config.load(file, ["replay.share=0.5"])).loader(), {}
+    for step in range(9):
+        found = {source for own in loader.sources(step) for source in own if "replay.jsonl" in source}
+        replayed.setdefault(loader.position.window, set()).update(found)
+    whole = list(replayed.values())[:-1]
+    assert len(whole) > 1 and all(whole) and whole[0] != whole[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -233,6 +308,30 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
         prepare(config.load(streamed([EMPTY], data__max_rejected=1.0)))
 
 
+def test_a_function_that_another_process_cannot_have_is_refused(streamed, monkeypatch):
+    """As in a notebook, whose threads forbid that a process is forked."""
+    run = config.load(streamed(conversations(5)))
+    held = HeldCode.of(lambda record: record)
+    own = [source.model_copy(update={"code": held}) for source in run.data.train]
+    run = run.model_copy(update={"data": run.data.model_copy(update={"train": own})})
+    assert prepare(run).examples_per_epoch == 5
+    monkeypatch.setattr(preparing, "start_method", lambda: "spawn")
+    with pytest.raises(ConfigError, match=r"<lambda>: a stream is read by another process.*FILE\.py:FUNCTION"):
+        prepare(run)
+
+
+def test_a_start_that_fails_leaves_no_process(streamed, preceptor, monkeypatch):
+    opened, rendered = [], stream.Windows.rendered
+    monkeypatch.setattr(stream.Windows, "rendered", lambda reader: opened.append(rendered(reader)) or opened[-1])
+
+    def fail(*_):
+        raise ModelError("broken")
+
+    monkeypatch.setattr("preceptor.train.run.preflight", fail)
+    assert preceptor("train", streamed())[0] == 5
+    assert not opened[0].spool.exists() and not opened[0]._process.is_alive()
+
+
 def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, base_folder):
     file = streamed(conversations(40))
     code, out, _ = preceptor("check", file)
@@ -241,7 +340,8 @@ def test_check_plan_and_report_say_what_is_known(streamed, tmp_path, preceptor, 
     run = config.load(file)
     sample = sample_data(run, base_folder / "tokenizer.json")
     assert largest_sequence(run, sample) == (((96, 32),),)  # whatever the sample's largest is
-    assert "only once it is read; 8 steps are trained" in _data_facts(run, sample)["open"]
+    found = _data_facts(run, sample)
+    assert "only once it is read; 8 steps are trained" in found["open"] and found["num_steps"] == 8
     found = facts(read_run(write_run(tmp_path / "a", data={**DATA, "num_windows": 3, "examples_per_epoch": None})))
     assert (found["windows begun"], found["examples read"], found["tokens in these windows"]) == ("3", "100", "9,000")
     assert "examples per epoch" not in found

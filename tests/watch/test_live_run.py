@@ -167,6 +167,7 @@ def test_figures(tmp_path):
     assert status["tasks"] == [{"task": "scholar:heldout", "figure": "accuracy", "value": 0.5, "low": 0.4, "high": 0.6}]
     assert status["rejected"] == {"num": 2, "num_examples": 100, "codes": {"too_long": 2}}
     assert status["tokens_per_second"] == 200 and status["memory_bytes"] == 400_000_000
+    assert status["evaluated"] == 10
     assert status["loss"] == pytest.approx(1.675), "mean of the last ten steps"
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from preceptor.console import TerminalConsole
 from preceptor.watch.live_run import LiveRun
-from preceptor.watch.terminal import screen
+from preceptor.watch.status import status_of
+from preceptor.watch.terminal import News, screen
 from preceptor.watch.text_plot import Curve, plot
 from runs import looks, sample, steps, write_run
 
@@ -129,6 +130,19 @@ def test_elsewhere_than_a_terminal_there_are_lines_of_what_is_new(tmp_path):
     finally:
         process.kill()
     assert "finished after step 20" in rest and process.returncode == 0
+
+
+def test_an_evaluation_of_tasks_alone_is_news(tmp_path):
+    tasks = [
+        {"task": name, "figures": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6}}} for name in ("first", "second")
+    ]
+    news = News()
+    lines = []
+    for evaluations in ([], [{"step": 0, "tasks": tasks}], [{"step": 0, "tasks": tasks}, {"step": 5, "tasks": tasks}]):
+        status = status_of(LiveRun(growing(tmp_path / "a", 5, eval=evaluations)).look())
+        lines += [news.line(status), news.line(status)]
+    assert [line is None for line in lines] == [False, True] * 3
+    assert "first: accuracy 0.500 (0.400 to 0.600); second: accuracy" in lines[2] and "first" not in lines[0]
 
 
 def test_a_terminal_shows_it_live_and_ctrl_c_ends_it(tmp_path):

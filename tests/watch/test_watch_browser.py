@@ -10,6 +10,7 @@ import pytest
 
 from browser import CHROMIUM, REASON, browser
 from preceptor.errors import ConfigError
+from preceptor.report.page import write_report
 from preceptor.watch.live_run import LiveRun
 from preceptor.watch.server import WatchedRuns, WatchServer, serve
 from runs import NASTY, looks, sample, steps, write_run
@@ -71,12 +72,42 @@ def test_it_serves_this_machine_and_its_own_address_alone(tmp_path, served):
         (f"{server.url}../../etc/passwd", None, 404),
         (f"{server.url}report/0", None, 404),  # none yet
         (f"{server.url}report/-1", None, 404),
+        (f"{server.url}report/%C2%B2", None, 404),
         (server.url, "evil.example", 421),  # a name that was made to lead here
+        (server.url, f"evil.example:{server.port}", 421),
+        (server.url, "localhost", 421),  # that is port 80
     ):
         with pytest.raises(urllib.error.HTTPError) as error:
             get(url, host)
         error.value.close()
         assert error.value.code == code, url
+
+
+def test_it_answers_to_its_names(tmp_path, served):
+    server = served(growing(tmp_path / "a"))
+    for host in (f"127.0.0.1:{server.port}", f"localhost:{server.port}"):
+        assert "step 20 of 60" in get(server.url, host)[0]
+    url, server.port = server.url, 80  # of which browsers name no port
+    assert "step 20 of 60" in get(url, "localhost")[0]
+
+
+def test_what_is_no_number_is_no_report(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (folder / "report.html").write_text("x")
+    runs = WatchedRuns([LiveRun(folder)])
+    assert runs.report("0") == folder / "report.html"
+    assert [runs.report(number) for number in ("1", "-1", "", "²", "٠", "0x0")] == [None] * 6
+
+
+def test_a_tab_that_is_closed_while_the_page_is_sent_is_no_error(served, capsys):
+    server = served()
+    for error in (BrokenPipeError(), ConnectionResetError(), ValueError("a fault")):
+        try:
+            raise error
+        except type(error):
+            server.handle_error(None, ("127.0.0.1", 1))
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == 1 and "ValueError: a fault" in err
 
 
 def test_only_parts_that_have_changed_are_sent(tmp_path, served):
@@ -178,6 +209,22 @@ def test_it_follows_the_files_and_says_when_a_run_has_ended(tab, tmp_path, serve
     assert tab.run(f"fetch('{server.url}report/0').then(a => a.text())") == "<title>the report of a</title>"
     assert tab.run("document.querySelector('.card a').href") == f"{server.url}report/0"
     assert tab.console == []
+
+
+@needs_chromium
+def test_a_report_works_and_reaches_nothing(tab, tmp_path, served):
+    """Its scripts run, in an origin of their own."""
+    folder = write_run(tmp_path / "a", samples=[sample(20, f"{n}?", f"Answer {n}.") for n in range(3)])
+    write_report([folder])
+    server = served(folder)
+    assert "sandbox" in get(f"{server.url}report/0")[1]["Content-Security-Policy"]
+    tab.open(Address(f"{server.url}report/0"), dark=True)
+    assert tab.console == [] and tab.requests == [f"{server.url}report/0"]
+    assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 27)"
+    tab.run("document.querySelector('#course figure .legend button').click()")
+    assert tab.run("document.querySelector('#course [id*=\"-series-\"]').style.display") == "none"
+    assert tab.run("self.origin") == "null"
+    assert tab.run(f"fetch('{server.url}state').then(() => 'read', () => 'refused')") == "refused"
 
 
 @needs_chromium

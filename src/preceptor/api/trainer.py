@@ -24,15 +24,17 @@ from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.errors import ConfigError, DataError, short
 from preceptor.model.forward import Engine
+from preceptor.world import is_launched_first
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
 _LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
 _REFUSED = {
     "callbacks": _LOOP,
     "data_collator": "conversations are packed with their targets here, by no collator; remove it",
     "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
-    "compute_metrics": "write it as a metric of a task (docs/evaluate.md)",
-    "preprocess_logits_for_metrics": "logits of all tokens never exist here; write a metric of a task",
+    "compute_metrics": _METRIC,
+    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
     "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
     "quantization_config": "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run",
@@ -50,10 +52,6 @@ _OF_NO_EFFECT = (
 )
 
 
-def known_arguments() -> set[str]:
-    return known_settings()
-
-
 class SFTConfig:
     """Arguments by the names of TRL's SFTConfig. Those that are not given have TRL's values where a run has such a key.
 
@@ -63,8 +61,8 @@ class SFTConfig:
     def __init__(self, output_dir: str | None = None, **arguments: Any) -> None:
         """Raises ConfigError for an argument that is none."""
         for name in arguments:
-            if name not in known_arguments():
-                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_arguments()))}")
+            if name not in known_settings():
+                raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_settings()))}")
         self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
 
     def __getattr__(self, name: str) -> Any:
@@ -125,7 +123,6 @@ class SFTTrainer:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        settings |= settings.pop("model_init_kwargs", None) or {}
         for place in data:
             settings[f"{place}_dataset"] = "in memory"
         converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())
@@ -134,7 +131,8 @@ class SFTTrainer:
         if is_named:
             _require_own(self._tokenizer, name)
         else:
-            tree["model"] = {"path": self._given}
+            tree["model"]["path"] = self._given
+            tree["model"].pop("dtype", None)  # it has its own
         if settings.get("use_cpu"):
             tree["train"]["device"] = "cpu"
             self.notes = [note for note in self.notes if note[0] != "use_cpu"]
@@ -152,7 +150,7 @@ class SFTTrainer:
                 "checkpoint in its `output_dir`; remove the argument, or write True"
             )
         for key, why in self.notes:
-            if not why.endswith(_NOT_SAID):
+            if is_launched_first() and not why.endswith(_NOT_SAID):
                 say(f"from TRL: {key}: {why}")
         return run.train(resume=bool(resume_from_checkpoint))
 
@@ -189,8 +187,14 @@ class SFTTrainer:
 
         Prompt and response are tokenised separately, without special tokens: what must end the response (an eos token,
         a closing tag) is to be written in it. Raises DataError if the response has no token, or the prompt none that
-        the response could follow.
+        the response could follow, and ConfigError without a live model or its tokenizer.
         """
+        if isinstance(self._given, str | Path) and self.model is self._given:
+            raise ConfigError(
+                f"train_step: needs the model itself: model=AutoModelForCausalLM.from_pretrained({str(self._given)!r})"
+            )
+        if self.processing_class is None:
+            raise ConfigError("train_step: needs a tokenizer: processing_class=AutoTokenizer.from_pretrained(...)")
         prompt_ids, response_ids = self._ids(prompt), self._ids(response)
         if not prompt_ids:
             raise DataError("the prompt has no token: nothing comes before the response's first token")

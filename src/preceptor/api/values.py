@@ -7,9 +7,10 @@ from typing import Any
 from preceptor import config
 from preceptor.config import Source
 from preceptor.config.code import HeldCode
-from preceptor.config.held import LIVE, MEMORY, LiveModel, LiveSource
+from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.formats.memory import HeldDataset, RecordList
 from preceptor.errors import ConfigError, short
+from preceptor.files import LIVE, MEMORY
 
 _OF_FILES = ("dtype", "init", "revision", "trust_remote_code", "from_run", "quantization", "double_quantization")
 _FORMS = (

@@ -1,19 +1,21 @@
 """Functions of the user's own, `FILE.py:FUNCTION` in a run file: looked for, loaded, hashed. No torch here."""
 
 import ast
+import copyreg
 import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from preceptor.errors import ConfigError
-
-_LIVE = "live:"
+from preceptor.files import LIVE
 
 
 class HeldCode(str):
@@ -23,17 +25,20 @@ class HeldCode(str):
 
     @classmethod
     def of(cls, function: Callable[..., Any], end: str = "") -> "HeldCode":
-        found = cls(f"{_LIVE}{getattr(function, '__name__', type(function).__name__)}{end}")
+        found = cls(f"{LIVE}{getattr(function, '__name__', type(function).__name__)}{end}")
         found.function = function
         return found
 
 
 @dataclass(frozen=True)
 class OwnFunction:
-    """sha256: of its file; of one that a program holds, of its source text."""
+    """sha256: of its file and name; of one that a program holds, of its source and the values that it uses.
+
+    None where such a value cannot be told from others.
+    """
 
     name: str
-    sha256: str
+    sha256: str | None
     function: Callable[..., Any]
 
 
@@ -58,7 +63,7 @@ def require_code(named: str | None, key: str) -> None:
 def load_code(named: str, key: str) -> OwnFunction:
     """Run the file and take its function. Raises ConfigError for what cannot be, and for an error of the file."""
     if isinstance(named, HeldCode):
-        return OwnFunction(named.removeprefix(_LIVE), _sha256_of_source(named.function), named.function)
+        return OwnFunction(named.removeprefix(LIVE), _sha256_of_held(named.function), named.function)
     file, name = _place(named, key)
     try:
         content = file.read_bytes()
@@ -68,7 +73,7 @@ def load_code(named: str, key: str) -> OwnFunction:
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"{key}: {file} has no function {name!r}")
-    return OwnFunction(name, hashlib.sha256(content).hexdigest(), function)
+    return OwnFunction(name, hashlib.sha256(content + b"\0" + name.encode()).hexdigest(), function)
 
 
 def beside_code(named: str | None, folder: Path) -> str | None:
@@ -81,7 +86,7 @@ def beside_code(named: str | None, folder: Path) -> str | None:
 
 
 def _place(named: str, key: str) -> tuple[Path, str]:
-    if named.startswith(_LIVE):
+    if named.startswith(LIVE):
         raise ConfigError(f"{key}: {named}: a function that a Python program held; the same program goes on")
     file, _, name = named.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
@@ -108,10 +113,88 @@ def _module(file: Path, sha256: str) -> ModuleType:
     return module
 
 
-def _sha256_of_source(function: Callable[..., Any]) -> str:
+def _sha256_of_held(function: Callable[..., Any]) -> str | None:
+    module = getattr(function, "__module__", None) or type(function).__module__
     try:
-        text = inspect.getsource(function if inspect.isroutine(function) else type(function))
-    except (OSError, TypeError):  # typed into an interpreter that keeps no source
-        code = getattr(function, "__code__", None)
-        text = repr(type(function)) if code is None else f"{code.co_code!r} {code.co_consts!r} {code.co_names!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256_of(function, module, set())
+    except Exception:  # whatever the user's own objects raise
+        return None
+
+
+def _sha256_of(value: Any, module: str, seen: set[int]) -> str:
+    found = hashlib.sha256()
+    for part in _parts(value, module, seen):
+        spelled = part if isinstance(part, bytes) else part.encode()
+        found.update(b"%d " % len(spelled) + spelled)
+    return found.hexdigest()
+
+
+def _parts(value: Any, module: str, seen: set[int]) -> Iterator[str | bytes]:
+    """What tells a value from others, the same in each process. Raises for a value of which that is not known.
+
+    module: whose classes and global values count. seen: functions that were spelled, as they may call each other.
+    """
+    kind = type(value)
+    yield kind.__qualname__
+    inner: Any
+    if value is None or kind in (bool, int, float, complex, str, bytes):
+        yield repr(value)
+        return
+    if isinstance(value, ModuleType | type):
+        yield f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else value.__name__
+        if isinstance(value, type) and value.__module__ == module:
+            yield _source(value)
+        return
+    if kind in (set, frozenset):
+        inner = sorted(_sha256_of(each, module, seen) for each in value)
+    elif kind in (list, tuple):
+        inner = value
+    elif kind is dict:
+        inner = [part for item in value.items() for part in item]
+    elif isinstance(value, CodeType):
+        inner = value.co_code, value.co_names, value.co_consts
+    elif isinstance(value, FunctionType):
+        inner = () if id(value) in seen else _of_function(value, module)
+        seen.add(id(value))
+    else:
+        inner = _of_object(value)
+    yield str(len(inner))
+    for each in inner:
+        yield from _parts(each, module, seen)
+
+
+def _of_object(value: Any) -> Sequence[Any]:
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, partial):
+        return value.func, value.args, value.keywords
+    if hasattr(value, "detach"):  # a tensor: its pickle has another address in each process
+        flat = value.detach().cpu().reshape(-1)
+        return str(value.dtype), tuple(value.shape), flat.view(sys.modules["torch"].uint8).numpy().tobytes()
+    reduce = copyreg.dispatch_table.get(type(value))
+    pickled = value.__reduce_ex__(4) if reduce is None else reduce(value)
+    if isinstance(pickled, str):
+        return pickled, getattr(value, "__wrapped__", None)  # as of a function with an lru_cache
+    make, *given = pickled
+    return [make.__qualname__, *(list(part) if isinstance(part, Iterator) else part for part in given)]
+
+
+def _of_function(function: FunctionType, module: str) -> tuple[Any, ...]:
+    code = function.__code__
+    source = _source(function)
+    by_code = code if not source or code.co_name == "<lambda>" else None  # a line may have several lambdas
+    cells = {name: cell.cell_contents for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+    used = sorted(_names(code)) if function.__module__ == module else []
+    values = {name: function.__globals__[name] for name in used if name in function.__globals__}
+    return source, by_code, cells, function.__defaults__, function.__kwdefaults__, values
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _source(of: Any) -> str:
+    with suppress(OSError, TypeError):  # typed into an interpreter that keeps no source
+        return inspect.getsource(of)
+    return ""

@@ -4,30 +4,22 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
+from preceptor.config.peer_adapter import OF_ADAPTERS, adapter_section, trains_adapter
 from preceptor.config.peer_data import Sources
-from preceptor.config.peer_defaults import DEFAULTS, DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
+from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
 from preceptor.config.peer_files import Peer, PeerFile, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
+from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
-T = TypeVar("T")
-
-_OF_ADAPTERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "r": ("rank", int),
-    "lora_r": ("rank", int),
-    "lora_rank": ("rank", int),
-    "lora_alpha": ("alpha", float),
-    "lora_dropout": ("dropout", float),
-}
 _UNKNOWN = "not known here; look whether it matters"
-_OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
 
 
 @dataclass
@@ -73,18 +65,13 @@ def _flat(file: PeerFile) -> PeerFile:
 
 def known_settings() -> set[str]:
     """Every key of another trainer that is carried over, or of which is known why it is not."""
-    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *_OF_ADAPTERS, *NAMES, *TRAINER, "activation_checkpointing"}
+    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *OF_ADAPTERS, *NAMES, *TRAINER, "activation_checkpointing"}
 
 
 class _Conversion:
     def __init__(self, file: PeerFile, folder: Path) -> None:
-        self._peer, self._folder, self._unread = file.peer, folder, file.unread
-        self._settings = {key: value for key, value in file.settings.items() if value is not None}
-        none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
-        given = {NAMES.get(key, key) for key in (file.settings if none_is_a_value else self._settings)}
-        self._defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in given}
-        self._found = Converted(file.peer)
-        self._used: set[str] = set()  # keys of the file that became part of the run, or of a note
+        self._given, self._folder, self._unread = PeerSettings(file), folder, file.unread
+        self._found = Converted(file.peer, notes=self._given.notes)
 
     def result(self) -> Converted:
         for place in ("model", "data", "train", "optimizer"):  # in the order of a run file
@@ -94,11 +81,11 @@ class _Conversion:
         self._training()
         self._optimizer()
         self._memory_and_moments()
-        self._adapter()
+        self._found.tree["adapter"] = adapter_section(self._given)
         self._trackers()
         for key, (ours, cast) in DIRECT.items():
-            if (value := self._value(key)) is not None:
-                self._set(ours, self._cast(key, value, cast))
+            if (value := self._given.value(key)) is not None:
+                self._set(ours, self._given.cast(key, value, cast))
         self._rest()
         tree = {key: value for key, value in self._found.tree.items() if value != {}}
         order = list(dict.fromkeys(key.partition(".")[0] for key in all_keys()))
@@ -113,23 +100,6 @@ class _Conversion:
         self._found.notes.sort(key=lambda note: note[1].endswith(("nothing to set", "remove the key")))
         return self._found
 
-    # Small steps ---------------------------------------------------------------------------------------------------
-
-    def _value(self, *names: str) -> Any:
-        """The first of these keys that is given, else a default of the trainer; None where there is neither."""
-        for name in names:
-            if name in self._settings:
-                self._used.add(name)
-                return self._settings[name]
-        return next((self._defaults[name] for name in names if name in self._defaults), None)
-
-    def _on(self, *names: str) -> Any:
-        """The first of these keys that is given and not off; None where there is none."""
-        return next((self._value(name) for name in names if self._settings.get(name) not in _OFF), None)
-
-    def _number(self, name: str, value: Any) -> float | None:
-        return self._cast(name, value, float)
-
     def _set(self, key: str, value: Any) -> None:
         section, _, name = key.partition(".")
         if value is None:
@@ -139,23 +109,13 @@ class _Conversion:
         else:
             self._found.tree.setdefault(section, value)
 
-    def _cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
-        try:
-            return cast(value)
-        except (TypeError, ValueError):
-            self._note(key, f"{short(value)} is not a value that can be carried over")
-            return None
-
-    def _note(self, key: str, why: str) -> None:
-        self._found.notes.append((key, why))
-
     # The sections --------------------------------------------------------------------------------------------------
 
     def _model(self) -> None:
-        lora = self._trains_adapter()
+        lora = trains_adapter(self._given)
         self._quantization(lora)
-        dtype = str(self._value("torch_dtype", "dtype") or "").removeprefix("torch.")
-        if not lora and not dtype and self._on("pure_bf16") is True:
+        dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
+        if not lora and not dtype and self._given.on("pure_bf16") is True:
             self._half_weights("pure_bf16")
         if dtype in ("bfloat16", "bf16"):
             if lora:
@@ -163,82 +123,85 @@ class _Conversion:
             else:
                 self._half_weights("dtype")
         elif dtype not in ("", "auto", "float32", "fp32"):
-            self._note("dtype", f"{dtype} is not offered")
+            self._given.note("dtype", f"{dtype} is not offered")
 
     def _half_weights(self, key: str) -> None:
         """Full training of bfloat16 weights."""
         self._set("model.dtype", "bfloat16")
         self._set("train.precision", "bfloat16")
-        self._note(key, "there small updates of bfloat16 weights are lost; here optimizer.rounding: exact keeps them")
+        self._given.note(
+            key, "there small updates of bfloat16 weights are lost; here optimizer.rounding: exact keeps them"
+        )
 
     def _quantization(self, lora: bool) -> None:
-        four, eight = self._on("load_in_4bit"), self._on("load_in_8bit")
-        bits = self._on("quantization_bit")
+        four, eight = self._given.on("load_in_4bit"), self._given.on("load_in_8bit")
+        bits = self._given.on("quantization_bit")
         kind = "nf4" if four or str(bits) == "4" else "int8" if eight or str(bits) == "8" else None
-        if kind is None and (bits is not None or self._settings.get("adapter") == "qlora"):
+        if kind is None and (bits is not None or self._given.settings.get("adapter") == "qlora"):
             kind = "nf4" if bits is None else None
             if kind is None:
-                self._note("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+                self._given.note("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
         if kind is None:
             return
         if not lora:
-            self._note("quantization", "quantized weights need an adapter: all weights are trained here")
+            self._given.note("quantization", "quantized weights need an adapter: all weights are trained here")
             return
         self._set("model.quantization", kind)
         self._set("model.dtype", "bfloat16")
-        if (name := self._on("bnb_4bit_quant_type", "quantization_type")) not in (None, "nf4"):
-            self._note("bnb_4bit_quant_type", f"{short(name)} is not offered: nf4")
+        if (name := self._given.on("bnb_4bit_quant_type", "quantization_type")) not in (None, "nf4"):
+            self._given.note("bnb_4bit_quant_type", f"{short(name)} is not offered: nf4")
         nested = ("use_bnb_nested_quant", "bnb_4bit_use_double_quant", "double_quantization")
         if kind == "nf4":
-            given = [name for name in nested if name in self._settings]
-            doubled = bool(self._value(*given)) if given else self._peer in ("Axolotl", "LLaMA-Factory")
+            given = [name for name in nested if name in self._given.settings]
+            doubled = bool(self._given.value(*given)) if given else self._given.peer in ("Axolotl", "LLaMA-Factory")
             self._set("model.double_quantization", doubled)
-        if "bfloat16" in str(self._settings.get("bnb_4bit_compute_dtype")):
-            self._value("bnb_4bit_compute_dtype")
+        if "bfloat16" in str(self._given.settings.get("bnb_4bit_compute_dtype")):
+            self._given.value("bnb_4bit_compute_dtype")
             self._set("train.precision", "bfloat16")
 
-    def _trains_adapter(self) -> bool:
-        for key, values in (("finetuning_type", ("lora",)), ("adapter", ("lora", "qlora"))):
-            if self._settings.get(key) in values:
-                self._used.add(key)
-                return True
-        return self._on("use_peft", "peft_type") is not None
-
     def _data(self) -> None:
-        given = Sources(self._peer, self._settings, self._folder, self._value, self._note)
-        for key, found in given.read().items():
+        for key, found in Sources(self._given, self._folder).read().items():
             self._set(key, found)
+        if self._given.on("streaming", "dataset_streaming"):
+            self._set("data.streaming", True)
+            key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
+            if (window := self._given.value(key)) is not None:
+                self._set("data.window", self._given.cast(key, window, int))
         self._chat_template()
         self._train_on()
-        self._packed = self._on("packing", "sample_packing") is not None
-        if self._peer in ("TRL", "LLaMA-Factory") and not self._packed:
-            self._note("max_length", "longer examples are cut there; here they are rejected, or as data.overflow says")
+        self._packed = self._given.on("packing", "sample_packing") is not None
+        if self._given.peer in ("TRL", "LLaMA-Factory") and not self._packed:
+            self._given.note(
+                "max_length", "longer examples are cut there; here they are rejected, or as data.overflow says"
+            )
 
     def _chat_template(self) -> None:
-        name = self._value("chat_template_jinja", "chat_template_path", "chat_template", "template")
+        name = self._given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")
         if name in (None, "tokenizer_default", "default", "empty"):
             return
         if name in ("chatml", "llama3", "tokenizer") or str(name).endswith(".jinja"):
             self._set("data.chat_template", str(name))
         else:
-            self._note(
+            self._given.note(
                 "chat_template",
-                f"{short(name)} is a template of {self._peer}'s own; absent here: the model's own, else chatml "
+                f"{short(name)} is a template of {self._given.peer}'s own; absent here: the model's own, else chatml "
                 "(`preceptor show` shows it)",
             )
 
     def _train_on(self) -> None:
-        only_completion, roles = self._value("completion_only_loss"), self._value("roles_to_train")
-        if self._on("train_on_inputs", "train_on_prompt") or only_completion is False:
+        only_completion, roles = self._given.value("completion_only_loss"), self._given.value("roles_to_train")
+        if self._given.on("train_on_inputs", "train_on_prompt") or only_completion is False:
             self._set("data.train_on", "all")
-        elif self._on("mask_history"):
+        elif self._given.on("mask_history"):
             self._set("data.train_on", "last")
         elif only_completion not in (None, True):
-            self._note("completion_only_loss", f"{short(only_completion)}: set data.train_on")
+            self._given.note("completion_only_loss", f"{short(only_completion)}: set data.train_on")
         elif roles not in (None, ["assistant"]):
-            self._note("roles_to_train", f"{short(roles)}: only assistant turns, the last one, or all can be trained")
-        elif self._peer == "TRL" and not self._on("assistant_only_loss"):
-            self._note(
+            self._given.note(
+                "roles_to_train", f"{short(roles)}: only assistant turns, the last one, or all can be trained"
+            )
+        elif self._given.peer == "TRL" and not self._given.on("assistant_only_loss"):
+            self._given.note(
                 "assistant_only_loss",
                 "off, so TRL trains all tokens of `messages` (of prompt and completion: the completion); here what the "
                 "model answers is trained; `data.train_on: all` trains the prompt as well",
@@ -246,53 +209,55 @@ class _Conversion:
 
     def _training(self) -> None:
         self._duration()
-        each = self._value("per_device_train_batch_size", "micro_batch_size", "batch_size")
-        accumulated = self._value("gradient_accumulation_steps")
+        each = self._given.value("per_device_train_batch_size", "micro_batch_size", "batch_size")
+        accumulated = self._given.value("gradient_accumulation_steps")
         try:
             size = int(each) * int(accumulated or 1)
         except (TypeError, ValueError):
-            self._note("batch size", f"{short(each)} times {short(accumulated)} is no number: set train.batch_size")
+            self._given.note(
+                "batch size", f"{short(each)} times {short(accumulated)} is no number: set train.batch_size"
+            )
         else:
             self._set("train.batch_size", size)
             unit = (
                 "packed sequences" if self._packed else "examples, each by itself; as many packed sequences hold more"
             )
-            self._note(
+            self._given.note(
                 "batch size", f"{each} x {accumulated} {unit}; on several devices there, multiply by their number"
             )
-        if (half := self._on("bf16")) is not None:
+        if (half := self._given.on("bf16")) is not None:
             if half is True:
                 self._set("train.precision", "bfloat16")
             elif half != "auto":
-                self._note("bf16", f"{short(half)}: set train.precision")
-        elif self._on("fp16") is not None:
+                self._given.note("bf16", f"{short(half)}: set train.precision")
+        elif self._given.on("fp16") is not None:
             self._set("train.precision", "bfloat16")
-            self._note("fp16", "float16 is not offered: bfloat16")
-        loss = self._value("loss_type")
-        if self._on("use_dft_loss") or loss == "dft":
+            self._given.note("fp16", "float16 is not offered: bfloat16")
+        loss = self._given.value("loss_type")
+        if self._given.on("use_dft_loss") or loss == "dft":
             self._set("loss.type", "dft")
         elif loss not in (None, "nll", "chunked_nll"):
-            self._note("loss_type", f"{short(loss)} is not offered")
+            self._given.note("loss_type", f"{short(loss)} is not offered")
 
     def _duration(self) -> None:
-        steps = self._settings.get("max_steps")
+        steps = self._given.settings.get("max_steps")
         if isinstance(steps, int) and steps > 0:
-            self._set("train.duration", f"{self._value('max_steps')} steps")
+            self._set("train.duration", f"{self._given.value('max_steps')} steps")
             return
         if steps == -1:  # transformers' word for none
-            self._used.add("max_steps")
-        epochs = self._number("num_train_epochs", self._value("num_train_epochs", "num_epochs", "epochs"))
+            self._given.used.add("max_steps")
+        epochs = self._given.number("num_train_epochs", self._given.value("num_train_epochs", "num_epochs", "epochs"))
         self._set("train.duration", None if epochs is None else f"{epochs:g} epochs")
 
     def _optimizer(self) -> None:
-        name = self._value("lr_scheduler_type", "lr_scheduler")
+        name = self._given.value("lr_scheduler_type", "lr_scheduler")
         scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
         if scheduler is None:
-            self._note("lr_scheduler_type", f"{short(name)} is not offered: cosine, linear, constant or wsd")
+            self._given.note("lr_scheduler_type", f"{short(name)} is not offered: cosine, linear, constant or wsd")
         self._set("optimizer.lr_scheduler", scheduler)
         self._decay(scheduler)
-        key = "warmup_ratio" if self._settings.get("warmup_ratio") not in _OFF else "warmup_steps"
-        warmup = self._number(key, self._value(key) or 0)
+        key = "warmup_ratio" if self._given.settings.get("warmup_ratio") not in OFF else "warmup_steps"
+        warmup = self._given.number(key, self._given.value(key) or 0)
         if warmup is not None:
             is_share = key == "warmup_ratio" or 0 < warmup < 1
             self._set("optimizer.warmup", f"{100 * warmup:g} %" if is_share else f"{warmup:g} steps")
@@ -300,123 +265,84 @@ class _Conversion:
 
     def _decay(self, scheduler: str | None) -> None:
         """How the rate falls at the end."""
-        given = self._settings.get("lr_scheduler_kwargs")
+        given = self._given.settings.get("lr_scheduler_kwargs")
         arguments: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
         ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
-        if self._settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
-            self._set("optimizer.min_lr_ratio", self._number("lr_scheduler_kwargs", ratio))
-        if scheduler == "wsd" and (steps := arguments.get("num_decay_steps")) is not None:
-            self._set("optimizer.decay", f"{steps} steps")
-        if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps"} and arguments:
-            self._used.add("lr_scheduler_kwargs")
+        if self._given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
+            self._set("optimizer.min_lr_ratio", self._given.number("lr_scheduler_kwargs", ratio))
+        if scheduler == "wsd":
+            if (steps := arguments.get("num_decay_steps")) is not None:
+                self._set("optimizer.decay", f"{steps} steps")
+            if (form := arguments.get("decay_type", "cosine")) != "linear":
+                self._given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
+        if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"} and arguments:
+            self._given.used.add("lr_scheduler_kwargs")
 
     def _optimizer_name(self) -> None:
-        given = "muon" if self._on("use_muon") else self._value("optim", "optimizer")
+        given = "muon" if self._given.on("use_muon") else self._given.value("optim", "optimizer")
         name = "adamw" if given is None else optimizer_name(str(given))
         if name is None:
             offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
-            self._note(
+            self._given.note(
                 "optimizer", f"{short(given)} is not offered, {offered}: it is adamw here, with a rate to choose anew"
             )
         self._set("optimizer.name", name if name != "adamw" else None)
-        betas = [self._number(key, self._value(key)) for key in ("adam_beta1", "adam_beta2")]
+        betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]
         self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)
         if name == "sgd":
             self._set("optimizer.momentum", 0.0)
 
     def _memory_and_moments(self) -> None:
-        checkpointing = self._on("gradient_checkpointing", "activation_checkpointing")
+        checkpointing = self._given.on("gradient_checkpointing", "activation_checkpointing")
         if checkpointing is True:
             self._set("memory.activation_checkpointing", "all")
         elif checkpointing is not None:
-            self._note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
+            self._given.note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
         self._moment("checkpoint.every", "save", 500)
         if "eval" in self._found.tree["data"]:
             self._moment("eval.every", "eval", None)
 
     def _moment(self, ours: str, kind: str, default_steps: int | None) -> None:
         """`checkpoint.every` or `eval.every` from a strategy and a number of steps, or from so many an epoch."""
-        if (per_epoch := self._on(f"{kind}s_per_epoch")) is not None:
-            number = self._number(f"{kind}s_per_epoch", per_epoch)
+        if (per_epoch := self._given.on(f"{kind}s_per_epoch")) is not None:
+            number = self._given.number(f"{kind}s_per_epoch", per_epoch)
             self._set(ours, f"{round(1 / number, 4):g} epochs" if number else None)
             return
-        strategy = self._value(f"{kind}_strategy", *(["evaluation_strategy"] if kind == "eval" else []))
-        steps = self._settings.get(f"{kind}_steps") or (None if self._peer == "Axolotl" else default_steps)
+        strategy = self._given.value(f"{kind}_strategy", *(["evaluation_strategy"] if kind == "eval" else []))
+        steps = self._given.settings.get(f"{kind}_steps") or (None if self._given.peer == "Axolotl" else default_steps)
         if strategy == "epoch":
             self._set(ours, "1 epochs")
         elif strategy in (None, "steps") and steps is not None:
-            self._used.add(f"{kind}_steps")
-            number = self._number(f"{kind}_steps", steps)
+            self._given.used.add(f"{kind}_steps")
+            number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
                 self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
         elif strategy not in (None, "no", False):
-            self._note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
-
-    def _adapter(self) -> None:
-        if not self._trains_adapter():
-            kind = self._value("finetuning_type", "adapter")
-            if kind not in (None, "full"):
-                self._note("adapter", f"{short(kind)} is not offered: LoRA, or all weights")
-            return
-        dora = self._on("use_dora", "peft_use_dora") is not None
-        self._found.tree["adapter"] = {"kind": "dora" if dora else "lora"}
-        for key, (name, cast) in _OF_ADAPTERS.items():
-            if (value := self._value(key)) is not None:
-                self._set(f"adapter.{name}", self._cast(key, value, cast))
-        self._kind_of_adapter()
-        targets = self._value("lora_target_modules", "target_modules", "lora_target")
-        if isinstance(targets, str) and targets not in ("all", "all-linear"):
-            targets = [name.strip() for name in targets.split(",")]
-        if isinstance(targets, list):
-            self._set("adapter.target_modules", [str(name) for name in dict.fromkeys(targets)])
-        elif targets is None and self._peer in ("TRL", "Axolotl") and not self._on("lora_target_linear"):
-            self._note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
-
-    def _kind_of_adapter(self) -> None:
-        if self._on("use_rslora", "peft_use_rslora"):
-            self._set("adapter.use_rslora", True)
-        for key in ("rank_pattern", "alpha_pattern"):
-            if (patterns := self._on(key)) is not None:
-                self._set(f"adapter.{key}", dict(patterns))
-                self._note(key, "a regular expression there, a pattern of names here")
-        whole = self._on("modules_to_save", "lora_modules_to_save", "additional_target")
-        if whole is not None:
-            self._set("adapter.modules_to_save", whole.split(",") if isinstance(whole, str) else list(whole))
-        first = self._on("init_lora_weights", "peft_init_lora_weights")
-        if self._on("pissa_init"):
-            first = "pissa" if int(self._value("pissa_iter") or -1) < 0 else "pissa_niter_16"
-        if first is not None:
-            name = str(first)
-            found = "pissa_fast" if name.startswith("pissa_niter") else name if name in ("pissa", "gaussian") else None
-            self._set("adapter.init", found)
-            if found is None and first is not True:
-                self._note("init_lora_weights", f"{short(first)} is not offered: kaiming, gaussian or pissa")
-        if (ratio := self._on("loraplus_lr_ratio")) is not None:
-            self._set("adapter.lr_ratio", self._number("loraplus_lr_ratio", ratio))
+            self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
 
     def _trackers(self) -> None:
-        given = self._on("report_to")
+        given = self._given.on("report_to")
         names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given or []
-        if self._on("use_wandb", "wandb_project") is not None:
+        if self._given.on("use_wandb", "wandb_project") is not None:
             names = [*names, "wandb"]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:
             if name not in offered:
-                self._note("report_to", f"{short(name)}: offered are {', '.join(get_args(Tracker))}")
+                self._given.note("report_to", f"{short(name)}: offered are {', '.join(get_args(Tracker))}")
         if offered:
             self._found.tree["tracker"] = offered
 
     def _rest(self) -> None:
         """Keys that nothing above has read, with the reason; those that are off say nothing."""
-        for key, value in self._settings.items():
-            if key in self._used:
+        for key, value in self._given.settings.items():
+            if key in self._given.used:
                 continue
             if key in NO_COUNTERPART:
-                if value not in _OFF:
-                    self._note(key, NO_COUNTERPART[key])
-            elif value not in _OFF:
+                if value not in OFF:
+                    self._given.note(key, NO_COUNTERPART[key])
+            elif value not in OFF:
                 what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
-                self._note(key, f"{short(value)}: {what}")
+                self._given.note(key, f"{short(value)}: {what}")
         for sentence in self._unread:
             key, _, why = sentence.partition(": ")
-            self._note(key, why)
+            self._given.note(key, why)

@@ -6,8 +6,6 @@ from pydantic import Field
 
 from preceptor.config.sections import Model, Source
 
-LIVE, MEMORY = "live:", "memory:"  # what `path` begins with, in the record of such a run
-
 
 class LiveModel(Model):
     """held: a `preceptor.model.held.HeldModel`."""

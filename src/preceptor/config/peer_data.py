@@ -1,29 +1,20 @@
 """Data sets that a file of another trainer names, as the sources of a run file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from preceptor.config.peer_files import Peer, dataset_info
+from preceptor.config.peer_files import dataset_info
 from preceptor.config.peer_names import NO_COUNTERPART
+from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.errors import short
-
-_OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
 
 
 class Sources:
-    """value: the first of these keys that is given, else a default. note: of what is not carried over, and why."""
+    """folder: where the file lies, for what it names."""
 
-    def __init__(
-        self,
-        peer: Peer,
-        settings: Mapping[str, Any],
-        folder: Path,
-        value: Callable[..., Any],
-        note: Callable[[str, str], None],
-    ) -> None:
-        self._peer, self._settings, self._folder = peer, settings, folder
-        self._value, self._note = value, note
+    def __init__(self, given: PeerSettings, folder: Path) -> None:
+        self._given, self._folder = given, folder
         self._found: dict[str, list[dict[str, Any]]] = {}
 
     def _set(self, key: str, sources: list[dict[str, Any]]) -> None:
@@ -33,24 +24,24 @@ class Sources:
         """`data.train` and `data.eval`, where they are named."""
         train: Any = None
         held_out: Any = None
-        if self._peer == "Axolotl":
-            train, held_out = self._value("datasets"), self._value("test_datasets")
-        elif self._peer == "LLaMA-Factory":
+        if self._given.peer == "Axolotl":
+            train, held_out = self._given.value("datasets"), self._given.value("test_datasets")
+        elif self._given.peer == "LLaMA-Factory":
             self._named_data("dataset", "data.train")
             self._named_data("eval_dataset", "data.eval")
         else:
-            train, held_out = self._value("train_dataset"), self._value("eval_dataset")
-            if train is None and (name := self._value("dataset_name")) is not None:
-                found = {"path": name, "name": self._value("dataset_config")}
-                train = {**found, "split": self._value("dataset_train_split") or "train"}
-                if {"eval_strategy", "evaluation_strategy"} & self._settings.keys() and held_out is None:
-                    held_out = {**found, "split": self._value("dataset_test_split") or "test"}
+            train, held_out = self._given.value("train_dataset"), self._given.value("eval_dataset")
+            if train is None and (name := self._given.value("dataset_name")) is not None:
+                found = {"path": name, "name": self._given.value("dataset_config")}
+                train = {**found, "split": self._given.value("dataset_train_split") or "train"}
+                if {"eval_strategy", "evaluation_strategy"} & self._given.settings.keys() and held_out is None:
+                    held_out = {**found, "split": self._given.value("dataset_test_split") or "test"}
         for key, entries in (("data.train", train), ("data.eval", held_out)):
             if entries:
                 sources = [self._source(key, entry) for entry in (entries if isinstance(entries, list) else [entries])]
                 self._set(key, [source for source in sources if source])
-        if self._settings.get("max_samples") and self._value("max_samples"):
-            self._note(
+        if self._given.settings.get("max_samples") and self._given.value("max_samples"):
+            self._given.note(
                 "max_samples", "at most so many there; `count` of a source is exactly so many, so set it by hand"
             )
         return self._found
@@ -59,12 +50,12 @@ class Sources:
         """One data set of Axolotl's list, or the arguments of `load_dataset`."""
         if not isinstance(entry, Mapping):
             return {"path": str(entry)}
-        values = {name: value for name, value in entry.items() if value not in _OFF}
+        values = {name: value for name, value in entry.items() if value not in OFF}
         path, files = values.pop("path", None), values.pop("data_files", None)
         kind = values.pop("ds_type", None)
         if files is not None:
             if not isinstance(files, str):
-                self._note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
+                self._given.note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
             path = str(files) if isinstance(files, str) else path
             values.pop("split", None)  # of a file there is only one
         found: dict[str, Any] = {"path": str(path)}
@@ -77,7 +68,7 @@ class Sources:
         self._format(key, values)
         for name, value in values.items():
             advice = NO_COUNTERPART.get(name) or "not known here: see docs/data.md"
-            self._note(f"{key} {name}", f"{short(value)}: {advice}")
+            self._given.note(f"{key} {name}", f"{short(value)}: {advice}")
         return found
 
     def _format(self, key: str, values: dict[str, Any]) -> None:
@@ -92,7 +83,7 @@ class Sources:
         if isinstance(mappings, Mapping) and set(mappings.values()) <= {"role", "content", "from", "value"}:
             values.pop("message_property_mappings")
         if kind not in (None, "chat_template", "sharegpt", "completion", "pretrain"):
-            self._note(
+            self._given.note(
                 f"{key} type",
                 f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
                 "template",
@@ -100,15 +91,15 @@ class Sources:
 
     def _named_data(self, key: str, ours: str) -> None:
         """LLaMA-Factory names data sets of data/dataset_info.json."""
-        names = self._value(key)
+        names = self._given.value(key)
         if not names:
             return
-        known = dataset_info(self._settings, self._folder)
+        known = dataset_info(self._given.settings, self._folder)
         sources = []
         for name in str(names).split(",") if isinstance(names, str) else names:
             entry = known.get(str(name).strip())
             if entry is None:
-                self._note(
+                self._given.note(
                     key,
                     f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
                 )

@@ -20,7 +20,14 @@ TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
 }
 DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
     "TRL": {**TRAINER, "learning_rate": 2e-5, "max_length": 1024, "lora_r": 16, "lora_alpha": 32},
-    "LLaMA-Factory": {**TRAINER, "cutoff_len": 2048, "lora_rank": 8},
+    "LLaMA-Factory": {
+        **TRAINER,
+        "finetuning_type": "lora",
+        "cutoff_len": 2048,
+        "buffer_size": 16384,
+        "lora_rank": 8,
+        "pissa_iter": 16,
+    },
     "Axolotl": {
         **TRAINER,
         "num_train_epochs": 1.0,
@@ -60,6 +67,7 @@ DIRECT: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "base_model": ("model.path", str),
     "model_revision": ("model.revision", str),
     "revision_of_model": ("model.revision", str),
+    "revision": ("model.revision", str),
     "trust_remote_code": ("model.trust_remote_code", bool),
     "max_length": ("data.max_length", int),
     "max_seq_length": ("data.max_length", int),

@@ -87,6 +87,7 @@ class Run(Section):
         if adapter is not None:
             adapter = _resolved_adapter(adapter, self.optimizer.weight_decay, self.parallel.strategy)
         model = self._resolved_model()
+        self._require_shardable()
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
         found = {"model": model, "optimizer": optimizer, "adapter": adapter, "tracker": tracker}
         return own.model_copy(update=found)
@@ -134,6 +135,22 @@ class Run(Section):
             )
         double = kind == "nf4" and model.double_quantization is not False
         return model.model_copy(update={"double_quantization": double}) if kind == "nf4" else model
+
+    def _require_shardable(self) -> None:
+        """Raises ConfigError where weights that are sharded do not go with the optimizer or the engine."""
+        strategy = self.parallel.strategy
+        if strategy not in ("shard", "hybrid"):
+            return
+        if self.optimizer.name == "adafactor":
+            raise ConfigError(
+                f"parallel.strategy: adafactor needs whole matrices, and {strategy} gives each process a part. Set "
+                "optimizer.name: adamw_8bit, or parallel.strategy: replicate"
+            )
+        if self.engine == "compiled":
+            raise ConfigError(
+                f"engine: layers that are spread over processes cannot be compiled (parallel.strategy: {strategy}). "
+                "Set engine: auto, or parallel.strategy: replicate"
+            )
 
     def _require_durations(self) -> None:
         duration = self.train.duration

@@ -12,6 +12,7 @@ _OF_MLP = ["gate_proj", "up_proj", "down_proj"]
 _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 # Of single sections: handled below, or about nothing that trains.
 _READ = frozenset(("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss"))
+_OF_NO_EFFECT = ("_component_", "fused", "foreach")
 _SETTINGS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -35,17 +36,7 @@ def flattened(file: PeerFile) -> PeerFile:
             found.settings[key] = value if not isinstance(value, Mapping) else _name(value) or value
     _model(tree, found)
     _data(tree, found)
-    optimizer = dict(tree.get("optimizer") or {})
-    if (name := _name(optimizer)) is not None:
-        found.settings["optimizer"] = name
-    found.settings |= {key: optimizer[key] for key in ("lr", "weight_decay") if key in optimizer}
-    betas = optimizer.get("betas")
-    if isinstance(betas, list) and len(betas) == 2:
-        found.settings |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
-    scheduler = dict(tree.get("lr_scheduler") or {})
-    if (name := _name(scheduler)) is not None:
-        found.settings["lr_scheduler"] = name
-        found.settings["warmup_steps"] = scheduler.get("num_warmup_steps", 0)
+    _optimizer(tree, found)
     return found
 
 
@@ -66,18 +57,44 @@ def _name(section: Mapping[str, Any]) -> str | None:
 
 
 def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
-    model, checkpointer = tree.get("model") or {}, tree.get("checkpointer") or {}
+    model, checkpointer = dict(tree.get("model") or {}), tree.get("checkpointer") or {}
+    name = _name(model) or ""
     if "checkpoint_dir" in checkpointer:
         found.settings["model_name_or_path"] = str(checkpointer["checkpoint_dir"]).rstrip("/")
-    if (_name(model) or "").startswith(("lora", "qlora")):
+    if name.startswith(("lora", "qlora")):
         found.settings["use_peft"] = True
-        found.settings |= {key: model[key] for key in ("lora_rank", "lora_alpha", "lora_dropout") if key in model}
-        targets = [_MODULES.get(name, name) for name in model.get("lora_attn_modules") or ()]
-        found.settings["target_modules"] = targets + (_OF_MLP if model.get("apply_lora_to_mlp") else [])
-        if model.get("apply_lora_to_output"):
+        adapter = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora")
+        found.settings |= {key: model.pop(key) for key in adapter if key in model}
+        targets = [_MODULES.get(target, target) for target in model.pop("lora_attn_modules", None) or ()]
+        found.settings["target_modules"] = targets + (_OF_MLP if model.pop("apply_lora_to_mlp", False) else [])
+        if model.pop("apply_lora_to_output", False):
             found.unread.append("apply_lora_to_output: the output head gets no adapter here")
-    if (_name(model) or "").startswith("qlora"):
-        found.settings["load_in_4bit"] = True
+        if model.pop("quantize_base", False) or name.startswith("qlora"):
+            found.settings["load_in_4bit"] = True
+    _name_rest("model", model, found)
+
+
+def _optimizer(tree: Mapping[str, Any], found: PeerFile) -> None:
+    optimizer, scheduler = dict(tree.get("optimizer") or {}), dict(tree.get("lr_scheduler") or {})
+    if (name := _name(optimizer)) is not None:
+        found.settings["optimizer"] = name
+    found.settings |= {key: optimizer.pop(key) for key in ("lr", "weight_decay") if key in optimizer}
+    betas = optimizer.get("betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        found.settings |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+        del optimizer["betas"]
+    _name_rest("optimizer", optimizer, found)
+    if (name := _name(scheduler)) is not None:
+        found.settings["lr_scheduler"] = name
+        found.settings["warmup_steps"] = scheduler.pop("num_warmup_steps", 0)
+    _name_rest("lr_scheduler", scheduler, found)
+
+
+def _name_rest(section: str, values: Mapping[str, Any], found: PeerFile) -> None:
+    """Keys that nothing has read, but those that change nothing."""
+    for key, value in values.items():
+        if key not in _OF_NO_EFFECT and value not in (None, False):
+            found.unread.append(f"{section}.{key}: {short(value)}: not known here; look whether it matters")
 
 
 def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
@@ -104,5 +121,4 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     found.settings["train_dataset"] = entry
     if name in _DATA:
         found.unread.append(f"dataset: {name} writes Alpaca's own prompt; here it becomes a conversation")
-    for key, value in data.items():
-        found.unread.append(f"dataset.{key}: {short(value)}: not known here; look whether it matters")
+    _name_rest("dataset", data, found)

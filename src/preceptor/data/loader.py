@@ -23,19 +23,21 @@ from preceptor.data.stream import Window, Windows
 from preceptor.errors import StreamError
 
 FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
+_MORE = 1.2  # times the steps of an epoch: what shorter sequences must promise, whose number is an estimate
 
 
-def few_steps(num_steps: int, num_tokens: int, longest: int) -> str | None:
+def few_steps(num_steps: int, steps_per_epoch: int, num_tokens: int, longest: int) -> str | None:
     """What to say of a run of few optimizer steps, and what makes more of them; None where there are enough.
 
-    num_tokens: of an epoch. longest: tokens of its longest example.
+    steps_per_epoch: as the run is. num_tokens: of an epoch. longest: tokens of its longest example.
     """
     if num_steps >= FEW_STEPS:
         return None
     shortest = max(64, -(-longest // 64) * 64)
     per_epoch = math.ceil(num_tokens / shortest)
     seen = f"only {num_steps:,} optimizer step{'s' * (num_steps != 1)}, too few to learn much (under {FEW_STEPS}): "
-    if per_epoch < FEW_STEPS / 5:  # of so few examples no packing makes many steps
+    # Of so few examples no packing makes many steps, or not many more.
+    if per_epoch < max(FEW_STEPS / 5, steps_per_epoch * _MORE):
         return f"{seen}add examples, or raise `train.duration`"
     return (
         f"{seen}`train.batch_size: 1` with `data.max_length: {shortest}` gives about {per_epoch:,} in each epoch; or "
@@ -65,7 +67,10 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is in a stream: the window, the step that begins it, and what was read before it."""
+    """Where a run is in a stream: the window, the step that begins it, and what was read before it.
+
+    sha256: of the examples up to the end of the window; "" before it is read.
+    """
 
     window: int
     first_step: int
@@ -211,15 +216,18 @@ class StreamLoader:
         batch_size: int,
         seed: int,
     ) -> None:
-        """first: of the first window. opened: a window's trees; None where there are none. longest: of an example."""
+        """first: of the first window. opened: a later window's trees, None without any. longest: of an example.
+
+        on_window, which may be set: called with each window that is begun, or why it cannot be.
+        """
         self._windows, self._opened = windows, opened
         self._settings = max_length, batch_size, seed
-        self._first = Loader(first, *self._settings)
+        self._first_dataset, self._first = first, Loader(first, *self._settings)
         self._longest, self.batch_size, self.fill = longest, batch_size, self._first.fill
         self._window: Window | None = None
         self._loader: Loader | None = None
         self._at, self._amounts = Position(0, 0, "", Amounts()), Amounts()
-        self.on_window: Callable[[WindowFacts], None] = lambda _: None
+        self.on_window: Callable[[WindowFacts | StreamError], None] = lambda _: None
 
     def apart(self) -> "StreamLoader":
         """As `Loader.apart`; for a loader of which no batch was asked for."""
@@ -268,13 +276,12 @@ class StreamLoader:
         return Position(self._at.window + 1, self._at.first_step + num_steps, "", self._amounts)
 
     def _enter(self, position: Position) -> None:
-        window = self._windows.get(position.window)
-        if position.sha256 not in ("", window.sha256):
-            raise StreamError(
-                f"window {position.window}: the sources give other examples before it than when the run trained them; "
-                "a stream must give the same from its beginning at every start"
-            )
-        dataset = self._opened(window)
+        try:
+            window = self._read(position)
+        except StreamError as error:
+            self.on_window(error)
+            raise
+        dataset = self._opened(window) if window.number else self._first_dataset
         self._window, self._at = window, replace(position, sha256=window.sha256)
         self._loader = None
         if dataset is not None:
@@ -283,6 +290,15 @@ class StreamLoader:
         self._amounts = position.before.plus(window, dataset)
         num_steps = 0 if self._loader is None else self._loader.steps_per_epoch
         self.on_window(WindowFacts(window, dataset, position.first_step, num_steps, self._amounts))
+
+    def _read(self, position: Position) -> Window:
+        window = self._windows.get(position.window)
+        if position.sha256 not in ("", window.sha256):
+            raise StreamError(
+                f"window {position.window}: up to its end the sources give other examples than when the run trained "
+                "it; a stream must give the same from its beginning at every start"
+            )
+        return window
 
     def largest_sequences(self) -> list[PackedSequence]:
         """As large as any that may come, as only the first window is known: full, with the share of trained tokens of

@@ -85,7 +85,7 @@ class TableReader:
 
     def _key(self, cache: Cache | None, source: OpenSource, table: DataTable) -> str | None:
         """By what is read and how, how it is rendered, and what is taken of it."""
-        if cache is None or self._renderer.key is None:
+        if cache is None or self._renderer.key is None or (source.own is not None and source.own.sha256 is None):
             return None
         identity = table.identity(cache.sha256_of)
         if identity is None:

@@ -20,18 +20,19 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
 from itertools import count
 from math import floor
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,13 @@ from preceptor.errors import PreceptorError, ProcessError, StreamError
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
-_KILLED = (
-    "the process that renders the data ahead ended, often for want of memory. A script that calls this needs its own "
-    'work under `if __name__ == "__main__":`'
-)
+_KILLED = "the process that renders the data ahead ended, often for want of memory"
 _ENDS_WITH_SECONDS = 1.0  # between two looks whether the process that trains is still there
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some examples of a stream, rendered. sha256: of the content of all examples before it."""
+    """Some examples of a stream, rendered. sha256: of the content of all examples up to its end."""
 
     number: int
     tables: list[TableTrees]
@@ -97,8 +95,8 @@ class WindowReader:
         self._number = self._num_read = 0
 
     def write_next(self, folder: Path) -> None:
-        """Render the next window and write it to the folder. Raises StreamError where there is none, and DataError."""
-        before, number, start = self._begin()
+        """Render the next window, write it to the folder. Raises StreamError where it is not whole, and DataError."""
+        number, start = self._begin(), self._num_read
         builders: dict[str, TableBuilder] = {}
         for entries, cache in self._next_entries(number):
             for example in rendered_examples(entries, self._renderer, self._fitter, self._num_processes, cache):
@@ -106,39 +104,41 @@ class WindowReader:
                 if table not in builders:
                     builders[table] = TableBuilder(table, self._fitter, self._new_counts(), self._whole)
                 builders[table].add(example._replace(stored=None))  # a window holds all that it needs
-        if self._num_read == start:
-            raise self._has_ended()
+        self._require_whole(number)
         tables = [builder.built() for builder in builders.values()]
-        about = {"num_examples": self._num_read - start, "sha256": before, "tables": [own.about for own in tables]}
+        about = {
+            "num_examples": self._num_read - start,
+            "sha256": self._hash.hexdigest(),
+            "tables": [own.about for own in tables],
+        }
         arrays = {f"{k}.{name}": own.load(name) for k, own in enumerate(tables) for name in own.names}
         partial = folder / f"{number}.partial"
         write_flat(partial, about, arrays)
         partial.replace(folder / f"{number}.flat")
 
     def pass_over(self) -> None:
-        """Read the next window and render nothing. Raises StreamError where it is not there, and DataError."""
-        _, number, start = self._begin()
+        """Read the next window and render nothing. Raises StreamError where it is not whole, and DataError."""
+        number = self._begin()
         for entries, _ in self._next_entries(number):
             for _ in entries:
                 pass
-        if self._num_read == start:
-            raise self._has_ended()
+        self._require_whole(number)
 
-    def _begin(self) -> tuple[str, int, int]:
+    def _begin(self) -> int:
         if self._read is None:
             self._hash = sha256()
             self._read = [_from_the_start(source, self._cache_folder) for source in self._sources]
-        if self._ended:
-            raise self._has_ended()
         self._number += 1
-        return self._hash.hexdigest(), self._number - 1, self._num_read
+        return self._number - 1
 
-    def _has_ended(self) -> StreamError:
-        return StreamError(
-            f"{self._ended}: the pipe ended after {self._num_read:,} examples, in window {max(0, self._number - 1):,}. "
-            "Each start of a run reads a pipe from the beginning of what is written: it must write the same examples, "
-            "and enough of them"
-        )
+    def _require_whole(self, number: int) -> None:
+        """A part of a window is not trained: when the run goes on with more, the window would hold other examples."""
+        if self._ended:
+            raise StreamError(
+                f"{self._ended}: the pipe ended after {self._num_read:,} examples, in window {number:,}, which is not "
+                "trained. Each start of a run reads a pipe from the beginning of what is written: it must write the "
+                "same examples, and enough of them"
+            )
 
     def _next_entries(self, number: int) -> Iterator[tuple[Iterator[Entry], Cache | None]]:
         assert self._read is not None
@@ -181,12 +181,18 @@ class Windows:
     def __init__(self, spool: Path, reader: WindowReader | None = None) -> None:
         self.spool = spool
         self._process = None if reader is None else _started(reader, spool)
-        self._finalizer = weakref.finalize(self, _end, self._process, spool, os.getpid())
+        # When a program ends, multiprocessing calls its own before it waits for the processes that it started.
+        self._finalizer = Finalize(self, _end, (self._process, spool), exitpriority=0)
 
     @classmethod
     def rendered(cls, reader: WindowReader) -> "Windows":
         """Rendered by a process of this one, in a temporary folder."""
-        return cls(Path(tempfile.mkdtemp(prefix="preceptor-stream-")), reader)
+        spool = Path(tempfile.mkdtemp(prefix="preceptor-stream-"))
+        try:
+            return cls(spool, reader)
+        except BaseException:
+            shutil.rmtree(spool)
+            raise
 
     def close(self) -> None:
         self._finalizer()
@@ -194,7 +200,8 @@ class Windows:
     def get(self, number: int, is_trained: bool = True) -> Window:
         """A window, once it is rendered; no earlier one can be had later. is_trained: those after it will be asked for.
 
-        Raises StreamError, in all processes the same, where it cannot be had; ProcessError where its process ended.
+        Raises StreamError, in all processes of this machine the same, where it cannot be had; ProcessError where its
+        process ended.
         """
         if is_trained and self._process is not None:
             self._say("wanted", str(number))
@@ -231,12 +238,26 @@ def _started(reader: WindowReader, spool: Path) -> Any:
     process = context.Process(target=_render_ahead, args=(reader, spool, os.getpid()), name="preceptor stream")  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # as in workers.py
-        process.start()
+        with _program_not_run_anew():
+            process.start()
     return process
 
 
-def _end(process: Any, spool: Path, owner: int) -> None:
-    if process is not None and os.getpid() == owner:
+@contextmanager
+def _program_not_run_anew() -> Iterator[None]:
+    """Meanwhile a fresh interpreter that is started does not import the main file, whose own work would begin anew."""
+    of_main = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: of_main[name] for name in ("__file__", "__spec__") if name in of_main}
+    of_main.pop("__file__", None)
+    of_main["__spec__"] = None
+    try:
+        yield
+    finally:
+        of_main.update(kept)
+
+
+def _end(process: Any, spool: Path) -> None:
+    if process is not None:
         process.kill()
         process.join()
         shutil.rmtree(spool, ignore_errors=True)

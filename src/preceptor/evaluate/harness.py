@@ -28,6 +28,7 @@ _KINDS: Mapping[str, TaskKind] = {
 }
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _PLAIN_FILTERS = ({"function": "take_first"}, {"function": "take_first", "kwargs": None})
+_PLAIN_METRIC = {"metric", "aggregation", "higher_is_better"}
 
 
 def require_harness(path: str) -> None:
@@ -76,7 +77,7 @@ def _loaded(path: str) -> Any:
     if name.endswith((".yaml", ".yml")):
         place = Path(name)
         found = yaml.load(place.read_text(encoding="utf-8"), _AnyTag)
-        name = str(found.get("task") if isinstance(found, dict) else "")
+        name = str((found.get("task") if isinstance(found, dict) else None) or "")
         if not name:
             raise DataError(f"{path}: the file has no key `task`, the name of an lm-eval task")
     # its own tasks are thousands of files, which take a minute to look through: not for a file that is named
@@ -99,7 +100,7 @@ _AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
 def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
     """One item for each document of the split that lm-eval evaluates."""
     config = task.config
-    if kind is None or (kind == "generation" and not _is_exact(config)) or (kind != "perplexity" and _is_odd(task)):
+    if kind is None or _has_own_rules(kind, task):
         raise DataError(
             f"{path}: {config.output_type}, scored by lm-eval's own rules; run it on the saved model: lm_eval run "
             f"--model hf --model_args pretrained=RUN/model --tasks {config.task} --apply_chat_template"
@@ -113,25 +114,36 @@ def _items(path: str, kind: TaskKind | None, task: Any) -> Iterator[TaskItem]:
         if kind == "generation":
             target = task.doc_to_target(doc)
             accepted = tuple(map(str, target)) if isinstance(target, list) else (str(target),)
-            until = tuple((config.generation_kwargs or {}).get("until") or ())
+            until = (config.generation_kwargs or {}).get("until") or ()
+            until = (until,) if isinstance(until, str) else tuple(until)
             asked = TaskPrompt(({"role": "user", "content": prompt},))
             yield TaskItem(source, asked, accepted, until=until)
             continue
-        choices = tuple(f"{config.target_delimiter}{choice}" for choice in task.doc_to_choice(doc))
-        yield TaskItem(source, TaskPrompt(text=prompt), choices=choices, answer=int(task.doc_to_target(doc)))
+        choices, target = list(task.doc_to_choice(doc)), task.doc_to_target(doc)
+        shown = tuple(f"{config.target_delimiter}{choice}" for choice in choices)
+        right = choices.index(target) if target in choices else int(target)
+        yield TaskItem(source, TaskPrompt(text=prompt), choices=shown, answer=right)
 
 
-def _is_odd(task: Any) -> bool:
-    """Whether the choices are prompts, or several answers are right."""
-    return bool(getattr(task, "multiple_input", 0)) or (
-        str(task.config.output_type) == "multiple_choice" and bool(getattr(task, "multiple_target", 0))
-    )
-
-
-def _is_exact(config: Any) -> bool:
-    """Whether answers are compared as they are."""
-    metrics = config.metric_list or ()
+def _has_own_rules(kind: TaskKind, task: Any) -> bool:
+    """Whether the figures here would not be the task's own."""
+    config = task.config
     filters = [step for each in config.filter_list or () for step in each.get("filter", ())]
-    return [metric.get("metric") for metric in metrics] == ["exact_match"] and (
-        all(step in _PLAIN_FILTERS for step in filters) and not config.process_results
-    )
+    if config.process_results or any(step not in _PLAIN_FILTERS for step in filters):
+        return True
+    if kind == "perplexity":
+        return False
+    metrics = config.metric_list or ()
+    names = {metric.get("metric") for metric in metrics}
+    if kind == "generation":
+        is_known = names == {"exact_match"}
+    else:  # multiple_target: several answers are right
+        is_known = names <= {"acc", "acc_norm"} and not getattr(task, "multiple_target", 0)
+    if getattr(task, "multiple_input", 0):  # the choices are prompts
+        return True
+    return not (is_known and all(map(_is_plain, metrics)))
+
+
+def _is_plain(metric: Mapping[str, Any]) -> bool:
+    """Without options, such as which letters of an answer are ignored."""
+    return metric.keys() <= _PLAIN_METRIC and metric.get("aggregation") in (None, "mean")

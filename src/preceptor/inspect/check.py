@@ -221,8 +221,12 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
 def _few_steps(found: Check, run: config.Run, num_tokens: int) -> str | None:
     """What there is to say of few optimizer steps; their number is an estimate from that of the tokens."""
     sequences = math.ceil(num_tokens / run.data.max_length)
-    num_steps = run.train.duration.steps(math.ceil(sequences / run.train.batch_size))
-    return few_steps(num_steps, num_tokens, int(found.examples.all.max())) if num_tokens else None
+    per_epoch = math.ceil(sequences / run.train.batch_size)
+    return (
+        few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, int(found.examples.all.max()))
+        if num_tokens
+        else None
+    )
 
 
 def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ class BothCounts:
     only_ours: int = 0
     examples_not_theirs: int = 0
     examples_not_ours: int = 0
+    examples_too_long: int = 0
     pieces_only_theirs: Counter[str] = field(default_factory=Counter)
     pieces_only_ours: Counter[str] = field(default_factory=Counter)
 
@@ -92,9 +93,12 @@ def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
     counts.examples_not_ours += isinstance(both.ours, str)
     if isinstance(both.theirs, str) or isinstance(both.ours, str):
         return
+    common = _common(both.theirs, both.ours)
+    if common is None:
+        counts.examples_too_long += 1
+        return
     counts.theirs += sum(both.theirs.trained)
     counts.ours += sum(both.ours.trained)
-    common = _common(both.theirs, both.ours)
     for own, shared, pieces, name in (
         (both.theirs, {there for there, _ in common}, counts.pieces_only_theirs, "only_theirs"),
         (both.ours, {here for _, here in common}, counts.pieces_only_ours, "only_ours"),
@@ -104,12 +108,12 @@ def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
         pieces.update(text for text, mark in _runs(own.ids, alone, tokenizer) if mark)
 
 
-def _common(theirs: PeerTokens, ours: PeerTokens) -> set[tuple[int, int]]:
-    """Places of tokens that are the same in both and that both train."""
+def _common(theirs: PeerTokens, ours: PeerTokens) -> set[tuple[int, int]] | None:
+    """Places of tokens that are the same in both and that both train; None where that would take too long."""
     if theirs.ids == ours.ids:
         pairs: Iterable[tuple[int, int]] = zip(range(len(ours.ids)), range(len(ours.ids)), strict=True)
     elif max(len(theirs.ids), len(ours.ids)) > _LONGEST:
-        pairs = ()
+        return None
     else:
         blocks = SequenceMatcher(None, theirs.ids, ours.ids, autojunk=False).get_matching_blocks()
         pairs = [(block.a + at, block.b + at) for block in blocks for at in range(block.size)]
@@ -180,6 +184,8 @@ def counts_lines(peer: str, counts: BothCounts) -> Iterator[str]:
     for name, num in ((peer, counts.examples_not_theirs), ("preceptor", counts.examples_not_ours)):
         if num:
             yield f"{num:,} not trained by {name} or not emulated, and not counted"
+    if num := counts.examples_too_long:
+        yield f"{num:,} longer than {_LONGEST:,} tokens: not compared, and not counted"
     for name, pieces in ((peer, counts.pieces_only_theirs), ("preceptor", counts.pieces_only_ours)):
         if pieces:
             named = ", ".join(f"{_short(text)} ({num:,} x)" for text, num in pieces.most_common(_NAMED))

@@ -32,7 +32,7 @@ _TEMPLATES: Mapping[str, tuple[str, str, str, str]] = {
     "default": (f"System: {{}}{_EOS}\n", f"Human: {{}}{_EOS}\nAssistant:", f"{{}}{_EOS}\n", ""),
     "chatml": (*_CHATML, ""),
     "qwen": (*_CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3": (*_CHATML, ""),
+    "qwen3_nothink": (*_CHATML, ""),
     "llama3": (
         _HEADER.format("system") + "{}<|eot_id|>",
         _HEADER.format("user") + "{}<|eot_id|>" + _HEADER.format("assistant"),
@@ -259,11 +259,11 @@ class _Axolotl(_Emulation):
 class _LlamaFactory(_Emulation):
     def says(self) -> str:
         name = self.settings.get("template")
-        whose = (
-            f"its template {name!r}" if name in _TEMPLATES else f"its template {name!r} (not known here: chatml's form)"
-        )
-        if name not in _TEMPLATES:
-            whose += ", which is not emulated: the model's own takes its place"
+        whose = f"its template {name!r}"
+        if name is None:
+            whose = "the model's own chat template: the file names no template"
+        elif name not in _TEMPLATES:
+            whose = f"the model's own chat template, in place of its template {name!r}, which is not emulated"
         if self.settings.get("train_on_prompt"):
             what = "all tokens (train_on_prompt)"
         else:

@@ -32,8 +32,9 @@ class HeldModel:
     """A model and its tokenizer. folder: what is read of them, without weights.
 
     built: what training has made of it, with the tokens that its base never saw; None before. It is the same model,
-    or the adapter around it. has_steps: whether it was trained. record: its configuration and weights as hashes.
-    trainable: names of the parameters that required gradients when the model was taken; trained: when it was built.
+    or the adapter around it. base: the `ReferenceModel` that was taken of it then. has_steps: whether it was trained.
+    record: its configuration and weights as hashes. trainable: names of the parameters that required gradients when the
+    model was taken; trained: when it was built.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -41,6 +42,7 @@ class HeldModel:
         _require_trainable(model)
         self.model, self.tokenizer = model, tokenizer
         self.built: tuple[Any, list[int]] | None = None
+        self.base: Any = None
         self.has_steps = False
         self.record: dict[str, Any] | None = None
         self.trainable: set[str] | None = None
@@ -110,7 +112,7 @@ class HeldModel:
             if isinstance(model, PeftModel):
                 if self.has_steps:
                     return
-                self.model, self.built = model.unload(), None
+                self.model, self.built, self.base = model.unload(), None, None
         if self.trainable is not None:
             _require_gradients(self.model, self.trainable)
 

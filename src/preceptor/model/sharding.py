@@ -34,6 +34,9 @@ from preceptor.model.parts import decoder_layers, decoder_of, device_of, model_t
 
 Strategy = Literal["replicate", "shard", "hybrid"]
 
+SPREAD = "it is spread over processes"
+"""Why the layers of a sharded model are not compiled."""
+
 _IN_PLACE = ("embedding_gradient", "head_gradient")  # they add to `.grad` of a whole weight
 _BUCKET_BYTES = 64 * 2**20
 
@@ -114,6 +117,8 @@ def shard_from_first(model: nn.Module, mode: Mode, mesh: DeviceMesh, regathers: 
     """
     is_first = dist.get_rank() == 0
     state = install(model, mode, check=is_first)
+    if state.not_compiled is not None:
+        state.not_compiled = SPREAD  # wherever the model is meanwhile
     found = [state.optimisations]
     dist.broadcast_object_list(found, src=0)
     for optimisation in OPTIMISATIONS:

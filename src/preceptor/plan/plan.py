@@ -155,9 +155,15 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
             dry_run.reads_alone = True
     if dry_run.reads_alone:
         work = work.longest_alone()
-        moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
+        moments = dry_run.step(_of_passes(setup, True), work.policy, work.sequence(), num_rows)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows, setup.choice)
-    return Case(parameters, work, setup, step_memory(setup, parameters, moments))
+    memory = step_memory(_of_passes(setup, dry_run.reads_alone), parameters, moments)
+    return Case(parameters, work, setup, memory)
+
+
+def _of_passes(setup: Setup, reads_alone: bool) -> Setup:
+    """As a step's passes find it: a model that reads each conversation alone makes several of one sequence."""
+    return replace(setup, sequences_per_step=max(1 + reads_alone, setup.sequences_per_step))
 
 
 def _num_rows(rows: int, sample: Sample | str) -> int:
@@ -205,7 +211,7 @@ def _ranks_facts(
 ) -> dict[str, Any]:
     """Every way to spread the model over processes, and the one that the run takes."""
     num_ranks = ranks_per_node * num_nodes
-    setup = _setup_of_rank(case.setup, num_ranks)
+    setup = _of_passes(_setup_of_rank(case.setup, num_ranks), dry_run.reads_alone)
     moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
     usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
     found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
@@ -233,13 +239,15 @@ def _sequence_facts(work: Work, is_assumed: bool) -> dict[str, Any]:
 
 
 def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
-    """Sequences, tokens and steps; `open` says why there are none."""
+    """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
     if isinstance(sample, str):
         return {"open": sample}
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
         found = "how many examples the data has is known only once it is read"
-        return {"open": found + (f"; {run.train.duration} are trained" if run.data.streaming else "")}
+        if run.data.streaming:
+            return {"open": f"{found}; {run.train.duration} are trained", "num_steps": run.train.duration.steps(0)}
+        return {"open": found}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
     trained = sum(target for turns in sample.conversations for _, target in turns)
@@ -253,7 +261,7 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         "sequences_per_epoch": sequences_per_epoch,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,
-        "few_steps": few_steps(num_steps, per_epoch, max(sample.lengths)),
+        "few_steps": few_steps(num_steps, steps_per_epoch, per_epoch, min(run.data.max_length, max(sample.lengths))),
     }
 
 
@@ -349,9 +357,10 @@ def place_on_ranks(
     try:
         dry_run = dry_run_of(run.model, run.engine)
         num_rows = rows_for(dry_run.num_rows, num_tokenizer)
-        parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows)
+        parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows, setup.choice)
     except (ModelError, *FAILURES):  # what cannot be loaded either says so when it is loaded
         return unknown(run.parallel.strategy, num_ranks, ranks_per_node)
+    setup = _of_passes(setup, dry_run.reads_alone)
     moments: Sequence[Moment] = ()
     with suppress(ModelError, *FAILURES):
         if run.loss.kl_coef == 0:
@@ -376,7 +385,7 @@ def predict_peak_bytes(
     if run.loss.kl_coef > 0:
         return None
     device = DeviceSpec("the run's own", 0, None, None, device_type)
-    setup = replace(setup_of(run, "", device), num_new_tokens=num_new_tokens)
+    setup = _of_passes(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_like(model, run.engine)

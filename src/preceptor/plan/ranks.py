@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes
+from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes, update_bytes
 from preceptor.plan.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def placements(
 ) -> Iterator[Placement]:
     """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
     ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
-    if setup.quantization is not None or (setup.adapter is not None and setup.adapter.options.keeps_first_values):
-        ways = ways[:1]  # what quantizes cannot be sharded, nor what keeps a part of a tensor
+    keeps_part = setup.adapter is not None and setup.adapter.options.keeps_first_values
+    if setup.quantization is not None or keeps_part or setup.optimizer == "adafactor":
+        ways = ways[:1]  # quantized weights cannot be sharded, nor what keeps a part of a tensor or needs all of it
     for strategy, num_parts in ways:
         if strategy == "hybrid" and not has_nodes(num_ranks, ranks_per_node):
             continue
@@ -109,19 +110,27 @@ def rank_peak_bytes(
     """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
     states = state_bytes(setup, parameters)
     lasting = (states["weights"] + states["optimizer"]) / num_parts
+    update = (states["gradients"] + update_bytes(setup, parameters)) / num_parts
+    return round(lasting + max(update, *_passes_bytes(setup, parameters, moments, num_parts, regathers)))
+
+
+def _passes_bytes(
+    setup: Setup, parameters: Parameters, moments: Sequence[Moment], num_parts: int, regathers: bool
+) -> list[float]:
+    """What lies beside weights and optimizer before the update."""
+    states = state_bytes(setup, parameters)
+    gradients = states["gradients"]
+    peaks = [moment.peak_bytes for moment in moments]
     if num_parts == 1:
-        summing = lasting + states["gradients"] + min(BUCKET_BYTES, states["gradients"])
-        return round(max([summing, *(lasting + moment.peak_bytes for moment in moments)]))
+        return [gradients + min(BUCKET_BYTES, gradients), *peaks]
     if not regathers:  # whole gradients are there until the last backward pass of the step
-        peak = max((moment.peak_bytes for moment in moments), default=states["gradients"])
-        return round(lasting + states["weights"] + peak)
+        return [states["weights"] + max(peaks, default=gradients)]
     outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
     if not moments:
         gathered = outside.weights + outside.gradients + _NEXT * layer.weights + layer.gradients
-        return round(lasting + states["gradients"] / num_parts + gathered)
+        return [gradients / num_parts + gathered]
     first = setup.sequences_per_step == 1
-    found = [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
-    return round(lasting + max(found))
+    return [_gathered_by_layer(moment, outside, layer, num_parts, first) for moment in moments]
 
 
 def _gathered_by_layer(

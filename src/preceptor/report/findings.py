@@ -97,7 +97,8 @@ def _state(run: RunRecord) -> str:
 def _steps(run: RunRecord) -> Iterator[Finding]:
     if _has_few_steps(run):
         tokens, lengths = run.data.get("tokens", {}), run.data.get("lengths", {}).get("trees", {})
-        said = few_steps(run.data["num_steps"], tokens.get("computed", 0), lengths.get("max", 0)) or ""
+        steps = run.data["num_steps"], run.data.get("steps_per_epoch") or 0
+        said = few_steps(*steps, tokens.get("computed", 0), lengths.get("max", 0)) or ""
         seen, _, advice = said.partition(": ")
         yield Finding("warning", f"{seen[:1].upper()}{seen[1:]}.", f"{advice[:1].upper()}{advice[1:]}.")
 

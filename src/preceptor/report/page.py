@@ -16,7 +16,7 @@ from markupsafe import Markup
 from preceptor.data.examples import Rejection
 from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
-from preceptor.files import write_atomically
+from preceptor.files import LIVE, MEMORY, write_atomically
 from preceptor.report import curves, facts, trees
 from preceptor.report.comparison import Comparison, read_comparison
 from preceptor.report.findings import judge
@@ -25,7 +25,6 @@ from preceptor.report.run_record import RunRecord, flat, read_run
 
 REPORT = "report.html"
 MOST_PROMPTS = 300  # whose answers are shown
-_HELD = ("live:", "memory:")  # what the names of live models, of functions and of data in memory begin with
 FIRST_PROMPTS = 6  # shown unfolded
 MOST_REJECTIONS = 200  # listed one by one
 
@@ -128,7 +127,7 @@ def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
 def repeat_command(run: RunRecord) -> str:
     """The command that repeats the run in a new folder; of what a Python program held, a sentence."""
     folder = run.folder.resolve()
-    held = sorted({str(value) for value in flat(run.config).values() if str(value).startswith(_HELD)})
+    held = sorted({str(value) for value in flat(run.config).values() if str(value).startswith((LIVE, MEMORY))})
     if held:
         return f"# a Python program held {', '.join(held)}: run it again with another `out`"
     command = f"preceptor train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'out={folder}-again')}"

@@ -267,13 +267,8 @@ def _untrained_tokens(model: Any, prepared: Prepared, say: Say) -> dict[str, int
 
 
 def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
-    """Raises ConfigError for Adafactor of a sharded model."""
     own = run.optimizer
-    if own.name == "adafactor" and is_sharded(Engine.of(model)):
-        raise ConfigError(
-            "optimizer.name: adafactor scales an update by its whole matrix, which no process has where weights are "
-            "sharded. Set optimizer.name: adamw_8bit, or parallel.strategy: replicate"
-        )
+    assert own.name != "adafactor" or not is_sharded(Engine.of(model)), "no run shards it"
     if run.train.batch_size > 1:
         accumulate_in_float32(model)
     factors = dict(own.lr_factors)

@@ -16,7 +16,7 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|tracker|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
+    r"(out|tracker.*|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
     r"|data\.allow_rejected.*|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
@@ -130,17 +130,24 @@ def _of_template(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[
 
 def _of_loss(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if before.get("loss_sha256") != now.get("loss_sha256"):
-        yield "the function of loss.code is another one"
+        yield "the function of loss.code is another one, or a value that it uses is (a default, a name from outside)"
 
 
 def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if before.get("trees_sha256") == now["trees_sha256"]:
         return
-    files = _changed_files(before, now, ("train", "replay"))
+    uses = ("train", "replay")
+    files = _changed_files(before, now, uses)
     old, new = (side.get("versions", {}) for side in (before, now))
     versions = [f"{name} {old.get(name)}, {new[name]} now" for name in new if old.get(name) != new[name]]
     if files:
         why = f"these files are others: {', '.join(files)}"
+    elif any(f["sha256"] is None for side in (before, now) for f in side.get("data", ()) if f["use"] in uses):
+        why = (
+            "the data, which has no hash as a whole (a stream, pipe, URL or data set of the Hub), the tokenizer, or "
+            "the date that the chat template writes is another"
+            + (f"; other versions: {'; '.join(versions)}" if versions else "")
+        )
     elif versions:
         why = f"the files are the same, but they are read by other versions: {'; '.join(versions)}"
     else:
@@ -150,7 +157,7 @@ def _of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
 
 def _changed_files(before: Mapping[str, Any], now: Mapping[str, Any], uses: Sequence[str]) -> list[str]:
     old, new = ([(f["name"], f["sha256"]) for f in side.get("data", ()) if f["use"] in uses] for side in (before, now))
-    same = {sha256 for _, sha256 in old} & {sha256 for _, sha256 in new}
+    same = ({sha256 for _, sha256 in old} & {sha256 for _, sha256 in new}) | {None}  # without a hash: not known
     return list(dict.fromkeys(name for name, sha256 in (*new, *old) if sha256 not in same))
 
 

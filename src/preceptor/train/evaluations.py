@@ -106,7 +106,7 @@ class Evaluations:
     def _measured(self, evaluated: EvaluatedModel, task: Task, step: int) -> dict[str, Any]:
         """The figures of a task; of the base model those of an earlier run, where there are some."""
         base = self.base if step == 0 else None
-        if base is None:
+        if base is None or (task.own is not None and task.own.sha256 is None):
             return self._run_task(evaluated, task)
         found = self.world.first(lambda: base.read(task))
         if found is not None:
@@ -181,6 +181,7 @@ def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
         chat.template and chat.template.text,
         repr(chat.template_kwargs),
         [sorted(chat.added), run.train.seed, run.model.dtype, run.train.precision, run.engine, run.eval.max_new_tokens],
+        [run.model.quantization, run.model.double_quantization],
         [run.adapter is not None, on_gpu, world.size, torch.get_num_threads()],
         [torch.__version__, transformers.__version__, package_version("preceptor")],
     )

@@ -80,6 +80,9 @@ class Loop:
     world: World = ONE
     ends: bool = False
 
+    def __post_init__(self) -> None:
+        self._unmoved_unknown = self.run.adapter is not None and self.state.step == 0
+
     @property
     def num_steps(self) -> int:
         """Of the whole run."""
@@ -155,13 +158,16 @@ class Loop:
         """Take the next step, or leave out its update, and record it. Raises as `take_step`, `skip_step`."""
         run, state, loader, world = self.run, self.state, self.loader, self.world
         started, compiling, at, skipped = time.perf_counter(), compile_seconds(), state.step, {}
-        sequences, precision = loader.batch(at, world.rank, world.size), run.train.precision
+        precision = run.train.precision
+        with self.stop.at_once():  # a stream may be waited for
+            sequences = loader.batch(at, world.rank, world.size)
         state.position = loader.position
         assert precision is not None
-        first = FirstUpdate(state.model) if run.adapter is not None and at == 0 else None
+        first = FirstUpdate(state.model) if self._unmoved_unknown else None
         settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
         try:
             loss, grad_norm = take_step(state, sequences, *settings)
+            self._unmoved_unknown = False
         except NotFiniteError as error:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]

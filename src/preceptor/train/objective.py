@@ -16,7 +16,16 @@ from preceptor.model.forward import Engine
 from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
-from preceptor.model.loss.own import require_token_wise
+from preceptor.model.loss.own import TokenLoss, require_token_wise
+
+
+def own_loss(loss: config.Loss) -> TokenLoss | None:
+    """The loss of the user's own. Raises ConfigError and ModelError for one that cannot be."""
+    if loss.code is None:
+        return None
+    own: TokenLoss = load_code(loss.code, "loss.code").function
+    require_token_wise(own)
+    return own
 
 
 @dataclass(frozen=True)
@@ -43,20 +52,18 @@ class Objective:
         num_base_tokens: int,
         untrained: Sequence[int] = (),
         train: config.Train | None = None,
+        base: ReferenceModel | None = None,
     ) -> "Objective":
         """Before the first step and before a checkpoint is read, so that `model` still is the base.
 
-        untrained: tokens of the base that it never saw. Raises ConfigError and ModelError for a loss of the user's own
-        that cannot be.
+        untrained: tokens of the base that it never saw. base: the base, where `model` was trained before. Raises as
+        `own_loss`.
         """
-        own = None if loss.code is None else load_code(loss.code, "loss.code").function
-        if own is not None:
-            require_token_wise(own)
         return cls(
             policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
-            options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft", own=own),
+            options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft", own=own_loss(loss)),
             kl_coef=loss.kl_coef,
-            base=ReferenceModel.of(model, num_base_tokens, untrained) if loss.kl_coef else None,
+            base=(base or ReferenceModel.of(model, num_base_tokens, untrained)) if loss.kl_coef else None,
             neftune_alpha=train.neftune_alpha if train else 0.0,
             seed=train.seed if train else 0,
         )

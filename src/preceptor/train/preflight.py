@@ -35,8 +35,9 @@ from preceptor.model.compiled import compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
-from preceptor.model.sharding import is_sharded, own_part
+from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
+from preceptor.train.optimizer import accumulate_in_float32
 from preceptor.train.precision import autocast
 from preceptor.train.step import accumulate_gradients
 
@@ -100,6 +101,7 @@ def _prove(
         with _line(say, f"each conversation goes through the model alone, as {reason}"):
             engine.call(lambda: check_sequential(model))
         loader = loader.apart()
+        accumulate_in_float32(model)  # of the several passes of a step
     trees: list[Tree] = []
     proved_in = "float32" if has_experts(model) else precision  # see `exact_routing`
     if not loader.alone:
@@ -192,7 +194,7 @@ def _settle_compiling(
     before = compile_seconds()
     try:
         if not trees or is_sharded(engine):
-            why = "it is spread over processes" if trees else "each conversation goes through it alone"
+            why = SPREAD if trees else "each conversation goes through it alone"
             raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
         with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
             model.train()

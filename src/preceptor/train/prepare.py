@@ -20,7 +20,7 @@ from preceptor.chat.left_out import LeftOut
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import TrainedArguments
 from preceptor.chat.trained_counts import TrainedCounts
-from preceptor.config.code import load_code
+from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, with_shared_prefixes
@@ -33,6 +33,7 @@ from preceptor.data.sources import OpenSource, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
+from preceptor.data.workers import start_method
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.evaluate.harness import open_task
 from preceptor.evaluate.run import METRICS
@@ -196,6 +197,11 @@ def _windows(
     """The windows of `data.train`, which the first process of each machine has rendered."""
     for source in sources:
         source.close()  # another process reads it from the start
+        if isinstance(source.source.code, HeldCode) and start_method() == "spawn":
+            raise ConfigError(
+                f"{source.source.path}: {source.source.code}: a stream is read by another process, which cannot have a "
+                "function that this program holds; write it to a file and name it: code: FILE.py:FUNCTION"
+            )
     node = f"stream of machine {world.rank // world.local_size}"
     if world.local_rank:
         return Windows(Path(world.published(node)))
@@ -210,7 +216,7 @@ def _windows(
 
 def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]], window: Window) -> Dataset | None:
     """The trees of a window, each once, and those that are replayed beside them."""
-    tuning_N = np.arange(sum(map(len, window.tables)), dtype=np.int32)
+    tuning_N = _each_once(window.tables)
     if not len(tuning_N):
         return None
     return _dataset(run, chat, _mixture(run, tuple(window.tables), tuning_N, replay, window.number))
@@ -321,10 +327,15 @@ def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: flo
 
 
 def _tuning(run: config.Run, train: Sequence[list[TableTrees]]) -> np.ndarray:
-    """Which of the tables' trees an epoch has, without those that are replayed; of a window each once."""
+    """Which of the tables' trees an epoch or the first window has, without those that are replayed."""
     if run.data.streaming:
-        return np.arange(sum(map(len, _tables(train))), dtype=np.int32)
+        return _each_once(_tables(train))
     return mix(_with_numbers(train, run.data.train), run.train.seed)
+
+
+def _each_once(tables: Sequence[TableTrees]) -> np.ndarray:
+    """The numbers of all trees of a window."""
+    return np.arange(sum(map(len, tables)), dtype=np.int32)
 
 
 def _mixture(

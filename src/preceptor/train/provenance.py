@@ -129,6 +129,8 @@ def _model(model: config.Model, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def base_identity(model: config.Model) -> list[Any] | None:
     """What tells a base model from others, without its weights being read; None where it has no files here."""
+    if isinstance(model, LiveModel):
+        return None
     config_file = find_file(resolve_model_path(model.path), "config.json", model.revision)
     if config_file is None:
         return None

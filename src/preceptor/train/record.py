@@ -5,7 +5,6 @@ from uuid import uuid4
 
 import torch
 
-from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.differences import (
     base_differences,
@@ -36,12 +35,13 @@ def record_of_first(
     if not world.is_first:
         return dict(world.published("record"))
     now = {**session(device, world.size), **origins(prepared, folder.record)}
-    record = _compared(folder, prepared.run, now, say)
+    record = _compared(folder, prepared, now, say)
     world.publish("record", record)
     return record
 
 
-def _compared(folder: RunFolder, run: config.Run, now: dict[str, Any], say: Say) -> dict[str, Any]:
+def _compared(folder: RunFolder, prepared: Prepared, now: dict[str, Any], say: Say) -> dict[str, Any]:
+    run = prepared.run
     if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
         raise ModelError("\n".join(reasons))
     if not folder.goes_on:
@@ -63,4 +63,10 @@ def _compared(folder: RunFolder, run: config.Run, now: dict[str, Any], say: Say)
         say(f"no longer equal to the bit to an uninterrupted run, but up to rounding: {'; '.join(rounding)}")
     for measured in evaluation_differences(folder.record, now):
         say(f"{measured} are not those of the run so far: figures before and after cannot be compared")
+    has_hash = {
+        "loss.code": run.loss.code is None or now["loss_sha256"] is not None,
+        "eval.code": all(task.own is None or task.own.sha256 is not None for task in prepared.tasks),
+    }
+    for key in (key for key, has in has_hash.items() if not has):
+        say(f"{key}: nothing tells whether it is the function of the run so far: no hash of a value that it uses")
     return folder.record

@@ -36,7 +36,7 @@ from preceptor.train.evaluations import build_evaluations
 from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
-from preceptor.train.objective import Objective
+from preceptor.train.objective import Objective, own_loss
 from preceptor.train.optimizer import expected_state_bytes
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
@@ -99,9 +99,10 @@ class Training:
             self.summary = finish(self.folder, self.say) if self.world.is_first else {}
             return
         try:
-            ready = self._begin(dry_run)
-            if not dry_run:
-                yield from self._train(ready, started)
+            with self.prepared.streaming():
+                ready = self._begin(dry_run)
+                if not dry_run:
+                    yield from self._train(ready, started)
         finally:
             if isinstance(self.prepared.run.model, LiveModel):
                 self.prepared.run.model.held.release()
@@ -112,7 +113,7 @@ class Training:
         folder, world = self.folder, self.world
         state, checkpoints, loader, run = ready.state, ready.checkpoints, ready.loader, self.prepared.run
         record_windows(loader, state.position, WindowRecord(self.prepared, folder, world, self.say))
-        with self.prepared.streaming(), self.stop.while_training(folder.path, world):
+        with self.stop.while_training(folder.path, world):
             with checkpoints, Display(self.console, ready.num_steps, state.step) as display:
                 evaluations = build_evaluations(self.prepared, folder.path, display.say, loader.alone, world)
                 self.loop = Loop(
@@ -145,12 +146,24 @@ class Training:
         run = prepared.run
         assert run.train.precision is not None, "resolved above"
         memory_before_bytes = peak_memory_bytes(device)
+        own_loss(run.loss)  # what cannot be is said before the model is loaded
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
         restored = world.first(lambda: folder.has_checkpoint)
         self.model, untrained = build(prepared, device, say, placement, world, first_values=not restored)
         record = record_of_first(folder, prepared, device, world, say)
-        objective = Objective.of(run.loss, run.memory, self.model, prepared.chat.num_base_tokens, untrained, run.train)
+        held = run.model.held if isinstance(run.model, LiveModel) else None
+        objective = Objective.of(
+            run.loss,
+            run.memory,
+            self.model,
+            prepared.chat.num_base_tokens,
+            untrained,
+            run.train,
+            None if held is None else held.base,
+        )
+        if held is not None:
+            held.base = objective.base
         state = State(self.model, optimizer_of(run, self.model))
         checkpoints = _checkpoints(folder, run, record, world)
         _require_room(run, state, checkpoints)

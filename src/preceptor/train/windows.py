@@ -17,7 +17,10 @@ from preceptor.world import World
 
 
 class WindowRecord:
-    """Called with each window that a run begins; raises StreamError where it cannot be trained."""
+    """Called with each window that a run begins, or the error where this process cannot.
+
+    Raises StreamError, in all processes the same, where one of them cannot train the window.
+    """
 
     def __init__(self, prepared: Prepared, folder: RunFolder, world: World, say: Callable[[str], None]) -> None:
         self._run, self._folder, self._world, self._say = prepared.run, folder, world, say
@@ -25,16 +28,25 @@ class WindowRecord:
         self._counts = RejectionCounts(prepared.run.data.allow_rejected)
         self._begun = False
 
-    def __call__(self, facts: WindowFacts) -> None:
-        number, dataset = facts.window.number, facts.dataset
-        own = "" if dataset is None else dataset.sha256
-        for rank, other in enumerate(self._world.gather(own)):
-            if other != own:
-                raise StreamError(f"window {number}: process {rank} has other examples than process {self._world.rank}")
+    def __call__(self, begun: WindowFacts | StreamError) -> None:
+        facts, own = self._of_all(begun)
         rejections = [rejection for table in facts.window.tables for rejection in table.rejections]
         self._require_few_rejected(facts, rejections)
         if self._world.is_first:
             self._write(facts, own, rejections)
+
+    def _of_all(self, begun: WindowFacts | StreamError) -> tuple[WindowFacts, str]:
+        """The window and the hash of what is trained of it, where all processes have the same."""
+        error = str(begun) if isinstance(begun, StreamError) else ""
+        own = "" if isinstance(begun, StreamError) or begun.dataset is None else begun.dataset.sha256
+        of_ranks = self._world.gather((error, own))
+        for text in (text for text, _ in of_ranks if text):
+            raise StreamError(text)
+        assert isinstance(begun, WindowFacts), "no process has an error"
+        for rank, (_, other) in enumerate(of_ranks):
+            if other != of_ranks[0][1]:
+                raise StreamError(f"window {begun.window.number}: process {rank} has other examples than process 0")
+        return begun, own
 
     def _require_few_rejected(self, facts: WindowFacts, rejections: list[Rejection]) -> None:
         for rejection in rejections:

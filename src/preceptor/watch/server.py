@@ -23,6 +23,9 @@ from preceptor.watch.terminal import News
 HOST = "127.0.0.1"
 _LOOK_SECONDS = 1.0
 _SHARE = 10  # of the time at most one such part is spent drawing
+_OF_REPORTS = (  # files from elsewhere: in an origin of their own, without the key of this page
+    "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+)
 
 
 class WatchedRuns:
@@ -54,7 +57,7 @@ class WatchedRuns:
 
     def report(self, number: str) -> Path | None:
         """The report of a run, by its place; None where there is none."""
-        if not number.isdigit() or int(number) >= len(self._runs):
+        if not (number.isascii() and number.isdecimal()) or int(number) >= len(self._runs):
             return None
         look = self._runs[int(number)].folder / "report.html"
         return look if look.is_file() else None
@@ -72,6 +75,11 @@ class WatchServer(ThreadingHTTPServer):
         self.port = int(self.server_address[1])
         self.url = f"http://{HOST}:{self.port}/{self.key}/"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that is closed while the page is sent is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: WatchServer
@@ -79,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         start = f"/{self.server.key}/"
-        if self.headers.get("Host") not in (f"{HOST}:{self.server.port}", f"localhost:{self.server.port}"):
+        host, _, port = str(self.headers.get("Host")).partition(":")
+        if host not in (HOST, "localhost") or (port or "80") != str(self.server.port):
             self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "this address is for this machine alone")
         elif not address.path.startswith(start):
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "not here; `preceptor watch` prints the whole address")
@@ -96,11 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
             new = {name: vars(part) for name, part in parts.items() if part.hash not in seen}
             self._send(HTTPStatus.OK, "application/json", json.dumps({"title": title, "says": says, "parts": new}))
         elif name.startswith("report/") and (file := runs.report(name.removeprefix("report/"))):
-            self._send(HTTPStatus.OK, "text/html", file.read_bytes())
+            self._send(HTTPStatus.OK, "text/html", file.read_bytes(), _OF_REPORTS)
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "not here")
 
-    def _send(self, status: HTTPStatus, kind: str, content: str | bytes) -> None:
+    def _send(self, status: HTTPStatus, kind: str, content: str | bytes, policy: str | None = None) -> None:
         content = content.encode() if isinstance(content, str) else content
         self.send_response(status)
         for name, value in {
@@ -109,6 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Cache-Control": "no-store",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
+            **({} if policy is None else {"Content-Security-Policy": policy}),
         }.items():
             self.send_header(name, value)
         self.end_headers()

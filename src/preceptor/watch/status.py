@@ -47,6 +47,7 @@ def status_of(look: RunLook) -> dict[str, Any]:
         "predicted_memory_bytes": run.data.get("predicted_memory_bytes"),
         "held_out": _held_out(run),
         "tasks": _tasks(run),
+        "evaluated": run.evaluations[-1]["step"] if run.evaluations else None,
         "rejected": {
             "num": len(run.rejections),
             "num_examples": run.data.get("num_examples"),
@@ -60,7 +61,7 @@ def status_of(look: RunLook) -> dict[str, Any]:
 
 
 def has_ended(look: RunLook) -> bool:
-    """Whether nothing more will come: its model is saved, its report written, its process gone."""
+    """Whether the run is finished and no process holds its folder."""
     return _state(look) == "finished"
 
 

@@ -144,19 +144,19 @@ class News:
 
     state: str = ""
     tenth: int = -1
-    evaluated: int = -1
+    evaluated: int | None = None
 
     def line(self, status: dict[str, Any]) -> str | None:
         """A line where the state has changed, a tenth of the steps is done, or the run was evaluated; else None."""
         tenth = 10 * status["step"] // status["num_steps"] if status["num_steps"] else 0
-        evaluated = (status["held_out"] or {}).get("step", -1)
-        now = (status["state"], tenth, evaluated)
+        now = (status["state"], tenth, status["evaluated"])
         if now == (self.state, self.tenth, self.evaluated):
             return None
         told = status["says"] if status["state"] != self.state else ""
         self.state, self.tenth, self.evaluated = now
         parts = [told, *([step_in_words(status)] if status["step"] else [])]
-        parts += [f"{label} {value}" for label, value in figures(status).items() if label in ("loss", "held out")]
+        known = ("loss", "held out", "tasks", "")  # no label: one more task
+        parts += [f"{label} {value}".strip() for label, value in figures(status).items() if label.strip() in known]
         if status["verdict"]:
             parts.append(status["verdict"]["headline"])
         if status["report"]:

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from preceptor.config import Source
-from preceptor.config.held import MEMORY, LiveSource
+from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow, text_files
 from preceptor.data.formats.remote_files import RemoteFile, find_remote, protocol_of
 from preceptor.data.formats.values import Columns, TableRows
 from preceptor.errors import ConfigError, DataError
+from preceptor.files import MEMORY
 from preceptor.scholar import data_file
 
 PACKAGED = "scholar:"

@@ -1,0 +1,57 @@
+"""The settings of one file of another trainer: read with its defaults, and what was not carried over."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from preceptor.config.peer_defaults import DEFAULTS, NAMES
+from preceptor.config.peer_files import PeerFile
+from preceptor.errors import short
+
+T = TypeVar("T")
+
+OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
+"""Values that say no more than an absent key."""
+
+
+class PeerSettings:
+    """settings: without keys that have no value. used: the keys that became part of the run, or of a note.
+
+    notes: key of the file -> what became of it.
+    """
+
+    def __init__(self, file: PeerFile) -> None:
+        self.peer, given = file.peer, dict(file.settings)
+        if file.peer == "TRL" and isinstance(given.get("model_init_kwargs"), Mapping):  # how it loads the model
+            given |= given.pop("model_init_kwargs")
+        self.settings = {key: value for key, value in given.items() if value is not None}
+        none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
+        names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
+        self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
+        self.used: set[str] = set()
+        self.notes: list[tuple[str, str]] = []
+
+    def value(self, *names: str) -> Any:
+        """The first of these keys that is given, else a default of the trainer; None where there is neither."""
+        for name in names:
+            if name in self.settings:
+                self.used.add(name)
+                return self.settings[name]
+        return next((self.defaults[name] for name in names if name in self.defaults), None)
+
+    def on(self, *names: str) -> Any:
+        """The first of these keys that is given and not off; None where there is none."""
+        return next((self.value(name) for name in names if self.settings.get(name) not in OFF), None)
+
+    def cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
+        """None, with a note, for a value that the cast does not take."""
+        try:
+            return cast(value)
+        except (TypeError, ValueError):
+            self.note(key, f"{short(value)} is not a value that can be carried over")
+            return None
+
+    def number(self, name: str, value: Any) -> float | None:
+        return self.cast(name, value, float)
+
+    def note(self, key: str, why: str) -> None:
+        self.notes.append((key, why))
