@@ -457,6 +457,28 @@ def test_noise_wsd_and_weights_of_bfloat16(tmp_path):
     config.build({**found.tree, "data": {"train": [{"path": "a.jsonl"}]}}, "converted")
 
 
+@pytest.mark.parametrize(
+    ("peer", "settings", "coef"),
+    [
+        ("TRL", {"router_aux_loss_coef": 0.02}, 0.02),
+        ("TRL", {"router_aux_loss_coef": 0.0}, 0.0),
+        ("TRL", {"model_init_kwargs": {"output_router_logits": True, "router_aux_loss_coef": 0.01}}, 0.01),
+        ("Axolotl", {"overrides_of_model_config": {"output_router_logits": True, "router_aux_loss_coef": 0.3}}, 0.3),
+        ("LLaMA-Factory", {"moe_aux_loss_coef": 0.05}, 0.05),
+        ("TRL", {}, None),
+    ],
+)
+def test_the_load_balancing_loss_of_routers(peer, settings, coef):
+    found = convert(PeerFile(peer, {"model_name_or_path": "m", **settings}), Path())
+    assert found.tree.get("loss", {}).get("router_aux_coef") == coef
+    assert not notes_of(found).keys() & {"output_router_logits", "router_aux_loss_coef", "moe_aux_loss_coef"}
+
+
+def test_router_logits_without_a_coefficient_are_named():
+    found = convert(PeerFile("Axolotl", {"overrides_of_model_config": {"output_router_logits": True}}), Path())
+    assert "here loss.router_aux_coef: the coefficient" in notes_of(found)["output_router_logits"]
+
+
 @pytest.mark.parametrize(("arguments", "named"), [({}, "cosine"), ({"decay_type": "1-sqrt"}, "1-sqrt")])
 def test_a_wsd_that_falls_otherwise_is_named(arguments, named):
     given = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 30, **arguments}}

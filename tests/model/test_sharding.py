@@ -18,6 +18,7 @@ from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import load_model
+from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import begin_sequence, device_mesh, own_part, shard_from_first, shard_model, sum_gradients
@@ -56,7 +57,7 @@ def dealt(sequences, rank, num_ranks):
     return mine, levels.tolist()
 
 
-def gradients(engine, sequences, policy, levels=None, precision="float32", penalty=None):
+def gradients(engine, sequences, policy, levels=None, precision="float32", penalty=None, options=CROSS_ENTROPY):
     """The loss, and each trained parameter's whole gradient."""
     engine.train()
     engine.model.zero_grad(set_to_none=True)
@@ -65,7 +66,7 @@ def gradients(engine, sequences, policy, levels=None, precision="float32", penal
         begin_sequence(engine, is_last=place == len(sequences) - 1)
         step = StepContext(DIVISOR, accumulates=True, num_levels=levels[place] if levels else 0)
         with autocast(torch.device("cpu"), precision):
-            share = engine(sequence, policy, step=step, penalty=penalty)
+            share = engine(sequence, policy, options, step, penalty)
         share.backward()
         loss += share.item()
     sum_gradients(engine)
@@ -78,14 +79,16 @@ def _whole(gradient):
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
 
 
-def relative_errors(rank, make, sequences, policy, strategy="shard", regathers=True, precision="float32"):
+def relative_errors(
+    rank, make, sequences, policy, strategy="shard", regathers=True, precision="float32", options=CROSS_ENTROPY
+):
     """Of the summed loss and of the gradient that is furthest from one process's, and its name."""
-    true_loss, true = gradients(Engine(make()), sequences, policy, precision=precision)
+    true_loss, true = gradients(Engine(make()), sequences, policy, precision=precision, options=options)
     engine, num_ranks = Engine(make()), dist.get_world_size()
     shard_model(engine, device_mesh(strategy, "cpu", num_ranks, ranks_per_node=2), regathers)
     mine, levels = dealt(sequences, rank, num_ranks)
     for _ in range(2):  # the second step must be as the first
-        loss, found = gradients(engine, mine, policy, levels, precision)
+        loss, found = gradients(engine, mine, policy, levels, precision, options=options)
     total = torch.tensor(loss, dtype=torch.float64)
     dist.all_reduce(total)
     assert found.keys() == true.keys()
@@ -138,6 +141,10 @@ def of_two_parts():
     return model
 
 
+def mixture():
+    return tiny_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
 def of_unlike_lengths():
     rng = np.random.default_rng(0)
     return [pack_trees([chain(rng, lengths)]) for lengths in ((5, 4, 3, 3), (4, 8), (6, 2), (7, 3))]
@@ -171,6 +178,10 @@ def _all_cases(rank):
     found["autocast"] = relative_errors(
         rank, lambda: tiny_model("llama"), step_sequences(), RECOMPUTE, precision="bfloat16"
     )
+    for policy, strategy in ((FULL, "shard"), (RECOMPUTE, "shard"), (RECOMPUTE, "replicate")):
+        found[f"balanced routers, {policy.context_gradient}, {strategy}"] = relative_errors(
+            rank, mixture, step_sequences(), policy, strategy, options=LossOptions(router_aux_coef=10.0)
+        )
     return found
 
 

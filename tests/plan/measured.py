@@ -9,6 +9,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.model.activations.context import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.loss.options import CROSS_ENTROPY
 from preceptor.plan.live_bytes import LiveBytes
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
 from preceptor.train.precision import autocast
@@ -24,7 +25,7 @@ def sequence_of(conversations, alone=False):
     return pack_trees([chain(rng, tuple(n for turn in turns for n in turn)) for turns in conversations], alone)
 
 
-def measured_peak(model, sequence, policy, precision="float32", num_sequences=1, **of_optimizer):
+def measured_peak(model, sequence, policy, precision="float32", num_sequences=1, options=CROSS_ENTROPY, **of_optimizer):
     """The most bytes of tensors that live at one time in the second step, when the optimizer has its state."""
     optimizer = build_optimizer(model, **of_optimizer)
     if num_sequences > 1:
@@ -38,7 +39,7 @@ def measured_peak(model, sequence, policy, precision="float32", num_sequences=1,
             step = StepContext(accumulates=True, head_cast=HeadCast())
             for _ in range(num_sequences):
                 with autocast(torch.device("cpu"), precision):
-                    loss = engine(sequence, policy, step=step)
+                    loss = engine(sequence, policy, options, step)
                 loss.backward()
                 del loss
             del step

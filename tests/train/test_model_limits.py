@@ -151,7 +151,9 @@ def test_exact_routing_is_of_models_with_experts():
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_a_mixture_of_experts_is_packed_in_bfloat16_and_says_what_lora_covers(kind, base, preceptor, run_file):
+def test_a_mixture_of_experts_is_packed_in_bfloat16_and_says_what_lora_covers(
+    kind, base, preceptor, run_file, tmp_path
+):
     extra = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     path = base(tiny_model(kind, vocab_size=len(tiny_tokenizer()), **EXPERTS[kind], **extra))
     run = run_file(
@@ -161,4 +163,21 @@ def test_a_mixture_of_experts_is_packed_in_bfloat16_and_says_what_lora_covers(ki
     assert code == 0, err
     assert "each conversation goes through the model alone" not in out
     assert "the adapter trains the experts too" in out
-    assert "router_aux_loss_coef" in out
+    assert "load-balancing loss: 0.5 times that of 2 routers (as the model's config asks)" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(2.0 <= line["router_aux_loss"] < 8.0 for line in lines)  # 2 experts a token: balanced is 2
+    assert "Load-balancing loss" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_routers_are_not_balanced_unless_they_are_to_be(base, preceptor, run_file, tmp_path):
+    mixture = tiny_model("mixtral", vocab_size=len(tiny_tokenizer()), **EXPERTS["mixtral"], router_aux_loss_coef=0.02)
+    code, out, err = preceptor("train", run_file(model__path=base(mixture)), "train.duration=1 steps")
+    assert code == 0, err
+    assert "load-balancing loss: off (loss.router_aux_coef); router_aux_loss_coef in the model's config is 0.02" in out
+    assert "router_aux_loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_model_without_routers_cannot_balance_them(base, preceptor, run_file, tmp_path):
+    code, _, err = preceptor("train", run_file(model__path=base(llama()), loss__router_aux_coef=0.1))
+    assert code == 5 and "loss.router_aux_coef: no router was found in this llama model" in err
+    assert not (tmp_path / "run").exists()

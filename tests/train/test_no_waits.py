@@ -80,7 +80,7 @@ def test_nothing_looks_at_a_result_within_a_step(kind, adapter, policy, precisio
     stack = torch.stack
     monkeypatch.setattr(step.torch, "stack", lambda tensors: read.append(len(tensors)) or stack(tensors))
     with Waits() as waits:
-        loss, norm = take_step(state, [CHAINS, TREES], 1e-3, 1.0, precision, Objective(policy))
+        loss, norm, _ = take_step(state, [CHAINS, TREES], 1e-3, 1.0, precision, Objective(policy))
     assert waits.looks == []
     assert loss > 0 and norm > 0
     assert read.count(3) == 1  # at the end: two losses and the norm, together
@@ -114,6 +114,6 @@ def test_what_the_passes_read_of_a_sequence_is_copied_once_without_a_wait(adapte
     with dry_run_for(device_type) if device_type else nullcontext():
         install(model, check=False)
         with Waits() as waits:
-            losses = accumulate_gradients(Engine(model), [CHAINS, TREES], 2.0, "float32", Objective(policy), "here")
+            losses, _ = accumulate_gradients(Engine(model), [CHAINS, TREES], 2.0, "float32", Objective(policy), "here")
     assert waits.looks == [] and len(losses) == 2
     assert len(waits.copies) == 2 and all(unwaited for _, unwaited, _ in waits.copies)

@@ -28,7 +28,7 @@ def step(sequences, objective=None, dtype=torch.float64, kind="llama"):
             grads.update((name, p.grad.clone()) for name, p in model.named_parameters())
 
     state = State(model, Keeping(model.parameters(), lr=0.0))
-    loss, _ = take_step(state, sequences, 0.0, 1e9, "float32", *([objective] if objective else []))
+    loss, *_ = take_step(state, sequences, 0.0, 1e9, "float32", *([objective] if objective else []))
     return loss, grads
 
 

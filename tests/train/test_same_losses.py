@@ -88,7 +88,8 @@ def losses(kind, memory, trained, world=ONE, spread=None, batches=None, optimize
     accumulate_in_float32(model)
     momentum = {"muon": 0.95, "sgd": 0.9}.get(optimizer)
     state = State(model, build_optimizer(model, 0.1, (0.9, 0.95), optimizer, momentum, rounding))
-    objective = Objective.of(config.Loss(), config.Memory(**MEMORY[memory]), model, 64)
+    loss = config.Loss(router_aux_coef=0.1 if kind == "qwen3_moe" else None)
+    objective = Objective.of(loss, config.Memory(**MEMORY[memory]), model, 64)
     batches = batches or (lambda step: loader().batch(step, world.rank, world.size))
     return [take_step(state, batches(step), 1e-3, 1.0, "float32", objective, 0, world) for step in range(steps)]
 
@@ -103,6 +104,8 @@ def test_any_number_of_processes_gives_the_losses_of_one(kind, memory, trained, 
             found_losses = torch.tensor(found, dtype=torch.float64)
             torch.testing.assert_close(found_losses[:, 0], expected[:, 0], rtol=1e-5, atol=0, msg=f"{spread}: {found}")
             torch.testing.assert_close(found_losses[:, 1], expected[:, 1], rtol=1e-3, atol=0)
+            torch.testing.assert_close(found_losses[:, 2], expected[:, 2], rtol=1e-4, atol=0)
+            assert bool((expected[:, 2] > 0).all()) == (kind == "qwen3_moe")
 
 
 def test_accumulation_instead_of_processes_gives_the_same_losses():

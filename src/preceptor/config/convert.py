@@ -238,6 +238,8 @@ class _Conversion:
             self._set("loss.type", "dft")
         elif loss not in (None, "nll", "chunked_nll"):
             self._given.note("loss_type", f"{short(loss)} is not offered")
+        if self._given.settings.keys() & {"router_aux_loss_coef", "moe_aux_loss_coef"}:
+            self._given.used.add("output_router_logits")  # the coefficient says it
 
     def _duration(self) -> None:
         steps = self._given.settings.get("max_steps")

@@ -83,6 +83,8 @@ DIRECT: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "cosine_min_lr_ratio": ("optimizer.min_lr_ratio", float),
     "neftune_noise_alpha": ("train.neftune_alpha", float),
     "label_smoothing_factor": ("loss.label_smoothing", float),
+    "router_aux_loss_coef": ("loss.router_aux_coef", float),
+    "moe_aux_loss_coef": ("loss.router_aux_coef", float),
     "save_total_limit": ("checkpoint.keep", int),
     "eval_max_new_tokens": ("eval.max_new_tokens", int),
 }

@@ -131,6 +131,9 @@ COUNTERPARTS: dict[str, str] = {
     "loss_type": "loss.type",
     "use_dft_loss": "loss.type: dft",
     "label_smoothing_factor": "loss.label_smoothing",
+    "router_aux_loss_coef": "loss.router_aux_coef",
+    "moe_aux_loss_coef": "loss.router_aux_coef",
+    "output_router_logits": "loss.router_aux_coef: the coefficient, such as router_aux_loss_coef in the model's config",
     # memory
     "gradient_checkpointing": "memory.activation_checkpointing: `all`, or the first so many layers",
     # checkpoints and evaluation
@@ -343,7 +346,6 @@ NO_COUNTERPART: dict[str, str] = {
     "shuffle_dataset": "the order of the examples is drawn anew for each epoch: nothing to set",
     "train_sampling_strategy": "the order of the examples is drawn anew for each epoch: nothing to set",
     "length_column_name": _PACKED,
-    "router_aux_loss_coef": "the loss that balances experts is not part of this one: remove the key",
     "activation_checkpointing_kwargs": "memory.activation_checkpointing says which layers run again: remove the key",
     "eval_delay": "the model is always evaluated before the first step: remove the key",
     "fp16_full_eval": "float16 is not offered: remove the key",

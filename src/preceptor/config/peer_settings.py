@@ -21,8 +21,9 @@ class PeerSettings:
 
     def __init__(self, file: PeerFile) -> None:
         self.peer, given = file.peer, dict(file.settings)
-        if file.peer == "TRL" and isinstance(given.get("model_init_kwargs"), Mapping):  # how it loads the model
-            given |= given.pop("model_init_kwargs")
+        in_it = {"TRL": "model_init_kwargs", "Axolotl": "overrides_of_model_config"}.get(file.peer, "")
+        if isinstance(given.get(in_it), Mapping):  # how it loads the model
+            given |= given.pop(in_it)
         self.settings = {key: value for key, value in given.items() if value is not None}
         none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}

@@ -249,6 +249,8 @@ class Loss(Section):
     """Added to each token's loss: this times the square of log(sum of exp(logits)); keeps logits small. PaLM: 1e-4."""
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     """Added to each token's loss: this times the divergence KL(tuned || base). Full fine-tuning keeps a copy for it."""
+    router_aux_coef: Annotated[float, Field(ge=0)] | None = None
+    """Of a mixture of experts: this times the routers' load-balancing loss. Absent: as the model's config asks."""
 
 
 class Memory(Section):

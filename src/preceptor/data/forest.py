@@ -143,8 +143,9 @@ class PackedSequence:
     source_N: np.ndarray
     target_N: np.ndarray
     weight_N: np.ndarray
+    share_N: np.ndarray  # what each adds to the divisor
     spans: tuple[Span, ...]  # in layout order
-    divisor: float  # what its trained tokens add to the number by which the step's loss is divided
+    divisor: float  # the sum of shares: its part of the number by which the step's loss is divided
     alone: bool = False  # one chain, for the model's own attention and other token mixing (checks/sequential.py)
 
     @property
@@ -177,6 +178,7 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
         source_N=np.array(source, dtype=np.int64),
         target_N=np.array(target, dtype=np.int64),
         weight_N=np.array(weight, dtype=np.float64),
+        share_N=np.array(share, dtype=np.float64),
         spans=tuple(spans),
         divisor=math.fsum(share),
         alone=alone,

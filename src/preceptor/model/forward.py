@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence
@@ -22,6 +23,7 @@ from preceptor.model.head import Head, output_head
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.parts import decoder_of, model_type
+from preceptor.model.routers import watch_routers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -70,21 +72,27 @@ class Engine(nn.Module):
         """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`.
 
         A scalar with a graph, also where no token is trained. Where `step` accumulates, backward must follow. Of a
-        sharded model this is the method of the engine that `shard_model` was given, on all ranks alike.
+        sharded model this is the method of the engine that `shard_model` was given, on all ranks alike. Raises
+        ModelError for `options.router_aux_coef` of a model without routers.
         """
         step = step or StepContext()
         with nullcontext() if self.state.ranks is None else self.state.ranks.entered():
             embedding = decoder_of(self.model).get_input_embeddings()
             noise_TD = None if step.noise is None else step.noise.of(sequence, embedding)
-            inputs = self._inputs(sequence, policy, step.num_levels)
+            balanced = options.router_aux_coef > 0 and torch.is_grad_enabled()
+            if balanced:
+                watch_routers(self.model, self.state)
+            inputs = self._inputs(sequence, policy, step.num_levels, balanced)
             with self.state.accumulating(step.accumulates, noise_TD):
                 hidden_MD, source_N = self._loss_hidden_states(inputs, policy)
             head = output_head(self.model)
-            if "head_gradient" not in self.state.optimisations:
-                step = StepContext(step.divisor)
-            loss = head.loss(hidden_MD, inputs, options, step, self.state.compiles)
+            in_place = "head_gradient" in self.state.optimisations
+            of_head = step if in_place else StepContext(step.divisor)
+            loss = head.loss(hidden_MD, inputs, options, of_head, self.state.compiles)
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
+            if inputs.routing is not None:
+                loss = _balanced(loss, inputs.routing.loss() / step.divisor, options, step)
             return loss
 
     def call(self, function: Callable[[], T]) -> T:
@@ -138,7 +146,9 @@ class Engine(nn.Module):
             return decode_dense(*given, policy)
         return decode_whole(*given, replace(policy, context_gradient="full"))
 
-    def _inputs(self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int) -> SequenceInputs:
+    def _inputs(
+        self, sequence: PackedSequence, policy: ActivationPolicy, num_levels: int, balanced: bool = False
+    ) -> SequenceInputs:
         """What a loss reads of a sequence, on the device: whole, phase by phase, or with the last layer spared."""
         if sequence.alone and policy.context_gradient != "full":
             raise ModelError(
@@ -148,14 +158,15 @@ class Engine(nn.Module):
             )
         phased = policy.context_gradient != "full"
         if sequence.alone or "attention" not in self.state.optimisations:
-            return SequenceInputs.of(self.model, sequence, num_levels=num_levels, padded=False)
+            return SequenceInputs.of(self.model, sequence, num_levels=num_levels, padded=False, balanced=balanced)
         if phased and (sequence.num_trained or num_levels):
-            return SequenceInputs.of(self.model, sequence, phases(sequence, num_levels), num_levels=num_levels)
-        if sequence.num_trained and "last_layer" in self.state.optimisations:
+            plan = phases(sequence, num_levels)
+            return SequenceInputs.of(self.model, sequence, plan, num_levels=num_levels, balanced=balanced)
+        if sequence.num_trained and "last_layer" in self.state.optimisations and not balanced:
             split = split_by_loss(sequence)
             if _WORTH * (sequence.num_tokens - split[1].num_tokens) >= sequence.num_tokens:
                 return SequenceInputs.of(self.model, sequence, split=split)
-        return SequenceInputs.of(self.model, sequence)
+        return SequenceInputs.of(self.model, sequence, balanced=balanced)
 
     def _loss_hidden_states(self, inputs: SequenceInputs, policy: ActivationPolicy) -> tuple[Tensor, Tensor]:
         if inputs.phases:
@@ -178,3 +189,11 @@ class Engine(nn.Module):
                 f"{type(decoder).__name__} changes its rotary frequencies beyond position {limit}, for all "
                 f"conversations of a pass at once. Set data.max_length to at most {limit}."
             )
+
+
+def _balanced(loss: Tensor, aux: Tensor, options: LossOptions, step: StepContext) -> Tensor:
+    """The loss with the gradient of loss and load-balancing loss; the value of the latter is left with the step."""
+    if step.router_aux is not None:
+        step.router_aux.append(aux.detach())
+    weighted = options.router_aux_coef * aux
+    return loss + (weighted - weighted.detach())

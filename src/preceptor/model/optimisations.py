@@ -31,6 +31,7 @@ from preceptor.model.activations.phases import split_by_loss
 from preceptor.model.closeness import FAILURES, relative_error, rounding
 from preceptor.model.compiled import why_not
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating
+from preceptor.model.routers import unwatch_routers
 
 Mode = Literal["auto", "compiled", "efficient", "plain"]
 
@@ -111,6 +112,7 @@ def remove(model: nn.Module) -> None:
     if state is not None:
         for optimisation in OPTIMISATIONS:
             optimisation.remove(model, state)
+        unwatch_routers(model)
         for layer in decoder_layers(model):
             release(layer, EngineLayer)
 

@@ -34,9 +34,11 @@ from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
 from preceptor.model.quantization import quantize
+from preceptor.model.routers import router_aux_coef
 from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
@@ -217,6 +219,7 @@ def _passes(
 ) -> dict[Role, Moment]:
     """Forward, loss and backward of a model that exists in full."""
     engine = Engine(model)
+    options = LossOptions(router_aux_coef=router_aux_coef(setup.router_aux_coef, causal_lm(model).config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     mode: Any = next(iter(trained)).fake_mode
     for parameter in trained:
@@ -232,7 +235,7 @@ def _passes(
     try:
         with mode, timeline:
             with half:
-                loss = engine(sequence, policy, step=step)
+                loss = engine(sequence, policy, options, step)
             timeline.mark("backward pass", ("backward",))
             loss.backward()
     finally:

@@ -76,7 +76,7 @@ EVERYTHING: Patterns = ((), ())
 class Setup:
     """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`).
 
-    rounding: of trained bfloat16 weights (`optimizer.rounding`).
+    rounding: of trained bfloat16 weights (`optimizer.rounding`). router_aux_coef: as in the run file.
     """
 
     weights: Weights = "float32"
@@ -90,6 +90,7 @@ class Setup:
     choice: Patterns = EVERYTHING
     quantization: Quantization | None = None
     double_quantization: bool = False
+    router_aux_coef: float | None = None
 
     @property
     def weight_bytes(self) -> int:

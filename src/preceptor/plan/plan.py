@@ -128,6 +128,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         choice=(tuple(run.model.freeze), tuple(run.model.train_only)),
         quantization=run.model.quantization,
         double_quantization=bool(run.model.double_quantization),
+        router_aux_coef=run.loss.router_aux_coef,
     )
 
 
@@ -314,7 +315,8 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
     found = []
     for name, weights, adapter, optimizer, bits in ways:
         rounding = "exact" if adapter is None and weights == "bfloat16" else None
-        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, EVERYTHING, bits, bits == "nf4")
+        held = (EVERYTHING, bits, bits == "nf4", run.loss.router_aux_coef)
+        setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, *held)
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {

@@ -28,6 +28,8 @@ def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     found.append(
         _over_steps(runs, names, "Gradient norm", "before it is scaled down", "grad_norm", log=True, level=level)
     )
+    note = "of the routers, before loss.router_aux_coef"
+    found.append(_over_steps(runs, names, "Load-balancing loss", note, "router_aux_loss"))
     found += _tasks(runs, names)
     found.append(_over_steps(runs, names, "Throughput", "tokens per second", tokens_per_second, from_zero=True))
     found.append(_memory(runs, names))

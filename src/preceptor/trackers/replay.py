@@ -26,6 +26,7 @@ _STEP_VALUES = (
     "loss",
     "learning_rate",
     "grad_norm",
+    "router_aux_loss",
     "num_tokens",
     "num_trained",
     "epoch",

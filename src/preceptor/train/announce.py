@@ -14,6 +14,7 @@ from preceptor.model.adapters.adapted import table_lines
 from preceptor.model.load import unusable_settings
 from preceptor.model.parts import causal_lm, has_experts, tower_parameters
 from preceptor.model.quantization import num_parameters
+from preceptor.model.routers import named_by_config, require_routers, router_aux_coef
 from preceptor.train.build import saved_dtype
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import optimizer_lines
@@ -72,9 +73,12 @@ def _model_lines(prepared: Prepared, model: Any) -> Iterator[str]:
     if prepared.run.adapter is not None:
         covered = any(".experts." in name for name, weight in model.named_parameters() if weight.requires_grad)
         yield "the adapter trains the experts too" if covered else "the experts have no adapter: they stay as they are"
-    settings = causal_lm(model).config.get_text_config(decoder=True)
-    if getattr(settings, "output_router_logits", False) and getattr(settings, "router_aux_loss_coef", 0):
-        yield "the loss that balances experts (router_aux_loss_coef in the config) is not part of this run's"
+    asked, settings = prepared.run.loss.router_aux_coef, causal_lm(model).config
+    if (coef := router_aux_coef(asked, settings)) > 0:
+        where = "as the model's config asks" if asked is None else "loss.router_aux_coef"
+        yield f"load-balancing loss: {coef:g} times that of {len(require_routers(model))} routers ({where})"
+    elif (own := named_by_config(settings)) > 0:
+        yield f"load-balancing loss: off (loss.router_aux_coef); router_aux_loss_coef in the model's config is {own:g}"
 
 
 def _saved_lines(settings: config.Model, model: Any) -> Iterator[str]:

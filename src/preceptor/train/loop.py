@@ -20,7 +20,7 @@ from preceptor.train.objective import Objective
 from preceptor.train.optimizer import schedule
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
-from preceptor.train.step import NotFiniteError, peak_memory_bytes, skip_step, take_step
+from preceptor.train.step import NotFiniteError, StepLosses, peak_memory_bytes, skip_step, take_step
 from preceptor.world import ONE, World
 
 
@@ -32,7 +32,8 @@ class Step:
     scaled down. seconds: of the slowest process, without compile_seconds, in which torch compiled layers for a new kind
     of sequence. skipped: why its update was left out, and `examples` whose; "" where it was applied. without_gradient:
     after the first step, the adapted layers that it did not move. epoch: epochs done; of a stream it is None, and
-    window the number of its window.
+    window the number of its window. router_aux_loss: of the routers of a mixture of experts, without its coefficient
+    (`loss.router_aux_coef`); where all experts have equally many tokens, it is the number of experts of a token.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Step:
     compile_seconds: float = 0.0
     epoch: float | None = None
     window: int | None = None
+    router_aux_loss: float | None = None
 
     def line(self) -> dict[str, Any]:
         """As metrics.jsonl has it."""
@@ -166,23 +168,24 @@ class Loop:
         first = FirstUpdate(state.model) if self._unmoved_unknown else None
         settings = learning_rate, run.optimizer.max_grad_norm, precision, self.objective, run.train.seed, world
         try:
-            loss, grad_norm = take_step(state, sequences, *settings)
+            taken = take_step(state, sequences, *settings)
             self._unmoved_unknown = False
         except NotFiniteError as error:
             own = loader.sources(at, world.rank, world.size)
             broken = [source for of_rank in world.gather([own[place] for place in error.broken]) for source in of_rank]
             num_skipped = world.gather(self.folder.num_skipped if world.is_first else 0)[0]
             skipped = skip_step(state, error, broken, loader.sources(at), num_skipped, run.train.max_skipped)
-            loss, grad_norm, first = error.loss, error.grad_norm, None
+            taken, first = StepLosses(error.loss, error.grad_norm), None
         step = Step(
             number=state.step,
-            loss=loss,
+            loss=taken.loss,
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=taken.grad_norm,
             **loader.progress(state.step),
             **_of_all(state, sequences, time.perf_counter() - started, compile_seconds() - compiling, world),
             **skipped,
             without_gradient=() if first is None else _unmoved(first, state, world),
+            router_aux_loss=taken.router_aux_loss if self.objective.options.router_aux_coef else None,
         )
         if world.is_first:
             append_line(self.folder.path / "metrics.jsonl", step.line())

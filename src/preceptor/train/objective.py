@@ -17,6 +17,8 @@ from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.loss.own import TokenLoss, require_token_wise
+from preceptor.model.parts import causal_lm
+from preceptor.model.routers import require_routers, router_aux_coef
 
 
 def own_loss(loss: config.Loss) -> TokenLoss | None:
@@ -57,11 +59,15 @@ class Objective:
         """Before the first step and before a checkpoint is read, so that `model` still is the base.
 
         untrained: tokens of the base that it never saw. base: the base, where `model` was trained before. Raises as
-        `own_loss`.
+        `own_loss`, and ModelError where a model has no routers that could be balanced.
         """
+        router_coef = router_aux_coef(loss.router_aux_coef, causal_lm(model).config)
+        if router_coef:
+            require_routers(model)
+        variant = {"dft": loss.type == "dft", "own": own_loss(loss), "router_aux_coef": router_coef}
         return cls(
             policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
-            options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft", own=own_loss(loss)),
+            options=LossOptions(loss.label_smoothing, loss.z_loss, **variant),
             kl_coef=loss.kl_coef,
             base=(base or ReferenceModel.of(model, num_base_tokens, untrained)) if loss.kl_coef else None,
             neftune_alpha=train.neftune_alpha if train else 0.0,
@@ -69,7 +75,10 @@ class Objective:
         )
 
     def __call__(self, engine: Engine, sequence: PackedSequence, step: StepContext | None = None) -> Tensor:
-        """The sum over `step.divisor`; where `step` accumulates, backward must follow."""
+        """The sum over `step.divisor`; where `step` accumulates, backward must follow.
+
+        The routers' load-balancing loss is part of the gradient, not of the sum.
+        """
         penalty = None if self.base is None else self._divergence
         loss: Tensor = engine(sequence, self.policy, self.options, step, penalty)
         return loss

@@ -228,7 +228,8 @@ def _check_largest(
         state = torch.empty(state_bytes, dtype=torch.uint8, device=model.device)
         divisor = max(1.0, sequence.divisor)
         where = "the largest sequence of the run"
-        loss = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)[0].item()
+        (share,), _ = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)
+        loss = share.item()
         del state
         if not all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained) or not math.isfinite(
             loss

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,18 @@ from preceptor.world import ONE, World
 _NAMED_EXAMPLES = 8  # of a step whose loss is not finite
 
 
+class StepLosses(NamedTuple):
+    """Of an optimizer step, over all processes.
+
+    loss: the mean in nats, by default per trained token. grad_norm: of the gradient, not clipped. router_aux_loss: the
+    mean of the routers' load-balancing loss, without its coefficient; 0 where it is off.
+    """
+
+    loss: float
+    grad_norm: float
+    router_aux_loss: float = 0.0
+
+
 def take_step(
     state: State,
     sequences: Sequence[PackedSequence],
@@ -41,25 +53,26 @@ def take_step(
     objective: Objective = CROSS_ENTROPY_LOSS,
     seed: int = 0,
     world: World = ONE,
-) -> tuple[float, float]:
-    """One optimizer step: (mean loss in nats, by default per trained token; norm of the gradient, not clipped).
+) -> StepLosses:
+    """One optimizer step.
 
-    sequences: of several processes those of this one; what is returned is of all.
+    sequences: of several processes those of this one.
     seed: of the run; with the number of the step and a sequence's tokens it determines what is drawn for that sequence.
     Raises NotFiniteError, before any weight is touched, when loss or gradient is not finite; ModelError when memory
     runs out.
     """
     divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
     where = f"step {state.step + 1}: a sequence"
-    shares = accumulate_gradients(
+    shares, router_aux = accumulate_gradients(
         state.engine, sequences, divisor, precision, objective, where, (seed, state.step), world
     )
     norm = clip_gradients(state.optimizer, max_grad_norm)
-    *losses, grad_norm = torch.stack([each.to(norm) for each in (*shares, norm)]).tolist()  # the step's only wait
+    found = torch.stack([each.to(norm) for each in (*shares, *router_aux, norm)]).tolist()  # the step's only wait
+    losses, grad_norm = found[: len(shares)], found[-1]
     loss = 0.0
     for own in losses:  # one after the other: `sum` rounds otherwise from Python 3.12 on
         loss += own
-    (loss,) = world.sum(loss)
+    loss, router_aux_loss = world.sum(loss, math.fsum(found[len(shares) : -1]))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         broken = [place for place, own in enumerate(losses) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
@@ -67,7 +80,7 @@ def take_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    return loss, grad_norm
+    return StepLosses(loss, grad_norm, router_aux_loss)
 
 
 @torch.no_grad()
@@ -91,8 +104,10 @@ def accumulate_gradients(
     where: str,
     seed: tuple[int, int] = (0, 0),
     world: World = ONE,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Forward and backward of each sequence: the loss of each over `divisor`, whose gradients join `.grad`.
+
+    Also the load-balancing loss of each over `divisor`, none where it is off.
 
     The host waits for none of it: a GPU is still busy with one sequence when the next one's indices are copied.
 
@@ -101,7 +116,8 @@ def accumulate_gradients(
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
     """
-    step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=objective.noise(seed[1]))
+    noise, router_aux = objective.noise(seed[1]), list[Tensor]()
+    step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=noise, router_aux=router_aux)
     device = engine.model.device
     engine.train()
     losses = []
@@ -115,7 +131,7 @@ def accumulate_gradients(
             share.backward()
         losses.append(share.detach())
     sum_gradients(engine)
-    return losses
+    return losses, router_aux
 
 
 def _in_step_with_others(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from preceptor.model.activations.inputs import OccurringRows, SplitPart
 from preceptor.model.activations.noise import EmbeddingNoise
+from preceptor.model.activations.routing import RoutedTokens
 from preceptor.model.attention.runs import IMPLEMENTATION, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
@@ -29,7 +30,7 @@ class StepContext:
     divisor: of every loss. accumulates: embedding and head add their gradients to `.grad` themselves, so backward must
     follow with a gradient of 1. head_cast: the head in the type of matrix products. num_levels: the most that a
     sequence of this pass has on any rank (activations/phases.py); 0 where no rank waits for another. noise: on the
-    embeddings.
+    embeddings. router_aux: where the load-balancing loss of each sequence is left, over `divisor`; None: nowhere.
     """
 
     divisor: float = 1.0
@@ -37,6 +38,7 @@ class StepContext:
     head_cast: HeadCast | None = None
     num_levels: int = 0
     noise: EmbeddingNoise | None = None
+    router_aux: list[Tensor] | None = None
 
 
 class SharedCasts:
@@ -68,7 +70,8 @@ class DecoderPass:
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
     keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
     last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
-    ids, rows: what the embedding is given, (1, M), and which of its rows that is.
+    ids, rows: what the embedding is given, (1, M), and which of its rows that is. routed: where routers are to be
+    balanced; then every layer computes all tokens whole.
     """
 
     decoder: PreTrainedModel
@@ -79,6 +82,7 @@ class DecoderPass:
     efficient: bool = False
     ids: Tensor | None = None
     rows: OccurringRows | None = None
+    routed: RoutedTokens | None = None
 
 
 @dataclass(eq=False)
@@ -121,8 +125,8 @@ class ModelState:
 
     casts: of that pass; None where the modules run as their authors wrote them. accumulates: as in StepContext.
     ranks: how the model is spread over processes (sharding.py); None: it is in this one alone.
-    noise_TD: on the embeddings of the sequence that is running. asked_to_compile: by the run file; else the
-    engine chooses, and not_compiled is why it did not.
+    noise_TD: on the embeddings of the sequence that is running. routers: how many are watched (routers.py).
+    asked_to_compile: by the run file; else the engine chooses, and not_compiled is why it did not.
     """
 
     optimisations: set[str] = field(default_factory=set)
@@ -131,6 +135,7 @@ class ModelState:
     accumulates: bool = False
     ranks: Ranks | None = None
     noise_TD: Tensor | None = None
+    routers: int = 0
     asked_to_compile: bool = False
     not_compiled: str | None = None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence
 from preceptor.model.activations.phases import Phase
+from preceptor.model.activations.routing import RoutedTokens, Routing, balanced_paths
 from preceptor.model.attention.layout import AttentionRun, PathLengths, attention_runs, computed_tokens, path_lengths
 from preceptor.model.parts import decoder_of, device_of
 from preceptor.model.transfer import on_device
@@ -40,7 +41,8 @@ class SequenceInputs:
     """phases: the groups, in the order of computation; empty: all tokens are one.
 
     split: context-only and loss-bearing tokens, of which the last layer returns the latter. runs: of the whole.
-    num_levels: as in `phases`; tokens that it adds are numbered after the sequence's own.
+    num_levels: as in `phases`; tokens that it adds are numbered after the sequence's own. routing: where routers are to
+    be balanced, what they do in the passes of this sequence.
     """
 
     sequence: PackedSequence
@@ -48,6 +50,7 @@ class SequenceInputs:
     split: tuple[Phase, ...]
     runs: tuple[AttentionRun, ...]
     num_levels: int
+    routing: Routing | None
     _arrays: dict[Any, Tensor]
 
     @classmethod
@@ -59,13 +62,15 @@ class SequenceInputs:
         split: Sequence[Phase] = (),
         num_levels: int = 0,
         padded: bool = True,
+        balanced: bool = False,
     ) -> "SequenceInputs":
-        """padded: the tokens of a group may be more, see `computed_tokens`."""
+        """padded: the tokens of a group may be more, see `computed_tokens`. balanced: with `routing`."""
         weight_VD = decoder_of(model).get_input_embeddings().weight
         runs = attention_runs(sequence)
         ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
         position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
         host: dict[Any, np.ndarray] = {"subtree_end": sequence.subtree_end_T}
+        paths = balanced_paths(sequence) if balanced else None
         groups = [(phase.index_T(), phase.runs) for phase in phases] or [(np.arange(sequence.num_tokens), runs)]
         for group, (index_M, of_group) in enumerate(groups):
             added = computed_tokens(len(index_M), weight_VD) - len(index_M) if padded else 0
@@ -73,6 +78,9 @@ class SequenceInputs:
             host["ids", group] = ids_M = np.pad(ids_T[index_M], (0, added))
             host["position", group] = np.pad(position_T[index_M], (0, added))
             host["queries", group], host["keys", group] = _begins(of_group)
+            if paths is not None:
+                cell_T = np.pad(paths.cell_T, (0, 2 * num_levels), constant_values=paths.num_cells)
+                host["cell", group] = np.pad(cell_T[index_M], (0, added), constant_values=paths.num_cells)
             if weight_VD.requires_grad:
                 host["rows", group], host["row", group] = np.unique(ids_M, return_inverse=True)
         for place, part in enumerate(split):
@@ -83,7 +91,13 @@ class SequenceInputs:
         index_M = np.concatenate(asked) if asked else np.arange(len(ids_T))
         place_T[index_M] = np.arange(len(index_M))
         host |= {"source": place_T[sequence.source_N], "target": sequence.target_N, "weight": sequence.weight_N}
-        return cls(sequence, tuple(phases), tuple(split), runs, num_levels, on_device(host, device_of(model)))
+        if paths is not None:
+            host |= {"path cell": paths.cell, "path": paths.path, "share": paths.share_G}
+        arrays = on_device(host, device_of(model))
+        routing = None
+        if paths is not None:
+            routing = Routing(paths.num_cells, arrays["path cell"], arrays["path"], arrays["share"])
+        return cls(sequence, tuple(phases), tuple(split), runs, num_levels, routing, arrays)
 
     # the loss
 
@@ -120,6 +134,10 @@ class SequenceInputs:
     def lengths(self, group: int = _WHOLE) -> PathLengths:
         runs = self.phases[group].runs if self.phases else self.runs
         return self._lengths(runs, self._arrays["queries", group], self._arrays["keys", group])
+
+    def routed(self, group: int = _WHOLE, constant_M: Tensor | None = None) -> RoutedTokens | None:
+        """constant_M: as in RoutedTokens."""
+        return None if self.routing is None else RoutedTokens(self.routing, self._arrays["cell", group], constant_M)
 
     def parts(self) -> tuple[SplitPart, ...]:
         """What `split` says, for the last layer."""

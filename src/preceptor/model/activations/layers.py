@@ -2,14 +2,16 @@
 
     checkpointed   only the layer's input is kept; the layer runs again in backward, with the same dropout
     keys only      the last layer of context-only tokens, of which only keys and values are read: its attention stops it
-                   by KeysRecorded. The exception is caught here, inside the layer's `forward`, so that hooks on the
-                   layer run as always; only the attention's own hooks after `forward` do not
+                   by KeysRecorded, unless routers behind it are to be balanced. The exception is caught here, inside
+                   the layer's `forward`, so that hooks on the layer run as always; only the attention's own hooks after
+                   `forward` do not
     parts          the last layer takes all tokens and returns the loss-bearing ones; of the others it computes keys and
                    values only. Its arguments are cut by token, those named in CUT alone
 
 The layer's own code runs, unchanged, on the tokens that it is given.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -62,15 +64,17 @@ class EngineLayer(nn.Module):
         layer: Any = self
         index, num_layers = layer.engine_settings
         if index == num_layers - 1:
-            if this.keys_only:
+            if this.keys_only and this.routed is None:
                 self._record_keys(*arguments, **named)
                 _gather_before_backward(layer, named["forest"])
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
             if this.parts:
                 return self._run_parts(*this.parts, *arguments, **named)
+        recorded = [] if this.routed is None else this.routed.routing.probability_sums
+        before = len(recorded)
         output = self._forward(*arguments, **named)
         if this.keys_only:
-            _gather_before_backward(layer, named["forest"])
+            _gather_before_backward(layer, named["forest"], recorded[before:])
         return output
 
     def _forward(self, *arguments: Any, **named: Any) -> Any:
@@ -118,13 +122,19 @@ class EngineLayer(nn.Module):
         return self._forward(hidden_MD, forest=after, **others)
 
 
-def _gather_before_backward(layer: Any, forest: PhaseLayout) -> None:
-    """Have a sharded layer gathered before backward comes to the keys and values that this phase recorded.
+def _gather_before_backward(layer: Any, forest: PhaseLayout, of_routers: Sequence[Tensor] = ()) -> None:
+    """Have a sharded layer gathered before backward comes to the keys and values that this phase recorded, and to what
+    its routers gave.
 
     FSDP2 does so when backward comes to what a layer returns. Of the last layer nothing reads that here, nor of others
     whose keys are those of all layers behind them (Gemma 3n).
     """
-    if not layer.engine_state.regathers or forest.recorded is None:
+    if not layer.engine_state.regathers:
+        return
+    for tensor in of_routers:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: layer.unshard())
+    if forest.recorded is None:
         return
     for module in layer.modules():
         seen = forest.recorded.get(module, {})

@@ -49,6 +49,7 @@ def decode_whole(
         efficient=True,
         ids=inputs.ids()[None],
         rows=inputs.rows(),
+        routed=inputs.routed(),
     )
     num_asked = inputs.split[1].num_tokens if inputs.split else num_tokens
     return _decode(inputs.position(), layout, state, this, state.noise_TD)[:num_asked]
@@ -66,6 +67,7 @@ def decode_dense(
         num_checkpointed=num_checkpointed(model, policy),
         ids=inputs.ids()[None],
         rows=inputs.rows(),
+        routed=inputs.routed(constant_M=layout.constant_T),
     )
     return _decode(inputs.position(), layout, state, this, state.noise_TD)
 
@@ -94,6 +96,7 @@ def decode_phases(
             efficient=True,
             ids=inputs.ids(group)[None],
             rows=inputs.rows(group),
+            routed=inputs.routed(group),
         )
         constant = policy.context_gradient == "detach" and not phase.loss_bearing
         with torch.no_grad() if constant else nullcontext():
@@ -126,6 +129,7 @@ def decode_alone(
         num_checkpointed=num_checkpointed(model, policy),
         ids=inputs.ids()[None],
         rows=inputs.rows(),
+        routed=inputs.routed(),
     )
     with state.running(this), noisy(decoder.get_input_embeddings(), state.noise_TD):
         output = decoder(input_ids=this.ids, use_cache=False)

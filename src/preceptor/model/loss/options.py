@@ -25,17 +25,19 @@ class LossOptions:
     """0 <= label_smoothing < 1; z_loss >= 0; dft: each token's loss times its own probability, without gradient.
 
     own: instead of both, a function of (log p_n[t_n], w_n) that gives w_n loss_n, each of shape (N,): see own.py.
+    router_aux_coef: of the routers' load-balancing loss (activations/routing.py), which is in the gradient alone.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     dft: bool = False
     own: Callable[..., Any] | None = None
+    router_aux_coef: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.own is None or not (self.dft or self.label_smoothing)
         assert 0 <= self.label_smoothing < 1, self.label_smoothing
-        assert self.z_loss >= 0, self.z_loss
+        assert self.z_loss >= 0 and self.router_aux_coef >= 0, self
 
 
 CROSS_ENTROPY = LossOptions()
