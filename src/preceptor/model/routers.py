@@ -5,7 +5,7 @@ logits in it. A hook on each hands the logits on to the running pass (activation
 does nothing outside of passes whose routers are to be balanced.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import ModelState
+from preceptor.model.activations.routing import RoutedTokens
 from preceptor.model.parts import causal_lm, decoder_of, model_type
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # the latter JetMoE's
@@ -51,26 +52,23 @@ class WatchedRouter:
     state: ModelState
     index: int
     num_chosen: int
+    record: Callable[[RoutedTokens, Tensor, int], None]
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         this = self.state.current
         if this is not None and this.routed is not None:
             logits: Tensor = output if isinstance(output, Tensor) else output[self.index]
-            _record(this.routed, logits, self.num_chosen)
-
-
-@torch.compiler.disable
-def _record(routed: Any, logits: Tensor, num_chosen: int) -> None:
-    """A list of tensors grows, which is outside of what is compiled."""
-    routed.record(logits, num_chosen)
+            self.record(this.routed, logits, self.num_chosen)
 
 
 def watch_routers(model: nn.Module, state: ModelState) -> None:
     """Once for each model. Raises ModelError as `require_routers`."""
     if not state.routers:
         routers = require_routers(model)
+        # a list of tensors grows in it, which is outside of what is compiled
+        record = torch.compiler.disable(RoutedTokens.record) if state.compiles else RoutedTokens.record
         for module, index, num_chosen in routers:
-            module.register_forward_hook(WatchedRouter(state, index, num_chosen))
+            module.register_forward_hook(WatchedRouter(state, index, num_chosen, record))
         state.routers = len(routers)
 
 

@@ -64,10 +64,10 @@ class Objective:
         router_coef = router_aux_coef(loss.router_aux_coef, causal_lm(model).config)
         if router_coef:
             require_routers(model)
-        variant = {"dft": loss.type == "dft", "own": own_loss(loss), "router_aux_coef": router_coef}
+        variant = LossOptions(loss.label_smoothing, loss.z_loss, loss.type == "dft", own_loss(loss), router_coef)
         return cls(
             policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
-            options=LossOptions(loss.label_smoothing, loss.z_loss, **variant),
+            options=variant,
             kl_coef=loss.kl_coef,
             base=(base or ReferenceModel.of(model, num_base_tokens, untrained)) if loss.kl_coef else None,
             neftune_alpha=train.neftune_alpha if train else 0.0,
