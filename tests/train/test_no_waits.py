@@ -16,6 +16,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
+from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.sizes import dry_run_for
 from preceptor.train import step
@@ -84,6 +85,25 @@ def test_nothing_looks_at_a_result_within_a_step(kind, adapter, policy, precisio
     assert waits.looks == []
     assert loss > 0 and norm > 0
     assert read.count(3) == 1  # at the end: two losses and the norm, together
+
+
+@pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy("recompute", "all")], ids=str)
+def test_balanced_routers_look_at_nothing_more(policy, monkeypatch):
+    """A mixture's own code counts the tokens of each expert; the load-balancing loss comes with the step's wait."""
+    looks, copies, read = {}, {}, []
+    stack = torch.stack
+    monkeypatch.setattr(step.torch, "stack", lambda tensors: read.append(len(tensors)) or stack(tensors))
+    for coef in (0.0, 0.1):
+        model = model_of("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        state = State(model, build_optimizer(model, 0.1, (0.9, 0.95)))
+        objective = Objective(policy, LossOptions(router_aux_coef=coef))
+        install(model)
+        with Waits() as waits:
+            _, _, router_aux_loss = take_step(state, [CHAINS, TREES], 1e-3, 1.0, "float32", objective)
+        looks[coef], copies[coef] = waits.looks, waits.copies
+        assert router_aux_loss > 2.0 if coef else router_aux_loss == 0.0
+    assert looks[0.1] == looks[0.0] and copies[0.1] == copies[0.0]
+    assert read.count(5) == 1  # losses of two sequences, both kinds, and the norm
 
 
 def test_a_look_is_found():
