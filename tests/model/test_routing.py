@@ -14,6 +14,7 @@ from preceptor.data.mixture import weigh
 from preceptor.data.prefix_sharing import chains_of, share_prefixes
 from preceptor.errors import ModelError
 from preceptor.model import compiled
+from preceptor.model.activations import inputs
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.activations.routing import balanced_paths
@@ -235,6 +236,14 @@ def test_a_copy_has_routers_of_its_own_and_generation_meets_none():
         values = []
         Engine(model)(sequence, options=BALANCED, step=StepContext(router_aux=values))
     assert values == []
+
+
+def test_what_runs_again_in_backward_leaves_nothing(monkeypatch):
+    """What it computes again would keep the activations of its layer."""
+    made, of = [], inputs.Routing
+    monkeypatch.setattr(inputs, "Routing", lambda *given: made.append(of(*given)) or made[-1])
+    Engine(mixture("olmoe"))(pack_trees(TREES), ActivationPolicy("full", "all"), BALANCED).backward()
+    assert [len(routing.probability_sums) for routing in made] == [2]
 
 
 def test_models_without_routers_are_refused():
