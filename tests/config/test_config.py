@@ -141,6 +141,11 @@ def test_what_does_not_go_with_sharded_weights_is_refused(tmp_path, strategy, se
     assert load(tmp_path, MINIMAL + f"{section}\nparallel: {{strategy: replicate}}\n")
 
 
+def test_layers_that_are_to_be_compiled_are_not_spread_by_auto(tmp_path):
+    assert load(tmp_path, MINIMAL + "engine: compiled\n").parallel.strategy == "replicate"
+    assert load(tmp_path, MINIMAL).parallel.strategy == "auto"
+
+
 @pytest.mark.parametrize("override", ["train.seed", "=1", "out.x=1", "data.train.3.weight=1", "data.train.x=1"])
 def test_an_override_that_cannot_be_applied_is_rejected(tmp_path, override):
     with pytest.raises(ConfigError, match="override"):
