@@ -132,6 +132,7 @@ def test_overrides_win_and_keep_their_types(tmp_path):
     ("section", "message"),
     [
         ("optimizer: {name: adafactor}", "parallel.strategy: adafactor needs whole matrices"),
+        ("optimizer: {offload: true}", "optimizer.offload: the states of sharded weights"),
         ("engine: compiled", "engine: layers that are spread over processes cannot be compiled"),
     ],
 )

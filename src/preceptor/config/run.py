@@ -149,6 +149,11 @@ class Run(Section):
                 f"parallel.strategy: adafactor needs whole matrices, and {strategy} gives each process a part. Set "
                 "optimizer.name: adamw_8bit, or parallel.strategy: replicate"
             )
+        if self.optimizer.offload:
+            raise ConfigError(
+                f"optimizer.offload: the states of sharded weights ({strategy}) stay beside them. Remove it, or set "
+                "parallel.strategy: replicate"
+            )
         if self.engine == "compiled":
             raise ConfigError(
                 f"engine: layers that are spread over processes cannot be compiled (parallel.strategy: {strategy}). "
