@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.chat.environment import compiled, plain_environment
-from preceptor.chat.one_pass import Asked, LooksAhead, OnePass, one_pass, one_pass_environment
+from preceptor.chat.one_pass import Asked, LooksAhead, OnePass
+from preceptor.chat.one_pass_form import one_pass, one_pass_environment
 
 TEMPLATES = Path(__file__).parents[3] / "shared" / "templates"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]

@@ -93,7 +93,11 @@ class GrowingTree:
         return self._path[-1]
 
     def finish(
-        self, source: str, decode: Callable[[tuple[int, ...]], str], switched: tuple[tuple[int, bool], ...] = ()
+        self,
+        source: str,
+        decode: Callable[[tuple[int, ...]], str],
+        switched: tuple[tuple[int, bool], ...] = (),
+        left_out: tuple[str, ...] = (),
     ) -> Tree:
         """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
         segments: list[Segment] = []
@@ -103,7 +107,7 @@ class GrowingTree:
             text = node.text or decode(node.ids)
             segments.append(Segment(node.kind, node.ids, parent, text, node.weight, message=node.message))
             stack.extend((child, len(segments) - 1) for child in reversed(node.children))
-        return Tree(source, tuple(segments), switched)
+        return Tree(source, tuple(segments), switched, left_out)
 
 
 def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:

@@ -36,6 +36,7 @@ def left_out(
     starts: the number of each message's first leaf, and of all leaves.
     """
     found: dict[str, None] = {}
+    shown = forms.shown
     if tools and not (
         forms.tools and all(str(tool.get("function", tool).get("name")) in turns[0].prompt for tool in tools)
     ):
@@ -51,9 +52,9 @@ def left_out(
                 if not text:
                     continue
                 place = turn.prompt.find(text, at)
-                if place >= 0 and (role in forms.shown or len(text) >= _SHORT):
+                if place >= 0 and (role in shown or len(text) >= _SHORT):
                     at = place + len(text)
-                elif not _shows(turn, index, text, role in forms.shown):
+                elif not _shows(turn, index, text, role in shown):
                     found[_NAMES[role]] = None
         earlier, done = turn.prompt, turn.message
     return tuple(found)

@@ -10,7 +10,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import jinja2
@@ -22,8 +23,9 @@ from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
-from preceptor.chat.one_pass import Asked, LooksAhead, Written, compiled_one_pass, raised_in_pass, run_once, texts_of
-from preceptor.chat.origins import Leaf, Rendered, leaves_of, map_leaves
+from preceptor.chat.one_pass import Asked, LooksAhead, Written, raised_in_pass, run_once, texts_of
+from preceptor.chat.one_pass_form import compiled_one_pass
+from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
@@ -49,12 +51,13 @@ class Request(NamedTuple):
 class Chat:
     """A conversation as its template sees it.
 
-    messages: in forms that the template takes. leaves: the strings of all messages.
+    messages: in forms that the template takes. own_leaves: the strings of each; leaves: of all.
     """
 
     template: Template
     forms: Forms
     messages: Sequence[Mapping[str, Any]]
+    own_leaves: InitVar[Sequence[Sequence[Leaf]]]
     tools: Sequence[Mapping[str, Any]] | None
     as_given: bool = False
     leaves: list[Leaf] = field(init=False)
@@ -62,12 +65,10 @@ class Chat:
     starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, own_leaves: Sequence[Sequence[Leaf]]) -> None:
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
-        self.leaves, self.starts = [], [0]
-        for k, message in enumerate(self.messages):
-            self.leaves += leaves_of(message, k)
-            self.starts.append(len(self.leaves))
+        self.leaves = list(chain.from_iterable(own_leaves))
+        self.starts = [0, *accumulate(map(len, own_leaves))]
 
     def own(self, k: int) -> range:
         """The leaves of message k."""
@@ -320,7 +321,8 @@ class Renders:
         more: arguments of the render of the turn, beside those of its prompt.
         """
         chat, runs = self._chat, self._runs
-        prompt_key, key = chat.key(arguments), chat.key({**arguments, **(more or {})})
+        prompt_key = chat.key(arguments)
+        key = chat.key({**arguments, **more}) if more else prompt_key
         prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
         prompt, full = self._text(prompted), self._text(with_turn)
         own = chat.own(k)
