@@ -131,7 +131,7 @@ def _strings(expressions: Iterable[nodes.Node]) -> set[str]:
 
 def kind_of(
     template: str, message: Mapping[str, Any], before: Mapping[str, Any], leaves: Sequence[Leaf], own: range
-) -> Hashable:
+) -> tuple[Hashable, ...]:
     """What a template can see of a message without its words, and what it may find when it looks into them.
 
     before: the message before it.

@@ -13,6 +13,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 from jinja2.compiler import CodeGenerator, Frame, optimizeconst
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.chat.limits import (
@@ -212,9 +213,9 @@ def compiled(text: str) -> jinja2.Template:
 
 
 def rendered(text: str, variables: dict[str, Any]) -> str:
-    """The template rendered; as `jinja2.Template.render`, which goes through all globals for each text."""
+    """The template rendered; as `jinja2.Template.render`, which goes through all globals twice for each text."""
     template = compiled(text)
-    context = template.new_context({**_globals(), **variables}, shared=True)
+    context = Context(template.environment, {**_globals(), **variables}, template.name, template.blocks)
     try:
         return joined(template.root_render_func(context))
     except Exception:

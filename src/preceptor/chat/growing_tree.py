@@ -105,8 +105,9 @@ class GrowingTree:
         while stack:
             node, parent = stack.pop()
             text = node.text or decode(node.ids)
+            number = len(segments)
             segments.append(Segment(node.kind, node.ids, parent, text, node.weight, message=node.message))
-            stack.extend((child, len(segments) - 1) for child in reversed(node.children))
+            stack += [(child, number) for child in reversed(node.children)]
         return Tree(source, tuple(segments), switched, left_out)
 
 

@@ -113,13 +113,13 @@ def readings(
         for k, block in full.items()
         if not block.opened
     }
+    whole = _changed(messages, {**empty, **begun})
+    yield Reading(whole)
     apart = {
         k: {"content": block.answer.lstrip(), "reasoning_content": block.reasoning.strip()}
         for k, block in full.items()
         if not reasoning_text(messages[k])
     }
-    whole = _changed(messages, {**empty, **begun})
-    yield Reading(whole)
     if apart and takes_field:
         yield Reading(_changed(messages, {**empty, **apart}))
     if takes_parts:

@@ -236,7 +236,7 @@ class Renderer:
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
             return tree.finish(record.source, self._decode, switched, missing)
 
-        return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
+        return self._compared(grow, len(turns[-1].turn.full.text), len(turns))
 
     def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
         """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""

@@ -6,7 +6,6 @@ by alignment (`alignment.py`), else by a render with marks (`WithOrigins`), whic
 byte. Renders of the template are compared with transformers' own: the first of a run, and then a few in a thousand.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,7 +50,7 @@ class Request(NamedTuple):
 class Chat:
     """A conversation as its template sees it.
 
-    messages: in forms that the template takes. own_leaves: the strings of each; leaves: of all.
+    messages: in forms that the template takes. own_leaves: the strings of each; leaves: of all. text: the template's.
     """
 
     template: Template
@@ -60,12 +59,14 @@ class Chat:
     own_leaves: InitVar[Sequence[Sequence[Leaf]]]
     tools: Sequence[Mapping[str, Any]] | None
     as_given: bool = False
+    text: str = field(init=False)
     leaves: list[Leaf] = field(init=False)
     _seen: list[dict[str, Any]] = field(init=False)
     starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
     def __post_init__(self, own_leaves: Sequence[Sequence[Leaf]]) -> None:
+        self.text = self.template.text_for(self.tools)
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
         self.leaves = list(chain.from_iterable(own_leaves))
         self.starts = [0, *accumulate(map(len, own_leaves))]
@@ -84,7 +85,7 @@ class Chat:
 
     def key(self, arguments: Mapping[str, Any]) -> str:
         """What stands for these arguments in a request."""
-        key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+        key = repr(arguments) if arguments else ""
         self._arguments[key] = arguments
         return key
 
@@ -135,7 +136,7 @@ class Runs:
         """The template's own render. Raises Rejected where the template rejects the messages."""
         shown = chat.shown(request)
         try:
-            text = chat.template.run(chat.tools, chat.variables(request, shown))
+            text = chat.template.run(chat.text, chat.variables(request, shown))
         except TemplateError as error:
             if error.condemns:
                 raise
@@ -152,14 +153,14 @@ class Runs:
         """
         if chat.template.clock:
             today = {k: v for k, v in chat.variables(request, chat.shown(request)).items() if k != "strftime_now"}
-            text = chat.template.run(chat.tools, today)
+            text = chat.template.run(chat.text, today)
         name = chat.template.name
         given = [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]]
         try:
             expected = self._tokenizer.apply_chat_template(
                 given,
                 tools=chat.tools,
-                chat_template=chat.template.text_for(chat.tools),
+                chat_template=chat.text,
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
                 **chat.arguments(request),
@@ -181,13 +182,12 @@ class Runs:
 
         head_again: also if what stands before the main loop has to be run again for each render.
         """
-        text = chat.template.text_for(chat.tools)
-        if self._pass_is_wrong or (text in self._looks_ahead and not head_again):
+        if self._pass_is_wrong or (chat.text in self._looks_ahead and not head_again):
             return {}
         for again in (False, True) if head_again else (False,):
-            if not again and text in self._looks_ahead:
+            if not again and chat.text in self._looks_ahead:
                 continue
-            template = compiled_one_pass(plain_environment(), text, again)
+            template = compiled_one_pass(plain_environment(), chat.text, again)
             if template is None:
                 self.counts["one by one: the template has another form"] += 1
                 return {}
@@ -199,7 +199,7 @@ class Runs:
                 }
             except LooksAhead:
                 if not again:
-                    self._looks_ahead.add(text)
+                    self._looks_ahead.add(chat.text)
                 continue
             except TemplateError:  # a limit
                 raise
@@ -227,9 +227,8 @@ class Runs:
     def marked_in_one_pass(self, chat: Chat, requests: Sequence[Request]) -> dict[Request, list[str]]:
         """What the template writes with marks on all messages; {} where one pass does not come to its end."""
         self.counts["passes with marks"] += 1
-        text = chat.template.text_for(chat.tools)
         for again in (False, True):
-            template = compiled_one_pass(marked_environment(), text, again)
+            template = compiled_one_pass(marked_environment(), chat.text, again)
             if template is None:
                 return {}
             try:
@@ -246,7 +245,7 @@ class Runs:
     def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
         """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
         self.counts["renders with marks"] += 1
-        template = compiled_marked(chat.template.text_for(chat.tools))
+        template = compiled_marked(chat.text)
         context = template.new_context(chat.variables(request, chat.marked(request, only)))
         try:
             with limits(chat.template.name):
@@ -326,11 +325,7 @@ class Renders:
         prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
         prompt, full = self._text(prompted), self._text(with_turn)
         own = chat.own(k)
-        kind = (
-            prompt_key,
-            key,
-            kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
-        )
+        kind = prompt_key, key, *kind_of(chat.text, chat.messages[k], chat.messages[k - 1], chat.leaves, own)
         rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
         if rendered is None:
             rendered = self._marked(with_turn, full)
