@@ -41,7 +41,7 @@ class GrowingTree:
         self._root = Node("context", ())
         self._path: list[Node] = [self._root]  # ends with the last turn's target
         self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
-        self._text = ""  # what the path spells
+        self._texts = "", ""  # what the last turn's context and target spell
         self._context_kind: SegmentKind = "target" if all_targets else "context"
 
     def add(
@@ -63,7 +63,7 @@ class GrowingTree:
         end.children.append(node)
         self._path.append(node)
         self._ends.append(len(context) + len(target))
-        self._text = texts[0] + texts[1]
+        self._texts = texts
 
     def _follow(self, context: Sequence[int], text: str, num_shared: int) -> Node:
         """The node at which the context ends, made where the tree does not hold it yet."""
@@ -76,13 +76,14 @@ class GrowingTree:
                 break
             at += len(ids)
             kept += 1
-        continues = kept == num_nodes and text.startswith(self._text)
+        before, said = self._texts
+        continues = kept == num_nodes and text.startswith(said, len(before)) and text.startswith(before)
         del self._path[kept:], self._ends[kept:]
         while at < len(context):
             rest = tuple(context[at:])
             node, shared = _longest_child(self._path[-1], rest)
             if node is None:
-                new_text = text[len(self._text) :] if continues else ""
+                new_text = text[len(before) + len(said) :] if continues else ""
                 node, shared = Node(self._context_kind, rest, new_text), len(rest)
                 self._path[-1].children.append(node)
             elif shared < len(node.ids):

@@ -44,11 +44,16 @@ class LooksAhead(BaseException):
     """
 
 
-class Asked(NamedTuple):
-    """A render of the first `num_messages` messages."""
+class Request(NamedTuple):
+    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`.
+
+    One pass gives renders with the same arguments, and without a follower.
+    """
 
     num_messages: int
     add_generation_prompt: bool
+    arguments: str = ""  # `Chat.key` of the template's arguments
+    follower: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -71,25 +76,13 @@ class Written(NamedTuple):
         return [*self.line.outputs[: self.num_shared], *self.outputs]
 
 
-def run_once(
-    template: jinja2.Template, messages: Sequence[Any], several: Sequence[Asked], variables: Mapping[str, Any]
-) -> dict[Asked, "Written"]:
-    """The renders of the first messages that are asked for, by one run of a template in its one-pass form.
-
-    Raises LooksAhead, and what the template raises.
-    """
-    done = OnePass(messages, several)
-    done.run(template, variables)
-    return done.written
-
-
-def texts_of(written: Mapping[Asked, "Written"]) -> dict[Asked, str]:
+def texts_of(written: Mapping[Request, "Written"]) -> dict[Request, str]:
     """The renders as text; those of a line are made one from another."""
-    texts: dict[Asked, str] = {}
+    texts: dict[Request, str] = {}
     heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
     for asked, (line, num_shared, outputs) in written.items():
-        num, head = heads.get(line, (0, ""))
-        head += "".join(line.outputs[num:num_shared])
+        num, head = heads.pop(line, (0, ""))
+        head += "".join(line.outputs[num:num_shared])  # where nothing else holds it, Python lengthens it in place
         heads[line] = num_shared, head
         texts[asked] = head + "".join(outputs)
     return texts
@@ -104,12 +97,12 @@ def raised_in_pass(error: Exception) -> bool:
 
 
 class OnePass:
-    """One run of a template in its one-pass form  over `messages`, for the renders `asked`."""
+    """One run of a template in its one-pass form over `messages`, for the renders `asked`."""
 
-    def __init__(self, messages: Sequence[Any], asked: Sequence[Asked]) -> None:
+    def __init__(self, messages: Sequence[Any], asked: Sequence[Request]) -> None:
         self._messages = messages
         self._asked = sorted(asked)
-        self._now: Asked | None = None  # the world; None: before the first, in what is common to all
+        self._now: Request | None = None  # the world; None: before the first, in what is common to all
         self._told = False  # since the main loop began, what does not hold in longer worlds
         self._lines: dict[Any, Line] = {}
         self._line = Line([])
@@ -117,7 +110,7 @@ class OnePass:
         self._outputs: list[str] = []  # that are no line's yet
         self._common: list[str] = []  # outputs before the first world
         self._turns_left = _FEW_TURNS + _WORTH * sum(one.num_messages for one in asked)
-        self.written: dict[Asked, Written] = {}
+        self.written: dict[Request, Written] = {}
 
     def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> None:
         """Fills `written`. Raises LooksAhead, and what the template raises."""
@@ -159,7 +152,7 @@ class OnePass:
             raise IndexError(index)
         return self._messages[index]
 
-    def world(self) -> Asked:
+    def world(self) -> Request:
         """For what is not the same in longer worlds."""
         if self._now is None:
             raise LooksAhead
@@ -182,7 +175,7 @@ class OnePass:
             self._outputs = [*self._common, *self._outputs]
             self._turns_left -= self.world().num_messages
             return messages
-        came_to = None if of_head is None else [of_head, [_attributes(n) for n in self._namespaces], self._outputs]
+        came_to = [of_head, [_attributes(n) for n in self._namespaces], self._outputs] if of_head is not None else ()
         key = messages.start, _frozen(came_to)
         line = self._lines.get(key)
         if line is None:
@@ -303,7 +296,7 @@ class StretchLoop(LoopContext):
         if isinstance(iterable, Stretch):
             self.index0 = iterable.at - 1
             if iterable.at > 0:
-                self._current = iterable.messages[iterable.at - 1]
+                self._current = iterable.told.message(iterable.messages.start + iterable.at - 1)
 
     def _peek_next(self) -> Any:
         stretch = self._iterable

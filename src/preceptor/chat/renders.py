@@ -8,10 +8,10 @@ byte. Renders of the template are compared with transformers' own: the first of 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from itertools import accumulate, chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
@@ -22,7 +22,7 @@ from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
-from preceptor.chat.one_pass import Asked, LooksAhead, Written, raised_in_pass, run_once, texts_of
+from preceptor.chat.one_pass import LooksAhead, OnePass, Request, Written, raised_in_pass, texts_of
 from preceptor.chat.one_pass_form import compiled_one_pass
 from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
@@ -35,15 +35,6 @@ _MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands
 _COMPARED_RENDERS = 16
 _COMPARED_PASSES = 4
 _COMPARE_EVERY = 499
-
-
-class Request(NamedTuple):
-    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
-
-    num_messages: int
-    add_generation_prompt: bool
-    arguments: str = ""  # `Chat.key` of the template's arguments
-    follower: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -192,11 +183,7 @@ class Runs:
                 self.counts["one by one: the template has another form"] += 1
                 return {}
             try:
-                made = {
-                    asked[one]: text
-                    for asked, written in _passes(chat, template, requests)
-                    for one, text in texts_of(written).items()
-                }
+                made = texts_of(_written(chat, template, requests))
             except LooksAhead:
                 if not again:
                     self._looks_ahead.add(chat.text)
@@ -232,14 +219,14 @@ class Runs:
             if template is None:
                 return {}
             try:
-                passes = list(_passes(chat, template, requests, marked=True))
+                written = _written(chat, template, requests, marked=True)
             except LooksAhead:
                 continue
             except TemplateError:
                 raise
             except Exception:
                 return {}  # and `marked` tells why
-            return {asked[one]: made.all_outputs() for asked, written in passes for one, made in written.items()}
+            return {request: made.all_outputs() for request, made in written.items()}
         return {}
 
     def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
@@ -288,17 +275,19 @@ def _difference(ours: str, theirs: str) -> str:
     return f"{ours[max(at - 20, 0) : at + 40]!r} here, {theirs[max(at - 20, 0) : at + 40]!r} there"
 
 
-def _passes(
+def _written(
     chat: Chat, template: jinja2.Template, requests: Sequence[Request], marked: bool = False
-) -> Iterator[tuple[dict[Asked, Request], dict[Asked, Written]]]:
-    """For each of the arguments: what is asked for, and what one run of the template wrote."""
+) -> dict[Request, Written]:
+    """What a template in its one-pass form writes for the renders, by a run for each of the arguments."""
+    written: dict[Request, Written] = {}
     for key in dict.fromkeys(request.arguments for request in requests):
-        asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
-        longest = max(asked.values())
-        shown = chat.marked(longest, None) if marked else chat.shown(longest)
+        asked = [request for request in requests if request.arguments == key]
+        longest = max(asked)
+        done = OnePass(chat.marked(longest, None) if marked else chat.shown(longest), asked)
         with limits(chat.template.name):
-            written = run_once(template, shown, list(asked), chat.variables(longest, ()))
-        yield asked, written
+            done.run(template, chat.variables(longest, ()))
+        written |= done.written
+    return written
 
 
 class Renders:
