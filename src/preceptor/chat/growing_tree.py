@@ -41,7 +41,8 @@ class GrowingTree:
         self._root = Node("context", ())
         self._path: list[Node] = [self._root]  # ends with the last turn's target
         self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
-        self._texts = "", ""  # what the last turn's context and target spell
+        self._text = ""  # what the path spells
+        self._text_ends: list[int] = [0]  # as `_ends`, in characters of the text; -1: not known
         self._context_kind: SegmentKind = "target" if all_targets else "context"
 
     def add(
@@ -63,7 +64,8 @@ class GrowingTree:
         end.children.append(node)
         self._path.append(node)
         self._ends.append(len(context) + len(target))
-        self._texts = texts
+        self._text = texts[0] + texts[1]
+        self._text_ends.append(len(self._text))
 
     def _follow(self, context: Sequence[int], text: str, num_shared: int) -> Node:
         """The node at which the context ends, made where the tree does not hold it yet."""
@@ -76,21 +78,21 @@ class GrowingTree:
                 break
             at += len(ids)
             kept += 1
-        before, said = self._texts
-        continues = kept == num_nodes and text.startswith(said, len(before)) and text.startswith(before)
-        del self._path[kept:], self._ends[kept:]
+        del self._path[kept:], self._ends[kept:], self._text_ends[kept:]
         while at < len(context):
             rest = tuple(context[at:])
             node, shared = _longest_child(self._path[-1], rest)
             if node is None:
-                new_text = text[len(before) + len(said) :] if continues else ""
-                node, shared = Node(self._context_kind, rest, new_text), len(rest)
+                spelled = self._text_ends[-1]
+                known = spelled >= 0 and text.startswith(self._text[:spelled])
+                node, shared = Node(self._context_kind, rest, text[spelled:] if known else ""), len(rest)
                 self._path[-1].children.append(node)
             elif shared < len(node.ids):
                 node.split(shared)
             at += shared
             self._path.append(node)
             self._ends.append(at)
+            self._text_ends.append(len(text) if at == len(context) else -1)
         return self._path[-1]
 
     def finish(

@@ -30,7 +30,7 @@ from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
 from preceptor.errors import TemplateError
 
-_FEW_TURNS = 4  # up to here a run of the template for each render is faster than one pass
+_FEW_TURNS = 8  # up to here a run of the template for each render is faster than one pass
 _MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands before the main loop again each time
 _COMPARED_RENDERS = 16
 _COMPARED_PASSES = 4
