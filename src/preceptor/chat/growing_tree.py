@@ -116,7 +116,8 @@ class GrowingTree:
 
 def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
     """The child that shares most first tokens with `ids`, and how many; (None, 0) if none shares any."""
-    best, best_shared = None, 0
+    best: Node | None = None
+    best_shared = 0
     for child in node.children:
         shared = shared_length(child.ids, ids)
         if shared > best_shared:

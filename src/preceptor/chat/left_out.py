@@ -48,7 +48,8 @@ def left_out(
         for k in range(done, turn.message):
             role = messages[k]["role"]
             for index in range(starts[k], starts[k + 1]):
-                text = _text(turn.leaves[index], role, turn.tags)
+                leaf = turn.leaves[index]
+                text = _text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
                 if not text:
                     continue
                 place = turn.prompt.find(text, at)
@@ -61,8 +62,8 @@ def left_out(
 
 
 def _text(leaf: Leaf, role: str, tags: Mapping[str, str]) -> str:
-    """What a prompt must hold of a leaf: content, without the reasoning that history need not have."""
-    if leaf.path[0] != "content" or leaf.path[-1] == "thinking":
+    """What a prompt must hold of a content: it without the reasoning that history need not have."""
+    if leaf.path[-1] == "thinking":
         return ""
     block = block_of(leaf.text, tags) if role == "assistant" else None
     return (block.answer if block is not None and block.closed else leaf.text).strip()

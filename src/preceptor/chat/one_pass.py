@@ -175,8 +175,10 @@ class OnePass:
             self._outputs = [*self._common, *self._outputs]
             self._turns_left -= self.world().num_messages
             return messages
-        came_to = [of_head, [_attributes(n) for n in self._namespaces], self._outputs] if of_head is not None else ()
-        key = messages.start, _frozen(came_to)
+        came_to = None
+        if of_head is not None:
+            came_to = _frozen([of_head, [_attributes(n) for n in self._namespaces], self._outputs])
+        key = messages.start, came_to
         line = self._lines.get(key)
         if line is None:
             state = self._state(len(self._namespaces))

@@ -244,23 +244,23 @@ class Renderer:
 
     def _proof(self, record: Conversation) -> Proof:
         """Raises Rejected."""
-        turns = self._trained(record.messages)
+        template, turns = self.template, self._trained(record.messages)
         messages = record.messages[: turns[-1] + 1]
         given = [message.given for message in messages]
         leaves = [leaves_of(message, k) for k, message in enumerate(given)]
-        spelled_out = self._special.in_conversation(messages, leaves, record.tools, self.template.reasoning_tags)
+        spelled_out = self._special.in_conversation(messages, leaves, record.tools, template.reasoning_tags)
         if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         rejected: Rejected | None = None
-        tags, takes_field = self.template.reasoning_tags, self.template.reasoning_field
+        tags, takes_field = template.reasoning_tags, template.reasoning_field
         for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
             fitted = self._forms.fit(reading.messages)
             own = [
                 known if message is one else leaves_of(message, k)
                 for k, (message, one, known) in enumerate(zip(fitted, given, leaves, strict=True))
             ]
-            chat = Chat(self.template, self._forms, fitted, own, record.tools, reading.as_given)
+            chat = Chat(template, self._forms, fitted, own, record.tools, reading.as_given)
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
             renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
             try:

@@ -312,7 +312,8 @@ class Renders:
         prompt_key = chat.key(arguments)
         key = chat.key({**arguments, **more}) if more else prompt_key
         prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
-        prompt, full = self._text(prompted), self._text(with_turn)
+        prompt = self._texts.get(prompted) or runs.plain(chat, prompted)
+        full = self._texts.get(with_turn) or runs.plain(chat, with_turn)
         own = chat.own(k)
         kind = prompt_key, key, *kind_of(chat.text, chat.messages[k], chat.messages[k - 1], chat.leaves, own)
         rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
@@ -342,10 +343,6 @@ class Renders:
             if "".join(pieces) == text:
                 return Rendered(text, pieces, origins)
         return self._runs.marked(self._chat, request, text, only=request.num_messages - 1)
-
-    def _text(self, request: Request) -> str:
-        text = self._texts.get(request)
-        return self._runs.plain(self._chat, request) if text is None else text
 
     def _followed(self, k: int, key: str) -> Followed | None:
         """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""
