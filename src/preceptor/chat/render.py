@@ -23,12 +23,7 @@ from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
-from preceptor.chat.reasoning import (
-    REASONING_FIELDS,
-    has_reasoning,
-    opened_by,
-    readings,
-)
+from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Chat, Renders, Runs
 from preceptor.chat.special_tokens import SpecialTokens, SpelledOut
@@ -60,17 +55,6 @@ class Proved(NamedTuple):
     turn: Turn
     target: str
     switched: bool | None
-
-
-class Proof(NamedTuple):
-    """The turns of a conversation as they are proved.
-
-    spelled_out: special tokens are spelled out and must be read as plain text. left_out: as in `Tree`.
-    """
-
-    turns: Sequence[Proved]
-    spelled_out: bool
-    left_out: tuple[str, ...]
 
 
 class Renderer:
@@ -153,18 +137,22 @@ class Renderer:
 
     def render(self, record: Example) -> Tree | Rejection:
         """The record's tree, its context and target segments; or why it cannot be trained."""
+        return self.render_with_turns(record)[0]
+
+    def render_with_turns(self, record: Example) -> tuple[Tree | Rejection, Sequence[Proved]]:
+        """As `render`; and the turns of a conversation as they are proved."""
         try:
-            tree = self._conversation(record) if isinstance(record, Conversation) else self._plain_text(record)
-            if tree.num_trained == 0:
+            made = self._conversation(record) if isinstance(record, Conversation) else (self._plain_text(record), ())
+            if made[0].num_trained == 0:
                 raise Rejected("nothing_to_predict", "the record has no token to train")
-            return tree
+            return made
         except Rejected as rejected:
-            return Rejection(record.source, rejected.code, str(rejected))
+            return Rejection(record.source, rejected.code, str(rejected)), ()
         except (PreceptorError, MemoryError, AssertionError):  # of the template, the machine or this program
             raise
         except Exception as error:
             found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
-            return Rejection(record.source, "unreadable", found)
+            return Rejection(record.source, "unreadable", found), ()
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -224,7 +212,7 @@ class Renderer:
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
-    def _conversation(self, record: Conversation) -> Tree:
+    def _conversation(self, record: Conversation) -> tuple[Tree, Sequence[Proved]]:
         turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
@@ -236,14 +224,11 @@ class Renderer:
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
             return tree.finish(record.source, self._decode, switched, missing)
 
-        return self._compared(grow, len(turns[-1].turn.full.text), len(turns))
+        return self._compared(grow, len(turns[-1].turn.full.text), len(turns)), turns
 
-    def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
-        """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        return [(turn, text) for turn, text, _ in self._proof(record).turns]
-
-    def _proof(self, record: Conversation) -> Proof:
-        """Raises Rejected."""
+    def _proof(self, record: Conversation) -> tuple[Sequence[Proved], bool, tuple[str, ...]]:
+        """The turns as they are proved, whether special tokens are spelled out and must be read as plain text, and what
+        is left out, as in `Tree`. Raises Rejected."""
         template, turns = self.template, self._trained(record.messages)
         messages = record.messages[: turns[-1] + 1]
         given = [message.given for message in messages]
@@ -266,7 +251,7 @@ class Renderer:
             try:
                 proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
                 missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
-                return Proof(proved, spelled_out, missing)
+                return proved, spelled_out, missing
             except Rejected as error:
                 rejected = rejected or error
         assert rejected is not None
