@@ -213,11 +213,11 @@ def outcomes(name: str, entry: tt.Entry, kinds: tuple[str, ...] = tt.KINDS) -> I
     for kind in kinds:
         messages, tools = tt.conversation(kind)
         record = Conversation(kind, tuple(Message(message) for message in messages), tools)
-        tree = renderer.render(record)
+        tree, turns = renderer.render_with_turns(record)
         if isinstance(tree, Rejection):
             yield Outcome(f"rejected {tree.code}", tree.message)
             continue
-        for turn, text in renderer.turns(record):
+        for turn, text, _ in turns:
             yield _compared(tokenizer, tree, turn.prompt, text)
     if any("other tokens" in count for count in renderer.counts):
         yield Outcome("WRONG: chunks gave other tokens than the whole", entry.name)

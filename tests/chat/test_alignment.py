@@ -99,7 +99,7 @@ def test_the_same_tree_whatever_was_learnt_before(name, contents, reasoning):
 def test_plain_chats_are_rendered_with_marks_once():
     renderer = make("llama3")
     rng = random.Random(0)
-    for turns in (1, 2, 6, 3):
+    for turns in (1, 2, 10, 3):
         renderer.render(chat([" ".join(rng.choices(("one", "two", "three"), k=5)) for _ in range(2 * turns)]))
     assert renderer.counts == {"renders with marks": 1, "one pass": 1}
 

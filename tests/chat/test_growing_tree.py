@@ -61,3 +61,16 @@ def test_a_branch_starts_where_the_tokens_part():
         ("context", (9,), 1, 1.0),
         ("target", (6,), 3, 2.0),
     ]
+
+
+def test_the_text_of_a_branch_is_that_of_the_prompt():
+    tree = GrowingTree()
+    tree.add((1, 2), (3,), ("ab", "c"), 1.0)
+    tree.add((1, 2, 4), (5,), ("abd", "e"), 1.0, num_shared=2)
+    tree.add((1, 2, 4, 6), (7,), ("abdf", "g"), 1.0, num_shared=3)
+    tree.add((1, 8), (9,), ("ah", "i"), 1.0, num_shared=1)
+    decoded = []
+    grown = tree.finish("file:1", lambda ids: decoded.append(ids) or str(ids))
+    texts = {s.ids: s.text for s in grown.segments}
+    assert [texts[(number,)] for number in (3, 4, 5, 6, 7, 9)] == ["c", "d", "e", "f", "g", "i"]
+    assert decoded == [(1,), (2,), (8,)]  # of what was cut in two, and of what follows it

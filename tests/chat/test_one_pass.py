@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.chat.environment import compiled, plain_environment
-from preceptor.chat.one_pass import Asked, LooksAhead, OnePass, one_pass, one_pass_environment
+from preceptor.chat.one_pass import LooksAhead, OnePass, Request
+from preceptor.chat.one_pass_form import one_pass, one_pass_environment
 
 TEMPLATES = Path(__file__).parents[3] / "shared" / "templates"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
@@ -36,7 +37,7 @@ def conversation(*roles):
 
 def every_turn(messages):
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    return [asked for k in turns for asked in (Asked(k, True), Asked(k + 1, False))]
+    return [asked for k in turns for asked in (Request(k, True), Request(k + 1, False))]
 
 
 CHAT = conversation("system", "user", "assistant", "user", "assistant", "user", "assistant")
@@ -144,7 +145,7 @@ def test_other_forms_are_not_taken(name):
 )
 def test_any_beginnings_of_any_conversation(text, roles, data):
     messages = conversation(*roles)
-    asked = st.builds(Asked, st.integers(1, len(messages)), st.booleans())
+    asked = st.builds(Request, st.integers(1, len(messages)), st.booleans())
     several = data.draw(st.lists(asked, min_size=1, max_size=6, unique=True))
     try:
         made = in_one_pass(text, messages, several, head_again=data.draw(st.booleans()))

@@ -1,9 +1,13 @@
 """Which template a run uses, and that it renders what transformers renders."""
 
 import json
+import re
 
+import jinja2
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from preceptor.chat.environment import SETTINGS, compiled
 from preceptor.chat.message_forms import find_forms
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import (
@@ -115,6 +119,69 @@ def test_errors_say_where(tmp_path):
     tokenizer.chat_template = "{{ raise_exception('only users') }}"
     with pytest.raises(TemplateError, match="only users"):
         load_template(None, tokenizer).render(ROWS)
+
+
+READS = [
+    *(
+        "m.role",
+        "m['role']",
+        "m.none",
+        "m['none'] is defined",
+        "m.none.more",
+        "m['none']['more']",
+        "m.a.b.c",
+        "m['a'].b['c']",
+    ),
+    *("m.items", "m['items']", "m.items()", "m.keys() | list", "m['keys']() | list", "m.pop('role')", "m.__class__"),
+    *("m.strip", "m.strip.x", "m['strip']", "m.index", "m['index']", "m.format", "m['format']"),
+    *(
+        "s.strip()",
+        "s.strip",
+        "s['strip']",
+        "s.upper().lower()[1]",
+        "s.role",
+        "s['role']",
+        "s.format(1)",
+        "s.format_map(m)",
+    ),
+    *("s.__class__", "s['__class__']", "s.title().x", "s.split(s.strip())[0]", "s.startswith(' ')", "s.join(['a', s])"),
+    *(
+        "none.x",
+        "n.x",
+        "n.index",
+        "n.real",
+        "l.index(2)",
+        "l.count(1)",
+        "l.append(1)",
+        "l[0]",
+        "l['x']",
+        "absent.x",
+        "absent.strip()",
+    ),
+    "{% for loop.x in l %}{% endfor %}",
+    "{% for i in l %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex0 }}{{ loop.x }}{% endfor %}",
+    "{% for i in l %}{% set loop = m %}{{ loop.index }}{{ loop.last }}{% endfor %}",
+    "{% macro f(x, y=m.role) %}{{ x.role }}{{ y.strip() }}{{ x.none }}{% endmacro %}{{ f(m) }}{{ f(s) }}",
+    "{% for x in [m, s, n] if x.role is defined %}{{ x.role }}{% endfor %}",
+    "{% set ns = namespace(role='r') %}{% set ns.x = m.role %}{{ ns.role }}{{ ns.x }}{{ ns.none }}",
+]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_what_is_read_without_a_call_is_what_the_sandbox_gives(read):
+    m = {"role": "user", "items": "i", "strip": {"x": 1}, "index": 3, "format": "f", "a": {"b": {"c": "d"}}}
+    variables = {"m": m, "s": " Ab ", "n": 5, "l": [1, 2]}
+    text = read if read.startswith("{%") else "{{ " + read + " }}"
+
+    def outcome(compile_):
+        try:
+            return compile_(text).render(**variables)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            return type(error), str(error)
+
+    plain = ImmutableSandboxedEnvironment(**SETTINGS)
+    given, expected = outcome(compiled), outcome(plain.from_string)
+    assert re.sub("0x[0-9a-f]+", "", str(given)) == re.sub("0x[0-9a-f]+", "", str(expected))
 
 
 def test_the_sandbox_holds():

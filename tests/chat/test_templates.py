@@ -35,7 +35,7 @@ def check(renderer, oracle, kind, tree):
     """Each turn's context, token for token; its target is the template's; and nothing else is trained."""
     raw, tools = tt.conversation(kind)
     stops, tokenizer, trained = renderer.stop_token_ids, renderer.tokenizer, 0
-    for turn, text in renderer.turns(Conversation(kind, read_messages(raw, kind), tools)):
+    for turn, text, _ in renderer.render_with_turns(Conversation(kind, read_messages(raw, kind), tools))[1]:
         assert oracle.right(kind, turn.message, turn.prompt, text, tokenizer.convert_ids_to_tokens(sorted(stops)))
         context = end_of(tree, tuple(tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]))
         target = target_after(tree, context, stops)

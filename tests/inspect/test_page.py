@@ -89,8 +89,7 @@ def island_of(text):
 
 def named(record, renderer):
     """{field: all text that came from it}, in the order of the segments."""
-    tree = renderer.render(record)
-    found = token_origins(record, tree, renderer)
+    found = token_origins(record, *renderer.render_with_turns(record), renderer.tokenizer)
     texts = {}
     for fields, spelled in zip(found.fields, found.spelled, strict=True):
         for field, place in dict.fromkeys(zip(fields, spelled or (), strict=False)):
@@ -190,7 +189,8 @@ def test_what_is_read_as_plain_text_is_named_and_what_cannot_be_is_unknown(rende
     assert named(record, chosen)["unknown"] == "Hidden words"
     tree = chosen.render(record)
     other = conversation(user("Another"), assistant("Tree."))
-    assert {field for segment in token_origins(other, tree, chosen).fields for field in segment} == {(UNKNOWN,)}
+    found = token_origins(other, tree, chosen.render_with_turns(other)[1], chosen.tokenizer)
+    assert {field for segment in found.fields for field in segment} == {(UNKNOWN,)}
 
 
 def test_plain_text_has_fields_too(renderer):

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from preceptor import config
 from preceptor.chat import format as chat_format
-from preceptor.chat.render import Renderer, SpecialTokens, Targets
+from preceptor.chat.render import Renderer, Targets
+from preceptor.chat.special_tokens import SpecialTokens
 from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import Tree
 from preceptor.data.prefix_sharing import chains_of

@@ -63,9 +63,15 @@ class Alignment:
 
     def fit(self, prompt: str, text: str, leaves: Sequence[Leaf], own: range) -> Rendered | None:
         """The render with the places of the turn's own leaves; None where it is not what this alignment gives."""
-        pieces = [
-            part if isinstance(part, str) else _FORMS[part[1]](leaves[own.start + part[0]].text) for part in self.parts
-        ]
+        pieces: list[str] = []
+        origins: list[int | None] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                pieces.append(part)
+                origins.append(None)
+            else:
+                origins.append(own.start + part[0])
+                pieces.append(_FORMS[part[1]](leaves[own.start + part[0]].text))
         filled = "".join(pieces)
         start = len(prompt) - len(self.dropped)
         if len(text) != start + len(filled) or not text.endswith(filled):
@@ -76,7 +82,7 @@ class Alignment:
             prompt = prompt[:start]
         if not text.startswith(prompt):
             return None
-        return Rendered(text, pieces, [None if isinstance(p, str) else own.start + p[0] for p in self.parts], start)
+        return Rendered(text, pieces, origins, start)
 
 
 def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: range) -> Alignment | None:
@@ -131,7 +137,7 @@ def _strings(expressions: Iterable[nodes.Node]) -> set[str]:
 
 def kind_of(
     template: str, message: Mapping[str, Any], before: Mapping[str, Any], leaves: Sequence[Leaf], own: range
-) -> Hashable:
+) -> tuple[Hashable, ...]:
     """What a template can see of a message without its words, and what it may find when it looks into them.
 
     before: the message before it.

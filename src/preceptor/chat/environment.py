@@ -12,8 +12,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import LoopContext
+from jinja2.compiler import CodeGenerator, Frame, optimizeconst
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preceptor.chat.limits import (
@@ -45,12 +45,14 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 _OF_DICT = frozenset(dir(dict))
+_OF_STR = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 _OF_LOOP = frozenset(("index", "index0", "first", "last", "length", "revindex", "revindex0"))
 _OF_CALLS = ("_loop_vars", "_block_vars")  # what Jinja's code hands on with every call
 
 
 class Code(CodeGenerator):
-    """Jinja's compiler, with `~` as a call of the environment."""
+    """Jinja's compiler, with `~` as a call of the environment, and without a call for what templates read most: keys of
+    plain objects, methods of plain strings (but for those of which the sandbox gives its own), the state of a loop."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
         self.write("environment.join_outputs((")
@@ -59,8 +61,37 @@ class Code(CodeGenerator):
             self.write(", ")
         self.write("))")
 
+    @optimizeconst
+    def visit_Getattr(self, node: jinja2.nodes.Getattr, frame: Frame) -> None:
+        name, of_loop = node.attr, isinstance(node.node, jinja2.nodes.Name) and node.node.name == "loop"
+        if name in _OF_LOOP and of_loop:
+            self._read(node.node, frame, f"of.{name}", "LoopContext", f"getattr(of, {name!r})")
+        elif name in _OF_STR:
+            self._read(node.node, frame, f"of.{name}", "str", f"getattr(of, {name!r})")
+        elif name not in _OF_DICT:
+            self._read(node.node, frame, _item(name), "dict", f"getattr(of, {name!r})")
+        else:
+            super().visit_Getattr(node, frame)
 
-class Guarded(ImmutableSandboxedEnvironment):
+    @optimizeconst
+    def visit_Getitem(self, node: jinja2.nodes.Getitem, frame: Frame) -> None:
+        key = node.arg.value if isinstance(node.arg, jinja2.nodes.Const) else None
+        if isinstance(key, str) and key not in _OF_DICT:
+            self._read(node.node, frame, _item(key), "dict", f"getitem(of, {key!r})")
+        else:
+            super().visit_Getitem(node, frame)
+
+    def _read(self, node: jinja2.nodes.Expr, frame: Frame, value: str, kind: str, otherwise: str) -> None:
+        self.write(f"({value} if type(of := ")
+        self.visit(node, frame)
+        self.write(f") is {kind} else environment.{otherwise})")
+
+
+def _item(key: str) -> str:
+    return f"(of[{key!r}] if {key!r} in of else undefined(obj=of, name={key!r}))"
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
     """transformers' sandbox, with limits on what an operation makes, in which objects of this package show nothing
     that a string or list has not."""
 
@@ -81,6 +112,10 @@ class Guarded(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if type(obj) is BuiltinMethodType and type(obj.__self__) is str and obj.__name__ not in GROWING_METHODS:
+            for name in _OF_CALLS:
+                kwargs.pop(name, None)
+            return obj(*args, **kwargs)  # `format` is not met here: it has been replaced where it was read
         if getattr(obj, "__name__", None) in GROWING_METHODS and isinstance(
             getattr(obj, "__self__", None), str | bytes | int
         ):
@@ -115,24 +150,6 @@ def _others(kind: type) -> list[type]:
     if kind is PlainDict:
         return [kind]
     return [base for base in kind.__mro__ if base is not object and not _is_ours(base)]
-
-
-class Sandbox(Guarded):
-    """The guarded sandbox, with short cuts for what templates do most: read keys of a message, ask a string."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute not in _OF_DICT:
-            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if attribute in _OF_LOOP and isinstance(obj, LoopContext):
-            return getattr(obj, attribute)
-        return super().getattr(obj, attribute)
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(obj) is BuiltinMethodType and type(obj.__self__) is str and obj.__name__ not in GROWING_METHODS:
-            for name in _OF_CALLS:
-                kwargs.pop(name, None)
-            return obj(*args, **kwargs)  # `format` is not met here: `getattr` has replaced it
-        return super().call(context, obj, *args, **kwargs)
 
 
 class PlainDict:
@@ -196,9 +213,9 @@ def compiled(text: str) -> jinja2.Template:
 
 
 def rendered(text: str, variables: dict[str, Any]) -> str:
-    """The template rendered; as `jinja2.Template.render`, which goes through all globals for each text."""
+    """The template rendered; as `jinja2.Template.render`, which goes through all globals twice for each text."""
     template = compiled(text)
-    context = template.new_context({**_globals(), **variables}, shared=True)
+    context = Context(template.environment, {**_globals(), **variables}, template.name, template.blocks)
     try:
         return joined(template.root_render_func(context))
     except Exception:

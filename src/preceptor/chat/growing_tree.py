@@ -42,6 +42,7 @@ class GrowingTree:
         self._path: list[Node] = [self._root]  # ends with the last turn's target
         self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
         self._text = ""  # what the path spells
+        self._text_ends: list[int] = [0]  # as `_ends`, in characters of the text; -1: not known
         self._context_kind: SegmentKind = "target" if all_targets else "context"
 
     def add(
@@ -64,6 +65,7 @@ class GrowingTree:
         self._path.append(node)
         self._ends.append(len(context) + len(target))
         self._text = texts[0] + texts[1]
+        self._text_ends.append(len(self._text))
 
     def _follow(self, context: Sequence[int], text: str, num_shared: int) -> Node:
         """The node at which the context ends, made where the tree does not hold it yet."""
@@ -76,24 +78,29 @@ class GrowingTree:
                 break
             at += len(ids)
             kept += 1
-        continues = kept == num_nodes and text.startswith(self._text)
-        del self._path[kept:], self._ends[kept:]
+        del self._path[kept:], self._ends[kept:], self._text_ends[kept:]
         while at < len(context):
             rest = tuple(context[at:])
             node, shared = _longest_child(self._path[-1], rest)
             if node is None:
-                new_text = text[len(self._text) :] if continues else ""
-                node, shared = Node(self._context_kind, rest, new_text), len(rest)
+                spelled = self._text_ends[-1]
+                known = spelled >= 0 and text.startswith(self._text[:spelled])
+                node, shared = Node(self._context_kind, rest, text[spelled:] if known else ""), len(rest)
                 self._path[-1].children.append(node)
             elif shared < len(node.ids):
                 node.split(shared)
             at += shared
             self._path.append(node)
             self._ends.append(at)
+            self._text_ends.append(len(text) if at == len(context) else -1)
         return self._path[-1]
 
     def finish(
-        self, source: str, decode: Callable[[tuple[int, ...]], str], switched: tuple[tuple[int, bool], ...] = ()
+        self,
+        source: str,
+        decode: Callable[[tuple[int, ...]], str],
+        switched: tuple[tuple[int, bool], ...] = (),
+        left_out: tuple[str, ...] = (),
     ) -> Tree:
         """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
         segments: list[Segment] = []
@@ -101,14 +108,16 @@ class GrowingTree:
         while stack:
             node, parent = stack.pop()
             text = node.text or decode(node.ids)
+            number = len(segments)
             segments.append(Segment(node.kind, node.ids, parent, text, node.weight, message=node.message))
-            stack.extend((child, len(segments) - 1) for child in reversed(node.children))
-        return Tree(source, tuple(segments), switched)
+            stack += [(child, number) for child in reversed(node.children)]
+        return Tree(source, tuple(segments), switched, left_out)
 
 
 def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
     """The child that shares most first tokens with `ids`, and how many; (None, 0) if none shares any."""
-    best, best_shared = None, 0
+    best: Node | None = None
+    best_shared = 0
     for child in node.children:
         shared = shared_length(child.ids, ids)
         if shared > best_shared:

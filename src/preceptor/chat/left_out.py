@@ -36,6 +36,7 @@ def left_out(
     starts: the number of each message's first leaf, and of all leaves.
     """
     found: dict[str, None] = {}
+    shown = forms.shown
     if tools and not (
         forms.tools and all(str(tool.get("function", tool).get("name")) in turns[0].prompt for tool in tools)
     ):
@@ -47,21 +48,22 @@ def left_out(
         for k in range(done, turn.message):
             role = messages[k]["role"]
             for index in range(starts[k], starts[k + 1]):
-                text = _text(turn.leaves[index], role, turn.tags)
+                leaf = turn.leaves[index]
+                text = _text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
                 if not text:
                     continue
                 place = turn.prompt.find(text, at)
-                if place >= 0 and (role in forms.shown or len(text) >= _SHORT):
+                if place >= 0 and (role in shown or len(text) >= _SHORT):
                     at = place + len(text)
-                elif not _shows(turn, index, text, role in forms.shown):
+                elif not _shows(turn, index, text, role in shown):
                     found[_NAMES[role]] = None
         earlier, done = turn.prompt, turn.message
     return tuple(found)
 
 
 def _text(leaf: Leaf, role: str, tags: Mapping[str, str]) -> str:
-    """What a prompt must hold of a leaf: content, without the reasoning that history need not have."""
-    if leaf.path[0] != "content" or leaf.path[-1] == "thinking":
+    """What a prompt must hold of a content: it without the reasoning that history need not have."""
+    if leaf.path[-1] == "thinking":
         return ""
     block = block_of(leaf.text, tags) if role == "assistant" else None
     return (block.answer if block is not None and block.closed else leaf.text).strip()

@@ -18,7 +18,7 @@ import jinja2
 import markupsafe
 from jinja2 import filters, nodes
 
-from preceptor.chat.environment import SETTINGS, Guarded, guard_filters, prepare
+from preceptor.chat.environment import SETTINGS, Sandbox, guard_filters, prepare
 from preceptor.chat.limits import check_binop, joined
 from preceptor.chat.marked import Atom, Marked, atoms_of, join, plain, with_separator
 from preceptor.chat.origins import json_body, map_leaves
@@ -57,7 +57,7 @@ def _any_marked(values: Iterable[Any]) -> bool:
     return any(isinstance(value, Marked) for value in values)
 
 
-class MarkedEnvironment(Guarded):
+class MarkedEnvironment(Sandbox):
     """The guarded sandbox for marked strings."""
 
     concat = staticmethod(_concat)  # type: ignore[assignment]

@@ -113,13 +113,13 @@ def readings(
         for k, block in full.items()
         if not block.opened
     }
+    whole = _changed(messages, {**empty, **begun})
+    yield Reading(whole)
     apart = {
         k: {"content": block.answer.lstrip(), "reasoning_content": block.reasoning.strip()}
         for k, block in full.items()
         if not reasoning_text(messages[k])
     }
-    whole = _changed(messages, {**empty, **begun})
-    yield Reading(whole)
     if apart and takes_field:
         yield Reading(_changed(messages, {**empty, **apart}))
     if takes_parts:
@@ -134,8 +134,8 @@ def readings(
 
 def _blocks(messages: Sequence[Mapping[str, Any]], turns: Collection[int], tags: Mapping[str, str]) -> dict[int, Block]:
     """The blocks at the start of assistants' contents that end. Raises Rejected for a turn that is not finished."""
-    blocks = {}
-    for k, given in enumerate(messages):
+    blocks: dict[int, Block] = {}
+    for k, given in enumerate(messages) if tags else ():
         block = block_of(content_text(given), tags) if given["role"] == "assistant" else None
         if block is None:
             continue
@@ -216,7 +216,7 @@ def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str,
     Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has
     between the prompt and the turn's words `said`.
     """
-    if reasoning_text(given) or block_of(content_text(given), tags) is None or block_of(said, tags, True) is None:
+    if block_of(content_text(given), tags) is None or block_of(said, tags, True) is None or reasoning_text(given):
         return False
     return bool(opened_by(prompt)[0]) or closed_by(prompt) >= 0 or has_tag(between)
 

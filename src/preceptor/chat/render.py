@@ -23,14 +23,10 @@ from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
-from preceptor.chat.reasoning import (
-    REASONING_FIELDS,
-    has_reasoning,
-    opened_by,
-    readings,
-)
+from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Chat, Renders, Runs
+from preceptor.chat.special_tokens import SpecialTokens, SpelledOut
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
@@ -42,7 +38,6 @@ from preceptor.data.rejections import Rejected
 from preceptor.errors import ConfigError, PreceptorError, short
 
 Targets = Literal["assistant", "last", "all"]
-SpecialTokens = Literal["reject", "plain", "allow"]
 
 # Rejections of turns that the template may render otherwise when it is given an argument.
 _ARGUMENTS_MAY_HELP = (
@@ -60,17 +55,6 @@ class Proved(NamedTuple):
     turn: Turn
     target: str
     switched: bool | None
-
-
-class Proof(NamedTuple):
-    """The turns of a conversation as they are proved.
-
-    spelled_out: special tokens are spelled out and must be read as plain text. left_out: as in `Tree`.
-    """
-
-    turns: Sequence[Proved]
-    spelled_out: bool
-    left_out: tuple[str, ...]
 
 
 class Renderer:
@@ -106,7 +90,7 @@ class Renderer:
         stops = [tokenizer.convert_ids_to_tokens(stop) for stop in self.stop_token_ids]
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = any_of({*special, *stops})
+        self._special = SpelledOut({*special, *stops}, special_tokens_in_text)
         self._runs = Runs(tokenizer)
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         bos = tokenizer.bos_token_id
@@ -153,18 +137,22 @@ class Renderer:
 
     def render(self, record: Example) -> Tree | Rejection:
         """The record's tree, its context and target segments; or why it cannot be trained."""
+        return self.render_with_turns(record)[0]
+
+    def render_with_turns(self, record: Example) -> tuple[Tree | Rejection, Sequence[Proved]]:
+        """As `render`; and the turns of a conversation as they are proved."""
         try:
-            tree = self._conversation(record) if isinstance(record, Conversation) else self._plain_text(record)
-            if tree.num_trained == 0:
+            made = self._conversation(record) if isinstance(record, Conversation) else (self._plain_text(record), ())
+            if made[0].num_trained == 0:
                 raise Rejected("nothing_to_predict", "the record has no token to train")
-            return tree
+            return made
         except Rejected as rejected:
-            return Rejection(record.source, rejected.code, str(rejected))
+            return Rejection(record.source, rejected.code, str(rejected)), ()
         except (PreceptorError, MemoryError, AssertionError):  # of the template, the machine or this program
             raise
         except Exception as error:
             found = f"it cannot be rendered: {type(error).__name__}: {short(str(error))}"
-            return Rejection(record.source, "unreadable", found)
+            return Rejection(record.source, "unreadable", found), ()
 
     def _compared(self, grow: Callable[[Tokeniser], Tree], num_characters: int, num_turns: int) -> Tree:
         """The tree that `grow` gives; of a sample, the tokenizer is asked for each context and target as a whole.
@@ -193,8 +181,8 @@ class Renderer:
     def _plain_text(self, record: Completion | Document) -> Tree:
         """A completion's context is its prompt, a document has none; bos comes first if the tokenizer puts it there."""
         prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
-        self._check_special(prompt, "the prompt")
-        self._check_special(text, "the text")
+        self._special.in_text(prompt, "the prompt")
+        self._special.in_text(text, "the text")
         eos, bos = self.tokenizer.eos_token, self.tokenizer.bos_token if self._bos else ""
         if eos is None:
             raise Rejected("no_stop_token", "the text's end")
@@ -214,16 +202,17 @@ class Renderer:
 
     def _ids(self, prompt: str, text: str, tokeniser: Tokeniser) -> tuple[Ids, Ids]:
         """The ids of a prompt, which may be empty, and of the text that follows it."""
-        if self.special_tokens_in_text == "plain" and self._special.search(prompt + text):
+        special = self._special.pattern
+        if self.special_tokens_in_text == "plain" and special.search(prompt + text):
             before = [(prompt, True)]
-            return tokeniser.plain(before, self._special), tokeniser.plain([(text, True)], self._special, before)
+            return tokeniser.plain(before, special), tokeniser.plain([(text, True)], special, before)
         path = tokeniser.path()
         path.read(prompt or text)
         return (tuple(path.ids), path.continuation(text)) if prompt else ((), tuple(path.ids))
 
     # Conversations ---------------------------------------------------------------------------------------------------
 
-    def _conversation(self, record: Conversation) -> Tree:
+    def _conversation(self, record: Conversation) -> tuple[Tree, Sequence[Proved]]:
         turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
@@ -233,36 +222,36 @@ class Renderer:
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
-            finished = tree.finish(record.source, self._decode, switched)
-            return replace(finished, left_out=missing) if missing else finished
+            return tree.finish(record.source, self._decode, switched, missing)
 
-        return self._compared(grow, sum(len(leaf.text) for leaf in turns[0][0].leaves), len(turns))
+        return self._compared(grow, len(turns[-1].turn.full.text), len(turns)), turns
 
-    def turns(self, record: Conversation) -> list[tuple[Turn, str]]:
-        """The turns of a conversation as they are proved, each with the text of its target. Raises Rejected."""
-        return [(turn, text) for turn, text, _ in self._proof(record).turns]
-
-    def _proof(self, record: Conversation) -> Proof:
-        """Raises Rejected."""
-        turns = self._trained(record.messages)
+    def _proof(self, record: Conversation) -> tuple[Sequence[Proved], bool, tuple[str, ...]]:
+        """The turns as they are proved, whether special tokens are spelled out and must be read as plain text, and what
+        is left out, as in `Tree`. Raises Rejected."""
+        template, turns = self.template, self._trained(record.messages)
         messages = record.messages[: turns[-1] + 1]
-        self._check_special(_frozen(record.tools).replace('\\"', '"'), "tools", may_be_plain=False)
-        spelled_out = self._check_messages(messages)
+        given = [message.given for message in messages]
+        leaves = [leaves_of(message, k) for k, message in enumerate(given)]
+        spelled_out = self._special.in_conversation(messages, leaves, record.tools, template.reasoning_tags)
         if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         rejected: Rejected | None = None
-        given = [message.given for message in messages]
-        tags, takes_field = self.template.reasoning_tags, self.template.reasoning_field
+        tags, takes_field = template.reasoning_tags, template.reasoning_field
         for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
             fitted = self._forms.fit(reading.messages)
-            chat = Chat(self.template, self._forms, fitted, record.tools, reading.as_given)
+            own = [
+                known if message is one else leaves_of(message, k)
+                for k, (message, one, known) in enumerate(zip(fitted, given, leaves, strict=True))
+            ]
+            chat = Chat(template, self._forms, fitted, own, record.tools, reading.as_given)
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
             renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
             try:
                 proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
                 missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
-                return Proof(proved, spelled_out, missing)
+                return proved, spelled_out, missing
             except Rejected as error:
                 rejected = rejected or error
         assert rejected is not None
@@ -333,8 +322,8 @@ class Renderer:
         num_shared = 0
         if path is None:
             prompt = turn.prompt_marked().runs()
-            context: Sequence[int] = tokeniser.plain(prompt, self._special)
-            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special, before=prompt)
+            context: Sequence[int] = tokeniser.plain(prompt, self._special.pattern)
+            target = tokeniser.plain(turn.full.runs_in(text, turn.own), self._special.pattern, before=prompt)
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)
@@ -368,7 +357,9 @@ class Renderer:
             content = "<think>\nRecall it.\n</think>\n\nIt is so." if reasons and not fields else "It is so."
             answer = {"role": "assistant", "content": content, **dict.fromkeys(fields, "Recall it.")}
             probe: list[Mapping[str, Any]] = [{"role": "user", "content": "Is it so?"}, answer]
-            chat = Chat(self.template, self._forms, self._forms.fit(probe), None, as_given)
+            fitted = self._forms.fit(probe)
+            own = [leaves_of(message, k) for k, message in enumerate(fitted)]
+            chat = Chat(self.template, self._forms, fitted, own, None, as_given)
             switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
             proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
             self._default_is_first[key] = proved[0] or not proved[1]
@@ -388,36 +379,7 @@ class Renderer:
         template = self.template
         return find_forms(replace(template, variables={**template.variables, **self.template_kwargs}))
 
-    # Checks ----------------------------------------------------------------------------------------------------------
-
-    def _check_messages(self, messages: Sequence[Message]) -> bool:
-        """Whether special tokens are spelled out and must be read as plain text. Raises Rejected where they may not."""
-        if self.special_tokens_in_text == "allow":
-            return False
-        found, tags = False, self.template.reasoning_tags
-        for index, message in enumerate(messages):
-            own = (*tags, *tags.values()) if message.role == "assistant" else ()
-            where = f"messages[{index}]"
-            for leaf in leaves_of(message.given, index):
-                if self._special.search(leaf.text) is not None:
-                    found = self._check_special(leaf.text, where, own) or found
-            if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
-                found = self._check_special(message.content, where, own) or found
-            for call in message.tool_calls:  # names of arguments
-                self._check_special(_frozen(call).replace('\\"', '"'), where, own, may_be_plain=found)
-        return found
-
-    def _check_special(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
-        """Whether the text spells out a special token that is to be read as plain text. Raises Rejected."""
-        if self.special_tokens_in_text == "allow":
-            return False
-        for match in self._special.finditer(text):
-            if match.group() in own:
-                continue
-            if self.special_tokens_in_text == "reject" or not may_be_plain:
-                raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
-            return True
-        return False
+    # Tokens -----------------------------------------------------------------------------------------------------------
 
     def _check_end(self, ids: Ids, where: str) -> None:
         if not ids or ids[-1] not in self.stop_token_ids:
@@ -433,8 +395,3 @@ class Renderer:
 def _rebuilt(tokenizer: Any, template: Template | None, chosen: Mapping[str, Any]) -> Renderer:
     """A renderer in another process: the same, with empty caches."""
     return Renderer(tokenizer, template, **chosen)
-
-
-def _frozen(value: Any) -> str:
-    """Tools, calls or template arguments as one string."""
-    return json.dumps(value, ensure_ascii=False, default=str) if value else str(value)

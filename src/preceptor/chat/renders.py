@@ -6,12 +6,12 @@ by alignment (`alignment.py`), else by a render with marks (`WithOrigins`), whic
 byte. Renders of the template are compared with transformers' own: the first of a run, and then a few in a thousand.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from itertools import accumulate, chain
+from typing import Any
 
 import jinja2
 
@@ -22,52 +22,45 @@ from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked
 from preceptor.chat.marked_environment import compiled_marked, marked_environment, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
-from preceptor.chat.one_pass import Asked, LooksAhead, Written, compiled_one_pass, raised_in_pass, run_once, texts_of
-from preceptor.chat.origins import Leaf, Rendered, leaves_of, map_leaves
+from preceptor.chat.one_pass import LooksAhead, OnePass, Request, Written, raised_in_pass, texts_of
+from preceptor.chat.one_pass_form import compiled_one_pass
+from preceptor.chat.origins import Leaf, Rendered, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
 from preceptor.errors import TemplateError
 
-_FEW_TURNS = 4  # up to here a run of the template for each render is faster than one pass
+_FEW_TURNS = 8  # up to here a run of the template for each render is faster than one pass
 _MANY_TURNS = 12  # from here on a pass is faster also where it runs what stands before the main loop again each time
 _COMPARED_RENDERS = 16
 _COMPARED_PASSES = 4
 _COMPARE_EVERY = 499
 
 
-class Request(NamedTuple):
-    """Which render is asked for: of the first `num_messages` and, if named, a message of role `follower`."""
-
-    num_messages: int
-    add_generation_prompt: bool
-    arguments: str = ""  # `Chat.key` of the template's arguments
-    follower: str = ""
-
-
 @dataclass(eq=False, slots=True)
 class Chat:
     """A conversation as its template sees it.
 
-    messages: in forms that the template takes. leaves: the strings of all messages.
+    messages: in forms that the template takes. own_leaves: the strings of each; leaves: of all. text: the template's.
     """
 
     template: Template
     forms: Forms
     messages: Sequence[Mapping[str, Any]]
+    own_leaves: InitVar[Sequence[Sequence[Leaf]]]
     tools: Sequence[Mapping[str, Any]] | None
     as_given: bool = False
+    text: str = field(init=False)
     leaves: list[Leaf] = field(init=False)
     _seen: list[dict[str, Any]] = field(init=False)
     starts: list[int] = field(init=False)
     _arguments: dict[str, Mapping[str, Any]] = field(init=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, own_leaves: Sequence[Sequence[Leaf]]) -> None:
+        self.text = self.template.text_for(self.tools)
         self._seen = [self.template.message_rules.apply(message) for message in self.messages]
-        self.leaves, self.starts = [], [0]
-        for k, message in enumerate(self.messages):
-            self.leaves += leaves_of(message, k)
-            self.starts.append(len(self.leaves))
+        self.leaves = list(chain.from_iterable(own_leaves))
+        self.starts = [0, *accumulate(map(len, own_leaves))]
 
     def own(self, k: int) -> range:
         """The leaves of message k."""
@@ -83,7 +76,7 @@ class Chat:
 
     def key(self, arguments: Mapping[str, Any]) -> str:
         """What stands for these arguments in a request."""
-        key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+        key = repr(arguments) if arguments else ""
         self._arguments[key] = arguments
         return key
 
@@ -134,7 +127,7 @@ class Runs:
         """The template's own render. Raises Rejected where the template rejects the messages."""
         shown = chat.shown(request)
         try:
-            text = chat.template.run(chat.tools, chat.variables(request, shown))
+            text = chat.template.run(chat.text, chat.variables(request, shown))
         except TemplateError as error:
             if error.condemns:
                 raise
@@ -151,14 +144,14 @@ class Runs:
         """
         if chat.template.clock:
             today = {k: v for k, v in chat.variables(request, chat.shown(request)).items() if k != "strftime_now"}
-            text = chat.template.run(chat.tools, today)
+            text = chat.template.run(chat.text, today)
         name = chat.template.name
         given = [*chat.messages[: request.num_messages], *chat.shown(request)[request.num_messages :]]
         try:
             expected = self._tokenizer.apply_chat_template(
                 given,
                 tools=chat.tools,
-                chat_template=chat.template.text_for(chat.tools),
+                chat_template=chat.text,
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
                 **chat.arguments(request),
@@ -180,25 +173,20 @@ class Runs:
 
         head_again: also if what stands before the main loop has to be run again for each render.
         """
-        text = chat.template.text_for(chat.tools)
-        if self._pass_is_wrong or (text in self._looks_ahead and not head_again):
+        if self._pass_is_wrong or (chat.text in self._looks_ahead and not head_again):
             return {}
         for again in (False, True) if head_again else (False,):
-            if not again and text in self._looks_ahead:
+            if not again and chat.text in self._looks_ahead:
                 continue
-            template = compiled_one_pass(plain_environment(), text, again)
+            template = compiled_one_pass(plain_environment(), chat.text, again)
             if template is None:
                 self.counts["one by one: the template has another form"] += 1
                 return {}
             try:
-                made = {
-                    asked[one]: text
-                    for asked, written in _passes(chat, template, requests)
-                    for one, text in texts_of(written).items()
-                }
+                made = texts_of(_written(chat, template, requests))
             except LooksAhead:
                 if not again:
-                    self._looks_ahead.add(text)
+                    self._looks_ahead.add(chat.text)
                 continue
             except TemplateError:  # a limit
                 raise
@@ -226,26 +214,25 @@ class Runs:
     def marked_in_one_pass(self, chat: Chat, requests: Sequence[Request]) -> dict[Request, list[str]]:
         """What the template writes with marks on all messages; {} where one pass does not come to its end."""
         self.counts["passes with marks"] += 1
-        text = chat.template.text_for(chat.tools)
         for again in (False, True):
-            template = compiled_one_pass(marked_environment(), text, again)
+            template = compiled_one_pass(marked_environment(), chat.text, again)
             if template is None:
                 return {}
             try:
-                passes = list(_passes(chat, template, requests, marked=True))
+                written = _written(chat, template, requests, marked=True)
             except LooksAhead:
                 continue
             except TemplateError:
                 raise
             except Exception:
                 return {}  # and `marked` tells why
-            return {asked[one]: made.all_outputs() for asked, written in passes for one, made in written.items()}
+            return {request: made.all_outputs() for request, made in written.items()}
         return {}
 
     def marked(self, chat: Chat, request: Request, text: str, only: int | None = None) -> Rendered:
         """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
         self.counts["renders with marks"] += 1
-        template = compiled_marked(chat.template.text_for(chat.tools))
+        template = compiled_marked(chat.text)
         context = template.new_context(chat.variables(request, chat.marked(request, only)))
         try:
             with limits(chat.template.name):
@@ -288,17 +275,19 @@ def _difference(ours: str, theirs: str) -> str:
     return f"{ours[max(at - 20, 0) : at + 40]!r} here, {theirs[max(at - 20, 0) : at + 40]!r} there"
 
 
-def _passes(
+def _written(
     chat: Chat, template: jinja2.Template, requests: Sequence[Request], marked: bool = False
-) -> Iterator[tuple[dict[Asked, Request], dict[Asked, Written]]]:
-    """For each of the arguments: what is asked for, and what one run of the template wrote."""
+) -> dict[Request, Written]:
+    """What a template in its one-pass form writes for the renders, by a run for each of the arguments."""
+    written: dict[Request, Written] = {}
     for key in dict.fromkeys(request.arguments for request in requests):
-        asked = {Asked(r.num_messages, r.add_generation_prompt): r for r in requests if r.arguments == key}
-        longest = max(asked.values())
-        shown = chat.marked(longest, None) if marked else chat.shown(longest)
+        asked = [request for request in requests if request.arguments == key]
+        longest = max(asked)
+        done = OnePass(chat.marked(longest, None) if marked else chat.shown(longest), asked)
         with limits(chat.template.name):
-            written = run_once(template, shown, list(asked), chat.variables(longest, ()))
-        yield asked, written
+            done.run(template, chat.variables(longest, ()))
+        written |= done.written
+    return written
 
 
 class Renders:
@@ -320,15 +309,13 @@ class Renders:
         more: arguments of the render of the turn, beside those of its prompt.
         """
         chat, runs = self._chat, self._runs
-        prompt_key, key = chat.key(arguments), chat.key({**arguments, **(more or {})})
+        prompt_key = chat.key(arguments)
+        key = chat.key({**arguments, **more}) if more else prompt_key
         prompted, with_turn = Request(k, True, prompt_key), Request(k + 1, False, key)
-        prompt, full = self._text(prompted), self._text(with_turn)
+        prompt = self._texts.get(prompted) or runs.plain(chat, prompted)
+        full = self._texts.get(with_turn) or runs.plain(chat, with_turn)
         own = chat.own(k)
-        kind = (
-            prompt_key,
-            key,
-            kind_of(chat.template.text_for(chat.tools), chat.messages[k], chat.messages[k - 1], chat.leaves, own),
-        )
+        kind = prompt_key, key, *kind_of(chat.text, chat.messages[k], chat.messages[k - 1], chat.leaves, own)
         rendered = runs.alignments.fit(kind, prompt, full, chat.leaves, own)
         if rendered is None:
             rendered = self._marked(with_turn, full)
@@ -356,10 +343,6 @@ class Renders:
             if "".join(pieces) == text:
                 return Rendered(text, pieces, origins)
         return self._runs.marked(self._chat, request, text, only=request.num_messages - 1)
-
-    def _text(self, request: Request) -> str:
-        text = self._texts.get(request)
-        return self._runs.plain(self._chat, request) if text is None else text
 
     def _followed(self, k: int, key: str) -> Followed | None:
         """F with a message after turn k: a tool's result after tool calls, else a user's words; None if rejected."""

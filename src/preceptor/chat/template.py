@@ -27,6 +27,7 @@ from preceptor.errors import TemplateError
 
 _MAX_SETTINGS = 24
 _OF_REASONING = re.compile(r"think|reason")
+_FIELDS = frozenset(REASONING_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class MessageRules:
 
     def apply(self, message: Mapping[str, Any]) -> dict[str, Any]:
         seen = {key: value for key, value in message.items() if value is not None} if self.drops_null else dict(message)
-        if self.aliases_reasoning:
+        if self.aliases_reasoning and not _FIELDS.isdisjoint(seen):
             reasoning = next((seen[name] for name in REASONING_FIELDS if seen.get(name) is not None), None)
             if reasoning is not None:
                 seen = {"thinking": reasoning, **seen, "reasoning_content": reasoning}
@@ -162,13 +163,13 @@ class Template:
         Raises TemplateError with the template's own message where it rejects the messages.
         """
         seen = [self.message_rules.apply(message) for message in messages]
-        return self.run(tools, self.all_variables(seen, tools, add_generation_prompt, kwargs))
+        return self.run(self.text_for(tools), self.all_variables(seen, tools, add_generation_prompt, kwargs))
 
-    def run(self, tools: Sequence[Mapping[str, Any]] | None, variables: dict[str, Any]) -> str:
-        """As `render`, with the variables of `all_variables`."""
+    def run(self, text: str, variables: dict[str, Any]) -> str:
+        """As `render`, with one of the texts and the variables of `all_variables`."""
         try:
             with limits(self.name):
-                return rendered(self.text_for(tools), variables)
+                return rendered(text, variables)
         except TemplateError:
             raise
         except jinja2.TemplateError as error:

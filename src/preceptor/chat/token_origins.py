@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from preceptor.chat import reasoning
 from preceptor.chat.origins import Leaf, Rendered
-from preceptor.chat.render import Renderer
+from preceptor.chat.render import Proved
 from preceptor.chat.token_text import spans, special_ids
 from preceptor.chat.tokenise import any_of
 from preceptor.chat.turns import Turn
@@ -47,12 +47,12 @@ class TokenOrigins:
     spelled: tuple[tuple[tuple[int, str], ...] | None, ...]
 
 
-def token_origins(record: Example, tree: Tree, renderer: Renderer) -> TokenOrigins:
-    """Where the tokens of `tree`, which is `renderer.render(record)`, came from."""
-    found = _TreeOrigins(tree, renderer.tokenizer)
+def token_origins(record: Example, tree: Tree, turns: Sequence[Proved], tokenizer: Any) -> TokenOrigins:
+    """Where the tokens came from; tree, turns: what `Renderer.render_with_turns` made of the record."""
+    found = _TreeOrigins(tree, tokenizer)
     if isinstance(record, Conversation):
         roles = [message.role for message in record.messages]
-        for turn, target in renderer.turns(record):
+        for turn, target, _ in turns:
             full = turn.full_marked()
             context = _runs(turn.prompt_marked(), turn.leaves, roles, record.tools)
             found.name_turn(turn.message, [*context, *_target_runs(target, turn, full, roles)])

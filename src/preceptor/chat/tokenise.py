@@ -26,7 +26,7 @@ from preceptor.data.rejections import Rejected
 
 Ids = tuple[int, ...]
 
-_CACHED_IDS = 1_000_000
+_CACHED_IDS = 100_000  # few enough to stay in the processor's cache
 _HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
 _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where a token would cross from what is before
 
@@ -98,11 +98,16 @@ class Tokeniser:
         """The ids of an added token and of a text without added tokens behind it."""
         if not text:
             return self._single[token]
-        ids = self._cache.get((token, text))
+        key = token, text
+        ids = self._cache.get(key)
         if ids is None:
             words = self._words.ids(text)
-            ids = self._asked(token + text) if words is None else (*self._single[token], *words)
-            self._remember(token, text, ids)
+            ids = self._asked(token + text) if words is None else self._single[token] + words
+            if self._num_cached > _CACHED_IDS:
+                self._cache.clear()
+                self._num_cached = 0
+            self._cache[key] = ids
+            self._num_cached += len(ids)
         return ids
 
     def is_whole(self, token: str) -> bool:
@@ -123,13 +128,6 @@ class Tokeniser:
         self._backend.no_truncation()
         self._backend.no_padding()
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-
-    def _remember(self, token: str, text: str, ids: Ids) -> None:
-        if self._num_cached > _CACHED_IDS:
-            self._cache.clear()
-            self._num_cached = 0
-        self._cache[token, text] = ids
-        self._num_cached += len(ids)
 
     # Otherwise -------------------------------------------------------------------------------------------------------
 
@@ -216,11 +214,12 @@ def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], 
 
 
 class Said(NamedTuple):
-    """What followed a prompt, if its ids are the same in a longer prompt; last: how long its last token is."""
+    """What followed a prompt; head: up to its first added token, last: the added token with which it ends."""
 
     text: str
     ids: Ids
-    last: int
+    head: str
+    last: str
 
 
 class Path:
@@ -245,9 +244,9 @@ class Path:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
         said, self._said = self._said, None
-        if said is not None and text.startswith(said.text, len(self._text)) and text.startswith(self._text):
+        if said is not None and self._goes_on(text, said):
             self.ids += said.ids
-            self._starts.append(len(self._text) + len(said.text) - said.last)
+            self._starts.append(len(self._text) + len(said.text) - len(said.last))
             self._num_before.append(len(self.ids) - 1)
             keep = len(self._starts) - 1
         else:
@@ -267,6 +266,12 @@ class Path:
         self._text, self._last = text, rest[-1] if rest else head
         return num_shared
 
+    def _goes_on(self, text: str, said: Said) -> bool:
+        """Whether a text is the last one, what was said, and more, with the ids of both and of what follows."""
+        if not (text.startswith(said.text, len(self._text)) and text.startswith(self._text)):
+            return False
+        return self._tokeniser.parts_at(self._last, said.head, said.text) and self._tokeniser.is_whole(said.last)
+
     def _num_kept(self, text: str) -> int:
         """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
         num_same = len(self._text) if text.startswith(self._text) else shared_length(self._text, text)
@@ -281,8 +286,8 @@ class Path:
         head, *rest = tokeniser.cut(text)
         found = [tokeniser.head(head), *map(tokeniser.chunk, rest[::2], rest[1::2])]
         ids = tuple(chain.from_iterable(found))
-        if rest and not rest[-1] and tokeniser.parts_at(self._last, head, text) and tokeniser.is_whole(rest[-2]):
-            self._said = Said(text, ids, len(rest[-2]))
+        if rest and not rest[-1]:
+            self._said = Said(text, ids, head, rest[-2])
         return ids
 
 

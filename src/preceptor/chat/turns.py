@@ -270,7 +270,7 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
 def _spells(spelled: str, *forms: str) -> bool:
     """Whether it is one of the forms, without the white space around it, once or, as a name may be, several times."""
     spelled = spelled.strip()
-    for form in (form.strip() for form in forms):
+    for form in map(str.strip, forms):
         if spelled == form or (form and spelled.startswith(form) and not spelled.replace(form, "").strip()):
             return True
     return False

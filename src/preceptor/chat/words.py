@@ -51,7 +51,7 @@ class Words:
             return
         self._composed = normalizer == "NFC"
         self._pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-        self._table = _Table(tokenizer.backend_tokenizer.model)
+        self._ids_of = _Table(tokenizer.backend_tokenizer.model).__getitem__
         if not state["model"]["dropout"]:
             self._pattern = _compiled(source)
         if self._pattern is not None:
@@ -73,7 +73,7 @@ class Words:
         words = self._words(text)
         if words is None or len("".join(words)) != len(text):
             return None
-        return tuple(chain.from_iterable(map(self._table.__getitem__, words)))
+        return tuple(chain.from_iterable(map(self._ids_of, words)))
 
     def _words(self, text: str) -> list[str] | None:
         if self._ascii is not None and text.isascii() and (not self._not_ascii or self._not_ascii.isdisjoint(text)):
@@ -108,17 +108,22 @@ class Words:
 
 
 class _Table(dict[str, tuple[int, ...]]):
-    """word -> its ids; asks the tokenizer's model for those that it lacks."""
+    """word -> its ids; asks the tokenizer's model for those that it lacks.
+
+    Equal ids are one object: what is read most is then near together in memory, and trees take less of it.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
+        self._numbers: dict[int, int] = {}
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         if len(word) > _HUGE:
             raise Rejected("text_too_large", f"one word of {len(word):,} characters")
         spelled = "".join([_SPELLED[byte] for byte in word.encode()])
-        ids = tuple([token.id for token in self._model.tokenize(spelled)])
+        one = self._numbers.setdefault
+        ids = tuple([one(token.id, token.id) for token in self._model.tokenize(spelled)])
         if len(word) <= _LONGEST_WORD:
             if len(self) >= _MAX_WORDS:
                 self.clear()

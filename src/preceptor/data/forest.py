@@ -61,7 +61,7 @@ class Tree:
     def num_trained(self) -> int:
         """Trained tokens: those of the targets, less the first of a tree that has no token before it."""
         return sum(
-            len(s.ids) - (s.parent is None) for s in self.segments if s.kind == "target" and s.weight > 0 and s.ids
+            [len(s.ids) - (s.parent is None) for s in self.segments if s.kind == "target" and s.weight > 0 and s.ids]
         )
 
 

@@ -108,12 +108,12 @@ def island(value: Any) -> str:
 
 def example_json(number: int, record: Example | Rejection, renderer: Renderer) -> dict[str, Any]:
     """What the page shows of an example: `to_json`, and the pieces of each segment with their fields."""
-    rendered = record if isinstance(record, Rejection) else renderer.render(record)
+    rendered, turns = (record, ()) if isinstance(record, Rejection) else renderer.render_with_turns(record)
     shown = {"number": number, **to_json(record.source, rendered)}
     if isinstance(rendered, Rejection):
         return {**shown, "num_tokens": 0, "num_trained": 0, "num_saved": 0, "fields": [], "given": list(_given(record))}
     assert not isinstance(record, Rejection)
-    origin = token_origins(record, rendered, renderer)
+    origin = token_origins(record, rendered, turns, renderer.tokenizer)
     fields: dict[Fields, int] = {}
     specials = special_ids(renderer.tokenizer)
     for index, segment in enumerate(shown["segments"]):
