@@ -24,6 +24,22 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
     assert "All 100 examples" in said
 
 
+HELD_OUT = {"held_out": {"num_examples": 20, "num_rejected": 0}}
+
+
+def test_examples_to_train_on_and_held_out_ones_are_counted_apart(tmp_path):
+    record = read_run(write_run(tmp_path / "a", data=DATA | HELD_OUT))
+    assert facts(record)["examples in the data"] == "80 to train on, 20 held out"
+    said = " ".join(finding.seen for finding in judge(record).findings)
+    assert "All 80 examples are trained exactly as inference will see them, and so are the 20 held-out ones." in said
+    data = DATA | {"held_out": {"num_examples": 20, "num_rejected": 2}}
+    record = read_run(write_run(tmp_path / "b", data=data, rejections=REJECTED))
+    assert facts(record)["rejected"] == "6, 2 of them held out"
+    found = {finding.seen: finding.level for finding in judge(record).findings}
+    assert found["4 of 80 (5.0%) examples were rejected and not trained."] == "note"
+    assert found["2 of 20 (10%) held-out examples were rejected and not measured."] == "warning"
+
+
 FLAT, RISING = [2.0] * 20, [1.0 + step / 10 for step in range(20)]
 NORMS = [0.5] * 15 + [9.0] + [0.5] * 4
 LAST = {"num_truncated": 3, "num_split": 1}

@@ -56,11 +56,15 @@ def convert(file: PeerFile, folder: Path) -> Converted:
 
 
 def _flat(file: PeerFile) -> PeerFile:
-    if file.peer != "torchtune":
-        return file
-    from preceptor.config.torchtune import flattened
+    if file.peer == "torchtune":
+        from preceptor.config import torchtune
 
-    return flattened(file)
+        return torchtune.flattened(file)
+    if file.peer == "Unsloth":
+        from preceptor.config import unsloth
+
+        return unsloth.flattened(file)
+    return file
 
 
 def known_settings() -> set[str]:
@@ -167,10 +171,12 @@ class _Conversion:
             key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
             if (window := self._given.value(key)) is not None:
                 self._set("data.window", self._given.cast(key, window, int))
+        if self._given.settings.get("dataset_text_field") == "text":  # as here
+            self._given.used.add("dataset_text_field")
         self._chat_template()
         self._train_on()
         self._packed = self._given.on("packing", "sample_packing") is not None
-        if self._given.peer in ("TRL", "LLaMA-Factory") and not self._packed:
+        if self._given.peer in ("TRL", "Unsloth", "LLaMA-Factory") and not self._packed:
             self._given.note(
                 "max_length", "longer examples are cut there; here they are rejected, or as data.overflow says"
             )
@@ -200,7 +206,7 @@ class _Conversion:
             self._given.note(
                 "roles_to_train", f"{short(roles)}: only assistant turns, the last one, or all can be trained"
             )
-        elif self._given.peer == "TRL" and not self._given.on("assistant_only_loss"):
+        elif self._given.peer in ("TRL", "Unsloth") and not self._given.on("assistant_only_loss"):
             self._given.note(
                 "assistant_only_loss",
                 "off, so TRL trains all tokens of `messages` (of prompt and completion: the completion); here what the "

@@ -183,6 +183,11 @@ COUNTERPARTS: dict[str, str] = {
     "finetuning_type": "adapter.kind: lora; without the section `adapter` all weights are trained",
     "peft_type": "adapter.kind: lora",
     "use_peft": "adapter.kind: lora",
+    # Unsloth's own
+    "model_name": "model.path",
+    "load_in_16bit": "model.dtype: bfloat16",
+    "full_finetuning": "adapter: without this section all weights are trained",
+    "use_gradient_checkpointing": "memory.activation_checkpointing: `all`, or the first so many layers",
 }
 """Keys of other trainers -> the key here."""
 
@@ -290,6 +295,9 @@ NO_COUNTERPART: dict[str, str] = {
     "tokenizer_name": "the model's own tokenizer is used: remove the key",
     "tokenizer_config": "the model's own tokenizer is used: remove the key",
     "tokenizer_type": "the model's own tokenizer is used: remove the key",
+    "token": "the environment variable HF_TOKEN or `hf auth login` holds it: remove the key",
+    "random_state": "train.seed draws the first values of an adapter as well: nothing to set",
+    "train_on_responses_only": "what the model answers is trained; no part of a template needs a name: nothing to set",
     "bnb_4bit_quant_storage": _QUANTIZED,
     "llm_int8_threshold": "int8 quantizes weights alone, so no activation is an outlier: remove the key",
     "quantization_method": _QUANTIZED,
@@ -407,6 +415,20 @@ NO_COUNTERPART: dict[str, str] = {
     "data.train.ds_type": "the type of a file is recognised by its name and content: remove the key",
 }
 """Keys of other trainers that are not needed or not offered here -> what to do; with a section: only there."""
+
+_OWN_LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
+
+OF_TRAINER: dict[str, str] = {
+    "callbacks": _OWN_LOOP,
+    "data_collator": "conversations are packed with their targets here, by no collator; remove it",
+    "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
+    "compute_metrics": _METRIC,
+    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
+    "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+    "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+}
+"""Arguments of TRL's SFTTrainer that have no counterpart -> what to do."""
 
 INSTEAD_OF_SECTIONS: dict[str, str] = {
     "model": "write `model: {path: ...}`",

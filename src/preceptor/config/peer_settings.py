@@ -13,6 +13,9 @@ OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
 """Values that say no more than an absent key."""
 
 
+_OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
+
+
 class PeerSettings:
     """settings: without keys that have no value. used: the keys that became part of the run, or of a note.
 
@@ -21,10 +24,15 @@ class PeerSettings:
 
     def __init__(self, file: PeerFile) -> None:
         self.peer, given = file.peer, dict(file.settings)
-        if file.peer == "TRL" and isinstance(given.get("model_init_kwargs"), Mapping):  # how it loads the model
-            given |= given.pop("model_init_kwargs")
+        for key in ("model_init_kwargs", "quantization_config"):  # how the model is loaded, the one within the other
+            if file.peer in ("TRL", "Unsloth") and isinstance(given.get(key), Mapping):
+                inner = given.pop(key)
+                given |= {
+                    **(_OF_FOUR_BITS if key == "quantization_config" and inner.get("load_in_4bit") else {}),
+                    **inner,
+                }
         self.settings = {key: value for key, value in given.items() if value is not None}
-        none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
+        none_is_a_value = file.peer in ("TRL", "Unsloth")  # elsewhere a key without a value is as good as absent
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()

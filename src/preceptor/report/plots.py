@@ -152,12 +152,19 @@ def draw(panel: Panel, name: str) -> Plot:
         "x_label": panel.x_label,
         "unit": panel.unit,
         "bars": panel.bars and [list(panel.bars[0]), list(panel.bars[1])],
-        "series": [{"name": s.name, "colour": s.colour, "x": _short(s.x), "y": _short(s.y)} for s in shown if len(s.x)],
+        "series": [_values(series) for series in shown if len(series.x)],
     }
     legend = [(s.name, s.colour, False) for s in shown] if len(shown) > 1 or panel.level else []
     if panel.level is not None:
         legend.append((panel.level[0], 0, True))
     return Plot(panel.title, panel.note, _themed(svg, name, panel.title), legend, readout)
+
+
+def _values(series: Series) -> dict[str, Any]:
+    """What the page's script reads out of a curve."""
+    found = {"name": series.name, "colour": series.colour, "x": _short(series.x), "y": _short(series.y)}
+    ends = [_short(pair) if pair[0] < pair[1] else None for pair in series.y_ends]
+    return {**found, "y_ends": ends} if ends else found
 
 
 def draw_file(panel: Panel) -> str:
@@ -198,7 +205,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
         line.set_gid(f"series-{series.colour}-{number}")
         if not series.faint:
             line.set_label(series.name)
-        _fill_ends(axes, series, colour)
+        _fill_ends(axes, series, colour, f"series-{series.colour}-{number}")
     if panel.bars is not None:
         edges, counts = panel.bars
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOUR["c1"], alpha=0.85)
@@ -231,12 +238,15 @@ def _fill(axes: Axes, panel: Panel) -> None:
     axes.tick_params(length=0, pad=5, which="both")
 
 
-def _fill_ends(axes: Axes, series: Series, colour: str) -> None:
+def _fill_ends(axes: Axes, series: Series, colour: str, name: str) -> None:
+    """name: what the ids of the lines begin with, so that they go with the curve where it is hidden."""
     for x, y, (low, high) in zip(series.x, series.y, series.x_ends, strict=bool(series.x_ends)):
-        axes.plot([low, high], [y, y], color=colour, alpha=0.6, linewidth=1.1)
+        (line,) = axes.plot([low, high], [y, y], color=colour, alpha=0.6, linewidth=1.1)
+        line.set_gid(f"{name}-{x:g}-across")
         assert low <= x <= high
     for x, (low, high) in zip(series.x, series.y_ends, strict=bool(series.y_ends)):
-        axes.plot([x, x], [low, high], color=colour, alpha=0.6, linewidth=1.1)
+        (line,) = axes.plot([x, x], [low, high], color=colour, alpha=0.6, linewidth=1.1)
+        line.set_gid(f"{name}-{x:g}-up")
     for x, y, label in zip(series.x, series.y, series.labels, strict=bool(series.labels)):
         axes.annotate(label, (x, y), (5, -11), textcoords="offset points", fontsize=9, color=_COLOUR["faint"])
 

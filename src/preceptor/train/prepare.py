@@ -53,6 +53,7 @@ class Prepared:
     tasks: list[Task]
     rejections: list[Rejection]
     num_examples: int  # of all sources, rejected ones included
+    num_measured: tuple[int, int]  # examples of the held-out sources, and how many of them are rejected
     examples_per_epoch: int
     tokens: TokenCounts  # of an epoch
     shortened: Shortened  # what was done to examples that were too long
@@ -138,7 +139,9 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     ) as on_example:
         reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
         train = [] if streaming else [reader.read(source) for source in sources["train"]]
+        before = reader.num_examples, len(reader.rejections)
         held_out = [reader.read_held_out(source) for source in sources["held out"]]
+        num_measured = reader.num_examples - before[0], len(reader.rejections) - before[1]
         replay = [reader.read(source) for source in sources["replay"]]
     of_stream = None
     if stream is not None:
@@ -163,6 +166,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
+        num_measured=num_measured,
         examples_per_epoch=len(store),
         tokens=TokenCounts.of(dataset, store),
         shortened=reader.shortened,
