@@ -58,7 +58,7 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
             "warning",
             "lowest after step 10 (1.000) and then rose to 1.100",
         ),
-        ({"eval": []}, "note", "No held-out loss"),
+        ({"eval": []}, "note", "Neither a loss on held-out examples nor answers to them were measured"),
         ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "The training loss (0.428) is much lower"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),

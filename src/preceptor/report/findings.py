@@ -173,7 +173,10 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
     if not evaluations:
         advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
         yield Finding(
-            "note", "No held-out loss: what was learned beyond the training examples is not measured.", advice
+            "note",
+            "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "
+            "training examples is not known.",
+            advice,
         )
         return
     if len(evaluations) < 2:

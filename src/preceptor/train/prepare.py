@@ -151,7 +151,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         opened = partial(_opened, run, chat, replay)
         of_stream = Stream(stream, opened, first.num_examples, len(reader.rejections) - num_beside)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
-    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, str(counts))
+    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     tables, tuning_N = _tables(train), _tuning(run, train)
     if not len(tuning_N):
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
@@ -321,12 +321,14 @@ def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
                     )
 
 
-def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, reasons: str) -> None:
+def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, counts: RejectionCounts) -> None:
     """Raises DataError where more were rejected, for reasons that are not allowed, than `data.max_rejected` allows."""
     if num_rejected > max_rejected * num_examples:
         raise DataError(
             f"{num_rejected} of {num_examples} examples cannot be trained "
-            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{reasons}"
+            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}\n"
+            "Fix the data, or let such examples be left out: "
+            f"data.allow_rejected=[{','.join(counts.not_allowed)}] after the run file, or that key in it"
         )
 
 
