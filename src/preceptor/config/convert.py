@@ -116,6 +116,8 @@ class _Conversion:
     # The sections --------------------------------------------------------------------------------------------------
 
     def _model(self) -> None:
+        if self._given.settings.get("device_map") in ("auto", "sequential", "balanced"):  # as train.device: auto
+            self._given.used.add("device_map")
         lora = trains_adapter(self._given)
         self._quantization(lora)
         dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
@@ -305,8 +307,7 @@ class _Conversion:
         elif checkpointing is not None:
             self._given.note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
         self._moment("checkpoint.every", "save", 500)
-        if "eval" in self._found.tree["data"]:
-            self._moment("eval.every", "eval", None)
+        self._moment("eval.every", "eval", None)
 
     def _moment(self, ours: str, kind: str, default_steps: int | None) -> None:
         """`checkpoint.every` or `eval.every` from a strategy and a number of steps, or from so many an epoch."""
@@ -323,7 +324,7 @@ class _Conversion:
             number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
                 self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
-        elif strategy not in (None, "no", False):
+        elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
 
     def _trackers(self) -> None:

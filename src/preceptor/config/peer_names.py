@@ -209,6 +209,9 @@ _ADAPTED = "an adapter has an exact path of its own in the engine, chosen by its
 _EXPERTS = "experts that are one tensor are adapted unless adapter.target_modules names layers: nothing to set"
 _SAVED = "adapter.save says whether the adapter, the merged model or both are saved: remove the key"
 
+_WATCHED = (
+    "a step whose loss is not finite is left out and named; `preceptor watch` shows a loss that rises: remove the key"
+)
 _LOOP = "part of the loop of transformers' Trainer, which is another one here: remove the key"
 
 NO_COUNTERPART: dict[str, str] = {
@@ -266,6 +269,8 @@ NO_COUNTERPART: dict[str, str] = {
     "fsdp_config": _STRATEGY,
     "ddp_find_unused_parameters": "parameters without a gradient need no setting: remove the key",
     "ddp_timeout": "a process that waits for another one gives up after 30 minutes: nothing to set",
+    "loss_watchdog_threshold": _WATCHED,
+    "loss_watchdog_patience": _WATCHED,
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,
