@@ -73,7 +73,7 @@ def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run
     assert exit_code == 3
     assert "1 of 4 examples cannot be trained" in err
     assert f"1 x {code}: first at {tmp_path}/train.jsonl:4:" in err
-    assert f"data.allow_rejected=[{code}]" in err
+    assert f"data.allow_rejected: [{code}]" in err
     assert not (tmp_path / "run").exists()
 
 

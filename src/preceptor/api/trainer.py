@@ -130,10 +130,10 @@ class SFTTrainer:
             self.notes = [note for note in self.notes if note[0] != "use_cpu"]
         return Run(**tree, tokenizer=None if is_named else self._tokenizer)
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> TrainResult:
+    def train(self, resume_from_checkpoint: bool | None = None, *, replace: bool = False) -> TrainResult:
         """Train to the end; the model is saved in `output_dir`/model. The same call goes on with what was stopped.
 
-        resume_from_checkpoint: True: only go on. Raises ConfigError without `train_dataset`, and as `Run.train`.
+        resume_from_checkpoint: True: only go on. replace: begin anew where an earlier run is. Raises ConfigError without `train_dataset`, and as `Run.train`.
         """
         run = self._required()
         if isinstance(resume_from_checkpoint, str):
@@ -144,7 +144,7 @@ class SFTTrainer:
         for key, why in self.notes:
             if is_launched_first() and not why.endswith(_NOT_SAID):
                 say(f"from TRL: {key}: {why}")
-        return run.train(resume=bool(resume_from_checkpoint))
+        return run.train(resume=bool(resume_from_checkpoint), replace=replace)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Copy the saved model, a complete folder, to another one. Raises CheckpointError where it is not trained yet.
