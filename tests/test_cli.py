@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -261,3 +262,14 @@ def test_a_system_prompt_can_be_given_in_a_conversation():
     assert said[1] == "new conversation, with the system prompt: Be brief."
     converse([Echo()], ["/system", "5?"], None, lambda name, text: said.append(text))
     assert heard[-1] == ["5?"] and said[-2] == "new conversation"
+
+
+def test_threads_that_wait_sleep_in_programs_too():
+    """As in the commands; torch reads it when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, preceptor; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected

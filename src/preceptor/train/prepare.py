@@ -327,7 +327,8 @@ def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: flo
         raise DataError(
             f"{num_rejected} of {num_examples} examples cannot be trained "
             f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}\n"
-            f"Fix the data, or let such examples be left out with `data.allow_rejected: [{', '.join(counts.not_allowed)}]`"
+            "Fix the data, or let such examples be left out with "
+            f"`data.allow_rejected: [{', '.join(counts.not_allowed)}]`"
         )
 
 
