@@ -51,6 +51,11 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
     [
         ({"metrics": steps(FLAT)}, "error", "Nothing was learned: training loss 2.000"),
         ({"metrics": steps(RISING)}, "error", "The training loss rose"),
+        (
+            {"metrics": steps(RISING[:6])},
+            "note",
+            "Training loss 1.000 in the first step, 1.500 in the last; so few steps",
+        ),
         ({"metrics": steps([1.0, float("nan"), 1.0])}, "error", "not finite from step 2"),
         ({"eval": looks((0, 2.0), (20, 2.0))}, "warning", "held-out loss did not fall"),
         (

@@ -154,6 +154,12 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         return
     first, last = both
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
+    if len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
+        seen = (
+            f"Training loss {first:.3f} in the first step, {last:.3f} in the last; so few steps do not say what it did."
+        )
+        yield Finding("note", seen)
+        return
     if last > first * (1 + NOTHING_LEARNED):
         yield Finding(
             "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
