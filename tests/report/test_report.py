@@ -204,6 +204,12 @@ def test_the_held_out_loss_is_drawn_with_its_interval(tmp_path):
     assert not unmeasured.series[-1].y_ends and "interval" not in unmeasured.note
 
 
+def test_small_numbers_are_written_out():
+    """Without a common factor, which stands above the axes and would be cut."""
+    svg = draw(Panel("Learning rate", "", [Series("rate", [0, 10], [1e-5, 2e-5])], from_zero=True), "p").svg
+    assert "2e-05" in svg and not re.search(r">\s*1e[^<]{1,8}</text>", svg)
+
+
 def test_dotted_keys():
     tree = {"a": {"b": [1, {"c": None}], "d": {}}, "e": []}
     assert flat(tree) == {"a.b[0]": 1, "a.b[1].c": None, "a.d": {}, "e": []}
