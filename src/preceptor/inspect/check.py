@@ -322,8 +322,8 @@ def _tokens(found: dict[str, Any]) -> str:
     more += left_out_lines(found["left_out"])
     if found["no_header"]:
         more.append(
-            "the template adds nothing that asks for an answer, so the model writes the header of its message itself; a "
-            "template that has add_generation_prompt does it for the model"
+            "the template adds nothing that asks for an answer, so the model writes the header of its message itself; "
+            "a template that has add_generation_prompt does it for the model"
         )
     return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *[f"  {line}" for line in more]])
 
