@@ -116,10 +116,9 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     """Read, render and check all data of a run, of a stream the first window, with a progress bar on a terminal.
 
     date: for chat templates that write it (absent: now); that of its first start for a run that goes on. world: not
-    connected yet; one process of each machine renders a stream for all.
-    With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
-    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
-    examples are rejected; ModelError and TemplateError as `load_chat_format`.
+    connected yet; one process of each machine renders a stream for all. With more than one process, large inputs are
+    rendered in several (see data/workers.py). Raises DataError if a file cannot be read, nothing is left to train, or
+    more of the examples are rejected than `data.max_rejected`; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
     tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
@@ -139,9 +138,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     ) as on_example:
         reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
         train = [] if streaming else [reader.read(source) for source in sources["train"]]
-        before = reader.num_examples, len(reader.rejections)
         held_out = [reader.read_held_out(source) for source in sources["held out"]]
-        num_measured = reader.num_examples - before[0], len(reader.rejections) - before[1]
         replay = [reader.read(source) for source in sources["replay"]]
     of_stream = None
     if stream is not None:
@@ -166,7 +163,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
-        num_measured=num_measured,
+        num_measured=(reader.num_held_out, reader.num_held_out_rejected),
         examples_per_epoch=len(store),
         tokens=TokenCounts.of(dataset, store),
         shortened=reader.shortened,
@@ -257,6 +254,7 @@ class _SourceReader:
             renderer, fitter, partial(_no_counts, renderer), whole, cache, num_processes, on_example
         )
         self.rejections: list[Rejection] = []
+        self.num_held_out = self.num_held_out_rejected = 0  # of the sources that are held out
         self.formats: dict[str, Counter[str]] = {}
         self.counts, self.shortened = _no_counts(renderer), Shortened()
 
@@ -284,7 +282,9 @@ class _SourceReader:
         read = read_trees(source, self._renderer, self._fitter, self._num_processes, self._cache, with_texts=True)
         for entry, fitted in read:
             self.formats.setdefault(entry.table, Counter())[entry.format] += 1
+            self.num_held_out += 1
             if isinstance(fitted, Rejection):
+                self.num_held_out_rejected += 1
                 self.rejections.append(fitted)
             else:
                 found += fitted
