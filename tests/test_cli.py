@@ -2,8 +2,11 @@
 
 import gc
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -71,6 +74,7 @@ def test_a_bad_row_is_shown_with_its_place_and_nothing_is_written(preceptor, run
     assert exit_code == 3
     assert "1 of 4 examples cannot be trained" in err
     assert f"1 x {code}: first at {tmp_path}/train.jsonl:4:" in err
+    assert f"data.allow_rejected: [{code}]" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -222,7 +226,7 @@ def test_few_steps_are_said_before_and_in_training(preceptor, run_file):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (None, "trained with this system prompt in 11 of 12 conversations; --system gives it: Be brief."),
+        (None, "trained with this system prompt in 11 of 12 conversations; /system gives it: Be brief."),
         ("Be brief.", "trained with this system prompt in 11 of 12 conversations: Be brief."),
     ],
 )
@@ -233,7 +237,39 @@ def test_chat_says_which_system_prompt_was_trained(preceptor, run_file, tmp_path
         system = {"role": "system", "content": "Be brief."}
         rows = [{"messages": [system, *row["messages"]]} for row in conversations(11)] + conversations(1)
         assert preceptor("train", run_file(rows))[0] == 0
-    assert trained_system_prompt(str(tmp_path / "run/model"), given) == says
-    assert trained_system_prompt("scholar", given) is None
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) == (says, "Be brief.")
+    assert trained_system_prompt("scholar", given) == (None, None)
     (tmp_path / "run/data.json").write_text('{"system_prompts": 3}')
-    assert trained_system_prompt(str(tmp_path / "run/model"), given) is None
+    assert trained_system_prompt(str(tmp_path / "run/model"), given) == (None, None)
+
+
+def test_a_system_prompt_can_be_given_in_a_conversation():
+    from preceptor.serve.chat import converse
+
+    heard, said = [], []
+
+    class Echo:
+        model = SimpleNamespace(name="a")
+        messages: ClassVar = []
+
+        def reply(self, text):
+            heard.append([*(each["content"] for each in self.messages), text])
+            return text
+
+    lines = ["1?", "/system", "2?", "/system  Be kind.", "3?", "/new", "4?"]
+    converse([Echo()], lines, None, lambda name, text: said.append(text), trained="Be brief.")
+    assert heard == [["1?"], ["Be brief.", "2?"], ["Be kind.", "3?"], ["Be kind.", "4?"]]
+    assert said[1] == "new conversation, with the system prompt: Be brief."
+    converse([Echo()], ["/system", "5?"], None, lambda name, text: said.append(text))
+    assert heard[-1] == ["5?"] and said[-2] == "new conversation"
+
+
+def test_threads_that_wait_sleep_in_programs_too():
+    """As in the commands; torch reads it when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import os, preceptor; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**environment, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected

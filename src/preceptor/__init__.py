@@ -1,5 +1,6 @@
 """Preceptor: supervised fine-tuning that trains exactly what inference will see."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from preceptor.api.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
+
+# Waiting threads sleep instead of spinning. On a machine with anything else to do, spinning made small models 3 to 40
+# times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _PLACES = {
     "Run": "api.run",
     "SFTConfig": "api.trainer",

@@ -57,9 +57,7 @@ UNEXPECTED = errors.PreceptorError.exit_code
 
 def main() -> None:
     """Entry point: run a command, turn an error into its message and exit code."""
-    # Waiting threads sleep instead of spinning. On a machine with anything else to do, spinning made small models 7 to
-    # 40 times slower (docs/decisions/2026-11-22-waiting-threads.md). Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: first writes are faster
     # sequences differ in length: else a GPU's memory falls into pieces of which none is large enough
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

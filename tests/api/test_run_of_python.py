@@ -301,6 +301,8 @@ SPLITS = datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}]))
         ({"data": SPLITS}, ConfigError, r"splits 'train'; give one of them, such as dataset\['train'\]"),
         ({"data": "absent.jsonl"}, DataError, "absent.jsonl: no such data file"),
         ({"learning_rate": 1}, ConfigError, "learning_rate: unknown key; here it is optimizer.learning_rate"),
+        ({"train_dataset": object()}, ConfigError, "train_dataset: unknown key; here it is data.train"),
+        ({"train": {"epochs": 3}}, ConfigError, "train.epochs: unknown key; here it is train.duration"),
         ({"tokenizer": None}, ConfigError, r"tokenizer: needed with a live model"),
         ({"model_dtype": "bfloat16"}, ConfigError, "model.dtype: says how a model is loaded"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
@@ -97,6 +97,23 @@ def test_how_the_model_is_loaded(base_folder, tmp_path):
     assert trainer.run.config.model.dtype == "bfloat16"
 
 
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize("kind", [lambda: BitsAndBytesConfig(**FOUR_BITS), lambda: dict(FOUR_BITS)])
+@pytest.mark.parametrize("of_trl", [True, False])
+@pytest.mark.parametrize("is_argument", [True, False])
+def test_a_quantization_config_is_carried_over(base_folder, tmp_path, kind, of_trl, is_argument):
+    """In the arguments with which the model is loaded, or beside them."""
+    loading = {"dtype": "bfloat16"} if is_argument else {"dtype": "bfloat16", "quantization_config": kind()}
+    own = {"quantization_config": kind()} if is_argument else {}
+    args = (trl.SFTConfig if of_trl else SFTConfig)(str(tmp_path), model_init_kwargs=loading, use_cpu=True, bf16=False)
+    trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS, peft_config=LoraConfig(r=2), **own)
+    found = trainer.run.config.model
+    assert (found.quantization, found.double_quantization, found.dtype) == ("nf4", True, "bfloat16")
+    assert not {"quantization_config", "bnb_4bit_quant_type", "model_init_kwargs"} & dict(trainer.notes).keys()
+
+
 def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
     rows = [{"q": "1?", "a": "2."}, {"q": "3?", "a": "4."}]
     trainer = SFTTrainer(
@@ -118,6 +135,7 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"preprocess_logits_for_metrics": print}, r"preprocess_logits_for_metrics: .*`eval=\{'code': function\}`"),
         ({"optimizers": (1, 2)}, r"optimizers: .*optimizer"),
         ({"quantization_config": 1}, "quantization_config: .*'quantization': 'nf4'"),
+        ({"quantization_config": GPTQConfig(bits=4)}, "quantization_config: GPTQConfig.*BitsAndBytesConfig"),
         ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),
         ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
         ({"train_dataset": None}, "train_dataset: needed"),

@@ -77,6 +77,29 @@ loss_watchdog_threshold: 5.0
 """
 
 
+PUBLISHED = """base_model: some/base
+datasets:
+  - path: own.jsonl
+    type: chat_template
+    roles_to_train: ["assistant"]
+    train_on_eos: turn
+val_set_size: 0.05
+loss_watchdog_threshold: 5.0
+loss_watchdog_patience: 3
+evals_per_epoch: 4
+"""
+
+
+def test_what_axolotls_examples_say_of_their_data_is_known(tmp_path):
+    """Roles that are the default; evaluations of a part that is split off there."""
+    found = converted(tmp_path, PUBLISHED)
+    assert found.tree["eval"] == {"every": "0.25 epochs"}
+    assert not {"data.train roles_to_train", "evals_per_epoch"} & notes_of(found).keys()
+    assert not [why for _, why in found.notes if "not known" in why]
+    found = converted(tmp_path, PUBLISHED.replace('["assistant"]', "[tool]"))
+    assert "only assistant turns" in notes_of(found)["data.train roles_to_train"]
+
+
 def test_axolotl(tmp_path):
     found = converted(tmp_path, AXOLOTL)
     tree, notes = found.tree, notes_of(found)
@@ -301,6 +324,12 @@ def test_llama_factory_trains_an_adapter_unless_it_is_told_otherwise(kind, is_lo
 def test_a_value_that_is_none_of_its_key_is_named(key, value):
     found = convert(PeerFile("LLaMA-Factory", {"pissa_init": True, key: value}), Path())
     assert "is not a value that can be carried over" in notes_of(found)[key]
+
+
+def test_where_a_model_is_loaded_is_chosen_by_itself():
+    found = convert(PeerFile("TRL", {"device_map": "auto", "eval_strategy": "epoch"}), Path())
+    assert "device_map" not in notes_of(found) and found.tree["eval"] == {"every": "1 epochs"}
+    assert "train.device" in notes_of(convert(PeerFile("TRL", {"device_map": {"a": 1}}), Path()))["device_map"]
 
 
 STREAMED = {

@@ -57,6 +57,17 @@ def trained(peer, settings, row, tokenizer, write_jsonl, template=None):
     ("peer", "settings", "expected"),
     [
         ("TRL", {"assistant_only_loss": True}, ["The message is.<|im_end|>", "and an assistant<|im_end|>"]),
+        (
+            "Unsloth",
+            {
+                "assistant_only_loss": True,
+                "train_on_responses_only": {
+                    "instruction_part": "<|im_start|>user\n",
+                    "response_part": "<|im_start|>assistant\n",
+                },
+            },
+            ["The message is.<|im_end|>\n", "and an assistant<|im_end|>\n"],
+        ),
         ("Axolotl", {}, ["The message is.<|im_end|>", "and an assistant<|im_end|>"]),
         ("Axolotl", {"train_on_eos": "none"}, ["The message is.", "and an assistant"]),
         ("Axolotl", {"train_on_eos": "last"}, ["The message is.", "and an assistant<|im_end|>"]),

@@ -33,7 +33,7 @@ def data_of(num, length, num_examples=None, num_positions=None):
         (data_of(1000, 100, num_examples=100_000), (4096, 4, 3)),  # much data: the largest steps
         (data_of(1000, 100), (512, 4, 3)),
         (data_of(50, 60), (64, 1, 3)),  # few examples: short sequences, a sequence a step
-        (data_of(20, 60), (64, 1, 5)),  # fewer: more epochs
+        (data_of(20, 60), (64, 1, 8)),  # fewer: more epochs
         (data_of(3, 60), (64, 1, 10)),  # not without end
         (data_of(1000, 5000), (5056, 4, 3)),  # long conversations: whole
         (data_of(1000, 1000, num_examples=10_000, num_positions=1024), (1024, 4, 3)),  # no more than the model reads
@@ -164,6 +164,9 @@ def test_on_a_terminal_it_asks(no_plan, preceptor, in_tmp, base_folder, write_js
     monkeypatch.setattr(sys, "stdin", Terminal(f"{base_folder}\nown.jsonl\n\n"))
     code, _, err = preceptor("init", "new/first.yaml")
     assert code == 0, err
+    monkeypatch.setattr(sys, "stdin", Terminal(""))  # whoever has said what is needed is asked for nothing
+    code, out, err = preceptor("init", "--model", base_folder, "--data", "own.jsonl")
+    assert code == 0 and "Folder of the run" not in out + err, err
     run = config.load(in_tmp / "new" / "first.yaml")
     assert (run.model.path, run.data.train[0].path, run.out) == (str(base_folder), "own.jsonl", "runs/first")
 
@@ -200,6 +203,13 @@ def test_rejected_examples_are_said_and_plain_text_gets_no_template(
     write_jsonl([*conversations(12), {"messages": [{"role": "user", "content": "Hi"}]}], "own.jsonl")
     code, out, _ = preceptor("init", "--model", base_folder, "--data", "own.jsonl")
     assert code == 0 and "1 x no_assistant_message: first at own.jsonl:13" in out
+    last = out[out.rindex("1 of 13 examples cannot be trained") :]
+    assert "Next:" in last and "the # before allow_rejected in run.yaml" in last and len(last.splitlines()) < 6
+    assert preceptor("check", "run.yaml")[0] == 3
+    text = (in_tmp / "run.yaml").read_text()
+    assert "  # allow_rejected: [no_assistant_message] # 1 of 13 examples" in text
+    (in_tmp / "run.yaml").write_text(text.replace("# allow_rejected", "allow_rejected"))
+    assert preceptor("check", "run.yaml")[0] == 0
     write_jsonl([{"text": f"A text of number {number}."} for number in range(60)], "texts.jsonl")
     code, out, _ = preceptor("init", "text.yaml", "--model", base_folder, "--data", "texts.jsonl")
     assert code == 0 and config.load(in_tmp / "text.yaml").data.chat_template is None

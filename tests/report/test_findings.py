@@ -24,6 +24,22 @@ def test_a_run_that_went_well_is_not_suspected(tmp_path):
     assert "All 100 examples" in said
 
 
+HELD_OUT = {"held_out": {"num_examples": 20, "num_rejected": 0}}
+
+
+def test_examples_to_train_on_and_held_out_ones_are_counted_apart(tmp_path):
+    record = read_run(write_run(tmp_path / "a", data=DATA | HELD_OUT))
+    assert facts(record)["examples in the data"] == "80 to train on, 20 held out"
+    said = " ".join(finding.seen for finding in judge(record).findings)
+    assert "All 80 examples are trained exactly as inference will see them, and so are the 20 held-out ones." in said
+    data = DATA | {"held_out": {"num_examples": 20, "num_rejected": 2}}
+    record = read_run(write_run(tmp_path / "b", data=data, rejections=REJECTED))
+    assert facts(record)["rejected"] == "6, 2 of them held out"
+    found = {finding.seen: finding.level for finding in judge(record).findings}
+    assert found["4 of 80 (5.0%) examples were rejected and not trained."] == "note"
+    assert found["2 of 20 (10%) held-out examples were rejected and not measured."] == "warning"
+
+
 FLAT, RISING = [2.0] * 20, [1.0 + step / 10 for step in range(20)]
 NORMS = [0.5] * 15 + [9.0] + [0.5] * 4
 LAST = {"num_truncated": 3, "num_split": 1}
@@ -35,6 +51,11 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
     [
         ({"metrics": steps(FLAT)}, "error", "Nothing was learned: training loss 2.000"),
         ({"metrics": steps(RISING)}, "error", "The training loss rose"),
+        (
+            {"metrics": steps(RISING[:6])},
+            "note",
+            "Training loss 1.000 in the first step, 1.500 in the last; so few steps",
+        ),
         ({"metrics": steps([1.0, float("nan"), 1.0])}, "error", "not finite from step 2"),
         ({"eval": looks((0, 2.0), (20, 2.0))}, "warning", "held-out loss did not fall"),
         (
@@ -42,7 +63,7 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
             "warning",
             "lowest after step 10 (1.000) and then rose to 1.100",
         ),
-        ({"eval": []}, "note", "No held-out loss"),
+        ({"eval": []}, "note", "Neither a loss on held-out examples nor answers to them were measured"),
         ({"eval": looks((0, 3.0), (20, 1.5))}, "note", "The training loss (0.428) is much lower"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=NORMS)}, "warning", "at 1 step: 16"),
         ({"metrics": steps([3 * 0.9**s for s in range(20)], grad_norm=2.0)}, "note", "scaled to optimizer.max_grad"),

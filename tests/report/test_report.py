@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from preceptor.errors import CheckpointError, ConfigError
+from preceptor.report.curves import panels
 from preceptor.report.page import distinct_names, page_of_run, page_of_runs, repeat_command, write_report
 from preceptor.report.plots import Panel, Series, draw, smooth, thin
 from preceptor.report.run_record import flat, read_run
 from preceptor.report.trees import Fork, paths, visible
-from runs import CHAIN, COMPARE, CONFIG, ENVIRONMENT, NASTY, TREE, example, sample, segment, steps, write_run
+from runs import CHAIN, COMPARE, CONFIG, ENVIRONMENT, NASTY, TREE, example, looks, sample, segment, steps, write_run
 
 
 def text_of(page):
@@ -183,6 +184,30 @@ def test_a_plot_has_the_colours_of_the_page_and_says_where_its_axes_lie():
         assert float(across) / box[0] == pytest.approx(left + width * (x - x0) / (x1 - x0), abs=1e-3)
         assert float(down) / box[1] == pytest.approx(top + height * (1 - (np.log10(y) - y0) / (y1 - y0)), abs=1e-3)
     assert plot.legend == [("a", 2, False), ("limit", 0, True)]
+
+
+def test_the_held_out_loss_is_drawn_with_its_interval(tmp_path):
+    """Where it was measured, and not around evaluations of an older version beside them."""
+    looked = looks((0, 3.0), (10, 1.5), (20, 0.75))
+    for line, half in zip(looked, (0.5, 0.25, None), strict=True):
+        line |= {} if half is None else {"loss_interval": [line["loss"] - half, line["loss"] + half]}
+    runs = [read_run(write_run(tmp_path / name, eval=looked)) for name in "ab"]
+    ends = [(2.5, 3.5), (1.25, 1.75), (0.75, 0.75)]
+    for panel in (panels(runs[:1], [""])[0], panels(runs, ["a", "b"])[1]):
+        assert panel.title in ("Loss", "Held-out loss") and list(panel.series[-1].y_ends) == ends
+        plot = draw(panel, "p")
+        for step in (0, 10, 20):
+            assert re.search(rf'<g id="p-series-2-\d-{step}-up">', plot.svg)
+        assert plot.readout["series"][-1]["y_ends"] == [[2.5, 3.5], [1.25, 1.75], None]
+        assert plot.note.endswith("bars: 95 % intervals")
+    unmeasured = panels([read_run(write_run(tmp_path / "c"))], [""])[0]
+    assert not unmeasured.series[-1].y_ends and "interval" not in unmeasured.note
+
+
+def test_small_numbers_are_written_out():
+    """Without a common factor, which stands above the axes and would be cut."""
+    svg = draw(Panel("Learning rate", "", [Series("rate", [0, 10], [1e-5, 2e-5])], from_zero=True), "p").svg
+    assert "2e-05" in svg and not re.search(r">\s*1e[^<]{1,8}</text>", svg)
 
 
 def test_dotted_keys():

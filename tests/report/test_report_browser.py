@@ -6,7 +6,7 @@ import pytest
 
 from browser import CHROMIUM, REASON, browser
 from preceptor.report.page import write_report
-from runs import COMPARE, sample, steps, write_run
+from runs import COMPARE, looks, sample, steps, write_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=REASON)
 
@@ -21,7 +21,9 @@ def chromium(tmp_path_factory):
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     answers = [sample(20, f"{number}?", f"Answer {number}.", base="x", exact=number < 7) for number in range(10)]
-    first = write_run(folder / "a", samples=answers, compare=COMPARE)
+    looked = looks((0, 3.0), (10, 1.5), (20, 0.75))
+    looked[1] |= {"loss_interval": [1.25, 1.875]}
+    first = write_run(folder / "a", samples=answers, compare=COMPARE, eval=looked)
     second = write_run(folder / "b", metrics=steps([2.0] * 20))
     return write_report([first]), write_report([first, second], folder / "both.html")
 
@@ -57,13 +59,20 @@ def test_a_plot_answers_to_the_pointer_and_the_keys(chromium, pages):
     chromium.move(*middle(chromium, "#course figure .canvas"))
     shown = "document.querySelector('#course figure .readout').textContent"
     assert chromium.run(shown).startswith("step 9 ") and "training" in chromium.run(shown)
-    assert "held out" in chromium.run(shown) and chromium.run("document.querySelectorAll('.cross').length") == 1
+    assert (
+        "held out 1.5 (1.25 to 1.875) (step 10)" in chromium.run(shown)
+        and chromium.run("document.querySelectorAll('.cross').length") == 1
+    )
     chromium.run("document.querySelector('#course figure .canvas').focus()")
     for key in ("Escape", "ArrowRight"):
         chromium.run(
             f"document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))"
         )
     assert chromium.run(shown) == "step 1 · training 3 · held out 3 (step 0)"
+    bars = "[...document.querySelectorAll('#course figure:first-child [id*=\"-series-2-\"]')].map(e => e.style.display)"
+    assert chromium.run(bars) == ["", "", "", ""]  # the curve, and its interval at each step
+    chromium.move(*middle(chromium, "#course figure .legend button:last-child"), press=True)
+    assert chromium.run(bars) == ["none"] * 4
     assert chromium.console == []
 
 

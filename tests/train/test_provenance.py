@@ -40,6 +40,7 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     assert {"norms", "glu", "last_layer"} < set(environment["engine"]["optimisations"])
     data = json.loads((folder / "data.json").read_text())
     assert (data["num_examples"], data["examples_per_epoch"], data["num_steps"]) == (14, 12, 4)
+    assert data["held_out"] == {"num_examples": 2, "num_rejected": 0}
     assert data["tokens"]["computed"] > 0
     assert sum(data["lengths"]["trees"]["counts"]) == 12 == sum(data["lengths"]["targets"]["counts"])
     lines = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from preceptor.api.run import Run
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import Converted, convert, known_settings
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_names import NO_COUNTERPART
+from preceptor.config.peer_names import NO_COUNTERPART, OF_TRAINER
 from preceptor.config.sections import nearest
 from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees
@@ -27,18 +27,6 @@ from preceptor.model.forward import Engine
 from preceptor.world import is_launched_first
 
 _NOT_SAID = ("nothing to set", "remove the key")  # how reasons end that nobody needs to act on
-_LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
-_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
-_REFUSED = {
-    "callbacks": _LOOP,
-    "data_collator": "conversations are packed with their targets here, by no collator; remove it",
-    "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
-    "compute_metrics": _METRIC,
-    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
-    "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
-    "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
-    "quantization_config": "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run",
-}
 _OF_PEFT = ("r", "lora_alpha", "lora_dropout", "target_modules")  # carried over
 _KINDS_OF_PEFT = ("use_dora", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save")
 _OF_NO_EFFECT = (
@@ -95,6 +83,7 @@ class SFTTrainer:
         processing_class: Any = None,
         *,
         peft_config: Any = None,
+        quantization_config: Any = None,
         formatting_func: Callable[[Any], str] | None = None,
         tokenizer: Any = None,
         **arguments: Any,
@@ -107,14 +96,17 @@ class SFTTrainer:
         if hasattr(args, "get_vocab"):
             args, processing_class = None, args
         processing_class = tokenizer if processing_class is None else processing_class
-        others = {"data_collator": data_collator} | {key: arguments.pop(key) for key in _REFUSED if key in arguments}
+        others = {"data_collator": data_collator} | {key: arguments.pop(key) for key in OF_TRAINER if key in arguments}
         for key, value in others.items():
             if value is not None and value != [] and value != (None, None):
-                raise ConfigError(f"{key}: has no counterpart here: {_REFUSED[key]}")
+                raise ConfigError(f"{key}: has no counterpart here: {OF_TRAINER[key]}")
         self._given, self._tokenizer = model, processing_class
         self.notes: list[tuple[str, str]] = []
         self.run: Run | None = None
         settings = {**_settings_of(args), **SFTConfig(**arguments).arguments, **_adapter(peft_config)}
+        loading = dict(settings.get("model_init_kwargs") or {})
+        if (found := quantization_config or loading.pop("quantization_config", None)) is not None:
+            settings |= {"model_init_kwargs": loading, "quantization_config": _quantization(found)}
         if train_dataset is not None:
             data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}
             self.run = self._run(settings, {key: _formatted(each, formatting_func) for key, each in data.items()})
@@ -138,10 +130,11 @@ class SFTTrainer:
             self.notes = [note for note in self.notes if note[0] != "use_cpu"]
         return Run(**tree, tokenizer=None if is_named else self._tokenizer)
 
-    def train(self, resume_from_checkpoint: bool | None = None) -> TrainResult:
+    def train(self, resume_from_checkpoint: bool | None = None, *, replace: bool = False) -> TrainResult:
         """Train to the end; the model is saved in `output_dir`/model. The same call goes on with what was stopped.
 
-        resume_from_checkpoint: True: only go on. Raises ConfigError without `train_dataset`, and as `Run.train`.
+        resume_from_checkpoint: True: only go on. replace: begin anew where an earlier run is. Raises ConfigError
+        without `train_dataset`, and as `Run.train`.
         """
         run = self._required()
         if isinstance(resume_from_checkpoint, str):
@@ -152,7 +145,7 @@ class SFTTrainer:
         for key, why in self.notes:
             if is_launched_first() and not why.endswith(_NOT_SAID):
                 say(f"from TRL: {key}: {why}")
-        return run.train(resume=bool(resume_from_checkpoint))
+        return run.train(resume=bool(resume_from_checkpoint), replace=replace)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Copy the saved model, a complete folder, to another one. Raises CheckpointError where it is not trained yet.
@@ -271,6 +264,19 @@ def _adapter(peft_config: Any) -> dict[str, Any]:
         "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
         **kind,
     }
+
+
+def _quantization(given: Any) -> dict[str, Any]:
+    """What a BitsAndBytesConfig says, or a dict like one. Raises ConfigError for another kind."""
+    if isinstance(given, Mapping):
+        return {key: value for key, value in given.items() if key != "quant_method"}
+    if type(given).__name__ != "BitsAndBytesConfig":
+        raise ConfigError(
+            f"quantization_config: {short(given)}: a BitsAndBytesConfig of 4 (nf4) or 8 bits (int8) is taken over; or "
+            "give model={'path': ..., 'quantization': 'nf4'} to preceptor.Run"
+        )
+    found = {**given.to_diff_dict(), "load_in_4bit": given.load_in_4bit, "load_in_8bit": given.load_in_8bit}
+    return {key: value for key, value in found.items() if not key.startswith("_")}
 
 
 def _formatted(dataset: Any, formatting_func: Callable[[Any], str] | None) -> Any:

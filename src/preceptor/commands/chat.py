@@ -18,7 +18,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
-    """Talk to a model in the terminal. /new starts a new conversation, Ctrl-D ends."""
+    """Talk to a model in the terminal. /new begins anew, /system with a system prompt, Ctrl-D ends."""
     from preceptor.console import say, standard_console
 
     check_models(base, model)
@@ -31,10 +31,12 @@ def chat(
     console = standard_console()
     if sys.stdin.isatty():
         say(
-            "Ctrl-D ends, /new starts a new conversation; an answer that ends in … was cut by --max-new-tokens",
+            "Ctrl-D ends, /new begins anew, /system TEXT with that system prompt; an answer that ends in … was cut by "
+            "--max-new-tokens",
             error=True,
         )
-    if (about := trained_system_prompt(model, system)) is not None:
+    about, trained = trained_system_prompt(model, system)
+    if about is not None:
         say(about, error=True)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -43,11 +45,14 @@ def chat(
         label = f"[{name}] " if name and len(speakers) > 1 else ""
         console.print(f"{label}{text}", highlight=False)
 
-    converse(speakers, _input_lines(), system, write)
+    converse(speakers, _input_lines(), system, write, trained)
 
 
-def trained_system_prompt(model: str, given: str | None) -> str | None:
-    """Which system prompt the model was trained with, if it lies in a run's folder, which says so."""
+def trained_system_prompt(model: str, given: str | None) -> tuple[str | None, str | None]:
+    """What there is to say of the system prompt that the model was trained with, and that prompt.
+
+    (None, None) where the model does not lie in a run's folder, which records it.
+    """
     from preceptor.files import read_json
     from preceptor.hub import run_folder_of
 
@@ -55,11 +60,11 @@ def trained_system_prompt(model: str, given: str | None) -> str | None:
         found = read_json((run_folder_of(model) or Path(model)) / "data.json")["system_prompts"]
         (prompt, count), total = found["most_common"][0], int(found["num_conversations"])
     except (errors.CheckpointError, KeyError, IndexError, TypeError, ValueError):  # no run's folder, or a changed one
-        return None
+        return None, None
     if not prompt:
-        return "trained mostly without a system prompt" if given else None
-    advice = "" if given == prompt else "; --system gives it"
-    return f"trained with this system prompt in {count:,} of {total:,} conversations{advice}: {prompt}"
+        return "trained mostly without a system prompt" if given else None, None
+    advice = "" if given == prompt else "; /system gives it"
+    return f"trained with this system prompt in {count:,} of {total:,} conversations{advice}: {prompt}", prompt
 
 
 def _input_lines() -> Iterator[str]:

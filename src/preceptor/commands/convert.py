@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def convert(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="YAML of Axolotl, LLaMA-Factory, TRL, torchtune; TRL script or command."),
+        typer.Argument(metavar="FILE", help="YAML of Axolotl, LLaMA-Factory, TRL, torchtune; TRL or Unsloth script."),
     ],
     run_file: Annotated[
         Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file to write. Default: print it.")

@@ -37,14 +37,14 @@ def init(
     if run_file.exists():
         raise errors.ConfigError(f"{run_file}: exists already and is left as it is; name another file")
     run = _named_run(run_file, model, data or [], held_out or [], out, chat_template)
-    text, plan = _suggested(run, run_file, method, device)
+    text, plan, rejected = _suggested(run, run_file, method, device)
     with writing(run_file):
         run_file.parent.mkdir(parents=True, exist_ok=True)
         with run_file.open("x", encoding="utf-8") as file:
             file.write(text)
     write_json(run_file.parent / _SCHEMA, json_schema())
     name = shlex.quote(str(run_file))
-    say(f"{text}\n{plan}\n\nwritten to {run_file}. Next: preceptor check {name}, then preceptor train {name}")
+    say(f"{text}\n{plan}\n{rejected}\nwritten to {run_file}. Next: preceptor check {name}, then preceptor train {name}")
 
 
 def _named_run(
@@ -54,7 +54,7 @@ def _named_run(
     from preceptor import config
     from preceptor.hub import SCHOLAR
 
-    asks = sys.stdin.isatty()
+    asks = sys.stdin.isatty() and (model is None or not data)
     if model is None and asks:
         model = typer.prompt("Base model (a folder, Hub id or `scholar`)", default=SCHOLAR)
     if not data and asks:
@@ -97,8 +97,8 @@ def _source(path: str) -> dict[str, str]:
 
 def _suggested(
     run: Any, run_file: Path, method: Literal["auto", "full", "lora"], device_name: str | None
-) -> tuple[str, str]:
-    """The run file's text and what `plan` says of it."""
+) -> tuple[str, str, str]:
+    """The run file's text, what `plan` says of it, and what to do about examples that cannot be trained."""
     from preceptor.hub import fetch_optional
     from preceptor.plan.devices import find_device
     from preceptor.plan.model import read_model
@@ -109,7 +109,7 @@ def _suggested(
         fetch_optional(model.path, ("tokenizer.json", "tokenizer_config.json"))
         model = read_model(run.model)
     with large_imports():
-        from preceptor.inspect.suggestion import read_lengths, suggest
+        from preceptor.inspect.suggestion import read_lengths, rejected_line, suggest
         from preceptor.plan.dry_run import DryRun, dry_run_of
 
     lengths = read_lengths(run)
@@ -123,11 +123,15 @@ def _suggested(
         dry_run = str(error)
     found = suggest(run, lengths, model, sample, device, dry_run, method)
     text = found.text(_SCHEMA, f"preceptor train {shlex.quote(str(run_file))}")
-    rejected = f"{lengths.rejections.num_rejected} examples cannot be trained:\n{lengths.rejections}\n\n"
-    said = rejected if lengths.rejections.num_rejected else ""
+    rejected = ""
+    if lengths.rejections.num_rejected:
+        rejected = (
+            f"\n{rejected_line(lengths)}:\n{lengths.rejections}\n"
+            f"Mend the data; or take away the # before allow_rejected in {run_file}, and such examples are left out.\n"
+        )
     if isinstance(dry_run, str):
-        return text, f"{said}no plan: {dry_run}"
+        return text, f"no plan: {dry_run}", rejected
     from preceptor.plan.changes import find_plan
     from preceptor.plan.text import to_text
 
-    return text, said + to_text(find_plan(found.run, model, sample, device, dry_run))
+    return text, to_text(find_plan(found.run, model, sample, device, dry_run)), rejected

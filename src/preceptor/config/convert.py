@@ -56,11 +56,15 @@ def convert(file: PeerFile, folder: Path) -> Converted:
 
 
 def _flat(file: PeerFile) -> PeerFile:
-    if file.peer != "torchtune":
-        return file
-    from preceptor.config.torchtune import flattened
+    if file.peer == "torchtune":
+        from preceptor.config import torchtune
 
-    return flattened(file)
+        return torchtune.flattened(file)
+    if file.peer == "Unsloth":
+        from preceptor.config import unsloth
+
+        return unsloth.flattened(file)
+    return file
 
 
 def known_settings() -> set[str]:
@@ -112,6 +116,8 @@ class _Conversion:
     # The sections --------------------------------------------------------------------------------------------------
 
     def _model(self) -> None:
+        if self._given.settings.get("device_map") in ("auto", "sequential", "balanced"):  # as train.device: auto
+            self._given.used.add("device_map")
         lora = trains_adapter(self._given)
         self._quantization(lora)
         dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
@@ -167,10 +173,12 @@ class _Conversion:
             key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
             if (window := self._given.value(key)) is not None:
                 self._set("data.window", self._given.cast(key, window, int))
+        if self._given.settings.get("dataset_text_field") == "text":  # as here
+            self._given.used.add("dataset_text_field")
         self._chat_template()
         self._train_on()
         self._packed = self._given.on("packing", "sample_packing") is not None
-        if self._given.peer in ("TRL", "LLaMA-Factory") and not self._packed:
+        if self._given.peer in ("TRL", "Unsloth", "LLaMA-Factory") and not self._packed:
             self._given.note(
                 "max_length", "longer examples are cut there; here they are rejected, or as data.overflow says"
             )
@@ -200,7 +208,7 @@ class _Conversion:
             self._given.note(
                 "roles_to_train", f"{short(roles)}: only assistant turns, the last one, or all can be trained"
             )
-        elif self._given.peer == "TRL" and not self._given.on("assistant_only_loss"):
+        elif self._given.peer in ("TRL", "Unsloth") and not self._given.on("assistant_only_loss"):
             self._given.note(
                 "assistant_only_loss",
                 "off, so TRL trains all tokens of `messages` (of prompt and completion: the completion); here what the "
@@ -301,8 +309,7 @@ class _Conversion:
         elif checkpointing is not None:
             self._given.note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
         self._moment("checkpoint.every", "save", 500)
-        if "eval" in self._found.tree["data"]:
-            self._moment("eval.every", "eval", None)
+        self._moment("eval.every", "eval", None)
 
     def _moment(self, ours: str, kind: str, default_steps: int | None) -> None:
         """`checkpoint.every` or `eval.every` from a strategy and a number of steps, or from so many an epoch."""
@@ -319,7 +326,7 @@ class _Conversion:
             number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
                 self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
-        elif strategy not in (None, "no", False):
+        elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
 
     def _trackers(self) -> None:

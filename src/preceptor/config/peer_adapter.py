@@ -40,7 +40,7 @@ def adapter_section(given: PeerSettings) -> dict[str, Any]:
         targets = [name.strip() for name in targets.split(",")]
     if isinstance(targets, list):
         section["target_modules"] = [str(name) for name in dict.fromkeys(targets)]
-    elif targets is None and given.peer in ("TRL", "Axolotl") and not given.on("lora_target_linear"):
+    elif targets is None and given.peer in ("TRL", "Unsloth", "Axolotl") and not given.on("lora_target_linear"):
         given.note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
     dora = given.on("use_dora", "peft_use_dora") is not None
     return {"kind": "dora" if dora else "lora"} | {key: value for key, value in section.items() if value is not None}

@@ -9,6 +9,11 @@ from preceptor.config.peer_names import NO_COUNTERPART
 from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.errors import short
 
+_OF_ROLES = {
+    "roles_to_train": "only assistant turns, the last one, or all can be trained, see data.train_on",
+    "train_on_inputs": "data.train_on: `all` trains the prompt as well, of every source",
+}
+
 
 class Sources:
     """folder: where the file lies, for what it names."""
@@ -65,9 +70,11 @@ class Sources:
             found["name"] = str(values.pop("name"))
         if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
             found["columns"] = {"messages": str(column)}
+        if values.get("roles_to_train") == ["assistant"]:
+            values.pop("roles_to_train")
         self._format(key, values)
         for name, value in values.items():
-            advice = NO_COUNTERPART.get(name) or "not known here: see docs/data.md"
+            advice = NO_COUNTERPART.get(name) or _OF_ROLES.get(name) or "not known here: see docs/data.md"
             self._given.note(f"{key} {name}", f"{short(value)}: {advice}")
         return found
 

@@ -20,6 +20,17 @@ TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
 }
 DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
     "TRL": {**TRAINER, "learning_rate": 2e-5, "max_length": 1024, "lora_r": 16, "lora_alpha": 32},
+    "Unsloth": {
+        **TRAINER,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "optim": "adamw_8bit",
+        "weight_decay": 0.001,
+        "warmup_steps": 0.1,
+        "seed": 3407,
+        "lora_r": 16,
+        "lora_alpha": 16,
+    },
     "LLaMA-Factory": {
         **TRAINER,
         "finetuning_type": "lora",

@@ -1,23 +1,19 @@
-"""Files of other trainers -> their settings as one flat mapping: YAML, JSON, a command line, a Python script.
+"""Files of other trainers -> their settings as one mapping: YAML, JSON, a command line, a Python script or notebook."""
 
-A script is read, not run: keyword arguments of SFTConfig, LoraConfig and SFTTrainer, and the calls that make its model
-and data set. What is not written out in it is named in `unread`.
-"""
-
-import ast
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from preceptor.config.peer_script import read_script
 from preceptor.errors import ConfigError
 
-Peer = Literal["TRL", "Axolotl", "LLaMA-Factory", "torchtune"]
+Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
     ("torchtune", frozenset({"checkpointer", "metric_logger", "dataset._component_"})),
@@ -49,8 +45,9 @@ def read_peer_file(path: Path) -> PeerFile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    if path.suffix == ".py":
-        return _script(path, text)
+    if path.suffix in (".py", ".ipynb"):
+        script = read_script(path, text)
+        return PeerFile("Unsloth" if script.is_of_unsloth else "TRL", script.settings, script.unread)
     if re.search(r"(^|\s)--\w+", text) and path.suffix not in (".yaml", ".yml", ".json"):
         return _command(path, text)
     try:
@@ -103,153 +100,6 @@ def _command(path: Path, text: str) -> PeerFile:
             parsed = [yaml.load(word, _PlainLoader) for word in given]
             settings[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return PeerFile("LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL", settings, unread)
-
-
-# A script ----------------------------------------------------------------------------------------------------------
-
-_CONFIGS = ("SFTConfig", "TrainingArguments", "LoraConfig", "ModelConfig", "ScriptArguments")
-
-
-def _script(path: Path, text: str) -> PeerFile:
-    try:
-        module = ast.parse(text)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
-    script = _Script(module)
-    found = PeerFile("TRL", {})
-    for call in script.calls(*_CONFIGS, "SFTTrainer"):
-        if script.name_of(call) == "SFTTrainer":
-            _trainer(script, call, found)
-            continue
-        if script.name_of(call) == "LoraConfig":
-            found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8}  # peft's own defaults
-        for keyword in call.keywords:
-            _keyword(script, keyword, found)
-    if not found.settings:
-        raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
-    return found
-
-
-class _Script:
-    """A module, and what is assigned to its names once."""
-
-    def __init__(self, module: ast.Module) -> None:
-        self._module = module
-        assigned: dict[str, list[ast.expr]] = {}
-        for node in ast.walk(module):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                assigned.setdefault(node.targets[0].id, []).append(node.value)
-        self._values = {name: values[0] for name, values in assigned.items() if len(values) == 1}
-
-    def calls(self, *names: str) -> Iterator[ast.Call]:
-        for node in ast.walk(self._module):
-            if isinstance(node, ast.Call) and self.name_of(node) in names:
-                yield node
-
-    @staticmethod
-    def name_of(call: ast.Call) -> str:
-        """`from_pretrained` for `AutoModel.from_pretrained(...)`."""
-        function = call.func
-        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-    def resolved(self, node: ast.expr) -> ast.expr:
-        """What a name stands for, where it is assigned once."""
-        seen = 0
-        while isinstance(node, ast.Name) and node.id in self._values and seen < 10:
-            node, seen = self._values[node.id], seen + 1
-        return node
-
-    def constant(self, node: ast.expr) -> Any:
-        """Raises ValueError for what is not written out."""
-        return ast.literal_eval(self.resolved(node))
-
-
-def _keyword(script: _Script, keyword: ast.keyword, found: PeerFile) -> None:
-    if keyword.arg is None:
-        found.unread.append(f"**{ast.unparse(keyword.value)} (line {keyword.value.lineno}): not written out")
-        return
-    try:
-        found.settings[keyword.arg] = script.constant(keyword.value)
-    except (ValueError, TypeError):
-        found.unread.append(
-            f"{keyword.arg}: {ast.unparse(keyword.value)} (line {keyword.value.lineno}): no value that is written out"
-        )
-
-
-def _trainer(script: _Script, call: ast.Call, found: PeerFile) -> None:
-    """The model and the data sets of an SFTTrainer, or why they cannot be read."""
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    if call.args:
-        given.setdefault("model", call.args[0])
-    for name, value in given.items():
-        value = script.resolved(value)
-        if name in ("args", "peft_config", "processing_class") or (isinstance(value, ast.Constant) and not value.value):
-            continue
-        if name == "model":
-            _model(script, value, found)
-        elif name in ("train_dataset", "eval_dataset"):
-            _dataset(script, name, value, found)
-        else:
-            found.unread.append(f"{name}: {ast.unparse(value)} (line {value.lineno}): an argument of SFTTrainer")
-
-
-def _model(script: _Script, value: ast.expr, found: PeerFile) -> None:
-    if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained" and value.args:
-        for keyword in value.keywords:
-            _keyword(script, keyword, found)
-        value = value.args[0]
-    try:
-        found.settings["model_name_or_path"] = script.constant(value)
-    except (ValueError, TypeError):
-        found.unread.append(f"model: {ast.unparse(value)} (line {value.lineno}): not a path that is written out")
-
-
-def _dataset(script: _Script, name: str, value: ast.expr, found: PeerFile) -> None:
-    """`load_dataset(...)`, also where methods are called on it or a split is taken: those are named."""
-    split = None
-    while True:
-        value = script.resolved(value)
-        if isinstance(value, ast.Subscript):
-            try:
-                split = script.constant(value.slice)
-            except (ValueError, TypeError):
-                break
-            value = value.value
-        elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CHANGES:
-            found.unread.append(
-                f"{name}: .{value.func.attr}(...) (line {value.lineno}): the data is read here as it is; write what "
-                "that call makes of it to a file, and name that"
-            )
-            value = value.func.value
-        else:
-            break
-    try:
-        if isinstance(value, ast.Call) and script.name_of(value) == "load_dataset":
-            arguments = [script.constant(each) for each in value.args]
-            named = {each.arg: script.constant(each.value) for each in value.keywords if each.arg}
-            found.settings[name] = _loaded(arguments, {**named, **({"split": split} if split else {})})
-            return
-    except (ValueError, TypeError):
-        pass
-    found.unread.append(f"{name}: {ast.unparse(value)} (line {value.lineno}): not a data set that can be named here")
-
-
-_CHANGES = (
-    "map",
-    "filter",
-    "select",
-    "shuffle",
-    "rename_column",
-    "rename_columns",
-    "remove_columns",
-    "train_test_split",
-)
-
-
-def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_dataset` as a source."""
-    values = dict(zip(("path", "name", "data_dir", "data_files", "split"), arguments, strict=False)) | dict(named)
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def dataset_info(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -77,6 +77,7 @@ COUNTERPARTS: dict[str, str] = {
     "pretraining_dataset": "data.train: such as `[{path: text.jsonl}]`, with `data.streaming: true`",
     "interleave_probs": "data.train[].weight: how often each example is seen in an epoch",
     "test_datasets": "data.eval: such as `[{path: heldout.jsonl}]`",
+    "train_dataset": "data.train: such as `[{path: train.jsonl}]`",
     "eval_dataset": "data.eval: such as `[{path: heldout.jsonl}]`",
     "chat_template_path": "data.chat_template",
     "chat_template_jinja": "data.chat_template: a file",
@@ -100,6 +101,7 @@ COUNTERPARTS: dict[str, str] = {
     "gradient_accumulation_steps": "train.batch_size: of an optimizer step; each sequence is a pass of its own",
     "num_train_epochs": "train.duration: such as `3 epochs`",
     "num_epochs": "train.duration: such as `3 epochs`",
+    "epochs": "train.duration: such as `3 epochs`",
     "max_steps": "train.duration: such as `500 steps`",
     "bf16": "train.precision: bfloat16",
     "bf16_full_eval": "train.precision: bfloat16",
@@ -186,6 +188,11 @@ COUNTERPARTS: dict[str, str] = {
     "finetuning_type": "adapter.kind: lora; without the section `adapter` all weights are trained",
     "peft_type": "adapter.kind: lora",
     "use_peft": "adapter.kind: lora",
+    # Unsloth's own
+    "model_name": "model.path",
+    "load_in_16bit": "model.dtype: bfloat16",
+    "full_finetuning": "adapter: without this section all weights are trained",
+    "use_gradient_checkpointing": "memory.activation_checkpointing: `all`, or the first so many layers",
 }
 """Keys of other trainers -> the key here."""
 
@@ -207,6 +214,9 @@ _ADAPTED = "an adapter has an exact path of its own in the engine, chosen by its
 _EXPERTS = "experts that are one tensor are adapted unless adapter.target_modules names layers: nothing to set"
 _SAVED = "adapter.save says whether the adapter, the merged model or both are saved: remove the key"
 
+_WATCHED = (
+    "a step whose loss is not finite is left out and named; `preceptor watch` shows a loss that rises: remove the key"
+)
 _LOOP = "part of the loop of transformers' Trainer, which is another one here: remove the key"
 
 NO_COUNTERPART: dict[str, str] = {
@@ -264,6 +274,8 @@ NO_COUNTERPART: dict[str, str] = {
     "fsdp_config": _STRATEGY,
     "ddp_find_unused_parameters": "parameters without a gradient need no setting: remove the key",
     "ddp_timeout": "a process that waits for another one gives up after 30 minutes: nothing to set",
+    "loss_watchdog_threshold": _WATCHED,
+    "loss_watchdog_patience": _WATCHED,
     "push_to_hub": _HUB,
     "hub_model_id": _HUB,
     "hub_strategy": _HUB,
@@ -293,6 +305,9 @@ NO_COUNTERPART: dict[str, str] = {
     "tokenizer_name": "the model's own tokenizer is used: remove the key",
     "tokenizer_config": "the model's own tokenizer is used: remove the key",
     "tokenizer_type": "the model's own tokenizer is used: remove the key",
+    "token": "the environment variable HF_TOKEN or `hf auth login` holds it: remove the key",
+    "random_state": "train.seed draws the first values of an adapter as well: nothing to set",
+    "train_on_responses_only": "what the model answers is trained; no part of a template needs a name: nothing to set",
     "bnb_4bit_quant_storage": _QUANTIZED,
     "llm_int8_threshold": "int8 quantizes weights alone, so no activation is an outlier: remove the key",
     "quantization_method": _QUANTIZED,
@@ -409,6 +424,20 @@ NO_COUNTERPART: dict[str, str] = {
     "data.train.ds_type": "the type of a file is recognised by its name and content: remove the key",
 }
 """Keys of other trainers that are not needed or not offered here -> what to do; with a section: only there."""
+
+_OWN_LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
+_METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"
+
+OF_TRAINER: dict[str, str] = {
+    "callbacks": _OWN_LOOP,
+    "data_collator": "conversations are packed with their targets here, by no collator; remove it",
+    "compute_loss_func": "write it as `loss={'code': function}` of preceptor.Run",
+    "compute_metrics": _METRIC,
+    "preprocess_logits_for_metrics": f"logits of all tokens never exist here; of an answer: {_METRIC}",
+    "optimizers": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+    "optimizer_cls_and_kwargs": "its settings are arguments of SFTConfig, or the section `optimizer` of preceptor.Run",
+}
+"""Arguments of TRL's SFTTrainer that have no counterpart -> what to do."""
 
 INSTEAD_OF_SECTIONS: dict[str, str] = {
     "model": "write `model: {path: ...}`",

@@ -12,6 +12,14 @@ T = TypeVar("T")
 OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
 """Values that say no more than an absent key."""
 
+_OF_LOADING = {
+    "TRL": ("model_init_kwargs", "quantization_config"),
+    "Unsloth": ("model_init_kwargs", "quantization_config"),
+    "Axolotl": ("overrides_of_model_config",),
+}
+"""Keys whose value is a table of further keys, of how the model is loaded."""
+_OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
+
 
 class PeerSettings:
     """settings: without keys that have no value. used: the keys that became part of the run, or of a note.
@@ -21,11 +29,13 @@ class PeerSettings:
 
     def __init__(self, file: PeerFile) -> None:
         self.peer, given = file.peer, dict(file.settings)
-        in_it = {"TRL": "model_init_kwargs", "Axolotl": "overrides_of_model_config"}.get(file.peer, "")
-        if isinstance(given.get(in_it), Mapping):  # how it loads the model
-            given |= given.pop(in_it)
+        for key in _OF_LOADING.get(file.peer, ()):  # the one within the other
+            if isinstance(given.get(key), Mapping):
+                inner = given.pop(key)
+                four_bits = key == "quantization_config" and inner.get("load_in_4bit")
+                given |= {**(_OF_FOUR_BITS if four_bits else {}), **inner}
         self.settings = {key: value for key, value in given.items() if value is not None}
-        none_is_a_value = file.peer == "TRL"  # elsewhere a key without a value is as good as absent
+        none_is_a_value = file.peer in ("TRL", "Unsloth")  # elsewhere a key without a value is as good as absent
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()

@@ -278,6 +278,8 @@ def build(tree: dict[str, Any], where: str, environment: Mapping[str, str] | Non
 
     environment: variables that paths may name; None leaves paths as they are.
     """
+    # of an unknown key it is the name that is wrong, whatever its value is
+    tree = {key: value if key in Run.model_fields else None for key, value in tree.items()}
     try:
         check_plain(tree)
         return Run.model_validate(tree, context={"environment": environment}).resolved()

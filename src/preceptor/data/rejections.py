@@ -144,6 +144,11 @@ class RejectionCounts:
         return sum(reason.count for reason in self._reasons.values() if not reason.allowed)
 
     @property
+    def not_allowed(self) -> list[str]:
+        """Codes of rejections that are not allowed."""
+        return [reason.first.code for reason in self.reasons if not reason.allowed]
+
+    @property
     def never_seen(self) -> list[str]:
         """Allowed codes that no rejection has."""
         return sorted(self._allowed - self._reasons.keys())

@@ -71,7 +71,7 @@ def _training(run: RunRecord) -> Iterator[str]:
         digest = f", SHA-256 {file['sha256'][:16]}" if file.get("sha256") else ""
         yield f"| data ({file['use']}) | {file['name'].rpartition('/')[2]}{digest} |"
     if "num_examples" in data:
-        yield f"| examples | {data['num_examples']:,}, of which {data.get('num_rejected', 0):,} were rejected |"
+        yield f"| examples | {run.counts}; {data.get('num_rejected', 0):,} of all were rejected |"
     if tokens:
         yield f"| tokens per epoch | {tokens['computed']:,}, of which {tokens['trained']:,} are trained |"
     template = environment.get("template") or {}

@@ -22,7 +22,7 @@ from preceptor.chat.left_out import LeftOut, left_out_lines
 from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines
 from preceptor.console import example_progress
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
@@ -32,6 +32,7 @@ from preceptor.data.sources import Entry, OpenSource, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
+from preceptor.inspect.template import asks_for_answers
 
 _FIRST_PLACES = 5
 
@@ -100,6 +101,8 @@ class Check:
     arguments: TrainedArguments = field(default_factory=lambda: TrainedArguments(Switch(), {}))
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
+    has_conversations: bool = False
+    asks: bool = True  # whether the chat template adds something that asks for an answer
 
     @property
     def passed(self) -> bool:
@@ -123,6 +126,7 @@ class Check:
                 self.arguments.add(example, tree)
                 self.left_out.add(tree)
         assert not isinstance(entry.example, Rejection)
+        self.has_conversations |= isinstance(entry.example, Conversation)
         (self.train if part == "train" else self.held_out).add(entry.example)
 
     def count_tree(self, tree: Tree, whole: bool) -> None:
@@ -153,7 +157,7 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     chat = load_chat_format(run.model, run.data, [source for _, source, _ in sources])
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
-    found.shortened = fitter.shortened
+    found.shortened, found.asks = fitter.shortened, chat.template is None or asks_for_answers(renderer)
     found.arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
     tables = [] if run.data.streaming else [table for _, source, _ in sources for table in source.tables]
     with example_progress(tables, "checking") as on_example:
@@ -195,6 +199,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "files": [{**asdict(table), "formats": dict(table.formats.most_common())} for table in found.tables.values()],
         "shortened": asdict(found.shortened),
         "left_out": found.left_out.to_json(),
+        "no_header": found.has_conversations and not found.asks,
         "thinking": found.arguments.to_json(),
         "template_defaults": found.arguments.defaults(),
         "num_tokens": num_tokens,
@@ -315,6 +320,11 @@ def _tokens(found: dict[str, Any]) -> str:
     more = [*str(Shortened(**found["shortened"])).splitlines()]
     more += arguments_lines(found["thinking"], found["template_defaults"])
     more += left_out_lines(found["left_out"])
+    if found["no_header"]:
+        more.append(
+            "the template adds nothing that asks for an answer, so the model writes the header of its message itself; "
+            "a template that has add_generation_prompt does it for the model"
+        )
     return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *[f"  {line}" for line in more]])
 
 

@@ -2,6 +2,7 @@
 
 TRL            `messages`: all tokens; with assistant_only_loss those that the template marks with {% generation %}.
                Prompt and completion: what follows the tokenised prompt; without completion_only_loss all tokens.
+Unsloth        as TRL; with train_on_responses_only what follows each response_part, up to the next instruction_part.
 Axolotl        chat_template: of each turn of roles_to_train the tokens that change when its content is replaced, and
                the eos token (eot_tokens) that follows within three tokens, by train_on_eos (turn, last, all, none).
 LLaMA-Factory  pairs of a prompt and an answer in its own template, tokenised apart; the answers, with what its template
@@ -11,6 +12,7 @@ torchtune      all tokens of each assistant message, its header included; with t
 Their versions differ, and what is cut at a maximum length is left out here: `says` names what is emulated.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +70,7 @@ def rule_of(peer: Peer, settings: Mapping[str, Any], tokenizer: Any, template: s
     """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
     kinds: dict[str, type[_Trl | _Axolotl | _LlamaFactory | _Torchtune]] = {
         "TRL": _Trl,
+        "Unsloth": _Unsloth,
         "Axolotl": _Axolotl,
         "LLaMA-Factory": _LlamaFactory,
         "torchtune": _Torchtune,
@@ -179,6 +182,28 @@ class _Trl(_Emulation):
                     return "this template renders earlier turns in another way later: TRL's mark cannot be told"
                 trained[len(start) : len(end)] = [True] * (len(end) - len(start))
         return trained
+
+
+class _Unsloth(_Trl):
+    """TRL's, with train_on_responses_only: from each response_part to the next instruction_part."""
+
+    def says(self) -> str:
+        if self.settings.get("assistant_only_loss"):
+            return "what follows each response_part, up to the next instruction_part (train_on_responses_only)"
+        return super().says()
+
+    def _marked(self, messages: PeerMessages, ids: list[int], example: Conversation) -> list[bool] | str:
+        parts = self.settings.get("train_on_responses_only")
+        if not isinstance(parts, Mapping) or not parts.get("response_part") or not self.tokenizer.is_fast:
+            return super()._marked(messages, ids, example)
+        text = self.rendered(messages, example)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        asked, answered = str(parts.get("instruction_part") or "\0"), str(parts["response_part"])
+        spans = [
+            (match.end(), end if (end := text.find(asked, match.end())) >= 0 else len(text))
+            for match in re.finditer(re.escape(answered), text)
+        ]
+        return [any(first <= start < last for first, last in spans) for start, _ in found["offset_mapping"]]
 
 
 # Axolotl -------------------------------------------------------------------------------------------------------------

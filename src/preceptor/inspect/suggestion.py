@@ -38,7 +38,7 @@ _MOST_RENDERED = 1000  # examples of each source
 _MAX_LENGTHS = (4096, 2048, 1024, 512, 256, 128, 64)
 _BATCH_SIZES = (4, 2, 1)
 _EPOCHS, _MOST_EPOCHS = 3, 10
-_ENOUGH_STEPS = 2 * FEW_STEPS
+_ENOUGH_STEPS = 3 * FEW_STEPS
 _MARGIN = 1.25  # for examples that were not rendered and may be longer
 _LONGEST = 2**24
 _CHECKPOINT_STEPS = 100
@@ -62,6 +62,7 @@ class DataLengths:
     chat_template: str | None  # None: the data has no conversations
     num_positions: int | None
     rejections: RejectionCounts
+    num_read: int = 0
 
     def sequences(self, max_length: int) -> int:
         """Sequences of an epoch; exact where the sample is whole."""
@@ -84,7 +85,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     fitter = Fitter(renderer, _LONGEST, "reject", chat.num_positions)
     lengths: list[int] = []
     rejections: list[Rejection] = []
-    num_examples, whole = 0.0, True
+    num_examples, num_read, whole = 0.0, 0, True
     for source in sources:
         num = 0
         entries = read_trees(source, renderer, fitter)
@@ -94,6 +95,7 @@ def read_lengths(run: config.Run) -> DataLengths:
                 rejections.append(found)
             else:
                 lengths += [tree.num_tokens for _, tree in found]
+        num_read += num
         is_whole = next(entries, None) is None
         whole &= is_whole
         rows = [table.num_rows() for table in source.tables]
@@ -102,7 +104,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     if not lengths:
         raise DataError(f"no example can be trained:\n{counts}")
     template = None if chat.template is None else run.data.chat_template or chat.template.name
-    return DataLengths(lengths, num_examples, whole, template, chat.num_positions, counts)
+    return DataLengths(lengths, num_examples, whole, template, chat.num_positions, counts, num_read)
 
 
 def _chat_format(run: config.Run, sources: Sequence[OpenSource]) -> ChatFormat:
@@ -243,6 +245,8 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
     of = "the" if data.whole else "the first"
     longest = f"the longest of {of} {len(data.lengths):,} examples has {max(data.lengths):,}"
     yield _line(f"  max_length: {run.data.max_length}", f"tokens per packed sequence; {longest}")
+    if data.rejections.not_allowed:
+        yield _line(f"  # allow_rejected: [{', '.join(data.rejections.not_allowed)}]", rejected_line(data))
     yield "train:"
     yield _line(f"  duration: {run.train.duration}", _steps(found))
     yield _line(f"  batch_size: {run.train.batch_size}", "packed sequences per optimizer step")
@@ -261,6 +265,13 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
         yield "  kind: lora"
         yield f"  rank: {run.adapter.rank}"
     yield f"out: {one_line_yaml(run.out)}"
+
+
+def rejected_line(data: DataLengths) -> str:
+    """How many of the examples that were read cannot be trained, and which is the first."""
+    first = data.rejections.reasons[0].first.source
+    of = f"{data.rejections.num_rejected:,} of {data.num_read:,} examples"
+    return f"{of} cannot be trained, first {first}"
 
 
 def _number(value: float | None) -> str:

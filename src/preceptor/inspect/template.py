@@ -100,6 +100,14 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
     )
 
 
+def asks_for_answers(renderer: Renderer) -> bool:
+    """Whether add_generation_prompt changes a prompt, as far as that is known."""
+    template = replace(renderer.template, variables={**renderer.template.variables, **renderer.template_kwargs})
+    asked = [says("user", QUESTIONS[0])]
+    plain, prompt = (render_or_none(template, asked, prompt=prompt) for prompt in (False, True))
+    return plain is None or prompt is None or plain != prompt
+
+
 def to_json(found: Abilities) -> dict[str, Any]:
     """All findings as plain dicts and lists."""
     return asdict(found)

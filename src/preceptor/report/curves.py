@@ -8,6 +8,7 @@ from preceptor.report.run_record import JsonObject, RunRecord, tokens_per_second
 
 MEGABYTE = 1e6
 PREDICTED = "predicted_memory_bytes"
+_BARS = "; bars: 95 % intervals"
 _SMOOTH_SHARE = 25  # a curve is smoothed over 1/25 of its steps
 
 
@@ -59,9 +60,10 @@ def _loss(run: RunRecord) -> Panel:
     elif y:
         series.append(Series("training", shown_x, shown_y))
     held_x, held_y = _points(run.evaluations, "loss")
+    ends = _intervals(run, held_y)
     if held_y:
-        series.append(Series("held out", held_x, held_y, colour=2, marks=True))
-    return Panel("Loss", "nats per trained token", series, "nats per trained token")
+        series.append(Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends))
+    return Panel("Loss", "nats per trained token", series, f"nats per trained token{_BARS if ends else ''}")
 
 
 def _over_steps(
@@ -95,9 +97,12 @@ def _over_evaluations(
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         x, y = _points(run.evaluations, key)
         label = title.lower() if len(runs) == 1 else name
+        ends = _intervals(run, y) if key == "loss" else []
         if y:
-            series.append(Series(label, x, [factor * value for value in y], 1 + index % NUM_COLOURS, marks=True))
-    return Panel(title, note, series, note) if series else None
+            y = [factor * value for value in y]
+            series.append(Series(label, x, y, 1 + index % NUM_COLOURS, marks=True, y_ends=ends))
+    around = _BARS if any(each.y_ends for each in series) else ""
+    return Panel(title, note, series, f"{note}{around}") if series else None
 
 
 def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel | None]:
@@ -131,6 +136,14 @@ def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[fl
     pairs = [(line["step"], key(line) if callable(key) else line.get(key)) for line in lines]
     known = [(step, value) for step, value in pairs if isinstance(value, int | float) and value == value]
     return [float(step) for step, _ in known], [float(value) for _, value in known]
+
+
+def _intervals(run: RunRecord, losses: Sequence[float]) -> list[tuple[float, float]]:
+    """Of each held-out loss, the interval that was measured, else the loss itself; [] where none was."""
+    measured = [line.get("loss_interval") for line in run.held_out]
+    if not any(measured) or len(measured) != len(losses):
+        return []
+    return [(own[0], own[1]) if own else (loss, loss) for own, loss in zip(measured, losses, strict=True)]
 
 
 def _window(num: int) -> int:

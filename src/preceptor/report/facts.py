@@ -15,10 +15,8 @@ def facts(run: RunRecord) -> dict[str, str]:
     of_all = "tokens per epoch" if data.get("num_windows") is None else "tokens in these windows"
     found: dict[str, Any] = {
         "windows begun": _number(data.get("num_windows")),
-        "examples in the data" if data.get("num_windows") is None else "examples read": _number(
-            data.get("num_examples")
-        ),
-        "rejected": _number(len(run.rejections)),
+        "examples in the data" if data.get("num_windows") is None else "examples read": str(run.counts or ""),
+        "rejected": _rejected(run),
         "examples per epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
         of_all: _number(tokens.get("computed")),
         f"trained {of_all}": _number(tokens.get("trained")),
@@ -34,6 +32,11 @@ def facts(run: RunRecord) -> dict[str, str]:
         "of it compiling layers": _seconds(_compiling(run)),
     }
     return {label: text for label, text in found.items() if text}
+
+
+def _rejected(run: RunRecord) -> str:
+    held_out = run.counts.held_out_rejected if run.counts else 0
+    return _number(len(run.rejections)) + (f", {held_out:,} of them held out" if held_out else "")
 
 
 def _losses(run: RunRecord) -> dict[str, str]:

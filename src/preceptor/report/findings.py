@@ -154,6 +154,12 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
         return
     first, last = both
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
+    if len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
+        seen = (
+            f"Training loss {first:.3f} in the first step, {last:.3f} in the last; so few steps do not say what it did."
+        )
+        yield Finding("note", seen)
+        return
     if last > first * (1 + NOTHING_LEARNED):
         yield Finding(
             "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
@@ -173,7 +179,10 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
     if not evaluations:
         advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
         yield Finding(
-            "note", "No held-out loss: what was learned beyond the training examples is not measured.", advice
+            "note",
+            "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "
+            "training examples is not known.",
+            advice,
         )
         return
     if len(evaluations) < 2:
@@ -301,15 +310,7 @@ def _of(right: Sequence[bool]) -> str:
 
 
 def _data(run: RunRecord) -> Iterator[Finding]:
-    num_examples = run.data.get("num_examples")
-    num = len(run.rejections)
-    if num:
-        of = f" of {num_examples:,} ({_share(num / num_examples)})" if num_examples else ""
-        level: Severity = "warning" if num_examples and num > MANY_REJECTED * num_examples else "note"
-        seen = f"{num:,}{of} examples were rejected and not trained."
-        yield Finding(level, seen, "The reasons are listed under “What was trained”.")
-    elif num_examples:
-        yield Finding("good", f"All {num_examples:,} examples can be trained exactly as inference will see them.")
+    yield from _rejected(run)
     fill = run.data.get("fill")
     if fill is not None and fill < LOW_FILL:
         seen = f"Tokens fill only {_share(fill)} of the packed sequences."
@@ -319,6 +320,28 @@ def _data(run: RunRecord) -> Iterator[Finding]:
     cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
     if cut or split:
         yield Finding("note", f"{cut:,} examples were too long and lost their oldest context; {split:,} were split.")
+
+
+def _rejected(run: RunRecord) -> Iterator[Finding]:
+    """Of the examples to train on and of those that are held out."""
+    advice = "The reasons are listed under “What was trained”."
+    counts = run.counts
+    if counts is None or not counts.train:
+        if run.rejections:
+            yield Finding("note", f"{len(run.rejections):,} examples were rejected and not trained.", advice)
+        return
+    if num := counts.train_rejected:
+        level: Severity = "warning" if num > MANY_REJECTED * counts.train else "note"
+        share = _share(num / counts.train)
+        yield Finding(level, f"{num:,} of {counts.train:,} ({share}) examples were rejected and not trained.", advice)
+    if num := counts.held_out_rejected:
+        level = "warning" if num > MANY_REJECTED * counts.held_out else "note"
+        share = _share(num / counts.held_out)
+        seen = f"{num:,} of {counts.held_out:,} ({share}) held-out examples were rejected and not measured."
+        yield Finding(level, seen, advice)
+    if not run.rejections:
+        also = f", and so are the {counts.held_out:,} held-out ones" if counts.held_out else ""
+        yield Finding("good", f"All {counts.train:,} examples are trained exactly as inference will see them{also}.")
 
 
 def _tax(run: RunRecord) -> Iterator[Finding]:

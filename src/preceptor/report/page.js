@@ -65,7 +65,8 @@ function readOut(figure, kept) {
     plot.series.forEach((series, index) => {
       if (hidden.has(index)) return;
       const place = nearest(series.x, exact), away = series.x[place] !== exact;
-      const value = `${series.name} ${number(series.y[place])}${plot.unit}${away ? ` (${plot.x_label} ${number(series.x[place])})` : ""}`;
+      const ends = series.y_ends && series.y_ends[place] ? ` (${series.y_ends[place].map(number).join(" to ")})` : "";
+      const value = `${series.name} ${number(series.y[place])}${plot.unit}${ends}${away ? ` (${plot.x_label} ${number(series.x[place])})` : ""}`;
       readout.append(" · ", value);
       const dot = make("div", "dot");
       dot.style.cssText = `left:${100 * across(series.x[place])}%;top:${100 * down(series.y[place])}%;background:var(--c${series.colour})`;

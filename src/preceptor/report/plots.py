@@ -17,7 +17,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 MOST_POINTS = 400  # of a curve; more than the plot is wide would only make the page heavy
 SIZE_INCHES = (5.6, 3.0)  # small enough that its letters can still be read on a phone
@@ -152,12 +160,19 @@ def draw(panel: Panel, name: str) -> Plot:
         "x_label": panel.x_label,
         "unit": panel.unit,
         "bars": panel.bars and [list(panel.bars[0]), list(panel.bars[1])],
-        "series": [{"name": s.name, "colour": s.colour, "x": _short(s.x), "y": _short(s.y)} for s in shown if len(s.x)],
+        "series": [_values(series) for series in shown if len(series.x)],
     }
     legend = [(s.name, s.colour, False) for s in shown] if len(shown) > 1 or panel.level else []
     if panel.level is not None:
         legend.append((panel.level[0], 0, True))
     return Plot(panel.title, panel.note, _themed(svg, name, panel.title), legend, readout)
+
+
+def _values(series: Series) -> dict[str, Any]:
+    """What the page's script reads out of a curve."""
+    found = {"name": series.name, "colour": series.colour, "x": _short(series.x), "y": _short(series.y)}
+    ends = [_short(pair) if pair[0] < pair[1] else None for pair in series.y_ends]
+    return {**found, "y_ends": ends} if ends else found
 
 
 def draw_file(panel: Panel) -> str:
@@ -198,7 +213,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
         line.set_gid(f"series-{series.colour}-{number}")
         if not series.faint:
             line.set_label(series.name)
-        _fill_ends(axes, series, colour)
+        _fill_ends(axes, series, colour, f"series-{series.colour}-{number}")
     if panel.bars is not None:
         edges, counts = panel.bars
         axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color=_COLOUR["c1"], alpha=0.85)
@@ -218,7 +233,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_formatter(EngFormatter(sep="") if _is_large(axes) else axes.yaxis.get_major_formatter())
+        axes.yaxis.set_major_formatter(_formatter(axes))
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=panel.bars is not None))
         if panel.from_zero:
             axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1] / 1.05, panel.level[1] if panel.level else 0))
@@ -231,12 +246,15 @@ def _fill(axes: Axes, panel: Panel) -> None:
     axes.tick_params(length=0, pad=5, which="both")
 
 
-def _fill_ends(axes: Axes, series: Series, colour: str) -> None:
+def _fill_ends(axes: Axes, series: Series, colour: str, name: str) -> None:
+    """name: what the ids of the lines begin with, so that they go with the curve where it is hidden."""
     for x, y, (low, high) in zip(series.x, series.y, series.x_ends, strict=bool(series.x_ends)):
-        axes.plot([low, high], [y, y], color=colour, alpha=0.6, linewidth=1.1)
+        (line,) = axes.plot([low, high], [y, y], color=colour, alpha=0.7, linewidth=1.6, marker="|", markersize=7)
+        line.set_gid(f"{name}-{x:g}-across")
         assert low <= x <= high
     for x, (low, high) in zip(series.x, series.y_ends, strict=bool(series.y_ends)):
-        axes.plot([x, x], [low, high], color=colour, alpha=0.6, linewidth=1.1)
+        (line,) = axes.plot([x, x], [low, high], color=colour, alpha=0.7, linewidth=1.6, marker="_", markersize=7)
+        line.set_gid(f"{name}-{x:g}-up")
     for x, y, label in zip(series.x, series.y, series.labels, strict=bool(series.labels)):
         axes.annotate(label, (x, y), (5, -11), textcoords="offset points", fontsize=9, color=_COLOUR["faint"])
 
@@ -256,8 +274,12 @@ def _fill_intervals(axes: Axes, panel: Panel) -> None:
     axes.tick_params(length=0, pad=5, which="both")
 
 
-def _is_large(axes: Axes) -> bool:
-    return max(map(abs, axes.get_ylim())) >= 10_000
+def _formatter(axes: Axes) -> Formatter:
+    """Of the y axis; small numbers are written out, as their common factor would stand above the plot, in the title."""
+    largest = max(map(abs, axes.get_ylim()))
+    if largest >= 10_000:
+        return EngFormatter(sep="")
+    return FuncFormatter(lambda value, _: f"{value:g}") if largest < 0.01 else axes.yaxis.get_major_formatter()
 
 
 def _short(values: Sequence[float]) -> list[float]:

@@ -50,6 +50,15 @@ class RunRecord:
         return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
 
     @property
+    def counts(self) -> "DataCounts | None":
+        """Examples of the data; None where they were not counted."""
+        if self.data.get("num_examples") is None:
+            return None
+        held_out = self.data.get("held_out", {})
+        measured, lost = held_out.get("num_examples", 0), held_out.get("num_rejected", 0)
+        return DataCounts(self.data["num_examples"] - measured, len(self.rejections) - lost, measured, lost)
+
+    @property
     def held_out(self) -> list[JsonObject]:
         """The evaluations that have a held-out loss."""
         return [evaluation for evaluation in self.evaluations if evaluation.get("loss") is not None]
@@ -67,6 +76,19 @@ class RunRecord:
         for sample in self.samples:
             found.setdefault((str(sample.get("source", "")), str(sample.get("prompt", ""))), []).append(sample)
         return [PromptSamples(source, prompt, samples) for (source, prompt), samples in found.items()]
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """Examples that are there to train on and those that are held out, and how many of each are rejected."""
+
+    train: int
+    train_rejected: int
+    held_out: int
+    held_out_rejected: int
+
+    def __str__(self) -> str:
+        return f"{self.train:,}" + (f" to train on, {self.held_out:,} held out" if self.held_out else "")
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,16 @@ class Speaker:
 
 
 def converse(
-    speakers: list[Speaker], lines: Iterable[str], system: str | None, write: Callable[[str, str], None]
+    speakers: list[Speaker],
+    lines: Iterable[str],
+    system: str | None,
+    write: Callable[[str, str], None],
+    trained: str | None = None,
 ) -> None:
-    """Let each speaker reply to each line. `/new` starts a new conversation; empty lines are skipped.
+    """Let each speaker reply to each line; empty lines are skipped. `write(name, text)` shows a reply.
 
-    `write(name, text)` shows a reply.
+    `/new` starts a new conversation, `/system TEXT` one with another system prompt; `/system` takes that in `trained`,
+    with which the model was trained.
     """
 
     def begin() -> None:
@@ -39,9 +44,12 @@ def converse(
     begin()
     for line in lines:
         line = line.strip()
-        if line == "/new":
+        command, _, text = line.partition(" ")
+        if command in ("/new", "/system"):
+            if command == "/system":
+                system = text.strip() or trained
             begin()
-            write("", "new conversation")
+            write("", "new conversation" + (f", with the system prompt: {system}" if system else ""))
         elif line:
             for speaker in speakers:
                 write(speaker.model.name, speaker.reply(line))

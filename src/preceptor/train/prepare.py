@@ -53,6 +53,7 @@ class Prepared:
     tasks: list[Task]
     rejections: list[Rejection]
     num_examples: int  # of all sources, rejected ones included
+    num_measured: tuple[int, int]  # examples of the held-out sources, and how many of them are rejected
     examples_per_epoch: int
     tokens: TokenCounts  # of an epoch
     shortened: Shortened  # what was done to examples that were too long
@@ -115,10 +116,9 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     """Read, render and check all data of a run, of a stream the first window, with a progress bar on a terminal.
 
     date: for chat templates that write it (absent: now); that of its first start for a run that goes on. world: not
-    connected yet; one process of each machine renders a stream for all.
-    With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
-    Raises DataError if a file cannot be read, nothing is left to train, or more than `data.max_rejected` of the
-    examples are rejected; ModelError and TemplateError as `load_chat_format`.
+    connected yet; one process of each machine renders a stream for all. With more than one process, large inputs are
+    rendered in several (see data/workers.py). Raises DataError if a file cannot be read, nothing is left to train, or
+    more of the examples are rejected than `data.max_rejected`; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
     tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
@@ -148,7 +148,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         opened = partial(_opened, run, chat, replay)
         of_stream = Stream(stream, opened, first.num_examples, len(reader.rejections) - num_beside)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
-    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, str(counts))
+    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     tables, tuning_N = _tables(train), _tuning(run, train)
     if not len(tuning_N):
         raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
@@ -163,6 +163,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
+        num_measured=(reader.num_held_out, reader.num_held_out_rejected),
         examples_per_epoch=len(store),
         tokens=TokenCounts.of(dataset, store),
         shortened=reader.shortened,
@@ -253,6 +254,7 @@ class _SourceReader:
             renderer, fitter, partial(_no_counts, renderer), whole, cache, num_processes, on_example
         )
         self.rejections: list[Rejection] = []
+        self.num_held_out = self.num_held_out_rejected = 0  # of the sources that are held out
         self.formats: dict[str, Counter[str]] = {}
         self.counts, self.shortened = _no_counts(renderer), Shortened()
 
@@ -280,7 +282,9 @@ class _SourceReader:
         read = read_trees(source, self._renderer, self._fitter, self._num_processes, self._cache, with_texts=True)
         for entry, fitted in read:
             self.formats.setdefault(entry.table, Counter())[entry.format] += 1
+            self.num_held_out += 1
             if isinstance(fitted, Rejection):
+                self.num_held_out_rejected += 1
                 self.rejections.append(fitted)
             else:
                 found += fitted
@@ -317,12 +321,14 @@ def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
                     )
 
 
-def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, reasons: str) -> None:
+def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, counts: RejectionCounts) -> None:
     """Raises DataError where more were rejected, for reasons that are not allowed, than `data.max_rejected` allows."""
     if num_rejected > max_rejected * num_examples:
         raise DataError(
             f"{num_rejected} of {num_examples} examples cannot be trained "
-            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{reasons}"
+            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}\n"
+            "Fix the data, or let such examples be left out with "
+            f"`data.allow_rejected: [{', '.join(counts.not_allowed)}]`"
         )
 
 

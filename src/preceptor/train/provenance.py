@@ -185,6 +185,7 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "num_rejected": len(prepared.rejections),
         "examples_per_epoch": None if prepared.stream else prepared.examples_per_epoch,
         "num_held_out": len(prepared.held_out),
+        "held_out": dict(zip(("num_examples", "num_rejected"), prepared.num_measured, strict=True)),
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},

@@ -247,7 +247,7 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
         _require_own_files(folder, out)
         return RunFolder(folder, replaces=True)
     changed = changed_keys(_run_file(folder), run, str(Path(out) / RUN_FILE))
-    anew = "choose another `out`, or replace that run with --replace"
+    anew = "choose another `out`, or replace that run with --replace (in Python: train(replace=True))"
     if changed.weights:
         raise CheckpointError(
             f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
@@ -261,8 +261,8 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
 
 def longer(out: str) -> str:
     return (
-        f". To train on, start a run from this one, in a folder of its own: --from {out} out={out}-2 (its learning "
-        "rate begins anew)"
+        f". To train on, start a run from this one, in a folder of its own: --from {out} out={out}-2 (in Python: "
+        f"model={{'path': ..., 'from_run': {out!r}}}; its learning rate begins anew)"
     )
 
 

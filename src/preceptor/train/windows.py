@@ -54,7 +54,7 @@ class WindowRecord:
         allowed = self._run.data.allow_rejected
         num = sum(count for code, count in facts.so_far.rejected.items() if code not in allowed)
         try:
-            require_few_rejected(num, facts.so_far.num_examples, self._run.data.max_rejected, str(self._counts))
+            require_few_rejected(num, facts.so_far.num_examples, self._run.data.max_rejected, self._counts)
         except DataError as error:
             raise StreamError(f"window {facts.window.number}: {error}") from None
 

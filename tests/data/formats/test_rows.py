@@ -166,6 +166,7 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ({"messages": [USER, {**ANSWER, "content": "a\ud83d"}]}, "broken_character", "messages[1].content"),
         ({"conversation": [USER, ANSWER]}, "unknown_format", "set `columns: {messages: conversation}`"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown_format", "'chosen'"),
+        ({"query": "a", "reply": "b"}, "unknown_format", "such as `columns: {prompt: query, completion: reply}`"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_refused_with_its_reason(row, code, words):

@@ -16,6 +16,7 @@ rejected: `columns` in the run file says what is meant. So is one with images, a
 is in UNREAD_COLUMNS. All other keys are ignored.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -155,7 +156,8 @@ def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
 
 def unknown_format(row: RawRecord) -> str:
     """What the row has, what it needs, and how to say that they are the same."""
-    hint = ""
+    names = [key for key in row if re.fullmatch(r"[\w-]+", key)]
+    hint = f", such as `columns: {{prompt: {names[0]}, completion: {names[1]}}}`" if len(names) > 1 else ""
     for key, value in row.items():
         value = parsed(value)
         if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():

@@ -1,0 +1,246 @@
+"""Scripts and notebooks of TRL and Unsloth, in the style of their published ones: read, not run."""
+
+import json
+
+import pytest
+
+from preceptor import config
+from preceptor.config.convert import convert_file, settings_of
+from preceptor.errors import ConfigError
+
+UNSLOTH = """!pip install unsloth
+%cd work
+from unsloth import FastLanguageModel, is_bfloat16_supported
+from unsloth.chat_templates import get_chat_template, standardize_sharegpt, train_on_responses_only
+from trl import SFTTrainer, SFTConfig
+max_seq_length = 2048
+dtype = None  # None for auto detection
+load_in_4bit = True
+
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name = "unsloth/Llama-3.2-3B-Instruct-bnb-4bit",
+    max_seq_length = max_seq_length,
+    dtype = dtype,
+    load_in_4bit = load_in_4bit,
+    token = "hf_secret",
+)
+model = FastLanguageModel.get_peft_model(
+    model,
+    r = 16,
+    target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"],
+    lora_alpha = 2 * 16,
+    lora_dropout = 0.05,
+    bias = "none",
+    use_gradient_checkpointing = "unsloth",
+    random_state = 3407,
+    use_rslora = True,
+    loftq_config = None,
+)
+tokenizer = get_chat_template(tokenizer, chat_template = "llama-3.1")
+
+def formatting_prompts_func(examples):
+    texts = [tokenizer.apply_chat_template(convo, tokenize = False) for convo in examples["conversations"]]
+    return { "text" : texts, }
+
+dataset = load_dataset("mlabonne/FineTome-100k", split = "train")
+dataset = standardize_sharegpt(dataset)
+dataset = dataset.map(formatting_prompts_func, batched = True,)
+
+trainer = SFTTrainer(
+    model = model,
+    tokenizer = tokenizer,
+    train_dataset = dataset,
+    dataset_text_field = "text",
+    max_seq_length = max_seq_length,
+    data_collator = DataCollatorForSeq2Seq(tokenizer = tokenizer),
+    dataset_num_proc = 2,
+    packing = False,
+    args = SFTConfig(
+        per_device_train_batch_size = 2,
+        gradient_accumulation_steps = 4,
+        warmup_steps = 5,
+        max_steps = 60,
+        learning_rate = 2e-4,
+        fp16 = not is_bfloat16_supported(),
+        bf16 = is_bfloat16_supported(),
+        logging_steps = 1,
+        optim = "adamw_8bit",
+        weight_decay = 0.01,
+        lr_scheduler_type = "linear",
+        seed = 3407,
+        output_dir = "outputs",
+        report_to = "none",
+    ),
+)
+trainer = train_on_responses_only(
+    trainer,
+    instruction_part = "<|im_start|>user\\n",
+    response_part = "<|im_start|>assistant\\n",
+)
+trainer_stats = trainer.train()
+if False:
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name = "lora_model", load_in_4bit = False)
+"""
+
+
+def converted(folder, text, name="train.py"):
+    (folder / name).write_text(text)
+    return convert_file(folder / name)
+
+
+def unready(found):
+    """The notes that ask for something."""
+    return {key: why for key, why in found.notes if not why.endswith(("nothing to set", "remove the key"))}
+
+
+def test_a_script_of_unsloth(tmp_path):
+    found = converted(tmp_path, UNSLOTH)
+    assert (found.peer, found.missing) == ("Unsloth", [])
+    assert found.tree["model"] == {
+        "path": "unsloth/Llama-3.2-3B-Instruct",
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+        "double_quantization": False,
+    }
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.05, "use_rslora": True, "target_modules": layers}
+    assert found.tree["adapter"] == adapter
+    assert found.tree["memory"] == {"activation_checkpointing": "all"}
+    assert found.tree["data"] == {
+        "train": [{"path": "mlabonne/FineTome-100k", "split": "train"}],
+        "max_length": 2048,
+    }
+    assert found.tree["train"] == {"duration": "60 steps", "batch_size": 8, "seed": 3407}
+    optimizer = found.tree["optimizer"]
+    assert (optimizer["name"], optimizer["learning_rate"], optimizer["warmup"]) == ("adamw_8bit", 2e-4, "5 steps")
+    assert unready(found).keys() == {"max_length", "batch size", "chat_template", "data_collator"}
+    notes = dict(found.notes)
+    assert "unsloth/Llama-3.2-3B-Instruct-bnb-4bit are quantized" in notes["model_name"]
+    assert "the chat template renders the conversations" in notes["train_dataset"]
+    assert "hf_secret" not in found.text("train.py") and "HF_TOKEN" in notes["token"]
+    config.build(found.tree, "converted")
+
+
+def test_what_such_a_script_leaves_out_is_as_unsloth_has_it(tmp_path):
+    loaded = 'model, tok = FastLanguageModel.from_pretrained("some/base", 1024{more})\n'
+    adapted = "model = FastLanguageModel.get_peft_model(model{more})\n"
+    trained = 'SFTTrainer(model=model, args=SFTConfig("out", max_seq_length=512), train_dataset=load_dataset("d"))\n'
+    found = converted(tmp_path, loaded.format(more="") + adapted.format(more="") + trained)
+    assert found.tree["model"]["path"] == "some/base" and found.tree["model"]["quantization"] == "nf4"
+    assert found.tree["data"]["max_length"] == 512 and found.tree["out"] == "out"
+    assert found.tree["train"] == {"duration": "3 epochs", "batch_size": 8, "seed": 3407}
+    assert (found.tree["optimizer"]["learning_rate"], found.tree["optimizer"]["weight_decay"]) == (5e-5, 0.001)
+    assert (found.tree["optimizer"]["name"], found.tree["optimizer"]["warmup"]) == ("adamw_8bit", "10 %")
+    assert found.tree["adapter"] == {"kind": "lora", "rank": 16, "alpha": 16.0}
+
+    whole = converted(tmp_path, loaded.format(more=", full_finetuning=True") + trained)
+    assert whole.tree["model"] == {"path": "some/base"} and "adapter" not in whole.tree
+    half = converted(tmp_path, loaded.format(more=", load_in_16bit=True") + adapted.format(more="") + trained)
+    assert half.tree["model"] == {"path": "some/base", "dtype": "bfloat16"}
+
+    more = ", target_modules=['q_proj', 'embed_tokens', 'lm_head'], finetune_mlp_modules=False"
+    more += ", finetune_vision_layers=False"
+    found = converted(tmp_path, loaded.format(more="") + adapted.format(more=more) + trained)
+    assert found.tree["adapter"]["target_modules"] == ["q_proj"]
+    assert found.tree["adapter"]["modules_to_save"] == ["embed_tokens", "lm_head"]
+    assert "adapter.target_modules" in unready(found)["finetune_mlp_modules"]
+    assert "finetune_vision_layers" not in dict(found.notes)
+
+
+def test_a_notebook_is_read_as_its_cells(tmp_path):
+    first, rest = UNSLOTH.split("max_seq_length = 2048\n")
+    cells = [
+        {"cell_type": "markdown", "source": ["# Train\n"]},
+        {"cell_type": "code", "source": first.splitlines(keepends=True)},
+        {"cell_type": "code", "source": ["%%bash\n", "ls -l && echo 'ready'\n"]},
+        {"cell_type": "code", "source": [f"max_seq_length = 2048\n{rest}"]},
+    ]
+    found = converted(tmp_path, json.dumps({"cells": cells}), "train.ipynb")
+    assert (found.peer, found.tree) == ("Unsloth", converted(tmp_path, UNSLOTH).tree)
+    with pytest.raises(ConfigError, match="is no notebook"):
+        converted(tmp_path, "[1]", "train.ipynb")
+
+
+def test_the_parts_that_unsloth_trains_on_are_known_to_the_comparison(tmp_path):
+    (tmp_path / "train.py").write_text(UNSLOTH)
+    parts = settings_of(tmp_path / "train.py")["train_on_responses_only"]
+    assert parts == {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
+
+
+TRL = """import torch
+from trl import SFTConfig, SFTTrainer
+model_id: str = "some/base"
+rank = 8
+bnb_config = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(
+    model_id, quantization_config=bnb_config, torch_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else None)
+model = prepare_model_for_kbit_training(model)
+peft_config = LoraConfig(r=rank, lora_alpha=rank * 2, task_type=TaskType.CAUSAL_LM, bias="none")
+model = get_peft_model(model, peft_config)
+dataset = load_dataset("json", data_files={"train": ["a.jsonl", "b.jsonl"], "test": "c.jsonl"})
+train, test = dataset["train"], dataset["test"]
+arguments = dict(learning_rate=1e-4, max_steps=10)
+args = TrainingArguments("out", **arguments, bf16=True)
+trainer = SFTTrainer(model, args=args, train_dataset=train, eval_dataset=test)
+"""
+
+
+def test_a_script_of_trl_is_read_as_it_is_written(tmp_path):
+    found = converted(tmp_path, TRL)
+    assert found.tree["model"] == {
+        "path": "some/base",
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+        "double_quantization": True,
+    }
+    assert found.tree["data"]["train"] == [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+    assert found.tree["data"]["eval"] == [{"path": "c.jsonl"}]
+    assert (found.tree["adapter"]["rank"], found.tree["adapter"]["alpha"]) == (8, 16.0)
+    assert found.tree["train"]["duration"] == "10 steps" and found.tree["train"]["precision"] == "bfloat16"
+    assert found.tree["out"] == "out" and found.tree["optimizer"]["learning_rate"] == 1e-4
+    assert unready(found).keys() == {"max_length", "batch size", "assistant_only_loss", "lora_target_modules"}
+
+
+KWARGS = """config = SFTConfig(output_dir="out", model_init_kwargs={
+    "quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16})
+SFTTrainer("some/base", args=config, train_dataset=load_dataset("d"), peft_config=LoraConfig(r=4))
+"""
+
+
+def test_a_quantization_config_among_the_arguments_of_loading(tmp_path):
+    found = converted(tmp_path, KWARGS)
+    quantized = {"quantization": "nf4", "double_quantization": False, "dtype": "bfloat16"}
+    assert found.tree["model"] == {"path": "some/base", **quantized}
+    assert unready(found)["bnb_4bit_quant_type"] == "'fp4' is not offered: nf4"  # the default of BitsAndBytesConfig
+    found = converted(tmp_path, KWARGS.replace("load_in_4bit", "load_in_8bit"))
+    assert found.tree["model"]["quantization"] == "int8" and "bnb_4bit_quant_type" not in dict(found.notes)
+
+
+def test_held_out_data_that_is_split_off_is_no_file_of_its_own(tmp_path):
+    text = 'data = load_dataset("json", data_files="a.jsonl", split="train").train_test_split(test_size=0.1)\n'
+    text += 'SFTTrainer("m", train_dataset=data["train"], eval_dataset=data["test"])\n'
+    found = converted(tmp_path, text)
+    assert found.tree["data"]["train"] == [{"path": "a.jsonl"}] and "eval" not in found.tree["data"]
+    assert "name held-out files in data.eval" in unready(found)["eval_dataset"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'if big:\n    name = "a"\nelse:\n    name = "b"\nSFTTrainer(name, args=SFTConfig("out"))',  # which of them
+        'for name in names:\n    SFTTrainer(name, args=SFTConfig("out"))',
+        'name = other(name)\nSFTTrainer(name, args=SFTConfig("out"))',
+    ],
+)
+def test_a_name_that_cannot_be_told_is_said(tmp_path, text):
+    found = converted(tmp_path, text)
+    assert "model.path" in found.missing and "not a path that is written out" in dict(found.notes)["model"]
+
+
+def test_a_name_is_what_was_assigned_last(tmp_path):
+    text = 'name = "a"\nname = "b"\nSFTTrainer(name, args=SFTConfig("out"))\nname = "c"\n'
+    assert converted(tmp_path, text).tree["model"]["path"] == "b"
+    text = 'def main():\n    SFTTrainer(NAME, args=SFTConfig("out"))\nNAME = "later"\nmain()\n'
+    assert converted(tmp_path, text).tree["model"]["path"] == "later"
