@@ -183,6 +183,7 @@ def main() -> None:
     if options.start:
         in_the_process(Path(options.start[0]), float(options.start[1]), options.start[2])
         return
+    options.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for num in options.examples:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

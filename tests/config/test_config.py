@@ -132,6 +132,7 @@ def test_overrides_win_and_keep_their_types(tmp_path):
     ("section", "message"),
     [
         ("optimizer: {name: adafactor}", "parallel.strategy: adafactor needs whole matrices"),
+        ("optimizer: {offload: true}", "optimizer.offload: the states of sharded weights"),
         ("engine: compiled", "engine: layers that are spread over processes cannot be compiled"),
     ],
 )
@@ -139,6 +140,11 @@ def test_what_does_not_go_with_sharded_weights_is_refused(tmp_path, strategy, se
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, MINIMAL + f"{section}\nparallel: {{strategy: {strategy}}}\n")
     assert load(tmp_path, MINIMAL + f"{section}\nparallel: {{strategy: replicate}}\n")
+
+
+def test_layers_that_are_to_be_compiled_are_not_spread_by_auto(tmp_path):
+    assert load(tmp_path, MINIMAL + "engine: compiled\n").parallel.strategy == "replicate"
+    assert load(tmp_path, MINIMAL).parallel.strategy == "auto"
 
 
 @pytest.mark.parametrize("override", ["train.seed", "=1", "out.x=1", "data.train.3.weight=1", "data.train.x=1"])

@@ -236,14 +236,15 @@ PREPARE = """
 import sys, time, pathlib
 from preceptor import config
 from preceptor.chat.render import Renderer
-from preceptor.data import reading, rendered
+from preceptor.data import reading, rendered, workers
 from preceptor.train.prepare import prepare
 reading._SMALL_BYTES, rendered._SMALL_CHARACTERS, rendered._MEAN_CHARACTERS = 0, 600, 1200
+rendered._LARGE_CHARACTERS, workers._CHUNK_CHARACTERS = 2400, 600
 render, num = Renderer.render, 0
 def counted(self, record):
     global num
     num += 1
-    time.sleep(float(sys.argv[2]))
+    time.sleep(600 if str(num) == sys.argv[3] else float(sys.argv[2]))
     return render(self, record)
 Renderer.render = counted
 prepared = prepare(config.load(pathlib.Path(sys.argv[1])))
@@ -251,8 +252,9 @@ print(num, prepared.train.sha256)
 """
 
 
-def start(run_file, seconds):
-    command = [sys.executable, "-c", PREPARE, str(run_file), str(seconds)]
+def start(run_file, seconds, stands_still_at=None):
+    """seconds: that each rendering takes longer. stands_still_at: the rendering that takes ten minutes."""
+    command = [sys.executable, "-c", PREPARE, str(run_file), str(seconds), str(stands_still_at)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -267,7 +269,7 @@ def test_of_two_processes_one_renders(run_file, tmp_path):
 
 def test_a_process_that_is_killed_while_it_renders_leaves_what_it_has_done(run_file, tmp_path, files_of):
     file = run_file(ROWS, data__cache=str(tmp_path / "cache"), data__max_rejected=0.5)
-    process = start(file, 0.1)
+    process = start(file, 0, stands_still_at=35)
     while len(files_of("portions")) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Bytes by component that are arithmetic, and operations of a sequence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from measured import measured_peak, sequence_of
@@ -9,7 +11,7 @@ from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.plan.dry_run import dry_run_like
-from preceptor.plan.memory import Moment, Setup, state_bytes, step_memory
+from preceptor.plan.memory import Moment, Setup, host_bytes, state_bytes, step_memory
 from preceptor.plan.parameters import LoraSpec, count_parameters
 from preceptor.plan.shapes import shape_of
 from preceptor.plan.work import Work, operations
@@ -123,6 +125,22 @@ def test_the_peak_of_a_step_by_optimizer_and_type(name, rounding, num_sequences)
     moments = dry_run.step(setup, KEEP_ALL, sequence_of((((9, 3),),)), 2048)
     memory = step_memory(setup, dry_run.parameters(), moments)
     assert memory.peak_bytes == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "rounding"), [("adamw", None), ("adamw", "exact"), ("adamw_8bit", None)])
+def test_states_in_the_hosts_memory_are_on_the_device_one_weight_at_a_time(name, rounding):
+    """What is measured is both memories."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model = tiny_model("llama", vocab_size=2048, hidden_size=128, intermediate_size=1024, dtype=dtype)
+    settings = {"name": name, "rounding": rounding, "weight_decay": 0.1}
+    measured = measured_peak(model, sequence_of((((9, 3),),)), KEEP_ALL, offload=True, **settings)
+    setup = Setup("bfloat16" if rounding else "float32", optimizer=name, rounding=rounding, offload=True)
+    dry_run = dry_run_like(model)
+    parameters = dry_run.parameters()
+    memory = step_memory(setup, parameters, dry_run.step(setup, KEEP_ALL, sequence_of((((9, 3),),)), 2048))
+    assert memory.components["optimizer"] == 0
+    assert host_bytes(setup, parameters) == state_bytes(replace(setup, offload=False), parameters)["optimizer"]
+    assert memory.peak_bytes + host_bytes(setup, parameters) == pytest.approx(measured, rel=0.02)
 
 
 def test_operations_are_6_n_t_where_that_is_right():

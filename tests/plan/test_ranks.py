@@ -104,7 +104,11 @@ def test_the_first_that_fits_is_chosen(usable, chosen):
 
 
 def test_what_cannot_be_sharded_is_replicated():
-    for setup in (replace(SETUP, optimizer="adafactor"), replace(SETUP, quantization="int8", adapter=LoraSpec(1))):
+    for setup in (
+        replace(SETUP, optimizer="adafactor"),
+        replace(SETUP, offload=True),
+        replace(SETUP, quantization="int8", adapter=LoraSpec(1)),
+    ):
         assert [each.strategy for each in ways(setup)] == ["replicate"]
 
 

@@ -13,10 +13,10 @@ from preceptor.train.optimizer import build_optimizer
 from tiny import tiny_model
 
 
-def state_of(seed=0, steps=2):
+def state_of(seed=0, steps=2, offload=False):
     """A tiny model after some steps of noise."""
     model = tiny_model("llama", seed=seed)
-    state = State(model, build_optimizer(model, 0.0, (0.9, 0.95)))
+    state = State(model, build_optimizer(model, 0.0, (0.9, 0.95), offload=offload))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for parameter in model.parameters():
@@ -36,8 +36,8 @@ def same(one, other):
     )
 
 
-def restored(checkpoints, said=None):
-    state = state_of(seed=5, steps=1)
+def restored(checkpoints, said=None, offload=False):
+    state = state_of(seed=5, steps=1, offload=offload)
     state.step = 0
     checkpoints.restore(state, (said if said is not None else []).append)
     return state
@@ -48,10 +48,11 @@ def checkpoints(tmp_path):
     return Checkpoints(tmp_path / "checkpoints", "this", keep=2)
 
 
-def test_what_is_saved_comes_back_to_the_bit(checkpoints):
-    state = state_of()
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_saved_comes_back_to_the_bit(checkpoints, offload):
+    state = state_of(offload=offload)
     checkpoints.save(state)
-    back = restored(checkpoints)
+    back = restored(checkpoints, offload=offload)
     assert back.step == 2 and same(state, back)
     size = sum(file.stat().st_size for file in (checkpoints.folder / "step-00000002").iterdir())
     assert size <= checkpoint_bytes(state) < size + (1 << 20)

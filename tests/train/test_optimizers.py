@@ -7,11 +7,20 @@ import sys
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.random_bits import random_bits
 from preceptor.train.adamw_8bit import decoded, encoded
-from preceptor.train.optimizer import apply_learning_rate, build_optimizer, expected_state_bytes, optimizer_lines
+from preceptor.train.build import optimizer_of
+from preceptor.train.optimizer import (
+    apply_learning_rate,
+    build_optimizer,
+    expected_state_bytes,
+    offloads,
+    optimizer_lines,
+)
 from preceptor.train.rounding import narrow, widened
 from tiny import tiny_model
 
@@ -66,6 +75,55 @@ def test_muon_leaves_embedding_head_and_vectors_to_adamw():
     take_steps(other, built(other), 3)
     for (name, p), (_, q) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(p, q) == (".layers." not in name or p.ndim < 2), name
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("name", NAMES)
+def test_states_in_the_hosts_memory_change_no_bit(name, dtype):
+    rounding = "exact" if dtype == HALF else None
+    one, other = tiny_model("llama", dtype=dtype), tiny_model("llama", dtype=dtype)
+    offloaded, beside = built(one, name, rounding=rounding, offload=True), built(other, name, rounding=rounding)
+    take_steps(one, offloaded, 3)
+    take_steps(other, beside, 3)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        states = offloaded.state[p], beside.state[q]
+        assert all(torch.equal(value, states[0][key]) for key, value in states[1].items())
+    said = list(optimizer_lines(offloaded))
+    assert any("bytes per parameter in the host's memory" in line for line in said)
+
+
+def test_a_run_offloads_from_another_device_alone():
+    tree = {"model": {"path": "m"}, "data": {"train": [{"path": "d"}]}, "out": "o", "optimizer": {"offload": True}}
+    run = config.build(tree, "run.yaml")
+    assert offloads(optimizer_of(run, tiny_model("llama").to("meta")))
+    assert not offloads(optimizer_of(run, tiny_model("llama")))
+
+
+class Copies(TorchDispatchMode):
+    """Whether the host waits, of each copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._to_copy.default:
+            self.waits.append(not (kwargs or {}).get("non_blocking"))
+        if operation is torch.ops.aten.copy_.default:
+            self.waits.append(not (len(args) > 2 and args[2]))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_states_come_from_the_hosts_memory_and_go_back_without_a_wait():
+    model = tiny_model("llama")
+    optimizer = built(model, offload=True)
+    take_steps(model, optimizer, 1)
+    kept = {p: optimizer.state[p]["exp_avg"].data_ptr() for p in model.parameters()}
+    with Copies() as copies:
+        optimizer.step()
+    assert copies.waits == [False] * 4 * len(kept)  # two means there, two back
+    assert kept == {p: optimizer.state[p]["exp_avg"].data_ptr() for p in kept}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,7 +29,10 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show them as they are now, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Watch runs as they go on: in the terminal until all are finished, with --browser until Ctrl-C."""
+    """Watch runs as they go on.
+
+    In the terminal until all are finished, with --browser until Ctrl-C.
+    """
     from preceptor.errors import ConfigError
     from preceptor.watch.live_run import LiveRun
 

@@ -89,7 +89,10 @@ class Run(Section):
         model = self._resolved_model()
         self._require_shardable()
         tracker = [self.tracker] if isinstance(self.tracker, str) else list(dict.fromkeys(self.tracker))
-        found = {"model": model, "optimizer": optimizer, "adapter": adapter, "tracker": tracker}
+        parallel = self.parallel
+        if self.engine == "compiled" and parallel.strategy == "auto":
+            parallel = parallel.model_copy(update={"strategy": "replicate"})  # the one whose layers can be compiled
+        found = {"model": model, "optimizer": optimizer, "adapter": adapter, "tracker": tracker, "parallel": parallel}
         return own.model_copy(update=found)
 
     def _of_a_stream(self) -> "Run":
@@ -145,6 +148,11 @@ class Run(Section):
             raise ConfigError(
                 f"parallel.strategy: adafactor needs whole matrices, and {strategy} gives each process a part. Set "
                 "optimizer.name: adamw_8bit, or parallel.strategy: replicate"
+            )
+        if self.optimizer.offload:
+            raise ConfigError(
+                f"optimizer.offload: the states of sharded weights ({strategy}) stay beside them. Remove it, or set "
+                "parallel.strategy: replicate"
             )
         if self.engine == "compiled":
             raise ConfigError(

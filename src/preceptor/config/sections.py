@@ -234,6 +234,8 @@ class Optimizer(Section):
     """Of trained bfloat16 weights. `exact` (absent): their other 16 bits are kept; `nearest` loses small updates."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
+    offload: bool = False
+    """Keep the states in the host's memory; each is on the GPU while its weight is updated. The same update, later."""
 
 
 class Loss(Section):

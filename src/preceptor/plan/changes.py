@@ -2,7 +2,8 @@
 
 1. activation checkpointing: the same gradient, more time
 2. shorter sequences: the same gradient, as long as the longest conversation fits
-3. full fine-tuning with bfloat16 weights, their other bits kept, then optimizer states of 8 bits
+3. full fine-tuning with bfloat16 weights, their other bits kept, then optimizer states of 8 bits, then of 32 bits in
+   the host's memory
 4. context_gradient: detach: another gradient (that of target tokens alone)
 5. an adapter, then frozen weights in bfloat16, then in 4 bits: fewer trained parameters
 """
@@ -93,7 +94,7 @@ def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
         yield {"data.max_length": tokens}
         yield shortest
     if run.adapter is None:
-        for held in (_HALF, {**_HALF, "optimizer.name": "adamw_8bit"}):
+        for held in (_HALF, {**_HALF, "optimizer.name": "adamw_8bit"}, {**_HALF, "optimizer.offload": True}):
             for more in ({}, _CHECKPOINTED, shortest):
                 yield {**held, **more}
     always: Keys = {"memory.context_gradient_every": 1} if run.memory.context_gradient_every > 1 else {}

@@ -76,7 +76,7 @@ EVERYTHING: Patterns = ((), ())
 class Setup:
     """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`).
 
-    rounding: of trained bfloat16 weights (`optimizer.rounding`).
+    rounding: of trained bfloat16 weights (`optimizer.rounding`). offload: optimizer states are in the host's memory.
     """
 
     weights: Weights = "float32"
@@ -90,6 +90,7 @@ class Setup:
     choice: Patterns = EVERYTHING
     quantization: Quantization | None = None
     double_quantization: bool = False
+    offload: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -138,7 +139,7 @@ class StepMemory:
 
 
 def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
-    """What lasts from step to step, and gradients."""
+    """What lasts from step to step on the device, and gradients."""
     trained = parameters.num_trained
     weights = setup.weight_bytes * parameters.num_base
     if setup.quantization is not None:
@@ -147,20 +148,30 @@ def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
             weights += count * (quantized - setup.weight_bytes * math.prod(shape))
     if setup.adapter is not None:
         weights += FLOAT32 * trained
-    optimizer = sum(
-        count * optimizer_bytes(rule_of(setup.optimizer, shape, in_layer), shape)
-        for (in_layer, shape), count in parameters.tensors.items()
-    )
-    if setup.half_trained and setup.rounding == "exact":
-        optimizer += LOW * trained
+    optimizer = 0 if setup.offload else _optimizer_bytes(setup, parameters)
     return {"weights": weights, "gradients": setup.gradient_bytes * trained, "optimizer": optimizer}
+
+
+def host_bytes(setup: Setup, parameters: Parameters) -> int:
+    """Of optimizer states that are not on the device."""
+    return _optimizer_bytes(setup, parameters) if setup.offload else 0
+
+
+def _optimizer_bytes(setup: Setup, parameters: Parameters) -> int:
+    tensors = parameters.tensors.items()
+    return sum(count * _weight_state_bytes(setup, shape, in_layer) for (in_layer, shape), count in tensors)
+
+
+def _weight_state_bytes(setup: Setup, shape: tuple[int, ...], in_layer: bool) -> int:
+    low = LOW * math.prod(shape) if setup.half_trained and setup.rounding == "exact" else 0
+    return optimizer_bytes(rule_of(setup.optimizer, shape, in_layer), shape) + low
 
 
 def update_bytes(setup: Setup, parameters: Parameters) -> int:
     """The most that an update of one weight takes beside states and gradients.
 
     A bfloat16 weight and its gradient are widened; what a rule computes, with weight decay, is added. Fused AdamW
-    needs none.
+    needs none. States in the host's memory are on the device while their weight is updated.
     """
     most = 0
     for in_layer, shape in parameters.tensors:
@@ -170,7 +181,8 @@ def update_bytes(setup: Setup, parameters: Parameters) -> int:
         between = _RULE_BYTES[rule] * (part if rule == "adamw_8bit" else count)
         between += FLOAT32 * min(shape) ** 2 if rule == "muon" else 0  # its Gram matrices
         after = _ROUNDING_BYTES[setup.rounding] * part if setup.half_trained else 0
-        most = max(most, wide + max(between, after))
+        states = _weight_state_bytes(setup, shape, in_layer) if setup.offload else 0
+        most = max(most, states + wide + max(between, after))
     return most
 
 

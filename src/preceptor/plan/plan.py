@@ -25,6 +25,7 @@ from preceptor.plan.memory import (
     Setup,
     StepMemory,
     Weights,
+    host_bytes,
     state_bytes,
     step_memory,
 )
@@ -82,6 +83,7 @@ def make_plan(
         "sequence": _sequence_facts(case.work, isinstance(sample, str) or run.data.streaming),
         "memory": {
             "components": dict(case.memory.components),
+            "host_bytes": host_bytes(case.setup, case.parameters),
             "peak_bytes": case.memory.peak_bytes,
             "moment": case.memory.moment,
             "fits": case.memory.peak_bytes <= device.usable_bytes,
@@ -107,7 +109,8 @@ def _states(run: config.Run, model: PlannedModel, sample: Sample | str, device: 
         parameters = Parameters(stored, stored, model.num_stored, tensors={(False, (model.num_stored,)): 1})
     else:
         return {"parameters": {"total": model.num_stored}, "memory": None}
-    return {"parameters": parameters.to_json(), "memory": {"components": state_bytes(setup, parameters)}}
+    memory = {"components": state_bytes(setup, parameters), "host_bytes": host_bytes(setup, parameters)}
+    return {"parameters": parameters.to_json(), "memory": memory}
 
 
 def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup:
@@ -128,6 +131,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         choice=(tuple(run.model.freeze), tuple(run.model.train_only)),
         quantization=run.model.quantization,
         double_quantization=bool(run.model.double_quantization),
+        offload=run.optimizer.offload and device.device_type != "cpu",
     )
 
 

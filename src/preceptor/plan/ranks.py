@@ -51,7 +51,7 @@ def placements(
     """Every way to spread the model, the one that sends least first. moments: of a dry run; none: states alone."""
     ways: list[tuple[Strategy, int]] = [("replicate", 1), ("hybrid", ranks_per_node), ("shard", num_ranks)]
     keeps_part = setup.adapter is not None and setup.adapter.options.keeps_first_values
-    if setup.quantization is not None or keeps_part or setup.optimizer == "adafactor":
+    if setup.quantization is not None or keeps_part or setup.offload or setup.optimizer == "adafactor":
         ways = ways[:1]  # quantized weights cannot be sharded, nor what keeps a part of a tensor or needs all of it
     for strategy, num_parts in ways:
         if strategy == "hybrid" and not has_nodes(num_ranks, ranks_per_node):

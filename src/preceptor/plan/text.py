@@ -48,6 +48,8 @@ def _memory(plan: Mapping[str, Any]) -> str:
         f"activation_checkpointing: {run['activation_checkpointing']})"
     ]
     lines += [f"  {name:<18}{size(count):>10}" for name, count in memory["components"].items() if count]
+    if memory["host_bytes"]:
+        lines.append(f"  {'optimizer':<18}{size(memory['host_bytes']):>10}, in the host's memory")
     if "peak_bytes" in memory:
         sequence = plan["sequence"]
         lines.append(f"  {'peak':<18}{size(memory['peak_bytes']):>10}, {_WHEN[memory['moment']]}")

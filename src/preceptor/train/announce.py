@@ -16,7 +16,7 @@ from preceptor.model.parts import causal_lm, has_experts, tower_parameters
 from preceptor.model.quantization import num_parameters
 from preceptor.train.build import saved_dtype
 from preceptor.train.checkpoint import State
-from preceptor.train.optimizer import optimizer_lines
+from preceptor.train.optimizer import offloads, optimizer_lines
 from preceptor.train.prepare import Prepared
 
 
@@ -48,6 +48,8 @@ def announce(
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
     lines += [*prepared.chat.doubts, *table_lines(model), *_model_lines(prepared, model)]
+    if run.optimizer.offload and not offloads(state.optimizer):
+        lines.append("optimizer.offload changes nothing: the model is in the host's memory too")
     lines += [*optimizer_lines(state.optimizer), *_saved_lines(run.model, model)]
     for line in filter(None, lines):
         console.print(line, highlight=False, markup=False)

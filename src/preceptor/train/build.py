@@ -274,8 +274,9 @@ def optimizer_of(run: config.Run, model: Any) -> torch.optim.Optimizer:
     factors = dict(own.lr_factors)
     for pattern, factor in lr_factors(run.adapter).items():
         factors[pattern] = factors.get(pattern, 1.0) * factor
+    offload = own.offload and model.device.type != "cpu"
     return build_optimizer(
-        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed
+        model, own.weight_decay, own.betas, own.name, own.momentum, own.rounding, factors, run.train.seed, offload
     )
 
 

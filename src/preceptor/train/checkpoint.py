@@ -45,8 +45,9 @@ from preceptor.files import (
 )
 from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
-from preceptor.train.optimizer import expected_state_bytes
+from preceptor.train.optimizer import expected_state_bytes, offloads
 from preceptor.train.run_folder import CHECKPOINT
+from preceptor.train.weightwise import host_zeros
 from preceptor.world import ONE, World
 
 _TENSORS_PER_PARAMETER = 5  # at most: the weight, and what an optimizer keeps of it
@@ -287,6 +288,8 @@ def _delete(places: Iterable[Path]) -> None:
 
 def _content(state: State, with_optimizer: bool) -> Content:
     """Everything that must survive, by names that do not depend on the number of ranks."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # states that lie in the host's memory may still be on their way there
     content: Content = {f"{_PARAMETER}{name}": p.detach() for name, p in state.trained.items()}
     if with_optimizer:
         for name, parameter in state.trained.items():
@@ -345,6 +348,8 @@ def _empty(saved: Any, parameter: torch.Tensor, optimizer: torch.optim.Optimizer
     if not isinstance(saved, TensorStorageMetadata):
         return None
     size, dtype = saved.size, saved.properties.dtype
+    if offloads(optimizer):
+        return host_zeros(size, dtype, parameter.device)
     if size == parameter.shape:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     if isinstance(parameter, DTensor) and size[:1] == parameter.shape[:1]:

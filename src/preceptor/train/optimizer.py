@@ -27,12 +27,14 @@ def build_optimizer(
     rounding: Rounding | None = None,
     lr_factors: Mapping[str, float] | None = None,
     seed: int = 0,
+    offload: bool = False,
 ) -> torch.optim.Optimizer:
     """Over what requires a gradient; matrices alone decay. The learning rate is set by the loop before each step.
 
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) of float32 weights is torch's own, fused: one kernel for the
     whole update, which makes no temporaries of a parameter's size and is four times as fast on a CPU. All else goes
     weight by weight (weightwise.py). rounding: of bfloat16 weights; what is drawn at random follows from `seed`.
+    offload: keep the states in the host's memory.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     half = any(parameter.dtype == torch.bfloat16 for parameter in trained.values())
@@ -47,13 +49,13 @@ def build_optimizer(
         groups.setdefault((not decays, factor, rule), {**settings, "rule": rule})["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups)]
     mean, square = betas
-    if name == "adamw" and not half:
+    if name == "adamw" and not half and not offload:
         return torch.optim.AdamW(ordered, lr=0.0, betas=(mean, square), fused=True)
     rules: dict[str, Rule] = {"adamw": torch_rule(torch.optim.AdamW, betas=(mean, square), fused=True)}
     if name != "adamw":
         rules[name] = _rule(name, betas, momentum)
     names = {parameter: own_name for own_name, parameter in trained.items()}
-    return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed)
+    return WeightwiseOptimizer(ordered, rules, names, rounding if half else None, seed, offload)
 
 
 def _rule(name: str, betas: Sequence[float], momentum: float | None) -> Rule:
@@ -85,11 +87,18 @@ def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
             counts[group["rule"]] += sum(parameter.numel() for parameter in group["params"])
         shares = ", ".join(f"{rule} for {count / total:.1%} of the parameters" for rule, count in counts.items())
         bytes_each = expected_state_bytes(optimizer) / total
-        yield f"optimizer: {shares if len(counts) > 1 else next(iter(counts))}, {bytes_each:.2f} bytes per parameter"
+        rules = shares if len(counts) > 1 else next(iter(counts))
+        where = " in the host's memory" * optimizer.offload
+        yield f"optimizer: {rules}, {bytes_each:.2f} bytes per parameter{where}"
     for factor in sorted({group["lr_factor"] for group in groups} - {1}):
         own = [parameter for group in groups if group["lr_factor"] == factor for parameter in group["params"]]
         num = sum(parameter.numel() for parameter in own)
         yield f"learning rate times {factor:g}: {len(own)} of {len(trained)} tensors ({num:,} parameters)"
+
+
+def offloads(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its states lie in the host's memory, and not on the device."""
+    return isinstance(optimizer, WeightwiseOptimizer) and optimizer.offload
 
 
 def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -37,7 +37,7 @@ from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
 from preceptor.train.objective import Objective, own_loss
-from preceptor.train.optimizer import expected_state_bytes
+from preceptor.train.optimizer import expected_state_bytes, offloads
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, session, write_start
@@ -167,7 +167,7 @@ class Training:
         state = State(self.model, optimizer_of(run, self.model))
         checkpoints = _checkpoints(folder, run, record, world)
         _require_room(run, state, checkpoints)
-        state_bytes = expected_state_bytes(state.optimizer)
+        state_bytes = 0 if offloads(state.optimizer) else expected_state_bytes(state.optimizer)
         passed = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
         loader = passed.loader
         num_steps = run.train.duration.steps(loader.steps_per_epoch)

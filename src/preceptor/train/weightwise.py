@@ -2,6 +2,9 @@
 
 A rule is one of torch's own optimizers, which is lent the weight, its gradient and its state, or AdamW with 8-bit
 states. A bfloat16 weight is widened before it and rounded after it (rounding.py).
+
+With `offload` the states lie in the host's memory and are on the device one weight at a time: they are copied there
+before its update and back after it, in the order of the device's stream, so that the host waits for neither.
 """
 
 from collections import defaultdict
@@ -21,7 +24,10 @@ Rule = Callable[[Tensor, dict[str, Tensor], Mapping[str, Any], int], None]
 
 
 class WeightwiseOptimizer(torch.optim.Optimizer):
-    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters."""
+    """groups: `params`, `rule` and what the rule takes beside the learning rate. names: of the parameters.
+
+    offload: states are kept in the host's memory.
+    """
 
     def __init__(
         self,
@@ -30,8 +36,9 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         names: Mapping[nn.Parameter, str],
         rounding: Rounding | None,
         seed: int,
+        offload: bool = False,
     ) -> None:
-        self._rules, self._names, self.rounding, self._seed = rules, names, rounding, seed
+        self._rules, self._names, self.rounding, self._seed, self.offload = rules, names, rounding, seed, offload
         super().__init__(groups, {"lr": 0.0})
 
     @torch.no_grad()
@@ -50,18 +57,21 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
             if half and self.rounding == "exact":
                 state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
         state["updates"] += 1
-        names = ("updates", "low")
-        of_rule = {name: value for name, value in state.items() if name not in names}
-        low = state.get("low")
+        here = _brought(state, parameter.device) if self.offload else state
+        of_rule = {name: value for name, value in here.items() if name not in ("updates", "low")}
+        low = here.get("low")
         weight = widened(parameter, low) if half else parameter.detach()
         assert parameter.grad is not None
         weight.grad = parameter.grad.float()
         key = key_of(self._seed, int(state["updates"]), self._names[parameter])
         self._rules[group["rule"]](weight, of_rule, group, key)
-        state.update(of_rule)
         if half:
             assert self.rounding is not None
             narrow(weight, parameter, self.rounding, low, ~key)
+        if self.offload:
+            _take_back(state, of_rule if low is None else {**of_rule, "low": low})
+        else:
+            state.update(of_rule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved: torch's own would turn every state into the type of its weight, codes among them."""
@@ -70,8 +80,33 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                on_cpu = value.ndim == 0
-                self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+                if value.ndim == 0:
+                    self.state[parameter][name] = value.clone()
+                elif self.offload:
+                    self.state[parameter][name] = host_zeros(value.shape, value.dtype, parameter.device).copy_(value)
+                else:
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def host_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In the host's memory, for copies from and to a device: of a GPU the host then waits for none."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda" and bool(shape))
+
+
+def _brought(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {
+        name: value.to(device, non_blocking=True, copy=True) if value.ndim else value for name, value in state.items()
+    }
+
+
+def _take_back(state: dict[str, Tensor], updated: Mapping[str, Tensor]) -> None:
+    for name, value in updated.items():
+        if not value.ndim:
+            state[name] = value
+            continue
+        if name not in state or state[name].device.type != "cpu":
+            state[name] = host_zeros(value.shape, value.dtype, value.device)
+        state[name].copy_(value, non_blocking=True)
 
 
 def torch_rule(optimizer_class: type[torch.optim.Optimizer], **settings: Any) -> Rule:

@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,7 @@ def add_adapter(
     the model has not, or that peft rejects.
     """
     layers = linear_layers(model)
-    names = {name.rpartition(".")[2] for name in layers}
-    unknown = sorted(set(target_modules or ()) - names)
-    if unknown:
-        raise ModelError(
-            f"adapter.target_modules: {type(model).__name__} has no linear layer named {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(names))}"
-        )
+    _require_targets(model, layers, target_modules)
     whole = _modules_to_save(model, options.modules_to_save)
     experts = [] if target_modules or options.dora or dropout else _expert_parameters(model)
     excluded = _out_of_reach(model, layers, target_modules is not None, whole)
@@ -98,6 +92,16 @@ def add_adapter(
     _train_in_float32(adapted)
     _sort_names(adapted)
     return adapted
+
+
+def _require_targets(model: nn.Module, layers: Collection[str], target_modules: Sequence[str] | None) -> None:
+    names = {name.rpartition(".")[2] for name in layers}
+    unknown = sorted(set(target_modules or ()) - names)
+    if unknown:
+        raise ModelError(
+            f"adapter.target_modules: {type(model).__name__} has no linear layer named {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(names))}"
+        )
 
 
 def _reason(error: ValueError) -> str:
