@@ -2,7 +2,7 @@
 
     python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
     python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)
-    python benchmarks/context_memory.py --learning [--seeds 3] [--modes full detach ...]
+    python benchmarks/context_memory.py --learning [--seeds 3]
 
 The first form sends one row, a conversation of random tokens, forward and backward through a Qwen3 of random weights.
 `held`: bytes that live after the forward pass of the decoder and did not before, parameters left out, so all that
@@ -14,7 +14,7 @@ of the machine's rate at a plain matrix product too. What the plan predicts of t
 Writes benchmarks/results/context_memory.json, of another model context_memory-MODEL.json.
 
 The second form trains the scholar to an intern in each mode, as benchmarks/first_run.py does, and asks it all held-out
-questions. Writes benchmarks/results/context_learning.json; modes that were not asked for stay as they are there.
+questions. Writes benchmarks/results/context_learning.json.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,6 @@ MODES: dict[str, ActivationPolicy | None] = {
     "detach": ActivationPolicy("detach"),
     "full, checkpointing: all": ActivationPolicy("full", "all"),
     "detach, checkpointing: all": ActivationPolicy("detach", "all"),
-}
-LEARNING: dict[str, dict[str, Any]] = {
-    "full": {"context_gradient": "full"},
-    "recompute": {"context_gradient": "recompute"},
-    "recompute, every 2nd step": {"context_gradient": "recompute", "context_gradient_every": 2},
-    "detach": {"context_gradient": "detach"},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"model_type": "qwen3", "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8}
@@ -215,8 +209,8 @@ def table(name: str, modes: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def learning(seeds: int, modes: Sequence[str], result: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
-    """The demo's training in each mode, with so many seeds, and all held-out questions: into `result`, then `write`."""
+def learning(seeds: int) -> dict[str, Any]:
+    """The demo's training in each mode, with so many seeds, and all held-out questions."""
     from first_run import measure
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
@@ -225,24 +219,24 @@ def learning(seeds: int, modes: Sequence[str], result: dict[str, Any], write: Ca
     from preceptor.train.run import execute
 
     questions = read_task(QUESTIONS)
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for mode in modes:
+        for mode in ("full", "recompute", "detach"):
             result[mode] = []
             for seed in range(seeds):
                 out = Path(folder) / f"{mode}-{seed}"
                 tree = config.Run.model_dump(demo_run(out), mode="json")
                 tree["train"]["seed"] = seed
-                tree["memory"] |= LEARNING[mode]
+                tree["memory"]["context_gradient"] = mode
                 summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
                 answers = measure(str(out / "model"), questions)
                 result[mode].append(
-                    {"seed": seed, "date": describe()["date"], "held_out": summary["held_out"]}
-                    | {"training_seconds": round(summary["seconds"], 1)}
+                    {"seed": seed, "held_out": summary["held_out"], "training_seconds": round(summary["seconds"], 1)}
                     | {"all": answers["all"]}
                 )
-                write(result)
             exact = [run["all"]["exact_match"] for run in result[mode]]
-            print(f"{mode:25} exact {statistics.mean(exact):.1%} ({min(exact):.1%} to {max(exact):.1%})", flush=True)
+            print(f"{mode:10} exact {statistics.mean(exact):.1%} ({min(exact):.1%} to {max(exact):.1%})", flush=True)
+    return result
 
 
 def main() -> None:
@@ -255,7 +249,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=len(LENGTHS) + 1, help="only the first so many rows")
     parser.add_argument("--learning", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--modes", nargs="+", choices=list(LEARNING), default=list(LEARNING))
     arguments = parser.parse_args()
     name = "context_learning" if arguments.learning else "context_memory"
     if not arguments.learning and arguments.model != "small":
@@ -271,12 +264,7 @@ def main() -> None:
         text = json.dumps({**about, "result": found}, indent=1) + "\n"
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
-    if arguments.learning:
-        file = RESULTS / f"{name}.json"
-        result = json.loads(file.read_text(encoding="utf-8"))["result"] if file.exists() else {}
-        learning(arguments.seeds, arguments.modes, result, write)
-    else:
-        write(memory(arguments, write))
+    write(learning(arguments.seeds) if arguments.learning else memory(arguments, write))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 
@@ -36,29 +35,9 @@ def test_what_is_recomputed_changes_no_step_and_constant_contexts_do(run_file, a
     assert constant[0][1] != pytest.approx(full[0][1], rel=1e-2)  # another gradient
 
 
-def test_the_exact_gradient_in_every_second_step(run_file):
-    file = run_file(conversations(12, turns=2))
-    full = trajectory(file, "full")
-    every = ("memory.context_gradient=recompute", "memory.context_gradient_every=2")
-    found = trajectory(file, "second", *every)
-    assert found[0] == pytest.approx(full[0], rel=1e-4)
-    assert found[1][0] == pytest.approx(full[1][0], rel=1e-4)  # the first step had the exact gradient,
-    assert found[1][1] != pytest.approx(full[1][1], rel=1e-2)  # the second has not
-    assert found[2][0] != pytest.approx(full[2][0], rel=1e-6)
-    assert [ActivationPolicy("recompute", 1, 3).of_step(step) for step in range(4)] == [
-        ActivationPolicy(how, 1) for how in ("recompute", "detach", "detach", "recompute")
-    ]
-
-
 @pytest.mark.parametrize(
     "setting",
-    [
-        "memory.context_gradient=some",
-        "memory.activation_checkpointing=0",
-        "memory.activation_checkpointing=some",
-        "memory.context_gradient_every=0",
-        "memory.context_gradient_every=2",  # not of `full`
-    ],
+    ["memory.context_gradient=some", "memory.activation_checkpointing=0", "memory.activation_checkpointing=some"],
 )
 def test_other_words_are_rejected(run_file, setting):
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):

@@ -38,7 +38,6 @@ MODELS = {
 MEMORY = {
     "full": {},
     "recompute": {"context_gradient": "recompute"},
-    "alternating": {"context_gradient": "recompute", "context_gradient_every": 2},
     "detach": {"context_gradient": "detach"},
     "checkpointing": {"activation_checkpointing": "all"},
     "both": {"context_gradient": "recompute", "activation_checkpointing": 1},
@@ -54,7 +53,7 @@ SPREAD = {
 CASES = [
     ("llama", "full", "adapter", ["replicate 2"]),
     ("llama", "full", "everything", ["replicate 2", "shard 4"]),
-    ("qwen3", "alternating", "everything", ["hybrid 4"]),
+    ("qwen3", "recompute", "everything", ["hybrid 4"]),
     ("gemma3_text", "detach", "everything", ["shard 2"]),
     ("gpt_oss", "checkpointing", "everything", ["shard 2"]),
     ("gpt_oss", "recompute", "adapter", ["shard 2"]),

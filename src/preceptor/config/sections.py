@@ -258,15 +258,6 @@ class Memory(Section):
     """Layers that keep only their input for backward and run again there: none, all, or the first so many."""
     context_gradient: Literal["full", "recompute", "detach"] = "full"
     """`recompute`: contexts run again in backward, same gradient; `detach`: constants to the gradient (TokenTune)."""
-    context_gradient_every: Annotated[int, Field(ge=1)] = 1
-    """Of `recompute`: only in every so many steps, the first of them; `detach` in the others, in less time."""
-
-    @field_validator("context_gradient_every")
-    @classmethod
-    def _of_recompute(cls, steps: int, info: ValidationInfo) -> int:
-        if steps > 1 and info.data.get("context_gradient") != "recompute":
-            raise ValueError("it is of `context_gradient: recompute`, which is not set")
-        return steps
 
 
 class Parallel(Section):

@@ -97,10 +97,8 @@ def _candidates(run: config.Run, sample: Sample | str) -> Iterator[Keys]:
         for held in (_HALF, {**_HALF, "optimizer.name": "adamw_8bit"}, {**_HALF, "optimizer.offload": True}):
             for more in ({}, _CHECKPOINTED, shortest):
                 yield {**held, **more}
-    always: Keys = {"memory.context_gradient_every": 1} if run.memory.context_gradient_every > 1 else {}
-    detached: Keys = {"memory.context_gradient": "detach", **always}
-    yield detached
-    yield {**detached, **_CHECKPOINTED}
+    yield {"memory.context_gradient": "detach"}
+    yield {"memory.context_gradient": "detach", **_CHECKPOINTED}
     adapter: Keys = {} if run.adapter is not None else {"adapter.kind": "lora"}
     half: Keys = {**adapter, **_HALF}
     bits: Keys = {**half, "model.quantization": "nf4"}

@@ -147,7 +147,7 @@ def make_case(
 
 
 def _work(run: config.Run, sample: Sample | str) -> Work:
-    policy = ActivationPolicy.of(run.memory)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     return Work(largest_sequence(run, sample), policy)
 
 
@@ -198,7 +198,6 @@ def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
         "rounding": run.optimizer.rounding,
         "precision": device.precision(run.train.precision),
         "context_gradient": run.memory.context_gradient,
-        "context_gradient_every": run.memory.context_gradient_every,
         "activation_checkpointing": run.memory.activation_checkpointing,
         "max_length": run.data.max_length,
         "batch_size": run.train.batch_size,
@@ -358,7 +357,7 @@ def place_on_ranks(
     from preceptor.plan.dry_run import dry_run_of
 
     setup = _setup_of_rank(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), num_ranks)
-    policy = ActivationPolicy.of(run.memory)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_of(run.model, run.engine)
         num_rows = rows_for(dry_run.num_rows, num_tokenizer)
@@ -391,7 +390,7 @@ def predict_peak_bytes(
         return None
     device = DeviceSpec("the run's own", 0, None, None, device_type)
     setup = _of_passes(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
-    policy = ActivationPolicy.of(run.memory)
+    policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_like(model, run.engine)
         moments = dry_run.step(setup, policy, sequence, dry_run.num_rows)

@@ -40,12 +40,9 @@ def _memory(plan: Mapping[str, Any]) -> str:
     memory, run = plan["memory"], plan["run"]
     if memory is None:
         return ""
-    every = run["context_gradient_every"]
-    between = f" in every step of {every}, else detach" if every > 1 else ""
     lines = [
         f"Memory ({run['weights']} weights, matrix products in {run['precision']}; {_optimizer(run)}; "
-        f"context_gradient: {run['context_gradient']}{between}, "
-        f"activation_checkpointing: {run['activation_checkpointing']})"
+        f"context_gradient: {run['context_gradient']}, activation_checkpointing: {run['activation_checkpointing']})"
     ]
     lines += [f"  {name:<18}{size(count):>10}" for name, count in memory["components"].items() if count]
     if memory["host_bytes"]:

@@ -6,7 +6,7 @@ trained tokens only, frozen weights have no gradient, experts count as far as a 
 counts the pairs of tokens that see each other, and layers that run again count again.
 """
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
@@ -72,20 +72,7 @@ class Operations:
 
 
 def operations(parameters: Parameters, work: Work) -> Operations:
-    """Forward and backward, the mean over a run's steps.
-
-    What the last layer spares of context-only tokens (at most 1/L) counts.
-    """
-    found = _operations(parameters, work)
-    share = 1 / work.policy.context_gradient_every
-    if share == 1:
-        return found
-    between = _operations(parameters, replace(work, policy=work.policy.of_step(1)))
-    kinds = zip(astuple(found), astuple(between), strict=True)
-    return Operations(*(share * exact + (1 - share) * detached for exact, detached in kinds))
-
-
-def _operations(parameters: Parameters, work: Work) -> Operations:
+    """Forward and backward. What the last layer spares of context-only tokens (at most 1/L) counts."""
     tokens, bearing = work.num_tokens, work.num_trained
     detached = work.policy.context_gradient == "detach"
     backward_tokens = bearing if detached else tokens

@@ -1,7 +1,7 @@
 """Objective of a run: the loss of the trained tokens in the run's variant, and the KL divergence from the base."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -39,10 +39,6 @@ class Objective:
     neftune_alpha: float = 0.0
     seed: int = 0
 
-    def of_step(self, step: int) -> "Objective":
-        """In the step of this number."""
-        return replace(self, policy=self.policy.of_step(step))
-
     def noise(self, step: int) -> EmbeddingNoise | None:
         """On the embeddings, in the step of this number."""
         return EmbeddingNoise(self.neftune_alpha, self.seed, step) if self.neftune_alpha else None
@@ -64,7 +60,7 @@ class Objective:
         `own_loss`.
         """
         return cls(
-            policy=ActivationPolicy.of(memory),
+            policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
             options=LossOptions(loss.label_smoothing, loss.z_loss, dft=loss.type == "dft", own=own_loss(loss)),
             kl_coef=loss.kl_coef,
             base=(base or ReferenceModel.of(model, num_base_tokens, untrained)) if loss.kl_coef else None,

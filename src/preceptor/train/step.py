@@ -101,7 +101,6 @@ def accumulate_gradients(
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
     """
-    objective = objective.of_step(seed[1])
     step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=objective.noise(seed[1]))
     device = engine.model.device
     engine.train()

@@ -9,36 +9,20 @@
 A token is loss-bearing if a loss reads its hidden state, so with `detach` the gradient of each trained token flows
 through all of the computation that predicts it, the last token of its context included, and stops at the keys and
 values of the context's other tokens.
-
-`memory.context_gradient_every: n` alternates: `recompute` in every n-th step, `detach` in those between.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from preceptor import config
 from preceptor.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationPolicy:
-    """activation_checkpointing: no layer, all, or the first n keep only their input and run again in backward.
-
-    context_gradient_every: of a run's policy, which `of_step` makes one of a step; a pass knows 1 only.
-    """
+    """activation_checkpointing: no layer, all, or the first n keep only their input and run again in backward."""
 
     context_gradient: Literal["full", "recompute", "detach"] = "full"
     activation_checkpointing: Literal["none", "all"] | int = "none"
-    context_gradient_every: int = 1
-
-    @classmethod
-    def of(cls, memory: config.Memory) -> "ActivationPolicy":
-        return cls(memory.context_gradient, memory.activation_checkpointing, memory.context_gradient_every)
-
-    def of_step(self, step: int) -> "ActivationPolicy":
-        """In the step of this number, from 0, which has the exact gradient. The same on all processes."""
-        exact = step % self.context_gradient_every == 0
-        return replace(self, context_gradient=self.context_gradient if exact else "detach", context_gradient_every=1)
 
     def checkpointed_layers(self, num_layers: int) -> int:
         """How many layers, from the first on, are computed again in backward. Raises ModelError if there are fewer."""
