@@ -131,7 +131,7 @@ def _context(found: Any) -> str:
                 f"{m['seconds_of_whole']:.0%} | {m['seconds_of_full']:.0%} | {m['gradient_error']:.0e} |"
             )
     return (
-        "## The price of a context token\n\nActivation memory and time of a step by `train.context_gradient`, as a "
+        "## The price of a context token\n\nActivation memory and time of a step by `memory.context_gradient`, as a "
         "percentage of the same model under plain autograd with transformers' own attention, and of our `full`. "
         f"{_on(found, 'python benchmarks/context_memory.py')}.\n\n{table}"
     )
