@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from preceptor.model.activations.inputs import OccurringRows, SplitPart
 from preceptor.model.activations.noise import EmbeddingNoise
+from preceptor.model.attention.layout import AttentionRun
 from preceptor.model.attention.runs import IMPLEMENTATION, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
@@ -68,7 +69,8 @@ class DecoderPass:
     attention: the implementation in force. num_checkpointed: layers, from the first on, that keep only their input.
     keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
     last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
-    ids, rows: what the embedding is given, (1, M), and which of its rows that is.
+    ids, rows: what the embedding is given, (1, M), and which of its rows that is. runs: of a whole sequence in which
+    conversations stand side by side.
     """
 
     decoder: PreTrainedModel
@@ -79,6 +81,7 @@ class DecoderPass:
     efficient: bool = False
     ids: Tensor | None = None
     rows: OccurringRows | None = None
+    runs: tuple[AttentionRun, ...] | None = None
 
 
 @dataclass(eq=False)
