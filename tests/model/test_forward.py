@@ -151,12 +151,6 @@ def test_attention_models_are_isolated(kind, dtype):
     assert model.training
 
 
-def test_layers_that_mix_tokens_outside_attention_are_found():
-    model = tiny_model("lfm2", layer_types=["conv", "full_attention"])
-    with pytest.raises(ModelError, match=r"lfm2.*mix tokens outside attention"):
-        check_isolation(model)
-
-
 def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length():
     model = tiny_model("gemma2", sliding_window=64)
     model.model.layers[0].self_attn.sliding_window = None

@@ -162,6 +162,13 @@ CASES = {
     "tied, kept": (lambda: tiny_model("qwen3"), step_sequences, FULL, "shard", False),
     "experts, sinks": (lambda: tiny_model("gpt_oss"), step_sequences, RECOMPUTE, "shard", True),
     "alone": (lambda: tiny_model("lfm2", layer_types=["conv", "full_attention"]), alone_sequences, FULL, "shard", True),
+    "a state, run by run": (
+        lambda: tiny_model("lfm2", layer_types=["conv", "full_attention"]),
+        step_sequences,
+        FULL,
+        "shard",
+        True,
+    ),
     "adapter": (lambda: adapted("llama"), step_sequences, RECOMPUTE, "shard", True),
     "adapter, new tokens": (lambda: adapted("llama", [60, 63]), step_sequences, FULL, "shard", True),
     "adapter, new tokens, tied": (lambda: adapted("qwen3", [60, 63]), step_sequences, DETACH, "shard", False),

@@ -48,9 +48,10 @@ def test_layers_that_drop_keyword_arguments_are_rejected():
         check_visibility(tiny_model("stablelm"))
 
 
-def test_models_without_attention_are_rejected():
-    with pytest.raises(ModelError, match="mamba: no layer looks its attention up"):
-        check_visibility(tiny_model("mamba"))
+def test_attention_that_no_interface_knows_is_rejected():
+    with pytest.raises(ModelError, match="RwkvModel computes attention by itself"):
+        check_visibility(tiny_model("rwkv"))
+    check_visibility(tiny_model("mamba"))  # has none, and goes run by run
 
 
 def test_the_probe_is_short_and_reaches_far():

@@ -100,10 +100,18 @@ def test_any_model_type(kind):
 @pytest.mark.parametrize("kind", ["bamba", "nemotron"])
 @pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
 def test_models_that_read_one_conversation_at_a_time(kind):
-    """State-space layers; and attention that is not told how a sequence is laid out."""
-    model = tiny_model(kind, **SIZES)
-    assert dry_run_like(model).reads_alone == (kind == "bamba")
-    check(model, (((12, 8),),), alone=True)
+    check(tiny_model(kind, **SIZES), (((12, 8),),), alone=True)
+
+
+def test_linear_attention_without_a_convolution_reads_one_conversation_at_a_time():
+    assert dry_run_like(tiny_model("minimax", **SIZES)).reads_alone
+
+
+@pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
+def test_layers_that_carry_a_state():
+    model = tiny_model("bamba", **SIZES)
+    assert not dry_run_like(model).reads_alone and dry_run_like(model, "plain").reads_alone
+    check(model, (((12, 8),), ((9, 5), (4, 7))))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.model.parts import decoder_layers, has_experts
+from preceptor.model.parts import decoder_layers, has_experts, path_mixers
 from preceptor.model.sizes import device_type_of, is_dry_run
 
 BACKEND = "inductor"
+CARRIES = "its layers carry a state from token to token, and each sequence has other runs"
 _MOST_FORMS = 64  # graphs of one function; beyond, torch would run it uncompiled, without a word
 _CAPABILITY = (7, 0)  # of GPUs for which Triton compiles
 
@@ -34,6 +35,8 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
         return "the GPU is older than Triton compiles for"
     if has_experts(model):
         return "the number of tokens of each expert is another one in each sequence"
+    if path_mixers(model):
+        return CARRIES
     return None if decoder_layers(model) else "the model does not say which of its modules are layers"
 
 

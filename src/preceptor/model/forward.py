@@ -16,13 +16,13 @@ from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.inputs import SequenceInputs
-from preceptor.model.activations.passes import decode_alone, decode_dense, decode_phases, decode_whole
+from preceptor.model.activations.passes import decode_alone, decode_dense, decode_phases, decode_whole, no_phases
 from preceptor.model.activations.phases import phases, split_by_loss
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.head import Head, output_head
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
-from preceptor.model.parts import decoder_of, model_type
+from preceptor.model.parts import decoder_of
 from preceptor.model.routers import watch_routers
 
 P = ParamSpec("P")
@@ -129,7 +129,7 @@ class Engine(nn.Module):
         """The last hidden states (M, D) of the loss-bearing tokens, at least; and source_N, as indices into them.
 
         A sequence without trained tokens goes through whole, so that every parameter still has its part in the graph.
-        num_levels: as in StepContext. Raises ModelError for phases of a sequence that is read alone.
+        num_levels: as in StepContext. Raises ModelError for phases where layers mix tokens outside attention.
         """
         return self.call(lambda: self._loss_hidden_states(self._inputs(sequence, policy, num_levels), policy))
 
@@ -151,11 +151,7 @@ class Engine(nn.Module):
     ) -> SequenceInputs:
         """What a loss reads of a sequence, on the device: whole, phase by phase, or with the last layer spared."""
         if sequence.alone and policy.context_gradient != "full":
-            raise ModelError(
-                f"memory.context_gradient: {policy.context_gradient}, but the layers of a {model_type(self.model)} "
-                f"model mix tokens outside attention, so a context cannot go through them apart from its targets. Set "
-                f"it to `full`."
-            )
+            raise no_phases(self.model, policy)
         phased = policy.context_gradient != "full"
         if sequence.alone or "attention" not in self.state.optimisations:
             return SequenceInputs.of(self.model, sequence, num_levels=num_levels, padded=False, balanced=balanced)

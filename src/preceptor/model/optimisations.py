@@ -25,12 +25,13 @@ from preceptor.model.activations.glu import EfficientGLU, glu_activation
 from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.layers import EngineLayer
 from preceptor.model.activations.linear import SharedCastLinear
+from preceptor.model.activations.mixers import PathMixer
 from preceptor.model.activations.norms import EfficientNorm, norm_form
 from preceptor.model.activations.passes import decode_whole
 from preceptor.model.activations.phases import split_by_loss
 from preceptor.model.closeness import FAILURES, relative_error, rounding
 from preceptor.model.compiled import why_not
-from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating
+from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
 
 Mode = Literal["auto", "compiled", "efficient", "plain"]
@@ -117,6 +118,10 @@ def remove(model: nn.Module) -> None:
             release(layer, EngineLayer)
 
 
+def _mixers(model: nn.Module) -> dict[nn.Module, Any]:
+    return dict.fromkeys(path_mixers(model))
+
+
 def _norms(model: nn.Module) -> dict[nn.Module, Any]:
     tried: dict[Any, Any] = {}
     forms = {module: norm_form(module, tried) for module in decoder_of(model).modules()}
@@ -178,6 +183,7 @@ def _in(way: Literal["compiled", "efficient"], name: str, purpose: str, *given: 
 
 OPTIMISATIONS = (
     Optimisation("attention", "attention run by run, or by fused kernels, without a dense mask"),
+    Optimisation("mixers", "layers that carry a state from token to token, run by run", PathMixer, _mixers),
     _in("compiled", "compile", "decoder layers and loss compiled by torch.compile"),
     _in("efficient", "norms", "norms that keep their input alone", EfficientNorm, _norms),
     _in("efficient", "glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),

@@ -123,3 +123,9 @@ def _restore(converted: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
 def has_dropout(model: nn.Module) -> bool:
     """Whether random numbers are drawn in training: by an adapter, or by what the authors left switched on."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def path_mixers(model: nn.Module) -> list[nn.Module]:
+    """The modules of layers that carry a state from token to token: those that a convolution is a child of."""
+    modules = (module for layer in decoder_layers(model) for module in layer.modules())
+    return [module for module in modules if any(isinstance(child, nn.Conv1d) for child in module.children())]

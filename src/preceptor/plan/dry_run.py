@@ -36,7 +36,7 @@ from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import Mode, install
-from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type
+from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type, path_mixers
 from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef
 from preceptor.model.sizes import dry_run_for
@@ -91,7 +91,8 @@ class DryRun:
         if not self.num_layers:
             raise ModelError(f"{model_type(model)}: does not say which of its modules are layers, so it has no dry run")
         self._depths = _Depths.of([_signature(layer) for layer in decoder_layers(model)])
-        self.reads_alone = _mixes_outside_attention(causal_lm(model))
+        keeps_apart = engine != "plain" and path_mixers(model)
+        self.reads_alone = not keeps_apart and _mixes_outside_attention(causal_lm(model))
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
@@ -354,7 +355,7 @@ def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *r
 
 
 def _mixes_outside_attention(model: Any) -> bool:
-    """Whether it reads one conversation at a time, as far as its config says; preflight proves it."""
+    """Whether tokens meet outside attention, as far as its config says; preflight proves it."""
     layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     return bool(getattr(model, "_is_stateful", False)) or not _MIXING_LAYERS.isdisjoint(layer_types)
 

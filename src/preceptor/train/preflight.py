@@ -31,7 +31,7 @@ from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.checks.phases import check_phases
 from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.closeness import require_close
-from preceptor.model.compiled import compile_seconds, num_graphs
+from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
@@ -193,8 +193,8 @@ def _settle_compiling(
 
     before = compile_seconds()
     try:
-        if not trees or is_sharded(engine):
-            why = SPREAD if trees else "each conversation goes through it alone"
+        if not trees or is_sharded(engine) or "mixers" in engine.state.optimisations:
+            why = "each conversation goes through it alone" if not trees else SPREAD if is_sharded(engine) else CARRIES
             raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
         with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
             model.train()

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from preceptor.model.activations.inputs import OccurringRows, SplitPart
 from preceptor.model.activations.noise import EmbeddingNoise
 from preceptor.model.activations.routing import RoutedTokens
+from preceptor.model.attention.layout import AttentionRun
 from preceptor.model.attention.runs import IMPLEMENTATION, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 
@@ -71,7 +72,8 @@ class DecoderPass:
     keys_only: the last layer computes keys and values alone. parts: context-only and loss-bearing tokens, of which the
     last layer returns the latter. efficient: our norms, gated units and linear layers, instead of the authors' own.
     ids, rows: what the embedding is given, (1, M), and which of its rows that is. routed: where routers are to be
-    balanced; then every layer computes all tokens whole.
+    balanced; then every layer computes all tokens whole. runs: of a whole sequence in which conversations stand side by
+    side.
     """
 
     decoder: PreTrainedModel
@@ -83,6 +85,7 @@ class DecoderPass:
     ids: Tensor | None = None
     rows: OccurringRows | None = None
     routed: RoutedTokens | None = None
+    runs: tuple[AttentionRun, ...] | None = None
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ from preceptor.model.attention.layout import (
     TokenRange,
 )
 from preceptor.model.attention.runs import attention_implementation
-from preceptor.model.parts import decoder_layers, decoder_of, device_of
+from preceptor.model.parts import decoder_layers, decoder_of, device_of, model_type
 
 
 def decode_whole(
@@ -50,6 +50,7 @@ def decode_whole(
         ids=inputs.ids()[None],
         rows=inputs.rows(),
         routed=inputs.routed(),
+        runs=inputs.runs,
     )
     num_asked = inputs.split[1].num_tokens if inputs.split else num_tokens
     return _decode(inputs.position(), layout, state, this, state.noise_TD)[:num_asked]
@@ -75,7 +76,12 @@ def decode_dense(
 def decode_phases(
     model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy
 ) -> tuple[Tensor, np.ndarray]:
-    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,)."""
+    """Hidden states of the loss-bearing tokens, (M, D), phase by phase; and where in the sequence they are, (M,).
+
+    Raises ModelError where layers mix tokens outside attention.
+    """
+    if "mixers" in state.optimisations:
+        raise no_phases(model, policy)
     decoder = decoder_of(model)
     num_layers = len(_layers(model))
     checkpointed = policy.checkpointed_layers(num_layers)
@@ -110,15 +116,21 @@ def decode_phases(
     return torch.cat(hidden), np.concatenate(index)
 
 
+def no_phases(model: nn.Module, policy: ActivationPolicy) -> ModelError:
+    return ModelError(
+        f"memory.context_gradient: {policy.context_gradient}, but the layers of a {model_type(model)} model mix tokens "
+        f"outside attention, so a context cannot go through them apart from its targets. Set it to `full`."
+    )
+
+
 def decode_alone(
     model: nn.Module, state: ModelState, inputs: SequenceInputs, policy: ActivationPolicy = KEEP_ALL
 ) -> Tensor:
     """Hidden states (T, D) of one conversation, by the model's own attention, modules and empty state.
 
-    For layers that mix tokens outside attention: state-space layers, linear attention and convolutions carry a state
-    from token to token that no mask can stop at the border of two conversations; some models compute attention in a way
-    that cannot be told a sequence's layout. Such a model reads one chain at a time (`PackedSequence.alone`,
-    prefix_sharing.py takes trees apart), as a server would.
+    For models that compute attention in a way that cannot be told a sequence's layout, and for layers that mix tokens
+    outside attention without a convolution by which they could be known (mixers.py). Such a model reads one chain at a
+    time (`PackedSequence.alone`, prefix_sharing.py takes trees apart), as a server would.
     """
     sequence = inputs.sequence
     assert sequence.alone and len(set(sequence.subtree_end_T.tolist())) == 1, "one chain"

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from preceptor.errors import ModelError
 from preceptor.model.attention.runs import attention_implementation
-from preceptor.model.parts import decoder_of, evaluating, model_type
+from preceptor.model.parts import decoder_of, evaluating, model_type, path_mixers
 
 _PROBE = "preceptor_visibility_probe"
 _LARGEST_POWER = 20  # positions up to 2^20, beyond any window in use
@@ -32,7 +32,7 @@ def check_visibility(model: nn.Module) -> None:
     ids = torch.zeros(1, len(positions), dtype=torch.long, device=device)
     with evaluating(model), attention_implementation(decoder, _PROBE):
         decoder(input_ids=ids, use_cache=False, probe_positions=positions, probed=probed)
-    if not probed:
+    if not probed and not path_mixers(model):
         raise ModelError(
             f"{model_type(model)}: no layer looks its attention up in transformers' AttentionInterface, so "
             f"conversations cannot be kept apart in one sequence. Use another model type."
