@@ -3,14 +3,15 @@
     python benchmarks/hybrids.py [--device auto] [--repeats 3]
 
 Models of random weights (hidden 384, 8 layers, vocabulary 32,000), 48 conversations of 40 to 160 tokens, three quarters
-of them context, in float32. `alone` is what a hybrid had before its layers went run by run, and still has under
-`engine: plain`; `transformers` is its own forward pass over each conversation. Seconds: the least of `repeats`, in turn.
-Writes benchmarks/results/hybrids.json.
+of them context, in float32. `alone`: one conversation a pass, as hybrids go through under `engine: plain`.
+`transformers`: its own forward pass over each conversation. Seconds are the least of `repeats`, in turn. Writes
+benchmarks/results/hybrids.json.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def conversations() -> list[Tree]:
     rng = np.random.default_rng(0)
-    trees = []
+    trees: list[Tree] = []
     for num_tokens in rng.integers(40, 161, size=48).tolist():
         ids = tuple(rng.integers(_SIZES["vocab_size"], size=num_tokens).tolist())
         cut = 3 * num_tokens // 4
@@ -59,7 +60,7 @@ def transformers_loss(model: Any, sequence: PackedSequence) -> Tensor:
     )
 
 
-def step(model: Any, losses: Any) -> tuple[float, float, Tensor]:
+def step(model: Any, losses: Iterator[Tensor]) -> tuple[float, float, Tensor]:
     """Seconds, loss, and gradient."""
     model.zero_grad()
     started, total = time.perf_counter(), 0.0
@@ -75,7 +76,7 @@ def measure(kind: str, device: str, repeats: int) -> dict[str, Any]:
     engine, trees = Engine(model), conversations()
     check_isolation(model)
     packed, alone = pack_trees(trees), [pack_trees([tree], alone=True) for tree in trees]
-    ways = {
+    ways: dict[str, Callable[[], Iterator[Tensor]]] = {
         "packed": lambda: (engine(each) for each in (packed,)),
         "alone": lambda: (engine(each) for each in alone),
         "transformers": lambda: (transformers_loss(model, each) for each in alone),
