@@ -65,7 +65,7 @@ def step(model: Any, losses: Iterator[Tensor]) -> tuple[float, float, Tensor]:
     model.zero_grad()
     started, total = time.perf_counter(), 0.0
     for loss in losses:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     seconds = time.perf_counter() - started
     return seconds, total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
