@@ -119,7 +119,7 @@ Found by walking these journeys on 2026-11-29, and mended:
 - Of scripts, names that are assigned twice, `torch.bfloat16`, BitsAndBytesConfig and Unsloth's calls were not read;
   `train_test_split` gave the training file as held-out data.
 - Axolotl's default roles and TRL's `device_map="auto"` asked for something to be set by hand.
-- From Python, threads that wait kept the cores busy: with other work beside it, a run took 51 s instead of 15 s.
+- From Python, threads that wait kept the cores busy; with other work beside it a run took several times as long.
 - `Run(train_dataset=...)` was told to put the data set in quotes.
 """
 STEPS: dict[str, tuple[str, Sequence[str]]] = {
