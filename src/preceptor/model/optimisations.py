@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
@@ -24,7 +25,7 @@ from preceptor.model.activations.embedding import AccumulatingEmbedding
 from preceptor.model.activations.glu import EfficientGLU, glu_activation
 from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.layers import EngineLayer
-from preceptor.model.activations.linear import SharedCastLinear
+from preceptor.model.activations.linear import SharedCastLinear, UncastAdapter
 from preceptor.model.activations.mixers import PathMixer
 from preceptor.model.activations.norms import EfficientNorm, norm_form
 from preceptor.model.activations.passes import decode_whole
@@ -138,6 +139,12 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
     return {module: None for module in linear if type(module).forward is nn.Linear.forward}
 
 
+def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
+    """Of a variant (DoRA) the adapter computes with its input in float32."""
+    adapted = (module for module in decoder_of(model).modules() if isinstance(module, LoraLinear))
+    return {module: None for module in adapted if not module.lora_variant}
+
+
 def _embedding(model: nn.Module) -> dict[nn.Module, Any]:
     layer = decoder_of(model).get_input_embeddings()
     return {layer: None} if isinstance(layer, nn.Embedding) and layer.max_norm is None else {}
@@ -188,6 +195,7 @@ OPTIMISATIONS = (
     _in("efficient", "norms", "norms that keep their input alone", EfficientNorm, _norms),
     _in("efficient", "glu", "gated linear units that do not keep the gate's activation", EfficientGLU, _gated_units),
     _in("efficient", "linear", "half-precision copies shared by linear layers", SharedCastLinear, _linear_layers),
+    _in("efficient", "adapters", "adapters that read their layer's input without a copy", UncastAdapter, _adapters),
     Optimisation("embedding_gradient", "the embedding's gradient in place", AccumulatingEmbedding, _embedding),
     Optimisation("head_gradient", "the head's gradient in place, its half-precision copy once a step"),
     Optimisation("last_layer", "the last layer for loss-bearing tokens only", check=last_layer_is_exact),

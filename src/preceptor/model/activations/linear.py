@@ -4,6 +4,9 @@ Layers that read the same tensor (q, k and v; gate and up) share one copy of it,
 keep, for each anew. A weight's copy lives until the layer's own backward, or with several phases until the last one;
 autocast's own cache would hold all of them to the end of the pass. Of a weight that is sharded and gathered again for
 backward no copy outlives the layer's forward: copies of all layers would be what sharding spares.
+
+An adapter of peft takes its input to float32 first, the type of its weights, from which autocast goes back to half
+precision: a copy and a tensor to keep for each adapted layer, of the values that its base layer read.
 """
 
 from typing import Any
@@ -31,6 +34,16 @@ class SharedCastLinear(nn.Module):
         x_half = x.detach() if x.dtype == dtype else casts.of_input(x, dtype)
         copies = x_half, casts.of_weight(weight, dtype)
         return _HalfLinear.apply(x, weight, layer.bias, *copies, layer.engine_state.regathers)
+
+
+class UncastAdapter(nn.Module):
+    """A linear layer with LoRA of peft that, under autocast, reads the tensor that its base layer reads."""
+
+    def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
+        layer: Any = self
+        if layer.engine_state.casts is None or not torch.is_autocast_enabled(x.device.type):
+            return super()._cast_input_dtype(x, dtype)  # type: ignore[misc]
+        return x
 
 
 class _HalfLinear(torch.autograd.Function):
