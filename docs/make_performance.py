@@ -39,6 +39,7 @@ def page() -> str:
         "scaling_ranks": _ranks,
         "rendering": _rendering,
         "packing": _packing,
+        "hybrids": _hybrids,
     }
     return "\n".join(
         [INTRODUCTION, *(section(_read(name)) + "\n" for name, section in sections.items() if _read(name))]
@@ -208,6 +209,26 @@ def _profiles(found: Any) -> str:
     head = ["CPU time per conversation, in one process (NFC: a tokenizer with a normalizer):", ""]
     head += ["| data | tokens | ms |", "|---|---:|---:|"]
     return "\n\n" + "\n".join([*head, *lines])
+
+
+def _hybrids(found: Any) -> str:
+    rows = [
+        f"| {kind} | {case['packed_is_faster_than']['alone']} × | {case['packed_is_faster_than']['transformers']} × | "
+        f"{max(case['loss_difference'].values()):.0e} | {case['gradient_error']['packed']:.0e} |"
+        for kind, case in found["result"].items()
+    ]
+    return "\n".join(
+        [
+            "## Hybrids",
+            "",
+            "A step over 48 short conversations (hidden 384, 8 layers, float32), packed, against each conversation in a pass "
+            f"of its own, by this engine and by transformers. {_on(found, found['command'])}",
+            "",
+            "| model type | faster than alone | than transformers | loss differs | gradient error |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
 
 
 def _packing(found: Any) -> str:
