@@ -221,8 +221,8 @@ def _hybrids(found: Any) -> str:
         [
             "## Hybrids",
             "",
-            "A step over 48 short conversations (hidden 384, 8 layers, float32), packed, against each conversation in a "
-            f"pass of its own, by this engine and by transformers. {_on(found, found['command'])}",
+            "A step over 48 short conversations (hidden 384, 8 layers, float32), packed, against each conversation in "
+            f"a pass of its own, by this engine and by transformers. {_on(found, found['command'])}",
             "",
             "| model type | faster than alone | than transformers | loss differs | gradient error |",
             "|---|---:|---:|---:|---:|",

@@ -187,7 +187,7 @@ def test_real_templates():
         text = file.read_text(encoding="utf-8")
         if one_pass(one_pass_environment(plain_environment()), text) is None:
             continue
-        for kind in ("plain", "system", "reasoning", "tools", "system tools reasoning"):
+        for kind in ("plain", "reasoning", "system tools reasoning"):
             messages = real_conversation(kind)
             variables = {"tools": TOOLS if "tools" in kind else None, "documents": None}
             variables |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}

@@ -22,7 +22,8 @@ from preceptor.train.optimizer import build_optimizer
 from preceptor.train.step import take_step
 from tiny import MODELS, branching, chain, tiny_model
 
-ALL = {optimisation.name for optimisation in OPTIMISATIONS} - {"compile"}  # which is for GPUs, unless asked for
+# compile is for GPUs, unless asked for; these models have no layers for the others
+ALL = {optimisation.name for optimisation in OPTIMISATIONS} - {"compile", "mixers", "adapters"}
 POLICIES = [
     ActivationPolicy(),
     ActivationPolicy("recompute"),

@@ -62,9 +62,14 @@ def check(model, conversations, policy=KEEP_ALL, precision="float32", num_sequen
     assert found == pytest.approx(measured_peak(model, sequence, policy, precision, num_sequences), rel=0.005)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("llama", "float32"), ("qwen3", "bfloat16"), ("gemma3_text", "bfloat16")]
+    ("kind", "precision", "policy"),
+    [
+        *(("qwen3", "bfloat16", policy) for policy in POLICIES),
+        *(("llama", "float32", policy) for policy in POLICIES[:3]),
+        *(("gemma3_text", "bfloat16", policy) for policy in POLICIES[:2]),
+    ],
+    ids=str,
 )
 def test_the_peak_of_a_step(kind, precision, policy):
     check(tiny_model(kind, **SIZES), ONE, policy, precision)
@@ -82,14 +87,13 @@ def test_routers_that_are_balanced():
 
 
 @pytest.mark.parametrize("policy", POLICIES[:3], ids=str)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_several_conversations_and_several_sequences(precision, policy):
-    check(tiny_model("llama", **SIZES), SEVERAL, policy, precision, num_sequences=2)
+def test_several_conversations_and_several_sequences(policy):
+    check(tiny_model("llama", **SIZES), SEVERAL, policy, "bfloat16", num_sequences=2)
 
 
 # experts, soft-cap, sinks, windows, fused matrices; then types that have no shape
-KINDS = ("gpt_oss", "mixtral", "qwen3_moe", "gemma2", "phi3", "mistral")
-NEW_KINDS = ("glm4", "cohere", "gpt_neox", "starcoder2", "olmoe", "apertus")
+KINDS = ("gpt_oss", "qwen3_moe", "gemma2", "phi3", "mistral")
+NEW_KINDS = ("cohere", "gpt_neox", "olmoe")
 
 
 @pytest.mark.parametrize("kind", KINDS + NEW_KINDS)
@@ -97,10 +101,8 @@ def test_any_model_type(kind):
     check(tiny_model(kind, **SIZES), ONE, precision="bfloat16")
 
 
-@pytest.mark.parametrize("kind", ["bamba", "nemotron"])
-@pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
-def test_models_that_read_one_conversation_at_a_time(kind):
-    check(tiny_model(kind, **SIZES), (((12, 8),),), alone=True)
+def test_models_that_read_one_conversation_at_a_time():
+    check(tiny_model("nemotron", **SIZES), (((12, 8),),), alone=True)
 
 
 def test_linear_attention_without_a_convolution_reads_one_conversation_at_a_time():
@@ -109,7 +111,7 @@ def test_linear_attention_without_a_convolution_reads_one_conversation_at_a_time
 
 @pytest.mark.filterwarnings("ignore")  # of kernels that are not installed
 def test_layers_that_carry_a_state():
-    model = tiny_model("bamba", **SIZES)
+    model = tiny_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
     assert not dry_run_like(model).reads_alone and dry_run_like(model, "plain").reads_alone
     check(model, (((12, 8),), ((9, 5), (4, 7))))
 
@@ -143,14 +145,13 @@ def test_an_alpha_of_any_layer_costs_nothing():
     ],
     ids=["dora", "pissa", "by name"],
 )
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_kinds_of_adapters(options, precision):
+def test_kinds_of_adapters(options):
     model = tiny_model("llama", **SIZES)
     adapter = LoraSpec(4, None, 0.0, options)
     adapted = add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options).train()
-    setup, sequence = Setup("float32", precision == "bfloat16", adapter), sequence_of(ONE)
+    setup, sequence = Setup("float32", True, adapter), sequence_of(ONE)
     found = predicted_peak(adapted, sequence, setup)
-    assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, precision), rel=0.005)
+    assert found == pytest.approx(measured_peak(adapted, sequence, KEEP_ALL, "bfloat16"), rel=0.005)
 
 
 @pytest.mark.parametrize(("kind", "double"), [("nf4", True), ("nf4", False), ("int8", False)])
@@ -180,7 +181,7 @@ def test_towers_are_held_beside():
     check(model, ONE)
 
 
-@pytest.mark.parametrize("policy", [KEEP_ALL, ActivationPolicy("recompute"), ActivationPolicy("full", "all")], ids=str)
+@pytest.mark.parametrize("policy", [KEEP_ALL, ActivationPolicy("recompute")], ids=str)
 @pytest.mark.parametrize(("kind", "layers", "period"), [("llama", 10, 1), ("gpt_oss", 17, 2)])
 def test_a_few_layers_stand_for_many(kind, layers, period, policy):
     """gpt-oss: windows that alternate make a period of two layers."""

@@ -106,11 +106,11 @@ def broken(monkeypatch):
         real = stepping.accumulate_gradients
 
         def accumulate(engine, sequences, divisor, precision, objective, where, seed=(0, 0), *world):
-            losses = real(engine, sequences, divisor, precision, objective, where, seed, *world)
+            losses, router_aux = real(engine, sequences, divisor, precision, objective, where, seed, *world)
             if seed[1] + 1 in steps and where.startswith("step"):
                 next(p for p in engine.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
                 losses[0] = losses[0] if gradient else losses[0] * float("nan")
-            return losses
+            return losses, router_aux
 
         monkeypatch.setattr(stepping, "accumulate_gradients", accumulate)
 
