@@ -261,7 +261,7 @@ def test_a_system_prompt_can_be_given_in_a_conversation():
     assert heard == [["1?"], ["Be brief.", "2?"], ["Be kind.", "3?"], ["Be kind.", "4?"]]
     assert said[1] == "new conversation, with the system prompt: Be brief."
     converse([Echo()], ["/system", "5?"], None, lambda name, text: said.append(text))
-    assert heard[-1] == ["5?"] and said[-2] == "new conversation"
+    assert heard[-1] == ["5?"] and said[-2] == "new conversation, without a system prompt"
 
 
 def test_threads_that_wait_sleep_in_programs_too():

@@ -102,10 +102,10 @@ FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_d
 
 @pytest.mark.parametrize("kind", [lambda: BitsAndBytesConfig(**FOUR_BITS), lambda: dict(FOUR_BITS)])
 @pytest.mark.parametrize("of_trl", [True, False])
-@pytest.mark.parametrize("is_argument", [True, False])
+@pytest.mark.parametrize("is_argument", [True, False, "and there too"])
 def test_a_quantization_config_is_carried_over(base_folder, tmp_path, kind, of_trl, is_argument):
     """In the arguments with which the model is loaded, or beside them."""
-    loading = {"dtype": "bfloat16"} if is_argument else {"dtype": "bfloat16", "quantization_config": kind()}
+    loading = {"dtype": "bfloat16"} if is_argument is True else {"dtype": "bfloat16", "quantization_config": kind()}
     own = {"quantization_config": kind()} if is_argument else {}
     args = (trl.SFTConfig if of_trl else SFTConfig)(str(tmp_path), model_init_kwargs=loading, use_cpu=True, bf16=False)
     trainer = SFTTrainer(str(base_folder), args, train_dataset=ROWS, peft_config=LoraConfig(r=2), **own)

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from preceptor import config
-from preceptor.config.convert import convert_file, settings_of
+from preceptor.config.convert import convert_file
+from preceptor.config.convert import settings_of as flat_settings
+from preceptor.config.peer_script import read_script
 from preceptor.errors import ConfigError
 
 UNSLOTH = """!pip install unsloth
@@ -100,7 +102,7 @@ def test_a_script_of_unsloth(tmp_path):
         "path": "unsloth/Llama-3.2-3B-Instruct",
         "dtype": "bfloat16",
         "quantization": "nf4",
-        "double_quantization": False,
+        "double_quantization": True,
     }
     layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
     adapter = {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.05, "use_rslora": True, "target_modules": layers}
@@ -163,7 +165,7 @@ def test_a_notebook_is_read_as_its_cells(tmp_path):
 
 def test_the_parts_that_unsloth_trains_on_are_known_to_the_comparison(tmp_path):
     (tmp_path / "train.py").write_text(UNSLOTH)
-    parts = settings_of(tmp_path / "train.py")["train_on_responses_only"]
+    parts = flat_settings(tmp_path / "train.py")["train_on_responses_only"]
     assert parts == {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
 
 
@@ -244,3 +246,109 @@ def test_a_name_is_what_was_assigned_last(tmp_path):
     assert converted(tmp_path, text).tree["model"]["path"] == "b"
     text = 'def main():\n    SFTTrainer(NAME, args=SFTConfig("out"))\nNAME = "later"\nmain()\n'
     assert converted(tmp_path, text).tree["model"]["path"] == "later"
+
+
+def settings_of(tmp_path, text, suffix=".py"):
+    file = tmp_path / f"script{suffix}"
+    file.write_text(text)
+    return read_script(file, text)
+
+
+def test_operators_at_the_start_of_a_line_are_python(tmp_path):
+    found = settings_of(
+        tmp_path, 'x = (5\n  % 3)\ny = (x\n != 2)\nSFTConfig(learning_rate=1e-4, run_name="""\n!a\n""")\n'
+    )
+    assert found.settings["learning_rate"] == 1e-4 and found.settings["run_name"] == "\n!a\n"
+
+
+def test_cells_for_a_shell_are_passed_over(tmp_path):
+    cells = [
+        "!pip install \\\n    unsloth \\\n    trl\n%cd x\nimport trl",
+        "%%html\n<b>",
+        "files = !ls",
+        "%%capture\nlr = 2e-4",
+        "SFTConfig(learning_rate=lr)",
+    ]
+    book = {"cells": [{"cell_type": "code", "source": [cell]} for cell in cells]}
+    found = settings_of(tmp_path, json.dumps(book), ".ipynb")
+    assert found.settings == {"learning_rate": 2e-4}
+    assert found.unread == ["cell 3: not Python: passed over"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr = 1e-5\ndef main(lr=3e-4):\n    SFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 1e-5\nfor lr in (1e-4,):\n    pass\nSFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 3\nlr += 2\nSFTConfig(max_steps=1, learning_rate=lr)",
+        "lr = 1e-5\nlr = c = 2e-3\nSFTConfig(max_steps=1, learning_rate=lr)",
+        "def h():\n    lr = 9\nSFTConfig(max_steps=1, learning_rate=lr)",
+        "c = {}\nc['x'] = 1\nSFTConfig(max_steps=1, learning_rate=c)",
+        "c = {}\nc.update(x=1)\nSFTConfig(max_steps=1, learning_rate=c)",
+        "a = [b]\nb = [a]\nSFTConfig(max_steps=1, learning_rate=a)",
+        "SFTConfig(max_steps=1, learning_rate=100 // 0)",
+        "SFTConfig(max_steps=1, learning_rate='a' * 10**17)",
+        "SFTConfig(max_steps=1, learning_rate='a' * 100)",
+        f"SFTConfig(max_steps=1, learning_rate={' * '.join(['10'] * 40)})",
+    ],
+)
+def test_what_has_no_single_value_is_named(tmp_path, text):
+    found = settings_of(tmp_path, text)
+    assert found.settings == {"max_steps": 1}
+    assert len(found.unread) == 1 and found.unread[0].startswith("learning_rate: ")
+
+
+def test_what_is_set_of_a_config_later_counts(tmp_path):
+    found = settings_of(tmp_path, "args = SFTConfig(learning_rate=2e-5)\nargs.learning_rate = 5e-4\n")
+    assert found.settings == {"learning_rate": 5e-4}
+
+
+def test_of_several_configs_it_is_said(tmp_path):
+    found = settings_of(tmp_path, "SFTConfig(max_steps=1)\nSFTConfig(max_steps=2)\n")
+    assert found.settings == {"max_steps": 2} and "2 calls" in found.unread[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'd = load_dataset("a/b", token="hf_x1").with_format("torch")\nSFTTrainer("m", train_dataset=d)',
+        'd = load_dataset("a/b", use_auth_token="hf_x1")\nSFTTrainer("m", train_dataset=d)',
+        'm = AutoModel.from_pretrained(pretrained_model_name_or_path="m", token="hf_x1")\nSFTTrainer(m)',
+        'SFTConfig(max_steps=1, wandb_api_key="hf_x1", hub_token="hf_x1", **{"token": "hf_x1", "x": y})',
+        'SFTConfig(max_steps=1, model_init_kwargs={"token": "hf_x1", "dtype": "bfloat16"})',
+    ],
+)
+def test_tokens_of_services_are_never_copied(tmp_path, text):
+    found = settings_of(tmp_path, text)
+    assert "hf_x1" not in repr(found)
+    if "from_pretrained" in text:
+        assert found.settings["model_name_or_path"] == "m"
+
+
+def test_arguments_by_their_place(tmp_path):
+    unsloth = (
+        'm, t = FastLanguageModel.from_pretrained("m", 512)\nm = FastLanguageModel.get_peft_model(m, 8, ["q_proj"], 32)'
+    )
+    found = settings_of(tmp_path, f'{unsloth}\nt = get_chat_template(t, "chatml")\n').settings
+    assert found["from_pretrained"] == {"model_name": "m", "max_seq_length": 512}
+    assert found["get_peft_model"] == {"r": 8, "target_modules": ["q_proj"], "lora_alpha": 32}
+    assert found["chat_template"] == "chatml"
+    found = settings_of(tmp_path, 'SFTTrainer("m", args, None, load_dataset("a/b"))\n').settings
+    assert found == {"model_name_or_path": "m", "train_dataset": {"path": "a/b"}}
+    found = settings_of(tmp_path, 't = dict(model="m")\nSFTTrainer(**t)\n')
+    assert found.settings == {"model_name_or_path": "m"} and not found.unread
+    assert "write their names" in settings_of(tmp_path, "LoraConfig(16)\n").unread[0]
+
+
+def test_what_could_not_be_read_gets_no_default_of_the_trainer(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text(
+        'SFTConfig(learning_rate=1e-4 if big else 2e-4)\nSFTTrainer("m", train_dataset=load_dataset("a/b"))\n'
+    )
+    assert "learning_rate" not in convert_file(file).tree.get("optimizer", {})
+
+
+def test_texts_that_are_too_deep_are_no_bug_of_ours(tmp_path):
+    for text, suffix in (("x = " + "-" * 100_000 + "1", ".py"), ("[" * 100_000, ".ipynb")):
+        with pytest.raises(ConfigError):
+            settings_of(tmp_path, text, suffix)

@@ -189,6 +189,7 @@ def test_an_adapter_keeps_no_copy_of_its_layers_input():
     assert kept[1] < 0.9 * kept[0]
 
 
-def test_dora_computes_with_its_input_in_float32():
-    model = add_adapter(tiny_model("llama"), 4, 8.0, 0.0, None, [], seed=0, options=LoraOptions(dora=True))
+@pytest.mark.parametrize(("dropout", "options"), [(0.1, LoraOptions()), (0.0, LoraOptions(dora=True))])
+def test_dora_and_dropout_compute_with_their_input_in_float32(dropout, options):
+    model = add_adapter(tiny_model("llama"), 4, 8.0, dropout, None, [], seed=0, options=options)
     assert "adapters" not in install(model).optimisations

@@ -5,10 +5,12 @@ import pytest
 import torch
 from test_sequential import MIXING
 
-from preceptor.data.forest import pack_trees
+from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.adapters.lora import add_adapter
+from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
@@ -52,6 +54,35 @@ def test_conversations_share_a_sequence_and_keep_their_gradient(kind):
         loss, gradient = loss_and_gradient(model, [Engine(model)(pack_trees(TREES), policy)])
         assert loss == pytest.approx(true_loss, rel=1e-5)
         assert (gradient - true_gradient).norm() <= 1e-5 * true_gradient.norm()
+
+
+def test_memory_does_not_grow_with_the_branches_of_a_context():
+    """What a branch computes again of its path is not kept."""
+
+    def kept(tree):
+        model, found = tiny_model("qwen3_next", **MIXING["qwen3_next"]), {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            Engine(model)(pack_trees([tree]))
+        return sum(found.values())
+
+    ids = tuple(RNG.integers(64, size=200).tolist())
+    context = Segment("context", ids, None)
+    star = Tree("star", (context, *(Segment("target", ids[:5], 0) for _ in range(20))))
+    assert kept(star) < 1.5 * kept(chain(RNG, (200, 100)))
+
+
+def test_a_convolution_that_is_trained_beside_an_adapter_is_found():
+    model = tiny_model("lfm2", **MIXING["lfm2"])
+    options = LoraOptions(modules_to_save=("conv.conv",))
+    adapted = add_adapter(model, 2, 4.0, 0.0, ["q_proj"], [], seed=0, options=options)
+    check_isolation(adapted)
 
 
 def test_without_it_conversations_meet_in_the_state():

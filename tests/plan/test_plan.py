@@ -185,6 +185,16 @@ def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_t
     assert case.memory.peak_bytes == found["change"]["peak_bytes"] <= target.usable_bytes
 
 
+def test_a_change_that_the_model_does_not_take_is_passed_over(tmp_path):
+    tiny_model("lfm2", vocab_size=512, layer_types=["conv", "full_attention"]).config.save_pretrained(tmp_path)
+    run = run_of(tmp_path, data={"max_length": 2048})
+    dry_run = dry_run_of(run.model)
+    peak = make_case(run, dry_run, "none", find_device("H100")).memory.peak_bytes
+    small = DeviceSpec("small", peak, None, None, "cpu")
+    tried = [change["set"] for change in find_change(run, dry_run, "none", small)["tried"]]
+    assert tried[0] == ["memory.activation_checkpointing=all"] and not dry_run.reads_alone
+
+
 def test_changes_that_keep_the_gradient_come_first(tmp_path):
     run = run_of(folder_of(tmp_path, {**LLAMA_70B, "num_hidden_layers": 4}), data={"max_length": 16384})
     found = find_change(run, dry_run_of(run.model), "none", find_device("H200"))

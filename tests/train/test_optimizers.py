@@ -100,6 +100,19 @@ def test_a_run_offloads_from_another_device_alone():
     assert not offloads(optimizer_of(run, tiny_model("llama")))
 
 
+def test_states_of_a_run_that_began_on_a_cpu_are_taken_over():
+    """There the same run has torch's own AdamW."""
+    one, other = tiny_model("llama"), tiny_model("llama")
+    beside, offloaded = built(one), built(other, offload=True)
+    take_steps(one, beside, 2)
+    take_steps(other, built(other), 2)
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        offloaded.state[q] = {name: value.clone() for name, value in beside.state[p].items()}
+    take_steps(one, beside, 1, seed=1)
+    take_steps(other, offloaded, 1, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
 class Copies(TorchDispatchMode):
     """Whether the host waits, of each copy."""
 

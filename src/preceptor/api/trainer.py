@@ -104,8 +104,12 @@ class SFTTrainer:
         self.notes: list[tuple[str, str]] = []
         self.run: Run | None = None
         settings = {**_settings_of(args), **SFTConfig(**arguments).arguments, **_adapter(peft_config)}
-        loading = dict(settings.get("model_init_kwargs") or {})
-        if (found := quantization_config or loading.pop("quantization_config", None)) is not None:
+        loading = settings.get("model_init_kwargs") or {}
+        if not isinstance(loading, Mapping):
+            raise ConfigError("model_init_kwargs: must be a dict of arguments of from_pretrained")
+        loading = dict(loading)
+        inner = loading.pop("quantization_config", None)
+        if (found := inner if quantization_config is None else quantization_config) is not None:
             settings |= {"model_init_kwargs": loading, "quantization_config": _quantization(found)}
         if train_dataset is not None:
             data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}

@@ -159,7 +159,11 @@ class _Conversion:
         nested = ("use_bnb_nested_quant", "bnb_4bit_use_double_quant", "double_quantization")
         if kind == "nf4":
             given = [name for name in nested if name in self._given.settings]
-            doubled = bool(self._given.value(*given)) if given else self._given.peer in ("Axolotl", "LLaMA-Factory")
+            doubled = (
+                bool(self._given.value(*given))
+                if given
+                else self._given.peer in ("Axolotl", "LLaMA-Factory", "Unsloth")
+            )
             self._set("model.double_quantization", doubled)
         if "bfloat16" in str(self._given.settings.get("bnb_4bit_compute_dtype")):
             self._given.value("bnb_4bit_compute_dtype")
@@ -221,7 +225,7 @@ class _Conversion:
         accumulated = self._given.value("gradient_accumulation_steps")
         try:
             size = int(each) * int(accumulated or 1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self._given.note(
                 "batch size", f"{short(each)} times {short(accumulated)} is no number: set train.batch_size"
             )
@@ -331,7 +335,13 @@ class _Conversion:
 
     def _trackers(self) -> None:
         given = self._given.on("report_to")
-        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given or []
+        names = (
+            [name.strip() for name in given.split(",")]
+            if isinstance(given, str)
+            else given
+            if isinstance(given, list)
+            else [given] * (given is not None)
+        )
         if self._given.on("use_wandb", "wandb_project") is not None:
             names = [*names, "wandb"]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]

@@ -1,26 +1,23 @@
 """A script or notebook of TRL, or of Unsloth, which trains by it -> the settings that it writes out.
 
 It is read, not run: arguments of SFTConfig, LoraConfig and SFTTrainer, and the calls that make its model and data set.
-A name stands for what was assigned to it last before that place. What is not written out is named in `unread`.
+A name stands for what was assigned to it last before that place, in its function or in the module. What is not written
+out, or changed in another way since, is named in `unread`. Tokens and keys of services are never copied.
 """
 
 import ast
-import json
-import operator
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART, OF_TRAINER
+from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
 from preceptor.errors import ConfigError
 
 _CONFIGS = ("SFTConfig", "TrainingArguments", "LoraConfig", "ModelConfig", "ScriptArguments")
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
-_AS_DICT = ("dict", "BitsAndBytesConfig")
-_HALF = ("is_bfloat16_supported", "is_bf16_supported")
 _AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
 _AROUND_DATA = ("standardize_sharegpt", "standardize_data_formats")  # the format is recognised here
 _CHANGES = (
@@ -34,13 +31,13 @@ _CHANGES = (
     "train_test_split",
 )
 _RENDERS = "the chat template renders the conversations, which is done here as well: nothing to set"
-_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
+    "get_peft_model": ("model", "r", "target_modules", "lora_alpha", "lora_dropout", "bias"),
+    "get_chat_template": ("tokenizer", "chat_template"),
+    "SFTTrainer": ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
 }
+"""Arguments by their place."""
 
 
 @dataclass
@@ -60,33 +57,24 @@ class ScriptSettings:
 
 def read_script(path: Path, text: str) -> ScriptSettings:
     """Raises ConfigError for what is not Python, or holds nothing that can be read."""
-    script = _Script(_parsed(path, text))
     found = ScriptSettings()
+    script = Script(parsed_script(path, text, found.unread))
+    configs = [script.name_of(call) for call in script.calls("SFTConfig", "TrainingArguments")]
+    if len(configs) > 1:
+        found.unread.append(f"{configs[-1]}: {len(configs)} calls; of each key the last value was taken")
+    for call in script.calls("LoraConfig"):
+        if call.args:
+            found.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
     for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, "SFTTrainer"):
         _call(script, call, found)
+    for keyword in script.set_later(*_CONFIGS):
+        _keyword(script, keyword, found)
     if not found.settings:
         raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
     return found
 
 
-def _parsed(path: Path, text: str) -> ast.Module:
-    """Of a notebook the code of its cells. Lines for a shell or for IPython (`!pip`, `%cd`) are passed over."""
-    if path.suffix == ".ipynb":
-        try:
-            cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-            sources = ["".join(cell["source"]) for cell in cells]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no notebook: {error}") from None
-        text = "\n".join(
-            source for source in sources if not source.lstrip().startswith(("%%bash", "%%sh", "%%writefile"))
-        )
-    try:
-        return ast.parse(re.sub(r"^([ \t]*)[!%].*$", r"\1pass", text, flags=re.MULTILINE))
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
-
-
-def _call(script: "_Script", call: ast.Call, found: ScriptSettings) -> None:
+def _call(script: "Script", call: ast.Call, found: ScriptSettings) -> None:
     name = script.name_of(call)
     if name == "SFTTrainer":
         _trainer(script, call, found)
@@ -99,18 +87,22 @@ def _call(script: "_Script", call: ast.Call, found: ScriptSettings) -> None:
             if keyword.arg != "task_type":
                 _keyword(script, keyword, found)
     elif name == "get_chat_template":
-        for keyword in call.keywords:
+        for keyword in _named(name, call):
             if keyword.arg == "chat_template":
                 _keyword(script, keyword, found)
     elif name == "train_on_responses_only":
         _part(script, name, [(each.arg, each.value) for each in call.keywords], found)
     elif script.owner_of(call) in _UNSLOTH and name not in found.settings:  # a later call loads what was trained
-        names = ("model_name", "max_seq_length", "dtype", "load_in_4bit") if name == "from_pretrained" else ()
-        given = [*zip(names, call.args, strict=False), *((each.arg, each.value) for each in call.keywords)]
-        _part(script, name, given, found)
+        _part(script, name, [(each.arg, each.value) for each in _named(name, call) if each.arg != "model"], found)
 
 
-def _part(script: "_Script", name: str, given: Sequence[tuple[str | None, ast.expr]], found: ScriptSettings) -> None:
+def _named(name: str, call: ast.Call) -> list[ast.keyword]:
+    """Its arguments, those by place with their names."""
+    by_place = zip(_NAMES[name], call.args, strict=False)
+    return [*(ast.keyword(key, value) for key, value in by_place), *call.keywords]
+
+
+def _part(script: "Script", name: str, given: Sequence[tuple[str | None, ast.expr]], found: ScriptSettings) -> None:
     """The arguments of a call as one setting, under its name."""
     part = ScriptSettings()
     for key, value in given:
@@ -119,143 +111,40 @@ def _part(script: "_Script", name: str, given: Sequence[tuple[str | None, ast.ex
     found.unread += part.unread
 
 
-@dataclass(frozen=True)
-class _Assigned:
-    """A value of a name; place: in what is unpacked. block: the list of statements that it stands in."""
-
-    value: ast.expr
-    place: int | None
-    block: int
-    start: tuple[int, int]
-    end: tuple[int, int]
-
-
-class _Script:
-    """A module, and what is assigned to its names."""
-
-    def __init__(self, module: ast.Module) -> None:
-        self._module = module
-        self._assigned: dict[str, list[_Assigned]] = {}
-        self._functions: dict[str, ast.FunctionDef] = {}
-        for node in ast.walk(module):
-            if isinstance(node, ast.FunctionDef):
-                self._functions[node.name] = node
-            for _, statements in ast.iter_fields(node):
-                for statement in statements if isinstance(statements, list) else ():
-                    self._assign(statement, id(statements))
-
-    def _assign(self, statement: Any, block: int) -> None:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-            target, value = statement.targets[0], statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            target, value = statement.target, statement.value
-        else:
-            return
-        start, end = (
-            (statement.lineno, statement.col_offset),
-            (statement.end_lineno or 0, statement.end_col_offset or 0),
+def _keyword(script: Script, keyword: ast.keyword, found: ScriptSettings) -> None:
+    if SECRET.search(keyword.arg or ""):
+        found.unread.append(
+            f"{keyword.arg}: not copied, as `hf auth login` or the service's own command has it: nothing to set"
         )
-        several = isinstance(target, ast.Tuple)
-        for place, name in enumerate(target.elts if isinstance(target, ast.Tuple) else [target]):
-            if not isinstance(name, ast.Name):
-                continue
-            own, at = value, place if several else None
-            if several and isinstance(value, ast.Tuple) and place < len(value.elts):
-                own, at = value.elts[place], None
-            self._assigned.setdefault(name.id, []).append(_Assigned(own, at, block, start, end))
-
-    def calls(self, *names: str) -> Iterator[ast.Call]:
-        """In the order of the text."""
-        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call) and self.name_of(node) in names]
-        return iter(sorted(every, key=lambda call: (call.lineno, call.col_offset)))
-
-    @staticmethod
-    def name_of(call: ast.Call) -> str:
-        """`from_pretrained` for `AutoModel.from_pretrained(...)`."""
-        function = call.func
-        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-
-    @staticmethod
-    def owner_of(call: ast.Call) -> str:
-        """`AutoModel` for `AutoModel.from_pretrained(...)`."""
-        return getattr(getattr(call.func, "value", None), "id", "")
-
-    def resolved(self, node: ast.expr) -> ast.expr:
-        """What a name stands for at its place; the name where that cannot be told."""
-        for _ in range(20):
-            found = self._value_of(node) if isinstance(node, ast.Name) else None
-            if found is None:
-                break
-            node = found
-        return node
-
-    def _value_of(self, name: ast.Name) -> ast.expr | None:
-        at, every = (name.lineno, name.col_offset), self._assigned.get(name.id, [])
-        before = [each for each in every if each.end <= at]
-        if not before and len(every) == 1 and not every[0].start <= at <= every[0].end:
-            before = every  # of a function that is called later
-        if len({each.block for each in before}) != 1:
-            return None
-        last = before[-1]
-        return last.value if not last.place else None  # the model is the first of what is unpacked
-
-    def renders(self, node: ast.expr) -> bool:
-        """Whether it is a function of the script that calls apply_chat_template."""
-        body = node if isinstance(node, ast.Lambda) else self._functions.get(getattr(node, "id", ""))
-        inner = ast.walk(body) if body is not None else ()
-        return any(isinstance(each, ast.Call) and self.name_of(each) == "apply_chat_template" for each in inner)
-
-    def constant(self, node: ast.expr) -> Any:
-        """A value that is written out, also as arithmetic. Raises ValueError and TypeError for others."""
-        node = self.resolved(node)
-        if isinstance(node, ast.Dict) and None not in node.keys:
-            pairs = zip(node.keys, node.values, strict=True)
-            return {self.constant(key): self.constant(value) for key, value in pairs if key}
-        if isinstance(node, ast.List | ast.Tuple | ast.Set):
-            return [self.constant(each) for each in node.elts]
-        if isinstance(node, ast.Call) and self.name_of(node) in _AS_DICT and not node.args:
-            return {str(each.arg): self.constant(each.value) for each in node.keywords}
-        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-            return _ARITHMETIC[type(node.op)](self.constant(node.left), self.constant(node.right))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            return node.attr
-        if self._asks_for_half(node):
-            return "auto"
-        if isinstance(node, ast.UnaryOp) and self._asks_for_half(node.operand):
-            return False
-        if isinstance(node, ast.IfExp) and any(self._asks_for_half(each) for each in ast.walk(node.test)):
-            return self.constant(node.body)
-        return ast.literal_eval(node)
-
-    def _asks_for_half(self, node: ast.AST) -> bool:
-        """Whether it asks if the device has bfloat16."""
-        return isinstance(node, ast.Call) and self.name_of(node) in _HALF
-
-
-def _keyword(script: _Script, keyword: ast.keyword, found: ScriptSettings) -> None:
+        return
     try:
-        value = script.constant(keyword.value)
+        value = without_secrets(script.constant(keyword.value))
         if keyword.arg is not None:
             found.settings[keyword.arg] = value
         elif isinstance(value, dict):
             found.settings |= value
         else:
             raise ValueError
-    except (ValueError, TypeError):
+    except UNREADABLE:
         name, why = f"{keyword.arg}: ", "no value that is written out"
         if keyword.arg is None:
             name, why = "**", "not written out"
-        found.unread.append(f"{name}{ast.unparse(keyword.value)} (line {keyword.value.lineno}): {why}")
+        found.unread.append(f"{name}{shown(keyword.value)} (line {keyword.value.lineno}): {why}")
 
 
 # The trainer ---------------------------------------------------------------------------------------------------------
 
 
-def _trainer(script: _Script, call: ast.Call, found: ScriptSettings) -> None:
+def _trainer(script: Script, call: ast.Call, found: ScriptSettings) -> None:
     """The model and the data sets of an SFTTrainer, or why they cannot be read."""
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    if call.args:
-        given.setdefault("model", call.args[0])
+    given = dict(zip(_NAMES["SFTTrainer"], call.args, strict=False))
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            given[keyword.arg] = keyword.value
+        elif (inner := _arguments(script.resolved(keyword.value))) is not None:
+            given |= inner
+        else:
+            found.unread.append(f"**{shown(keyword.value)} (line {keyword.value.lineno}): not written out")
     for name, value in given.items():
         value = script.resolved(value)
         if isinstance(value, ast.Constant) and not value.value:
@@ -272,7 +161,16 @@ def _trainer(script: _Script, call: ast.Call, found: ScriptSettings) -> None:
             _argument(script, str(name), value, found)
 
 
-def _argument(script: _Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
+def _arguments(node: ast.expr) -> dict[str, ast.expr] | None:
+    """Of a dictionary that is written out; None of any other."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict" and not node.args:
+        return {str(each.arg): each.value for each in node.keywords}
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+        return {str(getattr(key, "value", "")): value for key, value in zip(node.keys, node.values, strict=True)}
+    return None
+
+
+def _argument(script: Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
     if name == "quantization_config":
         _keyword(script, ast.keyword(name, value), found)
         return
@@ -281,10 +179,10 @@ def _argument(script: _Script, name: str, value: ast.expr, found: ScriptSettings
         found.settings["assistant_only_loss"] = True
     if name == "formatting_func":
         why = _RENDERS if script.renders(value) else "write the texts that it makes to a file, and name that"
-    found.unread.append(f"{name}: {ast.unparse(value)} (line {value.lineno}): {why}")
+    found.unread.append(f"{name}: {shown(value)} (line {value.lineno}): {why}")
 
 
-def _model(script: _Script, value: ast.expr, found: ScriptSettings) -> None:
+def _model(script: Script, value: ast.expr, found: ScriptSettings) -> None:
     while isinstance(value, ast.Call) and script.name_of(value) in _AROUND_MODELS and value.args:
         if script.name_of(value) == "setup_chat_format":
             found.settings.setdefault("chat_template", "chatml")
@@ -292,22 +190,24 @@ def _model(script: _Script, value: ast.expr, found: ScriptSettings) -> None:
     if isinstance(value, ast.Call) and script.name_of(value) == "from_pretrained":
         if script.owner_of(value) in _UNSLOTH:
             return
-        if value.args:
-            for keyword in value.keywords:
+        named = {keyword.arg: keyword for keyword in value.keywords}
+        place = named.pop("pretrained_model_name_or_path", None)
+        if value.args or place is not None:
+            for keyword in named.values():
                 _keyword(script, keyword, found)
-            value = value.args[0]
+            value = value.args[0] if place is None else place.value
     elif found.is_of_unsloth:
         return
     try:
         found.settings["model_name_or_path"] = script.constant(value)
-    except (ValueError, TypeError):
-        found.unread.append(f"model: {ast.unparse(value)} (line {value.lineno}): not a path that is written out")
+    except UNREADABLE:
+        found.unread.append(f"model: {shown(value)} (line {value.lineno}): not a path that is written out")
 
 
 # The data ------------------------------------------------------------------------------------------------------------
 
 
-def _dataset(script: _Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
+def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) -> None:
     """`load_dataset(...)`, also where methods are called on it or a split is taken: those are named."""
     split, place = None, value.lineno
     try:
@@ -328,15 +228,16 @@ def _dataset(script: _Script, name: str, value: ast.expr, found: ScriptSettings)
                 break
         if isinstance(value, ast.Call) and script.name_of(value) == "load_dataset":
             arguments = [script.constant(each) for each in value.args]
-            named = {each.arg: script.constant(each.value) for each in value.keywords if each.arg}
+            keywords = [each for each in value.keywords if each.arg and not SECRET.search(each.arg)]
+            named = {str(each.arg): script.constant(each.value) for each in keywords}
             found.settings[name] = _loaded(arguments, {**named, **({"split": split} if split else {})})
             return
-    except (ValueError, TypeError):
+    except UNREADABLE:
         pass
-    found.unread.append(f"{name}: {ast.unparse(value)} (line {place}): not a data set that can be named here")
+    found.unread.append(f"{name}: {shown(value)} (line {place}): not a data set that can be named here")
 
 
-def _changed(script: _Script, call: ast.Call) -> str:
+def _changed(script: Script, call: ast.Call) -> str:
     """What to do about a method that is called on a data set."""
     method = getattr(call.func, "attr", "")
     if method == "shuffle":

@@ -37,6 +37,8 @@ class PeerSettings:
         self.settings = {key: value for key, value in given.items() if value is not None}
         none_is_a_value = file.peer in ("TRL", "Unsloth")  # elsewhere a key without a value is as good as absent
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
+        unread = (sentence.partition(":")[0] for sentence in file.unread)
+        names |= {NAMES.get(key, key) for key in unread}  # given, though not as a value
         self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()
         self.notes: list[tuple[str, str]] = []
@@ -57,7 +59,7 @@ class PeerSettings:
         """None, with a note, for a value that the cast does not take."""
         try:
             return cast(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             self.note(key, f"{short(value)} is not a value that can be carried over")
             return None
 

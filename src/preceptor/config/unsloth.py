@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preceptor.config.peer_files import PeerFile
+from preceptor.errors import short
 
 _TABLES = ("embed_tokens", "lm_head")  # named among the layers there, and trained whole
 _QUANTIZED_NAMES = ("-unsloth-bnb-4bit", "-bnb-4bit")
@@ -17,8 +18,11 @@ def flattened(file: PeerFile) -> PeerFile:
     loaded: dict[str, Any] = dict(found.settings.pop("from_pretrained", {}))
     adapted: Mapping[str, Any] | None = found.settings.pop("get_peft_model", None)
     length = loaded.pop("max_seq_length", None) or 2048
+    if not isinstance(length, int):
+        found.unread.append(f"max_seq_length: {short(length)} is no number of tokens: set data.max_length")
+        length = 2048
     _model(loaded, adapted is not None, found)
-    _length(int(length), found)
+    _length(length, found)
     if adapted is not None:
         _adapter(adapted, found)
     if "train_on_responses_only" in found.settings:

@@ -140,9 +140,13 @@ def _linear_layers(model: nn.Module) -> dict[nn.Module, Any]:
 
 
 def _adapters(model: nn.Module) -> dict[nn.Module, Any]:
-    """Of a variant (DoRA) the adapter computes with its input in float32."""
+    """Of a variant (DoRA), and with dropout, the adapter computes with its input in float32."""
     adapted = (module for module in decoder_of(model).modules() if isinstance(module, LoraLinear))
-    return {module: None for module in adapted if not module.lora_variant}
+    return {
+        module: None
+        for module in adapted
+        if not module.lora_variant and not any(isinstance(each, nn.Dropout) for each in module.lora_dropout.values())
+    }
 
 
 def _embedding(model: nn.Module) -> dict[nn.Module, Any]:

@@ -128,4 +128,14 @@ def has_dropout(model: nn.Module) -> bool:
 def path_mixers(model: nn.Module) -> list[nn.Module]:
     """The modules of layers that carry a state from token to token: those that a convolution is a child of."""
     modules = (module for layer in decoder_layers(model) for module in layer.modules())
-    return [module for module in modules if any(isinstance(child, nn.Conv1d) for child in module.children())]
+    return [module for module in modules if not _wraps(module) and any(map(_is_convolution, module.children()))]
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Whether it is a layer of peft around another module."""
+    return hasattr(module, "original_module") or hasattr(module, "base_layer") or isinstance(module, nn.ModuleDict)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    inner = getattr(module, "original_module", getattr(module, "base_layer", module))
+    return isinstance(inner, nn.Conv1d)

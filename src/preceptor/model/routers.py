@@ -23,6 +23,7 @@ _NUM_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_
 _OTHER_OUTPUTS = {
     "DogeCDMoE": "has logits of keys instead of experts",
     "Gemma4TextRouter": "returns probabilities instead of logits",
+    "DiffusionGemmaTextRouter": "returns probabilities instead of logits",
 }
 
 

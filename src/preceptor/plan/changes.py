@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
-from preceptor.errors import ConfigError
+from preceptor.errors import ConfigError, ModelError
 from preceptor.plan.devices import DeviceSpec
 from preceptor.plan.memory import state_bytes
 from preceptor.plan.model import PlannedModel
@@ -74,7 +74,10 @@ def find_change(run: config.Run, dry_run: "DryRun", sample: Sample | str, device
         parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, choice=setup.choice)
         peak = sum(state_bytes(setup, parameters).values())
         if peak <= device.usable_bytes:
-            peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
+            try:
+                peak = make_case(changed, dry_run, sample, device).memory.peak_bytes
+            except ModelError:  # of a context gradient that the model's layers do not take
+                continue
         tried.append(Change(keys, peak, peak <= device.usable_bytes))
         if tried[-1].fits:
             break

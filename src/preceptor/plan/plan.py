@@ -157,6 +157,8 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
         try:
             moments = dry_run.step(setup, work.policy, work.sequence(), num_rows)
         except ModelError:  # of its attention, which cannot be told how a sequence is laid out
+            if work.policy.context_gradient != "full":
+                raise
             dry_run.reads_alone = True
     if dry_run.reads_alone:
         work = work.longest_alone()

@@ -44,12 +44,12 @@ def converse(
     begin()
     for line in lines:
         line = line.strip()
-        command, _, text = line.partition(" ")
-        if command in ("/new", "/system"):
+        command, _, text = line.replace("\t", " ").partition(" ")
+        if line == "/new" or command == "/system":
             if command == "/system":
                 system = text.strip() or trained
             begin()
-            write("", "new conversation" + (f", with the system prompt: {system}" if system else ""))
+            write("", f"new conversation, with{f' the system prompt: {system}' if system else 'out a system prompt'}")
         elif line:
             for speaker in speakers:
                 write(speaker.model.name, speaker.reply(line))

@@ -185,7 +185,7 @@ class Loop:
             **_of_all(state, sequences, time.perf_counter() - started, compile_seconds() - compiling, world),
             **skipped,
             without_gradient=() if first is None else _unmoved(first, state, world),
-            router_aux_loss=taken.router_aux_loss if self.objective.options.router_aux_coef else None,
+            router_aux_loss=taken.router_aux_loss if self.objective.options.router_aux_coef and not skipped else None,
         )
         if world.is_first:
             append_line(self.folder.path / "metrics.jsonl", step.line())

@@ -52,8 +52,10 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
     def _update(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
         state = self.state[parameter]
         half = parameter.dtype == torch.bfloat16
-        if not state:
-            state["updates"] = torch.zeros((), dtype=torch.int64)
+        if "updates" not in state:  # a run may go on from torch's own AdamW, which counts its steps by another name
+            state["updates"] = (
+                state["step"].to("cpu", torch.int64) if "step" in state else torch.zeros((), dtype=torch.int64)
+            )
             if half and self.rounding == "exact":
                 state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
         state["updates"] += 1

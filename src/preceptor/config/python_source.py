@@ -1,0 +1,264 @@
+"""A Python script or notebook as text: its calls, and the values that its names stand for.
+
+It is read, not run. A name stands for what was assigned to it last before that place, in its function or in the module;
+where it gets a value in another way, or its value is changed, it stands for nothing.
+"""
+
+import ast
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preceptor.errors import ConfigError
+
+_AS_DICT = ("dict", "BitsAndBytesConfig")
+_HALF = ("is_bfloat16_supported", "is_bf16_supported")
+_MUTATES = ("update", "setdefault", "pop", "clear", "append", "extend")
+SECRET = re.compile(r"^((hub|hf|use_auth|auth|access|wandb)_)?token$|api_?key|secret|password", re.IGNORECASE)
+UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError, MemoryError)
+_MAGIC = re.compile(r"\s*%%(?!capture|time|timeit)")  # a cell that is not Python
+_SHELL = re.compile(r"^([ \t]*)(?:!(?!=)|%(?=[A-Za-z%]))(?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+}
+
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """A value of a name; None: it gets one in a way that is not read. block: the statements among which it stands."""
+
+    value: ast.expr | None
+    block: int
+    start: Place
+    end: Place
+
+
+class Script:
+    """A module, and what is assigned to its names."""
+
+    def __init__(self, module: ast.Module) -> None:
+        self._module = module
+        self._assigned: dict[str, list[_Assigned]] = {}
+        self._functions: dict[str, ast.FunctionDef] = {}
+        self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
+        self._attributes: list[tuple[ast.Name, ast.keyword]] = []  # that are set: `args.learning_rate = 1e-5`
+        for node in ast.walk(module):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                self._scopes.append(
+                    (*_extent(node), {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)})
+                )
+            if isinstance(node, ast.FunctionDef):
+                self._functions[node.name] = node
+            for target in _other_targets(node):
+                for name in (each for each in ast.walk(target) if isinstance(each, ast.Name)):
+                    self._add(name.id, None, node, -1)
+            for _, statements in ast.iter_fields(node):
+                for statement in statements if isinstance(statements, list) else ():
+                    self._assign(statement, id(statements))
+
+    def _add(self, name: str, value: ast.expr | None, node: Any, block: int) -> None:
+        self._assigned.setdefault(name, []).append(_Assigned(value, block, *_extent(node)))
+
+    def _assign(self, statement: Any, block: int) -> None:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, value = statement.targets[0], statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target, value = statement.target, statement.value
+        else:
+            return
+        if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+            self._attributes.append((target.value, ast.keyword(target.attr, value)))
+        several = isinstance(target, ast.Tuple)
+        for place, name in enumerate(target.elts if isinstance(target, ast.Tuple) else [target]):
+            if not isinstance(name, ast.Name):
+                continue
+            own: ast.expr | None = value
+            if several and isinstance(value, ast.Tuple) and place < len(value.elts):
+                own = value.elts[place]
+            elif several and place:
+                own = None  # the model is the first of what is unpacked
+            self._add(name.id, own, statement, block)
+
+    def set_later(self, *names: str) -> Iterator[ast.keyword]:
+        """What is set of an object that such a call made: `args.learning_rate = 1e-5`."""
+        for name, keyword in self._attributes:
+            made = self.resolved(name)
+            if isinstance(made, ast.Call) and self.name_of(made) in names:
+                yield keyword
+
+    def calls(self, *names: str) -> Iterator[ast.Call]:
+        """In the order of the text."""
+        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call) and self.name_of(node) in names]
+        return iter(sorted(every, key=lambda call: (call.lineno, call.col_offset)))
+
+    @staticmethod
+    def name_of(call: ast.Call) -> str:
+        """`from_pretrained` for `AutoModel.from_pretrained(...)`."""
+        function = call.func
+        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+    @staticmethod
+    def owner_of(call: ast.Call) -> str:
+        """`AutoModel` for `AutoModel.from_pretrained(...)`."""
+        return getattr(getattr(call.func, "value", None), "id", "")
+
+    def resolved(self, node: ast.expr) -> ast.expr:
+        """What a name stands for at its place; the name where that cannot be told."""
+        for _ in range(20):
+            found = self._value_of(node) if isinstance(node, ast.Name) else None
+            if found is None:
+                break
+            node = found
+        return node
+
+    def _value_of(self, name: ast.Name) -> ast.expr | None:
+        at = name.lineno, name.col_offset
+        scopes = sorted((scope for scope in self._scopes if scope[0] <= at < scope[1]), reverse=True)  # inner first
+        every = self._assigned.get(name.id, [])
+        for start, end, parameters in scopes:
+            if name.id in parameters:
+                return None
+            if own := [each for each in every if start <= each.start < end]:
+                every = own
+                break
+        else:
+            every = [each for each in every if not any(start <= each.start < end for start, end, _ in self._scopes)]
+        before = [each for each in every if each.end <= at]
+        if not before and len(every) == 1 and not every[0].start <= at <= every[0].end:
+            before = every  # of a function that is called later
+        if len({each.block for each in before}) != 1:
+            return None
+        return before[-1].value
+
+    def renders(self, node: ast.expr) -> bool:
+        """Whether it is a function of the script that calls apply_chat_template."""
+        body = node if isinstance(node, ast.Lambda) else self._functions.get(getattr(node, "id", ""))
+        inner = ast.walk(body) if body is not None else ()
+        return any(isinstance(each, ast.Call) and self.name_of(each) == "apply_chat_template" for each in inner)
+
+    def constant(self, node: ast.expr) -> Any:
+        """A value that is written out, also as arithmetic. Raises ValueError and TypeError for others."""
+        node = self.resolved(node)
+        if isinstance(node, ast.Dict) and None not in node.keys:
+            pairs = zip(node.keys, node.values, strict=True)
+            return {self.constant(key): self.constant(value) for key, value in pairs if key}
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            return [self.constant(each) for each in node.elts]
+        if isinstance(node, ast.Call) and self.name_of(node) in _AS_DICT and not node.args:
+            return {str(each.arg): self.constant(each.value) for each in node.keywords}
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _computed(node.op, self.constant(node.left), self.constant(node.right))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            return node.attr
+        if self._asks_for_half(node):
+            return "auto"
+        if isinstance(node, ast.UnaryOp) and self._asks_for_half(node.operand):
+            return False
+        if isinstance(node, ast.IfExp) and any(self._asks_for_half(each) for each in ast.walk(node.test)):
+            return self.constant(node.body)
+        return ast.literal_eval(node)
+
+    def _asks_for_half(self, node: ast.AST) -> bool:
+        """Whether it asks if the device has bfloat16."""
+        return isinstance(node, ast.Call) and self.name_of(node) in _HALF
+
+
+def parsed_script(path: Path, text: str, unread: list[str]) -> ast.Module:
+    """Of a notebook the code of its cells, without lines for a shell or for IPython (`!pip`, `%cd`).
+
+    unread: gets the cells that are not Python. Raises ConfigError.
+    """
+    try:
+        if path.suffix != ".ipynb":
+            return _parsed(text)
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in cells]
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid Python: {error.msg}") from None
+    except (*UNREADABLE, KeyError) as error:
+        kind = "no notebook" if path.suffix == ".ipynb" else "not valid Python"
+        raise ConfigError(f"{path}: is {kind}: {type(error).__name__}: {error}") from None
+    code: list[ast.stmt] = []
+    num_lines = 0  # of the cells before
+    for number, source in enumerate(sources, 1):
+        if _MAGIC.match(source):
+            continue
+        try:
+            code += ast.increment_lineno(_parsed(source), num_lines).body
+        except (SyntaxError, *UNREADABLE):
+            unread.append(f"cell {number}: not Python: passed over")
+        num_lines += source.count("\n") + 1
+    return ast.Module(code, [])
+
+
+def _parsed(text: str) -> ast.Module:
+    """Without lines for a shell where there are some, as in a notebook that was saved as a script."""
+    try:
+        return ast.parse(text)
+    except SyntaxError as error:
+        try:
+            return ast.parse(_SHELL.sub(r"\1pass", text))
+        except SyntaxError:
+            raise error from None
+
+
+def _extent(node: Any) -> tuple[Place, Place]:
+    return (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
+
+
+def _other_targets(node: ast.AST) -> list[ast.expr]:
+    """Names that a node gives a value in another way than `name = value`, or whose value it changes."""
+    if isinstance(node, ast.For | ast.AsyncFor | ast.AugAssign | ast.NamedExpr):
+        return [node.target]
+    if isinstance(node, ast.With | ast.AsyncWith):
+        return [item.optional_vars for item in node.items if item.optional_vars]
+    if isinstance(node, ast.Assign):
+        several = node.targets if len(node.targets) > 1 else []
+        return [*several, *(each.value for each in node.targets if isinstance(each, ast.Subscript))]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _MUTATES:
+        return [node.func.value] if isinstance(node.func.value, ast.Name) else []
+    return []
+
+
+def _computed(operation: ast.operator, left: Any, right: Any) -> Any:
+    """Of numbers, or two texts or lists joined. Raises ValueError for what no setting is."""
+    if not all(isinstance(each, int | float) for each in (left, right)) and not isinstance(operation, ast.Add):
+        raise ValueError
+    value = _ARITHMETIC[type(operation)](left, right)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError
+    return value
+
+
+def shown(node: ast.AST) -> str:
+    """Its text, short, without the values of tokens and keys of services."""
+    for each in ast.walk(node):
+        for keyword in each.keywords if isinstance(each, ast.Call) else ():
+            if SECRET.search(keyword.arg or ""):
+                keyword.value = ast.Constant(...)
+        if isinstance(each, ast.Dict):
+            keys = [getattr(key, "value", None) for key in each.keys]
+            each.values = [
+                ast.Constant(...) if isinstance(key, str) and SECRET.search(key) else value
+                for key, value in zip(keys, each.values, strict=True)
+            ]
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return "..."
+
+
+def without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_secrets(each) for key, each in value.items() if not SECRET.search(str(key))}
+    return value
