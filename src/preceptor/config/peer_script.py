@@ -113,9 +113,7 @@ def _part(script: "Script", name: str, given: Sequence[tuple[str | None, ast.exp
 
 def _keyword(script: Script, keyword: ast.keyword, found: ScriptSettings) -> None:
     if SECRET.search(keyword.arg or ""):
-        found.unread.append(
-            f"{keyword.arg}: not copied, as `hf auth login` or the service's own command has it: nothing to set"
-        )
+        found.unread.append(f"{keyword.arg}: not copied; HF_TOKEN or `hf auth login` has it: nothing to set")
         return
     try:
         value = without_secrets(script.constant(keyword.value))
