@@ -114,6 +114,11 @@ def test_a_quantization_config_is_carried_over(base_folder, tmp_path, kind, of_t
     assert not {"quantization_config", "bnb_4bit_quant_type", "model_init_kwargs"} & dict(trainer.notes).keys()
 
 
+def test_arguments_of_loading_that_are_no_dict_are_refused(base_folder, tmp_path):
+    with pytest.raises(ConfigError, match="model_init_kwargs: must be a dict"):
+        SFTTrainer(str(base_folder), SFTConfig(str(tmp_path), model_init_kwargs="{}"), train_dataset=ROWS)
+
+
 def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
     rows = [{"q": "1?", "a": "2."}, {"q": "3?", "a": "4."}]
     trainer = SFTTrainer(

@@ -352,3 +352,11 @@ def test_texts_that_are_too_deep_are_no_bug_of_ours(tmp_path):
     for text, suffix in (("x = " + "-" * 100_000 + "1", ".py"), ("[" * 100_000, ".ipynb")):
         with pytest.raises(ConfigError):
             settings_of(tmp_path, text, suffix)
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"), [("report_to=3", "report_to"), ("per_device_train_batch_size=1e400", "batch size")]
+)
+def test_values_that_no_setting_takes_are_noted(tmp_path, argument, key):
+    found = converted(tmp_path, f'SFTConfig({argument})\nSFTTrainer("m", train_dataset=load_dataset("a/b"))\n')
+    assert key in dict(found.notes)

@@ -18,6 +18,7 @@ from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from preceptor.train.signals import EXIT_CODE, StopRequest
+from tiny import tiny_model, tiny_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -134,6 +135,17 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(run_fi
     run = config.load(file)
     sources = prepare(run).loader().sources(1)
     assert set(logged[1]["examples"]) == set(sources[0]) and len(sources) > 1
+
+
+def test_a_skipped_step_has_no_loss_of_routers(run_file, tmp_path, broken, preceptor):
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model("mixtral", vocab_size=len(tokenizer)), tokenizer):
+        part.save_pretrained(tmp_path / "mixture")
+    file = run_file(train__max_skipped=1, model={"path": str(tmp_path / "mixture")}, loss__router_aux_coef=0.1)
+    broken(2)
+    code, _, error = preceptor("train", file)
+    assert code == 0, error
+    assert ["router_aux_loss" in line for line in lines(tmp_path / "run")] == [True, False, True, True]
 
 
 def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file, broken):
