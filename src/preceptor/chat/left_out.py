@@ -11,7 +11,6 @@ from preceptor.chat.message_forms import Forms
 from preceptor.chat.origins import Leaf, json_body
 from preceptor.chat.reasoning import block_of
 from preceptor.chat.turns import Turn
-from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
 
 _NAMES = {
@@ -83,35 +82,3 @@ def _shows(turn: Turn, index: int, text: str, role_is_shown: bool) -> bool:
         return bool(turn.prompt_marked().spelled(index).strip())
     except Rejected:
         return True  # not known
-
-
-class LeftOut:
-    """How many examples have what the template leaves out, by kind, and the first of each."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[Any]] = {}
-
-    def add(self, tree: Tree) -> None:
-        for name in tree.left_out:
-            self._found.setdefault(name, [0, tree.source])[0] += 1
-
-    def counted(self, name: str) -> list[list[Any]]:
-        """The counts as plain values, places without the name of their table."""
-        return [[what, count, first.removeprefix(name)] for what, (count, first) in self._found.items()]
-
-    def include(self, counted: Sequence[Sequence[Any]], name: str) -> None:
-        """Add what `counted` gave, for a table of this name."""
-        for what, count, first in counted:
-            self._found.setdefault(what, [0, name + first])[0] += count
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return [{"what": name, "num_examples": count, "first_at": at} for name, (count, at) in self._found.items()]
-
-
-def left_out_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `LeftOut` has found, a sentence each."""
-    return [
-        f"the template leaves out the {one['what']} of {one['num_examples']:,} "
-        f"example{'s' * (one['num_examples'] != 1)}, first at {one['first_at']}: the model never sees it"
-        for one in found
-    ]

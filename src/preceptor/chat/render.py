@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
@@ -35,9 +36,8 @@ from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, PreceptorError, short
-
-Targets = Literal["assistant", "last", "all"]
 
 # Rejections of turns that the template may render otherwise when it is given an argument.
 _ARGUMENTS_MAY_HELP = (
@@ -117,6 +117,10 @@ class Renderer:
     def switch(self) -> Switch:
         """The template's thinking switch; of no name where there is none."""
         return Switch() if self._template is None else find_switch(self._template, self.template_kwargs)
+
+    def new_counts(self) -> TrainedCounts:
+        """Of the conversations that will be trained; none yet."""
+        return TrainedCounts(self.switch, self.template_kwargs)
 
     @cached_property
     def key(self) -> str | None:

@@ -81,7 +81,7 @@ class Fitter:
     def __init__(
         self, renderer: ExampleRenderer, max_length: int, overflow: Overflow, num_positions: int | None = None
     ) -> None:
-        self._renderer = renderer
+        self.renderer = renderer
         self._of_model = num_positions is not None and num_positions < max_length
         self._max_length = min(max_length, num_positions or max_length)
         self._overflow = overflow
@@ -109,7 +109,7 @@ class Fitter:
         if self._overflow == "reject":
             return self._rejection(example, f"it has {tree.num_tokens:,} tokens", "or set data.overflow")
         done = Shortened()
-        if isinstance(example, Conversation) and not (self._overflow == "split" and self._renderer.targets == "all"):
+        if isinstance(example, Conversation) and not (self._overflow == "split" and self.renderer.targets == "all"):
             found = self._split(example, done) if self._overflow == "split" else self._truncate(example, done)
         elif isinstance(example, Completion):
             found = self._cut(example, done)
@@ -195,13 +195,13 @@ class Fitter:
     def _turns(self, example: Conversation) -> list[int]:
         """The messages that the renderer trains."""
         turns = trainable_turns(example.messages)
-        return turns[-1:] if self._renderer.targets == "last" else turns
+        return turns[-1:] if self.renderer.targets == "last" else turns
 
     def _candidate(self, example: Conversation, kept: Sequence[int], trained: Sequence[int]) -> ExampleTree | None:
         return self._rendered(_kept(example, kept, trained))
 
     def _rendered(self, example: Example) -> ExampleTree | None:
-        tree = self._renderer.render(example)
+        tree = self.renderer.render(example)
         return None if isinstance(tree, Rejection) else (example, tree)
 
     def _fits(self, candidate: ExampleTree | None, most_tokens: int | None = None) -> bool:

@@ -36,6 +36,7 @@ from preceptor.errors import PreceptorError
 
 T = TypeVar("T", bound=Example | Rejection)
 Outcomes = list[Tree | Rejection]
+Targets = Literal["assistant", "last", "all"]
 Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a rejection
 
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
@@ -47,16 +48,31 @@ _SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send
 _BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
 
+class ExampleCounts(Protocol):
+    """What is counted of the examples that are trained, beside their trees: `chat.counts.TrainedCounts`."""
+
+    def add(self, example: Example, tree: Tree) -> None: ...
+
+    def of_table(self, name: str) -> Any:
+        """All counts as values that JSON can spell, without the name of the table whose examples were counted."""
+
+    def include(self, counted: Any, name: str) -> None:
+        """Add what `of_table` gave, for a table of this name."""
+
+
 class ExampleRenderer(Protocol):
     """What makes trees of examples: `chat.render.Renderer`. It can be pickled."""
 
-    targets: Literal["assistant", "last", "all"]
+    targets: Targets
 
     @property
     def key(self) -> str | None:
         """A hash of everything that rendering depends on but the example; None where that cannot be told."""
 
     def render(self, example: Example) -> Tree | Rejection: ...
+
+    def new_counts(self) -> ExampleCounts:
+        """Of no examples yet."""
 
 
 def render_all(
