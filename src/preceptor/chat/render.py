@@ -21,17 +21,15 @@ from typing import Any, NamedTuple
 
 from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.growing_tree import GrowingTree
-from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Chat, Renders, Runs
-from preceptor.chat.special_tokens import SpecialTokens, SpelledOut
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
-from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
-from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
+from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
@@ -210,7 +208,7 @@ class Renderer:
         if self.special_tokens_in_text == "plain" and special.search(prompt + text):
             before = [(prompt, True)]
             return tokeniser.plain(before, special), tokeniser.plain([(text, True)], special, before)
-        path = tokeniser.path()
+        path = Path(tokeniser)
         path.read(prompt or text)
         return (tuple(path.ids), path.continuation(text)) if prompt else ((), tuple(path.ids))
 
@@ -220,7 +218,7 @@ class Renderer:
         turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
-            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
                 weight = record.messages[turn.message].weight

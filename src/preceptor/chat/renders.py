@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 
-from preceptor.chat.alignment import Alignments, kind_of
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.limits import condemned, limits
@@ -24,7 +23,7 @@ from preceptor.chat.marked_environment import compiled_marked, marked_environmen
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, Written, raised_in_pass, texts_of
 from preceptor.chat.one_pass_form import compiled_one_pass
-from preceptor.chat.origins import Leaf, Rendered, map_leaves
+from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected
