@@ -25,7 +25,7 @@ from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
 from preceptor.chat.rendering_key import rendering_key
-from preceptor.chat.renders import Chat, Renders, Runs
+from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
 from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
@@ -89,15 +89,10 @@ class Renderer:
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = SpelledOut({*special, *stops}, special_tokens_in_text)
-        self._runs = Runs(tokenizer)
+        self.counts: Counter[str] = Counter()  # in which ways the conversations were rendered: `renders.Runs`
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
-
-    @property
-    def counts(self) -> Counter[str]:
-        """In which ways the conversations were rendered: `renders.Runs`."""
-        return self._runs.counts
 
     @property
     def template(self) -> Template:
@@ -247,12 +242,12 @@ class Renderer:
                 known if message is one else leaves_of(message, k)
                 for k, (message, one, known) in enumerate(zip(fitted, given, leaves, strict=True))
             ]
-            chat = Chat(template, self._forms, fitted, own, record.tools, reading.as_given)
+            renders = Renders(self._runs, fitted, own, record.tools, reading.as_given)
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
-            renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+            renders.prepare([(k, tried[0]) for k, tried in attempts.items()])
             try:
                 proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
-                missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
+                missing = left_out([each.turn for each in proved], fitted, renders.starts, record.tools, self._forms)
                 return proved, spelled_out, missing
             except Rejected as error:
                 rejected = rejected or error
@@ -361,19 +356,23 @@ class Renderer:
             probe: list[Mapping[str, Any]] = [{"role": "user", "content": "Is it so?"}, answer]
             fitted = self._forms.fit(probe)
             own = [leaves_of(message, k) for k, message in enumerate(fitted)]
-            chat = Chat(self.template, self._forms, fitted, own, None, as_given)
+            renders = Renders(self._runs, fitted, own, None, as_given)
             switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
-            proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
+            proved = [self._proves(renders, arguments) for arguments in (self.template_kwargs, switched)]
             self._default_is_first[key] = proved[0] or not proved[1]
         return self._default_is_first[key]
 
-    def _proves(self, chat: Chat, arguments: Mapping[str, Any]) -> bool:
-        """Whether the chat's turn is proved, and is not one without reasoning after a prompt that opens some."""
+    def _proves(self, renders: Renders, arguments: Mapping[str, Any]) -> bool:
+        """Whether the only turn is proved, and is not one without reasoning after a prompt that opens some."""
         try:
-            turn, *_ = self._proved(Renders(chat, self._runs), 1, [arguments])
+            turn, *_ = self._proved(renders, 1, [arguments])
         except Rejected:
             return False
         return has_reasoning(turn.given) or not opened_by(turn.prompt)[0]
+
+    @cached_property
+    def _runs(self) -> Runs:
+        return Runs(self.tokenizer, self.template, self._forms, self.counts)
 
     @cached_property
     def _forms(self) -> Forms:
