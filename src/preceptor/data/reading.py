@@ -22,7 +22,7 @@ from preceptor.data.records import FlatFile, decode, digest, encode
 from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.table_trees import RenderedExample, StoredRecord, TableBuilder, TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
-from preceptor.data.workers import ExampleRenderer, characters_in, render_all
+from preceptor.data.workers import ExampleRenderer, cost_of, render_all
 from preceptor.errors import DataError
 
 _SMALL_BYTES = 1 << 20  # of a source's files; what is rendered in the time in which a cache is read and written
@@ -261,7 +261,7 @@ def _portions(entries: Iterable[Entry], fitter: Fitter) -> Iterator[_Portion]:
         portion.entries.append(entry)
         portion.contents.append(content)
         portion.digests.append(digest_of_content(content))
-        own = characters_in(content)
+        own = cost_of(content)
         size += own
         drawn = int.from_bytes(portion.digests[-1][:4]) / 2**32  # the same wherever the example stands
         if (size >= _SMALL_CHARACTERS and drawn < own / _MEAN_CHARACTERS) or size >= _LARGE_CHARACTERS:

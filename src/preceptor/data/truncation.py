@@ -23,7 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Message,
+    Rejection,
+    num_characters,
+    trainable_turns,
+)
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.workers import ExampleRenderer
 
@@ -66,12 +74,6 @@ class Shortened:
 _CHARACTERS_OF_A_TOKEN = 100  # more than any text has on average
 
 
-def _num_characters(example: Example) -> int:
-    if isinstance(example, Conversation):
-        return sum(len(message.content) + len(message.reasoning_content) for message in example.messages)
-    return len(example.text) if isinstance(example, Document) else len(example.prompt) + len(example.completion)
-
-
 class Fitter:
     """Makes examples fit into `max_length` tokens; counts in `shortened` what it did.
 
@@ -96,7 +98,7 @@ class Fitter:
         """The example, or its rejection where it cannot be short enough: tokenising takes 200 bytes a character."""
         if isinstance(example, Rejection) or self._overflow != "reject":
             return example
-        num, most = _num_characters(example), _CHARACTERS_OF_A_TOKEN * self._max_length
+        num, most = num_characters(example), _CHARACTERS_OF_A_TOKEN * self._max_length
         return example if num <= most else self._rejection(example, f"it has {num:,} characters", "or split the text")
 
     def fit(self, example: Example | Rejection, tree: Tree | Rejection) -> list[ExampleTree] | Rejection:

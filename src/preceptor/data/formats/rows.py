@@ -34,9 +34,20 @@ from preceptor.data.examples import (
     read_messages,
     trainable_turns,
 )
-from preceptor.data.formats.nulls import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
 from preceptor.data.formats.sharegpt import from_sharegpt
-from preceptor.data.formats.values import RawRecord, Row, Unreadable, check_values, parsed, text_in
+from preceptor.data.formats.values import (
+    Nulls,
+    RawRecord,
+    Row,
+    Struct,
+    Unreadable,
+    check_values,
+    parsed,
+    text_in,
+    unpad_message,
+    unpad_schema,
+    unpad_values,
+)
 from preceptor.errors import short
 
 MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
@@ -94,7 +105,7 @@ def has_format(keys: Sequence[str]) -> bool:
 
 
 def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
-    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
+    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/values.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:
         check_values(row, "")
@@ -102,8 +113,6 @@ def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example 
         return _example(row, source, nulls)
     except Unreadable as error:
         return Rejection(source, error.code, str(error))
-    except AmbiguousNull as error:
-        return Rejection(source, "ambiguous_null", str(error))
 
 
 def _check_columns(row: RawRecord) -> None:
