@@ -3,7 +3,7 @@
 To find where the characters of a turn stand in its render, it need not be rendered with marks each time. Behind its
 prompt P, the render F of a turn is the template's own text and the strings of the turn's message (its
 *leaves*), each as it is, stripped, or as JSON spells it. Which, and in what order, one render with marks shows
-(`marked_environment.py`). That is an *alignment*; it is kept by the kind of message, and tried on the renders of
+(`marked.py`). That is an *alignment*; it is kept by the kind of message, and tried on the renders of
 later messages of that kind: filled with their leaves, it must give what the template rendered, byte for byte. If none
 of the kind does, the turn is rendered with marks, and one more is learnt.
 
@@ -267,7 +267,8 @@ def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: r
 def _questions(template: str) -> tuple[tuple[str, ...], frozenset[str]]:
     """The strings that a template looks for in texts, and those that it compares texts with."""
     tree = parsed(template)
-    contained = {text for call in tree.find_all(nodes.Call) if _asks(call) for text in _strings(call.args)}
+    asking = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in _ASKING]
+    contained = {text for call in asking for text in _strings(call.args)}
     contained |= {text for assigned in tree.find_all(nodes.Assign) for text in _strings([assigned.node])}
     contained |= {
         text for filter in tree.find_all(nodes.Filter) if filter.name == "replace" for text in _strings(filter.args)
@@ -278,10 +279,6 @@ def _questions(template: str) -> tuple[tuple[str, ...], frozenset[str]]:
             found = contained if operand.op in ("in", "notin") else equal
             found |= _strings([compare.expr, operand.expr])
     return tuple(sorted(text for text in contained if text.strip())), frozenset(equal)
-
-
-def _asks(call: nodes.Call) -> bool:
-    return isinstance(call.node, nodes.Getattr) and call.node.attr in _ASKING
 
 
 def _strings(expressions: Iterable[nodes.Node]) -> set[str]:

@@ -242,9 +242,9 @@ class Renderer:
                 known if message is one else leaves_of(message, k)
                 for k, (message, one, known) in enumerate(zip(fitted, given, leaves, strict=True))
             ]
-            renders = Renders(self._runs, fitted, own, record.tools, reading.as_given)
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
-            renders.prepare([(k, tried[0]) for k, tried in attempts.items()])
+            first = [(k, tried[0]) for k, tried in attempts.items()]
+            renders = Renders(self._runs, fitted, own, record.tools, reading.as_given, first)
             try:
                 proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
                 missing = left_out([each.turn for each in proved], fitted, renders.starts, record.tools, self._forms)

@@ -16,8 +16,7 @@ import jinja2
 
 from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.limits import condemned, limits
-from preceptor.chat.marked import Marked
-from preceptor.chat.marked_environment import compiled_marked, marked_message, pieces_of
+from preceptor.chat.marked import Marked, compiled_marked, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass, raised_in_pass
 from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves
@@ -77,7 +76,7 @@ class Runs:
                 chat_template=renders.text,
                 tokenize=False,
                 add_generation_prompt=request.add_generation_prompt,
-                **renders.arguments(request),
+                **renders.arguments[request.arguments],
             )
         except Exception as error:  # transformers rejects what the sandbox here allows
             raise condemned(
@@ -199,24 +198,23 @@ class Renders:
         leaves: Sequence[Sequence[Leaf]],
         tools: Sequence[Mapping[str, Any]] | None,
         as_given: bool,
+        turns: Sequence[tuple[int, Mapping[str, Any]]] = (),
     ) -> None:
-        """leaves: of each message. as_given: as in `reasoning.Reading`."""
+        """leaves: of each message. as_given: as in `reasoning.Reading`. turns: those that will be asked for, with the
+        arguments that are tried first; the renders of many are made at once, where that is faster."""
         self.runs, self.messages, self.tools = runs, messages, tools
         self.text = runs.template.text_for(tools)
         self.leaves = list(chain.from_iterable(leaves))
         self.starts = [0, *accumulate(map(len, leaves))]
         self._as_given = as_given
         self._seen = [runs.template.message_rules.apply(message) for message in messages]
-        self._arguments: dict[str, Mapping[str, Any]] = {}
+        self.arguments: dict[str, Mapping[str, Any]] = {}
         self._texts: dict[Request, str] = {}  # that are known before they are asked for
-
-    def prepare(self, turns: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
-        """Render for these turns, with these arguments, what will be asked for: many at once, where that is faster."""
         if len(turns) > _FEW_TURNS:
             asked = [(k, self.key(arguments)) for k, arguments in turns]
             both = [(Request(k, True, key), Request(k + 1, False, key)) for k, key in asked]
             requests = [request for pair in both for request in pair]
-            self._texts = self.runs.in_one_pass(self, requests, head_again=len(turns) >= _MANY_TURNS)
+            self._texts = runs.in_one_pass(self, requests, head_again=len(turns) >= _MANY_TURNS)
 
     def turn(self, k: int, arguments: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Turn:
         """What the proof needs to know of turn k. Raises Rejected where the template rejects the messages.
@@ -265,15 +263,12 @@ class Renders:
     def key(self, arguments: Mapping[str, Any]) -> str:
         """What stands for these arguments in a request."""
         key = repr(arguments) if arguments else ""
-        self._arguments[key] = arguments
+        self.arguments[key] = arguments
         return key
-
-    def arguments(self, request: Request) -> Mapping[str, Any]:
-        return self._arguments[request.arguments]
 
     def variables(self, request: Request, messages: Sequence[Any]) -> dict[str, Any]:
         """The template's variables; messages: those of the request."""
-        prompted, arguments = request.add_generation_prompt, self._arguments[request.arguments]
+        prompted, arguments = request.add_generation_prompt, self.arguments[request.arguments]
         return self.runs.template.all_variables(messages, self.tools, prompted, arguments)
 
     def shown(self, request: Request) -> list[dict[str, Any]]:

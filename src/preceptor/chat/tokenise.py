@@ -45,7 +45,7 @@ class Tokeniser:
         self.in_chunks = chunks and self._backend is not None and self.longest > 0
         if self.in_chunks:
             self.words = Words(tokenizer)
-        self.cuts_words = self.in_chunks and self.words.known
+        self.cuts_words = self.in_chunks and self.words.pattern is not None
         self._prefixes_tokens = self._puts_space_behind_tokens()
         self._unknown = tokenizer.unk_token_id
         self._lstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}

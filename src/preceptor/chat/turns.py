@@ -350,7 +350,7 @@ def left_out(
     starts: the number of each message's first leaf, and of all leaves.
     """
     found: dict[str, None] = {}
-    shown = forms.shown
+    shown = forms.texts | forms.one_part  # roles whose messages the template shows at all
     if tools and not (
         forms.tools and all(str(tool.get("function", tool).get("name")) in turns[0].prompt for tool in tools)
     ):

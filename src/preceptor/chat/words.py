@@ -30,10 +30,10 @@ _HUGE = 2**20  # characters of a word, for which a tokenizer takes 150 bytes eac
 
 
 class Words:
-    """`ids` for one tokenizer; always None where the tokenizer is not of the kind described above."""
+    """`ids` for one tokenizer; always None, as the pattern, where it is not of the kind described above."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._pattern: Any = None
+        self.pattern: Any = None
         self._ascii: Callable[[str], list[str]] | None = None
         self._not_ascii: set[str] = set()  # ASCII characters that `re` would cut otherwise
         self._same: set[str] = set()  # characters that both engines treat alike
@@ -54,16 +54,11 @@ class Words:
         self._pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
         self._ids_of = _Table(tokenizer.backend_tokenizer.model).__getitem__
         if not state["model"]["dropout"]:
-            self._pattern = _compiled(source)
-        in_ascii = None if self._pattern is None else _ascii_pattern(source)
+            self.pattern = _compiled(source)
+        in_ascii = None if self.pattern is None else _ascii_pattern(source)
         if in_ascii is not None:
             self._ascii = in_ascii.findall
             self._not_ascii = {chr(code) for code in range(128) if not self._alike(in_ascii, chr(code))}
-
-    @property
-    def known(self) -> bool:
-        """Whether the tokenizer cuts a text into words as described above."""
-        return self._pattern is not None
 
     def ids(self, text: str) -> tuple[int, ...] | None:
         """The ids of a text without added tokens, as the tokenizer's; None if it has to be asked."""
@@ -89,17 +84,17 @@ class Words:
     def _words(self, text: str) -> list[str] | None:
         if self._ascii is not None and text.isascii() and (not self._not_ascii or self._not_ascii.isdisjoint(text)):
             return self._ascii(text)
-        if self._pattern is None or not (self._same.issuperset(text) or self._learn(text)):
+        if self.pattern is None or not (self._same.issuperset(text) or self._learn(text)):
             return None
         if self._composed and not is_normalized("NFC", text):
             return None
-        words: list[str] = self._pattern.findall(text)
+        words: list[str] = self.pattern.findall(text)
         return words
 
     def _learn(self, text: str) -> bool:
         """Try the characters of a text that were not met before; whether all of its characters are the same in both."""
         for character in set(text) - self._same - self._other:
-            (self._same if self._alike(self._pattern, character) else self._other).add(character)
+            (self._same if self._alike(self.pattern, character) else self._other).add(character)
         return self._other.isdisjoint(text)
 
     def _alike(self, pattern: Any, character: str) -> bool:
