@@ -53,21 +53,6 @@ def check_binop(operator: str, left: Any, right: Any) -> None:
         _require_narrow(left, r"%[^%a-zA-Z]*(?:\d{6}|\*)")
 
 
-def check_format(form: str) -> None:
-    """Raises RenderLimit for a field of `str.format` that is too wide, or whose width another field gives."""
-    _require_narrow(form, r"\{[^{}]*(?:\d{6}|:[^{}]*\{)")
-
-
-def check_date_format(form: str) -> None:
-    """Raises RenderLimit for a field of `strftime` that is too wide."""
-    _require_narrow(form, r"\d{4}")
-
-
-def check_call(name: str, text: Any, arguments: Sequence[Any]) -> None:
-    """Raises RenderLimit for a method of a text, or a filter on it, that would make too much."""
-    _GROWING[name](text, arguments)
-
-
 def _require(size: int) -> None:
     if size > CHARACTERS:
         raise RenderLimit(f"a text or list of {size:,} characters or items")
@@ -230,13 +215,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if getattr(obj, "__name__", None) in GROWING_METHODS and isinstance(
             getattr(obj, "__self__", None), str | bytes | int
         ):
-            check_call(obj.__name__, obj.__self__, (*args, *kwargs.values()))
+            _GROWING[obj.__name__](obj.__self__, (*args, *kwargs.values()))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
         guarded = super().wrap_str_format(value)
         if guarded is not None:
-            check_format(value.__self__)
+            _require_narrow(value.__self__, r"\{[^{}]*(?:\d{6}|:[^{}]*\{)")  # or whose width another field gives
         return guarded
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -294,7 +279,7 @@ class FixedClock:
 
 
 def _strftime_now(form: str) -> str:
-    check_date_format(form)
+    _require_narrow(form, r"\d{4}")
     return datetime.now().strftime(form)
 
 

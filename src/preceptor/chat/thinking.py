@@ -107,11 +107,9 @@ def _assignments(template: Template, names: Iterable[str], defaults: Mapping[str
         return ""
     if any(name in template.variables for name in names):  # special tokens: every caller gives them
         return f"{sets}\n"
-    return f"{{%- if {' and '.join(map(_is_absent, names))} %}}{sets}{{%- endif %}}\n"
-
-
-def _is_absent(name: str) -> str:
-    return "not documents" if name == "documents" else f"{name} is not defined"  # transformers gives `documents: none`
+    # transformers gives `documents: none`
+    absent = ["not documents" if name == "documents" else f"{name} is not defined" for name in names]
+    return f"{{%- if {' and '.join(absent)} %}}{sets}{{%- endif %}}\n"
 
 
 def _literal(value: Any, name: str) -> str:

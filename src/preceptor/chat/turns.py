@@ -309,15 +309,13 @@ def _call_problem(leaf: Leaf, spelled: str) -> str | None:
     path = leaf.path[3:] if leaf.path[2:3] == ("function",) else leaf.path[2:]
     if not path or path[0] not in ("name", "arguments"):
         return None  # an id, or what no template is asked to render
-    forms = _forms_in_text(leaf.text) if path != ("arguments",) else ()
-    if _spells(spelled, leaf.text, *forms):
+    text = leaf.text
+    forms: tuple[str, ...] = ()
+    if path != ("arguments",):  # a string inside arguments, as JSON spells it, or Python
+        forms = json_body(text, ensure_ascii=True), json_body(text, ensure_ascii=False), repr(text)[1:-1]
+    if _spells(spelled, text, *forms):
         return None
     return "content_changed" if spelled.strip() else "tool_call_dropped"
-
-
-def _forms_in_text(text: str) -> tuple[str, ...]:
-    """A string inside arguments as JSON spells it, or Python."""
-    return json_body(text, ensure_ascii=True), json_body(text, ensure_ascii=False), repr(text)[1:-1]
 
 
 def _shows(value: Any, target: str) -> bool:

@@ -134,13 +134,13 @@ def _shared_out(
         ready = pool.submit(_ready)
     pending: deque[tuple[list[T], Future[Sent] | Outcomes]] = deque()
     for chunk in chunks:
-        num_running = sum(isinstance(outcomes, Future) and not outcomes.done() for _, outcomes in pending)
+        num_running = sum(_runs(outcomes) for _, outcomes in pending)
         if ready.done() and num_running < _BACKLOG * num_workers:
             ready.result()
             pending.append((chunk, pool.submit(_render_chunk, [_as_sent(example) for example in chunk])))
         else:
             pending.append((chunk, _outcomes(renderer, chunk)))
-        while pending and (len(pending) > 2 * _BACKLOG * num_workers or _is_done(pending[0][1])):
+        while pending and (len(pending) > 2 * _BACKLOG * num_workers or not _runs(pending[0][1])):
             yield _taken(*pending.popleft())
     while pending:
         yield _taken(*pending.popleft())
@@ -151,21 +151,21 @@ def start_method() -> Literal["fork", "spawn"]:
     if sys.platform != "linux" or threading.active_count() > 1:
         return "spawn"
     torch = sys.modules.get("torch")
-    if torch is not None and (torch.cuda.is_initialized() or _has_process_group(torch)):
-        return "spawn"
-    return "fork"
+    if torch is None:
+        return "fork"
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "spawn" if torch.cuda.is_initialized() or has_group else "fork"
 
 
-def _has_process_group(torch: Any) -> bool:
-    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
-def _is_done(outcomes: Future[Sent] | Outcomes) -> bool:
-    return not isinstance(outcomes, Future) or outcomes.done()
+def _runs(outcomes: Future[Sent] | Outcomes) -> bool:
+    return isinstance(outcomes, Future) and not outcomes.done()
 
 
 def _taken(chunk: list[T], outcomes: Future[Sent] | Outcomes) -> tuple[list[T], Outcomes]:
-    return chunk, _outcomes_of(outcomes.result()) if isinstance(outcomes, Future) else outcomes
+    if not isinstance(outcomes, Future):
+        return chunk, outcomes
+    sent = outcomes.result()
+    return chunk, [each if isinstance(each, Rejection) else decode(each[1], each[0]) for each in sent]
 
 
 def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
@@ -210,10 +210,6 @@ def _as_given(sent: Any) -> Example | Rejection:
         return sent  # type: ignore[no-any-return]
     source, messages, tools, kwargs = sent
     return Conversation(source, tuple([Message(*message) for message in messages]), tools, kwargs)
-
-
-def _outcomes_of(sent: Sent) -> Outcomes:
-    return [each if isinstance(each, Rejection) else decode(each[1], each[0]) for each in sent]
 
 
 # In the other processes

@@ -112,7 +112,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     chat = chat.at(date or datetime.now().astimezone())
     fitter = Fitter(chat.renderer(run.data), run.data.max_length, run.data.overflow, chat.num_positions)
-    cache = open_cache(run.data.cache)
+    folder = cache_folder(run.data.cache)
+    cache = None if folder is None else Cache(folder, lambda line: say(line, error=True))
     streaming = run.data.streaming
     whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
     require_no_pipe(whole, streaming)
@@ -213,12 +214,6 @@ def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
     _require_rows(chat, store)
     shares = run.data.share_prefixes
     return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
-
-
-def open_cache(setting: str | None) -> Cache | None:
-    """The cache of rendered trees; None where there is to be none. setting: `data.cache`."""
-    folder = cache_folder(setting)
-    return None if folder is None else Cache(folder, lambda line: say(line, error=True))
 
 
 def _require_rows(chat: ChatFormat, store: TreeStore) -> None:

@@ -124,17 +124,13 @@ def _check_columns(row: RawRecord) -> None:
             )
     for key in (*TRAIN_KEYS, "weight", "train_detail"):
         value = row.get(key)
-        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and _changes(key, value)):
+        changes = value != 1 if key == "weight" else value == 0  # asks for more than to train the example as it is
+        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and changes):
             raise Unreadable(
                 "unread_column",
                 f"the example has {key}: {short(value)}, which is not read here: give it to the messages that it is "
                 f"meant for, or set `weight` for the source{_TO_READ_WITHOUT}",
             )
-
-
-def _changes(key: str, value: float) -> bool:
-    """Whether a number or truth value of this key asks for anything else than to train the example as it is."""
-    return value != 1 if key == "weight" else value == 0
 
 
 def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
