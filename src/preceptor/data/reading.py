@@ -132,7 +132,8 @@ class SourceReader:
         identity = table.identity(cache.sha256_of)
         if identity is None:
             return None
-        read = (identity, source.source.columns, source.source.nulls, *([own.sha256] if own else []))
+        read = [identity, source.source.columns, source.source.nulls, *([own.sha256] if own else [])]
+        read += [] if source.side is None else [repr(source.side)]
         return key_of("table", rendering, read, self._fitter.key)
 
     def _built(
@@ -143,13 +144,16 @@ class SourceReader:
         entries = source.entries() if whole else chain.from_iterable(source.entries_of(table) for table, _ in tables)
         examples = enumerate(rendered_examples(entries, self._fitter, self._num_processes, cache))
         by_table = groupby(examples, key=lambda each: each[1].entry.table)
-        for (name, of_table), (_, key) in zip(by_table, tables, strict=True):
-            builder = TableBuilder(name, self._fitter)
-            for number, example in of_table:
-                builder.add(example)
-                self._on_example()
-                if cache is not None and number % _HEARTBEAT == 0:
-                    cache.still_building(lock)
+        begun = next(by_table, None)
+        for table, key in tables:  # of one whose examples are all held out there is none
+            builder = TableBuilder(table.name, self._fitter)
+            if begun is not None and begun[0] == table.name:
+                for number, example in begun[1]:
+                    builder.add(example)
+                    self._on_example()
+                    if cache is not None and number % _HEARTBEAT == 0:
+                        cache.still_building(lock)
+                begun = next(by_table, None)
             yield builder.finish(cache, key)
 
 

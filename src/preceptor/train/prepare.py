@@ -24,7 +24,7 @@ from preceptor.data.examples import Rejection
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.reading import SourceReader
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource, require_no_pipe
+from preceptor.data.sources import OpenSource, open_sources, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -107,8 +107,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     """
     check_codes(run.data.allow_rejected)
     tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
-    named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
-    sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
+    sources = _open(run)
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     chat = chat.at(date or datetime.now().astimezone())
     fitter = Fitter(chat.renderer(run.data), run.data.max_length, run.data.overflow, chat.num_positions)
@@ -123,7 +122,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     ) as on_example:
         reader = SourceReader(fitter, cache, num_processes, on_example)
         train = [] if streaming else [reader.read(source) for source in sources["train"]]
-        held_out = [reader.read_held_out(source) for source in sources["held out"]]
+        held_out = [(reader.read_held_out(source), source.source) for source in sources["held out"]]
         replay = [reader.read(source) for source in sources["replay"]]
     stream = None
     if windows is None:
@@ -138,18 +137,18 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     if not len(tuning_N):
-        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+        why = "weight too small" if run.data.eval_size is None else "data.eval_size holds all of them out"
+        raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
     store = _mixture(run, tables, tuning_N, replay)
     dataset = _dataset(run, chat, store)
     found = reader.counts
     assert isinstance(found, TrainedCounts)
-    every = [each for of_source in held_out for each in of_source]
     return Prepared(
         run=run,
         chat=chat.trained_with(found),
         sources=sources,
         train=dataset,
-        held_out=[every[index] for index in mix(map(len, held_out), run.data.eval, run.train.seed).tolist()],
+        held_out=_held_out(held_out, run),
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
@@ -202,6 +201,12 @@ def _windows(
     return windows
 
 
+def _open(run: config.Run) -> dict[str, list[OpenSource]]:
+    train, held_out = open_sources(run.data)
+    replay = [OpenSource(source) for source in run.replay.data] if run.replay else []
+    return {"train": train, "held out": held_out, "replay": replay}
+
+
 def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]], window: Window) -> Dataset | None:
     """The trees of a window, each once, and those that are replayed beside them."""
     tuning_N = _each_once(window.tables)
@@ -214,6 +219,18 @@ def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
     _require_rows(chat, store)
     shares = run.data.share_prefixes
     return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
+
+
+def _held_out(per_source: Sequence[tuple[list[ExampleTree], config.Source]], run: config.Run) -> list[ExampleTree]:
+    """Raises DataError where `data.eval_size` holds nothing out."""
+    trees, sources = [own for own, _ in per_source], [source for _, source in per_source]
+    if run.data.eval_size is not None and not any(trees[len(run.data.eval) :]):
+        raise DataError(
+            f"data.eval_size: {run.data.eval_size:g} holds out no example; there are few, or they begin alike. Set a "
+            "larger share, or name a file in data.eval"
+        )
+    every = [each for own in trees for each in own]
+    return [every[index] for index in mix(map(len, trees), sources, run.train.seed).tolist()]
 
 
 def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
