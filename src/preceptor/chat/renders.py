@@ -1,9 +1,9 @@
 """The renders of one conversation that the proof asks for, and where their characters came from.
 
-Texts are made by the template itself: one by one (`OneByOne`), or, for conversations of many turns, in one run of it
-(`one_pass.py`), of which the longest is compared with the template's own. Where the characters of a turn stand is found
-by alignment (`alignment.py`), else by a render with marks (`WithOrigins`), which must give the same text, byte for
-byte. Renders of the template are compared with transformers' own: the first of a run, and then a few in a thousand.
+Texts are made by the template itself: one by one, or, of many turns, in one run of it (`one_pass.py`), of which the
+longest is compared with the template's own. Where the characters of a turn stand is found by alignment (`origins.py`),
+else by a render with marks (`marked.py`), which must give the same text, byte for byte. Renders of the template are
+compared with transformers' own: the first of a run, and then a few in a thousand.
 """
 
 import re
