@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 from jinja2 import nodes
 
 from preceptor.chat.environment import parsed
-from preceptor.chat.growing_tree import shared_length
 
 _NAMES = ("role", "type")  # names that a template reads as such, not text; but inside a call's arguments all is text
 
@@ -111,6 +110,21 @@ def shape_of(value: Any, names: Sequence[str] = _NAMES) -> Any:
 def json_body(text: str, ensure_ascii: bool) -> str:
     """The text as JSON spells it between the quotes."""
     return json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens or characters the two, of one type, have in common at their start."""
+    limit = min(len(one), len(other))
+    if one[:limit] == other[:limit]:
+        return limit
+    low, high = 0, limit  # the first `low` are shared, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 class Rendered:

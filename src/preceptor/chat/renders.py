@@ -14,12 +14,11 @@ from typing import Any
 
 import jinja2
 
-from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.limits import condemned, limits
 from preceptor.chat.marked import Marked, compiled_marked, marked_message, pieces_of
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass, raised_in_pass
-from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves
+from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves, shared_length
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
 from preceptor.data.rejections import Rejected

@@ -21,8 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
 
-from preceptor.chat.growing_tree import shared_length
-from preceptor.chat.origins import Leaf
+from preceptor.chat.origins import Leaf, shared_length
 from preceptor.chat.words import Words
 from preceptor.data.examples import Message
 from preceptor.data.rejections import Rejected

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.chat import reasoning
-from preceptor.chat.growing_tree import shared_length
 from preceptor.chat.message_forms import Forms
-from preceptor.chat.origins import Leaf, Rendered, json_body
+from preceptor.chat.origins import Leaf, Rendered, json_body, shared_length
 from preceptor.data.rejections import Rejected
 from preceptor.errors import short
 
