@@ -128,12 +128,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     if windows is None:
         tables, tuning_N = _drawn(train, run.data.train, run.train.seed)
     else:
-        num_beside = len(reader.rejections)
-        first = windows.get(0, is_trained=False)
-        reader.include(first.tables)
-        tables, tuning_N = first.tables, _each_once(first.tables)
-        opened = partial(_opened, run, chat, replay)
-        stream = Stream(windows, opened, first.num_examples, len(reader.rejections) - num_beside)
+        stream, tables = _first_window(windows, reader, partial(_opened, run, chat, replay))
+        tuning_N = _each_once(tables)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     if not len(tuning_N):
@@ -199,6 +195,16 @@ def _windows(
     windows = Windows.rendered(reader)
     world.publish(node, str(windows.spool))
     return windows
+
+
+def _first_window(
+    windows: Windows, reader: SourceReader, opened: Callable[[Window], Dataset | None]
+) -> tuple[Stream, list[TableTrees]]:
+    """The stream, and the tables of its first window, which the reader counts with the other sources."""
+    num_beside = len(reader.rejections)
+    first = windows.get(0, is_trained=False)
+    reader.include(first.tables)
+    return Stream(windows, opened, first.num_examples, len(reader.rejections) - num_beside), first.tables
 
 
 def _open(run: config.Run) -> dict[str, list[OpenSource]]:
