@@ -33,6 +33,7 @@ def page() -> str:
     """The page, without what has not been measured."""
     sections = {
         "peer": _peer,
+        "step_limit": _limit,
         "context_memory": _context,
         "context_learning": _learning,
         "scaling": _scaling,
@@ -117,6 +118,23 @@ def _peer(found: Any) -> str:
 def _largest_difference(works: list[tuple[str, Any]]) -> float:
     pairs = [work["summary"]["loss_float32"] for _, work in works]
     return float(max(abs(ours - theirs) / theirs for ours, theirs in pairs))
+
+
+def _limit(found: Any) -> str:
+    lines = [
+        "## A step against its matrix products",
+        "",
+        f"What a training step takes over a row of {found['tokens']:,} tokens (short conversations, Qwen3, AdamW, one "
+        "sequence a step), as a multiple of the time of its own matrix products run alone at their shapes. torch's fused "
+        f"attention is none of them. {_on(found, found['command'])}.",
+        "",
+        "| hidden size | layers | float32 | bfloat16 |",
+        "|---:|---:|---:|---:|",
+    ]
+    for hidden, by_precision in found["result"].items():
+        figures = " | ".join(f"{each['step_of_products']:.2f} ×" for each in by_precision.values())
+        lines.append(f"| {int(hidden):,} | {by_precision['float32']['layers']} | {figures} |")
+    return "\n".join(lines)
 
 
 def _context(found: Any) -> str:
