@@ -125,8 +125,8 @@ def _limit(found: Any) -> str:
         "## A step against its matrix products",
         "",
         f"What a training step takes over a row of {found['tokens']:,} tokens (short conversations, Qwen3, AdamW, one "
-        "sequence a step), as a multiple of the time of its own matrix products run alone at their shapes. torch's fused "
-        f"attention is none of them. {_on(found, found['command'])}.",
+        "sequence a step), as a multiple of the time of its own matrix products run alone at their shapes. torch's "
+        f"fused attention is none of them. {_on(found, found['command'])}.",
         "",
         "| hidden size | layers | float32 | bfloat16 |",
         "|---:|---:|---:|---:|",
