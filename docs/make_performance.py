@@ -120,13 +120,18 @@ def _largest_difference(works: list[tuple[str, Any]]) -> float:
     return float(max(abs(ours - theirs) / theirs for ours, theirs in pairs))
 
 
+def _clock(found: Any) -> str:
+    return " --cpu-time" if "--cpu-time" in found["command"] else ""
+
+
 def _limit(found: Any) -> str:
+    clock = ", in seconds of the processor" if _clock(found) else ""
     lines = [
         "## A step against its matrix products",
         "",
         f"What a training step takes over a row of {found['tokens']:,} tokens (short conversations, Qwen3, AdamW, one "
         "sequence a step), as a multiple of the time of its own matrix products run alone at their shapes. torch's "
-        f"fused attention is none of them. {_on(found, found['command'])}.",
+        f"fused attention is none of them{clock}. {_on(found, found['command'])}.",
         "",
         "| hidden size | layers | float32 | bfloat16 |",
         "|---:|---:|---:|---:|",
@@ -152,7 +157,7 @@ def _context(found: Any) -> str:
     return (
         "## The price of a context token\n\nActivation memory and time of a step by `memory.context_gradient`, as a "
         "percentage of the same model under plain autograd with transformers' own attention, and of our `full`. "
-        f"{_on(found, 'python benchmarks/context_memory.py')}.\n\n{table}"
+        f"{_on(found, 'python benchmarks/context_memory.py' + _clock(found))}.\n\n{table}"
     )
 
 
