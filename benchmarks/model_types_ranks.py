@@ -1,9 +1,9 @@
 """Every causal model type over several processes: does a step have the gradient of one process, or is it refused?
 
 Called by `python benchmarks/model_types.py --ranks 2`. The processes (gloo) are started once, and again after a type
-that ends them. Of each type that one process trains: read by the first process and sharded (`parallel.strategy: shard`),
-replicated where that is refused, in each way of keeping less for backward, and with a LoRA adapter; the relative error
-of the whole gradient of a step of three unlike sequences.
+that ends them. Each type that one process trains is read by the first process and sharded (`parallel.strategy: shard`),
+or replicated where that is refused: in each way of keeping less for backward, and with a LoRA adapter, the relative
+error of the whole gradient of a step of three unlike sequences.
 """
 
 import copy
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from model_types import MODES, conversations, kind_of, loaded
+
 from preceptor.data.forest import PackedSequence, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
@@ -76,7 +76,7 @@ def main(place: str, kinds: list[str]) -> None:
 
 
 def examine(kind: str, world: World) -> dict[str, Any]:
-    """outcome: sharded, refused, or not trained by one process; why, but for sharded; errors by mode of the gradient."""
+    """outcome: sharded, refused, or not trained by one process; why, but for sharded; errors by mode."""
     try:
         model = _without_rows_of_zeros(loaded(kind))
         alone = kind_of(model)[0] == "alone"

@@ -172,14 +172,9 @@ class _Watch:
 def result_of(folder):
     """All that a run must leave the same, however often it was stopped: without times, dates and ids."""
     timed = ("seconds", "peak_memory_bytes")
-    names = [
-        "metrics",
-        "eval",
-        "samples",
-        "rejections",
-        "examples",
-        *(["windows"] if (folder / "windows.jsonl").exists() else []),
-    ]
+    names = ["metrics", "eval", "samples", "rejections", "examples"]
+    if (folder / "windows.jsonl").exists():
+        names.append("windows")
     logs = {
         name: [
             {key: value for key, value in json.loads(line).items() if key not in timed}

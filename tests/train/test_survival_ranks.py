@@ -26,12 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 KINDS = {
     "full, sharded": {"parallel": {"strategy": "shard"}},
     "lora, replicated": {"adapter": {"rank": 2, "dropout": 0.1}, "parallel": {"strategy": "replicate"}},
-    **(
-        {"stream, sharded": {"data": {"streaming": True, "window": 4}, "parallel": {"strategy": "shard"}}}
-        if TORTURE
-        else {}
-    ),
 }
+if TORTURE:
+    KINDS["stream, sharded"] = {"data": {"streaming": True, "window": 4}, "parallel": {"strategy": "shard"}}
 NUM_RANDOM = 15  # kills of each kind in the long form
 
 
