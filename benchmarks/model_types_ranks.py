@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +126,12 @@ def _true(
     for mode, policy in policies.items():
         if alone and policy.context_gradient != "full":
             continue
-        with suppress(ModelError):
+        try:
             check_phases(model, policy)
             found[mode] = _gradient(Engine(model), sequences, policy, ONE)
+        except ModelError:
+            if policy is MODES["full"]:
+                raise
     return found
 
 
