@@ -6,6 +6,7 @@ or replicated where that is refused: in each way of keeping less for backward, a
 error of the whole gradient of a step of three unlike sequences.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -189,4 +190,8 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("place", help="the file that gets a line for each type")
+    parser.add_argument("kinds", nargs="+")
+    arguments = parser.parse_args()
+    main(arguments.place, arguments.kinds)
