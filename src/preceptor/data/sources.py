@@ -87,12 +87,13 @@ class OpenSource:
         return chain(first, rest)
 
     def unread(self) -> Iterator[Entry | UnreadLine]:
-        """Each example, but lines of JSON not parsed, unless the user's function makes something of them.
+        """Each example, but lines of JSON not parsed where what they hold does not matter yet.
 
         Raises DataError as `examples`, of a line when it is parsed.
         """
+        every = self.own is None and self.side is None
         for table in self.tables:
-            lines = table.lines() if isinstance(table, TextFile) and self.own is None else None
+            lines = table.lines() if every and isinstance(table, TextFile) else None
             yield from self.entries_of(table) if lines is None else self._unread_lines(table.name, lines)
 
     def _unread_lines(self, name: str, lines: Iterator[tuple[str, str]]) -> Iterator[UnreadLine]:
