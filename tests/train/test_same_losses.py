@@ -28,6 +28,7 @@ from tiny import branching, chain, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")
 
 STEPS = 20 if TORTURE else 8
+SECONDS = 600 if TORTURE else 60
 MODELS = {
     "llama": {},
     "qwen3": {},
@@ -100,7 +101,7 @@ def test_any_number_of_processes_gives_the_losses_of_one(kind, memory, trained, 
     expected = torch.tensor(losses(kind, memory, trained), dtype=torch.float64)
     for spread in spreads:
         num = SPREAD[spread][1]
-        for found in run_ranks(num, lambda world, own=spread: losses(kind, memory, trained, world, own)):
+        for found in run_ranks(num, lambda world, own=spread: losses(kind, memory, trained, world, own), SECONDS):
             assert not isinstance(found, BaseException), found.__notes__
             found_losses = torch.tensor(found, dtype=torch.float64)
             torch.testing.assert_close(found_losses[:, 0], expected[:, 0], rtol=1e-5, atol=0, msg=f"{spread}: {found}")
