@@ -10,7 +10,9 @@ from rich.console import Console
 
 from preceptor import config
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
-from preceptor.plan.plan import predict_peak_bytes
+from preceptor.plan.dry_run import dry_run_like
+from preceptor.plan.memory import BASE
+from preceptor.plan.plan import predict_peak_bytes, would_fit
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from tiny import tiny_model
@@ -30,6 +32,13 @@ def test_it_knows_of_the_base_that_a_divergence_needs(run_file):
     num_rows = model.config.vocab_size
     measured = measured_peak(model, sequence, KEEP_ALL, num_sequences=run.train.batch_size, base_tokens=num_rows)
     assert predict_peak_bytes(run, model, sequence, 0, "cpu") == pytest.approx(measured, rel=0.005)
+
+
+def test_every_way_that_would_fit_runs_the_base_too(run_file):
+    dry_run = dry_run_like(tiny_model("llama"))
+    alone, beside = (would_fit(config.load(run_file(loss__kl_coef=kl)), dry_run, "none") for kl in (0.0, 0.5))
+    assert all(with_base["peak_bytes"] > way["peak_bytes"] for way, with_base in zip(alone, beside, strict=True))
+    assert [BASE in way["components"] for way in beside] == [True, True, False, False, False]
 
 
 def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypatch):

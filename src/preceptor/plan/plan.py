@@ -324,7 +324,7 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
     for name, weights, adapter, optimizer, bits in ways:
         rounding = "exact" if adapter is None and weights == "bfloat16" else None
         setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, EVERYTHING, bits, bits == "nf4")
-        setup = replace(setup, router_aux_coef=run.loss.router_aux_coef)
+        setup = replace(setup, router_aux_coef=run.loss.router_aux_coef, kl_to_base=run.loss.kl_coef > 0)
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {
