@@ -1,6 +1,7 @@
 """Every causal model type of transformers, tiny and random: does a row give transformers' own gradient, and how?
 
     python benchmarks/model_types.py [TYPE ...]
+    python benchmarks/model_types.py --ranks 2 [TYPE ...]       over several processes (model_types_ranks.py)
 
 Of each type: whether the proofs before a run pass, whether conversations share a row or go through alone, the largest
 relative error of the gradient against the model's own forward pass over each conversation alone, in each way of keeping
@@ -32,7 +33,7 @@ from preceptor.model.forward import Engine
 from preceptor.model.parts import freeze_towers
 from tiny_types import VOCABULARY, model_types, tiny_of
 
-FILE = Path(__file__).parent / "results" / "model_types.json"
+RESULTS = Path(__file__).parent / "results"
 SECONDS = 60  # of one type at most
 MODES = {
     "full": ActivationPolicy(),
@@ -44,11 +45,25 @@ MODES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="absent: all, and the result is written")
+    parser.add_argument("--ranks", type=int, default=1, help="so many processes, against one")
     arguments = parser.parse_args()
+    kinds = arguments.types or model_types()
+    if arguments.ranks > 1:
+        from model_types_ranks import over_ranks
+
+        found, command, name = over_ranks(kinds, arguments.ranks), f" --ranks {arguments.ranks}", "model_types_ranks"
+    else:
+        found, command, name = in_one_process(kinds), "", "model_types"
+    if not arguments.types:
+        result = {"command": f"python benchmarks/model_types.py{command}", **describe(), "types": found}
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def in_one_process(kinds: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)  # such models are smaller than a thread's start
     signal.signal(signal.SIGALRM, _too_long)
     found = {}
-    for kind in arguments.types or model_types():
+    for kind in kinds:
         signal.alarm(SECONDS)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -60,9 +75,7 @@ def main() -> None:
         finally:
             signal.alarm(0)
         print(kind, json.dumps(found[kind]), flush=True)
-    if not arguments.types:
-        result = {"command": "python benchmarks/model_types.py", **describe(), "types": found}
-        FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 class _TooLong(BaseException):
@@ -76,18 +89,14 @@ def _too_long(*_: Any) -> None:
 def examine(kind: str) -> dict[str, Any]:
     """outcome: packed, alone, rejected or not tried; why, but for packed; errors by mode; lora: whether it works."""
     try:
-        model = tiny_of(kind)
+        model = loaded(kind)
     except ValueError as error:
         return {"outcome": "not tried", "why": str(error)}
-    with contextlib.suppress(ModelError):  # of which check_head speaks next
-        freeze_towers(model)
     try:
-        check_head(model)
-        outcome, why = _how(model)
+        outcome, why = kind_of(model)
     except ModelError as error:
         return {"outcome": "rejected", "why": str(error)}
-    rng = np.random.default_rng(0)
-    trees = [_tree(rng, (5, 6, 4, 7)), _branching(rng), _tree(rng, (9, 3))]
+    trees = conversations()
     chains = [pack_trees([chain], alone=True) for tree in trees for chain in chains_of(tree)]
     rows = chains if outcome == "alone" else [pack_trees(trees)]
     true = gradient(model, chains, None)
@@ -104,7 +113,17 @@ def examine(kind: str) -> dict[str, Any]:
     return found | {"lora": lora(model, rows)}
 
 
-def _how(model: Any) -> tuple[str, str]:
+def loaded(kind: str) -> Any:
+    """A tiny model of the type, with its towers frozen. Raises ValueError where none could be made."""
+    model = tiny_of(kind)
+    with contextlib.suppress(ModelError):  # of which check_head speaks next
+        freeze_towers(model)
+    return model
+
+
+def kind_of(model: Any) -> tuple[str, str]:
+    """`packed`, or `alone` and why. Raises ModelError for what cannot be trained."""
+    check_head(model)
     try:
         check_isolation(model)
     except ModelError as error:
@@ -144,6 +163,11 @@ def lora(model: Any, rows: list[PackedSequence]) -> str:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
     idle = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     return f"{len(idle)} parameters have no part in the loss, such as {idle[0]}" if idle else "works"
+
+
+def conversations() -> list[Tree]:
+    rng = np.random.default_rng(0)
+    return [_tree(rng, (5, 6, 4, 7)), _branching(rng), _tree(rng, (9, 3))]
 
 
 def _tree(rng: np.random.Generator, lengths: tuple[int, ...]) -> Tree:

@@ -87,7 +87,12 @@ QWEN_TOWER: dict[str, Any] = {
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 _PARTICULAR: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear"), _MIXED),
-    "bamba": {"attn_layer_indices": [1]},
+    "biogpt": {"attention_probs_dropout_prob": 0.0},  # a run asks for that
+    "gpt_bigcode": {"attn_pdrop": 0.0},
+    "seed_oss": {"attention_dropout": 0.0},
+    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 8},
+    "falcon_h1": {"mamba_chunk_size": 8},
+    "nemotron_h": {"chunk_size": 8},
     "gemma3n_text": {
         "vocab_size_per_layer_input": 64,
         "hidden_size_per_layer_input": 8,
@@ -106,7 +111,11 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 7, "num_heads": 4},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 16,
+        "mamba_chunk_size": 8,
+    },
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -119,7 +128,7 @@ _PARTICULAR: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 6, "n_groups": 1, "mamba_ngroups": 1},
     "zamba2": {"num_hidden_layers": 6, "n_groups": 1, "mamba_ngroups": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
     "recurrent_gemma": {
         "num_hidden_layers": 3,
         "block_types": ["recurrent", "recurrent", "attention"],

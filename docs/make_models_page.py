@@ -1,4 +1,4 @@
-"""Writes the outcomes of docs/models.md from benchmarks/results/model_types.json.
+"""Writes the outcomes of docs/models.md from benchmarks/results/model_types.json and model_types_ranks.json.
 
 python docs/make_models_page.py
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
-RESULTS = ROOT / "benchmarks" / "results" / "model_types.json"
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"Measured on .*\Z", re.DOTALL)
 
 
 def outcomes() -> str:
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found = json.loads((RESULTS / "model_types.json").read_text(encoding="utf-8"))
     types: dict[str, dict[str, Any]] = found["types"]
     named = {outcome: [t for t in types if types[t]["outcome"] == outcome] for outcome in ("packed", "alone")}
     trained = [*named["packed"], *named["alone"]]
@@ -25,6 +25,7 @@ def outcomes() -> str:
         f"{found['transformers']}, by `{found['command']}`: of the {len(types)} types of transformers that generate "
         f"text, {len(trained)} can be trained. The largest relative error of a gradient, over all types and modes, is "
         f"{worst:.0e} in float32.",
+        *_over_processes(trained),
         f"**Packed** ({len(named['packed'])}): {_listed(named['packed'])}.",
         f"**Alone**, one conversation per pass ({len(named['alone'])}): {_listed(named['alone'])}.",
         _where("Memory settings that a type rejects", _modes_rejected(types, trained)),
@@ -35,6 +36,22 @@ def outcomes() -> str:
         f"{_listed([*_why(types, 'not tried')])}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _over_processes(trained: list[str]) -> list[str]:
+    """What of the types that one process trains several do."""
+    found = json.loads((RESULTS / "model_types_ranks.json").read_text(encoding="utf-8"))
+    types: dict[str, dict[str, Any]] = {name: found["types"][name] for name in trained}
+    sharded = [name for name in types if types[name]["outcome"] == "sharded"]
+    errors = [(error, name) for name in types for error in types[name].get("errors", {}).values()]
+    worst, where = max(errors)
+    return [
+        f"**Over several processes**, by `{found['command']}` (gloo, {found['date']}): {len(sharded)} of these "
+        f"{len(trained)} types, sharded over two processes, have the gradient of one, in each mode that they take and "
+        f"with a LoRA adapter; the largest relative error of the whole gradient of a step is {worst:.0e} (`{where}`).",
+        _where("Refused with `parallel.strategy: shard`, right with `replicate`", _why(types, "refused")),
+        _where("Failed over several processes", _why(types, "broke") | _why(types, "not trained")),
+    ]
 
 
 def _listed(names: list[str]) -> str:

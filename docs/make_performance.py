@@ -199,7 +199,8 @@ def _ranks(found: Any) -> str:
         way = case["way"] if case["processes"] > 1 else ""
         figures = " | ".join(_beside_plan(case, what) for what in ("memory", "sent"))
         lines.append(f"| {case['model']} | {case['processes']} | {way} | {figures} | {case['seconds']:.2f} |")
-    return "\n".join([*lines, "", f"{_on(found, 'python benchmarks/scaling_ranks.py')}."])
+    note = f" {found['note']}" if "note" in found else ""
+    return "\n".join([*lines, "", f"{_on(found, 'python benchmarks/scaling_ranks.py')}.{note}"])
 
 
 def _beside_plan(case: Any, what: str) -> str:

@@ -172,12 +172,15 @@ class _Watch:
 def result_of(folder):
     """All that a run must leave the same, however often it was stopped: without times, dates and ids."""
     timed = ("seconds", "peak_memory_bytes")
+    names = ["metrics", "eval", "samples", "rejections", "examples"]
+    if (folder / "windows.jsonl").exists():
+        names.append("windows")
     logs = {
         name: [
             {key: value for key, value in json.loads(line).items() if key not in timed}
-            for line in (folder / name).read_text().splitlines()
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()
         ]
-        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "rejections.jsonl", "examples.jsonl")
+        for name in names
     }
     summary = json.loads((folder / "summary.json").read_text())
     kept = {key: value for key, value in summary.items() if "seconds" not in key and "memory" not in key}

@@ -1,5 +1,6 @@
 """Files -> examples: formats, provenance, rejections by reason, and files that cannot be read."""
 
+import gzip
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from preceptor.config import Source
 from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
-from preceptor.data.sources import OpenSource, read_examples
+from preceptor.data.sources import OpenSource, UnreadLine, read_examples
 from preceptor.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -162,3 +163,26 @@ def test_what_was_peeked_at_is_not_read_again(tmp_path, monkeypatch):
     assert [example.text for example in examples] == [f"text {number}" for number in range(150)]
     assert examples[:100] == first and len(times) == 1
     assert list(source.examples()) == examples and len(times) == 2
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.ndjson", "x.json", "x.csv"])
+@pytest.mark.parametrize("columns", [{}, {"prompt": "q", "completion": "a"}])
+def test_lines_that_are_parsed_later_give_the_same_examples(tmp_path, name, columns):
+    keys = list(columns.values()) or ["prompt", "completion"]
+    if name == "x.csv":
+        text = "\n".join([",".join(keys), "one,two", ",", "three,four"])
+    else:
+        rows = [dict(zip(keys, pair, strict=True)) for pair in (("one", "two"), ("", ""), ("three", "four"))]
+        text = "\n\n".join(json.dumps(row | {"other": 1}) for row in rows)
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wb") as file:
+        file.write(text.encode())
+    source = OpenSource(Source(path=str(tmp_path / name), columns=columns))
+    unread = list(source.unread())
+    is_line = "jsonl" in name or "ndjson" in name
+    assert [isinstance(each, UnreadLine) for each in unread] == [is_line] * 3
+    assert [each.entry() if is_line else each for each in unread] == list(source.entries())
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for path, own, words in (("empty.jsonl", {}, "is empty"), (name, {"text": "none"}, "has no column 'none'")):
+        with pytest.raises(DataError, match=words):
+            list(OpenSource(Source(path=str(tmp_path / path), columns=own)).unread())

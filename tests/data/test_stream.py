@@ -17,7 +17,9 @@ import pytest
 
 from preceptor.chat.render import Renderer
 from preceptor.config import Source
+from preceptor.data import sources as reading
 from preceptor.data import stream, workers
+from preceptor.data.flat_files import FlatFile
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
 from preceptor.errors import ProcessError, StreamError
@@ -175,6 +177,34 @@ def test_windows_are_the_same_when_the_first_are_passed_over(write_jsonl, opened
         assert digests[0] == digests[1]
         assert len({window.sha256 for window in wanted}) == 6
     assert list((tmp_path / "cache" / "portions").glob("*/*.flat")), "files that are known go through the cache"
+
+
+def test_lines_that_are_passed_over_are_not_parsed(write_jsonl, tmp_path, monkeypatch):
+    parsed, parse_line = [], reading.parse_line
+    monkeypatch.setattr(reading, "parse_line", lambda *line: parsed.append(line) or parse_line(*line))
+    rows = texts(20)
+    of_window = {}
+    for name, at in (("as it was", None), ("changed", 5), ("with other spaces", 5)):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        if at is not None:
+            lines[at] = json.dumps({"text": "Another."}) + "\n" if name == "changed" else lines[at].replace(": ", ":")
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(lines)[:-1])
+        reader = reader_of([Source(path=str(file))])
+        for _ in range(3):
+            reader.pass_over()
+        assert not parsed
+        reader.write_next(tmp_path)
+        assert len(parsed) == 4
+        parsed.clear()
+        of_window[name] = FlatFile(tmp_path / "3.flat").about["sha256"]
+    assert len(set(of_window.values())) == 3, "the hash of a line is of how it is spelled"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": "More."}))
+    more = reader_of([Source(path=str(file))])
+    for _ in range(3):
+        more.pass_over()
+    more.write_next(tmp_path)
+    assert FlatFile(tmp_path / "3.flat").about["sha256"] == of_window["as it was"], "a file may grow"
 
 
 def test_few_windows_are_there_at_once(write_jsonl, opened):

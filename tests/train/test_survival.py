@@ -1,7 +1,7 @@
 """Runs that are killed, told to stop, or find the disk full, at any file operation; the same command finishes them.
 
 The fast form takes a few of the operations, spread over the run; PRECEPTOR_TORTURE=n (`make torture`) n times as many,
-full, LoRA and asynchronous checkpoints, and writes a table of what was tried.
+each kind of run, and writes a table of what was tried.
 """
 
 import json
@@ -26,6 +26,12 @@ KINDS = {
     "full": {},
     "lora": {"adapter": {"rank": 2, "dropout": 0.1}},
     "async": {"checkpoint": {"every": "2 steps", "async_save": True, "best": "loss"}},
+    "stream": {"data": {"streaming": True, "window": 4}},
+    "qlora, 8-bit AdamW": {
+        "model": {"quantization": "nf4"},
+        "adapter": {"rank": 2},
+        "optimizer": {"name": "adamw_8bit", "learning_rate": 1e-3},
+    },
 }
 RANDOM_KILLS = 30  # of the long form, over all kinds
 
@@ -50,8 +56,9 @@ def run(request, tmp_path_factory, base_folder):
         "checkpoint": {"every": "2 steps"},
         "eval": {"every": "3 steps", "num_samples": 1, "max_new_tokens": 3},
         "out": str(place / "run"),
-        **KINDS[request.param],
     }
+    for section, own in KINDS[request.param].items():
+        tree[section] = {**tree.get(section, {}), **own}
     file = place / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:  # in this process first: children then have all modules

@@ -27,6 +27,8 @@ KINDS = {
     "full, sharded": {"parallel": {"strategy": "shard"}},
     "lora, replicated": {"adapter": {"rank": 2, "dropout": 0.1}, "parallel": {"strategy": "replicate"}},
 }
+if TORTURE:
+    KINDS["stream, sharded"] = {"data": {"streaming": True, "window": 4}, "parallel": {"strategy": "shard"}}
 NUM_RANDOM = 15  # kills of each kind in the long form
 
 
@@ -49,8 +51,9 @@ def run(request, tmp_path_factory, base_folder):
         "checkpoint": {"every": "2 steps"},
         "eval": {"every": "3 steps", "num_samples": 0},
         "out": str(place / "run"),
-        **KINDS[request.param],
     }
+    for section, own in KINDS[request.param].items():
+        tree[section] = {**tree.get(section, {}), **own}
     file = place / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
@@ -18,7 +18,8 @@ from preceptor.data.eval_split import Side
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, TextFile, find_tables
-from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
+from preceptor.data.formats.text_files import parse_line
+from preceptor.data.formats.values import Columns, JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
@@ -32,6 +33,21 @@ class Entry:
     table: str
     format: str  # its name, for people
     example: Example | Rejection
+
+
+class UnreadLine(NamedTuple):
+    """An example that is a line of a file, not parsed yet."""
+
+    table: str
+    place: str
+    line: str
+    source: Source
+    reader: JsonReader
+
+    def entry(self) -> Entry:
+        """Raises DataError where the line is no JSON object."""
+        row = _renamed(parse_line(self.line, self.place, self.reader), self.source)
+        return Entry(self.table, *read_row(row, self.place, self.source.nulls))
 
 
 class OpenSource:
@@ -69,6 +85,25 @@ class OpenSource:
         first, rest = self._begun or ([], chain.from_iterable(map(self.entries_of, self.tables)))
         self._begun = None
         return chain(first, rest)
+
+    def unread(self) -> Iterator[Entry | UnreadLine]:
+        """Each example, but lines of JSON not parsed where what they hold does not matter yet.
+
+        Raises DataError as `examples`, of a line when it is parsed.
+        """
+        every = self.own is None and self.side is None
+        for table in self.tables:
+            lines = table.lines() if every and isinstance(table, TextFile) else None
+            yield from self.entries_of(table) if lines is None else self._unread_lines(table.name, lines)
+
+    def _unread_lines(self, name: str, lines: Iterator[tuple[str, str]]) -> Iterator[UnreadLine]:
+        reader, source = JsonReader(), self.source
+        first = list(islice(lines, _FIRST if source.columns else 1))  # a pipe's writer may wait after any line
+        if source.columns:
+            _check_first(name, [parse_line(line, place, reader) for place, line in first], source)
+        _require_rows(name, bool(first))
+        for place, line in chain(first, lines):
+            yield UnreadLine(name, place, line, source, reader)
 
     def peek(self) -> list[Example | Rejection]:
         """The first examples, of a pipe none; `entries` goes on from here and reads them no second time."""
@@ -154,12 +189,16 @@ def _made(own: OwnFunction, row: Row) -> Row | None:
 
 
 def _rows_of(table: DataTable, columns: Columns) -> TableRows:
-    empty = True
+    found = False
     for place, row in table.rows(columns):
-        empty = False
+        found = True
         yield place, row
-    if empty:
-        raise DataError(f"{table.name}: the file is empty; it needs at least one example")
+    _require_rows(table.name, found)
+
+
+def _require_rows(name: str, found: bool) -> None:
+    if not found:
+        raise DataError(f"{name}: the file is empty; it needs at least one example")
 
 
 def _named(table: DataTable, source: Source) -> TableRows:
@@ -173,13 +212,23 @@ def _named(table: DataTable, source: Source) -> TableRows:
     rows = _rows_of(table, list(source.columns.values()))
     if columns is None:
         first = list(islice(rows, _FIRST))
-        found = [row for _, row in first if not isinstance(row, Unreadable)]
-        _check_columns(table.name, list(dict.fromkeys(key for row in found for key in row)), source)
+        _check_first(table.name, [row for _, row in first], source)
         rows = chain(first, rows)
     for place, row in rows:
-        if not isinstance(row, Unreadable):
-            row = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
-        yield place, row
+        yield place, _renamed(row, source)
+
+
+def _renamed(row: Row, source: Source) -> Row:
+    """With the `columns` of the source."""
+    if not source.columns or isinstance(row, Unreadable):
+        return row
+    return {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+
+
+def _check_first(name: str, first: Sequence[Row], source: Source) -> None:
+    """As `_check_columns`, where each row has keys of its own."""
+    found = [row for row in first if not isinstance(row, Unreadable)]
+    _check_columns(name, list(dict.fromkeys(key for row in found for key in row)), source)
 
 
 def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:

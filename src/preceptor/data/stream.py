@@ -5,7 +5,8 @@
 
 A window is rendered and proved as any data is, and packed and shuffled by the seed and its number, as an epoch is
 (packing.py). Which examples it holds depends on the sources, their weights and the size alone. So a run that goes on
-reads the sources from their beginning, passes over the windows that it has trained, and compares a hash of them.
+reads the sources from their beginning, passes over the windows that it has trained, and compares a hash of them: of
+lines of JSON as they are spelled, which need not be parsed for it, of what else there is by content.
 
     another process     reads, renders, writes window 0, then those up to _AHEAD after the one that is asked for
     SPOOL/N.flat        the trees of window N and what was counted; removed when a later one is asked for
@@ -41,7 +42,7 @@ from preceptor.console import say
 from preceptor.data.cache import Cache
 from preceptor.data.reading import digest_of_content, rendered_examples
 from preceptor.data.records import FlatFile, MemoryArrays, write_flat
-from preceptor.data.sources import Entry, OpenSource
+from preceptor.data.sources import Entry, OpenSource, UnreadLine
 from preceptor.data.table_trees import TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
@@ -55,7 +56,7 @@ _ENDS_WITH_SECONDS = 1.0  # between two looks whether the process that trains is
 
 @dataclass(frozen=True)
 class Window:
-    """Some examples of a stream, rendered. sha256: of the content of all examples up to its end."""
+    """Some examples of a stream, rendered. sha256: of all examples up to its end."""
 
     number: int
     tables: list[TableTrees]
@@ -86,7 +87,7 @@ class WindowReader:
     ) -> None:
         self._sources, self._size, self._fitter, self._num_processes = sources, size, fitter, num_processes
         self._cache_folder = cache
-        self._read: list[tuple[Iterator[Entry], Cache | None]] | None = None
+        self._read: list[tuple[Iterator[Entry | UnreadLine], Cache | None]] | None = None
         self._ended = ""
         self._number = self._num_read = 0
 
@@ -94,7 +95,8 @@ class WindowReader:
         """Render the next window, write it to the folder. Raises StreamError where it is not whole, and DataError."""
         number, start = self._begin(), self._num_read
         builders: dict[str, TableBuilder] = {}
-        for entries, cache in self._next_entries(number):
+        for examples, cache in self._next_examples(number):
+            entries = (each if isinstance(each, Entry) else each.entry() for each in examples)
             for example in rendered_examples(entries, self._fitter, self._num_processes, cache):
                 table = example.entry.table
                 if table not in builders:
@@ -115,8 +117,8 @@ class WindowReader:
     def pass_over(self) -> None:
         """Read the next window and render nothing. Raises StreamError where it is not whole, and DataError."""
         number = self._begin()
-        for entries, _ in self._next_entries(number):
-            for _ in entries:
+        for examples, _ in self._next_examples(number):
+            for _ in examples:
                 pass
         self._require_whole(number)
 
@@ -136,35 +138,38 @@ class WindowReader:
                 "same examples, and enough of them"
             )
 
-    def _next_entries(self, number: int) -> Iterator[tuple[Iterator[Entry], Cache | None]]:
+    def _next_examples(self, number: int) -> Iterator[tuple[Iterator[Entry | UnreadLine], Cache | None]]:
         assert self._read is not None
         shares = window_shares(self._sources, self._size, number)
-        for source, (entries, cache), num in zip(self._sources, self._read, shares, strict=True):
-            yield self._taken(source.path, entries, num), cache
+        for source, (examples, cache), num in zip(self._sources, self._read, shares, strict=True):
+            yield self._taken(source.path, examples, num), cache
 
-    def _taken(self, path: str, entries: Iterator[Entry], num: int) -> Iterator[Entry]:
+    def _taken(self, path: str, examples: Iterator[Entry | UnreadLine], num: int) -> Iterator[Entry | UnreadLine]:
         for _ in range(num):
-            entry = next(entries, None)
-            if entry is None:
+            example = next(examples, None)
+            if example is None:
                 self._ended = path
                 return
-            self._hash.update(digest_of_content(entry.example))
+            if isinstance(example, Entry):
+                self._hash.update(digest_of_content(example.example))
+            else:
+                self._hash.update(f"{example.line.rstrip()}\n".encode())
             self._num_read += 1
-            yield entry
+            yield example
 
 
-def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[Entry], Cache | None]:
+def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[Entry | UnreadLine], Cache | None]:
     """The examples of a source, without an end, and the cache where its files are known by their content."""
 
-    def entries(opened: OpenSource) -> Iterator[Entry]:
-        yield from opened.entries()
+    def examples(opened: OpenSource) -> Iterator[Entry | UnreadLine]:
+        yield from opened.unread()
         while not opened.is_pipe:
-            yield from OpenSource(source).entries()
+            yield from OpenSource(source).unread()
 
     opened = OpenSource(source)
     is_known = all(table.files() for table in opened.tables)
     cache = Cache(cache_folder, lambda line: say(line, error=True)) if cache_folder and is_known else None
-    return entries(opened), cache
+    return examples(opened), cache
 
 
 class Windows:

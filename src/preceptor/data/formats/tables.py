@@ -16,7 +16,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +91,10 @@ class TextFile:
             return None
         with self.file.open("rb") as pieces:
             return sum(piece.count(b"\n") for piece in iter(lambda: pieces.read(1 << 20), b""))
+
+    def lines(self) -> Iterator[tuple[str, str]] | None:
+        """Each row as its line spells it, for `text_files.parse_line`, with its place; None where rows are no lines."""
+        return text_files.jsonl_lines(self.file, self.name) if self._kind in (".jsonl", ".ndjson") else None
 
     def rows(self, wanted: Columns) -> TableRows:
         read = {".json": text_files.json_rows, ".csv": text_files.csv_rows, ".tsv": text_files.csv_rows}

@@ -66,16 +66,23 @@ def open_text(file: Path | RemoteFile, name: str, newline: str | None = None) ->
         raise DataError(f"{name}: cannot be read: {error}") from None
 
 
-def jsonl_rows(file: Path | RemoteFile, name: str) -> TableRows:
-    """One JSON object a line; blank lines are passed over."""
-    reader = JsonReader()
+def jsonl_lines(file: Path | RemoteFile, name: str) -> Iterator[tuple[str, str]]:
+    """The lines, each with its place and for `parse_line`; blank ones are passed over."""
     with open_text(file, name) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{name}:{number}", _parse_line(line, f"{name}:{number}", reader)
+            if not line.isspace():
+                yield f"{name}:{number}", line
 
 
-def _parse_line(line: str, source: str, reader: JsonReader) -> Row:
+def jsonl_rows(file: Path | RemoteFile, name: str) -> TableRows:
+    """One JSON object a line."""
+    reader = JsonReader()
+    for place, line in jsonl_lines(file, name):
+        yield place, parse_line(line, place, reader)
+
+
+def parse_line(line: str, source: str, reader: JsonReader) -> Row:
+    """Raises DataError for what is no JSON object."""
     try:
         row = reader.read(line)
     except Unreadable as error:
