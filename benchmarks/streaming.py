@@ -124,7 +124,7 @@ def passed_over_in(file: str, num: str) -> None:
     from preceptor.config import Source
     from preceptor.data.stream import WindowReader
 
-    reader = WindowReader([Source(path=file)], WINDOW, None, None, None, False)  # type: ignore[arg-type] # none is rendered
+    reader = WindowReader([Source(path=file)], WINDOW, None)  # type: ignore[arg-type] # none is rendered
     started = time.perf_counter()
     for _ in range(int(num) // WINDOW):
         reader.pass_over()

@@ -19,7 +19,7 @@ from preceptor.chat.render import Renderer
 from preceptor.config import Source
 from preceptor.data import sources as reading
 from preceptor.data import stream, workers
-from preceptor.data.flat_files import FlatFile
+from preceptor.data.records import FlatFile
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
 from preceptor.errors import ProcessError, StreamError
