@@ -11,6 +11,7 @@ TRL is compared in tests/inspect/test_peer_rules.py. Writes benchmarks/results/p
 what the trainer itself makes, which a test compares with the emulation.
 """
 
+import argparse
 import copy
 import hashlib
 import importlib
@@ -335,6 +336,8 @@ MAKERS: dict[str, Callable[[Case], tuple[list[int], list[bool]] | None]] = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     sys.meta_path.append(_EmptyModules())
     logging.disable(logging.WARNING)
     os.environ["DISABLE_VERSION_CHECK"] = "1"  # LLaMA-Factory's, of the transformers that it trains with
