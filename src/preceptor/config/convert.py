@@ -307,7 +307,8 @@ class _Conversion:
         if name is None:
             offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
             self._given.note(
-                "optimizer", f"{short(given)} is not offered, {offered}: it is adamw here, with a rate to choose anew"
+                "optimizer",
+                f"{short(given)} is not offered, {offered}: it is adamw here, and needs another learning rate",
             )
         self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]

@@ -239,7 +239,7 @@ def _changed(script: Script, call: ast.Call) -> str:
     """What to do about a method that is called on a data set."""
     method = getattr(call.func, "attr", "")
     if method == "shuffle":
-        return "the order is drawn anew for each epoch: nothing to set"
+        return "the order is drawn again for each epoch: nothing to set"
     if method == "train_test_split":
         return "nothing is split off the training data: name held-out files in data.eval"
     if method == "map" and call.args and script.renders(call.args[0]):
