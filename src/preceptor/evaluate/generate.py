@@ -13,6 +13,7 @@ from preceptor.model.parts import evaluating
 
 _NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
+_SMALL_BATCH = 8  # below which a step takes hardly less time for fewer answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ def generate(
 
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
-    memory runs out, the batch is halved. Raises ModelError where a single answer does not fit, and
-    where there is nothing to draw from because logits are not finite. in_step: processes that share the model's weights
+    memory runs out, the batch is halved. Once half of a batch's greedy answers have ended, the others go on without
+    them: their tokens are read again, which costs less than to compute what is thrown away. Raises ModelError where a
+    single answer does not fit, and where logits are not finite. in_step: processes that share the model's weights
     generate at the same time, as many contexts each; they go on until the last answer ends, and no batch is halved.
     """
     if not contexts:
@@ -58,22 +60,34 @@ def generate(
     stop = sorted(set(stop_token_ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
-    settings = _settings(model, stop, pad, max_new_tokens, sampling)
     answers: dict[int, GeneratedAnswer] = {}
 
     def answer(batch: Sequence[int]) -> None:
-        ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
-        ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
-        output_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            generation_config=settings,
-            synced_gpus=in_step,
-            stopping_criteria=[ends] if until else None,
-        )
-        for row, index in enumerate(batch):
-            ids_T = output_BT[row, ids_BT.shape[1] : ends.lengths.get(row)].tolist()
-            answers[index] = _cut(ids_T, set(stop), tokenizer)
+        """In passes over those that have not ended, which have equally many tokens so far."""
+        left: dict[int, list[int]] = {index: [] for index in batch}
+        while left:
+            rows, num_so_far = list(left), len(next(iter(left.values())))
+            ids_BT, mask_BT = _pad_left([[*contexts[index], *left[index]] for index in rows], pad, model.device)
+            begin = ids_BT.shape[1] - num_so_far
+            ends = _StopTexts(tokenizer, [until[index] for index in rows] if until else [], begin)
+            criteria: list[Any] = [ends] if until else []
+            if sampling is None and not in_step and len(rows) >= _SMALL_BATCH:
+                criteria.append(_FewLeft(len(rows), stop, ends, model.device))
+            output_BT = model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=_settings(model, stop, pad, max_new_tokens - num_so_far, sampling),
+                synced_gpus=in_step,
+                stopping_criteria=criteria or None,
+            )
+            for row, index in enumerate(rows):
+                ids_T = output_BT[row, begin : ends.lengths.get(row)].tolist()
+                has_ended = row in ends.lengths or any(id_ in stop for id_ in ids_T)
+                if has_ended or len(ids_T) >= max_new_tokens:
+                    answers[index] = _cut(ids_T, set(stop), tokenizer)
+                    del left[index]
+                else:
+                    left[index] = ids_T
 
     with evaluating(model), _seeded(model, sampling):
         while order:
@@ -150,6 +164,21 @@ class _StopTexts:
                     if any(end in text for end in self._until[row]):
                         self.lengths[row] = length
         return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
+
+
+class _FewLeft:
+    """A stopping criterion of transformers: ends a pass when half of its answers have ended."""
+
+    def __init__(self, num: int, stop: list[int], ends: _StopTexts, device: Any) -> None:
+        self._ended_B = torch.zeros(num, dtype=torch.bool, device=device)
+        self._stop = torch.tensor(stop, dtype=torch.long, device=device)
+        self._ends = ends
+
+    def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._ended_B |= torch.isin(ids_BT[:, -1], self._stop)
+        if self._ends.lengths:
+            self._ended_B[list(self._ends.lengths)] = True
+        return torch.full_like(self._ended_B, bool(2 * self._ended_B.sum() >= len(self._ended_B)))
 
 
 def _pad_left(contexts: list[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
