@@ -8,7 +8,7 @@ Two profiles, both of the scholar after `preceptor demo`:
     uneven   of eight prompts one is the beginning of a story, which goes on to the limit of 96 tokens
 
 transformers pads on the left, with a KV cache, and ends at the same stop tokens: batches in the order of the file, as
-its guide shows, and batches sorted by the length of the prompt, which pads less. Every way gives the same answers, which
+its guide shows, and batches sorted by the length of the prompt, which pads less. Every way gives the same answers: that
 is checked. Ways are measured in turn; the least of three CPU times counts, so that other programs on the machine matter
 less. With --continuous its continuous batching is measured too. Writes benchmarks/results/generation.json.
 """

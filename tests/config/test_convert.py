@@ -100,6 +100,23 @@ def test_what_axolotls_examples_say_of_their_data_is_known(tmp_path):
     assert "only assistant turns" in notes_of(found)["data.train roles_to_train"]
 
 
+@pytest.mark.parametrize(
+    ("line", "share", "said"),
+    [
+        ("val_set_size: 0.1", 0.1, None),
+        ("val_set_size: 0.0", None, None),
+        ("val_set_size: 200", None, "data.eval_size is a share, such as 0.05; or name held-out files in data.eval"),
+        ("val_set_size: 0.1\nstreaming: true", None, "a stream has no end to choose from"),
+    ],
+)
+def test_a_share_that_is_held_out(tmp_path, line, share, said):
+    found = converted(tmp_path, PUBLISHED.replace("val_set_size: 0.05", line))
+    assert found.tree["data"].get("eval_size") == share
+    assert (notes_of(found).get("val_set_size") or "").startswith(said or "") and (
+        "val_set_size" in notes_of(found)
+    ) == bool(said)
+
+
 def test_axolotl(tmp_path):
     found = converted(tmp_path, AXOLOTL)
     tree, notes = found.tree, notes_of(found)
@@ -111,6 +128,7 @@ def test_axolotl(tmp_path):
             {"path": "some/alpaca-set", "split": "train"},
             {"path": "own.jsonl", "columns": {"messages": "dialogue"}},
         ],
+        "eval_size": 0.05,
         "max_length": 2048,
     }
     assert tree["train"] == {"duration": "2 epochs", "batch_size": 8, "precision": "bfloat16", "seed": 42}
@@ -119,7 +137,6 @@ def test_axolotl(tmp_path):
     assert tree["adapter"] == {"kind": "lora", "rank": 32, "alpha": 16.0, "target_modules": ["q_proj", "v_proj"]}
     assert "writes its own prompt there" in notes["data.train type"]
     assert notes.keys() >= {
-        "val_set_size",
         "roles_to_train",
         "chat_template",
         "batch size",
@@ -443,7 +460,7 @@ def test_the_command(preceptor, tmp_path):
     code, printed, _ = preceptor("convert", file, "--json")
     assert set(json.loads(printed)) == {"peer", "run", "notes", "missing"}
     code, said, _ = preceptor("convert", file, tmp_path / "run.yaml")
-    assert code == 0 and "val_set_size: " in said and "Next: preceptor check" in said
+    assert code == 0 and "loss_watchdog_threshold: " in said and "Next: preceptor check" in said
     assert (tmp_path / "run.yaml").read_text() == out
     assert config.load(tmp_path / "run.yaml").adapter.rank == 32
     code, _, err = preceptor("convert", file, tmp_path / "run.yaml")

@@ -220,12 +220,17 @@ def test_a_quantization_config_among_the_arguments_of_loading(tmp_path):
     assert found.tree["model"]["quantization"] == "int8" and "bnb_4bit_quant_type" not in dict(found.notes)
 
 
-def test_held_out_data_that_is_split_off_is_no_file_of_its_own(tmp_path):
-    text = 'data = load_dataset("json", data_files="a.jsonl", split="train").train_test_split(test_size=0.1)\n'
+@pytest.mark.parametrize(("given", "share"), [("test_size=0.1", 0.1), ("0.2", 0.2), ("test_size=50", None), ("", None)])
+def test_held_out_data_that_is_split_off_is_no_file_of_its_own(tmp_path, given, share):
+    text = f'data = load_dataset("json", data_files="a.jsonl", split="train").train_test_split({given})\n'
     text += 'SFTTrainer("m", train_dataset=data["train"], eval_dataset=data["test"])\n'
     found = converted(tmp_path, text)
     assert found.tree["data"]["train"] == [{"path": "a.jsonl"}] and "eval" not in found.tree["data"]
-    assert "name held-out files in data.eval" in unready(found)["eval_dataset"]
+    assert found.tree["data"].get("eval_size") == share
+    if share is None:
+        assert "set it, or name files in data.eval" in unready(found)["eval_dataset"]
+    else:
+        assert "eval_dataset" not in unready(found)
 
 
 @pytest.mark.parametrize(

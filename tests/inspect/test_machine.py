@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from preceptor.inspect import machine
+from preceptor.plan import devices
 from preceptor.plan.devices import DeviceSpec
 
 ROOT = Path(__file__).parents[2]
@@ -64,12 +65,14 @@ def test_a_gpu_needs_a_torch_for_it(preceptor, monkeypatch):
 
 def test_a_container_has_the_memory_of_its_limit(tmp_path, monkeypatch):
     (tmp_path / "limit").write_text("1000000\n")
-    monkeypatch.setattr(machine, "_CGROUP_LIMITS", (tmp_path / "limit", tmp_path / "none"))
+    monkeypatch.setattr(devices, "_CGROUP_LIMITS", (tmp_path / "limit", tmp_path / "none"))
     (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:       500 kB\n")
-    assert machine.memory_bytes(tmp_path / "meminfo") == (1_000_000, 512_000)
-    assert machine.memory_bytes(tmp_path / "none") == (1_000_000, None)
+    assert devices.host_memory_bytes(tmp_path / "meminfo") == (1_000_000, 512_000)
+    assert devices.host_memory_bytes(tmp_path / "none") == (1_000_000, None)
+    monkeypatch.setattr(devices, "_gpu_by_driver", lambda: None)
+    assert devices.this_machine().memory_bytes == 1_000_000
     (tmp_path / "limit").write_text("max\n")
-    assert machine.memory_bytes(tmp_path / "none")[0] > 10**9
+    assert devices.host_memory_bytes(tmp_path / "none")[0] > 10**9
 
 
 def test_without_a_driver_it_says_that_training_runs_on_the_cpu(preceptor, monkeypatch):

@@ -86,6 +86,20 @@ def test_routers_that_are_balanced():
     assert found[None] > found[0.0]
 
 
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
+@pytest.mark.parametrize(("adapter", "precision"), [(None, "float32"), (None, "bfloat16"), (LoraSpec(4), "bfloat16")])
+def test_the_divergence_from_the_base(adapter, precision, policy):
+    """Full fine-tuning holds the base a second time; an adapter is switched off."""
+    model, num_new = tiny_model("llama", **SIZES), 2 * (adapter is not None)
+    if adapter is not None:
+        model = add_adapter(model, adapter.rank, 8.0, 0.0, None, range(512 - num_new, 512), seed=0).train()
+    setup = Setup("float32", precision == "bfloat16", adapter, num_new, kl_to_base=True)
+    sequence = sequence_of(SEVERAL)
+    found = predicted_peak(model, sequence, setup, policy)
+    measured = measured_peak(model, sequence, policy, precision, base_tokens=512 - num_new)
+    assert found == pytest.approx(measured, rel=0.005)
+
+
 @pytest.mark.parametrize("policy", POLICIES[:3], ids=str)
 def test_several_conversations_and_several_sequences(policy):
     check(tiny_model("llama", **SIZES), SEVERAL, policy, "bfloat16", num_sequences=2)

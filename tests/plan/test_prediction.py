@@ -9,21 +9,36 @@ from measured import measured_peak, sequence_of
 from rich.console import Console
 
 from preceptor import config
-from preceptor.model.activations.policy import ActivationPolicy
-from preceptor.plan.plan import predict_peak_bytes
+from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.plan.dry_run import dry_run_like
+from preceptor.plan.memory import BASE
+from preceptor.plan.plan import predict_peak_bytes, would_fit
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 from tiny import tiny_model
 
 
-def test_it_is_what_a_step_takes_and_none_with_a_second_model(run_file):
+def test_it_is_what_a_step_takes(run_file):
     run = config.load(run_file(memory__context_gradient="detach", train__precision="float32"))
     sequence, model = sequence_of((((100, 28),),)), tiny_model("llama")
     predicted = predict_peak_bytes(run, model, sequence, 0, "cpu")
     measured = measured_peak(model, sequence, ActivationPolicy("detach"), num_sequences=run.train.batch_size)
     assert predicted == pytest.approx(measured, rel=0.005)
-    held = config.load(run_file(loss__kl_coef=0.5))
-    assert predict_peak_bytes(held, model, sequence, 0, "cpu") is None
+
+
+def test_it_knows_of_the_base_that_a_divergence_needs(run_file):
+    run = config.load(run_file(loss__kl_coef=0.5, train__precision="float32"))
+    sequence, model = sequence_of((((100, 28),),)), tiny_model("llama")
+    num_rows = model.config.vocab_size
+    measured = measured_peak(model, sequence, KEEP_ALL, num_sequences=run.train.batch_size, base_tokens=num_rows)
+    assert predict_peak_bytes(run, model, sequence, 0, "cpu") == pytest.approx(measured, rel=0.005)
+
+
+def test_every_way_that_would_fit_runs_the_base_too(run_file):
+    dry_run = dry_run_like(tiny_model("llama"))
+    alone, beside = (would_fit(config.load(run_file(loss__kl_coef=kl)), dry_run, "none") for kl in (0.0, 0.5))
+    assert all(with_base["peak_bytes"] > way["peak_bytes"] for way, with_base in zip(alone, beside, strict=True))
+    assert [BASE in way["components"] for way in beside] == [True, True, False, False, False]
 
 
 def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypatch):
@@ -36,8 +51,10 @@ def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypa
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known):
-    prepared = prepare(config.load(run_file(loss__kl_coef=0.0 if known else 0.1)))
+def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known, monkeypatch):
+    if not known:
+        monkeypatch.setattr("preceptor.train.build.predict_peak_bytes", lambda *given: None)
+    prepared = prepare(config.load(run_file()))
     summary = execute(prepared, Console(file=io.StringIO()))
     folder = Path(prepared.run.out)
     assert json.loads((folder / "summary.json").read_text()) == summary

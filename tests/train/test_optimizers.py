@@ -20,6 +20,7 @@ from preceptor.train.optimizer import (
     expected_state_bytes,
     offloads,
     optimizer_lines,
+    require_host_memory,
 )
 from preceptor.train.rounding import narrow, widened
 from tiny import tiny_model
@@ -91,6 +92,17 @@ def test_states_in_the_hosts_memory_change_no_bit(name, dtype):
         assert all(torch.equal(value, states[0][key]) for key, value in states[1].items())
     said = list(optimizer_lines(offloaded))
     assert any("bytes per parameter in the host's memory" in line for line in said)
+
+
+def test_a_host_without_room_for_the_states_is_said_before_the_first_step(monkeypatch):
+    model = tiny_model("llama")
+    optimizer = built(model, "adamw", offload=True)
+    needed = 8 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("preceptor.train.optimizer.host_memory_bytes", lambda: (10**12, needed))
+    require_host_memory(optimizer)
+    require_host_memory(built(tiny_model("llama"), "adamw"), 2)
+    with pytest.raises(ModelError, match=r"available\. Set optimizer.name: adamw_8bit"):
+        require_host_memory(optimizer, 2)
 
 
 def test_a_run_offloads_from_another_device_alone():

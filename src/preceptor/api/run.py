@@ -20,7 +20,7 @@ from preceptor.api.results import CheckResult, EvaluationResult, PlanResult, Sho
 from preceptor.api.values import merged, over_model_and_data, settings_of
 from preceptor.chat.format import load_chat_format
 from preceptor.console import TerminalConsole, standard_console
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import open_sources
 from preceptor.data.workers import start_method
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json
@@ -107,11 +107,11 @@ class Run:
         if number is not None and number < 1:
             raise DataError(f"show({number}): examples are counted from 1, as in `{self._first_name()}:row 1`")
         settings = self.config
-        sources = [OpenSource(source) for source in (*settings.data.train, *settings.data.eval)]
-        renderer = load_chat_format(settings.model, settings.data, sources).renderer(settings.data)
+        train, held_out = open_sources(settings.data)
+        renderer = load_chat_format(settings.model, settings.data, [*train, *held_out]).renderer(settings.data)
 
         def examples() -> Iterator[Any]:
-            return (each for source in sources[: len(settings.data.train)] for each in source.examples())
+            return (each for source in train for each in source.examples())
 
         text = io.StringIO()
         console = TerminalConsole(file=text, width=120, soft_wrap=True)

@@ -109,10 +109,10 @@ def _suggested(
         fetch_optional(model.path, ("tokenizer.json", "tokenizer_config.json"))
         model = read_model(run.model)
     with large_imports():
-        from preceptor.inspect.suggestion import read_lengths, rejected_line, suggest
+        from preceptor.inspect.suggestion import hold_out, read_lengths, rejected_line, suggest
         from preceptor.plan.dry_run import DryRun, dry_run_of
 
-    lengths = read_lengths(run)
+    run, lengths = hold_out(run, read_lengths(run))
     from preceptor.plan.sample import sample_data
 
     sample = sample_data(run, model.tokenizer_file)

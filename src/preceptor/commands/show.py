@@ -39,9 +39,9 @@ def show(
     run = run_of(run_file, model, data, chat_template, overrides)
     with large_imports():
         from preceptor.chat.format import load_chat_format
-        from preceptor.data.sources import OpenSource
+        from preceptor.data.sources import open_sources
 
-    train, held_out = ([OpenSource(source) for source in part] for part in (run.data.train, run.data.eval))
+    train, held_out = open_sources(run.data)
     renderer = load_chat_format(run.model, run.data, [*train, *held_out]).renderer(run.data)
     records = (example for source in train for example in source.examples())
     console = standard_console()

@@ -178,10 +178,21 @@ class _Conversion:
             self._given.value("bnb_4bit_compute_dtype")
             self._set("train.precision", "bfloat16")
 
+    def _held_out_share(self, streaming: bool) -> None:
+        for key in ("val_set_size", "val_size"):
+            share = self._given.number(key, self._given.on(key) or 0)
+            if share and (streaming or share >= 1):
+                why = "a stream has no end to choose from" if streaming else "data.eval_size is a share, such as 0.05"
+                self._given.note(key, f"{why}; or name held-out files in data.eval")
+            elif share:
+                self._set("data.eval_size", share)
+
     def _data(self) -> None:
         for key, found in Sources(self._given, self._folder).read().items():
             self._set(key, found)
-        if self._given.on("streaming", "dataset_streaming"):
+        streaming = bool(self._given.on("streaming", "dataset_streaming"))
+        self._held_out_share(streaming)
+        if streaming:
             self._set("data.streaming", True)
             key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
             if (window := self._given.value(key)) is not None:

@@ -216,10 +216,16 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
             elif isinstance(value, ast.Call) and script.name_of(value) in _AROUND_DATA and value.args:
                 value = value.args[0]
             elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CHANGES:
-                found.unread.append(f"{name}: .{value.func.attr}(...) (line {value.lineno}): {_changed(script, value)}")
-                if value.func.attr == "train_test_split":
+                splits = value.func.attr == "train_test_split"
+                share = _share(script, value) if splits else None
+                if share is not None:
+                    found.settings["val_size"] = share
+                else:
+                    of = f"{name}: .{value.func.attr}(...) (line {value.lineno})"
+                    found.unread.append(f"{of}: {_changed(script, value)}")
+                if splits:
                     if name == "eval_dataset":
-                        return  # a part of the training data, which is read whole
+                        return  # a part of the training data
                     split = None
                 value = value.func.value
             else:
@@ -235,13 +241,20 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
     found.unread.append(f"{name}: {shown(value)} (line {place}): not a data set that can be named here")
 
 
+def _share(script: Script, call: ast.Call) -> float | None:
+    """Of `train_test_split`, where it holds a share of the data out and no number of examples."""
+    given = [each.value for each in call.keywords if each.arg == "test_size"] or call.args[:1]
+    size = script.constant(given[0]) if given else None
+    return size if isinstance(size, float) and 0 < size < 1 else None
+
+
 def _changed(script: Script, call: ast.Call) -> str:
     """What to do about a method that is called on a data set."""
     method = getattr(call.func, "attr", "")
     if method == "shuffle":
         return "the order is drawn again for each epoch: nothing to set"
     if method == "train_test_split":
-        return "nothing is split off the training data: name held-out files in data.eval"
+        return "data.eval_size holds a share of the examples out, such as 0.05: set it, or name files in data.eval"
     if method == "map" and call.args and script.renders(call.args[0]):
         return _RENDERS
     return "the data is read here as it is; write what that call makes of it to a file, and name that"

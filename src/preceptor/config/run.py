@@ -113,6 +113,11 @@ class Run(Section):
                     f"{key}: {value}, but with data.streaming there are no epochs: how many steps the data makes is "
                     "known only when all of it is read. Give steps, such as `1000 steps`"
                 )
+        if self.data.eval_size is not None:
+            raise ConfigError(
+                "data.eval_size: a stream has no end to choose from; name held-out files in data.eval, or remove "
+                "data.streaming"
+            )
         for source in self.data.train:
             if source.count is not None:
                 raise ConfigError(
@@ -185,8 +190,8 @@ class Run(Section):
                 raise ConfigError(
                     f"{key}: needs eval.every in steps or epochs: by the clock, each start would give another model"
                 )
-            if not self.data.eval and wanted not in self.eval.tasks:
-                raise ConfigError(f"{key}: needs held-out examples: name files in data.eval")
+            if not self.data.eval and self.data.eval_size is None and wanted not in self.eval.tasks:
+                raise ConfigError(f"{key}: needs held-out examples: name files in data.eval, or set data.eval_size")
         if best is not None and best not in (*BEST_OF_HELD_OUT, *self.eval.tasks):
             known = ", ".join([*BEST_OF_HELD_OUT, *self.eval.tasks])
             raise ConfigError(f"checkpoint.best: {short(best)} is not measured; choose one of {known}")

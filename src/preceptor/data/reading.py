@@ -90,7 +90,8 @@ class TableReader:
         identity = table.identity(cache.sha256_of)
         if identity is None:
             return None
-        read = (identity, source.source.columns, source.source.nulls, *([source.own.sha256] if source.own else []))
+        read = [identity, source.source.columns, source.source.nulls, *([source.own.sha256] if source.own else [])]
+        read += [] if source.side is None else [repr(source.side)]
         return key_of("table", self._renderer.key, read, self._fitter.key, self._whole)
 
     def _build(

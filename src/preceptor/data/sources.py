@@ -11,9 +11,10 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
-from preceptor.config import ROW_KEYS, Source
+from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
+from preceptor.data.eval_split import Side
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, TextFile, find_tables
@@ -36,11 +37,11 @@ class Entry:
 class OpenSource:
     """A source with its tables, of which nothing is read yet. It can be read as often as needed.
 
-    Raises DataError and ConfigError for what can be seen so early.
+    side: of its examples only these. Raises DataError and ConfigError for what can be seen so early.
     """
 
-    def __init__(self, source: Source | str) -> None:
-        self.source = Source(path=source) if isinstance(source, str) else source
+    def __init__(self, source: Source | str, side: Side | None = None) -> None:
+        self.source, self.side = Source(path=source) if isinstance(source, str) else source, side
         if self.source.columns and not has_format(list(self.source.columns)):
             raise ConfigError(
                 f"{self.source.path}: `columns` names {', '.join(self.source.columns)}, which make no format: "
@@ -87,6 +88,10 @@ class OpenSource:
 
     def entries_of(self, table: DataTable) -> Iterator[Entry]:
         """Each example of one of the tables. Raises DataError as `examples`."""
+        entries = self._entries_of(table)
+        return entries if self.side is None else (entry for entry in entries if self.side.has(entry.example))
+
+    def _entries_of(self, table: DataTable) -> Iterator[Entry]:
         own = self.own
         for place, row in _named(table, self.source) if own is None else _rows_of(table, None):
             made = row if own is None else _made(own, row)
@@ -100,6 +105,21 @@ class OpenSource:
     def own(self) -> OwnFunction | None:
         """What makes a record of each row. Raises ConfigError where it cannot be loaded."""
         return None if self.source.code is None else load_code(self.source.code, "code")
+
+
+def open_sources(data: Data) -> tuple[list[OpenSource], list[OpenSource]]:
+    """The sources to train on and those that are held out. Raises as `OpenSource`.
+
+    With `data.eval_size` both have a side of each file of `data.train`; of held-out examples each counts once.
+    """
+    if data.eval_size is None:
+        return [OpenSource(source) for source in data.train], [OpenSource(source) for source in data.eval]
+    trained, held_out = Side(data.eval_size, False), Side(data.eval_size, True)
+    once = [source.model_copy(update={"weight": None, "count": None}) for source in data.train]
+    return (
+        [OpenSource(source, trained) for source in data.train],
+        [*(OpenSource(source) for source in data.eval), *(OpenSource(source, held_out) for source in once)],
+    )
 
 
 def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:

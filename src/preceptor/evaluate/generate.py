@@ -13,6 +13,7 @@ from preceptor.model.parts import evaluating
 
 _NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
+_KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache whose rows can be taken
 _SMALL_BATCH = 8  # below which a step takes hardly less time for fewer answers
 
 
@@ -51,8 +52,8 @@ def generate(
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
     memory runs out, the batch is halved. Once half of a batch's greedy answers have ended, the others go on without
-    them: their tokens are read again, which costs less than to compute what is thrown away. Raises ModelError where a
-    single answer does not fit, and where logits are not finite. in_step: processes that share the model's weights
+    them, with their rows of the cache. Raises ModelError where a single answer does not fit, and where logits are not
+    finite. in_step: processes that share the model's weights
     generate at the same time, as many contexts each; they go on until the last answer ends, and no batch is halved.
     """
     if not contexts:
@@ -64,30 +65,34 @@ def generate(
 
     def answer(batch: Sequence[int]) -> None:
         """In passes over those that have not ended, which have equally many tokens so far."""
-        left: dict[int, list[int]] = {index: [] for index in batch}
+        left, num_so_far, cache = list(batch), 0, None
+        ids_BT, mask_BT = _pad_left([contexts[index] for index in left], pad, model.device)
+        begin = ids_BT.shape[1]
         while left:
-            rows, num_so_far = list(left), len(next(iter(left.values())))
-            ids_BT, mask_BT = _pad_left([[*contexts[index], *left[index]] for index in rows], pad, model.device)
-            begin = ids_BT.shape[1] - num_so_far
-            ends = _StopTexts(tokenizer, [until[index] for index in rows] if until else [], begin)
+            ends = _StopTexts(tokenizer, [until[index] for index in left] if until else [], begin)
             criteria: list[Any] = [ends] if until else []
-            if sampling is None and not in_step and len(rows) >= _SMALL_BATCH:
-                criteria.append(_FewLeft(len(rows), stop, ends, model.device))
-            output_BT = model.generate(
+            if sampling is None and not in_step and len(left) >= _SMALL_BATCH:
+                criteria.append(_FewLeft(len(left), stop, ends, model.device))
+            output = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=_settings(model, stop, pad, max_new_tokens - num_so_far, sampling),
                 synced_gpus=in_step,
                 stopping_criteria=criteria or None,
+                **({} if cache is None else {"past_key_values": cache}),
             )
-            for row, index in enumerate(rows):
-                ids_T = output_BT[row, begin : ends.lengths.get(row)].tolist()
-                has_ended = row in ends.lengths or any(id_ in stop for id_ in ids_T)
-                if has_ended or len(ids_T) >= max_new_tokens:
-                    answers[index] = _cut(ids_T, set(stop), tokenizer)
-                    del left[index]
+            going = []
+            num_so_far = output.sequences.shape[1] - begin
+            for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
+                has_ended = row in ends.lengths or any(id_ in stop for id_ in ids_T) or num_so_far >= max_new_tokens
+                if has_ended:
+                    length = ends.lengths.get(row)
+                    answers[left[row]] = _cut(ids_T[: None if length is None else length - begin], set(stop), tokenizer)
                 else:
-                    left[index] = ids_T
+                    going.append(row)
+            left = [left[row] for row in going]
+            ids_BT, cache = output.sequences[going], _rows_of(output.past_key_values, going) if going else None
+            mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
 
     with evaluating(model), _seeded(model, sampling):
         while order:
@@ -145,6 +150,7 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
         pad_token_id=pad,
         bos_token_id=model.generation_config.bos_token_id,
         use_cache=True,
+        return_dict_in_generate=True,
     )
 
 
@@ -164,6 +170,15 @@ class _StopTexts:
                     if any(end in text for end in self._until[row]):
                         self.lengths[row] = length
         return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
+
+
+def _rows_of(cache: Any, rows: list[int]) -> Any:
+    """Those rows of a KV cache; None where a layer keeps something else, and the tokens are to be read again."""
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(type(layer).__name__ in _KEYS_AND_VALUES for layer in layers):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=layers[0].keys.device))
+    return cache
 
 
 class _FewLeft:

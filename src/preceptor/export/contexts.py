@@ -11,7 +11,7 @@ from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format, load_trained_format
 from preceptor.data.examples import Conversation, Example, Rejection
 from preceptor.data.rendered_turns import RenderedTurn, turns_of
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, open_sources
 from preceptor.errors import PreceptorError
 from preceptor.export.source import ExportSource
 from preceptor.inspect.probes import ANSWERS, QUESTIONS, SYSTEM, says
@@ -73,7 +73,8 @@ def trained_turns(source: ExportSource) -> TrainedTurns:
 
 
 def _of_run(run: config.Run) -> Iterator[TrainedTurn]:
-    sources = [OpenSource(source) for source in (*run.data.eval, *run.data.train)]
+    train, held_out = open_sources(run.data)
+    sources = [*held_out, *train]
     chat = load_chat_format(run.model, run.data, sources)
     renderer = chat.renderer(run.data)
     found = ((example, renderer.render(example)) for source in sources for example in _examples(source))

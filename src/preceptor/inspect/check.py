@@ -28,7 +28,7 @@ from preceptor.data.loader import few_steps
 from preceptor.data.mixture import mix
 from preceptor.data.reading import read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import Entry, OpenSource, require_no_pipe
+from preceptor.data.sources import Entry, open_sources, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -151,8 +151,9 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     numbers: list[int | None] = [None] * len(run.data.train)
     if run.data.streaming:
         numbers = [*window_shares(run.data.train, run.data.window)]
-    sources = [("train", OpenSource(source), most) for source, most in zip(run.data.train, numbers, strict=True)]
-    sources += [("eval", OpenSource(source), None) for source in run.data.eval]
+    train, held_out = open_sources(run.data)
+    sources = [("train", source, most) for source, most in zip(train, numbers, strict=True)]
+    sources += [("eval", source, None) for source in held_out]
     require_no_pipe([source for _, source, most in sources if most is None], run.data.streaming)
     chat = load_chat_format(run.model, run.data, [source for _, source, _ in sources])
     renderer = chat.renderer(run.data)

@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from preceptor.files import free_bytes, readable_bytes
-from preceptor.plan.devices import this_machine
+from preceptor.plan.devices import host_memory_bytes, text_of, this_machine
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "lm-eval": ("lm-eval", "tasks of lm-evaluation-harness in `preceptor eval`"),
@@ -26,9 +26,6 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
 }
 """Extra -> (the package that it installs, what it adds)."""
 
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
 
 def look_at_machine() -> dict[str, Any]:
     """All of it as plain values; `problems` says what is wrong and what to do."""
@@ -36,7 +33,7 @@ def look_at_machine() -> dict[str, Any]:
     torch = {"version": packages.get("torch"), "build": _torch_build()}
     device = this_machine()
     gpu = {"name": device.name, "memory_bytes": device.memory_bytes} if device.device_type == "cuda" else None
-    total, available = memory_bytes()
+    total, available = host_memory_bytes()
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     return {
         "preceptor": _version("preceptor"),
@@ -52,22 +49,6 @@ def look_at_machine() -> dict[str, Any]:
         "extras": {name: {"installed": _version(package), "adds": adds} for name, (package, adds) in EXTRAS.items()},
         "problems": [*_package_problems(), *_gpu_problems(gpu is not None, torch["build"])],
     }
-
-
-def memory_bytes(meminfo: Path = _MEMINFO) -> tuple[int, int | None]:
-    """All of the memory, less where a container's limit is lower, and what is available; None where not known."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [int(text) for file in _CGROUP_LIMITS if (text := _text(file).strip()).isdigit()]
-    total = min([total, *limits])
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(meminfo), re.MULTILINE)
-    return total, None if found is None else min(total, int(found[1]) * 1024)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def _version(package: str) -> str | None:
@@ -88,7 +69,7 @@ def _torch_build() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    text = _text(Path(spec.origin).with_name("version.py"))
+    text = text_of(Path(spec.origin).with_name("version.py"))
     built = {name: found[1] for name in ("cuda", "hip") if (found := re.search(rf"^{name}.*= '(.+)'$", text, re.M))}
     if "cuda" in built:
         return f"CUDA {built['cuda']}"

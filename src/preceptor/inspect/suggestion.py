@@ -8,7 +8,7 @@ full where that fits the device, else by LoRA.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,7 @@ _EPOCHS, _MOST_EPOCHS = 3, 10
 _ENOUGH_STEPS = 3 * FEW_STEPS
 _MARGIN = 1.25  # for examples that were not rendered and may be longer
 _LONGEST = 2**24
+_HELD_OUT, _ENOUGH_TO_HOLD_OUT = 0.05, 200  # share, and the fewest examples of which it is held out
 _CHECKPOINT_STEPS = 100
 # Peak learning rates by parameters: (fewer than, full, LoRA)
 _RATES = ((1e8, 3e-4, 2e-3), (1e9, 5e-5, 5e-4), (math.inf, 2e-5, 2e-4))
@@ -63,11 +64,12 @@ class DataLengths:
     num_positions: int | None
     rejections: RejectionCounts
     num_read: int = 0
+    share_trained: float = 1.0
 
     def sequences(self, max_length: int) -> int:
-        """Sequences of an epoch; exact where the sample is whole."""
-        sampled = count_sequences(self.lengths, max_length, seed=0)
-        return sampled if self.whole else math.ceil(sampled * self.num_examples / len(self.lengths))
+        """Sequences of an epoch; exact where the sample is whole and nothing of it is held out."""
+        sampled = count_sequences(self.lengths, max_length, seed=0) * self.share_trained
+        return math.ceil(sampled if self.whole else sampled * self.num_examples / len(self.lengths))
 
     @property
     def shortest(self) -> int:
@@ -116,6 +118,14 @@ def _chat_format(run: config.Run, sources: Sequence[OpenSource]) -> ChatFormat:
             if own >= set(built.tokens):
                 return load_chat_format(run.model, run.data.model_copy(update={"chat_template": name}), sources)
     return chat
+
+
+def hold_out(run: config.Run, data: DataLengths) -> tuple[config.Run, DataLengths]:
+    """With `data.eval_size` where no held-out data is named and there are enough examples to spare some."""
+    if run.data.eval or data.num_examples < _ENOUGH_TO_HOLD_OUT:
+        return run, data
+    settings = run.data.model_copy(update={"eval_size": _HELD_OUT})
+    return run.model_copy(update={"data": settings}), replace(data, share_trained=1 - _HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -234,9 +244,13 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
     if run.data.eval:
         yield _line("  eval:", "held-out examples: their loss, and sampled answers")
         yield from _sources(run.data.eval)
+    elif run.data.eval_size is not None:
+        what = "held-out share: its loss, sampled answers; or name files: `eval: [{path: heldout.jsonl}]`"
+        yield _line(f"  eval_size: {run.data.eval_size:g}", what)
     else:
         yield _line("  # eval:", "held-out examples, if you have some: their loss, and sampled answers")
         yield "  #   - path: heldout.jsonl"
+        yield _line("  # eval_size: 0.1", "or hold a share of these examples out")
     if data.chat_template is not None:
         comment = {"tokenizer": "the model's own", "chatml": "the model has none; adds two tokens, which are trained"}
         yield _line(
@@ -287,7 +301,7 @@ def _sources(sources: Sequence[config.Source]) -> Iterator[str]:
 
 
 def _steps(found: Suggestion) -> str:
-    about = "" if found.data.whole else "about "
+    about = "" if found.data.whole and found.run.data.eval_size is None else "about "
     few = f"; under {FEW_STEPS} teach little: add examples" if found.num_steps < FEW_STEPS else ""
     return f"{about}{found.num_steps:,} optimizer steps{few}"
 

@@ -5,10 +5,12 @@ bfloat16 with float32 sums, and in float32. A training step reaches only a share
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from preceptor.errors import ConfigError
 
@@ -16,6 +18,8 @@ MIB = 2**20
 SHARE_OF_RATE = 0.4  # assumed: well-tuned training of 1-8 B models reaches 35-55 % of the makers' dense bfloat16 rates
 USABLE = 0.92  # share of a device's memory that a plan may fill; the rest: the driver's context and fragmentation
 THIS_MACHINE = "this machine"
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _WITHOUT_BFLOAT16 = ("3.", "5.", "6.", "7.")  # compute capabilities of GPUs before Ampere
 
 
@@ -75,12 +79,27 @@ def this_machine() -> DeviceSpec:
     gpu = _gpu_by_driver()
     if gpu is not None:
         return gpu
-    return DeviceSpec(THIS_MACHINE, this_machine_bytes(), None, None, device_type="cpu")
+    return DeviceSpec(THIS_MACHINE, host_memory_bytes()[0], None, None, device_type="cpu")
 
 
-def this_machine_bytes() -> int:
-    """Its memory, without that of GPUs."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def host_memory_bytes(meminfo: Path = _MEMINFO) -> tuple[int, int | None]:
+    """All of this machine's memory, without that of GPUs, and what is available of it; None where not known.
+
+    Where a container's limit is lower, that.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [int(text) for file in _CGROUP_LIMITS if (text := text_of(file).strip()).isdigit()]
+    total = min([total, *limits])
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", text_of(meminfo), re.MULTILINE)
+    return total, None if found is None else min(total, int(found[1]) * 1024)
+
+
+def text_of(file: Path) -> str:
+    """Of a file that may not be there: then nothing."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _gpu_by_driver() -> DeviceSpec | None:

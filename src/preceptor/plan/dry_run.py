@@ -10,8 +10,7 @@ layer's forward or backward, the loss) is continued to the real depth: its bytes
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,28 +31,27 @@ from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import Quantization
 from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
+from preceptor.model.head import Head
+from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import Mode, install
-from preceptor.model.parts import causal_lm, decoder_layers, freeze_towers, model_type, path_mixers
+from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, freeze_towers, model_type, path_mixers
 from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef
 from preceptor.model.sizes import dry_run_for
 from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
-from preceptor.plan.live_bytes import LiveBytes
 from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
+from preceptor.plan.timeline import Role, Timeline
 
-aten = torch.ops.aten
 Build = Callable[..., Any]
 """(config, dtype=...) -> a model of that config."""
 
 
 _MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
-Role = tuple[Any, ...]
-"""Which stretch of a step it is, whatever the depth: a layer's place from the start or from the end, and its pass."""
 
 
 def dry_run_of(model: config.Model, engine: Mode = "auto") -> "DryRun":
@@ -154,10 +152,13 @@ class DryRun:
         dtype = getattr(torch, setup.weights)
         bits = None if setup.quantization is None else (setup.quantization, setup.double_quantization)
         model = self._model(dtype, setup.adapter, setup.num_new_tokens, num_rows, depth, setup.choice, bits).train()
+        base = None
+        if setup.kl_to_base and setup.adapter is None:
+            base = self._model(dtype, None, 0, num_rows, depth, copied=True).requires_grad_(False)
         with dry_run_for(setup.device_type):
             state = install(model, self._engine, check=False)
             try:
-                return _passes(model, sequence, policy, setup, self._depths.side)
+                return _passes(model, base, sequence, policy, setup, self._depths.side)
             except (ModelError, *FAILURES) as error:
                 if "last_layer" not in state.optimisations:
                     raise ModelError(f"{model_type(model)}: cannot run without values: {first_line(error)}") from error
@@ -173,9 +174,13 @@ class DryRun:
         depth: int | None,
         choice: Patterns = EVERYTHING,
         bits: tuple[Quantization, bool] | None = None,
+        copied: bool = False,
     ) -> Any:
-        """A model without values; depth: so many of its layers, None for all. bits: as `quantize` takes them."""
-        key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits
+        """A model without values; depth: so many of its layers, None for all. bits: as `quantize` takes them.
+
+        copied: not the model that is trained, but one beside it.
+        """
+        key = dtype, adapter, num_new_tokens, num_rows, depth, choice, bits, copied
         if key not in self._models:
             settings = copy.deepcopy(self._settings)
             text = settings.get_text_config(decoder=True)
@@ -216,9 +221,9 @@ def _put_on_fake_cpu(model: nn.Module) -> None:
 
 
 def _passes(
-    model: Any, sequence: PackedSequence, policy: ActivationPolicy, setup: Setup, side: int
+    model: Any, base: Any, sequence: PackedSequence, policy: ActivationPolicy, setup: Setup, side: int
 ) -> dict[Role, Moment]:
-    """Forward, loss and backward of a model that exists in full."""
+    """Forward, loss and backward of a model that exists in full. base: its copy for the divergence, or None."""
     engine = Engine(model)
     options = LossOptions(router_aux_coef=router_aux_coef(setup.router_aux_coef, causal_lm(model).config))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -229,14 +234,19 @@ def _passes(
         dtype = parameter.grad_dtype  # type: ignore[attr-defined]
         parameter.grad = torch.empty_like(parameter, dtype=dtype) if setup.sequences_per_step > 1 else None
     layers = decoder_layers(model)
-    timeline = _Timeline(model, trained, len(layers), side)
+    penalty = None
+    if setup.kl_to_base:
+        num_rows = len(decoder_of(model).get_input_embeddings().weight)
+        reference = ReferenceModel(base or model, base is not None, num_rows - setup.num_new_tokens)
+        penalty = partial(_divergence, reference)
+    timeline = Timeline([model] if base is None else [model, base], trained, len(layers), side)
     hooks = [hook for index, layer in enumerate(layers) for hook in timeline.watch(layer, index)]
     step = StepContext(accumulates=True, head_cast=HeadCast())
     half = torch.autocast("cpu", dtype=torch.bfloat16) if setup.autocast else nullcontext()
     try:
         with mode, timeline:
             with half:
-                loss = engine(sequence, policy, options, step)
+                loss = engine(sequence, policy, options, step, penalty)
             timeline.mark("backward pass", ("backward",))
             loss.backward()
     finally:
@@ -247,111 +257,10 @@ def _passes(
     return timeline.moments()
 
 
-class _Timeline(LiveBytes):
-    """Live bytes beside the weights, stretch by stretch.
-
-    A number that is read from a tensor is 1: that is the gradient of the loss, which the loss asks for.
-    """
-
-    def __init__(self, model: nn.Module, trained: list[nn.Parameter], num_layers: int, side: int) -> None:
-        self._casts: dict[int, int] = {}
-        super().__init__([*model.parameters(), *model.buffers()])
-        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self._weight_bytes = self.live_bytes
-        for parameter in trained:
-            if parameter.grad is not None:
-                self.count(parameter.grad)
-        self._trained, self._num_layers, self._side = trained, num_layers, side
-        self._times_entered: Counter[int] = Counter()
-        self._in_backward = False
-        self._stretches: list[list[Any]] = []
-        self.mark("forward pass", ("embedding",))
-
-    def mark(self, name: str, role: Role, index: int | None = None) -> None:
-        """A stretch begins: of layer `index` or of none."""
-        self._close()
-        self._in_backward |= name == "backward pass"
-        self.peak_bytes = self.live_bytes
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in self._trained if p.grad is not None)
-        self._stretches.append([name, role, index, 0, self.live_bytes, gradients, self._cast_bytes])
-
-    def _close(self) -> None:
-        if self._stretches:
-            self._stretches[-1][3] = self.peak_bytes
-
-    @property
-    def _cast_bytes(self) -> int:
-        return sum(self._casts.values())
-
-    def watch(self, layer: nn.Module, index: int) -> Iterator[Any]:
-        """Mark where the layer begins and ends, forward and backward."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if self._in_backward:
-                return
-            self._times_entered[index] += 1
-            turn = self._times_entered[index]
-            self.mark("forward pass", ("forward", turn), index)
-            hidden = args[0] if args else named.get("hidden_states")
-            if index == 0 and isinstance(hidden, Tensor) and hidden.requires_grad:
-                hidden.register_hook(lambda gradient: self.mark("backward pass", ("embedding backward", turn)))
-
-        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            if self._in_backward:
-                return
-            turn = self._times_entered[index]
-            hidden = out[0] if isinstance(out, tuple) else out
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: self.mark("backward pass", ("backward", turn), index))
-            if index == self._num_layers - 1:
-                self.mark("loss", ("loss", turn))
-
-        yield layer.register_forward_pre_hook(before, with_kwargs=True)
-        yield layer.register_forward_hook(after)
-
-    def run(self, operation: Any, args: Any, kwargs: Any) -> Any:
-        if operation is aten._local_scalar_dense.default:
-            return 1.0
-        if operation is aten._unique2.default:  # as many as there are: no more than that
-            ids = args[0]
-            return ids.new_empty(ids.numel()), torch.empty_like(ids), ids.new_empty(0)
-        if operation is aten._grouped_mm.default:  # without values torch knows it in bfloat16 only
-            return _grouped_product(*args, **kwargs)
-        out = operation(*args, **kwargs)
-        if operation is aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
-            self._casts[out.untyped_storage()._cdata] = out.untyped_storage().nbytes()
-        return out
-
-    def _forget(self, key: int) -> None:
-        super()._forget(key)
-        self._casts.pop(key, None)
-
-    def moments(self) -> dict[Role, Moment]:
-        """Each stretch under what it is at any depth. Those of layers far from both ends lie between the others."""
-        self._close()
-        found: dict[Role, Moment] = {}
-        for name, role, index, peak, start, gradients, casts in self._stretches:
-            moment = Moment(name, peak - self._weight_bytes, start - self._weight_bytes, gradients, casts)
-            if index is None:
-                places: list[Role] = [role]
-            else:
-                from_end = self._num_layers - 1 - index
-                places = [(*role, "start", index)] * (index < self._side) + [(*role, "end", from_end)] * (
-                    from_end < self._side
-                )
-            for place in places:
-                former = found.get(place)
-                found[place] = moment if former is None or moment.peak_bytes > former.peak_bytes else former
-        return found
-
-
-def _grouped_product(left: Tensor, right: Tensor, offs: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
-    """The result's size: groups are rows of the left, columns of the right, or what both sum over."""
-    rows, columns = left.shape[-2], right.shape[-1]
-    if left.dim() == right.dim():
-        assert offs is not None or left.dim() == 3
-        return left.new_empty(len(left) if offs is None else len(offs), rows, columns)
-    return left.new_empty(rows, columns)
+def _divergence(
+    base: ReferenceModel, hidden_MD: Tensor, source_N: Tensor, head: Head, sequence: PackedSequence, divisor: float
+) -> Tensor:
+    return kl_to_base(hidden_MD, source_N, head, base, sequence) / divisor
 
 
 def _mixes_outside_attention(model: Any) -> bool:

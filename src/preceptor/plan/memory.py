@@ -20,6 +20,7 @@ from preceptor.plan.parameters import LoraSpec, Parameters
 Weights = Literal["float32", "bfloat16"]
 
 STATES = ("weights", "gradients", "optimizer")
+BASE = "copy of the base"
 FLOAT32, HALF = 4, 2  # bytes of an element
 LOW = 2
 """Bytes below a bfloat16 weight that `optimizer.rounding: exact` keeps."""
@@ -77,7 +78,8 @@ class Setup:
     """How a model is held and trained. autocast: matrix products in bfloat16 (`train.precision`).
 
     rounding: of trained bfloat16 weights (`optimizer.rounding`). offload: optimizer states are in the host's memory.
-    router_aux_coef: as in the run file.
+    router_aux_coef: as in the run file. kl_to_base: the base runs as well (`loss.kl_coef`); in full fine-tuning it is a
+    copy of its own.
     """
 
     weights: Weights = "float32"
@@ -93,6 +95,7 @@ class Setup:
     double_quantization: bool = False
     offload: bool = False
     router_aux_coef: float | None = None
+    kl_to_base: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -150,8 +153,17 @@ def state_bytes(setup: Setup, parameters: Parameters) -> dict[str, int]:
             weights += count * (quantized - setup.weight_bytes * math.prod(shape))
     if setup.adapter is not None:
         weights += FLOAT32 * trained
-    optimizer = 0 if setup.offload else _optimizer_bytes(setup, parameters)
-    return {"weights": weights, "gradients": setup.gradient_bytes * trained, "optimizer": optimizer}
+    states = {
+        "weights": weights,
+        "gradients": setup.gradient_bytes * trained,
+        "optimizer": 0 if setup.offload else _optimizer_bytes(setup, parameters),
+    }
+    return {**states, BASE: weights} if setup.kl_to_base and setup.adapter is None else states
+
+
+def lasting_bytes(setup: Setup, parameters: Parameters) -> int:
+    """What is there at every moment: `state_bytes` but for gradients."""
+    return sum(count for name, count in state_bytes(setup, parameters).items() if name != "gradients")
 
 
 def host_bytes(setup: Setup, parameters: Parameters) -> int:
@@ -191,7 +203,7 @@ def update_bytes(setup: Setup, parameters: Parameters) -> int:
 def step_memory(setup: Setup, parameters: Parameters, moments: Sequence[Moment]) -> StepMemory:
     """The states and what a dry run found of a step."""
     states = state_bytes(setup, parameters)
-    lasting = states["weights"] + states["optimizer"]
+    lasting = lasting_bytes(setup, parameters)
     highest = max(moments, key=lambda moment: moment.peak_bytes)
     loss = [moment for moment in moments if moment.name == "loss"][-1]
     components = {

@@ -133,6 +133,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
         double_quantization=bool(run.model.double_quantization),
         offload=run.optimizer.offload and device.device_type != "cpu",
         router_aux_coef=run.loss.router_aux_coef,
+        kl_to_base=run.loss.kl_coef > 0,
     )
 
 
@@ -277,7 +278,7 @@ def _work_facts(
 ) -> dict[str, Any]:
     """Operations of a step by what is multiplied, beside 6 N T, and what they take at SHARE_OF_RATE of the rate."""
     sequences = case.setup.sequences_per_step
-    found = operations(case.parameters, case.work)
+    found = operations(case.parameters, case.work, case.setup.kl_to_base)
     total = found.total * sequences
     half = case.setup.autocast or case.setup.weight_bytes == 2
     of_device = rate or device.rate(half)
@@ -291,6 +292,7 @@ def _work_facts(
             "head": found.head * sequences,
             "adapter": found.adapter * sequences,
             "computed again": found.again * sequences,
+            "base (kl_coef)": found.base * sequences,
         },
         "six_n_t": 6.0 * case.parameters.active * case.work.num_tokens * sequences,
         "rate": of_device,
@@ -322,7 +324,7 @@ def would_fit(run: config.Run, dry_run: "DryRun", sample: Sample | str) -> list[
     for name, weights, adapter, optimizer, bits in ways:
         rounding = "exact" if adapter is None and weights == "bfloat16" else None
         setup = Setup(weights, True, adapter, new, 2, "cuda", optimizer, rounding, EVERYTHING, bits, bits == "nf4")
-        setup = replace(setup, router_aux_coef=run.loss.router_aux_coef)
+        setup = replace(setup, router_aux_coef=run.loss.router_aux_coef, kl_to_base=run.loss.kl_coef > 0)
         memory, again = (_case(dry_run, setup, each, num_rows).memory for each in (work, checkpointed))
         found.append(
             {
@@ -384,14 +386,11 @@ def predict_peak_bytes(
     """Bytes of tensors at the peak of a step, on one device, from the model that is to be trained.
 
     model: before or after an adapter was added; its weights are not looked at. sequence: the run's largest.
-    num_new_tokens: those that were added to its vocabulary. None where there is no prediction: for a model that cannot
-    run without values, and for `loss.kl_coef`, which runs the base as well.
+    num_new_tokens: those that were added to its vocabulary. None for a model that cannot run without values.
     """
     from preceptor.model.closeness import FAILURES
     from preceptor.plan.dry_run import dry_run_like
 
-    if run.loss.kl_coef > 0:
-        return None
     device = DeviceSpec("the run's own", 0, None, None, device_type)
     setup = _of_passes(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from preceptor.plan.memory import FLOAT32, Moment, Setup, state_bytes, update_bytes
+from preceptor.plan.memory import BASE, FLOAT32, Moment, Setup, lasting_bytes, state_bytes, update_bytes
 from preceptor.plan.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def rank_peak_bytes(
 ) -> int:
     """The most bytes on one process, num_parts of which share the model (1: each has its own)."""
     states = state_bytes(setup, parameters)
-    lasting = (states["weights"] + states["optimizer"]) / num_parts
+    lasting = lasting_bytes(setup, parameters) / num_parts
     update = (states["gradients"] + update_bytes(setup, parameters)) / num_parts
     return round(lasting + max(update, *_passes_bytes(setup, parameters, moments, num_parts, regathers)))
 
@@ -120,11 +120,12 @@ def _passes_bytes(
     """What lies beside weights and optimizer before the update."""
     states = state_bytes(setup, parameters)
     gradients = states["gradients"]
+    copied = states.get(BASE, 0)
     peaks = [moment.peak_bytes for moment in moments]
     if num_parts == 1:
         return [gradients + min(BUCKET_BYTES, gradients), *peaks]
     if not regathers:  # whole gradients are there until the last backward pass of the step
-        return [states["weights"] + max(peaks, default=gradients)]
+        return [states["weights"] + copied + max(peaks, default=gradients)]
     outside, layer = _outside_bytes(setup, parameters), _layer_bytes(setup, parameters)
     if not moments:
         gathered = outside.weights + outside.gradients + _NEXT * layer.weights + layer.gradients
@@ -164,7 +165,7 @@ def rank_sent_bytes(
     if num_parts == 1:
         return round(2 * ring(num_ranks) * gradients)
     kept = setup.weight_bytes * parameters.base.get("head", parameters.base.get("embedding", 0))  # by the whole pass
-    gathered = 2 * states["weights"] - kept if regathers else states["weights"]
+    gathered = (2 * states["weights"] - kept if regathers else states["weights"]) + states.get(BASE, 0)
     times = num_passes if regathers else 1
     between_nodes = 2 * ring(num_ranks // num_parts) * gradients / num_parts
     return round(times * ring(num_parts) * (gathered + gradients) + between_nodes)

@@ -16,7 +16,7 @@ from preceptor import config
 from preceptor.chat.template import BUILTIN, builtin_tokens
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, open_sources
 from preceptor.plan.work import TurnLengths
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
@@ -79,7 +79,7 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
         return "the data is at a URL, and is not fetched for a plan"
     if any(re.fullmatch(r"[\w.-]+/[\w.-]+", s.path) and not Path(s.path).exists() for s in run.data.train):
         return "the data is on the Hub, and is not fetched for a plan"
-    opened_sources = [OpenSource(source) for source in run.data.train]
+    opened_sources, _ = open_sources(run.data)
     if any(source.is_pipe for source in opened_sources):
         return "the data is in a pipe, and is not read for a plan"
     from tokenizers import Tokenizer
@@ -124,6 +124,8 @@ def _examples_in(opened: OpenSource, records: Sequence[Example | Rejection], all
     else:
         counts = [table.num_rows() for table in opened.tables]
         known = None if None in counts else sum(count for count in counts if count is not None)
+        if known is not None and opened.side is not None:
+            known *= 1 - opened.side.share
     return None if known is None else known * (source.weight or 1.0)
 
 

@@ -34,9 +34,10 @@ def announce(
     total = num_parameters(model)
     tokens = prepared.tokens
     of = "first window: " if prepared.stream else ""
+    held_out = f"; {len(prepared.held_out):,} held out" if prepared.held_out else ""
     console.print(
         f"{of}{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
-        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps\n"
+        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps{held_out}\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )

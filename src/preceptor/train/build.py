@@ -19,7 +19,7 @@ from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
 from preceptor.model.trained import choose_trained
-from preceptor.plan.devices import DeviceSpec, this_machine_bytes
+from preceptor.plan.devices import DeviceSpec, host_memory_bytes
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
 from preceptor.train.finish import Say
@@ -126,7 +126,7 @@ def process_device(device: torch.device, world: World) -> DeviceSpec:
     if device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory_bytes = this_machine_bytes() // world.local_size
+        memory_bytes = host_memory_bytes()[0] // world.local_size
     return DeviceSpec("the run's own", memory_bytes, None, None, device.type)
 
 

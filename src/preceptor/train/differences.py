@@ -16,7 +16,7 @@ from preceptor import config
 from preceptor.report.run_record import flat
 
 _FREE = re.compile(
-    r"(out|tracker.*|checkpoint\..*|eval\..*|data\.eval.*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
+    r"(out|tracker.*|checkpoint\..*|eval\..*|data\.eval\b(?!_).*|data\.cache|model\.save_dtype|adapter\.save|data\.max_rejected"
     r"|data\.allow_rejected.*|train\.patience|train\.max_skipped)"
 )
 # Compared by what they name (`content_differences`), not by how they spell it.

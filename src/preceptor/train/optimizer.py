@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from preceptor import config
+from preceptor.errors import ModelError
 from preceptor.model.parts import decoder_layers, is_plain_parameter
 from preceptor.model.trained import matches, require_matches
+from preceptor.plan.devices import host_memory_bytes
 from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of
 from preceptor.train.rounding import Rounding
 from preceptor.train.weightwise import Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
@@ -99,6 +101,19 @@ def optimizer_lines(optimizer: torch.optim.Optimizer) -> Iterator[str]:
 def offloads(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its states lie in the host's memory, and not on the device."""
     return isinstance(optimizer, WeightwiseOptimizer) and optimizer.offload
+
+
+def require_host_memory(optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
+    """Raises ModelError where the host has no room for states that are to lie there. processes: on this machine."""
+    available = host_memory_bytes()[1]
+    if not offloads(optimizer) or available is None:
+        return
+    needed = expected_state_bytes(optimizer) * processes
+    if needed > available:
+        raise ModelError(
+            f"optimizer.offload: the states take {needed / 1e9:.2f} GB of this machine's memory, and "
+            f"{available / 1e9:.2f} GB are available. Set optimizer.name: adamw_8bit, or train an adapter"
+        )
 
 
 def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:

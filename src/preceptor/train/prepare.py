@@ -29,7 +29,7 @@ from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.mixture import draw_replay, mix
 from preceptor.data.reading import TableReader, read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource, require_no_pipe
+from preceptor.data.sources import OpenSource, open_sources, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -122,8 +122,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     """
     check_codes(run.data.allow_rejected)
     tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
-    named = {"train": run.data.train, "held out": run.data.eval, "replay": run.replay.data if run.replay else []}
-    sources = {use: [OpenSource(source) for source in of_use] for use, of_use in named.items()}
+    sources = _open(run)
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     chat = chat.at(date or datetime.now().astimezone())
     renderer = chat.renderer(run.data)
@@ -138,7 +137,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     ) as on_example:
         reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
         train = [] if streaming else [reader.read(source) for source in sources["train"]]
-        held_out = [reader.read_held_out(source) for source in sources["held out"]]
+        held_out = [(reader.read_held_out(source), source.source) for source in sources["held out"]]
         replay = [reader.read(source) for source in sources["replay"]]
     of_stream = None
     if stream is not None:
@@ -151,7 +150,8 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     tables, tuning_N = _tables(train), _tuning(run, train)
     if not len(tuning_N):
-        raise DataError(f"data.train: no example is left to train; {str(counts) or 'weight too small'}")
+        why = "weight too small" if run.data.eval_size is None else "data.eval_size holds all of them out"
+        raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
     store = _mixture(run, tables, tuning_N, replay)
     dataset = _dataset(run, chat, store)
     return Prepared(
@@ -213,6 +213,12 @@ def _windows(
     windows = Windows.rendered(reader)
     world.publish(node, str(windows.spool))
     return windows
+
+
+def _open(run: config.Run) -> dict[str, list[OpenSource]]:
+    train, held_out = open_sources(run.data)
+    replay = [OpenSource(source) for source in run.replay.data] if run.replay else []
+    return {"train": train, "held out": held_out, "replay": replay}
 
 
 def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]], window: Window) -> Dataset | None:
@@ -296,9 +302,15 @@ def _no_counts(renderer: Renderer) -> TrainedCounts:
     return TrainedCounts(TrainedArguments(renderer.switch, renderer.template_kwargs))
 
 
-def _held_out(per_source: Sequence[list[ExampleTree]], run: config.Run) -> list[ExampleTree]:
-    chosen = mix([(len(own), source) for own, source in zip(per_source, run.data.eval, strict=True)], run.train.seed)
-    every = [each for own in per_source for each in own]
+def _held_out(per_source: Sequence[tuple[list[ExampleTree], config.Source]], run: config.Run) -> list[ExampleTree]:
+    """Raises DataError where `data.eval_size` holds nothing out."""
+    chosen = mix([(len(own), source) for own, source in per_source], run.train.seed)
+    every = [each for own, _ in per_source for each in own]
+    if run.data.eval_size is not None and not any(own for own, _ in per_source[len(run.data.eval) :]):
+        raise DataError(
+            f"data.eval_size: {run.data.eval_size:g} holds out no example; there are few, or they begin alike. Set a "
+            "larger share, or name a file in data.eval"
+        )
     return [every[index] for index in chosen.tolist()]
 
 

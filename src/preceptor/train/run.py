@@ -37,7 +37,7 @@ from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
 from preceptor.train.objective import Objective, own_loss
-from preceptor.train.optimizer import expected_state_bytes, offloads
+from preceptor.train.optimizer import expected_state_bytes, offloads, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, session, write_start
@@ -167,6 +167,7 @@ class Training:
         state = State(self.model, optimizer_of(run, self.model))
         checkpoints = _checkpoints(folder, run, record, world)
         _require_room(run, state, checkpoints)
+        require_host_memory(state.optimizer, world.local_size)
         state_bytes = 0 if offloads(state.optimizer) else expected_state_bytes(state.optimizer)
         passed = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
         loader = passed.loader
