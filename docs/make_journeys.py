@@ -121,6 +121,8 @@ Found by walking these journeys on 2026-11-29, and fixed:
 - Axolotl's default roles and TRL's `device_map="auto"` asked for something to be set by hand.
 - From Python, threads that wait kept the cores busy; with other work beside it a run took several times as long.
 - `Run(train_dataset=...)` was told to put the data set in quotes.
+- In a Jupyter kernel each printed line was an output of its own, `run.show()` had no text, and a name that
+  transformers gives up was warned of. The notebook was run there and looked at in a browser.
 """
 STEPS: dict[str, tuple[str, Sequence[str]]] = {
     "1. From the README to a served model, on 50 conversations": (

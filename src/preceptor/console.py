@@ -43,10 +43,13 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 class TerminalConsole(Console):
-    """A console that shows control characters instead of sending them, and takes no text for markup or emoji."""
+    """A console that shows control characters instead of sending them, and takes no text for markup or emoji.
+
+    In a notebook it writes text to its file too: rich would show each print as a cell's output of its own.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, highlight=False, emoji=False, **options)
+        super().__init__(markup=False, highlight=False, emoji=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
