@@ -54,7 +54,8 @@ def main() -> None:
 
 def profiles(model: EvaluatedModel, num: int) -> dict[str, list[tuple[int, ...]]]:
     """Contexts of each profile."""
-    questions = [model.context(item.prompt, "question", LIMIT) for item in read_task("scholar:heldout").items[:num]]
+    prompts = [item.prompt for item in read_task("scholar:heldout").items[:num] if item.prompt is not None]
+    questions = [model.context(prompt, "question", LIMIT) for prompt in prompts]
     stories = [tuple(model.chat.ids(item.text or "")[:24]) for item in read_task("scholar:library_heldout").items[:num]]
     uneven = [stories[at // 8] if at % 8 == 0 else context for at, context in enumerate(questions)]
     return {"even": questions, "uneven": uneven}

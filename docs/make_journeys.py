@@ -114,7 +114,8 @@ Found by walking these journeys on 2026-11-29, and fixed:
   150 now where up to ten epochs make them.
 - `init` named the example that cannot be trained two screens above its last line, and `train` refused it without a way
   out.
-- Asked without the system prompt that was trained, the model answers worse; `/system` in `chat` starts a new conversation with it.
+- Asked without the system prompt that was trained, the model answers worse; `/system` in `chat` starts a new
+  conversation with it.
 - The report was content with the loss of six steps, or found it to have risen; of so few it says nothing now.
 - Of scripts, names that are assigned twice, `torch.bfloat16`, BitsAndBytesConfig and Unsloth's calls were not read;
   `train_test_split` gave the training file as held-out data.

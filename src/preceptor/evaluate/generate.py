@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,39 +61,7 @@ def generate(
     stop = sorted(set(stop_token_ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
-    answers: dict[int, GeneratedAnswer] = {}
-
-    def answer(batch: Sequence[int]) -> None:
-        """In passes over those that have not ended, which have equally many tokens so far."""
-        left, num_so_far, cache = list(batch), 0, None
-        ids_BT, mask_BT = _pad_left([contexts[index] for index in left], pad, model.device)
-        begin = ids_BT.shape[1]
-        while left:
-            ends = _StopTexts(tokenizer, [until[index] for index in left] if until else [], begin)
-            criteria: list[Any] = [ends] if until else []
-            if sampling is None and not in_step and len(left) >= _SMALL_BATCH:
-                criteria.append(_FewLeft(len(left), stop, ends, model.device))
-            output = model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                generation_config=_settings(model, stop, pad, max_new_tokens - num_so_far, sampling),
-                synced_gpus=in_step,
-                stopping_criteria=criteria or None,
-                **({} if cache is None else {"past_key_values": cache}),
-            )
-            going = []
-            num_so_far = output.sequences.shape[1] - begin
-            for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
-                has_ended = row in ends.lengths or any(id_ in stop for id_ in ids_T) or num_so_far >= max_new_tokens
-                if has_ended:
-                    length = ends.lengths.get(row)
-                    answers[left[row]] = _cut(ids_T[: None if length is None else length - begin], set(stop), tokenizer)
-                else:
-                    going.append(row)
-            left = [left[row] for row in going]
-            ids_BT, cache = output.sequences[going], _rows_of(output.past_key_values, going) if going else None
-            mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
-
+    answer = _Batches(model, tokenizer, contexts, stop, pad, max_new_tokens, sampling, until, in_step)
     with evaluating(model), _seeded(model, sampling):
         while order:
             batch = order[:batch_size]
@@ -109,7 +77,60 @@ def generate(
             batch_size = len(batch) // 2
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-    return [answers[index] for index in range(len(contexts))]
+    return [answer.answers[index] for index in range(len(contexts))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """Answers batches of contexts, which are named by their index; arguments as those of `generate`."""
+
+    model: Any
+    tokenizer: Any
+    contexts: Sequence[Sequence[int]]
+    stop: list[int]
+    pad: int
+    max_new_tokens: int
+    sampling: Sampling | None
+    until: Sequence[Sequence[str]]
+    in_step: bool
+    answers: dict[int, GeneratedAnswer] = field(default_factory=dict)
+
+    def __call__(self, batch: Sequence[int]) -> None:
+        """In passes over those that have not ended, which have equally many tokens so far."""
+        left, num_so_far, cache = list(batch), 0, None
+        ids_BT, mask_BT = _pad_left([self.contexts[index] for index in left], self.pad, self.model.device)
+        begin = ids_BT.shape[1]
+        while left:
+            ends = _StopTexts(self.tokenizer, [self.until[index] for index in left] if self.until else [], begin)
+            criteria: list[Any] = [ends] if self.until else []
+            if self.sampling is None and not self.in_step and len(left) >= _SMALL_BATCH:
+                criteria.append(_FewLeft(len(left), self.stop, ends, self.model.device))
+            output = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=_settings(
+                    self.model, self.stop, self.pad, self.max_new_tokens - num_so_far, self.sampling
+                ),
+                synced_gpus=self.in_step,
+                stopping_criteria=criteria or None,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+            going = []
+            num_so_far = output.sequences.shape[1] - begin
+            for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
+                has_ended = (
+                    row in ends.lengths or any(id_ in self.stop for id_ in ids_T) or num_so_far >= self.max_new_tokens
+                )
+                if has_ended:
+                    length = ends.lengths.get(row)
+                    self.answers[left[row]] = _cut(
+                        ids_T[: None if length is None else length - begin], set(self.stop), self.tokenizer
+                    )
+                else:
+                    going.append(row)
+            left = [left[row] for row in going]
+            ids_BT, cache = output.sequences[going], _rows_of(output.past_key_values, going) if going else None
+            mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
 
 
 def _fits(answer: Callable[[Sequence[int]], None], batch: Sequence[int]) -> bool:
