@@ -45,10 +45,13 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 class TerminalConsole(Console):
     """A console that shows control characters instead of sending them, and takes no text for markup or emoji.
 
-    In a notebook it writes text to its file too: rich would show each print as a cell's output of its own.
+    In a notebook it writes plain text to its file: rich would show each print as an output of its own, and bars that a
+    cell cannot redraw (the kernel's streams say that they are terminals).
     """
 
     def __init__(self, **options: Any) -> None:
+        if "ipykernel" in sys.modules:
+            options = {"force_terminal": False, "soft_wrap": True, **options}
         super().__init__(markup=False, highlight=False, emoji=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -138,7 +141,9 @@ def lasting_streams() -> Iterator[None]:
 
 def standard_console(quiet: bool = False) -> Console:
     """Standard output, without wrapping where it is no terminal. quiet: nothing is shown."""
-    return TerminalConsole(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
+    return TerminalConsole(
+        file=sys.stdout, soft_wrap=not sys.stdout.isatty() or "ipykernel" in sys.modules, quiet=quiet
+    )
 
 
 def table_console() -> Console:
