@@ -1,13 +1,14 @@
 """The cost of a context token: activation bytes, time and gradient by `memory.context_gradient`, 500 to 7,000 tokens.
 
-    python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3]
+    python benchmarks/context_memory.py [--device auto] [--model small] [--precision float32] [--repeats 3] [--cpu-time]
     python benchmarks/context_memory.py --model llama-3.1-8b --dtype bfloat16 --precision bfloat16            (a GPU)
     python benchmarks/context_memory.py --learning [--seeds 3]
 
 The first form sends one row, a conversation of random tokens, forward and backward through a Qwen3 of random weights.
 `held`: bytes that live after the forward pass of the decoder and did not before, parameters left out, so all that
 backward needs and the hidden states that the loss reads. `peak`: the most that lives at once in forward, loss and
-backward, beyond what is there before (weights and gradients). `seconds`: the least of `repeats`, the modes in turn.
+backward, beyond what is there before (weights and gradients). `seconds`: the least of `repeats`, the modes in turn;
+with --cpu-time those of the processor, for a machine that has other work.
 `gradient_error`: |g - g_whole| / |g_whole| over all parameters. `whole` is the authors' model under plain autograd,
 with transformers' own attention: nothing is spared anywhere. Of `full`, the operations of the row a second as a share
 of the machine's rate at a plain matrix product too. What the plan predicts of the memory: benchmarks/plan.py.
@@ -40,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 from machine import describe
 from preceptor import config
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
@@ -131,7 +133,7 @@ def states(model: Any, row: PackedSequence, policy: ActivationPolicy | None) -> 
 
 def loss_of(model: Any, row: PackedSequence, policy: ActivationPolicy | None) -> Tensor:
     if policy is not None:
-        return Engine(model)(row, policy)
+        return Engine(model)(row, policy, step=StepContext(accumulates=True))  # as in training
     hidden_TD, source_N = states(model, row, None)
     target_N, weight_N = (torch.from_numpy(array).to(hidden_TD.device) for array in (row.target_N, row.weight_N))
     return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
@@ -144,7 +146,9 @@ def step(model: Any, row: PackedSequence, policy: ActivationPolicy | None, preci
     return loss.item()
 
 
-def measure_row(model: Any, row: PackedSequence, precision: str, repeats: int) -> dict[str, Any]:
+def measure_row(
+    model: Any, row: PackedSequence, precision: str, repeats: int, clock: Callable[[], float]
+) -> dict[str, Any]:
     """All modes on one row, each beside `whole`."""
     result: dict[str, dict[str, Any]] = {}
     true: list[Tensor] = []
@@ -162,11 +166,11 @@ def measure_row(model: Any, row: PackedSequence, precision: str, repeats: int) -
     seconds: dict[str, list[float]] = {name: [] for name in MODES}
     for _ in range(repeats):
         for name, policy in MODES.items():
-            started = time.perf_counter()
+            started = clock()
             step(model, row, policy, precision)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     for name, found in result.items():
         found["seconds"] = min(seconds[name])
     for found in result.values():
@@ -180,12 +184,13 @@ def memory(arguments: argparse.Namespace, write: Callable[[dict[str, Any]], None
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     model = random_model(MODELS[arguments.model], arguments.dtype, "cuda" if cuda else "cpu")
     rate = matrix_product_rate(arguments.precision, model.device)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     result: dict[str, Any] = {}
     rows = [(*lengths, 1) for lengths in LENGTHS] + [(3000, 1000, TURNS)]
     for context, answer, num_turns in rows[: arguments.rows]:
         name = f"{context}/{answer}" + (f" in {num_turns} turns" if num_turns > 1 else "")
         row = conversation(context, answer, num_turns, model.config.vocab_size)
-        result[name] = measure_row(model, row, arguments.precision, arguments.repeats)
+        result[name] = measure_row(model, row, arguments.precision, arguments.repeats, clock)
         work = operations_of(model, ((context // num_turns, answer // num_turns),) * num_turns)
         result[name]["full"]["share_of_matrix_product_rate"] = work / result[name]["full"]["seconds"] / rate
         print(table(name, result[name]), flush=True)
@@ -247,6 +252,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=len(LENGTHS) + 1, help="only the first so many rows")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--learning", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
@@ -257,6 +263,7 @@ def main() -> None:
     used = ["seeds"] if arguments.learning else ["device", "model", "dtype", "precision", "repeats", "rows"]
     command = f"python benchmarks/context_memory.py{' --learning' if arguments.learning else ''} "
     command += " ".join(f"--{key} {said[key]}" for key in used)
+    command += " --cpu-time" if arguments.cpu_time else ""
     about = {"command": command, **describe(), "threads": torch.get_num_threads()}
 
     def write(found: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from preceptor import config
 from preceptor.chat.format import load_chat_format
 from preceptor.data.cache import Cache, key_of
 from preceptor.data.forest import Segment, Tree
-from preceptor.data.reading import TableReader
+from preceptor.data.reading import SourceReader
 from preceptor.data.records import digest, encode
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import Fitter, Shortened
@@ -75,9 +75,8 @@ def write_cache(folder: Path, num: int) -> int:
     run, cache = run_of(folder), Cache(folder / "cache", print)
     source = OpenSource(run.data.train[0])
     chat = load_chat_format(run.model, run.data, [source])
-    renderer = chat.renderer(run.data)
-    fitter = Fitter(renderer, MAX_LENGTH, "reject", chat.num_positions)
-    key = TableReader(renderer, fitter, _no_counts, False, cache)._key(cache, source, source.tables[0])
+    fitter = Fitter(chat.renderer(run.data), MAX_LENGTH, "reject", chat.num_positions)
+    key = SourceReader(fitter, cache)._key(cache, source, source.tables[0])
     rng, times = np.random.default_rng(0), PER_PORTION // DIFFERENT
     parts: dict[str, list[np.ndarray]] = {}
     portions, portion_bytes = [], []
@@ -110,7 +109,7 @@ def write_cache(folder: Path, num: int) -> int:
             parts.setdefault(name, []).append(array)
     arrays = {name: np.concatenate(found) for name, found in parts.items()}
     arrays |= {"token_ids": np.arange(10, 4000), "records": np.empty(0, np.uint8)}
-    counts = {"arguments": {"arguments": {}, "turns": []}, "left_out": [], "num_conversations": num}
+    counts = {"arguments": {}, "turns": [], "left_out": [], "num_conversations": num}
     about = {
         "names": [source.tables[0].name],
         "num_trees": num,
@@ -124,10 +123,6 @@ def write_cache(folder: Path, num: int) -> int:
     }
     assert key is not None and cache.write_table(key, about, arrays) is not None
     return sum(path.stat().st_size for path in (folder / "cache").rglob("*.flat"))
-
-
-def _no_counts() -> Any:
-    raise AssertionError("nothing is rendered here")
 
 
 def start(folder: Path, what: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def page() -> str:
     """The page, without what has not been measured."""
     sections = {
         "peer": _peer,
+        "step_limit": _limit,
         "context_memory": _context,
         "context_learning": _learning,
         "scaling": _scaling,
@@ -120,6 +121,28 @@ def _largest_difference(works: list[tuple[str, Any]]) -> float:
     return float(max(abs(ours - theirs) / theirs for ours, theirs in pairs))
 
 
+def _clock(found: Any) -> str:
+    return " --cpu-time" if "--cpu-time" in found["command"] else ""
+
+
+def _limit(found: Any) -> str:
+    clock = ", in seconds of the processor" if _clock(found) else ""
+    lines = [
+        "## A step against its matrix products",
+        "",
+        f"What a training step takes over a row of {found['tokens']:,} tokens (short conversations, Qwen3, AdamW, one "
+        "sequence a step), as a multiple of the time of its own matrix products run alone at their shapes. torch's "
+        f"fused attention is none of them{clock}. {_on(found, found['command'])}.",
+        "",
+        "| hidden size | layers | float32 | bfloat16 |",
+        "|---:|---:|---:|---:|",
+    ]
+    for hidden, by_precision in found["result"].items():
+        figures = " | ".join(f"{each['step_of_products']:.2f} ×" for each in by_precision.values())
+        lines.append(f"| {int(hidden):,} | {by_precision['float32']['layers']} | {figures} |")
+    return "\n".join(lines)
+
+
 def _context(found: Any) -> str:
     table = (
         "| context / answer tokens | mode | activations | of `full` | time | of `full` | gradient error |\n"
@@ -135,7 +158,7 @@ def _context(found: Any) -> str:
     return (
         "## The price of a context token\n\nActivation memory and time of a step by `memory.context_gradient`, as a "
         "percentage of the same model under plain autograd with transformers' own attention, and of our `full`. "
-        f"{_on(found, 'python benchmarks/context_memory.py')}.\n\n{table}"
+        f"{_on(found, 'python benchmarks/context_memory.py' + _clock(found))}.\n\n{table}"
     )
 
 

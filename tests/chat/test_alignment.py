@@ -7,8 +7,7 @@ import template_table as tt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.chat.alignment import Alignments, _questions, alignment_of
-from preceptor.chat.origins import Leaf, Rendered
+from preceptor.chat.origins import Alignments, Leaf, Rendered, _questions, alignment_of
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Conversation, Message

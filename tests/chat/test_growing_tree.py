@@ -3,7 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.chat.growing_tree import GrowingTree, shared_length
+from preceptor.chat.growing_tree import GrowingTree
+from preceptor.chat.origins import shared_length
 
 IDS = st.lists(st.integers(0, 2), max_size=6).map(tuple)
 

@@ -12,8 +12,7 @@ import tokenizer_families as tf
 from preceptor.chat import limits, tokenise, words
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.limits import RenderLimit
-from preceptor.chat.marked import Marked
-from preceptor.chat.marked_environment import compiled_marked, pieces_of
+from preceptor.chat.marked import Marked, compiled_marked, pieces_of
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import load_template

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_render import CHAT, conversation, make
 
-from preceptor.chat.left_out import LeftOut, left_out_lines
+from preceptor.chat.counts import left_out_lines
 
 TURN = "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n"
 TURN += "{% elif m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}"
@@ -51,10 +51,11 @@ def test_parts_that_the_template_does_not_take_are_joined_and_not_lost():
 
 
 def test_counts_say_how_many_and_where_first():
-    counts, renderer = LeftOut(), make(text=TWO_ROLES)
+    renderer = make(text=TWO_ROLES)
+    counts = renderer.new_counts()
     for rows in (CHAT, [LONG, *CHAT], [SHORT, *CHAT]):
-        counts.add(renderer.render(conversation(rows)))
-    (line,) = left_out_lines(counts.to_json())
+        counts.add(conversation(rows), renderer.render(conversation(rows)))
+    (line,) = left_out_lines(counts.left_out())
     assert line.startswith("the template leaves out the system prompt of 2 examples, first at file:1")
 
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from test_render import CHAT, conversation, make, segments
 
 from preceptor.chat.environment import plain_environment
-from preceptor.chat.marked import Marked, join, plain
-from preceptor.chat.marked_environment import compiled_marked, pieces_of
+from preceptor.chat.marked import Marked, compiled_marked, join, pieces_of, plain
 from preceptor.chat.origins import Rendered
 
 TEXT = st.text(alphabet="ab \n<>/thinkß|{}\"'\\é", max_size=12)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preceptor.chat.environment import compiled, plain_environment
-from preceptor.chat.one_pass import LooksAhead, OnePass, Request
-from preceptor.chat.one_pass_form import one_pass, one_pass_environment
+from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass
 
 TEMPLATES = Path(__file__).parents[3] / "shared" / "templates"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
@@ -21,14 +20,9 @@ def plainly(text, messages, asked, **variables):
 
 
 def in_one_pass(text, messages, several, head_again=False, **variables):
-    template = one_pass(one_pass_environment(plain_environment()), text, head_again)
+    template = one_pass(text, head_again)
     assert template is not None
-    done = OnePass(messages, several)
-    done.run(template, variables)
-    return {
-        asked: "".join([*line.outputs[:num_shared], *outputs])
-        for asked, (line, num_shared, outputs) in done.written.items()
-    }
+    return OnePass(messages, several).run(template, variables)
 
 
 def conversation(*roles):
@@ -134,7 +128,7 @@ def test_what_saves_nothing_is_given_up():
 
 @pytest.mark.parametrize("name", OTHER_FORM)
 def test_other_forms_are_not_taken(name):
-    assert one_pass(one_pass_environment(plain_environment()), OTHER_FORM[name]) is None
+    assert one_pass(OTHER_FORM[name]) is None
 
 
 @settings(deadline=None, max_examples=200)
@@ -156,13 +150,12 @@ def test_any_beginnings_of_any_conversation(text, roles, data):
 
 
 @pytest.mark.parametrize("head_again", [False, True])
-def test_the_work_is_linear(head_again):
+def test_the_work_is_linear(head_again, monkeypatch):
     counted = []
-    environment = one_pass_environment(plain_environment()).overlay()
-    environment.filters = {**environment.filters, "noted": lambda text: counted.append(text) or text}
+    monkeypatch.setitem(plain_environment().filters, "noted", lambda text: counted.append(text) or text)
     text = "{% set x = messages[0].role %}{% for m in messages %}{{ m.content | noted }}{{ loop.last }}{% endfor %}"
     messages = conversation(*["user", "assistant"] * 50)
-    OnePass(messages, every_turn(messages)).run(one_pass(environment, text, head_again), {})
+    OnePass(messages, every_turn(messages)).run(one_pass(text, head_again), {})
     assert len(messages) <= len(counted) < 3 * len(messages)
 
 
@@ -185,7 +178,7 @@ def test_real_templates():
     num_passes = num_ahead = 0
     for file in sorted(TEMPLATES.glob("*.jinja")):
         text = file.read_text(encoding="utf-8")
-        if one_pass(one_pass_environment(plain_environment()), text) is None:
+        if one_pass(text) is None:
             continue
         for kind in ("plain", "reasoning", "system tools reasoning"):
             messages = real_conversation(kind)

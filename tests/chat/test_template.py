@@ -13,8 +13,6 @@ from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import (
     BUILTIN,
     MessageRules,
-    builtin_stop,
-    builtin_tokens,
     load_template,
     probe_message_rules,
 )
@@ -39,12 +37,12 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "
 
 
 def test_built_in_templates_know_their_tokens():
-    assert builtin_tokens("chatml") == ("<|im_start|>", "<|im_end|>") and builtin_stop("chatml") == "<|im_end|>"
-    assert builtin_stop("llama3") == "<|eot_id|>"
+    assert BUILTIN["chatml"].tokens == ("<|im_start|>", "<|im_end|>") and BUILTIN["chatml"].stop == "<|im_end|>"
+    assert BUILTIN["llama3"].stop == "<|eot_id|>"
     tokenizer = tiny_tokenizer()
     for name in BUILTIN:
         template = load_template(name, tokenizer)
-        assert template.needed_tokens == builtin_tokens(name) and template.stop == builtin_stop(name)
+        assert template.needed_tokens == BUILTIN[name].tokens and template.stop == BUILTIN[name].stop
 
 
 @pytest.mark.parametrize("name", [*BUILTIN, "{{ messages | tojson }}{{ tools | tojson }}{{ enable_thinking }}"])

@@ -8,12 +8,13 @@ import pytest
 from golden import conversations as golden
 from transformers import AutoTokenizer
 
+from preceptor.chat.counts import thinking_lines
 from preceptor.chat.environment import SETTINGS
 from preceptor.chat.format import ChatFormat
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
-from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines, find_switch, with_defaults
+from preceptor.chat.thinking import Switch, find_switch, with_defaults
 from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import path_ids
 from preceptor.errors import TemplateError
@@ -55,7 +56,7 @@ def renderer_of(tokenizer, **settings):
 
 def trained(renderer, rows):
     """What is proved of the rows, each (messages, tools, its tree), and the arguments of their turns."""
-    found, arguments = [], TrainedArguments(renderer.switch, renderer.template_kwargs)
+    found, arguments = [], renderer.new_counts()
     for messages, tools in rows:
         example = Conversation("row:1", read_messages(messages, "row:1"), tools)
         tree = renderer.render(example)
@@ -118,7 +119,7 @@ def test_the_saved_folder_asks_in_the_trained_contexts(name, reasons, tmp_path):
         assert name == "MiroThinker" or reasons == (True,), "nothing of it is proved"
         return
     read = saved(tokenizer, renderer, arguments, tmp_path)
-    settings = {str(count["arguments"]) for count in arguments.to_json()}
+    settings = {str(count["arguments"]) for count in arguments.thinking()}
     if len(settings) == 1:
         assert len(arguments.defaults()) in (0, len(renderer.switch.names))
     else:
@@ -159,11 +160,11 @@ def test_a_prompt_that_opens_reasoning_is_not_the_one_of_a_turn_without():
     inline = [([USER, says("<think>\nHm.\n</think>\n\nIt is I.")], None)]
     more, both = trained(renderer, [(row[0], row[1]) for row in rows] + inline)
     assert more[-1][2].switched == () and both.defaults() == {}
-    assert arguments_lines(both.to_json(), both.defaults()) == [
+    assert thinking_lines(both.thinking(), both.defaults()) == [
         "3 turns without reasoning are trained with thinking off (enable_thinking=false); "
         "1 turn with reasoning is trained with thinking on (the template's default)"
     ]
-    (_, line) = arguments_lines(arguments.to_json(), arguments.defaults())
+    (_, line) = thinking_lines(arguments.thinking(), arguments.defaults())
     assert line == "the saved chat template has as its defaults: enable_thinking=false"
 
 
@@ -186,7 +187,7 @@ def test_a_switch_that_the_user_set_is_left_as_it_is():
 
 def test_a_row_s_own_arguments_win_and_are_the_default_where_all_have_them():
     renderer = renderer_of(chat_tokenizer(OPENING), template_kwargs={"enable_thinking": True})
-    found = TrainedArguments(renderer.switch, renderer.template_kwargs)
+    found = renderer.new_counts()
     example = Conversation("a:1", read_messages([USER, says("I.")], "a:1"), None, {"enable_thinking": False})
     found.add(example, renderer.render(example))
     assert found.defaults() == {"enable_thinking": False}

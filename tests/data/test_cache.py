@@ -15,7 +15,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.render import Renderer
 from preceptor.data import cache as cache_module
-from preceptor.data import reading, rendered
+from preceptor.data import reading
 from preceptor.data.cache import Cache, cache_folder, entries, prune
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
@@ -25,8 +25,8 @@ from preceptor.train.prepare import prepare
 def small_portions(monkeypatch):
     """Every source is cached, in portions of a few examples."""
     monkeypatch.setattr(reading, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(rendered, "_SMALL_CHARACTERS", 600)
-    monkeypatch.setattr(rendered, "_MEAN_CHARACTERS", 1200)
+    monkeypatch.setattr(reading, "_SMALL_CHARACTERS", 600)
+    monkeypatch.setattr(reading, "_MEAN_CHARACTERS", 1200)
     monkeypatch.setattr(cache_module, "_RACY_NS", 0)
 
 
@@ -77,9 +77,9 @@ def facts(prepared):
         "rejections": prepared.rejections,
         "formats": prepared.formats,
         "shortened": asdict(prepared.shortened),
-        "arguments": prepared.arguments.to_json(),
-        "defaults": prepared.arguments.defaults(),
-        "left_out": prepared.left_out.to_json(),
+        "arguments": prepared.counts.thinking(),
+        "defaults": prepared.counts.defaults(),
+        "left_out": prepared.counts.left_out(),
         "prompts": prepared.counts.system_prompts,
         "held_out": prepared.held_out,
     }
@@ -236,10 +236,10 @@ PREPARE = """
 import sys, time, pathlib
 from preceptor import config
 from preceptor.chat.render import Renderer
-from preceptor.data import reading, rendered, workers
+from preceptor.data import reading, workers
 from preceptor.train.prepare import prepare
-reading._SMALL_BYTES, rendered._SMALL_CHARACTERS, rendered._MEAN_CHARACTERS = 0, 600, 1200
-rendered._LARGE_CHARACTERS, workers._CHUNK_CHARACTERS = 2400, 600
+reading._SMALL_BYTES, reading._SMALL_CHARACTERS, reading._MEAN_CHARACTERS = 0, 600, 1200
+reading._LARGE_CHARACTERS, workers._CHUNK_CHARACTERS = 2400, 600
 render, num = Renderer.render, 0
 def counted(self, record):
     global num

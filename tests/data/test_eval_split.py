@@ -6,6 +6,7 @@ import random
 import pytest
 
 from preceptor import config
+from preceptor.data import reading
 from preceptor.data.eval_split import Side
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.sources import open_sources
@@ -136,3 +137,18 @@ def test_it_needs_an_end_and_changes_what_is_trained(run_file, tmp_path):
     assert not changed_keys(json.loads(before.model_dump_json()), more, "run.yaml").keys
     best = config.load(run_file(data__eval_size=0.2, checkpoint__best="loss", checkpoint__every="1 steps"))
     assert open_sources(best.data)[1]
+
+
+def test_a_file_of_which_all_is_held_out_beside_others(run_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_SMALL_BYTES", 0)
+    own = sorted(rows(60), key=lambda each: not is_held_out(conversation(each["messages"][0]["content"]), 0.2))
+    folder = tmp_path / "several"
+    folder.mkdir()
+    for name, part in (("a", own[:2]), ("b", own[2:40]), ("c", own[40:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in part))
+    changes = {"data__train": [{"path": str(folder)}], "data__eval_size": 0.2, "data__cache": str(tmp_path / "cache")}
+    found = [prepare(config.load(run_file(rows(1), **changes))) for _ in range(2)]  # rendered, then from the cache
+    for run in found:
+        assert questions(run.train) and not any("a.jsonl" in tree.source for tree in run.train)
+        assert len(run.train.lengths) + len(run.held_out) == 60
+    assert list(found[0].train) == list(found[1].train)

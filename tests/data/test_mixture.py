@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from preceptor.data.dataset import draw_replay, weigh
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.data.mixture import draw_replay, share_of, weigh
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
@@ -13,7 +13,7 @@ from tiny import branching, chain, tiny_model
 
 def step_divisor(trees, reduction):
     """The number of trained tokens, or of conversations that have any; of trees before `weigh`."""
-    return sum(share_of(tree, reduction) * tree.num_trained for tree in trees)
+    return sum(tree.num_trained if reduction == "token" else tree.num_trained > 0 for tree in trees)
 
 
 def conversations():
@@ -34,8 +34,8 @@ def gradient(model, rows, divisor):
 
 def test_shares_of_a_conversation_add_up_to_one():
     for tree in conversations():
-        assert share_of(tree, "conversation") * tree.num_trained == pytest.approx(1)
-        assert share_of(tree, "token") == 1
+        shares = {segment.share for segment in weigh(tree, "conversation").segments}
+        assert [share * tree.num_trained for share in shares] == [pytest.approx(1)]
         assert weigh(tree, "token") is tree
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from preceptor.config import Source
+from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
-from preceptor.data.mixture import mix
 from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import DataError
 
@@ -121,7 +121,7 @@ def test_missing_files_folders_and_other_encodings(tmp_path):
 
 def test_mix_copies_whole_and_chooses_parts_by_seed():
     def mixed(seed=0, **share):
-        return mix([(100, Source(path="x", **share))], seed).tolist()
+        return mix([100], [Source(path="x", **share)], seed).tolist()
 
     rows = list(range(100))
     assert mixed() == rows
@@ -133,7 +133,7 @@ def test_mix_copies_whole_and_chooses_parts_by_seed():
 
 def test_mix_by_count():
     def mixed(count, rows, seed=0):
-        return mix([(len(rows), Source(path="x", count=count))], seed).tolist()
+        return mix([len(rows)], [Source(path="x", count=count)], seed).tolist()
 
     rows = list(range(100))
     some = mixed(30, rows)
@@ -146,7 +146,7 @@ def test_mix_by_count():
 
 def test_mix_numbers_the_examples_of_all_sources():
     sources = [Source(path="a", weight=2.0), Source(path="b", count=1), Source(path="c")]
-    mixed = mix(zip([2, 3, 2], sources, strict=True), 0).tolist()
+    mixed = mix([2, 3, 2], sources, 0).tolist()
     assert mixed[:4] == [0, 1, 0, 1] and mixed[4] in (2, 3, 4) and mixed[5:] == [5, 6]
 
 

@@ -43,7 +43,7 @@ class NoCounts:
 
 def reader_of(sources, size=4, cache=None):
     renderer = Renderer(tiny_tokenizer(), None, stop_token_ids=(0,))
-    return WindowReader(sources, size, renderer, Fitter(renderer, 64, "reject"), NoCounts, False, cache)
+    return WindowReader(sources, size, Fitter(renderer, 64, "reject"), cache)
 
 
 def places(window):
@@ -101,6 +101,9 @@ class Lengths:
     def render(self, example):
         return Tree(example.source, (Segment("target", tuple(range(len(example.text))), None, example.text),))
 
+    def new_counts(self):
+        return NoCounts()
+
 class NoCounts:
     def add(self, example, tree):
         pass
@@ -111,11 +114,11 @@ class NoCounts:
 PROGRAM = """
 import sys, threading
 print("runs", __name__, flush=True)
-from beside import Lengths, NoCounts
+from beside import Lengths
 from preceptor.config import Source
 from preceptor.data.stream import WindowReader, Windows
 from preceptor.data.truncation import Fitter
-reader = WindowReader([Source(path=sys.argv[1])], 2, Lengths(), Fitter(Lengths(), 64, "reject"), NoCounts, False)
+reader = WindowReader([Source(path=sys.argv[1])], 2, Fitter(Lengths(), 64, "reject"))
 end = threading.Event()
 threading.Thread(target=end.wait).start()  # as a program may have: nothing is forked then
 try:

@@ -171,12 +171,12 @@ def test_what_cannot_be_short_enough_is_not_rendered(write_jsonl):
     whole = render.render
     render.render = lambda record: seen.append(record.source[-1]) or whole(record)
     fitter = Fitter(render, 64, "reject")
-    found = [fitted for _, fitted in read_trees(OpenSource(write_jsonl(rows)), render, fitter)]
+    found = [fitted for _, fitted in read_trees(OpenSource(write_jsonl(rows)), fitter)]
     assert seen == ["2", "4"]
     assert [each.code if isinstance(each, Rejection) else "" for each in found] == ["too_long"] * 3 + [""]
     assert "it has 6,401 characters, a sequence holds 64: raise data.max_length, or split the text" in found[0].message
     split = Fitter(render, 64, "split")
-    assert not isinstance(next(iter(read_trees(OpenSource(write_jsonl(rows)), render, split)))[1], Rejection)
+    assert not isinstance(next(iter(read_trees(OpenSource(write_jsonl(rows)), split)))[1], Rejection)
 
 
 @pytest.mark.parametrize("near_end", [False, True])

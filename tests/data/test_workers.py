@@ -14,7 +14,7 @@ import pytest
 
 from conftest import conversations
 from preceptor.chat.render import Renderer
-from preceptor.chat.template import builtin_tokens, load_template
+from preceptor.chat.template import BUILTIN, load_template
 from preceptor.data import workers
 from preceptor.data.examples import Conversation, Document, Example, Message, Rejection
 from preceptor.data.forest import Segment, Tree
@@ -69,7 +69,7 @@ def test_gives_the_same_in_order_as_one_process(started_at_once: None) -> None:
     from tiny import tiny_tokenizer  # not above: the other processes import this file, and torch takes seconds
 
     tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": list(builtin_tokens("chatml"))})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(BUILTIN["chatml"].tokens)})
     renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[])
     records: list[Example | Rejection] = [
         Conversation(f"file:{n}", tuple(Message(m, train=m["role"] == "assistant") for m in row["messages"]))

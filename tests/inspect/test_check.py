@@ -10,7 +10,7 @@ import pytest
 from conftest import conversations
 from preceptor import config
 from preceptor.chat.format import load_chat_format
-from preceptor.data import rendered, workers
+from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Segment, Tree, path_lengths, turn_lengths
 from preceptor.data.rejections import RejectionCounts
@@ -289,7 +289,7 @@ def test_several_processes_find_the_same(run_file, monkeypatch):
         asked.append(num_processes)
         return workers.render_all(renderer, records, num_processes)
 
-    monkeypatch.setattr(rendered, "render_all", asks)
+    monkeypatch.setattr(reading, "render_all", asks)
     monkeypatch.setattr(workers, "_CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(workers, "_SMALL_CHARACTERS", {"fork": 0, "spawn": 0})
     found = check_data(run, num_processes=2)

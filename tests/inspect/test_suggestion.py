@@ -185,10 +185,10 @@ def test_of_a_folder_with_splits_it_takes_the_one_for_training(no_plan, precepto
 
 
 def test_a_base_with_the_tokens_of_a_built_in_template_gets_that_one(no_plan, tmp_path, in_tmp, preceptor, write_jsonl):
-    from preceptor.chat.template import builtin_tokens
+    from preceptor.chat.template import BUILTIN
     from tiny import tiny_model, tiny_tokenizer
 
-    tokenizer = tiny_tokenizer(special_tokens=("<|end_of_text|>", *builtin_tokens("llama3")))
+    tokenizer = tiny_tokenizer(special_tokens=("<|end_of_text|>", *BUILTIN["llama3"].tokens))
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     write_jsonl(conversations(12), "own.jsonl")

@@ -9,8 +9,8 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import tiny_types
+from preceptor.data.dataset import weigh
 from preceptor.data.forest import Segment, Tree, empty_sequence, pack_trees
-from preceptor.data.mixture import weigh
 from preceptor.data.prefix_sharing import chains_of, share_prefixes
 from preceptor.errors import ModelError
 from preceptor.model import compiled

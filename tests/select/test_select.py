@@ -9,8 +9,7 @@ import torch
 from conftest import WORDS, conversations
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
-from preceptor.data.formats.nulls import Struct
-from preceptor.data.formats.values import JsonReader
+from preceptor.data.formats.values import JsonReader, Struct
 from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose
 from preceptor.select.explain import explain, summarise

@@ -7,14 +7,14 @@ from children import result_of
 from conftest import conversations
 from preceptor import config
 from preceptor.console import standard_console
-from preceptor.data import reading, rendered
+from preceptor.data import reading
 from preceptor.train.prepare import prepare
 from preceptor.train.run import execute
 
 
 def test_losses_and_records_are_equal(run_file, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_SMALL_BYTES", 0)
-    monkeypatch.setattr(rendered, "_SMALL_CHARACTERS", 600)
+    monkeypatch.setattr(reading, "_SMALL_CHARACTERS", 600)
     rows = [*conversations(20, turns=2), {"text": ""}]
     file = run_file(
         rows, conversations(2), data__max_length=256, data__max_rejected=0.5, loss__reduction="conversation"

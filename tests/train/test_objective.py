@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from preceptor import config
+from preceptor.data.dataset import weigh
 from preceptor.data.forest import pack_trees
-from preceptor.data.mixture import weigh
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.loss.options import LossOptions

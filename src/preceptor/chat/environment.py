@@ -1,7 +1,12 @@
-"""The Jinja environment in which transformers renders chat templates, rebuilt: same sandbox, filters and globals."""
+"""The Jinja environment in which transformers renders chat templates, rebuilt: same sandbox, filters and globals.
+
+And with limits on what one operation makes: Jinja's sandbox keeps a template from files and processes, not from
+`'a' * 10**10` or `'{:2000000000}'.format(1)`.
+"""
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -16,17 +21,108 @@ from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from preceptor.chat.limits import (
-    GROWING_FILTERS,
-    GROWING_METHODS,
-    check_binop,
-    check_call,
-    check_date_format,
-    check_format,
-    joined,
-)
+from preceptor.chat.limits import RenderLimit
 
+CHARACTERS = 2**27  # of a text, or items of a list, that an operation may make
+_WIDTH = 100_000  # of a field, as in `'%9d'`
+_BITS = 2**22  # of an integer
 SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+
+
+# What one operation makes --------------------------------------------------------------------------------------------
+
+
+def joined(texts: Iterable[str]) -> str:
+    """`"".join`, for the output of a template."""
+    texts = list(texts)
+    _require(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def check_binop(operator: str, left: Any, right: Any) -> None:
+    """Raises RenderLimit for `*`, `**` and `%` that would make too much."""
+    if operator == "*":
+        for one, times in ((left, right), (right, left)):
+            if isinstance(times, int) and isinstance(one, str | bytes | list | tuple):
+                _require(len(one) * times)
+        if isinstance(left, int) and isinstance(right, int):
+            _require_bits(left.bit_length() + right.bit_length())
+    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+        _require_bits(left.bit_length() * right)
+    elif operator == "%" and isinstance(left, str):
+        _require_narrow(left, r"%[^%a-zA-Z]*(?:\d{6}|\*)")
+
+
+def _require(size: int) -> None:
+    if size > CHARACTERS:
+        raise RenderLimit(f"a text or list of {size:,} characters or items")
+
+
+def _require_bits(bits: int) -> None:
+    if bits > _BITS:
+        raise RenderLimit(f"a number of {bits:,} bits")
+
+
+def _require_narrow(form: str, wide: str) -> None:
+    if re.search(wide, form):
+        raise RenderLimit("a field of a text that is wider than 99,999 characters, or as wide as a value says")
+
+
+def _width(_: Any, arguments: Sequence[Any]) -> None:
+    if any(isinstance(argument, int) and argument > _WIDTH for argument in arguments):
+        raise RenderLimit(f"a width of more than {_WIDTH:,}")
+
+
+def _indent(text: Any, arguments: Sequence[Any]) -> None:
+    _width(text, arguments)
+    width = next((a if isinstance(a, int) else len(a) for a in arguments[:1] if isinstance(a, int | str)), 4)
+    _require(_length(text) + width * (str(text).count("\n") + 1))
+
+
+def _replace(text: Any, arguments: Sequence[Any]) -> None:
+    if len(arguments) > 1 and isinstance(text, str | bytes) and type(arguments[0]) is type(arguments[1]):
+        old, new = arguments[:2]
+        if len(new) > len(old) and len(text) * (len(new) + 1) > CHARACTERS:
+            _require(len(text) + str.count(str(text), str(old)) * (len(new) - len(old)))
+
+
+def _join(text: Any, arguments: Sequence[Any]) -> None:
+    items = arguments[0] if arguments else ()
+    if isinstance(items, Sequence):
+        _require(len(items) * _length(text) + sum(_length(item) for item in items))
+
+
+def _join_filter(items: Any, arguments: Sequence[Any]) -> None:
+    _join(arguments[0] if arguments else "", (items,))
+
+
+def _translate(text: Any, arguments: Sequence[Any]) -> None:
+    table = arguments[0] if arguments else None
+    if isinstance(table, Mapping):
+        _require(_length(text) * max((_length(value) for value in table.values()), default=1))
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes) else 0
+
+
+_GROWING: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
+    **dict.fromkeys(("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"), _width),
+    "replace": _replace,
+    "join": _join,
+    "translate": _translate,
+}
+GROWING_METHODS = frozenset(_GROWING)
+GROWING_FILTERS: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
+    **dict.fromkeys(("center", "batch", "slice", "tojson", "wordwrap"), _width),
+    "format": lambda form, _: _require_narrow(str(form), r"%[^%a-zA-Z]*(?:\d{6}|\*)"),
+    "indent": _indent,
+    "replace": _replace,
+    "join": _join_filter,
+}
+
+
+# The sandbox ---------------------------------------------------------------------------------------------------------
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -119,13 +215,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if getattr(obj, "__name__", None) in GROWING_METHODS and isinstance(
             getattr(obj, "__self__", None), str | bytes | int
         ):
-            check_call(obj.__name__, obj.__self__, (*args, *kwargs.values()))
+            _GROWING[obj.__name__](obj.__self__, (*args, *kwargs.values()))
         return super().call(context, obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
         guarded = super().wrap_str_format(value)
         if guarded is not None:
-            check_format(value.__self__)
+            _require_narrow(value.__self__, r"\{[^{}]*(?:\d{6}|:[^{}]*\{)")  # or whose width another field gives
         return guarded
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -183,7 +279,7 @@ class FixedClock:
 
 
 def _strftime_now(form: str) -> str:
-    check_date_format(form)
+    _require_narrow(form, r"\d{4}")
     return datetime.now().strftime(form)
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken
 
 from preceptor import config
+from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.model_config import ModelLimits, read_limits, stop_ids_of
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import StopTokens, find_stop_tokens
 from preceptor.chat.template import Template, load_template
-from preceptor.chat.thinking import TrainedArguments, with_defaults
+from preceptor.chat.thinking import with_defaults
 from preceptor.chat.tokenise import Ids
 from preceptor.data.examples import Completion, Document
 from preceptor.data.rejections import Rejected
@@ -104,14 +105,14 @@ class ChatFormat:
         """The format on that date, if its template writes one."""
         return self if self.template is None else replace(self, template=self.template.at(date))
 
-    def trained_with(self, arguments: TrainedArguments) -> "ChatFormat":
+    def trained_with(self, counts: TrainedCounts) -> "ChatFormat":
         """The format as it is saved: the arguments of training are the template's own defaults, the tokenizer's too.
 
         Raises TemplateError for arguments that cannot be saved.
         """
         if self.template is None:
             return self
-        template = with_defaults(self.template, arguments.defaults(), arguments.switch)
+        template = with_defaults(self.template, counts.defaults(), counts.switch)
         self.tokenizer.chat_template = template.saved
         return replace(self, template=template)
 

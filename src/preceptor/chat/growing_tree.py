@@ -11,8 +11,8 @@ split there. Shared prefixes exist once.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from preceptor.chat.origins import shared_length
 from preceptor.data.forest import Segment, SegmentKind, Tree
 
 
@@ -123,18 +123,3 @@ def _longest_child(node: Node, ids: tuple[int, ...]) -> tuple[Node | None, int]:
         if shared > best_shared:
             best, best_shared = child, shared
     return best, best_shared
-
-
-def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many tokens or characters the two, of one type, have in common at their start."""
-    limit = min(len(one), len(other))
-    if one[:limit] == other[:limit]:
-        return limit
-    low, high = 0, limit  # the first `low` are shared, the first `high` are not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

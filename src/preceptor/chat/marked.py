@@ -1,14 +1,31 @@
-"""Strings that remember which message and field each of their characters came from.
+"""Strings that remember which message and field each of their characters came from, and renders with them.
 
 A `Marked` string behaves as a plain one in a template and carries *atoms*: runs of characters of one origin. An origin
 is the number of a *leaf* (one string of one message, such as its content), or None for text of the template itself.
 Concatenation joins atoms, slicing and stripping cut them, `tojson` escapes them one by one. Where the origin of
 characters cannot be followed they count as the template's own; the proof, which then misses the field, rejects.
+
+transformers renders templates in a sandbox that turns every `str` subclass back into a plain string, so there is an
+environment for them: the same sandbox, settings, filters and globals (`environment.prepare`), in which the few places
+that would copy characters without asking the string (joining the output, `~`, filters such as `tojson`) are made to
+ask. What it renders is the same text, byte for byte; callers check that against the plain render.
 """
 
+import functools
+import itertools
+import json
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, SupportsIndex
+
+import jinja2
+import markupsafe
+from jinja2 import filters, nodes
+
+from preceptor.chat.environment import SETTINGS, Sandbox, check_binop, guard_filters, joined, prepare
+from preceptor.chat.origins import json_body, map_leaves
 
 
 class Atom(NamedTuple):
@@ -189,3 +206,259 @@ def join(texts: Iterable[str]) -> Marked:
 def with_separator(items: Sequence[str], separator: str) -> list[str]:
     """The items with the separator between any two."""
     return [text for item in items for text in (separator, item)][1:]
+
+
+# Renders with marked strings ------------------------------------------------------------------------------------------
+
+
+def marked_message(message: Mapping[str, Any], first_leaf: int) -> dict[str, Any]:
+    """The message with every leaf marked; leaves are numbered from `first_leaf`."""
+    number = itertools.count(first_leaf)
+    return map_leaves(message, lambda text: Marked.leaf(next(number), text))
+
+
+def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
+    """What a template wrote, in pieces of one origin each, and their origins."""
+    pieces: list[str] = []
+    origins: list[int | None] = []
+    for output in outputs:
+        at = 0
+        for atom in atoms_of(output):
+            piece = plain(output)[at : at + atom.length]
+            at += atom.length
+            if origins and origins[-1] == atom.origin:
+                pieces[-1] += piece
+            elif piece:
+                pieces.append(piece)
+                origins.append(atom.origin)
+    return pieces, origins
+
+
+def _concat(texts: Iterable[str]) -> str:
+    """`"".join` for the output of macros and set blocks."""
+    texts = list(texts)
+    return join(texts) if _any_marked(texts) else joined(texts)
+
+
+def _any_marked(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, Marked) for value in values)
+
+
+class MarkedEnvironment(Sandbox):
+    """The guarded sandbox for marked strings."""
+
+    concat = staticmethod(_concat)  # type: ignore[assignment]
+
+    @staticmethod
+    def join_outputs(values: Iterable[Any]) -> str:
+        return _concat([_text(value) for value in values])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator != "%" or not isinstance(left, str):
+            return super().call_binop(context, operator, left, right)
+        check_binop(operator, left, right)
+        return _percent(left, right)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """A method of a plain string that is given marked ones is the marked method."""
+        if type(getattr(obj, "__self__", None)) is str and args:
+            items = args[0] if obj.__name__ == "join" and isinstance(args[0], list | tuple) else args
+            if _any_marked(items):
+                return getattr(Marked(obj.__self__), obj.__name__)(*args, **kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return _printed(value) if isinstance(value, list | tuple | dict) else str(value)
+
+
+_AS_PRINTED = re.compile(r"'\\x00leaf (\d+)\\x00'")  # a stand-in as Python spells it
+
+
+def _printed(value: Any) -> str:
+    """A list or object as Python prints it, which is how templates spell it that do not ask for JSON."""
+    standing, found = _stand_ins(value)
+    texts = []
+    for index, part in enumerate(_AS_PRINTED.split(str(standing))):
+        if index % 2 == 0:
+            texts.append(part)
+            continue
+        spelled = repr(plain(found[int(part)]))
+        texts += [spelled[0], found[int(part)]._unfollowed(spelled[1:-1]), spelled[-1]]
+    return join(texts) if found else texts[0]
+
+
+class SafeMarked(Marked):
+    """What Jinja's filter `safe` makes: text that escapes what is added to it."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Any) -> Any:
+        return SafeMarked.make(*_parts(join((self, _escaped(other))))) if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return SafeMarked.make(*_parts(join((_escaped(other), self)))) if isinstance(other, str) else NotImplemented
+
+
+def _parts(marked: Marked) -> tuple[str, Sequence[Atom]]:
+    return plain(marked), marked.atoms
+
+
+def _escaped(text: str) -> str:
+    if isinstance(text, SafeMarked):
+        return text
+    return join([Marked.make(str(e := markupsafe.escape(p)), [Atom(len(e), a.origin)]) for p, a in _pieces(text)])
+
+
+def _pieces(text: str) -> Iterator[tuple[str, Atom]]:
+    marked = text if isinstance(text, Marked) else Marked(text)
+    return zip(marked.pieces(), marked.atoms, strict=True)
+
+
+# Filters that read characters ----------------------------------------------------------------------------------------
+
+_STAND_IN = re.compile(r"\\u0000leaf (\d+)\\u0000")  # as JSON spells it
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers' `tojson`; marked strings inside keep their origins.
+
+    Every marked string is replaced by a stand-in, the whole is encoded by `json.dumps`, and the stand-ins are then
+    replaced by the strings as JSON spells them.
+    """
+    standing, found = _stand_ins(value)
+    encoded = json.dumps(standing, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if not found:
+        return encoded
+    texts: list[str] = []
+    for index, part in enumerate(_STAND_IN.split(encoded)):
+        texts.append(_json_body(found[int(part)], ensure_ascii) if index % 2 else part)
+    return join(texts)
+
+
+def _stand_ins(value: Any) -> tuple[Any, list[Marked]]:
+    """The value with a stand-in for every marked string, and these strings in order."""
+    found: list[Marked] = []
+
+    def stand_in(item: Any) -> Any:
+        if isinstance(item, Marked):
+            found.append(item)
+            return f"\x00leaf {len(found) - 1}\x00"
+        if isinstance(item, Mapping):
+            return {key: stand_in(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            return type(item)([stand_in(inner) for inner in item])
+        return item
+
+    return stand_in(value), found
+
+
+def _json_body(marked: Marked, ensure_ascii: bool) -> Marked:
+    """The string as JSON spells it between the quotes, atom by atom."""
+    bodies = [json_body(piece, ensure_ascii) for piece in marked.pieces()]
+    return Marked.make("".join(bodies), [Atom(len(b), a.origin) for b, a in zip(bodies, marked.atoms, strict=True)])
+
+
+def _join(context: nodes.EvalContext, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    items = list(value)
+    if attribute is not None:
+        items = [filters.make_attrgetter(context.environment, attribute)(item) for item in items]
+    if not _any_marked([d, *items]):
+        return filters.sync_do_join(context, items, d)
+    return join(with_separator([_text(item) for item in items], d))
+
+
+def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if not isinstance(s, Marked):
+        return filters.do_indent(s, width, first, blank)
+    indention = width if isinstance(width, str) else " " * width
+    lines = (s + "\n").splitlines()  # as Jinja's own: the added newline keeps a last empty line
+    texts = [lines[0]]
+    for line in lines[1:]:
+        texts += ["\n", indention, line] if blank or line else ["\n", line]
+    return join([indention, *texts] if first else texts)
+
+
+def _replace(context: nodes.EvalContext, s: str, old: str, new: str, count: int | None = None) -> str:
+    if not _any_marked((s, old, new)):
+        return filters.do_replace(context, s, old, new, count)
+    marked = s if isinstance(s, Marked) else Marked(s)
+    return str(marked.replace(old, new, -1 if count is None else count))
+
+
+_CONVERSION = re.compile(r"%(?:\(([^()]*)\))?([-#0 +]*\d*(?:\.\d+)?[a-zA-Z%])")
+
+
+def _percent(form: str, values: Any) -> str:
+    """`form % values`; what stands for a plain `%s` keeps its origins."""
+    text = str.__mod__(plain(form), values)
+    given = iter(values if isinstance(values, tuple) else (values,))
+    texts: list[str] = []
+    at = 0
+    for found in _CONVERSION.finditer(form):
+        texts.append(form[at : found.start()])
+        at = found.end()
+        name, conversion = found.groups()
+        if conversion == "%":
+            texts.append("%")
+            continue
+        value = next(given) if name is None else values[name]
+        texts.append(_text(value) if conversion == "s" else str.__mod__(f"%{conversion}", (value,)))
+    made = join([*texts, form[at:]])
+    return made if plain(made) == plain(text) else text
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    return _percent(_text(value), kwargs or args)
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    return _text(value).strip(chars)
+
+
+def _losing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that would read marked strings without asking them gets plain ones: their origins are lost."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*[plain(a) if isinstance(a, Marked) else a for a in args], **kwargs)
+
+    return functools.update_wrapper(call, function)  # with the mark by which Jinja knows that it wants its context
+
+
+# These return their arguments, or items of one, without looking at characters.
+_TRANSPARENT = """attr batch count d default dictsort first groupby items last length list map max min random reject
+rejectattr reverse select selectattr slice sort sum unique"""
+
+_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "capitalize": lambda value: _text(value).capitalize(),
+    "format": _format,
+    "indent": _indent,
+    "join": jinja2.pass_eval_context(_join),
+    "lower": lambda value: _text(value).lower(),
+    "replace": jinja2.pass_eval_context(_replace),
+    "safe": lambda value: SafeMarked.make(*_parts(join([_text(value)]))),
+    "string": _text,
+    "tojson": _tojson,
+    "trim": _trim,
+    "upper": lambda value: _text(value).upper(),
+}
+
+
+@lru_cache(maxsize=1)
+def marked_environment() -> jinja2.Environment:
+    environment = prepare(MarkedEnvironment(**SETTINGS, finalize=_text))
+    for name, function in list(environment.filters.items()):
+        if name not in _TRANSPARENT.split():
+            environment.filters[name] = _losing(function)
+    environment.filters |= _FILTERS
+    guard_filters(environment.filters)
+    return environment
+
+
+@lru_cache(maxsize=256)
+def compiled_marked(text: str) -> jinja2.Template:
+    return marked_environment().from_string(text)

@@ -60,11 +60,6 @@ class Forms:
     tools: bool = False
     settings: tuple[tuple[str, Any], ...] = ()
 
-    @property
-    def shown(self) -> frozenset[str]:
-        """The roles whose messages the template shows at all."""
-        return self.texts | self.one_part
-
     def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The messages in forms that the template takes; those in which nothing has to change are the same objects.
 

@@ -14,18 +14,13 @@ _SINUSOIDS = ("xglm",)  # types that make their sinusoids longer where they must
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """model: its path. num_rows: tokens that have an embedding. num_positions: for which it was made, if known;
-    learned: whether it has a table of these and no more."""
+    """model: its path. num_rows: tokens that have an embedding. num_positions: for which it was made, if known.
+    longest: of how many tokens an example may consist at most, where it has learned positions; None for any number."""
 
     model: str
     num_rows: int | None = None
     num_positions: int | None = None
-    learned: bool = False
-
-    @property
-    def longest(self) -> int | None:
-        """Of how many tokens an example may consist at most; None for any number."""
-        return self.num_positions if self.learned else None
+    longest: int | None = None
 
 
 def read_limits(path: str, trust_remote_code: bool = False, revision: str | None = None) -> ModelLimits:
@@ -48,7 +43,7 @@ def read_limits(path: str, trust_remote_code: bool = False, revision: str | None
         path,
         rows if isinstance(rows, int) else None,
         positions,
-        learned=positions is not None and not computed and not no_table,
+        longest=None if computed or no_table else positions,
     )
 
 

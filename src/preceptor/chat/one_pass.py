@@ -25,16 +25,22 @@ of another form, renders are made one by one.
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jinja2
+from jinja2 import nodes
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.utils import Namespace, missing
+from jinja2.visitor import NodeTransformer
 
-from preceptor.chat.marked import Marked, plain
+from preceptor.chat.environment import plain_environment
 
 _WORTH = 0.75  # of the turns of the main loop that one by one would take; a pass that takes more saves nothing
 _FEW_TURNS = 24
+_PROMPTED = "add_generation_prompt"
+_OTHER_FORMS = (nodes.Break, nodes.Extends, nodes.Block, nodes.Include, nodes.Import, nodes.FromImport)
+_STATEFUL = {"cycler", "joiner"}  # what besides namespaces changes while a template runs
 
 
 class LooksAhead(BaseException):
@@ -52,7 +58,7 @@ class Request(NamedTuple):
 
     num_messages: int
     add_generation_prompt: bool
-    arguments: str = ""  # `Chat.key` of the template's arguments
+    arguments: str = ""  # `Renders.key` of the template's arguments
     follower: str = ""
 
 
@@ -71,21 +77,6 @@ class Written(NamedTuple):
     line: Line
     num_shared: int
     outputs: list[str]
-
-    def all_outputs(self) -> list[str]:
-        return [*self.line.outputs[: self.num_shared], *self.outputs]
-
-
-def texts_of(written: Mapping[Request, "Written"]) -> dict[Request, str]:
-    """The renders as text; those of a line are made one from another."""
-    texts: dict[Request, str] = {}
-    heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
-    for asked, (line, num_shared, outputs) in written.items():
-        num, head = heads.pop(line, (0, ""))
-        head += "".join(line.outputs[num:num_shared])  # where nothing else holds it, Python lengthens it in place
-        heads[line] = num_shared, head
-        texts[asked] = head + "".join(outputs)
-    return texts
 
 
 def raised_in_pass(error: Exception) -> bool:
@@ -110,10 +101,10 @@ class OnePass:
         self._outputs: list[str] = []  # that are no line's yet
         self._common: list[str] = []  # outputs before the first world
         self._turns_left = _FEW_TURNS + _WORTH * sum(one.num_messages for one in asked)
-        self.written: dict[Request, Written] = {}
+        self._written: dict[Request, Written] = {}
 
-    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> None:
-        """Fills `written`. Raises LooksAhead, and what the template raises."""
+    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> dict[Request, str]:
+        """The renders; those of a line are made one from another. Raises LooksAhead, and what the template raises."""
         own = {
             "messages": Messages(self, 0),
             "namespace": self._namespace,
@@ -122,6 +113,14 @@ class OnePass:
         }
         for output in template.root_render_func(template.new_context({**variables, **own})):
             self._outputs.append(output)
+        texts: dict[Request, str] = {}
+        heads: dict[Line, tuple[int, str]] = {}  # of the last render on a line: the next begins with a little more
+        for asked, (line, num_shared, outputs) in self._written.items():
+            num, head = heads.pop(line, (0, ""))
+            head += "".join(line.outputs[num:num_shared])  # where nothing else holds it, Python lengthens it in place
+            heads[line] = num_shared, head
+            texts[asked] = head + "".join(outputs)
+        return texts
 
     def _worlds(self) -> Iterator[None]:
         self._common, self._outputs = self._outputs, []
@@ -131,7 +130,7 @@ class OnePass:
             del self._namespaces[len(state) :]
             self._put_back(state)
             yield None
-            self.written[asked] = Written(self._line, len(self._line.outputs), self._outputs)
+            self._written[asked] = Written(self._line, len(self._line.outputs), self._outputs)
             self._outputs = []
 
     # What the template asks ------------------------------------------------------------------------------------------
@@ -215,9 +214,7 @@ def _attributes(namespace: Namespace) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """The same for values that a template cannot tell apart, and whose characters are of the same origins."""
-    if isinstance(value, Marked):
-        return Marked, plain(value), value.atoms
+    """The same for values that a template cannot tell apart."""
     if type(value) in (str, int, float, bool, type(None)):
         return type(value), value
     if isinstance(value, Messages):
@@ -306,3 +303,93 @@ class StretchLoop(LoopContext):
             return super()._peek_next()
         item = stretch.messages.start + self.index0 + 1
         return stretch.told.message(item) if stretch.told.has(item) else missing
+
+
+# The one-pass form ----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def one_pass(text: str, head_again: bool = False) -> jinja2.Template | None:
+    """The template in its one-pass form, compiled once; None if it has not the form that this takes.
+
+    head_again: what comes before the main loop is run again in each world.
+    """
+    environment = plain_environment().overlay()
+    # It asks the pass by filters, which Jinja calls at a third of a function's cost.
+    environment.filters = {**environment.filters, "__stretch__": OnePass.stretch, "__prompted__": OnePass.prompted}
+    try:
+        return _compiled(environment, text, head_again)
+    except Exception:  # one loop more than Python can nest, say
+        return None
+
+
+def _compiled(environment: jinja2.Environment, text: str, head_again: bool) -> jinja2.Template | None:
+    tree = _Prompted().visit(environment.parse(text))
+    loops = [at for at, node in enumerate(tree.body) if isinstance(node, nodes.For) and node.find(nodes.Output)]
+    if not loops or _keeps_state(tree):
+        return None
+    if any(name.ctx == "store" and name.name == _PROMPTED for name in tree.find_all(nodes.Name)):
+        return None
+    head, main, tail = tree.body[: loops[-1]], tree.body[loops[-1]], tree.body[loops[-1] + 1 :]
+    if main.test is not None or main.else_ or main.recursive:
+        return None
+    again = head if head_again else []
+    of_head = {name.name: None for node in again for name in node.find_all(nodes.Name) if name.ctx == "store"}
+    set_by_head = nodes.Tuple([nodes.Name(name, "load") for name in of_head], "load")
+    main.iter = _ask("__stretch__", main.iter, set_by_head if head_again else nodes.Const(None))
+    world = nodes.Name("__world__", "store")
+    worlds = nodes.For(world, nodes.Name("__worlds__", "load"), [*again, main, *tail], [], None, False)
+    tree.body = [worlds] if head_again else [*head, worlds]
+    worlds.set_lineno(main.lineno)
+    worlds.set_environment(environment)
+    template = environment.template_class.from_code(
+        environment, environment.compile(tree), environment.make_globals({})
+    )
+    template.root_render_func.__globals__["LoopContext"] = StretchLoop
+    return template
+
+
+def _ask(name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(nodes.Name("__pass__", "load"), name, list(arguments), [], None, None)
+
+
+def _keeps_state(tree: nodes.Template) -> bool:
+    """Whether anything but a namespace outlives a turn of the loop, or the template is spread over several files."""
+    if any(name.name in _STATEFUL for name in tree.find_all(nodes.Name)):
+        return True
+    if any(attribute.attr == "changed" for attribute in tree.find_all(nodes.Getattr)):
+        return True
+    if any(tree.find(kind) is not None for kind in _OTHER_FORMS):
+        return True
+    # A namespace that is held by anything but the name that it was made under would not be put back.
+    made = [node for node in tree.find_all(nodes.Assign) if _makes_namespace(node.node)]
+    names = {node.target.name for node in made if isinstance(node.target, nodes.Name)}
+    held = (node.node for node in tree.find_all(nodes.Assign) if isinstance(node.node, nodes.Name))
+    num_calls = sum(_makes_namespace(call) for call in tree.find_all(nodes.Call))
+    named = all(isinstance(node.target, nodes.Name) for node in made)
+    return not named or num_calls != len(made) or any(name.name in names for name in held)
+
+
+def _makes_namespace(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "namespace"
+
+
+class _Prompted(NodeTransformer):
+    """Asks for `add_generation_prompt` anew wherever it is read: it is not the same in every world."""
+
+    def visit_If(self, node: nodes.If) -> nodes.Node | list[nodes.Node]:
+        self.generic_visit(node)
+        test = node.test.node if isinstance(node.test, nodes.Not) else node.test
+        never = isinstance(test, nodes.Const) and bool(test.value) == isinstance(node.test, nodes.Not)
+        return node.else_ if never and not node.elif_ else node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        if isinstance(node.node, nodes.Name) and node.node.name == _PROMPTED and node.name in ("defined", "undefined"):
+            return nodes.Const(node.name == "defined", lineno=node.lineno, environment=node.environment)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        if node.name != _PROMPTED or node.ctx != "load":
+            return node
+        asked = _ask("__prompted__").set_lineno(node.lineno)
+        return asked.set_environment(node.environment) if node.environment else asked

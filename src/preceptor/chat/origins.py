@@ -1,8 +1,33 @@
-"""Where the characters of a rendered text came from: the strings of messages (leaves), and renders in pieces."""
+"""Where the characters of a rendered text came from: strings of messages (leaves), renders in pieces, alignments.
+
+To find where the characters of a turn stand in its render, it need not be rendered with marks each time. Behind its
+prompt P, the render F of a turn is the template's own text and the strings of the turn's message (its
+*leaves*), each as it is, stripped, or as JSON spells it. Which, and in what order, one render with marks shows
+(`marked.py`). That is an *alignment*; it is kept by the kind of message, and tried on the renders of
+later messages of that kind: filled with their leaves, it must give what the template rendered, byte for byte. If none
+of the kind does, the turn is rendered with marks, and one more is learnt.
+
+    P           ...<|im_start|>assistant\\n
+    F           ...<|im_start|>assistant\\n<think>\\nLet me see.\\n</think>\\n\\nIt is so.<|im_end|>\\n
+    alignment                            │"<think>\\n"│leaf 1, stripped│"\\n</think>\\n\\n"│leaf 0│"<|im_end|>\\n"│
+
+The template itself gave F; nothing of what it does is assumed. What is concluded from equal texts is which of their
+characters came from the message. That is wrong only where the template took something out of the message's text and
+wrote the same itself (`</think>`, say), as it does for another of the same kind. So alignments are kept apart by what
+the template may ask of a text: the strings that it looks for (`in`, `split`, `startswith`, ...), whether there is any;
+and by the role before.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+from jinja2 import nodes
+
+from preceptor.chat.environment import parsed
 
 _NAMES = ("role", "type")  # names that a template reads as such, not text; but inside a call's arguments all is text
 
@@ -87,6 +112,21 @@ def json_body(text: str, ensure_ascii: bool) -> str:
     return json.dumps(text, ensure_ascii=ensure_ascii)[1:-1]
 
 
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens or characters the two, of one type, have in common at their start."""
+    limit = min(len(one), len(other))
+    if one[:limit] == other[:limit]:
+        return limit
+    low, high = 0, limit  # the first `low` are shared, the first `high` are not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 class Rendered:
     """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text).
 
@@ -152,3 +192,156 @@ class Rendered:
                 runs += [(text[at:place], False), (piece, True)]
                 at = place + len(piece)
         return [*runs, (text[at:], False)]
+
+
+# Alignments -----------------------------------------------------------------------------------------------------------
+
+_MAX_KINDS = 4096
+_MAX_PER_KIND = 8
+_ASKING = ("startswith", "endswith", "split", "rsplit", "partition", "rpartition", "replace", "find", "index", "count")
+_LONGEST_DROPPED = 64  # characters; more, and it is a template that rewrites what came before
+
+# What templates make of a string; the first that gives a text is taken to be the one that made it.
+_FORMS: tuple[Callable[[str], str], ...] = (
+    str,
+    str.strip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    str.rstrip,
+    str.lstrip,
+    lambda text: text.rstrip("\n"),
+    lambda text: json_body(text, ensure_ascii=False),
+    lambda text: json_body(text, ensure_ascii=True),
+    lambda text: text.partition("</think>")[0].rpartition("<think>")[2].strip("\n"),  # reasoning inside a content
+    lambda text: text.rpartition("</think>")[2].lstrip("\n"),  # and the answer behind it
+    lambda text: text.partition("</think>")[0].rpartition("<think>")[2].strip(),
+    lambda text: text.rpartition("</think>")[2].strip(),
+)
+
+Part = str | tuple[int, int]  # the template's own text, or one of the message's leaves and what is made of it
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What stands behind the prompt in the render of a turn; dropped: the end of the prompt that the render lacks."""
+
+    dropped: str
+    parts: tuple[Part, ...]
+
+    def fit(self, prompt: str, text: str, leaves: Sequence[Leaf], own: range) -> Rendered | None:
+        """The render with the places of the turn's own leaves; None where it is not what this alignment gives."""
+        pieces: list[str] = []
+        origins: list[int | None] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                pieces.append(part)
+                origins.append(None)
+            else:
+                origins.append(own.start + part[0])
+                pieces.append(_FORMS[part[1]](leaves[own.start + part[0]].text))
+        filled = "".join(pieces)
+        start = len(prompt) - len(self.dropped)
+        if len(text) != start + len(filled) or not text.endswith(filled):
+            return None
+        if self.dropped:
+            if not prompt.endswith(self.dropped):
+                return None
+            prompt = prompt[:start]
+        if not text.startswith(prompt):
+            return None
+        return Rendered(text, pieces, origins, start)
+
+
+def alignment_of(prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: range) -> Alignment | None:
+    """The alignment that a render with marks shows; None where it does something else to the turn's leaves."""
+    text, span = rendered.text, rendered.span(own)
+    start = shared_length(prompt, text)
+    if span is not None:
+        start = min(start, span[0])
+    if len(prompt) - start > _LONGEST_DROPPED:
+        return None
+    parts: list[Part] = []
+    at = 0
+    for piece, origin in rendered.parts():
+        end = at + len(piece)
+        if origin is None or origin not in own:
+            if end > start:
+                parts.append(piece[max(start - at, 0) :])
+        else:
+            whole = leaves[origin].text
+            form = next((number for number, form in enumerate(_FORMS) if form(whole) == piece), None)
+            if form is None:
+                return None
+            parts.append((origin - own.start, form))
+        at = end
+    return Alignment(prompt[start:], tuple(parts))
+
+
+@lru_cache(maxsize=256)
+def _questions(template: str) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The strings that a template looks for in texts, and those that it compares texts with."""
+    tree = parsed(template)
+    asking = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "attr", None) in _ASKING]
+    contained = {text for call in asking for text in _strings(call.args)}
+    contained |= {text for assigned in tree.find_all(nodes.Assign) for text in _strings([assigned.node])}
+    contained |= {
+        text for filter in tree.find_all(nodes.Filter) if filter.name == "replace" for text in _strings(filter.args)
+    }
+    equal: set[str] = set()
+    for compare in tree.find_all(nodes.Compare):
+        for operand in compare.ops:
+            found = contained if operand.op in ("in", "notin") else equal
+            found |= _strings([compare.expr, operand.expr])
+    return tuple(sorted(text for text in contained if text.strip())), frozenset(equal)
+
+
+def _strings(expressions: Iterable[nodes.Node]) -> set[str]:
+    return {node.value for node in expressions if isinstance(node, nodes.Const) and isinstance(node.value, str)}
+
+
+def kind_of(
+    template: str, message: Mapping[str, Any], before: Mapping[str, Any], leaves: Sequence[Leaf], own: range
+) -> tuple[Hashable, ...]:
+    """What a template can see of a message without its words, and what it may find when it looks into them.
+
+    before: the message before it.
+    """
+    contained, equal = _questions(template)
+    found: list[Any] = []
+    for index in own:
+        text = leaves[index].text
+        found.append((not text, not text.strip(), text in equal and text, *[part in text for part in contained]))
+    return template, before.get("role"), shape_of(message), tuple(found)
+
+
+class Alignments:
+    """The alignments that were learnt, by the kind of message; the least recently used are forgotten."""
+
+    def __init__(self) -> None:
+        self._of_kind: OrderedDict[Hashable, list[Alignment]] = OrderedDict()
+
+    def fit(self, kind: Hashable, prompt: str, text: str, leaves: Sequence[Leaf], own: range) -> Rendered | None:
+        """The render with the places of the turn's own leaves, by the first alignment that gives it."""
+        known = self._of_kind.get(kind)
+        if known is None:
+            return None
+        self._of_kind.move_to_end(kind)
+        for place, alignment in enumerate(known):
+            found = alignment.fit(prompt, text, leaves, own)
+            if found is not None:
+                if place:
+                    known.insert(0, known.pop(place))
+                return found
+        return None
+
+    def learn(self, kind: Hashable, prompt: str, rendered: Rendered, leaves: Sequence[Leaf], own: range) -> None:
+        """Keep what a render with marks shows for this kind."""
+        alignment = alignment_of(prompt, rendered, leaves, own)
+        if alignment is None:
+            return
+        known = self._of_kind.setdefault(kind, [])
+        self._of_kind.move_to_end(kind)
+        known.insert(0, alignment)
+        del known[_MAX_PER_KIND:]
+        if len(self._of_kind) > _MAX_KINDS:
+            self._of_kind.popitem(last=False)

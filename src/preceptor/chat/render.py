@@ -17,27 +17,25 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.growing_tree import GrowingTree
-from preceptor.chat.left_out import left_out
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
 from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by, readings
 from preceptor.chat.rendering_key import rendering_key
-from preceptor.chat.renders import Chat, Renders, Runs
-from preceptor.chat.special_tokens import SpecialTokens, SpelledOut
+from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
-from preceptor.chat.tokenise import Ids, Path, Tokeniser, any_of
-from preceptor.chat.turns import Stops, Turn, target_of
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
+from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.forest import Tree
 from preceptor.data.rejections import Rejected
+from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, PreceptorError, short
-
-Targets = Literal["assistant", "last", "all"]
 
 # Rejections of turns that the template may render otherwise when it is given an argument.
 _ARGUMENTS_MAY_HELP = (
@@ -91,15 +89,10 @@ class Renderer:
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = SpelledOut({*special, *stops}, special_tokens_in_text)
-        self._runs = Runs(tokenizer)
+        self.counts: Counter[str] = Counter()  # in which ways the conversations were rendered: `renders.Runs`
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         bos = tokenizer.bos_token_id
         self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
-
-    @property
-    def counts(self) -> Counter[str]:
-        """In which ways the conversations were rendered: `renders.Runs`."""
-        return self._runs.counts
 
     @property
     def template(self) -> Template:
@@ -117,6 +110,10 @@ class Renderer:
     def switch(self) -> Switch:
         """The template's thinking switch; of no name where there is none."""
         return Switch() if self._template is None else find_switch(self._template, self.template_kwargs)
+
+    def new_counts(self) -> TrainedCounts:
+        """Of the conversations that will be trained; none yet."""
+        return TrainedCounts(self.switch, self.template_kwargs)
 
     @cached_property
     def key(self) -> str | None:
@@ -206,7 +203,7 @@ class Renderer:
         if self.special_tokens_in_text == "plain" and special.search(prompt + text):
             before = [(prompt, True)]
             return tokeniser.plain(before, special), tokeniser.plain([(text, True)], special, before)
-        path = tokeniser.path()
+        path = Path(tokeniser)
         path.read(prompt or text)
         return (tuple(path.ids), path.continuation(text)) if prompt else ((), tuple(path.ids))
 
@@ -216,7 +213,7 @@ class Renderer:
         turns, spelled_out, missing = self._proof(record)
 
         def grow(tokeniser: Tokeniser) -> Tree:
-            tree, path = GrowingTree(all_targets=self.targets == "all"), tokeniser.path()
+            tree, path = GrowingTree(all_targets=self.targets == "all"), Path(tokeniser)
             for turn, text, _ in turns:
                 context, target, num_shared = self._tokenised(turn, text, tokeniser, None if spelled_out else path)
                 weight = record.messages[turn.message].weight
@@ -245,12 +242,12 @@ class Renderer:
                 known if message is one else leaves_of(message, k)
                 for k, (message, one, known) in enumerate(zip(fitted, given, leaves, strict=True))
             ]
-            chat = Chat(template, self._forms, fitted, own, record.tools, reading.as_given)
             attempts = {k: self._attempts(fitted[k], arguments, reading.as_given) for k in turns}
-            renders = Renders(chat, self._runs, [(k, tried[0]) for k, tried in attempts.items()])
+            first = [(k, tried[0]) for k, tried in attempts.items()]
+            renders = Renders(self._runs, fitted, own, record.tools, reading.as_given, first)
             try:
                 proved = [self._proved(renders, k, tried) for k, tried in attempts.items()]
-                missing = left_out([each.turn for each in proved], fitted, chat.starts, record.tools, self._forms)
+                missing = left_out([each.turn for each in proved], fitted, renders.starts, record.tools, self._forms)
                 return proved, spelled_out, missing
             except Rejected as error:
                 rejected = rejected or error
@@ -359,19 +356,23 @@ class Renderer:
             probe: list[Mapping[str, Any]] = [{"role": "user", "content": "Is it so?"}, answer]
             fitted = self._forms.fit(probe)
             own = [leaves_of(message, k) for k, message in enumerate(fitted)]
-            chat = Chat(self.template, self._forms, fitted, own, None, as_given)
+            renders = Renders(self._runs, fitted, own, None, as_given)
             switched = {**self.template_kwargs, **self.switch.set_to(reasons)}
-            proved = [self._proves(chat, arguments) for arguments in (self.template_kwargs, switched)]
+            proved = [self._proves(renders, arguments) for arguments in (self.template_kwargs, switched)]
             self._default_is_first[key] = proved[0] or not proved[1]
         return self._default_is_first[key]
 
-    def _proves(self, chat: Chat, arguments: Mapping[str, Any]) -> bool:
-        """Whether the chat's turn is proved, and is not one without reasoning after a prompt that opens some."""
+    def _proves(self, renders: Renders, arguments: Mapping[str, Any]) -> bool:
+        """Whether the only turn is proved, and is not one without reasoning after a prompt that opens some."""
         try:
-            turn, *_ = self._proved(Renders(chat, self._runs), 1, [arguments])
+            turn, *_ = self._proved(renders, 1, [arguments])
         except Rejected:
             return False
         return has_reasoning(turn.given) or not opened_by(turn.prompt)[0]
+
+    @cached_property
+    def _runs(self) -> Runs:
+        return Runs(self.tokenizer, self.template, self._forms, self.counts)
 
     @cached_property
     def _forms(self) -> Forms:

@@ -44,16 +44,6 @@ BUILTIN: Mapping[str, BuiltIn] = {
 }
 
 
-def builtin_tokens(name: str) -> tuple[str, ...]:
-    """The special tokens that a built-in template writes."""
-    return BUILTIN[name].tokens
-
-
-def builtin_stop(name: str) -> str:
-    """The token that ends a turn in a built-in template."""
-    return BUILTIN[name].stop
-
-
 def builtin_text(name: str) -> str:
     return (files("preceptor.chat") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 

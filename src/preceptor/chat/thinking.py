@@ -1,4 +1,4 @@
-"""The thinking switch of a template: found, set for each turn, counted, and carried by the saved template.
+"""The thinking switch of a template: found, and carried by the saved template as it was trained.
 
 A *thinking switch* is an argument of the template, such as `enable_thinking`, that turns reasoning on and off: with
 true and false the template writes different prompts. Where a turn can be proved as the template is without an argument,
@@ -11,16 +11,13 @@ common: an assignment at the template's head for each argument that the caller l
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
+from preceptor.chat.reasoning import closed_by, opened_by
 from preceptor.chat.template import Template, names_read_by
 from preceptor.config import RESERVED_ARGUMENTS
-from preceptor.data.examples import Conversation, Example
-from preceptor.data.forest import Tree
 from preceptor.errors import TemplateError
 
 _USER = {"role": "user", "content": "b5f1c0de"}
@@ -85,84 +82,6 @@ def _prompt(template: Template, messages: Any, tools: Any, arguments: Mapping[st
         return None
 
 
-# What was trained ----------------------------------------------------------------------------------------------------
-
-
-class TrainedArguments:
-    """The template arguments of trained turns: counted, and those that become the saved template's defaults.
-
-    given: `data.chat_template_kwargs`.
-    """
-
-    def __init__(self, switch: Switch, given: Mapping[str, Any]) -> None:
-        self.switch, self._given = switch, given
-        self._counts: Counter[tuple[str, bool]] = Counter()  # by arguments as JSON, and whether the turn has reasoning
-        self._arguments: dict[str, Mapping[str, Any]] = {}  # by what stands for them there
-
-    def add(self, example: Example, tree: Tree) -> None:
-        """Count the turns of one example that is trained."""
-        if not isinstance(example, Conversation):
-            return
-        given = {**self._given, **example.template_kwargs}
-        switched = dict(tree.switched)
-        for k in {segment.message for segment in tree.segments if segment.message is not None}:
-            arguments = {**given, **self.switch.set_to(switched[k])} if k in switched else given
-            reasons = bool(self.switch.names) and has_reasoning(example.messages[k].given)
-            key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
-            self._arguments[key] = arguments
-            self._counts[key, reasons] += 1
-
-    def counted(self) -> dict[str, Any]:
-        """The counts as plain values."""
-        return {"arguments": self._arguments, "turns": [[*key, count] for key, count in self._counts.items()]}
-
-    def include(self, counted: Mapping[str, Any]) -> None:
-        """Add what `counted` gave."""
-        self._arguments.update(counted["arguments"])
-        for key, reasons, count in counted["turns"]:
-            self._counts[key, reasons] += count
-
-    def defaults(self) -> dict[str, Any]:
-        """The arguments of the run, and those that all trained turns share."""
-        first, *others = [*self._arguments.values()] or [{}]
-        shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
-        return {**self._given, **shared}
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """For each setting of the switch and each kind of turn: how many turns. [] without a switch."""
-        if not self.switch.names:
-            return []
-        found: dict[tuple[str, bool], dict[str, Any]] = {}
-        for (key, reasons), count in self._counts.most_common():
-            arguments = self._arguments[key]
-            set_to = {name: arguments[name] for name in self.switch.names if name in arguments}
-            thinking = self.switch.value(set_to) if set_to else self.switch.default
-            of_kind = {"arguments": set_to, "thinking": thinking, "reasoning": reasons, "num_turns": 0}
-            found.setdefault((str(set_to), reasons), of_kind)["num_turns"] += count
-        return list(found.values())
-
-
-def arguments_lines(counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:
-    """What `TrainedArguments` has found, a sentence each: turns by the switch, and the saved template's defaults."""
-    lines = ["; ".join(map(_counted, counts))] if counts else []
-    if defaults:
-        lines.append(f"the saved chat template has as its defaults: {spelled(defaults)}")
-    return lines
-
-
-def _counted(count: Mapping[str, Any]) -> str:
-    turns = (
-        f"{count['num_turns']:,} turn{'s' * (count['num_turns'] != 1)} {'with' if count['reasoning'] else 'without'}"
-    )
-    how = {True: " with thinking on", False: " with thinking off"}.get(count["thinking"], "")
-    given = spelled(count["arguments"]) or "the template's default"
-    return f"{turns} reasoning {'is' if count['num_turns'] == 1 else 'are'} trained{how} ({given})"
-
-
-def spelled(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
-
-
 # The saved template --------------------------------------------------------------------------------------------------
 
 
@@ -188,11 +107,9 @@ def _assignments(template: Template, names: Iterable[str], defaults: Mapping[str
         return ""
     if any(name in template.variables for name in names):  # special tokens: every caller gives them
         return f"{sets}\n"
-    return f"{{%- if {' and '.join(map(_is_absent, names))} %}}{sets}{{%- endif %}}\n"
-
-
-def _is_absent(name: str) -> str:
-    return "not documents" if name == "documents" else f"{name} is not defined"  # transformers gives `documents: none`
+    # transformers gives `documents: none`
+    absent = ["not documents" if name == "documents" else f"{name} is not defined" for name in names]
+    return f"{{%- if {' and '.join(absent)} %}}{sets}{{%- endif %}}\n"
 
 
 def _literal(value: Any, name: str) -> str:

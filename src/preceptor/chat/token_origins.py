@@ -154,7 +154,7 @@ def _runs(
             runs.append((piece, _field_of(leaves[origin], roles) if origin < len(leaves) else UNKNOWN))
             continue
         at = 0
-        for start, end in _places_of([text for text in lost if text in piece], piece):
+        for start, end in (match.span() for match in any_of(lost).finditer(piece)):
             runs += [(piece[at:start], TEMPLATE), (piece[start:end], UNKNOWN)]
             at = end
         runs.append((piece[at:], TEMPLATE))
@@ -164,10 +164,6 @@ def _runs(
         if runs[at][1] is TEMPLATE:
             runs[at] = (runs[at][0], TOOLS)
     return runs
-
-
-def _places_of(texts: Sequence[str], piece: str) -> list[tuple[int, int]]:
-    return [match.span() for match in any_of(texts).finditer(piece)] if texts else []
 
 
 def _is_text(leaf: Leaf) -> bool:

@@ -1,4 +1,4 @@
-"""Text -> token ids, exactly as the tokenizer, at a cost that grows with what is new.
+"""Text -> token ids, exactly as the tokenizer, at a cost that grows with what is new; special tokens in texts.
 
 A fast tokenizer first cuts a text at its added tokens (`<|im_end|>` ...) and then treats each stretch between them on
 its own. So a text may be cut before any added token, the chunks tokenised one by one, and a chunk that was met before
@@ -13,18 +13,21 @@ sure of by how they are cut, and is compared for a sample of the examples only (
 every text would take six times as long.
 """
 
+import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from preceptor.chat.growing_tree import shared_length
-from preceptor.chat.words import Boundaries, Words
+from preceptor.chat.origins import Leaf, shared_length
+from preceptor.chat.words import Words
+from preceptor.data.examples import Message
 from preceptor.data.rejections import Rejected
 
 Ids = tuple[int, ...]
+SpecialTokens = Literal["reject", "plain", "allow"]
 
 _CACHED_IDS = 100_000  # few enough to stay in the processor's cache
 _HUGE = 2**22  # characters in one call of the tokenizer, which takes 150 bytes for each
@@ -32,33 +35,27 @@ _ANCHORS = ("a", ".", "\n", "1", ")")  # behind which a text is tokenised where 
 
 
 class Tokeniser:
-    """One tokenizer. `path` tokenises the prompts of a conversation and what follows each; chunks: see above."""
+    """One tokenizer; chunks: see above. added: a pattern for its added tokens. longest: characters of such a token."""
 
     def __init__(self, tokenizer: Any, chunks: bool = True) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        self._added, self._longest = _added_tokens(tokenizer.added_tokens_decoder.values())
-        self.in_chunks = chunks and self._backend is not None and self._longest > 0
+        self.added, self.longest = _added_tokens(tokenizer.added_tokens_decoder.values())
+        self.in_chunks = chunks and self._backend is not None and self.longest > 0
         if self.in_chunks:
-            self._words = Words(tokenizer)
-            self._boundaries = Boundaries(tokenizer, self._words)
-        self.cuts_words = self.in_chunks and self._words.known
+            self.words = Words(tokenizer)
+        self.cuts_words = self.in_chunks and self.words.pattern is not None
         self._prefixes_tokens = self._puts_space_behind_tokens()
         self._unknown = tokenizer.unk_token_id
         self._lstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.lstrip}
         self._rstrip = {token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip}
         self._single = {token.content: (number,) for number, token in tokenizer.added_tokens_decoder.items()} | {"": ()}
-        self._is_whole: dict[str, bool] = {}
         self._cache: dict[tuple[str, str], Ids] = {}
         self._num_cached = 0
         self._drops_characters = any(
             tokenizer.unk_token_id not in self.whole(rare) and rare not in tokenizer.decode(self.whole(rare))
             for rare in ("\U0001f9ea", "\u0e01", "\u4e8c")
         )
-
-    def path(self) -> "Path":
-        """For the prompts of one conversation, which begin alike."""
-        return Path(self)
 
     def whole(self, text: str) -> Ids:
         """The tokenizer's own answer. Raises Rejected for a text of which it would take too much memory."""
@@ -79,48 +76,25 @@ class Tokeniser:
 
     # Chunks ----------------------------------------------------------------------------------------------------------
 
-    def cut(self, text: str) -> list[str]:
-        """The added tokens of a text with what stands before, between and behind them, by turns."""
-        return self._added.split(text)
-
-    def num_safe(self, num_same: int) -> int:
-        """Of two texts that begin alike, up to where they are cut alike.
-
-        What follows the longest token that may start at a place cannot change that one does.
-        """
-        return num_same - self._longest
-
-    def head(self, text: str) -> Ids:
-        """The ids of a text without added tokens that stands at the beginning."""
-        return self.chunk("", text) if text else ()
-
     def chunk(self, token: str, text: str) -> Ids:
         """The ids of an added token and of a text without added tokens behind it."""
         if not text:
             return self._single[token]
-        key = token, text
-        ids = self._cache.get(key)
+        ids = self._cache.get((token, text))
         if ids is None:
-            words = self._words.ids(text)
+            words = self.words.ids(text)
             ids = self._asked(token + text) if words is None else self._single[token] + words
-            if self._num_cached > _CACHED_IDS:
-                self._cache.clear()
-                self._num_cached = 0
-            self._cache[key] = ids
-            self._num_cached += len(ids)
+            if token:  # what stands at the beginning seldom comes twice
+                self.keep(token, text, ids)
         return ids
 
-    def is_whole(self, token: str) -> bool:
-        """Whether an added token stays one, whatever stands around it: none of the others holds it."""
-        if token not in self._is_whole:
-            self._is_whole[token] = sum(token in other for other in self._single) == 1
-        return self._is_whole[token]
-
-    def parts_at(self, before: str, head: str, after: str) -> bool:
-        """Whether the ids of before + after are those of both; `before` holds no added token, `after` begins by `head`
-        and then one."""
-        near = self.cut(before + after[: self._longest])[0]
-        return len(near) >= len(before) and (not head or self._boundaries.between(before, head))
+    def keep(self, token: str, text: str, ids: Ids) -> None:
+        """What `chunk` gives from now on."""
+        if self._num_cached > _CACHED_IDS:
+            self._cache.clear()
+            self._num_cached = 0
+        self._cache[token, text] = ids
+        self._num_cached += len(ids)
 
     def _asked(self, text: str) -> Ids:
         assert self._backend is not None
@@ -130,12 +104,6 @@ class Tokeniser:
         return tuple(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     # Otherwise -------------------------------------------------------------------------------------------------------
-
-    def behind(self, before: str, before_ids: Sequence[int], text: str) -> Ids:
-        """The ids of a text that stands behind another, as in the ids of both: its first token is not spelled as at
-        the start of a text. Where a token crosses from `before` into the text, it is tokenised behind a character
-        from which none crosses. Raises Rejected where every token crosses."""
-        return _rest(self.whole, before, before_ids, text)
 
     def plain(
         self, runs: Sequence[tuple[str, bool]], special: re.Pattern[str], before: Sequence[tuple[str, bool]] = ()
@@ -213,17 +181,8 @@ def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], 
     raise Rejected("unknown_token", f"the tokens of {text[:20]!r} cannot be told from those before it")
 
 
-class Said(NamedTuple):
-    """What followed a prompt; head: up to its first added token, last: the added token with which it ends."""
-
-    text: str
-    ids: Ids
-    head: str
-    last: str
-
-
 class Path:
-    """The prompts of one conversation, read one after the other, and what follows each.
+    """The prompts of one conversation, which begin alike, read one after the other, and what follows each.
 
     ids: those of the text that was read last, as `tokenizer(text, add_special_tokens=False)`.
     """
@@ -235,27 +194,22 @@ class Path:
         self._starts = [0]  # of the chunks of the text: its beginning, and each added token
         self._num_before = [0]  # ids before each of them
         self._last = ""  # what the text holds behind its last added token
-        self._said: Said | None = None
 
     def read(self, text: str) -> int:
-        """Tokenise the next prompt; how many ids of the last one, and of what followed it, are the first of its own."""
+        """Tokenise the next prompt; how many ids of the last one are the first of its own."""
         tokeniser = self._tokeniser
         if not tokeniser.in_chunks:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
-        said, self._said = self._said, None
-        if said is not None and self._goes_on(text, said):
-            self.ids += said.ids
-            self._starts.append(len(self._text) + len(said.text) - len(said.last))
-            self._num_before.append(len(self.ids) - 1)
-            keep = len(self._starts) - 1
-        else:
-            keep = self._num_kept(text)
+        num_same = len(self._text) if text.startswith(self._text) else shared_length(self._text, text)
+        # The last chunk up to whose start the texts are cut alike: what follows the longest token that may start at a
+        # place cannot change that one does.
+        keep = max(bisect_right(self._starts, num_same - tokeniser.longest) - 1, 0)
         num_shared, at = self._num_before[keep], self._starts[keep]
         keep = max(keep, 1)  # the beginning stays
         del self._starts[keep:], self._num_before[keep:], self.ids[num_shared:]
-        head, *rest = tokeniser.cut(text[at:])
-        self.ids += tokeniser.head(head)
+        head, *rest = tokeniser.added.split(text[at:])
+        self.ids += tokeniser.chunk("", head)
         at += len(head)
         starts, num_before, ids, chunk = self._starts, self._num_before, self.ids, tokeniser.chunk
         for token, plain in zip(rest[::2], rest[1::2], strict=True):
@@ -266,29 +220,22 @@ class Path:
         self._text, self._last = text, rest[-1] if rest else head
         return num_shared
 
-    def _goes_on(self, text: str, said: Said) -> bool:
-        """Whether a text is the last one, what was said, and more, with the ids of both and of what follows."""
-        if not (text.startswith(said.text, len(self._text)) and text.startswith(self._text)):
-            return False
-        return self._tokeniser.parts_at(self._last, said.head, said.text) and self._tokeniser.is_whole(said.last)
-
-    def _num_kept(self, text: str) -> int:
-        """The last chunk of the last text up to whose start this text is the same, and is cut the same way."""
-        num_same = len(self._text) if text.startswith(self._text) else shared_length(self._text, text)
-        return max(bisect_right(self._starts, self._tokeniser.num_safe(num_same)) - 1, 0)
-
     def continuation(self, text: str) -> Ids:
-        """The ids of a text that follows the one read last; no token crosses the boundary."""
+        """The ids of a text that follows the one read last; no token crosses the boundary.
+
+        As in the ids of both: its first token is not spelled as at the start of a text. Raises Rejected where the
+        boundary cannot be found.
+        """
         tokeniser = self._tokeniser
         if not (tokeniser.cuts_words and (not self._last or self._last[-1] == "\n")):  # else a word may go on
-            last = slice(self._num_before[-1], None)
-            return tokeniser.behind(self._text[self._starts[-1] :], self.ids[last], text)
-        head, *rest = tokeniser.cut(text)
-        found = [tokeniser.head(head), *map(tokeniser.chunk, rest[::2], rest[1::2])]
-        ids = tuple(chain.from_iterable(found))
-        if rest and not rest[-1]:
-            self._said = Said(text, ids, head, rest[-2])
-        return ids
+            before, before_ids = self._text[self._starts[-1] :], self.ids[self._num_before[-1] :]
+            return _rest(tokeniser.whole, before, before_ids, text)
+        head, *rest = tokeniser.added.split(text)
+        ids = tokeniser.chunk("", head)
+        if rest and tokeniser.words.part_at(self._last, head):  # the next prompt need not be tokenised again up to here
+            token = self._text[self._starts[-1] : len(self._text) - len(self._last)]
+            tokeniser.keep(token, self._last + head, (*self.ids[self._num_before[-1] :], *ids))
+        return tuple(chain(ids, *map(tokeniser.chunk, rest[::2], rest[1::2])))
 
 
 def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:
@@ -326,3 +273,60 @@ def _trie_pattern(node: dict[str, Any]) -> str:
     if not branches:
         return text
     return text + f"(?:{'|'.join(branches)})" + ("?" if "" in node else "")
+
+
+# Special tokens in texts ----------------------------------------------------------------------------------------------
+
+
+class SpelledOut:
+    """What becomes of texts that spell out one of the tokens; pattern: finds them."""
+
+    def __init__(self, tokens: Iterable[str], chosen: SpecialTokens) -> None:
+        self.pattern = any_of(tokens)
+        self._chosen = chosen
+
+    def in_conversation(
+        self,
+        messages: Sequence[Message],
+        leaves: Sequence[Sequence[Leaf]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        tags: Mapping[str, str],
+    ) -> bool:
+        """Whether messages spell out tokens that must be read as plain text. Raises Rejected where they may not.
+
+        leaves: of each message. tags: of reasoning, which an assistant may spell.
+        """
+        if self._chosen == "allow":
+            return False
+        if tools:
+            self.in_text(_as_json(tools), "tools", may_be_plain=False)
+        search, found = self.pattern.search, False
+        for index, (message, strings) in enumerate(zip(messages, leaves, strict=True)):
+            texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
+            if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
+                texts.append(message.content)
+            if not texts and not message.tool_calls:
+                continue
+            own = (*tags, *tags.values()) if message.role == "assistant" else ()
+            where = f"messages[{index}]"
+            for text in texts:
+                found = self.in_text(text, where, own) or found
+            for call in message.tool_calls:  # names of arguments
+                self.in_text(_as_json(call), where, own, may_be_plain=found)
+        return found
+
+    def in_text(self, text: str, where: str, own: Collection[str] = (), may_be_plain: bool = True) -> bool:
+        """Whether the text spells out a token that is to be read as plain text. Raises Rejected."""
+        if self._chosen == "allow":
+            return False
+        for match in self.pattern.finditer(text):
+            if match.group() in own:
+                continue
+            if self._chosen == "reject" or not may_be_plain:
+                raise Rejected("special_token_in_text", f"{where} spells out {match.group()!r}")
+            return True
+        return False
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str).replace('\\"', '"')

@@ -17,11 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from preceptor.chat import reasoning
-from preceptor.chat.growing_tree import shared_length
-from preceptor.chat.origins import Leaf, Rendered, json_body
+from preceptor.chat.message_forms import Forms
+from preceptor.chat.origins import Leaf, Rendered, json_body, shared_length
 from preceptor.data.rejections import Rejected
 from preceptor.errors import short
 
+_KINDS = {
+    "system": "system prompt",
+    "developer": "developer prompt",
+    "user": "user message",
+    "assistant": "earlier answer",
+    "tool": "tool result",
+}
+_SHORT = 16  # characters; shorter texts may stand in a prompt by chance
 _BEFORE = 20  # characters that are shown before the place in which two texts part
 
 
@@ -300,15 +308,13 @@ def _call_problem(leaf: Leaf, spelled: str) -> str | None:
     path = leaf.path[3:] if leaf.path[2:3] == ("function",) else leaf.path[2:]
     if not path or path[0] not in ("name", "arguments"):
         return None  # an id, or what no template is asked to render
-    forms = _forms_in_text(leaf.text) if path != ("arguments",) else ()
-    if _spells(spelled, leaf.text, *forms):
+    text = leaf.text
+    forms: tuple[str, ...] = ()
+    if path != ("arguments",):  # a string inside arguments, as JSON spells it, or Python
+        forms = json_body(text, ensure_ascii=True), json_body(text, ensure_ascii=False), repr(text)[1:-1]
+    if _spells(spelled, text, *forms):
         return None
     return "content_changed" if spelled.strip() else "tool_call_dropped"
-
-
-def _forms_in_text(text: str) -> tuple[str, ...]:
-    """A string inside arguments as JSON spells it, or Python."""
-    return json_body(text, ensure_ascii=True), json_body(text, ensure_ascii=False), repr(text)[1:-1]
 
 
 def _shows(value: Any, target: str) -> bool:
@@ -321,3 +327,70 @@ def _shows(value: Any, target: str) -> bool:
     if value is None or isinstance(value, str):
         return True
     return json.dumps(value) in target or str(value) in target
+
+
+# What the prompts leave out -------------------------------------------------------------------------------------------
+
+# A server that is asked with the same messages builds the same context, so such examples are trained. But the answer
+# may be to what is left out, so it is counted and said.
+
+
+def left_out(
+    turns: Sequence[Turn],
+    messages: Sequence[Mapping[str, Any]],
+    starts: Sequence[int],
+    tools: Sequence[Any] | None,
+    forms: Forms,
+) -> tuple[str, ...]:
+    """The kinds of messages whose text is not in the prompts of the turns, and `tools`.
+
+    starts: the number of each message's first leaf, and of all leaves.
+    """
+    found: dict[str, None] = {}
+    shown = forms.texts | forms.one_part  # roles whose messages the template shows at all
+    if tools and not (
+        forms.tools and all(str(tool.get("function", tool).get("name")) in turns[0].prompt for tool in tools)
+    ):
+        found["tools"] = None
+    earlier, done, at = "", 0, 0
+    for turn in turns:
+        if not turn.prompt.startswith(earlier):
+            done, at = 0, 0
+        for k in range(done, turn.message):
+            role = messages[k]["role"]
+            for index in range(starts[k], starts[k + 1]):
+                leaf = turn.leaves[index]
+                text = _needed_text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
+                if not text:
+                    continue
+                place = turn.prompt.find(text, at)
+                if place >= 0 and (role in shown or len(text) >= _SHORT):
+                    at = place + len(text)
+                elif not _prompt_shows(turn, index, text, role in shown):
+                    found[_KINDS[role]] = None
+        earlier, done = turn.prompt, turn.message
+    return tuple(found)
+
+
+def _needed_text(leaf: Leaf, role: str, tags: Mapping[str, str]) -> str:
+    """What a prompt must hold of a content: it without the reasoning that history need not have."""
+    if leaf.path[-1] == "thinking":
+        return ""
+    block = reasoning.block_of(leaf.text, tags) if role == "assistant" else None
+    return (block.answer if block is not None and block.closed else leaf.text).strip()
+
+
+def _prompt_shows(turn: Turn, index: int, text: str, role_is_shown: bool) -> bool:
+    """Whether the prompt holds the text somewhere, as it is, in JSON, or with other white space."""
+    if len(text) >= _SHORT:
+        prompt = turn.prompt
+        if any(form in prompt for form in (text, json_body(text, True), json_body(text, False))):
+            return True
+        if "".join(text.split()) in "".join(prompt.split()):
+            return True
+        if not role_is_shown:
+            return False
+    try:
+        return bool(turn.prompt_marked().spelled(index).strip())
+    except Rejected:
+        return True  # not known

@@ -11,8 +11,8 @@ written out; that is tried on all of ASCII in the same way.
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from itertools import accumulate, chain
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 from unicodedata import is_normalized
 
@@ -24,21 +24,21 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _AROUND = ("{0}", "{0}{0}", "a{0}a", "A{0}A", "a{0}A", "1{0}1", " {0} ", "!{0}!", "a'{0}a", "\n{0}\n", "  {0}", "{0}1a")
 _MAX_WORDS = 100_000
 _LONGEST_WORD = 64  # characters; longer ones seldom come twice
-_HUGE = 2**20  # characters of a word, for which a tokenizer takes 150 bytes each, and 2 s
+_SHOWN = 24  # characters behind a boundary that the expression may look at; none in use looks further than one
 _LOOKS_BACK = ("(?<", "\\b", "\\B", "\\A", "\\G", "^")
-_SHOWN = 24  # characters after the boundary that the pattern may look at; none in use looks further than one
-_KEPT_BEHAVIORS = ("Isolated", "Removed")
+_HUGE = 2**20  # characters of a word, for which a tokenizer takes 150 bytes each, and 2 s
 
 
 class Words:
-    """`ids` for one tokenizer; always None where the tokenizer is not of the kind described above."""
+    """`ids` for one tokenizer; always None, as the pattern, where it is not of the kind described above."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._pattern: Any = None
+        self.pattern: Any = None
         self._ascii: Callable[[str], list[str]] | None = None
         self._not_ascii: set[str] = set()  # ASCII characters that `re` would cut otherwise
         self._same: set[str] = set()  # characters that both engines treat alike
         self._other: set[str] = set()
+        self._looks_back = True
         if not tokenizer.is_fast or any(
             token.normalized or token.lstrip or token.rstrip or token.single_word
             for token in tokenizer.added_tokens_decoder.values()
@@ -50,23 +50,15 @@ class Words:
         if source is None or normalizer not in (None, "NFC") or state["model"]["type"] != "BPE":
             return
         self._composed = normalizer == "NFC"
+        self._looks_back = any(sign in source.replace("[^", "") for sign in _LOOKS_BACK)
         self._pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
         self._ids_of = _Table(tokenizer.backend_tokenizer.model).__getitem__
         if not state["model"]["dropout"]:
-            self._pattern = _compiled(source)
-        if self._pattern is not None:
-            self._try_ascii(source)
-
-    def _try_ascii(self, source: str) -> None:
-        pattern = _ascii_pattern(source)
-        if pattern is not None:
-            self._ascii = pattern.findall
-            self._not_ascii = {chr(code) for code in range(128) if not self._alike(pattern, chr(code))}
-
-    @property
-    def known(self) -> bool:
-        """Whether the tokenizer cuts a text into words as described above."""
-        return self._pattern is not None
+            self.pattern = _compiled(source)
+        in_ascii = None if self.pattern is None else _ascii_pattern(source)
+        if in_ascii is not None:
+            self._ascii = in_ascii.findall
+            self._not_ascii = {chr(code) for code in range(128) if not self._alike(in_ascii, chr(code))}
 
     def ids(self, text: str) -> tuple[int, ...] | None:
         """The ids of a text without added tokens, as the tokenizer's; None if it has to be asked."""
@@ -75,25 +67,34 @@ class Words:
             return None
         return tuple(chain.from_iterable(map(self._ids_of, words)))
 
+    def part_at(self, before: str, after: str) -> bool:
+        """Whether the words of before + after are known to be those of `before` and then those of `after`.
+
+        Words are cut out from left to right. So it is enough that a word ends there although more text follows, and
+        that the expression does not look back. What it may look ahead at, white space and digits, is not decided here.
+        """
+        shown = after[:_SHOWN]
+        if not before:
+            return True
+        if self._looks_back or len(after) < _SHOWN or shown[0].isspace() or before[-1].isalnum():
+            return False
+        words, both = self._words(before), self._words(before + shown)
+        return words is not None and both is not None and both[: len(words)] == words
+
     def _words(self, text: str) -> list[str] | None:
         if self._ascii is not None and text.isascii() and (not self._not_ascii or self._not_ascii.isdisjoint(text)):
             return self._ascii(text)
-        if self._pattern is None or not (self._same.issuperset(text) or self._learn(text)):
+        if self.pattern is None or not (self._same.issuperset(text) or self._learn(text)):
             return None
         if self._composed and not is_normalized("NFC", text):
             return None
-        words: list[str] = self._pattern.findall(text)
+        words: list[str] = self.pattern.findall(text)
         return words
-
-    def ends(self, text: str) -> list[int] | None:
-        """Where the words of a text end; None where that is not known."""
-        words = self._words(text)
-        return None if words is None else list(accumulate(map(len, words)))
 
     def _learn(self, text: str) -> bool:
         """Try the characters of a text that were not met before; whether all of its characters are the same in both."""
         for character in set(text) - self._same - self._other:
-            (self._same if self._alike(self._pattern, character) else self._other).add(character)
+            (self._same if self._alike(self.pattern, character) else self._other).add(character)
         return self._other.isdisjoint(text)
 
     def _alike(self, pattern: Any, character: str) -> bool:
@@ -144,8 +145,10 @@ _SPELLED = _byte_level()
 
 def _word_pattern(state: dict[str, Any] | None) -> str | None:
     """The expression by which a pre-tokenizer cuts out words, if that is all it does."""
-    parts = _parts(state)
-    if parts is None or not parts or parts[-1]["type"] != "ByteLevel" or parts[-1]["add_prefix_space"]:
+    if state is None:
+        return None
+    parts: list[dict[str, Any]] = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    if not parts or parts[-1]["type"] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         return None
     if len(parts) == 1:
         return _GPT2 if parts[0]["use_regex"] else None
@@ -155,13 +158,6 @@ def _word_pattern(state: dict[str, Any] | None) -> str | None:
     whole = (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True))
     source: str | None = split["pattern"].get("Regex")
     return source if whole else None
-
-
-def _parts(state: dict[str, Any] | None) -> list[dict[str, Any]] | None:
-    if state is None:
-        return None
-    parts: Iterable[dict[str, Any]] = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    return list(parts)
 
 
 def _compiled(source: str) -> Any:
@@ -211,67 +207,3 @@ def _ascii_pattern(source: str) -> re.Pattern[str] | None:
         return re.compile(text, re.ASCII)
     except re.error:
         return None
-
-
-# Boundaries ----------------------------------------------------------------------------------------------------------
-
-
-class Boundaries:
-    """Between which two texts no token of a tokenizer can cross, whatever follows.
-
-    An answer is tokenised as a target on its own, and again as part of the next turn's context, behind the header of
-    its message (`assistant\\n`). If the tokenizer splits there anyway the second time gives the same tokens and can be
-    saved. Byte-level tokenizers split a text into words by a pattern, from left to right, and never join two words. So
-    if a word ends at the boundary although more text follows, and the pattern does not look back, the words after it
-    are those of the second text alone. The answer is "no" where this is not known to be so.
-    """
-
-    def __init__(self, tokenizer: Any, words: Words) -> None:
-        self._pre_tokenizer = None
-        self._words = words
-        self._composed = False
-        if not tokenizer.is_fast or any(token.normalized for token in tokenizer.added_tokens_decoder.values()):
-            return
-        backend = tokenizer.backend_tokenizer
-        normalizer = json.loads(backend.to_str())["normalizer"]
-        self._composed = normalizer is not None
-        if backend.pre_tokenizer is None or (self._composed and normalizer["type"] != "NFC"):
-            return
-        if _is_local(json.loads(backend.pre_tokenizer.__getstate__())):
-            self._pre_tokenizer = backend.pre_tokenizer
-
-    def between(self, before: str, after: str) -> bool:
-        """Whether the tokens of before + after are those of `before` and then those of `after`."""
-        if self._pre_tokenizer is None or not before:
-            return self._pre_tokenizer is not None
-        shown = after[:_SHOWN]
-        # Patterns look ahead over white space and over digits; and the end of a short text is no end of what may come.
-        if len(after) <= _SHOWN or shown[0].isspace() or before[-1].isalnum():
-            return False
-        if self._composed and not is_normalized("NFC", before + after):
-            return False
-        ends, alone = self._ends(before + shown), self._ends(before)
-        return ends[: len(alone)] == alone  # looking ahead may cut white space at the end of `before` otherwise
-
-    def _ends(self, text: str) -> list[int]:
-        ends = self._words.ends(text)
-        if ends is not None:
-            return ends
-        assert self._pre_tokenizer is not None
-        return [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(text)]
-
-
-def _is_local(state: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer splits from left to right by a pattern that does not look back, and adds nothing."""
-    kind: str = state["type"]
-    if kind == "Sequence":
-        return all(_is_local(part) for part in state["pretokenizers"])
-    if kind == "ByteLevel":
-        return state["add_prefix_space"] is False
-    if kind == "Split":
-        pattern = state["pattern"].get("Regex")
-        if pattern is None:
-            return state["behavior"] in _KEPT_BEHAVIORS
-        looks_back = any(sign in pattern.replace("[^", "") for sign in _LOOKS_BACK)
-        return state["behavior"] in _KEPT_BEHAVIORS and not (state["invert"] or looks_back)
-    return kind == "Digits"

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from preceptor.data.flat_files import FlatFile, forget, write_flat
+from preceptor.data.records import FlatFile, forget, write_flat
 from preceptor.errors import CheckpointError, DataError
 from preceptor.files import read_json, sha256_of, sync, writing
 

@@ -1,17 +1,101 @@
-"""The trees of a run: their lengths in memory, the trees where they are kept; statistics and fingerprint."""
+"""The trees of a run: which ones an epoch holds, the weight of their tokens, lengths, statistics, fingerprint.
+
+    step loss = sum_n  weight_n * loss_n  /  sum_n share_n           over the trained tokens of the step's sequences
+
+With `loss.reduction: token` every trained token has the share 1 and the divisor is their number. With `conversation` it
+has the share 1 / (trained tokens of its conversation), so a conversation's shares add up to 1, the divisor is the
+number of conversations, and a long answer counts as much as a short one. weight_n is the share times the token's own
+weight.
+
+Shares belong to the conversation, so they are given to its tree before trees are put together (equal prompts) or taken
+apart (one chain a sequence): then weights and divisor are right however the tokens are spread over sequences.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
+from preceptor.config import Source
 from preceptor.data.forest import Tree, has_branches
-from preceptor.data.mixture import Reduction, weigh
 from preceptor.data.prefix_sharing import Group, beginning_of, group_prefixes, joined
 from preceptor.data.records import DIGEST_BYTES, digest, encode
 from preceptor.data.table_trees import TableTrees
+from preceptor.errors import ConfigError
+
+_MOST_EXAMPLES = 10**8  # of a source in an epoch; their numbers take 400 MB
+_REPLAY = 1  # so that what is replayed is drawn apart from all else
+
+Reduction = Literal["token", "conversation"]
+
+# Which examples, and their weight -------------------------------------------------------------------------------------
+
+
+def weigh(tree: Tree, reduction: Reduction) -> Tree:
+    """The tree, which is one conversation, with its segments' weights times their share; share 0 if none is trained."""
+    if reduction == "token":
+        return tree
+    share = 1.0 / tree.num_trained if tree.num_trained else 0.0
+    return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
+
+
+def draw_replay(replay_N: np.ndarray, num_tuned: int, share: float, seed: int) -> np.ndarray:
+    """Which examples to replay, so that they have `share` of all trained tokens, within one example's length.
+
+    replay_N: trained tokens of each example. num_tuned: trained tokens beside them. share: over 0, under 1. A seeded
+    choice; no example is drawn again before all were.
+    """
+    wanted = share / (1.0 - share) * num_tuned
+    usable = np.flatnonzero(replay_N)
+    rng = np.random.default_rng([seed, _REPLAY])
+    drawn = [np.empty(0, np.int64)]
+    num_trained = 0
+    while len(usable) and num_trained < wanted:
+        order = rng.permutation(usable)
+        ends = np.cumsum(replay_N[order], dtype=np.int64)
+        num = int(np.searchsorted(ends, wanted - num_trained)) + 1
+        drawn.append(order[:num])
+        num_trained += int(ends[min(num, len(ends)) - 1])
+    return np.concatenate(drawn)
+
+
+def mix(numbers: Iterable[int], sources: Sequence[Source], seed: int) -> np.ndarray:
+    """The examples of an epoch, numbered source by source: each source's `weight` times, or `count` of them.
+
+    numbers: of each source's examples. Whole copies first, then a part of one that `seed` chooses, in the
+    order of the file. Raises ConfigError for more than an epoch can hold.
+    """
+    rng = np.random.default_rng(seed)
+    mixed = [np.empty(0, np.int32)]
+    start = 0
+    drawn = [(num, source, *_copies(source, num)) for num, source in zip(numbers, sources, strict=True)]
+    for place, (num_examples, source, copies, num_chosen) in enumerate(drawn):
+        num = copies * num_examples + num_chosen
+        if num > _MOST_EXAMPLES:
+            given = f"weight {source.weight:g}" if source.count is None else f"count {source.count:,}"
+            raise ConfigError(
+                f"{source.path}: {given} makes an epoch of {num:,} examples, more than {_MOST_EXAMPLES:,}; lower it"
+            )
+        whole = np.arange(start, start + num_examples, dtype=np.int32)
+        mixed += [whole] * copies
+        if any(chosen for *_, chosen in drawn[place:]):  # what is drawn later hangs on all draws before
+            mixed.append(whole[np.sort(rng.permutation(num_examples)[:num_chosen])])
+        start += num_examples
+    return np.concatenate(mixed)
+
+
+def _copies(source: Source, num_items: int) -> tuple[int, int]:
+    """How many whole copies of a source's items an epoch holds, and how many chosen items on top."""
+    if source.count is not None:
+        return divmod(source.count, num_items) if num_items else (0, 0)
+    copies, part = divmod(source.weight or 1.0, 1)
+    return int(copies), round(part * num_items)
+
+
+# Trees by number ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -21,7 +105,7 @@ class TreeStore:
     Memory holds 8 bytes for each tree of the tables, and 4 for each of the epoch.
     """
 
-    tables: tuple[TableTrees, ...]
+    tables: Sequence[TableTrees]
     chosen_N: np.ndarray
     reduction: Reduction = "token"
 
@@ -45,17 +129,7 @@ class TreeStore:
 
     def array(self, name: str) -> np.ndarray:
         """One of the tables' arrays, over the trees of the epoch."""
-        return self._of_epoch([table.load(name) for table in self.tables])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._of_epoch([table.length_N for table in self.tables])
-
-    @property
-    def num_trained(self) -> np.ndarray:
-        return self._of_epoch([table.trained_N for table in self.tables])
-
-    def _of_epoch(self, per_table: Sequence[np.ndarray]) -> np.ndarray:
+        per_table = [table.load(name) for table in self.tables]
         found = per_table[0] if len(per_table) == 1 else np.concatenate(per_table)
         return found if self._takes_all else found[self.chosen_N]
 
@@ -84,18 +158,18 @@ class MemoryTrees:
 
     def __init__(self, trees: Sequence[Tree]) -> None:
         self._trees = trees
-        self.lengths = np.array([tree.num_tokens for tree in trees], np.int64)
-        self.num_trained = np.array([tree.num_trained for tree in trees], np.int64)
 
     def tree(self, index: int) -> Tree:
         return self._trees[index]
 
     def array(self, name: str) -> np.ndarray:
-        if name == "branches":
-            return np.array([has_branches(tree) for tree in self._trees], np.uint8)
-        assert name == "digests", name
-        digests = b"".join(digest(encode(tree)) for tree in self._trees)
-        return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+        if name == "digests":
+            digests = b"".join(digest(encode(tree)) for tree in self._trees)
+            return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+        of_tree = {"lengths": lambda t: t.num_tokens, "trained": lambda t: t.num_trained, "branches": has_branches}[
+            name
+        ]
+        return np.array([of_tree(tree) for tree in self._trees], np.int64)
 
     @property
     def token_ids(self) -> set[int]:
@@ -115,7 +189,7 @@ class Dataset:
     def __init__(self, trees: Sequence[Tree] | TreeStore, groups: Sequence[int | Group] | None = None) -> None:
         self._store = trees if isinstance(trees, TreeStore) else MemoryTrees(trees)
         self._groups = groups
-        length_N, trained_N = self._store.lengths, self._store.num_trained
+        length_N, trained_N = self._store.array("lengths"), self._store.array("trained")
         self.num_ungrouped_tokens = int(length_N.sum(dtype=np.int64))
         if groups is not None:
             length_N, trained_N = _of_groups(groups, length_N, trained_N)

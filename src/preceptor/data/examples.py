@@ -104,6 +104,13 @@ class Document:
 Example = Conversation | Completion | Document
 
 
+def num_characters(example: Example) -> int:
+    """Of the texts of an example, without tools."""
+    if isinstance(example, Conversation):
+        return sum(len(message.content) + len(message.reasoning_content) for message in example.messages)
+    return len(example.text) if isinstance(example, Document) else len(example.prompt) + len(example.completion)
+
+
 def read_message(raw: object, where: str) -> Message | str:
     """One message of a file -> Message, or "code: sentence" saying why not."""
     if not isinstance(raw, dict):

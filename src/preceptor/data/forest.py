@@ -36,7 +36,7 @@ class Segment:
     parent: int | None  # index, in the tree, of the segment that it continues; None: root
     text: str = ""
     weight: float = 1.0  # by which the loss of each of its tokens counts
-    share: float = 1.0  # what each of its tokens adds to the divisor of the loss (mixture.py)
+    share: float = 1.0  # what each of its tokens adds to the divisor of the loss (dataset.py)
     message: int | None = None  # which message of its conversation a target is a part of; None: context, plain text
 
 
@@ -118,6 +118,37 @@ def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
 def path_lengths(tree: Tree) -> list[int]:
     """The tokens of each path from root to leaf."""
     return [sum(len(tree.segments[index].ids) for index in path) for path in leaf_paths(tree)]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedTurn:
+    """One assistant message: the tokens that a server feeds, and those that the model must generate.
+
+    message: its index among the messages. target: ends with the token at which a server stops.
+    """
+
+    message: int
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+    context_text: str
+    target_text: str
+
+
+def turns_of(tree: Tree) -> tuple[RenderedTurn, ...]:
+    """The turns of a tree. A target stands in several segments where a later context shares only its beginning."""
+    of_message: dict[int, list[int]] = {}
+    for index, segment in enumerate(tree.segments):
+        if segment.message is not None:
+            of_message.setdefault(segment.message, []).append(index)
+    paths = {index: path[: place + 1] for path in leaf_paths(tree) for place, index in enumerate(path)}
+    turns = []
+    for message, indices in sorted(of_message.items()):
+        path = paths[indices[-1]]
+        before = path[: path.index(indices[0])]
+        whole, context = path_ids(tree, indices[-1]), path_ids(tree, before[-1] if before else None)
+        texts = ["".join(tree.segments[index].text for index in part) for part in (before, path[len(before) :])]
+        turns.append(RenderedTurn(message, context, whole[len(context) :], *texts))
+    return tuple(turns)
 
 
 @dataclass(frozen=True, slots=True)

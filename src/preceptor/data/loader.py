@@ -135,7 +135,7 @@ class Loader:
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
         """The sequences of step 0, 1, 2, ...; with several processes those of one of them."""
         of_rank = self._planned(step, rank, num_ranks)
-        return [packed for planned in of_rank for packed in pack(self.trees(planned), self.alone)]
+        return [packed for planned in of_rank for packed in pack(self._dataset.trees(planned), self.alone)]
 
     def sources(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, ...]]:
         """The examples, `file:line`, of each sequence of `batch`."""
@@ -152,7 +152,7 @@ class Loader:
         epoch, within = divmod(step, self.steps_per_epoch)
         epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
-        batch = self.plan(epoch, start, end)
+        batch = self._plans.sequences(epoch, start, end)
         dealt = deal([int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch], num_ranks)
         return [batch[at] for at in dealt[rank]]
 

@@ -1,4 +1,6 @@
-"""Trees as records: the bytes in which rendered trees are kept, in memory and on disk.
+"""Rendered trees as bytes, in memory and on disk: a record for each tree, and files of arrays that hold the records.
+
+A record is
 
     head      5 numbers: segments, bytes of the texts, of the rest, and whether there are weights and texts
     segments  kind, parent, number of tokens and message of each; -1 stands for none
@@ -7,24 +9,42 @@
     texts     of the segments, where they are kept
     rest      what the template's switch was set to and what it left out, as JSON, where there is any
 
-A record says nothing of where its example stands, so the same conversation has the same record in every file.
+It says nothing of where its example stands, so the same conversation has the same record in every file.
+
+A *flat file* holds arrays and a JSON object, is read in parts and checked by hashes:
+
+    array │ array │ ... │ JSON: what the caller says of them; type, shape, place and SHA-256 of each │ its size and hash
+
+The end is written last and checked first, so a file that is cut or was never finished is known at once. An array is
+checked when it is read as a whole. Parts are read by position and not mapped: no page of them counts as memory of this
+process, and a file that shrinks is an error and no signal.
 """
 
 import hashlib
 import json
+import os
 import struct
 from array import array
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 
 from preceptor.data.forest import Segment, Tree
+from preceptor.errors import DataError
 
 DIGEST_BYTES = 16
 _HEAD = struct.Struct("<5i")
-_KINDS = ("context", "target")
+_END = struct.Struct("<Q32s8s")  # of a flat file
+_MAGIC = b"FLATv001"
+_OPEN_FILES = 64
 
 
 def encode(tree: Tree, with_texts: bool = False) -> bytes:
-    """The record of a tree that has not been weighed (mixture.py)."""
+    """The record of a tree that has not been weighed (dataset.py)."""
     segments = tree.segments
     about = array("i")
     for s in segments:
@@ -78,3 +98,152 @@ def decode(record: bytes, source: str) -> Tree:
 def digest(record: bytes) -> bytes:
     """16 bytes by which a damaged record is known; for records without texts the same where the tree is the same."""
     return hashlib.blake2b(record, digest_size=DIGEST_BYTES).digest()
+
+
+# Flat files ----------------------------------------------------------------------------------------------------------
+
+
+class Arrays(Protocol):
+    """Arrays by name, in memory or in a file, and what was said of them."""
+
+    @property
+    def about(self) -> Mapping[str, Any]: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def load(self, name: str) -> np.ndarray:
+        """A whole array. Raises DataError if it is damaged."""
+
+    def rows(self, name: str, start: int, end: int) -> np.ndarray:
+        """Some rows of an array. Raises DataError if they cannot be read."""
+
+
+class MemoryArrays:
+    """Arrays that are held in memory."""
+
+    def __init__(self, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        self.about, self._arrays = about, arrays
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
+
+    def load(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def rows(self, name: str, start: int, end: int) -> np.ndarray:
+        return self._arrays[name][start:end]
+
+
+class FlatFile:
+    """A flat file, opened for reading. Raises DataError for one that is cut, damaged at its end, or not there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                end = file.seek(0, os.SEEK_END) - _END.size
+                file.seek(max(0, end))
+                size, sha256, magic = _END.unpack(file.read(_END.size))
+                if magic != _MAGIC or size > end:
+                    raise ValueError
+                file.seek(end - size)
+                head = file.read(size)
+        except (OSError, ValueError, struct.error):
+            raise self._damaged("it is cut or cannot be read") from None
+        if hashlib.sha256(head).digest() != sha256:
+            raise self._damaged("its end is not what was written")
+        found = json.loads(head)
+        self.about: Mapping[str, Any] = found["about"]
+        self._arrays: Mapping[str, tuple[str, list[int], int, str]] = found["arrays"]
+        if end - size != found["num_bytes"]:
+            raise self._damaged("it is cut")
+        self.num_bytes = end + _END.size
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
+
+    def load(self, name: str) -> np.ndarray:
+        kind, shape, offset, sha256 = self._arrays[name]
+        array = np.empty(shape, kind)
+        view, at = _bytes_of(array), 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while at < len(view) and (num := file.readinto(view[at:])):
+                    at += num
+        except OSError as error:
+            raise self._damaged(str(error)) from None
+        if hashlib.sha256(view).hexdigest() != sha256:
+            raise self._damaged(f"its {name} are not what was written")
+        return array
+
+    def rows(self, name: str, start: int, end: int) -> np.ndarray:
+        kind, shape, offset, _ = self._arrays[name]
+        width = int(np.dtype(kind).itemsize * np.prod(shape[1:], dtype=np.int64))
+        found = _files.read(self.path, offset + start * width, (end - start) * width)
+        if len(found) != (end - start) * width:
+            raise self._damaged("it is cut")
+        return np.frombuffer(found, kind).reshape(end - start, *shape[1:])
+
+    def _damaged(self, how: str) -> DataError:
+        return DataError(f"{self.path}: {how}")
+
+
+class _OpenFiles:
+    """The files that were read last, kept open."""
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Raises DataError where the file is not there; fewer bytes where it ends before."""
+        if self._process != os.getpid():  # forked: a descriptor that its parent closes stays open here
+            self._descriptors.clear()
+            self._process = os.getpid()
+        try:
+            descriptor = self._descriptors.pop(path, None)
+            if descriptor is None:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[path] = descriptor
+            if len(self._descriptors) > _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            return os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    def forget(self, path: Path) -> None:
+        """Close a file that is replaced."""
+        descriptor = self._descriptors.pop(path, None)
+        if descriptor is not None and self._process == os.getpid():
+            os.close(descriptor)
+
+
+_files = _OpenFiles()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return memoryview(array.data).cast("B") if array.size else memoryview(b"")
+
+
+def forget(path: Path) -> None:
+    """To be called when a file is replaced or removed that may be open for reading."""
+    _files.forget(path)
+
+
+def write_flat(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises OSError, and TypeError for an `about` that is no JSON."""
+    described = {}
+    with path.open("xb") as file:
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            content = _bytes_of(array)
+            described[name] = (array.dtype.str, list(array.shape), file.tell(), hashlib.sha256(content).hexdigest())
+            file.write(content)
+        num_bytes = file.tell()
+        head = json.dumps({"about": about, "arrays": described, "num_bytes": num_bytes}).encode()
+        file.write(head)
+        file.write(_END.pack(len(head), hashlib.sha256(head).digest(), _MAGIC))

@@ -66,7 +66,7 @@ class OpenSource:
 
     def entries(self) -> Iterator[Entry]:
         """Each example, with its table and format. Raises DataError as `examples`."""
-        first, rest = self._begun or ([], self._read())
+        first, rest = self._begun or ([], chain.from_iterable(map(self.entries_of, self.tables)))
         self._begun = None
         return chain(first, rest)
 
@@ -75,16 +75,13 @@ class OpenSource:
         if self.is_pipe:
             return []  # another process reads it
         if self._begun is None:
-            rest = self._read()
+            rest = self.entries()
             self._begun = list(islice(rest, _FIRST)), rest
         return [entry.example for entry in self._begun[0]]
 
     def close(self) -> None:
         """Forget what `peek` has read; `entries` begins at the start."""
         self._begun = None
-
-    def _read(self) -> Iterator[Entry]:
-        return chain.from_iterable(map(self.entries_of, self.tables))
 
     def entries_of(self, table: DataTable) -> Iterator[Entry]:
         """Each example of one of the tables. Raises DataError as `examples`."""

@@ -25,7 +25,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,12 +39,12 @@ from typing import Any
 from preceptor.config import Source
 from preceptor.console import say
 from preceptor.data.cache import Cache
-from preceptor.data.flat_files import FlatFile, MemoryArrays, write_flat
-from preceptor.data.rendered import digest_of_content, rendered_examples
+from preceptor.data.reading import digest_of_content, rendered_examples
+from preceptor.data.records import FlatFile, MemoryArrays, write_flat
 from preceptor.data.sources import Entry, OpenSource
-from preceptor.data.table_trees import ExampleCounts, TableBuilder, TableTrees
+from preceptor.data.table_trees import TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
-from preceptor.data.workers import ExampleRenderer, start_method
+from preceptor.data.workers import start_method
 from preceptor.errors import PreceptorError, ProcessError, StreamError
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
@@ -73,22 +73,18 @@ def window_shares(sources: Sequence[Source], size: int, number: int = 0) -> list
 class WindowReader:
     """Reads sources as windows of `size` examples, from the first on. It can be pickled before it has read.
 
-    Examples of files that are known by their content go through the cache. new_counts, whole: as `TableReader`.
+    Examples of files that are known by their content go through the cache.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
         size: int,
-        renderer: ExampleRenderer,
         fitter: Fitter,
-        new_counts: Callable[[], ExampleCounts],
-        whole: bool,
         cache: Path | None = None,
         num_processes: int = 1,
     ) -> None:
-        self._sources, self._size, self._renderer, self._fitter = sources, size, renderer, fitter
-        self._new_counts, self._whole, self._num_processes = new_counts, whole, num_processes
+        self._sources, self._size, self._fitter, self._num_processes = sources, size, fitter, num_processes
         self._cache_folder = cache
         self._read: list[tuple[Iterator[Entry], Cache | None]] | None = None
         self._ended = ""
@@ -99,10 +95,10 @@ class WindowReader:
         number, start = self._begin(), self._num_read
         builders: dict[str, TableBuilder] = {}
         for entries, cache in self._next_entries(number):
-            for example in rendered_examples(entries, self._renderer, self._fitter, self._num_processes, cache):
+            for example in rendered_examples(entries, self._fitter, self._num_processes, cache):
                 table = example.entry.table
                 if table not in builders:
-                    builders[table] = TableBuilder(table, self._fitter, self._new_counts(), self._whole)
+                    builders[table] = TableBuilder(table, self._fitter)
                 builders[table].add(example._replace(stored=None))  # a window holds all that it needs
         self._require_whole(number)
         tables = [builder.built() for builder in builders.values()]

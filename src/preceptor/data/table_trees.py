@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from preceptor.data.cache import Cache
 from preceptor.data.examples import Example, Rejection
-from preceptor.data.flat_files import Arrays, FlatFile, MemoryArrays
 from preceptor.data.forest import Tree, has_branches, path_lengths, turn_lengths
-from preceptor.data.records import DIGEST_BYTES, decode, digest, encode
-from preceptor.data.rendered import RenderedExample, StoredRecord
+from preceptor.data.records import DIGEST_BYTES, Arrays, FlatFile, MemoryArrays, decode, digest, encode
+from preceptor.data.sources import Entry
 from preceptor.data.truncation import Fitter, Shortened
+from preceptor.data.workers import Targets
 from preceptor.errors import DataError
 
 _PLACE = re.compile(r"(:|:row )(\d+)(?: \(part (\d+) of (\d+)\))?")
@@ -34,13 +34,23 @@ _POINTER = 6  # numbers of a tree's pointer: portion, offset, size, row, part, p
 _OWN = -1  # instead of the number of a portion: the table's own records
 
 
-class ExampleCounts(Protocol):
-    """What is counted of the examples that are trained, beside their trees: `chat.trained_counts.TrainedCounts`."""
+class StoredRecord(NamedTuple):
+    """Where the record of a tree is; of no bytes for an example that is rejected."""
 
-    def add(self, example: Example, tree: Tree) -> None: ...
+    portion: str
+    num_portion_bytes: int
+    offset: int
+    size: int
+    digest: bytes
 
-    def of_table(self, name: str) -> Any:
-        """All counts as values that JSON can spell, without the name of the table whose examples were counted."""
+
+class RenderedExample(NamedTuple):
+    """An entry, what of it was rendered (a Rejection is not), the outcome, and where its record is kept, if it is."""
+
+    entry: Entry
+    content: Example | Rejection
+    outcome: Tree | Rejection
+    stored: StoredRecord | None
 
 
 class TableTrees:
@@ -51,8 +61,7 @@ class TableTrees:
         self.name, self.about = name, arrays.about
         self._arrays, self._portion_path = arrays, portion_path
         self._portions: dict[int, FlatFile] = {}
-        self.length_N = arrays.load("lengths")
-        self.trained_N = arrays.load("trained")
+        self._kept = {name: arrays.load(name) for name in ("lengths", "trained")}
 
     @classmethod
     def opened(cls, name: str, file: FlatFile, cache: Cache) -> "TableTrees | None":
@@ -64,7 +73,7 @@ class TableTrees:
             return None
 
     def __len__(self) -> int:
-        return len(self.length_N)
+        return len(self._kept["lengths"])
 
     def tree(self, number: int) -> Tree:
         portion, offset, size, row, part, parts = self._arrays.rows("pointers", number, number + 1)[0].tolist()
@@ -78,7 +87,7 @@ class TableTrees:
 
     def load(self, name: str) -> np.ndarray:
         """One of the arrays, as a whole."""
-        return self._arrays.load(name)
+        return self._kept[name] if name in self._kept else self._arrays.load(name)
 
     def _portion(self, number: int) -> FlatFile:
         if number not in self._portions:
@@ -108,9 +117,8 @@ def _removed(path: Path) -> DataError:
 class TableBuilder:
     """Takes the rendered examples of a table and makes its TableTrees."""
 
-    def __init__(self, name: str, fitter: Fitter, counts: ExampleCounts, whole: bool) -> None:
-        """whole: prompts are trained too, so a sample is a conversation and not a turn."""
-        self._name, self._fitter, self._counts, self._whole = name, fitter, counts, whole
+    def __init__(self, name: str, fitter: Fitter) -> None:
+        self._name, self._fitter, self._counts = name, fitter, fitter.renderer.new_counts()
         self._pointers, self._digests, self._records = array("q"), bytearray(), bytearray()
         self._lengths, self._trained, self._samples = array("i"), array("i"), array("q")
         self._targets, self._num_targets, self._branches = array("i"), array("i"), bytearray()
@@ -151,7 +159,7 @@ class TableBuilder:
         self._digests += stored.digest
         self._lengths.append(tree.num_tokens)
         self._trained.append(tree.num_trained)
-        self._samples.append(num_sample_tokens(tree, self._whole))
+        self._samples.append(num_sample_tokens(tree, self._fitter.renderer.targets))
         targets = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
         self._targets.extend(targets)
         self._num_targets.append(len(targets))
@@ -196,6 +204,6 @@ class TableBuilder:
         return TableTrees(self._name, built, None if cache is None else cache.portion_path)
 
 
-def num_sample_tokens(tree: Tree, whole: bool) -> int:
-    """Tokens of the tree as one sample for each turn; whole: as one sample for each of its conversations."""
-    return sum(path_lengths(tree) if whole else map(sum, turn_lengths(tree)))
+def num_sample_tokens(tree: Tree, targets: Targets) -> int:
+    """Tokens of the tree as one sample for each turn; where prompts are trained too, for each of its conversations."""
+    return sum(path_lengths(tree) if targets == "all" else map(sum, turn_lengths(tree)))

@@ -23,7 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import (
+    Completion,
+    Conversation,
+    Example,
+    Message,
+    Rejection,
+    num_characters,
+    trainable_turns,
+)
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.workers import ExampleRenderer
 
@@ -66,12 +74,6 @@ class Shortened:
 _CHARACTERS_OF_A_TOKEN = 100  # more than any text has on average
 
 
-def _num_characters(example: Example) -> int:
-    if isinstance(example, Conversation):
-        return sum(len(message.content) + len(message.reasoning_content) for message in example.messages)
-    return len(example.text) if isinstance(example, Document) else len(example.prompt) + len(example.completion)
-
-
 class Fitter:
     """Makes examples fit into `max_length` tokens; counts in `shortened` what it did.
 
@@ -81,7 +83,7 @@ class Fitter:
     def __init__(
         self, renderer: ExampleRenderer, max_length: int, overflow: Overflow, num_positions: int | None = None
     ) -> None:
-        self._renderer = renderer
+        self.renderer = renderer
         self._of_model = num_positions is not None and num_positions < max_length
         self._max_length = min(max_length, num_positions or max_length)
         self._overflow = overflow
@@ -96,7 +98,7 @@ class Fitter:
         """The example, or its rejection where it cannot be short enough: tokenising takes 200 bytes a character."""
         if isinstance(example, Rejection) or self._overflow != "reject":
             return example
-        num, most = _num_characters(example), _CHARACTERS_OF_A_TOKEN * self._max_length
+        num, most = num_characters(example), _CHARACTERS_OF_A_TOKEN * self._max_length
         return example if num <= most else self._rejection(example, f"it has {num:,} characters", "or split the text")
 
     def fit(self, example: Example | Rejection, tree: Tree | Rejection) -> list[ExampleTree] | Rejection:
@@ -109,7 +111,7 @@ class Fitter:
         if self._overflow == "reject":
             return self._rejection(example, f"it has {tree.num_tokens:,} tokens", "or set data.overflow")
         done = Shortened()
-        if isinstance(example, Conversation) and not (self._overflow == "split" and self._renderer.targets == "all"):
+        if isinstance(example, Conversation) and not (self._overflow == "split" and self.renderer.targets == "all"):
             found = self._split(example, done) if self._overflow == "split" else self._truncate(example, done)
         elif isinstance(example, Completion):
             found = self._cut(example, done)
@@ -195,13 +197,13 @@ class Fitter:
     def _turns(self, example: Conversation) -> list[int]:
         """The messages that the renderer trains."""
         turns = trainable_turns(example.messages)
-        return turns[-1:] if self._renderer.targets == "last" else turns
+        return turns[-1:] if self.renderer.targets == "last" else turns
 
     def _candidate(self, example: Conversation, kept: Sequence[int], trained: Sequence[int]) -> ExampleTree | None:
         return self._rendered(_kept(example, kept, trained))
 
     def _rendered(self, example: Example) -> ExampleTree | None:
-        tree = self._renderer.render(example)
+        tree = self.renderer.render(example)
         return None if isinstance(tree, Rejection) else (example, tree)
 
     def _fits(self, candidate: ExampleTree | None, most_tokens: int | None = None) -> bool:

@@ -10,7 +10,7 @@ rendered by then, and the calling process goes on by itself until they are ready
                  │     └─────┴ sent to other processes, at most _BACKLOG each
                  └ the first not handed out yet: what is done behind it waits
 
-What is sent either way is packed: examples and trees as tuples, ids as one array. As with anything that starts
+What is sent either way is packed: examples as tuples, trees as their records. As with anything that starts
 processes, the script that calls this must be importable: its own work belongs under `if __name__ == "__main__"`.
 """
 
@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 import warnings
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,13 +29,15 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from typing import Any, Literal, Protocol, TypeVar
 
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection
-from preceptor.data.forest import Segment, Tree
+from preceptor.data.examples import Conversation, Example, Message, Rejection, num_characters
+from preceptor.data.forest import Tree
+from preceptor.data.records import decode, encode
 from preceptor.errors import PreceptorError
 
 T = TypeVar("T", bound=Example | Rejection)
 Outcomes = list[Tree | Rejection]
-Packed = tuple[bytes, list[Any]]  # the ids of all segments; of each tree all else, or a rejection
+Targets = Literal["assistant", "last", "all"]
+Sent = list[tuple[str, bytes] | Rejection]  # place and record of each tree, which is faster to send than the objects
 
 _CHUNK_CHARACTERS = 1 << 18  # some 0.05 s of rendering: sending it costs little, and a progress bar still moves
 _SMALL_CHARACTERS = {"fork": 1 << 19, "spawn": 1 << 22}  # rendered in the time in which another process starts
@@ -47,16 +48,31 @@ _SWITCH_SECONDS = 2e-4  # in which the pool's threads get their turn, which send
 _BACKLOG = 3  # chunks that another process has before it: one that it renders, two on their way
 
 
+class ExampleCounts(Protocol):
+    """What is counted of the examples that are trained, beside their trees: `chat.counts.TrainedCounts`."""
+
+    def add(self, example: Example, tree: Tree) -> None: ...
+
+    def of_table(self, name: str) -> Any:
+        """All counts as values that JSON can spell, without the name of the table whose examples were counted."""
+
+    def include(self, counted: Any, name: str) -> None:
+        """Add what `of_table` gave, for a table of this name."""
+
+
 class ExampleRenderer(Protocol):
     """What makes trees of examples: `chat.render.Renderer`. It can be pickled."""
 
-    targets: Literal["assistant", "last", "all"]
+    targets: Targets
 
     @property
     def key(self) -> str | None:
         """A hash of everything that rendering depends on but the example; None where that cannot be told."""
 
     def render(self, example: Example) -> Tree | Rejection: ...
+
+    def new_counts(self) -> ExampleCounts:
+        """Of no examples yet."""
 
 
 def render_all(
@@ -74,7 +90,7 @@ def render_all(
     if num_processes > 1:
         for chunk in chunks:
             first.append(chunk)
-            num_characters += sum(map(characters_in, chunk))
+            num_characters += sum(map(cost_of, chunk))
             if num_characters >= _SMALL_CHARACTERS[method]:
                 break
     chunks = chain(first, chunks)
@@ -116,15 +132,15 @@ def _shared_out(
         # process runs (Python, Jinja, regex, tokenizers told to use no threads) asks nothing of them.
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
         ready = pool.submit(_ready)
-    pending: deque[tuple[list[T], Future[Packed] | Outcomes]] = deque()
+    pending: deque[tuple[list[T], Future[Sent] | Outcomes]] = deque()
     for chunk in chunks:
-        num_running = sum(isinstance(outcomes, Future) and not outcomes.done() for _, outcomes in pending)
+        num_running = sum(_runs(outcomes) for _, outcomes in pending)
         if ready.done() and num_running < _BACKLOG * num_workers:
             ready.result()
             pending.append((chunk, pool.submit(_render_chunk, [_as_sent(example) for example in chunk])))
         else:
             pending.append((chunk, _outcomes(renderer, chunk)))
-        while pending and (len(pending) > 2 * _BACKLOG * num_workers or _is_done(pending[0][1])):
+        while pending and (len(pending) > 2 * _BACKLOG * num_workers or not _runs(pending[0][1])):
             yield _taken(*pending.popleft())
     while pending:
         yield _taken(*pending.popleft())
@@ -135,21 +151,21 @@ def start_method() -> Literal["fork", "spawn"]:
     if sys.platform != "linux" or threading.active_count() > 1:
         return "spawn"
     torch = sys.modules.get("torch")
-    if torch is not None and (torch.cuda.is_initialized() or _has_process_group(torch)):
-        return "spawn"
-    return "fork"
+    if torch is None:
+        return "fork"
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "spawn" if torch.cuda.is_initialized() or has_group else "fork"
 
 
-def _has_process_group(torch: Any) -> bool:
-    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+def _runs(outcomes: Future[Sent] | Outcomes) -> bool:
+    return isinstance(outcomes, Future) and not outcomes.done()
 
 
-def _is_done(outcomes: Future[Packed] | Outcomes) -> bool:
-    return not isinstance(outcomes, Future) or outcomes.done()
-
-
-def _taken(chunk: list[T], outcomes: Future[Packed] | Outcomes) -> tuple[list[T], Outcomes]:
-    return chunk, unpacked(outcomes.result()) if isinstance(outcomes, Future) else outcomes
+def _taken(chunk: list[T], outcomes: Future[Sent] | Outcomes) -> tuple[list[T], Outcomes]:
+    if not isinstance(outcomes, Future):
+        return chunk, outcomes
+    sent = outcomes.result()
+    return chunk, [each if isinstance(each, Rejection) else decode(each[1], each[0]) for each in sent]
 
 
 def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
@@ -168,7 +184,7 @@ def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
     num_characters = 0
     for example in examples:
         chunk.append(example)
-        num_characters += characters_in(example)
+        num_characters += cost_of(example)
         if num_characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, num_characters = [], 0
@@ -176,16 +192,9 @@ def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
         yield chunk
 
 
-def characters_in(example: Example | Rejection) -> int:
-    """About how much there is to render."""
-    num = _EXAMPLE_CHARACTERS
-    if isinstance(example, Conversation):
-        num += sum(len(message.content) for message in example.messages)
-    elif isinstance(example, Completion):
-        num += len(example.prompt) + len(example.completion)
-    elif isinstance(example, Document):
-        num += len(example.text)
-    return num
+def cost_of(example: Example | Rejection) -> int:
+    """About how many characters there are to render."""
+    return _EXAMPLE_CHARACTERS + (0 if isinstance(example, Rejection) else num_characters(example))
 
 
 def _as_sent(example: Example | Rejection) -> Any:
@@ -201,40 +210,6 @@ def _as_given(sent: Any) -> Example | Rejection:
         return sent  # type: ignore[no-any-return]
     source, messages, tools, kwargs = sent
     return Conversation(source, tuple([Message(*message) for message in messages]), tools, kwargs)
-
-
-def packed(outcomes: Sequence[Tree | Rejection]) -> Packed:
-    """Trees as they are sent: twice as fast to send and to read as the objects."""
-    ids = array("I")
-    rest: list[Any] = []
-    for outcome in outcomes:
-        if isinstance(outcome, Tree):
-            for segment in outcome.segments:
-                ids.extend(segment.ids)
-            about = [(s.kind, len(s.ids), s.parent, s.text, s.weight, s.message) for s in outcome.segments]
-            rest.append((outcome.source, about, outcome.switched, outcome.left_out))
-        else:
-            rest.append(outcome)
-    return ids.tobytes(), rest
-
-
-def unpacked(sent: Packed) -> Outcomes:
-    """The outcomes that were packed."""
-    ids = array("I")
-    ids.frombytes(sent[0])
-    all_ids, at = ids.tolist(), 0
-    outcomes: Outcomes = []
-    for item in sent[1]:
-        if isinstance(item, Rejection):
-            outcomes.append(item)
-            continue
-        segments = []
-        for kind, length, parent, text, weight, message in item[1]:
-            ids_of_one = tuple(all_ids[at : at + length])
-            segments.append(Segment(kind, ids_of_one, parent, text, weight, message=message))
-            at += length
-        outcomes.append(Tree(item[0], tuple(segments), item[2], item[3]))
-    return outcomes
 
 
 # In the other processes
@@ -263,5 +238,6 @@ def _ready() -> None:
     """Runs as soon as one process has begun."""
 
 
-def _render_chunk(chunk: Sequence[Any]) -> Packed:
-    return packed(_outcomes(_renderer, [_as_given(sent) for sent in chunk]))
+def _render_chunk(chunk: Sequence[Any]) -> Sent:
+    outcomes = _outcomes(_renderer, [_as_given(sent) for sent in chunk])
+    return [each if isinstance(each, Rejection) else (each.source, encode(each, with_texts=True)) for each in outcomes]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from preceptor.chat.growing_tree import shared_length
+from preceptor.chat.origins import shared_length
 from preceptor.chat.token_text import spans
 from preceptor.config.code import OwnFunction
 from preceptor.data.forest import Segment, Tree

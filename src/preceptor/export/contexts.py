@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format, load_trained_format
 from preceptor.data.examples import Conversation, Example, Rejection
-from preceptor.data.rendered_turns import RenderedTurn, turns_of
+from preceptor.data.forest import RenderedTurn, turns_of
 from preceptor.data.sources import OpenSource, open_sources
 from preceptor.errors import PreceptorError
 from preceptor.export.source import ExportSource

@@ -17,21 +17,22 @@ from typing import Any
 import numpy as np
 
 from preceptor import config
+from preceptor.chat.counts import TrainedCounts, left_out_lines, thinking_lines
 from preceptor.chat.format import load_chat_format
-from preceptor.chat.left_out import LeftOut, left_out_lines
-from preceptor.chat.thinking import Switch, TrainedArguments, arguments_lines
+from preceptor.chat.thinking import Switch
 from preceptor.console import example_progress
+from preceptor.data.dataset import mix
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
 from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
-from preceptor.data.mixture import mix
 from preceptor.data.reading import read_trees
 from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import Entry, open_sources, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
+from preceptor.data.workers import Targets
 from preceptor.inspect.template import asks_for_answers
 
 _FIRST_PLACES = 5
@@ -97,8 +98,7 @@ class Check:
     tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
-    left_out: LeftOut = field(default_factory=LeftOut)
-    arguments: TrainedArguments = field(default_factory=lambda: TrainedArguments(Switch(), {}))
+    counts: TrainedCounts = field(default_factory=lambda: TrainedCounts(Switch(), {}))
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
     has_conversations: bool = False
@@ -109,8 +109,8 @@ class Check:
         """Whether an example is left to train and the run file allows every rejection."""
         return self.rejections.num_not_allowed == 0 and len(self.train) > 0
 
-    def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, whole: bool) -> None:
-        """Count one entry of the part `train` or `eval`, with its trees or rejection. whole: as in `count_tree`."""
+    def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, targets: Targets) -> None:
+        """Count one entry of the part `train` or `eval`, with its trees or rejection."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
         table.num_examples += 1
         table.formats[entry.format] += 1
@@ -122,22 +122,21 @@ class Check:
             table.num_tokens += tree.num_tokens
             table.num_trained += tree.num_trained
             if part == "train":
-                self.count_tree(tree, whole)
-                self.arguments.add(example, tree)
-                self.left_out.add(tree)
+                self.count_tree(tree, targets)
+                self.counts.add(example, tree)
         assert not isinstance(entry.example, Rejection)
         self.has_conversations |= isinstance(entry.example, Conversation)
         (self.train if part == "train" else self.held_out).add(entry.example)
 
-    def count_tree(self, tree: Tree, whole: bool) -> None:
-        """Count one training tree. whole: prompts are trained too, so there are no turns."""
+    def count_tree(self, tree: Tree, targets: Targets) -> None:
+        """Count one training tree. Where prompts are trained too there are no turns."""
         self.examples.add(tree.num_tokens, tree.source)
         self.trained.append(tree.num_trained)
-        for context, target in [] if whole else turn_lengths(tree):
+        for context, target in [] if targets == "all" else turn_lengths(tree):
             self.tree_of_turn.append(len(self.trained) - 1)
             self.contexts.add(context, tree.source)
             self.targets.add(target, tree.source)
-        self.num_sample_tokens += num_sample_tokens(tree, whole)
+        self.num_sample_tokens += num_sample_tokens(tree, targets)
 
 
 def check_data(run: config.Run, num_processes: int = 1) -> Check:
@@ -159,12 +158,12 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     found.shortened, found.asks = fitter.shortened, chat.template is None or asks_for_answers(renderer)
-    found.arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
+    found.counts = renderer.new_counts()
     tables = [] if run.data.streaming else [table for _, source, _ in sources for table in source.tables]
     with example_progress(tables, "checking") as on_example:
         for part, source, most in sources:
-            for entry, fitted in read_trees(source, renderer, fitter, num_processes, most=most):
-                found.count(part, entry, fitted, whole=run.data.train_on == "all")
+            for entry, fitted in read_trees(source, fitter, num_processes, most=most):
+                found.count(part, entry, fitted, run.data.train_on)
                 on_example()
             if part == "train":
                 found.tree_ends.append(len(found.trained))
@@ -199,10 +198,10 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "allowed_but_never_seen": found.rejections.never_seen,
         "files": [{**asdict(table), "formats": dict(table.formats.most_common())} for table in found.tables.values()],
         "shortened": asdict(found.shortened),
-        "left_out": found.left_out.to_json(),
+        "left_out": found.counts.left_out(),
         "no_header": found.has_conversations and not found.asks,
-        "thinking": found.arguments.to_json(),
-        "template_defaults": found.arguments.defaults(),
+        "thinking": found.counts.thinking(),
+        "template_defaults": found.counts.defaults(),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
@@ -241,7 +240,7 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
     if all(source.count is None and source.weight in (None, 1) for source in sources):
         return None
     ends = [0, *found.tree_ends]
-    mixed = mix([(end - start, s) for (start, end), s in zip(pairwise(ends), sources, strict=True)], run.train.seed)
+    mixed = mix([end - start for start, end in pairwise(ends)], sources, run.train.seed)
     times_N = np.bincount(mixed, minlength=ends[-1])
     turn_times = times_N[np.frombuffer(found.tree_of_turn, np.int64)]
     length_N, trained_N = found.examples.all, np.frombuffer(found.trained, np.int64)
@@ -319,7 +318,7 @@ def _tokens(found: dict[str, Any]) -> str:
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
     more = [*str(Shortened(**found["shortened"])).splitlines()]
-    more += arguments_lines(found["thinking"], found["template_defaults"])
+    more += thinking_lines(found["thinking"], found["template_defaults"])
     more += left_out_lines(found["left_out"])
     if found["no_header"]:
         more.append(

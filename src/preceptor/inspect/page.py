@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from preceptor.chat.counts import thinking_lines
 from preceptor.chat.render import Renderer
-from preceptor.chat.thinking import arguments_lines
 from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
@@ -129,7 +129,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
         "num_saved": _num_saved(rendered),
-        "thinking": arguments_lines(thinking_of(record, rendered, renderer), {}),
+        "thinking": thinking_lines(thinking_of(record, rendered, renderer), {}),
         "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
     }

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from preceptor.chat.counts import thinking_lines
 from preceptor.chat.render import Renderer
-from preceptor.chat.thinking import TrainedArguments, arguments_lines
 from preceptor.chat.token_text import pieces_of
 from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
@@ -40,7 +40,7 @@ def show_examples(
             console.print(to_text(rendered, renderer.tokenizer, coloured=has_colour(console)))
             if not isinstance(rendered, Rejection):
                 missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
-                for line in (summary_line(rendered), *arguments_lines(thinking, {}), *missing):
+                for line in (summary_line(rendered), *thinking_lines(thinking, {}), *missing):
                     console.print(line, style="italic", highlight=False)
             if number is None and num_shown == FIRST_EXAMPLES:
                 console.print(
@@ -55,11 +55,11 @@ def show_examples(
 def thinking_of(
     record: Example | Rejection, rendered: Tree | Rejection, renderer: Renderer
 ) -> Sequence[Mapping[str, Any]]:
-    """The turns of one example by the template's thinking switch: `TrainedArguments.to_json`."""
-    arguments = TrainedArguments(renderer.switch, renderer.template_kwargs)
+    """The turns of one example by the template's thinking switch: `TrainedCounts.thinking`."""
+    counts = renderer.new_counts()
     if not isinstance(record, Rejection) and not isinstance(rendered, Rejection):
-        arguments.add(record, rendered)
-    return arguments.to_json()
+        counts.add(record, rendered)
+    return counts.thinking()
 
 
 def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     num_examples, num_read, whole = 0.0, 0, True
     for source in sources:
         num = 0
-        entries = read_trees(source, renderer, fitter)
+        entries = read_trees(source, fitter)
         for _, found in islice(entries, _MOST_RENDERED):
             num += 1
             if isinstance(found, Rejection):

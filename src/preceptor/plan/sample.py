@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor import config
-from preceptor.chat.template import BUILTIN, builtin_tokens
+from preceptor.chat.template import BUILTIN
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource, open_sources
@@ -190,7 +190,7 @@ def _added_tokens(template: str | None, tokenizer_file: Path, tokenizer: Any) ->
     name = template or ("tokenizer" if own else "chatml")
     if name not in BUILTIN:
         return 0
-    return sum(tokenizer.token_to_id(token) is None for token in builtin_tokens(name))
+    return sum(tokenizer.token_to_id(token) is None for token in BUILTIN[name].tokens)
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import torch
 from rich.console import Console
 
 from preceptor import config
-from preceptor.chat.left_out import left_out_lines
-from preceptor.chat.thinking import arguments_lines, spelled
+from preceptor.chat.counts import left_out_lines, spelled, thinking_lines
 from preceptor.data.loader import Loader, StreamLoader, few_steps
 from preceptor.model.adapters.adapted import table_lines
 from preceptor.model.load import unusable_settings
@@ -45,8 +44,8 @@ def announce(
     of_towers = f"{towers:,} parameters are of towers that no text goes through: saved as they are" if towers else ""
     optimisations = f"engine: {', '.join(sorted(engine.state.optimisations)) or 'plain'}"
     lines = [of_towers, optimisations, str(tokens), str(prepared.shortened)]
-    lines += arguments_lines(prepared.arguments.to_json(), prepared.arguments.defaults())
-    lines += left_out_lines(prepared.left_out.to_json())
+    lines += thinking_lines(prepared.counts.thinking(), prepared.counts.defaults())
+    lines += left_out_lines(prepared.counts.left_out())
     clocks = prepared.chat.template.clock.values() if prepared.chat.template else ()
     lines += [f"the chat template writes the date: {clock.date:%d %B %Y} in all of this run" for clock in clocks]
     lines += [*prepared.chat.doubts, *table_lines(model), *_model_lines(prepared, model)]

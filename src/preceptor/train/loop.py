@@ -66,7 +66,7 @@ class Step:
 class Loop:
     """Trains `state` to the end of the run, a step at a time.
 
-    A step's summed loss is divided once, by its number of trained tokens (or conversations, data/mixture.py), however
+    A step's summed loss is divided once, by its number of trained tokens (or conversations, data/dataset.py), however
     they are spread. ends: set by `end`.
     """
 

@@ -4,8 +4,7 @@ Whatever can be found wrong with a run is found here, in seconds, with nothing w
 (data/cache.py). The processes of one run may prepare it at once: one renders, the others wait for it and read.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,19 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from preceptor import config
+from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.format import ChatFormat, load_chat_format
-from preceptor.chat.left_out import LeftOut
-from preceptor.chat.render import Renderer
-from preceptor.chat.thinking import TrainedArguments
-from preceptor.chat.trained_counts import TrainedCounts
 from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
-from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, with_shared_prefixes
+from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, draw_replay, mix, with_shared_prefixes
 from preceptor.data.examples import Rejection
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.data.mixture import draw_replay, mix
-from preceptor.data.reading import TableReader, read_trees
+from preceptor.data.reading import SourceReader
 from preceptor.data.rejections import RejectionCounts, check_codes
 from preceptor.data.sources import OpenSource, open_sources, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
@@ -80,16 +75,6 @@ class Prepared:
     def num_examples_beside(self) -> int:
         return self.num_examples - (self.stream.num_examples if self.stream else 0)
 
-    @property
-    def arguments(self) -> TrainedArguments:
-        """Of the chat template, as the turns were trained with them."""
-        return self.counts.arguments
-
-    @property
-    def left_out(self) -> LeftOut:
-        """Of the contexts, by the chat template."""
-        return self.counts.left_out
-
     def loader(self) -> Loader | StreamLoader:
         run = self.run
         settings = run.data.max_length, run.train.batch_size, run.train.seed
@@ -125,38 +110,38 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     sources = _open(run)
     chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
     chat = chat.at(date or datetime.now().astimezone())
-    renderer = chat.renderer(run.data)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
-    cache = open_cache(run.data.cache)
+    fitter = Fitter(chat.renderer(run.data), run.data.max_length, run.data.overflow, chat.num_positions)
+    folder = cache_folder(run.data.cache)
+    cache = None if folder is None else Cache(folder, lambda line: say(line, error=True))
     streaming = run.data.streaming
     whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
     require_no_pipe(whole, streaming)
-    stream = _windows(run, sources["train"], renderer, fitter, cache, num_processes, world) if streaming else None
+    windows = _windows(run, sources["train"], fitter, cache, num_processes, world) if streaming else None
     with example_progress(
         [table for source in whole for table in source.tables], "reading and rendering"
     ) as on_example:
-        reader = _SourceReader(run, renderer, fitter, cache, num_processes, on_example)
+        reader = SourceReader(fitter, cache, num_processes, on_example)
         train = [] if streaming else [reader.read(source) for source in sources["train"]]
         held_out = [(reader.read_held_out(source), source.source) for source in sources["held out"]]
         replay = [reader.read(source) for source in sources["replay"]]
-    of_stream = None
-    if stream is not None:
-        num_beside = len(reader.rejections)
-        first = stream.get(0, is_trained=False)
-        train = [reader.include(first.tables)]
-        opened = partial(_opened, run, chat, replay)
-        of_stream = Stream(stream, opened, first.num_examples, len(reader.rejections) - num_beside)
+    stream = None
+    if windows is None:
+        tables, tuning_N = _drawn(train, run.data.train, run.train.seed)
+    else:
+        stream, tables = _first_window(windows, reader, partial(_opened, run, chat, replay))
+        tuning_N = _each_once(tables)
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
-    tables, tuning_N = _tables(train), _tuning(run, train)
     if not len(tuning_N):
         why = "weight too small" if run.data.eval_size is None else "data.eval_size holds all of them out"
         raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
     store = _mixture(run, tables, tuning_N, replay)
     dataset = _dataset(run, chat, store)
+    found = reader.counts
+    assert isinstance(found, TrainedCounts)
     return Prepared(
         run=run,
-        chat=chat.trained_with(reader.counts.arguments),
+        chat=chat.trained_with(found),
         sources=sources,
         train=dataset,
         held_out=_held_out(held_out, run),
@@ -168,9 +153,9 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         tokens=TokenCounts.of(dataset, store),
         shortened=reader.shortened,
         formats=reader.formats,
-        counts=reader.counts,
+        counts=found,
         cache=cache,
-        stream=of_stream,
+        stream=stream,
     )
 
 
@@ -189,7 +174,6 @@ def _with_own(tasks: list[Task], settings: config.Eval) -> list[Task]:
 def _windows(
     run: config.Run,
     sources: Sequence[OpenSource],
-    renderer: Renderer,
     fitter: Fitter,
     cache: Cache | None,
     num_processes: int,
@@ -206,13 +190,21 @@ def _windows(
     node = f"stream of machine {world.rank // world.local_size}"
     if world.local_rank:
         return Windows(Path(world.published(node)))
-    counts = partial(_no_counts, renderer)
     folder = None if cache is None else cache.folder
-    whole = run.data.train_on == "all"
-    reader = WindowReader(run.data.train, run.data.window, renderer, fitter, counts, whole, folder, num_processes)
+    reader = WindowReader(run.data.train, run.data.window, fitter, folder, num_processes)
     windows = Windows.rendered(reader)
     world.publish(node, str(windows.spool))
     return windows
+
+
+def _first_window(
+    windows: Windows, reader: SourceReader, opened: Callable[[Window], Dataset | None]
+) -> tuple[Stream, list[TableTrees]]:
+    """The stream, and the tables of its first window, which the reader counts with the other sources."""
+    num_beside = len(reader.rejections)
+    first = windows.get(0, is_trained=False)
+    reader.include(first.tables)
+    return Stream(windows, opened, first.num_examples, len(reader.rejections) - num_beside), first.tables
 
 
 def _open(run: config.Run) -> dict[str, list[OpenSource]]:
@@ -226,7 +218,7 @@ def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]
     tuning_N = _each_once(window.tables)
     if not len(tuning_N):
         return None
-    return _dataset(run, chat, _mixture(run, tuple(window.tables), tuning_N, replay, window.number))
+    return _dataset(run, chat, _mixture(run, window.tables, tuning_N, replay, window.number))
 
 
 def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
@@ -235,83 +227,16 @@ def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
     return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
 
 
-def open_cache(setting: str | None) -> Cache | None:
-    """The cache of rendered trees; None where there is to be none. setting: `data.cache`."""
-    folder = cache_folder(setting)
-    return None if folder is None else Cache(folder, lambda line: say(line, error=True))
-
-
-class _SourceReader:
-    """Reads sources, and keeps what is found beside their trees."""
-
-    def __init__(
-        self,
-        run: config.Run,
-        renderer: Renderer,
-        fitter: Fitter,
-        cache: Cache | None,
-        num_processes: int,
-        on_example: Callable[[], None],
-    ) -> None:
-        self._renderer, self._fitter, self._cache = renderer, fitter, cache
-        self._num_processes, self._on_example = num_processes, on_example
-        whole = run.data.train_on == "all"
-        self._tables = TableReader(
-            renderer, fitter, partial(_no_counts, renderer), whole, cache, num_processes, on_example
-        )
-        self.rejections: list[Rejection] = []
-        self.num_held_out = self.num_held_out_rejected = 0  # of the sources that are held out
-        self.formats: dict[str, Counter[str]] = {}
-        self.counts, self.shortened = _no_counts(renderer), Shortened()
-
-    @property
-    def num_examples(self) -> int:
-        return sum(counts.total() for counts in self.formats.values())
-
-    def read(self, source: OpenSource) -> list[TableTrees]:
-        """The trees of a source that is trained on."""
-        return self.include(self._tables.read(source))
-
-    def include(self, found: list[TableTrees]) -> list[TableTrees]:
-        """Count what is trained of these tables."""
-        for table in found:
-            self.formats.setdefault(table.name, Counter()).update(table.about["formats"])
-            self.rejections += table.rejections
-            self.counts.include(table.about["counts"], table.name)
-            self.shortened.add(Shortened(**table.about["shortened"]))
-        return found
-
-    def read_held_out(self, source: OpenSource) -> list[ExampleTree]:
-        """The examples of a source that is held out, each with its tree."""
-        found: list[ExampleTree] = []
-        self._fitter.shortened = self.shortened
-        read = read_trees(source, self._renderer, self._fitter, self._num_processes, self._cache, with_texts=True)
-        for entry, fitted in read:
-            self.formats.setdefault(entry.table, Counter())[entry.format] += 1
-            self.num_held_out += 1
-            if isinstance(fitted, Rejection):
-                self.num_held_out_rejected += 1
-                self.rejections.append(fitted)
-            else:
-                found += fitted
-            self._on_example()
-        return found
-
-
-def _no_counts(renderer: Renderer) -> TrainedCounts:
-    return TrainedCounts(TrainedArguments(renderer.switch, renderer.template_kwargs))
-
-
 def _held_out(per_source: Sequence[tuple[list[ExampleTree], config.Source]], run: config.Run) -> list[ExampleTree]:
     """Raises DataError where `data.eval_size` holds nothing out."""
-    chosen = mix([(len(own), source) for own, source in per_source], run.train.seed)
-    every = [each for own, _ in per_source for each in own]
-    if run.data.eval_size is not None and not any(own for own, _ in per_source[len(run.data.eval) :]):
+    trees, sources = [own for own, _ in per_source], [source for _, source in per_source]
+    if run.data.eval_size is not None and not any(trees[len(run.data.eval) :]):
         raise DataError(
             f"data.eval_size: {run.data.eval_size:g} holds out no example; there are few, or they begin alike. Set a "
             "larger share, or name a file in data.eval"
         )
-    return [every[index] for index in chosen.tolist()]
+    every = [each for own in trees for each in own]
+    return [every[index] for index in mix(map(len, trees), sources, run.train.seed).tolist()]
 
 
 def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
@@ -344,11 +269,12 @@ def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: flo
         )
 
 
-def _tuning(run: config.Run, train: Sequence[list[TableTrees]]) -> np.ndarray:
-    """Which of the tables' trees an epoch or the first window has, without those that are replayed."""
-    if run.data.streaming:
-        return _each_once(_tables(train))
-    return mix(_with_numbers(train, run.data.train), run.train.seed)
+def _drawn(
+    per_source: Sequence[list[TableTrees]], sources: Sequence[config.Source], seed: int
+) -> tuple[list[TableTrees], np.ndarray]:
+    """The tables of all sources, and which of their trees an epoch has."""
+    tables = [table for of_source in per_source for table in of_source]
+    return tables, mix([sum(map(len, of_source)) for of_source in per_source], sources, seed)
 
 
 def _each_once(tables: Sequence[TableTrees]) -> np.ndarray:
@@ -358,31 +284,18 @@ def _each_once(tables: Sequence[TableTrees]) -> np.ndarray:
 
 def _mixture(
     run: config.Run,
-    tables: tuple[TableTrees, ...],
+    tables: Sequence[TableTrees],
     tuning_N: np.ndarray,
     replay: Sequence[list[TableTrees]],
     window: int = 0,
 ) -> TreeStore:
     """The trees of an epoch or a window, with those that are replayed. tuning_N: those of `tables` that are trained."""
+    tuning = TreeStore(tables, tuning_N, run.loss.reduction)
     if run.replay is None:
-        return TreeStore(tables, tuning_N, run.loss.reduction)
+        return tuning
     seed = run.train.seed + (window << 31)  # seeds of runs are below
-    replayed = TreeStore(
-        _tables(replay), mix(_with_numbers(replay, run.replay.data), run.train.seed), run.loss.reduction
-    )
-    num_tuned = int(TreeStore(tables, tuning_N).num_trained.sum(dtype=np.int64))
-    drawn_N = replayed.chosen_N[draw_replay(replayed.num_trained, num_tuned, run.replay.share, seed)]
+    replayed = TreeStore(*_drawn(replay, run.replay.data, run.train.seed), run.loss.reduction)
+    num_tuned = int(tuning.array("trained").sum(dtype=np.int64))
+    drawn_N = replayed.chosen_N[draw_replay(replayed.array("trained"), num_tuned, run.replay.share, seed)]
     chosen_N = np.concatenate([tuning_N, drawn_N + sum(map(len, tables))])
-    return TreeStore((*tables, *_tables(replay)), chosen_N, run.loss.reduction)
-
-
-def _tables(per_source: Iterable[list[TableTrees]]) -> tuple[TableTrees, ...]:
-    return tuple(table for own in per_source for table in own)
-
-
-def _with_numbers(
-    per_source: Sequence[list[TableTrees]], sources: Sequence[config.Source]
-) -> Iterator[tuple[int, config.Source]]:
-    """Each source with the number of its trees."""
-    for own, source in zip(per_source, sources, strict=True):
-        yield sum(map(len, own)), source
+    return TreeStore([*tables, *replayed.tables], chosen_N, run.loss.reduction)

@@ -189,8 +189,8 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "tokens": asdict(prepared.tokens),
         "shortened": asdict(prepared.shortened),
         "formats": {name: dict(counts) for name, counts in prepared.formats.items()},
-        "thinking": prepared.arguments.to_json(),
-        "left_out": prepared.left_out.to_json(),
+        "thinking": prepared.counts.thinking(),
+        "left_out": prepared.counts.left_out(),
         "system_prompts": {
             "num_conversations": prepared.counts.num_conversations,
             "most_common": prepared.counts.system_prompts.most_common(MOST_PROMPTS),

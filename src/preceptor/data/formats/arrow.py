@@ -1,7 +1,7 @@
 """Parquet files and Hugging Face `datasets` -> rows, a batch at a time.
 
 Both hold columns in Arrow's memory layout. Where a column is of structs, objects come back as `Struct`, since a null in
-them may be padding (nulls.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
+them may be padding (values.py); columns of Arrow's JSON type (`datasets.Json`) come back exactly as written.
 """
 
 import json
@@ -10,9 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from preceptor.data.formats.nulls import Struct
 from preceptor.data.formats.remote_files import RemoteFile
-from preceptor.data.formats.values import Columns, Row, TableRows, Unreadable
+from preceptor.data.formats.values import Columns, Row, Struct, TableRows, Unreadable
 from preceptor.errors import DataError, short
 from preceptor.hub import first_line
 

@@ -34,9 +34,20 @@ from preceptor.data.examples import (
     read_messages,
     trainable_turns,
 )
-from preceptor.data.formats.nulls import AmbiguousNull, Nulls, Struct, unpad_message, unpad_schema, unpad_values
 from preceptor.data.formats.sharegpt import from_sharegpt
-from preceptor.data.formats.values import RawRecord, Row, Unreadable, check_values, parsed, text_in
+from preceptor.data.formats.values import (
+    Nulls,
+    RawRecord,
+    Row,
+    Struct,
+    Unreadable,
+    check_values,
+    parsed,
+    text_in,
+    unpad_message,
+    unpad_schema,
+    unpad_values,
+)
 from preceptor.errors import short
 
 MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
@@ -94,7 +105,7 @@ def has_format(keys: Sequence[str]) -> bool:
 
 
 def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
-    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/nulls.py)."""
+    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/values.py)."""
     row = {key: value for key, value in row.items() if value is not None}
     try:
         check_values(row, "")
@@ -102,8 +113,6 @@ def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example 
         return _example(row, source, nulls)
     except Unreadable as error:
         return Rejection(source, error.code, str(error))
-    except AmbiguousNull as error:
-        return Rejection(source, "ambiguous_null", str(error))
 
 
 def _check_columns(row: RawRecord) -> None:
@@ -115,17 +124,13 @@ def _check_columns(row: RawRecord) -> None:
             )
     for key in (*TRAIN_KEYS, "weight", "train_detail"):
         value = row.get(key)
-        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and _changes(key, value)):
+        changes = value != 1 if key == "weight" else value == 0  # asks for more than to train the example as it is
+        if isinstance(value, list | dict) or (isinstance(value, bool | int | float) and changes):
             raise Unreadable(
                 "unread_column",
                 f"the example has {key}: {short(value)}, which is not read here: give it to the messages that it is "
                 f"meant for, or set `weight` for the source{_TO_READ_WITHOUT}",
             )
-
-
-def _changes(key: str, value: float) -> bool:
-    """Whether a number or truth value of this key asks for anything else than to train the example as it is."""
-    return value != 1 if key == "weight" else value == 0
 
 
 def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:

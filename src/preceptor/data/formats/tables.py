@@ -163,8 +163,6 @@ def find_tables(source: Source) -> list[DataTable]:
     if source.path.startswith(PACKAGED):
         _only_keys(source, (), "a file")
         return [_file(data_file(source.path.removeprefix(PACKAGED)), source.path)]
-    if protocol_of(source.path) is not None:
-        return _remote(source)
     place = Path(source.path)
     if place.is_dir():
         _only_keys(source, ("split",), "a folder")
@@ -180,6 +178,8 @@ def find_tables(source: Source) -> list[DataTable]:
                 f"{source.path}: a pipe is read once and in order, so it must be JSON lines or CSV by its name"
             )
         return [TextFile(place, source.path, is_pipe=True)]
+    if protocol_of(source.path) is not None:
+        return _remote(source)
     if re.search(r"[*?\[]", source.path):
         _only_keys(source, (), "a pattern")
         return _matching(source.path)

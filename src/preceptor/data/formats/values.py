@@ -1,13 +1,29 @@
-"""Rows of a file and the values in them: texts, lists and objects, which may be written as JSON strings."""
+"""Rows of a file and the values in them: texts, lists and objects, which may be written as JSON strings, and nulls.
+
+Parquet and Arrow add nulls to objects; which of them can be told from nulls that are meant? A column of structs has one
+set of fields for all its rows, so an object comes back with a null under every key that only other rows have: a tool's
+`parameters` gets every property of every other tool. `Struct` marks an object that was
+read so. A null in one is *padding for sure* where a null could not be meant:
+
+    in a message, a tool call, a part of a text      under every key
+    in a JSON schema                                 under the keywords whose value is never null (all but `default`,
+                                                     `const` and unknown ones), and for a whole property
+    in a tool call's arguments                       where the tool declares no such parameter, or declares one that
+                                                     is not required and does not take null
+
+and is dropped there. Elsewhere nobody can know; `nulls` says what to do: reject, drop or keep. A JSON
+file can leave a key out, so there such a null is kept where `nulls` says nothing.
+"""
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
-from preceptor.data.formats.nulls import ParsedObject
 from preceptor.data.rejections import CODES
 from preceptor.errors import short
+
+Nulls = Literal["reject", "drop", "keep"]
 
 
 class Unreadable(Exception):
@@ -30,6 +46,15 @@ _DEEPEST = 100  # lists and objects in one another; deeper ones end in errors of
 _LARGEST_DIGITS = 300  # of an integer; larger ones are no number to any other program
 
 
+class Struct(dict[str, Any]):
+    """An object read from a column of structs: a null in it may be padding. Any other dict's nulls are meant."""
+
+
+class ParsedObject(Struct):
+    """An object of a JSON file, which a program may have written from such a column: sure padding is dropped here too,
+    and a null that may be meant is taken for meant, since the file could have left it out."""
+
+
 class JsonReader:
     """JSON text -> values. Tells of keys given twice and of huge integers, of which Python's own reader makes less."""
 
@@ -40,18 +65,16 @@ class JsonReader:
     def read(self, text: str) -> Any:
         """The only value of a text. Raises JSONDecodeError, RecursionError, and Unreadable for what the class names."""
         self._problem = None
-        return self._checked(self._decoder.decode(text))
+        value = self._decoder.decode(text)
+        if self._problem is not None:
+            raise Unreadable("unreadable", self._problem)
+        return value
 
     def read_next(self, text: str, at: int) -> tuple[Any, int]:
         """The value that begins at `at`, or an Unreadable in its place, and where it ends. Raises as `json` does."""
         self._problem = None
         value, end = self._decoder.raw_decode(text, at)
         return (value if self._problem is None else Unreadable("unreadable", self._problem)), end
-
-    def _checked(self, value: Any) -> Any:
-        if self._problem is not None:
-            raise Unreadable("unreadable", self._problem)
-        return value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> ParsedObject:
         made = ParsedObject(pairs)
@@ -110,21 +133,172 @@ def check_values(value: Any, where: str, depth: int = 0) -> None:
             raise Unreadable(
                 "broken_character", f"{where or 'a key'} holds half of a surrogate pair ({half}); fix or remove it"
             ) from None
+    elif isinstance(value, dict | list) and depth > _DEEPEST:
+        raise Unreadable("unreadable", f"{short(where)} is nested more than {_DEEPEST} deep")
     elif isinstance(value, dict):
-        _check_depth(where, depth)
         for key, inner in value.items():
             if not (isinstance(key, str) and key.isascii()):
                 check_values(key, where)
             if not (isinstance(inner, str) and inner.isascii()):  # most are, and a call for each takes its time
                 check_values(inner, f"{where}.{key}" if where else str(key), depth + 1)
     elif isinstance(value, list):
-        _check_depth(where, depth)
         for index, inner in enumerate(value):
             check_values(inner, f"{where}[{index}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise Unreadable("unreadable", f"{where or 'the value'} is {value}, which is no number of JSON; write null")
 
 
-def _check_depth(where: str, depth: int) -> None:
-    if depth > _DEEPEST:
-        raise Unreadable("unreadable", f"{short(where)} is nested more than {_DEEPEST} deep")
+# Nulls ----------------------------------------------------------------------------------------------------------------
+
+# Keywords of JSON Schema (2020-12, draft 7, OpenAPI) and keys of a tool that cannot hold null.
+_NEVER_NULL = frozenset(
+    """type function name description parameters title enum examples format nullable readOnly writeOnly deprecated
+    properties required additionalProperties patternProperties propertyNames minProperties maxProperties
+    dependentRequired dependentSchemas dependencies unevaluatedProperties items prefixItems additionalItems contains
+    minContains maxContains minItems maxItems uniqueItems unevaluatedItems minLength maxLength pattern minimum maximum
+    exclusiveMinimum exclusiveMaximum multipleOf contentEncoding contentMediaType contentSchema allOf anyOf oneOf not
+    if then else discriminator $schema $id $ref $defs definitions $anchor $dynamicRef $dynamicAnchor $vocabulary
+    $comment""".split()  # noqa: SIM905 (as words, the list can be read)
+)
+_NAMES = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})  # name -> schema
+_VALUES = frozenset({"default", "const", "enum", "examples", "example"})  # plain data, not schemas
+
+
+def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
+    """Plain data, in which every null may be meant. Raises Unreadable."""
+    if isinstance(value, list):
+        return [unpad_values(item, nulls, f"{where}[{k}]") for k, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    padded = isinstance(value, Struct)
+    return {
+        key: unpad_values(inner, nulls, f"{where}.{key}")
+        for key, inner in value.items()
+        if not padded or inner is not None or _kept(value, nulls, f"{where}.{key}")
+    }
+
+
+def _kept(of: Any, nulls: Nulls, where: str) -> bool:
+    """Whether a null of the object `of`, which may be padding, is kept. Raises Unreadable."""
+    if nulls == "reject" and not isinstance(of, ParsedObject):
+        raise Unreadable(
+            "ambiguous_null",
+            f"{where} is null, which in a Parquet or Arrow struct may be padding or a real null; store the tools and "
+            "arguments as JSON strings, or set `nulls: drop` or `nulls: keep` for this source",
+        )
+    return nulls != "drop"
+
+
+def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
+    """A tool, or any JSON schema in it, without its padding. Raises Unreadable."""
+    if isinstance(schema, list):
+        return [unpad_schema(item, nulls, f"{where}[{k}]") for k, item in enumerate(schema)]
+    if not isinstance(schema, dict):
+        return schema
+    padded = isinstance(schema, Struct)
+    result: dict[str, Any] = {}
+    for key, inner in schema.items():
+        at = f"{where}.{key}"
+        if inner is None:
+            if not padded or (key not in _NEVER_NULL and _kept(schema, nulls, at)):
+                result[key] = None
+        elif key in _VALUES:
+            result[key] = unpad_values(inner, nulls, at)
+        elif key in _NAMES and isinstance(inner, dict):
+            # A property's schema is an object or true or false, so a null here is another tool's property.
+            kept = {n: s for n, s in inner.items() if s is not None or not isinstance(inner, Struct)}
+            result[key] = {name: unpad_schema(s, nulls, f"{at}.{name}") for name, s in kept.items()}
+        else:
+            result[key] = unpad_schema(inner, nulls, at)
+    return result
+
+
+def unpad_message(message: Any, tools: Iterable[Any], nulls: Nulls, where: str) -> Any:
+    """A message without its padding; `tools`, unpadded, say which arguments a call can have. Raises Unreadable."""
+    if not isinstance(message, Struct):
+        return message
+    result: dict[str, Any] = {}
+    for key, inner in message.items():
+        if inner is None:
+            continue
+        if key == "tool_calls" and isinstance(inner, list):
+            schemas = _parameters(tools)
+            result[key] = [_call(call, schemas, nulls, f"{where}.{key}[{k}]") for k, call in enumerate(inner)]
+        elif key == "content" and isinstance(inner, list):
+            result[key] = [_without_nulls(part) for part in inner]
+        else:
+            result[key] = unpad_values(inner, nulls, f"{where}.{key}")
+    return result
+
+
+def _without_nulls(value: Any) -> Any:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Struct) else value
+
+
+def _call(call: Any, schemas: Mapping[str, Any], nulls: Nulls, where: str) -> Any:
+    if not isinstance(call, dict):
+        return call
+    result: dict[str, Any] = {}
+    for key, inner in call.items():
+        at = f"{where}.{key}"
+        if inner is None and isinstance(call, Struct):
+            continue
+        if key == "function":
+            result[key] = _call(inner, schemas, nulls, at)
+        elif key == "arguments":
+            result[key] = _arguments(inner, schemas.get(str(call.get("name"))), nulls, at)
+        else:
+            result[key] = unpad_values(inner, nulls, at)
+    return result
+
+
+def _arguments(value: Any, schema: Any, nulls: Nulls, where: str) -> Any:
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(value, list):
+        return [_arguments(item, schema.get("items"), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties")
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        at = f"{where}.{key}"
+        if inner is None:
+            if not isinstance(value, Struct) or (not _never_null(key, schema) and _kept(value, nulls, at)):
+                result[key] = None
+        else:
+            inner_schema = properties.get(key) if isinstance(properties, dict) else None
+            result[key] = _arguments(inner, inner_schema, nulls, at)
+    return result
+
+
+def _parameters(tools: Iterable[Any]) -> dict[str, Any]:
+    """The schema of each tool's parameters, by the tool's name."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, dict):
+            found[str(function.get("name"))] = function.get("parameters")
+    return found
+
+
+def _never_null(key: str, schema: Mapping[str, Any]) -> bool:
+    """Whether a call that keeps to the schema cannot have a null under `key`, but may lack the key."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return False
+    if key not in properties:
+        return True
+    return key not in (schema.get("required") or ()) and not _takes_null(properties[key])
+
+
+def _takes_null(schema: Any) -> bool:
+    """Whether null may be a value of this schema, as far as can be seen; True in doubt."""
+    if not isinstance(schema, dict) or schema.get("nullable") or "$ref" in schema or "allOf" in schema:
+        return True
+    for key in ("anyOf", "oneOf"):
+        if isinstance(schema.get(key), list):
+            return any(_takes_null(option) for option in schema[key])
+    if isinstance(schema.get("enum"), list):
+        return None in schema["enum"]
+    kind = schema.get("type")
+    return "null" in kind if isinstance(kind, list) else not isinstance(kind, str) or kind == "null"
