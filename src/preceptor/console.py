@@ -46,7 +46,7 @@ class TerminalConsole(Console):
     """A console that shows control characters instead of sending them, and takes no text for markup or emoji.
 
     In a notebook it writes plain text to its file: rich would show each print as an output of its own, and bars that a
-    cell cannot redraw (the kernel's streams say that they are terminals).
+    cell cannot redraw (a kernel sets FORCE_COLOR).
     """
 
     def __init__(self, **options: Any) -> None:
