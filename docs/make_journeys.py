@@ -108,19 +108,22 @@ FOUND = """
 
 ## What stood in the way
 
-Found by walking these journeys on 2026-11-29, and mended:
+Found by walking these journeys on 2026-11-29, and fixed:
 
 - `init` gave 50 conversations 112 steps, after which the model still answered with facts of the base. It gives at least
   150 now where up to ten epochs make them.
 - `init` named the example that cannot be trained two screens above its last line, and `train` refused it without a way
   out.
-- Asked without the system prompt that was trained, the model answers worse; `/system` in `chat` begins anew with it.
+- Asked without the system prompt that was trained, the model answers worse; `/system` in `chat` starts a new
+  conversation with it.
 - The report was content with the loss of six steps, or found it to have risen; of so few it says nothing now.
 - Of scripts, names that are assigned twice, `torch.bfloat16`, BitsAndBytesConfig and Unsloth's calls were not read;
   `train_test_split` gave the training file as held-out data.
 - Axolotl's default roles and TRL's `device_map="auto"` asked for something to be set by hand.
 - From Python, threads that wait kept the cores busy; with other work beside it a run took several times as long.
 - `Run(train_dataset=...)` was told to put the data set in quotes.
+- In a Jupyter kernel each printed line was an output of its own, `run.show()` had no text, and a name that
+  transformers gives up was warned of. The notebook was run there and looked at in a browser.
 """
 STEPS: dict[str, tuple[str, Sequence[str]]] = {
     "1. From the README to a served model, on 50 conversations": (

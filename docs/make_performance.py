@@ -41,6 +41,7 @@ def page() -> str:
         "rendering": _rendering,
         "packing": _packing,
         "hybrids": _hybrids,
+        "generation": _generation,
     }
     return "\n".join(
         [INTRODUCTION, *(section(_read(name)) + "\n" for name, section in sections.items() if _read(name))]
@@ -266,6 +267,31 @@ def _packing(found: Any) -> str:
         f"{least['max_length']:,} tokens). Planning an epoch of up to {most:,} examples takes at most "
         f"{max(row['seconds'] for row in ours):.1f} s. "
         f"{_on(found, 'python benchmarks/packing.py')}."
+    )
+
+
+def _generation(found: Any) -> str:
+    rows = []
+    for name, case in found["profiles"].items():
+        own, plain, ordered = (case["cpu_seconds"][way] for way in ("ours", "transformers", "transformers, sorted"))
+        assert all(num == case["prompts"] for num in case["equal"].values()), "answers differ"
+        lengths = f"{case['shortest']} to {case['longest']} tokens, {case['tokens']:,} in all"
+        rows.append(f"| {name}: {lengths} | {own} s | {plain} s | {ordered} s | {plain / own:.2f} × |")
+    case = next(iter(found["profiles"].values()))
+    return "\n".join(
+        [
+            "## Answers in batches",
+            "",
+            f"Greedy answers to {case['prompts']} prompts in batches of {case['batch']}, the scholar after "
+            "`preceptor demo`, float32, CPU time on one thread, against `transformers.generate` with a KV cache and "
+            "padding on the left, in the order of the file and sorted by length. All give the same answers. `uneven`: "
+            "one prompt of eight goes on to the limit; here, answers that have ended are no longer computed. "
+            f"{_on(found, found['command'])}.",
+            "",
+            "| answers | preceptor | transformers | transformers, sorted | faster than transformers |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+        ]
     )
 
 

@@ -25,6 +25,17 @@ def test_the_bar_has_no_thread_so_that_processes_can_be_forked_while_it_is_shown
     assert "40/50" in capsys.readouterr().err
 
 
+def test_in_a_notebook_text_goes_to_its_file(monkeypatch):
+    """rich would display it, whatever file it was given: `run.show()` had no text there, and two outputs."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipykernel", None)
+    text = io.StringIO()
+    text.isatty = lambda: True  # as the kernel's streams say
+    own = console.TerminalConsole(file=text)
+    own.print("a line")
+    assert text.getvalue() == "a line\n" and not own.is_terminal
+
+
 def test_streams_that_fail_end_nothing(monkeypatch):
     """A reader that is gone, a full disk, a stream that is closed; also what Python flushes when it ends."""
     reader, writer = os.pipe()

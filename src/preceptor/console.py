@@ -43,10 +43,16 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 class TerminalConsole(Console):
-    """A console that shows control characters instead of sending them, and takes no text for markup or emoji."""
+    """A console that shows control characters instead of sending them, and takes no text for markup or emoji.
+
+    In a notebook it writes plain text to its file: rich would show each print as an output of its own, and bars that a
+    cell cannot redraw (a kernel sets FORCE_COLOR).
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, highlight=False, emoji=False, **options)
+        if "ipykernel" in sys.modules:
+            options = {"force_terminal": False, "soft_wrap": True, **options}
+        super().__init__(markup=False, highlight=False, emoji=False, force_jupyter=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
@@ -135,7 +141,9 @@ def lasting_streams() -> Iterator[None]:
 
 def standard_console(quiet: bool = False) -> Console:
     """Standard output, without wrapping where it is no terminal. quiet: nothing is shown."""
-    return TerminalConsole(file=sys.stdout, soft_wrap=not sys.stdout.isatty(), quiet=quiet)
+    return TerminalConsole(
+        file=sys.stdout, soft_wrap=not sys.stdout.isatty() or "ipykernel" in sys.modules, quiet=quiet
+    )
 
 
 def table_console() -> Console:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preceptor import config
-from preceptor.config.convert import convert, convert_file
+from preceptor.config.convert import convert, convert_file, settings_of
 from preceptor.config.peer_defaults import DEFAULTS
 from preceptor.config.peer_files import PeerFile
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
@@ -239,6 +239,24 @@ def test_torchtune(tmp_path):
         notes
     )
     config.build(tree, "converted")
+
+
+def test_what_says_how_a_trainer_reads_its_data(tmp_path):
+    """For the emulation of its labels: torchtune's sections, the formatting of LLaMA-Factory's data set."""
+    (tmp_path / "tune.yaml").write_text(TORCHTUNE)
+    assert settings_of(tmp_path / "tune.yaml")["torchtune"]["dataset"]["new_system_prompt"] == "Be brief."
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "mine.json", "formatting": "openai"}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"mine": entry}))
+    (tmp_path / "sft.yaml").write_text(LLAMA_FACTORY)
+    assert settings_of(tmp_path / "sft.yaml")["formatting"] == "openai"
+
+
+@pytest.mark.parametrize(("more", "trained"), [("", "all"), (", train_on_input: False", None)])
+def test_torchtunes_alpaca_data_sets_train_the_prompt_unless_told(tmp_path, more, trained):
+    start, rest = TORCHTUNE.split("dataset: {")
+    text = f"{start}dataset: {{_component_: torchtune.datasets.alpaca_dataset{more}}}{rest.partition('}')[2]}"
+    assert converted(tmp_path, text).tree["data"].get("train_on") == trained
 
 
 SCRIPT = """from trl import SFTConfig, SFTTrainer

@@ -195,7 +195,7 @@ def test_an_altered_record_is_never_trained(load, files_of, place):
     content[place] ^= 1
     file.write_bytes(content)
     prepared = prepare(run)
-    with pytest.raises(DataError, match="was altered since it was written; the same command renders it anew"):
+    with pytest.raises(DataError, match="was altered since it was written; the same command renders it again"):
         list(prepared.train)
     assert not file.exists() and facts(prepare(run)) == cold
 

@@ -34,6 +34,35 @@ def test_batches_equal_single_prompts_and_keep_their_order():
         assert [answer.text for answer in answers] == [tokenizer.decode(ids) for ids, _ in expected]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_answers_that_have_ended_are_no_longer_computed(kept, monkeypatch):
+    """Of unequal answers, those that go on are passed alone, and stay those of one prompt at a time."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    contexts = [[first, *rest] for first in range(20, 24) for rest in CONTEXTS]
+    free = [greedy(model, context, set(), 24)[0] for context in contexts]
+    stop = {ids[2] for ids in free[:2]}
+    expected = [greedy(model, context, stop, 24) for context in contexts]
+    assert 8 <= sum(stopped for _, stopped in expected) < 16
+    whole, sizes, reused = model.generate, [], []
+
+    def counted(input_ids, **settings):
+        sizes.append(len(input_ids))
+        reused.append("past_key_values" in settings)
+        return whole(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", counted)
+    if not kept:  # a cache of which no rows can be taken
+        monkeypatch.setattr("preceptor.evaluate.generate._KEYS_AND_VALUES", ())
+    answers = generate(model, tokenizer, contexts, sorted(stop), 24)
+    assert [(list(answer.ids), answer.stopped) for answer in answers] == expected
+    until = [[tokenizer.decode(ids[2:10])] for ids in free]
+    ended = generate(model, tokenizer, contexts, sorted(stop), 24, until=until)
+    for answer, ids, (text,) in zip(ended, free, until, strict=True):
+        assert list(answer.ids) == ids[: len(answer.ids)] and (answer.stopped or text in answer.text)
+    assert sizes.count(16) == 2 and min(sizes) < 9 and any(reused) == kept
+
+
 def test_the_model_is_left_in_its_mode():
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer)).train()

@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -172,7 +174,30 @@ def test_a_converter_is_driven_and_its_failure_told(trained, preceptor, tmp_path
     assert code == 5 and "llama-cpp-python is not installed" in err and not (tmp_path / "run-gguf").exists()
     code, _, err = preceptor("export", run, "--to", "gguf", "--gguf-type", "q8_0", "--skip-proof")
     assert code == 0, err
-    assert (tmp_path / "run-gguf/model.gguf").read_text().endswith("run/model q8_0")
+    assert (tmp_path / "run-gguf/model.gguf").read_text().endswith("/model q8_0")
+
+
+def test_what_the_converter_is_given_and_what_it_does_not_know(trained, preceptor, tmp_path, base_folder, monkeypatch):
+    """tokenizer.model of the base, tokens that were added; an unknown pattern ends in what to do."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    run = trained(model__path=str(tmp_path / "base"))
+    (tmp_path / "base/tokenizer.model").write_text("pieces")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import json, pathlib, sys\nfolder = pathlib.Path(sys.argv[1])\n"
+        "assert (folder / 'tokenizer.model').read_text() == 'pieces'\n"
+        "added = json.loads((folder / 'tokenizer_config.json').read_text())['added_tokens_decoder']\n"
+        "assert '<|im_end|>' in {token['content'] for token in added.values() if token['special']}\n"
+        "sys.exit('NotImplementedError: BPE pre-tokenizer was not recognized')\n"
+    )
+    code, _, err = preceptor("export", run, "--to", "gguf", "--skip-proof")
+    assert code == 5 and "does not know this tokenizer's pattern" in err and "pip install llama-cpp-python" in err
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import sys\nsys.exit('FileNotFoundError: File not found: tokenizer.model')"
+    )
+    code, _, err = preceptor("export", run, "--to", "gguf", "--skip-proof")
+    assert code == 5 and "copy it there from the model that was trained" in err
 
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -193,6 +218,10 @@ def test_llama_cpp_reads_and_answers_as_transformers_does(kind, adapter, trained
     trained(adapter=adapter, model__path=str(tmp_path / "base"), optimizer__learning_rate=0.02)
     code, out, err = preceptor("export", tmp_path / "run", "--to", "ollama", "--gguf-type", "f32")
     assert code == 0, err
+    assert_proved(out, tmp_path)
+
+
+def assert_proved(out, tmp_path):
     assert "llama.cpp: contexts and answers of 24 turns of the run's data have the token ids of training" in out
     assert "Modelfile: its template gives the contexts of 24 turns, token for token" in out
     assert "4 of 4 greedy answers of 32 tokens are those of transformers" in out
@@ -308,3 +337,56 @@ def test_a_model_is_pushed_to_the_hub(trained, preceptor, tmp_path, hub):
         Path(tmp_path / "got" / name).write_bytes(data)
     assert AutoTokenizer.from_pretrained(tmp_path / "got").chat_template
     AutoModelForCausalLM.from_pretrained(tmp_path / "got")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "mistral"])
+def test_llama_cpp_reads_a_sentencepiece_tokenizer(kind, trained, preceptor, tmp_path):
+    """transformers writes no tokenizer.model: that of the base is taken."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    import transformers
+
+    from tiny import tiny_model
+
+    base, pieces = tmp_path / "base", io.BytesIO()
+    is_gemma = kind.startswith("gemma")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the start of a message", "a user and an assistant 12"] * 20), model_writer=pieces,
+        vocab_size=300, model_type="bpe", byte_fallback=True, hard_vocab_limit=False, pad_id=0, unk_id=3,
+        bos_id=2 if is_gemma else 1, eos_id=1 if is_gemma else 2, add_dummy_prefix=not is_gemma,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    base.mkdir()
+    (base / "tokenizer.model").write_bytes(pieces.getvalue())
+    tokenizer = getattr(transformers, "GemmaTokenizer" if is_gemma else "LlamaTokenizer").from_pretrained(base)
+    tokenizer.save_pretrained(base)
+    settings = {"max_position_embeddings": 512, "sliding_window": 512, "bos_token_id": tokenizer.bos_token_id}
+    tiny_model(kind, vocab_size=len(tokenizer), **settings).save_pretrained(base)
+    trained(model__path=str(base), data__chat_template="chatml", optimizer__learning_rate=0.02)
+    assert not (tmp_path / "run/model/tokenizer.model").exists()
+    code, out, err = preceptor("export", tmp_path / "run", "--to", "ollama", "--gguf-type", "f32")
+    assert code == 0, err
+    assert_proved(out, tmp_path)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("pattern", [r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s", r"\p{L}{1,2}|."])
+def test_a_pattern_that_llama_cpp_does_not_know_is_replaced_or_refused(pattern, trained, preceptor, tmp_path):
+    """The scholar's pattern, and one of which no other has the pieces."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from tiny import tiny_model, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained(model__path=str(tmp_path / "base"))
+    code, out, err = preceptor("export", tmp_path / "run", "--to", "gguf")
+    if pattern.startswith(" "):
+        assert code == 0 and "in place of the tokenizer's, gave the same ids for" in out, err
+    else:
+        assert code == 5 and "none of the 11 that were tried gives its token ids" in err

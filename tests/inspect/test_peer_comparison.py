@@ -3,8 +3,8 @@
 import pytest
 
 from preceptor.inspect import peer_comparison
+from preceptor.inspect.emulation import PeerTokens
 from preceptor.inspect.peer_comparison import BothCounts, BothTokens, add, counts_lines
-from preceptor.inspect.peer_rules import PeerTokens
 from tiny import tiny_tokenizer
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import peer_labels
 from preceptor import config
 from preceptor.chat.template import load_template
 from preceptor.data.sources import OpenSource
@@ -130,19 +131,37 @@ def test_trl_of_a_prompt_and_its_completion(tokenizer, write_jsonl):
 
 
 def test_what_is_not_emulated_is_said(tokenizer, write_jsonl):
-    for name in ("phi", "qwen3"):  # qwen3 writes an empty <think> block
+    for name in ("breeze", "yuan"):
         own = rule_of("LLaMA-Factory", {"template": name}, tokenizer, template_text(tokenizer))
         assert own.says.endswith(
             f"the model's own chat template, in place of its template '{name}', which is not emulated"
         )
     unnamed = rule_of("LLaMA-Factory", {}, tokenizer, template_text(tokenizer))
-    assert unnamed.says.endswith("each answer, in the model's own chat template: the file names no template")
+    assert unnamed.says.endswith("what it reads off the model's own chat template: the file names no template")
     tool = [
         *CHAT[:2],
         {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "a", "arguments": {}}}]},
     ]
     assert "tool" in trained("LLaMA-Factory", {"template": "chatml"}, {"messages": tool}, tokenizer, write_jsonl)
     assert "documented rule" in own.says
+
+
+@pytest.mark.parametrize("peer", ["LLaMA-Factory", "torchtune", "Axolotl"])
+def test_the_emulations_are_the_labels_that_the_trainers_made(peer):
+    """benchmarks/peer_labels.py recorded them from the trainers' own code."""
+    recorded = json.loads(peer_labels.RESULT.read_text(encoding="utf-8"))[peer]["cases"]
+    ours: dict[str, dict[str, str]] = {}
+    for case in peer_labels.cases():
+        if case.peer == peer:
+            ours.setdefault(case.name, {})[case.row] = peer_labels.digest(peer_labels.ours(case))
+    assert ours.keys() == recorded.keys()
+    assert {name: rows for name, rows in ours.items() if rows != recorded[name]} == {}
+
+
+def test_a_torchtune_tokenizer_that_this_model_cannot_stand_for_is_named(tokenizer, write_jsonl):
+    file = {"tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer"}}
+    said = trained("torchtune", {"torchtune": file}, {"messages": CHAT}, tokenizer, write_jsonl)
+    assert said.startswith("this tokenizer has no <|begin_of_text|>")
 
 
 ROWS = ({"messages": CHAT}, PAIR, {"prompt": "a user ", "completion": "and an assistant"}, {"text": "the message"})

@@ -14,7 +14,7 @@ from preceptor.report.plots import draw_file
 from preceptor.report.run_record import RunRecord, read_run
 
 _PLOTS = ("Loss", "Held-out token accuracy", "Learning rate", "Gradient norm")  # the report has more
-_FRAME_HEIGHT = 420  # pixels of the page of examples in a notebook
+_FRAME_HEIGHT = 480
 
 
 def _text_html(text: str) -> str:

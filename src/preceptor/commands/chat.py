@@ -18,7 +18,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: MaxNewTokens = 256,
 ) -> None:
-    """Talk to a model in the terminal. /new begins anew, /system with a system prompt, Ctrl-D ends."""
+    """Talk to a model in the terminal. /new starts a new conversation, /system with a system prompt, Ctrl-D ends."""
     from preceptor.console import say, standard_console
 
     check_models(base, model)
@@ -31,8 +31,8 @@ def chat(
     console = standard_console()
     if sys.stdin.isatty():
         say(
-            "Ctrl-D ends, /new begins anew, /system TEXT with that system prompt; an answer that ends in … was cut by "
-            "--max-new-tokens",
+            "Ctrl-D ends, /new starts a new conversation, /system TEXT one with that system prompt; an answer that "
+            "ends in … was cut by --max-new-tokens",
             error=True,
         )
     about, trained = trained_system_prompt(model, system)

@@ -127,7 +127,7 @@ def _suggested(
     if lengths.rejections.num_rejected:
         rejected = (
             f"\n{rejected_line(lengths)}:\n{lengths.rejections}\n"
-            f"Mend the data; or take away the # before allow_rejected in {run_file}, and such examples are left out.\n"
+            f"Fix the data; or take away the # before allow_rejected in {run_file}, and such examples are left out.\n"
         )
     if isinstance(dry_run, str):
         return text, f"no plan: {dry_run}", rejected

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from preceptor.config.peer_adapter import OF_ADAPTERS, adapter_section, trains_adapter
 from preceptor.config.peer_data import Sources
 from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
-from preceptor.config.peer_files import Peer, PeerFile, read_peer_file
+from preceptor.config.peer_files import Peer, PeerFile, dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.config.run import Tracker, all_keys
@@ -46,8 +46,17 @@ def convert_file(path: Path) -> Converted:
 
 
 def settings_of(path: Path) -> Mapping[str, Any]:
-    """The flat settings of a file. Raises ConfigError as `read_peer_file`."""
-    return _flat(read_peer_file(path)).settings
+    """The flat settings of a file, and what says how its data is read: torchtune's sections as `torchtune`, and
+    `formatting` of LLaMA-Factory's first data set. Raises ConfigError as `read_peer_file`.
+    """
+    file = read_peer_file(path)
+    settings = dict(_flat(file).settings)
+    if file.peer == "torchtune":
+        settings["torchtune"] = file.settings
+    if file.peer == "LLaMA-Factory":
+        name = str(settings.get("dataset")).split(",")[0].strip()
+        settings["formatting"] = dataset_info(settings, path.parent).get(name, {}).get("formatting")
+    return settings
 
 
 def convert(file: PeerFile, folder: Path) -> Converted:
@@ -309,7 +318,8 @@ class _Conversion:
         if name is None:
             offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
             self._given.note(
-                "optimizer", f"{short(given)} is not offered, {offered}: it is adamw here, with a rate to choose anew"
+                "optimizer",
+                f"{short(given)} is not offered, {offered}: it is adamw here, and needs another learning rate",
             )
         self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]

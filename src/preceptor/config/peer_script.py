@@ -252,7 +252,7 @@ def _changed(script: Script, call: ast.Call) -> str:
     """What to do about a method that is called on a data set."""
     method = getattr(call.func, "attr", "")
     if method == "shuffle":
-        return "the order is drawn anew for each epoch: nothing to set"
+        return "the order is drawn again for each epoch: nothing to set"
     if method == "train_test_split":
         return "data.eval_size holds a share of the examples out, such as 0.05: set it, or name files in data.eval"
     if method == "map" and call.args and script.renders(call.args[0]):

@@ -237,7 +237,7 @@ class Optimizer(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient of a step is scaled down to this norm."""
     offload: bool = False
-    """Keep the states in the host's memory; each is on the GPU while its weight is updated. The same update, later."""
+    """Keep the states in the host's memory, each on the GPU while its weight is updated: same updates, slower steps."""
 
 
 class Loss(Section):

@@ -105,7 +105,7 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     data.pop("_component_", None)
     if data.pop("packed", False):
         found.settings["packing"] = True
-    if data.pop("train_on_input", False):
+    if data.pop("train_on_input", name in _DATA):  # its Alpaca data sets train the prompt unless they are told not to
         found.settings["train_on_inputs"] = True
     source = data.pop("source", None) or _DATA.get(str(name))
     files = data.get("data_files")

@@ -78,9 +78,9 @@ class Cache:
             try:
                 if place.stat().st_size == num_bytes:
                     continue
-                self._say(f"{place}: not what was written, so it is rendered anew")
+                self._say(f"{place}: not what was written, so it is rendered again")
             except OSError:
-                self._say(f"{place}: is missing, so its examples are rendered anew")
+                self._say(f"{place}: is missing, so its examples are rendered again")
             return None
         return found
 
@@ -98,7 +98,7 @@ class Cache:
 
     def damaged(self, path: Path, error: DataError) -> None:
         """Remove a damaged file, so that it is made anew."""
-        self._say(f"{error}, so it is rendered anew")
+        self._say(f"{error}, so it is rendered again")
         forget(path)
         with suppress(OSError):
             path.unlink()

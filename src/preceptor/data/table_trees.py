@@ -111,7 +111,7 @@ def _removed(path: Path) -> DataError:
     """The error to raise for a file of the cache that is damaged; it is removed."""
     with suppress(OSError):
         path.unlink()
-    return DataError(f"{path}: was altered since it was written; the same command renders it anew")
+    return DataError(f"{path}: was altered since it was written; the same command renders it again")
 
 
 class TableBuilder:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from preceptor.model.parts import evaluating
 
 _NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
+_KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache whose rows can be taken
+_SMALL_BATCH = 8  # below which a step takes hardly less time for fewer answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,9 @@ def generate(
 
     Contexts are batched by length and padded on the left; a KV cache is used. An answer ends before the first stop
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
-    memory runs out, the batch is halved. Raises ModelError where a single answer does not fit, and
-    where there is nothing to draw from because logits are not finite. in_step: processes that share the model's weights
+    memory runs out, the batch is halved. Once half of a batch's greedy answers have ended, the others go on without
+    them, with their rows of the cache. Raises ModelError where a single answer does not fit, and where logits are not
+    finite. in_step: processes that share the model's weights
     generate at the same time, as many contexts each; they go on until the last answer ends, and no batch is halved.
     """
     if not contexts:
@@ -58,23 +61,7 @@ def generate(
     stop = sorted(set(stop_token_ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0] if stop else 0
     order = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
-    settings = _settings(model, stop, pad, max_new_tokens, sampling)
-    answers: dict[int, GeneratedAnswer] = {}
-
-    def answer(batch: Sequence[int]) -> None:
-        ids_BT, mask_BT = _pad_left([contexts[index] for index in batch], pad, model.device)
-        ends = _StopTexts(tokenizer, [until[index] for index in batch] if until else [], ids_BT.shape[1])
-        output_BT = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            generation_config=settings,
-            synced_gpus=in_step,
-            stopping_criteria=[ends] if until else None,
-        )
-        for row, index in enumerate(batch):
-            ids_T = output_BT[row, ids_BT.shape[1] : ends.lengths.get(row)].tolist()
-            answers[index] = _cut(ids_T, set(stop), tokenizer)
-
+    answer = _Batches(model, tokenizer, contexts, stop, pad, max_new_tokens, sampling, until, in_step)
     with evaluating(model), _seeded(model, sampling):
         while order:
             batch = order[:batch_size]
@@ -90,7 +77,60 @@ def generate(
             batch_size = len(batch) // 2
             if model.device.type == "cuda":
                 torch.cuda.empty_cache()
-    return [answers[index] for index in range(len(contexts))]
+    return [answer.answers[index] for index in range(len(contexts))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """Answers batches of contexts, which are named by their index; arguments as those of `generate`."""
+
+    model: Any
+    tokenizer: Any
+    contexts: Sequence[Sequence[int]]
+    stop: list[int]
+    pad: int
+    max_new_tokens: int
+    sampling: Sampling | None
+    until: Sequence[Sequence[str]]
+    in_step: bool
+    answers: dict[int, GeneratedAnswer] = field(default_factory=dict)
+
+    def __call__(self, batch: Sequence[int]) -> None:
+        """In passes over those that have not ended, which have equally many tokens so far."""
+        left, num_so_far, cache = list(batch), 0, None
+        ids_BT, mask_BT = _pad_left([self.contexts[index] for index in left], self.pad, self.model.device)
+        begin = ids_BT.shape[1]
+        while left:
+            ends = _StopTexts(self.tokenizer, [self.until[index] for index in left] if self.until else [], begin)
+            criteria: list[Any] = [ends] if self.until else []
+            if self.sampling is None and not self.in_step and len(left) >= _SMALL_BATCH:
+                criteria.append(_FewLeft(len(left), self.stop, ends, self.model.device))
+            output = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=_settings(
+                    self.model, self.stop, self.pad, self.max_new_tokens - num_so_far, self.sampling
+                ),
+                synced_gpus=self.in_step,
+                stopping_criteria=criteria or None,
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+            going = []
+            num_so_far = output.sequences.shape[1] - begin
+            for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
+                has_ended = (
+                    row in ends.lengths or any(id_ in self.stop for id_ in ids_T) or num_so_far >= self.max_new_tokens
+                )
+                if has_ended:
+                    length = ends.lengths.get(row)
+                    self.answers[left[row]] = _cut(
+                        ids_T[: None if length is None else length - begin], set(self.stop), self.tokenizer
+                    )
+                else:
+                    going.append(row)
+            left = [left[row] for row in going]
+            ids_BT, cache = output.sequences[going], _rows_of(output.past_key_values, going) if going else None
+            mask_BT = torch.nn.functional.pad(mask_BT[going], (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
 
 
 def _fits(answer: Callable[[Sequence[int]], None], batch: Sequence[int]) -> bool:
@@ -131,6 +171,7 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
         pad_token_id=pad,
         bos_token_id=model.generation_config.bos_token_id,
         use_cache=True,
+        return_dict_in_generate=True,
     )
 
 
@@ -150,6 +191,30 @@ class _StopTexts:
                     if any(end in text for end in self._until[row]):
                         self.lengths[row] = length
         return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
+
+
+def _rows_of(cache: Any, rows: list[int]) -> Any:
+    """Those rows of a KV cache; None where a layer keeps something else, and the tokens are to be read again."""
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(type(layer).__name__ in _KEYS_AND_VALUES for layer in layers):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=layers[0].keys.device))
+    return cache
+
+
+class _FewLeft:
+    """A stopping criterion of transformers: ends a pass when half of its answers have ended."""
+
+    def __init__(self, num: int, stop: list[int], ends: _StopTexts, device: Any) -> None:
+        self._ended_B = torch.zeros(num, dtype=torch.bool, device=device)
+        self._stop = torch.tensor(stop, dtype=torch.long, device=device)
+        self._ends = ends
+
+    def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._ended_B |= torch.isin(ids_BT[:, -1], self._stop)
+        if self._ends.lengths:
+            self._ended_B[list(self._ends.lengths)] = True
+        return torch.full_like(self._ended_B, bool(2 * self._ended_B.sum() >= len(self._ended_B)))
 
 
 def _pad_left(contexts: list[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

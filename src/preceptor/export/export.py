@@ -10,7 +10,7 @@ from preceptor.chat.format import load_tokenizer, load_trained_format
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.export.card import card
 from preceptor.export.contexts import TrainedTurns, trained_turns
-from preceptor.export.gguf import GgufType, Vocabulary, answers, convert, find_converter
+from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
 from preceptor.export.hub import push
 from preceptor.export.ollama import modelfile, turn_law
 from preceptor.export.proof import prove_folder, prove_gguf
@@ -109,12 +109,13 @@ def _write_gguf(
         whole.mkdir()
         _write_hf(source, wanted, whole, trained, say)
     say(f"llama.cpp converts {source.folder}")
-    convert(whole, folder / GGUF_FILE, wanted.gguf_type)
     chat = load_trained_format(str(whole))
+    texts = [text for turn in trained.turns for text in (turn.rendered.context_text, turn.rendered.target_text)]
+    pieces = None if (whole / SENTENCE_PIECES).exists() else source.base_file(SENTENCE_PIECES)
+    proof = convert(whole, folder / GGUF_FILE, wanted.gguf_type, chat.tokenizer, texts, pieces)
     law = turn_law(chat) if wanted.to == "ollama" else None
-    proof = []
     if not wanted.skip_proof:
-        proof = [*prove_folder(whole, trained), *prove_gguf(folder / GGUF_FILE, trained, law)]
+        proof += [*prove_folder(whole, trained), *prove_gguf(folder / GGUF_FILE, trained, law)]
         proof += _compare_answers(whole, folder / GGUF_FILE, trained)
     if law is not None:
         stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
@@ -143,7 +144,9 @@ def _compare_answers(whole: Path, file: Path, trained: TrainedTurns) -> list[str
     there = [tuple(id_ for id_ in answer if id_ not in stops) for answer in answers(file, contexts, _NEW_TOKENS)]
     here = [tuple(id_ for id_ in answer if id_ not in stops) for answer in here]
     same = sum(a == b for a, b in zip(here, there, strict=True))
-    return [f"llama.cpp: {same} of {len(contexts)} greedy answers of {_NEW_TOKENS} tokens are those of transformers"]
+    warning = "" if same else ": its answers are others; compare both before you use it"
+    answered = f"{same} of {len(contexts)} greedy answers of {_NEW_TOKENS} tokens are those of transformers"
+    return [f"llama.cpp: {answered}{warning}"]
 
 
 def _decoding(folder: Path) -> dict[str, Any]:

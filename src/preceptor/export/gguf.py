@@ -1,45 +1,43 @@
 """GGUF files: llama.cpp's converter, driven; its tokenizer and its answers, by llama-cpp-python."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, short
+from preceptor.files import read_json
 
 CONVERTER = "convert_hf_to_gguf.py"
+TOKENIZER_CONFIG, SENTENCE_PIECES = "tokenizer_config.json", "tokenizer.model"
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
-# Runs the converter. A byte-level tokenizer whose pattern is GPT-2's, and which its list does not know, is named so;
-# the token ids are compared afterwards.
+# Runs the converter: once, or once for each name of a pattern, which takes the place of what it would find.
 _DRIVER = """
-import json, pathlib, runpy, sys
-converter, folder = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-sys.path.insert(0, str(converter.parent))
-sys.path.insert(1, str(converter.parent / "gguf-py"))
-sys.argv = [str(converter), *sys.argv[2:]]
-def plain_gpt2():
-    split = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
-    return split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
-try:
-    from conversion.base import TextModel
-except ImportError:
-    pass
-else:
-    known = TextModel.get_vocab_base_pre
-    def pre(self, tokenizer):
-        try:
-            return known(self, tokenizer)
-        except NotImplementedError:
-            if plain_gpt2():
-                return "gpt-2"
-            raise
-    TextModel.get_vocab_base_pre = pre
-runpy.run_path(str(converter), run_name="__main__")
+import pathlib, runpy, sys
+converter, names, *arguments = sys.argv[1:]
+folder = pathlib.Path(converter).parent
+sys.path.insert(0, str(folder))
+sys.path.insert(1, str(folder / "gguf-py"))
+for name in names.split(","):
+    if name:
+        from conversion.base import TextModel
+        TextModel.get_vocab_base_pre = lambda self, tokenizer, name=name: name
+    sys.argv = [converter, *(argument.replace("{name}", name) for argument in arguments)]
+    runpy.run_path(converter, run_name="__main__")
 """
+# How llama.cpp can split a text before its byte pairs are merged: one name of each form, the usual ones first. `bloom`
+# splits least: it gives the same ids wherever no merge of the tokenizer crosses the pieces of its own pattern.
+_PATTERNS = """gpt-2 llama-bpe qwen2 qwen35 gpt-4o tekken deepseek-v3 starcoder falcon viking
+bloom""".split()  # noqa: SIM905
+_CHUNK = 40  # tokens whose texts are joined, in several ways, to compare patterns
 
 
 def find_converter() -> Path:
@@ -61,17 +59,110 @@ def find_converter() -> Path:
     return Path(found)
 
 
-def convert(folder: Path, file: Path, gguf_type: GgufType) -> None:
-    """Write a GGUF file from a Hugging Face folder. Raises ModelError with the converter's own reason."""
-    command = [sys.executable, "-c", _DRIVER, str(find_converter()), str(folder)]
-    done = subprocess.run(
-        [*command, "--outfile", str(file), "--outtype", gguf_type], capture_output=True, text=True, errors="replace"
+def convert(
+    folder: Path, file: Path, gguf_type: GgufType, tokenizer: Any, texts: Sequence[str], pieces: Path | None = None
+) -> list[str]:
+    """Write a GGUF file from a Hugging Face folder.
+
+    tokenizer, texts: where llama.cpp does not know the tokenizer's pattern, one that it knows and that gives the same
+    ids for these texts, and for the tokens of the vocabulary beside one another, takes its place; which one is returned
+    as a sentence. pieces: the tokenizer.model of the model that was trained, where the folder has none. Raises
+    ModelError with the converter's own reason, or where there is no such pattern.
+    """
+    settings = ["--outfile", str(file), "--outtype", gguf_type]
+    with tempfile.TemporaryDirectory() as place:
+        given = _as_the_converter_reads_it(folder, Path(place) / folder.name, tokenizer, pieces)
+        said, named = _driven("", given, *settings), []
+        if "pre-tokenizer" in said:
+            name, num = _equal_pattern(folder, given, tokenizer, texts)
+            said = _driven(name, given, *settings)
+            named = [
+                f"llama.cpp: its pattern `{name}`, in place of the tokenizer's, gave the same ids for {num:,} texts"
+            ]
+    if said or not file.is_file():
+        raise ModelError(f"{folder}: llama.cpp's converter failed: {_reason(said)}")
+    return named
+
+
+def _as_the_converter_reads_it(folder: Path, place: Path, tokenizer: Any, pieces: Path | None) -> Path:
+    """The folder with what the converter reads of a SentencePiece tokenizer and transformers no longer writes.
+
+    tokenizer.model, added_tokens_decoder, and whether a space is put before a text that follows a special token.
+    """
+    place.mkdir()
+    for file in folder.iterdir():
+        if file.is_file() and file.name != TOKENIZER_CONFIG:
+            (place / file.name).symlink_to(file.resolve())
+    about = read_json(folder / TOKENIZER_CONFIG)
+    if pieces is not None:
+        (place / SENTENCE_PIECES).symlink_to(pieces.resolve())
+    added = tokenizer.added_tokens_decoder
+    about.setdefault(
+        "added_tokens_decoder",
+        {id_: {"content": token.content, "special": token.special} for id_, token in added.items()},
     )
-    if done.returncode or not file.is_file():
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith(("ERROR", "NotImplementedError"))] or said[-1:]
-        unknown = "" if "pre-tokenizer" not in done.stderr else " (llama.cpp does not know this tokenizer's pattern)"
-        raise ModelError(f"{folder}: llama.cpp's converter failed{unknown}: {errors[-1] if errors else 'no output'}")
+    if "\u2581" in tokenizer.get_vocab():
+        after = tokenizer.tokenize(f"{tokenizer.eos_token}a", add_special_tokens=False)
+        about["add_prefix_space"] = any(token.startswith("\u2581") for token in after[1:])
+    (place / TOKENIZER_CONFIG).write_text(json.dumps(about), encoding="utf-8")
+    return place
+
+
+def _driven(names: str, folder: Path, *arguments: str) -> str:
+    """What the converter said where it failed."""
+    command = [sys.executable, "-c", _DRIVER, str(find_converter()), names, str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    return (done.stderr + done.stdout).strip() or f"exit code {done.returncode}" if done.returncode else ""
+
+
+def _reason(said: str) -> str:
+    if "File not found: " in said and SENTENCE_PIECES in said:
+        return (
+            f"it reads this kind of tokenizer from {SENTENCE_PIECES}, which neither this folder nor its base has: copy "
+            "it there from the model that was trained"
+        )
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("ERROR", "NotImplementedError"))] or lines[-1:]
+    return errors[-1] if errors else "no output"
+
+
+def _equal_pattern(folder: Path, given: Path, tokenizer: Any, texts: Sequence[str]) -> tuple[str, int]:
+    """The first of _PATTERNS with the tokenizer's ids, and the number of texts compared. Raises ModelError."""
+    unknown = f"{folder}: llama.cpp does not know this tokenizer's pattern (its pre-tokenizer)"
+    otherwise = "`--to hf` is proved with transformers; docs/serve.md says what serves it"
+    if importlib.util.find_spec("llama_cpp") is None or sys.modules.get("llama_cpp", ...) is None:
+        raise ModelError(
+            f"{unknown}. With llama-cpp-python installed (`pip install llama-cpp-python`), those that it knows are "
+            f"tried for one that gives the same token ids. {otherwise}"
+        )
+    compared = [*texts, *_joined_tokens(tokenizer)]
+    expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in compared]
+    differs = ""
+    with tempfile.TemporaryDirectory() as place:
+        settings = ("--outfile", f"{place}/{{name}}.gguf", "--vocab-only")
+        if said := _driven(",".join(_PATTERNS), given, *settings):
+            raise ModelError(f"{unknown}; its converter failed: {_reason(said)}")
+        for name in _PATTERNS:
+            vocabulary = Vocabulary(Path(place) / f"{name}.gguf")
+            pairs = zip(compared, expected, strict=True)
+            text = next((text for text, ids in pairs if vocabulary.ids(text) != ids), None)
+            if text is None:
+                return name, len(compared)
+            differs = short(text)
+    raise ModelError(
+        f"{unknown}, and none of the {len(_PATTERNS)} that were tried gives its token ids: the last differs for "
+        f"{differs}. {otherwise}"
+    )
+
+
+def _joined_tokens(tokenizer: Any) -> Iterator[str]:
+    """Texts in which the vocabulary's tokens stand beside one another, and beside what patterns treat apart."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    texts = [tokenizer.decode([id_]) for id_ in range(len(tokenizer)) if id_ not in special]
+    texts = [text for text in texts if text and "\ufffd" not in text]
+    for start in range(0, len(texts), _CHUNK):
+        for between in ("", " ", "'", "\n\n", "  ", "1"):
+            yield between.join(texts[start : start + _CHUNK])
 
 
 def _llama(file: Path, **settings: Any) -> Any:
@@ -82,10 +173,16 @@ def _llama(file: Path, **settings: Any) -> Any:
             "llama-cpp-python is not installed, without which it cannot be proved that the GGUF file reads what was "
             "trained: `pip install llama-cpp-python`, or --skip-proof"
         ) from None
+    llama_cpp.llama_log_set(_silence(llama_cpp), None)  # what goes wrong is raised
     try:
         return llama_cpp.Llama(str(file), verbose=False, **settings)
     except ValueError as error:
         raise ModelError(f"{file}: llama.cpp cannot load what its converter wrote: {error}") from error
+
+
+@cache
+def _silence(llama_cpp: Any) -> Any:
+    return llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
 
 class Vocabulary:

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from preceptor.errors import ModelError
-from preceptor.hub import ADAPTER_CONFIG, adapter_base, resolve_model_path, run_folder_of
+from preceptor.hub import ADAPTER_CONFIG, adapter_base, fetch_file, find_file, resolve_model_path, run_folder_of
 from preceptor.report.run_record import RunRecord, read_run
 
 
@@ -28,6 +28,18 @@ class ExportSource:
     def base(self) -> str | None:
         """The base model of an adapter; None for a whole model."""
         return adapter_base(str(self.folder))
+
+    def base_file(self, name: str) -> Path | None:
+        """A file of the model that was trained, from this machine or the Hub; None where it is in neither."""
+        model = self.run.config["model"] if self.run else {}
+        place = self.base or model.get("path")
+        if place is None:
+            return None
+        try:
+            found, revision = resolve_model_path(str(place)), model.get("revision")
+            return find_file(found, name) if Path(found).is_dir() else fetch_file(found, name, revision)
+        except ModelError:
+            return None
 
     @cached_property
     def run(self) -> RunRecord | None:

@@ -18,7 +18,8 @@ from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.sources import OpenSource
-from preceptor.inspect.peer_rules import PeerRule, PeerTokens
+from preceptor.inspect.emulation import PeerTokens
+from preceptor.inspect.peer_rules import PeerRule
 
 SHOWN = 3  # examples
 COUNTED = 1000

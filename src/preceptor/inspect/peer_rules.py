@@ -3,59 +3,29 @@
 TRL            `messages`: all tokens; with assistant_only_loss those that the template marks with {% generation %}.
                Prompt and completion: what follows the tokenised prompt; without completion_only_loss all tokens.
 Unsloth        as TRL; with train_on_responses_only what follows each response_part, up to the next instruction_part.
-Axolotl        chat_template: of each turn of roles_to_train the tokens that change when its content is replaced, and
+Axolotl        chat_template: of each turn of roles_to_train the text that changes when its content is replaced, and
                the eos token (eot_tokens) that follows within three tokens, by train_on_eos (turn, last, all, none).
-LLaMA-Factory  pairs of a prompt and an answer in its own template, tokenised apart; the answers, with what its template
-               writes after them; train_on_prompt: all; mask_history: the last answer.
-torchtune      all tokens of each assistant message, its header included; with train_on_input all tokens.
+LLaMA-Factory  llama_factory.py
+torchtune      torchtune_tokens.py
 
 Their versions differ, and what is cut at a maximum length is left out here: `says` names what is emulated.
+`python benchmarks/peer_labels.py` compares this with the labels that the installed trainers make.
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from preceptor.config.peer_files import Peer
 from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alpaca_prompt, messages_of
+from preceptor.inspect.llama_factory import LlamaFactory
+from preceptor.inspect.torchtune_tokens import Torchtune
 
-_DUMMY = "[[dummy_message]]"
+_DUMMIES = ("[[dummy_message]]", "zzdummymessagezz")  # they share no letter at either end
 _NEAR = 3  # tokens after a turn in which Axolotl looks for its end
-_EOS = "\0eos\0"  # in a template of LLaMA-Factory
-# Of LLaMA-Factory's templates: (system, user, assistant, default system).
-_CHATML = (
-    "<|im_start|>system\n{}<|im_end|>\n",
-    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-    "{}<|im_end|>\n",
-)
-_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-_TEMPLATES: Mapping[str, tuple[str, str, str, str]] = {
-    "default": (f"System: {{}}{_EOS}\n", f"Human: {{}}{_EOS}\nAssistant:", f"{{}}{_EOS}\n", ""),
-    "chatml": (*_CHATML, ""),
-    "qwen": (*_CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "qwen3_nothink": (*_CHATML, ""),
-    "llama3": (
-        _HEADER.format("system") + "{}<|eot_id|>",
-        _HEADER.format("user") + "{}<|eot_id|>" + _HEADER.format("assistant"),
-        "{}<|eot_id|>",
-        "",
-    ),
-}
-_ALPACA = (
-    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n{}### Response:\n"
-)
-
-PeerMessages = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class PeerTokens:
-    """The tokens of an example as the trainer reads it, and which of them count in its loss."""
-
-    ids: list[int]
-    trained: list[bool]
 
 
 @dataclass(frozen=True)
@@ -68,63 +38,21 @@ class PeerRule:
 
 def rule_of(peer: Peer, settings: Mapping[str, Any], tokenizer: Any, template: str) -> PeerRule:
     """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
-    kinds: dict[str, type[_Trl | _Axolotl | _LlamaFactory | _Torchtune]] = {
+    kinds: dict[str, type[Emulation]] = {
         "TRL": _Trl,
         "Unsloth": _Unsloth,
         "Axolotl": _Axolotl,
-        "LLaMA-Factory": _LlamaFactory,
-        "torchtune": _Torchtune,
+        "LLaMA-Factory": LlamaFactory,
+        "torchtune": Torchtune,
     }
     own = kinds[peer](settings, tokenizer, template)
     return PeerRule(f"What {peer}'s documented rule trains: {own.says()}", own.tokens)
 
 
-class _Emulation:
-    """What the emulations share: a tokenizer, a chat template, settings."""
-
-    def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
-        self.settings, self.tokenizer, self.template = settings, tokenizer, template
-
-    def text_ids(self, text: str, special: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def document(self, example: Document) -> PeerTokens:
-        ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
-        return PeerTokens(ids, [True] * len(ids))
-
-    def rendered(self, messages: PeerMessages, example: Conversation, **options: Any) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=example.tools, chat_template=self.template, tokenize=False,
-                **example.template_kwargs, **options,
-            )
-        )  # fmt: skip
-
-    def rendered_ids(self, messages: PeerMessages, example: Conversation, **options: Any) -> list[int]:
-        return self.text_ids(self.rendered(messages, example, **options))
-
-
-def _messages(example: Conversation) -> list[dict[str, Any]]:
-    return [dict(message.given) for message in example.messages]
-
-
-def _as_messages(example: Completion) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
-
-
-def _alpaca(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Prompt and answer of an Alpaca row, in Alpaca's own words."""
-    if "instruction" not in row or "output" not in row:
-        return None
-    given = row.get("input") or ""
-    more = ", paired with an input that provides further context" if given else ""
-    return _ALPACA.format(more, row["instruction"], f"### Input:\n{given}\n\n" if given else ""), str(row["output"])
-
-
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
-class _Trl(_Emulation):
+class _Trl(Emulation):
     def says(self) -> str:
         if self.settings.get("assistant_only_loss"):
             if "{% generation %}" in self.template.replace("{%-", "{%").replace("-%}", "%}"):
@@ -144,7 +72,7 @@ class _Trl(_Emulation):
             return self._completed(
                 prompt, self.text_ids(example.prompt + self._ended(example.completion), special=True)
             )
-        messages = _messages(example)
+        messages = messages_of(example)
         ids = self.rendered_ids(messages, example)
         masked = self._marked(messages, ids, example) if self.settings.get("assistant_only_loss") else None
         if isinstance(masked, str):
@@ -209,172 +137,100 @@ class _Unsloth(_Trl):
 # Axolotl -------------------------------------------------------------------------------------------------------------
 
 
-class _Axolotl(_Emulation):
+class _Axolotl(Emulation):
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         super().__init__(settings, tokenizer, template)
         entries = settings.get("datasets")
-        first = entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], Mapping) else {}
-        own = {key: first[key] for key in ("roles_to_train", "train_on_eos", "type") if first.get(key) is not None}
-        merged = {**settings, **own}
+        self._data = first = (
+            entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], Mapping) else {}
+        )
+        own = ("roles_to_train", "train_on_eos", "train_on_eot", "type")
+        merged = {**settings, **{key: first[key] for key in own if first.get(key) is not None}}
         self._inputs = bool(settings.get("train_on_inputs"))
         self._roles = merged.get("roles_to_train") or ["assistant"]
         self._eos = merged.get("train_on_eos") or "turn"
+        self._eot = merged.get("train_on_eot") or self._eos
         self._type = str(merged.get("type") or "chat_template")
         named = settings.get("special_tokens") or {}
-        self._ends = list(settings.get("eot_tokens") or ()) or [named.get("eos_token") or tokenizer.eos_token]
+        self._eos_token = named.get("eos_token") or tokenizer.eos_token
+        given = [token for token in settings.get("eot_tokens") or () if token in template]
+        self._eot_tokens = given if settings.get("eot_tokens") else [self._eos_token]
 
     def says(self) -> str:
         if self._type.startswith("alpaca"):
             return "the output and its eos token, after Alpaca's own prompt" + (", and the prompt" * self._inputs)
         whose = "all roles (train_on_inputs)" if self._inputs else ", ".join(map(str, self._roles))
-        return (
-            f"the contents of turns of {whose}; train_on_eos: {self._eos}, for the end token "
-            f"{', '.join(map(str, self._ends))}"
-        )
+        ends = ", ".join(dict.fromkeys([*map(str, self._eot_tokens), str(self._eos_token)]))
+        return f"the contents of turns of {whose}; train_on_eos: {self._eos}, for the end token {ends}"
 
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
-        pair = _alpaca(row)
+        pair = alpaca_prompt(row)
         if self._type.startswith("alpaca") and pair:
             return self._paired(*pair)
         if isinstance(example, Completion):
             return self._paired(example.prompt, example.completion)
         if isinstance(example, Document):
             return self.document(example)
-        return self._turns(_messages(example), example)
+        if not self.tokenizer.is_fast:
+            return "this tokenizer gives no places in the text: Axolotl's turns cannot be told"
+        return self._turns(messages_of(example), example, row)
 
     def _paired(self, prompt: str, answer: str) -> PeerTokens:
         before, after = self.text_ids(prompt, special=True), [*self.text_ids(answer), self.tokenizer.eos_token_id]
         return PeerTokens([*before, *after], [self._inputs] * len(before) + [True] * len(after))
 
-    def _turns(self, messages: PeerMessages, example: Conversation) -> PeerTokens | str:
-        ids = self.rendered_ids(messages, example)
-        trained, last = [False] * len(ids), None
-        end_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in self._ends}
-        for at, message in enumerate(messages):
-            wanted = self._inputs or message.get("role") in self._roles
-            if not wanted and self._eos != "all":
-                continue
-            start, end = self._place(messages, at, example)
-            if wanted:
-                trained[start:end] = [True] * (min(end, len(ids)) - start)
-            place = next((place for place in range(end, min(end + _NEAR + 1, len(ids))) if ids[place] in end_ids), None)
-            last = last if place is None else place
-            if place is not None and (self._eos == "all" or (self._eos == "turn" and wanted)):
-                trained[place] = True
-        if self._eos == "last" and last is not None:
-            trained[last] = True
-        return PeerTokens(ids, trained)
-
-    def _place(self, messages: PeerMessages, at: int, example: Conversation) -> tuple[int, int]:
-        """Where the tokens change when the content of the turn is another one; (0, 0) where none do."""
-        dummy = {"role": messages[at].get("role"), "content": _DUMMY}
-        other = self.rendered_ids([*messages[:at], dummy], example)
-        full = self.rendered_ids(messages[: at + 1], example)
-        shortest = min(len(other), len(full))
-        start = next((place for place in range(shortest) if other[place] != full[place]), None)
-        back = next((place for place in range(shortest) if other[-1 - place] != full[-1 - place]), None)
-        if start is None or back is None or len(full) - back <= start:
-            return 0, 0
-        return start, len(full) - back
-
-
-# LLaMA-Factory -------------------------------------------------------------------------------------------------------
-
-
-class _LlamaFactory(_Emulation):
-    def says(self) -> str:
-        name = self.settings.get("template")
-        whose = f"its template {name!r}"
-        if name is None:
-            whose = "the model's own chat template: the file names no template"
-        elif name not in _TEMPLATES:
-            whose = f"the model's own chat template, in place of its template {name!r}, which is not emulated"
-        if self.settings.get("train_on_prompt"):
-            what = "all tokens (train_on_prompt)"
-        else:
-            what = "the last answer (mask_history)" if self.settings.get("mask_history") else "each answer"
-        return f"{what}, in {whose}"
-
-    def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
-        if isinstance(example, Document):
-            return self.document(example)
-        messages = _as_messages(example) if isinstance(example, Completion) else _messages(example)
-        if any(not isinstance(each.get("content"), str) or each.get("role") == "tool" for each in messages):
-            return "tools and contents of several parts are not emulated for LLaMA-Factory"
-        pairs = self._pairs(messages, example)
-        ids, trained = list(self._bos()), [bool(self.settings.get("train_on_prompt"))] * len(self._bos())
-        for number, (source, target) in enumerate(pairs, start=1):
-            answer = not self.settings.get("mask_history") or number == len(pairs)
-            ids += [*source, *target]
-            trained += [bool(self.settings.get("train_on_prompt"))] * len(source) + [answer] * len(target)
-        return PeerTokens(ids, trained)
-
-    def _bos(self) -> list[int]:
-        named = self.settings.get("template") in ("llama3", "default") and self.tokenizer.bos_token_id is not None
-        return [self.tokenizer.bos_token_id] if named else []
-
-    def _pairs(self, messages: PeerMessages, example: Example) -> list[tuple[list[int], list[int]]]:
-        """Each answer with what comes since the one before, tokenised apart."""
-        name = str(self.settings.get("template"))
-        if name not in _TEMPLATES:
-            return self._rendered_pairs(messages, example)
-        system, user, assistant, default = _TEMPLATES[name]
-        eos = self.tokenizer.eos_token or ""
-        forms = {"system": system, "user": user, "assistant": assistant}
-        before = system.format(default) if default and messages[0].get("role") != "system" else ""
-        pairs = []
-        for message in messages:
-            text = forms[str(message.get("role"))].format(message["content"])
-            if message.get("role") == "assistant":
-                pairs.append((self.text_ids(before.replace(_EOS, eos)), self.text_ids(text.replace(_EOS, eos))))
-                before = ""
-            else:
-                before += text
-        return pairs
-
-    def _rendered_pairs(self, messages: PeerMessages, example: Example) -> list[tuple[list[int], list[int]]]:
-        """The same by the model's own template: an answer is what follows its generation prompt."""
-        holder = example if isinstance(example, Conversation) else Conversation("", ())
-        pairs, done = [], ""
-        for at, message in enumerate(messages):
-            if message.get("role") == "assistant":
-                asked = self.rendered(messages[:at], holder, add_generation_prompt=True)
-                whole = self.rendered(messages[: at + 1], holder)
-                pairs.append((self.text_ids(asked[len(done) :]), self.text_ids(whole[len(asked) :])))
-                done = whole
-        return pairs
-
-
-# torchtune -----------------------------------------------------------------------------------------------------------
-
-
-class _Torchtune(_Emulation):
-    def says(self) -> str:
-        if self.settings.get("train_on_inputs"):
-            return "all tokens (train_on_input)"
-        return (
-            "all tokens of each assistant message, its header and its end included; messages are rendered by the "
-            "model's chat template, which stands for torchtune's tokenizer of that model"
+    def _turns(self, messages: PeerMessages, example: Conversation, row: Mapping[str, Any]) -> PeerTokens | str:
+        text = self.rendered(messages, example)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = list(found["input_ids"]), found["offset_mapping"]
+        trained = [False] * len(ids)
+        to_ids = self.tokenizer.convert_tokens_to_ids
+        kinds = (
+            ({to_ids(token) for token in self._eot_tokens}, self._eot),
+            ({to_ids(self._eos_token)}, self._eos),
         )
-
-    def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
-        inputs = bool(self.settings.get("train_on_inputs"))
-        if isinstance(example, Document):
-            return self.document(example)
-        if isinstance(example, Completion):
-            messages = _as_messages(example)
-            example = Conversation(example.source, ())
-        else:
-            messages = _messages(example)
-        whole = self.rendered(messages, example)
-        ids: list[int] = []
-        done = 0
-        trained: list[bool] = []
+        last: dict[int, int] = {}
         for at, message in enumerate(messages):
-            text = self.rendered(messages[: at + 1], example)
-            if not whole.startswith(text):
-                return "this template renders earlier turns in another way later: messages cannot be told apart"
-            own = self.text_ids(text[done:])
-            ids, done = [*ids, *own], len(text)
-            trained += [inputs or message.get("role") == "assistant"] * len(own)
+            wanted = self._is_wanted(at, message, row)
+            if not wanted and "all" not in (self._eos, self._eot):
+                continue
+            start, end = self._place(messages, at, example, text, places)
+            trained[start:end] = [wanted or mark for mark in trained[start:end]]
+            for number, (end_ids, when) in enumerate(kinds):
+                near = range(end, min(end + _NEAR + 1, len(ids)))
+                place = next((place for place in near if ids[place] in end_ids), None)
+                if place is not None:
+                    last[number] = place
+                    trained[place] |= when == "all" or (when == "turn" and wanted)
+        for number, place in last.items():
+            trained[place] |= kinds[number][1] == "last"
         return PeerTokens(ids, trained)
+
+    def _is_wanted(self, at: int, message: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+        """By the message's own mark (message_field_training), else by its role."""
+        rows, key = row.get(self._data.get("field_messages") or "messages"), self._data.get("message_field_training")
+        own = rows[at] if key and isinstance(rows, list) and at < len(rows) else {}
+        if isinstance(own, Mapping) and own.get(key) is not None:
+            return bool(own[key])
+        return self._inputs or message.get("role") in self._roles
+
+    def _place(
+        self, messages: PeerMessages, at: int, example: Conversation, text: str, places: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """The tokens of the text that is another one when the content of the turn is; (0, 0) where none is."""
+        starts, ends = [], []
+        for content in _DUMMIES:
+            other = self.rendered(
+                [*messages[:at], {"role": messages[at].get("role"), "content": content}, *messages[at + 1 :]], example
+            )
+            shortest = min(len(other), len(text))
+            start = next((place for place in range(shortest) if other[place] != text[place]), shortest)
+            rest = shortest - start
+            back = next((place for place in range(rest) if other[-1 - place] != text[-1 - place]), rest)
+            starts.append(start)
+            ends.append(len(text) - back)
+        start, end = min(starts), max(ends)
+        if end <= start:
+            return 0, 0
+        first = bisect_right([last for _, last in places], start)
+        return first, max(first, bisect_left([begin for begin, _ in places], end))

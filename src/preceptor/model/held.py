@@ -183,7 +183,7 @@ def _require_trainable(model: Any) -> None:
             f"model: its weights are {str(model.dtype).removeprefix('torch.')}; load it with dtype=torch.float32 or "
             "torch.bfloat16"
         )
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in _modules(model)):
         raise ConfigError(
             "model: gradient checkpointing is on; call model.gradient_checkpointing_disable() and set "
             "memory={'activation_checkpointing': 'all'}"

@@ -235,7 +235,7 @@ class Checkpoints:
             return
         if found:
             raise CheckpointError(
-                f"{self.folder}: no checkpoint can be read: {'; '.join(reasons)}. Start anew with --replace"
+                f"{self.folder}: no checkpoint can be read: {'; '.join(reasons)}. Start over with --replace"
             )
 
     def restore_weights(self, state: State, step: int) -> None:
@@ -310,7 +310,7 @@ def _saved_tensors(place: Path, state: State) -> dict[str, Any]:
         saved = FileSystemReader(place).read_metadata().state_dict_metadata
         shapes = {name: getattr(tensor, "size", None) for name, tensor in saved.items() if name.startswith(_PARAMETER)}
     if shapes != {f"{_PARAMETER}{name}": p.shape for name, p in state.trained.items()}:
-        raise CheckpointError(f"{place}: holds other parameters than this model trains; start anew with --replace")
+        raise CheckpointError(f"{place}: holds other parameters than this model trains; start over with --replace")
     return saved
 
 

@@ -111,7 +111,7 @@ class Evaluations:
         found = self.world.first(lambda: base.read(task))
         if found is not None:
             self.say(
-                f"{task.name}: the base model's figures are kept from an earlier run (data.cache: off measures anew)"
+                f"{task.name}: the base model's figures are kept from an earlier run (data.cache: off measures again)"
             )
             return {**found, "task": task.name}
         found = self._run_task(evaluated, task)

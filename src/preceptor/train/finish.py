@@ -60,7 +60,7 @@ def save_at_the_end(
             time.sleep(_SECONDS)
     if checkpoints.has(state.step):
         raise CheckpointError(
-            f"{reason}. The training is finished and kept in {checkpoints.folder}: when the cause is mended, the same "
+            f"{reason}. The training is finished and kept in {checkpoints.folder}: when the cause is fixed, the same "
             "command saves the model, without training again"
         )
     found = checkpoints.found()

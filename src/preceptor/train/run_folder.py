@@ -262,7 +262,7 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
 def longer(out: str) -> str:
     return (
         f". To train on, start a run from this one, in a folder of its own: --from {out} out={out}-2 (in Python: "
-        f"model={{'path': ..., 'from_run': {out!r}}}; its learning rate begins anew)"
+        f"model={{'path': ..., 'from_run': {out!r}}}; its learning rate starts from the beginning)"
     )
 
 

@@ -133,7 +133,7 @@ BROKEN = {
     "csv twice": ("a.csv", b"text,text\na,b\n", "two columns are named 'text'"),
     "csv columns": ("a.csv", b"frage,antwort\na,b\n", "the keys are 'frage', 'antwort'; an example needs messages"),
     "csv semicolons": ("a.csv", b"prompt;response\na;b\n", "the keys are 'prompt;response'; an example needs"),
-    "parquet": ("a.parquet", b"PAR1" + b"x" * 99, r"a\.parquet: cannot be read: .*Write or download the file anew"),
+    "parquet": ("a.parquet", b"PAR1" + b"x" * 99, r"a\.parquet: cannot be read: .*Write or download the file again"),
     "kind": ("a.xlsx", b"x", "what kind of file it is cannot be told from its name; it must end in .jsonl"),
 }
 

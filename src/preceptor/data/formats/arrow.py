@@ -89,7 +89,7 @@ def _converted(row: dict[str, Any], converters: Mapping[str, Convert | None]) ->
 
 
 def _broken(where: str, error: Exception) -> DataError:
-    return DataError(f"{where}: cannot be read: {first_line(error)}. Write or download the file anew")
+    return DataError(f"{where}: cannot be read: {first_line(error)}. Write or download the file again")
 
 
 def _converter(kind: Any) -> Convert | None:

@@ -1,0 +1,75 @@
+"""What the emulations of other trainers share: tokens with their marks, a tokenizer, a chat template, settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preceptor.data.examples import Completion, Conversation, Document, Example
+
+PeerMessages = Sequence[Mapping[str, Any]]
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class PeerTokens:
+    """The tokens of an example as the trainer reads it, and which of them count in its loss."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+class Emulation:
+    """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
+
+    def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
+        self.settings, self.tokenizer, self.template = settings, tokenizer, template
+
+    def says(self) -> str:
+        """What is emulated, in a sentence."""
+        raise NotImplementedError
+
+    def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
+        """Of an example and the row that it was read from; a sentence where it cannot be told."""
+        raise NotImplementedError
+
+    def text_ids(self, text: str, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
+
+    def document(self, example: Document) -> PeerTokens:
+        ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
+        return PeerTokens(ids, [True] * len(ids))
+
+    def rendered(self, messages: PeerMessages, example: Conversation, **options: Any) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tools=example.tools, chat_template=self.template, tokenize=False,
+                **example.template_kwargs, **options,
+            )
+        )  # fmt: skip
+
+    def rendered_ids(self, messages: PeerMessages, example: Conversation, **options: Any) -> list[int]:
+        return self.text_ids(self.rendered(messages, example, **options))
+
+
+def messages_of(example: Conversation | Completion) -> list[dict[str, Any]]:
+    """The messages as the file holds them; of prompt and completion one of each role."""
+    if isinstance(example, Completion):
+        return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+    return [dict(message.given) for message in example.messages]
+
+
+def is_plain(messages: PeerMessages) -> bool:
+    """Texts alone: no tools, no contents of several parts."""
+    return all(isinstance(each.get("content"), str) and each.get("role") != "tool" for each in messages)
+
+
+def alpaca_prompt(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Prompt and answer of an Alpaca row, in Alpaca's own words."""
+    if "instruction" not in row or "output" not in row:
+        return None
+    given = row.get("input") or ""
+    more = ", paired with an input that provides further context" if given else ""
+    return _ALPACA.format(more, row["instruction"], f"### Input:\n{given}\n\n" if given else ""), str(row["output"])

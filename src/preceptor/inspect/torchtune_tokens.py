@@ -1,0 +1,191 @@
+"""Which tokens torchtune trains: whole assistant messages, in the form of the tokenizer that its file names."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from preceptor.data.examples import Conversation, Document, Example
+from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alpaca_prompt, is_plain, messages_of
+
+_Pieces = list[tuple[list[int], bool]]  # pieces, and whether they are trained
+_OF_LLAMA_3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+_OF_QWEN = ("<|im_start|>", "<|im_end|>")
+_OF_PHI_3 = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+_OF_PHI_4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+
+
+class Torchtune(Emulation):
+    """With train_on_input the messages of all roles."""
+
+    def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
+        super().__init__(settings, tokenizer, template)
+        self._inputs = bool(settings.get("train_on_inputs"))
+        file: Mapping[str, Any] = settings.get("torchtune") or {}
+        named, data = file.get("tokenizer") or {}, file.get("dataset") or {}
+        self._named = str(named.get("_component_", "")).rpartition(".")[2].removesuffix("_tokenizer")
+        self._is_alpaca = "alpaca" in str(data.get("_component_", ""))
+        self._own_prompt, self._system = named.get("prompt_template"), data.get("new_system_prompt")
+        forms: dict[str, tuple[Sequence[str], Callable[[PeerMessages], _Pieces]]] = {
+            "llama3": (_OF_LLAMA_3, self._llama3),
+            "qwen2": (_OF_QWEN, self._qwen),
+            "qwen2_5": (_OF_QWEN, self._qwen),
+            "phi3_mini": (_OF_PHI_3, self._phi3),
+            "phi4": (_OF_PHI_4, self._phi4),
+            "gemma": ((), self._gemma),
+            "mistral": ((), self._mistral),
+            "llama2": ((), self._llama2),
+        }
+        self._form = forms.get(self._named)
+
+    def says(self) -> str:
+        what = "all messages (train_on_input)" if self._inputs else "all tokens of each assistant message"
+        if self._form is not None:
+            return f"{what}, its header included, in the form of torchtune's {self._named}_tokenizer"
+        return (
+            f"{what}, its header and its end included; messages are rendered by the model's chat template, which "
+            "stands for torchtune's tokenizer of that model"
+        )
+
+    def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
+        if isinstance(example, Document):
+            return self.document(example)
+        if self._own_prompt:
+            return "a prompt_template of torchtune's is not emulated"
+        pair = alpaca_prompt(row) if self._is_alpaca else None
+        messages = messages_of(example)
+        if pair is not None:
+            messages = [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        if not is_plain(messages):
+            return "tools and contents of several parts are not emulated for torchtune"
+        if wrong := _refused(messages):
+            return f"torchtune refuses this example: {wrong}"
+        if self._form is None:
+            return self._rendered(messages, example if isinstance(example, Conversation) else Conversation("", ()))
+        special, form = self._form
+        vocabulary = self.tokenizer.get_vocab()
+        if lacking := [token for token in special if token not in vocabulary]:
+            return f"this tokenizer has no {', '.join(lacking)}, which torchtune's {self._named}_tokenizer writes"
+        if self._system is not None:
+            rest = [message for message in messages if message["role"] != "system"]
+            messages = [{"role": "system", "content": str(self._system)}, *rest]
+        if self._named == "mistral" and messages[0]["role"] == "system":
+            return "torchtune refuses this example: its Mistral template has no system message"
+        pieces = form(messages)
+        return PeerTokens(
+            [id_ for ids, _ in pieces for id_ in ids], [mark for ids, mark in pieces for _ in range(len(ids))]
+        )
+
+    def _trains(self, message: Mapping[str, Any]) -> bool:
+        if message["role"] == "system" and self._system is not None:
+            return False
+        return self._inputs or message["role"] == "assistant"
+
+    def _special(self, *tokens: str) -> list[int]:
+        return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+
+    # Forms with special tokens -------------------------------------------------------------------------------------
+
+    def _llama3(self, messages: PeerMessages) -> _Pieces:
+        """The tokens of begin and end of the text are never trained."""
+        begin, start, end, turn, last = ([id_] for id_ in self._special(*_OF_LLAMA_3))
+        pieces: _Pieces = [(begin, False)]
+        for message in messages:
+            header = [*start, *self.text_ids(message["role"]), *end, *self.text_ids("\n\n")]
+            pieces.append(([*header, *self.text_ids(message["content"].strip()), *turn], self._trains(message)))
+        return [*pieces, (last, False)]
+
+    def _qwen(self, messages: PeerMessages) -> _Pieces:
+        """The last answer ends in <|im_end|> without a line end."""
+        start, end = ([id_] for id_ in self._special(*_OF_QWEN))
+        pieces: _Pieces = []
+        for at, message in enumerate(messages):
+            ids = [*start, *self.text_ids(f"{message['role']}\n"), *self.text_ids(message["content"])]
+            is_last = message["role"] == "assistant" and at == len(messages) - 1
+            pieces.append((ids if is_last else [*ids, *end, *self.text_ids("\n")], self._trains(message)))
+        return [*pieces, (end, pieces[-1][1])]
+
+    def _phi3(self, messages: PeerMessages) -> _Pieces:
+        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        pieces: _Pieces = [(begin, self._trains(messages[0]))]
+        for message in messages:
+            start, end = self._special(f"<|{message['role']}|>", "<|end|>")
+            line_end = self.text_ids("\n")
+            ids = [start, *line_end, *self.text_ids(message["content"].rstrip(" ")), end, *line_end]
+            pieces.append((ids, self._trains(message)))
+        return pieces
+
+    def _phi4(self, messages: PeerMessages) -> _Pieces:
+        """No end of an answer is written, so none is trained."""
+        start, middle, end = ([id_] for id_ in self._special(*_OF_PHI_4))
+        pieces: _Pieces = []
+        for message in messages:
+            ids = [*start, *self.text_ids(message["role"]), *middle, *self.text_ids(message["content"].rstrip(" "))]
+            pieces.append((ids if message["role"] == "assistant" else [*ids, *end], self._trains(message)))
+        return pieces
+
+    # Forms without -------------------------------------------------------------------------------------------------
+
+    def _gemma(self, messages: PeerMessages) -> _Pieces:
+        """Contents alone, with nothing of Gemma's template."""
+        return self._turns([([message["content"]], message) for message in messages])
+
+    def _mistral(self, messages: PeerMessages) -> _Pieces:
+        return self._turns([(_in_brackets(message, []), message) for message in messages])
+
+    def _llama2(self, messages: PeerMessages) -> _Pieces:
+        """The system message stands in every user message."""
+        system = [message["content"] for message in messages if message["role"] == "system"]
+        above = ["<<SYS>>\n", system[0], "\n<</SYS>>\n\n"] if system else []
+        return self._turns(
+            [(_in_brackets(message, above), message) for message in messages if message["role"] != "system"]
+        )
+
+    def _turns(self, parts: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> _Pieces:
+        """bos before each turn, eos after each answer; texts are tokenised apart, without spaces at their end."""
+        pieces: _Pieces = []
+        starts = True
+        for texts, message in parts:
+            mark, answers = self._trains(message), message["role"] == "assistant"
+            pieces.append(([self.tokenizer.bos_token_id] if starts else [], mark))
+            pieces += [(self.text_ids(text.rstrip(" ")), mark) for text in texts]
+            pieces.append(([self.tokenizer.eos_token_id] if answers else [], mark))
+            starts = answers
+        return pieces
+
+    # Tokenizers that are not known ---------------------------------------------------------------------------------
+
+    def _rendered(self, messages: PeerMessages, example: Conversation) -> PeerTokens | str:
+        whole = self.rendered(messages, example)
+        ids: list[int] = []
+        done = 0
+        trained: list[bool] = []
+        for at, message in enumerate(messages):
+            text = self.rendered(messages[: at + 1], example)
+            if not whole.startswith(text):
+                return "this template renders earlier turns in another way later: messages cannot be told apart"
+            own = self.text_ids(text[done:])
+            ids, done = [*ids, *own], len(text)
+            trained += [self._trains(message)] * len(own)
+        return PeerTokens(ids, trained)
+
+
+def _in_brackets(message: Mapping[str, Any], above: Sequence[str]) -> list[str]:
+    if message["role"] == "user":
+        return ["[INST] ", *above, message["content"], " [/INST] "]
+    return [message["content"]]
+
+
+def _refused(messages: PeerMessages) -> str | None:
+    """Why torchtune's check of a conversation refuses it."""
+    if len(messages) < 2:
+        return "it has fewer than two messages"
+    before = "assistant"
+    for at, message in enumerate(messages):
+        role = message["role"]
+        if role == "assistant" and before != "user":
+            return "an assistant message does not follow a user message"
+        if role == "user" and before == "user":
+            return "two user messages follow one another"
+        if role == "system" and at > 0:
+            return "a system message is not the first message"
+        before = role
+    return None
