@@ -120,7 +120,7 @@ def stream(num: int, folder: str) -> dict[str, Any]:
 
 
 def passed_over_in(file: str, num: str) -> None:
-    """One measurement, in this process; the file is begun anew where it ends."""
+    """One measurement, in this process; the file is begun again where it ends."""
     from preceptor.config import Source
     from preceptor.data.stream import WindowReader
 

@@ -63,7 +63,7 @@ class Ended:
 def command(
     *arguments, folder, kill_at=None, full_at=None, fails_at=None, read_only_at=None, signals=(), kill_after=None
 ):
-    """`preceptor ARGUMENTS` in a child, with nothing imported anew.
+    """`preceptor ARGUMENTS` in a child, with nothing imported again.
 
     At its n-th operation on a file of `folder` it is killed (kill_at), or finds that no file can grow any more
     (full_at), that this one operation fails for want of room (fails_at), or that the folder has become read-only

@@ -1,4 +1,4 @@
-"""Several processes of one world on this machine (gloo), forked from the test with nothing imported anew.
+"""Several processes of one world on this machine (gloo), forked from the test with nothing imported again.
 
 The test holds the store of the world, as a launcher does.
 """

@@ -1,4 +1,4 @@
-"""Functions run on several ranks: forked processes that talk over gloo, with nothing imported anew."""
+"""Functions run on several ranks: forked processes that talk over gloo, with nothing imported again."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""Trees and losses are those that were recorded in tests/golden (record.py there records them anew)."""
+"""Trees and losses are those that were recorded in tests/golden (record.py there records them again)."""
 
 import pytest
 from golden import conversations, data, subject

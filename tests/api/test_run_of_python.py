@@ -30,7 +30,7 @@ SETTINGS = {
 
 @pytest.fixture
 def live(base_folder):
-    """Loads the tiny model and its tokenizer anew, as a program does."""
+    """Loads the tiny model and its tokenizer again, as a program does."""
 
     def load(dtype=torch.float32):
         model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
@@ -100,7 +100,7 @@ def test_the_live_model_and_its_tokenizer_are_left_trained_as_plain_transformers
 
 
 def test_a_model_trained_before_is_trained_on_with_its_tokenizer(tmp_path, live):
-    """What the first run has added is known to the second; nothing is drawn anew."""
+    """What the first run has added is known to the second; nothing is drawn again."""
     given = live()
     run_of(tmp_path, given).train()
     trained = copy.deepcopy(given["model"].state_dict())

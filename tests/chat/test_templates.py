@@ -68,7 +68,7 @@ PAGE = Path(tt.PAGE).read_text(encoding="utf-8")
 
 
 def test_nineteen_in_twenty_pairs_that_a_template_represents_are_proved():
-    """By the page, whose lines the next test makes anew for some of the templates."""
+    """By the page, whose lines the next test makes again for some of the templates."""
     (line,) = [line for line in PAGE.splitlines() if line.startswith("| all |")]
     assert float(line.split("|")[3].partition("%")[0]) >= 95
 

@@ -1,4 +1,4 @@
-"""The cache of rendered trees: what is rendered once, what is rendered anew, and what becomes of damage."""
+"""The cache of rendered trees: what is rendered once, what is rendered again, and what becomes of damage."""
 
 import json
 import os
@@ -105,8 +105,8 @@ def test_a_changed_mixture_renders_nothing_and_a_grown_file_what_is_new(load, re
     assert len(prepared.train.lengths) == 60 and renders() == []
     write_jsonl([*ROWS, *conversations(45)[40:]])
     grown = prepare(run)
-    anew = renders()
-    assert len(grown.train.lengths) == 45 and {42, 43, 44, 45, 46} <= set(anew) and min(anew) > 20, anew
+    again = renders()
+    assert len(grown.train.lengths) == 45 and {42, 43, 44, 45, 46} <= set(again) and min(again) > 20, again
 
 
 def test_a_line_put_in_renders_the_portion_around_it(load, renders, write_jsonl):
@@ -115,9 +115,9 @@ def test_a_line_put_in_renders_the_portion_around_it(load, renders, write_jsonl)
     renders()
     write_jsonl([*ROWS[:20], *conversations(50)[49:], *ROWS[20:]])
     prepared = prepare(run)
-    anew = renders()
-    assert 21 in anew and len(anew) < 20, anew
-    assert [int(tree.source.rpartition(":")[2]) for tree in prepared.train] == list(range(1, 42)), anew
+    again = renders()
+    assert 21 in again and len(again) < 20, again
+    assert [int(tree.source.rpartition(":")[2]) for tree in prepared.train] == list(range(1, 42)), again
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_a_torn_file_is_named_and_made_anew(load, renders, files_of, kind, damag
         file.write_bytes(content[:-100])
     capsys.readouterr()
     assert facts(prepare(run)) == cold
-    anew = renders()
-    assert anew == [] if kind == "tables" else 0 < len(anew) < 30
+    again = renders()
+    assert again == [] if kind == "tables" else 0 < len(again) < 30
     if (kind, damage) != ("tables", "gone"):
         assert file.name in capsys.readouterr().err
     assert facts(prepare(run)) == cold and renders() == []
@@ -187,7 +187,7 @@ def test_a_torn_file_is_named_and_made_anew(load, renders, files_of, kind, damag
 
 @pytest.mark.parametrize("place", [200, -100, -1])
 def test_an_altered_record_is_never_trained(load, files_of, place):
-    """One bit of a record, or of the file's end: the tree is not read, and the next start renders it anew."""
+    """One bit of a record, or of the file's end: the tree is not read, and the next start renders it again."""
     run = load(ROWS)
     cold = facts(prepare(run))
     file = files_of("portions")[0]

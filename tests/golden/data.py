@@ -1,4 +1,4 @@
-"""The recorded values, how they are made anew, and what differs: a list of sentences."""
+"""The recorded values, how they are made again, and what differs: a list of sentences."""
 
 import json
 import math

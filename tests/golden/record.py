@@ -1,4 +1,4 @@
-"""Records the golden values anew, or compares with them.
+"""Records the golden values again, or compares with them.
 
     python tests/golden/record.py trees losses demo              write trees.json, losses.json and demo.json
     python tests/golden/record.py demo --compare                 print what differs; exit code 1 where something does

@@ -289,7 +289,7 @@ def test_a_saved_adapter_is_trained_on(name, tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("name", "kind"), [("pissa_fast", "llama"), ("pissa", "gpt_oss")])
 def test_a_pissa_is_trained_on_whatever_its_first_values_were(name, kind, tmp_path, tokenizer):
-    """Found with another seed, or of a base that was quantized: here of another one. They are not computed anew."""
+    """Found with another seed, or of a base that was quantized: here of another one. They are not computed again."""
     model = shake(make(name, kind, dtype=torch.float32))
     save_model(model, tokenizer, tmp_path / "a", adapter="adapter")
     base = tiny_model(kind, seed=1)

@@ -190,7 +190,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, tmp_path, number):
 
 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(run, tmp_path):
-    """The evaluation after step 3 is made anew when the run goes on."""
+    """The evaluation after step 3 is made again when the run goes on."""
     file, whole, *_ = run
     out = tmp_path / "run"
     train = ("train", file, *NO_CHECKPOINTS, f"out={out}")

@@ -136,7 +136,7 @@ def collate(
     The label of a token that is not trained is -100; a token's label stands at its own place, since transformers'
     models shift them. A conversation whose template rewrites history has several paths of tokens, each a row; what
     they share is trained in the first alone. Rows are padded at the right, with 0, whatever the pad token.
-    packed: all in one row without padding, position_ids begin anew at each path (for attention that keeps them apart
+    packed: all in one row without padding, position_ids begin again at each path (for attention that keeps them apart
     by these, as FlashAttention under transformers does); then there is no `attention_mask`. It can be the
     `data_collator` of a transformers Trainer. Raises DataError for a row of more than `max_length` tokens, and for
     messages with a `weight`, which labels cannot express.

@@ -141,7 +141,7 @@ class Run:
     def train(self, *, resume: bool = False, replace: bool = False) -> TrainResult:
         """Train to the end and save the model in `out`. A run in that folder which was stopped is gone on with.
 
-        resume: only go on with one. replace: begin anew in the folder of an earlier run. Raises as `steps`.
+        resume: only go on with one. replace: begin again in the folder of an earlier run. Raises as `steps`.
         """
         for _ in self.steps(resume=resume, replace=replace):
             pass
@@ -227,7 +227,7 @@ class Run:
 
 
 def _num_processes() -> int:
-    """That render the data: one, where others would run this program's file anew (data/workers.py)."""
+    """That render the data: one, where others would run this program's file again (data/workers.py)."""
     runs_anew = start_method() == "spawn" and hasattr(sys.modules["__main__"], "__file__")
     return 1 if runs_anew else min(4, num_cores())
 

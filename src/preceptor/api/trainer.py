@@ -137,7 +137,7 @@ class SFTTrainer:
     def train(self, resume_from_checkpoint: bool | None = None, *, replace: bool = False) -> TrainResult:
         """Train to the end; the model is saved in `output_dir`/model. The same call goes on with what was stopped.
 
-        resume_from_checkpoint: True: only go on. replace: begin anew where an earlier run is. Raises ConfigError
+        resume_from_checkpoint: True: only go on. replace: begin again where an earlier run is. Raises ConfigError
         without `train_dataset`, and as `Run.train`.
         """
         run = self._required()

@@ -375,7 +375,7 @@ def _makes_namespace(node: nodes.Node) -> bool:
 
 
 class _Prompted(NodeTransformer):
-    """Asks for `add_generation_prompt` anew wherever it is read: it is not the same in every world."""
+    """Asks for `add_generation_prompt` again wherever it is read: it is not the same in every world."""
 
     def visit_If(self, node: nodes.If) -> nodes.Node | list[nodes.Node]:
         self.generic_visit(node)

@@ -97,7 +97,7 @@ class Cache:
             return None
 
     def damaged(self, path: Path, error: DataError) -> None:
-        """Remove a damaged file, so that it is made anew."""
+        """Remove a damaged file, so that it is made again."""
         self._say(f"{error}, so it is rendered again")
         forget(path)
         with suppress(OSError):

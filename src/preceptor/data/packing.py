@@ -51,7 +51,7 @@ def plan_epoch(
 ) -> list[list[int]]:
     """As `plan_sequences`, in exactly `num_sequences` (from `count_sequences`), so that all epochs take the same steps.
 
-    Plans of two seeds differ by a few sequences in a thousand. One that has too many is drawn anew, at last by best-fit
+    Plans of two seeds differ by a few sequences in a thousand. One with too many is drawn again, at the end by best-fit
     decreasing, which makes the same number for every seed; where there are too few, sequences of many examples are
     halved. Raises ValueError as `plan_sequences`, and for a `num_sequences` that cannot be kept.
     """

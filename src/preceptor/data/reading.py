@@ -3,7 +3,7 @@
 Examples are cached in *portions*, some megabytes of text each. Where a portion ends hangs on the content of its last
 example, and its name on the content of all its examples and on everything that rendering depends on. So the same
 conversations are found again in a file that grew, in another file, or under another mixture, and of a file that changed
-in the middle one or two portions are rendered anew. What depends on `max_length` comes after the cache.
+in the middle one or two portions are rendered again. What depends on `max_length` comes after the cache.
 """
 
 import hashlib

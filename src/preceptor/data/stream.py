@@ -1,6 +1,6 @@
 """Windows of a stream: examples without an end, or too many to render first, rendered ahead by another process.
 
-    sources   a a a a a a a a ...     b b b b ...     each in its order; one that ends begins anew, but for a pipe
+    sources   a a a a a a a a ...     b b b b ...     each in its order; one that ends begins again, but for a pipe
     windows   [ a a a b ] [ a a a b ] ...             so many examples each, of each source a share by its weight
 
 A window is rendered and proved as any data is, and packed and shuffled by the seed and its number, as an epoch is
@@ -246,7 +246,7 @@ def _started(reader: WindowReader, spool: Path) -> Any:
 
 @contextmanager
 def _program_not_run_anew() -> Iterator[None]:
-    """Meanwhile a fresh interpreter that is started does not import the main file, whose own work would begin anew."""
+    """Meanwhile a fresh interpreter that is started does not import the main file, whose own work would begin again."""
     of_main = vars(sys.modules["__main__"])
     kept: dict[str, Any] = {name: of_main[name] for name in ("__file__", "__spec__") if name in of_main}
     of_main.pop("__file__", None)

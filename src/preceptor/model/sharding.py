@@ -53,7 +53,7 @@ def device_mesh(strategy: Strategy, device_type: str, num_ranks: int, ranks_per_
 def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> None:
     """Spread the engine's model over the ranks of a mesh, after adapters have been added and optimisations installed.
 
-    regathers: a layer's weights are gathered anew for each forward and backward pass, and gradients are scattered after
+    regathers: a layer's weights are gathered again for each forward and backward pass, gradients are scattered after
     each sequence; False: whole weights and gradients stay from the first sequence of a step to the last. Afterwards the
     model runs through this engine alone (`forward`, `call`). Raises ModelError for weights that FSDP2 cannot shard.
     """

@@ -5,7 +5,7 @@
                 the layers (last norm, head, embedding), and those of two layers, one that runs and the next
     hybrid      `shard` over the processes of a node, replicated over nodes
 
-A sharded model either gathers each layer anew for every pass, or, where there is room, keeps whole weights and
+A sharded model either gathers each layer again for every pass, or, where there is room, keeps whole weights and
 gradients from the first sequence of a step to the last (`regathers` False), which sends less. No torch here.
 """
 

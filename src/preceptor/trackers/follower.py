@@ -73,7 +73,7 @@ def follow(
         while not _ends(stream):
             for name, replay in list(replays.items()):
                 if (error := _tried(replay.send)) is not None:
-                    replays[name] = RunReplay(folder, name)  # it is opened anew, and goes on with what is not sent
+                    replays[name] = RunReplay(folder, name)  # it is opened again, and goes on with what is not sent
                     if name not in told:
                         say(f"{name}: {error}; tried again while the run lasts")
                         told.add(name)

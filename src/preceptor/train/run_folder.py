@@ -211,7 +211,7 @@ def claim(
 ) -> Iterator[RunFolder]:
     """Hold the run's folder while the block lasts, for this process alone; it is made where it does not exist.
 
-    A folder with this run, unfinished, goes on; `resume` asks that there is one, `replace` begins anew. Nothing is
+    A folder with this run, unfinished, goes on; `resume` asks that there is one, `replace` begins again. Nothing is
     removed before `begin`. run_file: where the run was read from. Raises ConfigError for a folder that holds what the
     run is made from, CheckpointError for one that cannot be used, that another process uses, or that holds a finished
     run, another run or anything else.
@@ -247,15 +247,15 @@ def _look(folder: Path, run: config.Run, resume: bool, replace: bool) -> RunFold
         _require_own_files(folder, out)
         return RunFolder(folder, replaces=True)
     changed = changed_keys(_run_file(folder), run, str(Path(out) / RUN_FILE))
-    anew = "choose another `out`, or replace that run with --replace (in Python: train(replace=True))"
+    again = "choose another `out`, or replace that run with --replace (in Python: train(replace=True))"
     if changed.weights:
         raise CheckpointError(
             f"{out}: holds another run, with other values of keys that change what is trained; go on with the same, "
-            f"{anew}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
+            f"{again}:\n" + "\n".join(f"  {line}" for line in changed.weights) + _how_to_train_longer(out, changed.keys)
         )
     finished = (folder / SUMMARY).is_file() and (folder / REPORT).is_file()
     if finished and not changed.lengthened:
-        raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {anew}" + longer(out))
+        raise CheckpointError(f"{out}: this run is finished, its model is in {out}/model; {again}" + longer(out))
     return RunFolder(folder, record=record_of(folder), lengthens=changed.lengthened)
 
 

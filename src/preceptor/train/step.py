@@ -112,7 +112,7 @@ def accumulate_gradients(
     The host waits for none of it: a GPU is still busy with one sequence when the next one's indices are copied.
 
     sequences: of this process; the gradients are those of all processes, summed, or this one's part of them.
-    seed: of the run, and the step. Random numbers (dropout) are drawn anew for each sequence, so that they do not
+    seed: of the run, and the step. Random numbers (dropout) are drawn again for each sequence, so that they do not
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
     """

@@ -29,7 +29,7 @@ _OF_REPORTS = (  # files from elsewhere: in an origin of their own, without the 
 
 
 class WatchedRuns:
-    """The runs and their page, drawn anew when it is asked for, and not too often."""
+    """The runs and their page, drawn again when it is asked for, and not too often."""
 
     def __init__(self, runs: Sequence[LiveRun]) -> None:
         self._runs = runs

@@ -14,7 +14,7 @@ from preceptor.data.formats.values import Columns, TableRows, Unreadable
 
 @dataclass(frozen=True)
 class RecordList:
-    """Records as JSON lines would have them. They are read anew each time, so a change of the list is seen."""
+    """Records as JSON lines would have them. They are read again each time, so a change of the list is seen."""
 
     records: Sequence[Any]
     name: str

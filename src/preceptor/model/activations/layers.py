@@ -111,7 +111,7 @@ class EngineLayer(nn.Module):
                 name: _cut(value, index_M, hidden.shape[1]) if name in cut_names else _whole(name, value, hidden)
                 for name, value in every.items()
             }
-            return found.pop(names[0]), found  # given as other layers are given it: else it is compiled anew
+            return found.pop(names[0]), found  # given as other layers are given it: else it is compiled again
 
         before = PhaseLayout(context.phase.runs, {}, {}, masks)
         if context.phase.runs:

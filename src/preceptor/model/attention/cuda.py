@@ -11,7 +11,7 @@ of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a s
 exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
 For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
-gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for anew.
+gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for again.
 
 Legend: T tokens of a sequence, H query heads, K key-value heads, D head size, P keys of all paths joined, B blocks of
 a sequence.
