@@ -234,6 +234,23 @@ def test_held_out_data_that_is_split_off_is_no_file_of_its_own(tmp_path, given, 
 
 
 @pytest.mark.parametrize(
+    ("train", "evaluated"),
+    [
+        ('load_dataset("a")["train"]', 'load_dataset("b").train_test_split(test_size=0.9)["train"]'),
+        ('load_dataset("a")["train"]', 'load_dataset("a")["test"].train_test_split(test_size=0.5)["test"]'),
+        ('split["test"]', 'split["train"]'),
+        ("load_dataset('a').train_test_split(test_size=args.share)['train']", "None"),
+    ],
+)
+def test_no_other_split_holds_training_data_out(tmp_path, train, evaluated):
+    text = 'split = load_dataset("a").train_test_split(test_size=0.9)\n'
+    text += f'SFTTrainer("m", train_dataset={train}, eval_dataset={evaluated})\n'
+    found = converted(tmp_path, text)
+    assert found.tree["data"]["train"][0]["path"] == "a" and "eval_size" not in found.tree["data"]
+    assert unready(found).keys() & {"train_dataset", "eval_dataset"}
+
+
+@pytest.mark.parametrize(
     "text",
     [
         'if big:\n    name = "a"\nelse:\n    name = "b"\nSFTTrainer(name, args=SFTConfig("out"))',  # which of them

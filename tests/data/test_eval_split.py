@@ -11,7 +11,8 @@ from preceptor.data.eval_split import Side
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.data.sources import open_sources
 from preceptor.errors import ConfigError, DataError
-from preceptor.inspect.check import check_data, to_json
+from preceptor.inspect.check import check_data, to_json, to_text
+from preceptor.inspect.suggestion import hold_out, read_lengths
 from preceptor.plan.sample import sample_data
 from preceptor.train.differences import changed_keys
 from preceptor.train.prepare import prepare
@@ -53,14 +54,24 @@ def test_the_share_is_met_in_the_mean_and_a_larger_one_holds_the_smaller():
     assert 150 < len(small) < 250 and 700 < len(large) < 900  # four standard deviations
 
 
-def test_answers_to_one_prompt_are_on_one_side():
+def test_answers_to_one_question_are_on_one_side_however_it_is_spelled():
     later = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
     for k in range(30):
-        alike = [conversation(f"{k}?"), conversation(f"{k}?", "other"), conversation(f"{k}?", more=later)]
+        parts = [{"type": "text", "text": f"Is it  {k}?"}]
+        spelled = [
+            {"content": f"is it {k}?", "role": "user"},
+            {"role": "user", "content": parts},
+            {"role": "user", "content": f" Is it {k}?\n", "name": "me"},
+        ]
+        answer = {"role": "assistant", "content": "yes"}
+        alike = [conversation(f"Is it {k}?"), conversation(f"Is it {k}?", "other", more=later)]
+        alike += [conversation(f"Is it {k}?", system="Be kind.")]
+        alike += [Conversation("f:1", read_messages([asked, answer], "f:1")) for asked in spelled]
+        greeting = {"role": "assistant", "content": "How can I help?"}
+        alike += [Conversation("f:1", read_messages([greeting, spelled[0], answer], "f:1"))]
         assert len({is_held_out(example) for example in alike}) == 1
         alike = [Completion("f:1", f"{k}", "a"), Completion("f:2", f"{k}", "b")]
         assert len({is_held_out(example) for example in alike}) == 1
-    assert len({is_held_out(conversation("same", system=f"system {k}")) for k in range(30)}) == 2
     alone = [Completion("f:1", "", str(k)) for k in range(30)]  # no prompt: the text itself
     assert len({is_held_out(example) for example in alone}) == 2
 
@@ -120,10 +131,26 @@ def test_check_and_plan_see_the_same_examples(run_file, base_folder):
 
 @pytest.mark.parametrize("own", [[row("the same", str(k)) for k in range(9)], rows(1)])
 def test_a_side_without_examples_is_said(run_file, own):
+    run = config.load(run_file(own, data__eval_size=0.01))
     with pytest.raises(DataError, match="holds out no example"):
-        prepare(config.load(run_file(own, data__eval_size=0.01)))
+        prepare(run)
+    found = to_json(check_data(run), run)
+    assert not found["passed"] and "not passed: data.eval_size: 0.01 holds out no example" in to_text(found)
     with pytest.raises(DataError, match="holds all of them out"):
         prepare(config.load(run_file(own, data__eval_size=0.99)))
+    with pytest.raises(DataError, match="weight too small"):
+        path = config.load(run_file(rows(60))).data.train[0].path
+        prepared(run_file, data__train=[{"path": path, "weight": 0.001}])
+
+
+def test_init_holds_nothing_out_of_few_questions(write_jsonl, base_folder):
+    def suggested(own):
+        tree = {"model": {"path": str(base_folder)}, "data": {"train": [{"path": write_jsonl(own)}]}, "out": "o"}
+        run = config.build(tree, "init")
+        return hold_out(run, read_lengths(run))[0].data.eval_size
+
+    assert suggested(rows(250)) == 0.05
+    assert suggested(rows(50)) is suggested([row("the same", str(k)) for k in range(250)]) is None
 
 
 def test_it_needs_an_end_and_changes_what_is_trained(run_file, tmp_path):
@@ -135,6 +162,10 @@ def test_it_needs_an_end_and_changes_what_is_trained(run_file, tmp_path):
     assert found.keys == ["data.eval_size"] and found.weights
     more = config.load(run_file(data__eval_size=0.2, eval_rows=rows(2)))
     assert not changed_keys(json.loads(before.model_dump_json()), more, "run.yaml").keys
+    recorded = json.loads(before.model_dump_json())
+    del recorded["data"]["eval_size"]  # of a version that did not have the key
+    assert not changed_keys(recorded, config.load(run_file()), "run.yaml").keys
+    assert changed_keys(recorded, before, "run.yaml").keys == ["data.eval_size"]
     best = config.load(run_file(data__eval_size=0.2, checkpoint__best="loss", checkpoint__every="1 steps"))
     assert open_sources(best.data)[1]
 

@@ -5,7 +5,7 @@ import torch
 
 from preceptor.errors import ModelError
 from preceptor.evaluate.generate import Sampling, generate
-from tiny import tiny_model, tiny_tokenizer
+from tiny import seeing_model, tiny_model, tiny_tokenizer
 
 CONTEXTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [8, 3]]
 
@@ -61,6 +61,55 @@ def test_answers_that_have_ended_are_no_longer_computed(kept, monkeypatch):
     for answer, ids, (text,) in zip(ended, free, until, strict=True):
         assert list(answer.ids) == ids[: len(answer.ids)] and (answer.stopped or text in answer.text)
     assert sizes.count(16) == 2 and min(sizes) < 9 and any(reused) == kept
+
+
+def _passes_of(model, tokenizer, monkeypatch):
+    """How many it takes for sixteen prompts, of which half end early; the answers are those of one prompt at a time."""
+    contexts = [[first, *rest] for first in range(20, 24) for rest in CONTEXTS]
+    alone = [generate(model, tokenizer, [context], [], 16)[0].ids for context in contexts]
+    stop = sorted({ids[1] for ids in alone[:9]})
+    expected = [generate(model, tokenizer, [context], stop, 16)[0] for context in contexts]
+    whole, sizes = model.generate, []
+
+    def counted(input_ids, **settings):
+        sizes.append(len(input_ids))
+        return whole(input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", counted)
+    assert generate(model, tokenizer, contexts, stop, 16) == expected
+    assert sum(answer.stopped for answer in expected) > 6
+    return len(sizes)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl"])
+def test_a_model_that_keeps_positions_of_the_whole_batch(kind, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    model = seeing_model(kind, vocab_size=len(tokenizer)).double()
+    assert _passes_of(model, tokenizer, monkeypatch) == 1
+
+
+def test_a_model_that_fills_no_cache(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    _passes_of(tiny_model("openai-gpt", vocab_size=len(tokenizer)).double(), tokenizer, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"cache_implementation": "dynamic"}, 1),
+        ({"begin_suppress_tokens": [7]}, 1),
+        ({"min_new_tokens": 2}, 1),
+        ({"repetition_penalty": 1.2}, 2),
+        ({"num_beams": 2}, 2),
+    ],
+)
+def test_settings_of_the_models_own(settings, passes, monkeypatch):
+    """What counts from the beginning of an answer is counted once; beams are not taken."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer)).double()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert (_passes_of(model, tokenizer, monkeypatch) > 1) == (passes > 1)
 
 
 def test_the_model_is_left_in_its_mode():

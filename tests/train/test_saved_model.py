@@ -319,7 +319,7 @@ def test_a_tuned_model_is_tuned_again_as_it_is_asked(run_file, tmp_path):
     first = trained(run_file, base, rows=[OFF, OFF])
     first.rename(tmp_path / "first")
     again = prepare(config.load(run_file([OFF], model__path=str(tmp_path / "first"), data__chat_template=None), []))
-    assert [tree.switched for tree in again.train] == [()] and again.arguments.defaults() == {}
+    assert [tree.switched for tree in again.train] == [()] and again.counts.defaults() == {}
     assert again.chat.tokenizer.chat_template.count("set enable_thinking") == 1
     second = prepare(config.load(run_file([ON], model__path=str(tmp_path / "first"), data__chat_template=None), []))
     assert second.chat.prompt(ASKED).endswith("<think>\n")
@@ -328,4 +328,4 @@ def test_a_tuned_model_is_tuned_again_as_it_is_asked(run_file, tmp_path):
 def test_held_out_turns_do_not_change_the_default(run_file, tmp_path):
     base = write_base(tmp_path / "base", template=SWITCHED)
     file = run_file([OFF], [ON], model__path=str(base), data__chat_template=None)
-    assert prepare(config.load(file, [])).arguments.defaults() == {"enable_thinking": False}
+    assert prepare(config.load(file, [])).counts.defaults() == {"enable_thinking": False}

@@ -17,7 +17,7 @@ from preceptor.chat.template import Template
 
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "markupsafe", "regex")
 # Of this package: how files are read, examples rendered, and their trees kept.
-_READ = "examples forest reading records rejections sources table_trees truncation"
+_READ = "eval_split examples forest reading records rejections sources table_trees truncation"
 _CODE = ("chat", "data/formats", "config/sections.py", *(f"data/{name}.py" for name in _READ.split()))
 # Where a tokenizer's files are and what they were called says nothing of what it does.
 _PLACES = (

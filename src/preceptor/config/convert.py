@@ -54,7 +54,8 @@ def settings_of(path: Path) -> Mapping[str, Any]:
     if file.peer == "torchtune":
         settings["torchtune"] = file.settings
     if file.peer == "LLaMA-Factory":
-        name = str(settings.get("dataset")).split(",")[0].strip()
+        names = settings.get("dataset")
+        name = str(names[0] if isinstance(names, list) and names else names).split(",")[0].strip()
         settings["formatting"] = dataset_info(settings, path.parent).get(name, {}).get("formatting")
     return settings
 

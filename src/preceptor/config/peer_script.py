@@ -44,11 +44,13 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 class ScriptSettings:
     """settings: the keys and values of all calls; of Unsloth's the parts `from_pretrained` and `get_peft_model`.
 
-    unread: what it says in a way that cannot be read, as sentences.
+    unread: what it says in a way that cannot be read, as sentences. split_off: the call by which a share of the
+    training data is held out.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    split_off: ast.Call | None = None
 
     @property
     def is_of_unsloth(self) -> bool:
@@ -217,15 +219,17 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
                 value = value.args[0]
             elif isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _CHANGES:
                 splits = value.func.attr == "train_test_split"
-                share = _share(script, value) if splits else None
-                if share is not None:
-                    found.settings["val_size"] = share
+                share = _share(script, value) if splits and split == "train" else None
+                if splits and name == "eval_dataset" and value is found.split_off and split == "test":
+                    return  # what is held out of the training data
+                if share is not None and name == "train_dataset":
+                    found.settings["val_size"], found.split_off = share, value
                 else:
                     of = f"{name}: .{value.func.attr}(...) (line {value.lineno})"
                     found.unread.append(f"{of}: {_changed(script, value)}")
                 if splits:
                     if name == "eval_dataset":
-                        return  # a part of the training data
+                        return  # a part of data that is read whole
                     split = None
                 value = value.func.value
             else:
@@ -244,7 +248,10 @@ def _dataset(script: Script, name: str, value: ast.expr, found: ScriptSettings) 
 def _share(script: Script, call: ast.Call) -> float | None:
     """Of `train_test_split`, where it holds a share of the data out and no number of examples."""
     given = [each.value for each in call.keywords if each.arg == "test_size"] or call.args[:1]
-    size = script.constant(given[0]) if given else None
+    try:
+        size = script.constant(given[0]) if given else None
+    except UNREADABLE:
+        return None
     return size if isinstance(size, float) and 0 < size < 1 else None
 
 

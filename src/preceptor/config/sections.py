@@ -150,7 +150,7 @@ class Data(Section):
     eval: list[Source] = []
     """Held-out files: loss and accuracy on their targets, and samples for their first prompts."""
     eval_size: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the examples of `train` to hold out as well, by a hash of the prompt: equal prompts on one side."""
+    """Share of the examples of `train` to hold out, by a hash of the first question: equal ones are on one side."""
     chat_template: Path_ | None = None
     """`chatml`, `llama3`, `tokenizer` (the model's own) or a Jinja file. Absent: the model's own, else `chatml`."""
     chat_template_kwargs: dict[str, Any] = {}

@@ -15,6 +15,11 @@ _NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw 
 _UNTIL_EVERY_TOKENS = 4  # decoding all answers after each token would cost more than a few surplus tokens
 _KEYS_AND_VALUES = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers of a cache whose rows can be taken
 _SMALL_BATCH = 8  # below which a step takes hardly less time for fewer answers
+# Settings of a model's own that count from the beginning of the answer, or from its prompt, and a choice of cache.
+_OF_ONE_PASS = (
+    *("min_new_tokens", "begin_suppress_tokens", "exponential_decay_length_penalty", "guidance_scale"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "cache_implementation"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,8 @@ def generate(
     token, after `max_new_tokens`, or a few tokens after the first of its `until` texts (one list per context). Where
     memory runs out, the batch is halved. Once half of a batch's greedy answers have ended, the others go on without
     them, with their rows of the cache. Raises ModelError where a single answer does not fit, and where logits are not
-    finite. in_step: processes that share the model's weights
-    generate at the same time, as many contexts each; they go on until the last answer ends, and no batch is halved.
+    finite. in_step: processes that share the model's weights generate at the same time, as many contexts each; they go
+    on until the last answer ends, and no batch is halved.
     """
     if not contexts:
         return []
@@ -100,10 +105,11 @@ class _Batches:
         left, num_so_far, cache = list(batch), 0, None
         ids_BT, mask_BT = _pad_left([self.contexts[index] for index in left], self.pad, self.model.device)
         begin = ids_BT.shape[1]
+        in_passes = self.sampling is None and not self.in_step and _takes_passes(self.model)
         while left:
             ends = _StopTexts(self.tokenizer, [self.until[index] for index in left] if self.until else [], begin)
             criteria: list[Any] = [ends] if self.until else []
-            if self.sampling is None and not self.in_step and len(left) >= _SMALL_BATCH:
+            if in_passes and len(left) >= _SMALL_BATCH:
                 criteria.append(_FewLeft(len(left), self.stop, ends, self.model.device))
             output = self.model.generate(
                 input_ids=ids_BT,
@@ -165,7 +171,7 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
     # top_k 0: transformers would otherwise draw from the 50 most likely tokens only
     sampled = {"do_sample": False} if sampling is None else {"temperature": sampling.temperature, "top_k": 0}
     return GenerationConfig(
-        **{"do_sample": True, **sampled},
+        **{"do_sample": True, "num_beams": 1, **sampled},
         max_new_tokens=max_new_tokens,
         eos_token_id=stop or None,
         pad_token_id=pad,
@@ -193,10 +199,21 @@ class _StopTexts:
         return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
 
 
+def _takes_passes(model: Any) -> bool:
+    """Whether a second pass over some of a batch continues the first: nothing counts anew in it, and the model keeps
+    nothing of the batch beside the cache (`rope_deltas` of Qwen2-VL and others).
+    """
+    settings = model.generation_config
+    counts = any(getattr(settings, name, None) not in (None, 1, 0) for name in _OF_ONE_PASS)
+    return not counts and not any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
 def _rows_of(cache: Any, rows: list[int]) -> Any:
     """Those rows of a KV cache; None where a layer keeps something else, and the tokens are to be read again."""
     layers = getattr(cache, "layers", None)
     if not layers or not all(type(layer).__name__ in _KEYS_AND_VALUES for layer in layers):
+        return None
+    if any(layer.keys is None for layer in layers):  # of a model that fills no cache
         return None
     cache.batch_select_indices(torch.tensor(rows, device=layers[0].keys.device))
     return cache

@@ -23,6 +23,7 @@ from preceptor.chat.thinking import Switch
 from preceptor.console import example_progress
 from preceptor.data.dataset import mix
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
+from preceptor.data.eval_split import holds_out_nothing
 from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
@@ -102,12 +103,13 @@ class Check:
     train: Fingerprints = field(default_factory=Fingerprints)
     held_out: Fingerprints = field(default_factory=Fingerprints)
     has_conversations: bool = False
+    holds_out_nothing: str | None = None  # what there is to say where `data.eval_size` gives nothing to measure
     asks: bool = True  # whether the chat template adds something that asks for an answer
 
     @property
     def passed(self) -> bool:
         """Whether an example is left to train and the run file allows every rejection."""
-        return self.rejections.num_not_allowed == 0 and len(self.train) > 0
+        return self.rejections.num_not_allowed == 0 and len(self.train) > 0 and self.holds_out_nothing is None
 
     def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, targets: Targets) -> None:
         """Count one entry of the part `train` or `eval`, with its trees or rejection."""
@@ -160,13 +162,17 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     found.shortened, found.asks = fitter.shortened, chat.template is None or asks_for_answers(renderer)
     found.counts = renderer.new_counts()
     tables = [] if run.data.streaming else [table for _, source, _ in sources for table in source.tables]
+    num_split_off = 0
     with example_progress(tables, "checking") as on_example:
         for part, source, most in sources:
             for entry, fitted in read_trees(source, fitter, num_processes, most=most):
                 found.count(part, entry, fitted, run.data.train_on)
+                num_split_off += part == "eval" and source.side is not None and not isinstance(fitted, Rejection)
                 on_example()
             if part == "train":
                 found.tree_ends.append(len(found.trained))
+    if run.data.eval_size is not None and not num_split_off:
+        found.holds_out_nothing = holds_out_nothing(run.data.eval_size)
     return found
 
 
@@ -181,6 +187,7 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
     return {
         "passed": found.passed,
         "only_first_window": streaming,
+        "holds_out_nothing": found.holds_out_nothing,
         "num_examples": num_examples,
         "num_rejected": found.rejections.num_rejected,
         "num_rejected_not_allowed": found.rejections.num_not_allowed,
@@ -403,6 +410,8 @@ def _verdict(found: dict[str, Any]) -> str:
             f"not passed: {_plural(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
             f"such examples be left out with `data.allow_rejected: [{codes}]`"
         )
+    elif found["holds_out_nothing"]:
+        lines.append(f"not passed: {found['holds_out_nothing']}")
     elif not found["passed"]:
         lines.append("not passed: no example is left to train")
     else:

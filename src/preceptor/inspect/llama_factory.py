@@ -88,7 +88,8 @@ class LlamaFactory(Emulation):
     def _eos(self, form: PeerTemplate | None) -> int:
         if form is not None and form.stop is not None:
             return int(self.tokenizer.convert_tokens_to_ids(form.stop))
-        return int(self.tokenizer.eos_token_id)
+        eos: int = self.tokenizer.eos_token_id  # None is said by whoever reads the ids
+        return eos
 
     def _ids(self, form: PeerTemplate, text: str) -> list[int]:
         """Texts and the tokens between them."""

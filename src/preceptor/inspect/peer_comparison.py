@@ -76,6 +76,8 @@ def _both(example: Example | Rejection, row: Mapping[str, Any], rule: PeerRule, 
         theirs = rule.tokens(example, row)
     except Exception as error:  # whatever a template raises, or its own loader would
         theirs = f"cannot be told: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if isinstance(theirs, PeerTokens) and None in theirs.ids:
+        theirs = "cannot be told: the trainer writes a token that this tokenizer has not, such as its end of a text"
     if isinstance(tree, Rejection):
         return BothTokens(example.source, theirs, f"rejected: {tree.code}: {tree.message}")
     chains = list(chains_of(tree))

@@ -21,7 +21,7 @@ from preceptor.data.loader import FEW_STEPS
 from preceptor.data.packing import count_sequences
 from preceptor.data.reading import read_trees
 from preceptor.data.rejections import RejectionCounts
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, open_sources
 from preceptor.data.truncation import Fitter
 from preceptor.errors import DataError, ModelError
 from preceptor.plan.devices import DeviceSpec
@@ -125,6 +125,9 @@ def hold_out(run: config.Run, data: DataLengths) -> tuple[config.Run, DataLength
     if run.data.eval or data.num_examples < _ENOUGH_TO_HOLD_OUT:
         return run, data
     settings = run.data.model_copy(update={"eval_size": _HELD_OUT})
+    sides = open_sources(settings)
+    if not all(any(True for source in side for _ in source.examples()) for side in sides):
+        return run, data  # of a few questions none may be held out, or all
     return run.model_copy(update={"data": settings}), replace(data, share_trained=1 - _HELD_OUT)
 
 

@@ -356,8 +356,8 @@ def place_on_ranks(
     """How a run spreads its model over processes, decided before it is loaded. device: of one process.
 
     sequence: the run's largest. num_tokenizer: tokens of its tokenizer. Where a model cannot run without values, and
-    with `loss.kl_coef` (which runs the base as well), the bytes of weights, gradients and optimizer decide alone, and
-    may fill half of the device.
+    with `loss.kl_coef` (which runs the base as well), the bytes of weights, gradients, optimizer and a copy of the
+    base decide alone, and may fill half of the device.
     """
     from preceptor.model.closeness import FAILURES
     from preceptor.plan.dry_run import dry_run_of

@@ -177,7 +177,9 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     evaluations = run.held_out
     if not evaluations:
-        advice = "Name a file in data.eval" + (" and set eval.every." if run.config.get("data") else ".")
+        advice = "Name a file in data.eval, or set data.eval_size" + (
+            " and set eval.every." if run.config.get("data") else "."
+        )
         yield Finding(
             "note",
             "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "

@@ -33,7 +33,8 @@ def announce(
     total = num_parameters(model)
     tokens = prepared.tokens
     of = "first window: " if prepared.stream else ""
-    held_out = f"; {len(prepared.held_out):,} held out" if prepared.held_out else ""
+    num_held_out = prepared.num_measured[0] - prepared.num_measured[1]
+    held_out = f"; {num_held_out:,} held out" if num_held_out else ""
     console.print(
         f"{of}{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
         f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps{held_out}\n"

@@ -53,6 +53,8 @@ def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Ch
     found = Changed([], [], [], [], lengthened)
     for key in dict.fromkeys([*before, *now]):
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
+        if old is _ABSENT and (new is None or new is False):
+            continue  # a key that the version did not have which wrote the file
         if old == new or _FREE.fullmatch(key) or (key == "train.duration" and lengthened):
             continue
         line = f"{key}: {_shown(old)} in {where}, {_shown(new)} now"

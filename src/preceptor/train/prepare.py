@@ -20,6 +20,7 @@ from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, draw_replay, mix, with_shared_prefixes
+from preceptor.data.eval_split import holds_out_nothing
 from preceptor.data.examples import Rejection
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.reading import SourceReader
@@ -133,7 +134,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
     require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
     if not len(tuning_N):
-        why = "weight too small" if run.data.eval_size is None else "data.eval_size holds all of them out"
+        why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
         raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
     store = _mixture(run, tables, tuning_N, replay)
     dataset = _dataset(run, chat, store)
@@ -144,7 +145,7 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
         chat=chat.trained_with(found),
         sources=sources,
         train=dataset,
-        held_out=_held_out(held_out, run),
+        held_out=_held_out(held_out, run, counts),
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
@@ -227,14 +228,13 @@ def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
     return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
 
 
-def _held_out(per_source: Sequence[tuple[list[ExampleTree], config.Source]], run: config.Run) -> list[ExampleTree]:
-    """Raises DataError where `data.eval_size` holds nothing out."""
+def _held_out(
+    per_source: Sequence[tuple[list[ExampleTree], config.Source]], run: config.Run, rejected: RejectionCounts
+) -> list[ExampleTree]:
+    """Raises DataError where `data.eval_size` holds nothing out that is not rejected."""
     trees, sources = [own for own, _ in per_source], [source for _, source in per_source]
     if run.data.eval_size is not None and not any(trees[len(run.data.eval) :]):
-        raise DataError(
-            f"data.eval_size: {run.data.eval_size:g} holds out no example; there are few, or they begin alike. Set a "
-            "larger share, or name a file in data.eval"
-        )
+        raise DataError("\n".join(filter(None, [holds_out_nothing(run.data.eval_size), str(rejected)])))
     every = [each for own in trees for each in own]
     return [every[index] for index in mix(map(len, trees), sources, run.train.seed).tolist()]
 
