@@ -104,7 +104,7 @@ def test_every_key_of_the_run_file_is_of_one_kind():
     run = config.build(tree, "test")
 
     def another(value):
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             return {key: another(own) for key, own in value.items()}
         return [another(own) for own in value] if isinstance(value, list) and value else "another"
 
