@@ -68,7 +68,7 @@ def on_the_cpu(monkeypatch):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """All that hangs on the device or on its kernels' smallest sizes is said to be there."""
+    """All that depends on the device or on its kernels' smallest sizes is said to be there."""
     for name in ("_is_half_on_cuda", "_flex_takes", "_has_flash"):
         monkeypatch.setattr(cuda, name, lambda *_: True)
 

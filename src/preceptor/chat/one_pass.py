@@ -4,8 +4,8 @@ The proof asks for the prompt before, and the render up to, every turn. Nearly a
 
     HEAD {% for message in messages %} BODY {% endfor %} TAIL
 
-and what they have written when they come to message i hangs on little that comes after it. So the template is compiled
-as
+and what they have written when they come to message i depends on little that comes after it. So the template is
+compiled as
 
     HEAD {% for world in worlds %} {% for message in stretch(messages) %} BODY {% endfor %} TAIL {% endfor %}
 

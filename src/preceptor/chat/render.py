@@ -336,7 +336,7 @@ class Renderer:
     ) -> list[Mapping[str, Any]]:
         """The template arguments to try: its thinking switch as it is by default, or set by whether the turn reasons.
 
-        Which comes first hangs on the template alone: turns of one kind are not trained now so, now so. A switch that
+        Which comes first depends on the template alone: turns of one kind are all trained in one way. A switch that
         the user has set is left as it is.
         """
         switch = self.switch

@@ -81,7 +81,7 @@ def mix(numbers: Iterable[int], sources: Sequence[Source], seed: int) -> np.ndar
             )
         whole = np.arange(start, start + num_examples, dtype=np.int32)
         mixed += [whole] * copies
-        if any(chosen for *_, chosen in drawn[place:]):  # what is drawn later hangs on all draws before
+        if any(chosen for *_, chosen in drawn[place:]):  # what is drawn later depends on all draws before
             mixed.append(whole[np.sort(rng.permutation(num_examples)[:num_chosen])])
         start += num_examples
     return np.concatenate(mixed)

@@ -1,6 +1,6 @@
 """Sources -> trees: examples rendered once, through the cache where there is one, and what is found beside the trees.
 
-Examples are cached in *portions*, some megabytes of text each. Where a portion ends hangs on the content of its last
+Examples are cached in *portions*, some megabytes of text each. Where a portion ends depends on the content of its last
 example, and its name on the content of all its examples and on everything that rendering depends on. So the same
 conversations are found again in a file that grew, in another file, or under another mixture, and of a file that changed
 in the middle one or two portions are rendered again. What depends on `max_length` comes after the cache.
@@ -27,7 +27,7 @@ from preceptor.errors import DataError
 
 _SMALL_BYTES = 1 << 20  # of a source's files; what is rendered in the time in which a cache is read and written
 _SMALL_CHARACTERS, _LARGE_CHARACTERS = 1 << 20, 1 << 24  # of a portion: the fewest (but the last) and the most
-_MEAN_CHARACTERS = 3 << 20  # after the fewest, by chance that hangs on the content
+_MEAN_CHARACTERS = 3 << 20  # after the fewest, by chance that depends on the content
 _HEARTBEAT = 500  # examples between two signs that this process still renders
 
 
