@@ -589,3 +589,11 @@ def test_an_end_token_that_the_other_trainer_leaves_untrained_is_seen(preceptor,
     file.write_text(file.read_text() + "special_tokens: {eos_token: <|im_end|>}\n")
     code, out, _ = preceptor("convert", file, "--data", write_jsonl([{"messages": messages}]), "--json")
     assert json.loads(out)["tokens"]["counts"]["only_ours"] == 0
+
+
+@pytest.mark.parametrize("named", ["mine", "mine, other", "[mine]"])
+def test_the_formatting_of_the_first_data_set_is_known(tmp_path, named):
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "m.json", "formatting": "openai"}}))
+    text = f"model_name_or_path: m\nstage: sft\nfinetuning_type: full\ndataset: {named}\ndataset_dir: {tmp_path}\n"
+    (tmp_path / "sft.yaml").write_text(text)
+    assert settings_of(tmp_path / "sft.yaml")["formatting"] == "openai"

@@ -104,6 +104,20 @@ def test_order_and_more_examples_move_none(run_file):
     assert before == {text for text in held_out(shuffled) if int(text.split()[1]) < 60}
 
 
+def test_the_start_says_how_many_are_held_out(run_file, preceptor):
+    held_out = len(prepared(run_file).held_out)
+    code, out, err = preceptor("train", run_file(rows(60), data__eval_size=0.2), "--dry-run")
+    assert code == 0, err
+    assert f"steps; {held_out} held out" in out
+    assert "held out" not in preceptor("train", run_file(rows(60)), "--dry-run")[1]
+
+
+def test_the_plan_of_a_sample_leaves_the_share_out(run_file, base_folder, monkeypatch):
+    monkeypatch.setattr("preceptor.plan.sample.SAMPLE_EXAMPLES", 20)
+    run = config.load(run_file(rows(60), data__eval_size=0.2))
+    assert sample_data(run, base_folder / "tokenizer.json").num_examples == pytest.approx(0.8 * 60)
+
+
 def test_files_that_are_named_come_on_top_and_weights_are_for_training_alone(run_file):
     path = config.load(run_file(rows(60))).data.train[0].path
     run = prepared(run_file, eval_rows=[row("of a file")], data__train=[{"path": path, "weight": 3}])

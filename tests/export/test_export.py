@@ -200,6 +200,41 @@ def test_what_the_converter_is_given_and_what_it_does_not_know(trained, precepto
     assert code == 5 and "copy it there from the model that was trained" in err
 
 
+def test_the_folder_one_stands_in_is_converted_under_its_name(monkeypatch, tmp_path, base_folder):
+    from preceptor.export import gguf
+    from tiny import tiny_tokenizer
+
+    given, file = [], tmp_path / "model.gguf"
+    file.touch()
+    monkeypatch.setattr(gguf, "_driven", lambda names, folder, *settings: given.append(folder.name) or "")
+    monkeypatch.chdir(base_folder)
+    assert gguf.convert(Path(), file, "f16", tiny_tokenizer(), []) == [] and given == [base_folder.name]
+
+
+def test_a_pattern_that_the_installed_llama_cpp_does_not_know_is_passed_over(monkeypatch, tmp_path):
+    from preceptor.errors import ModelError
+    from preceptor.export import gguf
+    from tiny import tiny_tokenizer
+
+    tokenizer, tried = tiny_tokenizer(), []
+
+    class Vocabulary:
+        def __init__(self, file):
+            tried.append(file.stem)
+            if len(tried) == 1:
+                raise ModelError("cannot load what its converter wrote")
+
+        def ids(self, text):
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if len(tried) == 3 else ()
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", sys)
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(gguf, "_driven", lambda *given: "")
+    monkeypatch.setattr(gguf, "Vocabulary", Vocabulary)
+    name, num = gguf._equal_pattern(tmp_path, tmp_path, tokenizer, ["a text"])
+    assert [name, *tried[:2]] == [gguf._PATTERNS[2], *gguf._PATTERNS[:2]] and num > 1
+
+
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None or not os.environ.get("LLAMA_CPP"),
     reason="needs llama-cpp-python, and llama.cpp's sources in LLAMA_CPP",

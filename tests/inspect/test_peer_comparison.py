@@ -2,9 +2,11 @@
 
 import pytest
 
+from preceptor.chat.render import Renderer
+from preceptor.config import Source
 from preceptor.inspect import peer_comparison
-from preceptor.inspect.emulation import PeerTokens
-from preceptor.inspect.peer_comparison import BothCounts, BothTokens, add, counts_lines
+from preceptor.inspect.emulation import Emulation, PeerTokens
+from preceptor.inspect.peer_comparison import BothCounts, BothTokens, add, compared, counts_lines
 from tiny import tiny_tokenizer
 
 
@@ -36,3 +38,21 @@ def test_an_example_that_is_too_long_to_be_aligned_is_named_and_not_counted(coun
     assert counts.examples_too_long == counts.to_json()["examples_too_long"] == 1
     assert "1 longer than 4 tokens: not compared, and not counted" in list(counts_lines("TRL", counts))
     assert not any("longer than" in line for line in counts_lines("TRL", counted(([5], [5]))))
+
+
+def test_a_token_that_the_tokenizer_has_not_is_said(write_jsonl):
+    class NoEnd(Emulation):
+        def says(self):
+            return "writes an end of the text"
+
+        def tokens(self, example, row):
+            return self.document(example)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    renderer = Renderer(tiny_tokenizer(), None, stop_token_ids=(0,))
+    (found,) = compared(Source(path=write_jsonl([{"text": "a text"}])), NoEnd({}, tokenizer, ""), renderer)
+    assert (
+        found.theirs
+        == "cannot be told: the trainer writes a token that this tokenizer has not, such as its end of a text"
+    )

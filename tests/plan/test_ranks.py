@@ -52,6 +52,19 @@ def test_each_of_several_updates_its_part_of_a_weight():
     assert rank_peak_bytes(half, FULL, small, 8, True) == (lasting + update) / 8
 
 
+@pytest.mark.parametrize(("num_parts", "regathers", "more"), [(1, False, 1), (8, False, 1 + 1 / 8), (8, True, 1 / 8)])
+def test_a_copy_of_the_base_lasts_and_is_gathered_with_the_weights(num_parts, regathers, more):
+    alone, beside = (
+        rank_peak_bytes(replace(SETUP, kl_to_base=kl), FULL, MOMENTS, num_parts, regathers) for kl in (False, True)
+    )
+    assert beside - alone == more * 42_000
+    with_adapter = (
+        rank_peak_bytes(Setup(adapter=LoraSpec(2), kl_to_base=kl), LORA, MOMENTS, num_parts, regathers)
+        for kl in (False, True)
+    )
+    assert len(set(with_adapter)) == 1
+
+
 def test_a_part_of_the_states_and_what_is_gathered():
     """Weights of 42,000 bytes, of which each layer has 4,000 and what is in none 2,000; two means of 84,000."""
     lasting = 126_000 / 8

@@ -1,5 +1,6 @@
 """What the emulations of other trainers share: tokens with their marks, a tokenizer, a chat template, settings."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,19 @@ class PeerTokens:
     trained: list[bool]
 
 
-class Emulation:
+class Emulation(ABC):
     """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
 
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         self.settings, self.tokenizer, self.template = settings, tokenizer, template
 
+    @abstractmethod
     def says(self) -> str:
         """What is emulated, in a sentence."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
         """Of an example and the row that it was read from; a sentence where it cannot be told."""
-        raise NotImplementedError
 
     def text_ids(self, text: str, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
