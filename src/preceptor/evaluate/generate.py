@@ -200,8 +200,8 @@ class _StopTexts:
 
 
 def _takes_passes(model: Any) -> bool:
-    """Whether a second pass over some of a batch continues the first: nothing counts anew in it, and the model keeps
-    nothing of the batch beside the cache (`rope_deltas` of Qwen2-VL and others).
+    """Whether a second pass over some of a batch continues the first: no setting counts from its start, and the model
+    keeps nothing of the batch beside the cache (`rope_deltas` of Qwen2-VL and others).
     """
     settings = model.generation_config
     counts = any(getattr(settings, name, None) not in (None, 1, 0) for name in _OF_ONE_PASS)

@@ -1,7 +1,7 @@
 """Linear layers that share half-precision copies under autocast.
 
-Layers that read the same tensor (q, k and v; gate and up) share one copy of it, which autocast would make, and autograd
-keep, for each again. A weight's copy lives until the layer's own backward, or with several phases until the last one;
+Layers that read the same tensor (q, k and v; gate and up) share one copy of it. Under autocast alone each would make a
+copy of its own, which autograd keeps. A weight's copy lives until the layer's own backward, or with several phases until the last one;
 autocast's own cache would hold all of them to the end of the pass. Of a weight that is sharded and gathered again for
 backward no copy outlives the layer's forward: copies of all layers would be what sharding spares.
 
