@@ -1,9 +1,10 @@
 """Linear layers that share half-precision copies under autocast.
 
-Layers that read the same tensor (q, k and v; gate and up) share one copy of it. Under autocast alone each would make a
-copy of its own, which autograd keeps. A weight's copy lives until the layer's own backward, or with several phases until
-the last one; autocast's own cache would hold all of them to the end of the pass. Of a weight that is sharded and gathered
-again for backward no copy outlives the layer's forward: copies of all layers would be what sharding spares.
+Layers that read the same tensor (q, k and v; gate and up) share one copy of it. Under autocast alone each would make
+a copy of its own, which autograd keeps. A weight's copy lives until the layer's own backward, or with several phases
+until the last one; autocast's own cache would hold all of them to the end of the pass. Of a weight that is sharded
+and gathered again for backward no copy outlives the layer's forward: copies of all layers would be what sharding
+spares.
 
 An adapter of peft takes its input to float32 first, the type of its weights, from which autocast goes back to half
 precision: a copy and a tensor to keep for each adapted layer, of the values that its base layer read.
