@@ -139,7 +139,9 @@ def in_the_process(folder: Path, began: float, what: str) -> None:
     from preceptor.console import standard_console
     from preceptor.train import loop
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from preceptor.train.run import Training
+    from preceptor.train.run_folder import claim
+    from preceptor.train.signals import StopRequest
 
     found: dict[str, Any] = {}
 
@@ -165,7 +167,9 @@ def in_the_process(folder: Path, began: float, what: str) -> None:
         return result
 
     loop.__dict__["take_step"] = noted
-    execute(prepared, standard_console())
+    with claim(prepared.run) as run_folder:
+        for _ in Training(run_folder, prepared, standard_console(), StopRequest()).steps():
+            pass
     print(json.dumps(found))
 
 

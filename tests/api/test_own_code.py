@@ -27,9 +27,9 @@ from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.step import take_step
 from reference_loss import linear_cross_entropy_reference
+from runs import execute
 from tiny import chain, tiny_model
 
 pytestmark = pytest.mark.usefixtures("empty_report")

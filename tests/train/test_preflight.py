@@ -20,6 +20,7 @@ from preceptor.train import run as execution
 from preceptor.train.objective import Objective
 from preceptor.train.preflight import PreflightResult, preflight
 from preceptor.train.prepare import prepare
+from runs import execute
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
 
     def weights(out):
         run = config.load(file, [f"out={file.parent}/{out}", *adapter])
-        execution.execute(prepare(run), Console(quiet=True))
+        execute(prepare(run), Console(quiet=True))
         return AutoModelForCausalLM.from_pretrained(Path(run.out) / "model").state_dict()
 
     proved = weights("proved")
@@ -195,9 +196,9 @@ def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, kind, context_gra
     run = config.load(file, ["train.duration=20 steps", f"memory.context_gradient={context_gradient}"])
     if context_gradient == "detach":
         with pytest.raises(ModelError, match=r"context_gradient: detach"):
-            execution.execute(prepare(run), Console(quiet=True))
+            execute(prepare(run), Console(quiet=True))
         return
-    summary = execution.execute(prepare(run), Console(quiet=True))
+    summary = execute(prepare(run), Console(quiet=True))
     assert summary["each_conversation_alone"] == (kind == "stablelm")
     losses = [json.loads(line)["loss"] for line in (Path(run.out) / "eval.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
