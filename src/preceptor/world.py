@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -305,6 +306,14 @@ def command_words() -> list[str]:
         return shlex.split(typed)
     name = Path(sys.argv[0]).name
     return ["preceptor" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def package_version(package: str) -> str | None:
+    """None: not installed; of this package, also where it runs from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def num_cores() -> int:

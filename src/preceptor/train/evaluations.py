@@ -25,8 +25,8 @@ from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import base_identity, package_version, tasks_sha256
-from preceptor.world import ONE, World
+from preceptor.train.provenance import base_identity, tasks_sha256
+from preceptor.world import ONE, World, package_version
 
 
 @dataclass(frozen=True)
