@@ -164,6 +164,21 @@ def read_json_lines(path: Path, on_broken: Callable[[CheckpointError], None] | N
     return found
 
 
+def read_run_file(folder: Path) -> tuple[dict[str, Any], str]:
+    """The run file that a run keeps in its folder, and its text. Raises CheckpointError."""
+    import yaml
+
+    file = folder / "config.yaml"
+    text = _text(file, "strict")
+    try:
+        tree = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: cannot be read: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: is no run file, but {type(tree).__name__}")
+    return tree, text
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -235,6 +250,8 @@ def _partial(path: Path) -> Path:
 def _text(path: Path, errors: str = "replace") -> str:
     try:
         return path.read_text(encoding="utf-8", errors=errors)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; was the file changed by hand?") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -1,9 +1,8 @@
 """The command `track`: the record of a run, sent to a tracker."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,11 +11,7 @@ from preceptor import errors
 NOT_SENT = 6  # exit code, as for files that cannot be written
 
 
-class TrackerName(StrEnum):
-    tensorboard = "tensorboard"
-    trackio = "trackio"
-    mlflow = "mlflow"
-    wandb = "wandb"
+TrackerName = Literal["tensorboard", "trackio", "mlflow", "wandb"]  # as config has it, which is imported late
 
 
 def track(
@@ -28,16 +23,14 @@ def track(
     since: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Send the record of a run to a tracker."""
-    import yaml
-
     from preceptor.console import say
+    from preceptor.files import read_run_file
     from preceptor.trackers import follower
     from preceptor.trackers.sink import require_installed
 
-    names = [name.value for name in to or ()]
+    names: list[str] = list(to or ())
     if not names and (run / "config.yaml").is_file():
-        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        names = list(tree.get("tracker") or ())
+        names = list(read_run_file(run)[0].get("tracker") or ())
     if not names:
         raise errors.ConfigError(f"{run}: its run file names no tracker; name one with --to")
     require_installed(names)
