@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preceptor.errors import ConfigError, PreceptorError, ProcessError
+from preceptor.errors import ConfigError, PreceptorError, ProcessError, first_line
 
 T = TypeVar("T")
 
@@ -231,7 +231,7 @@ class World:
             until = time.monotonic() + _CONSEQUENCE_SECONDS
             while self._failure() is None and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". ")[0]
             error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
         exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
         try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, first_line
 from preceptor.model.closeness import FAILURES, require_close, rounding
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, has_dropout, model_type
@@ -48,9 +48,8 @@ def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Ten
     except (ModelError, torch.OutOfMemoryError):
         raise
     except FAILURES as error:
-        words = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {words}). {_ADVICE}"
+            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {first_line(error)}). {_ADVICE}"
         ) from error
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()])
