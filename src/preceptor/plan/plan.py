@@ -8,7 +8,7 @@ torch; all else follows from a dry run of the model (dry_run.py), which any mode
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
@@ -227,8 +227,8 @@ def _ranks_facts(
         "num_ranks": num_ranks,
         "ranks_per_node": ranks_per_node,
         "usable_bytes": usable_bytes,
-        "ways": [each.to_json() for each in found],
-        "chosen": choose(found, run.parallel.strategy).to_json(),
+        "ways": [asdict(each) for each in found],
+        "chosen": asdict(choose(found, run.parallel.strategy)),
     }
 
 

@@ -11,7 +11,7 @@ gradients from the first sequence of a step to the last (`regathers` False), whi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from preceptor.plan.memory import BASE, FLOAT32, Moment, Setup, lasting_bytes, state_bytes, update_bytes
 from preceptor.plan.parameters import Parameters
@@ -35,9 +35,6 @@ class Placement:
     regathers: bool
     peak_bytes: int | None
     fits: bool | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("strategy", "num_parts", "regathers", "peak_bytes", "fits")}
 
 
 def placements(

@@ -1,7 +1,7 @@
 """The model of a run as it is before the first step, on its device or spread over the processes; its optimizer."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
             world.size,
             world.local_size,
         )
-        world.publish("placement", found.to_json())
+        world.publish("placement", asdict(found))
     found = Placement(**world.published("placement"))
     say(f"{world.size} processes: {in_words(found, asked)}")
     return found

@@ -145,8 +145,7 @@ class Training:
         _require_room(run, state, checkpoints)
         require_host_memory(state.optimizer, world.local_size)
         state_bytes = 0 if offloads(state.optimizer) else expected_state_bytes(state.optimizer)
-        passed = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
-        loader = passed.loader
+        loader, seconds = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
         num_steps = run.train.duration.steps(loader.steps_per_epoch)
         ready = _Ready(state, objective, loader, checkpoints, num_steps)
         if dry_run:
@@ -159,7 +158,7 @@ class Training:
         elif world.is_first:
             counts = amounts(prepared, loader, num_steps) | {
                 "each_conversation_alone": loader.alone,
-                "preflight_seconds": passed.seconds,
+                "preflight_seconds": seconds,
                 **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
                 "memory_before_bytes": memory_before_bytes,
                 **({} if placement is None else {PREDICTED: placement.peak_bytes}),
