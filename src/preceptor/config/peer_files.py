@@ -6,15 +6,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from preceptor.config.peer_defaults import Peer
 from preceptor.config.peer_script import read_script
 from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
-
-Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
     ("torchtune", frozenset({"checkpointer", "metric_logger", "dataset._component_"})),
