@@ -16,6 +16,7 @@ from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.options import LoraOptions, Quantization, in_words
+from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
@@ -30,7 +31,7 @@ from preceptor.plan.memory import (
     step_memory,
 )
 from preceptor.plan.model import PlannedModel
-from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
+from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters
 from preceptor.plan.ranks import Placement, choose, placements, unknown
 from preceptor.plan.sample import Sample
 from preceptor.plan.work import TurnLengths, Work, operations
