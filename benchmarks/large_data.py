@@ -31,7 +31,7 @@ from preceptor.chat.format import load_chat_format
 from preceptor.data.cache import Cache, key_of
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.reading import SourceReader
-from preceptor.data.records import digest, encode
+from preceptor.data.records import digest, encode_tree
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import Fitter, Shortened
 
@@ -82,7 +82,7 @@ def write_cache(folder: Path, num: int) -> int:
     portions, portion_bytes = [], []
     for number in range(num // PER_PORTION):
         trees = drawn_trees(rng)
-        records = [encode(tree) for tree in trees] * times
+        records = [encode_tree(tree) for tree in trees] * times
         sizes = np.array([len(record) for record in records])
         content = np.frombuffer(b"".join(records), np.uint8)
         portions.append(key_of("benchmark", num, number))

@@ -353,9 +353,9 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def move_aside(folder: Path) -> None:
-    """Move the run in a folder to `replaced/`, where a killed process may have begun to.
+    """Move the run into `replaced/`, or finish such a move that a killed process began.
 
-    If there is a whole run already, that one is kept: it was to be replaced by one that has no checkpoint yet.
+    A complete run in `replaced/` is kept, unless the newer one already has a checkpoint or a model.
     """
     place = folder / REPLACED
     if is_run(place):
