@@ -274,7 +274,7 @@ def test_the_trackers_are_the_same_everywhere():
     from preceptor.inspect.machine import EXTRAS
     from preceptor.trackers.sink import SINKS
 
-    assert set(get_args(TrackerName)) == set(get_args(Tracker)) == set(SINKS) <= set(EXTRAS)
+    assert {name.value for name in TrackerName} == set(get_args(Tracker)) == set(SINKS) <= set(EXTRAS)
 
 
 # The real ones -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The command `track`: the record of a run, sent to a tracker."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -11,7 +12,7 @@ from preceptor import errors
 NOT_SENT = 6  # exit code, as for files that cannot be written
 
 
-TrackerName = Literal["tensorboard", "trackio", "mlflow", "wandb"]  # as config has it, which is imported late
+TrackerName = StrEnum("TrackerName", "tensorboard trackio mlflow wandb")  # those of config, which is imported late
 
 
 def track(
@@ -28,7 +29,7 @@ def track(
     from preceptor.trackers import follower
     from preceptor.trackers.sink import require_installed
 
-    names: list[str] = list(to or ())
+    names = [name.value for name in to or ()]
     if not names and (run / "config.yaml").is_file():
         names = list(read_run_file(run)[0].get("tracker") or ())
     if not names:
