@@ -220,8 +220,8 @@ def learning(seeds: int) -> dict[str, Any]:
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
     from preceptor.evaluate.tasks import read_task
-    from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from preceptor.train.session import Session
+    from preceptor.train.signals import StopRequest
 
     questions = read_task(QUESTIONS)
     result: dict[str, Any] = {}
@@ -233,7 +233,8 @@ def learning(seeds: int) -> dict[str, Any]:
                 tree = config.Run.model_dump(demo_run(out), mode="json")
                 tree["train"]["seed"] = seed
                 tree["memory"]["context_gradient"] = mode
-                summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
+                run = config.build(tree, "context_memory")
+                summary = Session(run, standard_console(), StopRequest()).train()
                 answers = measure(str(out / "model"), questions)
                 result[mode].append(
                     {"seed": seed, "held_out": summary["held_out"], "training_seconds": round(summary["seconds"], 1)}

@@ -23,13 +23,13 @@ from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.loss.own import require_token_wise
-from preceptor.model.loss.reference import linear_cross_entropy_reference
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.step import take_step
+from reference_loss import linear_cross_entropy_reference
+from runs import execute
 from tiny import chain, tiny_model
 
 pytestmark = pytest.mark.usefixtures("empty_report")

@@ -5,7 +5,7 @@ import torch
 
 from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy, token_losses
 from preceptor.model.loss.options import LossOptions, chunk_tokens
-from preceptor.model.loss.reference import linear_cross_entropy_reference
+from reference_loss import linear_cross_entropy_reference
 
 T, D, V, N = 40, 16, 96, 29
 

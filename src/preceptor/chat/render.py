@@ -28,6 +28,7 @@ from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
+from preceptor.chat.token_text import bos_ids
 from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
@@ -91,8 +92,7 @@ class Renderer:
         self._special = SpelledOut({*special, *stops}, special_tokens_in_text)
         self.counts: Counter[str] = Counter()  # in which ways the conversations were rendered: `renders.Runs`
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
-        bos = tokenizer.bos_token_id
-        self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+        self._bos = bos_ids(tokenizer)
 
     @property
     def template(self) -> Template:

@@ -22,6 +22,7 @@ from jinja2 import meta, nodes
 from preceptor.chat.environment import FixedClock, compiled, parsed, plain_environment, rendered
 from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
+from preceptor.chat.token_text import bos_ids
 from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
 
@@ -254,7 +255,7 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
     variables, rules = dict(tokenizer.special_tokens_map), probe_message_rules(tokenizer)
     if name in BUILTIN:
         text = builtin_text(name)
-        if name == "chatml" and _adds_bos(tokenizer):
+        if name == "chatml" and bos_ids(tokenizer):
             text = "{{- bos_token -}}" + text  # the base model has never seen a text without it
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
@@ -285,11 +286,6 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             "want as a .jinja file and give its path"
         )
     return texts
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
     return turns
 
 
-def path_lengths(tree: Tree) -> list[int]:
+def leaf_path_lengths(tree: Tree) -> list[int]:
     """The tokens of each path from root to leaf."""
     return [sum(len(tree.segments[index].ids) for index in path) for path in leaf_paths(tree)]
 

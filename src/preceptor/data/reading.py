@@ -18,7 +18,7 @@ from preceptor.data.cache import Cache, key_of
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.formats.tables import DataTable
-from preceptor.data.records import FlatFile, decode, digest, encode
+from preceptor.data.records import FlatFile, decode_tree, digest, encode_tree
 from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.table_trees import RenderedExample, StoredRecord, TableBuilder, TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -308,12 +308,12 @@ def _look_up(cache: Cache, portion: _Portion) -> None:
     rejections = {k: (code, message) for k, code, message in file.about["rejections"]}
     for k, (entry, record) in enumerate(zip(portion.entries, portion.records, strict=True)):
         place = entry.example.source
-        portion.outcomes.append(decode(record, place) if record else Rejection(place, *rejections[k]))
+        portion.outcomes.append(decode_tree(record, place) if record else Rejection(place, *rejections[k]))
 
 
 def _write(cache: Cache, portion: _Portion, with_texts: bool) -> None:
     """Write a portion that is rendered."""
-    portion.records = [encode(each, with_texts) if isinstance(each, Tree) else b"" for each in portion.outcomes]
+    portion.records = [encode_tree(each, with_texts) if isinstance(each, Tree) else b"" for each in portion.outcomes]
     rejections = [
         (k, each.code, each.message) for k, each in enumerate(portion.outcomes) if isinstance(each, Rejection)
     ]

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from preceptor.chat import reasoning
@@ -106,11 +106,6 @@ def asks_for_answers(renderer: Renderer) -> bool:
     asked = [says("user", QUESTIONS[0])]
     plain, prompt = (render_or_none(template, asked, prompt=prompt) for prompt in (False, True))
     return plain is None or prompt is None or plain != prompt
-
-
-def to_json(found: Abilities) -> dict[str, Any]:
-    """All findings as plain dicts and lists."""
-    return asdict(found)
 
 
 # System prompt -------------------------------------------------------------------------------------------------------
@@ -240,7 +235,7 @@ _HISTORY = {"several turns": "plain", "reasoning_content": "reasoning", "reasoni
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """The result of `to_json` as lines of text."""
+    """Abilities, as plain dicts and lists, as lines of text."""
     given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
     lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
     if found["assumed_special"] is not None:

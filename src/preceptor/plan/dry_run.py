@@ -23,8 +23,8 @@ from transformers import AutoConfig
 
 from preceptor import config
 from preceptor.data.forest import PackedSequence
-from preceptor.errors import ModelError
-from preceptor.hub import cannot_load, first_line, resolve_model_path
+from preceptor.errors import ModelError, first_line
+from preceptor.hub import cannot_load, resolve_model_path
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter

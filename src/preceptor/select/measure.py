@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from preceptor.chat.token_text import bos_ids
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
@@ -90,8 +91,7 @@ class BaseScorer:
         settings = decoder_of(model).config
         self._max_length = max_length
         self._max_tokens = min(max_length, getattr(settings, "max_position_embeddings", None) or max_length)
-        bos = tokenizer.bos_token_id
-        self._bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        self._bos = bos_ids(tokenizer)
         self._start = [*self._bos, *self._ids("\n")]
         if not self._start:
             raise ModelError("the tokenizer has neither a bos token nor a token for a line end; choose another --model")

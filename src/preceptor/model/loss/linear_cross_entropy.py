@@ -5,7 +5,7 @@
 `linear_cross_entropy` computes it, or a variant of it (options.py), and its gradients in one pass, a chunk of
 trained tokens at a time, so the logits of context tokens never exist and at no time more than one chunk's (the idea of
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", and of Liger Kernel, here in plain matrix
-products). reference.py is the same in naive float64; `token_losses` is for evaluation.
+products). tests/reference_loss.py is the same in naive float64; `token_losses` is for evaluation.
 
 Legend: T tokens of a sequence, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
 """

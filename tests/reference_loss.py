@@ -1,4 +1,4 @@
-"""Reference implementation of the loss (float64, autograd), used to test linear_cross_entropy.py."""
+"""Reference implementation of the loss (float64, autograd), used to test model/loss/linear_cross_entropy.py."""
 
 import torch
 from torch import Tensor
