@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from preceptor.data.forest import Tree, leaf_paths, pack_trees
-from preceptor.data.loader import deal
+from preceptor.data.loader import assign_to_ranks
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
@@ -105,10 +105,10 @@ def read_trees(
     plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
     plan = [indices for indices in plan if any(parts[index][1].num_trained for index in indices)]
     sizes = [sum(lengths[index] for index in indices) for indices in plan]
-    dealt = deal(sizes, world.size)
-    own = dealt[world.rank]
+    assigned = assign_to_ranks(sizes, world.size)
+    own = assigned[world.rank]
     shortest = min(range(len(plan)), key=sizes.__getitem__, default=0)
-    surplus = [shortest] * (max(map(len, dealt)) - len(own))  # of no use but to the others
+    surplus = [shortest] * (max(map(len, assigned)) - len(own))  # of no use but to the others
     engine = Engine.of(model)
     with evaluating(model):
         for number, at in enumerate([*own, *surplus]):

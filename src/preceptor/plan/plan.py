@@ -15,7 +15,7 @@ from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
-from preceptor.model.adapters.options import LoraOptions, Quantization, in_words
+from preceptor.model.adapters.options import LoraOptions, Quantization, adapter_name
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
@@ -195,7 +195,7 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
-        "trained": "everything" if run.adapter is None else in_words(run.adapter),
+        "trained": "everything" if run.adapter is None else adapter_name(run.adapter),
         "weights": run.model.dtype,
         "quantization": run.model.quantization,
         "optimizer": run.optimizer.name,

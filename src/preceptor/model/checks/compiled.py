@@ -9,7 +9,7 @@ from preceptor.errors import ModelError
 from preceptor.model.closeness import FAILURES, require_close, rounding
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, has_dropout, model_type
-from preceptor.model.random_bits import key_of, random_bits
+from preceptor.model.random_bits import random_bits, random_key
 
 _ADVICE = "Set `engine: efficient`."
 _ROOTS = (1, 1 / 2, 1 / 4)
@@ -63,6 +63,6 @@ def _signed_sum(name: str, gradient: Tensor) -> Tensor:
     """The sum of all elements, each with a fixed sign of its place: another one where they are negated or permuted."""
     total, parts = gradient.new_zeros((), dtype=torch.float32), gradient.flatten().split(_PART)
     for at, part in enumerate(parts):
-        signs = random_bits(key_of(name), at * _PART, len(part), part.device) < 0
+        signs = random_bits(random_key(name), at * _PART, len(part), part.device) < 0
         total += torch.where(signs, -part, part).sum(dtype=torch.float32)
     return total
