@@ -126,9 +126,9 @@ def linear_cross_entropy(
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32
     accumulator of the gradient of a half-precision head, for more than one chunk."""
     form = _form(hidden_TD, head, target_N, options, logits_bytes, divisor, compiled)
-    weight_VD, bias_V, rows_R, weight_RD = head.weight_VD, head.bias_V, None, None
-    if head.trained_rows is not None:
-        weight_VD, rows_R, weight_RD = weight_VD.detach(), head.trained_rows.rows_R, head.trained_rows.weight_RD
+    bias_V, rows = head.bias_V, head.trained_rows
+    weight_VD = head.weight_VD if rows is None else head.weight_VD.detach()
+    rows_R, weight_RD = (None, None) if rows is None else (rows.rows_R, rows.weight_RD)
     if head_grad_VD is not None:
         assert gradient_is_one, "the buffer cannot be multiplied afterwards"
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
