@@ -213,9 +213,11 @@ def test_a_frozen_head_gets_no_gradient_and_no_accumulator():
 
 def test_a_tied_head_gets_the_sum_of_both_gradients():
     (_, weight_VD, *rest), _ = inputs()
-    arguments = (weight_VD[torch.arange(T) % V] * 2, Head(weight_VD), *rest)
-    found = torch.autograd.grad(linear_cross_entropy(*arguments), weight_VD)[0]
-    true = torch.autograd.grad(linear_cross_entropy_reference(*arguments), weight_VD)[0]
+    ids_T = torch.arange(T) % V
+    found, true = (
+        torch.autograd.grad(function(weight_VD[ids_T] * 2, Head(weight_VD), *rest), weight_VD)[0]
+        for function in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
     assert error(found, true) < 1e-5
 
 

@@ -205,10 +205,13 @@ def save_model(
     if any(world.gather(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
     num_bytes = saved_bytes(model, adapter)
-    with ExitStack() as stack:
-        folder = world.first(lambda: stack.enter_context(replacing(path, num_bytes)))
-        _write(model, tokenizer, folder, generation_config, dtype, adapter, world)
-        world.first(stack.close)
+
+    def write() -> None:
+        with ExitStack() as stack:
+            folder = world.first(lambda: stack.enter_context(replacing(path, num_bytes)))
+            _write(model, tokenizer, folder, generation_config, dtype, adapter, world)
+
+    world.together(write)
 
 
 def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
