@@ -45,7 +45,7 @@ from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +136,7 @@ def loss_of(model: Any, row: PackedSequence, policy: ActivationPolicy | None) ->
         return Engine(model)(row, policy, step=StepContext(accumulates=True))  # as in training
     hidden_TD, source_N = states(model, row, None)
     target_N, weight_N = (torch.from_numpy(array).to(hidden_TD.device) for array in (row.target_N, row.weight_N))
-    return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
+    return linear_cross_entropy(hidden_TD, Head(output_head(model).weight_VD), source_N, target_N, weight_N)
 
 
 def step(model: Any, row: PackedSequence, policy: ActivationPolicy | None, precision: str) -> float:

@@ -50,11 +50,11 @@ class StreamError(DataError):
 class TemplateError(PreceptorError, ValueError):
     """A chat template is missing, does not parse, or cannot represent what it is given.
 
-    condemns: nothing may be trained with it, whatever the example.
+    is_fatal: no example may be trained with this template.
     """
 
     exit_code = 4
-    condemns = False
+    is_fatal = False
 
 
 class ModelError(PreceptorError, ValueError):

@@ -87,11 +87,10 @@ class World:
 
     @classmethod
     def of_process_group(cls) -> "World":
-        """Of a process group that a program has made by itself."""
+        """Of the processes that compute together already."""
         from torch import distributed
 
-        own = cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
-        return own.with_own_group()
+        return cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:

@@ -125,9 +125,11 @@ class Template:
 
     def at(self, date: datetime) -> "Template":
         """The template as it is on that date: for a run that must render the same after midnight."""
-        if not self.writes_date:
-            return self
-        return replace(self, variables={**self.variables, "strftime_now": FixedClock(date)})
+        return self.given({"strftime_now": FixedClock(date)}) if self.writes_date else self
+
+    def given(self, arguments: Mapping[str, Any]) -> "Template":
+        """The template with these arguments given in every render."""
+        return replace(self, variables={**self.variables, **arguments})
 
     @cached_property
     def settings(self) -> tuple[tuple[str, Any], ...]:
@@ -155,6 +157,21 @@ class Template:
         """
         seen = [self.message_rules.apply(message) for message in messages]
         return self.run(self.text_for(tools), self.all_variables(seen, tools, add_generation_prompt, kwargs))
+
+    def render_or_none(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str | None:
+        """As `render`; None where the template rejects the messages. Raises TemplateError where it is fatal."""
+        try:
+            return self.render(messages, tools, add_generation_prompt, **kwargs)
+        except TemplateError as error:
+            if error.is_fatal:
+                raise
+            return None
 
     def run(self, text: str, variables: dict[str, Any]) -> str:
         """As `render`, with one of the texts and the variables of `all_variables`."""

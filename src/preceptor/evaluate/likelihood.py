@@ -22,6 +22,7 @@ from preceptor.errors import ModelError
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import token_losses
 from preceptor.model.parts import evaluating
 from preceptor.world import ONE, World
 
@@ -72,7 +73,7 @@ def segment_losses(
     def measure() -> list[tuple[int, int, SegmentLosses]]:
         head, measured = output_head(model), []
         for states in read_trees(model, trees, max_length, alone, world):
-            loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
+            loss_N, correct_N = token_losses(states.hidden_MD, head, states.source_N, states.target_N)
             losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
             measured += [
                 (tree, segment, SegmentLosses(losses_N[own], hits_N[own])) for tree, segment, own in states.owners

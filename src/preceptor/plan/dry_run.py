@@ -31,10 +31,9 @@ from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import Quantization
 from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
-from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import auto_class
-from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, freeze_towers, model_type, path_mixers

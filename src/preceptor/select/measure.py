@@ -40,6 +40,7 @@ from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import token_losses
 from preceptor.model.parts import decoder_of
 from preceptor.select.pool import AnsweredExample
 
@@ -186,7 +187,7 @@ class BaseScorer:
         sequence = pack_trees(trees)
         hidden_TD = Engine(self._model).hidden_states(sequence)
         pairs = (torch.from_numpy(each_N).to(hidden_TD.device) for each_N in (sequence.source_N, sequence.target_N))
-        losses_N, _ = output_head(self._model).token_losses(hidden_TD, *pairs)
+        losses_N, _ = token_losses(hidden_TD, output_head(self._model), *pairs)
         return hidden_TD, losses_N.double().cpu().numpy()
 
     def _embedding(self, hidden_TD: Tensor, tree: Tree) -> np.ndarray:
