@@ -132,6 +132,10 @@ class HuggingFaceDataset:
     place: Path | Source
     name: str
 
+    @property
+    def is_of_hub(self) -> bool:
+        return not isinstance(self.place, Path)
+
     @cached_property
     def _loaded(self) -> Any:
         if isinstance(self.place, Path):
