@@ -35,7 +35,7 @@ COMMAND = "PRECEPTOR_COMMAND"
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
 _BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
-_FAILURE, _CONNECTED = "failure", "connected"
+_FAILURE, _ARRIVED, _CONNECTED = "failure", "arrived", "connected"
 
 
 class Silenced(SystemExit):
@@ -120,16 +120,21 @@ class World:
                 raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
             time.sleep(_LOOK_SECONDS)
 
+    def _wait_for_all(self, name: str) -> None:
+        """Until all processes have come here. Ends this process where one has failed."""
+        self.store.add(name, 1)
+        self._wait(lambda: self.store.add(name, 0) == self.size, name)
+
     def connect(self, device_type: str) -> None:
         """Let the processes compute together. Data is rendered before: processes cannot be forked afterwards."""
         if self.size == 1:
             return
         from torch import distributed
 
+        self._wait_for_all(_ARRIVED)  # while torch connects them, none would hear that another one has failed
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
-        self.store.add(_CONNECTED, 1)  # none may end before all are: who still connects would wait for it
-        self._wait(lambda: self.store.add(_CONNECTED, 0) == self.size, _CONNECTED)
+        self._wait_for_all(_CONNECTED)  # none may end before all are: who still connects would wait for it
 
     def with_own_group(self) -> "World":
         """The same processes, who talk apart from others: a thread that waits for them there disturbs nothing else.

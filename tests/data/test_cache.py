@@ -272,9 +272,11 @@ def test_a_process_that_is_killed_while_it_renders_leaves_what_it_has_done(run_f
     process = start(file, 0, stands_still_at=35)
     while len(files_of("portions")) < 3 and process.poll() is None:
         time.sleep(0.01)
+    assert prune(tmp_path / "cache", None, 0) == [] and len(files_of("portions")) >= 3  # of a process that renders
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not files_of("tables")
+    assert not any(each.in_use for each in entries(tmp_path / "cache"))
     again = start(file, 0)
     out, error = again.communicate(timeout=120)
     num, sha256 = out.split()

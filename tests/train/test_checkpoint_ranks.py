@@ -146,6 +146,28 @@ def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, mon
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_what_one_rank_writes_where_the_first_does_not_see_it_is_not_published(tmp_path):
+    """As of two nodes whose `out` are two disks."""
+
+    def save(rank):
+        if rank == 1:
+            describe = checkpoint.describe_files
+
+            def on_another_disk(folder, files):
+                described = describe(folder, files)
+                for file in files:
+                    file.unlink()
+                return described
+
+            checkpoint.describe_files = on_another_disk
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        with pytest.raises(CheckpointError, match=r"__1_0\.distcp: another process has written it.*all nodes share"):
+            checkpoints.save(take_steps(state_of(on_ranks=True), 2))
+
+    on_ranks(2, save, tmp_path / "ranks")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
     here = Checkpoints(tmp_path / "checkpoints", "this", keep=5)
     for num in (2, 3):

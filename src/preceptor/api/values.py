@@ -145,6 +145,7 @@ def _is_record(value: Any) -> bool:
 def _table(given: Any, name: str, place: str) -> Any:
     if isinstance(given, list | tuple):
         return RecordList(given, name)
+    refuse_iterable(given, place)
     if type(given).__module__.startswith("datasets"):
         _refuse_splits(given, place)
         if hasattr(given, "select_columns") and hasattr(given, "num_rows"):
@@ -158,6 +159,16 @@ def _table(given: Any, name: str, place: str) -> Any:
     if not records:
         raise ConfigError(f"{place}: the {type(given).__name__} gave no record; one that was read before is empty")
     return RecordList(records, name)
+
+
+def refuse_iterable(given: Any, place: str) -> None:
+    """Raises ConfigError for a data set that is streamed: its examples would all be held in memory."""
+    if any(each.__name__ == "IterableDataset" for each in type(given).__mro__):
+        raise ConfigError(
+            f"{place}: an IterableDataset is read as it is downloaded, and a run reads its data several times. Name "
+            "what it reads, and the run streams it: data={'train': 'hf://datasets/OWNER/NAME', 'streaming': True}; or "
+            "load it without streaming; or give list(dataset), where that fits in memory"
+        )
 
 
 def _refuse_splits(given: Any, place: str) -> None:

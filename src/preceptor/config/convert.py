@@ -4,6 +4,7 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
+_HUB_ID = re.compile(r"[\w.-]+/[\w-]+")
 
 
 @dataclass
@@ -195,6 +197,7 @@ class _Conversion:
         self._held_out_share(streaming)
         if streaming:
             self._set("data.streaming", True)
+            self._note_of_hub()
             key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
             if (window := self._given.value(key)) is not None:
                 self._set("data.window", self._given.cast(key, window, int))
@@ -207,6 +210,16 @@ class _Conversion:
             self._given.note(
                 "max_length", "longer examples are cut there; here they are rejected, or as data.overflow says"
             )
+
+    def _note_of_hub(self) -> None:
+        """What is read as a stream is named by its files."""
+        for source in self._found.tree.get("data", {}).get("train", ()):
+            if _HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
+                self._given.note(
+                    "streaming",
+                    f"{source['path']} is of the Hub: a stream reads its files, hf://datasets/{source['path']} or a "
+                    "folder or pattern in it; `split` chooses by their names, and `name` is a folder",
+                )
 
     def _chat_template(self) -> None:
         name = self._given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")

@@ -112,6 +112,7 @@ class SourceReader:
         keys = [None if cache is None else self._key(cache, source, table) for table in source.tables]
         if cache is None or None in keys:
             return list(self._built(source, cache, list(zip(source.tables, keys, strict=True))))
+        cache.use({key for key in keys if key is not None})
         found = _look_up_tables(cache, source, keys)
         if None in found:
             lock = key_of("building", keys)
@@ -121,7 +122,6 @@ class SourceReader:
                 built = self._built(source, cache, [(source.tables[k], keys[k]) for k in missing], lock)
                 for k, trees in zip(missing, built, strict=True):
                     found[k] = trees
-        cache.use({key for key in keys if key is not None})
         return [trees for trees in found if trees is not None]
 
     def _key(self, cache: Cache, source: OpenSource, table: DataTable) -> str | None:

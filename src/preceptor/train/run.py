@@ -55,7 +55,7 @@ class Training:
     """One session of a run in its folder, which has no model yet. A run in it goes on from its newest checkpoint.
 
     stop: signals that stop the run. world: not connected yet; its first process alone writes in the folder, but for
-    checkpoints and model, and has the summary. model, loop: from the first step on. summary: when the run is finished.
+    checkpoints and model. model, loop: from the first step on. summary: when the run is finished.
     """
 
     folder: RunFolder
@@ -107,7 +107,8 @@ class Training:
             if world.size == 1:  # else it was needed to place the model
                 _record_prediction(folder, self.prepared, state.model, loader)
             save_at_the_end(lambda: _save(state, self.prepared, folder, world), state, checkpoints, self.stop, self.say)
-            self.summary = finish(folder, self.say, time.perf_counter() - started) if world.is_first else {}
+            seconds = time.perf_counter() - started
+            self.summary = world.first(lambda: finish(folder, self.say, seconds))
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)

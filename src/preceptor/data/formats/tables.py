@@ -135,6 +135,10 @@ class HuggingFaceDataset:
     place: Any
     name: str
 
+    @property
+    def is_of_hub(self) -> bool:
+        return not isinstance(self.place, Path)
+
     @cached_property
     def _loaded(self) -> Any:
         if isinstance(self.place, Path):
