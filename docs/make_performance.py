@@ -41,6 +41,8 @@ def page() -> str:
         "rendering": _rendering,
         "packing": _packing,
         "hybrids": _hybrids,
+        "compiled": _compiled,
+        "roofline": _roofline,
         "generation": _generation,
     }
     return "\n".join(
@@ -251,6 +253,54 @@ def _hybrids(found: Any) -> str:
             "",
             "| model type | faster than alone | than transformers | loss differs | gradient error |",
             "|---|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+def _compiled(found: Any) -> str:
+    rows = [
+        f"| {name} | {case['precision']} | {', '.join(map(str, case['graphs']))} | {case['loss_error']:.0e} | "
+        f"{case['gradient_error']:.0e} | {case['trace_seconds']:.1f} |"
+        for name, case in found["cases"].items()
+    ]
+    return "\n".join(
+        [
+            "## Compiled layers",
+            "",
+            "Compiled layers (`engine: compiled`) against the same layers as they are written: graphs after the first, "
+            "second and third sequence, each of other lengths, and the greatest relative error of loss and gradient. "
+            f"Traced as for a GPU and run operation by operation (`{found['backend']}`): what a GPU's kernels round is "
+            "not in it. "
+            f"{_on(found, found['command'])}",
+            "",
+            "| tiny model | type | graphs | loss error | gradient error | seconds of tracing |",
+            "|---|---|---|---:|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+def _roofline(found: Any) -> str:
+    rows = [
+        f"| {name} | {case['operations'] / 1e12:,.0f} | {case['planned']['products'] / 1e12:,.0f} | "
+        f"{case['planned']['attention'] / 1e12:,.1f} | {case['other bytes'] / 1e9:,.0f} | "
+        f"{case['product_ms']:,.0f} + {case['other_ms']:,.0f} |"
+        for name, case in found["cases"].items()
+    ]
+    rates = found["rates"]
+    return "\n".join(
+        [
+            "## Operations and bytes of large models",
+            "",
+            "Forward and backward pass of a packed sequence by the choices of a GPU, not compiled, counted in a dry "
+            "run: operations of matrix products (1e12), counted and as `preceptor plan` has them by arithmetic; those "
+            "of attention by arithmetic; bytes that all other operations read and write (GB); and the least time of "
+            f"both at {rates['products']:g}e12 operations and {rates['bytes']:g}e12 bytes a second: an estimate. "
+            f"{_on(found, found['command'])}",
+            "",
+            "| model | products | planned | attention | GB | ms |",
+            "|---|---:|---:|---:|---:|---:|",
             *rows,
         ]
     )

@@ -2,6 +2,7 @@
 
 import time
 
+import compiled as table
 import numpy as np
 import pytest
 import torch
@@ -166,3 +167,18 @@ def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
     preflight(model, loader(), "float32", lines.append)
     assert not Engine(model).state.compiles
     assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", table.CASES)
+def test_models_adapters_and_types_are_exact_and_two_lengths_are_compiled_for(name):
+    """A tree is in each sequence; what a GPU's kernels round is not seen."""
+    case = table.CASES[name]
+    found = table.measure(case)
+    bound = {"float64": 1e-11, "float32": 1e-5, "bfloat16": 1e-2}[case.precision]
+    assert max(found["loss_error"], found["gradient_error"]) < bound
+    assert 0 < found["graphs"][1] == found["graphs"][2] <= 16
+
+
+def test_more_layers_are_no_more_graphs():
+    two, six = (table.measure(table.CASES[name], "eager")["graphs"] for name in ("Llama", "Llama, 6 layers"))
+    assert two == six

@@ -6,9 +6,9 @@
                                                                     those that nothing sees are left out; no copies
 
 `fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, phases with soft-cap
-or sinks, heads that a kernel does not take, a version of torch that lacks an option. Flex honours soft-cap as a change
-of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
-exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
+or sinks, heads that a kernel does not take, a version of torch that lacks an option, a kernel that failed before step
+1. Flex honours soft-cap as a change of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink
+s scales its output by exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
 For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
 gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for again.
@@ -27,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import attention
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
@@ -50,6 +51,10 @@ _SMALLEST_FLEX_HEAD = 16
 _LARGEST_FLASH_HEAD = 256
 _FLASH_CAPABILITY = (8, 0)
 _MOST_FORMS = 32  # compiled forms of flex; 2 windows, with and without gradients, at 2 kinds of length are torch's 8
+FLEX = "flex_attention"
+_FLASHES = {9: ("FA3", "FA4"), 10: ("FA4",)}  # by a GPU's capability, the fastest first
+_in_use: set[str] = set()  # kernels that another can take the place of, and that have run in this process
+_given_up: dict[str, str] = {}  # and those that failed, with the error
 
 
 def fast_path(
@@ -64,7 +69,7 @@ def fast_path(
     if not _is_half_on_cuda(value):
         return None
     by_varlen = softcap is None and sinks is None and _varlen_takes(query, key, value)
-    by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
+    by_flex = isinstance(layout, ForestLayout) and FLEX not in _given_up and _flex_takes(query, value)
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
@@ -108,6 +113,48 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def replaceable_kernels() -> list[str]:
+    """Those that have run in this process and that another can take the place of, the least loss first."""
+    return sorted(_in_use - {*_given_up})
+
+
+def give_up_kernel(error: str) -> str | None:
+    """Use the first of them no more; which it was."""
+    for name in replaceable_kernels():
+        _given_up[name] = error
+        if name != FLEX:
+            attention.restore_flash_attention_impl()
+        return name
+    return None
+
+
+def kernels() -> dict[str, Any]:
+    """Of attention, for the record of a run: which flash, where it is not torch's own, and what has failed."""
+    flash = getattr(attention, "current_flash_attention_impl", lambda: None)()
+    return {**({"flash": flash} if flash else {}), **({"kernels_given_up": dict(_given_up)} if _given_up else {})}
+
+
+@lru_cache
+def _use_newest_flash(device: torch.device) -> None:
+    """Let `varlen_attn` run FlashAttention 3 or 4 where it is installed, made for this GPU and known to torch.
+
+    By torch's own switch, for the process. What a program has switched to by itself stays.
+    """
+    activate = getattr(attention, "activate_flash_attention_impl", None)
+    if activate is None or device.type != "cuda" or attention.current_flash_attention_impl() is not None:
+        return
+    for name in _FLASHES.get(torch.cuda.get_device_capability(device)[0], ()):
+        try:
+            activate(name)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # made for another torch or CUDA, and so without the symbols that it looks for
+            _given_up[name] = f"{type(error).__name__}: {error}"
+            continue
+        _in_use.add(name)
+        return
+
+
 # Chains and phases ---------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +175,7 @@ def attend_varlen(
     not be that of the keys. A window (left, right) counts the tokens beside a query, so W tokens are (W - 1, 0).
     """
     assert softcap is None and sinks is None
+    _use_newest_flash(query.device)
     dtype = product_dtype(value)
     key, value = key.to(dtype), value.to(dtype)
     if layout.lengths is None:
@@ -186,6 +234,8 @@ def attend_flex(
     seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
+    if query.device.type == "cuda":
+        _in_use.add(FLEX)
     dtype = product_dtype(value)
     num_tokens = query.shape[2]
     added = -num_tokens % BLOCK

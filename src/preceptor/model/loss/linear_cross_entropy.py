@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from preceptor.model.compiled import compiled_function
-from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
+from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions, chunk_tokens, logits_budget, most_tokens
 from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
+from preceptor.model.products import add_product
 from preceptor.model.sizes import device_type_of, representative
 
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
@@ -78,7 +79,7 @@ def linear_cross_entropy(
     trained_rows: TrainedRows | None = None,
     options: LossOptions = CROSS_ENTROPY,
     divisor: float = 1.0,
-    logits_bytes: int = LOGITS_BYTES,
+    logits_bytes: int | None = None,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
     gradient_is_one: bool = False,
@@ -98,9 +99,9 @@ def linear_cross_entropy(
     gradient_is_one: backward will come with a gradient of 1, else RuntimeError (a divisor belongs in weight_N), and so
     multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
-    Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
-    token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32
-    accumulator of the gradient of a half-precision head, for more than one chunk."""
+    Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (None: what
+    options.py has for the device) or one token's; two blocks of them in float32, cache-sized on CPU; the head in the
+    products' type; a float32 accumulator of the gradient of a half-precision head, for more than one chunk."""
     form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor, compiled)
     rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
     if head_grad_VD is not None:
@@ -139,7 +140,7 @@ def token_losses(
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, CROSS_ENTROPY, LOGITS_BYTES)
+    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, CROSS_ENTROPY)
     losses_N, correct_N = _losses(hidden_TD, weight_VD, source_N, target_N, bias_V, form)
     return losses_N.float(), correct_N
 
@@ -151,7 +152,7 @@ def _form(
     softcap: float | None,
     logit_scale: float,
     options: LossOptions,
-    logits_bytes: int,
+    logits_bytes: int | None = None,
     divisor: float = 1.0,
     compiled: bool = False,
 ) -> LossForm:
@@ -159,7 +160,8 @@ def _form(
     product_dtype = weight_VD.dtype
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
+    kind = device_type_of(hidden_TD.device)
+    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes or logits_budget(kind), kind
     chunk = chunk_tokens(len(target_N), *sizes)
     most = most_tokens(*sizes)
     return LossForm(softcap, logit_scale, options, product_dtype, chunk, most, divisor, compiled)
@@ -307,9 +309,5 @@ def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad^T hidden, without a temporary where the dtypes agree, else with one of a few of the rows."""
-    if total_XD.dtype == grad_CX.dtype:
-        total_XD.addmm_(grad_CX.T, hidden_CD)
-        return
-    for rows in _head_rows(total_XD):
-        total_XD[rows] += grad_CX[:, rows].T @ hidden_CD
+    """total += grad^T hidden, without a temporary where it can be, else with one of a few of the rows."""
+    add_product(total_XD, grad_CX.T, hidden_CD, _head_rows(total_XD))
