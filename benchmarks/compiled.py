@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,10 +118,10 @@ def measure(case: Case, backend: str = BACKEND) -> dict[str, Any]:
         engine, graphs, errors = Engine(model), [], []
         for seed in range(3):
             given = sequence(seed)
-            found = _loss_and_gradient(model, lambda given=given: engine(given, case.policy), case.precision)
+            found = _loss_and_gradient(engine, given, case)
             graphs.append(compiled.num_graphs())
             engine.state.optimisations.discard("compile")
-            true = _loss_and_gradient(model, lambda given=given: engine(given, case.policy), case.precision)
+            true = _loss_and_gradient(engine, given, case)
             engine.state.optimisations.add("compile")
             errors.append([float((one - other).norm() / other.norm()) for one, other in zip(found, true, strict=True)])
         assert compiled.num_graphs() == graphs[-1], "the layers as they are written were compiled too"
@@ -133,9 +132,10 @@ def measure(case: Case, backend: str = BACKEND) -> dict[str, Any]:
         compiled.BACKEND = former
 
 
-def _loss_and_gradient(model: Any, loss: Callable[[], torch.Tensor], precision: str) -> tuple[torch.Tensor, ...]:
-    with autocast(torch.device("cpu"), precision):
-        own = loss()
+def _loss_and_gradient(engine: Engine, given: PackedSequence, case: Case) -> tuple[torch.Tensor, ...]:
+    model = engine.model
+    with autocast(torch.device("cpu"), case.precision):
+        own: Any = engine(given, case.policy)
     own.backward()
     gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
     model.zero_grad()

@@ -473,7 +473,8 @@ def trl(bench: Bench, found: Found) -> None:
         theirs = _trl_seconds(bench, model, case)
         del model
         bench.free()
-        found[shape], own = {"trl": theirs}, {}
+        own: Found = {}
+        found[shape] = {"trl": theirs}
         run_cases(bench, own, [case], profiled=False)
         ours = found[shape]["ours"] = own[str(case)]
         if "losses" in ours:
@@ -625,8 +626,8 @@ def run_phases(bench: Bench, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         _, budget, phase = PHASES[name]
-        started, own = time.perf_counter(), {}
-        found[name] = {"found": own}
+        own: Found = {}
+        started, found[name] = time.perf_counter(), {"found": own}
         try:
             with within(budget):
                 phase(bench, own)

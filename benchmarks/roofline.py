@@ -41,7 +41,7 @@ SETUPS = {
 Counts = Counter[str]
 
 
-class Meter(Timeline):
+class Meter(Timeline):  # type: ignore[no-untyped-call]
     """As a dry run counts live bytes, and what its operations do."""
 
     def __init__(self, counts: Counts, *given: Any) -> None:

@@ -95,9 +95,10 @@ def switch(monkeypatch):
     monkeypatch.setattr(cuda.attention, "activate_flash_attention_impl", activate)
     monkeypatch.setattr(cuda.attention, "current_flash_attention_impl", lambda: state.active)
     monkeypatch.setattr(cuda.attention, "restore_flash_attention_impl", lambda: setattr(state, "active", None))
-    cuda._use_newest_flash.cache_clear()
+    use = cuda._use_newest_flash
+    use.cache_clear()
     yield state
-    cuda._use_newest_flash.cache_clear()
+    use.cache_clear()
 
 
 GPU = torch.device("cuda", 0)

@@ -267,6 +267,7 @@ def kernels(monkeypatch):
     return cuda.kernels
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
 @pytest.mark.parametrize("engine", ["efficient", "compiled"])
 @pytest.mark.parametrize("where", ["probe", "sample", "backward"])
 def test_attention_goes_on_without_a_kernel_that_fails(where, engine, kernels, monkeypatch):
@@ -283,12 +284,13 @@ def test_attention_goes_on_without_a_kernel_that_fails(where, engine, kernels, m
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(runs, "fast_path", lambda *_: None if cuda.FLEX in cuda._given_up else attend)
     model, lines = tiny_model("llama"), []
-    install(model, engine)
+    state = install(model, engine)
+    assert "last_layer" in state.optimisations, "it is tried before"
     trees = [chain(RNG, (60, 30)), chain(RNG, (50, 20)), branching(RNG)]
     passed = preflight(model, Loader(Dataset(trees), 256, 1, seed=0), "float32", lines.append)
     assert not passed.loader.alone and all(p.grad is None for p in model.parameters())
     said = [line for line in lines if "does without flex_attention, which fails on this GPU: NoSuchKernel" in line]
-    assert len(said) == 1 and Engine(model).state.compiles == (engine == "compiled")
+    assert len(said) == (where != "probe") and Engine(model).state.compiles == (engine == "compiled")
     assert list(kernels()["kernels_given_up"]) == ["flex_attention"]
     assert "shared memory" in kernels()["kernels_given_up"]["flex_attention"]
 

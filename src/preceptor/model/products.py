@@ -11,7 +11,7 @@ from torch import Tensor
 
 from preceptor.model.sizes import device_type_of, is_dry_run
 
-_SINCE = (2, 10)  # of torch: earlier ones take no float32 matrix to add to
+_SINCE = "2.10"  # of torch: earlier ones take no float32 matrix to add to
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, rows: Iterable[slice]) -> None:

@@ -24,9 +24,8 @@ import torch
 
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import ModelError, PreceptorError
-from preceptor.hub import first_line
-from preceptor.model.attention.cuda import give_up_kernel
+from preceptor.errors import ModelError
+from preceptor.model.attention.cuda import with_kernels_that_run
 from preceptor.model.checks.compiled import check_compiled
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
@@ -36,7 +35,7 @@ from preceptor.model.closeness import require_close
 from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
-from preceptor.model.out_of_memory import explaining_out_of_memory, is_out_of_memory
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
@@ -138,20 +137,13 @@ def _prove(
 
 
 def _with_kernels_that_run(prove: Callable[[], None], engine: Engine, say: Callable[[str], None]) -> None:
-    """Prove; again without the fused attention that fails: Triton may have none for heads of this size on this GPU."""
-    while True:
-        try:
-            prove()
-            return
-        except Exception as error:  # Triton's own errors are of no common kind
-            if isinstance(error, PreceptorError) or is_out_of_memory(error):
-                raise
-            why = f"{type(error).__name__}: {first_line(error)}"
-            kernel = give_up_kernel(why)
-            if kernel is None:
-                raise
-            say(f"attention does without {kernel}, which fails on this GPU: {why}")
-            engine.model.zero_grad(set_to_none=True)
+    """Prove; again without the fused attention that fails."""
+
+    def gave_up(kernel: str, error: str) -> None:
+        say(f"attention does without {kernel}, which fails on this GPU: {error}")
+        engine.model.zero_grad(set_to_none=True)
+
+    with_kernels_that_run(prove, gave_up)
 
 
 @contextmanager

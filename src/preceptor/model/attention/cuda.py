@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
+from preceptor.errors import PreceptorError
 from preceptor.model.attention.layout import (
     ForestLayout,
     KeysValues,
@@ -41,10 +42,12 @@ from preceptor.model.attention.layout import (
     product_dtype,
 )
 from preceptor.model.compiled import watch
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.sizes import device_type_of, is_dry_run
 from preceptor.model.transfer import on_device
 
 Attend = Callable[..., Tensor]
+T = TypeVar("T")
 
 BLOCK = 128  # tokens a side; flex's own, and the shortest sequence for which it takes its kernel for training
 _SMALLEST_FLEX_HEAD = 16
@@ -126,6 +129,24 @@ def give_up_kernel(error: str) -> str | None:
             attention.restore_flash_attention_impl()
         return name
     return None
+
+
+def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
+    """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
+
+    Triton may have none for heads of this size on this GPU, in forward or in backward alone.
+    """
+    while True:
+        try:
+            return run()
+        except Exception as error:  # Triton's own errors are of no common kind
+            if isinstance(error, PreceptorError) or is_out_of_memory(error):
+                raise
+            words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            kernel = give_up_kernel(words)
+            if kernel is None:
+                raise
+            gave_up(kernel, words)
 
 
 def kernels() -> dict[str, Any]:
