@@ -145,7 +145,7 @@ def distance(found: Tensor, true: Tensor) -> float:
 
 def product(bench: Bench, found: Found) -> None:
     """A user's first hour in small: train the model that ships with it, stop, go on, evaluate, ask; then QLoRA."""
-    steps = 4 if bench.tiny else 20
+    steps = 2 if bench.tiny else 20
     run, losses = _run_of_scholar(bench, "product", steps), []
     for step in run.steps():
         losses.append(step.loss)
@@ -156,7 +156,7 @@ def product(bench: Bench, found: Found) -> None:
     found["losses"], found["evaluations"] = trained.losses, len(trained.evaluations)
     found["engine"] = read_json(trained.out / "environment.json")["engine"]
     evaluated = load_evaluated_model(str(trained.model), "float32", bench.device.type)
-    task = open_task("scholar:heldout").limited(4 if bench.tiny else 32, 0)
+    task = open_task("scholar:heldout").limited(2 if bench.tiny else 32, 0)
     found["heldout"] = summary(task, run_task(evaluated, task, 16, batch_size=16), 0)["figures"]
     found["answer"] = Speaker(evaluated, 16).reply("Which module does IOBase belong to?")
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -172,13 +172,13 @@ def _run_of_scholar(bench: Bench, name: str, steps: int, **sections: Any) -> Run
     """A new one, quiet."""
     out = bench.folder / name
     shutil.rmtree(out, ignore_errors=True)
-    train = [{"path": "scholar:conversations.jsonl", "weight": 0.05 if bench.tiny else 1.0}]
-    held_out = [{"path": "scholar:heldout.jsonl", "weight": 0.02}]
+    train = [{"path": "scholar:conversations.jsonl", "weight": 0.02 if bench.tiny else 1.0}]
+    held_out = [{"path": "scholar:heldout.jsonl", "weight": 0.005 if bench.tiny else 0.02}]
     settings = {
         "model": "scholar",
         "data": {"train": train, "eval": held_out, "chat_template": "chatml", "max_length": 512},
         "train": {"duration": f"{steps} steps", "batch_size": 2, "device": bench.device.type},
-        "eval": {"every": "10 steps", "num_samples": 2, "max_new_tokens": 16},
+        "eval": {"every": "10 steps", "num_samples": 1, "max_new_tokens": 16},
     }
     return Run(**settings | sections, out=out, quiet=True)  # type: ignore[arg-type]
 

@@ -23,9 +23,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": _LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128}
     | {"tie_word_embeddings": False},
-    "llama-3.1-70b": {**_LLAMA, "num_attention_heads": 64}
-    | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "head_dim": 128}
-    | {"tie_word_embeddings": False},
 }
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the product that shows the rate
 _SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -42,7 +42,6 @@ def page() -> str:
         "packing": _packing,
         "hybrids": _hybrids,
         "compiled": _compiled,
-        "roofline": _roofline,
         "generation": _generation,
     }
     return "\n".join(
@@ -261,7 +260,7 @@ def _hybrids(found: Any) -> str:
 def _compiled(found: Any) -> str:
     rows = [
         f"| {name} | {case['precision']} | {', '.join(map(str, case['graphs']))} | {case['loss_error']:.0e} | "
-        f"{case['gradient_error']:.0e} | {case['trace_seconds']:.1f} |"
+        f"{case['gradient_error']:.0e} |"
         for name, case in found["cases"].items()
     ]
     return "\n".join(
@@ -274,33 +273,8 @@ def _compiled(found: Any) -> str:
             "not in it. "
             f"{_on(found, found['command'])}",
             "",
-            "| tiny model | type | graphs | loss error | gradient error | seconds of tracing |",
-            "|---|---|---|---:|---:|---:|",
-            *rows,
-        ]
-    )
-
-
-def _roofline(found: Any) -> str:
-    rows = [
-        f"| {name} | {case['operations'] / 1e12:,.0f} | {case['planned']['products'] / 1e12:,.0f} | "
-        f"{case['planned']['attention'] / 1e12:,.1f} | {case['other bytes'] / 1e9:,.0f} | "
-        f"{case['product_ms']:,.0f} + {case['other_ms']:,.0f} |"
-        for name, case in found["cases"].items()
-    ]
-    rates = found["rates"]
-    return "\n".join(
-        [
-            "## Operations and bytes of large models",
-            "",
-            "Forward and backward pass of a packed sequence by the choices of a GPU, not compiled, counted in a dry "
-            "run: operations of matrix products (1e12), counted and as `preceptor plan` has them by arithmetic; those "
-            "of attention by arithmetic; bytes that all other operations read and write (GB); and the least time of "
-            f"both at {rates['products']:g}e12 operations and {rates['bytes']:g}e12 bytes a second: an estimate. "
-            f"{_on(found, found['command'])}",
-            "",
-            "| model | products | planned | attention | GB | ms |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| tiny model | type | graphs | loss error | gradient error |",
+            "|---|---|---|---:|---:|",
             *rows,
         ]
     )
