@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preceptor.errors import ConfigError, PreceptorError, ProcessError
+from preceptor.errors import ConfigError, PreceptorError, ProcessError, first_line
 
 T = TypeVar("T")
 
@@ -86,11 +87,10 @@ class World:
 
     @classmethod
     def of_process_group(cls) -> "World":
-        """Of a process group that a program has made by itself."""
+        """Of the processes that compute together already."""
         from torch import distributed
 
-        own = cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
-        return own.with_own_group()
+        return cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -230,7 +230,7 @@ class World:
             until = time.monotonic() + _CONSEQUENCE_SECONDS
             while self._failure() is None and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". ")[0]
             error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
         exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
         try:
@@ -305,6 +305,14 @@ def command_words() -> list[str]:
         return shlex.split(typed)
     name = Path(sys.argv[0]).name
     return ["preceptor" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def package_version(package: str) -> str | None:
+    """None: not installed; of this package, also where it runs from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def num_cores() -> int:

@@ -91,14 +91,14 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
     here = Checkpoints(tmp_path / "checkpoints", "this", keep=5, async_save=async_save)
 
     def save(rank):
-        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
+        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True, **held), 2)
         checkpoints.save(state)
         take_steps(state, 1)  # what is being written is a copy
         checkpoints.wait()
 
     def read_and_go_on(rank):
-        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
+        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group().with_own_group())
         state = state_of(seed=4, on_ranks=True, **held)
         checkpoints.restore(state, print)
         assert state.step == 4
@@ -125,7 +125,7 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
 
 def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, monkeypatch):
     def save(rank):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True), 2)
         checkpoints.save(state)
         if rank == 1:
@@ -158,7 +158,7 @@ def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
     def read(rank):
         said = []
         state = state_of(seed=4, on_ranks=True)
-        Checkpoints(here.folder, "this", 5, world=World.of_process_group()).restore(state, said.append)
+        Checkpoints(here.folder, "this", 5, world=World.of_process_group().with_own_group()).restore(state, said.append)
         assert state.step == 2 and len(said) == 1 and "__0_0.distcp: is damaged" in said[0]
 
     on_ranks(2, read, tmp_path / "ranks")
@@ -168,7 +168,7 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(tmp_path):
     """Killed while the other one writes: the other ends with an error, and nothing half written counts."""
 
     def save(rank):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True), 2)
         checkpoints.save(state)
         if rank == 1:

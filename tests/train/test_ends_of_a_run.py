@@ -16,8 +16,8 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.train import checkpoint, loop
 from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.signals import EXIT_CODE, StopRequest
+from runs import execute
 from tiny import tiny_model, tiny_tokenizer
 
 QUIET = Console(quiet=True)

@@ -12,8 +12,8 @@ from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.finish import require_room, save_at_the_end
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.signals import StopRequest
+from runs import execute
 from tiny import tiny_model
 
 

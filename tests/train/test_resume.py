@@ -17,8 +17,8 @@ from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.differences import changed_keys
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute, execute_in
 from preceptor.train.run_folder import claim
+from runs import execute, execute_in
 
 DATED = """{% for m in messages %}{% if loop.first %}<|im_start|>system
 Today is {{ strftime_now('%d %B %Y') }}<|im_end|>

@@ -8,7 +8,8 @@ from preceptor import config
 from preceptor.config import Source
 from preceptor.config.code import HeldCode
 from preceptor.config.held import LiveModel, LiveSource
-from preceptor.data.formats.memory import HeldDataset, RecordList
+from preceptor.data.formats.memory import RecordList
+from preceptor.data.formats.tables import HuggingFaceDataset
 from preceptor.errors import ConfigError, short
 from preceptor.files import LIVE, MEMORY
 
@@ -147,7 +148,7 @@ def _table(given: Any, name: str, place: str) -> Any:
     if type(given).__module__.startswith("datasets"):
         _refuse_splits(given, place)
         if hasattr(given, "select_columns") and hasattr(given, "num_rows"):
-            return HeldDataset(given, name)
+            return HuggingFaceDataset(given, name)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         call = "; call it, it is a function" if isinstance(given, Callable) else ""  # type: ignore[arg-type]
         raise ConfigError(f"{place}: {short(given)} is no data{call}; give {_FORMS}")

@@ -84,8 +84,7 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
     say(first_line(run))
     session = Session(run, standard_console(), stop, world, run_file, **asdict(options), importing=large_imports)
     try:
-        for _ in session.steps():
-            pass
+        session.train()
     except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from preceptor.config.peer_adapter import OF_ADAPTERS, adapter_section, trains_adapter
+from preceptor.config.peer_adapter import adapter_section, trains_adapter
 from preceptor.config.peer_data import Sources
-from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
-from preceptor.config.peer_files import Peer, PeerFile, dataset_info, read_peer_file
+from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, Peer, optimizer_name
+from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.config.run import Tracker, all_keys
@@ -79,7 +79,7 @@ def _flat(file: PeerFile) -> PeerFile:
 
 def known_settings() -> set[str]:
     """Every key of another trainer that is carried over, or of which is known why it is not."""
-    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *OF_ADAPTERS, *NAMES, *TRAINER, "activation_checkpointing"}
+    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *NAMES, *TRAINER, "activation_checkpointing"}
 
 
 class _Conversion:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from preceptor.errors import ModelError
-from preceptor.hub import first_line
+from preceptor.errors import ModelError, first_line
 
 
 def push(folder: Path, repo: str, private: bool) -> str:

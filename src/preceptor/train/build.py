@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
             world.size,
             world.local_size,
         )
-        world.publish("placement", found.to_json())
+        world.publish("placement", asdict(found))
     found = Placement(**world.published("placement"))
     say(f"{world.size} processes: {in_words(found, asked)}")
     return found

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.data.loader import Position
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import CheckpointError, ModelError, first_line
 from preceptor.files import (
     cannot_write,
     describe_files,
@@ -334,8 +334,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
 
 def _unreadable(place: Path) -> Callable[[BaseException], CheckpointError]:
     def explain(cause: BaseException) -> CheckpointError:
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        return CheckpointError(f"{place}: cannot be read: {reason}")
+        return CheckpointError(f"{place}: cannot be read: {first_line(cause)}")
 
     return explain
 

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,14 +51,6 @@ _NO_ROOM = (
 )
 
 
-@dataclass(frozen=True)
-class PreflightResult:
-    """loader: of sequences that this model can read."""
-
-    loader: Loader | StreamLoader
-    seconds: float
-
-
 def preflight(
     model: Any,
     loader: Loader | StreamLoader,
@@ -66,9 +58,10 @@ def preflight(
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
     reserved: OptimizerMemory = NOTHING_RESERVED,
-) -> PreflightResult:
+) -> tuple[Loader | StreamLoader, float]:
     """Prove all that can be proved before step 1; `say` gets a line for each proof. reserved: for the optimizer.
 
+    Returns a loader of sequences that this model can read, and how many seconds it took.
     Raises ModelError if the loss would not be the model's own, if the model is not causal, if loss or gradient is not
     finite, or if the largest sequence does not fit in memory.
     """
@@ -86,7 +79,7 @@ def preflight(
                 torch.cuda.empty_cache()
     seconds = time.perf_counter() - started
     say(f"all proved in {seconds:.1f} s")
-    return PreflightResult(loader, seconds)
+    return loader, seconds
 
 
 def _prove(

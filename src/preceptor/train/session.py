@@ -52,8 +52,9 @@ def check_names(run: config.Run) -> config.Run:
 
 @dataclass
 class Session:
-    """run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
+    """One call of `train`: claims the folder, prepares the data, takes the steps and saves the model.
 
+    run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
     num_processes: that render the data, at most. importing: entered while torch is imported. training: from the moment
     that the data is rendered. summary: of a run that has ended, in its first process.
     """
@@ -70,6 +71,12 @@ class Session:
     importing: Callable[[], AbstractContextManager[None]] = nullcontext
     training: "Training | None" = None
     summary: dict[str, Any] = field(default_factory=dict)
+
+    def train(self) -> dict[str, Any]:
+        """Take all steps of the run; its summary. Raises as `steps`."""
+        for _ in self.steps():
+            pass
+        return self.summary
 
     def steps(self) -> "Generator[Step]":
         """Take the steps of the run, one at a time, and save its model after the last one. Raises as the `Loop` does,

@@ -6,12 +6,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, first_line
 from preceptor.model.closeness import FAILURES, require_close, rounding
 from preceptor.model.forward import Engine
 from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating, has_dropout, model_type
-from preceptor.model.random_bits import key_of, random_bits
+from preceptor.model.random_bits import random_bits, random_key
 
 _ADVICE = "Set `engine: efficient`."
 _ROOTS = (1, 1 / 2, 1 / 4)
@@ -39,9 +39,8 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
     except FAILURES as error:
         if is_out_of_memory(error):
             raise
-        words = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {words}). {_ADVICE}"
+            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {first_line(error)}). {_ADVICE}"
         ) from error
     differs = f"{model_type(model)}: loss or gradient of compiled layers is another one"
     for own, expected, root in zip(found, true, _ROOTS, strict=True):
@@ -64,6 +63,6 @@ def _signed_sum(name: str, gradient: Tensor) -> Tensor:
     """The sum of all elements, each with a fixed sign of its place: another one where they are negated or permuted."""
     total, parts = gradient.new_zeros((), dtype=torch.float32), gradient.flatten().split(_PART)
     for at, part in enumerate(parts):
-        signs = random_bits(key_of(name), at * _PART, len(part), part.device) < 0
+        signs = random_bits(random_key(name), at * _PART, len(part), part.device) < 0
         total += torch.where(signs, -part, part).sum(dtype=torch.float32)
     return total
