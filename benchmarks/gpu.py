@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -33,7 +34,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tiny_types
 from machine import describe
+from preceptor import Run
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
+from preceptor.evaluate.figures import summary
+from preceptor.evaluate.harness import open_task
+from preceptor.evaluate.model import load_evaluated_model
+from preceptor.evaluate.run import run_task
+from preceptor.files import read_json
 from preceptor.model import compiled
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
@@ -41,16 +48,18 @@ from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout
 from preceptor.model.attention.runs import attend_reference, attend_runs
 from preceptor.model.forward import Engine
-from preceptor.model.optimisations import install, remove
+from preceptor.model.optimisations import install
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import Setup, step_memory
 from preceptor.plan.parameters import LoraSpec
+from preceptor.serve.chat import Speaker
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.precision import autocast
+from preceptor.train.precision import autocast, resolve_precision
 from preceptor.train.step import take_step
 
+AGAIN = 5.0  # seconds after which a phase that goes on past its budget is told once more
 RANK = 16
 MODES = {
     "full": KEEP_ALL,
@@ -65,6 +74,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "soft-cap": {"softcap": 20.0},
     "sinks": {"sinks": True},
 }
+
+
+Found = dict[str, Any]
+"""What a phase has found so far, by case."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,10 @@ def chats(num_tokens: int, length: int, vocab_size: int, seed: int = 0, branches
     return pack_trees([tree() for _ in range(max(1, num_tokens // length))])
 
 
+class OutOfTime(BaseException):
+    """The budget of a phase is spent. No Exception, so that nothing on the way takes it for one of its own."""
+
+
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -123,11 +140,54 @@ def distance(found: Tensor, true: Tensor) -> float:
     return float((found - true).norm() / true.norm().clamp_min(1e-30))
 
 
+# The product ---------------------------------------------------------------------------------------------------------
+
+
+def product(bench: Bench, found: Found) -> None:
+    """A user's first hour in small: train the model that ships with it, stop, go on, evaluate, ask; then QLoRA."""
+    steps = 2 if bench.tiny else 20
+    run, losses = _run_of_scholar(bench, "product", steps), []
+    for step in run.steps():
+        losses.append(step.loss)
+        if step.number == steps // 2:
+            break  # as a signal does: the step is saved
+    found["stopped_after"] = len(losses)
+    trained = run.train(resume=True)
+    found["losses"], found["evaluations"] = trained.losses, len(trained.evaluations)
+    found["engine"] = read_json(trained.out / "environment.json")["engine"]
+    evaluated = load_evaluated_model(str(trained.model), "float32", bench.device.type)
+    task = open_task("scholar:heldout").limited(2 if bench.tiny else 32, 0)
+    found["heldout"] = summary(task, run_task(evaluated, task, 16, batch_size=16), 0)["figures"]
+    found["answer"] = Speaker(evaluated, 16).reply("Which module does IOBase belong to?")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        found["qlora"] = "skipped: bitsandbytes is not installed"
+        return
+    quantized = _run_of_scholar(
+        bench, "qlora", steps // 2, model={"path": "scholar", "quantization": "nf4"}, adapter={}
+    )
+    found["qlora"] = {"losses": quantized.train().losses}
+
+
+def _run_of_scholar(bench: Bench, name: str, steps: int, **sections: Any) -> Run:
+    """A new one, quiet."""
+    out = bench.folder / name
+    shutil.rmtree(out, ignore_errors=True)
+    train = [{"path": "scholar:conversations.jsonl", "weight": 0.02 if bench.tiny else 1.0}]
+    held_out = [{"path": "scholar:heldout.jsonl", "weight": 0.005 if bench.tiny else 0.02}]
+    settings = {
+        "model": "scholar",
+        "data": {"train": train, "eval": held_out, "chat_template": "chatml", "max_length": 512},
+        "train": {"duration": f"{steps} steps", "batch_size": 2, "device": bench.device.type},
+        "eval": {"every": "10 steps", "num_samples": 1, "max_new_tokens": 16},
+    }
+    return Run(**settings | sections, out=out, quiet=True)  # type: ignore[arg-type]
+
+
 # Facts ---------------------------------------------------------------------------------------------------------------
 
 
-def facts(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {"environment": describe(), "varlen_attn": str(inspect.signature(varlen_attn))}
+def facts(bench: Bench, found: Found) -> None:
+    found["environment"], found["varlen_attn"] = describe(), str(inspect.signature(varlen_attn))
     found["not_compiled"] = compiled.why_not(
         random_model(bench.shape("qwen3-0.6b") | {"num_hidden_layers": 1}), bench.device
     )
@@ -146,7 +206,6 @@ def facts(bench: Bench) -> dict[str, Any]:
     found["copied_bytes_per_second"] = 2 * one.nbytes / seconds_of(lambda: one.clone(), bench)
     small = torch.zeros(1, device=bench.device)
     found["launch_seconds"] = seconds_of(lambda: [small.add_(1) for _ in range(1000)], bench) / 1000
-    return found
 
 
 def seconds_of(function: Callable[[], Any], bench: Bench, times: int = 3) -> float:
@@ -164,10 +223,9 @@ def seconds_of(function: Callable[[], Any], bench: Bench, times: int = 3) -> flo
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def attention(bench: Bench) -> dict[str, Any]:
+def attention(bench: Bench, found: Found) -> None:
     """Error of outputs and gradients against float64 and a dense mask; beside it that of bfloat16 and the mask."""
     lengths, sizes = ((96,), ((4, 2, 16),)) if bench.tiny else ((300, 640, 1000), ((32, 8, 128), (16, 8, 64)))
-    found: dict[str, Any] = {}
     for branches in (False, True):
         for num_tokens in lengths:
             sequence = chats(num_tokens, num_tokens // 3, 64, branches=branches)
@@ -177,11 +235,8 @@ def attention(bench: Bench) -> dict[str, Any]:
                     case = f"{'trees' if branches else 'chains'} {num_tokens}, {heads}/{kv_heads} x {size}, {name}"
                     try:
                         found[case] = _attention_case(bench, layout, (heads, kv_heads, size), dict(features))
-                    except TimeoutError:
-                        raise
                     except Exception as error:
                         found[case] = {"error": first_line(error)}
-    return found
 
 
 def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, int], features: Any) -> dict[str, Any]:
@@ -217,14 +272,13 @@ def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, i
 # Whole models against the CPU ----------------------------------------------------------------------------------------
 
 
-def models(bench: Bench) -> dict[str, Any]:
+def models(bench: Bench, found: Found) -> None:
     """Error of the loss, and of the whole gradient, of tiny models in all modes against the CPU in float64."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kinds = ("llama",) if bench.tiny else ("llama", "qwen3", "gemma2", "gpt_oss")
     lengths = (96,) if bench.tiny else (1000, 1300)
-    found: dict[str, Any] = {}
-    for kind in kinds:
+    for engine, kind in ((engine, kind) for engine in bench.engines for kind in kinds):
         settings = tiny_types.BASE | {"vocab_size": 128, "head_dim": 64, "sliding_window": 100}
         torch.manual_seed(0)
         true = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).train()
@@ -233,19 +287,14 @@ def models(bench: Bench) -> dict[str, Any]:
         true, own = true.double(), own.to(bench.device)
         if kind == "gpt_oss":
             true.set_experts_implementation("eager")
-        for engine in bench.engines:
-            install(own, engine)  # type: ignore[arg-type]
-            for mode, policy in MODES.items():
-                for precision in ("bfloat16",) if bench.tiny else ("float32", "bfloat16"):
-                    case = f"{kind}, {engine}, {mode}, {precision}"
-                    try:
-                        found[case] = [_model_case(true, own, each, policy, precision) for each in lengths]
-                    except TimeoutError:
-                        raise
-                    except Exception as error:
-                        found[case] = {"error": first_line(error)}
-            remove(own)
-    return found
+        install(own, engine)  # type: ignore[arg-type]
+        for mode, policy in MODES.items():
+            for precision in ("bfloat16",) if bench.tiny else ("float32", "bfloat16"):
+                case = f"{kind}, {engine}, {mode}, {precision}"
+                try:
+                    found[case] = [_model_case(true, own, each, policy, precision) for each in lengths]
+                except Exception as error:
+                    found[case] = {"error": first_line(error)}
 
 
 def _model_case(true: Any, own: Any, num_tokens: int, policy: ActivationPolicy, precision: str) -> dict[str, float]:
@@ -283,19 +332,14 @@ class Case:
         return f"{self.shape}, {what}, {self.weights}, {self.num_tokens} tokens{trees}, {self.mode}, {self.engine}"
 
 
-def run_cases(bench: Bench, cases: list[Case], profiled: bool = True) -> dict[str, Any]:
+def run_cases(bench: Bench, found: Found, cases: list[Case], profiled: bool = True) -> None:
     """Each as far as it gets: running out of memory is a result."""
-    found: dict[str, Any] = {}
     for case in cases:
         bench.free()
         try:
             found[str(case)] = _step_case(bench, case, profiled)
-        except TimeoutError:
-            found[str(case)] = {"error": "no time was left"}
-            return found
         except Exception as error:
             found[str(case)] = {"error": first_line(error)}
-    return found
 
 
 def _model_of(bench: Bench, case: Case) -> Any:
@@ -308,7 +352,7 @@ def _model_of(bench: Bench, case: Case) -> Any:
 
 def _step_case(bench: Bench, case: Case, profiled: bool) -> dict[str, Any]:
     model = _model_of(bench, case)
-    precision = "bfloat16" if case.weights == "float32" and not bench.tiny else "float32"
+    precision = resolve_precision(None, bench.device)  # as a run has it that does not say
     rounding: Any = "stochastic" if case.weights == "bfloat16" and not case.adapter else None
     name: Any = "adamw" if case.adapter else case.optimizer
     state = State(model, build_optimizer(model, 0.0, (0.9, 0.95), name, rounding=rounding))
@@ -387,41 +431,41 @@ def _profile(bench: Bench, case: Case, step: Callable[[], None]) -> str:
     return name
 
 
-def steps_8b(bench: Bench) -> dict[str, Any]:
+def steps_8b(bench: Bench, found: Found) -> None:
     shape, (short, long) = "llama-3.1-8b", bench.lengths(4096, 16_384)
-    cases = [Case(shape, short), Case(shape, short, "compiled")]
-    more = [Case(shape, short, branches=True), Case(shape, long), Case(shape, long, "compiled")]
-    return run_cases(bench, cases if bench.tiny else [*cases, *more])
+    efficient = [Case(shape, short), Case(shape, long), Case(shape, short, branches=True)]
+    compiles = [replace(case, engine="compiled") for case in efficient[:2]]
+    run_cases(bench, found, [efficient[0], compiles[0]] if bench.tiny else efficient + compiles)
 
 
-def lora_8b(bench: Bench) -> dict[str, Any]:
-    cases = [Case("llama-3.1-8b", each, engine, True) for each in (4096, 16_384) for engine in bench.engines]
-    return run_cases(bench, [Case("llama-3.1-8b", 96, adapter=True)] if bench.tiny else cases)
+def lora_8b(bench: Bench, found: Found) -> None:
+    cases = [Case("llama-3.1-8b", each, engine, True) for engine in bench.engines for each in (4096, 16_384)]
+    run_cases(bench, found, [Case("llama-3.1-8b", 96, adapter=True)] if bench.tiny else cases)
 
 
-def memory(bench: Bench) -> dict[str, Any]:
+def memory(bench: Bench, found: Found) -> None:
     """Peaks beside the plan's, float32 weights under autocast and bfloat16 ones, in all modes."""
     (length,) = bench.lengths(4096)
     cases = [Case("llama-3.2-1b", length, weights="float32", mode=mode, optimizer="adamw") for mode in MODES]
     cases += [Case("llama-3.2-1b", length, mode=mode) for mode in MODES]
-    return run_cases(bench, cases[:: 5 if bench.tiny else 1], profiled=False)
+    run_cases(bench, found, cases[:: 5 if bench.tiny else 1], profiled=False)
 
 
-def steps_small(bench: Bench) -> dict[str, Any]:
+def steps_small(bench: Bench, found: Found) -> None:
     small = Case("qwen3-0.6b", 96, weights="float32", optimizer="adamw")
-    cases = [replace(small, num_tokens=each, engine=engine) for each in (4096, 16_384) for engine in bench.engines]
-    return run_cases(bench, [small] if bench.tiny else cases, profiled=not bench.tiny)
+    cases = [replace(small, num_tokens=each, engine=engine) for engine in bench.engines for each in (4096, 16_384)]
+    run_cases(bench, found, [small] if bench.tiny else cases, profiled=not bench.tiny)
 
 
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
-def trl(bench: Bench) -> dict[str, Any]:
+def trl(bench: Bench, found: Found) -> None:
     """The same conversations, weights and optimizer by TRL with packing, Liger and torch's varlen as its attention."""
     missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
     if missing:
-        return {"skipped": f"not installed: {', '.join(missing)}"}
-    found: dict[str, Any] = {}
+        found["skipped"] = f"not installed: {', '.join(missing)}"
+        return
     for shape in ("qwen3-0.6b",) if bench.tiny else ("qwen3-0.6b", "llama-3.1-8b"):
         (num_tokens,) = bench.lengths(4096)
         case = Case(shape, num_tokens, engine="efficient" if bench.tiny else "auto", optimizer="adamw")
@@ -430,12 +474,13 @@ def trl(bench: Bench) -> dict[str, Any]:
         theirs = _trl_seconds(bench, model, case)
         del model
         bench.free()
-        ours = run_cases(bench, [case], profiled=False)[str(case)]
-        found[shape] = {"trl": theirs, "ours": ours}
+        own: Found = {}
+        found[shape] = {"trl": theirs}
+        run_cases(bench, own, [case], profiled=False)
+        ours = found[shape]["ours"] = own[str(case)]
         if "losses" in ours:
             found[shape]["loss_difference"] = theirs["losses"][0] / ours["losses"][0] - 1
             found[shape]["times_as_fast"] = theirs["seconds"] / ours["seconds"]
-    return found
 
 
 def _trl_seconds(bench: Bench, model: Any, case: Case) -> dict[str, Any]:
@@ -546,47 +591,49 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> T
 
 # All of it -----------------------------------------------------------------------------------------------------------
 
-PHASES: dict[str, tuple[int, int, Callable[[Bench], dict[str, Any]]]] = {
-    "facts": (1, 30, facts),
-    "attention": (1, 90, attention),
-    "models": (1, 90, models),
-    "steps_8b": (1, 200, steps_8b),
-    "memory": (1, 80, memory),
-    "lora_8b": (2, 150, lora_8b),
-    "steps_small": (2, 120, steps_small),
-    "trl": (2, 200, trl),
+PHASES: dict[str, tuple[int, int, Callable[[Bench, Found], None]]] = {
+    "product": (1, 60, product),
+    "facts": (1, 20, facts),
+    "attention": (1, 70, attention),
+    "models": (1, 70, models),
+    "steps_8b": (1, 150, steps_8b),
+    "memory": (1, 60, memory),
+    "lora_8b": (2, 110, lora_8b),
+    "steps_small": (2, 90, steps_small),
+    "trl": (2, 150, trl),
 }
-"""Each phase: the call it belongs to, its budget in seconds, and what it does."""
+"""Each phase: the call it belongs to, its budget in seconds, and what it does, which fills in what it has found."""
 
 
 @contextlib.contextmanager
 def within(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError inside where it takes longer."""
+    """Raises OutOfTime inside where it takes longer, and again each few seconds: a library may hold one back."""
 
     def ring(*_: Any) -> None:
-        raise TimeoutError(f"the budget of {seconds} s is spent")
+        raise OutOfTime(f"the budget of {seconds} s is spent")
 
     former = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
 
 
 def run_phases(bench: Bench, names: list[str]) -> dict[str, Any]:
-    """What each found; written after each, beside what an earlier call found."""
+    """What each found, also one that did not come to its end; written after each, beside what an earlier call found."""
     file = bench.folder / "gpu.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:
         _, budget, phase = PHASES[name]
-        started = time.perf_counter()
+        own: Found = {}
+        started, found[name] = time.perf_counter(), {"found": own}
         try:
             with within(budget):
-                found[name] = {"found": phase(bench)}
-        except (Exception, TimeoutError) as error:
-            found[name] = {"error": first_line(error), "trace": traceback.format_exc()[-2000:]}
+                phase(bench, own)
+        except (Exception, OutOfTime) as error:
+            found[name] |= {"error": first_line(error), "trace": traceback.format_exc()[-2000:]}
         found[name]["seconds"] = time.perf_counter() - started
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         bench.free()

@@ -41,6 +41,7 @@ def page() -> str:
         "rendering": _rendering,
         "packing": _packing,
         "hybrids": _hybrids,
+        "compiled": _compiled,
         "generation": _generation,
     }
     return "\n".join(
@@ -251,6 +252,29 @@ def _hybrids(found: Any) -> str:
             "",
             "| model type | faster than alone | than transformers | loss differs | gradient error |",
             "|---|---:|---:|---:|---:|",
+            *rows,
+        ]
+    )
+
+
+def _compiled(found: Any) -> str:
+    rows = [
+        f"| {name} | {case['precision']} | {', '.join(map(str, case['graphs']))} | {case['loss_error']:.0e} | "
+        f"{case['gradient_error']:.0e} |"
+        for name, case in found["cases"].items()
+    ]
+    return "\n".join(
+        [
+            "## Compiled layers",
+            "",
+            "Compiled layers (`engine: compiled`) against the same layers as they are written: graphs after the first, "
+            "second and third sequence, each of other lengths, and the greatest relative error of loss and gradient. "
+            f"Traced as for a GPU and run operation by operation (`{found['backend']}`): what a GPU's kernels round is "
+            "not in it. "
+            f"{_on(found, found['command'])}",
+            "",
+            "| tiny model | type | graphs | loss error | gradient error |",
+            "|---|---|---|---:|---:|",
             *rows,
         ]
     )

@@ -40,6 +40,7 @@ from preceptor.commands import (
     watch,
 )
 from preceptor.console import say
+from preceptor.model.out_of_memory import is_out_of_memory
 
 _LONGEST_MESSAGE = 300  # characters
 
@@ -60,7 +61,8 @@ def main() -> None:
     # Read when torch is imported.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages: first writes are faster
     # sequences differ in length: else a GPU's memory falls into pieces of which none is large enough
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # which the newer name would overrule
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # No bars of libraries between our lines. Read when they are imported.
     for library in ("HF_HUB", "HF_DATASETS"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -90,7 +92,10 @@ def unexpected(error: Exception) -> str:
         details = f"what follows\n{trace}"
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))  # of several processes: which one
     what = str(error).strip().partition("\n")[0][:_LONGEST_MESSAGE] + notes
-    if isinstance(error, OSError | MemoryError):  # of the machine: a name that is too long, no more memory
+    if is_out_of_memory(error):
+        what = what or type(error).__name__
+        return f"error: memory ran out: {what}. Use a smaller model, batch or length. Details: {details}"
+    if isinstance(error, OSError):  # of the machine: a name that is too long
         return f"error: {what or type(error).__name__}. Details: {details}"
     return (
         f"error: unexpected {type(error).__name__}{f': {what}' if what else ''}. This is a bug; please report it with "

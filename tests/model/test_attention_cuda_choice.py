@@ -77,3 +77,85 @@ def test_autocast_makes_float32_half(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     assert fast_path(query, query, query, CHAINS, AttentionOptions(1.0)) is attend_varlen
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """Torch's switch between flash kernels, without kernels: what was activated; `installed` says what can be."""
+    state = SimpleNamespace(installed={}, active=None, capability=(9, 0), asked=[])
+
+    def activate(name):
+        state.asked.append(name)
+        if error := state.installed.get(name, ModuleNotFoundError(name)):
+            raise error
+        state.active = name
+
+    monkeypatch.setattr(cuda, "_in_use", set())
+    monkeypatch.setattr(cuda, "_given_up", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: state.capability)
+    monkeypatch.setattr(cuda.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(cuda.attention, "current_flash_attention_impl", lambda: state.active)
+    monkeypatch.setattr(cuda.attention, "restore_flash_attention_impl", lambda: setattr(state, "active", None))
+    use = cuda._use_newest_flash
+    use.cache_clear()
+    yield state
+    use.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "active"),
+    [
+        ({"FA3": None, "FA4": None}, (9, 0), "FA3"),
+        ({"FA4": None}, (9, 0), "FA4"),
+        ({"FA3": None, "FA4": None}, (10, 0), "FA4"),
+        ({"FA3": None, "FA4": None}, (8, 0), None),
+        ({}, (9, 0), None),
+    ],
+)
+def test_the_newest_flash_that_is_installed_and_made_for_the_gpu_is_switched_on_once(
+    installed, capability, active, switch
+):
+    switch.installed, switch.capability = installed, capability
+    for _ in range(2):
+        cuda._use_newest_flash(GPU)
+    assert switch.active == active and len(switch.asked) == len(set(switch.asked))
+    assert cuda.kernels() == ({"flash": active} if active else {})
+
+
+def test_a_flash_that_does_not_load_is_recorded_and_the_next_one_taken(switch):
+    switch.installed = {"FA3": ImportError("undefined symbol: _ZN3c104impl"), "FA4": None}
+    cuda._use_newest_flash(GPU)
+    given_up = {"FA3": "ImportError: undefined symbol: _ZN3c104impl"}
+    assert cuda.kernels() == {"flash": "FA4", "kernels_given_up": given_up}
+
+
+def test_what_the_program_has_switched_to_stays(switch):
+    switch.active, switch.installed = "FA4", {"FA3": None}
+    cuda._use_newest_flash(GPU)
+    assert switch.active == "FA4" and not switch.asked
+
+
+def test_a_torch_without_the_switch_keeps_its_own(switch, monkeypatch):
+    monkeypatch.delattr(cuda.attention, "activate_flash_attention_impl")
+    cuda._use_newest_flash(GPU)
+    assert cuda.kernels() == {}
+
+
+def test_varlen_asks_for_it(switch, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cuda, "_use_newest_flash", asked.append)
+    monkeypatch.setattr(cuda, "varlen_attn", flash)
+    query = torch.randn(1, 4, len(CHAINS.position_T), 16)
+    attend_varlen(query, query, query, CHAINS, AttentionOptions(1.0))
+    assert asked == [query.device]
+
+
+def test_one_that_fails_gives_way_to_torchs_own(switch):
+    switch.installed = {"FA3": None}
+    cuda._use_newest_flash(GPU)
+    assert cuda.replaceable_kernels() == ["FA3"] and cuda.give_up_kernel("no such head") == "FA3"
+    assert switch.active is None and cuda.kernels() == {"kernels_given_up": {"FA3": "no such head"}}
+    assert cuda.give_up_kernel("again") is None

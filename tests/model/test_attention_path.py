@@ -110,3 +110,24 @@ def test_without_gradients_nothing_is_kept():
     leaves, _ = path(5, 9, D)
     output = ours(*(leaf.bfloat16() for leaf in leaves), None)
     assert output.grad_fn is None
+
+
+@pytest.mark.parametrize(("num_queries", "window"), [(40, None), (9, None), (40, 16)])
+def test_on_a_gpu_no_fused_kernel_is_asked_for_fewer_key_heads(num_queries, window, monkeypatch):
+    """Memory-efficient attention, which float32 takes there, has none: torch would write T x T scores."""
+    asked = []
+    attend = cpu.scaled_dot_product_attention
+
+    def attention(query, key, value, **named):
+        asked.append((query.shape[1], key.shape[1], value.shape[1], named["enable_gqa"]))
+        return attend(query, key, value, **named)
+
+    monkeypatch.setattr(cpu, "scaled_dot_product_attention", attention)
+    tensors = [leaf.float() for leaf in path(num_queries, 40)[0]]
+    true = ours(*tensors, window)
+    grouped = asked.copy()
+    monkeypatch.setattr(cpu, "device_type_of", lambda _: "cuda")
+    asked.clear()
+    assert torch.allclose(ours(*tensors, window), true, atol=1e-5)
+    heads = tensors[0].shape[1]
+    assert asked == [(heads, heads, heads, False)] * len(asked) and grouped and all(each[3] for each in grouped)

@@ -2,6 +2,7 @@
 
 import time
 
+import compiled as table
 import numpy as np
 import pytest
 import torch
@@ -166,3 +167,17 @@ def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
     preflight(model, loader(), "float32", lines.append)
     assert not Engine(model).state.compiles
     assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA"])
+def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
+    """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""
+    case = table.CASES[name]
+    found = table.measure(case, "eager")
+    assert max(found["loss_error"], found["gradient_error"]) < {"float64": 1e-11, "float32": 1e-5}[case.precision]
+    assert 0 < found["graphs"][1] == found["graphs"][2]
+
+
+def test_more_layers_are_no_more_graphs():
+    two, six = (table.measure(table.CASES[name], "eager")["graphs"] for name in ("Llama", "Llama, 6 layers"))
+    assert two == six

@@ -11,11 +11,17 @@ from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.plan.dry_run import dry_run_like
-from preceptor.plan.memory import Moment, Setup, host_bytes, state_bytes, step_memory
+from preceptor.plan.memory import Moment, Setup, host_bytes, state_bytes, step_memory, update_bytes
 from preceptor.plan.parameters import LoraSpec, count_parameters
 from preceptor.plan.shapes import shape_of
 from preceptor.plan.work import Work, operations
-from preceptor.train.optimizer import build_optimizer, expected_state_bytes
+from preceptor.train.optimizer import (
+    OptimizerMemory,
+    accumulate_in_float32,
+    build_optimizer,
+    expected_state_bytes,
+    optimizer_memory,
+)
 from tiny import tiny_model
 
 
@@ -123,7 +129,13 @@ def test_the_peak_of_a_step_by_optimizer_and_type(name, rounding, num_sequences)
     setup = Setup("bfloat16" if rounding else "float32", False, None, 0, num_sequences, "cpu", name, rounding)
     dry_run = dry_run_like(model)
     moments = dry_run.step(setup, KEEP_ALL, sequence_of((((9, 3),),)), 2048)
-    memory = step_memory(setup, dry_run.parameters(), moments)
+    parameters = dry_run.parameters()
+    if num_sequences > 1:
+        accumulate_in_float32(model)
+    built = build_optimizer(model, name=name, momentum=momentum, rounding=rounding)
+    expected = OptimizerMemory(state_bytes(setup, parameters)["optimizer"], update_bytes(setup, parameters))
+    assert optimizer_memory(built) == expected
+    memory = step_memory(setup, parameters, moments)
     assert memory.peak_bytes == pytest.approx(measured, rel=0.02)
 
 

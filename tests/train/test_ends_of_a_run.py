@@ -369,7 +369,7 @@ def test_a_run_that_ran_out_of_memory_goes_on_from_its_checkpoint(run_file, tmp_
 
         def too_large(engine, sequences, divisor, precision, objective, where, *more):
             if where.startswith("step 4"):
-                with stepping._explaining_out_of_memory(sequences[0], where):
+                with stepping.explaining_out_of_memory(stepping.does_not_fit(sequences[0], where)):
                     no_memory()
             return accumulate(engine, sequences, divisor, precision, objective, where, *more)
 

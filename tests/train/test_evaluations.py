@@ -10,6 +10,7 @@ from rich.console import Console
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError, ModelError
+from preceptor.evaluate.model import EvaluatedModel
 from preceptor.train.evaluations import _base_figures
 from preceptor.train.prepare import prepare
 from preceptor.world import ONE
@@ -96,3 +97,17 @@ def test_held_out_examples_that_do_not_fit_in_memory_are_named(run_file, monkeyp
     monkeypatch.setattr("preceptor.train.evaluations.measure", fail)
     with pytest.raises(ModelError, match=r"held-out examples does not fit in memory: lower data\.max_length"):
         train(run_file(eval_rows=conversations(1)))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_samples_and_tasks_are_answered_in_the_precision_of_the_run(precision, run_file, write_jsonl, monkeypatch):
+    seen, generate = [], EvaluatedModel.generate
+
+    def watched(self, prompts, *given, **named):
+        seen.append((len(prompts), torch.is_autocast_enabled("cpu")))
+        return generate(self, prompts, *given, **named)
+
+    monkeypatch.setattr(EvaluatedModel, "generate", watched)
+    file = run_file(eval_rows=conversations(1), eval__tasks=[write_jsonl(TASK, "task.jsonl")])
+    train(file, f"train.precision={precision}", "train.duration=1 steps", "eval.every=1 steps")
+    assert {number for number, _ in seen} == {1, 5} and {half for _, half in seen} == {precision == "bfloat16"}

@@ -137,3 +137,33 @@ def test_what_the_passes_read_of_a_sequence_is_copied_once_without_a_wait(adapte
             losses, _ = accumulate_gradients(Engine(model), [CHAINS, TREES], 2.0, "float32", Objective(policy), "here")
     assert waits.looks == [] and len(losses) == 2
     assert len(waits.copies) == 2 and all(unwaited for _, unwaited, _ in waits.copies)
+
+
+class Reads(Waits):
+    """And which numbers are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket is aten._local_scalar_dense:
+            self.read.add(args[0].data_ptr())
+        return super().__torch_dispatch__(operation, types, args, kwargs)
+
+
+@pytest.mark.parametrize("rounding", [None, "exact", "stochastic"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon", "sgd", "adafactor"])
+def test_an_update_reads_its_own_counters_alone_but_for_adafactor(name, rounding):
+    """Counters of steps, which lie in the host's memory. Torch's Adafactor reads norms as well."""
+    model = model_of("llama", dtype=torch.bfloat16 if rounding else torch.float32)
+    momentum = 0.9 if name in ("muon", "sgd") else None
+    state = State(model, build_optimizer(model, 0.1, (0.9, 0.95), name, momentum, rounding))
+    install(model)
+    take_step(state, [CHAINS], 1e-3, 1.0, "float32")  # which makes the states
+    own = [value for each in state.optimizer.state.values() for value in each.values() if value.ndim == 0]
+    with Reads() as reads:
+        take_step(state, [CHAINS], 1e-3, 1.0, "float32")
+    others = [look for look in reads.looks if "_local_scalar_dense" not in look]
+    others += sorted(reads.read - {value.data_ptr() for value in own})
+    assert bool(others) == (name == "adafactor")

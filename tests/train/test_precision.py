@@ -52,3 +52,18 @@ def test_a_run_writes_its_precision_out_and_says_what_would_be_faster(
     assert code == 0
     assert ("this CPU has AMX" in out) == says
     assert config.load(tmp_path / "run" / "config.yaml").train.precision == "float32"
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_gpus_memory_may_grow_in_place_unless_the_user_has_chosen(variable, monkeypatch):
+    """However the run is started; the command line has the environment for it."""
+    asked = []
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    assert building.choose_device("cpu") == CPU and asked == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert building.choose_device("auto") == GPU
+    assert asked == ([] if variable else ["expandable_segments:True"])

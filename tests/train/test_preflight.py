@@ -14,10 +14,14 @@ from preceptor import config
 from preceptor.data.dataset import Dataset
 from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
+from preceptor.model import compiled
+from preceptor.model.attention import cuda, runs
 from preceptor.model.forward import Engine
+from preceptor.model.optimisations import install
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
 from preceptor.train.objective import Objective
+from preceptor.train.optimizer import OptimizerMemory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
 from runs import execute
@@ -208,3 +212,91 @@ def test_a_head_that_is_not_known_is_still_rejected():
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.01)
     with pytest.raises(ModelError, match="llama: the logits"):
         preflight(model, loader(), "float32", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "message"),
+    [
+        (OptimizerMemory(1 << 60, 0), r"largest sequence of the run, \d+ tokens.*does not fit.*optimizer state"),
+        (OptimizerMemory(0, 1 << 60), r"first step: the update of the weights does not fit.*adamw_8bit"),
+    ],
+)
+def test_the_optimizers_states_and_its_largest_update_are_tried_as_well(reserved, message):
+    model = tiny_model("llama")
+    with pytest.raises(ModelError, match=message):
+        preflight(model, loader(), "float32", lambda _: None, reserved=reserved)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("place", ["torch.zeros_like", "preceptor.train.preflight.check_head"])
+def test_memory_that_runs_out_in_the_first_minute_is_no_bug(place, monkeypatch):
+    """In the buffers of gradients, and in any proof."""
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if place == "torch.zeros_like":
+        monkeypatch.setattr(proofs, "accumulate_gradients", lambda *_: pytest.fail("too late"))
+        monkeypatch.setattr(proofs, "check_isolation", lambda model: monkeypatch.setattr(place, fail))
+        monkeypatch.setattr(proofs, "_sample", lambda loader: [])
+    else:
+        monkeypatch.setattr(place, fail)
+    with pytest.raises(ModelError, match="not fit in memory beside"):
+        preflight(tiny_model("llama"), loader(), "float32", lambda _: None)
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NoSuchKernel("out of resource: shared memory, Required: 262144, Hardware limit: 232448")
+
+
+class NoSuchKernel(Exception):
+    """As Triton's own, no RuntimeError."""
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Nothing has run yet."""
+    monkeypatch.setattr(cuda, "_in_use", set())
+    monkeypatch.setattr(cuda, "_given_up", {})
+    return cuda.kernels
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
+@pytest.mark.parametrize("engine", ["efficient", "compiled"])
+@pytest.mark.parametrize("where", ["probe", "sample", "backward"])
+def test_attention_goes_on_without_a_kernel_that_fails(where, engine, kernels, monkeypatch):
+    """Flex takes its own kernel from 128 tokens on, and its backward needs more of a GPU than its forward."""
+
+    def attend(query, key, value, layout, *named):
+        cuda._in_use.add(cuda.FLEX)
+        if where == "backward":
+            value = FailsInBackward.apply(value)
+        elif where == "probe" or query.shape[2] > 128:
+            raise NoSuchKernel("out of resource: shared memory, Required: 262144, Hardware limit: 232448\nmore")
+        return runs.attend_runs(query, key, value, layout, *named)
+
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    monkeypatch.setattr(runs, "fast_path", lambda *_: None if cuda.FLEX in cuda._given_up else attend)
+    model, lines = tiny_model("llama"), []
+    state = install(model, engine)
+    assert "last_layer" in state.optimisations, "it is tried before"
+    trees = [chain(RNG, (60, 30)), chain(RNG, (50, 20)), branching(RNG)]
+    passed = preflight(model, Loader(Dataset(trees), 256, 1, seed=0), "float32", lines.append)
+    assert not passed[0].alone and all(p.grad is None for p in model.parameters())
+    said = [line for line in lines if "does without flex_attention, which fails on this GPU: NoSuchKernel" in line]
+    assert len(said) == (where != "probe") and Engine(model).state.compiles == (engine == "compiled")
+    assert list(kernels()["kernels_given_up"]) == ["flex_attention"]
+    assert "shared memory" in kernels()["kernels_given_up"]["flex_attention"]
+
+
+def test_an_error_of_another_kind_gives_no_kernel_up(kernels):
+    with pytest.raises(RuntimeError, match="shape"):
+        objective = fails_on_largest(lambda: torch.ones(3).view(2))
+        preflight(tiny_model("llama"), loader(), "float32", lambda _: None, objective=objective)
+    assert kernels() == {}

@@ -227,7 +227,7 @@ NO_COUNTERPART: dict[str, str] = {
     "adam_epsilon": "AdamW's epsilon is 1e-8: remove the key",
     "auto_find_batch_size": "the largest sequence is tried before the first step, and a run that cannot fit ends there",
     "average_tokens_across_devices": "a step's loss is divided by its trained tokens, over all devices: nothing to set",
-    "full_determinism": "a run is a function of train.seed on one machine: nothing to set",
+    "full_determinism": "on a CPU a run follows from train.seed to the bit, on a GPU up to rounding: nothing to set",
     "ignore_data_skip": "the order of the data is a function of the step: nothing is skipped, nothing to set",
     "dataloader_drop_last": "every example is trained in every epoch: nothing to set",
     "dataloader_pin_memory": "sequences are small beside a step: nothing to set",

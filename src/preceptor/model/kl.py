@@ -25,11 +25,16 @@ from preceptor.data.forest import PackedSequence
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
 from preceptor.model.loss.linear_cross_entropy import Head
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating
 from preceptor.model.sharding import is_sharded, sharded_copy
 from preceptor.model.transfer import on_device
 
 LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
+_NO_ROOM = (
+    "loss.kl_coef: the copy of the base model does not fit in memory beside the model. Train an adapter, whose base is "
+    "the model itself, or set loss.kl_coef: 0"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,9 @@ class ReferenceModel:
         """Take it before the first step."""
         if hasattr(model, "disable_adapter"):
             return cls(model, False, num_tokens, tuple(untrained))
-        copied = sharded_copy(model) if is_sharded(Engine.of(model)) else deepcopy(model).requires_grad_(False).eval()
+        with explaining_out_of_memory(_NO_ROOM):
+            sharded = is_sharded(Engine.of(model))
+            copied = sharded_copy(model) if sharded else deepcopy(model).requires_grad_(False).eval()
         return cls(copied, True, num_tokens, tuple(untrained))
 
     @contextmanager

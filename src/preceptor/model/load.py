@@ -17,6 +17,7 @@ from preceptor.hub import (
     require_reachable,
     resolve_model_path,
 )
+from preceptor.model.out_of_memory import explaining_out_of_memory, is_out_of_memory
 from preceptor.world import World
 
 if TYPE_CHECKING:
@@ -78,8 +79,19 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged file makes transformers or pickle raise
+        if is_out_of_memory(error):
+            raise ModelError(does_not_fit(path, dtype)) from error
         raise cannot_load(place, "model", error) from error
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    with explaining_out_of_memory(does_not_fit(path, dtype)):
+        return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def does_not_fit(path: str | Path, dtype: "str | torch.dtype") -> str:
+    """That a model does not, with the keys that help."""
+    return (
+        f"{path}: the model's weights, in {str(dtype).removeprefix('torch.')}, do not fit in memory. Use bfloat16 "
+        f"weights (model.dtype, --dtype), a quantized base under an adapter (model.quantization), or a smaller model"
+    )
 
 
 def auto_class(place: str, config: "PretrainedConfig") -> Any:

@@ -30,8 +30,10 @@ from preceptor.model.activations.mixers import PathMixer
 from preceptor.model.activations.norms import EfficientNorm, norm_form
 from preceptor.model.activations.passes import decode_whole
 from preceptor.model.activations.phases import split_by_loss
+from preceptor.model.attention.cuda import with_kernels_that_run
 from preceptor.model.closeness import FAILURES, relative_error, rounding
 from preceptor.model.compiled import why_not
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
 
@@ -169,11 +171,11 @@ def last_layer_is_exact(model: nn.Module, state: ModelState) -> bool:
     split = split_by_loss(sequence)
     try:
         with torch.no_grad(), evaluating(model):
+            true_TD = with_kernels_that_run(lambda: decode_whole(model, state, SequenceInputs.of(model, sequence)))
             found_MD = decode_whole(model, state, SequenceInputs.of(model, sequence, split=split))
-            true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
-    except torch.OutOfMemoryError:
-        raise
-    except (ModelError, *FAILURES):
+    except (ModelError, *FAILURES) as error:
+        if is_out_of_memory(error):
+            raise
         return False  # whatever a layer does not support about fewer tokens: it then gets all of them
     dtype = next(causal_lm(model).parameters()).dtype
     return relative_error(found_MD, true_TD[split[1].index_T()]) <= rounding(dtype)

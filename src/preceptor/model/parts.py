@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from preceptor.errors import ModelError
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.sizes import is_dry_run
 
 
@@ -108,7 +109,9 @@ def exact_routing(model: nn.Module) -> Iterator[None]:
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 dtype, tensor.data = tensor.dtype, tensor.data.float()
                 converted.append((tensor, dtype))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         _restore(converted)
         converted = []
     try:

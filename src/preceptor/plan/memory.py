@@ -189,15 +189,25 @@ def update_bytes(setup: Setup, parameters: Parameters) -> int:
     """
     most = 0
     for in_layer, shape in parameters.tensors:
-        count, rule = math.prod(shape), rule_of(setup.optimizer, shape, in_layer)
-        wide = FLOAT32 * count * (1 + (setup.gradient_bytes == HALF)) if setup.half_trained else 0
-        part = min(count, chunk_of(setup.device_type))
-        between = _RULE_BYTES[rule] * (part if rule == "adamw_8bit" else count)
-        between += FLOAT32 * min(shape) ** 2 if rule == "muon" else 0  # its Gram matrices
-        after = _ROUNDING_BYTES[setup.rounding] * part if setup.half_trained else 0
         states = _weight_state_bytes(setup, shape, in_layer) if setup.offload else 0
-        most = max(most, states + wide + max(between, after))
+        rule, half = rule_of(setup.optimizer, shape, in_layer), setup.half_trained
+        narrow = half and setup.gradient_bytes == HALF
+        own = weight_update_bytes(rule, shape, setup.device_type, half, narrow, setup.rounding)
+        most = max(most, states + own)
     return most
+
+
+def weight_update_bytes(
+    rule: str, shape: tuple[int, ...], device_type: str, half: bool, narrow_gradient: bool, rounding: str | None
+) -> int:
+    """Beside state and gradient of one weight, while it is updated. half: it is bfloat16; so may its gradient be."""
+    count = math.prod(shape)
+    wide = FLOAT32 * count * (1 + narrow_gradient) if half else 0
+    part = min(count, chunk_of(device_type))
+    between = _RULE_BYTES[rule] * (part if rule == "adamw_8bit" else count)
+    between += FLOAT32 * min(shape) ** 2 if rule == "muon" else 0  # its Gram matrices
+    after = _ROUNDING_BYTES[rounding] * part if half else 0
+    return wide + max(between, after)
 
 
 def step_memory(setup: Setup, parameters: Parameters, moments: Sequence[Moment]) -> StepMemory:

@@ -38,6 +38,7 @@ from preceptor.train.run_folder import RunFolder
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # by which a user chooses
 
 
 def choose_device(device: str, world: World = ONE) -> torch.device:
@@ -51,6 +52,7 @@ def choose_device(device: str, world: World = ONE) -> torch.device:
         if world.size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # which torchrun sets by itself
             torch.set_num_threads(max(1, num_cores() // world.local_size))
         return torch.device("cpu")
+    _let_segments_grow()
     if world.size == 1:
         return torch.device("cuda")
     num = torch.cuda.device_count()
@@ -61,6 +63,15 @@ def choose_device(device: str, world: World = ONE) -> torch.device:
         )
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
+
+
+def _let_segments_grow() -> None:
+    """Sequences differ in length: else a GPU's memory falls into pieces of which none is large enough.
+
+    The command line says so by the environment, which torch reads once; here torch may long be there.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def connected(prepared: Prepared, world: World) -> torch.device:

@@ -12,7 +12,7 @@ import transformers
 from preceptor.data.cache import key_of
 from preceptor.data.examples import Conversation, trainable_turns
 from preceptor.data.forest import Tree, path_ids
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import CheckpointError
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
 from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
@@ -20,7 +20,7 @@ from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json, read_json_lines, write_json
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
@@ -82,7 +82,7 @@ class Evaluations:
                 measured |= self._measure(state.model, evaluated.alone)
             if self.tasks:
                 measured["tasks"] = [self._measured(evaluated, task, state.step) for task in self.tasks]
-        self._sample(evaluated, state.step)
+            self._sample(evaluated, state.step)
         if measured:
             line = {"step": state.step, **measured}
             if self.records_improvement:
@@ -93,17 +93,13 @@ class Evaluations:
             self.say(f"after {state.step} steps: {_shown(measured)}")
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
-        try:
+        with explaining_out_of_memory(
+            "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the "
+            "longest examples out of data.eval"
+        ):
             return measure(
                 model, self.held_out, self.max_length, alone, by_example=self.records_improvement, world=self.world
             )
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ModelError(
-                "the evaluation of the held-out examples does not fit in memory: lower data.max_length, or leave the "
-                "longest examples out of data.eval"
-            ) from error
 
     def _measured(self, evaluated: EvaluatedModel, task: Task, step: int) -> dict[str, Any]:
         """The figures of a task; of the base model those of an earlier run, where there are some."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.parts import decoder_layers, is_plain_parameter
+from preceptor.model.sharding import own_part
 from preceptor.model.trained import matches, require_matches
 from preceptor.plan.devices import host_memory_bytes
-from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of
+from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of, weight_update_bytes
 from preceptor.train.rounding import Rounding
 from preceptor.train.weightwise import Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
 
@@ -117,13 +118,39 @@ def require_host_memory(optimizer: torch.optim.Optimizer, processes: int = 1) ->
 
 
 def expected_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Of the states, which are made in the first step."""
-    exact = isinstance(optimizer, WeightwiseOptimizer) and optimizer.rounding == "exact"
-    return sum(
-        optimizer_bytes(group["rule"], tuple(p.shape)) + LOW * p.numel() * (exact and p.dtype == torch.bfloat16)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
+    """Of the states, which are made in the first step; of a sharded model those of all processes."""
+    parameters = ((group["rule"], p) for group in optimizer.param_groups for p in group["params"])
+    return sum(_state_bytes(optimizer, rule, p, tuple(p.shape)) for rule, p in parameters)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer, rule: str, p: Tensor, shape: tuple[int, ...]) -> int:
+    exact = isinstance(optimizer, WeightwiseOptimizer) and optimizer.rounding == "exact" and p.dtype == torch.bfloat16
+    return optimizer_bytes(rule, shape) + LOW * math.prod(shape) * exact
+
+
+class OptimizerMemory(NamedTuple):
+    """Bytes on the device of this process: of the states, and of the largest update beside states and gradients."""
+
+    state_bytes: int = 0
+    update_bytes: int = 0
+
+
+NOTHING_RESERVED = OptimizerMemory()
+
+
+def optimizer_memory(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
+    """What the first step will take."""
+    rounding = optimizer.rounding if isinstance(optimizer, WeightwiseOptimizer) else None
+    offloaded, states, most = offloads(optimizer), 0, 0
+    for group in optimizer.param_groups:
+        rule = group["rule"]
+        for p in group["params"]:
+            shape, half = tuple(own_part(p).shape), p.dtype == torch.bfloat16
+            own = _state_bytes(optimizer, rule, p, shape)
+            narrow = half and p.grad_dtype != torch.float32
+            update = weight_update_bytes(rule, shape, p.device.type, half, narrow, rounding)
+            states, most = states + own * (not offloaded), max(most, update + own * offloaded)
+    return OptimizerMemory(states, most)
 
 
 def schedule(settings: config.Optimizer, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:

@@ -25,6 +25,7 @@ import torch
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError
+from preceptor.model.attention.cuda import with_kernels_that_run
 from preceptor.model.checks.compiled import check_compiled
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
@@ -34,15 +35,20 @@ from preceptor.model.closeness import require_close
 from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import give_up_compiling
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
 from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
-from preceptor.train.optimizer import accumulate_in_float32
+from preceptor.train.optimizer import NOTHING_RESERVED, OptimizerMemory, accumulate_in_float32
 from preceptor.train.precision import autocast
-from preceptor.train.step import accumulate_gradients
+from preceptor.train.step import accumulate_gradients, does_not_fit, update_does_not_fit
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
+_NO_ROOM = (
+    "the proofs before step 1 do not fit in memory beside the weights. Use bfloat16 weights (model.dtype), a quantized "
+    "base under an adapter (model.quantization), or a smaller model"
+)
 
 
 def preflight(
@@ -51,9 +57,9 @@ def preflight(
     precision: str,
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
-    state_bytes: int = 0,
+    reserved: OptimizerMemory = NOTHING_RESERVED,
 ) -> tuple[Loader | StreamLoader, float]:
-    """Prove all that can be proved before step 1; `say` gets a line for each proof. state_bytes: of the optimizer.
+    """Prove all that can be proved before step 1; `say` gets a line for each proof. reserved: for the optimizer.
 
     Returns a loader of sequences that this model can read, and how many seconds it took.
     Raises ModelError if the loss would not be the model's own, if the model is not causal, if loss or gradient is not
@@ -64,7 +70,8 @@ def preflight(
     was_training = model.training
     with torch.random.fork_rng(devices=devices):
         try:
-            loader = _prove(Engine.of(model), loader, precision, say, objective, state_bytes)
+            with explaining_out_of_memory(_NO_ROOM):
+                loader = _prove(Engine.of(model), loader, precision, say, objective, reserved)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)
@@ -81,14 +88,14 @@ def _prove(
     precision: str,
     say: Callable[[str], None],
     objective: Objective,
-    state_bytes: int,
+    reserved: OptimizerMemory,
 ) -> Loader | StreamLoader:
     model = engine.model
     with _line(say, "the loss uses the model's own logits"):
         engine.call(lambda: check_head(model))
     try:
         with _line(say, "packed conversations do not see each other (random tokens)"):
-            engine.call(lambda: check_isolation(model))
+            _with_kernels_that_run(lambda: engine.call(lambda: check_isolation(model)), engine, say)
     except ModelError as error:
         reason = str(error).partition(" Use a")[0].rstrip(".")  # there is another way than another model
         with _line(say, f"each conversation goes through the model alone, as {reason}"):
@@ -98,26 +105,38 @@ def _prove(
     trees: list[Tree] = []
     proved_in = "float32" if has_experts(model) else precision  # see `exact_routing`
     if not loader.alone:
-        engine.call(lambda: check_phases(model, objective.policy))
+        _with_kernels_that_run(lambda: engine.call(lambda: check_phases(model, objective.policy)), engine, say)
         trees = _sample(loader)
     if trees:
         num_tokens = sum(tree.num_tokens for tree in trees)
         with _line(
             say, f"packed conversations do not see each other ({len(trees)} of this run, {num_tokens:,} tokens)"
         ):
-            _check_sample_isolation(engine, trees, proved_in)
+            _with_kernels_that_run(lambda: _check_sample_isolation(engine, trees, proved_in), engine, say)
         with _line(say, "the loss of a sequence is the sum of its conversations' losses"):
             _check_sum(engine, trees, proved_in, objective)
     if engine.state.compiles:
-        _settle_compiling(engine, trees, precision, say, objective)
+        _with_kernels_that_run(lambda: _settle_compiling(engine, trees, precision, say, objective), engine, say)
     largest = loader.largest_sequences()
     sizes = (
         f"{max(sequence.num_tokens for sequence in largest):,} tokens, "
         f"{max(sequence.num_trained for sequence in largest):,} trained"
     )
     with _line(say, f"the largest sequences ({sizes}) fit in memory, forward and backward, with finite results"):
-        _check_largest(engine, largest, loader, precision, objective, state_bytes)
+        _with_kernels_that_run(
+            lambda: _check_largest(engine, largest, loader, precision, objective, reserved), engine, say
+        )
     return loader
+
+
+def _with_kernels_that_run(prove: Callable[[], None], engine: Engine, say: Callable[[str], None]) -> None:
+    """Prove; again without the fused attention that fails."""
+
+    def gave_up(kernel: str, error: str) -> None:
+        say(f"attention does without {kernel}, which fails on this GPU: {error}")
+        engine.model.zero_grad(set_to_none=True)
+
+    with_kernels_that_run(prove, gave_up)
 
 
 @contextmanager
@@ -208,22 +227,25 @@ def _check_largest(
     loader: Loader | StreamLoader,
     precision: str,
     objective: Objective,
-    state_bytes: int,
+    reserved: OptimizerMemory,
 ) -> None:
     """One after the other, beside what a step has: the optimizer's state, and the gradients of sequences before."""
     model: Any = engine.model
     trained = [p for p in model.parameters() if p.requires_grad]
     several = loader.batch_size > 1 or loader.alone
+    where = "the largest sequence of the run"
     for sequence in largest:
-        if several:
-            for p in trained:
-                p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad  # type: ignore[attr-defined]
-        state = torch.empty(state_bytes, dtype=torch.uint8, device=model.device)
+        with explaining_out_of_memory(does_not_fit(sequence, where)):
+            if several:
+                for p in trained:
+                    p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad  # type: ignore[attr-defined]
+            state = torch.empty(reserved.state_bytes, dtype=torch.uint8, device=model.device)
         divisor = max(1.0, sequence.divisor)
-        where = "the largest sequence of the run"
         (share,), _ = accumulate_gradients(engine, [sequence], divisor, precision, objective, where)
         loss = share.item()
-        del state
+        with explaining_out_of_memory(update_does_not_fit("the first step")):
+            update = torch.empty(reserved.update_bytes, dtype=torch.uint8, device=model.device)
+        del state, update
         if not all(p.grad is None or bool(own_part(p.grad).isfinite().all()) for p in trained) or not math.isfinite(
             loss
         ):

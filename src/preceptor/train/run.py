@@ -15,9 +15,11 @@ from preceptor.console import Display
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json, write_json
+from preceptor.model.attention.cuda import kernels
 from preceptor.model.compiled import compile_seconds
 from preceptor.model.held import leave_plain
-from preceptor.model.load import save_model, saved_bytes
+from preceptor.model.load import does_not_fit, save_model, saved_bytes
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.report.curves import PREDICTED
 from preceptor.train.announce import announce
 from preceptor.train.build import (
@@ -37,7 +39,7 @@ from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
 from preceptor.train.objective import Objective, own_loss
-from preceptor.train.optimizer import expected_state_bytes, offloads, require_host_memory
+from preceptor.train.optimizer import optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, session, write_start
@@ -127,7 +129,8 @@ class Training:
         torch.manual_seed(run.train.seed)
         placement = placement_of(prepared, device, world, say)
         restored = world.first(lambda: folder.has_checkpoint)
-        self.model, untrained = build(prepared, device, say, placement, world, first_values=not restored)
+        with explaining_out_of_memory(does_not_fit(run.model.path, run.model.dtype)):
+            self.model, untrained = build(prepared, device, say, placement, world, first_values=not restored)
         record = record_of_first(folder, prepared, device, world, say)
         held = run.model.held if isinstance(run.model, LiveModel) else None
         objective = Objective.of(
@@ -145,8 +148,8 @@ class Training:
         checkpoints = _checkpoints(folder, run, record, world)
         _require_room(run, state, checkpoints)
         require_host_memory(state.optimizer, world.local_size)
-        state_bytes = 0 if offloads(state.optimizer) else expected_state_bytes(state.optimizer)
-        loader, seconds = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
+        reserved = optimizer_memory(state.optimizer)
+        loader, seconds = preflight(self.model, prepared.loader(), run.train.precision, say, objective, reserved)
         num_steps = run.train.duration.steps(loader.steps_per_epoch)
         ready = _Ready(state, objective, loader, checkpoints, num_steps)
         if dry_run:
@@ -198,7 +201,11 @@ def _go_on(
     say: Say,
 ) -> None:
     """Bring `state` and the logs to the newest checkpoint. Raises CheckpointError where a longer run has none."""
-    checkpoints.restore(state, say)
+    with explaining_out_of_memory(
+        f"{run.out}: the states of the checkpoint do not fit in memory beside the model, where they have been before. "
+        "Look for other processes on this device"
+    ):
+        checkpoints.restore(state, say)
     if folder.lengthens:
         if not state.step:
             raise CheckpointError(f"{run.out}: has no checkpoint to train on from{longer(run.out)}")
@@ -243,7 +250,7 @@ def _end(
 def _engine_record(run: config.Run, state: State) -> dict[str, Any]:
     engine = state.engine.state
     why = {} if engine.not_compiled is None else {"not_compiled": engine.not_compiled}
-    return {"mode": run.engine, "optimisations": sorted(engine.optimisations), **why}
+    return {"mode": run.engine, "optimisations": sorted(engine.optimisations), **why, **kernels()}
 
 
 def _record_prediction(folder: RunFolder, prepared: Prepared, model: Any, loader: Loader | StreamLoader) -> None:

@@ -4,8 +4,7 @@ import math
 import resource
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from preceptor.model.activations.phases import num_levels
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating, has_dropout
 from preceptor.model.sharding import begin_sequence, is_sharded, sum_gradients
 from preceptor.train.checkpoint import State
@@ -62,11 +61,12 @@ def take_step(
     runs out.
     """
     divisor = world.sum(math.fsum(sequence.divisor for sequence in sequences))[0] or 1.0
-    where = f"step {state.step + 1}: a sequence"
+    where = f"step {state.step + 1}"
     shares, router_aux = accumulate_gradients(
-        state.engine, sequences, divisor, precision, objective, where, (seed, state.step), world
+        state.engine, sequences, divisor, precision, objective, f"{where}: a sequence", (seed, state.step), world
     )
-    norm = clip_gradients(state.optimizer, max_grad_norm)
+    with explaining_out_of_memory(update_does_not_fit(where)):
+        norm = clip_gradients(state.optimizer, max_grad_norm)
     found = torch.stack([each.to(norm) for each in (*shares, *router_aux, norm)]).tolist()  # the step's only wait
     losses, grad_norm = found[: len(shares)], found[-1]
     loss = 0.0
@@ -77,7 +77,8 @@ def take_step(
         broken = [place for place, own in zip(range(len(sequences)), losses, strict=False) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
     apply_learning_rate(state.optimizer, learning_rate)
-    state.optimizer.step()
+    with explaining_out_of_memory(update_does_not_fit(where)):
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     return StepLosses(loss, grad_norm, router_aux_loss)
@@ -125,7 +126,7 @@ def accumulate_gradients(
     for place, (sequence, levels) in enumerate(passes):
         torch.manual_seed(sequence_seed(*seed, sequence))
         begin_sequence(engine, is_last=place == len(passes) - 1)
-        with _explaining_out_of_memory(sequence, where):
+        with explaining_out_of_memory(does_not_fit(sequence, where)):
             with autocast(device, precision):
                 share = objective(engine, sequence, replace(step, num_levels=levels))
             share.backward()
@@ -159,19 +160,21 @@ def sequence_seed(seed: int, step: int, sequence: PackedSequence) -> int:
     return int(np.random.SeedSequence([seed, step, zlib.crc32(sequence.ids_T.tobytes())]).generate_state(1)[0])
 
 
-@contextmanager
-def _explaining_out_of_memory(sequence: PackedSequence, where: str) -> Iterator[None]:
-    """Raises ModelError, with the sequence's size and the keys that help, where memory runs out inside."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"{where}, {sequence.num_tokens:,} tokens, {sequence.num_trained:,} of them trained, does not fit in "
-            f"memory beside weights, gradients and optimizer state. Lower data.max_length, save activations "
-            f"(memory.context_gradient, memory.activation_checkpointing), or train an adapter"
-        ) from error
+def does_not_fit(sequence: PackedSequence, where: str) -> str:
+    """That a sequence does not, with its size and the keys that help."""
+    return (
+        f"{where}, {sequence.num_tokens:,} tokens, {sequence.num_trained:,} of them trained, does not fit in "
+        f"memory beside weights, gradients and optimizer state. Lower data.max_length, save activations "
+        f"(memory.context_gradient, memory.activation_checkpointing), or train an adapter"
+    )
+
+
+def update_does_not_fit(where: str) -> str:
+    """That the update of the weights does not, with the keys that help."""
+    return (
+        f"{where}: the update of the weights does not fit in memory beside weights, gradients and optimizer state. "
+        f"Set optimizer.name: adamw_8bit or optimizer.offload: true, or train an adapter"
+    )
 
 
 class NotFiniteError(ModelError):

@@ -20,8 +20,8 @@ from preceptor.model.parts import is_plain_parameter
 class AccumulatingEmbedding(nn.Module):
     """While a step accumulates, backward adds the gradient to `.grad` itself (None: made there).
 
-    So `torch.autograd.grad` gives none for it. Where the weight is more than a plain float32 parameter that is trained
-    (sharded, wrapped by peft, hooked, frozen), nothing changes.
+    So `torch.autograd.grad` gives none for it. Where the weight is more than a plain parameter that is trained with a
+    float32 gradient (sharded, wrapped by peft, hooked, frozen), nothing changes.
     """
 
     def forward(self, ids: Tensor) -> Any:
@@ -42,15 +42,15 @@ class AccumulatingEmbedding(nn.Module):
 
 
 def takes_gradient_in_place(weight: Any) -> bool:
-    """Whether a weight is a plain trained float32 parameter, whose `.grad` nobody else watches."""
-    plain = is_plain_parameter(weight) and weight.requires_grad and weight.dtype == torch.float32
+    """Whether a weight is a plain trained parameter with a float32 gradient, whose `.grad` nobody else watches."""
+    plain = is_plain_parameter(weight) and weight.requires_grad and weight.grad_dtype == torch.float32
     return plain and not weight._backward_hooks and not weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
 
 
 def gradient_of(weight: Tensor) -> Tensor:
     """Its `.grad`, made if it has none."""
     if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.zeros_like(weight, dtype=weight.grad_dtype)  # type: ignore[attr-defined]
     return weight.grad
 
 
@@ -65,5 +65,6 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        gradient_of(ctx.weight_VD).index_add_(0, ctx.rows_R, grad_RD)
+        gradient = gradient_of(ctx.weight_VD)
+        gradient.index_add_(0, ctx.rows_R, grad_RD.to(gradient.dtype))
         return None, None

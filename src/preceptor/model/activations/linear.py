@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from preceptor.model.parts import is_plain_parameter
+from preceptor.model.products import float32_product
 
 
 class SharedCastLinear(nn.Module):
@@ -66,6 +67,6 @@ class _HalfLinear(torch.autograd.Function):
         x_half, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         grad_x = None if weight is None else (grad @ weight.to(grad.dtype)).to(ctx.dtype)
-        grad_weight = None if x_half is None else (flat.T @ x_half.flatten(0, -2)).float()
+        grad_weight = None if x_half is None else float32_product(flat.T, x_half.flatten(0, -2))
         grad_bias = flat.sum(dim=0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None

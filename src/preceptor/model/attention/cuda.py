@@ -6,9 +6,9 @@
                                                                     those that nothing sees are left out; no copies
 
 `fast_path` alone chooses. What it chooses neither for goes run by run: any other device or dtype, phases with soft-cap
-or sinks, heads that a kernel does not take, a version of torch that lacks an option. Flex honours soft-cap as a change
-of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink s scales its output by
-exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
+or sinks, heads that a kernel does not take, a version of torch that lacks an option, a kernel that failed before step
+1. Flex honours soft-cap as a change of the scores, and sinks afterwards: with L = logsumexp of a query's scores, a sink
+s scales its output by exp(L) / (exp(L) + exp(s)) = sigmoid(L - s).
 
 For flex a sequence is padded to whole blocks, by a conversation of its own behind the others: with a soft-cap,
 gradients of a last block that is not full were NaN (pytorch#153799), and other lengths are compiled for again.
@@ -22,15 +22,17 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import attention
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
+from preceptor.errors import PreceptorError
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
@@ -41,16 +43,22 @@ from preceptor.model.attention.layout import (
     product_dtype,
 )
 from preceptor.model.compiled import watch
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.sizes import device_type_of, is_dry_run
 from preceptor.model.transfer import on_device
 
 Attend = Callable[..., Tensor]
+T = TypeVar("T")
 
 BLOCK = 128  # tokens a side; flex's own, and the shortest sequence for which it takes its kernel for training
 _SMALLEST_FLEX_HEAD = 16
 _LARGEST_FLASH_HEAD = 256
 _FLASH_CAPABILITY = (8, 0)
 _MOST_FORMS = 32  # compiled forms of flex; 2 windows, with and without gradients, at 2 kinds of length are torch's 8
+FLEX = "flex_attention"
+_FLASHES = {9: ("FA3", "FA4"), 10: ("FA4",)}  # by a GPU's capability, the fastest first
+_in_use: set[str] = set()  # kernels that another can take the place of, and that have run in this process
+_given_up: dict[str, str] = {}  # and those that failed, with the error
 
 
 def fast_path(
@@ -64,7 +72,7 @@ def fast_path(
     if not _is_half_on_cuda(value):
         return None
     by_varlen = options.is_plain and _varlen_takes(query, key, value)
-    by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
+    by_flex = isinstance(layout, ForestLayout) and FLEX not in _given_up and _flex_takes(query, value)
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
         return attend_varlen
@@ -108,6 +116,66 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def replaceable_kernels() -> list[str]:
+    """Those that have run in this process and that another can take the place of, the least loss first."""
+    return sorted(_in_use - {*_given_up})
+
+
+def give_up_kernel(error: str) -> str | None:
+    """Use the first of them no more; which it was."""
+    for name in replaceable_kernels():
+        _given_up[name] = error
+        if name != FLEX:
+            attention.restore_flash_attention_impl()
+        return name
+    return None
+
+
+def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
+    """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
+
+    Triton may have none for heads of this size on this GPU, in forward or in backward alone.
+    """
+    while True:
+        try:
+            return run()
+        except Exception as error:  # Triton's own errors are of no common kind
+            if isinstance(error, PreceptorError) or is_out_of_memory(error):
+                raise
+            words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            kernel = give_up_kernel(words)
+            if kernel is None:
+                raise
+            gave_up(kernel, words)
+
+
+def kernels() -> dict[str, Any]:
+    """Of attention, for the record of a run: which flash, where it is not torch's own, and what has failed."""
+    flash = getattr(attention, "current_flash_attention_impl", lambda: None)()
+    return {**({"flash": flash} if flash else {}), **({"kernels_given_up": dict(_given_up)} if _given_up else {})}
+
+
+@lru_cache
+def _use_newest_flash(device: torch.device) -> None:
+    """Let `varlen_attn` run FlashAttention 3 or 4 where it is installed, made for this GPU and known to torch.
+
+    By torch's own switch, for the process. What a program has switched to by itself stays.
+    """
+    activate = getattr(attention, "activate_flash_attention_impl", None)
+    if activate is None or device.type != "cuda" or attention.current_flash_attention_impl() is not None:
+        return
+    for name in _FLASHES.get(torch.cuda.get_device_capability(device)[0], ()):
+        try:
+            activate(name)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # made for another torch or CUDA, and so without the symbols that it looks for
+            _given_up[name] = f"{type(error).__name__}: {error}"
+            continue
+        _in_use.add(name)
+        return
+
+
 # Chains and phases ---------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +193,7 @@ def attend_varlen(
     not be that of the keys. A window (left, right) counts the tokens beside a query, so W tokens are (W - 1, 0).
     """
     assert options.is_plain
+    _use_newest_flash(query.device)
     dtype = product_dtype(value)
     key, value = key.to(dtype), value.to(dtype)
     if layout.lengths is None:
@@ -180,6 +249,8 @@ def attend_flex(
     seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
+    if query.device.type == "cuda":
+        _in_use.add(FLEX)
     dtype = product_dtype(value)
     num_tokens = query.shape[2]
     added = -num_tokens % BLOCK

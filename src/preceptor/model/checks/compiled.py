@@ -1,6 +1,7 @@
 """Proof that compiled layers give the loss and the gradient that the same layers give as they are written."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from preceptor.errors import ModelError, first_line
 from preceptor.model.closeness import FAILURES, require_close, rounding
 from preceptor.model.forward import Engine
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating, has_dropout, model_type
 from preceptor.model.random_bits import random_bits, random_key
 
@@ -25,12 +27,21 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
     compiled layers, is off meanwhile. Gradients are left as they are: none.
     """
     state = Engine(model).state
-    found = _measured(model, loss)
     state.optimisations.discard("compile")
     try:
-        true = _measured(model, loss)
+        true = _measured(model, loss)  # first: what fails here too is no fault of compiling
     finally:
         state.optimisations.add("compile")
+    try:
+        found = _measured(model, loss)
+    except ModelError:
+        raise
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {first_line(error)}). {_ADVICE}"
+        ) from error
     differs = f"{model_type(model)}: loss or gradient of compiled layers is another one"
     for own, expected, root in zip(found, true, _ROOTS, strict=True):
         require_close(own, expected, differs, _ADVICE, bound=rounding(dtype) ** root)
@@ -38,19 +49,9 @@ def check_compiled(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dt
 
 def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; the norm of each parameter's gradient; the same with its sum with signs, which depends on direction."""
-    try:
-        if has_dropout(model):
-            with evaluating(model):
-                own = loss()
-        else:
-            own = loss()
-        own.backward()
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except FAILURES as error:
-        raise ModelError(
-            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {first_line(error)}). {_ADVICE}"
-        ) from error
+    with evaluating(model) if has_dropout(model) else nullcontext():
+        own = loss()
+    own.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()])
     sums = torch.stack([_signed_sum(name, gradient) for name, gradient in gradients.items()])

@@ -8,9 +8,11 @@ from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.passes import decode_phases, decode_whole
 from preceptor.model.activations.phases import phases
 from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.attention.cuda import replaceable_kernels
 from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import gathered
 from preceptor.model.optimisations import install, probe_sequence
+from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.parts import evaluating, model_type
 
 _ADVICE = "Set memory.context_gradient to `full`."
@@ -29,9 +31,11 @@ def check_phases(model: nn.Module, policy: ActivationPolicy) -> None:
             inputs = SequenceInputs.of(model, sequence, phases(sequence))
             found_MD, index_M = decode_phases(model, state, inputs, policy)
             true_TD = decode_whole(model, state, SequenceInputs.of(model, sequence))
-    except (ModelError, torch.OutOfMemoryError):
+    except ModelError:
         raise
     except FAILURES as error:  # LongCat's layers have two attentions each, of which only the first leaves its keys
+        if is_out_of_memory(error) or replaceable_kernels():
+            raise
         raise ModelError(
             f"{model_type(model)}: a layer fails when a sequence goes through the model phase by phase "
             f"({type(error).__name__}: {error}). {_ADVICE}"

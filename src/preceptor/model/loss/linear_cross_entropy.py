@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from preceptor.model.compiled import compiled_function
-from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
+from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions, chunk_tokens, logits_budget, most_tokens
 from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
+from preceptor.model.products import add_product
 from preceptor.model.sizes import device_type_of, representative
 
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
@@ -103,7 +104,7 @@ def linear_cross_entropy(
     *,
     options: LossOptions = CROSS_ENTROPY,
     divisor: float = 1.0,
-    logits_bytes: int = LOGITS_BYTES,
+    logits_bytes: int | None = None,
     head_grad_VD: Tensor | None = None,
     head_cast: HeadCast | None = None,
     gradient_is_one: bool = False,
@@ -122,9 +123,9 @@ def linear_cross_entropy(
     gradient_is_one: backward will come with a gradient of 1, else RuntimeError (a divisor belongs in weight_N), and so
     multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
-    Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
-    token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32
-    accumulator of the gradient of a half-precision head, for more than one chunk."""
+    Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (None: what
+    options.py has for the device) or one token's; two blocks of them in float32, cache-sized on CPU; the head in the
+    products' type; a float32 accumulator of the gradient of a half-precision head, for more than one chunk."""
     form = _form(hidden_TD, head, target_N, options, logits_bytes, divisor, compiled)
     bias_V, rows = head.bias_V, head.trained_rows
     weight_VD = head.weight_VD if rows is None else head.weight_VD.detach()
@@ -156,7 +157,7 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(hidden_TD: Tensor, head: Head, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
-    form = _form(hidden_TD, head, target_N, CROSS_ENTROPY, LOGITS_BYTES)
+    form = _form(hidden_TD, head, target_N, CROSS_ENTROPY)
     losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
     correct_N = torch.zeros(len(target_N), dtype=torch.bool, device=hidden_TD.device)
     with torch.autocast(hidden_TD.device.type, enabled=False):
@@ -174,7 +175,7 @@ def _form(
     head: Head,
     target_N: Tensor,
     options: LossOptions,
-    logits_bytes: int,
+    logits_bytes: int | None = None,
     divisor: float = 1.0,
     compiled: bool = False,
 ) -> LossForm:
@@ -182,7 +183,8 @@ def _form(
     product_dtype = head.weight_VD.dtype
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    sizes = head.weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
+    kind = device_type_of(hidden_TD.device)
+    sizes = head.weight_VD.shape[0], product_dtype.itemsize, logits_bytes or logits_budget(kind), kind
     chunk, most = chunk_tokens(len(target_N), *sizes), most_tokens(*sizes)
     return LossForm(head.softcap, head.logit_scale, options, product_dtype, chunk, most, divisor, compiled)
 
@@ -313,9 +315,5 @@ def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad^T hidden, without a temporary where the dtypes agree, else with one of a few of the rows."""
-    if total_XD.dtype == grad_CX.dtype:
-        total_XD.addmm_(grad_CX.T, hidden_CD)
-        return
-    for rows in _head_rows(total_XD):
-        total_XD[rows] += grad_CX[:, rows].T @ hidden_CD
+    """total += grad^T hidden, without a temporary where it can be, else with one of a few of the rows."""
+    add_product(total_XD, grad_CX.T, hidden_CD, _head_rows(total_XD))

@@ -17,6 +17,7 @@ from preceptor.model.sizes import FINEST
 # 152,000, 64 MiB (220 tokens) take 1.4 times as long. On CPU chunks of 2048 tokens take 5 to 15 % longer than of 1024,
 # as the products' operands leave the cache (benchmarks/loss.py).
 LOGITS_BYTES = 256 * 2**20
+_GPU_LOGITS_BYTES = 2**30  # 4,096 tokens of a vocabulary of 128,000 in half precision: one chunk of most sequences
 _MOST_TOKENS = {"cpu": 1024}
 
 
@@ -41,6 +42,11 @@ class LossOptions:
 
 
 CROSS_ENTROPY = LossOptions()
+
+
+def logits_budget(device_type: str) -> int:
+    """Bytes of the logits of one chunk."""
+    return _GPU_LOGITS_BYTES if device_type == "cuda" else LOGITS_BYTES
 
 
 def chunk_tokens(
