@@ -10,6 +10,7 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
 from preceptor.hub import (
     adapter_base,
+    base_revision,
     cannot_load,
     fetch_optional,
     find_file,
@@ -51,7 +52,8 @@ def load_model(
     if base is not None:
         from preceptor.model.adapters.folder import merge_folder
 
-        return merge_folder(load_model(base, dtype, device, trust_remote_code=trust_remote_code), Path(place))
+        code, revision = trust_remote_code, base_revision(place)
+        return merge_folder(load_model(base, dtype, device, trust_remote_code=code, revision=revision), Path(place))
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}

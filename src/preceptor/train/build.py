@@ -195,6 +195,7 @@ def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values
         seed=run.train.seed,
         options=options,
         first_values=first_values and start is None,
+        revision=model.config._commit_hash if isinstance(run.model, LiveModel) else run.model.revision,
     )
     if start is not None:
         load_adapter(model, start, options)
