@@ -16,6 +16,12 @@ ONE_TURN = "{% for m in messages[-3:] %}" + TURN + "{% endfor %}" + PROMPT  # fo
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
 SHORT, LONG = {"role": "system", "content": "a"}, {"role": "system", "content": 'ALWAYS SHOUT, "always"'}
 LATER = {"role": "system", "content": "NOW SHOUT, I beg you"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"name": "a"}}}
+CALLED = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False}, *CHAT[2:]]
+WITH_CALLS = TWO_ROLES.replace(
+    "assistant\n{{ m.content }}",
+    "assistant\n{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}",
+)
 RESULT = [CHAT[0], {"role": "assistant", "content": "one moment"}, {"role": "tool", "content": "42"}, CHAT[3]]
 
 
@@ -27,6 +33,9 @@ RESULT = [CHAT[0], {"role": "assistant", "content": "one moment"}, {"role": "too
         (TWO_ROLES, [LONG, *CHAT], None, ("system prompt",)),
         (TWO_ROLES, CHAT, TOOLS, ("tools",)),
         (TWO_ROLES, RESULT, None, ("tool result",)),
+        (TWO_ROLES, CALLED, None, ("tool call",)),
+        (TWO_ROLES, CALLED, TOOLS, ("tools", "tool call")),
+        (WITH_CALLS, CALLED, None, ()),
         (FIRST_SYSTEM, [LONG, *CHAT], None, ()),  # as JSON
         (FIRST_SYSTEM, [LONG, *CHAT[:2], LATER, *CHAT[2:]], None, ("system prompt",)),
         (ONE_TURN, [*CHAT, CHAT[2], CHAT[3]], None, ("user message", "earlier answer")),

@@ -9,7 +9,7 @@ from preceptor import config
 from preceptor.data import reading
 from preceptor.data.eval_split import Side
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
-from preceptor.data.sources import OpenSource, open_sources
+from preceptor.data.sources import open_sources
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json, to_text
 from preceptor.inspect.suggestion import hold_out, read_lengths
@@ -91,13 +91,6 @@ def test_a_run_trains_on_the_one_side_and_measures_the_other(run_file):
     assert trained | held_out == {str(k + 1) for k in range(60)}
     assert run.num_examples == 60 and run.num_measured == (len(held_out), 0)
     assert questions(tree for _, tree in prepared(run_file, train__seed=5).held_out) == held_out
-
-
-def test_lines_of_one_side_are_parsed_to_be_told_apart(write_jsonl):
-    path = write_jsonl(rows(30))
-    for side in (Side(0.5, True), Side(0.5, False)):
-        expected = [entry.example for entry in OpenSource(path, side).entries()]
-        assert [entry.example for entry in OpenSource(path, side).unread()] == expected and 5 < len(expected) < 25
 
 
 def test_order_and_more_examples_move_none(run_file):

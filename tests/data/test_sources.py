@@ -9,7 +9,7 @@ from preceptor.config import Source
 from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
-from preceptor.data.sources import OpenSource, UnreadLine, read_examples
+from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -154,8 +154,8 @@ def test_mix_numbers_the_examples_of_all_sources():
 def test_what_was_peeked_at_is_not_read_again(tmp_path, monkeypatch):
     path = write(tmp_path, *({"text": f"text {number}"} for number in range(150)))
     times = []
-    rows = text_files.jsonl_rows
-    monkeypatch.setattr(text_files, "jsonl_rows", lambda *arguments: times.append(1) or rows(*arguments))
+    lines = text_files.jsonl_lines
+    monkeypatch.setattr(text_files, "jsonl_lines", lambda *arguments: times.append(1) or lines(*arguments))
     source = OpenSource(path)
     first = source.peek()
     assert len(first) == 100 and source.peek() == first
@@ -167,7 +167,7 @@ def test_what_was_peeked_at_is_not_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.ndjson", "x.json", "x.csv"])
 @pytest.mark.parametrize("columns", [{}, {"prompt": "q", "completion": "a"}])
-def test_lines_that_are_parsed_later_give_the_same_examples(tmp_path, name, columns):
+def test_only_lines_of_json_are_parsed_later(tmp_path, name, columns):
     keys = list(columns.values()) or ["prompt", "completion"]
     if name == "x.csv":
         text = "\n".join([",".join(keys), "one,two", ",", "three,four"])
@@ -180,8 +180,9 @@ def test_lines_that_are_parsed_later_give_the_same_examples(tmp_path, name, colu
     source = OpenSource(Source(path=str(tmp_path / name), columns=columns))
     unread = list(source.unread())
     is_line = "jsonl" in name or "ndjson" in name
-    assert [isinstance(each, UnreadLine) for each in unread] == [is_line] * 3
-    assert [each.entry() if is_line else each for each in unread] == list(source.entries())
+    assert [isinstance(each.row, str) for each in unread] == [is_line] * 3
+    assert [each.entry() for each in unread] == list(source.entries())
+    assert len({each.spelled() for each in unread}) == 3
     (tmp_path / "empty.jsonl").write_text("\n")
     for path, own, words in (("empty.jsonl", {}, "is empty"), (name, {"text": "none"}, "has no column 'none'")):
         with pytest.raises(DataError, match=words):

@@ -13,12 +13,16 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from preceptor.chat.render import Renderer
 from preceptor.config import Source
+from preceptor.config.held import LiveSource
 from preceptor.data import sources as reading
 from preceptor.data import stream, workers
+from preceptor.data.formats.memory import RecordList
 from preceptor.data.records import FlatFile
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter
@@ -205,6 +209,37 @@ def test_lines_that_are_passed_over_are_not_parsed(write_jsonl, tmp_path, monkey
         more.pass_over()
     more.write_next(tmp_path)
     assert FlatFile(tmp_path / "3.flat").about["sha256"] == of_window["as it was"], "a file may grow"
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json", "code", "records"])
+def test_of_rows_that_are_passed_over_no_example_is_made(tmp_path, monkeypatch, kind):
+    made, read_row = [], reading.read_row
+    monkeypatch.setattr(reading, "read_row", lambda *row: made.append(row) or read_row(*row))
+    file, of_window = tmp_path / f"x.{'jsonl' if kind == 'code' else kind}", {}
+    for name, rows in (("as it was", texts(20)), ("changed", [*texts(5), {"text": "Another."}, *texts(20)[6:]])):
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif kind == "csv":
+            file.write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
+        elif kind == "code":
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            file.write_text(json.dumps(rows))
+        source = Source(path=str(file))
+        if kind == "records":
+            source = LiveSource.model_construct(**dict(source), table=RecordList(rows, "rows"))
+        if kind == "code":
+            (tmp_path / "own.py").write_text("def same(row):\n    return row\n")
+            source = Source(path=str(file), code=f"{tmp_path / 'own.py'}:same")
+        reader = reader_of([source])
+        for _ in range(3):
+            reader.pass_over()
+        assert not made
+        reader.write_next(tmp_path)
+        assert len(made) == 4
+        made.clear()
+        of_window[name] = FlatFile(tmp_path / "3.flat").about["sha256"]
+    assert len(set(of_window.values())) == 2
 
 
 def test_few_windows_are_there_at_once(write_jsonl, opened):

@@ -48,6 +48,18 @@ def test_plain_gives_the_same_loss_and_gradient(kind, policy):
     assert_same(found, true, rounding_in_float64(kind))
 
 
+@pytest.mark.parametrize("mode", ["auto", "plain"])
+def test_a_token_that_others_pad_with_learns_like_any_other(mode):
+    model = tiny_model("qwen3", tie_word_embeddings=False)
+    embedding, token = model.get_input_embeddings(), int(SEQUENCES["packed"].ids_T[0])
+    embedding.padding_idx = token
+    install(model, mode)
+    Engine(model)(SEQUENCES["packed"]).backward()
+    assert embedding.weight.grad[token].abs().sum() > 0
+    remove(model)
+    assert embedding.padding_idx == token
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_plain_trains_to_the_same_losses(kind, precision):

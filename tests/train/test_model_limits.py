@@ -72,6 +72,12 @@ def test_a_config_of_wrong_types_is_a_model_error(changes, base, preceptor, run_
     assert code == 5 and "error:" in err and "This is a bug" not in err
 
 
+def test_a_token_of_the_data_that_has_no_row_is_named(base, preceptor, run_file):
+    model = tiny_model("llama", vocab_size=64)
+    code, _, err = preceptor("train", run_file(model__path=base(model)))
+    assert code == 5 and "64 embeddings" in err and ":1 holds, has none. Tokenizer and model do not belong" in err
+
+
 def test_weights_that_are_no_weights_are_a_model_error(base, preceptor, run_file, tmp_path):
     path = base(llama())
     (tmp_path / "base" / "model.safetensors").unlink()

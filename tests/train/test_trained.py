@@ -81,8 +81,14 @@ def test_what_is_frozen_stays_and_the_rest_learns(run_file, base_folder, context
 
 
 def test_new_tokens_in_a_frozen_embedding_are_said(run_file):
-    _, said = run_of(run_file(), "model.train_only=['*.layers.*']")
+    _, said = run_of(run_file(), "model.freeze=['model.embed_tokens']")
     assert "stay at their first values" in said
+
+
+@pytest.mark.parametrize("choice", ["model.train_only=['*.layers.*']", "model.freeze=[lm_head]"])
+def test_a_stop_token_that_could_not_be_learned_is_refused(run_file, choice):
+    with pytest.raises(ModelError, match=r"lm_head\.weight is frozen, and .*<\|im_end\|>.* never learn to stop"):
+        run_of(run_file(), choice)
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def left_out(
     tools: Sequence[Any] | None,
     forms: Forms,
 ) -> tuple[str, ...]:
-    """The kinds of messages whose text is not in the prompts of the turns, and `tools`.
+    """The kinds of messages whose text is not in the prompts of the turns, `tool call` and `tools`.
 
     starts: the number of each message's first leaf, and of all leaves.
     """
@@ -360,6 +360,10 @@ def left_out(
             role = messages[k]["role"]
             for index in range(starts[k], starts[k + 1]):
                 leaf = turn.leaves[index]
+                if leaf.path[0] == "tool_calls" and leaf.path[2:] in (("name",), ("function", "name")):
+                    if turn.prompt.find(leaf.text, at) < 0 and not _prompt_shows(turn, index, leaf.text, role in shown):
+                        found["tool call"] = None
+                    continue
                 text = _needed_text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
                 if not text:
                     continue

@@ -19,10 +19,11 @@ from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, TextFile, find_tables
 from preceptor.data.formats.text_files import parse_line
-from preceptor.data.formats.values import Columns, JsonReader, Row, TableRows, Unreadable
+from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
+_KEYS = (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS)
 _FIRST = 100  # examples in which a column must occur, and that tell whether a source holds conversations
 
 
@@ -35,19 +36,27 @@ class Entry:
     example: Example | Rejection
 
 
-class UnreadLine(NamedTuple):
-    """An example that is a line of a file, not parsed yet."""
+class UnreadRow(NamedTuple):
+    """A row of a table, of which no example is made yet; a line of JSON is not even parsed."""
 
     table: str
     place: str
-    line: str
-    source: Source
-    reader: JsonReader
+    row: str | Row
+    opened: "OpenSource"
+
+    def spelled(self) -> str:
+        """What differs where the row does; also where a line of JSON has other spaces."""
+        return self.row.rstrip() if isinstance(self.row, str) else repr(self.row)
 
     def entry(self) -> Entry:
-        """Raises DataError where the line is no JSON object."""
-        row = _renamed(parse_line(self.line, self.place, self.reader), self.source)
-        return Entry(self.table, *read_row(row, self.place, self.source.nulls))
+        """Raises DataError where a line is no JSON object."""
+        own, source = self.opened.own, self.opened.source
+        row = self.opened.parsed(self.place, self.row)
+        made = _renamed(row, source) if own is None else _made(own, row)
+        if made is None:
+            rejection = Rejection(self.place, "left_out", f"{source.code} gave None for it")
+            return Entry(self.table, "left out", rejection)
+        return Entry(self.table, *read_row(made, self.place, source.nulls))
 
 
 class OpenSource:
@@ -64,6 +73,7 @@ class OpenSource:
                 f"{unknown_format(dict.fromkeys(self.source.columns))}"
             )
         self.tables = find_tables(self.source)
+        self._reader = JsonReader()
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
 
     @property
@@ -74,7 +84,7 @@ class OpenSource:
     def rows(self) -> TableRows:
         """Each row as the file holds it, with its place. Raises DataError for what cannot be read or is empty."""
         for table in self.tables:
-            yield from _rows_of(table, None)
+            yield from _not_empty(table.name, table.rows(None))
 
     def examples(self) -> Iterator[Example | Rejection]:
         """Each example. Raises DataError as `rows`, and for columns that are not there."""
@@ -86,24 +96,9 @@ class OpenSource:
         self._begun = None
         return chain(first, rest)
 
-    def unread(self) -> Iterator[Entry | UnreadLine]:
-        """Each example, but lines of JSON not parsed where what they hold does not matter yet.
-
-        Raises DataError as `examples`, of a line when it is parsed.
-        """
-        every = self.own is None and self.side is None
-        for table in self.tables:
-            lines = table.lines() if every and isinstance(table, TextFile) else None
-            yield from self.entries_of(table) if lines is None else self._unread_lines(table.name, lines)
-
-    def _unread_lines(self, name: str, lines: Iterator[tuple[str, str]]) -> Iterator[UnreadLine]:
-        reader, source = JsonReader(), self.source
-        first = list(islice(lines, _FIRST if source.columns else 1))  # a pipe's writer may wait after any line
-        if source.columns:
-            _check_first(name, [parse_line(line, place, reader) for place, line in first], source)
-        _require_rows(name, bool(first))
-        for place, line in chain(first, lines):
-            yield UnreadLine(name, place, line, source, reader)
+    def unread(self) -> Iterator[UnreadRow]:
+        """Each row of all tables, whatever its side. Raises DataError as `examples`, of a line when it is parsed."""
+        return chain.from_iterable(map(self._unread_of, self.tables))
 
     def peek(self) -> list[Example | Rejection]:
         """The first examples, of a pipe none; `entries` goes on from here and reads them no second time."""
@@ -120,18 +115,27 @@ class OpenSource:
 
     def entries_of(self, table: DataTable) -> Iterator[Entry]:
         """Each example of one of the tables. Raises DataError as `examples`."""
-        entries = self._entries_of(table)
+        entries = (unread.entry() for unread in self._unread_of(table))
         return entries if self.side is None else (entry for entry in entries if self.side.has(entry.example))
 
-    def _entries_of(self, table: DataTable) -> Iterator[Entry]:
-        own = self.own
-        for place, row in _named(table, self.source) if own is None else _rows_of(table, None):
-            made = row if own is None else _made(own, row)
-            if made is None:
-                rejection = Rejection(place, "left_out", f"{self.source.code} gave None for it")
-                yield Entry(table.name, "left out", rejection)
-            else:
-                yield Entry(table.name, *read_row(made, place, self.source.nulls))
+    def _unread_of(self, table: DataTable) -> Iterator[UnreadRow]:
+        columns = self.source.columns
+        names = None if self.own else table.columns()
+        if names is not None:
+            _check_columns(table.name, names, self.source)
+        lines = table.lines() if isinstance(table, TextFile) else None
+        wanted = None if self.own else list(columns.values()) or _KEYS
+        rows = _not_empty(table.name, table.rows(wanted) if lines is None else lines)
+        if columns and names is None:  # each row has keys of its own
+            first = list(islice(rows, _FIRST))
+            _check_first(table.name, [self.parsed(place, row) for place, row in first], self.source)
+            rows = chain(first, rows)
+        for place, row in rows:
+            yield UnreadRow(table.name, place, row, self)
+
+    def parsed(self, place: str, row: str | Row) -> Row:
+        """A row that may be a line of JSON. Raises DataError where it is no JSON object."""
+        return parse_line(row, place, self._reader) if isinstance(row, str) else row
 
     @cached_property
     def own(self) -> OwnFunction | None:
@@ -188,34 +192,13 @@ def _made(own: OwnFunction, row: Row) -> Row | None:
     return Unreadable("unreadable", f"{own.name} gave {short(made)}, which is neither a dict nor None")
 
 
-def _rows_of(table: DataTable, columns: Columns) -> TableRows:
+def _not_empty(name: str, rows: Iterator[Any]) -> Iterator[Any]:
     found = False
-    for place, row in table.rows(columns):
+    for row in rows:
         found = True
-        yield place, row
-    _require_rows(table.name, found)
-
-
-def _require_rows(name: str, found: bool) -> None:
+        yield row
     if not found:
         raise DataError(f"{name}: the file is empty; it needs at least one example")
-
-
-def _named(table: DataTable, source: Source) -> TableRows:
-    """The rows under the keys of data/formats/rows.py; with `columns`, these keys only."""
-    columns = table.columns()
-    if columns is not None:
-        _check_columns(table.name, columns, source)
-    if not source.columns:
-        yield from _rows_of(table, (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS))
-        return
-    rows = _rows_of(table, list(source.columns.values()))
-    if columns is None:
-        first = list(islice(rows, _FIRST))
-        _check_first(table.name, [row for _, row in first], source)
-        rows = chain(first, rows)
-    for place, row in rows:
-        yield place, _renamed(row, source)
 
 
 def _renamed(row: Row, source: Source) -> Row:

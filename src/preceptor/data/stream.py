@@ -6,7 +6,7 @@
 A window is rendered and proved as any data is, and packed and shuffled by the seed and its number, as an epoch is
 (packing.py). Which examples it holds depends on the sources, their weights and the size alone. So a run that goes on
 reads the sources from their beginning, passes over the windows that it has trained, and compares a hash of them: of
-lines of JSON as they are spelled, which need not be parsed for it, of what else there is by content.
+lines of JSON as they are spelled, of other rows by their values. No example is made of any for that.
 
     another process     reads, renders, writes window 0, then those up to _AHEAD after the one that is asked for
     SPOOL/N.flat        the trees of window N and what was counted; removed when a later one is asked for
@@ -40,9 +40,9 @@ from typing import Any
 from preceptor.config import Source
 from preceptor.console import say
 from preceptor.data.cache import Cache
-from preceptor.data.reading import digest_of_content, rendered_examples
+from preceptor.data.reading import rendered_examples
 from preceptor.data.records import FlatFile, MemoryArrays, write_flat
-from preceptor.data.sources import Entry, OpenSource, UnreadLine
+from preceptor.data.sources import OpenSource, UnreadRow
 from preceptor.data.table_trees import TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
@@ -87,7 +87,7 @@ class WindowReader:
     ) -> None:
         self._sources, self._size, self._fitter, self._num_processes = sources, size, fitter, num_processes
         self._cache_folder = cache
-        self._read: list[tuple[Iterator[Entry | UnreadLine], Cache | None]] | None = None
+        self._read: list[tuple[Iterator[UnreadRow], Cache | None]] | None = None
         self._ended = ""
         self._number = self._num_read = 0
 
@@ -96,7 +96,7 @@ class WindowReader:
         number, start = self._begin(), self._num_read
         builders: dict[str, TableBuilder] = {}
         for examples, cache in self._next_examples(number):
-            entries = (each if isinstance(each, Entry) else each.entry() for each in examples)
+            entries = (unread.entry() for unread in examples)
             for example in rendered_examples(entries, self._fitter, self._num_processes, cache):
                 table = example.entry.table
                 if table not in builders:
@@ -138,30 +138,27 @@ class WindowReader:
                 "same examples, and enough of them"
             )
 
-    def _next_examples(self, number: int) -> Iterator[tuple[Iterator[Entry | UnreadLine], Cache | None]]:
+    def _next_examples(self, number: int) -> Iterator[tuple[Iterator[UnreadRow], Cache | None]]:
         assert self._read is not None
         shares = window_shares(self._sources, self._size, number)
         for source, (examples, cache), num in zip(self._sources, self._read, shares, strict=True):
             yield self._taken(source.path, examples, num), cache
 
-    def _taken(self, path: str, examples: Iterator[Entry | UnreadLine], num: int) -> Iterator[Entry | UnreadLine]:
+    def _taken(self, path: str, examples: Iterator[UnreadRow], num: int) -> Iterator[UnreadRow]:
         for _ in range(num):
             example = next(examples, None)
             if example is None:
                 self._ended = path
                 return
-            if isinstance(example, Entry):
-                self._hash.update(digest_of_content(example.example))
-            else:
-                self._hash.update(f"{example.line.rstrip()}\n".encode())
+            self._hash.update(f"{example.spelled()}\n".encode())
             self._num_read += 1
             yield example
 
 
-def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[Entry | UnreadLine], Cache | None]:
+def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[UnreadRow], Cache | None]:
     """The examples of a source, without an end, and the cache where its files are known by their content."""
 
-    def examples(opened: OpenSource) -> Iterator[Entry | UnreadLine]:
+    def examples(opened: OpenSource) -> Iterator[UnreadRow]:
         yield from opened.unread()
         while not opened.is_pipe:
             yield from OpenSource(source).unread()

@@ -74,9 +74,6 @@ def shard_model(engine: Engine, mesh: DeviceMesh, regathers: bool = True) -> Non
             optimisation.remove(engine.model, engine.state)
     skeleton = without_values(engine.model)
     ranks = engine.state.ranks = Ranks(mesh, regathers=regathers, skeleton=skeleton)
-    embedding: Any = decoder_of(engine.model).get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None  # no sequence is padded: such a token is one of the data, and learns
     half = any(p.requires_grad and p.dtype == torch.bfloat16 for p in engine.model.parameters())
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
     for unit in _units(engine.model):

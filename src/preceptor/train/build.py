@@ -1,6 +1,7 @@
 """The model of a run as it is before the first step, on its device or spread over the processes; its optimizer."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -164,7 +165,8 @@ def build(
     align_model(model, chat.tokenizer, chat.stop_token_ids)
     if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
         say(frozen)
-        new = [*chat.added, *untrained]
+        new = {**chat.added, **untrained}
+        _require_stop_token_learned(model, chat.tokenizer, new, "freeze" if run.model.freeze else "train_only")
         if new and not model.get_input_embeddings().weight.requires_grad:
             say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
     if kind := run.model.quantization:
@@ -177,6 +179,17 @@ def build(
     if held is not None:
         held.keep(model, sorted(untrained.values()))
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
+
+
+def _require_stop_token_learned(model: Any, tokenizer: Any, new: Mapping[str, int], key: str) -> None:
+    """Raises ModelError where the token that ends a turn is new and its row of the head frozen. new: tokens and ids."""
+    if tokenizer.eos_token_id in new.values() and not model.get_output_embeddings().weight.requires_grad:
+        head = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
+        raise ModelError(
+            f"model.{key}: {head} is frozen, and it has the row of {tokenizer.eos_token}, which ends each answer and "
+            "is new to the model: it could never learn to stop. Train that weight too, or choose a data.chat_template "
+            "whose stop token the model knows"
+        )
 
 
 def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values: bool, say: Say) -> Any:

@@ -156,6 +156,8 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ),
         ({"conversations": [{"from": "human", "value": "x"}, USER]}, "bad_message", "conversations[1] has no from"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown_role", "known are human, user, gpt"),
+        ({"conversations": [{"from": "human", "value": "x", "content": "y"}]}, "ambiguous_format", "and content says"),
+        ({"conversations": [{"from": "human", "value": "x", "role": "system"}]}, "ambiguous_format", "and role says"),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "bad_message", "conversations[0].content must be a string"),
         (
             {"conversations": [{"from": "function_call", "value": "f(1)"}]},

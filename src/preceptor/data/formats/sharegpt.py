@@ -41,12 +41,15 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
     if said_by == "function_call":
         # Content is empty, not absent: templates that add to it fail on an absent one.
-        message_of = {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
-        return type(message)({**message_of, **rest})
-    if not isinstance(said_by, str) or said_by not in ROLES:
+        read = {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
+    elif isinstance(said_by, str) and said_by in ROLES:
+        read = {"role": ROLES[said_by], "content": value}
+    else:
         known = ", ".join([*ROLES, "function_call"])
         raise Unreadable("unknown_role", f"{where} is from {short(said_by)}; known are {known}")
-    return type(message)({"role": ROLES[said_by], "content": value, **rest})
+    if twice := next((key for key in read if rest.get(key) not in (None, read[key])), None):
+        raise Unreadable("ambiguous_format", f"{where} has from and value, and {twice} says something else; remove it")
+    return type(message)({**read, **{key: inner for key, inner in rest.items() if key not in read}})
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:

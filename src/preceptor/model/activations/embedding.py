@@ -37,7 +37,6 @@ class AccumulatingEmbedding(nn.Module):
         # A copy of the layer, in which the rows stand for the weight, looks them up by its own forward, scale and all.
         twin: Any = copy(layer)
         twin._parameters = {}
-        twin.padding_idx = None
         twin.weight = _Rows.apply(layer.weight, occurring_R)
         return super(AccumulatingEmbedding, twin).forward(place_T)
 
