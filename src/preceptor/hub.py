@@ -201,6 +201,11 @@ def fetch_folder(path: str | Path, patterns: Sequence[str]) -> Path:
 
 def cannot_load(place: str, what: str, error: Exception) -> ModelError:
     """The error to raise where `what` (model, tokenizer, a file's name) cannot be had from a folder or Hub id."""
+    if "custom code" in str(error):
+        return ModelError(
+            f"{place}: its {what} is made by Python code that comes with it. Read it; then allow it with "
+            "--trust-remote-code, in a run file `model.trust_remote_code: true`"
+        )
     if Path(place).is_dir():
         return ModelError(f"{place}: cannot load the {what} of this folder: {first_line(error)}")
     return ModelError(

@@ -42,7 +42,7 @@ def test_the_example_of_trl_runs_with_only_its_import_changed(base_folder, tmp_p
 
 
 CAPYBARA = (
-    conversations(20, 2)
+    conversations(20)
     + [
         {
             "messages": [

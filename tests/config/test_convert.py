@@ -169,6 +169,7 @@ def test_axolotl(tmp_path):
             {"path": "own.jsonl", "columns": {"messages": "dialogue"}},
         ],
         "eval_size": 0.05,
+        "allow_rejected": ["too_long"],
         "max_length": 2048,
     }
     assert tree["train"] == {"duration": "2 epochs", "batch_size": 8, "precision": "bfloat16", "seed": 42}
@@ -217,6 +218,7 @@ def test_llama_factory(tmp_path):
         "eval": [source],
         "chat_template": "llama3",
         "train_on": "all",
+        "allow_rejected": ["too_long"],
         "max_length": 1024,
     }
     assert found.tree["train"] == {"duration": "300 steps", "batch_size": 8, "seed": 42}
@@ -266,7 +268,8 @@ def test_torchtune(tmp_path):
     quantized = {"quantization": "nf4", "double_quantization": False}
     assert tree["model"] == {"dtype": "bfloat16", "path": "/m", **quantized}
     assert tree["adapter"]["kind"] == "dora"
-    assert tree["data"] == {"train": [{"path": "own.json", "columns": {"messages": "dialogue"}}], "max_length": 2048}
+    source = {"path": "own.json", "columns": {"messages": "dialogue"}}
+    assert tree["data"] == {"train": [source], "allow_rejected": ["too_long"], "max_length": 2048}
     assert tree["train"]["batch_size"] == 16 and tree["train"]["duration"] == "1 epochs"
     assert (tree["optimizer"]["lr_scheduler"], tree["optimizer"]["warmup"]) == ("cosine", "100 steps")
     assert (tree["optimizer"]["learning_rate"], tree["optimizer"]["weight_decay"]) == (3e-4, 0.1)

@@ -280,18 +280,18 @@ def test_a_gguf_file_that_answers_otherwise_is_refused(trained, preceptor, tmp_p
 
 
 def test_a_wrong_merge_is_refused(trained, preceptor, tmp_path, monkeypatch):
-    from peft import PeftModel
+    from peft.tuners.lora import LoraModel
 
     run = trained(adapter=LORA, optimizer__learning_rate=1e-2)
-    merge = PeftModel.merge_and_unload
+    merge = LoraModel.merge_and_unload
 
-    def without_the_adapter(self):
+    def without_the_adapter(self, *arguments, **settings):
         for name, p in self.named_parameters():
             if "lora_B" in name:
                 p.data.zero_()
-        return merge(self)
+        return merge(self, *arguments, **settings)
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", without_the_adapter, raising=False)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", without_the_adapter)
     code, _, err = preceptor("export", run, "--to", "hf")
     assert code == 5 and "its logits after 2 contexts are not those of the adapter beside its base" in err
     assert not (tmp_path / "run-hf").exists()

@@ -323,11 +323,9 @@ class _Conversion:
         name = "adamw" if given is None else optimizer_name(str(given))
         if name is None:
             offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
-            self._given.not_offered(
-                "optim" if "optim" in self._given.settings else "optimizer",
-                f"{short(given)} is not offered, {offered}",
-                ": it is adamw here, and needs another learning rate",
-            )
+            why = f"{short(given)} is not offered, {offered}"
+            self._given.note("optimizer", f"{why}: it is adamw here, and needs another learning rate")
+            self._given.unoffered.append(("optim", why))
         self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]
         self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)

@@ -51,8 +51,8 @@ def add_adapter(
     on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
     as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
     gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
-    False: they will be replaced, so PiSSA need not compute its own. revision: of the base on the Hub, which is
-    saved with the adapter. Raises ModelError for a target or a pattern that the model has not, or that peft rejects.
+    False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved with the adapter.
+    Raises ModelError for a target or a pattern that the model has not, or that peft rejects.
     """
     layers = linear_layers(model)
     _require_targets(model, layers, target_modules)
@@ -72,7 +72,6 @@ def add_adapter(
         use_dora=options.dora,
         use_rslora=options.rslora,
         init_lora_weights="gaussian" if options.init == "gaussian" else True,
-        revision=revision,
         **patterns,
     )
     device = next(model.parameters()).device
@@ -83,7 +82,7 @@ def add_adapter(
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)
