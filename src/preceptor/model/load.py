@@ -9,6 +9,7 @@ from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing
 from preceptor.hub import (
+    CONFIG,
     adapter_base,
     base_revision,
     cannot_load,
@@ -157,7 +158,10 @@ def stored_dtype(
     from transformers import AutoConfig
 
     place = resolve_model_path(path)
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except Exception as error:  # as in `load_model`
+        raise cannot_load(place, CONFIG, error) from error
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
