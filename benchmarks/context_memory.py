@@ -45,7 +45,7 @@ from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +136,7 @@ def loss_of(model: Any, row: PackedSequence, policy: ActivationPolicy | None) ->
         return Engine(model)(row, policy, step=StepContext(accumulates=True))  # as in training
     hidden_TD, source_N = states(model, row, None)
     target_N, weight_N = (torch.from_numpy(array).to(hidden_TD.device) for array in (row.target_N, row.weight_N))
-    return linear_cross_entropy(hidden_TD, output_head(model).weight_VD, source_N, target_N, weight_N)
+    return linear_cross_entropy(hidden_TD, Head(output_head(model).weight_VD), source_N, target_N, weight_N)
 
 
 def step(model: Any, row: PackedSequence, policy: ActivationPolicy | None, precision: str) -> float:
@@ -220,8 +220,8 @@ def learning(seeds: int) -> dict[str, Any]:
     from preceptor.console import standard_console
     from preceptor.demo import QUESTIONS, demo_run
     from preceptor.evaluate.tasks import read_task
-    from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from preceptor.train.session import Session
+    from preceptor.train.signals import StopRequest
 
     questions = read_task(QUESTIONS)
     result: dict[str, Any] = {}
@@ -233,7 +233,8 @@ def learning(seeds: int) -> dict[str, Any]:
                 tree = config.Run.model_dump(demo_run(out), mode="json")
                 tree["train"]["seed"] = seed
                 tree["memory"]["context_gradient"] = mode
-                summary = execute(prepare(config.build(tree, "context_memory")), standard_console())
+                run = config.build(tree, "context_memory")
+                summary = Session(run, standard_console(), StopRequest()).train()
                 answers = measure(str(out / "model"), questions)
                 result[mode].append(
                     {"seed": seed, "held_out": summary["held_out"], "training_seconds": round(summary["seconds"], 1)}

@@ -18,8 +18,8 @@ from preceptor import config
 from preceptor.console import standard_console
 from preceptor.demo import MAX_NEW_TOKENS, QUESTIONS, answer, demo_run, shares, shares_by
 from preceptor.evaluate.tasks import GROUPS, Task, read_task
-from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from preceptor.train.session import Session
+from preceptor.train.signals import StopRequest
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def train_and_measure(out: Path, init: str, seed: int, questions: Task) -> dict[
         },
         "first_run",
     )
-    summary = execute(prepare(run), standard_console())
+    summary = Session(run, standard_console(), StopRequest()).train()
     return measure(str(out / "model"), questions) | {
         "training_seconds": round(summary["seconds"], 1),
         "examples_per_epoch": summary["examples_per_epoch"],

@@ -38,7 +38,7 @@ from preceptor.model import compiled
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.cuda import fast_path
-from preceptor.model.attention.layout import ForestLayout
+from preceptor.model.attention.layout import AttentionOptions, ForestLayout
 from preceptor.model.attention.runs import attend_reference, attend_runs
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install, remove
@@ -60,8 +60,8 @@ MODES = {
 }
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "window 63": {"sliding_window": 63},
-    "window of the length": {"sliding_window": -1},
+    "window 63": {"window": 63},
+    "window of the length": {"window": -1},
     "soft-cap": {"softcap": 20.0},
     "sinks": {"sinks": True},
 }
@@ -187,8 +187,8 @@ def attention(bench: Bench) -> dict[str, Any]:
 def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, int], features: Any) -> dict[str, Any]:
     heads, kv_heads, size = sizes
     num_tokens = len(layout.position_T)
-    if features.get("sliding_window") == -1:
-        features["sliding_window"] = num_tokens // 3 - 1
+    if features.get("window") == -1:
+        features["window"] = num_tokens // 3 - 1
     torch.manual_seed(0)
     made = [torch.randn(1, each, num_tokens, size, device=bench.device) for each in (heads, kv_heads, kv_heads)]
     sinks = torch.randn(heads, device=bench.device) if features.pop("sinks", None) else None
@@ -197,11 +197,12 @@ def _attention_case(bench: Bench, layout: ForestLayout, sizes: tuple[int, int, i
     def results(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
         tensors = [each.to(dtype).requires_grad_() for each in made]
         own_sinks = None if sinks is None else sinks.to(dtype)
-        output = attend(*tensors, layout, size**-0.5, sinks=own_sinks, **features)
+        output = attend(*tensors, layout, AttentionOptions(size**-0.5, sinks=own_sinks, **features))
         return [output, *torch.autograd.grad((output * weight.to(dtype)).sum(), tensors)]
 
     half = [each.bfloat16() for each in made]
-    chosen = fast_path(half[0], half[1], half[2], layout, features.get("softcap"), sinks) or attend_runs
+    options = AttentionOptions(size**-0.5, sinks=sinks, **features)
+    chosen = fast_path(half[0], half[1], half[2], layout, options) or attend_runs
     before = compiled.compile_seconds()
     found, naive = results(chosen, torch.bfloat16), results(attend_reference, torch.bfloat16)
     true = results(attend_reference, torch.float64)

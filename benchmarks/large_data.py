@@ -31,7 +31,7 @@ from preceptor.chat.format import load_chat_format
 from preceptor.data.cache import Cache, key_of
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.reading import SourceReader
-from preceptor.data.records import digest, encode
+from preceptor.data.records import digest, encode_tree
 from preceptor.data.sources import OpenSource
 from preceptor.data.truncation import Fitter, Shortened
 
@@ -82,7 +82,7 @@ def write_cache(folder: Path, num: int) -> int:
     portions, portion_bytes = [], []
     for number in range(num // PER_PORTION):
         trees = drawn_trees(rng)
-        records = [encode(tree) for tree in trees] * times
+        records = [encode_tree(tree) for tree in trees] * times
         sizes = np.array([len(record) for record in records])
         content = np.frombuffer(b"".join(records), np.uint8)
         portions.append(key_of("benchmark", num, number))
@@ -139,7 +139,9 @@ def in_the_process(folder: Path, began: float, what: str) -> None:
     from preceptor.console import standard_console
     from preceptor.train import loop
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from preceptor.train.run import Training
+    from preceptor.train.run_folder import claim
+    from preceptor.train.signals import StopRequest
 
     found: dict[str, Any] = {}
 
@@ -165,7 +167,9 @@ def in_the_process(folder: Path, began: float, what: str) -> None:
         return result
 
     loop.__dict__["take_step"] = noted
-    execute(prepared, standard_console())
+    with claim(prepared.run) as run_folder:
+        for _ in Training(run_folder, prepared, standard_console(), StopRequest()).steps():
+            pass
     print(json.dumps(found))
 
 

@@ -49,7 +49,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case, in this process: seconds, bytes and the share of the matrix-product rate."""
     import torch
 
-    from preceptor.model.loss.linear_cross_entropy import HeadCast, linear_cross_entropy
+    from preceptor.model.loss.linear_cross_entropy import Head, HeadCast, linear_cross_entropy
     from preceptor.model.loss.options import chunk_tokens
 
     torch.set_num_threads(case["threads"])
@@ -75,7 +75,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                     {} if own else {"head_grad_VD": weight_VD.grad, "head_cast": head_cast, "gradient_is_one": True}
                 )
                 budget = case["logits_bytes"]
-                loss = linear_cross_entropy(hidden_TD, weight_VD, *arguments, logits_bytes=budget, **shared)
+                loss = linear_cross_entropy(hidden_TD, Head(weight_VD), *arguments, logits_bytes=budget, **shared)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def repeat() -> tuple[list[float], list[float]]:

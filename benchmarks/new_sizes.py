@@ -23,7 +23,7 @@ from torch import Tensor
 
 from machine import describe
 from preceptor.model.attention.cpu import attend_path
-from preceptor.model.attention.layout import PathMasks
+from preceptor.model.attention.layout import AttentionOptions, PathMasks
 
 RESULTS = Path(__file__).parent / "results" / "new_sizes.json"
 HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD_SIZE = 384, 1152, 6, 2, 64
@@ -76,7 +76,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def our_attention(masks: PathMasks) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """masks: one for all calls, as for the conversations of a row."""
-    return lambda query, key, value: attend_path(query, key, value, HEAD_SIZE**-0.5, None, None, None, masks)
+    return lambda query, key, value: attend_path(query, key, value, AttentionOptions(HEAD_SIZE**-0.5), masks)
 
 
 def backward_of(attention: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: range) -> Callable[[int], object]:

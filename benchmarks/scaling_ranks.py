@@ -30,8 +30,9 @@ from preceptor.model.forward import Engine
 from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.live_bytes import LiveBytes
-from preceptor.plan.memory import Setup
-from preceptor.plan.ranks import rank_peak_bytes, rank_sent_bytes
+from preceptor.plan.memory import BASE, Setup, state_bytes
+from preceptor.plan.parameters import Parameters
+from preceptor.plan.ranks import rank_peak_bytes
 from preceptor.plan.work import Work
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
@@ -127,6 +128,28 @@ def measure(kind: str, way: str, num_tokens: int, world: World) -> dict[str, Any
         "sent_measured": round(counted.sent),
         "sent_predicted": rank_sent_bytes(setup, parameters, world.size, parts, regathers, own),
     }
+
+
+def rank_sent_bytes(
+    setup: Setup, parameters: Parameters, num_ranks: int, num_parts: int, regathers: bool, num_passes: int
+) -> int:
+    """What one process sends in a step of so many sequences, where collectives go round a ring.
+
+    Of N processes each sends (N - 1) / N of what is gathered or scattered, and twice that of what is summed.
+    """
+
+    def ring(num: int) -> float:
+        return (num - 1) / num
+
+    states = state_bytes(setup, parameters)
+    gradients = states["gradients"]
+    if num_parts == 1:
+        return round(2 * ring(num_ranks) * gradients)
+    kept = setup.weight_bytes * parameters.base.get("head", parameters.base.get("embedding", 0))  # by the whole pass
+    gathered = (2 * states["weights"] - kept if regathers else states["weights"]) + states.get(BASE, 0)
+    times = num_passes if regathers else 1
+    between_nodes = 2 * ring(num_ranks // num_parts) * gradients / num_parts
+    return round(times * ring(num_parts) * (gathered + gradients) + between_nodes)
 
 
 def measured_on(num: int, num_tokens: int) -> list[dict[str, Any]]:

@@ -21,9 +21,13 @@ ARGUMENTS: tuple[Mapping[str, Any], ...] = (
     {"enable_thinking": False, "thinking": False},
     {"enable_thinking": True, "thinking": True},
     {"enable_thinking": True, "skip_think": False},
+    {"reasoning_effort": "none"},
 )
-_EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*$|</think>\s*$|<\|channel>thought\s*<channel\|>\s*$")
-_TAIL = 30  # characters of a prompt's end, where the turn rewrites what is before
+_EMPTY_BLOCK = re.compile(
+    r"<think>\s*</think>\s*$|</think>\s*$|<\|channel>thought\s*<channel\|>\s*$|<\|START_THINKING\|><\|END_THINKING\|>$"
+)
+_CLOCK = re.compile(r"\d\d:\d\d:\d\d")  # the time of day of each render
+_TAIL = 20  # characters of a prompt's end, where the turn rewrites what is before
 _OPEN_TAG = re.compile(r"(<think>|\[THINK\]|<\|channel>thought)\s*$")
 
 
@@ -36,7 +40,7 @@ class Served(NamedTuple):
 
 
 def _squeezed(text: str) -> str:
-    return "".join(text.split())
+    return "".join(_CLOCK.sub("", text).split())
 
 
 def _contents(messages: Sequence[Mapping[str, Any]], form: str) -> Iterator[dict[str, Any]]:
@@ -77,7 +81,7 @@ def _reasoned(messages: Sequence[Mapping[str, Any]], form: str) -> Iterator[dict
 
 
 def _called(messages: Sequence[Mapping[str, Any]], arguments: str, ids: str) -> Iterator[dict[str, Any]]:
-    """arguments: object or string. ids: given, or numbered, with the function's name in each result."""
+    """arguments: object or string. ids: given; numbered, with the function's name in each result; or named."""
     number, new = 0, {}
     for message in messages:
         message = dict(message)
@@ -93,12 +97,15 @@ def _called(messages: Sequence[Mapping[str, Any]], arguments: str, ids: str) -> 
                     id_ = f"call{number:05}" if "id" not in call else id_
                     new[call.get("id", number)] = id_
                     call = {"id": id_, **{k: v for k, v in call.items() if k != "id"}}
+                if ids == "named":
+                    new[call.get("id", number)] = id_ = f"functions.{function['name']}:{number}"
+                    call = {**call, "id": id_}
                 number += 1
                 calls.append({**call, "function": function})
             message["tool_calls"] = calls
-        elif message["role"] == "tool" and ids == "numbered":
+        elif message["role"] == "tool" and ids != "given":
             id_ = message.get("tool_call_id", number - 1)
-            message |= {"tool_call_id": new.get(id_, id_), "name": "get_weather"}
+            message |= {"tool_call_id": new.get(id_, id_)} | ({"name": "get_weather"} if ids == "numbered" else {})
         yield message
 
 
@@ -106,7 +113,7 @@ def _called(messages: Sequence[Mapping[str, Any]], arguments: str, ids: str) -> 
 def _forms(kind: str) -> tuple[list[dict[str, Any]], ...]:
     messages, tools = tt.conversation(kind)
     made = []
-    calls = itertools.product(("object", "string"), ("given", "numbered")) if tools else [("object", "given")]
+    calls = itertools.product(("object", "string"), ("given", "numbered", "named")) if tools else [("object", "given")]
     for (arguments, ids), thought, content in itertools.product(
         calls, ("given", "field", "two tags", "part"), ("text", "parts", "given", "one part")
     ):
@@ -178,7 +185,7 @@ class Oracle:
         """
         bare = _squeezed(next((target.removesuffix(stop) for stop in stops if target.endswith(stop)), target))
         for served in self.served(kind, k):
-            if served.prompt != context:
+            if _squeezed(served.prompt) != _squeezed(context):
                 continue
             opened = _OPEN_TAG.search(context)
             content = served.message.get("content")

@@ -1,15 +1,19 @@
 """The proof for a folder of stock chat templates and every kind of conversation.
 
     python benchmarks/template_table.py [--templates ../shared/templates]
+    python benchmarks/template_table.py --further FOLDER        of other templates, that the program was not tried on
 
 The folder holds *.jinja files and an index.json with each one's name, bos and eos token. Tokenizers are small
-byte-level ones that hold the special tokens which the template writes. Writes docs/templates.md.
+byte-level ones that hold the special tokens which the template writes. Each proved turn is compared with transformers'
+own renders too (template_oracle.py). Writes docs/templates.md; of further templates first
+benchmarks/results/further_templates.json, which has a paragraph on that page.
 """
 
 import argparse
 import copy
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +25,7 @@ from template_kinds import CONVERSATIONS, UNFINISHED
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from machine import describe
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
@@ -30,6 +35,7 @@ from preceptor.data.forest import Tree
 ROOT = Path(__file__).parents[1]
 TEMPLATES = ROOT.parent / "shared" / "templates"
 PAGE = ROOT / "docs" / "templates.md"
+FURTHER = ROOT / "benchmarks" / "results" / "further_templates.json"
 
 KINDS = tuple(CONVERSATIONS)
 _SPECIAL = re.compile(
@@ -163,7 +169,13 @@ def page(table: Table) -> str:
         share = f"{proved / max(1, represented):.1%} of {represented}" if kind not in UNFINISHED else ""
         lines.append(f"| {kind} | {proved} | {share} | {proved / pairs:.1%} of {pairs} |")
     codes = Counter(result.code for row in table.values() for result in row.values())
-    lines += ["", "| outcome | pairs |", "|---|---|", *(f"| `{code}` | {n} |" for code, n in codes.most_common())]
+    lines += [
+        *_further(),
+        "",
+        "| outcome | pairs |",
+        "|---|---|",
+        *(f"| `{code}` | {n} |" for code, n in codes.most_common()),
+    ]
     lines += ["", "Represented and not proved, in bold:", "", "| template | proved | rejected |", "|---|---|---|"]
     for name, row in sorted(table.items(), key=lambda item: item[0].lower()):
         codes = Counter(result.code for result in row.values())
@@ -183,10 +195,70 @@ def _listed(row: Mapping[str, Result], code: str) -> str:
     return ", ".join([*(f"**{kind}**" for kind in bold), *rest])
 
 
+def wrong(entry: Entry) -> list[str]:
+    """The kinds in which a proved turn is not what transformers renders."""
+    from template_oracle import Oracle
+
+    tokenizer = tokenizer_for(entry)
+    renderer, oracle = renderer_for(entry, tokenizer), Oracle(tokenizer)
+    stops = tokenizer.convert_ids_to_tokens(sorted(renderer.stop_token_ids))
+    found = []
+    for kind in KINDS:
+        raw, tools = conversation(kind)
+        messages = read_messages(raw, kind)
+        if not isinstance(messages, Rejection):
+            turns = renderer.render_with_turns(Conversation(kind, messages, tools))[1]
+            if not all(oracle.right(kind, turn.message, turn.prompt, text, stops) for turn, text, _ in turns):
+                found.append(kind)
+    return found
+
+
+def measure_further(folder: Path) -> dict[str, Any]:
+    """Of all templates of a folder: the share that is proved, and what is wrong."""
+    entries = read_entries(folder)
+    table = {entry.name: outcomes(entry) for entry in entries}
+    proved, represented, pairs = shares(table)["all"]
+    missed = {
+        name: {kind: r.code for kind, r in row.items() if r.represented and r.code != "proved"}
+        for name, row in table.items()
+    }
+    return {
+        "command": "python benchmarks/template_table.py --further FOLDER",
+        **describe(),
+        "sources": dict(Counter(entry.name.partition("-")[0] for entry in entries)),
+        "templates": len(entries),
+        "proved": proved,
+        "represented": represented,
+        "pairs": pairs,
+        "wrong": {entry.name: kinds for entry in entries if (kinds := wrong(entry))},
+        "missed": {name: kinds for name, kinds in missed.items() if kinds},
+    }
+
+
+def _further() -> list[str]:
+    if not FURTHER.exists():
+        return []
+    found = json.loads(FURTHER.read_text(encoding="utf-8"))
+    share, num_wrong = found["proved"] / found["represented"], sum(map(len, found["wrong"].values()))
+    text = (
+        f"**Templates that the program had not been tried on.** Of {found['templates']} others, from the repositories "
+        f"of TRL, llama.cpp and vLLM, {found['proved']:,} of {found['represented']:,} represented pairs are proved "
+        f"({share:.1%}); {num_wrong} of them are other than what transformers renders. `{found['command']}`, "
+        f"{found['date']}; the templates are not part of this repository."
+    )
+    return ["", *textwrap.wrap(text, 120, break_on_hyphens=False)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--templates", type=Path, default=TEMPLATES)
-    table = {entry.name: outcomes(entry) for entry in read_entries(parser.parse_args().templates)}
+    parser.add_argument("--further", type=Path)
+    options = parser.parse_args()
+    if options.further:
+        found = measure_further(options.further)
+        FURTHER.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    table = {entry.name: outcomes(entry) for entry in read_entries(options.templates)}
     PAGE.write_text(page(table), encoding="utf-8")
     for kind, (proved, represented, pairs) in shares(table).items():
         share = f"{proved / max(1, represented):.1%}"

@@ -110,7 +110,9 @@ def follow(folder: Path) -> Way:
     from preceptor.data.loader import Loader
     from preceptor.train import loop
     from preceptor.train import prepare as preparation
-    from preceptor.train import run as execution
+    from preceptor.train.run import Training
+    from preceptor.train.run_folder import claim
+    from preceptor.train.signals import StopRequest
 
     write_model(folder / "model")
     write_data(folder / "train.jsonl")
@@ -126,7 +128,9 @@ def follow(folder: Path) -> Way:
     prepared = way.recording(preparation.prepare)(run)
     Loader.batch = way.recording(Loader.batch)  # type: ignore[method-assign]
     loop.__dict__["take_step"] = way.recording(loop.__dict__["take_step"])
-    execution.execute(prepared, Console(quiet=True))
+    with claim(run) as run_folder:
+        for _ in Training(run_folder, prepared, Console(quiet=True), StopRequest()).steps():
+            pass
     return way
 
 

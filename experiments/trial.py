@@ -165,11 +165,11 @@ def _train(trial: Trial, out: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from preceptor import config
-    from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from preceptor.train.session import Session
+    from preceptor.train.signals import StopRequest
 
     run = config.build(run_tree(trial, out), trial.name)
-    return execute(prepare(run), Console(quiet=True), replace=True)
+    return Session(run, Console(quiet=True), StopRequest(), replace=True).train()
 
 
 def _losses(out: Path) -> list[float]:

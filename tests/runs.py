@@ -1,4 +1,4 @@
-"""Folders of runs made by hand, without training: what a report is read from."""
+"""Runs for the tests: trained in this process, or folders of runs made by hand, without training."""
 
 import json
 
@@ -13,6 +13,28 @@ CONFIG = {
     "out": "runs/a",
 }
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7777 }} \u2028 & <b>日"
+
+
+def execute(prepared, console, *, resume=False, replace=False):
+    """Train in the folder that the run file names; the summary. resume, replace: as `claim`."""
+    from preceptor.train.run_folder import claim
+
+    with claim(prepared.run, resume=resume, replace=replace) as folder:
+        return execute_in(folder, prepared, console)
+
+
+def execute_in(folder, prepared, console):
+    """As `execute`, in a folder that is claimed already. Where the model is saved, only the record is completed."""
+    from preceptor.train.finish import finish
+    from preceptor.train.run import Training
+    from preceptor.train.signals import StopRequest
+
+    training = Training(folder, prepared, console, StopRequest())
+    if folder.has_model:
+        return finish(folder, training.say)
+    for _ in training.steps():
+        pass
+    return training.summary
 
 
 def steps(losses, **values):

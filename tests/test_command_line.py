@@ -72,6 +72,13 @@ def test_what_can_be_refused_is_refused_before_torch_is_imported(mistakes, kind)
     assert imported == "False" and float(seconds) < 1.5, "0.4 to 0.6 s where the test was written"
 
 
+def test_several_processes_are_refused_before_torch_is_imported(mistakes):
+    write, code, says = mistakes["finished"]
+    shown = in_a_process("train", write(), "--nproc", "2")
+    assert shown.returncode == code and says in shown.stderr and "trained on" in shown.stdout
+    assert shown.stdout.splitlines()[-1].split()[0] == "False"
+
+
 def test_completion_knows_the_commands():
     words = {"_PRECEPTOR_COMPLETE": "complete_bash", "COMP_WORDS": "preceptor do", "COMP_CWORD": "1"}
     assert in_a_process(**words).stdout.split()[0] == "doctor"

@@ -68,7 +68,7 @@ def test_no_bar_of_a_library_stands_between_our_lines(run_file, capfd):
     from conftest import conversations
     from preceptor import config
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from runs import execute
 
     run = config.load(run_file(conversations(4), adapter={"rank": 2}))
     capfd.readouterr()

@@ -1,6 +1,7 @@
 """The scripts of recipes/launch: what they start is a command that torchrun and our command line take."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -17,6 +18,17 @@ LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
 RUN = "recipes/qwen3_8b_tools.yaml"
 
 
+# Starts its task elsewhere, as on another node; told to end, it kills the task.
+SRUN = """while [ "${{1#-}}" != "$1" ]; do shift; done
+setsid "$@" &
+echo $! > {folder}/task
+trap 'kill -KILL $(cat {folder}/task); exit 137' TERM HUP QUIT
+wait $!
+"""
+SCANCEL = """[ "$1 $2" = "--signal=TERM 7.0" ] && kill -TERM "$(cat {folder}/task)"
+"""
+
+
 @pytest.fixture
 def commands(tmp_path):
     """Stand-ins for commands of a cluster, each of which writes its arguments to a file of its name; their folder."""
@@ -27,7 +39,8 @@ def commands(tmp_path):
         file.chmod(0o755)
 
     stand_in("torchrun")
-    stand_in("srun", 'while [ "${1#-}" != "$1" ]; do shift; done\nexec "$@"')
+    stand_in("srun", SRUN.format(folder=tmp_path))
+    stand_in("scancel", SCANCEL.format(folder=tmp_path))
     stand_in("scontrol", 'if [ "$1" = show ]; then echo node-a; echo node-b; fi')
     return tmp_path
 
@@ -97,11 +110,12 @@ def test_slurm_queues_a_job_again_whose_time_is_over(commands):
 
 def test_sky(commands):
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert task["num_nodes"] == 2 and task["envs"]["RUN"] == RUN and task["file_mounts"]["/runs"]["mode"] == "MOUNT"
+    assert task["num_nodes"] == 2 and task["envs"]["RUN"] == RUN
+    assert "file_mounts" not in task and task["envs"]["OUT"].startswith("/runs/") and "/runs" in task["volumes"]
     assert task["resources"]["accelerators"].endswith(":8")
     given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     found = started(["bash", "-euc", task["run"]], commands, **given, **task["envs"], SKYPILOT_TASK_ID="sky-1")
-    require_command(found, nproc="8", endpoint="10.0.0.1:29500")
+    require_command(found, nproc="8", endpoint="10.0.0.1:29500", overrides=[f"out={task['envs']['OUT']}"])
 
 
 def test_kubernetes():
@@ -118,4 +132,6 @@ def test_kubernetes():
     require_command(container["args"], nproc="gpu", endpoint=first, run="/training/run.yaml")
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+    user = re.search(r"^USER (\d+)$", (LAUNCH.parents[1] / "Dockerfile").read_text(), re.MULTILINE)
+    assert pod["securityContext"]["fsGroup"] == int(user[1])
     assert pod["terminationGracePeriodSeconds"] > int(container["env"][0]["value"])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "minimal.py"
 

@@ -18,9 +18,8 @@ from preceptor.evaluate.tasks import Task, read_task
 from preceptor.files import append_line, write_json
 from preceptor.scholar import MODEL_DIR
 from preceptor.train.finish import report_safely
-from preceptor.train.prepare import prepare
-from preceptor.train.run import execute_in
-from preceptor.train.run_folder import claim
+from preceptor.train.session import Session
+from preceptor.train.signals import StopRequest
 
 QUESTIONS = "scholar:heldout"
 MAX_NEW_TOKENS = 96  # of an answer, for both models
@@ -44,8 +43,7 @@ def run_demo(
         "The scholar is a base model: it only continues text. Now it is trained to answer questions, and then called\n"
         "the intern. In the tables, `base` is the scholar and `tuned` the intern."
     )
-    with claim(run, replace=replace) as folder:
-        summary = execute_in(folder, prepare(run), console)
+    summary = Session(run, console, StopRequest(), replace=replace).train()
     task = read_task(QUESTIONS).limited(num_questions, run.train.seed)
     with status_line() as say:
         say(f"asking {len(task.items)} held-out questions")

@@ -20,6 +20,11 @@ def short(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type's name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class PreceptorError(Exception):
     """Any error that the user can fix."""
 
@@ -45,11 +50,11 @@ class StreamError(DataError):
 class TemplateError(PreceptorError, ValueError):
     """A chat template is missing, does not parse, or cannot represent what it is given.
 
-    condemns: nothing may be trained with it, whatever the example.
+    is_fatal: no example may be trained with this template.
     """
 
     exit_code = 4
-    condemns = False
+    is_fatal = False
 
 
 class ModelError(PreceptorError, ValueError):

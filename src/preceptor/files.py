@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 LIVE, MEMORY = "live:", "memory:"  # in place of a path: a model or function, and data, that a Python program holds
@@ -31,13 +31,13 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 def cannot_write(path: Path, error: BaseException, num_bytes: int | None = None) -> CheckpointError:
     """The error to raise where a file or folder cannot be written; with the room that it needs and that there is."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().partition("\n")[0]
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
     room, free = [], free_bytes(path)
     if isinstance(error, OSError) and error.errno in _FULL:
         room += [] if num_bytes is None else [f"needs {readable_bytes(num_bytes)}"]
         room += [] if free is None else [f"{readable_bytes(free)} free"]
     shown = f" ({', '.join(room)})" if room else ""
-    return CheckpointError(f"{path}: cannot be written: {reason or type(error).__name__}{shown}")
+    return CheckpointError(f"{path}: cannot be written: {reason}{shown}")
 
 
 def is_full(error: CheckpointError) -> bool:
@@ -164,6 +164,21 @@ def read_json_lines(path: Path, on_broken: Callable[[CheckpointError], None] | N
     return found
 
 
+def read_run_file(folder: Path) -> tuple[dict[str, Any], str]:
+    """The run file that a run keeps in its folder, and its text. Raises CheckpointError."""
+    import yaml
+
+    file = folder / "config.yaml"
+    text = _text(file, "strict")
+    try:
+        tree = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file}: cannot be read: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: is no run file, but {type(tree).__name__}")
+    return tree, text
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
@@ -235,6 +250,8 @@ def _partial(path: Path) -> Path:
 def _text(path: Path, errors: str = "replace") -> str:
     try:
         return path.read_text(encoding="utf-8", errors=errors)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; was the file changed by hand?") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, first_line
 from preceptor.files import LIVE
 from preceptor.scholar import MODEL_DIR
 
@@ -211,8 +211,3 @@ def cannot_load(place: str, what: str, error: Exception) -> ModelError:
     return ModelError(
         f"{place}: no such folder, and no {what} of this name can be had from the Hub: {first_line(error)}"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type's name where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from preceptor.errors import ConfigError, PreceptorError, ProcessError
+from preceptor.errors import ConfigError, PreceptorError, ProcessError, first_line
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ COMMAND = "PRECEPTOR_COMMAND"
 _LOOK_SECONDS = 0.05  # between two looks for what another process has published
 _CONSEQUENCE_SECONDS = 5.0  # that a process whose connection broke waits for another one to say why
 _BROKEN = ("gloo", "nccl", "connection", "broken pipe", "timed out", "timeout")  # in the messages of torch
-_FAILURE, _CONNECTED = "failure", "connected"
+_FAILURE, _ARRIVED, _CONNECTED = "failure", "arrived", "connected"
 
 
 class Silenced(SystemExit):
@@ -86,11 +87,10 @@ class World:
 
     @classmethod
     def of_process_group(cls) -> "World":
-        """Of a process group that a program has made by itself."""
+        """Of the processes that compute together already."""
         from torch import distributed
 
-        own = cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
-        return own.with_own_group()
+        return cls(distributed.get_rank(), distributed.get_world_size(), local_size=distributed.get_world_size())
 
     @property
     def is_first(self) -> bool:
@@ -120,16 +120,21 @@ class World:
                 raise ProcessError(f"waited {TIMEOUT} for another process ({name})")
             time.sleep(_LOOK_SECONDS)
 
+    def _wait_for_all(self, name: str) -> None:
+        """Until all processes have come here. Ends this process where one has failed."""
+        self.store.add(name, 1)
+        self._wait(lambda: self.store.add(name, 0) == self.size, name)
+
     def connect(self, device_type: str) -> None:
         """Let the processes compute together. Data is rendered before: processes cannot be forked afterwards."""
         if self.size == 1:
             return
         from torch import distributed
 
+        self._wait_for_all(_ARRIVED)  # while torch connects them, none would hear that another one has failed
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=TIMEOUT)
-        self.store.add(_CONNECTED, 1)  # none may end before all are: who still connects would wait for it
-        self._wait(lambda: self.store.add(_CONNECTED, 0) == self.size, _CONNECTED)
+        self._wait_for_all(_CONNECTED)  # none may end before all are: who still connects would wait for it
 
     def with_own_group(self) -> "World":
         """The same processes, who talk apart from others: a thread that waits for them there disturbs nothing else.
@@ -230,7 +235,7 @@ class World:
             until = time.monotonic() + _CONSEQUENCE_SECONDS
             while self._failure() is None and time.monotonic() < until:
                 time.sleep(_LOOK_SECONDS)
-            reason = re.sub(r"^\[[^]]*\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
+            reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". ")[0]
             error = ProcessError(f"another process of the run was killed, or cannot be reached any more ({reason})")
         exit_code = error.exit_code if isinstance(error, PreceptorError) else PreceptorError.exit_code
         try:
@@ -305,6 +310,14 @@ def command_words() -> list[str]:
         return shlex.split(typed)
     name = Path(sys.argv[0]).name
     return ["preceptor" if name == "__main__.py" else name, *sys.argv[1:]]
+
+
+def package_version(package: str) -> str | None:
+    """None: not installed; of this package, also where it runs from its source."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def num_cores() -> int:

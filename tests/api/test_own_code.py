@@ -20,16 +20,16 @@ from preceptor.data import reading
 from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.forward import Engine
-from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.loss.own import require_token_wise
-from preceptor.model.loss.reference import linear_cross_entropy_reference
 from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.step import take_step
+from reference_loss import linear_cross_entropy_reference
+from runs import execute
 from tiny import chain, tiny_model
 
 pytestmark = pytest.mark.usefixtures("empty_report")
@@ -85,8 +85,8 @@ def test_the_gradient_is_that_of_autograd_in_float64(function, softcap):
     for loss_of in (linear_cross_entropy, linear_cross_entropy_reference):
         leaves = [each.clone().requires_grad_() for each in (hidden_TD, weight_VD)]
         options = LossOptions(z_loss=1e-3, own=function)
-        more = {"softcap": softcap, "options": options, "divisor": 7.0, "logits_bytes": 8 * 50 * 4}
-        loss = loss_of(*leaves, source_N, target_N, given_N / 7, **more)
+        more = {"options": options, "divisor": 7.0, "logits_bytes": 8 * 50 * 4}
+        loss = loss_of(leaves[0], Head(leaves[1], softcap=softcap), source_N, target_N, given_N / 7, **more)
         loss.backward()
         found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
     for ours, truth in zip(*found, strict=True):

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from processes import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
-from preceptor import Run, config
+from preceptor import Run, SFTTrainer, config
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.train.prepare import prepare
 
@@ -386,6 +387,18 @@ def test_a_run_file_with_overrides_of_every_form(run_file, live, tmp_path):
         Run.from_file(file, **{"data.train.1.weight": 2})
 
 
+def test_a_data_set_that_is_streamed_is_refused_with_what_works(tmp_path, live):
+    """All its examples would be held in memory."""
+    streamed = datasets.Dataset.from_list(conversations(4)).to_iterable_dataset()
+    for train in (streamed, [conversations(4), streamed]):
+        with pytest.raises(
+            ConfigError, match=r"data\.train.*IterableDataset.*hf://datasets/OWNER/NAME', 'streaming': True"
+        ):
+            run_of(tmp_path, live(), train)
+    with pytest.raises(ConfigError, match=r"train_dataset: an IterableDataset"):
+        SFTTrainer(**live(), train_dataset=streamed, formatting_func=str, output_dir=str(tmp_path / "run"))
+
+
 def test_trackers_follow_a_run_of_python(tmp_path, live, monkeypatch):
     from contextlib import contextmanager
 
@@ -402,6 +415,19 @@ def test_trackers_follow_a_run_of_python(tmp_path, live, monkeypatch):
     assert seen == [(["tensorboard"], tmp_path / "run")]
 
 
+def finish_late():
+    """Let the end of a run take a while in this process."""
+    from preceptor.train import finish
+
+    summarise = finish.RunFolder.summarise
+
+    def late(*arguments):
+        time.sleep(0.5)
+        return summarise(*arguments)
+
+    finish.RunFolder.summarise = late
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork")
 def test_several_processes_each_with_its_own_copy(tmp_path, live):
     run_of(tmp_path, live(), name="alone").train()
@@ -411,10 +437,15 @@ def test_several_processes_each_with_its_own_copy(tmp_path, live):
         if rank and not same_weights:
             with torch.no_grad():
                 given["model"].lm_head.weight[0, 0] += 1
-        return [step.loss for step in run_of(place, given).steps()]
+        if not rank:
+            finish_late()
+        return run_of(place, given).train().losses
 
     first, second = run_ranks(2, lambda rank: work(rank, tmp_path), connected=False)
     assert first == second == pytest.approx([line["loss"] for line in lines(tmp_path / "alone")], rel=1e-5)
+    for name in ("summary.json", "report.html"):  # as of a run that was killed when its model was saved
+        (tmp_path / "run" / name).unlink()
+    assert run_ranks(2, lambda rank: work(rank, tmp_path), connected=False) == [first, first]
     errors = run_ranks(2, lambda rank: work(rank, tmp_path / "other", same_weights=False), connected=False)
     assert any("live models of other weights" in str(error) for error in errors)
 
@@ -437,6 +468,8 @@ def test_steps_are_taken_by_one_loop_at_a_time(tmp_path, live):
         with pytest.raises(ConfigError, match="are being taken already"):
             next(iter(run.steps()))
         break
+    with pytest.raises(CheckpointError, match="this run is not finished"):
+        _ = run.result
 
 
 def test_importing_preceptor_does_not_import_torch():

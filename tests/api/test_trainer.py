@@ -110,7 +110,7 @@ def test_the_arguments_of_a_config_are_those_that_convert_carries_over(base_fold
     assert any(key == "batch size" for key, _ in trainer.notes)
 
 
-def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, capsys):
+def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, capsys, monkeypatch):
     model, tokenizer = (each.from_pretrained(base_folder) for each in (AutoModelForCausalLM, AutoTokenizer))
     before = model.lm_head.weight[:5].clone()
     trainer = SFTTrainer(
@@ -118,6 +118,11 @@ def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, 
     )
     result = trainer.train()
     assert result.num_steps == 2 and not torch.equal(model.lm_head.weight[:5], before)
+    with monkeypatch.context() as of_another:
+        of_another.setenv("WORLD_SIZE", "2")
+        of_another.setenv("RANK", "1")
+        trainer.save_model(str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
     trainer.save_model(str(tmp_path / "copy"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.items())

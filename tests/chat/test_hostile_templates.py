@@ -12,10 +12,11 @@ import tokenizer_families as tf
 from preceptor.chat import limits, tokenise, words
 from preceptor.chat.environment import plain_environment
 from preceptor.chat.limits import RenderLimit
-from preceptor.chat.marked import Marked, compiled_marked, pieces_of
+from preceptor.chat.marked import Marked, compiled_marked, split_by_origin
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
-from preceptor.chat.template import load_template
+from preceptor.chat.template import Template, load_template
+from preceptor.chat.thinking import find_switch
 from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.errors import ConfigError, TemplateError
 from tiny import tiny_tokenizer
@@ -125,7 +126,7 @@ def test_what_one_operation_makes_is_bounded(text):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TemplateError, match=r"took more than|a width|characters|bits") as raised:
         rendered(text + LOOP)
-    assert raised.value.condemns
+    assert raised.value.is_fatal
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2_500_000
 
 
@@ -135,6 +136,14 @@ def test_a_render_has_a_limit_of_time(text):
     with pytest.raises(TemplateError, match=r"took more than 0\.5 s"):
         rendered(text + LOOP)
     assert time.process_time() - started < 3
+
+
+def test_a_switch_that_hangs_is_fatal_at_once_and_not_tried_with_each_probe():
+    template = Template("t", {"default": f"{{% if enable_thinking %}}{SLOW[0]}{{% endif %}}{LOOP}"}, {})
+    started = time.process_time()
+    with pytest.raises(TemplateError, match=r"took more than 0\.5 s") as raised:
+        find_switch(template, {})
+    assert raised.value.is_fatal and time.process_time() - started < 1.2
 
 
 def test_a_program_that_ends_while_the_timer_runs_ends_well():
@@ -183,7 +192,7 @@ ORDINARY = {
 def test_ordinary_operations_are_those_of_jinja(text):
     assert plain_environment().from_string(text).render() == ORDINARY[text]
     compiled = compiled_marked(text)
-    assert "".join(pieces_of(compiled.root_render_func(compiled.new_context({})))[0]) == ORDINARY[text]
+    assert "".join(split_by_origin(compiled.root_render_func(compiled.new_context({})))[0]) == ORDINARY[text]
 
 
 @pytest.mark.parametrize("text", GETS_OUT)
@@ -207,10 +216,10 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("what", DIFFERENT)
-def test_one_difference_from_transformers_condemns_a_template(what):
+def test_one_difference_from_transformers_is_fatal(what):
     with pytest.raises(TemplateError, match=what) as raised:
         rendered(DIFFERENT[what], num=1)
-    assert raised.value.condemns
+    assert raised.value.is_fatal
 
 
 def test_a_limit_is_no_answer_of_a_test():

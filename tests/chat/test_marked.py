@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_render import CHAT, conversation, make, segments
 
 from preceptor.chat.environment import plain_environment
-from preceptor.chat.marked import Marked, compiled_marked, join, pieces_of, plain
+from preceptor.chat.marked import Marked, compiled_marked, join, plain, split_by_origin
 from preceptor.chat.origins import Rendered
 
 TEXT = st.text(alphabet="ab \n<>/thinkß|{}\"'\\é", max_size=12)
@@ -94,7 +94,7 @@ def with_origins(template, **texts):
     """The pieces of a render and their origins: the number of the text that each came from."""
     marked = {name: Marked.leaf(number, text) for number, (name, text) in enumerate(texts.items())}
     compiled = compiled_marked(template)
-    return pieces_of(compiled.root_render_func(compiled.new_context(marked)))
+    return split_by_origin(compiled.root_render_func(compiled.new_context(marked)))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

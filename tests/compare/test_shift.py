@@ -19,7 +19,7 @@ from preceptor.compare.shift import (
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.generate import generate
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.model.head import Head
+from preceptor.model.loss.linear_cross_entropy import Head
 from tiny import tiny_model, tiny_tokenizer
 
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -114,7 +114,7 @@ def test_kl_is_over_the_shared_vocabulary():
     tuned_head = torch.log(torch.tensor([[0.1, 0.2], [0.2, 0.2], [0.2, 0.1], [0.5, 0.5]], dtype=torch.float64))
 
     def head(columns_VN):
-        return Head(torch.cat([columns_VN, torch.zeros(len(columns_VN), 1, dtype=torch.float64)], 1), None, None, 1.0)
+        return Head(torch.cat([columns_VN, torch.zeros(len(columns_VN), 1, dtype=torch.float64)], 1))
 
     said = [AnswerTokens("p:1", (0,), (1, 0))]
     both = (TargetStates(hidden_ND, head(base_head)), TargetStates(hidden_ND, head(tuned_head)))

@@ -428,6 +428,9 @@ def test_streams(peer, given, ours):
     )
     found.tree["data"]["train"] = [{"path": "a.jsonl"}]
     config.build({**found.tree, "model": {"path": "m"}, "out": "b"}, "converted")
+    assert "streaming" not in notes_of(found)
+    of_hub = convert(PeerFile("TRL", {"dataset_name": "owner/name", "streaming": True}), Path())
+    assert "hf://datasets/owner/name" in notes_of(of_hub)["streaming"]
     off = convert(PeerFile(peer, {**given, **dict.fromkeys(("streaming", "dataset_streaming"), False)}), Path())
     assert not {"streaming", "window"} & off.tree.get("data", {}).keys()
 

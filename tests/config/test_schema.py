@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from preceptor import config
-from preceptor.config.run import all_keys
-from preceptor.config.schema import json_schema
+from preceptor.config.run import all_keys, json_schema
 from preceptor.config.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,5 @@
 """The cache of rendered trees: what is rendered once, what is rendered again, and what becomes of damage."""
 
-import ast
 import json
 import os
 import signal
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import preceptor
 from conftest import conversations
 from preceptor import config
 from preceptor.chat.render import Renderer
-from preceptor.chat.rendering_key import _CODE
 from preceptor.data import cache as cache_module
 from preceptor.data import reading
 from preceptor.data.cache import Cache, cache_folder, entries, prune
@@ -275,9 +272,11 @@ def test_a_process_that_is_killed_while_it_renders_leaves_what_it_has_done(run_f
     process = start(file, 0, stands_still_at=35)
     while len(files_of("portions")) < 3 and process.poll() is None:
         time.sleep(0.01)
+    assert prune(tmp_path / "cache", None, 0) == [] and len(files_of("portions")) >= 3  # of a process that renders
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not files_of("tables")
+    assert not any(each.in_use for each in entries(tmp_path / "cache"))
     again = start(file, 0)
     out, error = again.communicate(timeout=120)
     num, sha256 = out.split()
@@ -353,23 +352,3 @@ def test_the_command_lists_and_prunes(load, preceptor, tmp_path):
     assert code == 0 and "1 removed" in out
     assert "empty" in preceptor("cache", "--folder", tmp_path / "cache")[1]
     assert not Path(tmp_path / "none").exists() and preceptor("cache", "--folder", tmp_path / "none")[0] == 0
-
-
-def test_the_key_knows_the_code_of_all_that_is_read_and_rendered():
-    """A change of any module that decides which trees a table has makes another key."""
-    package = Path(preceptor.__file__).parent
-    through, waiting = set(), ["data/reading"]
-    while waiting:
-        module = waiting.pop()
-        file = package / f"{module}.py"
-        if module in through or not file.is_file() or not module.startswith(("data/", "chat/")):
-            continue
-        through.add(module)
-        imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-        named = [node.module.removeprefix("preceptor.").replace(".", "/") for node in imports if node.module]
-        waiting += named
-    known = {name.removesuffix(".py") for name in _CODE}
-    missing = {
-        module for module in through if not module.startswith(("chat/", "data/formats/")) and module not in known
-    }
-    assert missing == {"data/cache", "data/workers"}  # where trees are kept and made, not what they are

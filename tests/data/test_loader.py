@@ -5,7 +5,7 @@ from collections import Counter
 from preceptor.data import packing
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
-from preceptor.data.loader import Loader, deal, few_steps
+from preceptor.data.loader import Loader, assign_to_ranks, few_steps
 
 TREES = [
     Tree(f"f:{n}", (Segment("context", (n,) * (1 + n % 5), None), Segment("target", (n,), 0))) for n in range(1, 38)
@@ -42,16 +42,16 @@ def test_steps_are_even_and_hold_no_more_rows_than_asked():
 
 
 def test_a_step_is_dealt_to_processes_by_tokens():
-    assert deal([5, 9, 4, 4, 3], 1) == [[0, 1, 2, 3, 4]]
-    assert deal([5, 9, 4, 4, 3], 2) == [[1, 3], [0, 2, 4]]  # 13 and 12 tokens
-    assert deal([7, 7], 3) == [[0], [1], []]
+    assert assign_to_ranks([5, 9, 4, 4, 3], 1) == [[0, 1, 2, 3, 4]]
+    assert assign_to_ranks([5, 9, 4, 4, 3], 2) == [[1, 3], [0, 2, 4]]  # 13 and 12 tokens
+    assert assign_to_ranks([7, 7], 3) == [[0], [1], []]
     loader = Loader(Dataset(TREES), max_length=16, batch_size=6, seed=0)
     for step in range(2 * loader.steps_per_epoch):
         for num in (2, 4, 9):
-            dealt = [loader.batch(step, rank, num) for rank in range(num)]
-            assert sum(map(tokens, dealt), Counter()) == tokens(loader.batch(step))
+            assigned = [loader.batch(step, rank, num) for rank in range(num)]
+            assert sum(map(tokens, assigned), Counter()) == tokens(loader.batch(step))
             if num == 2:
-                sizes = [sum(sequence.num_tokens for sequence in own) for own in dealt]
+                sizes = [sum(sequence.num_tokens for sequence in own) for own in assigned]
                 assert max(sizes) - min(sizes) <= 16  # at most a sequence
 
 

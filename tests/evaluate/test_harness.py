@@ -16,7 +16,7 @@ from preceptor.errors import ConfigError, DataError
 from preceptor.evaluate import harness
 from preceptor.evaluate.harness import open_task, require_harness
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval, an optional extra, is not installed"

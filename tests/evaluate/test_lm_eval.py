@@ -40,7 +40,7 @@ def test_the_harness_runs_on_a_saved_model_through_its_chat_template(run_file, t
     from rich.console import Console
 
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from runs import execute
 
     execute(prepare(config.load(run_file(conversations(6)))), Console(quiet=True))
     rows = [{"question": f"the user {n}", "choices": ["the message", "and then"]} for n in range(4)]

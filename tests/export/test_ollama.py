@@ -9,7 +9,7 @@ import pytest
 from preceptor.chat.format import ChatFormat
 from preceptor.chat.template import load_template
 from preceptor.errors import TemplateError
-from preceptor.export.ollama import TurnLaw, modelfile, turn_law
+from preceptor.export.ollama import TurnFormat, modelfile, turn_format
 from tiny import tiny_tokenizer
 
 DEFAULT_SYSTEM = (
@@ -37,7 +37,7 @@ def chat_of(template, tmp_path):
 
 
 def run_go(template, messages):
-    """The part of Go's template language that `TurnLaw.go` writes."""
+    """The part of Go's template language that `TurnFormat.go` writes."""
     tokens = re.split(r"(\{\{.*?\}\})", template)
     out, stack, at, item, loop = [], [], 0, None, []
 
@@ -77,18 +77,18 @@ def run_go(template, messages):
 @pytest.mark.parametrize("template", ["chatml", "llama3", DEFAULT_SYSTEM])
 def test_the_go_template_writes_what_the_jinja_template_does(template, tmp_path):
     chat = chat_of(template, tmp_path)
-    law = turn_law(chat)
+    form = turn_format(chat)
     for messages in ASKED:
         if template == "llama3":  # it strips the messages, which Ollama cannot: the proof refuses data where it matters
             messages = [{**message, "content": message["content"].strip()} for message in messages]
-        assert law.render(messages) == chat.prompt(messages)
-        assert run_go(law.go(), messages) == chat.prompt(messages)
+        assert form.render(messages) == chat.prompt(messages)
+        assert run_go(form.go(), messages) == chat.prompt(messages)
 
 
 @pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed; its template language is read by run_go")
 def test_the_go_template_in_go(tmp_path):
-    law = turn_law(chat_of(DEFAULT_SYSTEM, tmp_path))
-    (tmp_path / "t.txt").write_text(law.go())
+    form = turn_format(chat_of(DEFAULT_SYSTEM, tmp_path))
+    (tmp_path / "t.txt").write_text(form.go())
     (tmp_path / "main.go").write_text(
         'package main\nimport ("os"; "text/template")\ntype M struct{ Role, Content string }\nfunc main() {\n'
         't, _ := os.ReadFile("t.txt")\nm := []M{{"user", "One?"}, {"assistant", "1\\n"}, '
@@ -96,7 +96,7 @@ def test_the_go_template_in_go(tmp_path):
         'template.Must(template.New("t").Parse(string(t))).Execute(os.Stdout, map[string]any{"Messages": m})\n}\n'
     )
     done = subprocess.run(["go", "run", "main.go"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == law.render(ASKED[2])
+    assert done.stdout == form.render(ASKED[2])
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_the_go_template_in_go(tmp_path):
 )
 def test_a_template_that_forgets_or_doubles_messages_is_refused(template, tmp_path):
     with pytest.raises(TemplateError, match=r"each message once and in order .*`--to gguf` keeps it"):
-        turn_law(chat_of(template, tmp_path))
+        turn_format(chat_of(template, tmp_path))
 
 
 def test_the_modelfile_has_stop_tokens_parameters_and_no_second_bos():
-    law = TurnLaw("<s>", "<s>[S]", {"user": "[U]"}, {"system": "", "user": "[/U]", "assistant": "</s>"}, "[A]")
+    form = TurnFormat("<s>", "<s>[S]", {"user": "[U]"}, {"system": "", "user": "[/U]", "assistant": "</s>"}, "[A]")
     settings = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1, "num_ctx": 4096}
-    text = modelfile(law, "model.gguf", "<s>", ["</s>"], settings, "Be brief.", "apache-2.0")
+    text = modelfile(form, "model.gguf", "<s>", ["</s>"], settings, "Be brief.", "apache-2.0")
     assert "<s>" not in text
     for line in (
         "FROM ./model.gguf",
@@ -127,5 +127,5 @@ def test_the_modelfile_has_stop_tokens_parameters_and_no_second_bos():
         'LICENSE """apache-2.0"""',
     ):
         assert line in text.splitlines()
-    greedy = modelfile(law, "model.gguf", None, ["</s>"], {"temperature": 0.7})
+    greedy = modelfile(form, "model.gguf", None, ["</s>"], {"temperature": 0.7})
     assert "PARAMETER temperature 0\n" in greedy and "TEMPLATE" in greedy and "<s>[S]" in greedy

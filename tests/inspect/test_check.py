@@ -12,7 +12,7 @@ from preceptor import config
 from preceptor.chat.format import load_chat_format
 from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection
-from preceptor.data.forest import Segment, Tree, path_lengths, turn_lengths
+from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
 from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import read_examples
 from preceptor.inspect.check import Lengths, check_data, to_json, to_text
@@ -45,7 +45,7 @@ def test_turns_of_a_chain_and_of_a_tree_with_a_split_target():
     chain = Tree(
         "x:1", (segment("context", 5, None), segment("target", 3, 0), segment("context", 2, 1), segment("target", 4, 2))
     )
-    assert turn_lengths(chain) == [(5, 3), (10, 4)] and path_lengths(chain) == [14]
+    assert turn_lengths(chain) == [(5, 3), (10, 4)] and leaf_path_lengths(chain) == [14]
     # The second context shares the first target's first two tokens only, so that target is in two segments.
     split = Tree(
         "x:1",
@@ -57,7 +57,7 @@ def test_turns_of_a_chain_and_of_a_tree_with_a_split_target():
             segment("target", 4, 3),
         ),
     )
-    assert turn_lengths(split) == [(5, 8), (10, 4)] and path_lengths(split) == [13, 14]
+    assert turn_lengths(split) == [(5, 8), (10, 4)] and leaf_path_lengths(split) == [13, 14]
     assert turn_lengths(Tree("x:1", (segment("target", 7, None),))) == [(0, 7)]
 
 

@@ -1,8 +1,9 @@
 """Tokens for the eye: every character there, special tokens marked, targets in their own style."""
 
+from preceptor.chat.token_text import pieces_of
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Segment, Tree
-from preceptor.inspect.show import legend, pieces, summary_line, to_text
+from preceptor.inspect.show import legend, summary_line, to_text
 from tiny import tiny_tokenizer
 
 
@@ -18,7 +19,7 @@ def test_pieces_spell_the_text_also_where_a_character_takes_several_tokens():
     tokenizer = tiny_tokenizer()
     text = "a user 日本 <|endoftext|> ∑é\n"
     ids = tokenizer(text)["input_ids"]
-    found = list(pieces(ids, tokenizer))
+    found = [(piece.text, piece.special) for piece in pieces_of(ids, tokenizer)]
     assert "".join(piece for piece, _ in found) == text
     assert [piece for piece, special in found if special] == ["<|endoftext|>"]
 

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from preceptor import cli
 from preceptor.inspect.stand_in import stand_in_renderer
-from preceptor.inspect.template import find_abilities, to_json, to_text
+from preceptor.inspect.template import find_abilities, to_text
 
 HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opening }}{% endif %}"
 TURN = "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -55,7 +56,7 @@ def look(tmp_path):
     def find(text):
         file = tmp_path / "own.jinja"
         file.write_text(text)
-        return to_json(find_abilities(*stand_in_renderer(str(file))))
+        return asdict(find_abilities(*stand_in_renderer(str(file))))
 
     return find
 
@@ -66,7 +67,7 @@ def outcome(found, kind):
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_the_built_in_templates_prove_every_kind(name):
-    found = to_json(find_abilities(*stand_in_renderer(name)))
+    found = asdict(find_abilities(*stand_in_renderer(name)))
     rejected = {each["kind"]: each["code"] for each in found["outcomes"] if not each["proved"]}
     reasoning = dict.fromkeys(["reasoning_content", "reasoning with tool calls"], "reasoning_dropped")
     assert rejected == {"chatml": {}, "llama3": reasoning}[name]

@@ -8,7 +8,13 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import sizes
 from preceptor.model.attention import cpu, runs
-from preceptor.model.attention.runs import ForestLayout, attend_reference, attend_runs, dense_mask
+from preceptor.model.attention.runs import (
+    AttentionOptions,
+    ForestLayout,
+    attend_reference,
+    attend_runs,
+    dense_mask,
+)
 from preceptor.model.forward import Engine
 from tiny import branching, chain, tiny_model
 
@@ -16,11 +22,11 @@ H, K, D = 4, 2, 8
 
 FEATURES = {
     "plain": {},
-    "window": {"sliding_window": 5},
-    "wide window": {"sliding_window": 1000},
+    "window": {"window": 5},
+    "wide window": {"window": 1000},
     "softcap": {"softcap": 1.5},
     "sinks": {"sinks": True},
-    "all": {"sliding_window": 5, "softcap": 1.5, "sinks": True},
+    "all": {"window": 5, "softcap": 1.5, "sinks": True},
 }
 
 
@@ -50,16 +56,16 @@ def test_dense_mask_is_the_definition():
             assert mask_TT[i, j] == visible
 
 
-def naive(query, key, value, layout, scale, sliding_window=None, softcap=None, sinks=None):
+def naive(query, key, value, layout, options):
     """What transformers' eager attention does with a dense mask, in the dtype of its inputs."""
     key, value = key.repeat_interleave(H // K, dim=1), value.repeat_interleave(H // K, dim=1)
-    scores = query @ key.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
+    scores = query @ key.transpose(2, 3) * options.scale
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, options.window)
     scores = scores.masked_fill(~mask_TT, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[None, :, None, None].expand(1, H, len(mask_TT), 1)], dim=-1)
+    if options.sinks is not None:
+        scores = torch.cat([scores, options.sinks[None, :, None, None].expand(1, H, len(mask_TT), 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights.to(scores.dtype)[..., : len(mask_TT)] @ value
 
@@ -67,7 +73,7 @@ def naive(query, key, value, layout, scale, sliding_window=None, softcap=None, s
 def outputs_and_grads(function, layout, dtype, features):
     (query, key, value), sinks = tensors(layout, dtype)
     features = {**features, "sinks": sinks.requires_grad_()} if "sinks" in features else features
-    output = function(query, key, value, layout, 0.4, **features)
+    output = function(query, key, value, layout, AttentionOptions(0.4, **features))
     leaves = [query, key, value, *([sinks] if "sinks" in features else [])]
     seed = torch.Generator().manual_seed(1)
     direction = torch.randn(output.shape, generator=seed, dtype=torch.float64).to(dtype)
@@ -101,9 +107,9 @@ def test_runs_are_no_further_from_the_truth_than_the_naive_path(features, dtype,
     (query, key, value), sinks = tensors(layout, dtype)
     features = {**features, "sinks": sinks} if "sinks" in features else features
     doubled = {name: f.double() if isinstance(f, torch.Tensor) else f for name, f in features.items()}
-    true = naive(query.double(), key.double(), value.double(), layout, 0.4, **doubled)
-    found = attend_runs(query, key, value, layout, 0.4, **features)
-    other = naive(query, key, value, layout, 0.4, **features)
+    true = naive(query.double(), key.double(), value.double(), layout, AttentionOptions(0.4, **doubled))
+    found = attend_runs(query, key, value, layout, AttentionOptions(0.4, **features))
+    other = naive(query, key, value, layout, AttentionOptions(0.4, **features))
     assert found.dtype == dtype
     assert error(found, true) <= 1.25 * error(other, true)
 
@@ -117,11 +123,12 @@ def test_mixed_precision_under_autocast(short_run_tokens, products, monkeypatch)
     monkeypatch.setattr(runs, "attend_path", lambda q, *rest: seen.add(q.dtype) or attend_path(q, *rest))
     layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
+    options = AttentionOptions(0.4)
     with torch.autocast("cpu", torch.bfloat16):
-        found = attend_runs(query, key, value.bfloat16(), layout, 0.4)
+        found = attend_runs(query, key, value.bfloat16(), layout, options)
     assert found.dtype == torch.bfloat16
     assert seen == {products}
-    assert error(found, attend_reference(query, key, value, layout, 0.4).double()) < 2e-2
+    assert error(found, attend_reference(query, key, value, layout, options).double()) < 2e-2
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
-from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, dense_mask
+from preceptor.model.attention.layout import AttentionOptions, ForestLayout, PathMasks, PhaseLayout, dense_mask
 from preceptor.model.attention.runs import attend_runs
 from preceptor.model.forward import Engine
 from tiny import MODELS, branching, chain, tiny_model
@@ -124,7 +124,7 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
     layout = ForestLayout.from_sequence(forest_sequence(), "cpu")
     (query, key, value), _ = tensors(layout, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output = attend_varlen(query, key, value.bfloat16(), layout, 0.4, window)
+        output = attend_varlen(query, key, value.bfloat16(), layout, AttentionOptions(0.4, window))
     paths = [(end - start, end - start + sum(b - a for a, b in above)) for start, end, above in layout.runs]
     assert any(above for _, _, above in layout.runs)
     assert told.pop("q") == [0, *np.cumsum([q for q, _ in paths])] and told["k"] == [
@@ -140,18 +140,20 @@ def test_varlen_is_told_of_each_run_and_its_path(window, monkeypatch):
 def test_without_groups_varlen_is_not_asked_for_them():
     layout = ForestLayout.from_sequence(chains_sequence(), "cpu")
     (query, _, _), _ = tensors(layout)
-    assert error(attend_varlen(query, query, query, layout, 0.4), attend_runs(query, query, query, layout, 0.4)) < 1e-13
+    arguments = (query, query, query, layout, AttentionOptions(0.4))
+    assert error(attend_varlen(*arguments), attend_runs(*arguments)) < 1e-13
 
 
 def test_keys_of_earlier_levels_are_found_and_the_own_are_left():
     """Tokens 5-8 of a chain after tokens 0-4, as two levels."""
     layout = ForestLayout.from_sequence(SEQUENCES["one chain"], "cpu")
     (query, key, value), _ = tensors(layout)
-    whole = attend_runs(query, key, value, layout, 0.4, 6)
+    options = AttentionOptions(0.4, 6)
+    whole = attend_runs(query, key, value, layout, options)
     runs = ((5, 9, ((0, 5),)),)
     seen = {(0, 5): (key[:, :, :5], value[:, :, :5])}
     level = PhaseLayout(runs, {}, None, PathMasks(runs))
-    found = attend_varlen(query[:, :, 5:9], key[:, :, 5:9], value[:, :, 5:9], level, 0.4, 6, seen=seen)
+    found = attend_varlen(query[:, :, 5:9], key[:, :, 5:9], value[:, :, 5:9], level, options, seen)
     assert error(found, whole[:, :, 5:9]) < 1e-13
     assert torch.equal(seen[5, 9][0], key[:, :, 5:9]) and torch.equal(seen[5, 9][1], value[:, :, 5:9])
 

@@ -9,7 +9,7 @@ from test_attention_cuda import chains_sequence, flash, old_flash
 
 from preceptor.model.attention import cuda
 from preceptor.model.attention.cuda import attend_varlen, fast_path
-from preceptor.model.attention.layout import ForestLayout, PhaseLayout
+from preceptor.model.attention.layout import AttentionOptions, ForestLayout, PhaseLayout
 
 
 def tensor(num_heads, num_tokens=300, head_size=64, dtype=torch.bfloat16, device="cuda"):
@@ -65,7 +65,8 @@ def test_what_is_chosen(chosen, changes, monkeypatch):
     sizes = (asked["num_tokens"], asked["head_size"], asked["dtype"], asked["device"])
     query, key = (tensor(heads, *sizes) for heads in asked["heads"])
     value = tensor(asked["heads"][1], sizes[0], asked.get("value_size", sizes[1]), *sizes[2:])
-    found = fast_path(query, key, value, asked["layout"], asked["softcap"], asked["sinks"])
+    options = AttentionOptions(1.0, None, asked["softcap"], asked["sinks"])
+    found = fast_path(query, key, value, asked["layout"], options)
     cuda._has_flash.cache_clear()
     assert getattr(found, "__name__", None) == chosen
 
@@ -75,4 +76,4 @@ def test_autocast_makes_float32_half(monkeypatch):
     monkeypatch.setattr(cuda, "_has_flash", lambda _: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
-    assert fast_path(query, query, query, CHAINS) is attend_varlen
+    assert fast_path(query, query, query, CHAINS, AttentionOptions(1.0)) is attend_varlen

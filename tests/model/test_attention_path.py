@@ -6,7 +6,7 @@ import torch
 from preceptor.model import sizes
 from preceptor.model.attention import cpu
 from preceptor.model.attention.cpu import attend_path
-from preceptor.model.attention.layout import PathMasks
+from preceptor.model.attention.layout import AttentionOptions, PathMasks
 
 H, K, D, V = 6, 2, 16, 24
 SCALE = 0.4
@@ -26,7 +26,7 @@ def ours(query, key, value, window):
     num_queries, num_keys = query.shape[2], key.shape[2]
     ancestors = ((0, num_keys - num_queries),) if num_keys > num_queries else ()
     masks = PathMasks([(num_keys - num_queries, num_keys, ancestors)])
-    return attend_path(query, key, value, SCALE, window, None, None, masks)
+    return attend_path(query, key, value, AttentionOptions(SCALE, window), masks)
 
 
 def path(num_queries, num_keys, value_size=V):

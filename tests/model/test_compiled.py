@@ -16,7 +16,7 @@ from preceptor.model.activations import layers
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
-from preceptor.model.loss.linear_cross_entropy import linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
 from preceptor.train.preflight import preflight
@@ -102,7 +102,7 @@ def test_a_loss_of_the_users_own_is_computed_as_it_is_written():
     places = torch.arange(5), torch.arange(5) + 3, torch.ones(5)
     found = []
     for is_compiled in (False, True):
-        loss = linear_cross_entropy(*given, *places, options=options, compiled=is_compiled)
+        loss = linear_cross_entropy(given[0], Head(given[1]), *places, options=options, compiled=is_compiled)
         found.append((loss, *torch.autograd.grad(loss, given)))
     assert all(map(torch.equal, *found))
 

@@ -6,11 +6,11 @@ import torch
 from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.template import Template
 from preceptor.model.embeddings import (
-    ROWS_MULTIPLE,
     align_model,
     describe,
     resize_embeddings,
 )
+from preceptor.model.sizes import ROWS_MULTIPLE
 from tiny import tiny_model, tiny_tokenizer
 
 CHAT = ("<|im_start|>", "<|im_end|>")

@@ -169,8 +169,10 @@ def test_attention_that_differs_from_the_models_own_is_found(monkeypatch):
     """Planted: our attention takes the wrong scale."""
     from preceptor.model.attention import runs
 
-    attend = runs.attend_runs
-    monkeypatch.setattr(runs, "attend_runs", lambda q, k, v, layout, scale, *rest: attend(q, k, v, layout, 1.0, *rest))
+    attend, wrong = runs.attend_runs, runs.AttentionOptions(1.0)
+    monkeypatch.setattr(
+        runs, "attend_runs", lambda q, k, v, layout, options, seen: attend(q, k, v, layout, wrong, seen)
+    )
     with pytest.raises(ModelError, match="between the model's own attention and ours"):
         check_isolation(tiny_model("llama"))
 

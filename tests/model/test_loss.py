@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy, token_losses
+from preceptor.model.loss.linear_cross_entropy import Head, TrainedRows, linear_cross_entropy, token_losses
 from preceptor.model.loss.options import LossOptions, chunk_tokens
-from preceptor.model.loss.reference import linear_cross_entropy_reference
+from reference_loss import linear_cross_entropy_reference
 
 T, D, V, N = 40, 16, 96, 29
 
@@ -41,9 +41,10 @@ def holding(num_tokens, dtype=torch.float32):
     return num_tokens * V * dtype.itemsize
 
 
-def loss_and_grads(function, arguments, bias_V=None, **options):
-    leaves = [leaf for leaf in (arguments[0], arguments[1], bias_V) if leaf is not None]
-    loss = function(*arguments, bias_V=bias_V, **options)
+def loss_and_grads(function, arguments, bias_V=None, softcap=None, logit_scale=1.0, **options):
+    hidden_TD, weight_VD, *rest = arguments
+    leaves = [leaf for leaf in (hidden_TD, weight_VD, bias_V) if leaf is not None]
+    loss = function(hidden_TD, Head(weight_VD, bias_V, softcap, logit_scale), *rest, **options)
     return loss, torch.autograd.grad(3.0 * loss, leaves)
 
 
@@ -79,14 +80,15 @@ def test_equals_the_reference(options, head, dtype, tolerance):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_trained_rows_of_a_frozen_head(options):
     (hidden_TD, weight_VD, *rest), _ = inputs()
-    arguments = {"options": OPTIONS[options], "softcap": 2.0}
     rows_R = torch.tensor([3, 90, 41])
     rows = TrainedRows(rows_R, weight_VD[rows_R].detach().requires_grad_())
+    head = Head(weight_VD, softcap=2.0)
     true = torch.autograd.grad(
-        linear_cross_entropy_reference(hidden_TD, weight_VD, *rest, **arguments), (hidden_TD, weight_VD)
+        linear_cross_entropy_reference(hidden_TD, head, *rest, options=OPTIONS[options]), (hidden_TD, weight_VD)
     )
+    head = Head(weight_VD.detach(), softcap=2.0, trained_rows=rows)
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
-        loss = function(hidden_TD, weight_VD.detach(), *rest, trained_rows=rows, logits_bytes=holding(8), **arguments)
+        loss = function(hidden_TD, head, *rest, options=OPTIONS[options], logits_bytes=holding(8))
         found = torch.autograd.grad(loss, (hidden_TD, rows.weight_RD))
         assert error(found[0], true[0]) < 1e-5
         assert error(found[1], true[1][rows_R]) < 1e-5
@@ -95,15 +97,19 @@ def test_trained_rows_of_a_frozen_head(options):
 def test_the_gradient_is_the_slope_of_the_loss():
     """Central differences along random directions, with everything on that has no constant in it."""
     (hidden_TD, weight_VD, *rest), bias_V = inputs(torch.float64, bias=True)
-    options = {"softcap": 2.0, "logit_scale": 0.7, "options": LossOptions(label_smoothing=0.1, z_loss=0.01)}
+    options = LossOptions(label_smoothing=0.1, z_loss=0.01)
+
+    def loss_of(hidden_TD, weight_VD, bias_V):
+        return linear_cross_entropy(hidden_TD, Head(weight_VD, bias_V, 2.0, 0.7), *rest, options=options)
+
     leaves = (hidden_TD, weight_VD, bias_V)
-    grads = torch.autograd.grad(linear_cross_entropy(hidden_TD, weight_VD, *rest, bias_V=bias_V, **options), leaves)
+    grads = torch.autograd.grad(loss_of(*leaves), leaves)
     for which, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
         direction = torch.randn(leaf.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(which))
         ends = []
         for step in (1e-5, -1e-5):
             moved = [leaf + step * direction if at == which else leaf for at, leaf in enumerate(leaves)]
-            ends.append(linear_cross_entropy(moved[0], moved[1], *rest, bias_V=moved[2], **options).item())
+            ends.append(loss_of(*moved).item())
         assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float((direction * grad).sum()), rel=1e-7)
 
 
@@ -112,15 +118,14 @@ def test_label_smoothing_is_that_of_torch():
     losses_N = torch.nn.functional.cross_entropy(
         hidden_TD[source_N] @ weight_VD.T, target_N, reduction="none", label_smoothing=0.1
     )
-    loss = linear_cross_entropy(
-        hidden_TD, weight_VD, source_N, target_N, weight_N, options=LossOptions(label_smoothing=0.1)
-    )
+    options = LossOptions(label_smoothing=0.1)
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD), source_N, target_N, weight_N, options=options)
     assert error(loss, (losses_N * weight_N).sum()) < 1e-6
 
 
 def test_dft_weighs_each_token_by_its_probability():
     (hidden_TD, weight_VD, source_N, target_N, weight_N), _ = inputs()
-    losses_N, _ = token_losses(hidden_TD, weight_VD, source_N, target_N)
+    losses_N, _ = token_losses(hidden_TD, Head(weight_VD), source_N, target_N)
     arguments = (hidden_TD, weight_VD, source_N, target_N)
     true_loss, true_grads = loss_and_grads(linear_cross_entropy, (*arguments, weight_N * torch.exp(-losses_N)))
     loss, grads = loss_and_grads(linear_cross_entropy, (*arguments, weight_N), options=LossOptions(dft=True))
@@ -128,9 +133,9 @@ def test_dft_weighs_each_token_by_its_probability():
     assert all(error(found, true) < 1e-6 for found, true in zip(grads, true_grads, strict=True))
 
 
-def naive(hidden_TD, weight_VD, source_N, target_N, weight_N, bias_V=None):
+def naive(hidden_TD, head, source_N, target_N, weight_N):
     """What a model and cross_entropy do: logits of the row in the products' dtype, softmax in float32."""
-    logits_NV = (hidden_TD @ weight_VD.T)[source_N].float()
+    logits_NV = (hidden_TD @ head.weight_VD.T)[source_N].float()
     losses_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
     return (losses_N * weight_N.float()).sum()
 
@@ -157,7 +162,7 @@ def test_many_chunks_do_not_wear_down_the_gradient_of_a_bfloat16_head():
     (hidden_TD, weight_VD, *_), _ = inputs(torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
     source_N, target_N = torch.randint(T, (600,), generator=generator), torch.randint(4, (600,), generator=generator)
-    arguments = (hidden_TD.detach().abs(), weight_VD, source_N, target_N, torch.ones(600))
+    arguments = (hidden_TD.detach().abs(), Head(weight_VD), source_N, target_N, torch.ones(600))
     true = torch.autograd.grad(linear_cross_entropy_reference(*arguments), weight_VD)[0]
     other = torch.autograd.grad(naive(*arguments), weight_VD)[0]
     loss = linear_cross_entropy(*arguments, logits_bytes=holding(2, torch.bfloat16))
@@ -171,7 +176,7 @@ def test_a_confident_token_keeps_its_small_loss_in_bfloat16():
         weight_VD[5, 0] = 1.0
     hidden_TD = torch.zeros(1, D, dtype=torch.bfloat16)
     hidden_TD[0, 0] = 13.75
-    arguments = (hidden_TD, weight_VD, torch.tensor([0]), torch.tensor([5]), torch.ones(1))
+    arguments = (hidden_TD, Head(weight_VD), torch.tensor([0]), torch.tensor([5]), torch.ones(1))
     true = linear_cross_entropy_reference(*arguments)
     loss = linear_cross_entropy(*arguments)
     assert 5e-5 < true.item() < 2e-4 and loss.item() == pytest.approx(true.item(), rel=5e-3)
@@ -180,16 +185,16 @@ def test_a_confident_token_keeps_its_small_loss_in_bfloat16():
 
 
 def test_matrix_products_follow_autocast():
-    arguments, _ = inputs()
-    plain = linear_cross_entropy(*arguments)
+    (hidden_TD, weight_VD, *rest), _ = inputs()
+    plain = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = linear_cross_entropy(*arguments)
+        under_autocast = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest)
     assert 1e-5 < error(under_autocast, plain) < 1e-2
 
 
 def test_without_trained_tokens_backward_gives_zeros():
     (hidden_TD, weight_VD, *rest), bias_V = inputs(bias=True, n=0)
-    loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, bias_V=bias_V)
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD, bias_V), *rest)
     assert loss.item() == 0.0
     loss.backward()
     for leaf in (hidden_TD, weight_VD, bias_V):
@@ -199,8 +204,8 @@ def test_without_trained_tokens_backward_gives_zeros():
 
 def test_a_frozen_head_gets_no_gradient_and_no_accumulator():
     (hidden_TD, weight_VD, *rest), _ = inputs()
-    true_grad = torch.autograd.grad(linear_cross_entropy_reference(hidden_TD, weight_VD, *rest), hidden_TD)[0]
-    loss = linear_cross_entropy(hidden_TD, weight_VD.detach(), *rest)
+    true_grad = torch.autograd.grad(linear_cross_entropy_reference(hidden_TD, Head(weight_VD), *rest), hidden_TD)[0]
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD.detach()), *rest)
     assert [grad is None for grad in loss.grad_fn.grads] == [False, True, True, True]
     loss.backward()
     assert error(hidden_TD.grad, true_grad) < 1e-5
@@ -209,15 +214,17 @@ def test_a_frozen_head_gets_no_gradient_and_no_accumulator():
 def test_a_tied_head_gets_the_sum_of_both_gradients():
     (_, weight_VD, *rest), _ = inputs()
     ids_T = torch.arange(T) % V
-    found = torch.autograd.grad(linear_cross_entropy(weight_VD[ids_T] * 2, weight_VD, *rest), weight_VD)[0]
-    true = torch.autograd.grad(linear_cross_entropy_reference(weight_VD[ids_T] * 2, weight_VD, *rest), weight_VD)[0]
+    found, true = (
+        torch.autograd.grad(function(weight_VD[ids_T] * 2, Head(weight_VD), *rest), weight_VD)[0]
+        for function in (linear_cross_entropy, linear_cross_entropy_reference)
+    )
     assert error(found, true) < 1e-5
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_extreme_logits_stay_finite(options):
     (hidden_TD, weight_VD, *rest), _ = inputs()
-    loss = linear_cross_entropy(hidden_TD * 1e4, weight_VD, *rest, options=OPTIONS[options])
+    loss = linear_cross_entropy(hidden_TD * 1e4, Head(weight_VD), *rest, options=OPTIONS[options])
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden_TD.grad).all()
@@ -228,12 +235,12 @@ def test_what_is_not_finite_shows():
     for value in (float("nan"), float("inf")):
         spoilt_TD = hidden_TD.detach().clone()
         spoilt_TD[rest[0][0], 0] = value
-        assert not torch.isfinite(linear_cross_entropy(spoilt_TD, weight_VD, *rest))
+        assert not torch.isfinite(linear_cross_entropy(spoilt_TD, Head(weight_VD), *rest))
 
 
 def test_a_second_backward_is_an_error():
-    arguments, _ = inputs()
-    loss = linear_cross_entropy(*arguments)
+    (hidden_TD, weight_VD, *rest), _ = inputs()
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
         loss.backward()
@@ -241,21 +248,21 @@ def test_a_second_backward_is_an_error():
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_without_gradients_the_loss_is_the_same(options):
-    arguments, bias_V = inputs(bias=True)
-    head = {"bias_V": bias_V, "softcap": 2.0, "options": OPTIONS[options]}
+    (hidden_TD, weight_VD, *rest), bias_V = inputs(bias=True)
+    arguments = (hidden_TD, Head(weight_VD, bias_V, softcap=2.0), *rest)
     with torch.no_grad():
-        loss = linear_cross_entropy(*arguments, logits_bytes=holding(4), **head)
+        loss = linear_cross_entropy(*arguments, options=OPTIONS[options], logits_bytes=holding(4))
     assert not loss.requires_grad
-    assert error(loss, linear_cross_entropy_reference(*arguments, **head)) < 1e-6
+    assert error(loss, linear_cross_entropy_reference(*arguments, options=OPTIONS[options])) < 1e-6
 
 
 def test_token_losses():
     (hidden_TD, weight_VD, source_N, target_N, weight_N), bias_V = inputs(bias=True)
-    options = {"bias_V": bias_V, "softcap": 2.0, "logit_scale": 0.5}
+    head = Head(weight_VD, bias_V, 2.0, 0.5)
     logits_NV = 0.5 * (hidden_TD[source_N] @ weight_VD.T + bias_V)
     target_N[::2] = logits_NV.argmax(dim=-1)[::2]
-    losses_N, correct_N = token_losses(hidden_TD, weight_VD, source_N, target_N, **options)
-    true = linear_cross_entropy_reference(hidden_TD, weight_VD, source_N, target_N, weight_N, **options)
+    losses_N, correct_N = token_losses(hidden_TD, head, source_N, target_N)
+    true = linear_cross_entropy_reference(hidden_TD, head, source_N, target_N, weight_N)
     assert losses_N.dtype == torch.float32
     assert error((losses_N.double() * weight_N).sum(), true) < 1e-6
     assert torch.equal(correct_N, logits_NV.argmax(dim=-1) == target_N)

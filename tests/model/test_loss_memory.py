@@ -6,8 +6,8 @@ from test_loss import D, N, V, error, holding, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.model.loss import softmax
-from preceptor.model.loss.linear_cross_entropy import HeadCast, linear_cross_entropy
-from preceptor.model.loss.reference import linear_cross_entropy_reference
+from preceptor.model.loss.linear_cross_entropy import Head, HeadCast, linear_cross_entropy
+from reference_loss import linear_cross_entropy_reference
 
 
 class Watch(TorchDispatchMode):
@@ -33,9 +33,10 @@ class Watch(TorchDispatchMode):
 
 def test_logits_never_exceed_one_chunk_nor_their_float32_one_block(monkeypatch):
     monkeypatch.setitem(softmax._BLOCK_LOGITS, "cpu", 2 * V)
-    arguments, _ = inputs()
+    (hidden_TD, weight_VD, *rest), _ = inputs()
+    head = Head(weight_VD, softcap=2.0)
     with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
-        linear_cross_entropy(*arguments, softcap=2.0, logits_bytes=holding(8, torch.bfloat16))
+        linear_cross_entropy(hidden_TD, head, *rest, logits_bytes=holding(8, torch.bfloat16))
     assert watch.most_rows(torch.bfloat16) == 8
     assert watch.most_rows(torch.float32) == 2
     assert watch.made.count((torch.bfloat16, (8, V))) == 1, "one buffer for all chunks"
@@ -47,7 +48,7 @@ def test_one_float32_buffer_for_the_gradient_of_the_head_and_none_beside_a_given
         with torch.autocast("cpu", torch.bfloat16), Watch() as watch:
             loss = linear_cross_entropy(
                 hidden_TD,
-                weight_VD,
+                Head(weight_VD),
                 *rest,
                 logits_bytes=holding(8, torch.bfloat16),
                 head_grad_VD=head_grad_VD,
@@ -60,7 +61,7 @@ def test_one_float32_buffer_for_the_gradient_of_the_head_and_none_beside_a_given
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_autograd_adopts_the_gradient_of_the_head_without_a_copy(factor):
     (hidden_TD, weight_VD, *rest), _ = inputs()
-    loss = linear_cross_entropy(hidden_TD, weight_VD, *rest)
+    loss = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest)
     address = loss.grad_fn.grads[1].data_ptr()
     (loss * factor).backward()
     assert weight_VD.grad.data_ptr() == address
@@ -78,10 +79,12 @@ def test_rows_add_up_in_a_given_buffer(autocast):
     weight_VD.grad = torch.zeros_like(weight_VD)
     address = weight_VD.grad.data_ptr()
     for (hidden_TD, _), rest in zip(leaves, rests, strict=True):
-        true = linear_cross_entropy_reference(hidden_TD, weight_VD, *rest)
+        true = linear_cross_entropy_reference(hidden_TD, Head(weight_VD), *rest)
         trues.append(torch.autograd.grad(true, (hidden_TD, weight_VD)))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=weight_VD.grad, gradient_is_one=True)
+            loss = linear_cross_entropy(
+                hidden_TD, Head(weight_VD), *rest, head_grad_VD=weight_VD.grad, gradient_is_one=True
+            )
         loss.backward()
     tolerance = 2e-2 if autocast else 1e-5
     assert weight_VD.grad.data_ptr() == address
@@ -93,7 +96,7 @@ def test_rows_add_up_in_a_given_buffer(autocast):
 def test_a_given_buffer_rejects_a_loss_that_is_multiplied_later():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     loss = linear_cross_entropy(
-        hidden_TD, weight_VD, *rest, head_grad_VD=torch.zeros_like(weight_VD), gradient_is_one=True
+        hidden_TD, Head(weight_VD), *rest, head_grad_VD=torch.zeros_like(weight_VD), gradient_is_one=True
     )
     with pytest.raises(RuntimeError, match="weight_N"):
         (loss / N).backward()
@@ -103,7 +106,7 @@ def test_a_given_buffer_is_left_alone_without_gradients():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     head_grad_VD = torch.zeros_like(weight_VD)
     with torch.no_grad():
-        linear_cross_entropy(hidden_TD, weight_VD, *rest, head_grad_VD=head_grad_VD, gradient_is_one=True)
+        linear_cross_entropy(hidden_TD, Head(weight_VD), *rest, head_grad_VD=head_grad_VD, gradient_is_one=True)
     assert not head_grad_VD.any()
 
 
@@ -111,16 +114,16 @@ def test_a_head_is_cast_once_and_again_when_it_changes():
     (hidden_TD, weight_VD, *rest), _ = inputs()
     weight_VD = torch.nn.Parameter(weight_VD.detach(), requires_grad=False)
     with torch.autocast("cpu", torch.bfloat16):
-        before = linear_cross_entropy(hidden_TD, weight_VD, *rest)
+        before = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest)
         cast = HeadCast()
         with Watch() as watch:
-            losses = [linear_cross_entropy(hidden_TD, weight_VD, *rest, head_cast=cast) for _ in range(3)]
+            losses = [linear_cross_entropy(hidden_TD, Head(weight_VD), *rest, head_cast=cast) for _ in range(3)]
         assert watch.made.count((torch.bfloat16, (V, D))) == 1
         assert all(torch.equal(loss, before) for loss in losses)
         with torch.no_grad():
             weight_VD.mul_(0.5)
-        changed = linear_cross_entropy(hidden_TD, weight_VD, *rest, head_cast=cast)
+        changed = linear_cross_entropy(hidden_TD, Head(weight_VD), *rest, head_cast=cast)
         with Watch() as watch:
-            assert torch.equal(changed, linear_cross_entropy(hidden_TD, weight_VD, *rest))
+            assert torch.equal(changed, linear_cross_entropy(hidden_TD, Head(weight_VD), *rest))
         assert watch.made.count((torch.bfloat16, (V, D))) == 1, "made again without it"
     assert not torch.equal(changed, before)

@@ -18,8 +18,8 @@ from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.checks.sequential import check_sequential
 from preceptor.model.load import load_model
 from preceptor.model.parts import freeze_towers, tower_parameters
-from preceptor.train import run as execution
 from preceptor.train.prepare import prepare
+from runs import execute
 from tiny import SEEING, seeing_model, tiny_model, tiny_tokenizer
 
 
@@ -62,7 +62,7 @@ def test_a_run_changes_the_text_and_saves_the_whole(run_file, tmp_path, kind, ad
     file = run_file(conversations(8), eval_rows=conversations(2), **sections)
     run = config.load(file, ["train.duration=3 steps", "optimizer.learning_rate=0.01"])
     shown = io.StringIO()
-    execution.execute(prepare(run), Console(file=shown, width=200))
+    execute(prepare(run), Console(file=shown, width=200))
     num_towers = sum(p.numel() for p in tower_parameters(base))
     assert f"{num_towers:,} parameters are of towers that no text goes through" in shown.getvalue()
     if adapter is None:

@@ -96,9 +96,9 @@ def test_none_holds_the_keys_and_values_of_context_only_tokens_constant(kind, se
     bearing_T = torch.zeros(sequence.num_tokens, dtype=torch.bool)
     bearing_T[torch.from_numpy(sequence.source_N)] = True
 
-    def constant(query, key, value, layout, *options):
+    def constant(query, key, value, layout, options, seen):
         key, value = (torch.where(bearing_T[:, None], t, t.detach()) for t in (key, value))
-        return attend_reference(query, key, value, layout, *options[:4])
+        return attend_reference(query, key, value, layout, options)
 
     monkeypatch.setattr(runs, "attend_runs", constant)
     assert_same(found, loss_and_grads(model, whole(model, sequence)), rounding_in_float64(kind))

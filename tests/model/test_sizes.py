@@ -11,7 +11,7 @@ from preceptor.model.activations import inputs, layers
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.layout import computed_tokens
-from preceptor.model.attention.runs import ForestLayout, attend_runs
+from preceptor.model.attention.runs import AttentionOptions, ForestLayout, attend_runs
 from preceptor.model.forward import Engine
 from preceptor.model.loss import softmax
 from preceptor.model.sizes import FINEST, mostly_short, on_grid
@@ -81,8 +81,9 @@ def test_attention_gives_zeros_for_tokens_in_no_run():
     layout = ForestLayout.from_sequence(pack_trees([branching(np.random.default_rng(0))]), "cpu")
     num_tokens = len(layout.position_T)
     query, key, value = (torch.randn(1, heads, num_tokens + 3, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    found = attend_runs(query, key, value, layout, 0.4)
-    alone = attend_runs(*(part[:, :, :num_tokens] for part in (query, key, value)), layout, 0.4)
+    options = AttentionOptions(0.4)
+    found = attend_runs(query, key, value, layout, options)
+    alone = attend_runs(*(part[:, :, :num_tokens] for part in (query, key, value)), layout, options)
     assert torch.equal(found[:, :, :num_tokens], alone)
     assert not found[:, :, num_tokens:].any() and found.shape == query.shape
 

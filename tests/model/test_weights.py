@@ -138,6 +138,18 @@ def test_a_byte_that_is_read_back_as_another_is_told_on_all_ranks(tmp_path):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+def _begun_nowhere(rank, folder):
+    model = made("llama")
+    shard_model(Engine(model), device_mesh("shard", "cpu", 2, 2))
+    with pytest.raises(CheckpointError, match="file/model: cannot be written: Not a directory"):
+        save_model(model, tiny_tokenizer(), folder / "file" / "model")
+
+
+def test_a_folder_that_the_first_rank_cannot_begin_is_told_on_all_ranks(tmp_path):
+    (tmp_path / "file").touch()
+    on_ranks(2, _begun_nowhere, tmp_path)
+
+
 def _overflowing(rank, folder):
     model = made("llama")
     with torch.no_grad():

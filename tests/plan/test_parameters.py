@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
-from preceptor.model import embeddings
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.parts import decoder_of, tower_parameters
+from preceptor.model.sizes import rows_for
 from preceptor.plan.dry_run import DryRun, dry_run_like
-from preceptor.plan.parameters import ROWS_MULTIPLE, LoraSpec, count_parameters, rows_for
+from preceptor.plan.parameters import LoraSpec, count_parameters
 from preceptor.plan.shapes import FAMILIES, shape_of
 from tiny import seeing_model, tiny_model
 
@@ -311,5 +311,4 @@ def test_what_is_not_known_is_said_by_name():
 
 
 def test_rows_grow_as_the_trainer_lets_them():
-    assert ROWS_MULTIPLE == embeddings.ROWS_MULTIPLE
     assert rows_for(128256, 128256) == 128256 and rows_for(4096, 4099) == 4160

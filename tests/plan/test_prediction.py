@@ -14,7 +14,7 @@ from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import BASE
 from preceptor.plan.plan import predict_peak_bytes, would_fit
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 from tiny import tiny_model
 
 

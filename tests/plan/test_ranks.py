@@ -9,8 +9,9 @@ import pytest
 from preceptor import config
 from preceptor.plan.memory import Moment, Setup, state_bytes, step_memory
 from preceptor.plan.parameters import LayerParameters, LoraSpec, Parameters
-from preceptor.plan.ranks import choose, in_words, placements, rank_peak_bytes, rank_sent_bytes, unknown
+from preceptor.plan.ranks import choose, in_words, placements, rank_peak_bytes, unknown
 from preceptor.plan.text import to_text
+from scaling_ranks import rank_sent_bytes
 from tiny_types import BASE
 
 LAYER = LayerParameters(1000, 1000, 1000, 64, None)

@@ -97,6 +97,13 @@ def test_what_is_no_run_or_broken_is_an_error(tmp_path):
     (folder / "eval.jsonl").write_text('{"step": 0}\n{"step":\n', encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"eval.jsonl:2: broken JSON"):
         write_report([folder])
+    (folder / "eval.jsonl").write_bytes(b'{"step": "\xff"}\n')
+    with pytest.raises(CheckpointError, match=r"eval.jsonl: cannot be read: .*utf-8"):
+        write_report([folder])
+    for content, message in ((b"out: \xff", "cannot be read: .*utf-8"), (b"- a", "is no run file, but list")):
+        (folder / "config.yaml").write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"config.yaml: {message}"):
+            write_report([folder])
     with pytest.raises(ConfigError, match=r"ends in \.html"):
         write_report([write_run(tmp_path / "b")], tmp_path / "rows.jsonl")
     with pytest.raises(CheckpointError, match="No such file"):

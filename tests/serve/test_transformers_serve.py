@@ -64,7 +64,7 @@ def run_folder(tmp_path_factory):
 
     from preceptor import config
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from runs import execute
     from tiny import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("served")

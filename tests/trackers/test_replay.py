@@ -1,5 +1,6 @@
 """The replay of a run folder: each step once and in order, whatever was stopped; and each real tracker that is here."""
 
+import importlib.util
 import json
 import os
 from typing import get_args
@@ -250,18 +251,30 @@ def test_one_process_at_a_time(run, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(preceptor, run_file, monkeypatch):
-    monkeypatch.setitem(replay.open_sink.__globals__["PACKAGES"], "wandb", "no_such_package")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     code, _, err = preceptor("train", run_file(tracker="wandb"))
     assert code == 2 and "tracker: wandb is not installed: pip install 'preceptor[wandb]'" in err
+
+
+def test_a_broken_run_file_is_named(run, preceptor):
+    run.train(1, 2)
+    (run.path / "config.yaml").write_text("tracker: [")
+    broken = f"{run.path}/config.yaml: cannot be read: not valid YAML"
+    code, _, err = preceptor("track", run.path)
+    assert code == CheckpointError.exit_code and broken in err
+    said = []
+    assert not follower.send_all(run.path, ["wandb"], said.append)
+    assert said[0].startswith(f"wandb: {broken}")
 
 
 def test_the_trackers_are_the_same_everywhere():
     from preceptor.commands.track import TrackerName
     from preceptor.config.run import Tracker
     from preceptor.inspect.machine import EXTRAS
-    from preceptor.trackers.sink import PACKAGES
+    from preceptor.trackers.sink import SINKS
 
-    assert {name.value for name in TrackerName} == set(get_args(Tracker)) == set(PACKAGES) <= set(EXTRAS)
+    assert {name.value for name in TrackerName} == set(get_args(Tracker)) == set(SINKS) <= set(EXTRAS)
 
 
 # The real ones -------------------------------------------------------------------------------------------------------

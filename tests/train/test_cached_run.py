@@ -9,7 +9,7 @@ from preceptor import config
 from preceptor.console import standard_console
 from preceptor.data import reading
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 
 
 def test_losses_and_records_are_equal(run_file, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes
-from preceptor.train.optimizer import build_optimizer
+from preceptor.train.optimizer import apply_learning_rate, build_optimizer
 from tiny import tiny_model
 
 
@@ -56,6 +56,19 @@ def test_what_is_saved_comes_back_to_the_bit(checkpoints, offload):
     assert back.step == 2 and same(state, back)
     size = sum(file.stat().st_size for file in (checkpoints.folder / "step-00000002").iterdir())
     assert size <= checkpoint_bytes(state) < size + (1 << 20)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_states_move_to_the_hosts_memory_and_back(checkpoints, offload):
+    """A run whose memory ran out goes on with `optimizer.offload`."""
+    checkpoints.save(state_of(offload=not offload))
+    back, state = restored(checkpoints, offload=offload), state_of(offload=offload)
+    for each in (back, state):
+        for parameter in each.trained.values():
+            parameter.grad = torch.ones_like(parameter)
+        apply_learning_rate(each.optimizer, 1e-3)
+        each.optimizer.step()
+    assert all(torch.equal(p, back.trained[name]) for name, p in state.trained.items())
 
 
 def test_the_newest_are_kept_and_stray_names_are_none_of_them(checkpoints):

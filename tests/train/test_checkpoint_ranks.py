@@ -91,14 +91,14 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
     here = Checkpoints(tmp_path / "checkpoints", "this", keep=5, async_save=async_save)
 
     def save(rank):
-        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
+        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True, **held), 2)
         checkpoints.save(state)
         take_steps(state, 1)  # what is being written is a copy
         checkpoints.wait()
 
     def read_and_go_on(rank):
-        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group())
+        checkpoints = Checkpoints(here.folder, "this", 5, async_save, world=World.of_process_group().with_own_group())
         state = state_of(seed=4, on_ranks=True, **held)
         checkpoints.restore(state, print)
         assert state.step == 4
@@ -125,7 +125,7 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
 
 def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, monkeypatch):
     def save(rank):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True), 2)
         checkpoints.save(state)
         if rank == 1:
@@ -146,6 +146,28 @@ def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, mon
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_what_one_rank_writes_where_the_first_does_not_see_it_is_not_published(tmp_path):
+    """As of two nodes whose `out` are two disks."""
+
+    def save(rank):
+        if rank == 1:
+            describe = checkpoint.describe_files
+
+            def on_another_disk(folder, files):
+                described = describe(folder, files)
+                for file in files:
+                    file.unlink()
+                return described
+
+            checkpoint.describe_files = on_another_disk
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        with pytest.raises(CheckpointError, match=r"__1_0\.distcp: another process has written it.*all nodes share"):
+            checkpoints.save(take_steps(state_of(on_ranks=True), 2))
+
+    on_ranks(2, save, tmp_path / "ranks")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
     here = Checkpoints(tmp_path / "checkpoints", "this", keep=5)
     for num in (2, 3):
@@ -158,7 +180,7 @@ def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
     def read(rank):
         said = []
         state = state_of(seed=4, on_ranks=True)
-        Checkpoints(here.folder, "this", 5, world=World.of_process_group()).restore(state, said.append)
+        Checkpoints(here.folder, "this", 5, world=World.of_process_group().with_own_group()).restore(state, said.append)
         assert state.step == 2 and len(said) == 1 and "__0_0.distcp: is damaged" in said[0]
 
     on_ranks(2, read, tmp_path / "ranks")
@@ -168,7 +190,7 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(tmp_path):
     """Killed while the other one writes: the other ends with an error, and nothing half written counts."""
 
     def save(rank):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
         state = take_steps(state_of(on_ranks=True), 2)
         checkpoints.save(state)
         if rank == 1:

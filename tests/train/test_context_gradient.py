@@ -10,7 +10,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import ConfigError
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 
 
 def trajectory(file, name, *overrides):

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 
 from conftest import conversations
 from preceptor import config
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.data.forest import empty_sequence
+from preceptor.data.loader import Loader
+from preceptor.errors import CheckpointError, DataError, ModelError
 from preceptor.train import checkpoint, loop
 from preceptor.train import step as stepping
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.signals import EXIT_CODE, StopRequest
+from runs import execute
 from tiny import tiny_model, tiny_tokenizer
 
 QUIET = Console(quiet=True)
@@ -167,6 +169,47 @@ def test_a_skipped_step_changes_no_weight_and_no_state_of_the_optimizer(run_file
     for name, parameter in state.trained.items():
         assert torch.equal(parameter, weights[name])
         assert all(torch.equal(value, moments[name][key]) for key, value in state.optimizer.state[parameter].items())
+
+
+def test_an_empty_sequence_beside_those_of_the_step_names_no_example(run_file, monkeypatch):
+    """A sharded process takes one to be in step with others; a loss of one's own may be NaN there: a mean of none."""
+    from preceptor.train.build import build_model
+
+    prepared = prepare(config.load(run_file()))
+    model = build_model(prepared, torch.device("cpu"))
+    in_step, accumulate = stepping._in_step_with_others, stepping.accumulate_gradients
+
+    def with_an_empty_one(engine, sequences, *settings):
+        return in_step(engine, [*sequences, empty_sequence(False)], *settings)
+
+    def not_finite(*arguments):
+        losses, router_aux = accumulate(*arguments)
+        return [loss * float("nan") for loss in losses], router_aux
+
+    monkeypatch.setattr(stepping, "_in_step_with_others", with_an_empty_one)
+    monkeypatch.setattr(stepping, "accumulate_gradients", not_finite)
+    state, sequences = checkpoint.State(model, loop_optimizer(model)), prepared.loader().batch(0)
+    with pytest.raises(stepping.NotFiniteError) as raised:
+        loop.take_step(state, sequences, 1e-3, 1.0, "float32")
+    assert raised.value.broken == list(range(len(sequences)))
+
+
+def test_data_that_cannot_be_read_any_more_costs_no_step(run_file, tmp_path, monkeypatch, preceptor):
+    """As when a file of the cache is lost while the run trains from it."""
+    file, batch = run_file(checkpoint__every=None), Loader.batch
+
+    def lost(self, step, *ranks):
+        if step == 2:
+            raise DataError("portion.flat: was altered since it was written; the same command renders it again")
+        return batch(self, step, *ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", lost)
+        code, _, error = preceptor("train", file)
+    assert code == 3 and "portion.flat: was altered" in error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert preceptor("train", file)[0] == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def loop_optimizer(model):

@@ -12,8 +12,8 @@ from preceptor import config
 from preceptor.errors import DataError, ModelError
 from preceptor.train.evaluations import _base_figures
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.world import ONE
+from runs import execute
 
 TASK = [{"messages": [{"role": "user", "content": f"start of a message {n}?"}], "accepted": ["x"]} for n in range(5)]
 

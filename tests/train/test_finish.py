@@ -12,8 +12,9 @@ from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.finish import require_room, save_at_the_end
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
 from preceptor.train.signals import StopRequest
+from preceptor.world import World
+from runs import execute
 from tiny import tiny_model
 
 
@@ -66,6 +67,9 @@ def test_where_neither_fits_both_are_tried_again(trained, monkeypatch):
     monkeypatch.setattr(finish, "_ATTEMPTS", 10**9)
     with pytest.raises(CheckpointError):
         save_at_the_end(saving(*[FULL] * 9), state, checkpoints, stop, said.append)
+    monkeypatch.setattr(World, "max", lambda world, own: [max(own, 1.0)])  # another process was told, this one was not
+    with pytest.raises(CheckpointError):
+        save_at_the_end(saving(*[FULL] * 9), state, checkpoints, StopRequest(), said.append)
 
 
 def test_room_is_looked_for_before_the_training(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from preceptor.train.checkpoint import State
 from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 
 QUIET = Console(quiet=True)
 

@@ -83,6 +83,30 @@ def test_other_data_on_one_machine_is_refused(run_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_one_process_does_not_see_is_refused(run_file, tmp_path):
+    """As of two nodes whose `out` are two disks: before anything is loaded, and nothing is left behind."""
+
+    def before(rank):
+        if rank == 1:
+            from preceptor.train import lock
+            from preceptor.world import World
+
+            published, lock._SEEN_SECONDS = World.published, 0.0
+
+            def of_another_disk(world, name):
+                found = published(world, name)
+                return {**found, "path": str(tmp_path / "other")} if name == "folder" else found
+
+            World.published = of_another_disk
+
+    found = run_command(2, "train", run_file(), before=before)
+    assert [process.code for process in found] == [6, 6]
+    shown = "".join(process.shown for process in found)
+    assert shown.count("error: process 1 of 2: ") == 1 and "does not see its lock (.lock)" in shown
+    assert f"{tmp_path / 'run'}: process " in shown and "file system that all of them mount" in shown
+    assert not (tmp_path / "run").exists()
+
+
 # What a run leaves --------------------------------------------------------------------------------------------------
 
 TIMED = ("seconds", "peak_memory_bytes")
@@ -135,11 +159,13 @@ def run_of(run_file, tmp_path):
         ("replicate", ("adapter.rank=2", "adapter.dropout=0.1")),
         ("shard", ("memory.context_gradient=recompute",)),
         ("shard", ("adapter.rank=2", "adapter.dropout=0.1", "memory.activation_checkpointing=all")),
-        ("shard", ("loss.kl_coef=0.1",)),
+        ("shard", ("loss.kl_coef=0.1", "replay={data: [{path: replay.jsonl}], share: 0.4}")),
     ],
 )
-def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, strategy, keys):
+def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, strategy, keys, write_jsonl, monkeypatch):
     file = run_of(run_file, tmp_path)
+    write_jsonl(conversations(5, turns=2), "replay.jsonl")
+    monkeypatch.chdir(tmp_path)
     code, _, err = preceptor("train", file, f"out={tmp_path / 'one'}", *keys)
     assert code == 0, err
     first, second = run_command(2, "train", file, f"out={tmp_path / 'two'}", f"parallel.strategy={strategy}", *keys)
@@ -148,15 +174,24 @@ def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, stra
     require_same(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(run_file, tmp_path, preceptor):
-    """Told to stop in one of them, both save after the same step; one process then finishes the run."""
+@pytest.mark.parametrize("told", ["SIGTERM", "the file STOP"])
+def test_a_run_goes_on_with_another_number_of_processes(run_file, tmp_path, preceptor, told):
+    """Told to stop in one of them, both save after the same step; one process then finishes the run.
+
+    By the file, while checkpoints are written beside the training.
+    """
     file = run_of(run_file, tmp_path)
     assert preceptor("train", file, f"out={tmp_path / 'one'}")[0] == 0
-    command = ("train", file, f"out={tmp_path / 'two'}", "parallel.strategy=shard", "checkpoint.every=null")
-    before = in_step(2, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop = tmp_path / "two" / "STOP"
+    by_file = told == "the file STOP"
+    every = ("checkpoint.every=1 steps", "checkpoint.async_save=true") if by_file else ("checkpoint.every=null",)
+    command = ("train", file, f"out={tmp_path / 'two'}", "parallel.strategy=shard", *every)
+    before = in_step(2, 1, stop.touch if by_file else lambda: os.kill(os.getpid(), signal.SIGTERM))
     first, second = run_command(2, *command, before=before)
     assert (first.code, second.code) == (75, 75), first.shown + second.shown
-    assert "stopped by SIGTERM after step 2, which is saved" in first.shown
+    assert f"stopped by {told} after step 2, which is saved" in first.shown and not stop.exists()
+    saved = sorted(path.name for path in (tmp_path / "two" / "checkpoints").iterdir())
+    assert saved == ["step-00000001", "step-00000002"][not by_file :]
     assert [line["step"] for line in lines(tmp_path / "two", "metrics.jsonl")] == [1, 2]
     code, out, err = preceptor(*command)
     assert code == 0, err

@@ -7,9 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import conversations
+from preceptor import config
 from preceptor.chat.model_config import read_limits
+from preceptor.errors import ModelError
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.parts import exact_routing
+from preceptor.train.build import require_room_to_read
 from tiny import tiny_model, tiny_tokenizer
 
 EXPERTS = {
@@ -134,6 +137,23 @@ def test_weights_that_are_not_finite_are_named(value, base, preceptor, run_file,
     code, _, err = preceptor("train", run_file(model__path=base(model)))
     assert code == 5 and "model.layers.0.mlp.up_proj.weight holds 1 value" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_host_without_room_for_the_weights_is_named_before_they_are_read(base, run_file, monkeypatch):
+    """On their way to the GPUs, where each process reads all of them, or to be quantized."""
+    model = llama()
+    run = config.load(run_file(model__path=base(model)))
+    each = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("preceptor.train.build.host_memory_bytes", lambda: (10**12, 3 * each // 2))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    require_room_to_read(run, cuda, 1)
+    require_room_to_read(run, cpu, 2)  # where they stay: the plan says so
+    words = r"each of 2 processes on this machine reads all weights, .* in float32, .*brought to the GPU.*shard \(one"
+    with pytest.raises(ModelError, match=words):
+        require_room_to_read(run, cuda, 2)
+    quantized = run.model_copy(update={"model": run.model.model_copy(update={"quantization": "nf4"})})
+    with pytest.raises(ModelError, match=r"before they are quantized: .* Choose fewer processes"):
+        require_room_to_read(quantized, cpu, 2)
 
 
 @pytest.mark.parametrize("kind", EXPERTS)

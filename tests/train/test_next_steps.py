@@ -43,7 +43,7 @@ def saved(request, tmp_path_factory, base_folder):
 
     from preceptor import config
     from preceptor.train.prepare import prepare
-    from preceptor.train.run import execute
+    from runs import execute
 
     folder = tmp_path_factory.mktemp("saved")
     (folder / "plain.jinja").write_text(NO_NEW_TOKENS)

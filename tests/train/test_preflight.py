@@ -18,8 +18,9 @@ from preceptor.model.forward import Engine
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
 from preceptor.train.objective import Objective
-from preceptor.train.preflight import PreflightResult, preflight
+from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
+from runs import execute
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -46,9 +47,9 @@ def test_all_is_proved_and_nothing_has_changed(kind, precision):
     model, lines = tiny_model(kind), []
     before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.get_rng_state()
     draws = lambda engine, sequence: engine(sequence) + 0 * torch.rand(())  # noqa: E731 (as dropout does)
-    passed = preflight(model, loader(), precision, lines.append, objective=planted(draws))
-    assert [line.split(":")[0] for line in lines] == ["proved"] * 5 + [f"all proved in {passed.seconds:.1f} s"]
-    assert not passed.loader.alone and 0 < passed.seconds < 60
+    proved, seconds = preflight(model, loader(), precision, lines.append, objective=planted(draws))
+    assert [line.split(":")[0] for line in lines] == ["proved"] * 5 + [f"all proved in {seconds:.1f} s"]
+    assert not proved.alone and 0 < seconds < 60
     assert model.training and all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -59,11 +60,11 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
 
     def weights(out):
         run = config.load(file, [f"out={file.parent}/{out}", *adapter])
-        execution.execute(prepare(run), Console(quiet=True))
+        execute(prepare(run), Console(quiet=True))
         return AutoModelForCausalLM.from_pretrained(Path(run.out) / "model").state_dict()
 
     proved = weights("proved")
-    monkeypatch.setattr(execution, "preflight", lambda model, loader, *_: PreflightResult(loader, 0.0))
+    monkeypatch.setattr(execution, "preflight", lambda model, loader, *_: (loader, 0.0))
     assert all(torch.equal(tensor, proved[name]) for name, tensor in weights("unproved").items())
 
 
@@ -166,11 +167,10 @@ def test_a_leak_between_the_runs_own_conversations_is_found(monkeypatch):
 def test_a_model_that_mixes_conversations_reads_each_chain_alone():
     model, lines = tiny_model("stablelm").bfloat16(), []
     packed = loader()
-    passed = preflight(model, packed, "float32", lines.append)
+    apart, _ = preflight(model, packed, "float32", lines.append)
     assert "each conversation goes through the model alone" in lines[1] and "StableLm" in lines[1]
     assert "Use a" not in lines[1]
     assert {p.grad_dtype for p in model.parameters()} == {torch.float32}, "gradients of several passes are summed"
-    apart = passed.loader
     assert apart.alone and not packed.alone and apart.steps_per_epoch == packed.steps_per_epoch
     for step in range(3):
         sequences = apart.batch(step)
@@ -195,9 +195,9 @@ def test_such_a_model_is_trained_to_an_end(run_file, tmp_path, kind, context_gra
     run = config.load(file, ["train.duration=20 steps", f"memory.context_gradient={context_gradient}"])
     if context_gradient == "detach":
         with pytest.raises(ModelError, match=r"context_gradient: detach"):
-            execution.execute(prepare(run), Console(quiet=True))
+            execute(prepare(run), Console(quiet=True))
         return
-    summary = execution.execute(prepare(run), Console(quiet=True))
+    summary = execute(prepare(run), Console(quiet=True))
     assert summary["each_conversation_alone"] == (kind == "stablelm")
     losses = [json.loads(line)["loss"] for line in (Path(run.out) / "eval.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]

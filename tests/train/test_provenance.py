@@ -18,7 +18,7 @@ from preceptor.data.dataset import Dataset
 from preceptor.data.forest import has_branches
 from preceptor.train import provenance
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 from tiny import branching, chain, tiny_tokenizer
 
 

@@ -17,8 +17,8 @@ from preceptor import config
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.differences import changed_keys
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute, execute_in
 from preceptor.train.run_folder import claim
+from runs import execute, execute_in
 
 DATED = """{% for m in messages %}{% if loop.first %}<|im_start|>system
 Today is {{ strftime_now('%d %B %Y') }}<|im_end|>
@@ -74,6 +74,7 @@ def test_the_first_line_says_that_a_run_goes_on(stopped, preceptor):
         ("train.batch_size=1", r"train\.batch_size: 2 in .*, 1 now"),
         ("data.max_length=256", r"data\.max_length: 128 in .*, 256 now"),
         ("adapter={rank: 2}", r"adapter: null in .*, absent now\n.*adapter\.kind: absent in .*, lora now"),
+        ("memory.context_gradient=detach", r"memory\.context_gradient: full in .*, detach now"),
         ("train.precision=bfloat16", r"train\.precision: float32 in .*, bfloat16 now"),
         (
             "train.duration=9 steps",
@@ -108,6 +109,14 @@ def test_keys_that_change_no_weight_may_change(stopped, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
 
 
+def test_keys_that_save_memory_for_the_same_gradient_may_change(stopped, tmp_path):
+    """So that a run whose memory ran out goes on."""
+    file = stopped()
+    shown = again(file, "memory.context_gradient=recompute", "optimizer.offload=true")
+    assert "memory.context_gradient: full in " in shown and "optimizer.offload: false in " in shown
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == 6
+
+
 def test_every_key_of_the_run_file_is_of_one_kind():
     """A key changes what is trained unless it is listed: a new key is compared until somebody decides otherwise."""
     tree = {"model": {"path": "m"}, "data": {"train": [{"path": "a"}], "eval": [{"path": "e"}]}, "out": "o"}
@@ -135,7 +144,14 @@ def test_every_key_of_the_run_file_is_of_one_kind():
         "data.train[0].code",
         "replay.data[0].code",
     }
-    assert rounding == {"engine", "parallel.strategy", "train.device", "memory.activation_checkpointing"}
+    assert rounding == {
+        "engine",
+        "parallel.strategy",
+        "train.device",
+        "memory.activation_checkpointing",
+        "memory.context_gradient",
+        "optimizer.offload",
+    }
     compared = {re.sub(r"\[\d+\]", "[]", line.partition(":")[0]) for line in changed.weights}
     free = set(config.run.all_keys()) - {key.removesuffix("[]") for key in compared}
     free -= {re.sub(r"\[\d+\]", "[]", key) for key in by_content | rounding}

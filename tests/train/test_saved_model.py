@@ -17,7 +17,7 @@ from preceptor.errors import ModelError
 from preceptor.model.load import load_model, save_model, unusable_settings
 from preceptor.train.build import build_model
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute
+from runs import execute
 from tiny import tiny_model, tiny_tokenizer
 
 CHATML = (

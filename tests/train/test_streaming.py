@@ -300,6 +300,8 @@ def test_counts_and_pipes_are_refused_where_they_mean_nothing(streamed, tmp_path
         config.load(streamed(data__train=[{"path": rows, "count": 3}]))
     os.mkfifo(tmp_path / "pipe.jsonl")
     pipe = [{"path": str(tmp_path / "pipe.jsonl")}]
+    with pytest.raises(ConfigError, match=r"owner/name: .*downloaded as a whole.*path: hf://datasets/owner/name \("):
+        prepare(config.load(streamed(data__train=[{"path": "owner/name", "split": "train"}])))
     with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe, which can be read only once: set data\.streaming"):
         prepare(config.load(streamed(data__train=pipe, data__streaming=False, data__window=10_000)))
     with pytest.raises(ConfigError, match=r"pipe\.jsonl: is a pipe.*only data\.train can be streamed"):

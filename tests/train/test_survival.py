@@ -27,6 +27,7 @@ KINDS = {
     "lora": {"adapter": {"rank": 2, "dropout": 0.1}},
     "async": {"checkpoint": {"every": "2 steps", "async_save": True, "best": "loss"}},
     "stream": {"data": {"streaming": True, "window": 4}},
+    "cached": {},  # rendered data in a cache beside the run's folder, which is built first
     "qlora, 8-bit AdamW": {
         "model": {"quantization": "nf4"},
         "adapter": {"rank": 2},
@@ -36,11 +37,16 @@ KINDS = {
 RANDOM_KILLS = 30  # of the long form, over all kinds
 
 
+def train_in(out, file, kind):
+    """The command that trains in a folder. A cache has the folder's name and more, so faults find it too."""
+    return ("train", file, f"out={out}", *([f"data.cache={out}.cache"] if kind == "cached" else []))
+
+
 @pytest.fixture(scope="module", params=KINDS if TORTURE else ["full"])
 def run(request, tmp_path_factory, base_folder):
     """(run file, what an uninterrupted run leaves, how that one ended, its kind)."""
     place = tmp_path_factory.mktemp(request.param)
-    for name, num in (("train", 6), ("eval", 2)):
+    for name, num in (("train", 40 if request.param == "cached" else 6), ("eval", 2)):
         rows = "".join(json.dumps(row) + "\n" for row in conversations(num))
         (place / f"{name}.jsonl").write_text(rows)
     tree = {
@@ -66,18 +72,21 @@ def run(request, tmp_path_factory, base_folder):
             patch.setattr(
                 "preceptor.train.finish.write_report", lambda of: write_atomically(of[0] / "report.html", "-")
             )
-        patch.setattr("sys.argv", ["preceptor", "train", str(file), f"out={place / 'first'}"])
+        if request.param == "cached":  # small data is not, and a portion has a megabyte of it
+            for name, size in (("SMALL_BYTES", 0), ("SMALL_CHARACTERS", 300), ("MEAN_CHARACTERS", 600)):
+                patch.setattr(f"preceptor.data.reading._{name}", size)
+        patch.setattr("sys.argv", ["preceptor", *map(str, train_in(place / "first", file, request.param))])
         with pytest.raises(SystemExit):
             cli.main()
-        ended = command("train", file, f"out={place / 'whole'}", folder=place / "whole")
+        ended = command(*train_in(place / "whole", file, request.param), folder=place / "whole")
         assert ended.code == 0, ended.shown
         assert result_of(place / "first") == result_of(place / "whole")
         yield file, result_of(place / "whole"), ended, request.param
 
 
-def finished(file, out, expected, but=()):
+def finished(file, out, expected, kind, but=()):
     """The same command again: what is wrong with what the run then leaves; "" where it is as if never interrupted."""
-    ended = command("train", file, f"out={out}", folder=out)
+    ended = command(*train_in(out, file, kind), folder=out)
     if ended.code and not (ended.code == 6 and "this run is finished" in ended.shown):
         return f"the same command ended with {ended.code}: {ended.shown[-2000:]}"
     if "Traceback" in ended.shown:
@@ -91,6 +100,8 @@ def finished(file, out, expected, but=()):
 def place_of(path):
     """What the file belongs to, for the table."""
     parts = path.strip("/").split("/")
+    if parts[0] == ".cache":
+        return "cache"
     if parts[0] == "checkpoints":
         return "checkpoint"
     if "model" in parts[0]:
@@ -109,9 +120,9 @@ def test_a_run_killed_at_any_operation_is_finished_by_the_same_command(run, tmp_
     wrong = {}
     for at in moments(whole.num_operations, 4):
         out = tmp_path / f"killed{at}"
-        ended = command("train", file, f"out={out}", folder=out, kill_at=at)
+        ended = command(*train_in(out, file, kind), folder=out, kill_at=at)
         assert ended.code == -signal.SIGKILL
-        wrong[at, place_of(ended.place)] = finished(file, out, expected)
+        wrong[at, place_of(ended.place)] = finished(file, out, expected, kind)
     assert_none_wrong(torture_table, "SIGKILL at a file operation", kind, wrong)
 
 
@@ -122,8 +133,8 @@ def test_a_run_killed_again_and_again_is_finished(run, tmp_path, torture_table):
     for seed in range(5 if TORTURE else 1):
         out, drawn = tmp_path / f"again{seed}", random.Random(seed)
         for _ in range(6 if TORTURE else 2):
-            command("train", file, f"out={out}", folder=out, kill_at=drawn.randint(1, whole.num_operations))
-        wrong[seed, "any"] = finished(file, out, expected)
+            command(*train_in(out, file, kind), folder=out, kill_at=drawn.randint(1, whole.num_operations))
+        wrong[seed, "any"] = finished(file, out, expected, kind)
     assert_none_wrong(torture_table, "SIGKILL again and again", kind, wrong)
 
 
@@ -133,8 +144,8 @@ def test_a_run_killed_at_random_instants_is_finished(run, tmp_path, torture_tabl
     wrong, drawn = {}, random.Random(kind)
     for number in range(RANDOM_KILLS // len(KINDS) if TORTURE else 1):
         out = tmp_path / f"instant{number}"
-        command("train", file, f"out={out}", folder=out, kill_after=drawn.uniform(0.0, whole.seconds))
-        wrong[number, "any"] = finished(file, out, expected)
+        command(*train_in(out, file, kind), folder=out, kill_after=drawn.uniform(0.0, whole.seconds))
+        wrong[number, "any"] = finished(file, out, expected, kind)
     assert_none_wrong(torture_table, "SIGKILL at a random instant", kind, wrong)
 
 
@@ -147,19 +158,19 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_full_disk_loses_nothing_that_was_saved(run, tmp_path, torture_table, fault):
-    """One message, exit code 6; when there is room again, the same end."""
+    """One message, exit code 6 (3 where a read of the cache fails); when there is room again, the same end."""
     file, expected, whole, kind = run
     wrong = {}
     for at in moments(whole.num_operations, 2, seed=len(fault)):
         out = tmp_path / f"{fault}{at}"
-        ended = command("train", file, f"out={out}", folder=out, **{fault: at})
+        ended = command(*train_in(out, file, kind), folder=out, **{fault: at})
         place = place_of(ended.place)
-        if ended.code not in (0, 6) or "Traceback" in ended.shown:
+        if ended.code not in (0, 6, *[3] * (place == "cache")) or "Traceback" in ended.shown:
             wrong[at, place] = f"exit code {ended.code}: {ended.shown[-2000:]}"
-        elif ended.code == 6 and (ended.shown.count("error: ") != 1 or str(out) not in ended.shown):
+        elif ended.code and (ended.shown.count("error: ") != 1 or str(out) not in ended.shown):
             wrong[at, place] = f"the message: {ended.shown[-2000:]}"
         else:  # older checkpoints may have had to make room
-            wrong[at, place] = finished(file, out, expected, but=["checkpoints"])
+            wrong[at, place] = finished(file, out, expected, kind, but=["checkpoints"])
     assert_none_wrong(torture_table, FAULTS[fault], kind, wrong)
 
 

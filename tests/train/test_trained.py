@@ -16,8 +16,8 @@ from preceptor.model.trained import choose_trained, matches
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import EVERYTHING
 from preceptor.train.prepare import prepare
-from preceptor.train.run import execute, execute_in
 from preceptor.train.run_folder import claim
+from runs import execute, execute_in
 from tiny import tiny_model
 
 

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +45,7 @@ class ConversationRenderer:
     """Renders conversations for one model. tokenizer: with the template's tokens, its template and its stop token."""
 
     chat: chat_format.ChatFormat
-    train_on: Targets
-    special_tokens_in_text: SpecialTokens
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    data: config.Data
 
     @property
     def tokenizer(self) -> Any:
@@ -85,14 +83,7 @@ class ConversationRenderer:
 
     @cached_property
     def _renderer(self) -> Renderer:
-        return Renderer(
-            self.chat.tokenizer,
-            self.chat.template,
-            stop_token_ids=self.chat.stop_token_ids,
-            special_tokens_in_text=self.special_tokens_in_text,
-            targets=self.train_on,
-            template_kwargs=self.template_kwargs,
-        )
+        return self.chat.renderer(self.data)
 
 
 def load_chat_format(
@@ -125,7 +116,7 @@ def load_chat_format(
     chat = chat_format.load_chat_format(settings, data)
     if chat.template is None:
         chat = chat_format.load_chat_format(settings, data.model_copy(update={"chat_template": "chatml"}))
-    return ConversationRenderer(chat, train_on, special_tokens_in_text, data.chat_template_kwargs)
+    return ConversationRenderer(chat, data)
 
 
 def collate(

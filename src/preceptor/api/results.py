@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preceptor.errors import CheckpointError
 from preceptor.inspect import check
 from preceptor.plan import text as plan_text
 from preceptor.report.curves import panels
@@ -128,7 +129,10 @@ class TrainResult:
 
     @classmethod
     def of(cls, folder: Path) -> "TrainResult":
+        """Raises CheckpointError where the run is not finished."""
         record = read_run(folder)
+        if not record.summary:
+            raise CheckpointError(f"{folder}: this run is not finished: train() begins it, or goes on with it")
         return cls(
             out=folder,
             model=folder / "model",

@@ -15,6 +15,7 @@ import torch
 
 from preceptor.api.results import TrainResult
 from preceptor.api.run import Run
+from preceptor.api.values import refuse_iterable
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import Converted, convert, known_settings
 from preceptor.config.peer_files import PeerFile
@@ -113,6 +114,8 @@ class SFTTrainer:
             settings |= {"model_init_kwargs": loading, "quantization_config": _quantization(found)}
         if train_dataset is not None:
             data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}
+            for key, each in data.items():
+                refuse_iterable(each, f"{key}_dataset")
             self.run = self._run(settings, {key: _formatted(each, formatting_func) for key, each in data.items()})
 
     def _run(self, settings: dict[str, Any], data: Mapping[str, Any]) -> Run:
@@ -156,9 +159,11 @@ class SFTTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Copy the saved model, a complete folder, to another one. Raises CheckpointError where it is not trained yet.
 
-        output_dir: None: it stays where `train` has saved it.
+        output_dir: None: it stays where `train` has saved it. Of several processes the first one copies.
         """
         saved = self._required().result.model
+        if not is_launched_first():
+            return
         if output_dir is None:
             say(f"the model is saved in {saved}")
         elif Path(output_dir).resolve() != saved.resolve():

@@ -8,7 +8,8 @@ from preceptor import config
 from preceptor.config import Source
 from preceptor.config.code import HeldCode
 from preceptor.config.held import LiveModel, LiveSource
-from preceptor.data.formats.memory import HeldDataset, RecordList
+from preceptor.data.formats.memory import RecordList
+from preceptor.data.formats.tables import HuggingFaceDataset
 from preceptor.errors import ConfigError, short
 from preceptor.files import LIVE, MEMORY
 
@@ -144,10 +145,11 @@ def _is_record(value: Any) -> bool:
 def _table(given: Any, name: str, place: str) -> Any:
     if isinstance(given, list | tuple):
         return RecordList(given, name)
+    refuse_iterable(given, place)
     if type(given).__module__.startswith("datasets"):
         _refuse_splits(given, place)
         if hasattr(given, "select_columns") and hasattr(given, "num_rows"):
-            return HeldDataset(given, name)
+            return HuggingFaceDataset(given, name)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         call = "; call it, it is a function" if isinstance(given, Callable) else ""  # type: ignore[arg-type]
         raise ConfigError(f"{place}: {short(given)} is no data{call}; give {_FORMS}")
@@ -157,6 +159,16 @@ def _table(given: Any, name: str, place: str) -> Any:
     if not records:
         raise ConfigError(f"{place}: the {type(given).__name__} gave no record; one that was read before is empty")
     return RecordList(records, name)
+
+
+def refuse_iterable(given: Any, place: str) -> None:
+    """Raises ConfigError for a data set that is streamed: its examples would all be held in memory."""
+    if any(each.__name__ == "IterableDataset" for each in type(given).__mro__):
+        raise ConfigError(
+            f"{place}: an IterableDataset is read as it is downloaded, and a run reads its data several times. Name "
+            "what it reads, and the run streams it: data={'train': 'hf://datasets/OWNER/NAME', 'streaming': True}; or "
+            "load it without streaming; or give list(dataset), where that fits in memory"
+        )
 
 
 def _refuse_splits(given: Any, place: str) -> None:

@@ -32,7 +32,7 @@ SETTINGS: Mapping[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
 # What one operation makes --------------------------------------------------------------------------------------------
 
 
-def joined(texts: Iterable[str]) -> str:
+def limited_join(texts: Iterable[str]) -> str:
     """`"".join`, for the output of a template."""
     texts = list(texts)
     _require(sum(map(len, texts)))
@@ -192,7 +192,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     that a string or list has not."""
 
     code_generator_class = Code
-    concat = staticmethod(joined)  # type: ignore[assignment]
+    concat = staticmethod(limited_join)  # type: ignore[assignment]
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -201,7 +201,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def join_outputs(values: Iterable[Any]) -> str:
-        return joined(map(str, values))
+        return limited_join(map(str, values))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         check_binop(operator, left, right)
@@ -313,7 +313,7 @@ def rendered(text: str, variables: dict[str, Any]) -> str:
     template = compiled(text)
     context = Context(template.environment, {**_globals(), **variables}, template.name, template.blocks)
     try:
-        return joined(template.root_render_func(context))
+        return limited_join(template.root_render_func(context))
     except Exception:
         template.environment.handle_exception()
 

@@ -18,6 +18,7 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import StopTokens, find_stop_tokens
 from preceptor.chat.template import Template, load_template
 from preceptor.chat.thinking import with_defaults
+from preceptor.chat.token_text import bos_ids
 from preceptor.chat.tokenise import Ids
 from preceptor.data.examples import Completion, Document
 from preceptor.data.rejections import Rejected
@@ -58,8 +59,7 @@ class ChatFormat:
     @property
     def bos(self) -> Ids:
         """What the tokenizer puts before a plain text; a template writes its own."""
-        bos = self.tokenizer.bos_token_id
-        return (bos,) if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else ()
+        return bos_ids(self.tokenizer)
 
     def ids(self, text: str) -> Ids:
         """The tokens of a text, without special tokens that the tokenizer would add."""

@@ -28,15 +28,15 @@ class RenderLimit(BaseException):
     """A template went beyond a limit. No Exception, since tests of Jinja's (`is sequence`) take those for an answer."""
 
 
-def condemned(message: str) -> TemplateError:
-    """The error of a template with which nothing may be trained, whatever the example."""
+def fatal_template_error(message: str) -> TemplateError:
+    """No example may be trained with this template."""
     error = TemplateError(message)
-    error.condemns = True
+    error.is_fatal = True
     return error
 
 
 class Limits:
-    """`with limits(name):` around a run of a template; RenderLimit becomes a TemplateError that condemns it.
+    """`with limits(name):` around a run of a template; RenderLimit becomes a fatal TemplateError.
 
     A timer of the process's own time fires every tenth of a second while templates run. One that is met in
     the same run for SECONDS, or whose process has grown by MEMORY_BYTES, is stopped. In a thread that is not the main
@@ -65,7 +65,7 @@ class Limits:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._inside = False
         if isinstance(error, RenderLimit):
-            raise condemned(f"template {self._name}: {error}; choose another template") from None
+            raise fatal_template_error(f"template {self._name}: {error}; choose another template") from None
 
     def _arm(self) -> None:
         if not self._mine:

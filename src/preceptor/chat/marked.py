@@ -24,7 +24,7 @@ import jinja2
 import markupsafe
 from jinja2 import filters, nodes
 
-from preceptor.chat.environment import SETTINGS, Sandbox, check_binop, guard_filters, joined, prepare
+from preceptor.chat.environment import SETTINGS, Sandbox, check_binop, guard_filters, limited_join, prepare
 from preceptor.chat.origins import json_body, map_leaves
 
 
@@ -217,7 +217,7 @@ def marked_message(message: Mapping[str, Any], first_leaf: int) -> dict[str, Any
     return map_leaves(message, lambda text: Marked.leaf(next(number), text))
 
 
-def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
+def split_by_origin(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
     """What a template wrote, in pieces of one origin each, and their origins."""
     pieces: list[str] = []
     origins: list[int | None] = []
@@ -237,7 +237,7 @@ def pieces_of(outputs: Iterable[str]) -> tuple[list[str], list[int | None]]:
 def _concat(texts: Iterable[str]) -> str:
     """`"".join` for the output of macros and set blocks."""
     texts = list(texts)
-    return join(texts) if _any_marked(texts) else joined(texts)
+    return join(texts) if _any_marked(texts) else limited_join(texts)
 
 
 def _any_marked(values: Iterable[Any]) -> bool:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from preceptor.chat.template import Template
 from preceptor.data.rejections import Rejected
-from preceptor.errors import TemplateError
 
 _ARGUMENTS = {"probe_key": "probe value"}
 _TOOL = {
@@ -92,7 +91,7 @@ class Forms:
             if role not in self.texts and role in self.one_part:
                 content = [_part(content)]
         elif role not in self.parts and role in self.texts | self.one_part:
-            content = joined(content, role)
+            content = joined_parts(content, role)
             content = content if role in self.texts else [_part(content)]
         return given if content is given.get("content") else {**given, "content": content}
 
@@ -185,7 +184,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null inside a string")
 
 
-def joined(parts: Sequence[Any], role: str) -> str:
+def joined_parts(parts: Sequence[Any], role: str) -> str:
     """Text parts as one string, as servers join them: with line ends; an assistant wrote one text, in one piece."""
     return ("" if role == "assistant" else "\n").join(part["text"] for part in parts)
 
@@ -296,9 +295,4 @@ def _call(arguments: Any, id_: str | None) -> dict[str, Any]:
 def _rendered(
     template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, **arguments: Any
 ) -> str:
-    try:
-        return template.render(messages, tools, **arguments)
-    except TemplateError as error:
-        if error.condemns:
-            raise
-        return ""
+    return template.render_or_none(messages, tools, **arguments) or ""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.errors import ModelError
-from preceptor.hub import cannot_load, find_file, first_line
+from preceptor.errors import ModelError, first_line
+from preceptor.hub import cannot_load, find_file
 
 # Of a configuration whose positions are computed for any length: rotary or ALiBi, or none beside a state space.
 _COMPUTED = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base", "alibi")

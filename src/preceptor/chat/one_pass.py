@@ -7,15 +7,15 @@ The proof asks for the prompt before, and the render up to, every turn. Nearly a
 and what they have written when they come to message i depends on little that comes after it. So the template is
 compiled as
 
-    HEAD {% for world in worlds %} {% for message in stretch(messages) %} BODY {% endfor %} TAIL {% endfor %}
+    HEAD {% for world in worlds %} {% for message in loop_from(messages) %} BODY {% endfor %} TAIL {% endfor %}
 
-and run once. A *world* is one of the renders asked for, of the first n messages, shorter ones first; in it the
+and run once. A *world* is one requested render: that of the first n messages, shorter ones first; in it the
 conversation has n messages, whichever way the template asks. What BODY writes for a message holds in longer worlds too
-unless it was told what is not so there: that there is no message n, how many there are, whether a generation prompt is
-wanted. As long as it was told nothing of the kind, a world leaves what it wrote, and the state that it came to (the
-template's namespaces: the only variables that outlive a turn of a loop), to the next, which goes on from there.
+unless it has read what depends on the end: that there is no message n, how many there are, whether a generation prompt
+is wanted. As long as it has not, a world leaves what it wrote, and the state that it came to (the template's
+namespaces: the only variables that outlive a turn of a loop), to the next, which goes on from there.
 
-    n=2   HEAD 0 1 TAIL       n=3   2 TAIL       n=4   2 3 TAIL       (at n=3, message 2 was told that it is the last)
+    n=2   HEAD 0 1 TAIL       n=3   2 TAIL       n=4   2 3 TAIL       (at n=3, message 2 has read that it is the last)
 
 Where HEAD itself asks such things (which user's message is the last, say) it is run again in each world, and worlds go
 on from others in which it came to the same. `LooksAhead` is raised where that saves nothing; then, and for templates
@@ -94,7 +94,7 @@ class OnePass:
         self._messages = messages
         self._asked = sorted(asked)
         self._now: Request | None = None  # the world; None: before the first, in what is common to all
-        self._told = False  # since the main loop began, what does not hold in longer worlds
+        self._read_the_end = False  # since the main loop began, something was read that depends on how many there are
         self._lines: dict[Any, Line] = {}
         self._line = Line([])
         self._namespaces: list[Namespace] = []
@@ -142,7 +142,7 @@ class OnePass:
                 raise LooksAhead
             return True
         if index >= self._now.num_messages:
-            self._told = True
+            self._read_the_end = True
             return False
         return True
 
@@ -155,7 +155,7 @@ class OnePass:
         """For what is not the same in longer worlds."""
         if self._now is None:
             raise LooksAhead
-        self._told = True
+        self._read_the_end = True
         return self._now
 
     def prompted(self) -> bool:
@@ -167,7 +167,7 @@ class OnePass:
 
     # The main loop ---------------------------------------------------------------------------------------------------
 
-    def stretch(self, messages: Any, of_head: Sequence[Any] | None) -> Any:
+    def loop_from(self, messages: Any, of_head: Sequence[Any] | None) -> Any:
         """What the main loop goes over in this world; of_head: what HEAD has set, None where it is run only once."""
         if not isinstance(messages, Messages):
             self._line = Line([])
@@ -183,15 +183,15 @@ class OnePass:
             state = self._state(len(self._namespaces))
             line = self._lines[key] = Line([*self._common, *self._outputs], messages.start, state)
         self._put_back(line.state)
-        self._line, self._outputs, self._told = line, [], False
-        return Stretch(self, messages, line.item - messages.start)
+        self._line, self._outputs, self._read_the_end = line, [], False
+        return LoopFrom(self, messages, line.item - messages.start)
 
     def ends_turn(self, item: int) -> None:
         """BODY is through with the message before `item`."""
         self._turns_left -= 1
         if self._turns_left < 0:
             raise LooksAhead
-        if not self._told:
+        if not self._read_the_end:
             self._line.outputs += self._outputs
             self._outputs = []
             self._line.item, self._line.state = item, self._state(len(self._line.state))
@@ -233,8 +233,8 @@ def _frozen(value: Any) -> Any:
 class Messages(Sequence[Any]):
     """The messages from number `start` on, as many as this world has; tells the pass what it is asked."""
 
-    def __init__(self, told: OnePass, start: int) -> None:
-        self._pass = told
+    def __init__(self, one_pass: OnePass, start: int) -> None:
+        self._pass = one_pass
         self.start = start
 
     def __bool__(self) -> bool:
@@ -268,11 +268,11 @@ class Messages(Sequence[Any]):
     __hash__ = None  # type: ignore[assignment]
 
 
-class Stretch:
+class LoopFrom:
     """Messages from `at` on, for a loop that believes to have come there from the first."""
 
-    def __init__(self, told: OnePass, messages: Messages, at: int) -> None:
-        self.told = told
+    def __init__(self, one_pass: OnePass, messages: Messages, at: int) -> None:
+        self.one_pass = one_pass
         self.messages = messages
         self.at = at
 
@@ -281,28 +281,28 @@ class Stretch:
 
     def __iter__(self) -> Iterator[Any]:
         item = self.messages.start + self.at
-        while self.told.begins_turn(item):
-            yield self.told.message(item)
+        while self.one_pass.begins_turn(item):
+            yield self.one_pass.message(item)
             item += 1
-            self.told.ends_turn(item)
+            self.one_pass.ends_turn(item)
 
 
-class StretchLoop(LoopContext):
-    """Jinja's `loop`; over a stretch it counts from the first message, and looks at the next one without taking it."""
+class LoopFromContext(LoopContext):
+    """Jinja's `loop`; over a LoopFrom it counts from the first message, and looks at the next one without taking it."""
 
     def __init__(self, iterable: Any, *args: Any) -> None:
         super().__init__(iterable, *args)
-        if isinstance(iterable, Stretch):
+        if isinstance(iterable, LoopFrom):
             self.index0 = iterable.at - 1
             if iterable.at > 0:
-                self._current = iterable.told.message(iterable.messages.start + iterable.at - 1)
+                self._current = iterable.one_pass.message(iterable.messages.start + iterable.at - 1)
 
     def _peek_next(self) -> Any:
-        stretch = self._iterable
-        if not isinstance(stretch, Stretch):
+        loop = self._iterable
+        if not isinstance(loop, LoopFrom):
             return super()._peek_next()
-        item = stretch.messages.start + self.index0 + 1
-        return stretch.told.message(item) if stretch.told.has(item) else missing
+        item = loop.messages.start + self.index0 + 1
+        return loop.one_pass.message(item) if loop.one_pass.has(item) else missing
 
 
 # The one-pass form ----------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def one_pass(text: str, head_again: bool = False) -> jinja2.Template | None:
     """
     environment = plain_environment().overlay()
     # It asks the pass by filters, which Jinja calls at a third of a function's cost.
-    environment.filters = {**environment.filters, "__stretch__": OnePass.stretch, "__prompted__": OnePass.prompted}
+    environment.filters = {**environment.filters, "__loop_from__": OnePass.loop_from, "__prompted__": OnePass.prompted}
     try:
         return _compiled(environment, text, head_again)
     except Exception:  # one loop more than Python can nest, say
@@ -336,7 +336,7 @@ def _compiled(environment: jinja2.Environment, text: str, head_again: bool) -> j
     again = head if head_again else []
     of_head = {name.name: None for node in again for name in node.find_all(nodes.Name) if name.ctx == "store"}
     set_by_head = nodes.Tuple([nodes.Name(name, "load") for name in of_head], "load")
-    main.iter = _ask("__stretch__", main.iter, set_by_head if head_again else nodes.Const(None))
+    main.iter = _ask("__loop_from__", main.iter, set_by_head if head_again else nodes.Const(None))
     world = nodes.Name("__world__", "store")
     worlds = nodes.For(world, nodes.Name("__worlds__", "load"), [*again, main, *tail], [], None, False)
     tree.body = [worlds] if head_again else [*head, worlds]
@@ -345,7 +345,7 @@ def _compiled(environment: jinja2.Environment, text: str, head_again: bool) -> j
     template = environment.template_class.from_code(
         environment, environment.compile(tree), environment.make_globals({})
     )
-    template.root_render_func.__globals__["LoopContext"] = StretchLoop
+    template.root_render_func.__globals__["LoopContext"] = LoopFromContext
     return template
 
 

@@ -210,8 +210,10 @@ def without_leading_tags(text: str) -> str:
     return _TAGS_AT_START.sub("", text, count=1)
 
 
-def begins_twice(given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]) -> bool:
-    """Whether a content that begins with a reasoning block is rendered behind another one, or behind its first tag.
+def opens_reasoning_twice(
+    given: Mapping[str, Any], prompt: str, between: str, said: str, tags: Mapping[str, str]
+) -> bool:
+    """Whether the render opens a second reasoning block in front of the one that the content already begins with.
 
     Templates do that which know reasoning only as a field of its own, or by a switch. between: what the render has
     between the prompt and the turn's words `said`.

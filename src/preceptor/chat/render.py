@@ -28,6 +28,7 @@ from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import Switch, find_switch
+from preceptor.chat.token_text import bos_ids
 from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
 from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
@@ -91,8 +92,7 @@ class Renderer:
         self._special = SpelledOut({*special, *stops}, special_tokens_in_text)
         self.counts: Counter[str] = Counter()  # in which ways the conversations were rendered: `renders.Runs`
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
-        bos = tokenizer.bos_token_id
-        self._bos: Ids = (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+        self._bos = bos_ids(tokenizer)
 
     @property
     def template(self) -> Template:
@@ -347,7 +347,10 @@ class Renderer:
         return both if self._default_first(given, reasons, as_given) else both[::-1]
 
     def _default_first(self, given: Mapping[str, Any], reasons: bool, as_given: bool) -> bool:
-        """Whether a small turn that reasons in the same way is proved by default, or in neither way."""
+        """Whether the template's own default is tried before the switched arguments.
+
+        A short probe turn with the same reasoning fields decides: yes, if the default proves it or if neither does.
+        """
         fields = tuple([name for name in REASONING_FIELDS if given.get(name)]) if reasons else ()
         key = (reasons, fields, as_given)
         if key not in self._default_is_first:
@@ -377,8 +380,7 @@ class Renderer:
     @cached_property
     def _forms(self) -> Forms:
         """Which forms of messages the template takes, with the arguments of all renders."""
-        template = self.template
-        return find_forms(replace(template, variables={**template.variables, **self.template_kwargs}))
+        return find_forms(self.template.given(self.template_kwargs))
 
     # Tokens -----------------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,7 @@ from preceptor.chat.environment import FixedClock, parsed
 from preceptor.chat.template import Template
 
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "markupsafe", "regex")
-# Of this package: how files are read, examples rendered, and their trees kept.
-_READ = "eval_split examples forest reading records rejections sources table_trees truncation"
-_CODE = ("chat", "data/formats", "config/sections.py", *(f"data/{name}.py" for name in _READ.split()))
+_CODE = ("chat", "data", "config/sections.py")  # of this package: how files are read, and examples rendered and kept
 # Where a tokenizer's files are and what they were called says nothing of what it does.
 _PLACES = (
     *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "chat_template"),

@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
-from preceptor.chat.limits import condemned, limits
-from preceptor.chat.marked import Marked, compiled_marked, marked_message, pieces_of
+from preceptor.chat.limits import fatal_template_error, limits
+from preceptor.chat.marked import Marked, compiled_marked, marked_message, split_by_origin
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass, raised_in_pass
 from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves, shared_length
@@ -50,7 +50,7 @@ class Runs:
         try:
             text = self.template.run(renders.text, renders.variables(request, shown))
         except TemplateError as error:
-            if error.condemns:
+            if error.is_fatal:
                 raise
             raise Rejected("template_rejects", f"up to messages[{request.num_messages - 1}]: {_told(error)}") from error
         self._num_renders += 1
@@ -61,7 +61,7 @@ class Runs:
     def _compare(self, renders: "Renders", request: Request, text: str) -> None:
         """Compare a render with transformers'; of a template whose date is fixed, that of today.
 
-        One difference condemns the template: raises TemplateError.
+        One difference is fatal: raises TemplateError.
         """
         if self.template.clock:
             today = {k: v for k, v in renders.variables(request, renders.shown(request)).items() if k != "strftime_now"}
@@ -78,12 +78,12 @@ class Runs:
                 **renders.arguments[request.arguments],
             )
         except Exception as error:  # transformers rejects what the sandbox here allows
-            raise condemned(
+            raise fatal_template_error(
                 f"template {name}: transformers refuses to render what is rendered here, so no server could use the "
                 f"model: {error}. Choose another template"
             ) from error
         if expected != text:
-            raise condemned(
+            raise fatal_template_error(
                 f"template {name}: transformers renders another text, so the model would be trained on what no server "
                 f"builds (does the template write a random choice or the time of day?): {_difference(text, expected)}. "
                 "Choose another template"
@@ -144,7 +144,7 @@ class Runs:
         context = template.new_context(renders.variables(request, renders.marked(request, only)))
         try:
             with limits(self.template.name):
-                pieces, origins = pieces_of(template.root_render_func(context))
+                pieces, origins = split_by_origin(template.root_render_func(context))
         except TemplateError:
             raise
         except jinja2.TemplateError as error:  # whose text may be anything: none of it is shown

@@ -13,7 +13,6 @@ from preceptor.chat.message_forms import find_forms
 from preceptor.chat.template import Template
 from preceptor.chat.tokenise import any_of
 from preceptor.chat.turns import shared_start
-from preceptor.errors import TemplateError
 
 _ANSWER = "a5f1c0de"  # occurs in no template
 _USER = {"role": "user", "content": "b5f1c0de"}
@@ -127,10 +126,5 @@ def _around(
     template: Template, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> tuple[str, str | None]:
     """What the render has before and after the probe's answer; no text after it if it does not show it."""
-    try:
-        before, found, after = template.render(messages, tools).rpartition(_ANSWER)
-    except TemplateError as error:
-        if error.condemns:
-            raise
-        return "", None
-    return (before, after) if found else ("", None)
+    before, found, after = (template.render_or_none(messages, tools) or "").rpartition(_ANSWER)
+    return before, after if found else None

@@ -22,6 +22,7 @@ from jinja2 import meta, nodes
 from preceptor.chat.environment import FixedClock, compiled, parsed, plain_environment, rendered
 from preceptor.chat.limits import limits
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
+from preceptor.chat.token_text import bos_ids
 from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
 
@@ -124,9 +125,11 @@ class Template:
 
     def at(self, date: datetime) -> "Template":
         """The template as it is on that date: for a run that must render the same after midnight."""
-        if not self.writes_date:
-            return self
-        return replace(self, variables={**self.variables, "strftime_now": FixedClock(date)})
+        return self.given({"strftime_now": FixedClock(date)}) if self.writes_date else self
+
+    def given(self, arguments: Mapping[str, Any]) -> "Template":
+        """The template with these arguments given in every render."""
+        return replace(self, variables={**self.variables, **arguments})
 
     @cached_property
     def settings(self) -> tuple[tuple[str, Any], ...]:
@@ -154,6 +157,21 @@ class Template:
         """
         seen = [self.message_rules.apply(message) for message in messages]
         return self.run(self.text_for(tools), self.all_variables(seen, tools, add_generation_prompt, kwargs))
+
+    def render_or_none(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **kwargs: Any,
+    ) -> str | None:
+        """As `render`; None where the template rejects the messages. Raises TemplateError where it is fatal."""
+        try:
+            return self.render(messages, tools, add_generation_prompt, **kwargs)
+        except TemplateError as error:
+            if error.is_fatal:
+                raise
+            return None
 
     def run(self, text: str, variables: dict[str, Any]) -> str:
         """As `render`, with one of the texts and the variables of `all_variables`."""
@@ -254,7 +272,7 @@ def load_template(name: str | None, tokenizer: Any) -> Template:
     variables, rules = dict(tokenizer.special_tokens_map), probe_message_rules(tokenizer)
     if name in BUILTIN:
         text = builtin_text(name)
-        if name == "chatml" and _adds_bos(tokenizer):
+        if name == "chatml" and bos_ids(tokenizer):
             text = "{{- bos_token -}}" + text  # the base model has never seen a text without it
         return Template(name, {"default": text}, variables, BUILTIN[name].tokens, BUILTIN[name].stop, rules)
     if name == "tokenizer":
@@ -285,11 +303,6 @@ def _own_texts(own: Any, tokenizer: Any) -> dict[str, str]:
             "want as a .jinja file and give its path"
         )
     return texts
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _special_looking(text: str, tokenizer: Any) -> tuple[str, ...]:

@@ -49,9 +49,10 @@ class Switch:
 
 def find_switch(template: Template, arguments: Mapping[str, Any]) -> Switch:
     """Try the variables that the template reads. arguments: those of all renders."""
+    given = template.given(arguments)
 
     def prompts(**tried: bool) -> list[str | None]:
-        return [_prompt(template, messages, tools, {**arguments, **tried}) for messages, tools in _PROBES]
+        return [given.render_or_none(messages, tools, True, **tried) for messages, tools in _PROBES]
 
     candidates = template.names_read - RESERVED_ARGUMENTS - set(template.variables)
     names = tuple(
@@ -73,13 +74,6 @@ def _switches(name: str, on: Sequence[str | None], off: Sequence[str | None]) ->
 
 def _state(prompt: str) -> tuple[str, bool]:
     return opened_by(prompt)[0], closed_by(prompt) >= 0
-
-
-def _prompt(template: Template, messages: Any, tools: Any, arguments: Mapping[str, Any]) -> str | None:
-    try:
-        return template.render(messages, tools, add_generation_prompt=True, **arguments)
-    except TemplateError:
-        return None
 
 
 # The saved template --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from preceptor.chat.token_text import spans, special_ids
 from preceptor.chat.tokenise import any_of
 from preceptor.chat.turns import Turn
 from preceptor.data.examples import Completion, Conversation, Document, Example
-from preceptor.data.forest import Tree
+from preceptor.data.forest import Tree, path_to
 
 
 class Field(NamedTuple):
@@ -71,16 +71,10 @@ class _TreeOrigins:
         self.spelled: list[tuple[tuple[int, str], ...] | None] = [None] * len(tree.segments)
         self._ends: dict[int, int] = {}  # characters from the root to the end of each segment that is named
 
-    def _path(self, index: int | None) -> list[int]:
-        path: list[int] = []
-        while index is not None:
-            path.insert(0, index)
-            index = self.tree.segments[index].parent
-        return path
-
     def name_turn(self, message: int, runs: Sequence[TextRun]) -> None:
         """Name the tokens of a turn and of its context, whose texts are the runs."""
-        self._name(self._path(max(at for at, s in enumerate(self.tree.segments) if s.message == message)), runs)
+        last = max(at for at, s in enumerate(self.tree.segments) if s.message == message)
+        self._name(path_to(self.tree.segments, last), runs)
 
     def _name(self, path: Sequence[int], runs: Sequence[TextRun]) -> None:
         """Name the tokens of a path that spells the runs; what an earlier turn named is passed over."""
@@ -106,7 +100,7 @@ class _TreeOrigins:
     def name_plain(self, record: Completion | Document) -> None:
         """A completion or a document: one path, whatever was put around its texts was added (bos, eos)."""
         prompt, text = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
-        path = self._path(len(self.tree.segments) - 1)
+        path = path_to(self.tree.segments, len(self.tree.segments) - 1)
         whole = "".join(segment.text for segment in self.tree.segments)
         at = whole.find(prompt + text)
         if at < 0 or len(path) != len(self.tree.segments):

@@ -24,6 +24,12 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
+def bos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a plain text: its bos token, or nothing."""
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+
 def pieces_of(ids: Sequence[int], tokenizer: Any, specials: Collection[int] | None = None) -> Iterator[Piece]:
     """The tokens with their text as the tokenizer decodes it; tokens that share a character come together.
 

@@ -169,7 +169,10 @@ def _require_size(text: str) -> None:
 
 
 def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], text: str) -> Ids:
-    """What follows the ids of `before` in those of before + text; of another character, where a token crosses."""
+    """Ids of `text` as they follow `before`, whose ids are `before_ids`.
+
+    If a token would cross the border, the text is tokenised behind one of _ANCHORS instead.
+    """
     if before:
         both = ids_of(before + text)
         if both[: len(before_ids)] == tuple(before_ids):

@@ -68,11 +68,11 @@ class Followed:
     follower: range
 
     def text_between(self, turn: Turn, upto_last: str) -> str | None:
-        """What stands between the turn and the message that follows it; `upto_last`: F up to the turn's last character.
+        """The text between the end of the turn and the next message. upto_last: F up to the turn's last character.
 
+        None if the turn's last character is not in the field in which F ends it: then what closes the turn is unknown.
         Where the render rewrites what came before, the turn ends at its last character before the next message's first
-        (a tool's result may repeat the name of the call that it answers). None if that is not the end of the same
-        field as in F: then nothing is known of what closes it.
+        (a tool's result may repeat the name of the call that it answers).
         """
         text, next_message = self.full.text, self.full.span(self.follower)
         limit = next_message[0] if next_message else len(text)
@@ -105,7 +105,7 @@ def target_of(turn: Turn, stops: Stops) -> str:
         if code != "reasoning_dropped":
             raise Rejected(code, found)
     between, said = text[start:first], text[first:last]
-    twice = reasoning.begins_twice(turn.given, turn.prompt, between, said, turn.tags)
+    twice = reasoning.opens_reasoning_twice(turn.given, turn.prompt, between, said, turn.tags)
     if missing or twice:
         generated = reasoning.generated_behind_open_tag(turn.prompt, between, said) if twice else None
         if generated is None and turn.as_given:

@@ -30,7 +30,7 @@ def init(
     device: Annotated[str | None, typer.Option(help="A device such as `H100`. Default: this machine.")] = None,
 ) -> None:
     """Write a run file that suits your data and device."""
-    from preceptor.config.schema import json_schema
+    from preceptor.config.run import json_schema
     from preceptor.console import say
     from preceptor.files import write_json, writing
 

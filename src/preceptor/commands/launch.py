@@ -14,14 +14,18 @@ from preceptor.world import COMMAND, command_words, num_cores
 _SHUTDOWN_SECONDS = "600"  # to finish a step and save, before a process that was told to stop is killed
 
 
+def require_number(nproc: str) -> None:
+    """Raises ConfigError for a number of processes that cannot be."""
+    if nproc != "gpu" and (not nproc.isdigit() or int(nproc) < 1):
+        raise ConfigError(f"--nproc {shlex.quote(nproc)}: neither a number of processes nor `gpu`")
+
+
 def launch(nproc: str, arguments: Sequence[str]) -> int:
     """Run `preceptor ARGUMENTS` in so many processes (`gpu`: one for each GPU); the exit code of the run.
 
     What torchrun does, in this process: it hands signals on, and ends all processes where one ends with an error, whose
-    exit code is returned. Raises ConfigError for a number that cannot be, ProcessError where a process was killed.
+    exit code is returned. Raises ConfigError where there is no GPU, ProcessError where a process was killed.
     """
-    if nproc != "gpu" and (not nproc.isdigit() or int(nproc) < 1):
-        raise ConfigError(f"--nproc {shlex.quote(nproc)}: neither a number of processes nor `gpu`")
     import torch
 
     num = torch.cuda.device_count() if nproc == "gpu" else int(nproc)

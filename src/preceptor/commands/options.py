@@ -78,14 +78,6 @@ def check_models(*paths: str | None, checkpoints: bool = False) -> None:
             adapter_base(resolve_model_path(path, adapters=True))
 
 
-def say_loading() -> None:
-    """Say on a terminal that torch is being loaded, so that the first line is there at once."""
-    if sys.stderr.isatty():
-        from preceptor.console import say
-
-        say("loading torch ...", error=True)
-
-
 def run_of(
     run_file: Path | None,
     model: str | None,
@@ -133,10 +125,16 @@ def read_tasks(
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """Switch the garbage collector off while torch and transformers are imported: it would find nothing to free."""
+    """Switch the garbage collector off while torch and transformers are imported: it would find nothing to free.
+
+    On a terminal it is said that torch is being loaded, so that the first line is there at once.
+    """
+    if sys.stderr.isatty():
+        from preceptor.console import say
+
+        say("loading torch ...", error=True)
     collects = gc.isenabled()
     gc.disable()
-    say_loading()
     try:
         yield
     finally:

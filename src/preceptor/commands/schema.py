@@ -3,7 +3,7 @@
 
 def schema() -> None:
     """Print the JSON schema of the run file, for editors."""
-    from preceptor.config.schema import json_schema
+    from preceptor.config.run import json_schema
     from preceptor.console import print_json
 
     print_json(json_schema())

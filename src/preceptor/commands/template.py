@@ -1,6 +1,7 @@
 """The command `template`: what a chat template supports."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ def template(
     """Show what a chat template supports. It is found by the same proofs as in training."""
     from preceptor.chat.template import BUILTIN
     from preceptor.inspect.stand_in import stand_in_renderer
-    from preceptor.inspect.template import find_abilities, to_json, to_text
+    from preceptor.inspect.template import find_abilities, to_text
 
     is_template = name in BUILTIN or Path(name).suffix == ".jinja" or Path(name).is_file()
     if model is not None and not is_template:
@@ -40,8 +41,7 @@ def template(
         renderer = _model_renderer(model or name, name if is_template else "tokenizer", arguments)
     for unread in sorted(arguments.keys() - renderer.template.names_read):
         raise errors.ConfigError(f"--kwargs {unread}: the template {name} reads no argument of this name")
-    found = to_json(find_abilities(renderer, assumed))
-    print_result(found, as_json, to_text)
+    print_result(asdict(find_abilities(renderer, assumed)), as_json, to_text)
 
 
 def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:

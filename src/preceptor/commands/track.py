@@ -12,11 +12,7 @@ from preceptor import errors
 NOT_SENT = 6  # exit code, as for files that cannot be written
 
 
-class TrackerName(StrEnum):
-    tensorboard = "tensorboard"
-    trackio = "trackio"
-    mlflow = "mlflow"
-    wandb = "wandb"
+TrackerName = StrEnum("TrackerName", "tensorboard trackio mlflow wandb")  # those of config, which is imported late
 
 
 def track(
@@ -28,16 +24,14 @@ def track(
     since: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Send the record of a run to a tracker."""
-    import yaml
-
     from preceptor.console import say
+    from preceptor.files import read_run_file
     from preceptor.trackers import follower
     from preceptor.trackers.sink import require_installed
 
     names = [name.value for name in to or ()]
     if not names and (run / "config.yaml").is_file():
-        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        names = list(tree.get("tracker") or ())
+        names = list(read_run_file(run)[0].get("tracker") or ())
     if not names:
         raise errors.ConfigError(f"{run}: its run file names no tracker; name one with --to")
     require_installed(names)

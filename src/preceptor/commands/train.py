@@ -1,6 +1,7 @@
 """The command `train`: fine-tune a model as described by a run file."""
 
 import json
+import os
 import shlex
 import signal
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ import typer
 
 from preceptor.commands.options import Overrides, Replace, RunFile, large_imports, load_run
 from preceptor.hub import SCHOLAR
-from preceptor.world import command_words
+from preceptor.world import COMMAND, command_words
 
 if TYPE_CHECKING:
     from preceptor.config import Run
@@ -69,9 +70,15 @@ class Options:
 
 
 def _launch(nproc: str, run_file: Path, overrides: list[str] | None, options: Options) -> int:
-    from preceptor.commands.launch import launch
+    from preceptor.commands.launch import launch, require_number
+    from preceptor.console import say
+    from preceptor.train.run_folder import claim
 
-    load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
+    require_number(nproc)
+    run = load_run(run_file, overrides)  # so that a mistake is told at once, by this process alone
+    say(first_line(run))
+    with claim(run, run_file=run_file, resume=options.resume, replace=options.replace):
+        pass  # a folder that cannot be used is refused here; the first of the processes claims it again
     return launch(nproc, ["train", *options.words(), "--", str(run_file), *(overrides or ())])
 
 
@@ -89,11 +96,10 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
         run_file,
         **asdict(options),
         importing=large_imports,
-        first_line=first_line(run),
-    )
+        first_line=None if COMMAND in os.environ else first_line(run),
+    )  # where there is a launcher, it has said the first line
     try:
-        for _ in session.steps():
-            pass
+        session.train()
     except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
         world.end_if_another_failed()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)

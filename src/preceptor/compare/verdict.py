@@ -28,6 +28,7 @@ class HeadlineMetric(NamedTuple):
         return "%" if self.scale > 1 else self.unit
 
 
+MARGINAL, SHIFTED = 2, 4  # the first rank, under the base, of these classes of tokens (shift.py)
 _FEW_ITEMS = 30
 _POINTS, _RELATIVE = 0.05, 0.02  # a change that matters: of a share, and of bits per byte
 

@@ -4,15 +4,16 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from preceptor.config.peer_adapter import OF_ADAPTERS, adapter_section, trains_adapter
+from preceptor.config.peer_adapter import adapter_section, trains_adapter
 from preceptor.config.peer_data import Sources, long_examples
-from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, optimizer_name
-from preceptor.config.peer_files import Peer, PeerFile, dataset_info, read_peer_file
+from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, Peer, optimizer_name
+from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
 from preceptor.config.peer_names import CHANGES_TRAINING, COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.config.run import Tracker, all_keys
@@ -20,6 +21,7 @@ from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
+_HUB_ID = re.compile(r"[\w.-]+/[\w-]+")
 
 
 @dataclass
@@ -83,7 +85,7 @@ def _flat(file: PeerFile) -> PeerFile:
 
 def known_settings() -> set[str]:
     """Every key of another trainer that is carried over, or of which is known why it is not."""
-    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *OF_ADAPTERS, *NAMES, *TRAINER, "activation_checkpointing"}
+    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *NAMES, *TRAINER, "activation_checkpointing"}
 
 
 class _Conversion:
@@ -201,6 +203,7 @@ class _Conversion:
         self._held_out_share(streaming)
         if streaming:
             self._set("data.streaming", True)
+            self._note_of_hub()
             key = "streaming_multipack_buffer_size" if self._given.peer == "Axolotl" else "buffer_size"
             if (window := self._given.value(key)) is not None:
                 self._set("data.window", self._given.cast(key, window, int))
@@ -211,6 +214,16 @@ class _Conversion:
         self._packed = self._given.on("packing", "sample_packing") is not None
         for key, value in long_examples(self._given, self._packed).items():
             self._set(key, value)
+
+    def _note_of_hub(self) -> None:
+        """What is read as a stream is named by its files."""
+        for source in self._found.tree.get("data", {}).get("train", ()):
+            if _HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
+                self._given.note(
+                    "streaming",
+                    f"{source['path']} is of the Hub: a stream reads its files, hf://datasets/{source['path']} or a "
+                    "folder or pattern in it; `split` chooses by their names, and `name` is a folder",
+                )
 
     def _chat_template(self) -> None:
         name = self._given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")

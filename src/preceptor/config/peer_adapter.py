@@ -1,18 +1,10 @@
 """The adapter of another trainer's file -> the section `adapter` of a run file."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
+from preceptor.config.peer_defaults import OF_ADAPTERS
 from preceptor.config.peer_settings import PeerSettings
 from preceptor.errors import short
-
-OF_ADAPTERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "r": ("rank", int),
-    "lora_r": ("rank", int),
-    "lora_rank": ("rank", int),
-    "lora_alpha": ("alpha", float),
-    "lora_dropout": ("dropout", float),
-}
 
 
 def trains_adapter(given: PeerSettings) -> bool:

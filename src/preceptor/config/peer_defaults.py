@@ -1,9 +1,9 @@
 """What other trainers take where a key is absent, and what their keys and values become in a run file."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from preceptor.config.peer_files import Peer
+Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "num_train_epochs": 3.0,
@@ -94,19 +94,28 @@ DIRECT: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "cutoff_len": ("data.max_length", int),
     "output_dir": ("out", str),
     "seed": ("train.seed", int),
+    "neftune_noise_alpha": ("train.neftune_alpha", float),
     "learning_rate": ("optimizer.learning_rate", float),
     "lr": ("optimizer.learning_rate", float),
     "weight_decay": ("optimizer.weight_decay", float),
     "max_grad_norm": ("optimizer.max_grad_norm", float),
     "gradient_clipping": ("optimizer.max_grad_norm", float),
     "cosine_min_lr_ratio": ("optimizer.min_lr_ratio", float),
-    "neftune_noise_alpha": ("train.neftune_alpha", float),
     "label_smoothing_factor": ("loss.label_smoothing", float),
     "router_aux_loss_coef": ("loss.router_aux_coef", float),
     "moe_aux_loss_coef": ("loss.router_aux_coef", float),
     "save_total_limit": ("checkpoint.keep", int),
     "eval_max_new_tokens": ("eval.max_new_tokens", int),
 }
+OF_ADAPTERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "r": ("rank", int),
+    "lora_r": ("rank", int),
+    "lora_rank": ("rank", int),
+    "lora_alpha": ("alpha", float),
+    "lora_dropout": ("dropout", float),
+}
+"""Their keys whose values need no more than a type: the key here, or in the section `adapter`."""
+
 SCHEDULERS = {
     "cosine": "cosine",
     "linear": "linear",

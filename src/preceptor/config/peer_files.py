@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from preceptor.config.peer_defaults import Peer
 from preceptor.config.peer_script import read_script
+from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
-
-Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
 _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
     ("torchtune", frozenset({"checkpointer", "metric_logger", "dataset._component_"})),
@@ -51,7 +51,7 @@ def read_peer_file(path: Path) -> PeerFile:
     if re.search(r"(^|\s)--\w+", text) and path.suffix not in (".yaml", ".yml", ".json"):
         return _command(path, text)
     try:
-        tree = yaml.load(text, _PlainLoader)
+        tree = yaml.load(text, NumberLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML or JSON: {error}") from None
     if not isinstance(tree, dict):
@@ -65,15 +65,6 @@ def read_peer_file(path: Path) -> PeerFile:
         f"{path}: not known as a file of TRL, Axolotl, LLaMA-Factory or torchtune; it has the keys "
         f"{', '.join(sorted(keys)[:8])}"
     )
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """`2e-4` is a number, as for those trainers, which turn texts into the type of each key."""
-
-
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _command(path: Path, text: str) -> PeerFile:
@@ -97,7 +88,7 @@ def _command(path: Path, text: str) -> PeerFile:
         if any("$" in word for word in given):
             unread.append(f"{key}: {' '.join(given)}: a variable of the shell")
         else:
-            parsed = [yaml.load(word, _PlainLoader) for word in given]
+            parsed = [yaml.load(word, NumberLoader) for word in given]
             settings[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return PeerFile("LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL", settings, unread)
 

@@ -7,6 +7,8 @@ value.
 
 from collections.abc import Iterable
 
+from preceptor.config.peer_defaults import DIRECT, OF_ADAPTERS
+
 RENAMED: dict[str, str] = {
     "data.template": "data.chat_template",
     "data.template_kwargs": "data.chat_template_kwargs",
@@ -49,17 +51,14 @@ _EVALUATION = "eval.every: such as `100 steps` or `1 epoch`"
 _COLUMNS = "data.train[].columns: such as `{text: body}`"
 
 COUNTERPARTS: dict[str, str] = {
+    **{key: ours for key, (ours, _) in DIRECT.items() if key != ours.rpartition(".")[2]},
     # the model
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
     "model_id": "model.path",
     "torch_dtype": "model.dtype: of the weights; of matrix products: train.precision",
     "pure_bf16": "model.dtype: bfloat16 trains bfloat16 weights, see optimizer.rounding",
     "unfrozen_parameters": "model.train_only: patterns of names, not regular expressions",
     "freeze_trainable_layers": 'model.train_only: such as `["model.layers.3[01].*"]` for layers 30 and 31',
     "freeze_trainable_modules": 'model.train_only: such as `["*.mlp.*"]`',
-    "model_revision": "model.revision",
-    "revision_of_model": "model.revision",
     # the data
     "datasets": "data.train: such as `[{path: train.jsonl}]`",
     "dataset": "data.train: such as `[{path: train.jsonl}]`",
@@ -84,9 +83,6 @@ COUNTERPARTS: dict[str, str] = {
     "chat_template_path": "data.chat_template",
     "chat_template_jinja": "data.chat_template: a file",
     "template": "data.chat_template",
-    "max_seq_length": "data.max_length",
-    "sequence_len": "data.max_length",
-    "cutoff_len": "data.max_length",
     "excess_length_strategy": "data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out",
     "truncation_mode": "data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out",
     "assistant_only_loss": "data.train_on: `assistant` trains every assistant turn",
@@ -96,7 +92,6 @@ COUNTERPARTS: dict[str, str] = {
     "mask_history": "data.train_on: `last` trains the last assistant turn alone",
     "roles_to_train": "data.train_on: `assistant`, `last` or `all`",
     # training
-    "output_dir": "out",
     "per_device_train_batch_size": _BATCH,
     "train_batch_size": _BATCH,
     "micro_batch_size": _BATCH,
@@ -109,17 +104,14 @@ COUNTERPARTS: dict[str, str] = {
     "bf16_full_eval": "train.precision: bfloat16",
     "fp16": "train.precision: bfloat16; float16 is not offered",
     "data_seed": "train.seed",
-    "neftune_noise_alpha": "train.neftune_alpha",
     "use_cpu": "train.device: cpu",
     "device_map": "train.device",
     "report_to": "tracker: such as `[tensorboard]`",
     "use_wandb": "tracker: wandb",
     # the optimizer
-    "lr": "optimizer.learning_rate",
     "lr_scheduler_type": "optimizer.lr_scheduler",
     "warmup_ratio": "optimizer.warmup: such as `5 %`",
     "warmup_steps": "optimizer.warmup: such as `20 steps`",
-    "cosine_min_lr_ratio": "optimizer.min_lr_ratio",
     "lr_scheduler_kwargs": "optimizer.min_lr_ratio: of `wsd` also optimizer.decay, the length of the last part",
     "num_decay_steps": "optimizer.decay: such as `20 %` or `100 steps`",
     "optim": "optimizer.name: adamw, adamw_8bit, muon, adafactor or sgd",
@@ -130,13 +122,9 @@ COUNTERPARTS: dict[str, str] = {
     "lr_groups": "optimizer.lr_factors: by name, factors of the learning rate",
     "adam_beta1": _BETAS,
     "adam_beta2": _BETAS,
-    "gradient_clipping": "optimizer.max_grad_norm",
     # the loss
     "loss_type": "loss.type",
     "use_dft_loss": "loss.type: dft",
-    "label_smoothing_factor": "loss.label_smoothing",
-    "router_aux_loss_coef": "loss.router_aux_coef",
-    "moe_aux_loss_coef": "loss.router_aux_coef",
     "output_router_logits": "loss.router_aux_coef: the coefficient, such as router_aux_loss_coef in the model's config",
     # memory
     "gradient_checkpointing": "memory.activation_checkpointing: `all`, or the first so many layers",
@@ -144,7 +132,6 @@ COUNTERPARTS: dict[str, str] = {
     "save_steps": _CHECKPOINT,
     "save_strategy": _CHECKPOINT,
     "saves_per_epoch": _CHECKPOINT,
-    "save_total_limit": "checkpoint.keep",
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "early_stopping": _PATIENCE,
@@ -156,7 +143,6 @@ COUNTERPARTS: dict[str, str] = {
     "eval_strategy": _EVALUATION,
     "evaluation_strategy": _EVALUATION,
     "evals_per_epoch": _EVALUATION,
-    "eval_max_new_tokens": "eval.max_new_tokens",
     # quantized bases
     "load_in_4bit": "model.quantization: nf4",
     "load_in_8bit": "model.quantization: int8",
@@ -167,11 +153,7 @@ COUNTERPARTS: dict[str, str] = {
     "use_bnb_nested_quant": "model.double_quantization",
     "bnb_4bit_use_double_quant": "model.double_quantization",
     # adapters
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
+    **{key: f"adapter.{ours}" for key, (ours, _) in OF_ADAPTERS.items()},
     "lora_target_modules": "adapter.target_modules",
     "lora_modules_to_save": "adapter.modules_to_save",
     "additional_target": "adapter.modules_to_save: a list of names",

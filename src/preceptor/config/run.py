@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import ErrorDetails
 
 from preceptor.config.code import beside_code
@@ -325,6 +326,22 @@ def beside(run: Run, folder: Path) -> Run:
     replay = run.replay and run.replay.model_copy(update={"data": sources(run.replay.data)})
     parts = {"data": data, "eval": tasks, "loss": loss, "replay": replay, "checkpoint": checkpoint}
     return run.model_copy(update=parts)
+
+
+class _WithDurations(GenerateJsonSchema):
+    """Defaults as they would stand in the file."""
+
+    def encode_default(self, dft: Any) -> Any:
+        return str(dft) if isinstance(dft, Duration) else super().encode_default(dft)
+
+
+def json_schema() -> dict[str, Any]:
+    """For editors: keys, types, limits, defaults and the line of documentation of each key of the run file.
+
+    What depends on several keys, and whether files exist, it does not say: `load` does.
+    """
+    found = Run.model_json_schema(schema_generator=_WithDurations)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **found, "title": "Preceptor run file"}
 
 
 def all_keys(section: type[BaseModel] = Run, place: str = "") -> Iterator[str]:

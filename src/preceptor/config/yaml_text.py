@@ -14,8 +14,17 @@ from preceptor.errors import ConfigError, short
 _LARGEST_NUMBER = 2**63
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads `2e-4` as text and lets the second of two equal keys win; both would train something else."""
+class NumberLoader(yaml.SafeLoader):
+    """`2e-4` is a number, which YAML 1.1 reads as text."""
+
+
+NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _YamlLoader(NumberLoader):
+    """YAML 1.1 lets the second of two equal keys win, which would train something else."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -23,11 +32,6 @@ class _YamlLoader(yaml.SafeLoader):
             problem = f"the alias *{event.anchor} is not read here; write the value out"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _mapping(loader: _YamlLoader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -111,6 +111,7 @@ class Cache:
         try:
             if self.folder not in _using:
                 place = self.folder / "locks" / f"using-{_who()}.lock"
+                place.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _using[self.folder] = descriptor, set()
@@ -251,7 +252,7 @@ def _published(path: Path) -> Iterator[Path]:
 class CacheEntry:
     """A table in the cache, or (names: none) portions that no table names: of a run that was killed, or is building.
 
-    own_bytes: of what no other entry uses.
+    in_use: by a living process; while another one renders, all is, as it takes what is there.
     """
 
     key: str
@@ -265,7 +266,7 @@ class CacheEntry:
 
 def entries(folder: Path) -> list[CacheEntry]:
     """What is in a cache, the longest unused first. A file that several tables share counts for the first of them."""
-    in_use = _in_use(folder)
+    in_use, building = _in_use(folder), _is_building(folder)
     found = []
     portions = {path.stem: path for path in (folder / "portions").glob("*/*.flat")}
     named: set[str] = set()
@@ -280,12 +281,11 @@ def entries(folder: Path) -> list[CacheEntry]:
         files = [path, *own]
         names = [f"{name}" for name in about["names"]]
         num_bytes = sum(map(_num_bytes, files))
-        found.append(
-            CacheEntry(path.stem, names, _mtime(path), num_bytes, about["num_trees"], path.stem in in_use, files)
-        )
+        used = building or path.stem in in_use
+        found.append(CacheEntry(path.stem, names, _mtime(path), num_bytes, about["num_trees"], used, files))
     left = [path for key, path in portions.items() if key not in named]
     for path in left:
-        found.append(CacheEntry(path.stem, [], _mtime(path), _num_bytes(path), 0, False, [path]))
+        found.append(CacheEntry(path.stem, [], _mtime(path), _num_bytes(path), 0, building, [path]))
     return sorted(found, key=lambda entry: entry.last_used)
 
 
@@ -338,6 +338,20 @@ def _in_use(folder: Path) -> set[str]:
         except OSError:
             continue
     return found
+
+
+def _is_building(folder: Path) -> bool:
+    """Whether another process renders into the cache."""
+    for place in (folder / "locks").glob("*.lock"):
+        if place.name.startswith("using-"):
+            continue
+        try:
+            with place.open("r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return True
+    return False
 
 
 def _mtime(path: Path) -> float:

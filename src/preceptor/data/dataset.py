@@ -21,8 +21,8 @@ import numpy as np
 
 from preceptor.config import Source
 from preceptor.data.forest import Tree, has_branches
-from preceptor.data.prefix_sharing import Group, beginning_of, group_prefixes, joined
-from preceptor.data.records import DIGEST_BYTES, digest, encode
+from preceptor.data.prefix_sharing import Group, beginning_of, group_prefixes, tree_of_group
+from preceptor.data.records import DIGEST_BYTES, digest, encode_tree
 from preceptor.data.table_trees import TableTrees
 from preceptor.errors import ConfigError
 
@@ -164,7 +164,7 @@ class MemoryTrees:
 
     def array(self, name: str) -> np.ndarray:
         if name == "digests":
-            digests = b"".join(digest(encode(tree)) for tree in self._trees)
+            digests = b"".join(digest(encode_tree(tree)) for tree in self._trees)
             return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
         of_tree = {"lengths": lambda t: t.num_tokens, "trained": lambda t: t.num_trained, "branches": has_branches}[
             name
@@ -199,7 +199,7 @@ class Dataset:
         """Raises DataError where a tree cannot be read any more."""
         if self._groups is None:
             return [self._store.tree(index) for index in indices]
-        return [joined(self._groups[index], self._store.tree) for index in indices]
+        return [tree_of_group(self._groups[index], self._store.tree) for index in indices]
 
     def __iter__(self) -> Iterator[Tree]:
         """All trees, one at a time."""

@@ -37,6 +37,14 @@ class Rejection:
     message: str
 
 
+class Unreadable(Exception):
+    """What is wrong with a row or message: a code of `rejections.READING` and a sentence; becomes a Rejection."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation, in the chat-completions format.
@@ -111,91 +119,83 @@ def num_characters(example: Example) -> int:
     return len(example.text) if isinstance(example, Document) else len(example.prompt) + len(example.completion)
 
 
-def read_message(raw: object, where: str) -> Message | str:
-    """One message of a file -> Message, or "code: sentence" saying why not."""
+def read_message(raw: object, where: str) -> Message:
+    """One message of a file. Raises Unreadable."""
     if not isinstance(raw, dict):
-        return f"bad_message: {where} is {type(raw).__name__}, not an object with role and content"
+        raise Unreadable("bad_message", f"{where} is {type(raw).__name__}, not an object with role and content")
     role = raw.get("role")
     if role not in ROLES:
-        return f"unknown_role: {where} has role {short(role)}; known roles are {', '.join(ROLES)}"
-    problem = _problem(raw, where)
-    if problem:
-        return problem
+        raise Unreadable("unknown_role", f"{where} has role {short(role)}; known roles are {', '.join(ROLES)}")
+    _check_fields(raw, where)
     train, weight = _trained(raw, where), 1.0 if raw.get("weight") is None else raw["weight"]
-    if isinstance(train, str):
-        return train
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-        return f"bad_message: {where}.weight is {short(weight)}; it must be a number of at least 0"
+        raise Unreadable("bad_message", f"{where}.weight is {short(weight)}; it must be a number of at least 0")
     given = {key: value for key, value in raw.items() if key not in (*TRAIN_KEYS, "weight")}
     if role == "assistant":
         message = Message(given, train=train is not False and weight > 0, weight=float(weight))
         if not (message.content.strip() or message.tool_calls):
-            return f"empty_answer: {where} is an assistant message with neither content nor tool_calls"
+            raise Unreadable("empty_answer", f"{where} is an assistant message with neither content nor tool_calls")
         return message
     if train or weight not in (0, 1):
-        return (
-            f"not_an_answer: {where} is to be trained and its role is {role}, but only assistant messages are; remove "
-            "the key that says so (data.train_on: all trains every message)"
+        raise Unreadable(
+            "not_an_answer",
+            f"{where} is to be trained and its role is {role}, but only assistant messages are; remove the key that "
+            "says so (data.train_on: all trains every message)",
         )
     return Message(given, train=False, weight=float(weight))
 
 
-def _problem(raw: Mapping[str, Any], where: str) -> str | None:
-    """What is wrong with the fields that say something, as "code: sentence". A tool's result may be an object."""
+def _check_fields(raw: Mapping[str, Any], where: str) -> None:
+    """Raises Unreadable for a field that says something wrong. A tool's result may be an object."""
     for key in ("content", "reasoning_content"):
-        is_result = key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict)
-        problem = None if is_result else _text_problem(raw.get(key), f"{where}.{key}")
-        if problem:
-            return problem
+        if not (key == "content" and raw.get("role") == "tool" and isinstance(raw.get(key), dict)):
+            _check_text(raw.get(key), f"{where}.{key}")
     calls = raw.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        return f"bad_message: {where}.tool_calls must be a list of objects"
+        raise Unreadable("bad_message", f"{where}.tool_calls must be a list of objects")
     for key, instead in _UNREAD_KEYS.items():
         if raw.get(key):
-            return f"unread_field: {where}.{key} is not read: {instead}"
-    return None
+            raise Unreadable("unread_field", f"{where}.{key} is not read: {instead}")
 
 
-def _trained(raw: Mapping[str, Any], where: str) -> bool | str | None:
-    """What the message says of whether it is trained, or "code: sentence"; None where it says nothing."""
+def _trained(raw: Mapping[str, Any], where: str) -> bool | None:
+    """What the message says of whether it is trained; None where it says nothing. Raises Unreadable."""
     said = {key: raw[key] for key in TRAIN_KEYS if raw.get(key) is not None}
     for key, value in said.items():
         if value not in (True, False):
-            return f"bad_message: {where}.{key} is {short(value)}; it must be true or false"
+            raise Unreadable("bad_message", f"{where}.{key} is {short(value)}; it must be true or false")
     if len(set(map(bool, said.values()))) > 1:
         both = " and ".join(f"{key}: {str(bool(value)).lower()}" for key, value in said.items())
-        return f"bad_message: {where} has {both}; keep one of them"
+        raise Unreadable("bad_message", f"{where} has {both}; keep one of them")
     return bool(next(iter(said.values()))) if said else None
 
 
-def _text_problem(value: object, where: str) -> str | None:
+def _check_text(value: object, where: str) -> None:
     if value is None or isinstance(value, str):
-        return None
+        return
     if not isinstance(value, list):
-        return f"bad_message: {where} must be a string or a list of text parts, not {type(value).__name__}"
+        kind = type(value).__name__
+        raise Unreadable("bad_message", f"{where} must be a string or a list of text parts, not {kind}")
     for index, part in enumerate(value):
         at = f"{where}[{index}]"
         if not isinstance(part, dict):
-            return f'bad_message: {at} is {type(part).__name__}; write a part as {{"type": "text", "text": ...}}'
+            kind = type(part).__name__
+            raise Unreadable("bad_message", f'{at} is {kind}; write a part as {{"type": "text", "text": ...}}')
         if part.get("type", "text") != "text":
-            return f"unread_field: {at} is a part of type {short(part['type'])}; only text is trained here"
+            kind = short(part["type"])
+            raise Unreadable("unread_field", f"{at} is a part of type {kind}; only text is trained here")
         if not isinstance(part.get("text"), str):
-            return f"bad_message: {at}.text is {short(part.get('text'))}; it must be a string"
-    return None
+            raise Unreadable("bad_message", f"{at}.text is {short(part.get('text'))}; it must be a string")
 
 
 def read_messages(raw: object, source: str, where: str = "messages") -> tuple[Message, ...] | Rejection:
     """The value of a `messages` key -> messages, or the Rejection of the first thing wrong with it."""
     if not isinstance(raw, list) or not raw:
         return Rejection(source, "no_messages", f"{where} must be a list of at least one message")
-    messages = []
-    for index, item in enumerate(raw):
-        message = read_message(item, f"{where}[{index}]")
-        if isinstance(message, str):
-            code, _, sentence = message.partition(": ")
-            return Rejection(source, code, sentence)
-        messages.append(message)
-    return tuple(messages)
+    try:
+        return tuple(read_message(item, f"{where}[{index}]") for index, item in enumerate(raw))
+    except Unreadable as error:
+        return Rejection(source, error.code, str(error))
 
 
 def trainable_turns(messages: Sequence[Message]) -> list[int]:

@@ -70,26 +70,24 @@ def has_branches(tree: Tree) -> bool:
     return len(parents) != len(set(parents))
 
 
+def path_to(segments: "Sequence[Segment] | Sequence[Span]", index: int | None) -> tuple[int, ...]:
+    """The indices of the segments from the root to `index`; () for None."""
+    path = []
+    while index is not None:
+        path.append(index)
+        index = segments[index].parent
+    return tuple(reversed(path))
+
+
 def path_ids(tree: Tree, index: int | None) -> tuple[int, ...]:
     """The tokens from the root to the end of segment `index`: what the model has read by then."""
-    ids: tuple[int, ...] = ()
-    while index is not None:
-        ids = tree.segments[index].ids + ids
-        index = tree.segments[index].parent
-    return ids
+    return tuple(token for each in path_to(tree.segments, index) for token in tree.segments[each].ids)
 
 
 def leaf_paths(tree: Tree) -> list[tuple[int, ...]]:
     """The paths from root to leaf, each as the indices of its segments."""
     parents = {segment.parent for segment in tree.segments}
-    paths = []
-    for leaf in range(len(tree.segments)):
-        if leaf not in parents:
-            path = [leaf]
-            while (parent := tree.segments[path[-1]].parent) is not None:
-                path.append(parent)
-            paths.append(tuple(reversed(path)))
-    return paths
+    return [path_to(tree.segments, leaf) for leaf in range(len(tree.segments)) if leaf not in parents]
 
 
 def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
@@ -115,7 +113,7 @@ def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
     return turns
 
 
-def path_lengths(tree: Tree) -> list[int]:
+def leaf_path_lengths(tree: Tree) -> list[int]:
     """The tokens of each path from root to leaf."""
     return [sum(len(tree.segments[index].ids) for index in path) for path in leaf_paths(tree)]
 
@@ -140,14 +138,14 @@ def turns_of(tree: Tree) -> tuple[RenderedTurn, ...]:
     for index, segment in enumerate(tree.segments):
         if segment.message is not None:
             of_message.setdefault(segment.message, []).append(index)
-    paths = {index: path[: place + 1] for path in leaf_paths(tree) for place, index in enumerate(path)}
     turns = []
     for message, indices in sorted(of_message.items()):
-        path = paths[indices[-1]]
-        before = path[: path.index(indices[0])]
-        whole, context = path_ids(tree, indices[-1]), path_ids(tree, before[-1] if before else None)
-        texts = ["".join(tree.segments[index].text for index in part) for part in (before, path[len(before) :])]
-        turns.append(RenderedTurn(message, context, whole[len(context) :], *texts))
+        path = path_to(tree.segments, indices[-1])
+        start = path.index(indices[0])
+        parts = [[tree.segments[index] for index in part] for part in (path[:start], path[start:])]
+        context, target = (tuple(token for segment in part for token in segment.ids) for part in parts)
+        texts = ["".join(segment.text for segment in part) for part in parts]
+        turns.append(RenderedTurn(message, context, target, *texts))
     return tuple(turns)
 
 

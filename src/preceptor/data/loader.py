@@ -153,8 +153,8 @@ class Loader:
         epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         batch = self._plans.sequences(epoch, start, end)
-        dealt = deal([int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch], num_ranks)
-        return [batch[at] for at in dealt[rank]]
+        sizes = [int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch]
+        return [batch[at] for at in assign_to_ranks(sizes, num_ranks)[rank]]
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another.
@@ -320,19 +320,19 @@ class StreamLoader:
         return max(pack(trees, self.alone), key=lambda sequence: sequence.num_tokens)
 
 
-def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+def assign_to_ranks(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Which of the sequences of these sizes each process takes, so that all have about the same number of tokens.
 
     The longest first, each to the process that has fewest tokens, and of those the fewest sequences (Graham 1969). A
     process has its own in their order.
     """
-    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
     tokens = [0] * num_ranks
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        rank = min(range(num_ranks), key=lambda rank: (tokens[rank], len(dealt[rank]), rank))
-        dealt[rank].append(index)
+        rank = min(range(num_ranks), key=lambda rank: (tokens[rank], len(assigned[rank]), rank))
+        assigned[rank].append(index)
         tokens[rank] += sizes[index]
-    return [sorted(own) for own in dealt]
+    return [sorted(own) for own in assigned]
 
 
 def pack(trees: Sequence[Tree], alone: bool) -> list[PackedSequence]:

@@ -8,8 +8,8 @@ contexts begin with the same `MIN_SHARED_TOKENS` or more, such as a long system 
 is trained stays trained as often as before, and each target reads exactly what it read before, so loss and gradient
 are those of the separate trees. `chains_of` is the way back, for models that can read one chain at a time only.
 
-`group_prefixes` decides who shares what from the first contexts alone, 4 bytes for each of their tokens; `joined` puts
-the trees of a group together when they are read.
+`group_prefixes` decides who shares what from the first contexts alone, 4 bytes for each of their tokens;
+`tree_of_group` puts the trees of a group together when they are read.
 """
 
 from array import array
@@ -68,7 +68,7 @@ def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tr
     seen: dict[int, int] = {}
     firsts = [seen.setdefault(id(tree), index) for index, tree in enumerate(trees)]
     groups = group_prefixes(map(beginning_of, trees, range(len(trees))), firsts, max_length, seed)
-    return [joined(group, trees.__getitem__) for group in groups]
+    return [tree_of_group(group, trees.__getitem__) for group in groups]
 
 
 def group_prefixes(
@@ -99,11 +99,11 @@ def group_prefixes(
     return [each.of for each in grouped]
 
 
-def joined(group: int | Group, tree_at: Callable[[int], Tree]) -> Tree:
+def tree_of_group(group: int | Group, tree_at: Callable[[int], Tree]) -> Tree:
     """The tree of a group. tree_at: the tree of an index."""
     if isinstance(group, int):
         return tree_at(group)
-    return _merge([joined(member, tree_at) for member in group.members], group.num_shared)
+    return _merge([tree_of_group(member, tree_at) for member in group.members], group.num_shared)
 
 
 def _apart(beginnings: Iterable[Beginning], originals: Iterable[int]) -> list[list[Beginning]]:

@@ -18,7 +18,7 @@ from preceptor.data.cache import Cache, key_of
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.formats.tables import DataTable
-from preceptor.data.records import FlatFile, decode, digest, encode
+from preceptor.data.records import FlatFile, decode_tree, digest, encode_tree
 from preceptor.data.sources import Entry, OpenSource
 from preceptor.data.table_trees import RenderedExample, StoredRecord, TableBuilder, TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -112,6 +112,7 @@ class SourceReader:
         keys = [None if cache is None else self._key(cache, source, table) for table in source.tables]
         if cache is None or None in keys:
             return list(self._built(source, cache, list(zip(source.tables, keys, strict=True))))
+        cache.use({key for key in keys if key is not None})
         found = _look_up_tables(cache, source, keys)
         if None in found:
             lock = key_of("building", keys)
@@ -121,7 +122,6 @@ class SourceReader:
                 built = self._built(source, cache, [(source.tables[k], keys[k]) for k in missing], lock)
                 for k, trees in zip(missing, built, strict=True):
                     found[k] = trees
-        cache.use({key for key in keys if key is not None})
         return [trees for trees in found if trees is not None]
 
     def _key(self, cache: Cache, source: OpenSource, table: DataTable) -> str | None:
@@ -214,12 +214,18 @@ def rendered_examples(
         for _, outcome in render_all(renderer, contents(), num_processes):
             yield waiting.popleft()._replace(outcome=outcome)
         return
-    yield from _through(cache, _portions(entries, fitter), renderer, num_processes, with_texts)
+    yield from _from_cache_or_rendered(cache, _portions(entries, fitter), renderer, num_processes, with_texts)
 
 
-def _through(
+def _from_cache_or_rendered(
     cache: Cache, portions: Iterator[_Portion], renderer: ExampleRenderer, num_processes: int, with_texts: bool
 ) -> Iterator[RenderedExample]:
+    """Yield every example with its outcome, in order.
+
+    Portions in the cache are read; consecutive portions that are not are rendered together and written. `_contents`
+    stops at the first cached portion and leaves it in `cached_next`.
+    """
+
     def looked_up() -> Iterator[_Portion]:
         for portion in portions:
             contents = hashlib.sha256(b"".join(portion.digests)).hexdigest()
@@ -233,23 +239,24 @@ def _through(
             yield from _results(portion)
             continue
         missing: deque[_Portion] = deque()
-        there: list[_Portion] = []
-        for _, outcome in render_all(renderer, _contents(chain([portion], looked), missing, there), num_processes):
+        cached_next: list[_Portion] = []
+        contents = _contents(chain([portion], looked), missing, cached_next)
+        for _, outcome in render_all(renderer, contents, num_processes):
             missing[0].outcomes.append(outcome)
             if len(missing[0].outcomes) == len(missing[0].contents):
                 _write(cache, missing[0], with_texts)
                 yield from _results(missing.popleft())
-        for each in there:
+        for each in cached_next:
             yield from _results(each)
 
 
 def _contents(
-    portions: Iterable[_Portion], missing: deque[_Portion], there: list[_Portion]
+    portions: Iterable[_Portion], missing: deque[_Portion], cached_next: list[_Portion]
 ) -> Iterator[Example | Rejection]:
-    """The examples of one missing portion after the other, up to one that is there."""
+    """The examples of one missing portion after the other, up to one that is in the cache."""
     for portion in portions:
         if portion.file is not None:
-            there.append(portion)
+            cached_next.append(portion)
             return
         missing.append(portion)
         yield from portion.contents
@@ -308,12 +315,12 @@ def _look_up(cache: Cache, portion: _Portion) -> None:
     rejections = {k: (code, message) for k, code, message in file.about["rejections"]}
     for k, (entry, record) in enumerate(zip(portion.entries, portion.records, strict=True)):
         place = entry.example.source
-        portion.outcomes.append(decode(record, place) if record else Rejection(place, *rejections[k]))
+        portion.outcomes.append(decode_tree(record, place) if record else Rejection(place, *rejections[k]))
 
 
 def _write(cache: Cache, portion: _Portion, with_texts: bool) -> None:
     """Write a portion that is rendered."""
-    portion.records = [encode(each, with_texts) if isinstance(each, Tree) else b"" for each in portion.outcomes]
+    portion.records = [encode_tree(each, with_texts) if isinstance(each, Tree) else b"" for each in portion.outcomes]
     rejections = [
         (k, each.code, each.message) for k, each in enumerate(portion.outcomes) if isinstance(each, Rejection)
     ]

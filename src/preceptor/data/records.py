@@ -43,7 +43,7 @@ _MAGIC = b"FLATv001"
 _OPEN_FILES = 64
 
 
-def encode(tree: Tree, with_texts: bool = False) -> bytes:
+def encode_tree(tree: Tree, with_texts: bool = False) -> bytes:
     """The record of a tree that has not been weighed (dataset.py)."""
     segments = tree.segments
     about = array("i")
@@ -60,7 +60,7 @@ def encode(tree: Tree, with_texts: bool = False) -> bytes:
     return b"".join([*parts, texts, rest])
 
 
-def decode(record: bytes, source: str) -> Tree:
+def decode_tree(record: bytes, source: str) -> Tree:
     """The tree of a record, as the example at `source`."""
     num, num_text_bytes, num_rest_bytes, weighed, with_texts = _HEAD.unpack_from(record)
     at = _HEAD.size

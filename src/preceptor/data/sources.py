@@ -17,7 +17,7 @@ from preceptor.config.sections import nearest
 from preceptor.data.eval_split import Side
 from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
-from preceptor.data.formats.tables import DataTable, TextFile, find_tables
+from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TextFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
@@ -144,18 +144,33 @@ class OpenSource:
 
 
 def open_sources(data: Data) -> tuple[list[OpenSource], list[OpenSource]]:
-    """The sources to train on and those that are held out. Raises as `OpenSource`.
+    """The sources to train on and those that are held out. Raises as `OpenSource` and `require_streamable`.
 
     With `data.eval_size` both have a side of each file of `data.train`; of held-out examples each counts once.
     """
     if data.eval_size is None:
-        return [OpenSource(source) for source in data.train], [OpenSource(source) for source in data.eval]
+        train = [OpenSource(source) for source in data.train]
+        if data.streaming:
+            require_streamable(train)
+        return train, [OpenSource(source) for source in data.eval]
     trained, held_out = Side(data.eval_size, False), Side(data.eval_size, True)
     once = [source.model_copy(update={"weight": None, "count": None}) for source in data.train]
     return (
         [OpenSource(source, trained) for source in data.train],
         [*(OpenSource(source) for source in data.eval), *(OpenSource(source, held_out) for source in once)],
     )
+
+
+def require_streamable(sources: Iterable[OpenSource]) -> None:
+    """Raises ConfigError for a data set of the Hub: all of it is downloaded before its first example is read."""
+    for source in sources:
+        if any(isinstance(table, HuggingFaceDataset) and table.is_of_hub for table in source.tables):
+            path = source.source.path
+            raise ConfigError(
+                f"{path}: a data set of the Hub is downloaded as a whole, and data.streaming reads as it goes: name "
+                f"its files, path: hf://datasets/{path} (with `split`, which chooses among them by their names), or a "
+                f"pattern, path: hf://datasets/{path}/**/*.parquet. Or remove data.streaming"
+            )
 
 
 def require_no_pipe(sources: Iterable[OpenSource], streaming: bool) -> None:

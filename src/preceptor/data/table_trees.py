@@ -22,8 +22,8 @@ import numpy as np
 
 from preceptor.data.cache import Cache
 from preceptor.data.examples import Example, Rejection
-from preceptor.data.forest import Tree, has_branches, path_lengths, turn_lengths
-from preceptor.data.records import DIGEST_BYTES, Arrays, FlatFile, MemoryArrays, decode, digest, encode
+from preceptor.data.forest import Tree, has_branches, leaf_path_lengths, turn_lengths
+from preceptor.data.records import DIGEST_BYTES, Arrays, FlatFile, MemoryArrays, decode_tree, digest, encode_tree
 from preceptor.data.sources import Entry
 from preceptor.data.truncation import Fitter, Shortened
 from preceptor.data.workers import Targets
@@ -83,7 +83,7 @@ class TableTrees:
             assert isinstance(arrays, FlatFile), "records in memory do not change"
             raise _removed(arrays.path)
         source = f"{self.name}{self.about['place']}{row}" + (f" (part {part} of {parts})" if parts else "")
-        return decode(record, source)
+        return decode_tree(record, source)
 
     def load(self, name: str) -> np.ndarray:
         """One of the arrays, as a whole."""
@@ -148,7 +148,7 @@ class TableBuilder:
         assert match, f"{tree.source}: no place in {self._name}"
         self._place = match[1]
         if stored is None:
-            record = encode(tree)
+            record = encode_tree(tree)
             stored = StoredRecord("", 0, len(self._records), len(record), digest(record))
             self._records += record
             portion = _OWN
@@ -206,4 +206,4 @@ class TableBuilder:
 
 def num_sample_tokens(tree: Tree, targets: Targets) -> int:
     """Tokens of the tree as one sample for each turn; where prompts are trained too, for each of its conversations."""
-    return sum(path_lengths(tree) if targets == "all" else map(sum, turn_lengths(tree)))
+    return sum(leaf_path_lengths(tree) if targets == "all" else map(sum, turn_lengths(tree)))

@@ -143,7 +143,7 @@ class Fitter:
         options = _beginnings(example.messages, turns[-1])
 
         def candidate(option: int) -> ExampleTree | None:
-            return self._candidate(example, (*options[option], turns[-1]), turns)
+            return self._rendered(_kept(example, (*options[option], turns[-1]), turns))
 
         found = self._first_that_fits(candidate, len(options))
         kept = _kept(example, (*options[-1], turns[-1]), turns) if found is None else found[0]
@@ -174,7 +174,7 @@ class Fitter:
 
         def candidate(option: int, num_turns: int = 1) -> ExampleTree | None:
             trained = turns[first : first + num_turns]
-            return self._candidate(example, (*options[option], *range(trained[0], trained[-1] + 1)), trained)
+            return self._rendered(_kept(example, (*options[option], *range(trained[0], trained[-1] + 1)), trained))
 
         num_options = len(options)
         start = None if first else _first(1, lambda _: self._fits(candidate(0)))
@@ -198,9 +198,6 @@ class Fitter:
         """The messages that the renderer trains."""
         turns = trainable_turns(example.messages)
         return turns[-1:] if self.renderer.targets == "last" else turns
-
-    def _candidate(self, example: Conversation, kept: Sequence[int], trained: Sequence[int]) -> ExampleTree | None:
-        return self._rendered(_kept(example, kept, trained))
 
     def _rendered(self, example: Example) -> ExampleTree | None:
         tree = self.renderer.render(example)

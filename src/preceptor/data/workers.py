@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from preceptor.data.examples import Conversation, Example, Message, Rejection, num_characters
 from preceptor.data.forest import Tree
-from preceptor.data.records import decode, encode
+from preceptor.data.records import decode_tree, encode_tree
 from preceptor.errors import PreceptorError
 
 T = TypeVar("T", bound=Example | Rejection)
@@ -165,7 +165,7 @@ def _taken(chunk: list[T], outcomes: Future[Sent] | Outcomes) -> tuple[list[T], 
     if not isinstance(outcomes, Future):
         return chunk, outcomes
     sent = outcomes.result()
-    return chunk, [each if isinstance(each, Rejection) else decode(each[1], each[0]) for each in sent]
+    return chunk, [each if isinstance(each, Rejection) else decode_tree(each[1], each[0]) for each in sent]
 
 
 def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
@@ -240,4 +240,6 @@ def _ready() -> None:
 
 def _render_chunk(chunk: Sequence[Any]) -> Sent:
     outcomes = _outcomes(_renderer, [_as_given(sent) for sent in chunk])
-    return [each if isinstance(each, Rejection) else (each.source, encode(each, with_texts=True)) for each in outcomes]
+    return [
+        each if isinstance(each, Rejection) else (each.source, encode_tree(each, with_texts=True)) for each in outcomes
+    ]

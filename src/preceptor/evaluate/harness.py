@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from preceptor.data.sources import OpenSource
-from preceptor.errors import ConfigError, DataError, short
+from preceptor.errors import ConfigError, DataError, first_line, short
 from preceptor.evaluate.tasks import HARNESS, Task, TaskItem, TaskKind, TaskPrompt, file_of, read_task
 
 _KINDS: Mapping[str, TaskKind] = {
@@ -63,7 +63,7 @@ def read_harness_task(path: str) -> Task:
     except DataError:
         raise
     except Exception as error:  # whatever lm-eval, datasets or a task's own code raises
-        what = short(str(error).strip().partition("\n")[0])
+        what = short(first_line(error))
         raise DataError(f"{path}: lm-eval cannot load it: {type(error).__name__}: {what}") from error
     if kind is None or not items:
         raise DataError(f"{path}: it has no items")

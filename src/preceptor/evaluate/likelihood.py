@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from preceptor.data.forest import Tree, leaf_paths, pack_trees
-from preceptor.data.loader import deal
+from preceptor.data.loader import assign_to_ranks
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import token_losses
 from preceptor.model.parts import evaluating
 from preceptor.world import ONE, World
 
@@ -72,7 +73,7 @@ def segment_losses(
     def measure() -> list[tuple[int, int, SegmentLosses]]:
         head, measured = output_head(model), []
         for states in read_trees(model, trees, max_length, alone, world):
-            loss_N, correct_N = head.token_losses(states.hidden_MD, states.source_N, states.target_N)
+            loss_N, correct_N = token_losses(states.hidden_MD, head, states.source_N, states.target_N)
             losses_N, hits_N = loss_N.double().cpu().numpy(), correct_N.cpu().numpy()
             measured += [
                 (tree, segment, SegmentLosses(losses_N[own], hits_N[own])) for tree, segment, own in states.owners
@@ -105,10 +106,10 @@ def read_trees(
     plan = [[at] for at in range(len(parts))] if alone else plan_sequences(lengths, max([max_length, *lengths]), seed=0)
     plan = [indices for indices in plan if any(parts[index][1].num_trained for index in indices)]
     sizes = [sum(lengths[index] for index in indices) for indices in plan]
-    dealt = deal(sizes, world.size)
-    own = dealt[world.rank]
+    assigned = assign_to_ranks(sizes, world.size)
+    own = assigned[world.rank]
     shortest = min(range(len(plan)), key=sizes.__getitem__, default=0)
-    surplus = [shortest] * (max(map(len, dealt)) - len(own))  # of no use but to the others
+    surplus = [shortest] * (max(map(len, assigned)) - len(own))  # of no use but to the others
     engine = Engine.of(model)
     with evaluating(model):
         for number, at in enumerate([*own, *surplus]):

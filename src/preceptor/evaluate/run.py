@@ -16,7 +16,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from preceptor.evaluate.likelihood import segment_losses
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
 from preceptor.evaluate.score import is_right
 from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
+from preceptor.world import package_version
 
 # The metrics of each kind of task: name -> (numerator, denominator) in an item's values; "" is 1 for each item.
 METRICS: dict[str, dict[str, tuple[str, str]]] = {
@@ -77,15 +77,8 @@ def evaluation_settings(evaluated: EvaluatedModel, seed: int, max_new_tokens: in
         "device": evaluated.model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "preceptor": _version(),
+        "preceptor": package_version("preceptor"),
     }
-
-
-def _version() -> str | None:
-    try:
-        return version("preceptor")
-    except PackageNotFoundError:  # run from its source, not installed
-        return None
 
 
 # Generation ----------------------------------------------------------------------------------------------------------

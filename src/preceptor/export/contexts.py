@@ -12,7 +12,7 @@ from preceptor.chat.format import ChatFormat, load_chat_format, load_trained_for
 from preceptor.data.examples import Conversation, Example, Rejection
 from preceptor.data.forest import RenderedTurn, turns_of
 from preceptor.data.sources import OpenSource, open_sources
-from preceptor.errors import PreceptorError
+from preceptor.errors import PreceptorError, first_line
 from preceptor.export.source import ExportSource
 from preceptor.inspect.probes import ANSWERS, QUESTIONS, SYSTEM, says
 
@@ -62,7 +62,7 @@ def trained_turns(source: ExportSource) -> TrainedTurns:
             run = config.Run.model_validate(source.run.config)
             turns = tuple(_of_run(run))
         except (PreceptorError, ValidationError) as error:
-            reason = f"the data of the run cannot be read here ({str(error).splitlines()[0]})"
+            reason = f"the data of the run cannot be read here ({first_line(error)})"
         else:
             if turns:
                 return TrainedTurns(turns, f"{len(turns):,} turns of the run's data")

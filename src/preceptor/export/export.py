@@ -12,7 +12,7 @@ from preceptor.export.card import card
 from preceptor.export.contexts import TrainedTurns, trained_turns
 from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
 from preceptor.export.hub import push, require_not_public
-from preceptor.export.ollama import modelfile, turn_law
+from preceptor.export.ollama import modelfile, turn_format
 from preceptor.export.proof import last_logits, prove_folder, prove_gguf, prove_logits
 from preceptor.export.source import ExportSource
 from preceptor.files import replacing
@@ -129,15 +129,15 @@ def _write_gguf(
     texts = [text for turn in trained.turns for text in (turn.rendered.context_text, turn.rendered.target_text)]
     pieces = None if (whole / SENTENCE_PIECES).exists() else source.base_file(SENTENCE_PIECES)
     proof = convert(whole, folder / GGUF_FILE, wanted.gguf_type, chat.tokenizer, texts, pieces)
-    law = turn_law(chat) if wanted.to == "ollama" else None
+    form = turn_format(chat) if wanted.to == "ollama" else None
     if not wanted.skip_proof:
-        proof += [*prove_folder(whole, trained, code), *prove_gguf(folder / GGUF_FILE, trained, law)]
+        proof += [*prove_folder(whole, trained, code), *prove_gguf(folder / GGUF_FILE, trained, form)]
         proof += _compare_answers(whole, folder / GGUF_FILE, wanted.gguf_type, trained, code)
-    if law is not None:
+    if form is not None:
         stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
         bos = None if wanted.skip_proof else Vocabulary(folder / GGUF_FILE).bos
         settings = {**_decoding(whole), "num_ctx": _num_ctx(source, whole)}
-        text = modelfile(law, GGUF_FILE, bos, stops, settings, _only_system_prompt(source), wanted.licence)
+        text = modelfile(form, GGUF_FILE, bos, stops, settings, _only_system_prompt(source), wanted.licence)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     if whole != source.folder:
         shutil.rmtree(whole)

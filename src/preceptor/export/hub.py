@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from preceptor.errors import ModelError
-from preceptor.hub import first_line
+from preceptor.errors import ModelError, first_line
 
 
 def require_not_public(repo: str) -> None:

@@ -16,7 +16,7 @@ _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
 
 
 @dataclass(frozen=True)
-class TurnLaw:
+class TurnFormat:
     """What a template writes around plain messages. begin: before the first message, without and with a system
     message; before, after: around each role's content; prompt: before the answer."""
 
@@ -36,7 +36,7 @@ class TurnLaw:
         return "".join([*parts, self.prompt])
 
     def go(self) -> str:
-        """The law as a template of Ollama."""
+        """The format as a template of Ollama."""
         roles = "".join(
             f'{{{{ {"if" if number == 0 else "else if"} eq .Role "{role}" }}}}'
             f"{_literal(self.before.get(role, ''))}{{{{ .Content }}}}{_literal(self.after[role])}"
@@ -57,8 +57,8 @@ def _literal(text: str) -> str:
     return f'{{{{ "{quoted}" }}}}'
 
 
-def turn_law(chat: ChatFormat) -> TurnLaw:
-    """Read the law off renders of a few messages. Raises TemplateError for a template that has no such law."""
+def turn_format(chat: ChatFormat) -> TurnFormat:
+    """Read the format off renders of a few messages. Raises TemplateError for a template that has no such format."""
     user, answer, last = (
         {"role": role, "content": text} for role, text in (("user", _USER), ("assistant", _ANSWER), ("user", _LAST))
     )
@@ -75,7 +75,7 @@ def turn_law(chat: ChatFormat) -> TurnLaw:
         begin_system, system_user = begin, ""
     before_user = _common_suffix(texts)
     cut = len(before_user)
-    return TurnLaw(
+    return TurnFormat(
         begin=begin[: len(begin) - cut],
         begin_with_system=begin_system,
         before={"user": before_user, "assistant": user_answer[len(after_user) :]},
@@ -118,7 +118,7 @@ def _common_suffix(texts: Sequence[str]) -> str:
 
 
 def modelfile(
-    law: TurnLaw,
+    form: TurnFormat,
     file: str,
     bos: str | None,
     stops: Sequence[str],
@@ -127,8 +127,8 @@ def modelfile(
     licence: str | None = None,
 ) -> str:
     """bos: what llama.cpp puts before a prompt by itself. settings: of the generation config, and `num_ctx`."""
-    begins = {name: getattr(law, name).removeprefix(bos or "") for name in ("begin", "begin_with_system")}
-    template = replace(law, **begins).go()
+    begins = {name: getattr(form, name).removeprefix(bos or "") for name in ("begin", "begin_with_system")}
+    template = replace(form, **begins).go()
     lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines += [f"PARAMETER {name} {settings[key]}" for key, name in _PARAMETERS.items() if settings.get(key) is not None]

@@ -7,7 +7,7 @@ from typing import Any
 from preceptor.chat.format import ChatFormat, load_trained_format
 from preceptor.errors import ModelError
 from preceptor.export.contexts import TrainedTurn, TrainedTurns
-from preceptor.export.ollama import TurnLaw
+from preceptor.export.ollama import TurnFormat
 
 _SHOWN = 12  # tokens on each side of a difference
 _LEAST = 1e-4  # relative difference of logits that merging in float32 may make
@@ -105,10 +105,10 @@ def prove_logits(
     ]
 
 
-def prove_gguf(file: Path, trained: TrainedTurns, law: TurnLaw | None = None) -> list[str]:
+def prove_gguf(file: Path, trained: TrainedTurns, form: TurnFormat | None = None) -> list[str]:
     """Hold a GGUF file, as llama.cpp reads it, against the trained turns; say what is proved.
 
-    law: of a template for Ollama; its texts are held against the contexts too. Raises ModelError for the first
+    form: that of a Modelfile; its texts are held against the contexts too. Raises ModelError for the first
     difference, and where llama-cpp-python is missing.
     """
     from preceptor.export.gguf import Vocabulary
@@ -121,11 +121,11 @@ def prove_gguf(file: Path, trained: TrainedTurns, law: TurnLaw | None = None) ->
         text = vocabulary.text(rendered.target[:-1])
         require_equal(f"{file.name} (targets), in llama.cpp,", turn, vocabulary.ids(text), rendered.target[:-1])
     lines = [f"llama.cpp: contexts and answers of {trained.origin} have the token ids of training"]
-    if law is None:
+    if form is None:
         return lines
     covered = [turn for turn in trained.turns if turn.is_plain]
     for turn in covered:
-        prompt = law.render(turn.messages)
+        prompt = form.render(turn.messages)
         require_equal("the Modelfile, in Ollama,", turn, vocabulary.prompt_ids(prompt), turn.rendered.context)
     others = len(trained.turns) - len(covered)
     lines.append(f"Modelfile: its template gives the contexts of {len(covered)} turns, token for token")

@@ -28,7 +28,7 @@ from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.reading import read_trees
-from preceptor.data.rejections import RejectionCounts, check_codes
+from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import Entry, open_sources, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
@@ -147,7 +147,6 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
-    check_codes(run.data.allow_rejected)
     found = Check(RejectionCounts(run.data.allow_rejected))
     numbers: list[int | None] = [None] * len(run.data.train)
     if run.data.streaming:

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from preceptor.files import free_bytes, readable_bytes
 from preceptor.plan.devices import host_memory_bytes, text_of, this_machine
+from preceptor.world import num_cores, package_version
 
 EXTRAS: Mapping[str, tuple[str, str]] = {
     "lm-eval": ("lm-eval", "tasks of lm-evaluation-harness in `preceptor eval`"),
@@ -29,33 +30,28 @@ EXTRAS: Mapping[str, tuple[str, str]] = {
 
 def look_at_machine() -> dict[str, Any]:
     """All of it as plain values; `problems` says what is wrong and what to do."""
-    packages = {need.name: _version(need.name) for need in _required()}
+    packages = {need.name: package_version(need.name) for need in _required()}
     torch = {"version": packages.get("torch"), "build": _torch_build()}
     device = this_machine()
     gpu = {"name": device.name, "memory_bytes": device.memory_bytes} if device.device_type == "cuda" else None
     total, available = host_memory_bytes()
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     return {
-        "preceptor": _version("preceptor"),
+        "preceptor": package_version("preceptor"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": num_cores(),
         "memory_bytes": total,
         "available_memory_bytes": available,
         "disk": [{"path": str(place), "free_bytes": free_bytes(place)} for place in (Path.cwd(), cache)],
         "gpu": gpu,
         "torch": torch,
         "packages": packages,
-        "extras": {name: {"installed": _version(package), "adds": adds} for name, (package, adds) in EXTRAS.items()},
+        "extras": {
+            name: {"installed": package_version(package), "adds": adds} for name, (package, adds) in EXTRAS.items()
+        },
         "problems": [*_package_problems(), *_gpu_problems(gpu is not None, torch["build"])],
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _required() -> list[Requirement]:
@@ -78,7 +74,7 @@ def _torch_build() -> str | None:
 
 def _package_problems() -> Iterator[str]:
     for need in _required():
-        found = _version(need.name)
+        found = package_version(need.name)
         wanted = f"{need.name}{need.specifier}"
         if found is None:
             yield f"{need.name} is not installed: pip install '{wanted}'"

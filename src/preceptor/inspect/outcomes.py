@@ -1,15 +1,13 @@
 """The result of rendering a probe: a chain, a tree (and what was rewritten), or a rejection."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from preceptor.chat.template import Template
 from preceptor.chat.turns import shared_start
 from preceptor.data.examples import Rejection
-from preceptor.data.forest import Tree
-from preceptor.errors import TemplateError
+from preceptor.data.forest import Tree, path_to
 from preceptor.inspect.probes import Probe, shows_tools, texts_of
 
 _SHOWN = 70  # characters of an excerpt
@@ -48,21 +46,9 @@ def outcome(probe: Probe, tree: Tree | Rejection, template: Template) -> Outcome
     return Outcome(probe.kind, True, "chain" if chain else "tree", rewrite, left_out)
 
 
-def render_or_none(
-    template: Template, messages: Sequence[Mapping[str, Any]], tools: Any = None, prompt: bool = False, **arguments: Any
-) -> str | None:
-    """The render; None where the template rejects the messages."""
-    try:
-        return template.render(messages, tools, prompt, **arguments)
-    except TemplateError as error:
-        if error.condemns:
-            raise
-        return None
-
-
 def _left_out(probe: Probe, template: Template) -> list[str]:
     """The messages of others, and the tools, that the last turn's prompt does not contain."""
-    text = render_or_none(template, probe.messages[:-1], probe.tools, prompt=True)
+    text = template.render_or_none(probe.messages[:-1], probe.tools, add_generation_prompt=True)
     if text is None:
         return []
     names = {"system": "system prompt", "developer": "developer prompt", "user": "user message", "tool": "tool result"}
@@ -101,8 +87,4 @@ def _excerpt(text: str) -> str:
 
 
 def _path_text(tree: Tree, index: int | None) -> str:
-    text = ""
-    while index is not None:
-        text = tree.segments[index].text + text
-        index = tree.segments[index].parent
-    return text
+    return "".join(tree.segments[each].text for each in path_to(tree.segments, index))

@@ -18,7 +18,7 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
 from preceptor.chat.token_text import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
-from preceptor.data.forest import Tree, path_lengths
+from preceptor.data.forest import Tree, leaf_path_lengths
 from preceptor.errors import ConfigError
 from preceptor.files import write_atomically
 from preceptor.inspect.show import thinking_of, to_json
@@ -155,7 +155,7 @@ def _pieces(
 
 def _num_saved(tree: Tree) -> int:
     """How many more tokens separate sequences for the paths from root to leaf would take."""
-    return sum(path_lengths(tree)) - tree.num_tokens
+    return sum(leaf_path_lengths(tree)) - tree.num_tokens
 
 
 def _given(record: Example | Rejection) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,7 @@ from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.sources import OpenSource
+from preceptor.errors import first_line
 from preceptor.inspect.emulation import PeerTokens
 from preceptor.inspect.peer_rules import PeerRule
 
@@ -75,7 +76,7 @@ def _both(example: Example | Rejection, row: Mapping[str, Any], rule: PeerRule, 
     try:
         theirs = rule.tokens(example, row)
     except Exception as error:  # whatever a template raises, or its own loader would
-        theirs = f"cannot be told: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        theirs = f"cannot be told: {type(error).__name__}: {first_line(error)}"
     if isinstance(theirs, PeerTokens) and None in theirs.ids:
         theirs = "cannot be told: the trainer writes a token that this tokenizer has not, such as its end of a text"
     if isinstance(tree, Rejection):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.config.peer_files import Peer
+from preceptor.config.peer_defaults import Peer
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alpaca_prompt, messages_of
 from preceptor.inspect.llama_factory import LlamaFactory

@@ -1,6 +1,6 @@
 """Segments and tokens of an example as coloured text or as JSON."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -96,18 +96,12 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -
             text.append(f"\n↳ continues segment {segment.parent}\n", "bold yellow")
         marked = segment.kind == "target" and not coloured
         text.append("⟦" * marked)
-        for place, (piece, special) in enumerate(pieces(segment.ids, tokenizer)):
+        for place, piece in enumerate(pieces_of(segment.ids, tokenizer)):
             style = _STYLES[segment.kind][place % 2]
-            shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
-            text.append(shown, f"bold {style}" if special else style)
+            shown = visible(piece.text).replace("\n", "⏎\n").replace("\t", "⇥\t")
+            text.append(shown, f"bold {style}" if piece.special else style)
         text.append("⟧" * marked)
     return text
-
-
-def pieces(ids: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """Each token's text and whether it is special; tokens that share a character come together."""
-    for piece in pieces_of(ids, tokenizer):
-        yield piece.text, piece.special
 
 
 def summary_line(rendered: Tree) -> str:

@@ -7,7 +7,6 @@ and the output says so.
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -16,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import BUILTIN, Template, load_template
-from preceptor.errors import TemplateError
 
 BOS, EOS = "<bos>", "<eos>"
 
@@ -39,9 +37,9 @@ def stand_in_renderer(name: str, template_kwargs: Mapping[str, Any] | None = Non
     found = dict.fromkeys(_LOOKS_SPECIAL.findall(body)) if name not in BUILTIN else {}
     assumed = tuple(dict.fromkeys([*template.needed_tokens, *found]))
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in assumed], special_tokens=True)
-    template = replace(template, variables={**template.variables, **(template_kwargs or {})})
-    tokenizer.eos_token = _own_end(template)
-    template = replace(template, variables={**tokenizer.special_tokens_map, **(template_kwargs or {})})
+    given = dict(template_kwargs or {})
+    tokenizer.eos_token = _own_end(template.given(given))
+    template = template.given({**tokenizer.special_tokens_map, **given})
     stop_tokens = find_stop_tokens(template, tokenizer).tokens
     if stop_tokens:
         tokenizer.eos_token = stop_tokens[0]
@@ -55,13 +53,8 @@ def _own_end(template: Template) -> str:
     Not the end of a part of the answer: of `<|START_RESPONSE|>...<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`, the last.
     """
     answer = "A quokka is a marsupial."
-    try:
-        rendered = template.render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}])
-    except TemplateError as error:
-        if error.condemns:
-            raise
-        return EOS
-    before, _, after = rendered.rpartition(answer)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    before, _, after = (template.render_or_none(turns) or "").rpartition(answer)
     found = _LOOKS_SPECIAL.match(after.lstrip())
     if found and "END" in found.group() and before.endswith(found.group().replace("END", "START")):
         found = _LOOKS_SPECIAL.match(after.lstrip(), found.end()) or found

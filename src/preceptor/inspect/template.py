@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from preceptor.chat import reasoning
@@ -14,7 +14,7 @@ from preceptor.chat.thinking import find_switch
 from preceptor.chat.token_text import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
-from preceptor.inspect.outcomes import Outcome, outcome, render_or_none
+from preceptor.inspect.outcomes import Outcome, outcome
 from preceptor.inspect.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
 
 _TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
@@ -72,12 +72,12 @@ class Abilities:
 
 def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> Abilities:
     tokenizer, given = renderer.tokenizer, renderer.template_kwargs
-    template = replace(renderer.template, variables={**renderer.template.variables, **given})
+    template = renderer.template.given(given)
     trees = {probe.kind: renderer.render(probe.record()) for probe in PROBES}
     asked = [says("user", QUESTIONS[0])]
     forms = find_forms(template)
     arguments = {(True, True): "both", (True, False): "object", (False, True): "string", (False, False): "neither"}
-    prompt = render_or_none(template, asked, prompt=True) or ""
+    prompt = template.render_or_none(asked, add_generation_prompt=True) or ""
     stop_tokens = tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids))
     bos = tokenizer.bos_token or ""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -92,7 +92,7 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
         openings=_openings(template, asked, given),
         stops=_stops(template, renderer, trees),
         stop_tokens=stop_tokens,
-        tools_shown=shows_tools(render_or_none(template, asked, [TOOL], prompt=True) or ""),
+        tools_shown=shows_tools(template.render_or_none(asked, [TOOL], add_generation_prompt=True) or ""),
         tool_template="tool_use" in template.texts and len(template.texts) > 1,
         arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
         text_parts=tuple(sorted(forms.parts)),
@@ -102,15 +102,9 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
 
 def asks_for_answers(renderer: Renderer) -> bool:
     """Whether add_generation_prompt changes a prompt, as far as that is known."""
-    template = replace(renderer.template, variables={**renderer.template.variables, **renderer.template_kwargs})
-    asked = [says("user", QUESTIONS[0])]
-    plain, prompt = (render_or_none(template, asked, prompt=prompt) for prompt in (False, True))
+    template, asked = renderer.template.given(renderer.template_kwargs), [says("user", QUESTIONS[0])]
+    plain, prompt = (template.render_or_none(asked, add_generation_prompt=prompt) for prompt in (False, True))
     return plain is None or prompt is None or plain != prompt
-
-
-def to_json(found: Abilities) -> dict[str, Any]:
-    """All findings as plain dicts and lists."""
-    return asdict(found)
 
 
 # System prompt -------------------------------------------------------------------------------------------------------
@@ -120,10 +114,10 @@ def _system(template: Template, stop_tokens: Sequence[str]) -> SystemPrompt:
     first, second = (says("user", question) for question in QUESTIONS)
     answer = says("assistant", ANSWERS[0])
     system = says("system", SYSTEM)
-    plain = render_or_none(template, [first], prompt=True) or ""
-    given = render_or_none(template, [system, first], prompt=True)
-    longer = render_or_none(template, [system, first, answer, second], prompt=True) or ""
-    developer = render_or_none(template, [says("developer", SYSTEM), first], prompt=True) or ""
+    plain = template.render_or_none([first], add_generation_prompt=True) or ""
+    given = template.render_or_none([system, first], add_generation_prompt=True)
+    longer = template.render_or_none([system, first, answer, second], add_generation_prompt=True) or ""
+    developer = template.render_or_none([says("developer", SYSTEM), first], add_generation_prompt=True) or ""
     default = _default_system(template, plain)
     longest_line = max(default.splitlines(), key=len, default="").strip()
     return SystemPrompt(
@@ -151,7 +145,7 @@ def _place(
 def _default_system(template: Template, plain: str) -> str:
     """The text before the first message without tags and the message's header; "" if there is none."""
     turns = [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0]), says("user", QUESTIONS[1])]
-    both = render_or_none(template, turns, prompt=True) or ""
+    both = template.render_or_none(turns, add_generation_prompt=True) or ""
     before = plain.partition(QUESTIONS[0])[0]
     between = both.partition(ANSWERS[0])[2].partition(QUESTIONS[1])[0]
     if not between:
@@ -183,8 +177,8 @@ def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Map
 
 
 def _opening(template: Template, asked: Sequence[Mapping[str, Any]], **arguments: Any) -> Opening:
-    before = render_or_none(template, asked, **arguments) or ""
-    prompt = render_or_none(template, asked, prompt=True, **arguments) or ""
+    before = template.render_or_none(asked, **arguments) or ""
+    prompt = template.render_or_none(asked, add_generation_prompt=True, **arguments) or ""
     text = prompt[len(before) :] if before and prompt.startswith(before) else None
     return Opening(text, reasoning.opened_by(prompt)[0], reasoning.closed_by(prompt) >= 0)
 
@@ -213,13 +207,13 @@ def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> S
         return None
     token = str(renderer.tokenizer.convert_ids_to_tokens(own[-1].ids[-1]))
     text = ANSWERS[0] if not probe.messages[1].get("tool_calls") else "quokka"
-    full = render_or_none(template, probe.messages[:2], probe.tools) or ""
+    full = template.render_or_none(probe.messages[:2], probe.tools) or ""
     place = full.rfind(token, full.rfind(text))
     if place >= 0:
         return StopToken(token, "turn", full[place + len(token) :])
     follower = probe.messages[2] if len(probe.messages) > 2 else says("user", QUESTIONS[1])
     words = follower["content"]
-    longer = (render_or_none(template, [*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
+    longer = (template.render_or_none([*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
     place = longer.rfind(token, longer.rfind(text))
     return StopToken(token, "next_message" if place >= 0 else "appended", "")
 
@@ -240,7 +234,7 @@ _HISTORY = {"several turns": "plain", "reasoning_content": "reasoning", "reasoni
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """The result of `to_json` as lines of text."""
+    """Abilities, as plain dicts and lists, as lines of text."""
     given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
     lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
     if found["assumed_special"] is not None:

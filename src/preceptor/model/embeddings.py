@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ROWS_MULTIPLE = 64  # embedding rows come in multiples of this, for the matrix kernels
+from preceptor.model.sizes import rows_for
+
 _JITTER = 0.01  # of the embedding's standard deviation: tokens of one description must not start as one row
 _NEAR = 0.01  # of the usual distance of a row from the mean of all: no training leaves two rows that close
 _SAMPLED_ROWS = 4096
@@ -75,7 +76,7 @@ def resize_embeddings(
 ) -> None:
     """Give every token of the tokenizer a row, and the `added` ones (with their ids) a meaningful one.
 
-    Rows grow to a multiple of ROWS_MULTIPLE and never shrink; a tied head stays tied. A new token's row is the mean of
+    Rows grow to a multiple (`rows_for`) and never shrink; a tied head stays tied. A new token's row is the mean of
     the rows of its description's tokens, with a jitter of a hundredth of the standard deviation by `seed`; rows that
     only fill up the multiple are the mean of all. An untied head's rows, and its bias, likewise. `untrained`: tokens
     as `never_trained` finds them; they get such a row where theirs was never trained. Of a model without values (on the
@@ -102,8 +103,7 @@ def resize_embeddings(
 def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, old_rows: int) -> None:
     needed_rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
     if needed_rows > old_rows:
-        rows = -(-needed_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.resize_token_embeddings(rows_for(old_rows, needed_rows), mean_resizing=False)
 
 
 def _description_ids(

@@ -19,7 +19,8 @@ from preceptor.model.activations.inputs import SequenceInputs
 from preceptor.model.activations.passes import decode_alone, decode_dense, decode_phases, decode_whole, no_phases
 from preceptor.model.activations.phases import phases, split_by_loss
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
-from preceptor.model.head import Head, output_head
+from preceptor.model.head import output_head, sequence_loss
+from preceptor.model.loss.linear_cross_entropy import Head
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install
 from preceptor.model.parts import decoder_of
@@ -88,7 +89,7 @@ class Engine(nn.Module):
             head = output_head(self.model)
             in_place = "head_gradient" in self.state.optimisations
             of_head = step if in_place else StepContext(step.divisor)
-            loss = head.loss(hidden_MD, inputs, options, of_head, self.state.compiles)
+            loss = sequence_loss(head, hidden_MD, inputs, options, of_head, self.state.compiles)
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
             if inputs.routing is not None:

@@ -1,88 +1,42 @@
-"""The output head of a causal LM: hidden states to logits and losses."""
+"""The output head of a causal LM: found in a model, and the loss of a sequence by it."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.embedding import gradient_of, takes_gradient_in_place
 from preceptor.model.activations.inputs import SequenceInputs
-from preceptor.model.loss.linear_cross_entropy import TrainedRows, linear_cross_entropy, token_losses
+from preceptor.model.loss.linear_cross_entropy import Head, TrainedRows, linear_cross_entropy
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.parts import causal_lm
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Head:
-    """The map from a hidden state to logits, cap(scale * (h W^T + b)). C tokens, D hidden size, V vocabulary.
-
-    Where only some rows are trained (peft's token rows), weight_VD is the merged weight with its graph, and
-    `trained_rows` says which they are, so that a loss need not make a gradient of all V rows for them.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    trained_rows: TrainedRows | None = None
-
-    def logits(self, hidden_CD: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Logits of the first `num_tokens` of the vocabulary (None: all).
-
-        Products are in the head's type, or autocast's; the rest is float32, or float64 for a float64 head.
-        """
-        logits_CV = linear(hidden_CD.to(self.weight_VD.dtype), self.weight_VD[:num_tokens])
-        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        if self.bias_V is not None:
-            logits_CV = logits_CV + self.bias_V[:num_tokens]
-        logits_CV = logits_CV * self.logit_scale
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        return logits_CV
-
-    def loss(
-        self,
-        hidden_MD: Tensor,
-        inputs: SequenceInputs,
-        options: LossOptions,
-        step: StepContext,
-        compiled: bool = False,
-    ) -> Tensor:
-        """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`: a scalar with a graph."""
-        in_place = step.accumulates and torch.is_grad_enabled() and takes_gradient_in_place(self.weight_VD)
-        return linear_cross_entropy(
-            hidden_MD,
-            self.weight_VD if self.trained_rows is None else self.weight_VD.detach(),
-            inputs.source_N,
-            inputs.target_N,
-            inputs.weight_N / step.divisor,
-            bias_V=self.bias_V,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            trained_rows=self.trained_rows,
-            options=options,
-            divisor=step.divisor,
-            head_grad_VD=gradient_of(self.weight_VD) if in_place else None,
-            head_cast=step.head_cast,
-            gradient_is_one=step.accumulates and torch.is_grad_enabled(),
-            compiled=compiled and torch.is_grad_enabled(),
-        )
-
-    def token_losses(self, hidden_MD: Tensor, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
-        return token_losses(
-            hidden_MD,
-            self.weight_VD,
-            source_N,
-            target_N,
-            bias_V=self.bias_V,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-        )
+def sequence_loss(
+    head: Head,
+    hidden_MD: Tensor,
+    inputs: SequenceInputs,
+    options: LossOptions,
+    step: StepContext,
+    compiled: bool = False,
+) -> Tensor:
+    """The sum of w_n * loss_n over the sequence's trained tokens, over `step.divisor`: a scalar with a graph."""
+    in_place = step.accumulates and torch.is_grad_enabled() and takes_gradient_in_place(head.weight_VD)
+    return linear_cross_entropy(
+        hidden_MD,
+        head,
+        inputs.source_N,
+        inputs.target_N,
+        inputs.weight_N / step.divisor,
+        options=options,
+        divisor=step.divisor,
+        head_grad_VD=gradient_of(head.weight_VD) if in_place else None,
+        head_cast=step.head_cast,
+        gradient_is_one=step.accumulates and torch.is_grad_enabled(),
+        compiled=compiled and torch.is_grad_enabled(),
+    )
 
 
 def output_head(model: nn.Module) -> Head:

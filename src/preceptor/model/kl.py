@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from preceptor.data.forest import PackedSequence
 from preceptor.model.forward import Engine
-from preceptor.model.head import Head, output_head
+from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import Head
 from preceptor.model.parts import evaluating
 from preceptor.model.sharding import is_sharded, sharded_copy
 from preceptor.model.transfer import on_device

@@ -1,13 +1,14 @@
 """Loading and saving of Hugging Face causal language models. torch is imported in the functions, not at the top."""
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError
-from preceptor.files import replacing
+from preceptor.files import replacing, writing
 from preceptor.hub import (
     CONFIG,
     adapter_base,
@@ -18,6 +19,7 @@ from preceptor.hub import (
     require_reachable,
     resolve_model_path,
 )
+from preceptor.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -203,15 +205,19 @@ def save_model(
     they are held. All or nothing: the files are written to a folder beside `path`, made durable, and renamed. Raises
     CheckpointError if `path` exists or cannot be written.
     """
-    from preceptor.model.weights import Peers
+    from preceptor.model.weights import ranks_of
 
-    path, peers = Path(path), Peers.of(model)
-    if any(peers.share(path.exists())):
+    path, world = Path(path), ranks_of(model)
+    if any(world.gather(path.exists())):
         raise CheckpointError(f"{path}: exists already; choose another folder or remove this one")
     num_bytes = saved_bytes(model, adapter)
-    with peers.together(path), replacing(path, num_bytes) if peers.rank == 0 else nullcontext() as partial:
-        folder = peers.share(partial)[0]
-        _write(model, tokenizer, folder, generation_config, dtype, adapter)
+
+    def write() -> None:
+        with ExitStack() as stack:
+            folder = world.first(lambda: stack.enter_context(replacing(path, num_bytes)))
+            _write(model, tokenizer, folder, generation_config, dtype, adapter, world)
+
+    world.together(write)
 
 
 def saved_bytes(model: "nn.Module", adapter: str = "both") -> int:
@@ -231,40 +237,43 @@ def _write(
     generation_config: "GenerationConfig | None",
     dtype: "torch.dtype | None",
     adapter: str,
+    world: World,
 ) -> None:
     """The files of a model; the model itself stays as it is, for another try."""
     from peft import PeftModel
 
     from preceptor.model.adapters.folder import write_beside_adapter
-    from preceptor.model.weights import Peers, merged_skeleton, write_adapter, write_weights
+    from preceptor.model.weights import merged_skeleton, write_adapter, write_weights, writing_tensors
 
-    full, peers = merged_skeleton(model), Peers.of(model)
+    full = merged_skeleton(model)
     full.generation_config = _usable(generation_config or full.generation_config)
     held, dtype = full.dtype, dtype or full.dtype
-    with peers.together(folder):
-        if peers.rank == 0:
-            folder.mkdir(parents=True)
+
+    def by_first(write: Callable[[], object]) -> None:
+        with writing(folder):
+            world.first(write)
+
+    def write_beside_weights() -> None:
+        with writing_tensors(folder):
+            full.save_pretrained(folder, state_dict={})
+        tokenizer.save_pretrained(folder)
+        for file in _processor_files(full):
+            shutil.copyfile(file, folder / file.name)
+
+    by_first(lambda: folder.mkdir(parents=True))
     if isinstance(model, PeftModel) and adapter != "merged":
         write_adapter(model, folder / "adapter")
-        with peers.together(folder):
-            if peers.rank == 0:
-                write_beside_adapter(model, tokenizer, full.generation_config, folder / "adapter")
+        by_first(lambda: write_beside_adapter(model, tokenizer, full.generation_config, folder / "adapter"))
     if isinstance(model, PeftModel) and adapter == "adapter":
         return
-    with peers.together(folder):
-        if peers.rank == 0:
-            full.save_pretrained(folder, state_dict={})
-            tokenizer.save_pretrained(folder)
-            for file in _processor_files(full):
-                shutil.copyfile(file, folder / file.name)
+    by_first(write_beside_weights)
     if not write_weights(model, full, folder, None if dtype == held else dtype):
         dtype = held  # an infinite weight would ruin the model: float16 ends at 65,504
         write_weights(model, full, folder, None)
-    with peers.together(folder):
-        if peers.rank == 0 and dtype != held:
-            for part in (full.config, *(getattr(full.config, name) for name in full.config.sub_configs)):
-                part.dtype = dtype
-            full.config.save_pretrained(folder)
+    if dtype != held:
+        for part in (full.config, *(getattr(full.config, name) for name in full.config.sub_configs)):
+            part.dtype = dtype
+        by_first(lambda: full.config.save_pretrained(folder))
 
 
 def _usable(generation_config: "GenerationConfig | None") -> "GenerationConfig":

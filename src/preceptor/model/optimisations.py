@@ -119,7 +119,7 @@ def remove(model: nn.Module) -> None:
             optimisation.remove(model, state)
         unwatch_routers(model)
         for module, padding_idx in state.padding_idx.items():
-            module.padding_idx = padding_idx
+            module.padding_idx = padding_idx  # type: ignore[assignment]
         for layer in decoder_layers(model):
             release(layer, EngineLayer)
 

@@ -80,13 +80,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+# What model types call, in their configuration, the number of experts, and of those that a token goes through.
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+NUM_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token", "moe_k")
 
 
 def has_experts(model: nn.Module) -> bool:
     """Whether a router sends each token to some of several experts."""
     settings = causal_lm(model).config.get_text_config(decoder=True)
-    numbers = [getattr(settings, name, None) for name in _NUM_EXPERTS]
+    numbers = [getattr(settings, name, None) for name in NUM_EXPERTS]
     return any(isinstance(number, int) and number > 1 for number in numbers)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def key_of(*parts: object) -> int:
+def random_key(*parts: object) -> int:
     """An int32 that follows from the parts."""
     return zlib.crc32(repr(parts).encode()) - (1 << 31)
 

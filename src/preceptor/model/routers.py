@@ -16,10 +16,9 @@ from transformers.utils.output_capturing import OutputRecorder
 from preceptor.errors import ModelError
 from preceptor.model.activations.context import ModelState
 from preceptor.model.activations.routing import RoutedTokens
-from preceptor.model.parts import causal_lm, decoder_of, model_type
+from preceptor.model.parts import NUM_CHOSEN, causal_lm, decoder_of, model_type
 
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # the latter JetMoE's
-_NUM_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "num_experts_per_token", "moe_k")
 _OTHER_OUTPUTS = {
     "DogeCDMoE": "has logits of keys instead of experts",
     "Gemma4TextRouter": "returns probabilities instead of logits",
@@ -121,7 +120,7 @@ def _recorder(given: Any) -> OutputRecorder:
 
 
 def _num_chosen(module: nn.Module, settings: Any) -> int:
-    found = [getattr(module, "top_k", None), *(getattr(settings, name, None) for name in _NUM_CHOSEN)]
+    found = [getattr(module, "top_k", None), *(getattr(settings, name, None) for name in NUM_CHOSEN)]
     number = next((value for value in found if isinstance(value, int) and value > 0), None)
     if number is None:
         raise ModelError(

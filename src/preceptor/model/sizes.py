@@ -17,12 +17,18 @@ BLOCK_TOKENS = 256  # queries per block where scores or a mask are written out; 
 _WHOLE_TOKENS = 384  # queries up to which attention's backward in bfloat16 is one block
 SCRATCH_ELEMENTS = 1 << 22  # of each of the three (heads, Q, P) that a block of that backward writes, or one head's
 SHORT_RUN_TOKENS = 160  # below, float32 attention forward and backward beats bfloat16, with AMX
+ROWS_MULTIPLE = 64  # embedding rows come in multiples of this, on GPUs too
 
 
 def on_grid(num_tokens: int) -> int:
     """The next size on the grid: multiples of 64, and from 2,048 on of 1/32 to 1/16 of the size; 0 for none."""
     step = max(FINEST, 1 << max(0, (num_tokens - 1).bit_length() - 5))
     return -(-num_tokens // step) * step
+
+
+def rows_for(rows: int, num_tokens: int) -> int:
+    """Rows of an embedding for a tokenizer of `num_tokens`: they grow to a multiple and never shrink."""
+    return rows if num_tokens <= rows else -(-num_tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 
 def backward_block(num_queries: int) -> int:

@@ -12,12 +12,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,47 +31,16 @@ from preceptor.files import writing
 from preceptor.model.forward import Engine
 from preceptor.model.parts import causal_lm
 from preceptor.model.sharding import without_values
+from preceptor.world import ONE, World
 
 INDEX = "model.safetensors.index.json"
 _FILE_BYTES = 50 * 10**9  # the most in one file, as `save_pretrained` has it
 _FILE_BYTES_OF_RANK = 5 * 10**9  # where a rank holds a file for no other reason than to write it
 
 
-@dataclass(frozen=True)
-class Peers:
+def ranks_of(model: nn.Module) -> World:
     """The ranks that write a model together."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Peers":
-        return cls() if Engine(model).state.ranks is None else cls(dist.get_rank(), dist.get_world_size())
-
-    def share(self, value: Any) -> list[Any]:
-        """The value of each rank. Every rank waits here for the others."""
-        if self.size == 1:
-            return [value]
-        found = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
-
-    @contextmanager
-    def together(self, path: Path) -> Iterator[None]:
-        """What raises inside on one rank raises on all of them at the end. An OSError becomes a CheckpointError."""
-        trouble: Exception | None = None
-        try:
-            with writing(path):
-                yield
-        except SafetensorError as error:
-            trouble = CheckpointError(f"{path}: cannot be written: {error}")
-        except Exception as error:
-            trouble = error
-        messages = self.share(None if trouble is None else str(trouble) or type(trouble).__name__)
-        if trouble is not None:
-            raise trouble
-        for message in filter(None, messages):
-            raise CheckpointError(message)
+    return ONE if Engine(model).state.ranks is None else World.of_process_group()
 
 
 @torch.no_grad()
@@ -83,23 +51,22 @@ def write_weights(model: nn.Module, merged: PreTrainedModel, folder: Path, dtype
     keeps in float32; None: as they are held. False where `dtype` cannot hold a weight: what was written is of no use
     then. Raises CheckpointError on all ranks where one cannot write, or reads back something else than it wrote.
     """
-    peers = Peers.of(model)
+    world = ranks_of(model)
     source = _SavedTensors(model, merged, dtype)
-    files = _files(source, peers.size)
+    files = _files(source, world.size)
     written: dict[str, str] = {}
-    for first in range(0, len(files), peers.size):
+    for first in range(0, len(files), world.size):
         own: dict[str, Tensor] = {}
-        for writer, groups in enumerate(files[first : first + peers.size]):
+        for writer, groups in enumerate(files[first : first + world.size]):
             for group in groups:
-                own.update(source.gather(group, keep=writer == peers.rank))
-        if any(peers.share(source.overflowed)):
+                own.update(source.gather(group, keep=writer == world.rank))
+        if any(world.gather(source.overflowed)):
             return False
-        name = _file_name(first + peers.rank, len(files))
-        with peers.together(folder / name):
-            if own:
-                _write_file(folder / name, own)
+        name = _file_name(first + world.rank, len(files))
+        world.together(partial(_write_file, folder / name, own))
         written |= dict.fromkeys(own, name)
-    _write_index(peers, folder, written, source)
+    weight_map = {name: file for of_rank in world.gather(written) for name, file in of_rank.items()}
+    world.first(lambda: _write_index(folder, weight_map, source))
     return True
 
 
@@ -108,15 +75,28 @@ def _file_name(number: int, num_files: int) -> str:
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file and read it back: from the disk, where the system drops its own copy. Raises CheckpointError."""
+    """Write one file, if there is anything for it, and read it back: from the disk, where the system drops its own
+    copy. Raises CheckpointError."""
+    if not tensors:
+        return
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with writing(path):
+    with writing_tensors(path):
         save_file(contiguous, path, metadata={"format": "pt"})
         with path.open("rb") as file:
             os.fsync(file)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    _require_read_back(path, contiguous)
+        _require_read_back(path, contiguous)
+
+
+@contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """As `writing`, where safetensors write."""
+    try:
+        with writing(path):
+            yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None  # its own class cannot be pickled
 
 
 def _require_read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -134,41 +114,40 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _write_index(peers: Peers, folder: Path, written: Mapping[str, str], source: "_SavedTensors") -> None:
-    """Which tensor is in which file, where there are several; by the first rank, which looks for all of them."""
-    weight_map = {name: file for of_rank in peers.share(written) for name, file in of_rank.items()}
-    with peers.together(folder):
-        if peers.rank:
-            return
-        missing = sorted(source.sizes.keys() ^ weight_map.keys())
-        if missing:
-            raise CheckpointError(f"{folder}: {', '.join(missing[:3])}: not written, or written unasked")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if not (folder / file).is_file():
-                raise CheckpointError(
-                    f"{folder}/{file}: another process has written it, and this one does not see it: `out` must be on "
-                    "a disk that all machines share"
-                )
-        if len(files) > 1:
-            metadata = {"total_parameters": source.num_parameters, "total_size": sum(source.sizes.values())}
-            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+def _write_index(folder: Path, weight_map: Mapping[str, str], source: "_SavedTensors") -> None:
+    """Which tensor is in which file, where there are several. Raises CheckpointError where one is not there."""
+    missing = sorted(source.sizes.keys() ^ weight_map.keys())
+    if missing:
+        raise CheckpointError(f"{folder}: {', '.join(missing[:3])}: not written, or written unasked")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder}/{file}: another process has written it, and this one does not see it: `out` must be on "
+                "a disk that all machines share"
+            )
+    if len(files) > 1:
+        metadata = {"total_parameters": source.num_parameters, "total_size": sum(source.sizes.values())}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        with writing(folder):
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def write_adapter(model: nn.Module, folder: Path) -> None:
     """The adapter of a model as peft writes it, by the first rank; all ranks call it alike."""
-    peers, skeleton = Peers.of(model), without_values(model)
+    skeleton = without_values(model)
     trained = {name: _whole(p).cpu() for name, p in model.named_parameters() if p.requires_grad}
-    with peers.together(folder):
-        if peers.rank:
-            return
+
+    def write() -> None:
         # save_embedding_layers: the new rows are in the adapter; "auto" would write whole tables and ask the Hub
         state = {**skeleton.state_dict(), **trained}
-        skeleton.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-        held = get_peft_model_state_dict(skeleton, state_dict=state, save_embedding_layers=False)
-        _require_read_back(folder / "adapter_model.safetensors", held)
+        with writing_tensors(folder):
+            skeleton.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+            held = get_peft_model_state_dict(skeleton, state_dict=state, save_embedding_layers=False)
+            _require_read_back(folder / "adapter_model.safetensors", held)
+
+    ranks_of(model).first(write)
 
 
 # What is written ------------------------------------------------------------------------------------------------------

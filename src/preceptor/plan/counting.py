@@ -1,12 +1,12 @@
 """Counting the parameters of a model that is built, with or without values: by kind, by layer, and what is trained."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from preceptor.model.parts import causal_lm, decoder_layers, tower_parameters
+from preceptor.model.parts import NUM_CHOSEN, NUM_EXPERTS, causal_lm, decoder_layers, tower_parameters
 from preceptor.model.quantization import quantizable
 from preceptor.plan.parameters import LayerParameters, Parameters, Tensor
 
@@ -95,11 +95,10 @@ def _window(settings: Any, layer: nn.Module) -> int | None:
 
 def _share_of_experts(settings: Any) -> float:
     """Of the experts' parameters, what a token goes through."""
-    count = _first(settings, "num_experts", "num_local_experts", "n_routed_experts")
-    per_token = _first(settings, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    count, per_token = _first(settings, NUM_EXPERTS), _first(settings, NUM_CHOSEN)
     return per_token / count if count and per_token else 1.0
 
 
-def _first(settings: Any, *names: str) -> int:
+def _first(settings: Any, names: Sequence[str]) -> int:
     """The first of the settings that a model has; 0 for none."""
-    return next((int(value) for name in names if (value := getattr(settings, name, None))), 0)
+    return next((value for name in names if isinstance(value := getattr(settings, name, None), int) and value), 0)

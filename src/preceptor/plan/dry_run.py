@@ -23,18 +23,17 @@ from transformers import AutoConfig
 
 from preceptor import config
 from preceptor.data.forest import PackedSequence
-from preceptor.errors import ModelError
-from preceptor.hub import cannot_load, first_line, resolve_model_path
+from preceptor.errors import ModelError, first_line
+from preceptor.hub import cannot_load, resolve_model_path
 from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import Quantization
 from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
-from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import auto_class
-from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
 from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import Mode, install
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, freeze_towers, model_type, path_mixers

@@ -13,8 +13,6 @@ from preceptor.plan.shapes import LayerShape, ModelShape
 Tensor = tuple[bool, tuple[int, ...]]
 """Whether it is a matrix or vector of a layer, and its shape; of a bias the number of elements, whatever its shape."""
 
-ROWS_MULTIPLE = 64  # as model/embeddings.py resizes; a test holds the two together
-
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
@@ -212,8 +210,3 @@ def _check_targets(shape: ModelShape, targets: Sequence[str] | None) -> None:
             f"adapter.target_modules: {shape.model_type} has no linear layer named {', '.join(unknown)}; "
             f"it has {', '.join(sorted(names))}"
         )
-
-
-def rows_for(shape_rows: int, num_tokens: int) -> int:
-    """Rows of the embedding for a tokenizer of `num_tokens`: they grow to a multiple and never shrink."""
-    return shape_rows if num_tokens <= shape_rows else -(-num_tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE

@@ -8,14 +8,15 @@ torch; all else follows from a dry run of the model (dry_run.py), which any mode
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
 from preceptor.model.activations.policy import ActivationPolicy
-from preceptor.model.adapters.options import LoraOptions, Quantization, in_words
+from preceptor.model.adapters.options import LoraOptions, Quantization, adapter_name
+from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
     EVERYTHING,
@@ -30,7 +31,7 @@ from preceptor.plan.memory import (
     step_memory,
 )
 from preceptor.plan.model import PlannedModel
-from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters, rows_for
+from preceptor.plan.parameters import LoraSpec, Parameters, count_parameters
 from preceptor.plan.ranks import Placement, choose, placements, unknown
 from preceptor.plan.sample import Sample
 from preceptor.plan.work import TurnLengths, Work, operations
@@ -163,14 +164,16 @@ def _case(dry_run: "DryRun", setup: Setup, work: Work, num_rows: int) -> Case:
             dry_run.reads_alone = True
     if dry_run.reads_alone:
         work = work.longest_alone()
-        moments = dry_run.step(_of_passes(setup, True), work.policy, work.sequence(), num_rows)
+        moments = dry_run.step(_with_accumulation(setup, True), work.policy, work.sequence(), num_rows)
     parameters = dry_run.parameters(setup.adapter, setup.num_new_tokens, num_rows, setup.choice)
-    memory = step_memory(_of_passes(setup, dry_run.reads_alone), parameters, moments)
+    memory = step_memory(_with_accumulation(setup, dry_run.reads_alone), parameters, moments)
     return Case(parameters, work, setup, memory)
 
 
-def _of_passes(setup: Setup, reads_alone: bool) -> Setup:
-    """As a step's passes find it: a model that reads each conversation alone makes several of one sequence."""
+def _with_accumulation(setup: Setup, reads_alone: bool) -> Setup:
+    """The setup of a step: a model that reads one conversation at a time takes several passes per sequence, so that
+    gradients accumulate.
+    """
     return replace(setup, sequences_per_step=max(1 + reads_alone, setup.sequences_per_step))
 
 
@@ -195,7 +198,7 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
     return {
-        "trained": "everything" if run.adapter is None else in_words(run.adapter),
+        "trained": "everything" if run.adapter is None else adapter_name(run.adapter),
         "weights": run.model.dtype,
         "quantization": run.model.quantization,
         "optimizer": run.optimizer.name,
@@ -219,7 +222,7 @@ def _ranks_facts(
 ) -> dict[str, Any]:
     """Every way to spread the model over processes, and the one that the run takes."""
     num_ranks = ranks_per_node * num_nodes
-    setup = _of_passes(_setup_of_rank(case.setup, num_ranks), dry_run.reads_alone)
+    setup = _with_accumulation(_setup_of_rank(case.setup, num_ranks), dry_run.reads_alone)
     moments = dry_run.step(setup, case.work.policy, case.work.sequence(), _num_rows(dry_run.num_rows, sample))
     usable_bytes = device.usable_bytes // (ranks_per_node if device.device_type == "cpu" else 1)
     found = list(placements(setup, case.parameters, moments, num_ranks, ranks_per_node, usable_bytes))
@@ -227,8 +230,8 @@ def _ranks_facts(
         "num_ranks": num_ranks,
         "ranks_per_node": ranks_per_node,
         "usable_bytes": usable_bytes,
-        "ways": [each.to_json() for each in found],
-        "chosen": choose(found, run.parallel.strategy).to_json(),
+        "ways": [asdict(each) for each in found],
+        "chosen": asdict(choose(found, run.parallel.strategy)),
     }
 
 
@@ -370,7 +373,7 @@ def place_on_ranks(
         parameters = dry_run.parameters(setup.adapter, num_new_tokens, num_rows, setup.choice)
     except (ModelError, *FAILURES):  # what cannot be loaded either says so when it is loaded
         return unknown(run.parallel.strategy, num_ranks, ranks_per_node)
-    setup = _of_passes(setup, dry_run.reads_alone)
+    setup = _with_accumulation(setup, dry_run.reads_alone)
     moments: Sequence[Moment] = ()
     with suppress(ModelError, *FAILURES):
         if run.loss.kl_coef == 0:
@@ -392,7 +395,7 @@ def predict_peak_bytes(
     from preceptor.plan.dry_run import dry_run_like
 
     device = DeviceSpec("the run's own", 0, None, None, device_type)
-    setup = _of_passes(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
+    setup = _with_accumulation(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), sequence.alone)
     policy = ActivationPolicy(run.memory.context_gradient, run.memory.activation_checkpointing)
     try:
         dry_run = dry_run_like(model, run.engine)

@@ -11,7 +11,7 @@ gradients from the first sequence of a step to the last (`regathers` False), whi
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from preceptor.plan.memory import BASE, FLOAT32, Moment, Setup, lasting_bytes, state_bytes, update_bytes
 from preceptor.plan.parameters import Parameters
@@ -35,9 +35,6 @@ class Placement:
     regathers: bool
     peak_bytes: int | None
     fits: bool | None
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("strategy", "num_parts", "regathers", "peak_bytes", "fits")}
 
 
 def placements(
@@ -147,28 +144,6 @@ def _gathered_by_layer(
     scattered = (before - whole if first else before) / num_parts
     layers = 0.0 if moment.name == "loss" else _NEXT * layer.weights + layer.gradients * backward
     return moment.peak_bytes - before + whole + scattered + outside.weights + layers
-
-
-def rank_sent_bytes(
-    setup: Setup, parameters: Parameters, num_ranks: int, num_parts: int, regathers: bool, num_passes: int
-) -> int:
-    """What one process sends in a step of so many sequences, where collectives go round a ring.
-
-    Of N processes each sends (N - 1) / N of what is gathered or scattered, and twice that of what is summed.
-    """
-
-    def ring(num: int) -> float:
-        return (num - 1) / num
-
-    states = state_bytes(setup, parameters)
-    gradients = states["gradients"]
-    if num_parts == 1:
-        return round(2 * ring(num_ranks) * gradients)
-    kept = setup.weight_bytes * parameters.base.get("head", parameters.base.get("embedding", 0))  # by the whole pass
-    gathered = (2 * states["weights"] - kept if regathers else states["weights"]) + states.get(BASE, 0)
-    times = num_passes if regathers else 1
-    between_nodes = 2 * ring(num_ranks // num_parts) * gradients / num_parts
-    return round(times * ring(num_parts) * (gathered + gradients) + between_nodes)
 
 
 @dataclass(frozen=True, slots=True)

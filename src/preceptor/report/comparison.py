@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, short_name
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.facts import LabelledRows
 from preceptor.report.plots import Panel, Series, smooth, thin
@@ -131,5 +131,5 @@ def _pieces(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if rank == 0:
             yield text, "added", "the base lacks this token"
         else:
-            name = CLASSES[0 if rank == 1 else 1 if rank <= 3 else 2]
+            name = CLASSES[(rank >= MARGINAL) + (rank >= SHIFTED)]
             yield text, name, f"{name}: rank {rank:,} under the base, probability {prob:.4f}, KL {kl:.3f} nats"

@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from preceptor.errors import CheckpointError
-from preceptor.files import read_json, read_json_lines
+from preceptor.files import read_json, read_json_lines, read_run_file
 
 JsonObject = dict[str, Any]
 
@@ -128,16 +126,9 @@ class PromptSamples:
 
 def read_run(folder: Path) -> RunRecord:
     """Raises CheckpointError if the folder is not that of a run, or a file in it is broken."""
-    file = folder / "config.yaml"
-    if not file.is_file():
+    if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder}: is not the folder of a run (no config.yaml); name the `out` of a run file")
-    text = file.read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: is not a run file, but {type(config).__name__}")
+    config, text = read_run_file(folder)
     lines = {name: read_json_lines(folder / f"{name}.jsonl") for name in LINES}
     return record_of_files(folder, config, text, lines, {name: read_json(folder / f"{name}.json") for name in OBJECTS})
 

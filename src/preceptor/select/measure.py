@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from preceptor.chat.token_text import bos_ids
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
@@ -39,6 +40,7 @@ from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import token_losses
 from preceptor.model.parts import decoder_of
 from preceptor.select.pool import AnsweredExample
 
@@ -90,8 +92,7 @@ class BaseScorer:
         settings = decoder_of(model).config
         self._max_length = max_length
         self._max_tokens = min(max_length, getattr(settings, "max_position_embeddings", None) or max_length)
-        bos = tokenizer.bos_token_id
-        self._bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        self._bos = bos_ids(tokenizer)
         self._start = [*self._bos, *self._ids("\n")]
         if not self._start:
             raise ModelError("the tokenizer has neither a bos token nor a token for a line end; choose another --model")
@@ -186,7 +187,7 @@ class BaseScorer:
         sequence = pack_trees(trees)
         hidden_TD = Engine(self._model).hidden_states(sequence)
         pairs = (torch.from_numpy(each_N).to(hidden_TD.device) for each_N in (sequence.source_N, sequence.target_N))
-        losses_N, _ = output_head(self._model).token_losses(hidden_TD, *pairs)
+        losses_N, _ = token_losses(hidden_TD, output_head(self._model), *pairs)
         return hidden_TD, losses_N.double().cpu().numpy()
 
     def _embedding(self, hidden_TD: Tensor, tree: Tree) -> np.ndarray:

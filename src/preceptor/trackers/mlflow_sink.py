@@ -13,10 +13,6 @@ from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
 _LONGEST_VALUE = 500  # characters of a parameter
 
 
-def open_run(run: TrackedRun) -> "MlflowSink":
-    return MlflowSink(run)
-
-
 class MlflowSink:
     def __init__(self, run: TrackedRun) -> None:
         self._client = MlflowClient()

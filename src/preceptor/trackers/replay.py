@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from preceptor.errors import CheckpointError
-from preceptor.files import read_json, write_json, writing
+from preceptor.files import read_json, read_run_file, write_json, writing
 from preceptor.trackers.sink import Sink, TrackedRun, open_sink
 
 FOLDER = "trackers"
@@ -132,14 +130,13 @@ class RunReplay:
     def _opened(self) -> Sink:
         if self._sink is None:
             run = self._record()
-            tree = yaml.safe_load((self._folder / "config.yaml").read_text(encoding="utf-8"))
             self._sink = open_sink(
                 self._name,
                 TrackedRun(
                     folder=self._folder / FOLDER,
                     id=run,
                     name=f"{self._folder.name}-{run[:8]}",
-                    config=flat(tree),
+                    config=flat(read_run_file(self._folder)[0]),
                     tracker_id=self._state["tracker_id"],
                     next_step=self._state["metrics"] + 1,
                 ),

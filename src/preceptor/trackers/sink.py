@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from preceptor.errors import ConfigError
 
-PACKAGES: Mapping[str, str] = {
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "mlflow": "mlflow",
-    "wandb": "wandb",
+SINKS: Mapping[str, str] = {
+    "tensorboard": "TensorBoardSink",
+    "trackio": "TrackioSink",
+    "mlflow": "MlflowSink",
+    "wandb": "WandbSink",
 }
-"""Tracker -> the package that it needs, which the extra of its name installs."""
+"""Tracker -> its class in NAME_sink.py. The package that it needs and the extra that installs it have its name too."""
 
 PROJECT = "preceptor"  # where the tracker's own environment variable names none
 
@@ -58,14 +58,14 @@ class Sink(Protocol):
 def require_installed(names: Sequence[str]) -> None:
     """Raises ConfigError for a tracker whose package is not installed."""
     for name in names:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        if importlib.util.find_spec(name) is None:
             raise ConfigError(f"tracker: {name} is not installed: pip install 'preceptor[{name}]'")
 
 
 def open_sink(name: str, run: TrackedRun) -> Sink:
     """Raises whatever the tracker raises."""
     module = importlib.import_module(f"preceptor.trackers.{name}_sink")
-    sink: Sink = module.open_run(run)
+    sink: Sink = getattr(module, SINKS[name])(run)
     return sink
 
 

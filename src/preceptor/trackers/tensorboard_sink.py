@@ -16,10 +16,6 @@ from preceptor.trackers.sink import TrackedRun, table_of
 _STRING = 7  # DT_STRING
 
 
-def open_run(run: TrackedRun) -> "TensorBoardSink":
-    return TensorBoardSink(run)
-
-
 class TensorBoardSink:
     tracker_id: str | None = None
     last_step: int | None = None

@@ -11,10 +11,6 @@ from trackio.sqlite_storage import SQLiteStorage
 from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
 
 
-def open_run(run: TrackedRun) -> "TrackioSink":
-    return TrackioSink(run)
-
-
 class TrackioSink:
     tracker_id: str | None = None
 

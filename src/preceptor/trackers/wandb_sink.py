@@ -10,10 +10,6 @@ import wandb
 from preceptor.trackers.sink import PROJECT, TrackedRun, table_of
 
 
-def open_run(run: TrackedRun) -> "WandbSink":
-    return WandbSink(run)
-
-
 class WandbSink:
     last_step: int | None = None  # a step that it has already is merged by W&B itself
 

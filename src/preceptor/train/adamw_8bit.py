@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from preceptor.model.random_bits import random_bits
+from preceptor.model.sharding import own_part
 from preceptor.plan.memory import BLOCK, chunk_of
-from preceptor.train.rounding import first_element, local, parts_of
+from preceptor.train.rounding import first_element, parts_of
 
 _MEAN = (127, 12.0)  # codes beside zero, and the powers of two that they reach down from the scale
 _SQUARE = (255, 24.0)
@@ -39,9 +40,9 @@ def update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Ma
     """One step of the float32 `weight`, in place; `state["step"]` counts from 1. Rows a few at a time."""
     columns = weight.shape[-1]
     weight_RK, gradient_RK, mean_RK, square_RK = (
-        local(each).view(-1, columns) for each in (weight, gradient, state["exp_avg"], state["exp_avg_sq"])
+        own_part(each).view(-1, columns) for each in (weight, gradient, state["exp_avg"], state["exp_avg_sq"])
     )
-    mean_RB, square_RB = (local(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq"))
+    mean_RB, square_RB = (own_part(state[f"{name}_scale"]).flatten(0, -2) for name in ("exp_avg", "exp_avg_sq"))
     beta1, beta2 = group["betas"]
     step, first = int(state["step"]), first_element(weight)
     size = group["lr"] / (1 - beta1**step)

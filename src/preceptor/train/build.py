@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from preceptor import config
 from preceptor.config.held import LiveModel
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError
+from preceptor.files import readable_bytes
 from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
 from preceptor.model.finite import first_not_finite
@@ -21,6 +23,8 @@ from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
 from preceptor.model.trained import choose_trained
 from preceptor.plan.devices import DeviceSpec, host_memory_bytes
+from preceptor.plan.model import read_model
+from preceptor.plan.parameters import count_parameters
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
 from preceptor.train.finish import Say
@@ -93,11 +97,15 @@ def with_precision(prepared: Prepared, device: torch.device, folder: RunFolder, 
 
 
 def placement_of(prepared: Prepared, device: torch.device, world: World, say: Say) -> Placement | None:
-    """How the model is spread over the processes, of which `say` gets a line; None for one process."""
+    """How the model is spread over the processes, of which `say` gets a line; None for one process.
+
+    Raises ModelError where this machine has no room to read it.
+    """
     asked = prepared.run.parallel.strategy
     if world.size == 1:
         if asked != "auto":
             say(f"parallel.strategy: {asked} means nothing to one process")
+        require_room_to_read(prepared.run, device, num_whole=1)
         return None
     run = prepared.run
     if isinstance(run.model, LiveModel):
@@ -116,10 +124,36 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
             world.size,
             world.local_size,
         )
-        world.publish("placement", found.to_json())
+        require_room_to_read(run, device, 1 if found.strategy != "replicate" else world.local_size)
+        world.publish("placement", asdict(found))
     found = Placement(**world.published("placement"))
     say(f"{world.size} processes: {in_words(found, asked)}")
     return found
+
+
+def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) -> None:
+    """Raises ModelError where this machine's memory has no room for the weights on their way to GPUs, or quantized.
+
+    num_whole: processes of this machine that each read all of them. What stays on the CPU is in the plan.
+    """
+    kind, available = run.model.quantization, host_memory_bytes()[1]
+    if isinstance(run.model, LiveModel) or available is None or (device.type == "cpu" and kind is None):
+        return
+    num = None
+    with suppress(ModelError):  # what cannot be read says so when it is loaded
+        planned = read_model(run.model)
+        num = planned.num_stored if planned.shape is None else count_parameters(planned.shape).num_base
+    each = (num or 0) * getattr(torch, run.model.dtype).itemsize
+    needed = num_whole * each
+    if needed > available:
+        whose = "one process" if num_whole == 1 else f"each of {num_whole} processes on this machine"
+        first = "quantized" if kind is not None else "brought to the GPU"
+        less = " parallel.strategy: shard (one process reads for all)," if num_whole > 1 and kind is None else ""
+        raise ModelError(
+            f"{run.model.path}: {whose} reads all weights, {readable_bytes(each)} in {run.model.dtype}, before they "
+            f"are {first}: {readable_bytes(needed)} of this machine's memory, of which {readable_bytes(available)} "
+            f"are available. Choose{less} fewer processes, model.dtype: bfloat16, or a machine with more memory"
+        )
 
 
 def process_device(device: torch.device, world: World) -> DeviceSpec:

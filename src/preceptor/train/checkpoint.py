@@ -30,8 +30,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from preceptor.data.loader import Position
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import CheckpointError, ModelError, first_line
 from preceptor.files import (
+    Described,
     cannot_write,
     describe_files,
     is_full,
@@ -179,6 +180,7 @@ class Checkpoints:
             described = {name: about for part in parts for name, about in sorted(part.items())}
 
             def finish() -> None:
+                _require_seen(partial, described)
                 with writing(place, num_bytes):
                     own = {} if position is None else {"position": position}
                     write_manifest(partial, {"run": self.run_id, "step": step, **own, **self.about}, described)
@@ -277,6 +279,16 @@ class _Writer(threading.Thread):
             self.error = error
 
 
+def _require_seen(folder: Path, described: Described) -> None:
+    """Raises CheckpointError where a file that some rank has written is not there for this one."""
+    for name, about in described.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != about["num_bytes"]:
+            raise CheckpointError(
+                f"{folder / name}: another process has written it, and this one does not see it: `out` must be on a "
+                "file system that all nodes share. The checkpoint is not kept"
+            )
+
+
 def _delete(places: Iterable[Path]) -> None:
     for place in places:
         with writing(place):
@@ -334,8 +346,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
 
 def _unreadable(place: Path) -> Callable[[BaseException], CheckpointError]:
     def explain(cause: BaseException) -> CheckpointError:
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        return CheckpointError(f"{place}: cannot be read: {reason}")
+        return CheckpointError(f"{place}: cannot be read: {first_line(cause)}")
 
     return explain
 

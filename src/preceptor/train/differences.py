@@ -1,9 +1,9 @@
 """What differs between a run in its folder and the session that goes on with it, and which differences matter.
 
 Keys that change what is trained must be the same, and so must what they name: the trained tokens, the base model, the
-chat template. What changes only the rounding (device, processes, threads, versions, engine) or only what is measured
-(held-out data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, when to stop early, and
-paths whose content is the same; and `train.duration` may grow where the rate of no step depends on it.
+chat template. What changes only the rounding (device, processes, versions, engine, what is held in memory) or what is
+measured (held-out data, tasks) is said. Everything else may change: `out`, `checkpoint.*`, `eval.*`, when to stop
+early, and paths whose content is the same; and `train.duration` may grow where the rate of no step depends on it.
 No torch here.
 """
 
@@ -21,7 +21,8 @@ _FREE = re.compile(
 )
 # Compared by what they name (`content_differences`), not by how they spell it.
 _BY_CONTENT = re.compile(r"(model\.(path|revision|trust_remote_code|from_run)|.*\.path|.*\.code|data\.chat_template)")
-_ROUNDING = re.compile(r"(engine|parallel\.strategy|train\.device|memory\.activation_checkpointing)")
+_ROUNDING = re.compile(r"(engine|parallel\.strategy|train\.device|memory\.activation_checkpointing|optimizer\.offload)")
+_GRADIENT, _NO_GRADIENT = "memory.context_gradient", "detach"  # any other value of this key has the same gradient
 _PACKAGES = ("preceptor", "torch", "transformers", "peft", "numpy")
 _ABSENT = object()
 
@@ -61,7 +62,7 @@ def changed_keys(recorded: Mapping[str, Any], run: config.Run, where: str) -> Ch
         found.keys.append(key)
         if _BY_CONTENT.fullmatch(key):
             found.by_content.append(line)
-        elif _ROUNDING.fullmatch(key):
+        elif _ROUNDING.fullmatch(key) or (key == _GRADIENT and _NO_GRADIENT not in (old, new)):
             found.rounding.append(line)
         else:
             found.weights.append(line)

@@ -25,8 +25,8 @@ from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
 from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import base_identity, package_version, tasks_sha256
-from preceptor.world import ONE, World
+from preceptor.train.provenance import base_identity, tasks_sha256
+from preceptor.world import ONE, World, package_version
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Evaluations:
     A line of eval.jsonl has `step`; with held-out examples, `loss`, its 95 % interval over the examples in
     `loss_interval`, `bits_per_byte`, `token_accuracy`, `num_trained`, and the same in `by_source`, `by_kind`, `by_turn`
     (held_out.py); with tasks, `tasks` (evaluate/figures.py). A sample has the greedy `answer` and a `sampled` one,
-    drawn by the same seed at each evaluation. With `judges` a line also has the losses `by_example`, and whether it is
-    an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation that is there
-    is not made again. base: what is known of the base model, which is the model before the first step.
+    drawn by the same seed at each evaluation. With `records_improvement` a line also has the losses `by_example`, and
+    whether it is an `improvement` (improvement.py). lines: those of eval.jsonl, also of earlier sessions: an evaluation
+    that is there is not made again. base: what is known of the base model, which is the model before the first step.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Evaluations:
     enabled: bool
     say: Callable[[str], None]
     world: World = ONE
-    judges: bool = False
+    records_improvement: bool = False
     lines: list[dict[str, Any]] = field(default_factory=list)
     base: "BaseFigures | None" = None
 
@@ -85,7 +85,7 @@ class Evaluations:
         self._sample(evaluated, state.step)
         if measured:
             line = {"step": state.step, **measured}
-            if self.judges:
+            if self.records_improvement:
                 line["improvement"] = improvement(self.lines, line, self.sampling.seed)
             if self.world.is_first:
                 append_line(self.folder / "eval.jsonl", line)
@@ -94,7 +94,9 @@ class Evaluations:
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
         try:
-            return measure(model, self.held_out, self.max_length, alone, by_example=self.judges, world=self.world)
+            return measure(
+                model, self.held_out, self.max_length, alone, by_example=self.records_improvement, world=self.world
+            )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -213,7 +215,7 @@ def build_evaluations(
         enabled=enabled,
         say=say,
         world=world,
-        judges=run.train.patience is not None,
+        records_improvement=run.train.patience is not None,
         base=_base_figures(prepared, world) if prepared.tasks else None,
         lines=world.gather(read_json_lines(folder / "eval.jsonl") if world.is_first else [])[0],
     )

@@ -52,7 +52,7 @@ def save_at_the_end(
             checkpoints.save(state, with_optimizer=False)
             break
         except CheckpointError as error:
-            if stop.number is not None:
+            if any(checkpoints.world.max(stop.number is not None)):  # of several processes one may have been told
                 break
             if attempt == 0:
                 minutes = _ATTEMPTS * _SECONDS / 60

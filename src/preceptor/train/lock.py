@@ -7,7 +7,8 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from preceptor.errors import CheckpointError
 from preceptor.files import writing
 
 LOCK = ".lock"
+_SEEN_SECONDS = 30.0  # after which a lock of another machine is seen on a file system that both have
+_LOOK_SECONDS = 0.5
 
 
 @contextmanager
@@ -65,9 +68,35 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
         if is_same:  # else its holder removed it when it ended, and it protects nothing
             with suppress(OSError):  # it says only who holds it
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                os.write(descriptor, f"{holder_name()}\n".encode())
+                os.fsync(descriptor)  # other machines of a file system by network see it then
             return descriptor, notes
         os.close(descriptor)
+
+
+def holder_name() -> str:
+    """What a lock says of this process."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def require_seen(folder: Path, holder: str, out: str, meanwhile: Callable[[], None]) -> None:
+    """Raises CheckpointError where this process does not see the folder that another process of its run holds.
+
+    meanwhile: called before each look; what it raises ends the waiting.
+    """
+    until = time.monotonic() + _SEEN_SECONDS
+    while True:
+        meanwhile()
+        with suppress(OSError):
+            if (folder / LOCK).read_text(errors="replace").strip() == holder:
+                return
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{out}: {holder} holds this folder for the run, and {holder_name()} does not see its lock ({LOCK}): "
+                "all nodes need the same `out`, on a file system that all of them mount (NFS, Lustre, a shared "
+                "volume), and may read it"
+            )
+        time.sleep(_LOOK_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from preceptor import config
 from preceptor.console import Display
 from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import StreamError
+from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line
 from preceptor.model.adapters.adapted import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
@@ -93,8 +93,8 @@ class Loop:
     def steps(self) -> Generator[Step]:
         """Each step when it was taken and recorded. Whoever asks may evaluate, save and end meanwhile.
 
-        Raises ModelError as `skip_step`, `require_finite`; Stopped and StreamError, with all steps saved. Closed early,
-        it saves as if it were stopped.
+        Raises ModelError as `skip_step`, `require_finite`; Stopped and StreamError, with all steps saved, and so of one
+        process DataError. Closed early, it saves as if it were stopped.
         """
         run, state, per_epoch, total = self.run, self.state, self.loader.steps_per_epoch, self.num_steps
         learning_rates = schedule(run.optimizer, per_epoch, total)
@@ -117,8 +117,9 @@ class Loop:
         except Stopped as stopped:
             self.save(wait=True)
             raise Stopped(stopped.number, state.step) from None
-        except (StreamError, GeneratorExit):  # the former all processes have; the steps so far are not lost
-            self.save(wait=True)
+        except (DataError, GeneratorExit) as error:  # the steps so far are not lost
+            if self.world.size == 1 or isinstance(error, StreamError | GeneratorExit):  # which all processes have
+                self.save(wait=True)
             raise
         self.checkpoints.wait()
 

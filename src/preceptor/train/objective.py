@@ -13,8 +13,8 @@ from preceptor.model.activations.context import StepContext
 from preceptor.model.activations.noise import EmbeddingNoise
 from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.forward import Engine
-from preceptor.model.head import Head
 from preceptor.model.kl import ReferenceModel, kl_to_base
+from preceptor.model.loss.linear_cross_entropy import Head
 from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.loss.own import TokenLoss, require_token_wise
 from preceptor.model.parts import causal_lm

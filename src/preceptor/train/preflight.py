@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,14 +45,6 @@ _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two c
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
 
 
-@dataclass(frozen=True)
-class PreflightResult:
-    """loader: of sequences that this model can read."""
-
-    loader: Loader | StreamLoader
-    seconds: float
-
-
 def preflight(
     model: Any,
     loader: Loader | StreamLoader,
@@ -60,9 +52,10 @@ def preflight(
     say: Callable[[str], None],
     objective: Objective = CROSS_ENTROPY_LOSS,
     state_bytes: int = 0,
-) -> PreflightResult:
+) -> tuple[Loader | StreamLoader, float]:
     """Prove all that can be proved before step 1; `say` gets a line for each proof. state_bytes: of the optimizer.
 
+    Returns a loader of sequences that this model can read, and how many seconds it took.
     Raises ModelError if the loss would not be the model's own, if the model is not causal, if loss or gradient is not
     finite, or if the largest sequence does not fit in memory.
     """
@@ -79,7 +72,7 @@ def preflight(
                 torch.cuda.empty_cache()
     seconds = time.perf_counter() - started
     say(f"all proved in {seconds:.1f} s")
-    return PreflightResult(loader, seconds)
+    return loader, seconds
 
 
 def _prove(

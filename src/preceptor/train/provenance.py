@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from preceptor.files import sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
 from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
-from preceptor.world import command_words
+from preceptor.world import command_words, package_version
 
 PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
@@ -69,13 +68,6 @@ def session(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_cores": os.cpu_count(),
     }
-
-
-def package_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def origins(prepared: Prepared, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:

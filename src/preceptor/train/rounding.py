@@ -17,16 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from preceptor.model.random_bits import random_bits
+from preceptor.model.sharding import own_part
 from preceptor.plan.memory import chunk_of
 
 Rounding = Literal["exact", "stochastic", "nearest"]
 
 _HIGH = -0x10000  # the upper 16 bits of an int32
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; itself, where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_element(tensor: Tensor) -> int:
@@ -42,7 +38,7 @@ def widened(weight: Tensor, low: Tensor | None) -> Tensor:
     """float32: the bfloat16 weight, and what `low` (int16) holds of it below."""
     wide = weight.detach().float()
     if low is not None:
-        local(wide).view(torch.int32).add_(local(low))
+        own_part(wide).view(torch.int32).add_(own_part(low))
     return wide
 
 
@@ -52,7 +48,7 @@ def narrow(wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None,
     if rounding == "nearest":
         weight.copy_(wide)
         return
-    wide_X, weight_X = local(wide).view(-1), local(weight).view(-1)
+    wide_X, weight_X = own_part(wide).view(-1), own_part(weight).view(-1)
     first = first_element(weight)
     for part in parts_of(len(wide_X), chunk_of(wide_X.device.type)):
         bits = wide_X[part].view(torch.int32)
@@ -61,7 +57,7 @@ def narrow(wide: Tensor, weight: Tensor, rounding: Rounding, low: Tensor | None,
             high = bits.add_(noise.bitwise_and_(0xFFFF)).bitwise_and_(_HIGH)
         else:
             high = (bits + 0x8000).bitwise_and_(_HIGH)
-            local(low).view(-1)[part] = (bits - high).to(torch.int16)
+            own_part(low).view(-1)[part] = (bits - high).to(torch.int16)
         weight_X[part] = high.view(torch.float32).to(torch.bfloat16)
 
 

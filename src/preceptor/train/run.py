@@ -43,40 +43,19 @@ from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import amounts, session, write_start
 from preceptor.train.quantized import take_adapter
 from preceptor.train.record import record_of_first
-from preceptor.train.run_folder import RunFolder, claim, longer
+from preceptor.train.run_folder import RunFolder, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.step import peak_memory_bytes, require_finite_loss
 from preceptor.train.windows import WindowRecord, record_windows
 from preceptor.world import ONE, World
 
 
-def execute(prepared: Prepared, console: Console, *, resume: bool = False, replace: bool = False) -> dict[str, Any]:
-    """As `execute_in`, in the folder that the run file names. resume, replace: as `claim`."""
-    with claim(prepared.run, resume=resume, replace=replace) as folder:
-        return execute_in(folder, prepared, console)
-
-
-def execute_in(
-    folder: RunFolder,
-    prepared: Prepared,
-    console: Console,
-    stop: StopRequest | None = None,
-    world: World = ONE,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Take all steps of a `Training`; return its summary."""
-    training = Training(folder, prepared, console, stop or StopRequest(), world)
-    for _ in training.steps(dry_run):
-        pass
-    return training.summary
-
-
 @dataclass
 class Training:
-    """One session of a run in its folder. A run in the folder goes on from its newest checkpoint.
+    """One session of a run in its folder, which has no model yet. A run in it goes on from its newest checkpoint.
 
     stop: signals that stop the run. world: not connected yet; its first process alone writes in the folder, but for
-    checkpoints and model, and has the summary. model, loop: from the first step on. summary: when the run is finished.
+    checkpoints and model. model, loop: from the first step on. summary: when the run is finished.
     """
 
     folder: RunFolder
@@ -95,9 +74,6 @@ class Training:
         cannot work leaves nothing behind. dry_run: end there, with nothing written.
         """
         started = time.perf_counter()
-        if self.folder.has_model:
-            self.summary = finish(self.folder, self.say) if self.world.is_first else {}
-            return
         try:
             with self.prepared.streaming():
                 ready = self._begin(dry_run)
@@ -131,7 +107,8 @@ class Training:
             if world.size == 1:  # else it was needed to place the model
                 _record_prediction(folder, self.prepared, state.model, loader)
             save_at_the_end(lambda: _save(state, self.prepared, folder, world), state, checkpoints, self.stop, self.say)
-            self.summary = finish(folder, self.say, time.perf_counter() - started) if world.is_first else {}
+            seconds = time.perf_counter() - started
+            self.summary = world.first(lambda: finish(folder, self.say, seconds))
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
@@ -169,8 +146,7 @@ class Training:
         _require_room(run, state, checkpoints)
         require_host_memory(state.optimizer, world.local_size)
         state_bytes = 0 if offloads(state.optimizer) else expected_state_bytes(state.optimizer)
-        passed = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
-        loader = passed.loader
+        loader, seconds = preflight(self.model, prepared.loader(), run.train.precision, say, objective, state_bytes)
         num_steps = run.train.duration.steps(loader.steps_per_epoch)
         ready = _Ready(state, objective, loader, checkpoints, num_steps)
         if dry_run:
@@ -183,7 +159,7 @@ class Training:
         elif world.is_first:
             counts = amounts(prepared, loader, num_steps) | {
                 "each_conversation_alone": loader.alone,
-                "preflight_seconds": passed.seconds,
+                "preflight_seconds": seconds,
                 **({"compile_seconds": compile_seconds()} if compile_seconds() else {}),
                 "memory_before_bytes": memory_before_bytes,
                 **({} if placement is None else {PREDICTED: placement.peak_bytes}),

@@ -30,13 +30,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from preceptor import config
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.files import (
     read_json,
     read_json_lines,
+    read_run_file,
     remove_folder,
     remove_partials,
     write_atomically,
@@ -291,12 +290,9 @@ def record_of(folder: Path) -> dict[str, Any]:
 def _run_file(folder: Path) -> dict[str, Any]:
     """Raises CheckpointError."""
     try:
-        tree = yaml.safe_load((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder / RUN_FILE}: cannot be read: {error}; replace the run with --replace") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{folder / RUN_FILE}: is no run file; replace the run with --replace")
-    return tree
+        return read_run_file(folder)[0]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; replace the run with --replace") from None
 
 
 # What a folder may be ------------------------------------------------------------------------------------------------
@@ -357,9 +353,9 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def move_aside(folder: Path) -> None:
-    """Move the run in a folder to `replaced/`, where a killed process may have begun to.
+    """Move the run into `replaced/`, or finish such a move that a killed process began.
 
-    If there is a whole run already, that one is kept: it was to be replaced by one that has no checkpoint yet.
+    A complete run in `replaced/` is kept, unless the newer one already has a checkpoint or a model.
     """
     place = folder / REPLACED
     if is_run(place):

@@ -15,7 +15,8 @@ from rich.console import Console
 from preceptor import config
 from preceptor.config.code import require_code
 from preceptor.data.rejections import check_codes
-from preceptor.data.sources import OpenSource
+from preceptor.data.sources import OpenSource, open_sources
+from preceptor.train.lock import holder_name, require_seen
 from preceptor.train.run_folder import RunFolder, claim
 from preceptor.train.signals import StopRequest
 from preceptor.world import ONE, World, num_cores
@@ -44,6 +45,8 @@ def check_names(run: config.Run) -> config.Run:
     require_code(run.eval.code, "eval.code")
     for source in (*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())):
         require_code(source.code, f"{source.path}: code")
+    open_sources(run.data)
+    for source in run.replay.data if run.replay else ():
         OpenSource(source)
     for task in run.eval.tasks:
         check_task(task)
@@ -52,11 +55,12 @@ def check_names(run: config.Run) -> config.Run:
 
 @dataclass
 class Session:
-    """run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
+    """One call of `train`: claims the folder, prepares the data, takes the steps and saves the model.
 
-    num_processes: that render the data, at most. importing: entered while torch is imported. first_line: said
-    at once, with the run that is gone on with. training: from the moment
-    that the data is rendered. summary: of a run that has ended, in its first process.
+    run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
+    num_processes: that render the data, at most. importing: entered while torch is imported. first_line: said at once,
+    with the run that is gone on with. training: from the moment that the data is rendered. summary: of a run that has
+    ended.
     """
 
     run: config.Run
@@ -72,6 +76,12 @@ class Session:
     first_line: str | None = None
     training: "Training | None" = None
     summary: dict[str, Any] = field(default_factory=dict)
+
+    def train(self) -> dict[str, Any]:
+        """Take all steps of the run; its summary. Raises as `steps`."""
+        for _ in self.steps():
+            pass
+        return self.summary
 
     def steps(self) -> "Generator[Step]":
         """Take the steps of the run, one at a time, and save its model after the last one. Raises as the `Loop` does,
@@ -108,16 +118,20 @@ class Session:
 
     @contextmanager
     def _claimed(self) -> Iterator[RunFolder]:
-        """The run's folder, which the first process holds for all; the others see in it what that one has found."""
+        """The run's folder, which the first process holds for all; the others see in it what that one has found.
+
+        Raises CheckpointError where they do not see the folder itself.
+        """
         if not self.world.is_first:
             found = self.world.published("folder")
+            require_seen(Path(found["path"]), found["holder"], self.run.out, self.world.end_if_another_failed)
             folder = RunFolder(Path(found["path"]), record=found["record"], lengthens=found["lengthens"])
             folder.date = datetime.fromisoformat(found["date"])
             yield folder
             return
         with claim(self.run, run_file=self.run_file, resume=self.resume, replace=self.replace) as folder:
             found = {"path": str(folder.path), "record": folder.record, "lengthens": folder.lengthens}
-            self.world.publish("folder", {**found, "date": folder.date.isoformat()})
+            self.world.publish("folder", {**found, "holder": holder_name(), "date": folder.date.isoformat()})
             yield folder
 
     def _complete(self, folder: RunFolder) -> None:
@@ -125,15 +139,14 @@ class Session:
         from preceptor.trackers.follower import followed
         from preceptor.train.finish import finish
 
-        if not self.world.is_first:
-            return
+        self.world.connect("cpu")  # the first one, which holds the folder, leaves it when all have seen it
         saved = f"{self.run.out}: the model is saved already"
         if self.dry_run:
             self._say(f"{saved}; the same command without --dry-run completes the record")
             return
         self._say(f"{saved}; the record is completed")
-        with followed(self.run.tracker, folder.path, self._say, begins=False):
-            self.summary = finish(folder, self._say)
+        with followed(self.run.tracker if self.world.is_first else [], folder.path, self._say, begins=False):
+            self.summary = self.world.first(lambda: finish(folder, self._say))
 
     def _prepare(self, folder: RunFolder) -> "Prepared":
         from preceptor.inspect.check import format_line

@@ -74,7 +74,7 @@ def take_step(
         loss += own
     loss, router_aux_loss = world.sum(loss, math.fsum(found[len(shares) : -1]))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        broken = [place for place, own in enumerate(losses) if not math.isfinite(own)]
+        broken = [place for place, own in zip(range(len(sequences)), losses, strict=False) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
     apply_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.model.random_bits import key_of
+from preceptor.model.random_bits import random_key
 from preceptor.train import adamw_8bit
 from preceptor.train.rounding import Rounding, narrow, widened
 
@@ -65,7 +65,7 @@ class WeightwiseOptimizer(torch.optim.Optimizer):
         weight = widened(parameter, low) if half else parameter.detach()
         assert parameter.grad is not None
         weight.grad = parameter.grad.float()
-        key = key_of(self._seed, int(state["updates"]), self._names[parameter])
+        key = random_key(self._seed, int(state["updates"]), self._names[parameter])
         self._rules[group["rule"]](weight, of_rule, group, key)
         if half:
             assert self.rounding is not None

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from preceptor.errors import CheckpointError
-from preceptor.files import read_json, read_json_lines
+from preceptor.files import read_json, read_json_lines, read_run_file
 from preceptor.report.run_record import LINES, OBJECTS, RunRecord, record_of_files
 from preceptor.trackers.replay import GrowingLines
 from preceptor.train.lock import LOCK, LockHolder, lock_holder
@@ -41,7 +39,7 @@ class LiveRun:
         self._small = {
             **{f"{name}.json": _Small(folder / f"{name}.json", read_json, {}) for name in OBJECTS},
             "rejections.jsonl": _Small(folder / "rejections.jsonl", read_json_lines, []),
-            "config.yaml": _Small(folder / "config.yaml", _run_file, ({}, "")),
+            "config.yaml": _Small(folder / "config.yaml", lambda path: read_run_file(path.parent), ({}, "")),
         }
 
     def look(self) -> RunLook:
@@ -80,18 +78,9 @@ class _Small:
             return self._absent
         now = (about.st_ino, about.st_mtime_ns, about.st_size)
         if now != self._about:
-            with suppress(CheckpointError, OSError, ValueError):  # ValueError: not UTF-8
+            with suppress(CheckpointError, OSError):
                 self._value, self._about = self._read(self._path), now
         return self._value
-
-
-def _run_file(path: Path) -> tuple[dict[str, Any], str]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{path}: not valid YAML: {error}") from None
-    return (found, text) if isinstance(found, dict) else ({}, text)
 
 
 def _seconds_since(files: Sequence[Path]) -> float | None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from preceptor.data.formats.remote_files import RemoteFile
 from preceptor.data.formats.values import Columns, Row, Struct, TableRows, Unreadable
-from preceptor.errors import DataError, short
-from preceptor.hub import first_line
+from preceptor.errors import DataError, first_line, short
 
 _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131,072 rows in memory
 

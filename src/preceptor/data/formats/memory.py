@@ -1,14 +1,12 @@
-"""Tables that a program holds: a list of records, or a Hugging Face `datasets.Dataset`."""
+"""Records that a program holds, as a table."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from preceptor.data.formats import arrow
 from preceptor.data.formats.values import Columns, TableRows, Unreadable
 
 
@@ -40,34 +38,3 @@ class RecordList:
             is_record = isinstance(record, Mapping)
             what = f"it is {type(record).__name__}, not a dict such as {{'messages': [...]}}"
             yield f"{self.name}:row {number}", dict(record) if is_record else Unreadable("unreadable", what)
-
-
-@dataclass(frozen=True)
-class HeldDataset:
-    """A `datasets.Dataset`, read a batch at a time."""
-
-    dataset: Any
-    name: str
-
-    def files(self) -> list[Path]:
-        return []
-
-    def identity(self, sha256_of: Callable[[Path], str]) -> list[str]:
-        """By the content of its rows: its own fingerprint may be drawn at random."""
-        return ["datasets", self._sha256]
-
-    @cached_property
-    def _sha256(self) -> str:
-        found = hashlib.sha256(repr(self.dataset.features).encode())
-        for batch in self.dataset.with_format(None).iter(1000):
-            found.update(json.dumps(batch, default=repr).encode() + b"\n")
-        return found.hexdigest()
-
-    def columns(self) -> Sequence[str]:
-        return list(self.dataset.column_names)
-
-    def num_rows(self) -> int:
-        return len(self.dataset)
-
-    def rows(self, wanted: Columns) -> TableRows:
-        return arrow.dataset_rows(self.dataset, self.name, wanted)

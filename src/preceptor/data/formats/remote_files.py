@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
-from preceptor.errors import DataError
-from preceptor.hub import first_line
+from preceptor.errors import DataError, first_line
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 _HTTP = ("http", "https")

@@ -14,6 +14,8 @@ files tell of several splits, so that no test set is trained on unseen.
 
 import difflib
 import glob
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -127,16 +129,23 @@ class ParquetFile:
 
 @dataclass(frozen=True)
 class HuggingFaceDataset:
-    """A Hugging Face data set: saved in a folder, or on the Hub; loaded when it is first asked."""
+    """A Hugging Face data set, loaded when it is first asked. place: a folder where it is saved; its source, on the
+    Hub; or a `datasets.Dataset` that a program holds."""
 
-    place: Path | Source
+    place: Any
     name: str
+
+    @property
+    def is_of_hub(self) -> bool:
+        return not isinstance(self.place, Path)
 
     @cached_property
     def _loaded(self) -> Any:
         if isinstance(self.place, Path):
             return arrow.load_saved(self.place, self.name)
-        return arrow.load_hub(self.place.path, self.place.name, self.place.split, self.place.revision)
+        if isinstance(self.place, Source):
+            return arrow.load_hub(self.place.path, self.place.name, self.place.split, self.place.revision)
+        return self.place
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.place.rglob("*") if file.is_file()) if isinstance(self.place, Path) else []
@@ -144,8 +153,18 @@ class HuggingFaceDataset:
     def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
         if isinstance(self.place, Path):
             return ["datasets", *(part for file in self.files() for part in (file.name, sha256_of(file)))]
+        if not isinstance(self.place, Source):
+            return ["datasets", self._sha256]
         fingerprint = getattr(self._loaded, "_fingerprint", None)
         return None if fingerprint is None else ["hub", str(fingerprint)]
+
+    @cached_property
+    def _sha256(self) -> str:
+        """Of the rows: the fingerprint of a data set that a program has made may be drawn at random."""
+        found = hashlib.sha256(repr(self._loaded.features).encode())
+        for batch in self._loaded.with_format(None).iter(1000):
+            found.update(json.dumps(batch, default=repr).encode() + b"\n")
+        return found.hexdigest()
 
     def columns(self) -> Sequence[str]:
         return list(self._loaded.column_names)

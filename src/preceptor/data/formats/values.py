@@ -20,19 +20,10 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from preceptor.data.rejections import CODES
+from preceptor.data.examples import Unreadable as Unreadable
 from preceptor.errors import short
 
 Nulls = Literal["reject", "drop", "keep"]
-
-
-class Unreadable(Exception):
-    """What is wrong with a row: a code and a sentence. `to_example` makes it a Rejection."""
-
-    def __init__(self, code: str, message: str) -> None:
-        assert code in CODES, code
-        super().__init__(message)
-        self.code = code
 
 
 RawRecord = Mapping[str, Any]

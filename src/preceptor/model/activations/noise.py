@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from preceptor.data.forest import PackedSequence
-from preceptor.model.random_bits import key_of, random_bits
+from preceptor.model.random_bits import random_bits, random_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class EmbeddingNoise:
         parts = []
         for start, end in _trees(sequence):
             ids = sequence.ids_T[start:end]
-            key = key_of(self.seed, self.step, zlib.crc32(ids.tobytes()))
+            key = random_key(self.seed, self.step, zlib.crc32(ids.tobytes()))
             bits = random_bits(key, 0, len(ids) * hidden_size, weight_VD.device).view(len(ids), hidden_size)
             parts.append(bits.float().mul_(self.alpha / (len(ids) * hidden_size) ** 0.5 / (1 << 31)))
         return torch.cat(parts)

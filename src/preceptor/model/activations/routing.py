@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.data.forest import PackedSequence
+from preceptor.data.forest import PackedSequence, path_to
 from preceptor.errors import ModelError
 
 
@@ -50,11 +50,7 @@ def balanced_paths(sequence: PackedSequence) -> BalancedPaths:
     leaves = [place for place in range(len(spans)) if place not in parents]
     trained: set[int] = set()
     for leaf in sorted(leaves, key=lambda place: (spans[place].tree, spans[place].segment)):
-        path: list[int] = []
-        place: int | None = leaf
-        while place is not None:
-            path.append(place)
-            place = spans[place].parent
+        path = path_to(spans, leaf)[::-1]
         targets = [spans[place].targets for place in path if place not in trained]
         trained.update(path)
         if not any(each.start < each.stop for each in targets):

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 
-from preceptor.errors import ModelError
-from preceptor.hub import first_line
+from preceptor.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

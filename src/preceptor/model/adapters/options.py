@@ -51,7 +51,7 @@ def lr_factors(adapter: config.Adapter | None) -> Mapping[str, float]:
     return {} if adapter is None or adapter.lr_ratio == 1 else {"*.lora_B.*": adapter.lr_ratio}
 
 
-def in_words(adapter: config.Adapter) -> str:
+def adapter_name(adapter: config.Adapter) -> str:
     """An adapter, such as `DoRA of rank 16 with PiSSA`."""
     name = "DoRA" if adapter.kind == "dora" else "rsLoRA" if adapter.use_rslora else "LoRA"
     return f"{name} of rank {adapter.rank}{' with PiSSA' if adapter.init.startswith('pissa') else ''}"

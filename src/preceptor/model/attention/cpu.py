@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from preceptor.model.attention.layout import PathMasks, Scratch
+from preceptor.model.attention.layout import AttentionOptions, PathMasks, Scratch
 from preceptor.model.sizes import BLOCK_TOKENS, backward_block, device_type_of, heads_at_once, on_grid, representative
 
 
@@ -29,23 +29,16 @@ def attend_path(
     query_Q: Tensor,
     key_P: Tensor,
     value_P: Tensor,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
     masks: PathMasks,
 ) -> Tensor:
     """query (1, H, Q, D), key and value (1, K, P, D) -> (1, H, Q, D)."""
-    num_keys = key_P.shape[2]
-    window = None if sliding_window is None or sliding_window >= num_keys else sliding_window
-    if softcap is not None or sinks is not None:
-        return _attend_written_out(query_Q, key_P, value_P, scale, window, softcap, sinks, masks)
     parts = (query_Q, key_P, value_P)
-    own_backward = device_type_of(query_Q.device) == "cpu" and query_Q.dtype == torch.bfloat16
+    own_backward = device_type_of(query_Q.device) == "cpu" and query_Q.dtype == torch.bfloat16 and options.is_plain
     if own_backward and torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        output: Tensor = _AttendInHalf.apply(*parts, scale, window, masks)
+        output: Tensor = _AttendInHalf.apply(*parts, options, masks)
         return output
-    return _attend_fused(*parts, scale, window, masks)
+    return _attend_in_blocks(*parts, options, masks)
 
 
 def _blocks(num_queries: int, num_keys: int, window: int | None, block_tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -57,75 +50,52 @@ def _blocks(num_queries: int, num_keys: int, window: int | None, block_tokens: i
         yield slice(start, end), slice(first_key, offset + end)
 
 
-def _attend_fused(
-    query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
+def _attend_in_blocks(
+    query_Q: Tensor, key_P: Tensor, value_P: Tensor, options: AttentionOptions, masks: PathMasks
 ) -> Tensor:
     num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
-    if window is None and num_queries == num_keys:
+    window = options.window_among(num_keys)
+    if options.is_plain and window is None and num_queries == num_keys:
         grouped = query_Q.shape[1] != key_P.shape[1]
-        return scaled_dot_product_attention(query_Q, key_P, value_P, is_causal=True, scale=scale, enable_gqa=grouped)
+        return scaled_dot_product_attention(
+            query_Q, key_P, value_P, is_causal=True, scale=options.scale, enable_gqa=grouped
+        )
+    attend, mask_dtype = (attend_fused, query_Q.dtype) if options.is_plain else (attend_written_out, torch.bool)
     outputs = []
     for queries, keys in _blocks(num_queries, num_keys, window, BLOCK_TOKENS):
-        form = (queries.stop - queries.start, keys.stop - keys.start, window)
-        mask_QP = masks.mask(*form, query_Q.dtype, query_Q.device, BLOCK_TOKENS)
+        sizes = (queries.stop - queries.start, keys.stop - keys.start)
+        mask_QP = masks.mask(*sizes, window, mask_dtype, query_Q.device, BLOCK_TOKENS)
         block = (query_Q[:, :, queries], key_P[:, :, keys], value_P[:, :, keys])
-        outputs.append(attend_masked(*block, mask_QP, scale))
+        outputs.append(attend(*block, mask_QP, options))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, scale: float) -> Tensor:
+def attend_fused(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention under any mask by torch's fused kernels, without soft-cap and sinks."""
     groups = query.shape[1] // key.shape[1]
     if (
         groups > 1 and device_type_of(query.device) == "cuda"
     ):  # with a mask, CUDA's fused kernels do not take grouped heads
         key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask_QP, scale=scale, enable_gqa=groups > 1)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask_QP, scale=options.scale, enable_gqa=groups > 1
+    )
 
 
-# Soft-cap and sinks --------------------------------------------------------------------------------------------------
-
-
-def _attend_written_out(
-    query_Q: Tensor,
-    key_P: Tensor,
-    value_P: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    masks: PathMasks,
-) -> Tensor:
-    outputs = []
-    for queries, keys in _blocks(query_Q.shape[2], key_P.shape[2], window, BLOCK_TOKENS):
-        form = (queries.stop - queries.start, keys.stop - keys.start, window)
-        mask_QP = masks.mask(*form, torch.bool, query_Q.device, BLOCK_TOKENS)
-        block = (query_Q[:, :, queries], key_P[:, :, keys], value_P[:, :, keys])
-        outputs.append(attend_under_mask(*block, mask_QP, scale, softcap, sinks))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def attend_under_mask(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask_QP: Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask_QP: Tensor, options: AttentionOptions) -> Tensor:
     """Softmax attention with its scores written out, under any mask of bools; the softmax is float32 at least."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     scores = scores.masked_fill(~mask_QP, float("-inf"))
-    if sinks is not None:
-        sink = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    if options.sinks is not None:
+        sink = options.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], dim=-1)
     weights = torch.softmax(scores, dim=-1)
-    if sinks is not None:
+    if options.sinks is not None:
         weights = weights[..., :-1]
     return weights.to(value.dtype) @ value
 
@@ -144,24 +114,24 @@ class _AttendInHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query_Q: Tensor, key_P: Tensor, value_P: Tensor, scale: float, window: int | None, masks: PathMasks
+        ctx: Any, query_Q: Tensor, key_P: Tensor, value_P: Tensor, options: AttentionOptions, masks: PathMasks
     ) -> Tensor:
         ctx.save_for_backward(query_Q, key_P, value_P)
-        ctx.scale, ctx.window, ctx.scratch = scale, window, masks.scratch
-        return _attend_fused(query_Q, key_P, value_P, scale, window, masks)
+        ctx.options, ctx.scratch = options, masks.scratch
+        return _attend_in_blocks(query_Q, key_P, value_P, options, masks)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_Q: Tensor) -> tuple[Tensor | None, ...]:
         query_Q, key_P, value_P = ctx.saved_tensors
         num_queries, num_keys = query_Q.shape[2], key_P.shape[2]
-        blocks = list(_blocks(num_queries, num_keys, ctx.window, backward_block(num_queries)))
+        blocks = list(_blocks(num_queries, num_keys, ctx.options.window, backward_block(num_queries)))
         end = max(keys.start + on_grid(keys.stop - keys.start) for _, keys in blocks)
         key_KPD, value_KPD = (_padded(part, end) for part in (_centred(key_P[0]), value_P[0]))
         query_KGQD, grad_KGQD = (part[0].unflatten(0, (len(key_KPD), -1)) for part in (query_Q, grad_Q))
-        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.scale, ctx.window, ctx.scratch)
+        grads = _backward(query_KGQD, key_KPD, value_KPD, grad_KGQD, blocks, ctx.options, ctx.scratch)
         grad_key, grad_value = (grad[None, :, :num_keys] for grad in grads[1:])
-        return grads[0].flatten(0, 1)[None], grad_key, grad_value, None, None, None
+        return grads[0].flatten(0, 1)[None], grad_key, grad_value, None, None
 
 
 def _centred(key_KPD: Tensor) -> Tensor:
@@ -189,8 +159,7 @@ def _backward(
     value_KPD: Tensor,
     grad_KGQD: Tensor,
     blocks: list[tuple[slice, slice]],
-    scale: float,
-    window: int | None,
+    options: AttentionOptions,
     scratch: Scratch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values: block by block, for so many heads at once as scratch memory is for.
@@ -212,7 +181,7 @@ def _backward(
             num_keys = keys.stop - keys.start
             keys = slice(keys.start, keys.start + on_grid(num_keys))
             pieces = query_KGQD[heads, :, queries], key_KPD[heads, keys], value_KPD[heads, keys]
-            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], num_keys, scale, window, buffers)
+            found = _block_backward(*pieces, grad_KGQD[heads, :, queries], num_keys, options, buffers)
             grad_query[heads, :, queries] = found[0]
             grad_key[heads, keys] += found[1]
             grad_value[heads, keys] += found[2]
@@ -225,8 +194,7 @@ def _block_backward(
     value_KPD: Tensor,
     grad_KGQD: Tensor,
     num_keys: int,
-    scale: float,
-    window: int | None,
+    options: AttentionOptions,
     buffers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries (K, G, Q, D), keys and values, of whose P tokens the first `num_keys` are keys.
@@ -238,14 +206,14 @@ def _block_backward(
     query, grad = (_padded(part, padded).flatten(1, 2) for part in (query_KGQD, grad_KGQD))  # (K, G * Q, D)
     shape = (num_kv_heads, groups * padded, key_KPD.shape[1])
     scores, weights, grad_weights = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-    torch.baddbmm(scores, query, key_KPD.transpose(1, 2), beta=0, alpha=scale, out=scores)
-    _hide(scores.view(-1, padded, shape[2])[:, :num_queries], num_keys, window)
+    torch.baddbmm(scores, query, key_KPD.transpose(1, 2), beta=0, alpha=options.scale, out=scores)
+    _hide(scores.view(-1, padded, shape[2])[:, :num_queries], num_keys, options.window)
     torch.softmax(scores, dim=-1, out=weights)
     torch.bmm(grad, value_KPD.transpose(1, 2), out=grad_weights)
     grad_value = torch.bmm(weights.transpose(1, 2), grad)
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=scores)
-    grad_query = torch.baddbmm(query, grad_scores, key_KPD, beta=0, alpha=scale)
-    grad_key = torch.baddbmm(key_KPD, grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
+    grad_query = torch.baddbmm(query, grad_scores, key_KPD, beta=0, alpha=options.scale)
+    grad_key = torch.baddbmm(key_KPD, grad_scores.transpose(1, 2), query, beta=0, alpha=options.scale)
     return grad_query.unflatten(1, (groups, padded))[:, :, :num_queries], grad_key, grad_value
 
 

@@ -32,6 +32,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
 from preceptor.model.attention.layout import (
+    AttentionOptions,
     ForestLayout,
     KeysValues,
     PhaseLayout,
@@ -57,13 +58,12 @@ def fast_path(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout | PhaseLayout,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
 ) -> Attend | None:
     """The fastest function that computes exactly this; None: `attend_runs`."""
     if not _is_half_on_cuda(value):
         return None
-    by_varlen = softcap is None and sinks is None and _varlen_takes(query, key, value)
+    by_varlen = options.is_plain and _varlen_takes(query, key, value)
     by_flex = isinstance(layout, ForestLayout) and _flex_takes(query, value)
     copies = any(ancestors for _, _, ancestors in layout.runs)
     if by_varlen and not (by_flex and copies):
@@ -116,10 +116,7 @@ def attend_varlen(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout | PhaseLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
     seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """As `attend_runs`, without soft-cap and sinks: each run's queries against the keys of its path.
@@ -127,7 +124,7 @@ def attend_varlen(
     Flash aligns causality and windows at the end of a path, so a run's tokens are its last queries; their number need
     not be that of the keys. A window (left, right) counts the tokens beside a query, so W tokens are (W - 1, 0).
     """
-    assert softcap is None and sinks is None
+    assert options.is_plain
     dtype = product_dtype(value)
     key, value = key.to(dtype), value.to(dtype)
     if layout.lengths is None:
@@ -136,7 +133,7 @@ def attend_varlen(
         layout.lengths = begins[0].to(torch.int32), begins[1].to(torch.int32), max(lengths[0]), max(lengths[1])
     cu_query, cu_key, longest_run, longest_path = layout.lengths
     path_key, path_value = _join_paths(key, value, layout, {} if seen is None else seen)
-    windowed = sliding_window is not None and sliding_window < longest_path
+    window = options.window_among(longest_path)
     # the kernel shares key heads among query heads by itself; torch 2.13 wants to be told, 2.11 has no word for it
     told = query.shape[1] != key.shape[1] and "enable_gqa" in _arguments_of(varlen_attn)
     grouped: dict[str, Any] = {"enable_gqa": True} if told else {}
@@ -149,8 +146,8 @@ def attend_varlen(
             cu_key,
             longest_run,
             longest_path,
-            scale=scale,
-            window_size=(cast(int, sliding_window) - 1, 0) if windowed else (-1, 0),
+            scale=options.scale,
+            window_size=(-1, 0) if window is None else (window - 1, 0),
             **grouped,
         )
     return cast(Tensor, output_THD).transpose(0, 1)[None]
@@ -179,30 +176,27 @@ def attend_flex(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
     seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """As `attend_runs` for a whole sequence. seen: not used, as a whole sequence sees nothing else."""
     dtype = product_dtype(value)
     num_tokens = query.shape[2]
     added = -num_tokens % BLOCK
-    if ("flex", sliding_window) not in layout.made:
-        layout.made["flex", sliding_window] = block_mask(layout, sliding_window)
+    if ("flex", options.window) not in layout.made:
+        layout.made["flex", options.window] = block_mask(layout, options.window)
     with torch.autocast(query.device.type, enabled=False):
         flex: Callable[..., Any] = _flex_without_values if is_dry_run() else _flex(query.device.type)
         output, aux = flex(
             *(pad(part.to(dtype), (0, 0, 0, added)) for part in (query, key, value)),
-            score_mod=None if softcap is None else _softcapped(softcap),
-            block_mask=layout.made["flex", sliding_window],
-            scale=scale,
+            score_mod=None if options.softcap is None else _softcapped(options.softcap),
+            block_mask=layout.made["flex", options.window],
+            scale=options.scale,
             enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=sinks is not None),
+            return_aux=AuxRequest(lse=options.sinks is not None),
         )
-        if sinks is not None:
-            share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
+        if options.sinks is not None:
+            share = torch.sigmoid(aux.lse - options.sinks.to(aux.lse.dtype)[None, :, None])
             output = (output * share[..., None]).to(dtype)
     return cast(Tensor, output[:, :, :num_tokens])
 

@@ -4,6 +4,7 @@ Legend: T tokens of a sequence, Q queries and P keys of one block.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,25 @@ PathLengths = tuple[Tensor, Tensor, int, int]
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one range, each (1, heads, tokens, head size), with rotary positions in them."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a layer asks of attention: see runs.py. sinks: (H,), one for each query head."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's fused kernels compute it: they know neither soft-cap nor sinks."""
+        return self.softcap is None and self.sinks is None
+
+    def window_among(self, num_keys: int) -> int | None:
+        """The sliding window; None also where no token of so many keys is outside it."""
+        return None if self.window is None or self.window >= num_keys else self.window
 
 
 def attention_runs(sequence: PackedSequence) -> tuple[AttentionRun, ...]:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from preceptor.errors import ModelError
-from preceptor.model.attention.cpu import attend_masked, attend_path, attend_under_mask
+from preceptor.model.attention.cpu import attend_fused, attend_path, attend_written_out
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import (
+    AttentionOptions,
     AttentionRun,
     ForestLayout,
     KeysValues,
@@ -47,14 +48,11 @@ def attend_reference(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
 ) -> Tensor:
-    """query (1, H, T, D), key and value (1, K, T, D), sinks (H,) -> (1, H, T, D), by the dense mask."""
-    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
-    return attend_under_mask(query, key, value, mask_TT, scale, softcap, sinks)
+    """query (1, H, T, D), key and value (1, K, T, D) -> (1, H, T, D), by the dense mask."""
+    mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, options.window)
+    return attend_written_out(query, key, value, mask_TT, options)
 
 
 def attend_dense(
@@ -62,10 +60,7 @@ def attend_dense(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
 ) -> Tensor:
     """The same by torch's own attention where it can, and with `layout.constant_T` honoured: the plain engine's."""
     dtype = product_dtype(value)
@@ -74,10 +69,10 @@ def attend_dense(
         key, value = (torch.where(constant_T1, part.detach(), part) for part in (key, value))
     with torch.autocast(value.device.type, enabled=False):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if softcap is not None or sinks is not None:
-            return attend_reference(query, key, value, layout, scale, sliding_window, softcap, sinks)
-        mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, sliding_window)
-        return attend_masked(query, key, value, mask_TT, scale)
+        if not options.is_plain:
+            return attend_reference(query, key, value, layout, options)
+        mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, options.window)
+        return attend_fused(query, key, value, mask_TT, options)
 
 
 def attend_runs(
@@ -85,10 +80,7 @@ def attend_runs(
     key: Tensor,
     value: Tensor,
     layout: ForestLayout | PhaseLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    options: AttentionOptions,
     seen: dict[TokenRange, KeysValues] | None = None,
 ) -> Tensor:
     """The same as `attend_reference`, run by run: work and memory follow what is visible, not T squared.
@@ -104,7 +96,7 @@ def attend_runs(
         for (start, end, ancestors), query_Q in zip(layout.runs, queries, strict=True):
             path = [seen[run] for run in (*ancestors, (start, end))]
             key_P, value_P = (_joined(pieces, dtype) for pieces in zip(*path, strict=True))
-            attended = attend_path(query_Q, key_P, value_P, scale, sliding_window, softcap, sinks, layout.masks)
+            attended = attend_path(query_Q, key_P, value_P, options, layout.masks)
             outputs.append(attended.transpose(1, 2))
         if added.shape[2]:
             outputs.append(value.new_zeros(1, added.shape[2], query.shape[1], value.shape[-1], dtype=dtype))
@@ -190,8 +182,9 @@ def forest_attention_forward(
             f"{layer} asks attention for {', '.join(unknown)}, which no sequence layout can honour.{advice}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     if isinstance(forest, ForestLayout) and forest.dense:
-        output = attend_dense(query, key, value, forest, scale, sliding_window, softcap, s_aux)
+        output = attend_dense(query, key, value, forest, options)
         return output.transpose(1, 2).contiguous(), None
     seen: dict[TokenRange, KeysValues] = {}
     if isinstance(forest, PhaseLayout):
@@ -201,8 +194,8 @@ def forest_attention_forward(
         if forest.keys_only:
             keep_runs(key, value, forest, seen)
             raise KeysRecorded
-    attend = fast_path(query, key, value, forest, softcap, s_aux) or attend_runs
-    output = attend(query, key, value, forest, scale, sliding_window, softcap, s_aux, seen)
+    attend = fast_path(query, key, value, forest, options) or attend_runs
+    output = attend(query, key, value, forest, options, seen)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, first_line
 from preceptor.model.closeness import FAILURES, require_close, rounding
 from preceptor.model.forward import Engine
 from preceptor.model.parts import evaluating, has_dropout, model_type
-from preceptor.model.random_bits import key_of, random_bits
+from preceptor.model.random_bits import random_bits, random_key
 
 _ADVICE = "Set `engine: efficient`."
 _ROOTS = (1, 1 / 2, 1 / 4)
@@ -48,9 +48,8 @@ def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Ten
     except (ModelError, torch.OutOfMemoryError):
         raise
     except FAILURES as error:
-        words = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {words}). {_ADVICE}"
+            f"{model_type(model)}: torch.compile failed ({type(error).__name__}: {first_line(error)}). {_ADVICE}"
         ) from error
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()])
@@ -63,6 +62,6 @@ def _signed_sum(name: str, gradient: Tensor) -> Tensor:
     """The sum of all elements, each with a fixed sign of its place: another one where they are negated or permuted."""
     total, parts = gradient.new_zeros((), dtype=torch.float32), gradient.flatten().split(_PART)
     for at, part in enumerate(parts):
-        signs = random_bits(key_of(name), at * _PART, len(part), part.device) < 0
+        signs = random_bits(random_key(name), at * _PART, len(part), part.device) < 0
         total += torch.where(signs, -part, part).sum(dtype=torch.float32)
     return total

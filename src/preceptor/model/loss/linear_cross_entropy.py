@@ -5,7 +5,7 @@
 `linear_cross_entropy` computes it, or a variant of it (options.py), and its gradients in one pass, a chunk of
 trained tokens at a time, so the logits of context tokens never exist and at no time more than one chunk's (the idea of
 Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", and of Liger Kernel, here in plain matrix
-products). reference.py is the same in naive float64; `token_losses` is for evaluation.
+products). tests/reference_loss.py is the same in naive float64; `token_losses` is for evaluation.
 
 Legend: T tokens of a sequence, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from preceptor.model.compiled import compiled_function
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions, chunk_tokens, most_tokens
@@ -45,6 +45,35 @@ class TrainedRows:
     weight_RD: Tensor
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Head:
+    """The map from a hidden state to logits, cap(scale * (h W^T + b)).
+
+    Where only some rows are trained (peft's token rows), weight_VD is the merged weight with its graph, and
+    `trained_rows` says which they are, so that a loss need not make a gradient of all V rows for them.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    trained_rows: TrainedRows | None = None
+
+    def logits(self, hidden_CD: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Logits of the first `num_tokens` of the vocabulary (None: all).
+
+        Products are in the head's type, or autocast's; the rest is float32, or float64 for a float64 head.
+        """
+        logits_CV = linear(hidden_CD.to(self.weight_VD.dtype), self.weight_VD[:num_tokens])
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if self.bias_V is not None:
+            logits_CV = logits_CV + self.bias_V[:num_tokens]
+        logits_CV = logits_CV * self.logit_scale
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        return logits_CV
+
+
 class HeadCast:
     """The head's copy in the products' type, for all sequences of a step, as long as the head itself is not changed.
 
@@ -67,15 +96,11 @@ class HeadCast:
 
 def linear_cross_entropy(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     source_N: Tensor,
     target_N: Tensor,
     weight_N: Tensor,
     *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    trained_rows: TrainedRows | None = None,
     options: LossOptions = CROSS_ENTROPY,
     divisor: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
@@ -84,13 +109,12 @@ def linear_cross_entropy(
     gradient_is_one: bool = False,
     compiled: bool = False,
 ) -> Tensor:
-    """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD, weight_VD and bias_V.
+    """The weighted sum of the losses of N trained tokens, a scalar; gradients reach hidden_TD and the head.
 
     Matrix products run in the dtype of weight_VD, or of autocast where that is on for the device; the softmax, the
     loss and the sum are float32 (float64 for float64 inputs). A head without `requires_grad` costs no gradient. With
     N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
-    With trained_rows, weight_VD holds their values already. divisor: by which weight_N is divided already; what a loss
-    of the user's own is given is not (own.py).
+    divisor: by which weight_N is divided already; what a loss of the user's own is given is not (own.py).
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
@@ -101,8 +125,10 @@ def linear_cross_entropy(
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (or one
     token's); two blocks of them in float32, cache-sized on CPU; the head in the products' type; a float32
     accumulator of the gradient of a half-precision head, for more than one chunk."""
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, options, logits_bytes, divisor, compiled)
-    rows_R, weight_RD = (None, None) if trained_rows is None else (trained_rows.rows_R, trained_rows.weight_RD)
+    form = _form(hidden_TD, head, target_N, options, logits_bytes, divisor, compiled)
+    bias_V, rows = head.bias_V, head.trained_rows
+    weight_VD = head.weight_VD if rows is None else head.weight_VD.detach()
+    rows_R, weight_RD = (None, None) if rows is None else (rows.rows_R, rows.weight_RD)
     if head_grad_VD is not None:
         assert gradient_is_one, "the buffer cannot be multiplied afterwards"
         assert weight_VD.requires_grad and head_grad_VD.shape == weight_VD.shape
@@ -128,41 +154,37 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def token_losses(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    source_N: Tensor,
-    target_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+def token_losses(hidden_TD: Tensor, head: Head, source_N: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     """For evaluation: each token's unweighted -log p (float32) and whether it is the most likely one (bool)."""
-    form = _form(hidden_TD, weight_VD, target_N, softcap, logit_scale, CROSS_ENTROPY, LOGITS_BYTES)
-    losses_N, correct_N = _losses(hidden_TD, weight_VD, source_N, target_N, bias_V, form)
+    form = _form(hidden_TD, head, target_N, CROSS_ENTROPY, LOGITS_BYTES)
+    losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
+    correct_N = torch.zeros(len(target_N), dtype=torch.bool, device=hidden_TD.device)
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        for chunk, _, products_CV in _chunks(hidden_TD, head.weight_VD.to(form.product_dtype), source_N, form):
+            target_C, losses_C, correct_C = target_N[chunk], losses_N[chunk], correct_N[chunk]
+            for rows, block_RV in blocks(products_CV[: len(target_C)], form, write_back=False):
+                logits_RV = to_logits(block_RV, head.bias_V, form)
+                correct_C[rows] = logits_RV.max(dim=-1).indices == target_C[rows]  # argmax is three times slower
+                losses_C[rows] = token_losses_of(logits_RV, target_C[rows])
     return losses_N.float(), correct_N
 
 
 def _form(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     target_N: Tensor,
-    softcap: float | None,
-    logit_scale: float,
     options: LossOptions,
     logits_bytes: int,
     divisor: float = 1.0,
     compiled: bool = False,
 ) -> LossForm:
     device_type = hidden_TD.device.type
-    product_dtype = weight_VD.dtype
+    product_dtype = head.weight_VD.dtype
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
-    sizes = weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
-    chunk = chunk_tokens(len(target_N), *sizes)
-    most = most_tokens(*sizes)
-    return LossForm(softcap, logit_scale, options, product_dtype, chunk, most, divisor, compiled)
+    sizes = head.weight_VD.shape[0], product_dtype.itemsize, logits_bytes, device_type_of(hidden_TD.device)
+    chunk, most = chunk_tokens(len(target_N), *sizes), most_tokens(*sizes)
+    return LossForm(head.softcap, head.logit_scale, options, product_dtype, chunk, most, divisor, compiled)
 
 
 def _chunks(
@@ -189,22 +211,6 @@ def _chunks(
 def _head_rows(head_VD: Tensor) -> Iterator[slice]:
     rows = _HEAD_ROWS.get(device_type_of(head_VD.device), 2**15)
     return (slice(start, start + rows) for start in representative(range(0, head_VD.shape[0], rows)))
-
-
-def _losses(
-    hidden_TD: Tensor, weight_VD: Tensor, source_N: Tensor, target_N: Tensor, bias_V: Tensor | None, form: LossForm
-) -> tuple[Tensor, Tensor]:
-    """-log p of each trained token and whether it is the most likely one; no gradients."""
-    losses_N = torch.zeros(len(target_N), dtype=form.softmax_dtype, device=hidden_TD.device)
-    correct_N = torch.zeros(len(target_N), dtype=torch.bool, device=hidden_TD.device)
-    with torch.no_grad(), torch.autocast(hidden_TD.device.type, enabled=False):
-        for chunk, _, products_CV in _chunks(hidden_TD, weight_VD.to(form.product_dtype), source_N, form):
-            target_C, losses_C, correct_C = target_N[chunk], losses_N[chunk], correct_N[chunk]
-            for rows, block_RV in blocks(products_CV[: len(target_C)], form, write_back=False):
-                logits_RV = to_logits(block_RV, bias_V, form)
-                correct_C[rows] = logits_RV.max(dim=-1).indices == target_C[rows]  # argmax is three times slower
-                losses_C[rows] = token_losses_of(logits_RV, target_C[rows])
-    return losses_N, correct_N
 
 
 def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor:

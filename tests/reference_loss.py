@@ -1,23 +1,19 @@
-"""Reference implementation of the loss (float64, autograd), used to test linear_cross_entropy.py."""
+"""Reference implementation of the loss (float64, autograd), used to test model/loss/linear_cross_entropy.py."""
 
 import torch
 from torch import Tensor
 
-from preceptor.model.loss.linear_cross_entropy import HeadCast, TrainedRows
+from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
 from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions
 
 
 def linear_cross_entropy_reference(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: Head,
     source_N: Tensor,
     target_N: Tensor,
     weight_N: Tensor,
     *,
-    bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    trained_rows: TrainedRows | None = None,
     options: LossOptions = CROSS_ENTROPY,
     divisor: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
@@ -25,15 +21,16 @@ def linear_cross_entropy_reference(
     head_cast: HeadCast | None = None,
 ) -> Tensor:
     """sum_n w_n loss_n with loss_n as in options.py. The last three arguments are of speed and memory: unused."""
-    if trained_rows is not None:
-        weight_VD = weight_VD.index_copy(0, trained_rows.rows_R, trained_rows.weight_RD.to(weight_VD.dtype))
+    weight_VD, rows = head.weight_VD, head.trained_rows
+    if rows is not None:
+        weight_VD = weight_VD.index_copy(0, rows.rows_R, rows.weight_RD.to(weight_VD.dtype))
     with torch.autocast(hidden_TD.device.type, enabled=False):
         logits_NV = hidden_TD.double()[source_N] @ weight_VD.double().T
-        if bias_V is not None:
-            logits_NV = logits_NV + bias_V.double()
-        logits_NV = logits_NV * logit_scale
-        if softcap is not None:
-            logits_NV = softcap * torch.tanh(logits_NV / softcap)
+        if head.bias_V is not None:
+            logits_NV = logits_NV + head.bias_V.double()
+        logits_NV = logits_NV * head.logit_scale
+        if head.softcap is not None:
+            logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
         log_probs_NV = torch.log_softmax(logits_NV, dim=-1)
         target_log_prob_N = log_probs_NV.gather(1, target_N[:, None])[:, 0]
         eps = options.label_smoothing
