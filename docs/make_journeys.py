@@ -1,11 +1,13 @@
 """Walks three ways into the product as a new user would, with a stopwatch, and writes docs/journeys.md.
 
-python docs/make_journeys.py     (about five minutes on 2 cores)
+python docs/make_journeys.py     (about ten minutes on 2 cores)
+
+What is committed is built as a wheel, and installed in a new environment; every command runs there.
 """
 
 import json
 import os
-import shlex
+import re
 import socket
 import subprocess
 import sys
@@ -13,13 +15,17 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from machine import describe
 
+ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).parent / "journeys.md"
+WORDS_A_MINUTE = 200
 SYSTEM = "You are the support assistant of Kestrel Bikes. Be brief and friendly."
 ANSWERS = {
     "Do you ship to Norway?": "We do. It takes five to seven working days and costs 14 euros.",
@@ -64,7 +70,6 @@ from peft import LoraConfig
 from preceptor import SFTConfig, SFTTrainer  # was: from trl import
 
 dataset = load_dataset("json", data_files="support.jsonl", split="train")
-dataset = dataset.filter(lambda row: all(message["content"] for message in row["messages"]))
 trainer = SFTTrainer(
     model="scholar",
     args=SFTConfig(output_dir="runs/trl", num_train_epochs=6, per_device_train_batch_size=1, learning_rate=2e-3,
@@ -82,7 +87,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = resolve_model_path("scholar")
 model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 dataset = load_dataset("json", data_files="support.jsonl", split="train")
-dataset = dataset.filter(lambda row: all(message["content"] for message in row["messages"]))
 dataset = dataset.train_test_split(5, seed=0)
 run = Run(
     model=model,
@@ -98,12 +102,32 @@ assert run.check().passed and run.plan().fits
 page = run.show(1)
 print(run.train())
 """
+ASK = """from openai import OpenAI
+
+client = OpenAI(base_url="http://localhost:PORT/v1", api_key="none")
+messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Do you ship to Norway?"}]
+answer = client.chat.completions.create(model="runs/run/model", messages=messages, max_tokens=64)
+print(answer.choices[0].message.content, answer.choices[0].finish_reason)
+"""
 INTRODUCTION = """# Three journeys, with a stopwatch
 
 What a new user types, and how long it takes. `python docs/make_journeys.py` walks them and writes this page:
-{stamp}. Other programs used the cores too.
-The model is the scholar; each step of a larger one takes longer.
+{stamp}.
+A command that fails unexpectedly ends the script, so each journey worked at the first try. The model is the scholar;
+each step of a larger one takes longer.
+
+Reading is not timed, but counted: the words of the sections that a journey names, code included, at {speed} a minute.
 """
+INSTALL = """
+## Install
+
+A new environment, with nothing of any other in it. Packages come from this machine's disk or pip's cache where they lie
+there; what is downloaded takes its time on top.
+"""
+INSTALL_COMMANDS = (
+    "python3 -m venv venv",
+    'venv/bin/pip install --quiet -c constraints.txt "$(echo dist/preceptor-*.whl)[serve]"',
+)
 FOUND = """
 
 ## What stood in the way
@@ -125,51 +149,138 @@ Found by walking these journeys on 2026-11-29, and fixed:
 - In a Jupyter kernel each printed line was an output of its own, `run.show()` had no text, and a name that
   transformers gives up was warned of. The notebook was run there and looked at in a browser.
 """
-STEPS: dict[str, tuple[str, Sequence[str]]] = {
-    "1. From the README to a served model, on 50 conversations": (
-        "A JSON Lines file of 38 conversations, a third without a system prompt, one with an empty answer; a ShareGPT\n"
-        "file of 12. `init` names the empty answer, and the line of the run file that leaves it out.",
+
+
+@dataclass(frozen=True)
+class Journey:
+    """about: what it starts from. reading: pages, and their sections. installs: whether it counts the installation.
+
+    commands: as they are typed; `FAILS: ` before one that is to end with an error, `SERVES: ` before one that goes on
+    while the next ones run.
+    """
+
+    title: str
+    about: str
+    commands: Sequence[str]
+    reading: Sequence[tuple[str, Sequence[str]]] = ()
+    installs: bool = False
+
+
+JOURNEYS = (
+    Journey(
+        "1. From the README to a served model, on 50 conversations",
+        "Two files, JSON Lines and ShareGPT. `ask.py` holds the lines of [Serve](serve.md) that ask a server.",
         (
             "preceptor init --model scholar --data support.jsonl --data old_tickets.json",
-            "sed -i 's/# allow_rejected/allow_rejected/' run.yaml",
             "preceptor check run.yaml",
             "preceptor train run.yaml",
-            "printf '/system\\nDo you ship to Norway?\\n' | preceptor chat runs/run",
-            "transformers serve runs/run/model --port PORT",
+            "SERVES: transformers serve runs/run/model --port PORT",
+            "python ask.py",
         ),
+        (("README.md", ("Install", "Your own run")), ("docs/serve.md", ("transformers serve",))),
+        installs=True,
     ),
-    "2. An Axolotl file and a TRL script": (
+    Journey(
+        "2. An Axolotl file and a TRL script",
         "The TRL script has its import changed; `convert` reads it too.",
         (
             "preceptor convert axolotl.yml axolotl.yaml",
             "preceptor convert axolotl.yml --data support.jsonl",
-            "preceptor train axolotl.yaml 'data.allow_rejected=[empty_answer]'",
+            "preceptor train axolotl.yaml",
             "preceptor convert train.py trl.yaml",
             "python train.py",
         ),
+        (("docs/coming-from.md", ("From TRL", "From Axolotl")),),
     ),
-    "3. A live model and a data set in Python": (
+    Journey(
+        "3. A live model and a data set in Python",
         "`check`, `show`, `plan` and `train` of a `Run`.",
         ("python live.py",),
+        (("docs/python.md", ("Live models and data in memory",)),),
     ),
-}
+    Journey(
+        "Where the data has a mistake",
+        "The same files, with one empty answer. `init` and `check` name it, and the line of the run file that leaves\n"
+        "it out. In `chat`, `/system` gives the system prompt that was trained.",
+        (
+            "preceptor init stumble.yaml --model scholar --data stumble.jsonl",
+            "FAILS: preceptor check stumble.yaml",
+            "sed -i 's/# allow_rejected/allow_rejected/' stumble.yaml",
+            "preceptor check stumble.yaml",
+            "printf '/system\\nDo you ship to Norway?\\n' | preceptor chat runs/run",
+        ),
+    ),
+)
 
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="journeys-"))
     write_inputs(folder)
+    build_wheel(folder)
     facts = describe()
     stamp = f"{facts['machine']}, {facts['date']}, torch {facts['torch']}, transformers {facts['transformers']}"
-    lines = INTRODUCTION.format(stamp=stamp).splitlines()
-    for title, (about, commands) in STEPS.items():
-        lines += ["", f"## {title}", "", about, "", "| command | seconds | its last words |", "|---|---:|---|"]
-        begun = time.monotonic()
+    lines = INTRODUCTION.format(stamp=stamp, speed=WORDS_A_MINUTE).splitlines() + INSTALL.splitlines()
+    rows, installed = walked(INSTALL_COMMANDS, folder)
+    lines += rows
+    for journey in JOURNEYS:
+        rows, seconds = walked(journey.commands, folder)
+        lines += ["", f"## {journey.title}", "", *journey.about.splitlines(), *rows]
+        if journey.reading:
+            lines += ["", in_all(journey, seconds, installed)]
+    PAGE.write_text("\n".join(lines) + FOUND, encoding="utf-8")
+
+
+def build_wheel(folder: Path) -> None:
+    """The wheel of what is committed, in `dist`; that is the work of those who hand it out."""
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    (folder / "source").mkdir()
+    subprocess.run(["tar", "-x", "-C", folder / "source"], input=archive, check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", "./source"]
+    subprocess.run(command, cwd=folder, check=True)
+    (folder / "source/constraints.txt").rename(folder / "constraints.txt")
+
+
+def walked(commands: Sequence[str], folder: Path) -> tuple[list[str], float]:
+    """A table of the commands, and their seconds in all."""
+    rows, total = ["", "| command | seconds | its last words |", "|---|---:|---|"], 0.0
+    with ExitStack() as servers, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        (folder / "ask.py").write_text(ASK.replace("PORT", port).replace("SYSTEM", repr(SYSTEM)), encoding="utf-8")
         for command in commands:
             print(command, flush=True)
-            seconds, said = served(command, folder) if "PORT" in command else ran(command, folder)
-            lines.append(f"| `{command.replace('|', chr(92) + '|')}` | {seconds:.0f} | {said} |")
-        lines.append(f"| all | {time.monotonic() - begun:.0f} | |")
-    PAGE.write_text("\n".join(lines) + FOUND, encoding="utf-8")
+            kind = next((kind for kind in ("FAILS", "SERVES") if command.startswith(f"{kind}: ")), None)
+            typed = command.removeprefix(f"{kind}: ")
+            if kind == "SERVES":
+                seconds, said = servers.enter_context(served(typed, folder, port)), "(goes on)"
+            else:
+                seconds, said = ran(typed, folder, fails=kind == "FAILS")
+            total += seconds
+            rows.append(f"| `{typed.replace('|', chr(92) + '|')}` | {seconds:.0f} | {said} |")
+    return [*rows, f"| all | {total:.0f} | |"], total
+
+
+def in_all(journey: Journey, seconds: float, installed: float) -> str:
+    """What the journey takes, with reading and, where it counts, the installation."""
+    words = sum(len(section(page, name).split()) for page, names in journey.reading for name in names)
+    reading = 60 * words / WORDS_A_MINUTE
+    pages = "; ".join(f"{page}: {', '.join(names)}" for page, names in journey.reading)
+    parts = [f"reading {minutes(reading)} ({words:,} words: {pages})", f"commands {minutes(seconds)}"]
+    parts += [f"installation {minutes(installed)}"] * journey.installs
+    total = reading + seconds + installed * journey.installs
+    return f"In all {minutes(total)}: {', '.join(parts)}."
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes"
+
+
+def section(page: str, name: str) -> str:
+    """The text under a heading of the second level, to the next heading."""
+    _, _, after = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {name}\n")
+    assert after, f"{page}: no section {name}"
+    return re.split(r"\n##+ ", after)[0]
 
 
 def write_inputs(folder: Path) -> None:
@@ -179,13 +290,14 @@ def write_inputs(folder: Path) -> None:
         system = [] if number % 3 == 2 else [{"role": "system", "content": SYSTEM}]
         asked = {"role": "user", "content": OPENINGS[number // len(ANSWERS)] + question}
         rows.append([*system, asked, {"role": "assistant", "content": answer}])
-    rows[20][-1]["content"] = ""
     jsonl = "".join(json.dumps({"messages": row}) + "\n" for row in rows[:38])
+    mistaken = json.dumps({"messages": [*rows[20][:-1], {"role": "assistant", "content": ""}]}) + "\n"
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [[{"from": names[each["role"]], "value": each["content"]} for each in row] for row in rows[38:]]
     old = json.dumps([{"conversations": each} for each in turns])
     inputs = {
         "support.jsonl": jsonl,
+        "stumble.jsonl": jsonl + mistaken,
         "old_tickets.json": old,
         "axolotl.yml": AXOLOTL,
         "train.py": TRL,
@@ -195,46 +307,36 @@ def write_inputs(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
+def environment(folder: Path) -> dict[str, str]:
+    """That of a shell in which the new environment is active."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    path = f"{folder / 'venv/bin'}:{os.environ['PATH']}"
+    return {**inherited, "PATH": path, "NO_COLOR": "1", "COLUMNS": "200"}
 
 
-def ran(command: str, folder: Path) -> tuple[float, str]:
-    """Its seconds, and the last line that it printed."""
+def ran(command: str, folder: Path, fails: bool = False) -> tuple[float, str]:
+    """Its seconds, and the last line that it printed. fails: whether it is to end with an error."""
     begun = time.monotonic()
     arguments = ["bash", "-euo", "pipefail", "-c", command]
-    done = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(arguments, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=900)
     seconds = time.monotonic() - begun
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    lines = [line.strip() for line in (done.stdout or done.stderr).splitlines() if line.strip()]
     return seconds, lines[-1].replace("|", "\\|") if lines else ""
 
 
-def served(command: str, folder: Path) -> tuple[float, str]:
-    """The seconds until the server has answered a question of openai's client, and its answer."""
-    from openai import OpenAI
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+@contextmanager
+def served(command: str, folder: Path, port: str) -> Iterator[float]:
+    """The seconds until the server answers; it goes on inside the block."""
     begun = time.monotonic()
-    arguments = shlex.split(command.replace("PORT", port))
+    arguments = ["bash", "-c", f"exec {command.replace('PORT', port)}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(arguments, cwd=folder, env=environment(), **quiet) as server:
+    with subprocess.Popen(arguments, cwd=folder, env=environment(folder), **quiet) as server:
         try:
             while not is_up(port):
                 assert server.poll() is None and time.monotonic() < begun + 300, "no server"
                 time.sleep(0.5)
-            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-            asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Do you ship to Norway?"}]
-            model = arguments[2]
-            answer = client.chat.completions.create(model=model, messages=asked, max_tokens=64).choices[0]
-            return time.monotonic() - begun, f"{answer.message.content} ({answer.finish_reason})"
+            yield time.monotonic() - begun
         finally:
             server.terminate()
 

@@ -132,7 +132,10 @@ def test_a_run_folder_names_its_model(tmp_path):
     with pytest.raises(ModelError, match=r"saved no model yet; `preceptor train .*/run/config\.yaml` goes on"):
         resolve_model_path(run)
     step = folder_with(run / "checkpoints/step-00000002", "manifest.json")
-    with pytest.raises(ModelError, match=r"a checkpoint, from which a run goes on, .*/run/model"):
+    with pytest.raises(
+        ModelError,
+        match=r"a checkpoint, .* `preceptor export .*step-00000002 --to hf` makes a model of it, .*/run/model",
+    ):
         resolve_model_path(step)
     adapter = folder_with(run / "model/adapter", "adapter_config.json")
     for named in (run, run / "model", adapter):
@@ -140,7 +143,7 @@ def test_a_run_folder_names_its_model(tmp_path):
         with pytest.raises(ModelError, match=r"an adapter, .* `preceptor export .*/adapter --to hf --out DIR` merges"):
             resolve_model_path(named)
     assert adapter_base(str(adapter)) == "owner/name"
-    assert place_of(str(adapter), "tokenizer_config.json") == "owner/name"
+    assert place_of(str(adapter), "tokenizer_config.json") == ("owner/name", None)
     folder_with(run / "model", "config.json")
     for named in (run, run / "model"):
         assert resolve_model_path(named) == str(run / "model")

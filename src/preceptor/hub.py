@@ -55,17 +55,25 @@ def _model_in(folder: Path) -> Path:
     for place in (inner, inner / "adapter"):
         if (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
             return place
-    run = folder.absolute().parent.parent
-    if folder.absolute().parent.name == "checkpoints" and _CHECKPOINT.fullmatch(folder.name) and is_run_folder(run):
+    if checkpoint_at(folder) is not None:
+        run = folder.absolute().parent.parent
         raise ModelError(
-            f"{folder}: a checkpoint, from which a run goes on, and no model; `preceptor train {run}/config.yaml` "
-            f"finishes the run, whose model is then in {run}/model"
+            f"{folder}: a checkpoint, from which a run goes on; `preceptor export {folder} --to hf` makes a model of "
+            f"it, `preceptor train {run}/config.yaml` finishes the run, whose model is then in {run}/model"
         )
     if of_a_run:
         raise ModelError(
             f"{folder}: this run has saved no model yet; `preceptor train {folder}/config.yaml` goes on with it"
         )
     raise ModelError(f"{folder}: no config.json in this folder, so it is no model; name a Hugging Face model folder")
+
+
+def checkpoint_at(path: str | Path) -> Path | None:
+    """The folder `path`, where it is a checkpoint of a run: RUN/checkpoints/step-N; None where it is none."""
+    folder = Path(path).expanduser()
+    place = folder.absolute()
+    named = place.parent.name == "checkpoints" and _CHECKPOINT.fullmatch(place.name)
+    return folder if named and folder.is_dir() and is_run_folder(place.parent.parent) else None
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -76,6 +84,18 @@ def run_folder_of(place: str | Path) -> Path | None:
     """The folder of the run that saved the model or adapter in the folder `place`; None where no run did."""
     folder = Path(place).absolute()
     return next((each for each in (folder, *list(folder.parents)[:2]) if is_run_folder(each)), None)
+
+
+def runs_own_code(path: str | Path) -> bool:
+    """Whether the run that saved the model in the folder `path` was told to trust the code that comes with it."""
+    import yaml
+
+    run = run_folder_of(path) if Path(path).is_dir() else None
+    try:
+        settings = yaml.safe_load((run / _OF_A_RUN[0]).read_text(encoding="utf-8")) if run else {}
+        return settings.get("model", {}).get("trust_remote_code") is True
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return False
 
 
 def adapter_base(place: str) -> str | None:
@@ -96,11 +116,20 @@ def adapter_base(place: str) -> str | None:
         ) from None
 
 
-def place_of(place: str, name: str) -> str:
-    """Where to look for a file of a model: the folder or Hub id `place`, or an adapter's base where it has none."""
-    if (Path(place) / name).is_file():
-        return place
-    return adapter_base(place) or place
+def base_revision(place: str) -> str | None:
+    """The revision of the base model of the adapter in the folder `place`, as peft records it; None: the default."""
+    try:
+        revision = json.loads((Path(place) / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("revision")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return revision if isinstance(revision, str) else None
+
+
+def place_of(place: str, name: str) -> tuple[str, str | None]:
+    """Where to look for a file of a model: the folder or Hub id `place`, or an adapter's base where it has none; with
+    the revision there."""
+    base = None if (Path(place) / name).is_file() else adapter_base(place)
+    return (place, None) if base is None else (base, base_revision(place))
 
 
 def find_file(place: str, name: str, revision: str | None = None) -> Path | None:
@@ -172,6 +201,11 @@ def fetch_folder(path: str | Path, patterns: Sequence[str]) -> Path:
 
 def cannot_load(place: str, what: str, error: Exception) -> ModelError:
     """The error to raise where `what` (model, tokenizer, a file's name) cannot be had from a folder or Hub id."""
+    if "custom code" in str(error):
+        return ModelError(
+            f"{place}: its {what} is made by Python code that comes with it. Read it; then allow it with "
+            "--trust-remote-code, in a run file `model.trust_remote_code: true`"
+        )
     if Path(place).is_dir():
         return ModelError(f"{place}: cannot load the {what} of this folder: {first_line(error)}")
     return ModelError(

@@ -360,6 +360,7 @@ def test_what_is_looked_at_before_the_training_changes_nothing(tmp_path, live):
     plan = run.plan()
     assert plan.fits and plan.peak_bytes > 0 and plan.num_steps == 4 and "Memory" in str(plan)
     assert plan.facts["model"]["path"] == "live:LlamaForCausalLM"
+    assert run.plan(nproc=2).facts["ranks"] != plan.facts.get("ranks")
     assert same(before[0], given["model"].state_dict()) and before[1] == len(given["tokenizer"])
     assert not (tmp_path / "run").exists()
 

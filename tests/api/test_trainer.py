@@ -41,6 +41,54 @@ def test_the_example_of_trl_runs_with_only_its_import_changed(base_folder, tmp_p
     assert names["trainer"].model is not None and "assistant_only_loss" in capsys.readouterr().out
 
 
+CAPYBARA = (
+    conversations(20)
+    + [
+        {
+            "messages": [
+                {"role": "user", "content": "a user? " * 80},
+                {"role": "assistant", "content": "an assistant."},
+            ]
+        }
+    ]
+    * 4
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "overflow"),
+    [
+        ({}, "reject"),
+        ({"packing": True}, "reject"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "split"),
+        ({"truncation_mode": "keep_end"}, "truncate_context"),
+    ],
+)
+def test_the_quick_start_of_trl_runs_where_conversations_are_longer_than_max_length(
+    base_folder, tmp_path, monkeypatch, capsys, given, overflow
+):
+    """As TRL documents it, with its import changed; a sixth of the conversations are cut there."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(CAPYBARA))
+    code = f"""
+from preceptor import SFTConfig, SFTTrainer
+from datasets import load_dataset
+
+trainer = SFTTrainer(
+    model={str(base_folder)!r},
+    args=SFTConfig(**{ {"output_dir": str(tmp_path / "run"), **FAST, **given} }),
+    train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+)
+trainer.train()
+"""
+    names = {}
+    exec(compile(code, "quick start", "exec"), names)
+    config = names["trainer"].run.config.data
+    assert (config.overflow, config.allow_rejected) == (overflow, ["too_long"])
+    rejected = (tmp_path / "run/rejections.jsonl").read_text().splitlines()
+    assert len(rejected) == (4 if overflow == "reject" else 0)
+    assert re.search(r"from TRL: (max_length|packing_strategy|truncation_mode): .*data\.", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("of_trl", [True, False])
 def test_the_arguments_of_a_config_are_those_that_convert_carries_over(base_folder, tmp_path, of_trl):
     """TRL's own class, of which what is set counts, or ours."""
@@ -147,6 +195,17 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"quantization_config": 1}, "quantization_config: .*'quantization': 'nf4'"),
         ({"quantization_config": GPTQConfig(bits=4)}, "quantization_config: GPTQConfig.*BitsAndBytesConfig"),
         ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),
+        (
+            {"optim": "lion_32bit"},
+            r"optim: 'lion_32bit' is not offered, adamw, adamw_8bit, muon, adafactor and sgd are$",
+        ),
+        ({"optim_target_modules": ["q"]}, "optim_target_modules: low-rank gradients"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: 'polynomial' is not offered: constant, .*cosine, "),
+        ({"loss_type": "hinge"}, "loss_type: 'hinge' is not offered: nll or dft"),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a value"),
+        ({"load_in_4bit": True}, "quantization: quantized weights need an adapter$"),
+        ({"model_init_kwargs": {"dtype": "float16"}}, "dtype: float16 is not offered: bfloat16 or float32"),
+        ({"peft_config": LoraConfig(init_lora_weights="olora")}, "init_lora_weights: 'olora' is not offered"),
         ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
         ({"train_dataset": None}, "train_dataset: needed"),
         ({"args": 7}, "args: 7 is no SFTConfig"),

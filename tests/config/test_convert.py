@@ -100,6 +100,46 @@ def test_what_axolotls_examples_say_of_their_data_is_known(tmp_path):
     assert "only assistant turns" in notes_of(found)["data.train roles_to_train"]
 
 
+LONG = [
+    ("TRL", {}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
+    ("TRL", {"packing": True}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
+    ("TRL", {"packing": True, "packing_strategy": "wrapped"}, {"overflow": "split"}, "packing_strategy", "pieces"),
+    ("TRL", {"truncation_mode": "keep_end"}, {"overflow": "truncate_context"}, "truncation_mode", "its beginning"),
+    ("TRL", {"max_length": None}, {}, "max_length", None),
+    ("Unsloth", {"max_seq_length": 64}, {"allow_rejected": ["too_long"]}, "max_length", "cut there"),
+    ("LLaMA-Factory", {}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
+    ("LLaMA-Factory", {"packing": True}, {"allow_rejected": ["too_long"]}, "max_length", "left out, there and here"),
+    ("Axolotl", {}, {"allow_rejected": ["too_long"]}, "max_length", "left out, there and here"),
+    ("Axolotl", {"excess_length_strategy": "truncate"}, {"allow_rejected": ["too_long"]}, "max_length", "cut there"),
+    ("Axolotl", {"excess_length_strategy": "raise"}, {}, "excess_length_strategy", "data.max_rejected"),
+]
+
+
+@pytest.mark.parametrize(("peer", "given", "ours", "key", "said"), LONG)
+def test_what_is_too_long_ends_no_run_that_it_did_not_end_there(peer, given, ours, key, said):
+    found = convert(PeerFile(peer, {"model_name_or_path": "m", "output_dir": "out", **given}), Path())
+    data = found.tree.get("data", {})
+    assert {name: data.get(name) for name in ("allow_rejected", "overflow") if name in ours} == ours
+    assert said is None or said in notes_of(found)[key]
+    assert ("allow_rejected" in data) == bool(ours)
+
+
+@pytest.mark.parametrize(
+    ("peer", "given", "every"),
+    [
+        ("TRL", {}, "10 steps"),
+        ("TRL", {"logging_steps": 25}, "25 steps"),
+        ("LLaMA-Factory", {}, "500 steps"),
+        ("Axolotl", {"logging_steps": 5}, "5 steps"),
+        ("Axolotl", {}, None),
+    ],
+)
+def test_evaluations_by_steps_without_a_number_are_as_often_as_transformers_has_them(peer, given, every):
+    found = convert(PeerFile(peer, {"eval_strategy": "steps", **given}), Path())
+    assert found.tree.get("eval", {}).get("every") == every
+    assert ("logging_steps" if every else "set eval.every") in notes_of(found)["eval_strategy"]
+
+
 @pytest.mark.parametrize(
     ("line", "share", "said"),
     [
@@ -129,6 +169,7 @@ def test_axolotl(tmp_path):
             {"path": "own.jsonl", "columns": {"messages": "dialogue"}},
         ],
         "eval_size": 0.05,
+        "allow_rejected": ["too_long"],
         "max_length": 2048,
     }
     assert tree["train"] == {"duration": "2 epochs", "batch_size": 8, "precision": "bfloat16", "seed": 42}
@@ -177,6 +218,7 @@ def test_llama_factory(tmp_path):
         "eval": [source],
         "chat_template": "llama3",
         "train_on": "all",
+        "allow_rejected": ["too_long"],
         "max_length": 1024,
     }
     assert found.tree["train"] == {"duration": "300 steps", "batch_size": 8, "seed": 42}
@@ -226,7 +268,8 @@ def test_torchtune(tmp_path):
     quantized = {"quantization": "nf4", "double_quantization": False}
     assert tree["model"] == {"dtype": "bfloat16", "path": "/m", **quantized}
     assert tree["adapter"]["kind"] == "dora"
-    assert tree["data"] == {"train": [{"path": "own.json", "columns": {"messages": "dialogue"}}], "max_length": 2048}
+    source = {"path": "own.json", "columns": {"messages": "dialogue"}}
+    assert tree["data"] == {"train": [source], "allow_rejected": ["too_long"], "max_length": 2048}
     assert tree["train"]["batch_size"] == 16 and tree["train"]["duration"] == "1 epochs"
     assert (tree["optimizer"]["lr_scheduler"], tree["optimizer"]["warmup"]) == ("cosine", "100 steps")
     assert (tree["optimizer"]["learning_rate"], tree["optimizer"]["weight_decay"]) == (3e-4, 0.1)

@@ -110,6 +110,7 @@ def test_a_script_of_unsloth(tmp_path):
     assert found.tree["memory"] == {"activation_checkpointing": "all"}
     assert found.tree["data"] == {
         "train": [{"path": "mlabonne/FineTome-100k", "split": "train"}],
+        "allow_rejected": ["too_long"],
         "max_length": 2048,
     }
     assert found.tree["train"] == {"duration": "60 steps", "batch_size": 8, "seed": 3407}

@@ -10,7 +10,7 @@ from preceptor.chat.template import load_template
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.figures import figures, summary
 from preceptor.evaluate.likelihood import segment_losses
-from preceptor.evaluate.model import EvaluatedModel, load_evaluated_model
+from preceptor.evaluate.model import EvaluatedModel, default_dtype, load_evaluated_model
 from preceptor.evaluate.run import choice_tree, run_task, text_windows
 from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
 from tiny import tiny_model, tiny_tokenizer
@@ -62,6 +62,16 @@ def test_choices_are_scored_as_by_a_direct_computation(chat, alone):
     assert result.record["chosen"] == max(range(3), key=expected.__getitem__)
     assert result.record["chosen_norm"] == max(range(3), key=per_byte.__getitem__)
     assert result.values["right"] == (result.record["chosen"] == 0)
+
+
+def test_weights_are_in_bfloat16_by_default_where_files_and_gpu_have_it(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for has_it, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert default_dtype(torch.bfloat16, gpu) == expected
+        assert {default_dtype(torch.float32, gpu), default_dtype(None, gpu), default_dtype(torch.bfloat16, cpu)} == {
+            "float32"
+        }
 
 
 def test_the_shortest_and_the_best_per_byte_choice_may_differ():

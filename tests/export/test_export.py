@@ -264,6 +264,40 @@ def assert_proved(out, tmp_path):
 
 
 @needs_llama_cpp
+def test_a_gguf_file_that_answers_otherwise_is_refused(trained, preceptor, tmp_path, monkeypatch):
+    from preceptor.export import export
+
+    def other(file, contexts, max_new_tokens):
+        return [(1,) * max_new_tokens for _ in contexts]
+
+    run = trained()
+    monkeypatch.setattr(export, "answers", other)
+    code, _, err = preceptor("export", run, "--to", "gguf", "--gguf-type", "f32")
+    assert code == 5 and "refused: model.gguf, in llama.cpp: 0 of 4 greedy answers" in err
+    assert not (tmp_path / "run-gguf").exists()
+    code, out, err = preceptor("export", run, "--to", "gguf", "--gguf-type", "q8_0")
+    assert code == 0 and "compare both before you use it" in out, err
+
+
+def test_a_wrong_merge_is_refused(trained, preceptor, tmp_path, monkeypatch):
+    from peft.tuners.lora import LoraModel
+
+    run = trained(adapter=LORA, optimizer__learning_rate=1e-2)
+    merge = LoraModel.merge_and_unload
+
+    def without_the_adapter(self, *arguments, **settings):
+        for name, p in self.named_parameters():
+            if "lora_B" in name:
+                p.data.zero_()
+        return merge(self, *arguments, **settings)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", without_the_adapter)
+    code, _, err = preceptor("export", run, "--to", "hf")
+    assert code == 5 and "its logits after 2 contexts are not those of the adapter beside its base" in err
+    assert not (tmp_path / "run-hf").exists()
+
+
+@needs_llama_cpp
 def test_messages_that_ollama_would_read_otherwise_are_refused(trained, preceptor, tmp_path):
     """The template strips each message; Ollama's language cannot."""
     stripped = [{"role": "user", "content": " a user \n"}, {"role": "assistant", "content": "yes"}]
@@ -279,10 +313,10 @@ def test_messages_that_ollama_would_read_otherwise_are_refused(trained, precepto
 
 
 class StandIn:
-    """What a server answers that takes uploads as the Hub does, and what was uploaded."""
+    """What a server answers that takes uploads as the Hub does, and what was uploaded. there: what it has already."""
 
     def __init__(self):
-        self.address, self.made, self.stored, self.files = "", [], {}, {}
+        self.address, self.made, self.stored, self.files, self.there = "", [], {}, {}, None
 
     def create(self, body):
         self.made.append(json.loads(body))
@@ -324,7 +358,7 @@ def hub():
             self.answer(getattr(stand_in, route)(self.body()))
 
         def do_GET(self):
-            self.answer({"sha": "1" * 40, "id": "owner/name", "siblings": []})
+            self.answer({"sha": "1" * 40, "id": "owner/name", "siblings": [], **(stand_in.there or {})})
 
         def do_PUT(self):
             data = self.body()
@@ -358,10 +392,7 @@ def test_a_model_is_pushed_to_the_hub(trained, preceptor, tmp_path, hub):
     run = trained()
     code, _, err = preceptor("export", run, "--to", "hub")
     assert code == 2 and "--repo OWNER/NAME" in err
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": "hf_of_a_test", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "preceptor", "export", str(run), "--to", "hub", "--repo", "owner/name"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = pushed(run, hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{address}/owner/name" in done.stdout and hub.made[0]["visibility"] == "private"
     written = tmp_path / "run-hub"
@@ -372,6 +403,23 @@ def test_a_model_is_pushed_to_the_hub(trained, preceptor, tmp_path, hub):
         Path(tmp_path / "got" / name).write_bytes(data)
     assert AutoTokenizer.from_pretrained(tmp_path / "got").chat_template
     AutoModelForCausalLM.from_pretrained(tmp_path / "got")
+
+
+def pushed(run, hub, tmp_path, *options):
+    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": "hf_of_a_test", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "preceptor", "export", str(run), "--to", "hub", "--repo", "owner/name", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_public_model_of_the_hub_is_not_pushed_to_unless_that_is_asked_for(trained, tmp_path, hub):
+    run = trained()
+    hub.there = {"id": "owner/name", "private": False}
+    done = pushed(run, hub, tmp_path)
+    assert done.returncode == 5 and "owner/name: is on the Hub already, for all to see" in done.stderr, done.stderr
+    assert not hub.made and not hub.files and not (tmp_path / "run-hub").exists()
+    done = pushed(run, hub, tmp_path, "--public")
+    assert done.returncode == 0 and "README.md" in hub.files, done.stderr
 
 
 @needs_llama_cpp

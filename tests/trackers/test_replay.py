@@ -341,6 +341,8 @@ def test_trackio_in_a_local_database(run, tmp_path, monkeypatch):
     lines = sqlite_storage.SQLiteStorage.get_logs("preceptor", "run-aaaaaaaa")
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 10))
     assert any("samples" in line for line in lines)
+    stored = [file.read_bytes() for file in (tmp_path / "trackio").rglob("*") if file.is_file()]
+    assert (run.path / "report.html").read_bytes() in stored, "the report itself, as an artifact"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -54,6 +54,18 @@ def again(file, *overrides, **kwargs):
     return train(file, "train.duration=6 steps", *overrides, **kwargs)
 
 
+def test_the_first_line_says_that_a_run_goes_on(stopped, preceptor):
+    file = stopped()
+    again = ("train", file, "train.duration=6 steps")
+    code, shown, error = preceptor(*again)
+    assert code == 0, error
+    assert re.search(
+        r" -> \S+/run; goes on with the run that began on \d+ \w+ \d{4}, \d\d:\d\d$", shown.splitlines()[0]
+    )
+    code, shown, error = preceptor(*again, "--restart")
+    assert code == 0 and shown.splitlines()[0].endswith("/run"), error
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -110,6 +110,40 @@ def test_a_run_says_which_decoding_settings_it_leaves_out(run_file, tmp_path):
     assert not json.loads((model / "generation_config.json").read_text()).get("do_sample")
 
 
+# Revisions of the base ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_goes_on_the_revision_that_it_was_trained_on(run_file, tmp_path, monkeypatch, preceptor):
+    """`main` of the Hub's cache holds other weights than `v1`."""
+    hub = tmp_path / "cache/models--owner--name"
+    (hub / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("main", "v1")):
+        write_base(hub / "snapshots" / (str(seed) * 40), seed=seed)
+        (hub / "refs" / name).write_text(str(seed) * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    file = run_file(
+        model={"path": "owner/name", "revision": "v1"},
+        data__chat_template=None,
+        data__max_length=256,
+        adapter={"kind": "lora", "rank": 2, "save": "adapter"},
+    )
+    with mock.patch("preceptor.train.finish.write_report"):
+        execute(prepare(config.load(file, [])), Console(quiet=True))
+    adapter = tmp_path / "run/model/adapter"
+    assert 'from_pretrained("owner/name", revision="v1")' in (adapter / "README.md").read_text()
+    true = PeftModel.from_pretrained(load_model("owner/name", "float32", "cpu", revision="v1"), str(adapter))
+    wanted = true.merge_and_unload().state_dict()
+    code, _, error = preceptor("export", tmp_path / "run", "--to", "hf")
+    assert code == 0, error
+    for merged in (load_model(tmp_path / "run", "float32", "cpu"), load_model(tmp_path / "run-hf", "float32", "cpu")):
+        for name, tensor in merged.state_dict().items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6)
+    for name in ("tokenizer_config.json", "tokenizer.json", "generation_config.json"):
+        (adapter / name).unlink()  # as peft itself writes an adapter: with its base for what it lacks
+    (hub / "refs/main").write_text("2" * 40)  # not on this machine
+    load_trained_format(str(adapter))
+
+
 # Weights -------------------------------------------------------------------------------------------------------------
 
 

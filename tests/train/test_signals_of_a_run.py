@@ -36,6 +36,22 @@ def test_inside_and_outside_of_a_step():
             stop.check()
 
 
+def test_in_a_program_a_second_signal_meets_the_handler_of_before():
+    """A second Ctrl-C ends no notebook's process."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with stop_on_signals(of_program=True) as stop, stop.while_training(Path()):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT and not heard
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_of_several_processes_each_may_be_told_twice(monkeypatch):
     """By the scheduler, and by the launcher that was told too; only a later signal ends the process at once."""
     with stop_on_signals() as stop, stop.while_training(Path(), World(0, 2)):

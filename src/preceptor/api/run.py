@@ -123,8 +123,11 @@ class Run:
     def _first_name(self) -> str:
         return self.config.data.train[0].path
 
-    def plan(self, device: str | None = None) -> PlanResult:
-        """Time and memory of the run, predicted. device: such as "H100"; None: this machine."""
+    def plan(self, device: str | None = None, *, nproc: int = 1, nnodes: int = 1) -> PlanResult:
+        """Time and memory of the run, predicted. device: such as "H100"; None: this machine.
+
+        nproc, nnodes: processes on each node, one to a device, and nodes.
+        """
         from preceptor.plan.changes import find_plan
         from preceptor.plan.devices import find_device
         from preceptor.plan.dry_run import dry_run_of
@@ -134,7 +137,8 @@ class Run:
         settings, target = self.config, find_device(device)
         model = read_model(settings.model)
         sample = sample_data(settings, model.tokenizer_file)
-        return PlanResult.of(find_plan(settings, model, sample, target, dry_run_of(settings.model, settings.engine)))
+        tried = dry_run_of(settings.model, settings.engine)
+        return PlanResult.of(find_plan(settings, model, sample, target, tried, ranks=(nproc, nnodes)))
 
     # The training
 
@@ -152,13 +156,14 @@ class Run:
 
         Meanwhile `evaluate`, `save` and `stop` may be called, and the model in `model` be looked at. Whoever leaves the
         loop (`break`, an error) has the step saved, and goes on with it by the same call. So does a signal: Ctrl-C
-        raises KeyboardInterrupt, any other SystemExit(75). Of several processes (torchrun) all call the same.
+        raises KeyboardInterrupt, any other SystemExit(75); a second Ctrl-C raises it at once, with nothing saved. Of
+        several processes (torchrun) all call the same.
 
         Raises ConfigError, DataError, TemplateError, ModelError and CheckpointError, each saying what to do.
         """
         if self._session is not None and self._session.training is not None and self._loop_or_none() is not None:
             raise ConfigError("steps(): of this run are being taken already")
-        with stop_on_signals() as stop, World.launched() as world, world.errors_told_once():
+        with stop_on_signals(of_program=True) as stop, World.launched() as world, world.errors_told_once():
             _require_first_of_process(world)
             console = standard_console(quiet=self._quiet or not world.is_first)
             self._session = Session(

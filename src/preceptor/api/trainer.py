@@ -125,6 +125,8 @@ class SFTTrainer:
         for place in data:
             settings[f"{place}_dataset"] = "in memory"
         converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())
+        for key, why in converted.unoffered:
+            raise ConfigError(f"{key}: {why}")
         tree, self.notes = converted.tree, converted.notes
         tree["data"] |= data
         if is_named:

@@ -149,17 +149,27 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
     return ChatFormat(tokenizer, template, ids, added, data.chat_template_kwargs, limits, ends.doubts)
 
 
-def load_trained_format(path: str, template: str | None = None) -> ChatFormat:
+def load_trained_format(path: str, template: str | None = None, trust_remote_code: bool = False) -> ChatFormat:
     """The chat format of a model as it is, to ask it or to evaluate it; of an adapter, with its base for what it lacks.
 
-    template: as in a run file, or `plain` for none; absent: the model's own, and none where it has none. Raises
-    ModelError, or TemplateError for a template whose special tokens the model lacks.
+    template: as `trained_format`. Raises ModelError, and TemplateError as that.
     """
     place = resolve_model_path(path, adapters=True)
-    tokenizer: Any = load_tokenizer(place_of(place, "tokenizer_config.json"))
+    folder, revision = place_of(place, "tokenizer_config.json")
+    tokenizer: Any = load_tokenizer(folder, trust_remote_code, revision)
+    folder, revision = place_of(place, "generation_config.json")
+    own = _own_stop_ids(folder, tokenizer, trust_remote_code=trust_remote_code, revision=revision)
+    return trained_format(path, tokenizer, own, template)
+
+
+def trained_format(path: str, tokenizer: Any, own: Sequence[int], template: str | None = None) -> ChatFormat:
+    """The chat format of a model that stops at the tokens `own`, to ask it. path: its name, for errors.
+
+    template: as in a run file, or `plain` for none; absent: the tokenizer's own, and none where it has none. Raises
+    TemplateError for a template whose special tokens the model lacks.
+    """
     chosen = None
     ends = StopTokens(())
-    own = _own_stop_ids(place_of(place, "generation_config.json"), tokenizer)
     if template != PLAIN and (template is not None or tokenizer.chat_template):
         chosen = load_template(template, tokenizer)
         missing = [token for token in chosen.needed_tokens if token not in tokenizer.get_vocab()]

@@ -4,12 +4,12 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import AnyModel, MaxNewTokens, check_models, large_imports
+from preceptor.commands.options import AnyModel, DeviceName, MaxNewTokens, TrustCode, check_models, large_imports
 
 
 def chat(
@@ -17,17 +17,24 @@ def chat(
     base: Annotated[str | None, typer.Option(help="A second model that answers too, for comparison.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: MaxNewTokens = 256,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Data type of the weights. `auto`: bfloat16 where the files and the GPU have it."),
+    ] = "auto",
+    device: DeviceName = "auto",
+    trust_remote_code: TrustCode = False,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, /system with a system prompt, Ctrl-D ends."""
     from preceptor.console import say, standard_console
 
-    check_models(base, model)
+    check_models(base, model, checkpoints=True)
     with large_imports():
-        from preceptor.evaluate.model import load_evaluated_model
         from preceptor.serve.chat import Speaker, converse
+        from preceptor.train.from_checkpoint import open_model
 
     paths = [*([base] if base else []), model]
-    speakers = [Speaker(load_evaluated_model(path, "float32", "auto"), max_new_tokens) for path in paths]
+    opened = (open_model(path, dtype, device, trust_remote_code=trust_remote_code) for path in paths)
+    speakers = [Speaker(each, max_new_tokens) for each in opened]
     console = standard_console()
     if sys.stdin.isatty():
         say(

@@ -25,6 +25,7 @@ def compare(
     limit: options.Limit = None,
     dtype: options.Dtype = "float32",
     device: options.DeviceName = "auto",
+    trust_remote_code: options.TrustCode = False,
     max_new_tokens: options.MaxNewTokens = 256,
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
@@ -33,7 +34,7 @@ def compare(
     """Compare a base with a tuned model. Alignment tax and token-distribution shift (docs/evaluate.md)."""
     from preceptor.evaluate.tasks import choose_prompts
 
-    options.check_models(base, tuned)
+    options.check_models(base, tuned, checkpoints=True)
     wanted = options.read_tasks(trained, tasks, text, limit, seed)
     asked = choose_prompts(prompts, [task for task, _ in wanted], num_prompts, seed)
     if not wanted and not asked:
@@ -44,13 +45,13 @@ def compare(
         from preceptor.compare.compare import compare as compare_models
         from preceptor.compare.text import print_comparison
         from preceptor.console import print_json, status_line, table_console
-        from preceptor.evaluate.model import load_evaluated_model
+        from preceptor.train.from_checkpoint import open_model
 
     suite = EvaluationSuite(wanted, asked, max_new_tokens, batch_size, seed)
     with status_line() as say:
         found, items = compare_models(
-            lambda: load_evaluated_model(base, dtype, device),
-            lambda: load_evaluated_model(tuned, dtype, device),
+            lambda: open_model(base, dtype, device, trust_remote_code=trust_remote_code),
+            lambda: open_model(tuned, dtype, device, trust_remote_code=trust_remote_code),
             suite,
             say,
         )

@@ -21,6 +21,7 @@ def eval(
     ] = None,
     dtype: options.Dtype = "float32",
     device: options.DeviceName = "auto",
+    trust_remote_code: options.TrustCode = False,
     max_new_tokens: options.MaxNewTokens = 256,
     batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
@@ -31,7 +32,7 @@ def eval(
     """Evaluate a model on tasks. Generation, multiple choice, perplexity; with 95 % intervals (docs/evaluate.md)."""
     from preceptor.evaluate.harness import open_task
 
-    options.check_models(model)
+    options.check_models(model, checkpoints=True)
     wanted = [open_task(path).limited(limit, seed) for path in tasks]
     if out is not None and not out.parent.is_dir():
         raise errors.CheckpointError(f"{out}: the folder {out.parent} does not exist; make it first")
@@ -39,14 +40,14 @@ def eval(
     with options.large_imports():
         from preceptor.console import print_json, status_line, table_console
         from preceptor.evaluate.figures import records, summary
-        from preceptor.evaluate.model import load_evaluated_model
         from preceptor.evaluate.run import evaluation_settings, run_task
         from preceptor.evaluate.text import print_evaluation
         from preceptor.files import write_json
+        from preceptor.train.from_checkpoint import open_model
 
     items: list[dict[str, Any]] = []
     with status_line() as say:
-        evaluated = load_evaluated_model(model, dtype, device, chat_template)
+        evaluated = open_model(model, dtype, device, chat_template, trust_remote_code)
         found: dict[str, Any] = {
             "model": model,
             "prompt_format": evaluated.prompt_format,

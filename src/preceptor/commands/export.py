@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from preceptor import errors
-from preceptor.commands.options import AnyModel, AsJson, large_imports
+from preceptor.commands.options import AnyModel, AsJson, TrustCode, large_imports
 
 
 def export(
@@ -27,6 +27,7 @@ def export(
     skip_proof: Annotated[
         bool, typer.Option("--skip-proof", help="Write it even where it is not proved to read what was trained.")
     ] = False,
+    trust_remote_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a model to transformers, peft, GGUF, Ollama or the Hub.
@@ -35,10 +36,10 @@ def export(
     """
     from preceptor.export.source import ExportSource
 
-    source = ExportSource.of(model)
+    source = ExportSource.of(model, trust_remote_code)
     if repo is not None and to != "hub":
         raise errors.ConfigError("--repo goes with --to hub")
-    place = out or Path(f"{model.rstrip('/')}-{to}")
+    place = out or Path(f"{source.title}-{to}")
     with large_imports():
         from preceptor.console import print_json, say
         from preceptor.export.export import Export

@@ -21,7 +21,7 @@ OptionalRunFile = Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", he
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's, such as train.seed=1.")
 ]
-Replace = Annotated[bool, typer.Option("--replace", help="Replace an earlier run in the same folder.")]
+Replace = Annotated[bool, typer.Option("--replace", "--restart", help="Replace an earlier run in the same folder.")]
 ModelPath = Annotated[
     str | None, typer.Option("--model", help="Instead of a run file: a model folder, Hub id or `scholar`.")
 ]
@@ -33,8 +33,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 BaseModel = Annotated[str, typer.Argument(help="The base model: a folder, Hub id or `scholar`.")]
 TunedModel = Annotated[str, typer.Argument(help="The tuned model: a run's folder, or any model or adapter.")]
-AnyModel = Annotated[str, typer.Argument(help="A run's folder, a model or adapter folder, a Hub id or `scholar`.")]
+AnyModel = Annotated[
+    str, typer.Argument(help="A run's folder, its checkpoint, a model or adapter folder, a Hub id or `scholar`.")
+]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Data type of the weights.")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 DeviceName = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="`auto`: the GPU if there is one.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Items per task, sampled by --seed. Default: all.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Answers generated at a time.")]
@@ -63,12 +66,16 @@ def require_one_process() -> None:
         )
 
 
-def check_models(*paths: str | None) -> None:
-    """Raises ModelError for a model, or an adapter's base, that is not there: at once, before torch is imported."""
-    from preceptor.hub import adapter_base, resolve_model_path
+def check_models(*paths: str | None, checkpoints: bool = False) -> None:
+    """Raises ModelError for a model, or an adapter's base, that is not there: at once, before torch is imported.
+
+    checkpoints: whether a checkpoint of a run will do.
+    """
+    from preceptor.hub import adapter_base, checkpoint_at, resolve_model_path
 
     for path in filter(None, paths):
-        adapter_base(resolve_model_path(path, adapters=True))
+        if not (checkpoints and checkpoint_at(path)):
+            adapter_base(resolve_model_path(path, adapters=True))
 
 
 def run_of(

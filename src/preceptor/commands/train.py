@@ -88,9 +88,16 @@ def _train_or_stop(run: "Run", run_file: Path, options: Options, stop: "StopRequ
     from preceptor.train.session import Session
     from preceptor.train.signals import EXIT_CODE, Stopped
 
-    if COMMAND not in os.environ:  # else the launcher has said it
-        say(first_line(run))
-    session = Session(run, standard_console(), stop, world, run_file, **asdict(options), importing=large_imports)
+    session = Session(
+        run,
+        standard_console(),
+        stop,
+        world,
+        run_file,
+        **asdict(options),
+        importing=large_imports,
+        first_line=None if COMMAND in os.environ else first_line(run),
+    )  # where there is a launcher, it has said the first line
     try:
         session.train()
     except (Stopped, KeyboardInterrupt) as error:  # the latter where no signals are heard
@@ -116,7 +123,7 @@ def first_line(run: "Run") -> str:
 
 def _how_to_go_on(stopped: "Stopped", out: str) -> str:
     """What a run that was stopped has saved, and the command with which it goes on."""
-    again = shlex.join(word for word in command_words() if word != "--replace")
+    again = shlex.join(word for word in command_words() if word not in ("--replace", "--restart"))
     if stopped.step:
         return f"{stopped} after step {stopped.step}, which is saved in {out}/checkpoints; this goes on: {again}"
     return f"{stopped} before the first step; this begins again: {shlex.join(command_words())}"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from preceptor.config.peer_adapter import adapter_section, trains_adapter
-from preceptor.config.peer_data import Sources
+from preceptor.config.peer_data import Sources, long_examples
 from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, Peer, optimizer_name
 from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
-from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
+from preceptor.config.peer_names import CHANGES_TRAINING, COUNTERPARTS, NO_COUNTERPART
 from preceptor.config.peer_settings import OFF, PeerSettings
 from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
@@ -26,11 +26,15 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w-]+")
 
 @dataclass
 class Converted:
-    """tree: the run file, which lacks the keys of `missing`. notes: key of the file -> what became of it."""
+    """tree: the run file, which lacks the keys of `missing`. notes: key of the file -> what became of it.
+
+    unoffered: those of them without which something else is trained, with what is offered.
+    """
 
     peer: Peer
     tree: dict[str, Any] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)
+    unoffered: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def text(self, source: str) -> str:
@@ -87,7 +91,7 @@ def known_settings() -> set[str]:
 class _Conversion:
     def __init__(self, file: PeerFile, folder: Path) -> None:
         self._given, self._folder, self._unread = PeerSettings(file), folder, file.unread
-        self._found = Converted(file.peer, notes=self._given.notes)
+        self._found = Converted(file.peer, notes=self._given.notes, unoffered=self._given.unoffered)
 
     def result(self) -> Converted:
         for place in ("model", "data", "train", "optimizer"):  # in the order of a run file
@@ -141,7 +145,7 @@ class _Conversion:
             else:
                 self._half_weights("dtype")
         elif dtype not in ("", "auto", "float32", "fp32"):
-            self._given.note("dtype", f"{dtype} is not offered")
+            self._given.not_offered("dtype", f"{dtype} is not offered: bfloat16 or float32")
 
     def _half_weights(self, key: str) -> None:
         """Full training of bfloat16 weights."""
@@ -158,11 +162,13 @@ class _Conversion:
         if kind is None and (bits is not None or self._given.settings.get("adapter") == "qlora"):
             kind = "nf4" if bits is None else None
             if kind is None:
-                self._given.note("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+                self._given.not_offered("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
         if kind is None:
             return
         if not lora:
-            self._given.note("quantization", "quantized weights need an adapter: all weights are trained here")
+            self._given.not_offered(
+                "quantization", "quantized weights need an adapter", ": all weights are trained here"
+            )
             return
         self._set("model.quantization", kind)
         self._set("model.dtype", "bfloat16")
@@ -206,10 +212,8 @@ class _Conversion:
         self._chat_template()
         self._train_on()
         self._packed = self._given.on("packing", "sample_packing") is not None
-        if self._given.peer in ("TRL", "Unsloth", "LLaMA-Factory") and not self._packed:
-            self._given.note(
-                "max_length", "longer examples are cut there; here they are rejected, or as data.overflow says"
-            )
+        for key, value in long_examples(self._given, self._packed).items():
+            self._set(key, value)
 
     def _note_of_hub(self) -> None:
         """What is read as a stream is named by its files."""
@@ -283,7 +287,7 @@ class _Conversion:
         if self._given.on("use_dft_loss") or loss == "dft":
             self._set("loss.type", "dft")
         elif loss not in (None, "nll", "chunked_nll"):
-            self._given.note("loss_type", f"{short(loss)} is not offered")
+            self._given.not_offered("loss_type", f"{short(loss)} is not offered: nll or dft")
         if self._given.settings.keys() & {"router_aux_loss_coef", "moe_aux_loss_coef"}:
             self._given.used.add("output_router_logits")  # the coefficient says it
 
@@ -301,7 +305,8 @@ class _Conversion:
         name = self._given.value("lr_scheduler_type", "lr_scheduler")
         scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
         if scheduler is None:
-            self._given.note("lr_scheduler_type", f"{short(name)} is not offered: cosine, linear, constant or wsd")
+            offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
+            self._given.not_offered("lr_scheduler_type", f"{short(name)} is not offered: {offered}")
         self._set("optimizer.lr_scheduler", scheduler)
         self._decay(scheduler)
         key = "warmup_ratio" if self._given.settings.get("warmup_ratio") not in OFF else "warmup_steps"
@@ -331,10 +336,9 @@ class _Conversion:
         name = "adamw" if given is None else optimizer_name(str(given))
         if name is None:
             offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
-            self._given.note(
-                "optimizer",
-                f"{short(given)} is not offered, {offered}: it is adamw here, and needs another learning rate",
-            )
+            why = f"{short(given)} is not offered, {offered}"
+            self._given.note("optimizer", f"{why}: it is adamw here, and needs another learning rate")
+            self._given.unoffered.append(("optim", why))
         self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]
         self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)
@@ -358,6 +362,8 @@ class _Conversion:
             return
         strategy = self._given.value(f"{kind}_strategy", *(["evaluation_strategy"] if kind == "eval" else []))
         steps = self._given.settings.get(f"{kind}_steps") or (None if self._given.peer == "Axolotl" else default_steps)
+        if kind == "eval" and strategy == "steps" and not steps:
+            steps = self._logging_steps()
         if strategy == "epoch":
             self._set(ours, "1 epochs")
         elif strategy in (None, "steps") and steps is not None:
@@ -367,6 +373,16 @@ class _Conversion:
                 self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
         elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
+
+    def _logging_steps(self) -> Any:
+        """What transformers takes for eval_steps that are not given."""
+        if self._given.peer == "Axolotl":  # whose default depends on the number of steps
+            steps = self._given.settings.get("logging_steps")
+        else:
+            steps = self._given.settings.get("logging_steps") or self._given.defaults.get("logging_steps")
+        why = "eval_steps is absent: as often as logging_steps there" if steps else "without eval_steps: set eval.every"
+        self._given.note("eval_strategy", why)
+        return steps
 
     def _trackers(self) -> None:
         given = self._given.on("report_to")
@@ -392,7 +408,9 @@ class _Conversion:
             if key in self._given.used:
                 continue
             if key in NO_COUNTERPART:
-                if value not in OFF:
+                if value not in OFF and key in CHANGES_TRAINING:
+                    self._given.not_offered(key, NO_COUNTERPART[key])
+                elif value not in OFF:
                     self._given.note(key, NO_COUNTERPART[key])
             elif value not in OFF:
                 what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN

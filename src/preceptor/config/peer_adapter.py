@@ -66,5 +66,5 @@ def _first_values(given: PeerSettings) -> str | None:
     if name.startswith("pissa_niter"):
         return "pissa_fast"
     if first not in (None, True):
-        given.note("init_lora_weights", f"{short(first)} is not offered: kaiming, gaussian or pissa")
+        given.not_offered("init_lora_weights", f"{short(first)} is not offered: kaiming, gaussian or pissa")
     return None

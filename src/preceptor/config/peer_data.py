@@ -121,3 +121,32 @@ class Sources:
             sources.append({"path": path, **({"columns": columns} if renamed or messages else {})})
         if sources:
             self._set(ours, sources)
+
+
+def long_examples(given: PeerSettings, packed: bool) -> dict[str, Any]:
+    """What becomes of examples over the maximum length, which end no run of another trainer: keys of the run file.
+
+    There they are cut, split or dropped.
+    """
+    if given.value("max_length", "max_seq_length", "sequence_len", "cutoff_len") is None:
+        return {}
+    found: dict[str, Any] = {"data.allow_rejected": ["too_long"]}
+    dropped = given.peer == "Axolotl" or (given.peer == "LLaMA-Factory" and packed)
+    if given.peer == "Axolotl" and given.takes("excess_length_strategy", "raise"):
+        given.note("excess_length_strategy", "here the run ends where more than `data.max_rejected` are too long")
+        return {}
+    if given.takes("excess_length_strategy", "drop", "truncate"):
+        dropped = given.settings["excess_length_strategy"] == "drop"
+    if packed and given.takes("packing_strategy", "bfd_split", "bfd-requeue", "wrapped"):
+        given.note("packing_strategy", "longer examples are cut into pieces there; here no answer is (data.overflow)")
+        return {**found, "data.overflow": "split"}
+    if not packed and given.takes("truncation_mode", "keep_end"):
+        given.note("truncation_mode", "what is too long loses its beginning; here no answer is cut (data.overflow)")
+        return {**found, "data.overflow": "truncate_context"}
+    given.takes("truncation_mode", "keep_start")
+    choice = "`data.overflow` trains them, with every answer whole"
+    there = (
+        "longer examples are left out, there and here" if dropped else "longer examples are cut there, left out here"
+    )
+    given.note("max_length", f"{there} (data.allow_rejected); {choice}")
+    return found

@@ -17,9 +17,17 @@ TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "adam_beta2": 0.999,
     "max_grad_norm": 1.0,
     "seed": 42,
+    "logging_steps": 500,
 }
 DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
-    "TRL": {**TRAINER, "learning_rate": 2e-5, "max_length": 1024, "lora_r": 16, "lora_alpha": 32},
+    "TRL": {
+        **TRAINER,
+        "learning_rate": 2e-5,
+        "max_length": 1024,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "logging_steps": 10,
+    },
     "Unsloth": {
         **TRAINER,
         "per_device_train_batch_size": 4,

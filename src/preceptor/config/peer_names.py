@@ -83,8 +83,8 @@ COUNTERPARTS: dict[str, str] = {
     "chat_template_path": "data.chat_template",
     "chat_template_jinja": "data.chat_template: a file",
     "template": "data.chat_template",
-    "excess_length_strategy": "data.overflow",
-    "truncation_mode": "data.overflow",
+    "excess_length_strategy": "data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out",
+    "truncation_mode": "data.overflow: or `data.allow_rejected: [too_long]`, which leaves them out",
     "assistant_only_loss": "data.train_on: `assistant` trains every assistant turn",
     "completion_only_loss": "data.train_on: `assistant` trains what the model answers, `all` the prompt as well",
     "train_on_inputs": "data.train_on: `all` trains the prompt as well",
@@ -406,6 +406,9 @@ NO_COUNTERPART: dict[str, str] = {
     "data.train.ds_type": "the type of a file is recognised by its name and content: remove the key",
 }
 """Keys of other trainers that are not needed or not offered here -> what to do; with a section: only there."""
+
+CHANGES_TRAINING = ("optim_args", "optim_target_modules", "relora", "loftq_config")
+"""Keys without a counterpart that change what is trained."""
 
 _OWN_LOOP = "whoever owns the loop writes it there: for step in run.steps(): ... (docs/python.md)"
 _METRIC = "write it as `eval={'code': function}` of preceptor.Run (docs/python.md)"

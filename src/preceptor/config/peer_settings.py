@@ -24,7 +24,7 @@ _OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": Fals
 class PeerSettings:
     """settings: without keys that have no value. used: the keys that became part of the run, or of a note.
 
-    notes: key of the file -> what became of it.
+    notes: key of the file -> what became of it. unoffered: those of them without which something else is trained.
     """
 
     def __init__(self, file: PeerFile) -> None:
@@ -42,6 +42,7 @@ class PeerSettings:
         self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()
         self.notes: list[tuple[str, str]] = []
+        self.unoffered: list[tuple[str, str]] = []
 
     def value(self, *names: str) -> Any:
         """The first of these keys that is given, else a default of the trainer; None where there is neither."""
@@ -55,12 +56,19 @@ class PeerSettings:
         """The first of these keys that is given and not off; None where there is none."""
         return next((self.value(name) for name in names if self.settings.get(name) not in OFF), None)
 
+    def takes(self, key: str, *values: Any) -> bool:
+        """Whether the key is given with one of these values, and so part of the run."""
+        if self.settings.get(key) not in values:
+            return False
+        self.used.add(key)
+        return True
+
     def cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
         """None, with a note, for a value that the cast does not take."""
         try:
             return cast(value)
         except (TypeError, ValueError, OverflowError):
-            self.note(key, f"{short(value)} is not a value that can be carried over")
+            self.not_offered(key, f"{short(value)} is not a value that can be carried over")
             return None
 
     def number(self, name: str, value: Any) -> float | None:
@@ -68,3 +76,8 @@ class PeerSettings:
 
     def note(self, key: str, why: str) -> None:
         self.notes.append((key, why))
+
+    def not_offered(self, key: str, why: str, instead: str = "") -> None:
+        """A note on a value without which something else is trained. instead: what then is."""
+        self.note(key, why + instead)
+        self.unoffered.append((key, why))

@@ -17,8 +17,9 @@ from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import TaskPrompt, text_of
+from preceptor.hub import CONFIG, place_of, resolve_model_path, runs_own_code
 from preceptor.model.forward import Engine
-from preceptor.model.load import load_model
+from preceptor.model.load import load_model, stored_dtype
 from preceptor.model.sharding import is_sharded
 from preceptor.world import ONE, World
 
@@ -129,13 +130,30 @@ class EvaluatedModel:
         return [found[index] for index in range(num)]
 
 
-def load_evaluated_model(path: str, dtype: str, device: str, template: str | None = None) -> EvaluatedModel:
+def load_evaluated_model(
+    path: str, dtype: str, device: str, template: str | None = None, trust_remote_code: bool = False
+) -> EvaluatedModel:
     """Load a model to evaluate.
 
-    template: as in a run file, or `plain` for none; None: the model's own, plain text if it has none. Raises
-    ModelError and TemplateError as `load_trained_format`.
+    template: as in a run file, or `plain` for none; None: the model's own, plain text if it has none. dtype: `auto` for
+    `default_dtype`. trust_remote_code: as a run that saved the model had it, without being asked for. Raises ModelError
+    and TemplateError as `load_trained_format`.
     """
-    chat = load_trained_format(path, template)
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = load_model(path, dtype=dtype, device=place)
+    code = trust_remote_code or runs_own_code(path)
+    chat, place = load_trained_format(path, template, code), device_named(device)
+    if dtype == "auto":
+        folder, revision = place_of(resolve_model_path(path, adapters=True), CONFIG)
+        dtype = default_dtype(stored_dtype(folder, code, revision), place)
+    model = load_model(path, dtype=dtype, device=place, trust_remote_code=code)
     return EvaluatedModel(path, model, chat, must_read_alone(model))
+
+
+def device_named(device: str) -> torch.device:
+    """`auto`: the GPU, if there is one."""
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(stored: torch.dtype | None, device: torch.device) -> str:
+    """bfloat16 for weights that are stored in it, on a GPU that has it; else float32."""
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_it and stored == torch.bfloat16 else "float32"

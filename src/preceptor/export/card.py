@@ -45,7 +45,7 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
         "license": licence,
     }
     front = yaml.safe_dump({key: value for key, value in about.items() if value}, sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{front}---\n", f"# {source.name.rstrip('/').rpartition('/')[2]}\n"]
+    parts = [f"---\n{front}---\n", f"# {Path(source.title).name}\n"]
     if base:
         parts.append(f"{Path(base).name if is_local else base}, fine-tuned by supervised fine-tuning with Preceptor.\n")
     if not licence:

@@ -67,7 +67,7 @@ def trained_turns(source: ExportSource) -> TrainedTurns:
             if turns:
                 return TrainedTurns(turns, f"{len(turns):,} turns of the run's data")
             reason = "the data of the run has no turns, only texts"
-    chat = load_trained_format(str(source.folder))
+    chat = load_trained_format(str(source.folder), trust_remote_code=source.trust_remote_code)
     own = tuple(_of_probes(chat)) if chat.template is not None else ()
     return TrainedTurns(own, f"{len(own)} turns of conversations made for this: {reason}")
 

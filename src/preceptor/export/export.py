@@ -1,24 +1,25 @@
 """A model exported: written to a folder, proved, described; all or nothing."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from preceptor.chat.format import load_tokenizer, load_trained_format
-from preceptor.errors import CheckpointError, ConfigError
+from preceptor.chat.format import load_trained_format
+from preceptor.errors import CheckpointError, ConfigError, ModelError
 from preceptor.export.card import card
 from preceptor.export.contexts import TrainedTurns, trained_turns
 from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
-from preceptor.export.hub import push
+from preceptor.export.hub import push, require_not_public
 from preceptor.export.ollama import modelfile, turn_format
-from preceptor.export.proof import prove_folder, prove_gguf
+from preceptor.export.proof import last_logits, prove_folder, prove_gguf, prove_logits
 from preceptor.export.source import ExportSource
 from preceptor.files import replacing
 
 Target = Literal["hf", "adapter", "gguf", "ollama", "hub"]
 GGUF_FILE = "model.gguf"
+_NUM_LOGITS = 2  # prompts after which logits are compared
 _NUM_ANSWERS, _NEW_TOKENS = 4, 32  # prompts that both programs answer, and the length of an answer
 
 
@@ -46,15 +47,18 @@ def export(source: ExportSource, wanted: Export, say: Callable[[str], None]) -> 
         find_converter()
     if wanted.to == "hub" and wanted.repo is None:
         raise ConfigError("--to hub: name the model to make there, as --repo OWNER/NAME")
-    trained = trained_turns(source)
+    if wanted.repo is not None and wanted.private:
+        require_not_public(wanted.repo)
     with replacing(wanted.out) as partial:
         partial.mkdir(parents=True)
-        proof = _WRITERS[wanted.to](source, wanted, partial, trained, say)
+        with source.made(partial.parent, say) as made:
+            trained = trained_turns(made)
+            proof = _WRITERS[wanted.to](made, wanted, partial, trained, say)
         if wanted.skip_proof:
             proof = ["nothing was proved (--skip-proof)"]
         use = _adapter_use(partial) if (partial / "adapter_config.json").is_file() else None
         name = wanted.repo or wanted.out.name
-        text = card(source, proof, name, wanted.licence, use or _file_use(wanted))
+        text = card(made, proof, name, wanted.licence, use or _file_use(wanted))
         (partial / "README.md").write_text(text, encoding="utf-8")
     for line in proof:
         say(line)
@@ -69,18 +73,29 @@ def _write_hf(
     source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
 ) -> list[str]:
     """A whole model; an adapter is merged into its base."""
+    code = source.trust_remote_code
     if source.base is None:
         for file in source.folder.iterdir():
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    else:
-        from preceptor.model.load import load_model, save_model, stored_dtype
+        return [] if wanted.skip_proof else prove_folder(folder, trained, code)
+    from preceptor.model.adapters.folder import merge_folder
+    from preceptor.model.load import load_model, save_model, stored_dtype
 
-        say(f"merging {source.folder} into {source.base}")
-        model, tokenizer = load_model(source.folder, "float32", "cpu"), load_tokenizer(source.folder)
-        shutil.rmtree(folder)
-        save_model(model, tokenizer, folder, dtype=stored_dtype(source.base))
-    return [] if wanted.skip_proof else prove_folder(folder, trained)
+    say(f"merging {source.folder} into {source.base}")
+    contexts = [] if wanted.skip_proof else [turn.rendered.context for turn in trained.turns[:_NUM_LOGITS]]
+    origin: dict[str, Any] = {"trust_remote_code": code, "revision": source.revision}
+    base, expected = load_model(source.base, "float32", "cpu", **origin), []
+    merged = merge_folder(base, source.folder, lambda adapted: expected.extend(last_logits(adapted, contexts)))
+    tokenizer = load_trained_format(str(source.folder), trust_remote_code=code).tokenizer
+    shutil.rmtree(folder)
+    dtype = stored_dtype(source.base, **origin)
+    save_model(merged, tokenizer, folder, dtype=dtype)
+    del base, merged
+    if wanted.skip_proof:
+        return []
+    copy = load_model(folder, "float32", "cpu", trust_remote_code=code)
+    return prove_folder(folder, trained, code) + prove_logits(folder, copy, contexts, expected, dtype)
 
 
 def _write_adapter(
@@ -89,7 +104,7 @@ def _write_adapter(
     for file in source.adapter.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-    return [] if wanted.skip_proof else prove_folder(folder, trained)
+    return [] if wanted.skip_proof else prove_folder(folder, trained, source.trust_remote_code)
 
 
 def _write_hub(
@@ -109,14 +124,15 @@ def _write_gguf(
         whole.mkdir()
         _write_hf(source, wanted, whole, trained, say)
     say(f"llama.cpp converts {source.folder}")
-    chat = load_trained_format(str(whole))
+    code = source.trust_remote_code
+    chat = load_trained_format(str(whole), trust_remote_code=code)
     texts = [text for turn in trained.turns for text in (turn.rendered.context_text, turn.rendered.target_text)]
     pieces = None if (whole / SENTENCE_PIECES).exists() else source.base_file(SENTENCE_PIECES)
     proof = convert(whole, folder / GGUF_FILE, wanted.gguf_type, chat.tokenizer, texts, pieces)
     form = turn_format(chat) if wanted.to == "ollama" else None
     if not wanted.skip_proof:
-        proof += [*prove_folder(whole, trained), *prove_gguf(folder / GGUF_FILE, trained, form)]
-        proof += _compare_answers(whole, folder / GGUF_FILE, trained)
+        proof += [*prove_folder(whole, trained, code), *prove_gguf(folder / GGUF_FILE, trained, form)]
+        proof += _compare_answers(whole, folder / GGUF_FILE, wanted.gguf_type, trained, code)
     if form is not None:
         stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
         bos = None if wanted.skip_proof else Vocabulary(folder / GGUF_FILE).bos
@@ -131,22 +147,38 @@ def _write_gguf(
 _WRITERS = {"hf": _write_hf, "adapter": _write_adapter, "gguf": _write_gguf, "ollama": _write_gguf, "hub": _write_hub}
 
 
-def _compare_answers(whole: Path, file: Path, trained: TrainedTurns) -> list[str]:
-    """Say how many greedy answers are the same in transformers and llama.cpp; types of weights round differently."""
+def _compare_answers(
+    whole: Path, file: Path, gguf_type: GgufType, trained: TrainedTurns, trust_remote_code: bool
+) -> list[str]:
+    """Say how many greedy answers are the same in transformers and llama.cpp; types of weights round differently.
+
+    Raises ModelError where none is, unless weights of 8 bits or a sliding window that llama.cpp may leave out say why.
+    """
     from preceptor.evaluate.model import load_evaluated_model
 
     contexts = [turn.rendered.context for turn in trained.turns[:_NUM_ANSWERS]]
     if not contexts:
         return []
-    model = load_evaluated_model(str(whole), "float32", "cpu")
+    model = load_evaluated_model(str(whole), "float32", "cpu", trust_remote_code=trust_remote_code)
     here = [tuple(answer.ids) for answer in model.generate(contexts, _NEW_TOKENS)]
     stops = model.chat.stop_token_ids
     there = [tuple(id_ for id_ in answer if id_ not in stops) for answer in answers(file, contexts, _NEW_TOKENS)]
     here = [tuple(id_ for id_ in answer if id_ not in stops) for answer in here]
     same = sum(a == b for a, b in zip(here, there, strict=True))
-    warning = "" if same else ": its answers are others; compare both before you use it"
     answered = f"{same} of {len(contexts)} greedy answers of {_NEW_TOKENS} tokens are those of transformers"
+    if not same and gguf_type != "q8_0" and not _exceeds_window(model.model.config, contexts):
+        raise ModelError(
+            f"refused: {file.name}, in llama.cpp: {answered}, though it reads the same tokens: it computes something "
+            "else. Nothing was written (--skip-proof writes it all the same)"
+        )
+    warning = "" if same else ": its answers are others; compare both before you use it"
     return [f"llama.cpp: {answered}{warning}"]
+
+
+def _exceeds_window(config: Any, contexts: Sequence[Sequence[int]]) -> bool:
+    """Whether an answer reads more tokens than a sliding window of the model has."""
+    window = getattr(config.get_text_config(decoder=True), "sliding_window", None)
+    return isinstance(window, int) and max(map(len, contexts)) + _NEW_TOKENS > window
 
 
 def _decoding(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from preceptor.chat.format import ChatFormat, load_trained_format
 from preceptor.errors import ModelError
@@ -9,14 +10,15 @@ from preceptor.export.contexts import TrainedTurn, TrainedTurns
 from preceptor.export.ollama import TurnFormat
 
 _SHOWN = 12  # tokens on each side of a difference
+_LEAST = 1e-4  # relative difference of logits that merging in float32 may make
 
 
-def prove_folder(folder: Path, trained: TrainedTurns) -> list[str]:
+def prove_folder(folder: Path, trained: TrainedTurns, trust_remote_code: bool = False) -> list[str]:
     """Hold a Hugging Face folder, as plain transformers reads it, against the trained turns; say what is proved.
 
     Raises ModelError for the first context that differs.
     """
-    chat = load_trained_format(str(folder))
+    chat = load_trained_format(str(folder), trust_remote_code=trust_remote_code)
     if chat.template is None:
         return ["the model has no chat template: it reads plain text, and no context of a conversation was compared"]
     needs_switch = 0
@@ -67,6 +69,40 @@ def require_stop(what: str, turn: TrainedTurn, stops: bool) -> None:
             f"refused: {what} does not stop at token {turn.rendered.target[-1]}, which ends the trained turn "
             f"{turn.rendered.message} of {turn.source}. Nothing was written (--skip-proof writes it all the same)"
         )
+
+
+def last_logits(model: Any, contexts: Sequence[Sequence[int]]) -> list[Any]:
+    """The logits after each context."""
+    import torch
+
+    with torch.no_grad():
+        inputs = (torch.tensor([list(context)], device=model.device) for context in contexts)
+        return [model(input_ids=ids).logits[0, -1] for ids in inputs]
+
+
+def prove_logits(
+    folder: Path, model: Any, contexts: Sequence[Sequence[int]], expected: Sequence[Any], dtype: Any
+) -> list[str]:
+    """Hold the model of a folder against the logits of what was merged into it; say what is proved.
+
+    dtype: of the weights in the folder. Raises ModelError where more than its rounding lies between them.
+    """
+    from preceptor.model.closeness import relative_error, rounding
+
+    if not contexts:
+        return []
+    allowed = max(_LEAST, rounding(dtype or model.dtype))
+    found = last_logits(model, contexts)
+    error = max(relative_error(one, other) for one, other in zip(found, expected, strict=True))
+    if not error <= allowed:
+        raise ModelError(
+            f"refused: {folder}: its logits after {len(contexts)} contexts are not those of the adapter beside its "
+            f"base: a relative difference of {error:.1e}, rounding allows {allowed:.1e}. Nothing was written "
+            "(--skip-proof writes it all the same)"
+        )
+    return [
+        f"transformers: the logits after {len(contexts)} contexts are those of the adapter beside its base, unmerged"
+    ]
 
 
 def prove_gguf(file: Path, trained: TrainedTurns, form: TurnFormat | None = None) -> list[str]:

@@ -1,33 +1,79 @@
-"""What is exported: a model or adapter on this machine, and the run that made it."""
+"""What is exported: a model, adapter or checkpoint on this machine, and the run that made it."""
 
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 from preceptor.errors import ModelError
-from preceptor.hub import ADAPTER_CONFIG, adapter_base, fetch_file, find_file, resolve_model_path, run_folder_of
+from preceptor.hub import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    base_revision,
+    checkpoint_at,
+    fetch_file,
+    find_file,
+    resolve_model_path,
+    run_folder_of,
+    runs_own_code,
+)
 from preceptor.report.run_record import RunRecord, read_run
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """name: as the user gave it. folder: of the model, or of an adapter."""
+    """name: as the user gave it. folder: of the model, or of an adapter; of a checkpoint, when it is `made`."""
 
     name: str
     folder: Path
+    trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, name: str) -> "ExportSource":
+    def of(cls, name: str, trust_remote_code: bool = False) -> Self:
         """Raises ModelError for what is no model on this machine."""
-        folder = Path(resolve_model_path(name, adapters=True))
+        code = trust_remote_code or runs_own_code(name)
+        checkpoint = checkpoint_at(name)
+        folder = Path(resolve_model_path(name, adapters=True)) if checkpoint is None else checkpoint
         if not folder.is_dir():
             raise ModelError(f"{name}: no folder on this machine; only a model that is here can be exported")
-        return cls(name, folder)
+        return cls(name, folder, code)
+
+    @contextmanager
+    def made(self, beside: Path, say: Callable[[str], None]) -> Iterator[Self]:
+        """Inside, the folder of a checkpoint is that of its model, in a folder in `beside`; others stay as they are."""
+        if self.checkpoint is None:
+            yield self
+            return
+        from preceptor.train.from_checkpoint import save_checkpoint
+
+        say(f"{self.name}: the model of its run with the weights of this checkpoint")
+        with tempfile.TemporaryDirectory(prefix=".model-of-a-checkpoint-", dir=beside) as place:
+            save_checkpoint(self.checkpoint, Path(place) / "model")
+            yield replace(self, folder=Path(place) / "model")
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        return checkpoint_at(self.name)
+
+    @property
+    def title(self) -> str:
+        """What exports are named after, beside the model; beside its run, those of a checkpoint."""
+        if self.checkpoint is None:
+            return self.name.rstrip("/")
+        return f"{self.checkpoint.parent.parent}-{self.checkpoint.name}"
 
     @property
     def base(self) -> str | None:
         """The base model of an adapter; None for a whole model."""
         return adapter_base(str(self.folder))
+
+    @property
+    def revision(self) -> str | None:
+        """Of the base model of an adapter."""
+        return base_revision(str(self.folder))
 
     def base_file(self, name: str) -> Path | None:
         """A file of the model that was trained, from this machine or the Hub; None where it is in neither."""
@@ -36,7 +82,8 @@ class ExportSource:
         if place is None:
             return None
         try:
-            found, revision = resolve_model_path(str(place)), model.get("revision")
+            found = resolve_model_path(str(place))
+            revision = self.revision if self.base else model.get("revision")
             return find_file(found, name) if Path(found).is_dir() else fetch_file(found, name, revision)
         except ModelError:
             return None
@@ -44,8 +91,11 @@ class ExportSource:
     @cached_property
     def run(self) -> RunRecord | None:
         """The run that saved it; None where no run did."""
-        folder = run_folder_of(self.folder)
-        return None if folder is None else read_run(folder)
+        folder = run_folder_of(self.checkpoint or self.folder)
+        if folder is None:
+            return None
+        run = read_run(folder)
+        return run if self.checkpoint is None else run.until(int(self.checkpoint.name.removeprefix("step-")))
 
     @property
     def adapter(self) -> Path:

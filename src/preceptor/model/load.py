@@ -10,7 +10,9 @@ from preceptor.console import without_bars
 from preceptor.errors import CheckpointError, ModelError
 from preceptor.files import replacing, writing
 from preceptor.hub import (
+    CONFIG,
     adapter_base,
+    base_revision,
     cannot_load,
     fetch_optional,
     find_file,
@@ -54,7 +56,8 @@ def load_model(
     if base is not None:
         from preceptor.model.adapters.folder import merge_folder
 
-        return merge_folder(load_model(base, dtype, device, trust_remote_code=trust_remote_code), Path(place))
+        code, revision = trust_remote_code, base_revision(place)
+        return merge_folder(load_model(base, dtype, device, trust_remote_code=code, revision=revision), Path(place))
     require_reachable(place, revision)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     source = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
@@ -169,7 +172,10 @@ def stored_dtype(
     from transformers import AutoConfig
 
     place = resolve_model_path(path)
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except Exception as error:  # as in `load_model`
+        raise cannot_load(place, CONFIG, error) from error
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 

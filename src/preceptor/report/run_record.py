@@ -5,10 +5,10 @@ A last line without a line end is still being written, and is left out.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from preceptor.errors import CheckpointError
 from preceptor.files import read_json, read_json_lines, read_run_file
@@ -46,6 +46,15 @@ class RunRecord:
     def num_steps(self) -> int:
         """Steps taken so far."""
         return max((int(own[-1]["step"]) for own in (self.steps, self.skipped) if own), default=0)
+
+    def until(self, step: int) -> Self:
+        """The record as it was after a step. What was measured after the run is of its last one, and left out."""
+        steps, skipped, evaluations, samples = (
+            [line for line in lines if int(line["step"]) <= step]
+            for lines in (self.steps, self.skipped, self.evaluations, self.samples)
+        )
+        own = {"steps": steps, "skipped": skipped, "evaluations": evaluations, "samples": samples}
+        return replace(self, **own, summary={}, compare={})  # type: ignore[arg-type]
 
     @property
     def counts(self) -> "DataCounts | None":

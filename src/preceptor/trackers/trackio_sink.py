@@ -40,8 +40,11 @@ class TrackioSink:
         self._run.log({"samples": trackio.Table(data=data)}, step=step)
 
     def attach(self, files: Sequence[Path]) -> None:
-        """Trackio takes no files of a run; it shows where they are."""
-        self._run.log({"files": trackio.Table(data=[{"file": str(file)} for file in files])})
+        """As an artifact of the run."""
+        record = trackio.Artifact(f"{self._run.name}-record", type="run")
+        for file in files:
+            record.add_file(str(file))
+        self._run.log_artifact(record)
 
     def close(self, finished: bool) -> None:
         self._run.finish()

@@ -242,6 +242,7 @@ def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values
 
     assert run.adapter is not None and run.adapter.alpha is not None, "a resolved run has an alpha"
     options = LoraOptions.of(run.adapter)
+    live_revision = getattr(model.config, "_commit_hash", None)  # of one that was loaded from the Hub
     start = adapter_to_continue(run) if first_values else None
     model = add_adapter(
         model,
@@ -253,6 +254,7 @@ def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values
         seed=run.train.seed,
         options=options,
         first_values=first_values and start is None,
+        revision=live_revision if isinstance(run.model, LiveModel) else run.model.revision,
     )
     if start is not None:
         load_adapter(model, start, options)

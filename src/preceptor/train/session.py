@@ -58,8 +58,9 @@ class Session:
     """One call of `train`: claims the folder, prepares the data, takes the steps and saves the model.
 
     run_file: where the run was read from. resume, replace: as `claim`. dry_run: check all, and write nothing.
-    num_processes: that render the data, at most. importing: entered while torch is imported. training: from the moment
-    that the data is rendered. summary: of a run that has ended.
+    num_processes: that render the data, at most. importing: entered while torch is imported. first_line: said at once,
+    with the run that is gone on with. training: from the moment that the data is rendered. summary: of a run that has
+    ended.
     """
 
     run: config.Run
@@ -72,6 +73,7 @@ class Session:
     dry_run: bool = False
     num_processes: int = 4
     importing: Callable[[], AbstractContextManager[None]] = nullcontext
+    first_line: str | None = None
     training: "Training | None" = None
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -86,13 +88,12 @@ class Session:
         and whatever a run can be refused for.
         """
         with self._claimed() as folder:
+            self._say_first(folder)
             for note in folder.notes:
                 self._say(note)
             if folder.has_model:
                 self._complete(folder)
                 return
-            if folder.goes_on:
-                self._say(f"{self.run.out}: goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
             prepared = self._prepare(folder)
             from preceptor.trackers.follower import followed
             from preceptor.train.run import Training
@@ -102,6 +103,15 @@ class Session:
             with followed(trackers, folder.path, self._say):
                 yield from self.training.steps(self.dry_run)
             self.summary = self.training.summary
+
+    def _say_first(self, folder: RunFolder) -> None:
+        """What is trained on what, and the run that is gone on with: in one line."""
+        said = [self.first_line] if self.first_line else []
+        if folder.goes_on and not folder.has_model:
+            place = "" if said else f"{self.run.out}: "
+            said.append(f"{place}goes on with the run that began on {folder.date:%d %B %Y, %H:%M}")
+        if said:
+            self._say("; ".join(said))
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)

@@ -7,16 +7,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from preceptor.train.run_folder import SAVE_FILE, STOP_FILE
 from preceptor.world import ONE, World
 
 EXIT_CODE = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SignalHandler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # of a signal, as Python has them
 _FILE = -1  # instead of a signal's number
 _SAME_SECONDS = 5.0  # in which a scheduler and a launcher may tell one of several processes the same
 
@@ -41,14 +43,15 @@ class StopRequest:
 
     Before the training, and inside `at_once` (where nothing is changed that must be saved), the first signal raises
     Stopped where the program is; else it is kept in `number`, for the loop to look at after each step. What one of
-    several ranks was told, `after_step` makes known to all. folder: where the files are looked for.
+    several ranks was told, `after_step` makes known to all. folder: where the files are looked for. listened: the
+    signals, each with the handler that it has after the first one.
     """
 
-    def __init__(self, listened: Sequence[int] = ()) -> None:
+    def __init__(self, listened: Mapping[int, SignalHandler] | None = None) -> None:
         self.number: int | None = None
         self.folder: Path | None = None
         self._world = ONE
-        self._listened = listened
+        self._listened = listened or {}
         self._raises = True
         self._process = os.getpid()
         self._told = 0.0
@@ -59,8 +62,8 @@ class StopRequest:
         elif self._world.size > 1 and time.monotonic() - self._told < _SAME_SECONDS:
             return
         else:
-            for each in self._listened:
-                signal.signal(each, signal.SIG_DFL)
+            for each, handler in self._listened.items():
+                signal.signal(each, handler)
         if self.number is not None:  # a second one, after handlers were kept for the first
             os.kill(os.getpid(), number)
         if os.getpid() != self._process:  # forked to render data: nothing to save
@@ -127,17 +130,19 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(of_program: bool = False) -> Iterator[StopRequest]:
     """Listen to SIGINT, SIGTERM, SIGHUP and SIGUSR1, but to none that is ignored already (`nohup`, a background job).
 
-    Only the main thread can: elsewhere nothing is changed.
+    A second signal ends the process; of_program: it meets the handler of the program that called, so that a second
+    Ctrl-C raises KeyboardInterrupt and a notebook's process lives on. Only the main thread can: elsewhere nothing is
+    changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()
         return
     before = {number: signal.getsignal(number) for number in _STOPPING}
     listened = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    request = StopRequest(listened)
+    request = StopRequest({number: before[number] if of_program else signal.SIG_DFL for number in listened})
     for number in listened:
         signal.signal(number, request.receive)
     try:

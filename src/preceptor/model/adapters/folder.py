@@ -1,6 +1,7 @@
 """The folder of an adapter: weights, tokenizer, decoding settings and instructions; and its merge into the base."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 adapter = "."  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}"{revision})
 {resize}model = PeftModel.from_pretrained(model, adapter)
 model.generation_config = GenerationConfig.from_pretrained(adapter)
 ```
@@ -49,25 +50,30 @@ def write_beside_adapter(
     generation_config.save_pretrained(folder)
     (settings,) = model.peft_config.values()
     base = str(settings.base_model_name_or_path)
-    (folder / "README.md").write_text(_readme(num_rows(folder, settings), base), encoding="utf-8")
+    readme = _readme(num_rows(folder, settings), base, settings.revision)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _readme(rows: int, base: str) -> str:
-    base_rows = _base_rows(base)
+def _readme(rows: int, base: str, revision: str | None) -> str:
+    base_rows, resize = _base_rows(base, revision), ""
     if not rows:
-        return README.format(base=base, tokens="No token was added.", resize="")
-    if base_rows is not None and rows <= base_rows:
-        return README.format(base=base, tokens="Rows of some special tokens are trained and part of it.", resize="")
-    tokens = "Training added tokens that the base has no rows for, so it gets them before the adapter is loaded:"
-    return README.format(base=base, tokens=tokens, resize=_RESIZE.format(rows=rows))
+        tokens = "No token was added."
+    elif base_rows is not None and rows <= base_rows:
+        tokens = "Rows of some special tokens are trained and part of it."
+    else:
+        tokens = "Training added tokens that the base has no rows for, so it gets them before the adapter is loaded:"
+        resize = _RESIZE.format(rows=rows)
+    at = "" if revision is None else f', revision="{revision}"'
+    return README.format(base=base, tokens=tokens, resize=resize, revision=at)
 
 
-def _base_rows(base: str) -> int | None:
+def _base_rows(base: str, revision: str | None) -> int | None:
     """How many tokens have rows in the base, by its configuration; None where that cannot be read."""
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(base).get_text_config(decoder=True).vocab_size)
+        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+        return int(config.get_text_config(decoder=True).vocab_size)
     except Exception:  # whatever it raises for a base of another form
         return None
 
@@ -85,11 +91,13 @@ def num_rows(folder: Path, settings: PeftConfig) -> int:
         return max([of_tokens, *(file.get_slice(name).get_shape()[0] for name in names)])
 
 
-def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
+def merge_folder(
+    model: "PreTrainedModel", folder: Path, before: Callable[[PeftModel], None] | None = None
+) -> "PreTrainedModel":
     """The base `model` with the adapter of a folder merged into it, and with its decoding settings, if it has some.
 
-    Of a model without values (device meta) only the shapes are those of the merged one.
-    Raises ModelError for an adapter that is not one of this model.
+    Of a model without values (device meta) only the shapes are those of the merged one. before: gets the base with the
+    adapter beside it, not merged yet. Raises ModelError for an adapter that is not one of this model.
     """
     from transformers import GenerationConfig
 
@@ -104,6 +112,8 @@ def merge_folder(model: "PreTrainedModel", folder: Path) -> "PreTrainedModel":
                 "ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning
             )
             adapted = PeftModel.from_pretrained(model, str(folder))
+        if before is not None:
+            before(adapted.eval())
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
         if (folder / "generation_config.json").is_file():
             merged.generation_config = GenerationConfig.from_pretrained(folder)

@@ -43,6 +43,7 @@ def add_adapter(
     seed: int,
     options: LoraOptions = PLAIN,
     first_values: bool = True,
+    revision: str | None = None,
 ) -> PeftModel:
     """Freeze the model and put LoRA beside its linear layers; the update is alpha / rank * B A, zero at first.
 
@@ -50,8 +51,8 @@ def add_adapter(
     on (see `_out_of_reach`), and experts. new_token_ids: rows of the embedding (and of an untied head) that are trained
     as they are, since tokens that the base never saw would otherwise stay at their first values; only these rows get
     gradients and optimizer state. What is trained is float32. The first values of A follow from `seed`. first_values
-    False: they will be replaced, so PiSSA need not compute its own. Raises ModelError for a target or a pattern that
-    the model has not, or that peft rejects.
+    False: they will be replaced, so PiSSA need not compute its own. revision: of the base, saved with the adapter.
+    Raises ModelError for a target or a pattern that the model has not, or that peft rejects.
     """
     layers = linear_layers(model)
     _require_targets(model, layers, target_modules)
@@ -81,7 +82,7 @@ def add_adapter(
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match", category=RuntimeWarning)
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, revision=revision)
         except ValueError as error:
             raise ModelError(f"adapter: {_reason(error)}") from error
         assert isinstance(adapted, PeftModel)

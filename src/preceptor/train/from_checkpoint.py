@@ -1,0 +1,71 @@
+"""A checkpoint of a run as a model: asked and evaluated, or saved as the run would save it."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preceptor import config
+from preceptor.chat.format import trained_format
+from preceptor.evaluate.likelihood import must_read_alone
+from preceptor.evaluate.model import EvaluatedModel, default_dtype, device_named, load_evaluated_model
+from preceptor.hub import checkpoint_at
+from preceptor.model.held import leave_plain
+from preceptor.model.load import save_model
+from preceptor.train.build import build_model, saved_dtype
+from preceptor.train.checkpoint import Checkpoints, State
+from preceptor.train.prepare import Prepared, prepare
+from preceptor.train.run_folder import RUN_FILE, record_of
+
+
+def open_model(
+    path: str, dtype: str, device: str, template: str | None = None, trust_remote_code: bool = False
+) -> EvaluatedModel:
+    """As `load_evaluated_model`, of a checkpoint too, whose weights are rounded as the run would save them."""
+    checkpoint = checkpoint_at(path)
+    if checkpoint is None:
+        return load_evaluated_model(path, dtype, device, template, trust_remote_code)
+    place = device_named(device)
+    model, prepared = restored(checkpoint, place)
+    if hasattr(model, "peft_config"):
+        model = model.merge_and_unload()
+    saved = saved_dtype(prepared.run.model)
+    dtype = default_dtype(saved, place) if dtype == "auto" else dtype
+    model = model.to(saved or model.dtype).to(getattr(torch, dtype)).eval()
+    stops = model.generation_config.eos_token_id
+    own = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    chat = trained_format(path, prepared.chat.tokenizer, own, template)
+    return EvaluatedModel(path, model, chat, must_read_alone(model))
+
+
+def save_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Write the model of a checkpoint to a folder, as its run would save it: with an adapter, both."""
+    model, prepared = restored(checkpoint, torch.device("cpu"))
+    save_model(model, prepared.chat.tokenizer, folder, dtype=saved_dtype(prepared.run.model))
+
+
+def restored(checkpoint: Path, device: torch.device) -> tuple[Any, Prepared]:
+    """The model of a run with the weights of a checkpoint, its adapter on the unquantized base; and the run, prepared.
+
+    The run's data must be there, as it was named: chat format and new tokens follow from it. Raises as `prepare` does,
+    CheckpointError for what is damaged, ModelError for a model that a program held.
+    """
+    folder = checkpoint.absolute().parent.parent
+    record = record_of(folder)
+    prepared = prepare(_to_build(config.load(folder / RUN_FILE, [])), date=datetime.fromisoformat(record["date"]))
+    with prepared.streaming():
+        model = build_model(prepared, device, first_values=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = State(model, torch.optim.SGD(trained))  # whose state is not read
+    checkpoints = Checkpoints(checkpoint.parent, record["run"], keep=1)
+    checkpoints.restore_weights(state, int(checkpoint.name.removeprefix("step-")))
+    leave_plain(model)
+    return model, prepared
+
+
+def _to_build(run: config.Run) -> config.Run:
+    """The run without what is not needed to build its model: quantization, evaluation, optimisations."""
+    model = run.model.model_copy(update={"quantization": None, "double_quantization": None})
+    evaluation = run.eval.model_copy(update={"tasks": [], "code": None})
+    return run.model_copy(update={"model": model, "eval": evaluation, "engine": "plain"})
