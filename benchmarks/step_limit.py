@@ -39,7 +39,7 @@ CONVERSATIONS, CONTEXT, ANSWER, VOCABULARY = 8, 128, 128, 8192
 MODELS = {  # layers, query heads, key-value heads, head size
     384: (8, 6, 2, 64),
     1024: (2, 8, 4, 128),
-    2048: (2, 16, 8, 128),
+    2048: (1, 16, 8, 128),
 }
 PRECISIONS = ("float32", "bfloat16")
 _NAMES = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_")
