@@ -134,10 +134,12 @@ def test_a_run_folder_names_its_model(tmp_path):
     step = folder_with(run / "checkpoints/step-00000002", "manifest.json")
     with pytest.raises(
         ModelError,
-        match=r"a checkpoint, .* `preceptor export .*step-00000002 --to hf` makes a model of it, .*/run/model",
+        match=r"a checkpoint, .* `preceptor export .*step-00000002 --to hf` makes a model of it; .*/run/model",
     ):
         resolve_model_path(step)
     adapter = folder_with(run / "model/adapter", "adapter_config.json")
+    with pytest.raises(ModelError, match=f"its run is finished: name {run}"):
+        resolve_model_path(step)
     for named in (run, run / "model", adapter):
         assert resolve_model_path(named, adapters=True) == str(adapter)
         with pytest.raises(ModelError, match=r"an adapter, .* `preceptor export .*/adapter --to hf --out DIR` merges"):

@@ -55,11 +55,14 @@ def _model_in(folder: Path) -> Path:
     for place in (inner, inner / "adapter"):
         if (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
             return place
-    if checkpoint_at(folder) is not None:
-        run = folder.absolute().parent.parent
+    if (checkpoint := checkpoint_at(folder)) is not None:
+        run = checkpoint.parent.parent
+        whole = f"`preceptor train {run}/config.yaml` finishes the run, whose model is then in {run}/model"
+        if (run / "model").is_dir():
+            whole = f"its run is finished: name {run}"
         raise ModelError(
             f"{folder}: a checkpoint, from which a run goes on; `preceptor export {folder} --to hf` makes a model of "
-            f"it, `preceptor train {run}/config.yaml` finishes the run, whose model is then in {run}/model"
+            f"it; {whole}"
         )
     if of_a_run:
         raise ModelError(
@@ -69,11 +72,10 @@ def _model_in(folder: Path) -> Path:
 
 
 def checkpoint_at(path: str | Path) -> Path | None:
-    """The folder `path`, where it is a checkpoint of a run: RUN/checkpoints/step-N; None where it is none."""
-    folder = Path(path).expanduser()
-    place = folder.absolute()
-    named = place.parent.name == "checkpoints" and _CHECKPOINT.fullmatch(place.name)
-    return folder if named and folder.is_dir() and is_run_folder(place.parent.parent) else None
+    """The absolute folder `path`, where it is a checkpoint of a run: RUN/checkpoints/step-N; None where it is none."""
+    folder = Path(path).expanduser().absolute()
+    named = folder.parent.name == "checkpoints" and _CHECKPOINT.fullmatch(folder.name)
+    return folder if named and folder.is_dir() and is_run_folder(folder.parent.parent) else None
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -84,18 +86,6 @@ def run_folder_of(place: str | Path) -> Path | None:
     """The folder of the run that saved the model or adapter in the folder `place`; None where no run did."""
     folder = Path(place).absolute()
     return next((each for each in (folder, *list(folder.parents)[:2]) if is_run_folder(each)), None)
-
-
-def runs_own_code(path: str | Path) -> bool:
-    """Whether the run that saved the model in the folder `path` was told to trust the code that comes with it."""
-    import yaml
-
-    run = run_folder_of(path) if Path(path).is_dir() else None
-    try:
-        settings = yaml.safe_load((run / _OF_A_RUN[0]).read_text(encoding="utf-8")) if run else {}
-        return settings.get("model", {}).get("trust_remote_code") is True
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return False
 
 
 def adapter_base(place: str) -> str | None:
@@ -203,8 +193,8 @@ def cannot_load(place: str, what: str, error: Exception) -> ModelError:
     """The error to raise where `what` (model, tokenizer, a file's name) cannot be had from a folder or Hub id."""
     if "custom code" in str(error):
         return ModelError(
-            f"{place}: its {what} is made by Python code that comes with it. Read it; then allow it with "
-            "--trust-remote-code, in a run file `model.trust_remote_code: true`"
+            f"{place}: its {what} is made by Python code that comes with it. Read it; then allow it, with "
+            "--trust-remote-code (chat, eval, compare, export) or in a run file: `model.trust_remote_code: true`"
         )
     if Path(place).is_dir():
         return ModelError(f"{place}: cannot load the {what} of this folder: {first_line(error)}")

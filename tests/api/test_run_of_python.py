@@ -360,7 +360,14 @@ def test_what_is_looked_at_before_the_training_changes_nothing(tmp_path, live):
     plan = run.plan()
     assert plan.fits and plan.peak_bytes > 0 and plan.num_steps == 4 and "Memory" in str(plan)
     assert plan.facts["model"]["path"] == "live:LlamaForCausalLM"
-    assert run.plan(nproc=2).facts["ranks"] != plan.facts.get("ranks")
+    several = run.plan(nproc=2)
+    assert several.facts["ranks"] != plan.facts.get("ranks")
+    chosen = several.facts["ranks"]["chosen"]
+    assert (several.fits, several.peak_bytes) == (chosen["fits"], chosen["peak_bytes"])
+    assert several.peak_bytes != several.facts["memory"]["peak_bytes"]
+    for wrong in ({"nproc": 0}, {"nnodes": -1}):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            run.plan(**wrong)
     assert same(before[0], given["model"].state_dict()) and before[1] == len(given["tokenizer"])
     assert not (tmp_path / "run").exists()
 
@@ -395,7 +402,7 @@ def test_a_data_set_that_is_streamed_is_refused_with_what_works(tmp_path, live):
             ConfigError, match=r"data\.train.*IterableDataset.*hf://datasets/OWNER/NAME', 'streaming': True"
         ):
             run_of(tmp_path, live(), train)
-    with pytest.raises(ConfigError, match=r"train_dataset: an IterableDataset"):
+    with pytest.raises(ConfigError, match=r"train_dataset: a streamed data set .* cannot be read twice"):
         SFTTrainer(**live(), train_dataset=streamed, formatting_func=str, output_dir=str(tmp_path / "run"))
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig, SchedulerType
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
 from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_files import PeerFile
-from preceptor.errors import ConfigError
+from preceptor.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("empty_report")
 ROWS = datasets.Dataset.from_list(conversations(8))
@@ -197,13 +197,16 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
         ({"peft_config": LoraConfig(bias="all")}, "peft_config.bias: an adapter trains no biases"),
         (
             {"optim": "lion_32bit"},
-            r"optim: 'lion_32bit' is not offered, adamw, adamw_8bit, muon, adafactor and sgd are$",
+            r"optim: 'lion_32bit' is not offered\. Choose adamw, adamw_8bit, muon, adafactor or sgd$",
         ),
         ({"optim_target_modules": ["q"]}, "optim_target_modules: low-rank gradients"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: 'polynomial' is not offered: constant, .*cosine, "),
         ({"loss_type": "hinge"}, "loss_type: 'hinge' is not offered: nll or dft"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not a value"),
-        ({"load_in_4bit": True}, "quantization: quantized weights need an adapter$"),
+        (
+            {"load_in_4bit": True},
+            r"quantization: a quantized model can only be trained with an adapter: give peft_config=Lora",
+        ),
         ({"model_init_kwargs": {"dtype": "float16"}}, "dtype: float16 is not offered: bfloat16 or float32"),
         ({"peft_config": LoraConfig(init_lora_weights="olora")}, "init_lora_weights: 'olora' is not offered"),
         ({"lerning_rate": 1}, "lerning_rate: unknown argument; did you mean 'learning_rate'"),
@@ -214,6 +217,18 @@ def test_a_formatting_function_makes_the_text(base_folder, tmp_path):
 def test_what_has_no_counterpart_is_refused_with_what_to_do(base_folder, tmp_path, given, says):
     with pytest.raises(ConfigError, match=says):
         SFTTrainer(str(base_folder), **{"output_dir": str(tmp_path), "train_dataset": ROWS, **given}).train()
+
+
+def test_a_member_of_an_enumeration_is_its_value(base_folder, tmp_path):
+    given = {"train_dataset": ROWS, "output_dir": str(tmp_path / "run")}
+    config = SFTConfig(lr_scheduler_type=SchedulerType.COSINE)
+    for trainer in (
+        SFTTrainer(str(base_folder), args=config, **given),
+        SFTTrainer(str(base_folder), lr_scheduler_type=SchedulerType.COSINE, **given),
+    ):
+        assert trainer.run.config.optimizer.lr_scheduler == "cosine"
+    with pytest.raises(CheckpointError, match=r"nothing is trained yet: call train\(\) first"):
+        trainer.save_model()
 
 
 def test_a_tokenizer_beside_a_name_is_the_models_own(base_folder, tmp_path):

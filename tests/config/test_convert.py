@@ -101,16 +101,40 @@ def test_what_axolotls_examples_say_of_their_data_is_known(tmp_path):
 
 
 LONG = [
-    ("TRL", {}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
-    ("TRL", {"packing": True}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
+    ("TRL", {}, {"allow_rejected": ["too_long"]}, "max_length", "cuts longer examples; here they are left out"),
+    (
+        "TRL",
+        {"packing": True},
+        {"allow_rejected": ["too_long"]},
+        "max_length",
+        "cuts longer examples; here they are left out",
+    ),
     ("TRL", {"packing": True, "packing_strategy": "wrapped"}, {"overflow": "split"}, "packing_strategy", "pieces"),
     ("TRL", {"truncation_mode": "keep_end"}, {"overflow": "truncate_context"}, "truncation_mode", "its beginning"),
     ("TRL", {"max_length": None}, {}, "max_length", None),
-    ("Unsloth", {"max_seq_length": 64}, {"allow_rejected": ["too_long"]}, "max_length", "cut there"),
-    ("LLaMA-Factory", {}, {"allow_rejected": ["too_long"]}, "max_length", "cut there, left out here"),
-    ("LLaMA-Factory", {"packing": True}, {"allow_rejected": ["too_long"]}, "max_length", "left out, there and here"),
-    ("Axolotl", {}, {"allow_rejected": ["too_long"]}, "max_length", "left out, there and here"),
-    ("Axolotl", {"excess_length_strategy": "truncate"}, {"allow_rejected": ["too_long"]}, "max_length", "cut there"),
+    ("Unsloth", {"max_seq_length": 64}, {"allow_rejected": ["too_long"]}, "max_length", "cuts longer"),
+    (
+        "LLaMA-Factory",
+        {},
+        {"allow_rejected": ["too_long"]},
+        "max_length",
+        "cuts longer examples; here they are left out",
+    ),
+    (
+        "LLaMA-Factory",
+        {"packing": True},
+        {"allow_rejected": ["too_long"]},
+        "max_length",
+        "leaves longer examples out; here they are left out",
+    ),
+    (
+        "Axolotl",
+        {},
+        {"allow_rejected": ["too_long"]},
+        "max_length",
+        "leaves longer examples out; here they are left out",
+    ),
+    ("Axolotl", {"excess_length_strategy": "truncate"}, {"allow_rejected": ["too_long"]}, "max_length", "cuts longer"),
     ("Axolotl", {"excess_length_strategy": "raise"}, {}, "excess_length_strategy", "data.max_rejected"),
 ]
 
@@ -408,6 +432,12 @@ def test_where_a_model_is_loaded_is_chosen_by_itself():
     found = convert(PeerFile("TRL", {"device_map": "auto", "eval_strategy": "epoch"}), Path())
     assert "device_map" not in notes_of(found) and found.tree["eval"] == {"every": "1 epochs"}
     assert "train.device" in notes_of(convert(PeerFile("TRL", {"device_map": {"a": 1}}), Path()))["device_map"]
+
+
+@pytest.mark.parametrize(("name", "is_of_hub"), [("owner/Data-v1.5", True), ("data/train.jsonl", False)])
+def test_a_name_of_the_hub_may_have_dots(name, is_of_hub):
+    found = convert(PeerFile("TRL", {"dataset_name": name, "dataset_streaming": True}), Path())
+    assert ("streaming" in notes_of(found)) == is_of_hub
 
 
 STREAMED = {

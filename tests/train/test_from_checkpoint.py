@@ -1,9 +1,11 @@
 """A checkpoint of a run as a model: asked, evaluated, compared, exported; equal to the model that the run saves."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from processes import run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -90,11 +92,39 @@ def test_the_commands_take_a_checkpoint(trained, preceptor, tmp_path):
     assert code == 0, err
     card = (tmp_path / "hf/README.md").read_text()
     assert "# run-step-00000002" in card and "| steps | 2 of 2 sequences" in card
-    with pytest.raises(ModelError, match="a checkpoint, from which a run goes on; `preceptor export"):
+    with pytest.raises(ModelError, match=f"a checkpoint, .*`preceptor export .*; its run is finished: name {run}"):
         resolve_model_path(step)
     (tmp_path / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"train\.jsonl"):
         open_model(str(step), "float32", "cpu")
+
+
+def test_relative_paths_of_a_run_are_those_of_where_it_started(preceptor, run_file, tmp_path, monkeypatch):
+    file = run_file(**SETTINGS, data__train=[{"path": "train.jsonl"}], out="run")
+    monkeypatch.chdir(tmp_path)
+    assert preceptor("train", file)[0] == 0
+    monkeypatch.chdir(tmp_path / "run/checkpoints/step-00000002")
+    open_model(".", "float32", "cpu")
+    assert Path.cwd().name == "step-00000002"
+
+
+def test_a_checkpoint_of_what_a_program_held_says_so(trained):
+    run = trained()
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"] = [{"path": "memory:train"}]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ModelError, match="which a Python program held: finish the run and use its model"):
+        open_model(str(run / "checkpoints/step-00000002"), "float32", "cpu")
+
+
+def test_the_code_of_a_checkpoints_data_is_not_run_unasked(trained, tmp_path):
+    run = trained()
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')\n\ndef read(record): return record\n")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["train"][0]["code"] = f"{tmp_path}/own.py:read"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ModelError, match="--trust-remote-code runs it"):
+        open_model(str(run / "checkpoints/step-00000002"), "float32", "cpu")
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_one(run_file, tmp_path):

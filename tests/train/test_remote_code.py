@@ -1,10 +1,9 @@
-"""Models whose code comes with them: used where their run, or the caller, trusts it."""
+"""Models whose code comes with them: run where the run file that is trained, or the caller, trusts it."""
 
 import json
 import shutil
 
 import pytest
-import yaml
 
 from conftest import conversations
 from tiny import tiny_model, tiny_tokenizer
@@ -39,7 +38,9 @@ def test_a_model_with_code_is_asked_evaluated_compared_and_exported(run_file, tm
     base, task = write_base(tmp_path / "base"), tmp_path / "task.jsonl"
     task.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}], "accepted": ["b"]}) + "\n")
     model, adapter = {"path": str(base), "trust_remote_code": True}, {"kind": "lora", "rank": 2}
-    code, _, err = preceptor("train", run_file(model=model, adapter=adapter, rows=conversations(8), eval__every=None))
+    often = {"checkpoint": {"every": "2 steps", "keep": 1}, "optimizer": {"lr_scheduler": "constant"}}
+    file = run_file(model=model, adapter=adapter, rows=conversations(8), eval__every=None, **often)
+    code, _, err = preceptor("train", file)
     assert code == 0, err
     run, moved = tmp_path / "run", shutil.copytree(tmp_path / "run/model", tmp_path / "moved")
     commands = [
@@ -52,14 +53,17 @@ def test_a_model_with_code_is_asked_evaluated_compared_and_exported(run_file, tm
         if name != "export":  # a whole model is copied, without its code being run
             code, _, err = preceptor(name, moved, *options, stdin=["a user"])
             assert code == 5 and "--trust-remote-code" in err, (name, err)
+            code, _, err = preceptor(name, run, *options, stdin=["a user"])
+            assert code == 5 and "--trust-remote-code" in err, f"{name}: a run's folder decides nothing: {err}"
         assert preceptor(name, moved, *options, "--trust-remote-code", stdin=["a user"])[0] == 0, name
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-        code, _, err = preceptor(name, run, *options, stdin=["a user"])
-        assert code == 0, (name, err)
-    code, _, err = preceptor("export", run / "model/adapter", "--to", "hf", "--out", tmp_path / "merged")
+    assert ", trust_remote_code=True)" in (run / "model/adapter/README.md").read_text()
+    merged = ("export", run / "model/adapter", "--to", "hf", "--out", tmp_path / "merged")
+    assert preceptor(*merged)[0] == 5
+    code, _, err = preceptor(*merged, "--trust-remote-code")
+    assert code == 0 and ", trust_remote_code=True)" in (tmp_path / "merged/README.md").read_text(), err
+    (step,) = (run / "checkpoints").iterdir()
+    code, _, err = preceptor("chat", step, "--max-new-tokens", 2, stdin=["a user"])
+    assert code == 5 and "--trust-remote-code" in err, err
+    code, _, err = preceptor("chat", step, "--max-new-tokens", 2, "--trust-remote-code", stdin=["a user"])
     assert code == 0, err
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(
-        yaml.safe_dump({**settings, "model": {**settings["model"], "trust_remote_code": False}})
-    )
-    assert preceptor("chat", run, stdin=["a user"])[0] == 5

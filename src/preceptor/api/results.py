@@ -51,7 +51,8 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A prediction. fits: in memory. seconds: None where the speed of the device is not known.
+    """A prediction. fits: in memory; of several processes, each in its own. peak_bytes: of one process. seconds: None
+    where the speed of the device is not known.
 
     facts: all of `preceptor plan --json`.
     """
@@ -64,7 +65,7 @@ class PlanResult:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "PlanResult":
-        memory = found["memory"]
+        memory = found["ranks"]["chosen"] if found["ranks"] else found["memory"]
         return cls(
             memory["fits"], memory["peak_bytes"], found["data"].get("num_steps"), found["work"]["seconds"], found
         )

@@ -126,8 +126,11 @@ class Run:
     def plan(self, device: str | None = None, *, nproc: int = 1, nnodes: int = 1) -> PlanResult:
         """Time and memory of the run, predicted. device: such as "H100"; None: this machine.
 
-        nproc, nnodes: processes on each node, one to a device, and nodes.
+        nproc, nnodes: processes on each node, one to a device, and nodes. Raises ConfigError where one is below 1.
         """
+        for name, number in (("nproc", nproc), ("nnodes", nnodes)):
+            if number < 1:
+                raise ConfigError(f"plan({name}={number}): must be at least 1")
         from preceptor.plan.changes import find_plan
         from preceptor.plan.devices import find_device
         from preceptor.plan.dry_run import dry_run_of

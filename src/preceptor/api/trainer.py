@@ -23,7 +23,7 @@ from preceptor.config.peer_names import NO_COUNTERPART, OF_TRAINER
 from preceptor.config.sections import nearest
 from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.errors import ConfigError, DataError, short
+from preceptor.errors import CheckpointError, ConfigError, DataError, short
 from preceptor.model.forward import Engine
 from preceptor.world import is_launched_first
 
@@ -52,6 +52,7 @@ class SFTConfig:
         for name in arguments:
             if name not in known_settings():
                 raise ConfigError(f"{name}: unknown argument; {nearest(name, sorted(known_settings()))}")
+        arguments = {name: _plain(value) for name, value in arguments.items()}
         self.arguments = arguments if output_dir is None else {"output_dir": output_dir, **arguments}
 
     def __getattr__(self, name: str) -> Any:
@@ -157,11 +158,14 @@ class SFTTrainer:
         return run.train(resume=bool(resume_from_checkpoint), replace=replace)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Copy the saved model, a complete folder, to another one. Raises CheckpointError where it is not trained yet.
+        """Copy the saved model, a complete folder, to another one. Raises CheckpointError where nothing is trained yet.
 
         output_dir: None: it stays where `train` has saved it. Of several processes the first one copies.
         """
-        saved = self._required().result.model
+        run = self._required()
+        if not (Path(run.config.out) / "model").is_dir():
+            raise CheckpointError("nothing is trained yet: call train() first")
+        saved = run.result.model
         if not is_launched_first():
             return
         if output_dir is None:
@@ -231,8 +235,13 @@ def _settings_of(args: Any) -> dict[str, Any]:
     found = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     changed = {name: value for name, value in found.items() if value != getattr(unset, name)}
     return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu} | {
-        name: value.value if isinstance(value, enum.Enum) else value for name, value in changed.items()
+        name: _plain(value) for name, value in changed.items()
     }
+
+
+def _plain(value: Any) -> Any:
+    """The value of a member of an enumeration, such as transformers' SchedulerType."""
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _require_own(tokenizer: Any, model: str) -> None:

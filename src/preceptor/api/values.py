@@ -165,9 +165,9 @@ def refuse_iterable(given: Any, place: str) -> None:
     """Raises ConfigError for a data set that is streamed: its examples would all be held in memory."""
     if any(each.__name__ == "IterableDataset" for each in type(given).__mro__):
         raise ConfigError(
-            f"{place}: an IterableDataset is read as it is downloaded, and a run reads its data several times. Name "
-            "what it reads, and the run streams it: data={'train': 'hf://datasets/OWNER/NAME', 'streaming': True}; or "
-            "load it without streaming; or give list(dataset), where that fits in memory"
+            f"{place}: a streamed data set (IterableDataset) cannot be read twice. Load it without streaming=True, "
+            "give list(dataset) if it fits in memory, or use preceptor.Run(data={'train': "
+            "'hf://datasets/OWNER/NAME', 'streaming': True})"
         )
 
 

@@ -10,8 +10,8 @@ from preceptor.commands import options
 
 
 def compare(
-    base: options.BaseModel,
-    tuned: options.TunedModel,
+    base: Annotated[str, typer.Argument(help="The base model: of any kind that `tuned` may be.")],
+    tuned: options.AnyModel,
     tasks: Annotated[list[str] | None, typer.Option(help="A task that shows the alignment tax; repeatable.")] = None,
     trained: Annotated[
         list[str] | None, typer.Option(help="A task that was trained, reported apart from the tax; repeatable.")

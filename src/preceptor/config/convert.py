@@ -21,7 +21,7 @@ from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
-_HUB_ID = re.compile(r"[\w.-]+/[\w-]+")
+_HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
 
 
 @dataclass
@@ -166,9 +166,9 @@ class _Conversion:
         if kind is None:
             return
         if not lora:
-            self._given.not_offered(
-                "quantization", "quantized weights need an adapter", ": all weights are trained here"
-            )
+            self._given.note("quantization", "quantized weights need an adapter: all weights are trained here")
+            why = "a quantized model can only be trained with an adapter: give peft_config=LoraConfig(...)"
+            self._given.unoffered.append(("quantization", why))
             return
         self._set("model.quantization", kind)
         self._set("model.dtype", "bfloat16")
@@ -335,9 +335,8 @@ class _Conversion:
         given = "muon" if self._given.on("use_muon") else self._given.value("optim", "optimizer")
         name = "adamw" if given is None else optimizer_name(str(given))
         if name is None:
-            offered = "adamw, adamw_8bit, muon, adafactor and sgd are"
-            why = f"{short(given)} is not offered, {offered}"
-            self._given.note("optimizer", f"{why}: it is adamw here, and needs another learning rate")
+            why = f"{short(given)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
+            self._given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
             self._given.unoffered.append(("optim", why))
         self._set("optimizer.name", name if name != "adamw" else None)
         betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]

@@ -144,9 +144,7 @@ def long_examples(given: PeerSettings, packed: bool) -> dict[str, Any]:
         given.note("truncation_mode", "what is too long loses its beginning; here no answer is cut (data.overflow)")
         return {**found, "data.overflow": "truncate_context"}
     given.takes("truncation_mode", "keep_start")
-    choice = "`data.overflow` trains them, with every answer whole"
-    there = (
-        "longer examples are left out, there and here" if dropped else "longer examples are cut there, left out here"
-    )
-    given.note("max_length", f"{there} (data.allow_rejected); {choice}")
+    there = "leaves longer examples out" if dropped else "cuts longer examples"
+    choice = "To train them, set data.overflow: split or truncate_context"
+    given.note("max_length", f"{given.peer} {there}; here they are left out and counted. {choice}")
     return found

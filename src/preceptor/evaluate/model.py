@@ -17,7 +17,7 @@ from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.tasks import TaskPrompt, text_of
-from preceptor.hub import CONFIG, place_of, resolve_model_path, runs_own_code
+from preceptor.hub import CONFIG, place_of, resolve_model_path
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, stored_dtype
 from preceptor.model.sharding import is_sharded
@@ -136,15 +136,14 @@ def load_evaluated_model(
     """Load a model to evaluate.
 
     template: as in a run file, or `plain` for none; None: the model's own, plain text if it has none. dtype: `auto` for
-    `default_dtype`. trust_remote_code: as a run that saved the model had it, without being asked for. Raises ModelError
-    and TemplateError as `load_trained_format`.
+    `default_dtype`. trust_remote_code: run the code that comes with the model; its folder alone never decides that.
+    Raises ModelError and TemplateError as `load_trained_format`.
     """
-    code = trust_remote_code or runs_own_code(path)
-    chat, place = load_trained_format(path, template, code), device_named(device)
+    chat, place = load_trained_format(path, template, trust_remote_code), device_named(device)
     if dtype == "auto":
         folder, revision = place_of(resolve_model_path(path, adapters=True), CONFIG)
-        dtype = default_dtype(stored_dtype(folder, code, revision), place)
-    model = load_model(path, dtype=dtype, device=place, trust_remote_code=code)
+        dtype = default_dtype(stored_dtype(folder, trust_remote_code, revision), place)
+    model = load_model(path, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
     return EvaluatedModel(path, model, chat, must_read_alone(model))
 
 

@@ -13,8 +13,8 @@ from preceptor.report.run_record import RunRecord
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{code})
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto"{code})
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
@@ -50,7 +50,10 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
         parts.append(f"{Path(base).name if is_local else base}, fine-tuned by supervised fine-tuning with Preceptor.\n")
     if not licence:
         parts.append("Licence: not stated. That of the base model and of the data applies to what is made from them.\n")
-    parts += ["## Use\n", use or USE.format(name=name)]
+    parts += [
+        "## Use\n",
+        use or USE.format(name=name, code=", trust_remote_code=True" if source.trust_remote_code else ""),
+    ]
     if run is not None:
         parts += [
             "## Training\n",

@@ -18,7 +18,6 @@ from preceptor.hub import (
     find_file,
     resolve_model_path,
     run_folder_of,
-    runs_own_code,
 )
 from preceptor.report.run_record import RunRecord, read_run
 
@@ -34,12 +33,11 @@ class ExportSource:
     @classmethod
     def of(cls, name: str, trust_remote_code: bool = False) -> Self:
         """Raises ModelError for what is no model on this machine."""
-        code = trust_remote_code or runs_own_code(name)
         checkpoint = checkpoint_at(name)
         folder = Path(resolve_model_path(name, adapters=True)) if checkpoint is None else checkpoint
         if not folder.is_dir():
             raise ModelError(f"{name}: no folder on this machine; only a model that is here can be exported")
-        return cls(name, folder, code)
+        return cls(name, folder, trust_remote_code)
 
     @contextmanager
     def made(self, beside: Path, say: Callable[[str], None]) -> Iterator[Self]:
@@ -51,7 +49,7 @@ class ExportSource:
 
         say(f"{self.name}: the model of its run with the weights of this checkpoint")
         with tempfile.TemporaryDirectory(prefix=".model-of-a-checkpoint-", dir=beside) as place:
-            save_checkpoint(self.checkpoint, Path(place) / "model")
+            save_checkpoint(self.checkpoint, Path(place) / "model", self.trust_remote_code)
             yield replace(self, folder=Path(place) / "model")
 
     @cached_property

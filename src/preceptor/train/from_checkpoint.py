@@ -1,5 +1,6 @@
 """A checkpoint of a run as a model: asked and evaluated, or saved as the run would save it."""
 
+import contextlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import torch
 
 from preceptor import config
 from preceptor.chat.format import trained_format
+from preceptor.errors import ModelError
 from preceptor.evaluate.likelihood import must_read_alone
 from preceptor.evaluate.model import EvaluatedModel, default_dtype, device_named, load_evaluated_model
+from preceptor.files import LIVE, MEMORY
 from preceptor.hub import checkpoint_at
 from preceptor.model.held import leave_plain
 from preceptor.model.load import save_model
@@ -27,10 +30,11 @@ def open_model(
     if checkpoint is None:
         return load_evaluated_model(path, dtype, device, template, trust_remote_code)
     place = device_named(device)
-    model, prepared = restored(checkpoint, place)
+    with _where_it_started(checkpoint):
+        model, prepared = restored(checkpoint, place, trust_remote_code)
+        saved = saved_dtype(prepared.run.model)
     if hasattr(model, "peft_config"):
         model = model.merge_and_unload()
-    saved = saved_dtype(prepared.run.model)
     dtype = default_dtype(saved, place) if dtype == "auto" else dtype
     model = model.to(saved or model.dtype).to(getattr(torch, dtype)).eval()
     stops = model.generation_config.eos_token_id
@@ -39,21 +43,33 @@ def open_model(
     return EvaluatedModel(path, model, chat, must_read_alone(model))
 
 
-def save_checkpoint(checkpoint: Path, folder: Path) -> None:
+def save_checkpoint(checkpoint: Path, folder: Path, trust_remote_code: bool = False) -> None:
     """Write the model of a checkpoint to a folder, as its run would save it: with an adapter, both."""
-    model, prepared = restored(checkpoint, torch.device("cpu"))
-    save_model(model, prepared.chat.tokenizer, folder, dtype=saved_dtype(prepared.run.model))
+    folder = folder.absolute()
+    with _where_it_started(checkpoint):
+        model, prepared = restored(checkpoint, torch.device("cpu"), trust_remote_code)
+        save_model(model, prepared.chat.tokenizer, folder, dtype=saved_dtype(prepared.run.model))
 
 
-def restored(checkpoint: Path, device: torch.device) -> tuple[Any, Prepared]:
+def _where_it_started(checkpoint: Path) -> contextlib.AbstractContextManager[None]:
+    """Inside, relative paths of the run file mean what they meant where training was started, if that folder exists."""
+    directory = record_of(checkpoint.parent.parent).get("directory")
+    if isinstance(directory, str) and Path(directory).is_dir():
+        return contextlib.chdir(directory)
+    return contextlib.nullcontext()
+
+
+def restored(checkpoint: Path, device: torch.device, trust_remote_code: bool) -> tuple[Any, Prepared]:
     """The model of a run with the weights of a checkpoint, its adapter on the unquantized base; and the run, prepared.
 
     The run's data must be there, as it was named: chat format and new tokens follow from it. Raises as `prepare` does,
-    CheckpointError for what is damaged, ModelError for a model that a program held.
+    CheckpointError for what is damaged, ModelError for a model or data that a program held, and for Python code that
+    the run file names where that is not trusted.
     """
-    folder = checkpoint.absolute().parent.parent
+    folder = checkpoint.parent.parent
     record = record_of(folder)
-    prepared = prepare(_to_build(config.load(folder / RUN_FILE, [])), date=datetime.fromisoformat(record["date"]))
+    run = _to_build(_run_of(folder / RUN_FILE, trust_remote_code))
+    prepared = prepare(run, date=datetime.fromisoformat(record["date"]))
     with prepared.streaming():
         model = build_model(prepared, device, first_values=False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -64,8 +80,25 @@ def restored(checkpoint: Path, device: torch.device) -> tuple[Any, Prepared]:
     return model, prepared
 
 
+def _run_of(file: Path, trust_remote_code: bool) -> config.Run:
+    """The run of a checkpoint. Its file does not decide whether Python code is run: who opens the checkpoint does."""
+    run = config.load(file, [])
+    sources = [*run.data.train, *run.data.eval, *(run.replay.data if run.replay else ())]
+    named = [run.model.path, *(source.path for source in sources), *(source.code or "" for source in sources)]
+    if any(name.startswith((LIVE, MEMORY)) for name in named):
+        raise ModelError(
+            f"{file}: a checkpoint is opened with its run's data and model, which a Python program held: finish the "
+            "run and use its model"
+        )
+    if any(source.code for source in sources) and not trust_remote_code:
+        raise ModelError(f"{file}: its data is read by Python code (`code`). Read it; then --trust-remote-code runs it")
+    model = run.model.model_copy(update={"trust_remote_code": trust_remote_code})
+    return run.model_copy(update={"model": model})
+
+
 def _to_build(run: config.Run) -> config.Run:
-    """The run without what is not needed to build its model: quantization, evaluation, optimisations."""
+    """The run without what is not needed to build its model: quantization, evaluation, own loss, optimisations."""
     model = run.model.model_copy(update={"quantization": None, "double_quantization": None})
     evaluation = run.eval.model_copy(update={"tasks": [], "code": None})
-    return run.model_copy(update={"model": model, "eval": evaluation, "engine": "plain"})
+    loss = run.loss.model_copy(update={"code": None})
+    return run.model_copy(update={"model": model, "eval": evaluation, "loss": loss, "engine": "plain"})

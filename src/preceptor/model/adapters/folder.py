@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 adapter = "."  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+model = AutoModelForCausalLM.from_pretrained("{base}"{arguments})
 {resize}model = PeftModel.from_pretrained(model, adapter)
 model.generation_config = GenerationConfig.from_pretrained(adapter)
 ```
@@ -50,12 +50,14 @@ def write_beside_adapter(
     generation_config.save_pretrained(folder)
     (settings,) = model.peft_config.values()
     base = str(settings.base_model_name_or_path)
-    readme = _readme(num_rows(folder, settings), base, settings.revision)
+    kinds = (type(model.config), type(model.get_base_model()))
+    own_code = any(kind.__module__.startswith("transformers_modules.") for kind in kinds)  # that the run trusts
+    readme = _readme(num_rows(folder, settings), base, settings.revision, own_code)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _readme(rows: int, base: str, revision: str | None) -> str:
-    base_rows, resize = _base_rows(base, revision), ""
+def _readme(rows: int, base: str, revision: str | None, own_code: bool) -> str:
+    base_rows, resize = _base_rows(base, revision, own_code), ""
     if not rows:
         tokens = "No token was added."
     elif base_rows is not None and rows <= base_rows:
@@ -63,16 +65,17 @@ def _readme(rows: int, base: str, revision: str | None) -> str:
     else:
         tokens = "Training added tokens that the base has no rows for, so it gets them before the adapter is loaded:"
         resize = _RESIZE.format(rows=rows)
-    at = "" if revision is None else f', revision="{revision}"'
-    return README.format(base=base, tokens=tokens, resize=resize, revision=at)
+    arguments = "" if revision is None else f', revision="{revision}"'
+    arguments += ", trust_remote_code=True" if own_code else ""
+    return README.format(base=base, tokens=tokens, resize=resize, arguments=arguments)
 
 
-def _base_rows(base: str, revision: str | None) -> int | None:
+def _base_rows(base: str, revision: str | None, own_code: bool) -> int | None:
     """How many tokens have rows in the base, by its configuration; None where that cannot be read."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision or "main")
+        config = AutoConfig.from_pretrained(base, revision=revision or "main", trust_remote_code=own_code)
         return int(config.get_text_config(decoder=True).vocab_size)
     except Exception:  # whatever it raises for a base of another form
         return None
