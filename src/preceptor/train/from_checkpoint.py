@@ -54,7 +54,7 @@ def save_checkpoint(checkpoint: Path, folder: Path, trust_remote_code: bool = Fa
 def _where_it_started(checkpoint: Path) -> contextlib.AbstractContextManager[None]:
     """Inside, relative paths of the run file mean what they meant where training was started, if that folder exists."""
     directory = record_of(checkpoint.parent.parent).get("directory")
-    if isinstance(directory, str) and Path(directory).is_dir():
+    if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
         return contextlib.chdir(directory)
     return contextlib.nullcontext()
 
