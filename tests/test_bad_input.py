@@ -230,7 +230,7 @@ def test_a_model_that_is_not_there_is_told_before_torch_is_imported(arguments):
     ],
 )
 def test_an_error_that_nobody_expected_is_one_line_and_its_traceback_a_file(error, shown, preceptor, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr("preceptor.commands.options.check_models", fail)

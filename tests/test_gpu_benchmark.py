@@ -12,6 +12,9 @@ from preceptor.model import compiled
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_all_phases_run_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", compiled.BACKEND)  # put back afterwards
+    for made in (compiled._compiled, compiled.watch):  # by tests before this one
+        made.cache_clear()
+    torch._dynamo.reset()
     monkeypatch.setattr(gpu, "PHASES", {name: (part, 600, phase) for name, (part, _, phase) in gpu.PHASES.items()})
     gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())

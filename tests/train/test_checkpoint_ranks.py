@@ -160,7 +160,7 @@ def test_what_one_rank_writes_where_the_first_does_not_see_it_is_not_published(t
                 return described
 
             checkpoint.describe_files = on_another_disk
-        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group())
+        checkpoints = Checkpoints(tmp_path / "checkpoints", "this", 5, world=World.of_process_group().with_own_group())
         with pytest.raises(CheckpointError, match=r"__1_0\.distcp: another process has written it.*all nodes share"):
             checkpoints.save(take_steps(state_of(on_ranks=True), 2))
 

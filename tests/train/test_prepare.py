@@ -30,8 +30,8 @@ def test_a_conversation_far_down_in_plain_text_is_rejected_not_half_trained(run_
 def test_each_file_is_read_once(run_file, monkeypatch):
     """Also where its first examples tell whether a template is needed."""
     names = []
-    rows = text_files.jsonl_rows
-    monkeypatch.setattr(text_files, "jsonl_rows", lambda file, name: names.append(file.name) or rows(file, name))
+    lines = text_files.jsonl_lines
+    monkeypatch.setattr(text_files, "jsonl_lines", lambda file, name: names.append(file.name) or lines(file, name))
     file = run_file([*TEXTS, *conversations(2)], eval_rows=conversations(1))
     prepare(config.load(file, ["data.chat_template=null"]))
     assert names == ["train.jsonl", "eval.jsonl"]

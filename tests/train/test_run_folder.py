@@ -434,11 +434,11 @@ def test_refusals_come_before_torch(place):
         "atexit.register(lambda: print('torch' in sys.modules)); cli.main()"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 2 and "is the working directory" in shown.stderr and shown.stdout.endswith("\nFalse\n")
+    assert shown.returncode == 2 and "is the working directory" in shown.stderr and shown.stdout == "False\n"
     left_by(run_of(), place / "run")
     (place / "run.yaml").write_text(config.dump(run_of()))
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert shown.returncode == 6 and "this run is finished" in shown.stderr and shown.stdout.endswith("\nFalse\n")
+    assert shown.returncode == 6 and "this run is finished" in shown.stderr and shown.stdout == "False\n"
     shutil.rmtree(place / "run")
     left_by(run_of(), place / "run", "saved")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -86,9 +86,9 @@ def install(model: nn.Module, mode: Mode = "auto", check: bool = True) -> ModelS
         layers = decoder_layers(model)
         for index, layer in enumerate(layers):
             adopt(layer, EngineLayer, state, (index, len(layers)))
-        for module in decoder.get_input_embeddings().modules():
-            if isinstance(module, nn.Embedding):  # no sequence is padded: such a token is one of the data, and learns
-                state.padding_idx[module], module.padding_idx = module.padding_idx, None
+        for name, module in decoder.named_modules():  # no sequence is padded: such a token is data, and learns
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None and "position" not in name:
+                module.__dict__["engine_padding_idx"], module.padding_idx = module.padding_idx, None
         state.asked_to_compile = mode == "compiled"
         if mode == "auto":
             state.not_compiled = why_not(model, device_of(model))
@@ -120,8 +120,9 @@ def remove(model: nn.Module) -> None:
         for optimisation in OPTIMISATIONS:
             optimisation.remove(model, state)
         unwatch_routers(model)
-        for module, padding_idx in state.padding_idx.items():
-            module.padding_idx = padding_idx  # type: ignore[assignment]
+        for module in causal_lm(model).modules():
+            if "engine_padding_idx" in module.__dict__:
+                module.padding_idx = module.__dict__.pop("engine_padding_idx")
         for layer in decoder_layers(model):
             release(layer, EngineLayer)
 

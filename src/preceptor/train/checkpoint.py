@@ -313,7 +313,7 @@ def _content(state: State, with_optimizer: bool) -> Content:
 def _write_part(content: Content, partial: Path, place: Path, num_bytes: int, world: World) -> None:
     writer = FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
     with _explained(lambda cause: cannot_write(place, cause, num_bytes)):
-        save(content, storage_writer=writer, process_group=world.group, no_dist=world.group is None)
+        save(content, storage_writer=writer, process_group=world.group, no_dist=world.size == 1)
 
 
 def _saved_tensors(place: Path, state: State) -> dict[str, Any]:
@@ -337,7 +337,7 @@ def _load(saved: Mapping[str, Any], place: Path, state: State, world: World, wit
         content[full] = _empty(saved[full], trained[name], state.optimizer)
     with _explained(_unreadable(place)):
         reader = FileSystemReader(place)
-        load(content, storage_reader=reader, process_group=world.group, no_dist=world.group is None)
+        load(content, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
     if owners:
         state.optimizer.state.clear()
     for full, (parameter, key) in owners.items():

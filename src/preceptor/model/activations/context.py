@@ -130,7 +130,6 @@ class ModelState:
     ranks: how the model is spread over processes (sharding.py); None: it is in this one alone.
     noise_TD: on the embeddings of the sequence that is running. routers: how many are watched (routers.py).
     asked_to_compile: by the run file; else the engine chooses, and not_compiled is why it did not.
-    padding_idx: what the input embeddings had; None while the engine is installed.
     """
 
     optimisations: set[str] = field(default_factory=set)
@@ -142,7 +141,6 @@ class ModelState:
     routers: int = 0
     asked_to_compile: bool = False
     not_compiled: str | None = None
-    padding_idx: dict[nn.Module, int | None] = field(default_factory=dict)
 
     @property
     def compiles(self) -> bool:
