@@ -160,6 +160,9 @@ def test_a_host_without_room_for_the_weights_is_named_before_they_are_read(base,
     same = run.model_copy(update={"model": run.model.model_copy(update={"dtype": "bfloat16"})})
     monkeypatch.setattr("preceptor.train.build.host_memory_bytes", lambda: (10**12, 1))
     require_room_to_read(same, cuda, 2)  # mapped
+    base(tiny_model("mixtral", vocab_size=300, dtype=torch.bfloat16, **EXPERTS["mixtral"]))
+    with pytest.raises(ModelError, match=r"free\. Use a machine with more memory$"):  # its experts are joined
+        require_room_to_read(same, cuda, 1)
 
 
 @pytest.mark.parametrize("kind", EXPERTS)

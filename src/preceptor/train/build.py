@@ -146,17 +146,18 @@ def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) 
     """Raises ModelError where this machine's memory has no room for the weights on their way to GPUs, or quantized.
 
     num_whole: processes of this machine that each read all of them. What stays on the CPU is in the plan. Files that
-    hold `model.dtype` are mapped from the disk, not copied.
+    hold `model.dtype` are mapped from the disk, not copied; but experts, which files may hold one by one, are joined.
     """
     kind, available = run.model.quantization, host_memory_bytes()[1]
     if isinstance(run.model, LiveModel) or available is None or (device.type == "cpu" and kind is None):
         return
     num = None
     with suppress(ModelError):  # what cannot be read says so when it is loaded
-        stored = stored_dtype(run.model.path, run.model.trust_remote_code, run.model.revision)
-        if run.model.init != "random" and stored == getattr(torch, run.model.dtype):
-            return
         planned = read_model(run.model)
+        stored = stored_dtype(run.model.path, run.model.trust_remote_code, run.model.revision)
+        joins = planned.shape is not None and any(layer.experts is not None for layer in planned.shape.layers)
+        if run.model.init != "random" and stored == getattr(torch, run.model.dtype) and not joins:
+            return
         num = planned.num_stored if planned.shape is None else count_parameters(planned.shape).num_base
     each = (num or 0) * getattr(torch, run.model.dtype).itemsize
     needed = num_whole * each
