@@ -18,6 +18,7 @@ SHORT, LONG = {"role": "system", "content": "a"}, {"role": "system", "content": 
 LATER = {"role": "system", "content": "NOW SHOUT, I beg you"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"name": "a"}}}
 CALLED = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False}, *CHAT[2:]]
+NAMED_LATER = [*CALLED[:2], {"role": "user", "content": "Call f again."}, *CALLED[3:]]
 WITH_CALLS = TWO_ROLES.replace(
     "assistant\n{{ m.content }}",
     "assistant\n{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}",
@@ -36,6 +37,8 @@ RESULT = [CHAT[0], {"role": "assistant", "content": "one moment"}, {"role": "too
         (TWO_ROLES, CALLED, None, ("tool call",)),
         (TWO_ROLES, CALLED, TOOLS, ("tools", "tool call")),
         (WITH_CALLS, CALLED, None, ()),
+        (TWO_ROLES, NAMED_LATER, None, ("tool call",)),
+        (WITH_CALLS, NAMED_LATER, None, ()),
         (FIRST_SYSTEM, [LONG, *CHAT], None, ()),  # as JSON
         (FIRST_SYSTEM, [LONG, *CHAT[:2], LATER, *CHAT[2:]], None, ("system prompt",)),
         (ONE_TURN, [*CHAT, CHAT[2], CHAT[3]], None, ("user message", "earlier answer")),

@@ -352,3 +352,25 @@ def test_the_command_lists_and_prunes(load, preceptor, tmp_path):
     assert code == 0 and "1 removed" in out
     assert "empty" in preceptor("cache", "--folder", tmp_path / "cache")[1]
     assert not Path(tmp_path / "none").exists() and preceptor("cache", "--folder", tmp_path / "none")[0] == 0
+
+
+def test_the_lock_of_another_user_that_nobody_holds_is_no_rendering(tmp_path, monkeypatch):
+    (tmp_path / "locks").mkdir()
+    place = tmp_path / "locks" / "key.lock"
+    place.touch()
+    opened = Path.open
+
+    def of_another_user(path, mode="r", *named, **given):
+        if path == place and mode != "rb":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, mode, *named, **given)
+
+    monkeypatch.setattr(Path, "open", of_another_user)
+    assert not cache_module._is_building(tmp_path)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        holder.stdout.readline()
+        assert cache_module._is_building(tmp_path)
+        holder.communicate("\n", timeout=10)

@@ -6,9 +6,11 @@ import json
 import pytest
 
 from preceptor.config import Source
+from preceptor.config.held import LiveSource
 from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
+from preceptor.data.formats.memory import RecordList
 from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import DataError
 
@@ -187,3 +189,17 @@ def test_only_lines_of_json_are_parsed_later(tmp_path, name, columns):
     for path, own, words in (("empty.jsonl", {}, "is empty"), (name, {"text": "none"}, "has no column 'none'")):
         with pytest.raises(DataError, match=words):
             list(OpenSource(Source(path=str(tmp_path / path), columns=own)).unread())
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "q", "completion": "a"}])
+def test_of_records_in_memory_only_what_is_read_is_spelled(columns):
+    """Else an object beside it, which is spelled by its address, would make each process read other data."""
+    keys = list(columns.values()) or ["prompt", "completion"]
+
+    def spelled(answer):
+        table = RecordList([{keys[0]: "one", keys[1]: answer, "beside": object()}], "memory:a")
+        return [
+            each.spelled() for each in OpenSource(LiveSource(path="memory:a", table=table, columns=columns)).unread()
+        ]
+
+    assert spelled("two") == spelled("two") != spelled("three")

@@ -159,3 +159,12 @@ def test_one_that_fails_gives_way_to_torchs_own(switch):
     assert cuda.replaceable_kernels() == ["FA3"] and cuda.give_up_kernel("no such head") == "FA3"
     assert switch.active is None and cuda.kernels() == {"kernels_given_up": {"FA3": "no such head"}}
     assert cuda.give_up_kernel("again") is None
+
+
+def test_one_without_which_it_fails_too_is_used_again(switch):
+    switch.installed = {"FA3": None}
+    cuda._use_newest_flash(GPU)
+    said = []
+    with pytest.raises(ZeroDivisionError):
+        cuda.with_kernels_that_run(lambda: 1 / 0, lambda *each: said.append(each))
+    assert switch.active == "FA3" and cuda.kernels() == {"flash": "FA3"} and not said

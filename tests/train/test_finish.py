@@ -53,6 +53,13 @@ def test_a_model_that_cannot_be_saved_leaves_a_checkpoint_of_its_weights(trained
     assert back.step == 7 and all((p == back.trained[name]).all() for name, p in state.trained.items())
 
 
+def test_a_checkpoint_that_another_thread_writes_is_waited_for(trained, tmp_path):
+    state, _ = trained
+    checkpoints = Checkpoints(tmp_path / "later", "this", keep=2, async_save=True)
+    with pytest.raises(CheckpointError, match="finished and kept in"):
+        save_at_the_end(saving(FULL), state, checkpoints, StopRequest(), print)
+
+
 def test_where_neither_fits_both_are_tried_again(trained, monkeypatch):
     state, checkpoints = trained
     monkeypatch.setattr(Checkpoints, "_write", lambda *_: (_ for _ in ()).throw(FULL))

@@ -140,20 +140,29 @@ def test_weights_that_are_not_finite_are_named(value, base, preceptor, run_file,
 
 
 def test_a_host_without_room_for_the_weights_is_named_before_they_are_read(base, run_file, monkeypatch):
-    """On their way to the GPUs, where each process reads all of them, or to be quantized."""
-    model = llama()
+    """On their way to the GPUs, where each process reads all of them, or to be quantized: where they are converted."""
+    model = llama().to(torch.bfloat16)
     run = config.load(run_file(model__path=base(model)))
     each = 4 * sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr("preceptor.train.build.host_memory_bytes", lambda: (10**12, 3 * each // 2))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     require_room_to_read(run, cuda, 1)
     require_room_to_read(run, cpu, 2)  # where they stay: the plan says so
-    words = r"each of 2 processes on this machine reads all weights, .* in float32, .*brought to the GPU.*shard \(one"
+    words = r"each of 2 processes on this machine reads all weights, .* in float32, .*to the GPU.*shard \(one.*or fewer"
     with pytest.raises(ModelError, match=words):
         require_room_to_read(run, cuda, 2)
     quantized = run.model_copy(update={"model": run.model.model_copy(update={"quantization": "nf4"})})
-    with pytest.raises(ModelError, match=r"before they are quantized: .* Choose fewer processes"):
+    with pytest.raises(ModelError, match=r"are quantized\. .* host RAM is free\. Use fewer processes or model"):
         require_room_to_read(quantized, cpu, 2)
+    monkeypatch.setattr("preceptor.train.build.host_memory_bytes", lambda: (10**12, each // 2))
+    with pytest.raises(ModelError, match=r"free\. Use model\.dtype: bfloat16 or a machine with more memory$"):
+        require_room_to_read(run, cuda, 1)
+    same = run.model_copy(update={"model": run.model.model_copy(update={"dtype": "bfloat16"})})
+    monkeypatch.setattr("preceptor.train.build.host_memory_bytes", lambda: (10**12, 1))
+    require_room_to_read(same, cuda, 2)  # mapped
+    base(tiny_model("mixtral", vocab_size=300, dtype=torch.bfloat16, **EXPERTS["mixtral"]))
+    with pytest.raises(ModelError, match=r"free\. Use a machine with more memory$"):  # its experts are joined
+        require_room_to_read(same, cuda, 1)
 
 
 @pytest.mark.parametrize("kind", EXPERTS)

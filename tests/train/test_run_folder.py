@@ -261,6 +261,16 @@ def test_processes_that_start_together_never_share_a_folder(place):
         assert racer.returncode == 0, error
 
 
+def test_a_lock_that_cannot_be_written_is_an_error(place, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lock.os, "write", fail)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left"), claim(run_of()):
+        pass
+    assert not (place / "run" / ".lock").exists()
+
+
 def test_a_file_system_without_locks_is_said(place, monkeypatch):
     def fail(*_):
         raise OSError(95, "Operation not supported")

@@ -344,7 +344,8 @@ def left_out(
 ) -> tuple[str, ...]:
     """The kinds of messages whose text is not in the prompts of the turns, `tool call` and `tools`.
 
-    starts: the number of each message's first leaf, and of all leaves.
+    starts: the number of each message's first leaf, and of all leaves. Of tool calls it is a lower bound: the name may
+    stand before the next message's text by chance.
     """
     found: dict[str, None] = {}
     shown = forms.texts | forms.one_part  # roles whose messages the template shows at all
@@ -361,7 +362,10 @@ def left_out(
             for index in range(starts[k], starts[k + 1]):
                 leaf = turn.leaves[index]
                 if leaf.path[0] == "tool_calls" and leaf.path[2:] in (("name",), ("function", "name")):
-                    if turn.prompt.find(leaf.text, at) < 0 and not _prompt_shows(turn, index, leaf.text, role in shown):
+                    until = _next_text(turn, messages, starts, k, at)
+                    if turn.prompt.find(leaf.text, at, until) < 0 and not _prompt_shows(
+                        turn, index, leaf.text, role in shown
+                    ):
                         found["tool call"] = None
                     continue
                 text = _needed_text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
@@ -374,6 +378,16 @@ def left_out(
                     found[_KINDS[role]] = None
         earlier, done = turn.prompt, turn.message
     return tuple(found)
+
+
+def _next_text(turn: Turn, messages: Sequence[Mapping[str, Any]], starts: Sequence[int], k: int, from_here: int) -> int:
+    """Where the text of the message after message k begins in the prompt; the prompt's end where that is not known."""
+    if k + 1 < turn.message:
+        for leaf in turn.leaves[starts[k + 1] : starts[k + 2]]:
+            text = _needed_text(leaf, messages[k + 1]["role"], turn.tags) if leaf.path[0] == "content" else ""
+            if text and (place := turn.prompt.find(text, from_here)) >= 0:
+                return place
+    return len(turn.prompt)
 
 
 def _needed_text(leaf: Leaf, role: str, tags: Mapping[str, str]) -> str:

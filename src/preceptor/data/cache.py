@@ -346,11 +346,15 @@ def _is_building(folder: Path) -> bool:
         if place.name.startswith("using-"):
             continue
         try:
-            with place.open("r+b") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return True
+            file = place.open("rb")  # of another user's file only reading may be allowed
+        except OSError:
+            continue
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return True
     return False
 
 

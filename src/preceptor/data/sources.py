@@ -45,8 +45,13 @@ class UnreadRow(NamedTuple):
     opened: "OpenSource"
 
     def spelled(self) -> str:
-        """What differs where the row does; also where a line of JSON has other spaces."""
-        return self.row.rstrip() if isinstance(self.row, str) else repr(self.row)
+        """What differs where the row does in what is read of it; also where a line of JSON has other spaces."""
+        if isinstance(self.row, str):
+            return self.row.rstrip()
+        if isinstance(self.row, Unreadable) or self.opened.own is not None:
+            return repr(self.row)
+        read = self.opened.keys_read
+        return repr({key: value for key, value in self.row.items() if key in read})
 
     def entry(self) -> Entry:
         """Raises DataError where a line is no JSON object."""
@@ -124,7 +129,7 @@ class OpenSource:
         if names is not None:
             _check_columns(table.name, names, self.source)
         lines = table.lines() if isinstance(table, TextFile) else None
-        wanted = None if self.own else list(columns.values()) or _KEYS
+        wanted = None if self.own else self.keys_read
         rows = _not_empty(table.name, table.rows(wanted) if lines is None else lines)
         if columns and names is None:  # each row has keys of its own
             first = list(islice(rows, _FIRST))
@@ -132,6 +137,11 @@ class OpenSource:
             rows = chain(first, rows)
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
+
+    @property
+    def keys_read(self) -> Sequence[str]:
+        """Of each row, without a function of the user's own."""
+        return list(self.source.columns.values()) or _KEYS
 
     def parsed(self, place: str, row: str | Row) -> Row:
         """A row that may be a line of JSON. Raises DataError where it is no JSON object."""

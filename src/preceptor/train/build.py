@@ -145,7 +145,8 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
 def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) -> None:
     """Raises ModelError where this machine's memory has no room for the weights on their way to GPUs, or quantized.
 
-    num_whole: processes of this machine that each read all of them. What stays on the CPU is in the plan.
+    num_whole: processes of this machine that each read all of them. What stays on the CPU is in the plan. Files that
+    hold `model.dtype` are mapped from the disk, not copied; but experts, which files may hold one by one, are joined.
     """
     kind, available = run.model.quantization, host_memory_bytes()[1]
     if isinstance(run.model, LiveModel) or available is None or (device.type == "cpu" and kind is None):
@@ -153,17 +154,27 @@ def require_room_to_read(run: config.Run, device: torch.device, num_whole: int) 
     num = None
     with suppress(ModelError):  # what cannot be read says so when it is loaded
         planned = read_model(run.model)
+        stored = stored_dtype(run.model.path, run.model.trust_remote_code, run.model.revision)
+        joins = planned.shape is not None and any(layer.experts is not None for layer in planned.shape.layers)
+        if run.model.init != "random" and stored == getattr(torch, run.model.dtype) and not joins:
+            return
         num = planned.num_stored if planned.shape is None else count_parameters(planned.shape).num_base
     each = (num or 0) * getattr(torch, run.model.dtype).itemsize
     needed = num_whole * each
     if needed > available:
         whose = "one process" if num_whole == 1 else f"each of {num_whole} processes on this machine"
         first = "quantized" if kind is not None else "brought to the GPU"
-        less = " parallel.strategy: shard (one process reads for all)," if num_whole > 1 and kind is None else ""
+        helps = ["a machine with more memory"]
+        if run.model.dtype != "bfloat16":
+            helps.insert(0, "model.dtype: bfloat16")
+        if num_whole > 1:
+            helps.insert(0, "fewer processes")
+        if num_whole > 1 and kind is None:
+            helps.insert(0, "parallel.strategy: shard (one process reads for all)")
         raise ModelError(
             f"{run.model.path}: {whose} reads all weights, {readable_bytes(each)} in {run.model.dtype}, before they "
-            f"are {first}: {readable_bytes(needed)} of this machine's memory, of which {readable_bytes(available)} "
-            f"are available. Choose{less} fewer processes, model.dtype: bfloat16, or a machine with more memory"
+            f"are {first}. That takes {readable_bytes(needed)}, and {readable_bytes(available)} of host RAM is free. "
+            f"Use {' or '.join(helps)}"
         )
 
 
@@ -232,8 +243,8 @@ def _require_stop_token_learned(model: Any, tokenizer: Any, new: Mapping[str, in
         head = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
         raise ModelError(
             f"model.{key}: {head} is frozen, and it has the row of {tokenizer.eos_token}, which ends each answer and "
-            "is new to the model: it could never learn to stop. Train that weight too, or choose a data.chat_template "
-            "whose stop token the model knows"
+            "is new to the model: the model could never learn to stop. Train that weight too, or choose a "
+            "data.chat_template whose stop token the model knows"
         )
 
 

@@ -50,6 +50,7 @@ def save_at_the_end(
             break
         try:
             checkpoints.save(state, with_optimizer=False)
+            checkpoints.wait()  # of an asynchronous one
             break
         except CheckpointError as error:
             if any(checkpoints.world.max(stop.number is not None)):  # of several processes one may have been told

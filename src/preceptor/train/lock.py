@@ -44,7 +44,7 @@ def locked(folder: Path, out: str) -> Iterator[list[str]]:
 
 
 def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
-    """Raises CheckpointError where another process holds the lock."""
+    """Raises CheckpointError where another process holds the lock, or it cannot be written."""
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,15 @@ def _lock(folder: Path, out: str) -> tuple[int, list[str]]:
         except FileNotFoundError:
             is_same = False
         if is_same:  # else its holder removed it when it ended, and it protects nothing
-            with suppress(OSError):  # it says only who holds it
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{holder_name()}\n".encode())
+            try:
+                with writing(folder):
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{holder_name()}\n".encode())
+            except CheckpointError:
+                (folder / LOCK).unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
+            with suppress(OSError):
                 os.fsync(descriptor)  # other machines of a file system by network see it then
             return descriptor, notes
         os.close(descriptor)

@@ -25,7 +25,7 @@ import torch
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError
-from preceptor.model.attention.cuda import with_kernels_that_run
+from preceptor.model.attention.cuda import kernels, with_kernels_that_run
 from preceptor.model.checks.compiled import check_compiled
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
@@ -46,8 +46,8 @@ from preceptor.train.step import accumulate_gradients, does_not_fit, update_does
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from
 _NO_ROOM = (
-    "the proofs before step 1 do not fit in memory beside the weights. Use bfloat16 weights (model.dtype), a quantized "
-    "base under an adapter (model.quantization), or a smaller model"
+    "the checks before step 1 ran out of memory with the weights loaded. Use bfloat16 weights (model.dtype), a "
+    "quantized base under an adapter (model.quantization), or a smaller model"
 )
 
 
@@ -91,6 +91,8 @@ def _prove(
     reserved: OptimizerMemory,
 ) -> Loader | StreamLoader:
     model = engine.model
+    for kernel, error in kernels().get("kernels_given_up", {}).items():  # when the optimisations were installed
+        say(_switched_off(kernel, error))
     with _line(say, "the loss uses the model's own logits"):
         engine.call(lambda: check_head(model))
     try:
@@ -132,11 +134,15 @@ def _prove(
 def _with_kernels_that_run(prove: Callable[[], None], engine: Engine, say: Callable[[str], None]) -> None:
     """Prove; again without the fused attention that fails."""
 
-    def gave_up(kernel: str, error: str) -> None:
-        say(f"attention does without {kernel}, which fails on this GPU: {error}")
-        engine.model.zero_grad(set_to_none=True)
+    def prove_anew() -> None:
+        engine.model.zero_grad(set_to_none=True)  # of a backward that failed
+        prove()
 
-    with_kernels_that_run(prove, gave_up)
+    with_kernels_that_run(prove_anew, lambda kernel, error: say(_switched_off(kernel, error)))
+
+
+def _switched_off(kernel: str, error: str) -> str:
+    return f"attention kernel {kernel} failed on this GPU and is switched off for this run: {error}"
 
 
 @contextmanager

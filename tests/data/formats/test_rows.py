@@ -69,6 +69,12 @@ def test_what_is_no_conversation():
     assert format_of({"text": "a"}) == "text" and format_of({"body": "a"}) == "no known format"
 
 
+@pytest.mark.parametrize("beside", [{"content": None}, {"content": ""}, {"role": "", "content": []}])
+def test_empty_keys_beside_from_and_value_say_nothing(beside):
+    row = {"conversations": [message | beside for message in SHAREGPT]}
+    assert to_example(row, "x:1") == to_example({"conversations": SHAREGPT}, "x:1")
+
+
 def test_sharegpt_with_tools_as_llama_factory_writes_them():
     calls = [{"name": "f", "arguments": {"x": None}}, {"name": "g", "arguments": "{}"}]
     row = {
@@ -156,8 +162,16 @@ def test_nulls_that_a_json_file_holds_are_meant():
         ),
         ({"conversations": [{"from": "human", "value": "x"}, USER]}, "bad_message", "conversations[1] has no from"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "unknown_role", "known are human, user, gpt"),
-        ({"conversations": [{"from": "human", "value": "x", "content": "y"}]}, "ambiguous_format", "and content says"),
-        ({"conversations": [{"from": "human", "value": "x", "role": "system"}]}, "ambiguous_format", "and role says"),
+        (
+            {"conversations": [{"from": "human", "value": "x", "content": "y"}]},
+            "ambiguous_format",
+            "a different `content`; remove `content`",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "x", "role": "system"}]},
+            "ambiguous_format",
+            "a different `role`; remove `role`",
+        ),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "bad_message", "conversations[0].content must be a string"),
         (
             {"conversations": [{"from": "function_call", "value": "f(1)"}]},

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from preceptor.config import Source
+from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow
-from preceptor.data.formats.tables import find_tables
-from preceptor.data.sources import OpenSource, read_examples, read_rows
+from preceptor.data.formats.tables import HuggingFaceDataset, find_tables
+from preceptor.data.sources import OpenSource, read_examples, read_rows, require_streamable
 from preceptor.errors import ConfigError, DataError
 
 
@@ -89,6 +90,14 @@ def test_saved_data_sets_and_their_splits(tmp_path, datasets):
         texts(tmp_path / "both", split="dev")
     with pytest.raises(DataError, match="without splits; remove `split: train`"):
         texts(tmp_path / "one", split="train")
+
+
+def test_a_data_set_that_a_program_holds_can_be_streamed(datasets):
+    """It is in memory or on the disk; one of the Hub is downloaded first."""
+    held = HuggingFaceDataset(datasets.Dataset.from_dict({"text": ["a"]}), "memory:a")
+    require_streamable([OpenSource(LiveSource(path="memory:a", table=held))])
+    with pytest.raises(ConfigError, match="downloaded as a whole"):
+        require_streamable([OpenSource("owner/name")])
 
 
 def test_rows_of_a_data_set_that_was_shuffled_and_cut_come_in_its_order(tmp_path, datasets):

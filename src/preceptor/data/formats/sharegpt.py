@@ -47,8 +47,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     else:
         known = ", ".join([*ROLES, "function_call"])
         raise Unreadable("unknown_role", f"{where} is from {short(said_by)}; known are {known}")
-    if twice := next((key for key in read if rest.get(key) not in (None, read[key])), None):
-        raise Unreadable("ambiguous_format", f"{where} has from and value, and {twice} says something else; remove it")
+    if twice := next((key for key in read if rest.get(key) not in (None, "", [], read[key])), None):
+        raise Unreadable("ambiguous_format", f"{where} has from/value and also a different `{twice}`; remove `{twice}`")
     return type(message)({**read, **{key: inner for key, inner in rest.items() if key not in read}})
 
 

@@ -137,7 +137,7 @@ class HuggingFaceDataset:
 
     @property
     def is_of_hub(self) -> bool:
-        return not isinstance(self.place, Path)
+        return isinstance(self.place, Source)
 
     @cached_property
     def _loaded(self) -> Any:

@@ -131,22 +131,35 @@ def give_up_kernel(error: str) -> str | None:
     return None
 
 
+def _take_back(name: str) -> None:
+    """Use a kernel again that was given up."""
+    del _given_up[name]
+    if name != FLEX:
+        attention.activate_flash_attention_impl(name)
+
+
 def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], None] = lambda kernel, error: None) -> T:
     """What `run` gives; run again without the kernel that fails, of which `gave_up` hears, where there is another.
 
-    Triton may have none for heads of this size on this GPU, in forward or in backward alone.
+    Triton may have none for heads of this size on this GPU, in forward or in backward alone. Where `run` fails without
+    the kernels too, they are not the cause: they are used again.
     """
+    given_up: dict[str, str] = {}
     while True:
         try:
-            return run()
+            result = run()
         except Exception as error:  # Triton's own errors are of no common kind
-            if isinstance(error, PreceptorError) or is_out_of_memory(error):
-                raise
             words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            kernel = give_up_kernel(words)
+            kernel = None if isinstance(error, PreceptorError) or is_out_of_memory(error) else give_up_kernel(words)
             if kernel is None:
+                for name in given_up:
+                    _take_back(name)
                 raise
-            gave_up(kernel, words)
+            given_up[kernel] = words
+        else:
+            for name, words in given_up.items():
+                gave_up(name, words)
+            return result
 
 
 def kernels() -> dict[str, Any]:
