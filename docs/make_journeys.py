@@ -321,7 +321,10 @@ def ran(command: str, folder: Path, fails: bool = False) -> tuple[float, str]:
     done = subprocess.run(arguments, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=900)
     seconds = time.monotonic() - begun
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    lines = [line.strip() for line in (done.stdout or done.stderr).splitlines() if line.strip()]
+    said = (done.stdout or done.stderr).splitlines()
+    lines = [
+        line.strip() for line in said if line.strip() and not line.startswith("WARNING: ")
+    ]  # pip's, of where it looks
     return seconds, lines[-1].replace("|", "\\|") if lines else ""
 
 

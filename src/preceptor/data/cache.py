@@ -329,12 +329,13 @@ def _in_use(folder: Path) -> set[str]:
             found |= _using[folder][1]
             continue
         try:
-            with place.open("r+b") as file:
+            with place.open("rb") as file:  # maybe another user's
                 try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    place.unlink()
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
                     found.update(file.read().decode().split())
+                else:
+                    place.unlink()
         except OSError:
             continue
     return found
