@@ -38,7 +38,8 @@ torture: setup
 	PRECEPTOR_TORTURE=1 nice $(BIN)/python -m pytest tests/train/test_same_losses.py
 	$(MAKE) wheel-demo
 
-# The wheel in an environment with nothing else runs the demo, as after `pip install`, in WHEEL_PYTHON.
+# The wheel in an environment with nothing else runs the demo, as after `pip install`, in WHEEL_PYTHON; and all extras go
+# with the pinned versions.
 WHEEL_PYTHON ?= $(PYTHON)
 wheel-demo:
 	rm -rf build/wheel && mkdir -p build/wheel
@@ -49,6 +50,8 @@ wheel-demo:
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/dist/*.whl
 	cd build/wheel && PYTHONPATH= nice venv/bin/preceptor demo --out demo --questions 100
 	build/wheel/venv/bin/pip check
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --dry-run -c constraints.txt \
+		"$$(echo build/wheel/dist/*.whl)[docs,lm-eval,mlflow,quantized,serve,tensorboard,trackio,wandb]"
 
 # The site from docs/, in build/site; a broken link is an error.
 docs: setup
