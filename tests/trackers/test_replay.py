@@ -319,13 +319,15 @@ def test_mlflow_in_a_local_file_store(run, tmp_path, monkeypatch):
     from mlflow import MlflowClient, set_tracking_uri
 
     set_tracking_uri((tmp_path / "mlruns").as_uri())
+    patterns = {"*.mlp.*": 2, "?.mlp.[1]": 3}  # signs that MLflow takes in no name
+    (run.path / "config.yaml").write_text(json.dumps({"train": {"seed": 0}, "optimizer": {"lr_factors": patterns}}))
     stopped_and_finished(run, "mlflow")
     client = MlflowClient()
     experiment = client.get_experiment_by_name("preceptor")
     (found,) = client.search_runs([experiment.experiment_id])
     steps_sent = [metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")]
     assert steps_sent == list(range(1, 10)) and found.info.status == "FINISHED"
-    assert found.data.params["train.seed"] == "0"
+    assert found.data.params["train.seed"] == "0" and {"2", "3"} <= {*found.data.params.values()}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} >= {"report.html", "samples"}
 
 

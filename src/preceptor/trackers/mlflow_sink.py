@@ -1,6 +1,8 @@
 """MLflow: wherever MLFLOW_TRACKING_URI says, else where MLflow itself keeps its runs."""
 
 import os
+import posixpath
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,13 @@ class MlflowSink:
             place = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
             made = self._client.create_run(place, run_name=run.name, tags={"preceptor.run": run.id})
             self.tracker_id = str(made.info.run_id)
+            sent: set[str] = set()
             for key, value in run.config.items():
-                self._client.log_param(
-                    self.tracker_id, key.replace("[", ".").replace("]", ""), str(value)[:_LONGEST_VALUE]
-                )
+                name = _allowed(key.replace("[", ".").replace("]", ""))
+                while name in sent:  # of another pattern
+                    name += "_"
+                sent.add(name)
+                self._client.log_param(self.tracker_id, name, str(value)[:_LONGEST_VALUE])
         else:
             self._client.update_run(self.tracker_id, status="RUNNING")
         history = self._client.get_metric_history(self.tracker_id, "train/loss")
@@ -36,7 +41,7 @@ class MlflowSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         assert self.tracker_id is not None
         for name, value in values.items():
-            self._client.log_metric(self.tracker_id, name, value, step=step)
+            self._client.log_metric(self.tracker_id, _allowed(name), value, step=step)
 
     def samples(self, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         assert self.tracker_id is not None
@@ -54,3 +59,8 @@ class MlflowSink:
     def close(self, finished: bool) -> None:
         assert self.tracker_id is not None
         self._client.set_terminated(self.tracker_id, "FINISHED" if finished else "KILLED")
+
+
+def _allowed(name: str) -> str:
+    """The name with `_` for what MLflow takes in none (`*` of a pattern), and as a path that leads nowhere else."""
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name).replace("..", "_")).lstrip("/")
