@@ -40,6 +40,7 @@ def test_in_a_program_a_second_signal_meets_the_handler_of_before():
     """A second Ctrl-C ends no notebook's process."""
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
         with stop_on_signals(of_program=True) as stop, stop.while_training(Path()):
             os.kill(os.getpid(), signal.SIGINT)
@@ -50,6 +51,7 @@ def test_in_a_program_a_second_signal_meets_the_handler_of_before():
             assert heard == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupts)
 
 
 def test_of_several_processes_each_may_be_told_twice(monkeypatch):
