@@ -6,6 +6,7 @@ import compiled as table
 import numpy as np
 import pytest
 import torch
+from children import TORTURE
 from test_passes import assert_same, loss_and_grads
 
 from preceptor.data.dataset import Dataset
@@ -169,7 +170,7 @@ def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
     assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows", "Llama, QLoRA"])
+@pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows"] + ["Llama, QLoRA"] * bool(TORTURE))
 def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
     """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""
     case = table.CASES[name]

@@ -153,13 +153,15 @@ def run_of(run_file, tmp_path):
     return run_file(eval_rows=conversations(5), checkpoint__every="2 steps", **more)
 
 
+REPLAY = ("loss.kl_coef=0.1", "replay={data: [{path: replay.jsonl}], share: 0.4}")
+
+
 @pytest.mark.parametrize(
     ("strategy", "keys"),
     [
         ("replicate", ("adapter.rank=2", "adapter.dropout=0.1")),
-        ("shard", ("memory.context_gradient=recompute",)),
+        ("shard", ("memory.context_gradient=recompute", *REPLAY)),
         ("shard", ("adapter.rank=2", "adapter.dropout=0.1", "memory.activation_checkpointing=all")),
-        ("shard", ("loss.kl_coef=0.1", "replay={data: [{path: replay.jsonl}], share: 0.4}")),
     ],
 )
 def test_two_processes_leave_what_one_leaves(run_file, tmp_path, preceptor, strategy, keys, write_jsonl, monkeypatch):
