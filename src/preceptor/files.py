@@ -40,6 +40,14 @@ def cannot_write(path: Path, error: BaseException, num_bytes: int | None = None)
     return CheckpointError(f"{path}: cannot be written: {reason}{shown}")
 
 
+def not_seen(path: Path) -> CheckpointError:
+    """The error to raise where a file is not there for this process, and another one of its run has written it."""
+    return CheckpointError(
+        f"{path}: another process has written it, and this one does not see it: `out` must be on a file system that "
+        "all nodes share"
+    )
+
+
 def is_full(error: CheckpointError) -> bool:
     """Whether the disk, a quota or a limit has no room for what was to be written."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL

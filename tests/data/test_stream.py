@@ -183,6 +183,17 @@ def test_windows_are_the_same_when_the_first_are_passed_over(write_jsonl, opened
     assert list((tmp_path / "cache" / "portions").glob("*/*.flat")), "files that are known go through the cache"
 
 
+def fourth_window(reader, folder, read):
+    """Its hash. read: what is noted of each example, of three windows before it none."""
+    for _ in range(3):
+        reader.pass_over()
+    assert not read
+    reader.write_next(folder)
+    assert len(read) == 4
+    read.clear()
+    return FlatFile(folder / "3.flat").about["sha256"]
+
+
 def test_lines_that_are_passed_over_are_not_parsed(write_jsonl, tmp_path, monkeypatch):
     parsed, parse_line = [], reading.parse_line
     monkeypatch.setattr(reading, "parse_line", lambda *line: parsed.append(line) or parse_line(*line))
@@ -195,13 +206,7 @@ def test_lines_that_are_passed_over_are_not_parsed(write_jsonl, tmp_path, monkey
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(lines)[:-1])
         reader = reader_of([Source(path=str(file))])
-        for _ in range(3):
-            reader.pass_over()
-        assert not parsed
-        reader.write_next(tmp_path)
-        assert len(parsed) == 4
-        parsed.clear()
-        of_window[name] = FlatFile(tmp_path / "3.flat").about["sha256"]
+        of_window[name] = fourth_window(reader, tmp_path, parsed)
     assert len(set(of_window.values())) == 3, "the hash of a line is of how it is spelled"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": "More."}))
     more = reader_of([Source(path=str(file))])
@@ -232,13 +237,7 @@ def test_of_rows_that_are_passed_over_no_example_is_made(tmp_path, monkeypatch, 
             (tmp_path / "own.py").write_text("def same(row):\n    return row\n")
             source = Source(path=str(file), code=f"{tmp_path / 'own.py'}:same")
         reader = reader_of([source])
-        for _ in range(3):
-            reader.pass_over()
-        assert not made
-        reader.write_next(tmp_path)
-        assert len(made) == 4
-        made.clear()
-        of_window[name] = FlatFile(tmp_path / "3.flat").about["sha256"]
+        of_window[name] = fourth_window(reader, tmp_path, made)
     assert len(set(of_window.values())) == 2
 
 

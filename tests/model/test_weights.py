@@ -138,6 +138,22 @@ def test_a_byte_that_is_read_back_as_another_is_told_on_all_ranks(tmp_path):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+def _written_elsewhere(rank, folder):
+    """As of two nodes whose folders are two disks."""
+    model = made("llama")
+    shard_model(Engine(model), device_mesh("shard", "cpu", 2, 2))
+    if rank == 1:
+        write = weights._write_file
+        weights._write_file = lambda path, tensors: (write(path, tensors), path.unlink())
+    with pytest.raises(CheckpointError, match=r"safetensors: another process has written it.*all nodes share"):
+        save_model(model, tiny_tokenizer(), folder / "model")
+
+
+def test_a_file_that_the_first_rank_does_not_see_is_told_on_all_ranks(tmp_path):
+    on_ranks(2, _written_elsewhere, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _begun_nowhere(rank, folder):
     model = made("llama")
     shard_model(Engine(model), device_mesh("shard", "cpu", 2, 2))

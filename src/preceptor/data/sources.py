@@ -138,10 +138,10 @@ class OpenSource:
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
 
-    @property
-    def keys_read(self) -> Sequence[str]:
+    @cached_property
+    def keys_read(self) -> frozenset[str]:
         """Of each row, without a function of the user's own."""
-        return list(self.source.columns.values()) or _KEYS
+        return frozenset(self.source.columns.values() or _KEYS)
 
     def parsed(self, place: str, row: str | Row) -> Row:
         """A row that may be a line of JSON. Raises DataError where it is no JSON object."""

@@ -27,7 +27,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from preceptor.errors import CheckpointError
-from preceptor.files import writing
+from preceptor.files import not_seen, writing
 from preceptor.model.forward import Engine
 from preceptor.model.parts import causal_lm
 from preceptor.model.sharding import without_values
@@ -122,10 +122,7 @@ def _write_index(folder: Path, weight_map: Mapping[str, str], source: "_SavedTen
     files = sorted(set(weight_map.values()))
     for file in files:
         if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder}/{file}: another process has written it, and this one does not see it: `out` must be on "
-                "a disk that all machines share"
-            )
+            raise not_seen(folder / file)
     if len(files) > 1:
         metadata = {"total_parameters": source.num_parameters, "total_size": sum(source.sizes.values())}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

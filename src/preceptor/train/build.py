@@ -70,8 +70,9 @@ def _let_segments_grow() -> None:
 
     The command line says so by the environment, which torch reads once; here torch may long be there.
     """
-    if not any(name in os.environ for name in _ALLOCATOR):
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    choose = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # torch has no public name for it
+    if choose is not None and not any(name in os.environ for name in _ALLOCATOR):
+        choose("expandable_segments:True")
 
 
 def connected(prepared: Prepared, world: World) -> torch.device:

@@ -36,6 +36,7 @@ from preceptor.files import (
     cannot_write,
     describe_files,
     is_full,
+    not_seen,
     prepare_partial,
     publish,
     read_manifest,
@@ -283,10 +284,7 @@ def _require_seen(folder: Path, described: Described) -> None:
     """Raises CheckpointError where a file that some rank has written is not there for this one."""
     for name, about in described.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != about["num_bytes"]:
-            raise CheckpointError(
-                f"{folder / name}: another process has written it, and this one does not see it: `out` must be on a "
-                "file system that all nodes share. The checkpoint is not kept"
-            )
+            raise not_seen(folder / name)
 
 
 def _delete(places: Iterable[Path]) -> None:

@@ -32,7 +32,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.errors import PreceptorError
+from preceptor.errors import PreceptorError, first_line
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
@@ -149,7 +149,7 @@ def with_kernels_that_run(run: Callable[[], T], gave_up: Callable[[str, str], No
         try:
             result = run()
         except Exception as error:  # Triton's own errors are of no common kind
-            words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            words = f"{type(error).__name__}: {first_line(error)}"
             kernel = None if isinstance(error, PreceptorError) or is_out_of_memory(error) else give_up_kernel(words)
             if kernel is None:
                 for name in given_up:
