@@ -17,27 +17,25 @@ TIMEOUT_SECONDS = 120
 def on_ranks(num_ranks, function, *arguments):
     """What `function(rank, *arguments)` gives on each rank, in order.
 
-    Raises AssertionError with the traceback of the first rank that fails, and when the time is over; no process is
-    left behind.
+    Raises AssertionError with the exit codes and the traceback of each rank that fails, the first one first, and when
+    the time is over; no process is left behind.
     """
     assert torch.get_num_threads() == 1, "threads do not survive a fork"
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        pids = [_forked(rank, num_ranks, place, function, arguments) for rank in range(num_ranks)]
+        codes = dict.fromkeys(_forked(rank, num_ranks, place, function, arguments) for rank in range(num_ranks))
         try:
-            codes = _wait(pids)
+            _wait(codes)
             trouble = [
                 file.read_text() for file in sorted(place.glob("error-*"), key=lambda file: file.stat().st_mtime)
             ]
-            assert codes == [0] * num_ranks, trouble[0] if trouble else f"exit codes of the ranks: {codes} (None: hung)"
+            ended = list(codes.values())
+            assert ended == [0] * num_ranks, "\n".join([f"exit codes of the ranks: {ended} (None: hung)", *trouble])
             return [pickle.loads((place / f"result-{rank}").read_bytes()) for rank in range(num_ranks)]
         finally:
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, 0)
-                except (ProcessLookupError, ChildProcessError):
-                    pass
+            for pid in [pid for pid, code in codes.items() if code is None]:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 def _forked(rank, num_ranks, place, function, arguments):
@@ -57,16 +55,13 @@ def _forked(rank, num_ranks, place, function, arguments):
         os._exit(code)
 
 
-def _wait(pids):
-    """Exit codes; as soon as one rank fails the others have a second to say why."""
-    codes, ends = dict.fromkeys(pids), time.monotonic() + TIMEOUT_SECONDS
-    while None in codes.values():
+def _wait(codes):
+    """Fill in the exit code of each process; as soon as one rank fails the others have a second to say why."""
+    ends = time.monotonic() + TIMEOUT_SECONDS
+    while None in codes.values() and time.monotonic() < ends:
         for pid in [pid for pid, code in codes.items() if code is None]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 ends = min(ends, time.monotonic() + 1) if codes[pid] else ends
-        if time.monotonic() > ends:
-            return list(codes.values())
         time.sleep(0.01)
-    return list(codes.values())
