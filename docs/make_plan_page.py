@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor import config
-from preceptor.model.activations.policy import KEEP_ALL
+from preceptor.model.options import KEEP_ALL
 from preceptor.plan.devices import find_device
 from preceptor.plan.dry_run import DryRun, dry_run_of
 from preceptor.plan.memory import Setup, Weights, step_memory

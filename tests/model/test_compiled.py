@@ -15,12 +15,11 @@ from preceptor.data.loader import Loader
 from preceptor.errors import ModelError
 from preceptor.model import compiled, optimisations
 from preceptor.model.activations import layers
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
-from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
+from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.train.preflight import preflight
 from tiny import branching, chain, tiny_model
 

@@ -7,7 +7,6 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.activations import layers
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention import runs
 from preceptor.model.attention.runs import attend_reference
@@ -15,7 +14,8 @@ from preceptor.model.checks import phases
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.checks.phases import check_phases
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.options import ActivationPolicy
 from tiny import MODELS, branching, chain, tiny_model
 
 RNG = np.random.default_rng(0)

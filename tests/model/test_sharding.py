@@ -11,19 +11,18 @@ from ranks import on_ranks
 from preceptor.data.forest import empty_sequence, pack_trees
 from preceptor.errors import ModelError
 from preceptor.evaluate.generate import generate
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.phases import num_levels, phases
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.inputs import num_levels, phases
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import load_model
-from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
+from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import install
+from preceptor.model.options import CROSS_ENTROPY, ActivationPolicy, LossOptions
 from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import begin_sequence, device_mesh, own_part, shard_from_first, shard_model, sum_gradients
 from preceptor.train.optimizer import accumulate_in_float32
-from preceptor.train.precision import autocast
 from tiny import branching, chain, seeing_model, tiny_model, tiny_tokenizer
 
 FULL, RECOMPUTE = ActivationPolicy(), ActivationPolicy("recompute", 1)

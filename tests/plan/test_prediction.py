@@ -9,7 +9,7 @@ from measured import measured_peak, sequence_of
 from rich.console import Console
 
 from preceptor import config
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import BASE
 from preceptor.plan.plan import predict_peak_bytes, would_fit

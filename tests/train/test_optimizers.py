@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.random_bits import random_bits
+from preceptor.model.numerics import random_bits
 from preceptor.train.adamw_8bit import decoded, encoded
 from preceptor.train.build import optimizer_of
 from preceptor.train.optimizer import (

@@ -19,9 +19,8 @@ from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
 from preceptor.model.sharding import device_mesh, shard_model
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 from preceptor.world import ONE
 from tiny import branching, chain, tiny_model
 

@@ -31,8 +31,7 @@ from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import read_trees
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import Head
+from preceptor.model.loss.linear_cross_entropy import Head, output_head
 
 CHUNK_BYTES = 256 * 2**20  # of one model's float32 logits over a chunk of answer tokens
 

@@ -87,7 +87,7 @@ def prove_logits(
 
     dtype: of the weights in the folder. Raises ModelError where more than its rounding lies between them.
     """
-    from preceptor.model.closeness import relative_error, rounding
+    from preceptor.model.numerics import relative_error, rounding
 
     if not contexts:
         return []

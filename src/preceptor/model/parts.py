@@ -9,9 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from preceptor.errors import ModelError
-from preceptor.model.out_of_memory import is_out_of_memory
-from preceptor.model.sizes import is_dry_run
+from preceptor.errors import ModelError, is_out_of_memory
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -46,11 +44,6 @@ def device_of(model: nn.Module) -> torch.device:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers in order; none where the model does not mark them (GradientCheckpointingLayer)."""
     return [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def is_plain_parameter(weight: object) -> bool:
-    """Whether a weight is no more than a parameter: neither wrapped by peft nor sharded."""
-    return type(weight) is nn.Parameter or (is_dry_run() and isinstance(weight, nn.Parameter))
 
 
 def tower_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

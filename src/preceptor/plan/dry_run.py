@@ -25,17 +25,16 @@ from preceptor import config
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError, first_line
 from preceptor.hub import cannot_load, resolve_model_path
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import Quantization
-from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
-from preceptor.model.loss.options import LossOptions
+from preceptor.model.numerics import FAILURES
 from preceptor.model.optimisations import Mode, install
+from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, freeze_towers, model_type, path_mixers
 from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef

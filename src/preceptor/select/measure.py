@@ -39,8 +39,7 @@ from preceptor.errors import ModelError
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.model.loss.linear_cross_entropy import output_head, token_losses
 from preceptor.model.parts import decoder_of
 from preceptor.select.pool import AnsweredExample
 

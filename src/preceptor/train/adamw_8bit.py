@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from preceptor.model.random_bits import random_bits
+from preceptor.model.numerics import random_bits
 from preceptor.model.sharding import own_part
 from preceptor.plan.memory import BLOCK, chunk_of
 from preceptor.train.rounding import first_element, parts_of

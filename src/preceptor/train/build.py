@@ -15,9 +15,9 @@ from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.files import readable_bytes
 from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
-from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, stored_dtype
+from preceptor.model.numerics import cpu_bfloat16_feature, first_not_finite, resolve_precision
 from preceptor.model.optimisations import install
 from preceptor.model.parts import freeze_towers
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
@@ -30,7 +30,6 @@ from preceptor.plan.ranks import Placement, in_words
 from preceptor.train.finish import Say
 from preceptor.train.from_run import adapter_to_continue
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
-from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import trees_hashes
 from preceptor.train.quantized import quantize_base

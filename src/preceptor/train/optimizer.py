@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.parts import decoder_layers, is_plain_parameter
+from preceptor.model.activations.modules import is_plain_parameter
+from preceptor.model.parts import decoder_layers
 from preceptor.model.sharding import own_part
 from preceptor.model.trained import matches, require_matches
 from preceptor.plan.devices import host_memory_bytes

@@ -24,24 +24,21 @@ import torch
 
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
 from preceptor.model.checks.compiled import check_compiled
 from preceptor.model.checks.head import check_head
 from preceptor.model.checks.isolation import check_isolation
 from preceptor.model.checks.phases import check_phases
 from preceptor.model.checks.sequential import check_sequential
-from preceptor.model.closeness import require_close
 from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast, require_close
 from preceptor.model.optimisations import give_up_compiling
-from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
-from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import NOTHING_RESERVED, OptimizerMemory, accumulate_in_float32
-from preceptor.train.precision import autocast
-from preceptor.train.step import accumulate_gradients, does_not_fit, update_does_not_fit
+from preceptor.train.step import CROSS_ENTROPY_LOSS, Objective, accumulate_gradients, does_not_fit, update_does_not_fit
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from preceptor.model.random_bits import random_bits
+from preceptor.model.numerics import random_bits
 from preceptor.model.sharding import own_part
 from preceptor.plan.memory import chunk_of
 

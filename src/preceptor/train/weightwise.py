@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preceptor.model.random_bits import random_key
+from preceptor.model.numerics import random_key
 from preceptor.train import adamw_8bit
 from preceptor.train.rounding import Rounding, narrow, widened
 

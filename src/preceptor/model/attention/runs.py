@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from preceptor.data.forest import AttentionRun, TokenRange
 from preceptor.errors import ModelError
 from preceptor.model.attention.cpu import attend_fused, attend_path, attend_written_out
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import (
     AttentionOptions,
-    AttentionRun,
     ForestLayout,
     KeysValues,
     PhaseLayout,
-    TokenRange,
     dense_mask,
     path_lengths,
     product_dtype,

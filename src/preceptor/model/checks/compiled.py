@@ -6,12 +6,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from preceptor.errors import ModelError, first_line
-from preceptor.model.closeness import FAILURES, require_close, rounding
+from preceptor.errors import ModelError, first_line, is_out_of_memory
 from preceptor.model.forward import Engine
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.numerics import FAILURES, random_bits, random_key, require_close, rounding
 from preceptor.model.parts import evaluating, has_dropout, model_type
-from preceptor.model.random_bits import random_bits, random_key
 
 _ADVICE = "Set `engine: efficient`."
 _ROOTS = (1, 1 / 2, 1 / 4)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from preceptor.errors import ModelError
-from preceptor.model.closeness import require_close
 from preceptor.model.forward import gathered
-from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.numerics import require_close
 from preceptor.model.parts import causal_lm, decoder_of, evaluating, model_type
 
 

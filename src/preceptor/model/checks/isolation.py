@@ -5,14 +5,13 @@ import torch
 from torch import nn
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.attention.cuda import replaceable_kernels
 from preceptor.model.attention.runs import attention_implementation
 from preceptor.model.checks.visibility import check_visibility
-from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import Engine, gathered
-from preceptor.model.head import output_head
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.numerics import FAILURES, require_close
 from preceptor.model.parts import decoder_of, evaluating, exact_routing, model_type
 
 _PROBE_TOKENS = 24

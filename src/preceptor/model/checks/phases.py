@@ -3,16 +3,14 @@
 import torch
 from torch import nn
 
-from preceptor.errors import ModelError
-from preceptor.model.activations.inputs import SequenceInputs
+from preceptor.errors import ModelError, is_out_of_memory
+from preceptor.model.activations.inputs import SequenceInputs, phases
 from preceptor.model.activations.passes import decode_phases, decode_whole
-from preceptor.model.activations.phases import phases
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.attention.cuda import replaceable_kernels
-from preceptor.model.closeness import FAILURES, require_close
 from preceptor.model.forward import gathered
+from preceptor.model.numerics import FAILURES, require_close
 from preceptor.model.optimisations import install, probe_sequence
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.options import ActivationPolicy
 from preceptor.model.parts import evaluating, model_type
 
 _ADVICE = "Set memory.context_gradient to `full`."

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from preceptor.model.attention.runs import attention_implementation
-from preceptor.model.closeness import require_close
 from preceptor.model.forward import gathered
+from preceptor.model.numerics import require_close
 from preceptor.model.parts import decoder_of, evaluating, model_type
 
 _PROBE_TOKENS = 24
