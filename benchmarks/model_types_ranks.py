@@ -25,7 +25,7 @@ from preceptor.data.forest import PackedSequence, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.phases import check_phases
+from preceptor.model.checks import check_phases
 from preceptor.model.forward import Engine
 from preceptor.model.options import ActivationPolicy
 from preceptor.model.sharding import Strategy, device_mesh, shard_from_first, shard_model, without_values

@@ -10,7 +10,7 @@ from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
 from preceptor.model.options import ActivationPolicy

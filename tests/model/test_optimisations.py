@@ -12,7 +12,7 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import optimisations
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import OPTIMISATIONS, install, remove
 from preceptor.model.options import ActivationPolicy

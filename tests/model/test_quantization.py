@@ -14,8 +14,7 @@ from preceptor.model import quantization
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.adapters.pissa import keep_first_values
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
 from preceptor.model.options import KEEP_ALL, ActivationPolicy

@@ -10,7 +10,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.model_config import read_limits
 from preceptor.errors import ModelError
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.parts import exact_routing
 from preceptor.train.build import require_room_to_read
 from tiny import tiny_model, tiny_tokenizer

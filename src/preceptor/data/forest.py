@@ -181,7 +181,7 @@ class PackedSequence:
     share_N: np.ndarray  # what each adds to the divisor
     spans: tuple[Span, ...]  # in layout order
     divisor: float  # the sum of shares: its part of the number by which the step's loss is divided
-    alone: bool = False  # one chain, for the model's own attention and other token mixing (checks/sequential.py)
+    alone: bool = False  # one chain, for the model's own attention and other token mixing (checks.py)
 
     @property
     def num_tokens(self) -> int:

@@ -119,7 +119,7 @@ class Loader:
         self.steps_per_epoch = math.ceil(self.sequences_per_epoch / batch_size)
 
     def apart(self) -> "Loader":
-        """The same steps for a model whose layers cannot keep conversations apart (model/checks/sequential.py)."""
+        """The same steps for a model whose layers cannot keep conversations apart (model/checks.py)."""
         loader = copy.copy(self)
         loader.alone = True
         return loader

@@ -36,8 +36,7 @@ from preceptor.data.examples import Completion, Message, Rejection, trainable_tu
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.errors import ModelError
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import output_head, token_losses
 from preceptor.model.parts import decoder_of

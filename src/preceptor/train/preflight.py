@@ -2,7 +2,7 @@
 
 1. The output head that the loss uses gives the model's own logits.
 2. Conversations and branches of a sequence do not see each other: on random tokens, and on the run's own data. A model
-   of which this is not true reads each conversation alone (checks/sequential.py), if it is causal then.
+   of which this is not true reads each conversation alone (checks.py), if it is causal then.
 3. A sequence of several conversations has the loss of each alone, summed.
 4. Layers that are compiled (`engine`) give the same loss and gradient; where they do not, and the choice was left to
    the engine, they are not compiled.
@@ -26,11 +26,7 @@ from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
-from preceptor.model.checks.compiled import check_compiled
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.phases import check_phases
-from preceptor.model.checks.sequential import check_sequential
+from preceptor.model.checks import check_compiled, check_head, check_isolation, check_phases, check_sequential
 from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, require_close

@@ -15,7 +15,7 @@ run. No mask stops such a state at the border of two conversations. So they run 
 itself, behind the tokens of its path, from an empty state; what they give for the path belongs to the runs before. All
 else of the model takes the whole sequence. Tokens that several runs share go through them once for each, and once more
 in backward, so that memory does not grow with the number of branches. They are told by their convolution, which nearly
-all kinds have; that the model then keeps conversations apart is proved before each run (checks/isolation.py).
+all kinds have; that the model then keeps conversations apart is proved before each run (checks.py).
 """
 
 from collections.abc import Sequence
