@@ -23,11 +23,10 @@ from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.model import compiled
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import install
-from preceptor.model.options import ActivationPolicy
+from preceptor.model.options import ActivationPolicy, LoraOptions
 from preceptor.model.quantization import quantize
 
 BACKEND = "aot_eager"

@@ -13,11 +13,10 @@ from preceptor.data.forest import pack_trees
 from preceptor.model.activations.modules import SharedCastLinear
 from preceptor.model.activations.passes import DecoderPass, ModelState, SharedCasts, adopt
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import OPTIMISATIONS, install
-from preceptor.model.options import ActivationPolicy
+from preceptor.model.options import ActivationPolicy, LoraOptions
 from tiny import chain, tiny_model
 
 

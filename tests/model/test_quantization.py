@@ -12,12 +12,11 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import ConfigError, ModelError
 from preceptor.model import quantization
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.adapters.pissa import keep_first_values
 from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
-from preceptor.model.options import KEEP_ALL, ActivationPolicy
+from preceptor.model.options import KEEP_ALL, ActivationPolicy, LoraOptions
 from preceptor.model.quantization import QuantizedLinear, num_parameters, quantizable, quantize, quantized_layers
 from preceptor.plan.memory import quantized_bytes
 from tiny import tiny_model

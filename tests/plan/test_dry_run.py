@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
-from preceptor.model.options import KEEP_ALL, ActivationPolicy, LossOptions
+from preceptor.model.options import KEEP_ALL, ActivationPolicy, LoraOptions, LossOptions
 from preceptor.model.quantization import quantize
 from preceptor.plan.dry_run import DryRun, dry_run_like
 from preceptor.plan.memory import Setup, state_bytes, step_memory

@@ -12,7 +12,7 @@ from preceptor import config
 from preceptor.errors import ConfigError
 from preceptor.model.adapters.adapted import FirstUpdate, table_lines, without_gradient
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.options import LoraOptions
 from preceptor.train import loop
 from preceptor.train.build import optimizer_of
 from preceptor.train.step import NotFiniteError

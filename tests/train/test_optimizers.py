@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.numerics import random_bits
-from preceptor.train.adamw_8bit import decoded, encoded
 from preceptor.train.build import optimizer_of
 from preceptor.train.optimizer import (
     apply_learning_rate,
@@ -22,7 +21,7 @@ from preceptor.train.optimizer import (
     optimizer_lines,
     require_host_memory,
 )
-from preceptor.train.rounding import narrow, widened
+from preceptor.train.weightwise import decoded, encoded, narrow, widened
 from tiny import tiny_model
 
 NAMES = ("adamw", "adamw_8bit", "muon", "adafactor", "sgd")

@@ -17,8 +17,7 @@ from typing import Any
 from preceptor.errors import DataError
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
 from preceptor.evaluate.run import OWN, STOP_REASONS, ItemResult, metrics_of
-from preceptor.evaluate.score import repeated_answer, repeated_line
-from preceptor.evaluate.tasks import GROUPS, Task
+from preceptor.evaluate.tasks import GROUPS, Task, repeated_answer, repeated_line
 
 
 def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:

@@ -14,8 +14,18 @@ from preceptor.chat.thinking import find_switch
 from preceptor.chat.token_text import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
-from preceptor.inspect.outcomes import Outcome, outcome
-from preceptor.inspect.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
+from preceptor.inspect.probes import (
+    ANSWERS,
+    PROBES,
+    QUESTIONS,
+    SYSTEM,
+    TOOL,
+    Outcome,
+    Probe,
+    outcome,
+    says,
+    shows_tools,
+)
 
 _TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
 

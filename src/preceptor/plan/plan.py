@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
-from preceptor.model.adapters.options import LoraOptions, Quantization, adapter_name
-from preceptor.model.options import ActivationPolicy
+from preceptor.model.options import ActivationPolicy, LoraOptions, Quantization, adapter_name
 from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (

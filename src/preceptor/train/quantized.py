@@ -10,10 +10,10 @@ from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader, StreamLoader, pack
 from preceptor.errors import is_out_of_memory
 from preceptor.files import readable_bytes
-from preceptor.model.adapters.options import Quantization
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import remove
+from preceptor.model.options import Quantization
 from preceptor.model.parts import evaluating
 from preceptor.model.quantization import quantizable, quantize
 

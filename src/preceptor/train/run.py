@@ -40,9 +40,8 @@ from preceptor.train.loop import Loop, Step
 from preceptor.train.optimizer import optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import amounts, session, write_start
+from preceptor.train.provenance import amounts, record_of_first, session, write_start
 from preceptor.train.quantized import take_adapter
-from preceptor.train.record import record_of_first
 from preceptor.train.run_folder import RunFolder, longer
 from preceptor.train.signals import StopRequest
 from preceptor.train.step import Objective, own_loss, peak_memory_bytes, require_finite_loss
