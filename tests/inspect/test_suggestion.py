@@ -11,8 +11,8 @@ import pytest
 from conftest import conversations
 from preceptor import config
 from preceptor.config.yaml_text import parse_yaml
+from preceptor.data.examples import RejectionCounts
 from preceptor.data.loader import FEW_STEPS
-from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import ModelError
 from preceptor.hub import SCHOLAR
 from preceptor.inspect import suggestion

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
-from preceptor.chat.model_config import read_limits
+from preceptor.chat.format import read_limits
 from preceptor.errors import ModelError
 from preceptor.model.checks import check_isolation
 from preceptor.model.parts import exact_routing

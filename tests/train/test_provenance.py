@@ -13,7 +13,7 @@ from rich.console import Console
 
 from conftest import conversations
 from preceptor import config
-from preceptor.chat.token_text import special_ids
+from preceptor.chat.tokenise import special_ids
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import has_branches
 from preceptor.train import provenance

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from preceptor.chat.template import Template
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 
 _ARGUMENTS = {"probe_key": "probe value"}
 _TOOL = {

@@ -7,7 +7,7 @@ For each turn k, with the template arguments that a server would use:
 5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
 6. `GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
 
-Codes of rejections and what to do about each: `rejections.ADVICE`.
+Codes of rejections and what to do about each: `examples.ADVICE`.
 """
 
 import json
@@ -19,7 +19,6 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
@@ -27,14 +26,21 @@ from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by,
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
-from preceptor.chat.thinking import Switch, find_switch
-from preceptor.chat.token_text import bos_ids
-from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
+from preceptor.chat.thinking import Switch, TrainedCounts, find_switch
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, bos_ids
 from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    Rejected,
+    Rejection,
+    trainable_turns,
+)
 from preceptor.data.forest import Tree
-from preceptor.data.rejections import Rejected
 from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, PreceptorError, short
 

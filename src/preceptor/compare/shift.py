@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.chat.token_text import decode
+from preceptor.chat.tokenise import decode
 from preceptor.compare.verdict import MARGINAL, SHIFTED
 from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError, ModelError

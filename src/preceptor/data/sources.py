@@ -5,6 +5,7 @@ grow with the number of examples. What is no example, or cannot be trained, is a
 is a DataError.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,60 @@ from typing import Any, NamedTuple
 from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
-from preceptor.data.eval_split import Side
-from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
+from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TextFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
+
+# Sides ----------------------------------------------------------------------------------------------------------------
+
+# The side of an example follows from a hash of its question: of a conversation the first message of the user. White
+# space
+# and case do not count, as where `check` compares prompts (duplicates.py). So examples that are equal, or answer the
+# same
+# question, are on the same side; and examples that are added later, a change of their order or of `train.seed` move no
+# other one. The share is met in the mean, as if each question were drawn.
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What is read of a source: of its examples, those that are held out, or the others. share: that is held out."""
+
+    share: float
+    held_out: bool
+
+    def has(self, example: Example | Rejection) -> bool:
+        """Rejections are counted with what is trained."""
+        if isinstance(example, Rejection):
+            return not self.held_out
+        return (_drawn(example) < self.share) == self.held_out
+
+
+def holds_out_nothing(share: float) -> str:
+    """What to say where no example is held out that can be measured."""
+    return (
+        f"data.eval_size: {share:g} holds out no example that can be measured; there are few, or they ask the same. "
+        "Set a larger share, or name a file in data.eval"
+    )
+
+
+def _drawn(example: Example) -> float:
+    """A number from 0 to 1 that depends on the question alone."""
+    asked = " ".join(_question(example).split()).lower().encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest()) / 2**64
+
+
+def _question(example: Example) -> str:
+    """Where nothing is asked, all of the text."""
+    if isinstance(example, Conversation):
+        asked = next((message.content for message in example.messages if message.role == "user"), "")
+        return asked or " ".join(message.content for message in example.messages)
+    return (example.prompt or example.completion) if isinstance(example, Completion) else example.text
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
 _KEYS = (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS)

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from preceptor.chat.origins import shared_length
-from preceptor.chat.token_text import spans
+from preceptor.chat.tokenise import spans
 from preceptor.config.code import OwnFunction
 from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError, short

@@ -11,7 +11,7 @@ from preceptor.chat.message_forms import find_forms
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import find_switch
-from preceptor.chat.token_text import special_ids
+from preceptor.chat.tokenise import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
 from preceptor.inspect.probes import (

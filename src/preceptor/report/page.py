@@ -13,8 +13,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from preceptor.data.examples import Rejection
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
 from preceptor.files import LIVE, MEMORY, write_atomically
 from preceptor.report import curves, facts, trees

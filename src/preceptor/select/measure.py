@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.chat.token_text import bos_ids
+from preceptor.chat.tokenise import bos_ids
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from preceptor import config
-from preceptor.chat.counts import left_out_lines, spelled, thinking_lines
+from preceptor.chat.thinking import left_out_lines, spelled, thinking_lines
 from preceptor.data.loader import Loader, StreamLoader, few_steps
 from preceptor.model.adapters.adapted import table_lines
 from preceptor.model.load import unusable_settings

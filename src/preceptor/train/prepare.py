@@ -14,18 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from preceptor import config
-from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.chat.thinking import TrainedCounts
 from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, draw_replay, mix, with_shared_prefixes
-from preceptor.data.eval_split import holds_out_nothing
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Rejection, RejectionCounts, check_codes
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.reading import SourceReader
-from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource, open_sources, require_no_pipe
+from preceptor.data.sources import OpenSource, holds_out_nothing, open_sources, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened

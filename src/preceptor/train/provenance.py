@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from preceptor import config
-from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.config.code import load_code
 from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset

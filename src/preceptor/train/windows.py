@@ -6,9 +6,8 @@ OUT/windows.jsonl has a line for each window that was begun; data.json has the s
 from collections.abc import Callable
 from dataclasses import asdict
 
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.data.loader import Loader, Position, StreamLoader, WindowFacts
-from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line, read_json, read_json_lines, write_json, write_json_lines
 from preceptor.train.prepare import Prepared, require_few_rejected
