@@ -169,6 +169,9 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
     so that processes can be forked meanwhile (data/workers.py).
     """
     console = TerminalConsole(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn())
     progress = Progress(
         *columns,
@@ -176,7 +179,6 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
         console=console,
         transient=True,
         auto_refresh=False,
-        disable=not console.is_terminal,
     )
     examples, drawn = 0, time.perf_counter()
 
@@ -188,7 +190,7 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
             drawn = time.perf_counter()
 
     with progress:
-        numbers = [table.num_rows() for table in tables] if console.is_terminal else [None]
+        numbers = [table.num_rows() for table in tables]
         task = progress.add_task(what, total=None if None in numbers else sum(filter(None, numbers)))
         yield on_example
 

@@ -1,4 +1,4 @@
-"""The Jinja environment in which transformers renders chat templates, rebuilt, with limits: same sandbox, filters, globals.
+"""The Jinja environment in which transformers renders chat templates, rebuilt with limits: same sandbox, same filters.
 
 A chat template comes with a downloaded model and is a program. Jinja's sandbox keeps it from files and processes, not
 from `range(99999)` inside itself, `'a' * 10**10` or `'{:2000000000}'.format(1)`. Operations that make much in one step

@@ -175,10 +175,6 @@ class ChatFormat:
             template_kwargs=self.template_kwargs,
         )
 
-    def at(self, date: datetime) -> "ChatFormat":
-        """The format on that date, if its template writes one."""
-        return self if self.template is None else replace(self, template=self.template.at(date))
-
     def trained_with(self, counts: TrainedCounts) -> "ChatFormat":
         """The format as it is saved: the arguments of training are the template's own defaults, the tokenizer's too.
 
@@ -191,9 +187,12 @@ class ChatFormat:
         return replace(self, template=template)
 
 
-def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[OpenSource] = ()) -> ChatFormat:
+def load_chat_format(
+    model: config.Model, data: config.Data, sources: Iterable[OpenSource] = (), date: datetime | None = None
+) -> ChatFormat:
     """The chat format to train with: the model's tokenizer, with the tokens that the template needs.
 
+    date: for a template that writes one; None: that of each render.
     Where neither the run file nor the model names a template, chatml is used if one of the first examples of `sources`
     is a conversation, was rejected and might have been one, or is in a pipe; else there is none and nothing is added,
     so that a base model stays one. Raises ModelError and TemplateError, and DataError as reading the sources does.
@@ -219,6 +218,7 @@ def load_chat_format(model: config.Model, data: config.Data, sources: Iterable[O
         ends = turn_ends(template, tokenizer, own)
         align_tokenizer(tokenizer, template, ends.tokens[0])
         template = replace(template, variables=dict(tokenizer.special_tokens_map))
+        template = template if date is None else template.at(date)
     ids = _stop_token_ids(tokenizer, own, ends)
     return ChatFormat(tokenizer, template, ids, added, data.chat_template_kwargs, limits, ends.doubts)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preceptor.config import nearest
-from preceptor.errors import ConfigError, short
+from preceptor.errors import ConfigError, DataError, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -39,7 +39,7 @@ class Rejection:
 
 
 class Unreadable(Exception):
-    """What is wrong with a row or message: a code of `rejections.READING` and a sentence; becomes a Rejection."""
+    """What is wrong with a row or message: a code of READING and a sentence; becomes a Rejection."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -341,6 +341,16 @@ class RejectionCounts:
     @property
     def num_not_allowed(self) -> int:
         return sum(reason.count for reason in self._reasons.values() if not reason.allowed)
+
+    def require_few(self, num_rejected: int, num_examples: int, most: float) -> None:
+        """Raises DataError where so many, for reasons that are not allowed, are more than the share `most`."""
+        if num_rejected > most * num_examples:
+            raise DataError(
+                f"{num_rejected} of {num_examples} examples cannot be trained "
+                f"({num_rejected / num_examples:.1%}; data.max_rejected allows {most:.1%}):\n{self}\n"
+                "Fix the data, or let such examples be left out with "
+                f"`data.allow_rejected: [{', '.join(self.not_allowed)}]`"
+            )
 
     @property
     def not_allowed(self) -> list[str]:

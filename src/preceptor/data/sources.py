@@ -19,7 +19,7 @@ from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Exampl
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TextFile, find_tables
 from preceptor.data.formats.text_files import parse_line
-from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
+from preceptor.data.formats.values import Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
 
 # Sides ----------------------------------------------------------------------------------------------------------------
@@ -104,8 +104,11 @@ class UnreadRow(NamedTuple):
     def entry(self) -> Entry:
         """Raises DataError where a line is no JSON object."""
         own, source = self.opened.own, self.opened.source
-        row = self.opened.parsed(self.place, self.row)
-        made = _renamed(row, source) if own is None else _made(own, row)
+        made: Row | None = parse_line(self.row, self.place) if isinstance(self.row, str) else self.row
+        if own is not None:
+            made = _made(own, made)
+        elif source.columns and not isinstance(made, Unreadable):
+            made = {ours: made[theirs] for ours, theirs in source.columns.items() if theirs in made}
         if made is None:
             rejection = Rejection(self.place, "left_out", f"{source.code} gave None for it")
             return Entry(self.table, "left out", rejection)
@@ -126,7 +129,6 @@ class OpenSource:
                 f"{unknown_format(dict.fromkeys(self.source.columns))}"
             )
         self.tables = find_tables(self.source)
-        self._reader = JsonReader()
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
 
     @property
@@ -177,11 +179,10 @@ class OpenSource:
         if names is not None:
             _check_columns(table.name, names, self.source)
         lines = table.lines() if isinstance(table, TextFile) else None
-        wanted = None if self.own else self.keys_read
-        rows = _not_empty(table.name, table.rows(wanted) if lines is None else lines)
+        rows = _not_empty(table.name, lines or table.rows(None if self.own else self.keys_read))
         if columns and names is None:  # each row has keys of its own
             first = list(islice(rows, _FIRST))
-            _check_first(table.name, [self.parsed(place, row) for place, row in first], self.source)
+            _check_first(table.name, first, self.source)
             rows = chain(first, rows)
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
@@ -190,10 +191,6 @@ class OpenSource:
     def keys_read(self) -> frozenset[str]:
         """Of each row, without a function of the user's own."""
         return frozenset(self.source.columns.values() or _KEYS)
-
-    def parsed(self, place: str, row: str | Row) -> Row:
-        """A row that may be a line of JSON. Raises DataError where it is no JSON object."""
-        return parse_line(row, place, self._reader) if isinstance(row, str) else row
 
     @cached_property
     def own(self) -> OwnFunction | None:
@@ -274,16 +271,10 @@ def _not_empty(name: str, rows: Iterator[Any]) -> Iterator[Any]:
         raise DataError(f"{name}: the file is empty; it needs at least one example")
 
 
-def _renamed(row: Row, source: Source) -> Row:
-    """With the `columns` of the source."""
-    if not source.columns or isinstance(row, Unreadable):
-        return row
-    return {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
-
-
-def _check_first(name: str, first: Sequence[Row], source: Source) -> None:
+def _check_first(name: str, first: Sequence[tuple[str, str | Row]], source: Source) -> None:
     """As `_check_columns`, where each row has keys of its own."""
-    found = [row for row in first if not isinstance(row, Unreadable)]
+    parsed = [parse_line(row, place) if isinstance(row, str) else row for place, row in first]
+    found = [row for row in parsed if not isinstance(row, Unreadable)]
     _check_columns(name, list(dict.fromkeys(key for row in found for key in row)), source)
 
 

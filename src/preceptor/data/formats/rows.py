@@ -176,12 +176,12 @@ MessageField = tuple[str, Any, bool]  # the key that holds messages, the message
 
 
 def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation | Rejection:
-    tools = _tools(row, nulls)
+    tools = _tools(row, nulls) if row.get("tools", "") != "" else []
     messages: list[Message] = []
     for key, value, trained in parts:
         raw = _message_list(value, key)
         raw = [unpad_message(message, tools, nulls, f"{key}[{k}]") for k, message in enumerate(raw)]
-        if key == parts[0][0]:
+        if key == parts[0][0] and row.get("system", "") != "":
             raw = _with_system(row, raw)
         read = read_messages(raw, source, key)
         if isinstance(read, Rejection):
@@ -191,7 +191,8 @@ def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[Mes
         raise Unreadable("no_assistant_message", "no message has the role assistant, so nothing can be trained")
     if not trainable_turns(messages):
         raise Unreadable("nothing_to_train", "every assistant message has train: false or weight 0")
-    return Conversation(source, tuple(messages), tools or None, _template_kwargs(row, nulls))
+    given = _template_kwargs(row, nulls) if row.get("chat_template_kwargs", "") != "" else {}
+    return Conversation(source, tuple(messages), tools or None, given)
 
 
 def _message_list(value: Any, key: str) -> list[Any]:
@@ -204,9 +205,7 @@ def _message_list(value: Any, key: str) -> list[Any]:
 
 
 def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
-    system = row.get("system")
-    if system is None or system == "":
-        return messages
+    system = row["system"]
     if not isinstance(system, str):
         raise Unreadable("bad_system", f"system is {short(system)}; it must be a string")
     first = messages[0] if isinstance(messages[0], dict) else {}
@@ -218,8 +217,6 @@ def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
 
 
 def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
-    if row.get("tools", "") == "":
-        return []
     tools = parsed(row["tools"])
     if isinstance(tools, list):
         tools = [parsed(tool) for tool in tools]
@@ -229,8 +226,6 @@ def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
 
 
 def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
-    if row.get("chat_template_kwargs", "") == "":
-        return {}
     kwargs = parsed(row["chat_template_kwargs"])
     if not isinstance(kwargs, dict):
         raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")

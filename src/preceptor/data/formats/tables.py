@@ -36,7 +36,7 @@ from preceptor.scholar import data_file
 
 @dataclass(frozen=True)
 class RecordList:
-    """Records that a program holds, as JSON lines would have them. They are read again each time, so a change of the list is seen."""
+    """Records that a program holds, as JSON lines would have them; read again each time, so that a change is seen."""
 
     records: Sequence[Any]
     name: str
