@@ -140,8 +140,9 @@ class Runs:
     def marked(self, renders: "Renders", request: Request, text: str, only: int | None = None) -> Rendered:
         """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
         self.counts["renders with marks"] += 1
+        variables = renders.variables(request, renders.marked(request, only))
         template = compiled_marked(renders.text)
-        context = template.new_context(renders.variables(request, renders.marked(request, only)))
+        context = template.new_context(variables)
         try:
             with limits(self.template.name):
                 pieces, origins = split_by_origin(template.root_render_func(context))

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
@@ -135,19 +135,20 @@ def _items(value: Mapping[Any, Any], name: str) -> Iterator[str]:
 _MOST_PROMPTS = 20_000  # that are counted one by one; of more, the rarest half is forgotten
 
 
+@dataclass(eq=False)
 class TrainedCounts:
     """Counts of some examples, to which those of others can be added.
 
-    given: `data.chat_template_kwargs`, to which all turns' arguments are added.
+    given: `data.chat_template_kwargs`, to which all turns' arguments are added. system_prompts: "" for none.
     """
 
-    def __init__(self, switch: Switch, given: Mapping[str, Any]) -> None:
-        self.switch, self._given = switch, given
-        self._turns: Counter[tuple[str, bool]] = Counter()  # by arguments as JSON, and whether the turn has reasoning
-        self._arguments: dict[str, Mapping[str, Any]] = {}  # by what stands for them there
-        self._left_out: dict[str, list[Any]] = {}  # by kind: how many examples, and the first of them
-        self.num_conversations = 0
-        self.system_prompts: Counter[str] = Counter()  # "" for none: in how many conversations
+    switch: Switch
+    given: Mapping[str, Any]
+    num_conversations: int = 0
+    system_prompts: Counter[str] = field(default_factory=Counter)
+    _turns: Counter[tuple[str, bool]] = field(default_factory=Counter)  # by arguments as JSON, whether it has reasoning
+    _arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by what stands for them there
+    _left_out: dict[str, list[Any]] = field(default_factory=dict)  # by kind: how many examples, and the first of them
 
     def add(self, example: Example, tree: Tree) -> None:
         """Count an example that is trained."""
@@ -159,7 +160,7 @@ class TrainedCounts:
         self.num_conversations += 1
         self.system_prompts[first.content if first.role in ("system", "developer") else ""] += 1
         self._forget_rare_prompts()
-        given = {**self._given, **example.template_kwargs}
+        given = {**self.given, **example.template_kwargs}
         switched = dict(tree.switched)
         for k in {segment.message for segment in tree.segments if segment.message is not None}:
             arguments = {**given, **self.switch.set_to(switched[k])} if k in switched else given
@@ -197,7 +198,7 @@ class TrainedCounts:
         """The arguments of the run, and those that all trained turns share."""
         first, *others = [*self._arguments.values()] or [{}]
         shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
-        return {**self._given, **shared}
+        return {**self.given, **shared}
 
     def thinking(self) -> list[dict[str, Any]]:
         """For each setting of the switch and each kind of turn: how many turns. [] without a switch."""

@@ -18,6 +18,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -183,23 +184,23 @@ def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], 
     raise Rejected("unknown_token", f"the tokens of {text[:20]!r} cannot be told from those before it")
 
 
+@dataclass(eq=False, slots=True)
 class Path:
     """The prompts of one conversation, which begin alike, read one after the other, and what follows each.
 
     ids: those of the text that was read last, as `tokenizer(text, add_special_tokens=False)`.
     """
 
-    def __init__(self, tokeniser: Tokeniser) -> None:
-        self._tokeniser = tokeniser
-        self.ids: list[int] = []
-        self._text = ""
-        self._starts = [0]  # of the chunks of the text: its beginning, and each added token
-        self._num_before = [0]  # ids before each of them
-        self._last = ""  # what the text holds behind its last added token
+    tokeniser: Tokeniser
+    ids: list[int] = field(default_factory=list)
+    _text: str = ""
+    _starts: list[int] = field(default_factory=lambda: [0])  # of the chunks of the text: beginning, each added token
+    _num_before: list[int] = field(default_factory=lambda: [0])  # ids before each of them
+    _last: str = ""  # what the text holds behind its last added token
 
     def read(self, text: str) -> int:
         """Tokenise the next prompt; how many ids of the last one are the first of its own."""
-        tokeniser = self._tokeniser
+        tokeniser = self.tokeniser
         if not tokeniser.in_chunks:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
@@ -228,7 +229,7 @@ class Path:
         As in the ids of both: its first token is not spelled as at the start of a text. Raises Rejected where the
         boundary cannot be found.
         """
-        tokeniser = self._tokeniser
+        tokeniser = self.tokeniser
         if not (tokeniser.cuts_words and (not self._last or self._last[-1] == "\n")):  # else a word may go on
             before, before_ids = self._text[self._starts[-1] :], self.ids[self._num_before[-1] :]
             return _rest(tokeniser.whole, before, before_ids, text)
@@ -307,13 +308,14 @@ class SpelledOut:
             texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
                 texts.append(message.content)
-            if not texts and not message.tool_calls:
+            calls = message.given.get("tool_calls") or ()
+            if not texts and not calls:
                 continue
             own = (*tags, *tags.values()) if message.role == "assistant" else ()
             where = f"messages[{index}]"
             for text in texts:
                 found = self.in_text(text, where, own) or found
-            for call in message.tool_calls:  # names of arguments
+            for call in calls:  # names of arguments
                 self.in_text(_as_json(call), where, own, may_be_plain=found)
         return found
 
