@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.model.adapters.adapted import FirstUpdate, table_lines, without_gradient
+from preceptor.model.adapters.folder import FirstUpdate, table_lines, without_gradient
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.options import LoraOptions
 from preceptor.train import loop

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from preceptor.chat.format import load_trained_format
 from preceptor.errors import CheckpointError, ConfigError, ModelError, first_line
 from preceptor.export.card import card
-from preceptor.export.contexts import TrainedTurns, trained_turns
 from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
 from preceptor.export.ollama import modelfile, turn_format
-from preceptor.export.proof import last_logits, prove_folder, prove_gguf, prove_logits
+from preceptor.export.proof import TrainedTurns, last_logits, prove_folder, prove_gguf, prove_logits, trained_turns
 from preceptor.export.source import ExportSource
 from preceptor.files import replacing
 

@@ -11,7 +11,7 @@ from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line
-from preceptor.model.adapters.adapted import FirstUpdate, without_gradient
+from preceptor.model.adapters.folder import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations

@@ -39,9 +39,8 @@ from preceptor.train.differences import (
     rounding_differences,
 )
 from preceptor.train.finish import Say
-from preceptor.train.from_run import record_of_start
 from preceptor.train.prepare import Prepared
-from preceptor.train.run_folder import RunFolder
+from preceptor.train.run_folder import RunFolder, record_of_start
 from preceptor.world import World, command_words, package_version
 
 PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
