@@ -173,13 +173,7 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
         yield lambda: None
         return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn())
-    progress = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        auto_refresh=False,
-    )
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
     examples, drawn = 0, time.perf_counter()
 
     def on_example() -> None:

@@ -294,11 +294,7 @@ def prepare(environment: jinja2.Environment) -> jinja2.Environment:
     environment.add_extension(jinja2.ext.loopcontrols)
     environment.filters["tojson"] = _tojson
     guard_filters(environment.filters)
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": PlainDict(),
-    }
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "dict": PlainDict()}
     return environment
 
 

@@ -56,10 +56,7 @@ def read_limits(path: str, trust_remote_code: bool = False, revision: str | None
     no_table = text.model_type in _SINUSOIDS or any(key.startswith(_NO_TABLE) for key in text.to_dict())
     rows = getattr(text, "vocab_size", None)
     return ModelLimits(
-        path,
-        rows if isinstance(rows, int) else None,
-        positions,
-        longest=None if computed or no_table else positions,
+        path, rows if isinstance(rows, int) else None, positions, longest=None if computed or no_table else positions
     )
 
 

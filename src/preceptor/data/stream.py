@@ -78,12 +78,7 @@ class WindowReader:
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        size: int,
-        fitter: Fitter,
-        cache: Path | None = None,
-        num_processes: int = 1,
+        self, sources: Sequence[Source], size: int, fitter: Fitter, cache: Path | None = None, num_processes: int = 1
     ) -> None:
         self._sources, self._size, self._fitter, self._num_processes = sources, size, fitter, num_processes
         self._cache_folder = cache

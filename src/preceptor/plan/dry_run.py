@@ -99,11 +99,7 @@ class DryRun:
     # Parameters -------------------------------------------------------------------------------------------------------
 
     def parameters(
-        self,
-        adapter: LoraSpec | None = None,
-        num_new_tokens: int = 0,
-        num_rows: int = 0,
-        choice: Patterns = EVERYTHING,
+        self, adapter: LoraSpec | None = None, num_new_tokens: int = 0, num_rows: int = 0, choice: Patterns = EVERYTHING
     ) -> Parameters:
         """Raises ModelError for an adapter target that the model has not, and as `choose_trained`."""
         num_rows = num_rows or self.num_rows

@@ -137,12 +137,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
     )
 
 
-def make_case(
-    run: config.Run,
-    dry_run: "DryRun",
-    sample: Sample | str,
-    device: DeviceSpec,
-) -> Case:
+def make_case(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> Case:
     """The run on this device, its largest sequence and its peak."""
     setup = setup_of(run, sample, device)
     return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))

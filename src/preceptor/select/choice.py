@@ -164,13 +164,7 @@ def explain(found: Survey, choice: Choice) -> Iterator[dict[str, Any]]:
             yield {"source": source, "kept": False, "code": rejection.code, "reason": rejection.message}
         elif number in found.exact:
             like = found.sources[found.exact[number]]
-            yield {
-                "source": source,
-                "kept": False,
-                "code": EXACT,
-                "reason": f"repeats {like} exactly",
-                "like": like,
-            }
+            yield {"source": source, "kept": False, "code": EXACT, "reason": f"repeats {like} exactly", "like": like}
         else:
             place = place_of[number]
             rank = rank_of.get(place)

@@ -186,11 +186,7 @@ def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
 
 
 def build_evaluations(
-    prepared: Prepared,
-    folder: Path,
-    say: Callable[[str], None],
-    alone: bool,
-    world: World = ONE,
+    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
 ) -> Evaluations:
     """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat

@@ -202,10 +202,7 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "fill": loader.fill,
         "steps_per_epoch": loader.steps_per_epoch or None,
         "num_steps": num_steps,
-        "lengths": {
-            "trees": histogram(prepared.train.lengths),
-            "targets": histogram(prepared.train.target_lengths),
-        },
+        "lengths": {"trees": histogram(prepared.train.lengths), "targets": histogram(prepared.train.target_lengths)},
     }
 
 
@@ -288,11 +285,7 @@ def _segment(index: int, segment: Segment, room: int, tokenizer: Any, specials: 
 
 
 def record_of_first(
-    folder: RunFolder,
-    prepared: Prepared,
-    device: torch.device,
-    world: World,
-    say: Say,
+    folder: RunFolder, prepared: Prepared, device: torch.device, world: World, say: Say
 ) -> dict[str, Any]:
     """What is recorded of a run that begins; of one that goes on, what was recorded when it began.
 
@@ -312,12 +305,7 @@ def _compared(folder: RunFolder, prepared: Prepared, now: dict[str, Any], say: S
     if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
         raise ModelError("\n".join(reasons))
     if not folder.goes_on:
-        return {
-            "run": uuid4().hex,
-            **now,
-            "date": folder.date.isoformat(timespec="seconds"),
-            "resumed": [],
-        }
+        return {"run": uuid4().hex, **now, "date": folder.date.isoformat(timespec="seconds"), "resumed": []}
     changed = changed_keys(folder.run_file, run, f"{run.out}/config.yaml")
     reasons = [*changed.weights, *content_differences(folder.record, now)]
     if reasons:

@@ -189,13 +189,7 @@ def _checkpoints(folder: RunFolder, run: config.Run, record: Mapping[str, Any], 
 
 
 def _go_on(
-    folder: RunFolder,
-    run: config.Run,
-    state: State,
-    checkpoints: Checkpoints,
-    num_steps: int,
-    world: World,
-    say: Say,
+    folder: RunFolder, run: config.Run, state: State, checkpoints: Checkpoints, num_steps: int, world: World, say: Say
 ) -> None:
     """Bring `state` and the logs to the newest checkpoint. Raises CheckpointError where a longer run has none."""
     with explaining_out_of_memory(

@@ -24,12 +24,7 @@ from preceptor.data.forest import AttentionRun, TokenRange
 from preceptor.errors import ModelError
 from preceptor.model.activations.inputs import SequenceInputs, SplitPart, TokenGroup, loss_bearing
 from preceptor.model.activations.modules import EmbeddingNoise, noisy
-from preceptor.model.attention.layout import (
-    ForestLayout,
-    KeysValues,
-    PathMasks,
-    PhaseLayout,
-)
+from preceptor.model.attention.layout import ForestLayout, KeysValues, PathMasks, PhaseLayout
 from preceptor.model.attention.runs import IMPLEMENTATION, attention_implementation, outside_graphs
 from preceptor.model.loss.linear_cross_entropy import HeadCast
 from preceptor.model.options import KEEP_ALL, ActivationPolicy

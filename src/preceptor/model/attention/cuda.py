@@ -61,11 +61,7 @@ _given_up: dict[str, str] = {}  # and those that failed, with the error
 
 
 def fast_path(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ForestLayout | PhaseLayout,
-    options: AttentionOptions,
+    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, options: AttentionOptions
 ) -> Attend | None:
     """The fastest function that computes exactly this; None: `attend_runs`."""
     if not _is_half_on_cuda(value):

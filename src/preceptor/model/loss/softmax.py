@@ -31,11 +31,7 @@ _MOST_TOKENS = {"cpu": 1024}
 
 
 def chunk_tokens(
-    num_trained: int,
-    vocab_size: int,
-    bytes_per_logit: int,
-    logits_bytes: int | None = None,
-    device_type: str = "cpu",
+    num_trained: int, vocab_size: int, bytes_per_logit: int, logits_bytes: int | None = None, device_type: str = "cpu"
 ) -> int:
     """Trained tokens of one chunk: at least 1, at most what `logits_bytes` holds, and chunks of about one size.
 
