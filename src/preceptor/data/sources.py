@@ -104,11 +104,10 @@ class UnreadRow(NamedTuple):
     def entry(self) -> Entry:
         """Raises DataError where a line is no JSON object."""
         own, source = self.opened.own, self.opened.source
-        made: Row | None = parse_line(self.row, self.place) if isinstance(self.row, str) else self.row
-        if own is not None:
-            made = _made(own, made)
-        elif source.columns and not isinstance(made, Unreadable):
-            made = {ours: made[theirs] for ours, theirs in source.columns.items() if theirs in made}
+        row = parse_line(self.row, self.place) if isinstance(self.row, str) else self.row
+        if source.columns and own is None and not isinstance(row, Unreadable):
+            row = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+        made = row if own is None else _made(own, row)
         if made is None:
             rejection = Rejection(self.place, "left_out", f"{source.code} gave None for it")
             return Entry(self.table, "left out", rejection)

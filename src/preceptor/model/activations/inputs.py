@@ -209,11 +209,13 @@ class SequenceInputs:
             if weight_VD.requires_grad:
                 host["rows", number], host["row", number] = np.unique(ids_M, return_inverse=True)
         found = on_device(host, weight_VD.device)
-        on_paths: list[PathLengths] = [
-            (found["queries", number].int(), found["keys", number].int(), *(max(own, default=0) for own in both))
-            for number, both in enumerate(lengths)
+        on_paths = [
+            (found["queries", n].int(), found["keys", n].int(), max(queries, default=0), max(keys, default=0))
+            for n, (queries, keys) in enumerate(lengths)
         ]
-        routing = paths and Routing(paths.num_cells, found["path cell"], found["path"], found["share"])
+        routing = None
+        if paths is not None:
+            routing = Routing(paths.num_cells, found["path cell"], found["path"], found["share"])
         made = tuple(
             TokenGroup(
                 found["ids", number][None],
@@ -221,7 +223,7 @@ class SequenceInputs:
                 found["index", number],
                 on_paths[number],
                 (found["rows", number], found["row", number]) if weight_VD.requires_grad else None,
-                routing and RoutedTokens(routing, found["cell", number]),
+                None if routing is None else RoutedTokens(routing, found["cell", number]),
             )
             for number in range(len(groups))
         )
