@@ -197,8 +197,8 @@ class SequenceInputs:
             cell_T = np.pad(paths.cell_T, (0, 2 * num_levels), constant_values=paths.num_cells)
             host |= {"path cell": paths.cell, "path": paths.path, "share": paths.share_G}
         lengths = [path_lengths(each.runs) for each in every]
-        for number, (index_M, (queries, keys)) in enumerate(zip(index, lengths, strict=True)):
-            host["index", number] = index_M
+        host |= {("index", number): index_M for number, index_M in enumerate(index)}
+        for number, (queries, keys) in enumerate(lengths):
             host["queries", number], host["keys", number] = np.cumsum([0, *queries]), np.cumsum([0, *keys])
         for number, index_M in enumerate(index[: len(groups)]):
             added = computed_tokens(len(index_M), weight_VD) - len(index_M) if padded else 0
@@ -213,21 +213,21 @@ class SequenceInputs:
             (found["queries", n].int(), found["keys", n].int(), max(queries, default=0), max(keys, default=0))
             for n, (queries, keys) in enumerate(lengths)
         ]
-        routing = None
-        if paths is not None:
-            routing = Routing(paths.num_cells, found["path cell"], found["path"], found["share"])
+        of_paths = [found[name] for name in ("path cell", "path", "share")] if balanced else []
+        routing = None if paths is None else Routing(paths.num_cells, *of_paths)
         made = tuple(
             TokenGroup(
                 found["ids", number][None],
                 found["position", number][None],
                 found["index", number],
                 on_paths[number],
-                (found["rows", number], found["row", number]) if weight_VD.requires_grad else None,
-                None if routing is None else RoutedTokens(routing, found["cell", number]),
+                rows=(found["rows", number], found["row", number]) if weight_VD.requires_grad else None,
+                routed=None if routing is None else RoutedTokens(routing, found["cell", number]),
             )
             for number in range(len(groups))
         )
-        numbered = enumerate(split, start=len(groups))
-        parts = tuple(SplitPart(part, found["index", number], on_paths[number]) for number, part in numbered)
+        parts = tuple(
+            SplitPart(part, found["index", n], on_paths[n]) for n, part in enumerate(split, start=len(groups))
+        )
         of_loss = (found["subtree_end"], found["source"], found["target"], found["weight"])
         return cls(sequence, tuple(phases), made, parts, runs, num_levels, routing, *of_loss)

@@ -199,7 +199,7 @@ def computed_tokens(num_tokens: int, value: Tensor) -> int:
 
     Those that are added are the last; they are in no run, so attention gives zeros for them and nothing sees them.
     """
-    in_half = product_dtype(value) == torch.bfloat16 and device_type_of(value.device) == "cpu"
+    in_half = device_type_of(value.device) == "cpu" and product_dtype(value) == torch.bfloat16
     return on_grid(num_tokens) if in_half else num_tokens
 
 
