@@ -226,8 +226,6 @@ class SequenceInputs:
             )
             for number in range(len(groups))
         )
-        parts = tuple(
-            SplitPart(part, found["index", n], on_paths[n]) for n, part in enumerate(split, start=len(groups))
-        )
+        parts = tuple(SplitPart(part, found["index", n], on_paths[n]) for n, part in enumerate(split, len(groups)))
         of_loss = (found["subtree_end"], found["source"], found["target"], found["weight"])
         return cls(sequence, tuple(phases), made, parts, runs, num_levels, routing, *of_loss)
