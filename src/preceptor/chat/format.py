@@ -22,6 +22,9 @@ from preceptor.data.sources import OpenSource
 from preceptor.errors import ModelError, TemplateError, first_line
 from preceptor.hub import cannot_load, find_file, place_of, require_reachable, resolve_model_path
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # Of a configuration whose positions are computed for any length: rotary or ALiBi, or none beside a state space.
 _COMPUTED = ("rope_parameters", "rope_theta", "rotary_dim", "rotary_pct", "rotary_emb_base", "alibi")
 _NO_TABLE = ("mamba", "ssm_", "state_size", "linear_attn", "attention_hidden_size")
@@ -94,9 +97,6 @@ def _config(path: str, trust_remote_code: bool, revision: str | None) -> Any:
     except Exception as error:  # whatever it raises for values of another type
         raise cannot_load(path, "config.json", error) from error
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # The format -----------------------------------------------------------------------------------------------------------
 

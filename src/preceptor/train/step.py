@@ -102,6 +102,8 @@ class Objective:
 CROSS_ENTROPY_LOSS = Objective()
 
 
+# The step -------------------------------------------------------------------------------------------------------------
+
 _NAMED_EXAMPLES = 8  # of a step whose loss is not finite
 
 
