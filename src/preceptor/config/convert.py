@@ -4,24 +4,31 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from preceptor.config.peer_adapter import adapter_section, trains_adapter
-from preceptor.config.peer_data import Sources, long_examples
-from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, Peer, optimizer_name
+from preceptor.config.peer_data import HUB_ID, Sources, long_examples
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SCHEDULERS, TRAINER, Peer, optimizer_name
 from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
-from preceptor.config.peer_names import CHANGES_TRAINING, COUNTERPARTS, NO_COUNTERPART
-from preceptor.config.peer_settings import OFF, PeerSettings
+from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_settings import PeerSettings
+from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
 from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
-_HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
+_NO_CLIPPING = 1e9
+_TRACKER_KEYS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "tensorboard": ("use_tensorboard",),
+    "mlflow": ("use_mlflow", "mlflow_tracking_uri"),
+    "trackio": ("use_trackio", "trackio_project_name"),
+}
+"""Keys of Axolotl that each stand for a tracker."""
 
 
 @dataclass
@@ -106,6 +113,9 @@ class _Conversion:
         for key, (ours, cast) in DIRECT.items():
             if (value := self._given.value(key)) is not None:
                 self._set(ours, self._given.cast(key, value, cast))
+        if self._found.tree["optimizer"].get("max_grad_norm") == 0:
+            self._found.tree["optimizer"]["max_grad_norm"] = _NO_CLIPPING
+            self._given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")
         self._rest()
         tree = {key: value for key, value in self._found.tree.items() if value != {}}
         order = list(dict.fromkeys(key.partition(".")[0] for key in all_keys()))
@@ -117,7 +127,8 @@ class _Conversion:
         }
         self._found.missing = [key for key, is_there in needed.items() if not is_there]
         # what needs no action comes last
-        self._found.notes.sort(key=lambda note: note[1].endswith(("nothing to set", "remove the key")))
+        done = ("nothing to set", "remove the key")
+        self._found.notes[:] = sorted(dict.fromkeys(self._found.notes), key=lambda note: note[1].endswith(done))
         return self._found
 
     def _set(self, key: str, value: Any) -> None:
@@ -137,8 +148,10 @@ class _Conversion:
         lora = trains_adapter(self._given)
         self._quantization(lora)
         dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
-        if not lora and not dtype and self._given.on("pure_bf16") is True:
-            self._half_weights("pure_bf16")
+        if not lora and not dtype and (key := self._half_by(("pure_bf16", "bfloat16"))) is not None:
+            self._half_weights(key)
+        if lora and not dtype and self._given.peer in ("Axolotl", "LLaMA-Factory"):  # the base of an adapter
+            dtype = "bfloat16" if self._given.settings.get("bf16") in (True, "auto") else ""
         if dtype in ("bfloat16", "bf16"):
             if lora:
                 self._set("model.dtype", "bfloat16")
@@ -146,6 +159,12 @@ class _Conversion:
                 self._half_weights("dtype")
         elif dtype not in ("", "auto", "float32", "fp32"):
             self._given.not_offered("dtype", f"{dtype} is not offered: bfloat16 or float32")
+
+    def _half_by(self, keys: Sequence[str]) -> str | None:
+        """The key by which all weights are bfloat16; Axolotl loads them so, and spreads them as float32 masters."""
+        if self._given.peer == "Axolotl" and not self._given.settings.keys() & {"deepspeed", "fsdp", "fsdp_config"}:
+            keys = (*keys, "bf16")
+        return next((key for key in keys if self._given.on(key) in (True, "auto")), None)
 
     def _half_weights(self, key: str) -> None:
         """Full training of bfloat16 weights."""
@@ -180,7 +199,7 @@ class _Conversion:
             doubled = (
                 bool(self._given.value(*given))
                 if given
-                else self._given.peer in ("Axolotl", "LLaMA-Factory", "Unsloth")
+                else self._given.peer in ("Axolotl", "LLaMA-Factory", "Unsloth", "torchtune")
             )
             self._set("model.double_quantization", doubled)
         if "bfloat16" in str(self._given.settings.get("bnb_4bit_compute_dtype")):
@@ -188,7 +207,7 @@ class _Conversion:
             self._set("train.precision", "bfloat16")
 
     def _held_out_share(self, streaming: bool) -> None:
-        for key in ("val_set_size", "val_size"):
+        for key in ("val_set_size", "val_size", "test_split_size"):
             share = self._given.number(key, self._given.on(key) or 0)
             if share and (streaming or share >= 1):
                 why = "a stream has no end to choose from" if streaming else "data.eval_size is a share, such as 0.05"
@@ -197,9 +216,10 @@ class _Conversion:
                 self._set("data.eval_size", share)
 
     def _data(self) -> None:
-        for key, found in Sources(self._given, self._folder).read().items():
+        sources = Sources(self._given, self._folder)
+        for key, found in sources.read().items():
             self._set(key, found)
-        streaming = bool(self._given.on("streaming", "dataset_streaming"))
+        streaming = bool(self._given.on("streaming", "dataset_streaming", "pretraining_dataset"))
         self._held_out_share(streaming)
         if streaming:
             self._set("data.streaming", True)
@@ -212,13 +232,13 @@ class _Conversion:
         self._chat_template()
         self._train_on()
         self._packed = self._given.on("packing", "sample_packing") is not None
-        for key, value in long_examples(self._given, self._packed).items():
+        for key, value in long_examples(self._given, self._packed, sources.are_texts).items():
             self._set(key, value)
 
     def _note_of_hub(self) -> None:
         """What is read as a stream is named by its files."""
         for source in self._found.tree.get("data", {}).get("train", ()):
-            if _HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
+            if HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
                 self._given.note(
                     "streaming",
                     f"{source['path']} is of the Hub: a stream reads its files, hf://datasets/{source['path']} or a "
@@ -231,6 +251,9 @@ class _Conversion:
             return
         if name in ("chatml", "llama3", "tokenizer") or str(name).endswith(".jinja"):
             self._set("data.chat_template", str(name))
+        elif "{%" in str(name) or "{{" in str(name):
+            why = "a template in the file itself: write it to a file that ends in .jinja, and name that"
+            self._given.note("chat_template", f"{why} in data.chat_template; absent here: the model's own, else chatml")
         else:
             self._given.note(
                 "chat_template",
@@ -261,8 +284,11 @@ class _Conversion:
         self._duration()
         each = self._given.value("per_device_train_batch_size", "micro_batch_size", "batch_size")
         accumulated = self._given.value("gradient_accumulation_steps")
+        if self._given.peer == "Axolotl" and (total := self._given.on("batch_size")) is not None:
+            each, accumulated = total, 1
+        processes = self._given.value("num_processes")
         try:
-            size = int(each) * int(accumulated or 1)
+            size = int(each) * int(accumulated or 1) * int(processes or 1)
         except (TypeError, ValueError, OverflowError):
             self._given.note(
                 "batch size", f"{short(each)} times {short(accumulated)} is no number: set train.batch_size"
@@ -272,15 +298,16 @@ class _Conversion:
             unit = (
                 "packed sequences" if self._packed else "examples, each by itself; as many packed sequences hold more"
             )
-            self._given.note(
-                "batch size", f"{each} x {accumulated} {unit}; on several devices there, multiply by their number"
+            devices = (
+                f" on {processes} devices" if processes else "; on several devices there, multiply by their number"
             )
+            self._given.note("batch size", f"{each} x {accumulated} {unit}{devices}")
         if (half := self._given.on("bf16")) is not None:
             if half is True:
                 self._set("train.precision", "bfloat16")
             elif half != "auto":
                 self._given.note("bf16", f"{short(half)}: set train.precision")
-        elif self._given.on("fp16") is not None:
+        elif self._given.on("fp16", "float16") is not None:
             self._set("train.precision", "bfloat16")
             self._given.note("fp16", "float16 is not offered: bfloat16")
         loss = self._given.value("loss_type")
@@ -295,6 +322,7 @@ class _Conversion:
         steps = self._given.settings.get("max_steps")
         if isinstance(steps, int) and steps > 0:
             self._set("train.duration", f"{self._given.value('max_steps')} steps")
+            self._given.used |= {"num_train_epochs", "num_epochs", "epochs"}  # steps come first
             return
         if steps == -1:  # transformers' word for none
             self._given.used.add("max_steps")
@@ -346,10 +374,17 @@ class _Conversion:
 
     def _memory_and_moments(self) -> None:
         checkpointing = self._given.on("gradient_checkpointing", "activation_checkpointing")
-        if checkpointing is True:
+        is_off = self._given.peer == "LLaMA-Factory" and self._given.on("disable_gradient_checkpointing")
+        if checkpointing is None and not is_off:
+            sharding = self._given.settings.get("fsdp_config")
+            named = sharding if isinstance(sharding, Mapping) else {}
+            checkpointing = self._given.defaults.get("gradient_checkpointing") or any(
+                value is True for key, value in named.items() if key.endswith("activation_checkpointing")
+            )
+        if checkpointing:
             self._set("memory.activation_checkpointing", "all")
-        elif checkpointing is not None:
-            self._given.note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
+        if checkpointing not in (None, True, False):
+            self._given.note("gradient_checkpointing", f"{short(checkpointing)}: all layers run again, on the device")
         self._moment("checkpoint.every", "save", 500)
         self._moment("eval.every", "eval", None)
 
@@ -357,14 +392,14 @@ class _Conversion:
         """`checkpoint.every` or `eval.every` from a strategy and a number of steps, or from so many an epoch."""
         if (per_epoch := self._given.on(f"{kind}s_per_epoch")) is not None:
             number = self._given.number(f"{kind}s_per_epoch", per_epoch)
-            self._set(ours, f"{round(1 / number, 4):g} epochs" if number else None)
+            self._set_epochs(ours, kind, 1 / number if number else None)
             return
         strategy = self._given.value(f"{kind}_strategy", *(["evaluation_strategy"] if kind == "eval" else []))
         steps = self._given.settings.get(f"{kind}_steps") or (None if self._given.peer == "Axolotl" else default_steps)
         if kind == "eval" and strategy == "steps" and not steps:
             steps = self._logging_steps()
         if strategy == "epoch":
-            self._set(ours, "1 epochs")
+            self._set_epochs(ours, kind, 1)
         elif strategy in (None, "steps") and steps is not None:
             self._given.used.add(f"{kind}_steps")
             number = self._given.number(f"{kind}_steps", steps)
@@ -372,6 +407,12 @@ class _Conversion:
                 self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
         elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
+
+    def _set_epochs(self, ours: str, kind: str, epochs: float | None) -> None:
+        if epochs is not None and self._found.tree["data"].get("streaming"):
+            self._given.note(kind, f"every {epochs:g} epochs there; a stream has none: set {ours} in steps or minutes")
+        elif epochs is not None:
+            self._set(ours, f"{round(epochs, 4):g} epochs")
 
     def _logging_steps(self) -> Any:
         """What transformers takes for eval_steps that are not given."""
@@ -392,8 +433,9 @@ class _Conversion:
             if isinstance(given, list)
             else [given] * (given is not None)
         )
-        if self._given.on("use_wandb", "wandb_project") is not None:
-            names = [*names, "wandb"]
+        for name, keys in _TRACKER_KEYS.items():
+            if self._given.on(*keys) is not None:
+                names = [*names, name]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:
             if name not in offered:

@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 Peer = Literal["TRL", "Unsloth", "Axolotl", "LLaMA-Factory", "torchtune"]
 
+OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
+"""Values that say no more than an absent key."""
+
 TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 8,
@@ -24,6 +27,7 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         **TRAINER,
         "learning_rate": 2e-5,
         "max_length": 1024,
+        "gradient_checkpointing": True,
         "lora_r": 16,
         "lora_alpha": 32,
         "logging_steps": 10,
@@ -42,6 +46,7 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
     "LLaMA-Factory": {
         **TRAINER,
         "finetuning_type": "lora",
+        "gradient_checkpointing": True,
         "cutoff_len": 2048,
         "buffer_size": 16384,
         "lora_rank": 8,
@@ -52,6 +57,7 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         "num_train_epochs": 1.0,
         "per_device_train_batch_size": 1,
         "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
         "sequence_len": 512,
     },
     "torchtune": {
@@ -60,6 +66,8 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         "per_device_train_batch_size": 1,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
+        "max_grad_norm": 0,
+        "save_strategy": "epoch",
     },
 }
 """Values where the file has no key. A key counts as given where one of its other names (`NAMES`) is."""

@@ -97,9 +97,10 @@ class Script:
                 yield keyword
 
     def calls(self, *names: str) -> Iterator[ast.Call]:
-        """In the order of the text."""
-        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call) and self.name_of(node) in names]
-        return iter(sorted(every, key=lambda call: (call.lineno, call.col_offset)))
+        """In the order of the text; without a name every call."""
+        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call)]
+        own = [call for call in every if not names or self.name_of(call) in names]
+        return iter(sorted(own, key=lambda call: (call.lineno, call.col_offset)))
 
     @staticmethod
     def name_of(call: ast.Call) -> str:

@@ -5,14 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_without import OF_IMAGES
 from preceptor.errors import short
 
 _MODULES = {"output_proj": "o_proj"}
 _OF_MLP = ["gate_proj", "up_proj", "down_proj"]
 _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 # Of single sections: handled below, or about nothing that trains.
-_READ = frozenset(("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss"))
-_OF_NO_EFFECT = ("_component_", "fused", "foreach")
+_READ = {
+    "model",
+    "tokenizer",
+    "checkpointer",
+    "dataset",
+    "dataset_val",
+    "optimizer",
+    "lr_scheduler",
+    "loss",
+    "device",
+    "name",
+}
+_OF_NO_EFFECT = ("_component_", "fused", "foreach", "maximize", "capturable")
+_TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
 _SETTINGS = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -21,6 +34,10 @@ _SETTINGS = {
     "output_dir": "output_dir",
     "dtype": "dtype",
     "enable_activation_checkpointing": "gradient_checkpointing",
+    "enable_activation_offloading": "activation_offloading",
+    "compile": "torch_compile",
+    "run_val_every_n_steps": "eval_steps",
+    "save_every_n_steps": "save_steps",
     "clip_grad_norm": "max_grad_norm",
 }
 
@@ -34,6 +51,14 @@ def flattened(file: PeerFile) -> PeerFile:
             found.settings[_SETTINGS[key]] = value
         elif key not in _READ:
             found.settings[key] = value if not isinstance(value, Mapping) else _name(value) or value
+    if isinstance(per_epoch := found.settings.pop("max_steps_per_epoch", None), int):
+        found.settings["max_steps"] = per_epoch * int(tree.get("epochs") or 1)
+    if (tracker := _TRACKERS.get(found.settings.get("metric_logger", ""))) is not None:
+        found.settings["report_to"] = tracker
+    if tree.get("device") == "cpu":
+        found.settings["use_cpu"] = True
+    if "save_steps" in found.settings:
+        found.settings["save_strategy"] = "steps"
     _model(tree, found)
     _data(tree, found)
     _optimizer(tree, found)
@@ -71,6 +96,9 @@ def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
             found.unread.append("apply_lora_to_output: the output head gets no adapter here")
         if model.pop("quantize_base", False) or name.startswith("qlora"):
             found.settings["load_in_4bit"] = True
+    if "vision" in name:
+        found.unread.append(f"model: {name}: {OF_IMAGES}")
+        model = {key: value for key, value in model.items() if key != "image_size" and not key.endswith("_trainable")}
     _name_rest("model", model, found)
 
 
@@ -98,9 +126,18 @@ def _name_rest(section: str, values: Mapping[str, Any], found: PeerFile) -> None
 
 
 def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
-    data, tokenizer = dict(tree.get("dataset") or {}), tree.get("tokenizer") or {}
-    if tokenizer.get("max_seq_len"):
-        found.settings["max_length"] = tokenizer["max_seq_len"]
+    if length := (tree.get("tokenizer") or {}).get("max_seq_len"):
+        found.settings["max_length"] = length
+    for key, section in (("train_dataset", "dataset"), ("eval_dataset", "dataset_val")):
+        given = tree.get(section) or ()
+        named = [_source(dict(each), found) for each in (given if isinstance(given, list) else [given]) if each]
+        if entries := [entry for entry in named if entry is not None]:
+            found.settings[key] = entries
+    if not tree.get("run_val_every_n_steps") and found.settings.pop("eval_dataset", None):
+        found.unread.append("dataset_val: not evaluated there without run_val_every_n_steps: nothing to set")
+
+
+def _source(data: dict[str, Any], found: PeerFile) -> dict[str, Any] | None:
     name = _name(data)
     data.pop("_component_", None)
     if data.pop("packed", False):
@@ -111,14 +148,16 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     files = data.get("data_files")
     if source is None and files is None:
         found.unread.append(f"dataset: {name}: which data that is, is part of torchtune: name its file or Hub id")
-        return
-    entry = {"path": source, "split": data.pop("split", "train")}
+        return None
+    entry = {"path": source, "split": data.pop("split", "train"), "name": data.pop("name", None)}
+    if "column" in data:  # of texts
+        entry |= {"type": "completion", "text_column": data.pop("column")}
     if files is not None:
         entry["data_files"] = data.pop("data_files")
     if "conversation_column" in data:
         entry["field_messages"] = data.pop("conversation_column")
     data.pop("conversation_style", None)
-    found.settings["train_dataset"] = entry
     if name in _DATA:
         found.unread.append(f"dataset: {name} writes Alpaca's own prompt; here it becomes a conversation")
     _name_rest("dataset", data, found)
+    return entry
