@@ -116,6 +116,11 @@ def test_a_launchers_flags_are_no_settings_and_its_processes_count(tmp_path):
     assert converted(tmp_path, several.replace("# any other", "\\"), "b.sh").tree["train"]["batch_size"] == 16
 
 
+def test_a_script_of_sft_may_be_named_for_its_data(tmp_path):
+    found = converted(tmp_path, "python sft_gold.py --model_name_or_path m --output_dir o\n", "a.sh")
+    assert found.tree["model"]["path"] == "m"
+
+
 def test_a_remark_in_a_command_is_none_of_its_values(tmp_path):
     found = converted(tmp_path, "trl sft --model_name_or_path m --num_processes 2 # or more\n", "a.sh")
     assert found.tree["train"]["batch_size"] == 16
@@ -347,5 +352,16 @@ def test_several_data_sets_steps_of_an_epoch_and_evaluation_of_torchtune(tmp_pat
 
 def test_a_model_of_torchtune_that_sees_is_named(tmp_path):
     model = {"_component_": "torchtune.models.llama3_2_vision.llama3_2_vision_11b", "encoder_trainable": True}
-    found = converted(tmp_path, {**TORCHTUNE, "model": model})
+    found = converted(tmp_path, {**TORCHTUNE, "model": {**model, "decoder_trainable": "frozen"}})
     assert "only text is trained" in notes_of(found)["model"] and "model.encoder_trainable" not in notes_of(found)
+    assert "here it is all that is trained" in notes_of(found)["model.decoder_trainable"]
+
+
+def test_checkpoints_and_prompts_of_torchtune(tmp_path):
+    more = {
+        "checkpointer": {"checkpoint_dir": "/m", "keep_last_n_checkpoints": 3},
+        "tokenizer": {"prompt_template": "torchtune.data.QuestionAnswerTemplate"},
+    }
+    found = converted(tmp_path, {**TORCHTUNE, **more})
+    assert found.tree["checkpoint"] == {"keep": 3, "every": "1 epochs"}
+    assert "data.chat_template" in notes_of(found)["tokenizer.prompt_template"]

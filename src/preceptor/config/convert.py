@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 from preceptor.config.peer_adapter import adapter_section, trains_adapter
 from preceptor.config.peer_data import HUB_ID, Sources, long_examples
-from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, SCHEDULERS, TRAINER, Peer, optimizer_name
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, TRAINER, Peer
 from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_optimizer import optimizer_section
 from preceptor.config.peer_settings import PeerSettings
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
 from preceptor.config.run import Tracker, all_keys
@@ -106,7 +107,7 @@ class _Conversion:
         self._model()
         self._data()
         self._training()
-        self._optimizer()
+        self._found.tree["optimizer"] = optimizer_section(self._given)
         self._memory_and_moments()
         self._found.tree["adapter"] = adapter_section(self._given)
         self._trackers()
@@ -329,49 +330,6 @@ class _Conversion:
         epochs = self._given.number("num_train_epochs", self._given.value("num_train_epochs", "num_epochs", "epochs"))
         self._set("train.duration", None if epochs is None else f"{epochs:g} epochs")
 
-    def _optimizer(self) -> None:
-        name = self._given.value("lr_scheduler_type", "lr_scheduler")
-        scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
-        if scheduler is None:
-            offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
-            self._given.not_offered("lr_scheduler_type", f"{short(name)} is not offered: {offered}")
-        self._set("optimizer.lr_scheduler", scheduler)
-        self._decay(scheduler)
-        key = "warmup_ratio" if self._given.settings.get("warmup_ratio") not in OFF else "warmup_steps"
-        warmup = self._given.number(key, self._given.value(key) or 0)
-        if warmup is not None:
-            is_share = key == "warmup_ratio" or 0 < warmup < 1
-            self._set("optimizer.warmup", f"{100 * warmup:g} %" if is_share else f"{warmup:g} steps")
-        self._optimizer_name()
-
-    def _decay(self, scheduler: str | None) -> None:
-        """How the rate falls at the end."""
-        given = self._given.settings.get("lr_scheduler_kwargs")
-        arguments: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-        ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
-        if self._given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
-            self._set("optimizer.min_lr_ratio", self._given.number("lr_scheduler_kwargs", ratio))
-        if scheduler == "wsd":
-            if (steps := arguments.get("num_decay_steps")) is not None:
-                self._set("optimizer.decay", f"{steps} steps")
-            if (form := arguments.get("decay_type", "cosine")) != "linear":
-                self._given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
-        if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"} and arguments:
-            self._given.used.add("lr_scheduler_kwargs")
-
-    def _optimizer_name(self) -> None:
-        given = "muon" if self._given.on("use_muon") else self._given.value("optim", "optimizer")
-        name = "adamw" if given is None else optimizer_name(str(given))
-        if name is None:
-            why = f"{short(given)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-            self._given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
-            self._given.unoffered.append(("optim", why))
-        self._set("optimizer.name", name if name != "adamw" else None)
-        betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]
-        self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)
-        if name == "sgd":
-            self._set("optimizer.momentum", 0.0)
-
     def _memory_and_moments(self) -> None:
         checkpointing = self._given.on("gradient_checkpointing", "activation_checkpointing")
         is_off = self._given.peer == "LLaMA-Factory" and self._given.on("disable_gradient_checkpointing")
@@ -426,16 +384,8 @@ class _Conversion:
 
     def _trackers(self) -> None:
         given = self._given.on("report_to")
-        names = (
-            [name.strip() for name in given.split(",")]
-            if isinstance(given, str)
-            else given
-            if isinstance(given, list)
-            else [given] * (given is not None)
-        )
-        for name, keys in _TRACKER_KEYS.items():
-            if self._given.on(*keys) is not None:
-                names = [*names, name]
+        names = given if isinstance(given, list) else [name.strip() for name in str(given or "").split(",") if name]
+        names = [*names, *(name for name, keys in _TRACKER_KEYS.items() if self._given.on(*keys) is not None)]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:
             if name not in offered:
@@ -446,14 +396,13 @@ class _Conversion:
     def _rest(self) -> None:
         """Keys that nothing above has read, with the reason; those that are off say nothing."""
         for key, value in self._given.settings.items():
-            if key in self._given.used:
+            if key in self._given.used or value in OFF:
                 continue
-            if key in NO_COUNTERPART:
-                if value not in OFF and key in CHANGES_TRAINING:
-                    self._given.not_offered(key, NO_COUNTERPART[key])
-                elif value not in OFF:
-                    self._given.note(key, NO_COUNTERPART[key])
-            elif value not in OFF:
+            if key in CHANGES_TRAINING:
+                self._given.not_offered(key, NO_COUNTERPART[key])
+            elif key in NO_COUNTERPART:
+                self._given.note(key, NO_COUNTERPART[key])
+            else:
                 what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
                 self._given.note(key, f"{short(value)}: {what}")
         for sentence in self._unread:

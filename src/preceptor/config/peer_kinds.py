@@ -42,8 +42,8 @@ _SIGNS: Mapping[Peer, tuple[tuple[str, str, str], ...]] = {
 """Keys, a pattern of their value, and what a file with such a key does."""
 
 _TASKS = re.compile(
-    "(^|_)(a2po|bco|cpo|diffusion|distillation|dpo|gkd|gold|grpo|gspo|kto|minillm|mpo|nash_md|opd|orpo|ppo|prm|reward|rloo|sdft|sdpo"
-    "|ssd|tpo|xpo)(_|$)"
+    "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|gold|grpo|gspo|kto|minillm|mpo|nash_md|opd|orpo|ppo|prm|reward|rloo|sdft"
+    "|sdpo|ssd|tpo|xpo)(_|$)"
 )
 _OTHER_FILES = {
     "distributed_type": "a configuration of accelerate, and of no run: torchrun or --nproc start the processes here",
@@ -65,7 +65,7 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
 
 def refuse_task(name: str, where: str) -> None:
     """name: of a trainer's command or script, such as `dpo`. Raises ConfigError for one that is not of SFT."""
-    if _TASKS.search(name):
+    if "diffusion" in name or (_TASKS.search(name) and "sft" not in name):
         raise _refusal(where, f"`{name}`", "is another task than `sft`")
 
 
@@ -75,12 +75,12 @@ def refuse_trainers(names: Iterable[str], where: str) -> None:
         raise _refusal(where, named, "is another trainer than SFTTrainer")
 
 
-def _refusal(where: str, sign: str, what: str) -> ConfigError:
-    return ConfigError(f"{where}: {sign}: it {what}; only supervised fine-tuning is done here (docs/limits.md)")
-
-
 def refuse_other_files(keys: Iterable[str], where: str) -> None:
     """Raises ConfigError for a known file that is none of a run."""
     for key in keys:
         if key in _OTHER_FILES:
             raise ConfigError(f"{where}: is {_OTHER_FILES[key]}")
+
+
+def _refusal(where: str, sign: str, what: str) -> ConfigError:
+    return ConfigError(f"{where}: {sign}: it {what}; only supervised fine-tuning is done here (docs/limits.md)")

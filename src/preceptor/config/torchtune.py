@@ -5,41 +5,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_without import OF_IMAGES
+from preceptor.config.peer_without import OF_IMAGES, table
 from preceptor.errors import short
 
 _MODULES = {"output_proj": "o_proj"}
 _OF_MLP = ["gate_proj", "up_proj", "down_proj"]
 _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 # Of single sections: handled below, or about nothing that trains.
-_READ = {
-    "model",
-    "tokenizer",
-    "checkpointer",
-    "dataset",
-    "dataset_val",
-    "optimizer",
-    "lr_scheduler",
-    "loss",
-    "device",
-    "name",
-}
+_READ = "model tokenizer checkpointer dataset dataset_val optimizer lr_scheduler loss device name".split()  # noqa: SIM905
 _OF_NO_EFFECT = ("_component_", "fused", "foreach", "maximize", "capturable")
 _TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
-_SETTINGS = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "seed": "seed",
-    "output_dir": "output_dir",
-    "dtype": "dtype",
-    "enable_activation_checkpointing": "gradient_checkpointing",
-    "enable_activation_offloading": "activation_offloading",
-    "compile": "torch_compile",
-    "run_val_every_n_steps": "eval_steps",
-    "save_every_n_steps": "save_steps",
-    "clip_grad_norm": "max_grad_norm",
-}
+_SETTINGS = table("""
+epochs: num_train_epochs
+batch_size: per_device_train_batch_size
+enable_activation_checkpointing: gradient_checkpointing
+enable_activation_offloading: activation_offloading
+compile: torch_compile
+run_val_every_n_steps: eval_steps
+save_every_n_steps: save_steps
+clip_grad_norm: max_grad_norm
+""")
 
 
 def flattened(file: PeerFile) -> PeerFile:
@@ -47,10 +32,9 @@ def flattened(file: PeerFile) -> PeerFile:
     tree: dict[str, Any] = _filled(file.settings, file.settings)
     found = PeerFile(file.peer, {}, list(file.unread))
     for key, value in tree.items():
-        if key in _SETTINGS:
-            found.settings[_SETTINGS[key]] = value
-        elif key not in _READ:
-            found.settings[key] = value if not isinstance(value, Mapping) else _name(value) or value
+        if key not in _READ:
+            own = value if not isinstance(value, Mapping) else _name(value) or value
+            found.settings[_SETTINGS.get(key, key)] = own
     if isinstance(per_epoch := found.settings.pop("max_steps_per_epoch", None), int):
         found.settings["max_steps"] = per_epoch * int(tree.get("epochs") or 1)
     if (tracker := _TRACKERS.get(found.settings.get("metric_logger", ""))) is not None:
@@ -84,6 +68,8 @@ def _name(section: Mapping[str, Any]) -> str | None:
 def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
     model, checkpointer = dict(tree.get("model") or {}), tree.get("checkpointer") or {}
     name = _name(model) or ""
+    if "keep_last_n_checkpoints" in checkpointer:
+        found.settings["save_total_limit"] = checkpointer["keep_last_n_checkpoints"]
     if "checkpoint_dir" in checkpointer:
         found.settings["model_name_or_path"] = str(checkpointer["checkpoint_dir"]).rstrip("/")
     if name.startswith(("lora", "qlora")):
@@ -98,7 +84,10 @@ def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
             found.settings["load_in_4bit"] = True
     if "vision" in name:
         found.unread.append(f"model: {name}: {OF_IMAGES}")
-        model = {key: value for key, value in model.items() if key != "image_size" and not key.endswith("_trainable")}
+        if model.pop("decoder_trainable", None) == "frozen":
+            found.unread.append("model.decoder_trainable: frozen there; here it is all that is trained")
+        towers = ("image_size", "encoder_trainable", "fusion_trainable")
+        model = {key: value for key, value in model.items() if key not in towers}
     _name_rest("model", model, found)
 
 
@@ -126,8 +115,11 @@ def _name_rest(section: str, values: Mapping[str, Any], found: PeerFile) -> None
 
 
 def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
-    if length := (tree.get("tokenizer") or {}).get("max_seq_len"):
+    tokenizer = tree.get("tokenizer") or {}
+    if length := tokenizer.get("max_seq_len"):
         found.settings["max_length"] = length
+    if tokenizer.get("prompt_template"):
+        found.unread.append("tokenizer.prompt_template: the chat template writes the prompt here: data.chat_template")
     for key, section in (("train_dataset", "dataset"), ("eval_dataset", "dataset_val")):
         given = tree.get(section) or ()
         named = [_source(dict(each), found) for each in (given if isinstance(given, list) else [given]) if each]
