@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import peer_files
 from preceptor import config
 from preceptor.config.convert import convert, convert_file
 from preceptor.config.peer_files import PeerFile
@@ -87,6 +88,13 @@ def test_of_a_script_with_both_the_part_of_sft_is_converted(tmp_path):
     assert found.tree["optimizer"]["learning_rate"] == 1e-4 and "left out" in notes_of(found)["GRPOTrainer"]
 
 
+@pytest.mark.parametrize("kind", ["FastVisionModel", "AutoModelForImageTextToText", "Qwen3VLForConditionalGeneration"])
+def test_a_script_of_a_model_that_sees_says_that_text_is_trained(tmp_path, kind):
+    text = f'm = {kind}.from_pretrained("m")\nSFTTrainer(m, SFTConfig("o"), UnslothVisionDataCollator(m))\n'
+    found = converted(tmp_path, text, "a.py")
+    assert "only text is trained" in notes_of(found)[kind] and "only text" in notes_of(found)["data_collator"]
+
+
 def test_unsloths_own_trainer_is_one_of_sft(tmp_path):
     text = """m, t = FastLanguageModel.from_pretrained("m", 512)
 data = load_dataset("own/texts", split="train")
@@ -145,6 +153,19 @@ def test_a_command_that_names_a_file_of_settings(tmp_path):
 def test_commands_that_hold_no_run_of_sft(tmp_path, text, says):
     with pytest.raises(ConfigError, match=says):
         converted(tmp_path, text, "a.sh")
+
+
+def test_a_checkout_is_tried_and_counted(tmp_path):
+    (tmp_path / "trl" / "scripts").mkdir(parents=True)
+    (tmp_path / "trl" / "scripts" / "sft.py").write_text("")
+    (tmp_path / "examples").mkdir()
+    for name, text in (("a", "SFTTrainer('m', SFTConfig('o', learning_rate=1e-5))"), ("b", "DPOTrainer('m')")):
+        (tmp_path / "examples" / f"{name}.py").write_text(text)
+    (tmp_path / "page.md").write_text("```\ntrl sft --model_name_or_path m \\\n  --odd 1\n```\ntrl dpo --beta 1\n")
+    scripts, commands = peer_files.tried(tmp_path)
+    assert [scripts[key] for key in ("files", "converted", "accepted", "failed", "unknown")] == [2, 1, 1, 0, 0]
+    assert scripts["refused"] == {"it calls another trainer than SFTTrainer": 1}
+    assert (commands["converted"], commands["keys"], commands["unknown_keys"]) == (1, 2, {"odd": 1})
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

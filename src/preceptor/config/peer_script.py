@@ -82,8 +82,9 @@ def read_script(path: Path, text: str) -> ScriptSettings:
         found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
     if len(configs) > 1:
         found.unread.append(f"{configs[-1]}: {len(configs)} calls; of each key the last value was taken")
-    if any(script.owner_of(call) == "FastVisionModel" for call in script.calls("from_pretrained")):
-        found.unread.append(f"FastVisionModel: {OF_IMAGES}")
+    for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
+        if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
+            found.unread.append(f"{owner}: {OF_IMAGES}")
     for call in script.calls("LoraConfig"):
         if call.args:
             found.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
