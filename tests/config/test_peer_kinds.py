@@ -1,5 +1,6 @@
 """What the published files of other trainers showed: other tasks are refused by name, and SFT is carried over whole."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import peer_files
 from preceptor import config
 from preceptor.config.convert import convert, convert_file
 from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.errors import ConfigError
 
 TORCHTUNE = {
@@ -386,3 +388,26 @@ def test_checkpoints_and_prompts_of_torchtune(tmp_path):
     found = converted(tmp_path, {**TORCHTUNE, **more})
     assert found.tree["checkpoint"] == {"keep": 3, "every": "1 epochs"}
     assert "data.chat_template" in notes_of(found)["tokenizer.prompt_template"]
+
+
+# Any value -----------------------------------------------------------------------------------------------------------
+
+ODD = (3.5, [["x"]], {"a": None}, [{"path": None}])
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl", "LLaMA-Factory", "torchtune"])
+def test_no_value_of_a_known_key_is_a_bug_of_ours(peer):
+    """A value of a type that no trainer takes becomes a note, or is refused by the run file's own checks."""
+    base = {**TORCHTUNE, "model": {"_component_": "lora_llama"}} if peer == "torchtune" else {"use_peft": True}
+    known = ("lr_scheduler", "tokenizer", "metric_logger", "dataset_val", *base, *COUNTERPARTS, "fsdp_config")
+    for key, odd in itertools.product(dict.fromkeys(known), ODD):
+        assert convert(PeerFile(peer, {**base, key: odd}), Path()).text("x"), (key, odd)
+    if peer == "torchtune":
+        for key, odd in itertools.product(("lora_attn_modules", "lora_rank", "_component_"), ODD):
+            assert convert(PeerFile(peer, {**base, "model": {**base["model"], key: odd}}), Path()).text("x"), (key, odd)
+
+
+def test_large_numbers_of_steps_are_written_out():
+    found = of("TRL", max_steps=2_000_000, save_steps=1_234_567, warmup_steps=1_000_001)
+    assert found.tree["checkpoint"] == {"every": "1234567 steps"}
+    assert found.tree["optimizer"]["warmup"] == "1000001 steps"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from preceptor.config.durations import plain
 from preceptor.config.peer_adapter import adapter_section, trains_adapter
 from preceptor.config.peer_data import HUB_ID, Sources, long_examples
 from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, TRAINER, Peer
@@ -328,7 +329,7 @@ class _Conversion:
         if steps == -1:  # transformers' word for none
             self._given.used.add("max_steps")
         epochs = self._given.number("num_train_epochs", self._given.value("num_train_epochs", "num_epochs", "epochs"))
-        self._set("train.duration", None if epochs is None else f"{epochs:g} epochs")
+        self._set("train.duration", None if epochs is None else f"{plain(epochs)} epochs")
 
     def _memory_and_moments(self) -> None:
         checkpointing = self._given.on("gradient_checkpointing", "activation_checkpointing")
@@ -337,7 +338,7 @@ class _Conversion:
             sharding = self._given.settings.get("fsdp_config")
             named = sharding if isinstance(sharding, Mapping) else {}
             checkpointing = self._given.defaults.get("gradient_checkpointing") or any(
-                value is True for key, value in named.items() if key.endswith("activation_checkpointing")
+                value is True for key, value in named.items() if str(key).endswith("activation_checkpointing")
             )
         if checkpointing:
             self._set("memory.activation_checkpointing", "all")
@@ -362,7 +363,7 @@ class _Conversion:
             self._given.used.add(f"{kind}_steps")
             number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
-                self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
+                self._set(ours, f"{plain(100 * number)} %" if number < 1 else f"{plain(number)} steps")
         elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
 
@@ -370,7 +371,7 @@ class _Conversion:
         if epochs is not None and self._found.tree["data"].get("streaming"):
             self._given.note(kind, f"every {epochs:g} epochs there; a stream has none: set {ours} in steps or minutes")
         elif epochs is not None:
-            self._set(ours, f"{round(epochs, 4):g} epochs")
+            self._set(ours, f"{plain(round(epochs, 4))} epochs")
 
     def _logging_steps(self) -> Any:
         """What transformers takes for eval_steps that are not given."""
@@ -384,7 +385,11 @@ class _Conversion:
 
     def _trackers(self) -> None:
         given = self._given.on("report_to")
-        names = given if isinstance(given, list) else [name.strip() for name in str(given or "").split(",") if name]
+        names = (
+            [str(name) for name in given]
+            if isinstance(given, list)
+            else [name.strip() for name in str(given or "").split(",") if name]
+        )
         names = [*names, *(name for name, keys in _TRACKER_KEYS.items() if self._given.on(*keys) is not None)]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:

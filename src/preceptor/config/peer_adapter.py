@@ -44,7 +44,7 @@ def adapter_section(given: PeerSettings) -> dict[str, Any]:
     elif isinstance(targets, str) and targets not in ("all", "all-linear"):
         targets = [name.strip() for name in targets.split(",")]
     if isinstance(targets, list):
-        section["target_modules"] = [str(name) for name in dict.fromkeys(targets)]
+        section["target_modules"] = list(dict.fromkeys(map(str, targets)))
     elif targets is None and given.peer in ("TRL", "Unsloth", "Axolotl"):
         given.note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
     dora = given.on("use_dora", "peft_use_dora") is not None

@@ -162,7 +162,7 @@ class Sources:
             return
         known = dataset_info(self._given.settings, self._folder)
         sources = []
-        for name in str(names).split(",") if isinstance(names, str) else names:
+        for name in names if isinstance(names, list) else str(names).split(","):
             entry = known.get(str(name).strip())
             if entry is None:
                 self._given.note(

@@ -54,7 +54,8 @@ _OTHER_FILES = {
 
 def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError for a file that does something else than supervised fine-tuning."""
-    settings = {**settings, **settings.get("from_pretrained", {})}
+    loaded = settings.get("from_pretrained")
+    settings = {**settings, **(loaded if isinstance(loaded, Mapping) else {})}
     for keys, pattern, what in _SIGNS[peer]:
         for key in keys.split():
             if (value := settings.get(key)) not in OFF and re.search(pattern, str(value)):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from preceptor.config.durations import plain
 from preceptor.config.peer_defaults import OFF, SCHEDULERS, optimizer_name
 from preceptor.config.peer_settings import PeerSettings
 from preceptor.errors import short
@@ -20,7 +21,7 @@ def optimizer_section(given: PeerSettings) -> dict[str, Any]:
     warmup = given.number(key, given.value(key) or 0)
     if warmup is not None:
         is_share = key == "warmup_ratio" or 0 < warmup < 1
-        found["warmup"] = f"{100 * warmup:g} %" if is_share else f"{warmup:g} steps"
+        found["warmup"] = f"{plain(100 * warmup)} %" if is_share else f"{plain(warmup)} steps"
     return {key: value for key, value in {**found, **_kind(given)}.items() if value is not None}
 
 

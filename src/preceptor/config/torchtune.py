@@ -14,6 +14,7 @@ _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/
 # Of single sections: handled below, or about nothing that trains.
 _READ = "model tokenizer checkpointer dataset dataset_val optimizer lr_scheduler loss device name".split()  # noqa: SIM905
 _OF_NO_EFFECT = ("_component_", "fused", "foreach", "maximize", "capturable")
+_SECTIONS = ("model", "tokenizer", "checkpointer", "optimizer", "lr_scheduler")
 _TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
 _SETTINGS = table("""
 epochs: num_train_epochs
@@ -30,14 +31,16 @@ clip_grad_norm: max_grad_norm
 def flattened(file: PeerFile) -> PeerFile:
     """Sections become the keys of other trainers; `${key}` is replaced by the value of that key."""
     tree: dict[str, Any] = _filled(file.settings, file.settings)
+    tree = {key: value for key, value in tree.items() if key not in _SECTIONS or isinstance(value, Mapping)}
     found = PeerFile(file.peer, {}, list(file.unread))
     for key, value in tree.items():
         if key not in _READ:
             own = value if not isinstance(value, Mapping) else _name(value) or value
             found.settings[_SETTINGS.get(key, key)] = own
     if isinstance(per_epoch := found.settings.pop("max_steps_per_epoch", None), int):
-        found.settings["max_steps"] = per_epoch * int(tree.get("epochs") or 1)
-    if (tracker := _TRACKERS.get(found.settings.get("metric_logger", ""))) is not None:
+        epochs = tree.get("epochs")
+        found.settings["max_steps"] = per_epoch * (epochs if isinstance(epochs, int) else 1)
+    if (tracker := _TRACKERS.get(str(found.settings.get("metric_logger")))) is not None:
         found.settings["report_to"] = tracker
     if tree.get("device") == "cpu":
         found.settings["use_cpu"] = True
@@ -76,7 +79,8 @@ def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
         found.settings["use_peft"] = True
         adapter = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora")
         found.settings |= {key: model.pop(key) for key in adapter if key in model}
-        targets = [_MODULES.get(target, target) for target in model.pop("lora_attn_modules", None) or ()]
+        named = model.pop("lora_attn_modules", None)
+        targets = [_MODULES.get(str(each), str(each)) for each in named] if isinstance(named, list) else []
         found.settings["target_modules"] = targets + (_OF_MLP if model.pop("apply_lora_to_mlp", False) else [])
         if model.pop("apply_lora_to_output", False):
             found.unread.append("apply_lora_to_output: the output head gets no adapter here")
@@ -121,8 +125,9 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     if tokenizer.get("prompt_template"):
         found.unread.append("tokenizer.prompt_template: the chat template writes the prompt here: data.chat_template")
     for key, section in (("train_dataset", "dataset"), ("eval_dataset", "dataset_val")):
-        given = tree.get(section) or ()
-        named = [_source(dict(each), found) for each in (given if isinstance(given, list) else [given]) if each]
+        given = tree.get(section)
+        each = given if isinstance(given, list) else [given]
+        named = [_source(dict(one), found) for one in each if isinstance(one, Mapping)]
         if entries := [entry for entry in named if entry is not None]:
             found.settings[key] = entries
     if not tree.get("run_val_every_n_steps") and found.settings.pop("eval_dataset", None):
