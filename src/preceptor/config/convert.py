@@ -4,7 +4,7 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
 _NO_CLIPPING = 1e9
+_SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
     "tensorboard": ("use_tensorboard",),
@@ -150,10 +151,15 @@ class _Conversion:
         lora = trains_adapter(self._given)
         self._quantization(lora)
         dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
-        if not lora and not dtype and (key := self._half_by(("pure_bf16", "bfloat16"))) is not None:
-            self._half_weights(key)
-        if lora and not dtype and self._given.peer in ("Axolotl", "LLaMA-Factory"):  # the base of an adapter
-            dtype = "bfloat16" if self._given.settings.get("bf16") in (True, "auto") else ""
+        half = self._given.settings.get("bf16") in (True, "auto")
+        if lora and not dtype and half and self._given.peer in ("Axolotl", "LLaMA-Factory"):  # the base of an adapter
+            dtype = "bfloat16"
+        elif not lora and not dtype:
+            # Axolotl loads weights so, which are spread as float32 ones
+            whole = self._given.peer == "Axolotl" and not self._given.settings.keys() & {*_SPREAD}
+            keys = ("pure_bf16", "bfloat16", *(("bf16",) if whole and half else ()))
+            if (key := next((key for key in keys if self._given.on(key)), None)) is not None:
+                self._half_weights(key)
         if dtype in ("bfloat16", "bf16"):
             if lora:
                 self._set("model.dtype", "bfloat16")
@@ -161,12 +167,6 @@ class _Conversion:
                 self._half_weights("dtype")
         elif dtype not in ("", "auto", "float32", "fp32"):
             self._given.not_offered("dtype", f"{dtype} is not offered: bfloat16 or float32")
-
-    def _half_by(self, keys: Sequence[str]) -> str | None:
-        """The key by which all weights are bfloat16; Axolotl loads them so, and spreads them as float32 masters."""
-        if self._given.peer == "Axolotl" and not self._given.settings.keys() & {"deepspeed", "fsdp", "fsdp_config"}:
-            keys = (*keys, "bf16")
-        return next((key for key in keys if self._given.on(key) in (True, "auto")), None)
 
     def _half_weights(self, key: str) -> None:
         """Full training of bfloat16 weights."""
@@ -180,10 +180,10 @@ class _Conversion:
         four, eight = self._given.on("load_in_4bit"), self._given.on("load_in_8bit")
         bits = self._given.on("quantization_bit")
         kind = "nf4" if four or str(bits) == "4" else "int8" if eight or str(bits) == "8" else None
-        if kind is None and (bits is not None or self._given.settings.get("adapter") == "qlora"):
-            kind = "nf4" if bits is None else None
-            if kind is None:
-                self._given.not_offered("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+        if kind is None and bits is not None:
+            self._given.not_offered("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+        elif kind is None and self._given.settings.get("adapter") == "qlora":
+            kind = "nf4"
         if kind is None:
             return
         if not lora:

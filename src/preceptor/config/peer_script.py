@@ -290,13 +290,11 @@ def _changed(script: Script, call: ast.Call) -> str:
     return "the data is read here as it is; write what that call makes of it to a file, and name that"
 
 
-def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
-    """The arguments of `load_dataset` as a source, or as one for each of several files."""
+def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_dataset` as a source."""
     values = dict(zip(("path", "name", "data_dir", "data_files", "split"), arguments, strict=False)) | dict(named)
     found = {key: value for key, value in values.items() if value is not None}
     files = found.get("data_files")
     if isinstance(files, Mapping) and found.get("split", "train") in files:
         files = files[found.get("split", "train")]
-    if isinstance(files, list):
-        return [{**found, "data_files": file} for file in files]
     return found if files is None else {**found, "data_files": files}
