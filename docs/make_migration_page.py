@@ -14,9 +14,9 @@ INTRODUCTION = """# Keys of other trainers
 
 `preceptor convert` turns a file of another trainer into a run file: [coming from another trainer](coming-from.md).
 
-Keys of TRL and transformers, Axolotl, LLaMA-Factory, torchtune and Unsloth, and what to write in a [run file](run-file.md) instead. A run
-file with one of these keys is rejected with the same advice. `python docs/make_migration_page.py` makes this page from
-`src/preceptor/config/peer_names.py` and `peer_without.py`.
+Keys of TRL and transformers, Axolotl, LLaMA-Factory, torchtune and Unsloth, and what to write in a
+[run file](run-file.md) instead. A run file with one of these keys is rejected with the same advice.
+`python docs/make_migration_page.py` makes this page from `config/peer_names.py` and `config/peer_without.py`.
 """
 
 
