@@ -8,31 +8,22 @@ from typing import Any
 from preceptor.config.peer_defaults import OFF
 from preceptor.config.peer_files import dataset_info
 from preceptor.config.peer_settings import PeerSettings
-from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES
+from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, table
 from preceptor.errors import short
 
 HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
-_THINKING = "reasoning is read from `reasoning_content`, or from tags in the content: rename it"
-_HEADER = "a table is read with its own header: write its names in `columns`"
-_OF_SOURCES = {
-    "field_thinking": _THINKING,
-    "template_thinking_key": _THINKING,
-    "column_names": _HEADER,
-    "skiprows": _HEADER,
-    "roles_to_train": "only assistant turns, the last one, or all can be trained, see data.train_on",
-    "train_on_inputs": "data.train_on: `all` trains the prompt as well, of every source",
-    "fraction": "a share of the mixture there; `count` of a source is so many examples, set it by hand",
-}
+_OF_SOURCES = table("""
+field_thinking template_thinking_key: reasoning is read from `reasoning_content`, or from tags in the content: rename it
+column_names skiprows: a table is read with its own header: write its names in `columns`
+roles_to_train: only assistant turns, the last one, or all can be trained, see data.train_on
+train_on_inputs: data.train_on: `all` trains the prompt as well, of every source
+fraction: a share of the mixture there; `count` of a source is so many examples, set it by hand
+""")
 _ROLES = {"user", "human", "assistant", "gpt", "model", "chatgpt", "system", "tool", "observation"}
 _SAME = {"id": "path", "source": "path", "config": "name", "subset": "name"}
 _OF_TEXT = ("completion", "pretrain")
 _MESSAGE_KEYS = ("role", "content", "from", "value")
-_OF_PROMPTS = {
-    "field_system": "system",
-    "field_instruction": "instruction",
-    "field_input": "input",
-    "field_output": "output",
-}
+_OF_PROMPTS = {f"field_{name}": name for name in ("system", "instruction", "input", "output")}
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 _IMAGES = {"images", "videos", "audios"}
 

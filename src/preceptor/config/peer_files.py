@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from preceptor.config.peer_defaults import Peer
-from preceptor.config.peer_kinds import refuse_other_files, refuse_others, refuse_task
+from preceptor.config.peer_kinds import OTHER_FILES, refuse_others, refuse_task
 from preceptor.config.peer_script import read_script
 from preceptor.config.peer_without import OF_IMAGES
 from preceptor.config.yaml_text import NumberLoader
@@ -69,7 +69,8 @@ def _read(path: Path) -> PeerFile:
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not the settings of a trainer")
     keys = {str(key) for key in tree}
     keys |= {f"{key}.{inner}" for key, value in tree.items() if isinstance(value, dict) for inner in value}
-    refuse_other_files(sorted(keys), str(path))
+    for key in sorted(keys & OTHER_FILES.keys()):
+        raise ConfigError(f"{path}: is {OTHER_FILES[key]}")
     for peer, signs in _SIGNS:
         if keys & signs:
             return PeerFile(peer, {str(key): value for key, value in tree.items()})

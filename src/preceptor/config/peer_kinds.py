@@ -1,7 +1,7 @@
 """Files of other trainers that do something else than supervised fine-tuning: what, and the sign of it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from preceptor.config.peer_defaults import OFF, Peer
@@ -45,11 +45,12 @@ _TASKS = re.compile(
     "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|gold|grpo|gspo|kto|minillm|mpo|nash_md|opd|orpo|ppo|prm|reward|rloo|sdft"
     "|sdpo|ssd|tpo|xpo)(_|$)"
 )
-_OTHER_FILES = {
+OTHER_FILES = {
     "distributed_type": "a configuration of accelerate, and of no run: torchrun or --nproc start the processes here",
     "zero_optimization": "a configuration of DeepSpeed, and of no run: parallel.strategy spreads a model here",
     "model_class": "a file of LLaMA-Factory's v1, which is not read; those of its stable version are",
 }
+"""Keys of known files that are none of a run -> what they are."""
 
 
 def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
@@ -59,29 +60,16 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
     for keys, pattern, what in _SIGNS[peer]:
         for key in keys.split():
             if (value := settings.get(key)) not in OFF and re.search(pattern, str(value)):
-                raise _refusal(where, f"`{key}: {short(value)}`", what)
+                raise refusal(where, f"`{key}: {short(value)}`", what)
     if peer == "torchtune" and "optimizer" not in settings:
-        raise _refusal(where, "no `optimizer`", _NOTHING)
+        raise refusal(where, "no `optimizer`", _NOTHING)
 
 
 def refuse_task(name: str, where: str) -> None:
     """name: of a trainer's command or script, such as `dpo`. Raises ConfigError for one that is not of SFT."""
     if "diffusion" in name or (_TASKS.search(name) and "sft" not in name):
-        raise _refusal(where, f"`{name}`", "is another task than `sft`")
+        raise refusal(where, f"`{name}`", "is another task than `sft`")
 
 
-def refuse_trainers(names: Iterable[str], where: str) -> None:
-    """Raises ConfigError for the classes of trainers that a script calls, where there are some."""
-    if named := ", ".join(sorted(names)):
-        raise _refusal(where, named, "is another trainer than SFTTrainer")
-
-
-def refuse_other_files(keys: Iterable[str], where: str) -> None:
-    """Raises ConfigError for a known file that is none of a run."""
-    for key in keys:
-        if key in _OTHER_FILES:
-            raise ConfigError(f"{where}: is {_OTHER_FILES[key]}")
-
-
-def _refusal(where: str, sign: str, what: str) -> ConfigError:
+def refusal(where: str, sign: str, what: str) -> ConfigError:
     return ConfigError(f"{where}: {sign}: it {what}; only supervised fine-tuning is done here (docs/limits.md)")

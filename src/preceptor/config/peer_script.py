@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preceptor.config.peer_kinds import refuse_trainers
+from preceptor.config.peer_kinds import refusal
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
 from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
@@ -70,8 +70,8 @@ def read_script(path: Path, text: str) -> ScriptSettings:
     script = Script(parsed_script(path, text, found.unread))
     configs = [script.name_of(call) for call in script.calls(*_ARGUMENTS)]
     trainers = {name for call in script.calls() if (name := script.name_of(call)).endswith("Trainer")}
-    if trainers.isdisjoint(_TRAINERS) and not {"SFTConfig", "UnslothTrainingArguments"} & {*configs}:
-        refuse_trainers(trainers, str(path))
+    if trainers and trainers.isdisjoint(_TRAINERS) and not {"SFTConfig", "UnslothTrainingArguments"} & {*configs}:
+        raise refusal(str(path), ", ".join(sorted(trainers)), "is another trainer than SFTTrainer")
     if not configs and any(script.calls(*_COMMAND_LINES)):
         raise ConfigError(
             f"{path}: takes its settings from a command line: convert that command (in a file such as train.sh), or "
