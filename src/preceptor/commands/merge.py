@@ -77,7 +77,7 @@ def _sweep(
     from preceptor.compare.text import print_sweep
     from preceptor.console import status_line, table_console
     from preceptor.evaluate.model import load_evaluated_model
-    from preceptor.report.comparison import draw_plots
+    from preceptor.report.tradeoff import draw_plots
 
     with status_line() as say:
         found = sweep_weights(

@@ -65,7 +65,7 @@ def sweep(
 
 
 def write(folder: Path, found: dict[str, Any], plots: Mapping[str, str]) -> list[Path]:
-    """`sweep.json` and the plots, file name -> SVG (report/comparison.py). Raises CheckpointError."""
+    """`sweep.json` and the plots, file name -> SVG (report/tradeoff.py). Raises CheckpointError."""
     write_json(folder / "sweep.json", found)
     for name, text in plots.items():
         write_atomically(folder / name, text)

@@ -1,18 +1,13 @@
-"""The results of `preceptor compare` in a run folder (compare/compare.py), prepared for the page.
+"""The results of `preceptor compare` in a run folder (compare/compare.py), prepared for the page."""
 
-And the plots of a sweep (compare/sweep.py): skill against tax, a point for each weight, its intervals as a cross.
-"""
-
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preceptor.compare.sweep import gain
 from preceptor.compare.verdict import HEADLINES, MARGINAL, SHIFTED, short_name
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.facts import LabelledRows
-from preceptor.report.plots import Panel, Series, draw_file, smooth, thin
+from preceptor.report.plots import Panel, Series, smooth, thin
 from preceptor.report.run_record import JsonObject
 
 CLASSES = ("unshifted", "marginal", "shifted")
@@ -138,44 +133,3 @@ def _pieces(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         else:
             name = CLASSES[(rank >= MARGINAL) + (rank >= SHIFTED)]
             yield text, name, f"{name}: rank {rank:,} under the base, probability {prob:.4f}, KL {kl:.3f} nats"
-
-
-def draw_plots(found: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> SVG, for each pair of a trained task and a task or text that shows the tax."""
-    skills, taxes = (
-        [entry for entry in found["tasks"] if (entry["role"] == "trained") == wanted] for wanted in (True, False)
-    )
-    plots = {}
-    for skill in skills:
-        for tax in taxes:
-            name = f"sweep-{short_name(skill['task'])}-{short_name(tax['task'])}"
-            plots[re.sub(r"[^\w.-]", "_", name) + ".svg"] = draw_file(_panel(skill, tax))
-    return plots
-
-
-def _panel(skill: Mapping[str, Any], tax: Mapping[str, Any]) -> Panel:
-    paid = [gain(tax, point, "base").times(-1) for point in tax["points"]]
-    metric = HEADLINES[skill["kind"]]
-    values = [Interval(*(point[key] for key in ("value", "low", "high", "num"))) for point in skill["points"]]
-    kept = [value.times(metric.scale) for value in values]
-    series = Series(
-        "",
-        [own.value for own in paid],
-        [own.value for own in kept],
-        marks=True,
-        x_ends=[_ends(own) for own in paid],
-        y_ends=[_ends(own) for own in kept],
-        labels=[f"{point['weight']:g}" for point in skill["points"]],
-    )
-    return Panel(
-        "Skill against tax, by the tuned model's weight",
-        f"{short_name(skill['task'])}, {metric.value_unit}",
-        [series],
-        x_label=f"tax on {short_name(tax['task'])}, {HEADLINES[tax['kind']].unit}",
-        whole=False,
-    )
-
-
-def _ends(own: Interval) -> tuple[float, float]:
-    """Low and high; the value itself where one item alone shows no spread."""
-    return (own.value if own.low is None else own.low), (own.value if own.high is None else own.high)
