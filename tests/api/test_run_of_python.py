@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from processes import run_ranks
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from children import TORTURE
-from processes import run_ranks
+from ranks import run_ranks
 
 from preceptor import config
 from preceptor.data.dataset import Dataset
