@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny base model on disk, a file of conversations, and one thread."""
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,25 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported lives on: nothing of it is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """The collector does not look again at what lives on: half a million objects of torch and transformers, which
+    take it a quarter of a second each time, and which it would copy in a forked process."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -153,13 +153,6 @@ def test_the_page_on_models_says_what_was_measured():
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == made_by("make_models_page").page()
 
 
-def test_the_page_on_plans_says_what_was_measured_and_planned():
-    module = made_by("make_plan_page")
-    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_plan_page.py"
-    assert module.PLANNED.search(page).group() == module.planned(), "run python docs/make_plan_page.py"
-
-
 def test_the_pages_on_optimizers_and_adapters_have_the_measured_figures():
     for made in made_by("make_settings_pages").PAGES:
         page = made.file.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from measured import ONE, sequence_of
 from safetensors.torch import save_file
+from test_docs import made_by
 
 from preceptor import config
 from preceptor.commands.plan import measured_rate
@@ -36,10 +37,9 @@ LLAMA_70B = {
 
 
 @pytest.fixture(autouse=True)
-def table(request, monkeypatch):
-    """What would fit is half of a plan's time, and one test looks at it."""
-    if request.function is not test_70b_on_one_device_by_component_and_what_would_fit:
-        monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])
+def table(monkeypatch):
+    """What would fit is half of a plan's time, and tests look at it in one plan."""
+    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])
 
 
 def run_of(model, of_model=None, **sections):
@@ -132,8 +132,25 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.02)
 
 
-def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
-    plan = plan_of(run_of(folder_of(tmp_path, LLAMA_70B), train={"precision": "bfloat16"}))
+@pytest.fixture(scope="module")
+def page():
+    """What writes the page on plans."""
+    return made_by("make_plan_page")
+
+
+@pytest.fixture(scope="module")
+def plan_of_70b(page):
+    return page.plan_of_70b()
+
+
+def test_the_page_on_plans_says_what_was_measured_and_planned(page, plan_of_70b):
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.MEASURED.search(text).group() == page.measured(), "run python docs/make_plan_page.py"
+    assert page.PLANNED.search(text).group() == page.planned(plan_of_70b), "run python docs/make_plan_page.py"
+
+
+def test_70b_on_one_device_by_component_and_what_would_fit(plan_of_70b):
+    plan = plan_of_70b
     components = plan["memory"]["components"]
     assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
     assert not plan["memory"]["fits"]
