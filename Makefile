@@ -19,13 +19,13 @@ demo: setup
 	$(BIN)/preceptor demo --replace
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Hostile input at random, TIMES as many cases as the tests try, and others; runs that are killed, and disks that are
 # full, at every file operation. A few hours; SURVIVAL=5 takes every tenth operation. benchmarks/results/torture.json is
