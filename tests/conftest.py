@@ -85,14 +85,39 @@ def torture_table():
         write_table(rows, time.monotonic() - started)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_ends():
+    """Runs end without the pictures of their report and without the dry run that predicts their memory: of a few steps,
+    these take more than half of the time. `with_pictures` and `with_prediction` make them as they are, and so does the
+    long form (PRECEPTOR_TORTURE)."""
+    from children import TORTURE
+
+    from preceptor.report import page
+
+    def without_pictures(folders):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(page, "draw_all", lambda panels, prefix: [])
+            return page.write_report(folders)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not TORTURE:
+            patch.setattr("preceptor.train.finish.write_report", without_pictures)
+            patch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
+        yield
+
+
 @pytest.fixture
-def empty_report(monkeypatch):
-    """Runs write an empty report: drawing it takes longer than their training."""
+def with_pictures(monkeypatch):
+    from preceptor.report.page import write_report
 
-    def write(folders):
-        (folders[0] / "report.html").write_text("")
+    monkeypatch.setattr("preceptor.train.finish.write_report", write_report)
 
-    monkeypatch.setattr("preceptor.train.finish.write_report", write)
+
+@pytest.fixture
+def with_prediction(monkeypatch):
+    from preceptor.train.build import predicted_bytes
+
+    monkeypatch.setattr("preceptor.train.run.predicted_bytes", predicted_bytes)
 
 
 @pytest.fixture
@@ -118,12 +143,6 @@ def preceptor(monkeypatch, capsys):
         raise EOFError
 
     return run
-
-
-@pytest.fixture
-def unpredicted(monkeypatch):
-    """Runs that do not end with the prediction of their memory, which is a dry run."""
-    monkeypatch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
 
 
 @pytest.fixture

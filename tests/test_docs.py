@@ -168,9 +168,7 @@ def test_the_tests_that_hold_the_promises_exist():
     assert absent == []
 
 
-def test_the_python_of_the_python_page_runs_and_prints_what_it_says(
-    capsys, tmp_path, monkeypatch, base_folder, empty_report
-):
+def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch, base_folder):
     """What trains, with a tiny model: the scholar takes a minute for it."""
     monkeypatch.chdir(tmp_path)  # where its runs go
     monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time

@@ -51,7 +51,7 @@ def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypa
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known, monkeypatch):
+def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known, monkeypatch, with_prediction):
     if not known:
         monkeypatch.setattr("preceptor.train.build.predict_peak_bytes", lambda *given: None)
     prepared = prepare(config.load(run_file()))
