@@ -5,8 +5,10 @@ import json
 import os
 import random
 import resource
+import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -92,6 +94,44 @@ def command(
     return Ended(os.waitstatus_to_exitcode(status), shown, int(counted), place, time.monotonic() - started)
 
 
+def program(file, *arguments):
+    """`python FILE ARGUMENTS` in a child, with nothing imported again: (exit code, standard output, standard error)."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        pid = os.fork()
+        if not pid:
+            code = 70
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+                sys.argv = [str(file), *map(str, arguments)]
+                sys.path.insert(0, str(Path(file).parent))
+                code = _exit_code(lambda: runpy.run_path(str(file), run_name="__main__"))
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        shown = []
+        for each in (output, errors):
+            each.seek(0)
+            shown.append(each.read().decode(errors="replace"))
+    return code, *shown
+
+
+def _exit_code(work):
+    """Of a process that does `work`, with all that it prints written."""
+    code = 0
+    try:
+        work()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
 @contextmanager
 def _killed_after(pid, seconds):
     """Inside, a child that is not waited for is killed after so many seconds; None: it is not."""
@@ -118,18 +158,9 @@ def _in_child(arguments, writer, folder, counter, moments):
     from preceptor import cli
 
     sys.argv = ["preceptor", *map(str, arguments)]
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    code = _exit_code(cli.main)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     counter.write_text(f"{watch.num} {watch.place}")
-    sys.stdout.flush()
-    sys.stderr.flush()
     return code
 
 

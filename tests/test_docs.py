@@ -5,11 +5,10 @@ import importlib.util
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import program
 from test_architecture import FLOORS
 
 import first_run
@@ -88,23 +87,11 @@ def test_files_that_the_docs_name_exist():
 
 
 def test_the_benchmarks_say_what_they_do():
-    """All in one process, which imports torch once."""
     scripts = [file for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")]
-    code = """
-import contextlib, io, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        assert not ended.code, script
-    assert "usage" in shown.getvalue(), script
-"""
-    command = [sys.executable, "-c", code, *map(str, sorted(scripts))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert len(scripts) > 15 and done.returncode == 0, done.stderr
+    assert len(scripts) > 15
+    for script in scripts:
+        code, shown, error = program(script, "--help")
+        assert code == 0 and "usage" in shown, (script, error)
 
 
 def test_the_performance_page_and_sentence_say_what_was_measured():
