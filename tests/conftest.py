@@ -86,10 +86,10 @@ def torture_table():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _short_ends():
+def _short_ends_and_plans():
     """Runs end without the pictures of their report and without the dry run that predicts their memory: of a few steps,
     these take more than half of the time. `with_pictures` and `with_prediction` make them as they are, and so does the
-    long form (PRECEPTOR_TORTURE)."""
+    long form (PRECEPTOR_TORTURE). Plans are without the ways that would fit, a dry run of each, but for one plan."""
     from children import TORTURE
 
     from preceptor.report import page
@@ -103,6 +103,7 @@ def _short_ends():
         if not TORTURE:
             patch.setattr("preceptor.train.finish.write_report", without_pictures)
             patch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
+        patch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])
         yield
 
 

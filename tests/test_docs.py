@@ -158,7 +158,6 @@ def test_the_tests_that_hold_the_promises_exist():
 def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch, base_folder):
     """What trains, with a tiny model: the scholar takes a minute for it."""
     monkeypatch.chdir(tmp_path)  # where its runs go
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time
     trains, heading, reads = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("## Contexts and")
     page = trains.replace('"scholar"', repr(str(base_folder))) + heading + reads
     names = {}

@@ -71,7 +71,6 @@ def _require_merged_into_the_unquantized_base(folder, base_folder):
 
 
 def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, monkeypatch):
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time
     words = ("train", run_file(), "model.quantization=int8", "train.duration=1 steps", "eval.every=null")
     adapter = "adapter={rank: 2, save: adapter}"
     code, _, error = preceptor(*words, adapter, f"out={tmp_path}/a")
