@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check torture wheel-demo docs docs-serve format table study optimizers adapters clean
+.PHONY: setup demo test check torture wheel-demo gguf docs docs-serve format table study optimizers adapters clean
 
 setup: $(VENV)/ready
 
@@ -54,6 +54,14 @@ wheel-demo:
 	build/wheel/venv/bin/pip check
 	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --dry-run -c constraints.txt \
 		"$$(echo build/wheel/dist/*.whl)[docs,lm-eval,mlflow,quantized,serve,tensorboard,trackio,wandb]"
+
+# Exports to GGUF and Ollama, read and answered by llama.cpp, which is built first: about 15 minutes on 2 cores.
+LLAMA := llama_cpp_python-0.3.36
+gguf: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	test -d build/$(LLAMA) || { $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build \
+		llama-cpp-python==0.3.36 && tar -xf build/$(LLAMA).tar.gz -C build; }
+	LLAMA_CPP=build/$(LLAMA)/vendor/llama.cpp $(BIN)/python -m pytest tests/export
 
 # The site from docs/, in build/site; a broken link is an error.
 docs: setup

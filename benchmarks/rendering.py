@@ -1,6 +1,7 @@
 """Rendering and tokenising a file of conversations: our conversations per second against TRL's, and how they scale.
 
     python benchmarks/rendering.py [--repetitions 3] [--template llama3]
+    python benchmarks/rendering.py --before CHECKOUT
 
 Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
 by `read_examples` and `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
@@ -8,6 +9,10 @@ SFTTrainer's own preparation (`assistant_only_loss`, `dataset_num_proc=2`, no tr
 prepared four rows before, so that the template is compiled. They take turns; each figure is the fastest of the
 repetitions. The trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin
 also trains the newline after each turn. Writes benchmarks/results/rendering.json.
+
+--before: the price of what was built since another commit, whose work tree is named: both render each kind of data, in
+turns, in processes of their own. 1b21c92 is the last commit before the guards of docs/reliability.md. Writes
+benchmarks/results/rendering_before.json.
 """
 
 import argparse
@@ -16,6 +21,8 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,6 +286,36 @@ def by_profile(repetitions: int, names: Sequence[str] = tuple(PROFILES)) -> dict
     return result
 
 
+def against_before(checkout: Path, repetitions: int) -> None:
+    """For each kind of data, a conversation's milliseconds at both commits, the smallest of the turns."""
+    head = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    found: dict[Path, list[dict[str, Any]]] = {checkout.resolve(): [], ROOT: []}
+    for _ in range(repetitions):
+        for root, profiles in found.items():
+            command = [sys.executable, str(root / "benchmarks/rendering.py"), "--profiles-only", "--repetitions", "1"]
+            done = subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": str(root / "src")},
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            profiles.append(json.loads(done.stdout[done.stdout.index("\n{\n") :])["profiles"])
+    rows = {}
+    for name in PROFILES:
+        before, now = (min(each[name]["milliseconds"] for each in profiles) for profiles in found.values())
+        rows[name] = {"before": before, "now": now, "now / before": round(now / before, 3)}
+        print(f"{name}: {rows[name]}")
+    result = {
+        "command": "python benchmarks/rendering.py --before CHECKOUT",
+        "commit": commit,
+        **describe(),
+        "profiles": rows,
+    }
+    (ROOT / "benchmarks/results/rendering_before.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
 def peak_megabytes(file: str, times: int, tokenizer: Any, num_processes: int) -> tuple[float, float]:
     """The most memory that this process, and the largest of those that it started, ever held; rows are let go."""
 
@@ -309,7 +346,11 @@ def main() -> None:
     parser.add_argument("--template", choices=sorted(SPECIAL), default="llama3")
     parser.add_argument("--profiles-only", action="store_true", help="print the profiles and stop")
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=list(SIZES))
+    parser.add_argument("--before", type=Path, help="a work tree of another commit")
     arguments = parser.parse_args()
+    if arguments.before:
+        against_before(arguments.before, arguments.repetitions)
+        return
     if arguments.profiles_only:
         print(json.dumps({**describe(), "profiles": by_profile(arguments.repetitions)}, indent=1))
         return

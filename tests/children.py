@@ -20,7 +20,7 @@ from pathlib import Path
 
 TORTURE = int(os.environ.get("PRECEPTOR_TORTURE", "0"))  # how many times more than in the fast suite, where not 0
 
-_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+_OPERATIONS = ("open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir", "os.truncate")
 
 
 class Killed(BaseException):

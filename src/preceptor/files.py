@@ -16,6 +16,7 @@ from preceptor.errors import CheckpointError, first_line
 MANIFEST = "manifest.json"
 LIVE, MEMORY = "live:", "memory:"  # in place of a path: a model or function, and data, that a Python program holds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextmanager
@@ -27,6 +28,17 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         raise
     except OSError as error:
         raise cannot_write(path, error, num_bytes) from error
+
+
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """Raises CheckpointError where the disk fails inside, with the file's name, or the folder's where it is unknown."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise CheckpointError(f"{error.filename or folder}: cannot be used: {error.strerror}") from error
 
 
 def cannot_write(path: Path, error: BaseException, num_bytes: int | None = None) -> CheckpointError:

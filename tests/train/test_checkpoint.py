@@ -1,8 +1,12 @@
 """Checkpoints: exact, whole, and never read where one byte is not what was written."""
 
+import ast
+import errno
+import os
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from preceptor.errors import CheckpointError, ModelError
 from preceptor.train.checkpoint import Checkpoints, State, checkpoint_bytes
 from preceptor.train.optimizer import apply_learning_rate, build_optimizer
 from tiny import tiny_model
+
+FILE_OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir")
 
 
 def state_of(seed=0, steps=2, offload=False):
@@ -205,6 +211,50 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_older_one(checkpoints, limite
             checkpoints.save(state)
         assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000002"]
         assert restored(checkpoints).step == 2
+
+
+def _save_with_failing_operations(checkpoints):
+    """Save step 3 until no operation on a file fails: at first the first does, then the second, ...
+
+    What was raised, by the operation; "" is as it should be.
+    """
+    state, done, failing, found = state_of(), 0, 0, {}
+    checkpoints.save(state)
+    state.step = 3
+
+    def fail(event, values):
+        nonlocal done
+        if event in FILE_OPERATIONS and str(values[0]).startswith(str(checkpoints.folder)):
+            done += 1
+            if done == failing:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    sys.addaudithook(fail)
+    while done >= failing:
+        done, failing = 0, failing + 1
+        try:
+            checkpoints.save(state)
+        except CheckpointError as error:
+            found[failing] = "" if ": cannot be " in str(error) and "checkpoints" in str(error) else str(error)
+        except BaseException as error:
+            found[failing] = repr(error)
+        num, done = done, -1000
+        assert checkpoints.has(2)
+        shutil.rmtree(checkpoints.folder / "step-00000003", ignore_errors=True)
+        done = num
+    return found
+
+
+def test_any_operation_on_a_file_may_fail(checkpoints, tmp_path):
+    """In a child, whose hook goes with it: what was written is read back, and that may fail too."""
+    if not (pid := os.fork()):
+        try:
+            (tmp_path / "found").write_text(repr(_save_with_failing_operations(checkpoints)))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    found = ast.literal_eval((tmp_path / "found").read_text())
+    assert len(found) > 5 and set(found.values()) == {""}, found
 
 
 def test_a_full_disk_costs_all_older_checkpoints_but_one(checkpoints, monkeypatch):

@@ -159,7 +159,7 @@ REPLAY = ("loss.kl_coef=0.1", "replay={data: [{path: replay.jsonl}], share: 0.4}
 @pytest.mark.parametrize(
     ("strategy", "keys"),
     [
-        ("replicate", ("adapter.rank=2", "adapter.dropout=0.1")),
+        ("replicate", ("model.quantization=nf4", "adapter.rank=2", "adapter.dropout=0.1")),
         ("shard", ("memory.context_gradient=recompute", *REPLAY)),
         ("shard", ("adapter.rank=2", "adapter.dropout=0.1", "memory.activation_checkpointing=all")),
     ],

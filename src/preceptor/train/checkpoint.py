@@ -42,6 +42,7 @@ from preceptor.files import (
     read_manifest,
     remove,
     remove_folder,
+    using,
     write_manifest,
     writing,
 )
@@ -116,8 +117,10 @@ class Checkpoints:
     _writer: "_Writer | None" = None
 
     def found(self) -> list[Path]:
-        """The complete ones, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir())
+        """The complete ones, oldest first. Raises CheckpointError where the folder cannot be read."""
+        with using(self.folder):
+            names = [path for path in self.folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)]
+            return sorted(path for path in names if path.is_dir())
 
     def save(self, state: State, with_optimizer: bool = True) -> None:
         """Write `step-N`, unless it is there; the older ones go when it is on the disk.
@@ -177,7 +180,7 @@ class Checkpoints:
         try:
             partial = self.world.first(lambda: prepare_partial(place, folder=True))
             self.world.together(lambda: _write_part(content, partial, place, num_bytes, self.world))
-            parts = self.world.together(lambda: describe_files(partial, self._own_files(partial)))
+            parts = self.world.together(lambda: self._own_files(partial, place))
             described = {name: about for part in parts for name, about in sorted(part.items())}
 
             def finish() -> None:
@@ -193,10 +196,11 @@ class Checkpoints:
                 with suppress(OSError):
                     remove(place.with_name(f".{place.name}.partial"))
 
-    def _own_files(self, partial: Path) -> list[Path]:
+    def _own_files(self, partial: Path, place: Path) -> Described:
         """Those that this rank has written; the metadata is the first rank's."""
-        files = [path for path in partial.iterdir() if path.name.startswith(f"__{self.world.rank}_")]
-        return sorted(files + [partial / ".metadata"] * self.world.is_first)
+        with writing(place):  # as they are read back
+            files = [path for path in partial.iterdir() if path.name.startswith(f"__{self.world.rank}_")]
+            return describe_files(partial, sorted(files + [partial / ".metadata"] * self.world.is_first))
 
     def _prune(self, keep: int, step: int) -> None:
         """Delete all but the newest `keep` of those up to `step`, and the best."""

@@ -38,6 +38,7 @@ from preceptor.files import (
     read_run_file,
     remove_folder,
     remove_partials,
+    using,
     write_atomically,
     write_json,
     write_json_lines,
@@ -217,7 +218,7 @@ def claim(
     """
     folder = Path(os.path.realpath(run.out))
     _require_apart(run, folder, run_file)
-    with locked(folder, run.out) as notes:
+    with locked(folder, run.out) as notes, using(folder):
         found = _look(folder, run, resume, replace)
         found.notes += notes
         yield found
