@@ -117,12 +117,7 @@ def test_the_same_trees_under_every_stock_template(name):
     tokenizer = tt.tokenizer_for(entry)
     learnt = tt.renderer_for(entry, tokenizer)
     rng = random.Random(name)
-    for num_messages, system, reasons in [
-        (2, False, False),
-        (6, False, False),
-        (4, True, False),
-        (4, False, True),
-    ] * TIMES:
+    for num_messages, system, reasons in FORMS:
         contents = [" ".join(rng.choices(PIECES, k=rng.choice((1, 3)))) for _ in range(num_messages)]
         record = chat(contents, reasoning="So it is." if reasons else None)
         if system:
