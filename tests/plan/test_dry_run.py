@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from children import TORTURE
 from measured import ONE, SEVERAL, measured_peak, sequence_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,8 +87,17 @@ def test_routers_that_are_balanced():
     assert found[None] > found[0.0]
 
 
-@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
-@pytest.mark.parametrize(("adapter", "precision"), [(None, "float32"), (None, "bfloat16"), (LoraSpec(4), "bfloat16")])
+@pytest.mark.parametrize(
+    ("adapter", "precision", "policy"),
+    [
+        (None, "float32", POLICIES[1]),
+        (None, "bfloat16", POLICIES[0]),
+        (LoraSpec(4), "bfloat16", POLICIES[0]),
+        (LoraSpec(4), "bfloat16", POLICIES[1]),
+        *([(None, "float32", POLICIES[0]), (None, "bfloat16", POLICIES[1])] if TORTURE else []),
+    ],
+    ids=str,
+)
 def test_the_divergence_from_the_base(adapter, precision, policy):
     """Full fine-tuning holds the base a second time; an adapter is switched off."""
     model, num_new = tiny_model("llama", **SIZES), 2 * (adapter is not None)
