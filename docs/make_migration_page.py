@@ -1,4 +1,4 @@
-"""Writes docs/migration.md from the names in config/peer_names.py.
+"""Writes docs/migration.md from the names in config/peer_names.py and config/peer_without.py.
 
 python docs/make_migration_page.py
 """
@@ -6,16 +6,17 @@ python docs/make_migration_page.py
 from collections import defaultdict
 from pathlib import Path
 
-from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART, RENAMED
+from preceptor.config.peer_names import COUNTERPARTS, RENAMED
+from preceptor.config.peer_without import NO_COUNTERPART
 
 PAGE = Path(__file__).parent / "migration.md"
 INTRODUCTION = """# Keys of other trainers
 
 `preceptor convert` turns a file of another trainer into a run file: [coming from another trainer](coming-from.md).
 
-Keys of TRL and transformers, Axolotl and LLaMA-Factory, and what to write in a [run file](run-file.md) instead. A run
-file with one of these keys is rejected with the same advice. `python docs/make_migration_page.py` makes this page from
-`src/preceptor/config/peer_names.py`.
+Keys of TRL and transformers, Axolotl, LLaMA-Factory, torchtune and Unsloth, and what to write in a
+[run file](run-file.md) instead. A run file with one of these keys is rejected with the same advice.
+`python docs/make_migration_page.py` makes this page from `config/peer_names.py` and `config/peer_without.py`.
 """
 
 

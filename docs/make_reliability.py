@@ -1,4 +1,4 @@
-"""Writes the table of kills and disks in docs/reliability.md from benchmarks/results/torture.json.
+"""Writes two tables of docs/reliability.md: kills and disks, and files of other trainers, from benchmarks/results.
 
 python docs/make_reliability.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 PAGE = Path(__file__).parent / "reliability.md"
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "torture.json"
 TABLE = re.compile(r"(?<=<!-- torture -->\n).*?(?=<!-- end -->)", re.DOTALL)
+PEERS = re.compile(r"(?<=<!-- peers -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def table() -> str:
@@ -35,6 +36,22 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers() -> str:
+    """A row for each repository: its commit, files, what became of them, keys that are not known."""
+    found = json.loads((MEASURED.parent / "peer_files.json").read_text(encoding="utf-8"))
+    lines = [
+        "| examples of | commit | files | refused | converted | accepted | keys | not known |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        refused = sum(row["refused"].values())
+        figures = (row["files"], refused, row["converted"], row["accepted"], row["keys"], row["unknown"])
+        lines.append(
+            f"| {row['name']} | {row['commit'][:10]} | " + " | ".join(f"{number:,}" for number in figures) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(TABLE.sub(lambda _: table(), text), encoding="utf-8")
+    text = TABLE.sub(lambda _: table(), PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(PEERS.sub(lambda _: peers(), text, count=1), encoding="utf-8")

@@ -169,6 +169,12 @@ def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys, tmp_
     assert names["loss"].item() > 0
 
 
+def test_the_table_of_files_of_other_trainers_says_what_was_tried():
+    module = made_by("make_reliability")
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert module.PEERS.search(page).group() == module.peers(), "run python docs/make_reliability.py"
+
+
 def test_the_table_of_kills_says_what_was_tried():
     module = made_by("make_reliability")
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")

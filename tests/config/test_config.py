@@ -263,3 +263,9 @@ def test_other_texts_and_runs_that_are_built_keep_their_signs(tmp_path):
     assert load(tmp_path, text).data.train[0].model_dump(include={"path", "split"}) == {"path": "a$", "split": "$x"}
     tree = {"model": {"path": "scholar"}, "data": {"train": [{"path": "$x"}]}, "out": "~/a"}
     assert config.build(tree, "here").out == "~/a"
+
+
+@pytest.mark.parametrize("text", ["1234567 steps", "0.00001 epochs", "12.5 %", "3 epochs", "1000000000 steps"])
+def test_a_duration_is_written_as_it_is_read(text):
+    """An exponent would be read by nobody: such a run could not go on from its own run file."""
+    assert str(Duration.parse(text)) == text

@@ -10,7 +10,8 @@ from preceptor import config
 from preceptor.config.convert import convert, convert_file, settings_of
 from preceptor.config.peer_defaults import DEFAULTS
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART
+from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.run import all_keys
 from preceptor.errors import ConfigError
 
@@ -289,7 +290,7 @@ def test_torchtune(tmp_path):
     found = converted(tmp_path, TORCHTUNE)
     tree, notes = found.tree, notes_of(found)
     assert (found.peer, found.missing) == ("torchtune", [])
-    quantized = {"quantization": "nf4", "double_quantization": False}
+    quantized = {"quantization": "nf4", "double_quantization": True}
     assert tree["model"] == {"dtype": "bfloat16", "path": "/m", **quantized}
     assert tree["adapter"]["kind"] == "dora"
     source = {"path": "own.json", "columns": {"messages": "dialogue"}}
@@ -444,8 +445,13 @@ STREAMED = {
     "LLaMA-Factory": ({"streaming": True, "buffer_size": 500}, {"streaming": True, "window": 500}),
     "TRL": ({"dataset_streaming": True}, {"streaming": True}),
     "Axolotl": (
-        {"streaming": True, "streaming_multipack_buffer_size": 700, "pretraining_dataset": [{"path": "a"}]},
-        {"streaming": True, "window": 700},
+        {"streaming_multipack_buffer_size": 700, "pretraining_dataset": [{"path": "a.jsonl", "text_column": "body"}]},
+        {
+            "streaming": True,
+            "window": 700,
+            "train": [{"path": "a.jsonl", "columns": {"text": "body"}}],
+            "overflow": "split",
+        },
     ),
 }
 
@@ -453,15 +459,15 @@ STREAMED = {
 @pytest.mark.parametrize(("peer", "given", "ours"), [(peer, *pair) for peer, pair in STREAMED.items()])
 def test_streams(peer, given, ours):
     found = convert(PeerFile(peer, {"model_name_or_path": "m", "max_steps": 9, **given}), Path())
-    assert ours.items() <= found.tree["data"].items() and ("pretraining_dataset" in notes_of(found)) == (
-        peer == "Axolotl"
-    )
+    assert ours.items() <= found.tree["data"].items()
     found.tree["data"]["train"] = [{"path": "a.jsonl"}]
     config.build({**found.tree, "model": {"path": "m"}, "out": "b"}, "converted")
     assert "streaming" not in notes_of(found)
     of_hub = convert(PeerFile("TRL", {"dataset_name": "owner/name", "streaming": True}), Path())
     assert "hf://datasets/owner/name" in notes_of(of_hub)["streaming"]
-    off = convert(PeerFile(peer, {**given, **dict.fromkeys(("streaming", "dataset_streaming"), False)}), Path())
+    off = convert(
+        PeerFile(peer, {**given, **dict.fromkeys(("streaming", "dataset_streaming", "pretraining_dataset"))}), Path()
+    )
     assert not {"streaming", "window"} & off.tree.get("data", {}).keys()
 
 

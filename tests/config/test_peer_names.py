@@ -5,7 +5,8 @@ import re
 import pytest
 
 from preceptor import config
-from preceptor.config.peer_names import COUNTERPARTS, INSTEAD_OF_SECTIONS, NO_COUNTERPART, RENAMED
+from preceptor.config.peer_names import COUNTERPARTS, INSTEAD_OF_SECTIONS, RENAMED
+from preceptor.config.peer_without import NO_COUNTERPART
 from preceptor.config.run import all_keys
 from preceptor.errors import ConfigError
 

@@ -298,6 +298,14 @@ def test_cells_for_a_shell_are_passed_over(tmp_path):
     assert found.unread == ["cell 3: not Python: passed over"]
 
 
+def test_a_cell_of_marimo_takes_names_of_other_cells(tmp_path):
+    text = "@app.cell\ndef _():\n    length = 256\n    return (length,)\n\n"
+    text += "@app.cell(hide_code=True)\ndef _(length):\n    SFTConfig('o', max_length=length)\n"
+    assert settings_of(tmp_path, text).settings["max_length"] == 256
+    plain = settings_of(tmp_path, text.replace("@app.cell(hide_code=True)", "").replace("@app.cell", ""))
+    assert "max_length" not in plain.settings
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -295,6 +295,18 @@ def test_attention_goes_on_without_a_kernel_that_fails(where, engine, kernels, m
     assert "shared memory" in kernels()["kernels_given_up"]["flex_attention"]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
+def test_layers_are_compiled_where_no_sequence_holds_two_conversations(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    model, lines = tiny_model("llama"), []
+    install(model, "compiled")
+    loader = Loader(Dataset([chain(RNG, (60, 30)), chain(RNG, (50, 20))]), 100, 1, seed=0)
+    preflight(model, loader, "float32", lines.append)
+    assert Engine(model).state.compiles
+    assert any("compiled layers give the loss and the gradient" in line for line in lines)
+    assert not any("of this run" in line for line in lines), "two conversations beside each other"
+
+
 def test_an_error_of_another_kind_gives_no_kernel_up(kernels):
     cuda._in_use.add(cuda.FLEX)
     lines = []

@@ -227,7 +227,8 @@ def test_a_signal_before_the_training_leaves_nothing(run, tmp_path):
     file, *_ = run
     out = tmp_path / "run"
     train = ("train", file, f"out={out}")
-    ended = command(*train, folder=out, signals=[("train.jsonl", 1, signal.SIGTERM)])
+    of_the_model = ("config.json", 1, signal.SIGTERM)  # the data of a stream are read in a child
+    ended = command(*train, folder=out, signals=[of_the_model])
     assert ended.code == EXIT_CODE and not out.exists()
     assert "stopped by SIGTERM before the first step" in ended.shown
 

@@ -19,7 +19,7 @@ from preceptor.api.values import refuse_iterable
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import Converted, convert, known_settings
 from preceptor.config.peer_files import PeerFile
-from preceptor.config.peer_names import NO_COUNTERPART, OF_TRAINER
+from preceptor.config.peer_without import NO_COUNTERPART, OF_TRAINER
 from preceptor.config.sections import nearest
 from preceptor.console import say
 from preceptor.data.forest import Segment, Tree, pack_trees

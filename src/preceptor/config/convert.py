@@ -4,24 +4,34 @@ Each key is carried over, or named with the reason why it is not. Defaults of th
 out. What the file does not say and a run needs is left open: nothing is guessed.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from preceptor.config.durations import plain
 from preceptor.config.peer_adapter import adapter_section, trains_adapter
-from preceptor.config.peer_data import Sources, long_examples
-from preceptor.config.peer_defaults import DIRECT, NAMES, SCHEDULERS, TRAINER, Peer, optimizer_name
+from preceptor.config.peer_data import HUB_ID, Sources, long_examples
+from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, TRAINER, Peer
 from preceptor.config.peer_files import PeerFile, dataset_info, read_peer_file
-from preceptor.config.peer_names import CHANGES_TRAINING, COUNTERPARTS, NO_COUNTERPART
-from preceptor.config.peer_settings import OFF, PeerSettings
+from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_optimizer import optimizer_section
+from preceptor.config.peer_settings import PeerSettings
+from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
 from preceptor.config.run import Tracker, all_keys
 from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
 _UNKNOWN = "not known here; look whether it matters"
-_HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
+_NO_CLIPPING = 1e9
+_SPREAD = ("deepspeed", "fsdp", "fsdp_config")
+_TRACKER_KEYS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "tensorboard": ("use_tensorboard",),
+    "mlflow": ("use_mlflow", "mlflow_tracking_uri"),
+    "trackio": ("use_trackio", "trackio_project_name"),
+}
+"""Keys of Axolotl that each stand for a tracker."""
 
 
 @dataclass
@@ -99,13 +109,16 @@ class _Conversion:
         self._model()
         self._data()
         self._training()
-        self._optimizer()
+        self._found.tree["optimizer"] = optimizer_section(self._given)
         self._memory_and_moments()
         self._found.tree["adapter"] = adapter_section(self._given)
         self._trackers()
         for key, (ours, cast) in DIRECT.items():
             if (value := self._given.value(key)) is not None:
                 self._set(ours, self._given.cast(key, value, cast))
+        if self._found.tree["optimizer"].get("max_grad_norm") == 0:
+            self._found.tree["optimizer"]["max_grad_norm"] = _NO_CLIPPING
+            self._given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")
         self._rest()
         tree = {key: value for key, value in self._found.tree.items() if value != {}}
         order = list(dict.fromkeys(key.partition(".")[0] for key in all_keys()))
@@ -117,7 +130,8 @@ class _Conversion:
         }
         self._found.missing = [key for key, is_there in needed.items() if not is_there]
         # what needs no action comes last
-        self._found.notes.sort(key=lambda note: note[1].endswith(("nothing to set", "remove the key")))
+        done = ("nothing to set", "remove the key")
+        self._found.notes[:] = sorted(dict.fromkeys(self._found.notes), key=lambda note: note[1].endswith(done))
         return self._found
 
     def _set(self, key: str, value: Any) -> None:
@@ -137,8 +151,15 @@ class _Conversion:
         lora = trains_adapter(self._given)
         self._quantization(lora)
         dtype = str(self._given.value("torch_dtype", "dtype") or "").removeprefix("torch.")
-        if not lora and not dtype and self._given.on("pure_bf16") is True:
-            self._half_weights("pure_bf16")
+        half = self._given.settings.get("bf16") in (True, "auto")
+        if lora and not dtype and half and self._given.peer in ("Axolotl", "LLaMA-Factory"):  # the base of an adapter
+            dtype = "bfloat16"
+        elif not lora and not dtype:
+            # Axolotl loads weights so, which are spread as float32 ones
+            whole = self._given.peer == "Axolotl" and not self._given.settings.keys() & {*_SPREAD}
+            keys = ("pure_bf16", "bfloat16", *(("bf16",) if whole and half else ()))
+            if (key := next((key for key in keys if self._given.on(key)), None)) is not None:
+                self._half_weights(key)
         if dtype in ("bfloat16", "bf16"):
             if lora:
                 self._set("model.dtype", "bfloat16")
@@ -159,10 +180,10 @@ class _Conversion:
         four, eight = self._given.on("load_in_4bit"), self._given.on("load_in_8bit")
         bits = self._given.on("quantization_bit")
         kind = "nf4" if four or str(bits) == "4" else "int8" if eight or str(bits) == "8" else None
-        if kind is None and (bits is not None or self._given.settings.get("adapter") == "qlora"):
-            kind = "nf4" if bits is None else None
-            if kind is None:
-                self._given.not_offered("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+        if kind is None and bits is not None:
+            self._given.not_offered("quantization_bit", f"{short(bits)} is not offered: 4 (nf4) or 8 (int8)")
+        elif kind is None and self._given.settings.get("adapter") == "qlora":
+            kind = "nf4"
         if kind is None:
             return
         if not lora:
@@ -180,7 +201,7 @@ class _Conversion:
             doubled = (
                 bool(self._given.value(*given))
                 if given
-                else self._given.peer in ("Axolotl", "LLaMA-Factory", "Unsloth")
+                else self._given.peer in ("Axolotl", "LLaMA-Factory", "Unsloth", "torchtune")
             )
             self._set("model.double_quantization", doubled)
         if "bfloat16" in str(self._given.settings.get("bnb_4bit_compute_dtype")):
@@ -188,7 +209,7 @@ class _Conversion:
             self._set("train.precision", "bfloat16")
 
     def _held_out_share(self, streaming: bool) -> None:
-        for key in ("val_set_size", "val_size"):
+        for key in ("val_set_size", "val_size", "test_split_size"):
             share = self._given.number(key, self._given.on(key) or 0)
             if share and (streaming or share >= 1):
                 why = "a stream has no end to choose from" if streaming else "data.eval_size is a share, such as 0.05"
@@ -197,9 +218,10 @@ class _Conversion:
                 self._set("data.eval_size", share)
 
     def _data(self) -> None:
-        for key, found in Sources(self._given, self._folder).read().items():
+        sources = Sources(self._given, self._folder)
+        for key, found in sources.read().items():
             self._set(key, found)
-        streaming = bool(self._given.on("streaming", "dataset_streaming"))
+        streaming = bool(self._given.on("streaming", "dataset_streaming", "pretraining_dataset"))
         self._held_out_share(streaming)
         if streaming:
             self._set("data.streaming", True)
@@ -212,13 +234,13 @@ class _Conversion:
         self._chat_template()
         self._train_on()
         self._packed = self._given.on("packing", "sample_packing") is not None
-        for key, value in long_examples(self._given, self._packed).items():
+        for key, value in long_examples(self._given, self._packed, sources.are_texts).items():
             self._set(key, value)
 
     def _note_of_hub(self) -> None:
         """What is read as a stream is named by its files."""
         for source in self._found.tree.get("data", {}).get("train", ()):
-            if _HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
+            if HUB_ID.fullmatch(source["path"]) and not (self._folder / source["path"]).exists():
                 self._given.note(
                     "streaming",
                     f"{source['path']} is of the Hub: a stream reads its files, hf://datasets/{source['path']} or a "
@@ -231,6 +253,9 @@ class _Conversion:
             return
         if name in ("chatml", "llama3", "tokenizer") or str(name).endswith(".jinja"):
             self._set("data.chat_template", str(name))
+        elif "{%" in str(name) or "{{" in str(name):
+            why = "a template in the file itself: write it to a file that ends in .jinja, and name that"
+            self._given.note("chat_template", f"{why} in data.chat_template; absent here: the model's own, else chatml")
         else:
             self._given.note(
                 "chat_template",
@@ -261,8 +286,11 @@ class _Conversion:
         self._duration()
         each = self._given.value("per_device_train_batch_size", "micro_batch_size", "batch_size")
         accumulated = self._given.value("gradient_accumulation_steps")
+        if self._given.peer == "Axolotl" and (total := self._given.on("batch_size")) is not None:
+            each, accumulated = total, 1
+        processes = self._given.value("num_processes")
         try:
-            size = int(each) * int(accumulated or 1)
+            size = int(each) * int(accumulated or 1) * int(processes or 1)
         except (TypeError, ValueError, OverflowError):
             self._given.note(
                 "batch size", f"{short(each)} times {short(accumulated)} is no number: set train.batch_size"
@@ -272,15 +300,16 @@ class _Conversion:
             unit = (
                 "packed sequences" if self._packed else "examples, each by itself; as many packed sequences hold more"
             )
-            self._given.note(
-                "batch size", f"{each} x {accumulated} {unit}; on several devices there, multiply by their number"
+            devices = (
+                f" on {processes} devices" if processes else "; on several devices there, multiply by their number"
             )
+            self._given.note("batch size", f"{each} x {accumulated} {unit}{devices}")
         if (half := self._given.on("bf16")) is not None:
             if half is True:
                 self._set("train.precision", "bfloat16")
             elif half != "auto":
                 self._given.note("bf16", f"{short(half)}: set train.precision")
-        elif self._given.on("fp16") is not None:
+        elif self._given.on("fp16", "float16") is not None:
             self._set("train.precision", "bfloat16")
             self._given.note("fp16", "float16 is not offered: bfloat16")
         loss = self._given.value("loss_type")
@@ -295,61 +324,26 @@ class _Conversion:
         steps = self._given.settings.get("max_steps")
         if isinstance(steps, int) and steps > 0:
             self._set("train.duration", f"{self._given.value('max_steps')} steps")
+            self._given.used |= {"num_train_epochs", "num_epochs", "epochs"}  # steps come first
             return
         if steps == -1:  # transformers' word for none
             self._given.used.add("max_steps")
         epochs = self._given.number("num_train_epochs", self._given.value("num_train_epochs", "num_epochs", "epochs"))
-        self._set("train.duration", None if epochs is None else f"{epochs:g} epochs")
-
-    def _optimizer(self) -> None:
-        name = self._given.value("lr_scheduler_type", "lr_scheduler")
-        scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
-        if scheduler is None:
-            offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
-            self._given.not_offered("lr_scheduler_type", f"{short(name)} is not offered: {offered}")
-        self._set("optimizer.lr_scheduler", scheduler)
-        self._decay(scheduler)
-        key = "warmup_ratio" if self._given.settings.get("warmup_ratio") not in OFF else "warmup_steps"
-        warmup = self._given.number(key, self._given.value(key) or 0)
-        if warmup is not None:
-            is_share = key == "warmup_ratio" or 0 < warmup < 1
-            self._set("optimizer.warmup", f"{100 * warmup:g} %" if is_share else f"{warmup:g} steps")
-        self._optimizer_name()
-
-    def _decay(self, scheduler: str | None) -> None:
-        """How the rate falls at the end."""
-        given = self._given.settings.get("lr_scheduler_kwargs")
-        arguments: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-        ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
-        if self._given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
-            self._set("optimizer.min_lr_ratio", self._given.number("lr_scheduler_kwargs", ratio))
-        if scheduler == "wsd":
-            if (steps := arguments.get("num_decay_steps")) is not None:
-                self._set("optimizer.decay", f"{steps} steps")
-            if (form := arguments.get("decay_type", "cosine")) != "linear":
-                self._given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
-        if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"} and arguments:
-            self._given.used.add("lr_scheduler_kwargs")
-
-    def _optimizer_name(self) -> None:
-        given = "muon" if self._given.on("use_muon") else self._given.value("optim", "optimizer")
-        name = "adamw" if given is None else optimizer_name(str(given))
-        if name is None:
-            why = f"{short(given)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-            self._given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
-            self._given.unoffered.append(("optim", why))
-        self._set("optimizer.name", name if name != "adamw" else None)
-        betas = [self._given.number(key, self._given.value(key)) for key in ("adam_beta1", "adam_beta2")]
-        self._set("optimizer.betas", None if None in betas or name in ("adafactor", "sgd") else betas)
-        if name == "sgd":
-            self._set("optimizer.momentum", 0.0)
+        self._set("train.duration", None if epochs is None else f"{plain(epochs)} epochs")
 
     def _memory_and_moments(self) -> None:
         checkpointing = self._given.on("gradient_checkpointing", "activation_checkpointing")
-        if checkpointing is True:
+        is_off = self._given.peer == "LLaMA-Factory" and self._given.on("disable_gradient_checkpointing")
+        if checkpointing is None and not is_off:
+            sharding = self._given.settings.get("fsdp_config")
+            named = sharding if isinstance(sharding, Mapping) else {}
+            checkpointing = self._given.defaults.get("gradient_checkpointing") or any(
+                value is True for key, value in named.items() if str(key).endswith("activation_checkpointing")
+            )
+        if checkpointing:
             self._set("memory.activation_checkpointing", "all")
-        elif checkpointing is not None:
-            self._given.note("gradient_checkpointing", f"{short(checkpointing)}: set memory.activation_checkpointing")
+        if checkpointing not in (None, True, False):
+            self._given.note("gradient_checkpointing", f"{short(checkpointing)}: all layers run again, on the device")
         self._moment("checkpoint.every", "save", 500)
         self._moment("eval.every", "eval", None)
 
@@ -357,21 +351,27 @@ class _Conversion:
         """`checkpoint.every` or `eval.every` from a strategy and a number of steps, or from so many an epoch."""
         if (per_epoch := self._given.on(f"{kind}s_per_epoch")) is not None:
             number = self._given.number(f"{kind}s_per_epoch", per_epoch)
-            self._set(ours, f"{round(1 / number, 4):g} epochs" if number else None)
+            self._set_epochs(ours, kind, 1 / number if number else None)
             return
         strategy = self._given.value(f"{kind}_strategy", *(["evaluation_strategy"] if kind == "eval" else []))
         steps = self._given.settings.get(f"{kind}_steps") or (None if self._given.peer == "Axolotl" else default_steps)
         if kind == "eval" and strategy == "steps" and not steps:
             steps = self._logging_steps()
         if strategy == "epoch":
-            self._set(ours, "1 epochs")
+            self._set_epochs(ours, kind, 1)
         elif strategy in (None, "steps") and steps is not None:
             self._given.used.add(f"{kind}_steps")
             number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
-                self._set(ours, f"{100 * number:g} %" if number < 1 else f"{number:g} steps")
+                self._set(ours, f"{plain(100 * number)} %" if number < 1 else f"{plain(number)} steps")
         elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
+
+    def _set_epochs(self, ours: str, kind: str, epochs: float | None) -> None:
+        if epochs is not None and self._found.tree["data"].get("streaming"):
+            self._given.note(kind, f"every {epochs:g} epochs there; a stream has none: set {ours} in steps or minutes")
+        elif epochs is not None:
+            self._set(ours, f"{plain(round(epochs, 4))} epochs")
 
     def _logging_steps(self) -> Any:
         """What transformers takes for eval_steps that are not given."""
@@ -386,14 +386,11 @@ class _Conversion:
     def _trackers(self) -> None:
         given = self._given.on("report_to")
         names = (
-            [name.strip() for name in given.split(",")]
-            if isinstance(given, str)
-            else given
+            [str(name) for name in given]
             if isinstance(given, list)
-            else [given] * (given is not None)
+            else [name.strip() for name in str(given or "").split(",") if name]
         )
-        if self._given.on("use_wandb", "wandb_project") is not None:
-            names = [*names, "wandb"]
+        names = [*names, *(name for name, keys in _TRACKER_KEYS.items() if self._given.on(*keys) is not None)]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:
             if name not in offered:
@@ -404,14 +401,13 @@ class _Conversion:
     def _rest(self) -> None:
         """Keys that nothing above has read, with the reason; those that are off say nothing."""
         for key, value in self._given.settings.items():
-            if key in self._given.used:
+            if key in self._given.used or value in OFF:
                 continue
-            if key in NO_COUNTERPART:
-                if value not in OFF and key in CHANGES_TRAINING:
-                    self._given.not_offered(key, NO_COUNTERPART[key])
-                elif value not in OFF:
-                    self._given.note(key, NO_COUNTERPART[key])
-            elif value not in OFF:
+            if key in CHANGES_TRAINING:
+                self._given.not_offered(key, NO_COUNTERPART[key])
+            elif key in NO_COUNTERPART:
+                self._given.note(key, NO_COUNTERPART[key])
+            else:
                 what = f"here {COUNTERPARTS[key]}; set it by hand" if key in COUNTERPARTS else _UNKNOWN
                 self._given.note(key, f"{short(value)}: {what}")
         for sentence in self._unread:

@@ -28,6 +28,11 @@ _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 _LARGEST = 10**9
 
 
+def plain(number: float) -> str:
+    """As `Duration.parse` reads it: without an exponent, however large or small."""
+    return f"{number:.12f}".rstrip("0").rstrip(".")
+
+
 @dataclass(frozen=True, slots=True)
 class Duration:
     """A stretch of training. In a run file it is written as text, `<number> epochs|steps|%|minutes|hours`."""
@@ -61,7 +66,7 @@ class Duration:
         return math.ceil(round(self.count * per_unit, 6))
 
     def __str__(self) -> str:
-        return f"{self.count:g} {'%' if self.unit == 'percent' else self.unit}"
+        return f"{plain(self.count)} {'%' if self.unit == 'percent' else self.unit}"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -1,10 +1,13 @@
 """The adapter of another trainer's file -> the section `adapter` of a run file."""
 
+import re
 from typing import Any
 
 from preceptor.config.peer_defaults import OF_ADAPTERS
 from preceptor.config.peer_settings import PeerSettings
 from preceptor.errors import short
+
+_PATTERN = re.compile(r"[\\*+(\[|^$]")  # of a regular expression, in no name of a layer
 
 
 def trains_adapter(given: PeerSettings) -> bool:
@@ -19,8 +22,13 @@ def adapter_section(given: PeerSettings) -> dict[str, Any]:
     """{} where all weights are trained."""
     if not trains_adapter(given):
         kind = given.value("finetuning_type", "adapter")
-        if kind not in (None, "full"):
-            given.note("adapter", f"{short(kind)} is not offered: LoRA, or all weights")
+        if kind == "freeze":
+            given.not_offered("adapter", "freeze: name what is trained in model.train_only")
+        elif kind not in (None, "full"):
+            given.not_offered("adapter", f"{short(kind)} is not offered: LoRA, or all weights")
+        for key in [key for key in given.settings if key.startswith("lora_")]:
+            given.note(key, "no adapter is asked for, so all weights are trained: nothing to set")
+            given.used.add(key)
         return {}
     section: dict[str, Any] = {}
     for key, (name, cast) in OF_ADAPTERS.items():
@@ -28,11 +36,16 @@ def adapter_section(given: PeerSettings) -> dict[str, Any]:
             section.setdefault(name, given.cast(key, value, cast))
     section |= _kind_of_adapter(given)
     targets = given.value("lora_target_modules", "target_modules", "lora_target")
-    if isinstance(targets, str) and targets not in ("all", "all-linear"):
+    if given.peer == "Axolotl" and given.on("lora_target_linear"):  # beside names: those as well
+        targets = "all-linear"
+    if isinstance(targets, str) and _PATTERN.search(targets):
+        why = f"{short(targets)} is a regular expression; absent here: all linear layers of the decoder"
+        given.note("lora_target_modules", f"{why}; adapter.target_modules takes names")
+    elif isinstance(targets, str) and targets not in ("all", "all-linear"):
         targets = [name.strip() for name in targets.split(",")]
     if isinstance(targets, list):
-        section["target_modules"] = [str(name) for name in dict.fromkeys(targets)]
-    elif targets is None and given.peer in ("TRL", "Unsloth", "Axolotl") and not given.on("lora_target_linear"):
+        section["target_modules"] = list(dict.fromkeys(map(str, targets)))
+    elif targets is None and given.peer in ("TRL", "Unsloth", "Axolotl"):
         given.note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
     dora = given.on("use_dora", "peft_use_dora") is not None
     return {"kind": "dora" if dora else "lora"} | {key: value for key, value in section.items() if value is not None}

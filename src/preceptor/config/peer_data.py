@@ -1,18 +1,31 @@
 """Data sets that a file of another trainer names, as the sources of a run file."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from preceptor.config.peer_defaults import OFF
 from preceptor.config.peer_files import dataset_info
-from preceptor.config.peer_names import NO_COUNTERPART
-from preceptor.config.peer_settings import OFF, PeerSettings
+from preceptor.config.peer_settings import PeerSettings
+from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, table
 from preceptor.errors import short
 
-_OF_ROLES = {
-    "roles_to_train": "only assistant turns, the last one, or all can be trained, see data.train_on",
-    "train_on_inputs": "data.train_on: `all` trains the prompt as well, of every source",
-}
+HUB_ID = re.compile(r"[\w.-]+/(?!.*\.(jsonl?|parquet|arrow|csv|tsv|txt|gz|zst)$)[\w.-]+")
+_OF_SOURCES = table("""
+field_thinking template_thinking_key: reasoning is read from `reasoning_content`, or from tags in the content: rename it
+column_names skiprows: a table is read with its own header: write its names in `columns`
+roles_to_train: only assistant turns, the last one, or all can be trained, see data.train_on
+train_on_inputs: data.train_on: `all` trains the prompt as well, of every source
+fraction: a share of the mixture there; `count` of a source is so many examples, set it by hand
+""")
+_ROLES = {"user", "human", "assistant", "gpt", "model", "chatgpt", "system", "tool", "observation"}
+_SAME = {"id": "path", "source": "path", "config": "name", "subset": "name"}
+_OF_TEXT = ("completion", "pretrain")
+_MESSAGE_KEYS = ("role", "content", "from", "value")
+_OF_PROMPTS = {f"field_{name}": name for name in ("system", "instruction", "input", "output")}
+_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+_IMAGES = {"images", "videos", "audios"}
 
 
 class Sources:
@@ -21,6 +34,7 @@ class Sources:
     def __init__(self, given: PeerSettings, folder: Path) -> None:
         self._given, self._folder = given, folder
         self._found: dict[str, list[dict[str, Any]]] = {}
+        self.are_texts = given.settings.get("stage") == "pt"
 
     def _set(self, key: str, sources: list[dict[str, Any]]) -> None:
         self._found.setdefault(key, sources)
@@ -29,13 +43,19 @@ class Sources:
         """`data.train` and `data.eval`, where they are named."""
         train: Any = None
         held_out: Any = None
+        mixture = self._given.settings.get("dataset_mixture")
+        if isinstance(mixture, Mapping):  # of the alignment handbook
+            self._given.used.add("dataset_mixture")
+            self._given.settings |= {key: mixture[key] for key in ("datasets", "test_split_size") if mixture.get(key)}
         if self._given.peer == "Axolotl":
-            train, held_out = self._given.value("datasets"), self._given.value("test_datasets")
+            train, held_out = self._given.on("datasets"), self._given.value("test_datasets")
+            if train is None and isinstance(texts := self._given.on("pretraining_dataset"), list):
+                train = [{"type": "pretrain", **each} if isinstance(each, Mapping) else each for each in texts]
         elif self._given.peer == "LLaMA-Factory":
             self._named_data("dataset", "data.train")
             self._named_data("eval_dataset", "data.eval")
         else:
-            train, held_out = self._given.value("train_dataset"), self._given.value("eval_dataset")
+            train, held_out = self._given.value("train_dataset", "datasets"), self._given.value("eval_dataset")
             if train is None and (name := self._given.value("dataset_name")) is not None:
                 found = {"path": name, "name": self._given.value("dataset_config")}
                 train = {**found, "split": self._given.value("dataset_train_split") or "train"}
@@ -43,7 +63,10 @@ class Sources:
                     held_out = {**found, "split": self._given.value("dataset_test_split") or "test"}
         for key, entries in (("data.train", train), ("data.eval", held_out)):
             if entries:
-                sources = [self._source(key, entry) for entry in (entries if isinstance(entries, list) else [entries])]
+                each = [one for entry in (entries if isinstance(entries, list) else [entries]) for one in _files(entry)]
+                if key == "data.train":
+                    self.are_texts = all(isinstance(one, Mapping) and one.get("type") in _OF_TEXT for one in each)
+                sources = [self._source(key, one) for one in each]
                 self._set(key, [source for source in sources if source])
         if self._given.settings.get("max_samples") and self._given.value("max_samples"):
             self._given.note(
@@ -55,41 +78,68 @@ class Sources:
         """One data set of Axolotl's list, or the arguments of `load_dataset`."""
         if not isinstance(entry, Mapping):
             return {"path": str(entry)}
-        values = {name: value for name, value in entry.items() if value not in OFF}
+        values = {_SAME.get(str(name), str(name)): value for name, value in entry.items() if value not in OFF}
+        found = self._place(key, values)
+        if isinstance(values.get("columns"), list):  # those that are read; here the columns of the format are
+            values.pop("columns")
+        columns = self._columns(key, values)
+        if any(ours != theirs for ours, theirs in columns.items()):
+            found["columns"] = columns
+        if values.get("roles_to_train") == ["assistant"]:
+            values.pop("roles_to_train")
+        self._format(key, values)
+        for name, value in values.items():
+            advice = NO_COUNTERPART.get(name) or _OF_SOURCES.get(name) or "not known here: see docs/data.md"
+            self._given.note(f"{key} {name}", f"{short(value)}: {advice}")
+        return found
+
+    def _place(self, key: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Takes what says where the data is, and which of it, out of the values."""
         path, files = values.pop("path", None), values.pop("data_files", None)
         kind = values.pop("ds_type", None)
         if files is not None:
             if not isinstance(files, str):
                 self._given.note(f"{key} data_files", f"{short(files)}: name each file as a source of its own")
-            path = str(files) if isinstance(files, str) else path
+            elif path is not None and HUB_ID.fullmatch(str(path)) and "://" not in files:
+                path = f"hf://datasets/{path}/{files}"
+            else:
+                path = files
             values.pop("split", None)  # of a file there is only one
         found: dict[str, Any] = {"path": str(path)}
-        if kind is None and files is None and Path(str(path)).suffix == "":
+        if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
             found["split"] = str(values.pop("split", "train"))
         if "name" in values and files is None:
             found["name"] = str(values.pop("name"))
+        found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
+        values.pop("weight", None)
+        return found
+
+    def _columns(self, key: str, values: dict[str, Any]) -> dict[str, str]:
+        """What Axolotl says of the names of columns."""
+        kind, found = values.get("type"), {}
+        if isinstance(kind, Mapping):  # a prompt of the user's own
+            found = {ours: str(kind[theirs]) for theirs, ours in _OF_PROMPTS.items() if kind.get(theirs) not in OFF}
+        if kind in _OF_TEXT and (column := values.pop("text_column", None) or values.pop("field", None)) is not None:
+            found["text"] = str(column)
         if (column := values.pop("field_messages", None)) not in (None, "messages", "conversations"):
-            found["columns"] = {"messages": str(column)}
-        if values.get("roles_to_train") == ["assistant"]:
-            values.pop("roles_to_train")
-        self._format(key, values)
-        for name, value in values.items():
-            advice = NO_COUNTERPART.get(name) or _OF_ROLES.get(name) or "not known here: see docs/data.md"
-            self._given.note(f"{key} {name}", f"{short(value)}: {advice}")
+            found["messages"] = str(column)
+        if kind is None and self._given.peer == "Axolotl":
+            self._given.note(f"{key} type", "absent: rows of token ids there, which are not read here")
         return found
 
     def _format(self, key: str, values: dict[str, Any]) -> None:
         """What Axolotl says of the format of examples; here it is recognised by their keys."""
         kind = values.pop("type", None)
-        if values.get("roles") == {"user": ["user"], "assistant": ["assistant"]}:
+        roles = values.get("roles")
+        if isinstance(roles, Mapping) and {name for names in roles.values() for name in names or ()} <= _ROLES:
             values.pop("roles")
         for name in ("message_field_role", "message_field_content"):
-            if values.get(name) in ("role", "content", "from", "value"):
+            if values.get(name) in _MESSAGE_KEYS:
                 values.pop(name)
         mappings = values.get("message_property_mappings")
-        if isinstance(mappings, Mapping) and set(mappings.values()) <= {"role", "content", "from", "value"}:
+        if isinstance(mappings, Mapping) and set(mappings.values()) <= {*_MESSAGE_KEYS}:
             values.pop("message_property_mappings")
-        if kind not in (None, "chat_template", "sharegpt", "completion", "pretrain"):
+        if kind not in (None, "chat_template", "sharegpt", *_OF_TEXT):
             self._given.note(
                 f"{key} type",
                 f"{short(kind)} writes its own prompt there; here such an example becomes a conversation in the chat "
@@ -103,7 +153,7 @@ class Sources:
             return
         known = dataset_info(self._given.settings, self._folder)
         sources = []
-        for name in str(names).split(",") if isinstance(names, str) else names:
+        for name in names if isinstance(names, list) else str(names).split(","):
             entry = known.get(str(name).strip())
             if entry is None:
                 self._given.note(
@@ -112,25 +162,43 @@ class Sources:
                 )
                 continue
             path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry.get("file_name")))
-            columns = {
-                {"prompt": "instruction", "query": "input", "response": "output"}.get(part, part): column
-                for part, column in (entry.get("columns") or {}).items()
-            }
+            names = {"prompt": "text"} if self._given.settings.get("stage") == "pt" else _COLUMNS
+            given = entry.get("columns") or {}
+            columns = {names.get(part, part): column for part, column in given.items() if part not in _IMAGES}
+            if seen := sorted(_IMAGES & given.keys()):
+                self._given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
+            tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}
+            if tags:
+                self._given.note(key, f"{str(name).strip()!r}: messages have {', '.join(sorted(tags))}: rename them")
             renamed = any(part != column for part, column in columns.items() if part != "messages")
             messages = columns.get("messages", "messages") not in ("messages", "conversations")
-            sources.append({"path": path, **({"columns": columns} if renamed or messages else {})})
+            own = {"name": entry.get("subset"), "split": entry.get("split"), "count": entry.get("num_samples")}
+            if "hf_hub_url" in entry:
+                own["split"] = entry.get("split") or "train"
+            own["columns"] = columns if renamed or messages else None
+            sources.append({"path": path, **{part: value for part, value in own.items() if value is not None}})
         if sources:
             self._set(ours, sources)
 
 
-def long_examples(given: PeerSettings, packed: bool) -> dict[str, Any]:
+def _files(entry: Any) -> list[Any]:
+    """An entry for each of several files."""
+    files = entry.get("data_files") if isinstance(entry, Mapping) else None
+    return [{**entry, "data_files": file} for file in files] if isinstance(files, list) else [entry]
+
+
+def long_examples(given: PeerSettings, packed: bool, texts: bool) -> dict[str, Any]:
     """What becomes of examples over the maximum length, which end no run of another trainer: keys of the run file.
 
     There they are cut, split or dropped.
     """
     if given.value("max_length", "max_seq_length", "sequence_len", "cutoff_len") is None:
+        given.note("max_length", "no limit there; here data.max_length, and what is longer is rejected")
         return {}
     found: dict[str, Any] = {"data.allow_rejected": ["too_long"]}
+    if texts:
+        given.note("data", "plain texts, trained whole; there they are joined and cut, here cut (data.overflow)")
+        return {**found, "data.overflow": "split"}
     dropped = given.peer == "Axolotl" or (given.peer == "LLaMA-Factory" and packed)
     if given.peer == "Axolotl" and given.takes("excess_length_strategy", "raise"):
         given.note("excess_length_strategy", "here the run ends where more than `data.max_rejected` are too long")

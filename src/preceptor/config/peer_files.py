@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from preceptor.config.peer_defaults import Peer
+from preceptor.config.peer_kinds import OTHER_FILES, refuse_others, refuse_task
 from preceptor.config.peer_script import read_script
+from preceptor.config.peer_without import OF_IMAGES
 from preceptor.config.yaml_text import NumberLoader
 from preceptor.errors import ConfigError
 
@@ -40,15 +42,24 @@ class PeerFile:
 
 
 def read_peer_file(path: Path) -> PeerFile:
-    """Raises ConfigError for a file that cannot be read, or whose trainer cannot be told."""
+    """Raises ConfigError for a file that cannot be read, whose trainer cannot be told, or that is not of SFT."""
+    file = _read(path)
+    refuse_others(file.peer, file.settings, str(path))
+    return file
+
+
+def _read(path: Path) -> PeerFile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if path.suffix in (".py", ".ipynb"):
         script = read_script(path, text)
+        if not script.trains:
+            raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
         return PeerFile("Unsloth" if script.is_of_unsloth else "TRL", script.settings, script.unread)
-    if re.search(r"(^|\s)--\w+", text) and path.suffix not in (".yaml", ".yml", ".json"):
+    is_yaml = path.suffix in (".yaml", ".yml", ".json")
+    if path.suffix == ".sh" or (re.search(r"(^|\s)--\w+", text) and not is_yaml):
         return _command(path, text)
     try:
         tree = yaml.load(text, NumberLoader)
@@ -58,6 +69,8 @@ def read_peer_file(path: Path) -> PeerFile:
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not the settings of a trainer")
     keys = {str(key) for key in tree}
     keys |= {f"{key}.{inner}" for key, value in tree.items() if isinstance(value, dict) for inner in value}
+    for key in sorted(keys & OTHER_FILES.keys()):
+        raise ConfigError(f"{path}: is {OTHER_FILES[key]}")
     for peer, signs in _SIGNS:
         if keys & signs:
             return PeerFile(peer, {str(key): value for key, value in tree.items()})
@@ -69,13 +82,38 @@ def read_peer_file(path: Path) -> PeerFile:
 
 def _command(path: Path, text: str) -> PeerFile:
     """`--key value` of a shell command; a key without a value is true."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    lines = [re.sub(r"(^|\s)#\s.*", "", line) for line in text.splitlines() if not line.lstrip().startswith("#")]
     try:
         words = shlex.split("\n".join(lines).replace("\\\n", " "))
     except ValueError as error:
         raise ConfigError(f"{path}: not a shell command: {error}") from None
-    values: dict[str, list[str]] = {}
     unread: list[str] = []
+    launched = next((at for at, word in enumerate(words) if word.endswith(".py") or words[at - 1 : at] == ["trl"]), -1)
+    if launched >= 0:
+        refuse_task(Path(words[launched]).stem, str(path))
+        if "vlm" in words[launched]:
+            unread.append(f"{Path(words[launched]).name}: {OF_IMAGES}")
+    launcher, settings = _flags(words[: max(launched, 0)], []), _flags(words[launched + 1 :], unread)
+    processes = launcher.get("num_processes", launcher.get("nproc_per_node"))
+    if isinstance(processes, int):
+        nodes = launcher.get("nnodes", 1) if "nproc_per_node" in launcher else 1
+        settings["num_processes"] = processes * (nodes if isinstance(nodes, int) else 1)
+    peer: Peer = "LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL"
+    place = settings.get("config")
+    if isinstance(place, str) and place.endswith((".yaml", ".yml", ".json")):  # what the command says counts
+        if (file := _beside(Path(place), path.parent)) is None:
+            raise ConfigError(f"{path}: {place}: is not here, and holds the settings; convert the command beside it")
+        inner = _read(file)
+        peer, settings = inner.peer, {**inner.settings, **settings}
+        del settings["config"]
+    if not settings and not unread:
+        raise ConfigError(f"{path}: no setting stands in this command; convert the script that it starts")
+    return PeerFile(peer, settings, unread)
+
+
+def _flags(words: Sequence[str], unread: list[str]) -> dict[str, Any]:
+    """unread: gets those whose value is none."""
+    values: dict[str, list[str]] = {}
     key = None
     for word in words:
         if word.startswith("--"):
@@ -88,20 +126,24 @@ def _command(path: Path, text: str) -> PeerFile:
         if any("$" in word for word in given):
             unread.append(f"{key}: {' '.join(given)}: a variable of the shell")
         else:
-            parsed = [yaml.load(word, NumberLoader) for word in given]
+            parsed = [yaml.load(word.rstrip(",") if len(given) > 1 else word, NumberLoader) for word in given]
             settings[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-    return PeerFile("LLaMA-Factory" if settings.keys() & _SIGNS[2][1] else "TRL", settings, unread)
+    return settings
+
+
+def _beside(place: Path, folder: Path) -> Path | None:
+    """A file that another one names: in the working directory, in that one's folder, or in a folder above."""
+    here = folder.resolve()
+    return next((root / place for root in (Path(), here, *here.parents) if (root / place).is_file()), None)
 
 
 def dataset_info(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """LLaMA-Factory's list of data sets, from `dataset_dir`, or `data/`, beside the file; {} where there is none."""
-    place = Path(str(settings.get("dataset_dir") or "data"))
-    for root in (Path(), folder, *folder.parents):
-        file = root / place / "dataset_info.json"
-        if file.is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{file}: cannot be read: {error}") from None
-            return {name: {**entry, "folder": str(file.parent)} for name, entry in found.items()}
-    return {}
+    file = _beside(Path(str(settings.get("dataset_dir") or "data")) / "dataset_info.json", folder)
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    return {name: {**entry, "folder": str(file.parent)} for name, entry in found.items()}

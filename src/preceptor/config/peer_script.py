@@ -6,16 +6,22 @@ out, or changed in another way since, is named in `unread`. Tokens and keys of s
 """
 
 import ast
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preceptor.config.peer_names import COUNTERPARTS, NO_COUNTERPART, OF_TRAINER
+from preceptor.config.peer_kinds import refusal
+from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
 from preceptor.config.python_source import SECRET, UNREADABLE, Script, parsed_script, shown, without_secrets
 from preceptor.errors import ConfigError
 
-_CONFIGS = ("SFTConfig", "TrainingArguments", "LoraConfig", "ModelConfig", "ScriptArguments")
+_ARGUMENTS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments")
+_CONFIGS = (*_ARGUMENTS, "LoraConfig", "ModelConfig", "ScriptArguments")
+_TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
+_COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
 _AROUND_MODELS = ("get_peft_model", "prepare_model_for_kbit_training", "setup_chat_format", "for_training")
@@ -35,7 +41,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
     "get_peft_model": ("model", "r", "target_modules", "lora_alpha", "lora_dropout", "bias"),
     "get_chat_template": ("tokenizer", "chat_template"),
-    "SFTTrainer": ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+    **dict.fromkeys(_TRAINERS, ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class")),
 }
 """Arguments by their place."""
 
@@ -45,12 +51,13 @@ class ScriptSettings:
     """settings: the keys and values of all calls; of Unsloth's the parts `from_pretrained` and `get_peft_model`.
 
     unread: what it says in a way that cannot be read, as sentences. split_off: the call by which a share of the
-    training data is held out.
+    training data is held out. trains: whether there is a call that trains.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     split_off: ast.Call | None = None
+    trains: bool = False
 
     @property
     def is_of_unsloth(self) -> bool:
@@ -61,13 +68,27 @@ def read_script(path: Path, text: str) -> ScriptSettings:
     """Raises ConfigError for what is not Python, or holds nothing that can be read."""
     found = ScriptSettings()
     script = Script(parsed_script(path, text, found.unread))
-    configs = [script.name_of(call) for call in script.calls("SFTConfig", "TrainingArguments")]
+    configs = [script.name_of(call) for call in script.calls(*_ARGUMENTS)]
+    trainers = {name for call in script.calls() if (name := script.name_of(call)).endswith("Trainer")}
+    if trainers and trainers.isdisjoint(_TRAINERS) and not {"SFTConfig", "UnslothTrainingArguments"} & {*configs}:
+        raise refusal(str(path), ", ".join(sorted(trainers)), "is another trainer than SFTTrainer")
+    if not configs and any(script.calls(*_COMMAND_LINES)):
+        raise ConfigError(
+            f"{path}: takes its settings from a command line: convert that command (in a file such as train.sh), or "
+            "the YAML that it is given"
+        )
+    found.trains = bool(configs or trainers)
+    for name in sorted(trainers - {*_TRAINERS}):
+        found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
     if len(configs) > 1:
         found.unread.append(f"{configs[-1]}: {len(configs)} calls; of each key the last value was taken")
+    for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
+        if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
+            found.unread.append(f"{owner}: {OF_IMAGES}")
     for call in script.calls("LoraConfig"):
         if call.args:
             found.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
-    for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, "SFTTrainer"):
+    for call in script.calls(*_CONFIGS, *_UNSLOTH_CALLS, *_TRAINERS):
         _call(script, call, found)
     for keyword in script.set_later(*_CONFIGS):
         _keyword(script, keyword, found)
@@ -78,7 +99,7 @@ def read_script(path: Path, text: str) -> ScriptSettings:
 
 def _call(script: "Script", call: ast.Call, found: ScriptSettings) -> None:
     name = script.name_of(call)
-    if name == "SFTTrainer":
+    if name in _TRAINERS:
         _trainer(script, call, found)
     elif name in _CONFIGS:
         if name == "LoraConfig":
@@ -137,7 +158,7 @@ def _keyword(script: Script, keyword: ast.keyword, found: ScriptSettings) -> Non
 
 def _trainer(script: Script, call: ast.Call, found: ScriptSettings) -> None:
     """The model and the data sets of an SFTTrainer, or why they cannot be read."""
-    given = dict(zip(_NAMES["SFTTrainer"], call.args, strict=False))
+    given = dict(zip(_NAMES[script.name_of(call)], call.args, strict=False))
     for keyword in call.keywords:
         if keyword.arg is not None:
             given[keyword.arg] = keyword.value
@@ -177,6 +198,8 @@ def _argument(script: Script, name: str, value: ast.expr, found: ScriptSettings)
     why = OF_TRAINER.get(name, "an argument of SFTTrainer")
     if isinstance(value, ast.Call) and script.name_of(value) == "DataCollatorForCompletionOnlyLM":
         found.settings["assistant_only_loss"] = True
+    if re.search("Vision|Speech|Audio", shown(value)) and name == "data_collator":
+        why = OF_IMAGES
     if name == "formatting_func":
         why = _RENDERS if script.renders(value) else "write the texts that it makes to a file, and name that"
     found.unread.append(f"{name}: {shown(value)} (line {value.lineno}): {why}")
@@ -267,13 +290,11 @@ def _changed(script: Script, call: ast.Call) -> str:
     return "the data is read here as it is; write what that call makes of it to a file, and name that"
 
 
-def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
-    """The arguments of `load_dataset` as a source, or as one for each of several files."""
+def _loaded(arguments: list[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_dataset` as a source."""
     values = dict(zip(("path", "name", "data_dir", "data_files", "split"), arguments, strict=False)) | dict(named)
     found = {key: value for key, value in values.items() if value is not None}
     files = found.get("data_files")
     if isinstance(files, Mapping) and found.get("split", "train") in files:
         files = files[found.get("split", "train")]
-    if isinstance(files, list):
-        return [{**found, "data_files": file} for file in files]
     return found if files is None else {**found, "data_files": files}

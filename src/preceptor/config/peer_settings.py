@@ -3,14 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from preceptor.config.peer_defaults import DEFAULTS, NAMES
+from preceptor.config.peer_defaults import DEFAULTS, NAMES, OFF
 from preceptor.config.peer_files import PeerFile
 from preceptor.errors import short
 
 T = TypeVar("T")
-
-OFF: tuple[Any, ...] = (None, False, "", "no", "none", "null", [], {}, 0)
-"""Values that say no more than an absent key."""
 
 _OF_LOADING = {
     "TRL": ("model_init_kwargs", "quantization_config"),

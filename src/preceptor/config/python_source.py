@@ -53,7 +53,7 @@ class Script:
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
         self._attributes: list[tuple[ast.Name, ast.keyword]] = []  # that are set: `args.learning_rate = 1e-5`
         for node in ast.walk(module):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not _is_cell(node):
                 self._scopes.append(
                     (*_extent(node), {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)})
                 )
@@ -97,9 +97,10 @@ class Script:
                 yield keyword
 
     def calls(self, *names: str) -> Iterator[ast.Call]:
-        """In the order of the text."""
-        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call) and self.name_of(node) in names]
-        return iter(sorted(every, key=lambda call: (call.lineno, call.col_offset)))
+        """In the order of the text; without a name every call."""
+        every = [node for node in ast.walk(self._module) if isinstance(node, ast.Call)]
+        own = [call for call in every if not names or self.name_of(call) in names]
+        return iter(sorted(own, key=lambda call: (call.lineno, call.col_offset)))
 
     @staticmethod
     def name_of(call: ast.Call) -> str:
@@ -214,6 +215,11 @@ def _parsed(text: str) -> ast.Module:
 
 def _extent(node: Any) -> tuple[Place, Place]:
     return (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
+
+
+def _is_cell(node: ast.AST) -> bool:
+    """Of a marimo notebook, whose parameters are the names of other cells."""
+    return any(ast.unparse(each).startswith("app.cell") for each in getattr(node, "decorator_list", ()))
 
 
 def _other_targets(node: ast.AST) -> list[ast.expr]:

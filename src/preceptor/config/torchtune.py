@@ -5,35 +5,47 @@ from collections.abc import Mapping
 from typing import Any
 
 from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_without import OF_IMAGES, table
 from preceptor.errors import short
 
 _MODULES = {"output_proj": "o_proj"}
 _OF_MLP = ["gate_proj", "up_proj", "down_proj"]
 _DATA = {"alpaca_dataset": "tatsu-lab/alpaca", "alpaca_cleaned_dataset": "yahma/alpaca-cleaned"}
 # Of single sections: handled below, or about nothing that trains.
-_READ = frozenset(("model", "tokenizer", "checkpointer", "dataset", "optimizer", "lr_scheduler", "loss"))
-_OF_NO_EFFECT = ("_component_", "fused", "foreach")
-_SETTINGS = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "seed": "seed",
-    "output_dir": "output_dir",
-    "dtype": "dtype",
-    "enable_activation_checkpointing": "gradient_checkpointing",
-    "clip_grad_norm": "max_grad_norm",
-}
+_READ = "model tokenizer checkpointer dataset dataset_val optimizer lr_scheduler loss device name".split()  # noqa: SIM905
+_OF_NO_EFFECT = ("_component_", "fused", "foreach", "maximize", "capturable")
+_SECTIONS = ("model", "tokenizer", "checkpointer", "optimizer", "lr_scheduler")
+_TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
+_SETTINGS = table("""
+epochs: num_train_epochs
+batch_size: per_device_train_batch_size
+enable_activation_checkpointing: gradient_checkpointing
+enable_activation_offloading: activation_offloading
+compile: torch_compile
+run_val_every_n_steps: eval_steps
+save_every_n_steps: save_steps
+clip_grad_norm: max_grad_norm
+""")
 
 
 def flattened(file: PeerFile) -> PeerFile:
     """Sections become the keys of other trainers; `${key}` is replaced by the value of that key."""
     tree: dict[str, Any] = _filled(file.settings, file.settings)
+    tree = {key: value for key, value in tree.items() if key not in _SECTIONS or isinstance(value, Mapping)}
     found = PeerFile(file.peer, {}, list(file.unread))
     for key, value in tree.items():
-        if key in _SETTINGS:
-            found.settings[_SETTINGS[key]] = value
-        elif key not in _READ:
-            found.settings[key] = value if not isinstance(value, Mapping) else _name(value) or value
+        if key not in _READ:
+            own = value if not isinstance(value, Mapping) else _name(value) or value
+            found.settings[_SETTINGS.get(key, key)] = own
+    if isinstance(per_epoch := found.settings.pop("max_steps_per_epoch", None), int):
+        epochs = tree.get("epochs")
+        found.settings["max_steps"] = per_epoch * (epochs if isinstance(epochs, int) else 1)
+    if (tracker := _TRACKERS.get(str(found.settings.get("metric_logger")))) is not None:
+        found.settings["report_to"] = tracker
+    if tree.get("device") == "cpu":
+        found.settings["use_cpu"] = True
+    if "save_steps" in found.settings:
+        found.settings["save_strategy"] = "steps"
     _model(tree, found)
     _data(tree, found)
     _optimizer(tree, found)
@@ -59,18 +71,27 @@ def _name(section: Mapping[str, Any]) -> str | None:
 def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
     model, checkpointer = dict(tree.get("model") or {}), tree.get("checkpointer") or {}
     name = _name(model) or ""
+    if "keep_last_n_checkpoints" in checkpointer:
+        found.settings["save_total_limit"] = checkpointer["keep_last_n_checkpoints"]
     if "checkpoint_dir" in checkpointer:
         found.settings["model_name_or_path"] = str(checkpointer["checkpoint_dir"]).rstrip("/")
     if name.startswith(("lora", "qlora")):
         found.settings["use_peft"] = True
         adapter = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora")
         found.settings |= {key: model.pop(key) for key in adapter if key in model}
-        targets = [_MODULES.get(target, target) for target in model.pop("lora_attn_modules", None) or ()]
+        named = model.pop("lora_attn_modules", None)
+        targets = [_MODULES.get(str(each), str(each)) for each in named] if isinstance(named, list) else []
         found.settings["target_modules"] = targets + (_OF_MLP if model.pop("apply_lora_to_mlp", False) else [])
         if model.pop("apply_lora_to_output", False):
             found.unread.append("apply_lora_to_output: the output head gets no adapter here")
         if model.pop("quantize_base", False) or name.startswith("qlora"):
             found.settings["load_in_4bit"] = True
+    if "vision" in name:
+        found.unread.append(f"model: {name}: {OF_IMAGES}")
+        if model.pop("decoder_trainable", None) == "frozen":
+            found.unread.append("model.decoder_trainable: frozen there; here it is all that is trained")
+        towers = ("image_size", "encoder_trainable", "fusion_trainable")
+        model = {key: value for key, value in model.items() if key not in towers}
     _name_rest("model", model, found)
 
 
@@ -98,9 +119,22 @@ def _name_rest(section: str, values: Mapping[str, Any], found: PeerFile) -> None
 
 
 def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
-    data, tokenizer = dict(tree.get("dataset") or {}), tree.get("tokenizer") or {}
-    if tokenizer.get("max_seq_len"):
-        found.settings["max_length"] = tokenizer["max_seq_len"]
+    tokenizer = tree.get("tokenizer") or {}
+    if length := tokenizer.get("max_seq_len"):
+        found.settings["max_length"] = length
+    if tokenizer.get("prompt_template"):
+        found.unread.append("tokenizer.prompt_template: the chat template writes the prompt here: data.chat_template")
+    for key, section in (("train_dataset", "dataset"), ("eval_dataset", "dataset_val")):
+        given = tree.get(section)
+        each = given if isinstance(given, list) else [given]
+        named = [_source(dict(one), found) for one in each if isinstance(one, Mapping)]
+        if entries := [entry for entry in named if entry is not None]:
+            found.settings[key] = entries
+    if not tree.get("run_val_every_n_steps") and found.settings.pop("eval_dataset", None):
+        found.unread.append("dataset_val: not evaluated there without run_val_every_n_steps: nothing to set")
+
+
+def _source(data: dict[str, Any], found: PeerFile) -> dict[str, Any] | None:
     name = _name(data)
     data.pop("_component_", None)
     if data.pop("packed", False):
@@ -111,14 +145,16 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     files = data.get("data_files")
     if source is None and files is None:
         found.unread.append(f"dataset: {name}: which data that is, is part of torchtune: name its file or Hub id")
-        return
-    entry = {"path": source, "split": data.pop("split", "train")}
+        return None
+    entry = {"path": source, "split": data.pop("split", "train"), "name": data.pop("name", None)}
+    if "column" in data:  # of texts
+        entry |= {"type": "completion", "text_column": data.pop("column")}
     if files is not None:
         entry["data_files"] = data.pop("data_files")
     if "conversation_column" in data:
         entry["field_messages"] = data.pop("conversation_column")
     data.pop("conversation_style", None)
-    found.settings["train_dataset"] = entry
     if name in _DATA:
         found.unread.append(f"dataset: {name} writes Alpaca's own prompt; here it becomes a conversation")
     _name_rest("dataset", data, found)
+    return entry

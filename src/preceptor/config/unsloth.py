@@ -42,6 +42,7 @@ def _model(loaded: dict[str, Any], is_adapted: bool, found: PeerFile) -> None:
     if name:
         found.settings["model_name_or_path"] = name
     otherwise = [loaded.pop("full_finetuning", False), loaded.pop("load_in_16bit", False), loaded.get("load_in_8bit")]
+    otherwise += [sentence.startswith("load_in_4bit:") for sentence in found.unread]
     quantized = {key: loaded.pop(key, default and not any(otherwise)) for key, default in _LOADED_AS.items()}
     found.settings |= {key: True for key, value in quantized.items() if value and is_adapted}
     if loaded.pop("dtype", None) is None and is_adapted:  # detected there: the type of the frozen weights

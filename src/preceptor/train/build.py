@@ -115,7 +115,7 @@ def placement_of(prepared: Prepared, device: torch.device, world: World, say: Sa
     """
     asked = prepared.run.parallel.strategy
     if world.size == 1:
-        if asked != "auto":
+        if asked in ("shard", "hybrid"):
             say(f"parallel.strategy: {asked} means nothing to one process")
         require_room_to_read(prepared.run, device, num_whole=1)
         return None

@@ -109,7 +109,7 @@ def _prove(
     if not loader.alone:
         _with_kernels_that_run(lambda: engine.call(lambda: check_phases(model, objective.policy)), engine, say)
         trees = _sample(loader)
-    if trees:
+    if len(trees) > 1:
         num_tokens = sum(tree.num_tokens for tree in trees)
         with _line(
             say, f"packed conversations do not see each other ({len(trees)} of this run, {num_tokens:,} tokens)"
@@ -153,12 +153,11 @@ def _line(say: Callable[[str], None], proved: str) -> Iterator[None]:
 
 
 def _sample(loader: Loader | StreamLoader) -> list[Tree]:
-    """The shortest conversations of one of the first sequences, two at least; none where no sequence holds two."""
+    """The shortest conversations of one of the first sequences; two at least, if a sequence holds two."""
     planned = [loader.trees(indices) for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES)]
-    planned = [sorted(trees, key=lambda tree: tree.num_tokens) for trees in planned if len(trees) > 1]
-    if not planned:
-        return []
-    trees = min(planned, key=lambda trees: trees[0].num_tokens + trees[1].num_tokens)
+    several = [trees for trees in planned if len(trees) > 1]
+    ordered = [sorted(trees, key=lambda tree: tree.num_tokens) for trees in several or planned]
+    trees = min(ordered, key=lambda trees: sum(tree.num_tokens for tree in trees[:2]))
     ends = np.cumsum([tree.num_tokens for tree in trees])
     return trees[: max(2, int((ends <= _SAMPLE_TOKENS).sum()))]
 

@@ -1,0 +1,75 @@
+"""Files of other trainers that do something else than supervised fine-tuning: what, and the sign of it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from preceptor.config.peer_defaults import OFF, Peer
+from preceptor.errors import ConfigError, short
+
+_PREFERENCES = "trains on preferences or rewards"
+_SCORES = "trains a model that scores or classifies"
+_TEACHER = "trains on what a teacher model predicts"
+_NOTHING = "trains nothing"
+
+_SIGNS: Mapping[Peer, tuple[tuple[str, str, str], ...]] = {
+    "Axolotl": (
+        ("rl", "", _PREFERENCES),
+        ("reward_model process_reward_model num_labels", "", _SCORES),
+        ("plugins", r"\.kd\.", _TEACHER),
+        ("diffusion", "", "trains a diffusion model"),
+    ),
+    "LLaMA-Factory": (
+        ("stage", "dpo|kto|ppo|rm", _PREFERENCES),
+        ("export_dir infer_backend do_predict", "", _NOTHING),
+    ),
+    "TRL": (
+        (
+            "beta max_prompt_length max_completion_length num_generations reward_funcs reward_model_path",
+            "",
+            _PREFERENCES,
+        ),
+        ("loss_type", "sigmoid|hinge|ipo|apo|kto|orpo|simpo|grpo", _PREFERENCES),
+    ),
+    "Unsloth": (("num_labels", "", _SCORES), ("whisper_task", "", "trains a model that hears")),
+    "torchtune": (
+        ("loss", "rlhf|grpo", _PREFERENCES),
+        ("reward_functions", "", _PREFERENCES),
+        ("teacher_model", "", _TEACHER),
+        ("tasks prompt", "", _NOTHING),
+    ),
+}
+"""Keys, a pattern of their value, and what a file with such a key does."""
+
+_TASKS = re.compile(
+    "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|gold|grpo|gspo|kto|minillm|mpo|nash_md|opd|orpo|ppo|prm|reward|rloo|sdft"
+    "|sdpo|ssd|tpo|xpo)(_|$)"
+)
+OTHER_FILES = {
+    "distributed_type": "a configuration of accelerate, and of no run: torchrun or --nproc start the processes here",
+    "zero_optimization": "a configuration of DeepSpeed, and of no run: parallel.strategy spreads a model here",
+    "model_class": "a file of LLaMA-Factory's v1, which is not read; those of its stable version are",
+}
+"""Keys of known files that are none of a run -> what they are."""
+
+
+def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for a file that does something else than supervised fine-tuning."""
+    loaded = settings.get("from_pretrained")
+    settings = {**settings, **(loaded if isinstance(loaded, Mapping) else {})}
+    for keys, pattern, what in _SIGNS[peer]:
+        for key in keys.split():
+            if (value := settings.get(key)) not in OFF and re.search(pattern, str(value)):
+                raise refusal(where, f"`{key}: {short(value)}`", what)
+    if peer == "torchtune" and "optimizer" not in settings:
+        raise refusal(where, "no `optimizer`", _NOTHING)
+
+
+def refuse_task(name: str, where: str) -> None:
+    """name: of a trainer's command or script, such as `dpo`. Raises ConfigError for one that is not of SFT."""
+    if "diffusion" in name or (_TASKS.search(name) and "sft" not in name):
+        raise refusal(where, f"`{name}`", "is another task than `sft`")
+
+
+def refusal(where: str, sign: str, what: str) -> ConfigError:
+    return ConfigError(f"{where}: {sign}: it {what}; only supervised fine-tuning is done here (docs/limits.md)")

@@ -1,0 +1,413 @@
+"""What the published files of other trainers showed: other tasks are refused by name, and SFT is carried over whole."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import peer_files
+from preceptor import config
+from preceptor.config.convert import convert, convert_file
+from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_names import COUNTERPARTS
+from preceptor.errors import ConfigError
+
+TORCHTUNE = {
+    "checkpointer": {"checkpoint_dir": "/m"},
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-5},
+    "dataset": {"_component_": "torchtune.datasets.chat_dataset", "source": "own/chats"},
+    "output_dir": "out",
+}
+
+
+def converted(folder, content, name="file.yaml"):
+    (folder / name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return convert_file(folder / name)
+
+
+def notes_of(found):
+    return dict(found.notes)
+
+
+def of(peer, **settings):
+    found = convert(PeerFile(peer, {"model_name_or_path": "m", "output_dir": "out", **settings}), Path())
+    tree = {**found.tree, "model": {"path": "m", **found.tree.get("model", {})}}
+    config.build(
+        {**tree, "data": {"train": [{"path": "d"}], **{k: v for k, v in tree["data"].items() if k != "streaming"}}}, "x"
+    )
+    return found
+
+
+OTHERS = [
+    ({"base_model": "m", "rl": "kto"}, "`rl: 'kto'`: it trains on preferences"),
+    ({"base_model": "m", "reward_model": True}, "trains a model that scores"),
+    ({"base_model": "m", "plugins": ["axolotl.integrations.kd.KDPlugin"]}, "what a teacher model predicts"),
+    ({"base_model": "m", "diffusion": {"eps": 0.1}}, "diffusion"),
+    ({"stage": "dpo", "model_name_or_path": "m"}, "`stage: 'dpo'`: it trains on preferences"),
+    ({"stage": "sft", "do_predict": True}, "it trains nothing"),
+    ({"template": "llama3", "export_dir": "merged"}, "it trains nothing"),
+    ({"model_name_or_path": "m", "beta": 0.1, "output_dir": "o"}, "`beta: 0.1`: it trains on preferences"),
+    ({"model_name_or_path": "m", "loss_type": "apo_zero"}, "preferences"),
+    ({**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}, "preferences"),
+    ({**TORCHTUNE, "teacher_model": {"_component_": "x"}}, "teacher"),
+    ({"checkpointer": {"checkpoint_dir": "m"}, "quantizer": {"groupsize": 256}}, "no `optimizer`: it trains nothing"),
+    ({"distributed_type": "FSDP", "fsdp_config": {}}, "is a configuration of accelerate"),
+    ({"zero_optimization": {"stage": 3}}, "is a configuration of DeepSpeed"),
+    ({"model": "m", "model_class": "llm", "micro_batch_size": 1}, "is a file of LLaMA-Factory's v1"),
+]
+
+
+@pytest.mark.parametrize(("tree", "says"), OTHERS)
+def test_a_file_of_another_task_is_refused_by_name(tmp_path, tree, says):
+    with pytest.raises(ConfigError) as caught:
+        converted(tmp_path, tree)
+    assert says in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+
+
+SCRIPTS = [
+    ("DPOTrainer(model='m', args=DPOConfig('o'))", "DPOTrainer: it is another trainer than SFTTrainer"),
+    ("PatchDPOTrainer()\nORPOTrainer('m')\nLoraConfig(r=8)", "ORPOTrainer, PatchDPOTrainer: it is"),
+    (
+        "m = FastModel.from_pretrained('m', auto_model=A, num_labels=6)\nTrainer(m, TrainingArguments('o'))",
+        "`num_labels: 6`",
+    ),
+    ("p = TrlParser((SFTConfig, ModelConfig))\nSFTTrainer(m, args=a)", "takes its settings from a command line"),
+    ("m, t = FastModel.from_pretrained('m')\nm.generate()", "calls neither SFTConfig nor SFTTrainer"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), SCRIPTS)
+def test_a_script_of_another_task_is_refused_by_name(tmp_path, text, says):
+    with pytest.raises(ConfigError) as caught:
+        converted(tmp_path, text, "a.py")
+    assert says in str(caught.value)
+
+
+def test_of_a_script_with_both_the_part_of_sft_is_converted(tmp_path):
+    found = converted(tmp_path, "SFTTrainer('m', SFTConfig('o', learning_rate=1e-4))\nGRPOTrainer('m')\n", "a.py")
+    assert found.tree["optimizer"]["learning_rate"] == 1e-4 and "left out" in notes_of(found)["GRPOTrainer"]
+
+
+@pytest.mark.parametrize("kind", ["FastVisionModel", "AutoModelForImageTextToText", "Qwen3VLForConditionalGeneration"])
+def test_a_script_of_a_model_that_sees_says_that_text_is_trained(tmp_path, kind):
+    text = f'm = {kind}.from_pretrained("m")\nSFTTrainer(m, SFTConfig("o"), UnslothVisionDataCollator(m))\n'
+    found = converted(tmp_path, text, "a.py")
+    assert "only text is trained" in notes_of(found)[kind] and "only text" in notes_of(found)["data_collator"]
+
+
+def test_unsloths_own_trainer_is_one_of_sft(tmp_path):
+    text = """m, t = FastLanguageModel.from_pretrained("m", 512)
+data = load_dataset("own/texts", split="train")
+args = UnslothTrainingArguments("o", learning_rate=5e-5, embedding_learning_rate=1e-5)
+UnslothTrainer(m, train_dataset=data, args=args)
+"""
+    found = converted(tmp_path, text, "a.py")
+    assert found.tree["optimizer"]["learning_rate"] == 5e-5 and found.tree["data"]["train"][0]["path"] == "own/texts"
+    assert "optimizer.lr_factors" in notes_of(found)["embedding_learning_rate"]
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+COMMAND = """# more memory
+accelerate launch --config_file zero3.yaml --num_processes 4 \\
+    examples/scripts/sft.py \\
+    --model_name_or_path m --dataset_name own/chats  # any other
+    --lora_target_modules q_proj, v_proj --use_peft --per_device_train_batch_size 2 --output_dir out
+"""
+
+
+def test_a_launchers_flags_are_no_settings_and_its_processes_count(tmp_path):
+    found = converted(tmp_path, COMMAND.replace("# any other", "\\"), "a.sh")
+    assert found.tree["train"]["batch_size"] == 8 and "on 4 devices" in notes_of(found)["batch size"]
+    assert found.tree["adapter"]["target_modules"] == ["q_proj", "v_proj"] and "config_file" not in notes_of(found)
+    several = COMMAND.replace("accelerate launch", "torchrun --nnodes 2").replace("num_processes", "nproc_per_node")
+    assert converted(tmp_path, several.replace("# any other", "\\"), "b.sh").tree["train"]["batch_size"] == 16
+
+
+def test_a_script_of_sft_may_be_named_for_its_data(tmp_path):
+    found = converted(tmp_path, "python sft_gold.py --model_name_or_path m --output_dir o\n", "a.sh")
+    assert found.tree["model"]["path"] == "m"
+
+
+def test_a_remark_in_a_command_is_none_of_its_values(tmp_path):
+    found = converted(tmp_path, "trl sft --model_name_or_path m --num_processes 2 # or more\n", "a.sh")
+    assert found.tree["train"]["batch_size"] == 16
+
+
+def test_a_command_that_names_a_file_of_settings(tmp_path):
+    (tmp_path / "sft.yaml").write_text("model_name_or_path: m\nlearning_rate: 1.0e-3\nmax_length: 77\n")
+    found = converted(tmp_path, "trl sft --config sft.yaml --learning_rate 1e-5\n", "a.sh")
+    assert found.tree["optimizer"]["learning_rate"] == 1e-5 and found.tree["data"]["max_length"] == 77
+    with pytest.raises(ConfigError, match="is not here, and holds the settings"):
+        converted(tmp_path, "trl sft --config other.yaml\n", "b.sh")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("trl dpo --model_name_or_path m", "`dpo`: it is another task than `sft`"),
+        ("python examples/scripts/sft_diffusion_gemma.py --output_dir o", "another task"),
+        ("python examples/scripts/sft_gemma3.py", "convert the script that it starts"),
+    ],
+)
+def test_commands_that_hold_no_run_of_sft(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=says):
+        converted(tmp_path, text, "a.sh")
+
+
+def test_a_checkout_is_tried_and_counted(tmp_path):
+    (tmp_path / "trl" / "scripts").mkdir(parents=True)
+    (tmp_path / "trl" / "scripts" / "sft.py").write_text("")
+    (tmp_path / "examples").mkdir()
+    for name, text in (("a", "SFTTrainer('m', SFTConfig('o', learning_rate=1e-5))"), ("b", "DPOTrainer('m')")):
+        (tmp_path / "examples" / f"{name}.py").write_text(text)
+    (tmp_path / "page.md").write_text("```\ntrl sft --model_name_or_path m \\\n  --odd 1\n```\ntrl dpo --beta 1\n")
+    scripts, commands = peer_files.tried(tmp_path)
+    assert [scripts[key] for key in ("files", "converted", "accepted", "failed", "unknown")] == [2, 1, 1, 0, 0]
+    assert scripts["refused"] == {"it calls another trainer than SFTTrainer": 1}
+    assert (commands["converted"], commands["keys"], commands["unknown_keys"]) == (1, 2, {"odd": 1})
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_of_the_alignment_handbook():
+    mixture = {
+        "datasets": [
+            {"id": "own/chats-3.1k", "config": "SFT", "split": "train_sft", "columns": ["messages"], "weight": 0.5},
+            {"id": "own/more", "weight": 1.0},
+        ],
+        "seed": 7,
+        "test_split_size": 0.05,
+    }
+    found = of("TRL", dataset_mixture=mixture)
+    assert found.tree["data"]["train"] == [
+        {"path": "own/chats-3.1k", "split": "train_sft", "name": "SFT", "weight": 0.5},
+        {"path": "own/more", "split": "train"},
+    ]
+    assert found.tree["data"]["eval_size"] == 0.05 and found.tree["train"]["seed"] == 42
+    assert not [key for key in notes_of(found) if key.startswith("data")]
+
+
+def test_a_mixture_of_trls_command():
+    found = of("TRL", datasets=[{"path": "own/chats", "fraction": 0.3}])
+    assert found.tree["data"]["train"] == [{"path": "own/chats", "split": "train"}]
+    assert "share of the mixture" in notes_of(found)["data.train fraction"]
+
+
+def test_files_of_a_data_set_of_the_hub():
+    found = of("Axolotl", datasets=[{"path": "own/set", "data_files": ["a.jsonl", "b/c.parquet"], "type": "sharegpt"}])
+    paths = [source["path"] for source in found.tree["data"]["train"]]
+    assert paths == ["hf://datasets/own/set/a.jsonl", "hf://datasets/own/set/b/c.parquet"]
+
+
+def test_columns_that_axolotl_names():
+    prompt = {"field_instruction": "query", "field_output": "reply", "format": "Q: {instruction} A:"}
+    found = of("Axolotl", datasets=[{"path": "own/set", "type": prompt}])
+    assert found.tree["data"]["train"][0]["columns"] == {"instruction": "query", "output": "reply"}
+    roles = {"assistant": ["gpt", "model"], "user": ["human"]}
+    found = of("Axolotl", datasets=[{"path": "own/set", "type": "chat_template", "roles": roles}])
+    assert not [key for key in notes_of(found) if key.startswith("data")]
+    roles["user"].append("narrator")
+    found = of("Axolotl", datasets=[{"path": "own/set", "type": "chat_template", "roles": roles}])
+    assert "data.train roles" in notes_of(found)
+
+
+@pytest.mark.parametrize("key", ["datasets", "pretraining_dataset"])
+def test_texts_are_trained_whole_and_cut_into_pieces(key):
+    found = of("Axolotl", max_steps=9, **{key: [{"path": "own/texts", "type": "completion", "field": "chapter"}]})
+    data = found.tree["data"]
+    assert data["train"] == [{"path": "own/texts", "split": "train", "columns": {"text": "chapter"}}]
+    assert data["overflow"] == "split" and ("streaming" in data) == (key == "pretraining_dataset")
+
+
+def test_rows_of_token_ids_are_named():
+    assert "token ids" in notes_of(of("Axolotl", datasets=[{"path": "own/ids"}]))["data.train type"]
+
+
+def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, monkeypatch):
+    known = {
+        "a": {"hf_hub_url": "own/set", "subset": "easy", "num_samples": 50, "columns": {"prompt": "q", "images": "i"}},
+        "b": {"hf_hub_url": "own/chats", "split": "sft", "tags": {"role_tag": "who"}},
+        "c": {"file_name": "texts.jsonl", "columns": {"prompt": "body"}},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(known))
+    (tmp_path / "examples").mkdir()
+    monkeypatch.chdir(tmp_path / "examples")  # the file is named by a path that says nothing of the folder above
+    Path("a.yaml").write_text("stage: sft\ndataset: a,b\n")
+    found = convert_file(Path("a.yaml"))
+    assert found.tree["data"]["train"] == [
+        {"path": "own/set", "name": "easy", "split": "train", "count": 50, "columns": {"instruction": "q"}},
+        {"path": "own/chats", "split": "sft"},
+    ]
+    said = [why for key, why in found.notes if key == "dataset"]
+    assert "only text is trained" in said[0] and "messages have who: rename them" in said[1]
+    Path("b.yaml").write_text("stage: pt\ndataset: c\n")
+    data = convert_file(Path("b.yaml")).tree["data"]
+    assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_axolotl_warms_up_for_three_percent_unless_told():
+    assert of("Axolotl").tree["optimizer"]["warmup"] == "3 %"
+    assert of("Axolotl", warmup_steps=0).tree["optimizer"]["warmup"] == "0 steps"
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "runs_again"),
+    [
+        ("TRL", {}, True),
+        ("TRL", {"gradient_checkpointing": False}, False),
+        ("LLaMA-Factory", {}, True),
+        ("LLaMA-Factory", {"disable_gradient_checkpointing": True}, False),
+        ("Axolotl", {}, False),
+        ("Axolotl", {"gradient_checkpointing": "offload"}, True),
+        ("Axolotl", {"fsdp_config": {"fsdp_activation_checkpointing": True}}, True),
+        ("Axolotl", {"fsdp_config": {"activation_checkpointing": False}}, False),
+    ],
+)
+def test_what_runs_again_in_backward(peer, settings, runs_again):
+    found = of(peer, **settings)
+    assert found.tree.get("memory") == ({"activation_checkpointing": "all"} if runs_again else None)
+    assert ("gradient_checkpointing" in notes_of(found)) == ("offload" in settings.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"bf16": "auto"}, "bfloat16"),
+        ({"bf16": True, "fsdp_config": {"fsdp_version": 2}}, None),
+        ({"bf16": True, "deepspeed": "zero3.json"}, None),
+        ({"bf16": False}, None),
+        ({"bf16": True, "deepspeed": "zero3.json", "adapter": "lora", "lora_target_linear": True}, "bfloat16"),
+    ],
+)
+def test_axolotl_loads_weights_in_the_type_of_training(settings, dtype):
+    assert of("Axolotl", **settings).tree.get("model", {}).get("dtype") == dtype
+
+
+def test_axolotls_whole_batch_size_holds_the_accumulation():
+    assert of("Axolotl", micro_batch_size=2, batch_size=8).tree["train"]["batch_size"] == 8
+
+
+def test_steps_come_before_epochs():
+    found = of("Axolotl", max_steps=7, num_epochs=3)
+    assert found.tree["train"]["duration"] == "7 steps" and "num_epochs" not in notes_of(found)
+
+
+def test_without_clipping_no_gradient_is_scaled():
+    found = of("TRL", max_grad_norm=0)
+    assert found.tree["optimizer"]["max_grad_norm"] == 1e9 and "not clipped" in notes_of(found)["max_grad_norm"]
+
+
+@pytest.mark.parametrize("key", ["lora_target_modules", "target_modules"])
+def test_a_regular_expression_is_no_name_of_a_layer(key):
+    found = of("TRL", use_peft=True, **{key: r"model.layers.[\d]+.mlp.(up|down)_proj"})
+    assert "target_modules" not in found.tree["adapter"]
+    assert "is a regular expression" in notes_of(found)["lora_target_modules"]
+
+
+def test_all_linear_layers_beside_names_are_all():
+    found = of("Axolotl", adapter="lora", lora_target_linear=True, lora_target_modules=["q_proj"])
+    assert "target_modules" not in found.tree["adapter"] and "lora_target_modules" not in notes_of(found)
+
+
+def test_settings_of_an_adapter_without_one_ask_for_nothing():
+    found = of("Axolotl", lora_r=8, lora_alpha=16)
+    assert "adapter" not in found.tree and notes_of(found)["lora_r"].endswith("nothing to set")
+
+
+def test_methods_and_images_that_are_not_offered_change_the_training():
+    settings = {"use_galore": True, "galore_rank": 8, "image_max_pixels": 9, "qat": {"weight_dtype": "int4"}}
+    found = of("LLaMA-Factory", **settings)
+    assert {key for key, _ in found.unoffered} == settings.keys()
+    assert "only text is trained" in notes_of(found)["image_max_pixels"]
+
+
+def test_a_template_in_the_file_is_to_be_written_to_one():
+    found = of("TRL", chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    assert "chat_template" not in found.tree["data"] and ".jinja" in notes_of(found)["chat_template"]
+
+
+def test_trackers_by_their_own_keys():
+    found = of("Axolotl", use_tensorboard=True, trackio_project_name="p", use_swanlab=True)
+    assert found.tree["tracker"] == ["tensorboard", "trackio"] and "use_swanlab" in notes_of(found)
+
+
+def test_a_stream_has_no_epochs_to_save_after():
+    found = convert(PeerFile("Axolotl", {"streaming": True, "saves_per_epoch": 2, "datasets": ["a"]}), Path())
+    assert "checkpoint" not in found.tree and "set checkpoint.every" in notes_of(found)["save"]
+
+
+# torchtune -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_torchtune_takes_where_a_key_is_absent(tmp_path):
+    """No clipping, no limit of length, a checkpoint after each epoch."""
+    found = converted(tmp_path, {**TORCHTUNE, "clip_grad_norm": None})
+    assert found.tree["optimizer"]["max_grad_norm"] == 1e9 and found.tree["checkpoint"] == {"every": "1 epochs"}
+    assert "no limit there" in notes_of(found)["max_length"] and "max_length" not in found.tree["data"]
+    config.build(found.tree, "converted")
+
+
+def test_several_data_sets_steps_of_an_epoch_and_evaluation_of_torchtune(tmp_path):
+    texts = {"_component_": "torchtune.datasets.text_completion_dataset", "source": "own/texts", "column": "body"}
+    held_out = {"_component_": "torchtune.datasets.chat_dataset", "source": "own/chats", "split": "test"}
+    more = {"max_steps_per_epoch": 50, "epochs": 3, "metric_logger": {"_component_": "x.WandBLogger"}, "device": "cpu"}
+    tree = {**TORCHTUNE, **more, "dataset": [TORCHTUNE["dataset"], texts], "dataset_val": held_out}
+    found = converted(tmp_path, {**tree, "run_val_every_n_steps": 20, "save_every_n_steps": 30})
+    data = found.tree["data"]
+    assert data["train"] == [
+        {"path": "own/chats", "split": "train"},
+        {"path": "own/texts", "split": "train", "columns": {"text": "body"}},
+    ]
+    assert data["eval"] == [{"path": "own/chats", "split": "test"}] and found.tree["eval"] == {"every": "20 steps"}
+    assert found.tree["train"]["duration"] == "150 steps" and found.tree["tracker"] == ["wandb"]
+    assert found.tree["checkpoint"] == {"every": "30 steps"} and "use_cpu" in notes_of(found)
+    found = converted(tmp_path, tree)
+    assert "eval" not in found.tree["data"] and "run_val_every_n_steps" in notes_of(found)["dataset_val"]
+
+
+def test_a_model_of_torchtune_that_sees_is_named(tmp_path):
+    model = {"_component_": "torchtune.models.llama3_2_vision.llama3_2_vision_11b", "encoder_trainable": True}
+    found = converted(tmp_path, {**TORCHTUNE, "model": {**model, "decoder_trainable": "frozen"}})
+    assert "only text is trained" in notes_of(found)["model"] and "model.encoder_trainable" not in notes_of(found)
+    assert "here it is all that is trained" in notes_of(found)["model.decoder_trainable"]
+
+
+def test_checkpoints_and_prompts_of_torchtune(tmp_path):
+    more = {
+        "checkpointer": {"checkpoint_dir": "/m", "keep_last_n_checkpoints": 3},
+        "tokenizer": {"prompt_template": "torchtune.data.QuestionAnswerTemplate"},
+    }
+    found = converted(tmp_path, {**TORCHTUNE, **more})
+    assert found.tree["checkpoint"] == {"keep": 3, "every": "1 epochs"}
+    assert "data.chat_template" in notes_of(found)["tokenizer.prompt_template"]
+
+
+# Any value -----------------------------------------------------------------------------------------------------------
+
+ODD = (3.5, [["x"]], {"a": None}, [{"path": None}])
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl", "LLaMA-Factory", "torchtune"])
+def test_no_value_of_a_known_key_is_a_bug_of_ours(peer):
+    """A value of a type that no trainer takes becomes a note, or is refused by the run file's own checks."""
+    base = {**TORCHTUNE, "model": {"_component_": "lora_llama"}} if peer == "torchtune" else {"use_peft": True}
+    known = ("lr_scheduler", "tokenizer", "metric_logger", "dataset_val", *base, *COUNTERPARTS, "fsdp_config")
+    for key, odd in itertools.product(dict.fromkeys(known), ODD):
+        assert convert(PeerFile(peer, {**base, key: odd}), Path()).text("x"), (key, odd)
+    if peer == "torchtune":
+        for key, odd in itertools.product(("lora_attn_modules", "lora_rank", "_component_"), ODD):
+            assert convert(PeerFile(peer, {**base, "model": {**base["model"], key: odd}}), Path()).text("x"), (key, odd)
+
+
+def test_large_numbers_of_steps_are_written_out():
+    found = of("TRL", max_steps=2_000_000, save_steps=1_234_567, warmup_steps=1_000_001)
+    assert found.tree["checkpoint"] == {"every": "1234567 steps"}
+    assert found.tree["optimizer"]["warmup"] == "1000001 steps"
