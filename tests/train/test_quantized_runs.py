@@ -70,7 +70,7 @@ def _require_merged_into_the_unquantized_base(folder, base_folder):
             torch.testing.assert_close(p, found[name], rtol=1e-5, atol=1e-6)
 
 
-def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, monkeypatch):
+def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, with_prediction):
     words = ("train", run_file(), "model.quantization=int8", "train.duration=1 steps", "eval.every=null")
     adapter = "adapter={rank: 2, save: adapter}"
     code, _, error = preceptor(*words, adapter, f"out={tmp_path}/a")
