@@ -31,8 +31,6 @@ from reference_loss import linear_cross_entropy_reference
 from runs import execute
 from tiny import chain, tiny_model
 
-pytestmark = pytest.mark.usefixtures("empty_report")
-
 
 def focal(log_probs, weights):
     return -weights * (1 - log_probs.exp()) ** 2 * log_probs

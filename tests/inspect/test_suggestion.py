@@ -105,7 +105,6 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def test_fifty_conversations_become_a_run_that_passes_check_and_trains(preceptor, in_tmp, monkeypatch):
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # its dry runs take seconds
     lines = (MODEL_DIR.parent / "data" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     (in_tmp / "own.jsonl").write_text("\n".join(sorted(lines, key=len)[:50]) + "\n", encoding="utf-8")
     code, out, err = preceptor("init", "--model", "scholar", "--data", "own.jsonl")

@@ -179,5 +179,6 @@ def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_len
 
 
 def test_more_layers_are_no_more_graphs():
-    two, six = (table.measure(table.CASES[name], "eager")["graphs"] for name in ("Llama", "Llama, 6 layers"))
-    assert two == six
+    """Of two layers, the last one and the others have graphs of their own. More: benchmarks/results/compiled.json."""
+    two, three = (table.measure(table.Case(settings={"num_hidden_layers": num}), "eager")["graphs"] for num in (2, 3))
+    assert two == three

@@ -18,7 +18,6 @@ from preceptor.train.build import optimizer_of
 from preceptor.train.step import NotFiniteError
 from tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("empty_report", "unpredicted")
 SETTINGS = {
     "dora": "{kind: dora, rank: 2, init: pissa, lr_ratio: 4}",
     "whole": "{rank: 2, use_rslora: true, rank_pattern: {v_proj: 3}, modules_to_save: [embed_tokens, lm_head, norm]}",
