@@ -51,7 +51,7 @@ def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Ten
     """The loss; the norm of each parameter's gradient; the same with its sum with signs, which depends on direction."""
     with evaluating(model) if has_dropout(model) else nullcontext():
         own = loss()
-    own.backward()
+        own.backward()  # layers that run again in it are to do the same
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()])
     sums = torch.stack([_signed_sum(name, gradient) for name, gradient in gradients.items()])
