@@ -19,23 +19,25 @@ demo: setup
 	$(BIN)/preceptor demo --replace
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Hostile input at random, TIMES as many cases as the tests try, and others; runs that are killed, and disks that are
 # full, at every file operation. A few hours; SURVIVAL=5 takes every tenth operation. benchmarks/results/torture.json is
-# written by the second; the third takes every model, mode and strategy over several processes, 20 steps each.
+# written by the second; the third takes every model, mode and strategy over several processes, 20 steps each, and the
+# other tests that have a long form.
 TIMES ?= 100
 SURVIVAL ?= 100
 torture: setup
 	PRECEPTOR_TORTURE=$(TIMES) nice $(BIN)/python -m pytest tests/fuzz
 	PRECEPTOR_TORTURE=$(SURVIVAL) nice $(BIN)/python -m pytest tests/train/test_survival.py tests/train/test_survival_ranks.py
-	PRECEPTOR_TORTURE=1 nice $(BIN)/python -m pytest tests/train/test_same_losses.py
+	PRECEPTOR_TORTURE=1 nice $(BIN)/python -m pytest \
+		tests/train/test_same_losses.py tests/model/test_compiled.py tests/model/test_sharding.py tests/plan tests/chat/test_alignment.py
 	$(MAKE) wheel-demo
 
 # The wheel in an environment with nothing else runs the demo, as after `pip install`, in WHEEL_PYTHON; and all extras go

@@ -22,13 +22,12 @@ import tiny_types
 from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.model import compiled
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import install
+from preceptor.model.options import ActivationPolicy, LoraOptions
 from preceptor.model.quantization import quantize
-from preceptor.train.precision import autocast
 
 BACKEND = "aot_eager"
 FULL, RECOMPUTE, DETACH = ActivationPolicy(), ActivationPolicy("recompute", "all"), ActivationPolicy("detach")

@@ -41,12 +41,11 @@ from torch.utils._pytree import tree_leaves
 from machine import describe
 from preceptor import config
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
-from preceptor.train.precision import autocast
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
+from preceptor.model.numerics import autocast
+from preceptor.model.options import ActivationPolicy
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = ((500, 1500), (1000, 1000), (3000, 1000), (7000, 1000))

@@ -42,22 +42,21 @@ from preceptor.evaluate.model import load_evaluated_model
 from preceptor.evaluate.run import run_task
 from preceptor.files import read_json
 from preceptor.model import compiled
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout
 from preceptor.model.attention.runs import attend_reference, attend_runs
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast, resolve_precision
 from preceptor.model.optimisations import install
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import Setup, step_memory
 from preceptor.plan.parameters import LoraSpec
 from preceptor.serve.chat import Speaker
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.precision import autocast, resolve_precision
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 
 AGAIN = 5.0  # seconds after which a phase that goes on past its budget is told once more
 RANK = 16

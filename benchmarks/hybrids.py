@@ -22,7 +22,7 @@ from torch import Tensor
 
 from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
 
 RESULT = Path(__file__).parent / "results" / "hybrids.json"

@@ -50,7 +50,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from preceptor.model.loss.linear_cross_entropy import Head, HeadCast, linear_cross_entropy
-    from preceptor.model.loss.options import chunk_tokens
+    from preceptor.model.loss.softmax import chunk_tokens
 
     torch.set_num_threads(case["threads"])
     torch.manual_seed(0)

@@ -23,13 +23,10 @@ from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.phases import check_phases
-from preceptor.model.checks.sequential import check_sequential
+from preceptor.model.checks import check_head, check_isolation, check_phases, check_sequential
 from preceptor.model.forward import Engine
+from preceptor.model.options import ActivationPolicy
 from preceptor.model.parts import freeze_towers
 from tiny_types import VOCABULARY, model_types, tiny_of
 

@@ -24,13 +24,12 @@ from model_types import MODES, conversations, kind_of, loaded
 from preceptor.data.forest import PackedSequence, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.phases import check_phases
+from preceptor.model.checks import check_phases
 from preceptor.model.forward import Engine
+from preceptor.model.options import ActivationPolicy
 from preceptor.model.sharding import Strategy, device_mesh, shard_from_first, shard_model, without_values
-from preceptor.train.objective import Objective
-from preceptor.train.step import accumulate_gradients
+from preceptor.train.step import Objective, accumulate_gradients
 from preceptor.world import ONE, World
 
 SECONDS = 600  # of one type at most

@@ -23,16 +23,16 @@ from shapes import SHAPES, random_model
 
 from machine import describe
 from preceptor.data.forest import PackedSequence
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import HeadCast
+from preceptor.model.numerics import autocast
+from preceptor.model.options import ActivationPolicy
 from preceptor.plan.dry_run import DryRun, dry_run_like
 from preceptor.plan.live_bytes import LiveBytes
 from preceptor.plan.memory import Setup, step_memory
 from preceptor.plan.work import Work
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.precision import autocast
 
 RESULTS = Path(__file__).parent / "results"
 COMMON: dict[str, Any] = {

@@ -32,7 +32,7 @@ from machine import describe
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import share_prefixes
 from preceptor.model.forward import Engine
-from preceptor.train.precision import autocast
+from preceptor.model.numerics import autocast
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384)

@@ -35,9 +35,8 @@ from preceptor.plan.parameters import Parameters
 from preceptor.plan.ranks import rank_peak_bytes
 from preceptor.plan.work import Work
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 from preceptor.world import World, num_cores
 
 RESULTS = Path(__file__).parent / "results"

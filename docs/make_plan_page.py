@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor import config
-from preceptor.model.activations.policy import KEEP_ALL
+from preceptor.model.options import KEEP_ALL
 from preceptor.plan.devices import find_device
 from preceptor.plan.dry_run import DryRun, dry_run_of
 from preceptor.plan.memory import Setup, Weights, step_memory
@@ -60,7 +60,8 @@ def measured() -> str:
     )
 
 
-def planned() -> str:
+def planned(plan: dict[str, Any]) -> str:
+    """Of what `plan_of_70b` returns."""
     config = AutoConfig.for_model(**LLAMA_70B)
     dry_run = DryRun(config, AutoModelForCausalLM.from_config)
     sequence, sides = Work((((3072, 1024),),)).sequence(), []
@@ -76,10 +77,13 @@ def planned() -> str:
         "The copies are in bfloat16, while a sequence is computed. What `preceptor plan` says would fit, for\n"
         "sequences of 4,096 tokens (3,072 of them context), several per step:"
     )
-    return "\n".join([*lines, "", says, "", _would_fit()])
+    text = to_text({**plan, "change": None})
+    table = text[text.index("What would fit") :].rstrip()
+    return "\n".join([*lines, "", says, "", "".join(f"    {line}\n" for line in table.splitlines())])
 
 
-def _would_fit() -> str:
+def plan_of_70b() -> dict[str, Any]:
+    """As `preceptor plan --json` gives it, of a run whose data is absent."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
         tree: dict[str, Any] = {
@@ -89,13 +93,10 @@ def _would_fit() -> str:
             "out": "runs/llama-70b",
         }
         run = config.build(tree, "docs/make_plan_page.py")
-        plan = make_plan(run, read_model(run.model), "no data", find_device("H100"), None, dry_run_of(run.model))
-    text = to_text({**plan, "change": None})
-    table = text[text.index("What would fit") :].rstrip()
-    return "".join(f"    {line}\n" for line in table.splitlines())
+        return make_plan(run, read_model(run.model), "no data", find_device("H100"), None, dry_run_of(run.model))
 
 
 if __name__ == "__main__":
     page = PAGE.read_text(encoding="utf-8")
-    page = PLANNED.sub(lambda _: planned(), MEASURED.sub(lambda _: measured(), page))
+    page = PLANNED.sub(lambda _: planned(plan_of_70b()), MEASURED.sub(lambda _: measured(), page))
     PAGE.write_text(page, encoding="utf-8")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preceptor import config
-from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.options import LoraOptions
 from preceptor.plan.memory import Setup, state_bytes
 from preceptor.plan.parameters import LoraSpec
 from settings import Setting, compare

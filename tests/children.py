@@ -1,19 +1,20 @@
-"""Forked processes: runs of the command that are killed, or whose disk fills up, at a chosen file operation; ranks."""
+"""Forked processes: runs of the command that are killed, or whose disk fills up, at a chosen file operation."""
 
 import errno
 import json
 import os
 import random
 import resource
+import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -84,24 +85,66 @@ def command(
         finally:
             os._exit(code)
     os.close(writer)
-    if kill_after is not None:
-        _kill_after(pid, kill_after)
-    with os.fdopen(reader, errors="replace") as output:
+    with _killed_after(pid, kill_after), os.fdopen(reader, errors="replace") as output:
         shown = output.read()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its pid is nobody else's yet
     _, status = os.waitpid(pid, 0)
     counted, _, place = (counter.read_text() if counter.exists() else "0").partition(" ")
     counter.unlink(missing_ok=True)
     return Ended(os.waitstatus_to_exitcode(status), shown, int(counted), place, time.monotonic() - started)
 
 
-def _kill_after(pid, seconds):
-    """Kill a child that is not waited for yet; nothing where it has ended."""
+def program(file, *arguments):
+    """`python FILE ARGUMENTS` in a child, with nothing imported again: (exit code, standard output, standard error)."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        pid = os.fork()
+        if not pid:
+            code = 70
+            try:
+                os.dup2(output.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+                sys.argv = [str(file), *map(str, arguments)]
+                sys.path.insert(0, str(Path(file).parent))
+                code = _exit_code(lambda: runpy.run_path(str(file), run_name="__main__"))
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        shown = []
+        for each in (output, errors):
+            each.seek(0)
+            shown.append(each.read().decode(errors="replace"))
+    return code, *shown
 
-    def kill():
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
-    threading.Timer(seconds, kill).start()
+def _exit_code(work):
+    """Of a process that does `work`, with all that it prints written."""
+    code = 0
+    try:
+        work()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+@contextmanager
+def _killed_after(pid, seconds):
+    """Inside, a child that is not waited for is killed after so many seconds; None: it is not."""
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _in_child(arguments, writer, folder, counter, moments):
@@ -115,18 +158,9 @@ def _in_child(arguments, writer, folder, counter, moments):
     from preceptor import cli
 
     sys.argv = ["preceptor", *map(str, arguments)]
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    code = _exit_code(cli.main)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     counter.write_text(f"{watch.num} {watch.place}")
-    sys.stdout.flush()
-    sys.stderr.flush()
     return code
 
 
@@ -202,51 +236,3 @@ def moments(total, num, seed=0):
     drawn = random.Random(seed)
     width = total / num
     return sorted({1 + int(width * at + drawn.random() * width) for at in range(num)} & set(range(1, total + 1)))
-
-
-def on_ranks(num, work, folder, seconds=60):
-    """Do `work(rank)` in so many forked processes that form a gloo group; raises what one of them shows in the end.
-
-    None waits longer than `seconds`: all are ended where one fails or hangs.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    pids = {}
-    for rank in range(num):
-        pid = os.fork()
-        if not pid:
-            _rank(rank, num, work, folder)
-        pids[pid] = rank
-    wrong, until = [], time.monotonic() + seconds
-    while pids:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in pids:
-            rank = pids.pop(pid)
-            if status:
-                shown = folder / f"rank{rank}.txt"
-                wrong.append(f"rank {rank}: {status} {shown.read_text() if shown.exists() else ''}")
-                until = min(until, time.monotonic() + 5)
-        elif time.monotonic() > until:
-            wrong.append(f"ranks {sorted(pids.values())} did not end")
-            for left in pids:
-                os.kill(left, signal.SIGKILL)
-                os.waitpid(left, 0)
-            break
-        else:
-            time.sleep(0.01)
-    assert not wrong, "\n".join(wrong)
-
-
-def _rank(rank, num, work, folder):
-    import torch.distributed as dist
-
-    code = 1
-    try:
-        store = dist.FileStore(str(folder / "store"), num)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=num, timeout=timedelta(seconds=30))
-        work(rank)
-        dist.barrier()
-        code = 0
-    except BaseException:
-        (folder / f"rank{rank}.txt").write_text(traceback.format_exc())
-    finally:
-        os._exit(code)

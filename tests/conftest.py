@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny base model on disk, a file of conversations, and one thread."""
 
+import gc
 import json
 import os
 import sys
@@ -38,6 +39,25 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported lives on: nothing of it is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """The collector does not look again at what lives on: half a million objects of torch and transformers, which
+    take it a quarter of a second each time, and which it would copy in a forked process."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
     """A Llama of random weights with a tokenizer that has neither chat template nor chat tokens."""
@@ -65,14 +85,40 @@ def torture_table():
         write_table(rows, time.monotonic() - started)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_ends_and_plans():
+    """Runs end without the pictures of their report and without the dry run that predicts their memory: of a few steps,
+    these take more than half of the time. `with_pictures` and `with_prediction` make them as they are, and so does the
+    long form (PRECEPTOR_TORTURE). Plans are without the ways that would fit, a dry run of each, but for one plan."""
+    from children import TORTURE
+
+    from preceptor.report import page
+
+    def without_pictures(folders):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(page, "draw_all", lambda panels, prefix: [])
+            return page.write_report(folders)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not TORTURE:
+            patch.setattr("preceptor.train.finish.write_report", without_pictures)
+            patch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
+        patch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])
+        yield
+
+
 @pytest.fixture
-def empty_report(monkeypatch):
-    """Runs write an empty report: drawing it takes longer than their training."""
+def with_pictures(monkeypatch):
+    from preceptor.report.page import write_report
 
-    def write(folders):
-        (folders[0] / "report.html").write_text("")
+    monkeypatch.setattr("preceptor.train.finish.write_report", write_report)
 
-    monkeypatch.setattr("preceptor.train.finish.write_report", write)
+
+@pytest.fixture
+def with_prediction(monkeypatch):
+    from preceptor.train.build import predicted_bytes
+
+    monkeypatch.setattr("preceptor.train.run.predicted_bytes", predicted_bytes)
 
 
 @pytest.fixture
@@ -98,12 +144,6 @@ def preceptor(monkeypatch, capsys):
         raise EOFError
 
     return run
-
-
-@pytest.fixture
-def unpredicted(monkeypatch):
-    """Runs that do not end with the prediction of their memory, which is a dry run."""
-    monkeypatch.setattr("preceptor.train.run.predicted_bytes", lambda *_: None)
 
 
 @pytest.fixture

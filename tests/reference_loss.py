@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
-from preceptor.model.loss.options import CROSS_ENTROPY, LOGITS_BYTES, LossOptions
+from preceptor.model.loss.softmax import LOGITS_BYTES
+from preceptor.model.options import CROSS_ENTROPY, LossOptions
 
 
 def linear_cross_entropy_reference(

@@ -5,11 +5,10 @@ import importlib.util
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import program
 from test_architecture import FLOORS
 
 import first_run
@@ -88,23 +87,11 @@ def test_files_that_the_docs_name_exist():
 
 
 def test_the_benchmarks_say_what_they_do():
-    """All in one process, which imports torch once."""
     scripts = [file for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")]
-    code = """
-import contextlib, io, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv, sys.path[0] = [script, "--help"], script.rpartition("/")[0]
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(shown):
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        assert not ended.code, script
-    assert "usage" in shown.getvalue(), script
-"""
-    command = [sys.executable, "-c", code, *map(str, sorted(scripts))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert len(scripts) > 15 and done.returncode == 0, done.stderr
+    assert len(scripts) > 15
+    for script in scripts:
+        code, shown, error = program(script, "--help")
+        assert code == 0 and "usage" in shown, (script, error)
 
 
 def test_the_performance_page_and_sentence_say_what_was_measured():
@@ -153,13 +140,6 @@ def test_the_page_on_models_says_what_was_measured():
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == made_by("make_models_page").page()
 
 
-def test_the_page_on_plans_says_what_was_measured_and_planned():
-    module = made_by("make_plan_page")
-    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    assert module.MEASURED.search(page).group() == module.measured(), "run python docs/make_plan_page.py"
-    assert module.PLANNED.search(page).group() == module.planned(), "run python docs/make_plan_page.py"
-
-
 def test_the_pages_on_optimizers_and_adapters_have_the_measured_figures():
     for made in made_by("make_settings_pages").PAGES:
         page = made.file.read_text(encoding="utf-8")
@@ -175,12 +155,9 @@ def test_the_tests_that_hold_the_promises_exist():
     assert absent == []
 
 
-def test_the_python_of_the_python_page_runs_and_prints_what_it_says(
-    capsys, tmp_path, monkeypatch, base_folder, empty_report
-):
+def test_the_python_of_the_python_page_runs_and_prints_what_it_says(capsys, tmp_path, monkeypatch, base_folder):
     """What trains, with a tiny model: the scholar takes a minute for it."""
     monkeypatch.chdir(tmp_path)  # where its runs go
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time
     trains, heading, reads = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("## Contexts and")
     page = trains.replace('"scholar"', repr(str(base_folder))) + heading + reads
     names = {}

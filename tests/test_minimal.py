@@ -1,11 +1,10 @@
 """The flat example and the trainer: the same losses, step for step."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import program
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -29,13 +28,10 @@ def test_the_flat_example_takes_the_same_steps(run_file, tmp_path, write_jsonl):
     lines = (Path(run.out) / "metrics.jsonl").read_text().splitlines()
 
     options = ("--steps", "5", "--warmup-steps", "1", "--learning-rate", "1e-3")
-    flat = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(model), run.data.train[0].path, str(tmp_path / "flat"), *options],
-        capture_output=True,
-        text=True,
-    )
-    assert flat.returncode == 0, flat.stderr
-    losses = [json.loads(line)["loss"] for line in flat.stdout.splitlines()]
+    given = (model, run.data.train[0].path, tmp_path / "flat")
+    code, shown, error = program(EXAMPLE, *given, *options)
+    assert code == 0, error
+    losses = [json.loads(line)["loss"] for line in shown.splitlines()]
     assert losses == pytest.approx([json.loads(line)["loss"] for line in lines], rel=1e-5)
 
     ours = AutoModelForCausalLM.from_pretrained(Path(run.out) / "model").state_dict()

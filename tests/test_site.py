@@ -148,7 +148,6 @@ def test_every_row_of_what_no_other_has_can_be_seen():
 
 def test_the_commands_on_own_data_run_as_they_stand(preceptor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # a slow table of `init`; tests/plan makes it
     page = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
     (data,) = re.findall(r"^```jsonl\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     Path("own.jsonl").write_text(data, encoding="utf-8")

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from processes import run_ranks
+from ranks import run_ranks
 
 from preceptor.errors import ConfigError, DataError, ModelError, ProcessError
 from preceptor.world import ONE, Silenced, World

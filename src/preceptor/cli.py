@@ -40,7 +40,7 @@ from preceptor.commands import (
     watch,
 )
 from preceptor.console import say
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.errors import is_out_of_memory
 
 _LONGEST_MESSAGE = 300  # characters
 

@@ -169,15 +169,11 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
     so that processes can be forked meanwhile (data/workers.py).
     """
     console = TerminalConsole(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn())
-    progress = Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        auto_refresh=False,
-        disable=not console.is_terminal,
-    )
+    progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
     examples, drawn = 0, time.perf_counter()
 
     def on_example() -> None:
@@ -188,7 +184,7 @@ def example_progress(tables: Sequence[Countable], what: str) -> Iterator[Callabl
             drawn = time.perf_counter()
 
     with progress:
-        numbers = [table.num_rows() for table in tables] if console.is_terminal else [None]
+        numbers = [table.num_rows() for table in tables]
         task = progress.add_task(what, total=None if None in numbers else sum(filter(None, numbers)))
         yield on_example
 

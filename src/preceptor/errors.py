@@ -5,6 +5,9 @@ Defects of this program are not here: they are `assert`s. exit_code: with which 
 """
 
 import reprlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _SHOWN_CHARACTERS = 60
 _SHOWN = reprlib.Repr()
@@ -73,3 +76,29 @@ class ProcessError(PreceptorError, RuntimeError):
     """Another process of the run was killed, or cannot be reached: the same command goes on."""
 
     exit_code = 7
+
+
+# Out of memory -------------------------------------------------------------------------------------------------------
+
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "OUT_OF_MEMORY", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is Python's, torch's or a CUDA library's error for want of memory. torch is not imported here."""
+    if isinstance(error, PreceptorError):
+        return False
+    torch = sys.modules.get("torch")  # what is not imported has raised nothing
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+@contextmanager
+def explaining_out_of_memory(message: str | Callable[[], str]) -> Iterator[None]:
+    """Raises ModelError where memory runs out inside. message: what did not fit, and the keys that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(message if isinstance(message, str) else message()) from error

@@ -21,18 +21,15 @@ from preceptor.data.forest import pack_trees
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.model.forward import Engine
 from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
-from preceptor.model.loss.options import LossOptions
-from preceptor.model.loss.own import require_token_wise
+from preceptor.model.loss.softmax import require_token_wise
+from preceptor.model.options import LossOptions
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 from reference_loss import linear_cross_entropy_reference
 from runs import execute
 from tiny import chain, tiny_model
-
-pytestmark = pytest.mark.usefixtures("empty_report")
 
 
 def focal(log_probs, weights):
@@ -112,7 +109,7 @@ def test_a_function_that_is_the_formula_trains_to_the_same_bits():
 
 @pytest.mark.parametrize("context_gradient", ["full", "recompute", "detach"])
 def test_it_goes_with_every_memory_policy(context_gradient):
-    from preceptor.model.activations.policy import ActivationPolicy
+    from preceptor.model.options import ActivationPolicy
 
     sequence = pack_trees([chain(np.random.default_rng(0), (4, 6, 3, 5))])
     model = tiny_model("llama", dtype=torch.float64)

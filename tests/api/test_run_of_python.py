@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from processes import run_ranks
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import conversations
@@ -21,7 +21,6 @@ from preceptor import Run, SFTTrainer, config
 from preceptor.errors import CheckpointError, ConfigError, DataError, ModelError
 from preceptor.train.prepare import prepare
 
-pytestmark = pytest.mark.usefixtures("empty_report")
 SETTINGS = {
     "train": {"duration": "4 steps", "batch_size": 2},
     "optimizer": {"learning_rate": 1e-3},

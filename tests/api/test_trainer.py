@@ -17,7 +17,6 @@ from preceptor.config.convert import convert, known_settings
 from preceptor.config.peer_files import PeerFile
 from preceptor.errors import CheckpointError, ConfigError
 
-pytestmark = pytest.mark.usefixtures("empty_report")
 ROWS = datasets.Dataset.from_list(conversations(8))
 FAST = {"max_steps": 2, "learning_rate": 1e-3, "max_length": 128, "per_device_train_batch_size": 2, "use_cpu": True}
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import template_table as tt
+from children import TORTURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +107,9 @@ def test_plain_chats_are_rendered_with_marks_once():
 ENTRIES = {entry.name: entry for entry in tt.read_entries()} if (tt.TEMPLATES / "index.json").is_file() else {}
 
 
+FORMS = [(2, False, False), (6, False, False), (4, True, False), (4, False, True)] * (3 if TORTURE else 1)
+
+
 @pytest.mark.skipif(not ENTRIES, reason=f"the stock templates are not at {tt.TEMPLATES}")
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_same_trees_under_every_stock_template(name):
@@ -113,7 +117,7 @@ def test_the_same_trees_under_every_stock_template(name):
     tokenizer = tt.tokenizer_for(entry)
     learnt = tt.renderer_for(entry, tokenizer)
     rng = random.Random(name)
-    for num_messages, system, reasons in [(2, False, False), (6, False, False), (4, True, False), (4, False, True)] * 3:
+    for num_messages, system, reasons in FORMS:
         contents = [" ".join(rng.choices(PIECES, k=rng.choice((1, 3)))) for _ in range(num_messages)]
         record = chat(contents, reasoning="So it is." if reasons else None)
         if system:

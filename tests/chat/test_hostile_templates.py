@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import tokenizer_families as tf
 
-from preceptor.chat import limits, tokenise, words
-from preceptor.chat.environment import plain_environment
-from preceptor.chat.limits import RenderLimit
+from preceptor.chat import environment, tokenise, words
+from preceptor.chat.environment import RenderLimit, plain_environment
 from preceptor.chat.marked import Marked, compiled_marked, split_by_origin
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
@@ -77,7 +76,7 @@ GETS_OUT = [
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(environment, "SECONDS", 0.5)
 
 
 def rendered(text, num=2):
@@ -148,7 +147,7 @@ def test_a_switch_that_hangs_is_fatal_at_once_and_not_tried_with_each_probe():
 
 def test_a_program_that_ends_while_the_timer_runs_ends_well():
     program = """
-from preceptor.chat.limits import limits
+from preceptor.chat.environment import limits
 import sys, time
 class Late:
     def __del__(self, clock=time.process_time):
@@ -164,7 +163,7 @@ with limits("a"):
 
 
 def test_many_short_renders_meet_no_limit(monkeypatch):
-    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    monkeypatch.setattr(environment, "SECONDS", 0.3)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for i in range(20000) %}{{ '' }}{% endfor %}" + LOOP
     template = load_template("tokenizer", tokenizer)

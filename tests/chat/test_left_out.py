@@ -5,7 +5,7 @@ import json
 import pytest
 from test_render import CHAT, conversation, make
 
-from preceptor.chat.counts import left_out_lines
+from preceptor.chat.thinking import left_out_lines
 
 TURN = "{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n"
 TURN += "{% elif m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}"

@@ -7,8 +7,7 @@ import template_table as tt
 from template_oracle import Oracle
 
 from preceptor.chat.template import probe_message_rules
-from preceptor.data.examples import Conversation, Rejection, read_messages
-from preceptor.data.rejections import CODES
+from preceptor.data.examples import CODES, Conversation, Rejection, read_messages
 
 if not (tt.TEMPLATES / "index.json").is_file():
     pytest.skip(f"the stock templates are not at {tt.TEMPLATES}", allow_module_level=True)

@@ -8,13 +8,12 @@ import pytest
 from golden import conversations as golden
 from transformers import AutoTokenizer
 
-from preceptor.chat.counts import thinking_lines
 from preceptor.chat.environment import SETTINGS
 from preceptor.chat.format import ChatFormat
 from preceptor.chat.render import Renderer
 from preceptor.chat.stop_tokens import find_stop_tokens
 from preceptor.chat.template import Template, load_template
-from preceptor.chat.thinking import Switch, find_switch, with_defaults
+from preceptor.chat.thinking import Switch, find_switch, thinking_lines, with_defaults
 from preceptor.data.examples import Conversation, Rejection, read_messages
 from preceptor.data.forest import path_ids
 from preceptor.errors import TemplateError

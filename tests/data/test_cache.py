@@ -1,8 +1,8 @@
 """The cache of rendered trees: what is rendered once, what is rendered again, and what becomes of damage."""
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,10 +15,12 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.render import Renderer
 from preceptor.data import cache as cache_module
-from preceptor.data import reading
+from preceptor.data import reading, workers
 from preceptor.data.cache import Cache, cache_folder, entries, prune
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork")  # Python 3.12: a native library may have a thread
 
 
 @pytest.fixture(autouse=True)
@@ -232,55 +234,58 @@ def test_a_full_disk_leaves_the_rest_in_memory(load, monkeypatch, capsys, files_
 
 # Several processes ---------------------------------------------------------------------------------------------------
 
-PREPARE = """
-import sys, time, pathlib
-from preceptor import config
-from preceptor.chat.render import Renderer
-from preceptor.data import reading, workers
-from preceptor.train.prepare import prepare
-reading._SMALL_BYTES, reading._SMALL_CHARACTERS, reading._MEAN_CHARACTERS = 0, 600, 1200
-reading._LARGE_CHARACTERS, workers._CHUNK_CHARACTERS = 2400, 600
-render, num = Renderer.render, 0
-def counted(self, record):
-    global num
-    num += 1
-    time.sleep(600 if str(num) == sys.argv[3] else float(sys.argv[2]))
-    return render(self, record)
-Renderer.render = counted
-prepared = prepare(config.load(pathlib.Path(sys.argv[1])))
-print(num, prepared.train.sha256)
-"""
 
+class Preparing:
+    """A forked process that prepares a run. `ended` is how many examples it renders, and the data's hash."""
 
-def start(run_file, seconds, stands_still_at=None):
-    """seconds: that each rendering takes longer. stands_still_at: the rendering that takes ten minutes."""
-    command = [sys.executable, "-c", PREPARE, str(run_file), str(seconds), str(stands_still_at)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, run_file, seconds, stands_still_at=None):
+        """seconds: that each rendering takes longer. stands_still_at: the rendering that takes ten minutes."""
+        fork = multiprocessing.get_context("fork")
+        self._received, sent = fork.Pipe(duplex=False)
+        self.process = fork.Process(target=self._prepare, args=(run_file, seconds, stands_still_at, sent))
+        self.process.start()
+        sent.close()
+
+    def ended(self):
+        assert self._received.poll(120)
+        found = self._received.recv()
+        self.process.join()
+        assert self.process.exitcode == 0
+        return found
+
+    @staticmethod
+    def _prepare(run_file, seconds, stands_still_at, sent):
+        reading._LARGE_CHARACTERS, workers._CHUNK_CHARACTERS = 2400, 600
+        render, num = Renderer.render, 0
+
+        def counted(self, record):
+            nonlocal num
+            num += 1
+            time.sleep(600 if num == stands_still_at else seconds)
+            return render(self, record)
+
+        Renderer.render = counted
+        sent.send((prepare(config.load(run_file)).train.sha256, num))
 
 
 def test_of_two_processes_one_renders(run_file, tmp_path):
     file = run_file(ROWS, data__cache=str(tmp_path / "cache"), data__max_rejected=0.5)
-    processes = [start(file, 0.01) for _ in range(2)]
-    ended = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), ended
-    (first, one), (second, other) = (out.split() for out, _ in ended)
-    assert one == other and sorted([int(first), int(second)]) == [0, 40]
+    (one, first), (other, second) = [each.ended() for each in [Preparing(file, 0.01) for _ in range(2)]]
+    assert one == other and sorted([first, second]) == [0, 40]
 
 
 def test_a_process_that_is_killed_while_it_renders_leaves_what_it_has_done(run_file, tmp_path, files_of):
     file = run_file(ROWS, data__cache=str(tmp_path / "cache"), data__max_rejected=0.5)
-    process = start(file, 0, stands_still_at=35)
-    while len(files_of("portions")) < 3 and process.poll() is None:
+    process = Preparing(file, 0, stands_still_at=35).process
+    while len(files_of("portions")) < 3 and process.is_alive():
         time.sleep(0.01)
     assert prune(tmp_path / "cache", None, 0) == [] and len(files_of("portions")) >= 3  # of a process that renders
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     assert not files_of("tables")
     assert not any(each.in_use for each in entries(tmp_path / "cache"))
-    again = start(file, 0)
-    out, error = again.communicate(timeout=120)
-    num, sha256 = out.split()
-    assert int(num) < 35, error
+    sha256, num = Preparing(file, 0).ended()
+    assert num < 35
     whole = prepare(config.load(file, ["data.cache=off"]))
     assert whole.train.sha256 == sha256
 

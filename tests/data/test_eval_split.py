@@ -7,9 +7,8 @@ import pytest
 
 from preceptor import config
 from preceptor.data import reading
-from preceptor.data.eval_split import Side
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
-from preceptor.data.sources import open_sources
+from preceptor.data.sources import Side, open_sources
 from preceptor.errors import ConfigError, DataError
 from preceptor.inspect.check import check_data, to_json, to_text
 from preceptor.inspect.suggestion import hold_out, read_lengths

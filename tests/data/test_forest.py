@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preceptor.data.forest import Segment, Tree, leaf_paths, pack_trees, path_ids, runs
+from preceptor.data.forest import Segment, Tree, attention_runs, leaf_paths, pack_trees, path_ids
 
 
 def chain(*lengths, first=10):
@@ -33,7 +33,7 @@ def test_a_chain_attends_causally_and_is_one_run():
     assert row.ids_T.tolist() == list(range(10, 18))
     assert row.position_T.tolist() == list(range(8))
     assert row.subtree_end_T.tolist() == [8] * 8
-    assert runs(row.spans) == [(0, 8, [])]
+    assert attention_runs(row.spans) == ((0, 8, ()),)
     assert list(zip(row.source_N.tolist(), row.target_N.tolist(), strict=True)) == [(2, 13), (3, 14), (6, 17)]
 
 
@@ -42,7 +42,7 @@ def test_a_branch_shares_its_prefix_and_restarts_its_positions():
     assert row.ids_T.tolist() == [10, 11, 12, 1, 2, 3, 4, 5, 6, 7, 8]
     assert row.position_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4, 5]
     assert row.subtree_end_T.tolist() == [3, 3, 3, 11, 11, 11, 8, 8, 11, 11, 11]
-    assert runs(row.spans) == [(0, 3, []), (3, 6, []), (6, 8, [(3, 6)]), (8, 11, [(3, 6)])]
+    assert attention_runs(row.spans) == ((0, 3, ()), (3, 6, ()), (6, 8, ((3, 6),)), (8, 11, ((3, 6),)))
     pairs = list(zip(row.source_N.tolist(), row.target_N.tolist(), strict=True))
     assert pairs == [(1, 12), (5, 4), (6, 5), (8, 7), (9, 8)]
 

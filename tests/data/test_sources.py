@@ -10,7 +10,7 @@ from preceptor.config.held import LiveSource
 from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
-from preceptor.data.formats.memory import RecordList
+from preceptor.data.formats.tables import RecordList
 from preceptor.data.sources import OpenSource, read_examples
 from preceptor.errors import DataError
 

@@ -22,7 +22,7 @@ from preceptor.config import Source
 from preceptor.config.held import LiveSource
 from preceptor.data import sources as reading
 from preceptor.data import stream, workers
-from preceptor.data.formats.memory import RecordList
+from preceptor.data.formats.tables import RecordList
 from preceptor.data.records import FlatFile
 from preceptor.data.stream import WindowReader, Windows, window_shares
 from preceptor.data.truncation import Fitter

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from preceptor.evaluate.score import is_number, is_right, last_number, repeated_answer, repeated_line
+from preceptor.evaluate.tasks import is_number, is_right, last_number, repeated_answer, repeated_line
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from processes import run_ranks
+from ranks import run_ranks
 
 from preceptor.evaluate.generate import generate
 from preceptor.evaluate.likelihood import segment_losses

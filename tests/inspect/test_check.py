@@ -11,9 +11,8 @@ from conftest import conversations
 from preceptor import config
 from preceptor.chat.format import load_chat_format
 from preceptor.data import reading, workers
-from preceptor.data.examples import Conversation, Rejection
+from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
-from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import read_examples
 from preceptor.inspect.check import Lengths, check_data, to_json, to_text
 from preceptor.train.prepare import prepare

@@ -14,7 +14,7 @@ from preceptor.chat.format import add_tokens, align_tokenizer
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.chat.token_origins import TEMPLATE, UNKNOWN, Field, token_origins
-from preceptor.chat.token_text import pieces_of, spans
+from preceptor.chat.tokenise import pieces_of, spans
 from preceptor.data.examples import Completion, Conversation, Document, Rejection, read_messages
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.inspect import page as pages

@@ -1,6 +1,6 @@
 """Tokens for the eye: every character there, special tokens marked, targets in their own style."""
 
-from preceptor.chat.token_text import pieces_of
+from preceptor.chat.tokenise import pieces_of
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Segment, Tree
 from preceptor.inspect.show import legend, summary_line, to_text

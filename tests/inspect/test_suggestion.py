@@ -11,8 +11,8 @@ import pytest
 from conftest import conversations
 from preceptor import config
 from preceptor.config.yaml_text import parse_yaml
+from preceptor.data.examples import RejectionCounts
 from preceptor.data.loader import FEW_STEPS
-from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import ModelError
 from preceptor.hub import SCHOLAR
 from preceptor.inspect import suggestion
@@ -105,7 +105,6 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def test_fifty_conversations_become_a_run_that_passes_check_and_trains(preceptor, in_tmp, monkeypatch):
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # its dry runs take seconds
     lines = (MODEL_DIR.parent / "data" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
     (in_tmp / "own.jsonl").write_text("\n".join(sorted(lines, key=len)[:50]) + "\n", encoding="utf-8")
     code, out, err = preceptor("init", "--model", "scholar", "--data", "own.jsonl")

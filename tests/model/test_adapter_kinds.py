@@ -11,14 +11,13 @@ from torch.nn.functional import cross_entropy
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.folder import merge_folder
 from preceptor.model.adapters.lora import add_adapter, load_adapter
-from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.adapters.pissa import lora_layers
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel
 from preceptor.model.load import save_model
+from preceptor.model.options import ActivationPolicy, LoraOptions, lr_factors
 from preceptor.train.optimizer import build_optimizer
 from tiny import chain, merged, tiny_model, tiny_tokenizer
 

@@ -7,10 +7,9 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import output_head
 from tiny import SEEING, chain, merged, seeing_model, tiny_model
 from tiny_types import tiny_of
 

@@ -16,12 +16,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.attention import cuda, runs
 from preceptor.model.attention.cuda import attend_flex, attend_varlen, block_mask, fast_path
 from preceptor.model.attention.layout import AttentionOptions, ForestLayout, PathMasks, PhaseLayout, dense_mask
 from preceptor.model.attention.runs import attend_runs
 from preceptor.model.forward import Engine
+from preceptor.model.options import ActivationPolicy
 from tiny import MODELS, branching, chain, tiny_model
 
 FLEX_MODULE = sys.modules["torch.nn.attention.flex_attention"]

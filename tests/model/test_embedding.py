@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
 from tiny import chain, tiny_model
 

@@ -6,12 +6,11 @@ import torch
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
-from preceptor.model import head
 from preceptor.model.activations import inputs
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
+from preceptor.model.loss import linear_cross_entropy
+from preceptor.model.loss.linear_cross_entropy import output_head
 from tiny import MODELS, branching, chain, separate_chains, tiny_model
 
 
@@ -132,7 +131,7 @@ def test_the_head_is_the_models_own(kind, settings, dtype):
 
 def test_a_head_that_does_more_is_rejected(monkeypatch):
     model = tiny_model("granite", logits_scaling=4.0)
-    monkeypatch.setattr(head, "_number", lambda settings, name, default: default)
+    monkeypatch.setattr(linear_cross_entropy, "_number", lambda settings, name, default: default)
     with pytest.raises(ModelError, match="granite: the logits"):
         check_head(model)
 
@@ -160,7 +159,7 @@ def test_a_window_that_a_layer_does_not_tell_is_found_beyond_the_probes_length()
 
 def test_a_leak_in_attention_is_found(monkeypatch):
     """Planted: the layout says that the whole sequence is one run."""
-    monkeypatch.setattr(inputs, "attention_runs", lambda sequence: ((0, sequence.num_tokens, ()),))
+    monkeypatch.setattr(inputs, "attention_runs", lambda spans: ((0, spans[-1].end, ()),))
     with pytest.raises(ModelError, match="another conversation"):
         check_isolation(tiny_model("llama"))
 

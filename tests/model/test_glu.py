@@ -9,8 +9,8 @@ from transformers import Gemma3nTextConfig, LlamaConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from preceptor.model.activations.context import DecoderPass, ModelState, adopt
-from preceptor.model.activations.glu import EfficientGLU, glu_activation
+from preceptor.model.activations.modules import EfficientGLU, glu_activation
+from preceptor.model.activations.passes import DecoderPass, ModelState, adopt
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
@@ -24,7 +24,7 @@ def efficient(module, x):
     """By our forward."""
     module, state = copy(module), ModelState()
     adopt(module, EfficientGLU, state, glu_activation(module))
-    with state.running(DecoderPass(None, "", efficient=True)):
+    with state.running(DecoderPass(None, "", None, efficient=True)):
         return module(x)
 
 

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 
 from preceptor.data.forest import pack_trees
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
 from preceptor.model.kl import ReferenceModel, kl_to_base
+from preceptor.model.loss.linear_cross_entropy import output_head
 from tiny import chain, tiny_model
 
 NUM_BASE = 56  # of 64 tokens

@@ -10,14 +10,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.context import DecoderPass, ModelState, SharedCasts, adopt
-from preceptor.model.activations.linear import SharedCastLinear
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.modules import SharedCastLinear
+from preceptor.model.activations.passes import DecoderPass, ModelState, SharedCasts, adopt
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import OPTIMISATIONS, install
-from preceptor.train.precision import autocast
+from preceptor.model.options import ActivationPolicy, LoraOptions
 from tiny import chain, tiny_model
 
 
@@ -32,7 +31,7 @@ def sharing(*layers):
     state = ModelState()
     for layer in layers:
         adopt(layer, SharedCastLinear, state)
-    with state.running(DecoderPass(None, "", efficient=True)):
+    with state.running(DecoderPass(None, "", None, efficient=True)):
         yield
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from preceptor.model.loss.linear_cross_entropy import Head, TrainedRows, linear_cross_entropy, token_losses
-from preceptor.model.loss.options import LossOptions, chunk_tokens
+from preceptor.model.loss.softmax import chunk_tokens
+from preceptor.model.options import LossOptions
 from reference_loss import linear_cross_entropy_reference
 
 T, D, V, N = 40, 16, 96, 29

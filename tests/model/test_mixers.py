@@ -8,12 +8,11 @@ from test_sequential import MIXING
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
+from preceptor.model.options import ActivationPolicy, LoraOptions
 from tiny import branching, chain, tiny_model
 
 KINDS = ("mamba", "lfm2", "qwen3_next", "jamba")

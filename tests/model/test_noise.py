@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.noise import EmbeddingNoise
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.modules import EmbeddingNoise
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
+from preceptor.model.options import ActivationPolicy
 from tiny import branching, chain, tiny_model
 
 

@@ -8,9 +8,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from preceptor.model.activations.context import DecoderPass, ModelState, adopt
-from preceptor.model.activations.norms import FORMS, EfficientNorm, norm_form, root_mean_square_norm
-from preceptor.model.closeness import relative_error
+from preceptor.model.activations.modules import FORMS, EfficientNorm, norm_form, root_mean_square_norm
+from preceptor.model.activations.passes import DecoderPass, ModelState, adopt
+from preceptor.model.numerics import relative_error
 
 NORMS = {"llama": Qwen3RMSNorm, "gemma": Gemma2RMSNorm, "gpt_oss": GptOssRMSNorm}
 SIZE = 48
@@ -100,5 +100,5 @@ def test_types_that_are_not_handled_go_through_the_authors_own():
     x = torch.randn(3, SIZE, dtype=torch.float64)
     own, state = module(x), ModelState()
     adopt(module, EfficientNorm, state, FORMS["llama"])
-    with state.running(DecoderPass(None, "", efficient=True)):
+    with state.running(DecoderPass(None, "", None, efficient=True)):
         assert torch.equal(module(x), own)

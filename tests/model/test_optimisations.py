@@ -11,15 +11,14 @@ from torch import nn
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
 from preceptor.model import optimisations
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import OPTIMISATIONS, install, remove
+from preceptor.model.options import ActivationPolicy
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 from tiny import MODELS, branching, chain, tiny_model
 
 # compile is for GPUs, unless asked for; these models have no layers for the others
@@ -94,13 +93,12 @@ def test_plain_runs_the_authors_modules_and_a_dense_mask(monkeypatch):
     """Planted: each fast path is broken."""
     model = plain_model("llama")
     true = Engine(model)(SEQUENCES["packed"]).item()
-    from preceptor.model.activations import glu, linear, norms
+    from preceptor.model.activations import modules
     from preceptor.model.attention import runs
 
     broken = lambda *_, **__: pytest.fail("not plain")  # noqa: E731
-    for module, name in ((runs, "attend_runs"), (norms, "root_mean_square_norm")):
-        monkeypatch.setattr(module, name, broken)
-    for function in (glu._Gated, linear._HalfLinear):
+    monkeypatch.setattr(runs, "attend_runs", broken)
+    for function in (modules._Gated, modules._HalfLinear, modules._Norm):
         monkeypatch.setattr(function, "apply", broken)
     with torch.autocast("cpu", torch.bfloat16):
         found = Engine(model)(SEQUENCES["packed"]).item()

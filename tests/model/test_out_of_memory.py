@@ -6,11 +6,10 @@ import torch
 
 from preceptor import cli
 from preceptor.data.forest import pack_trees
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, explaining_out_of_memory, is_out_of_memory
 from preceptor.model import kl
 from preceptor.model.load import load_model
 from preceptor.model.optimisations import install
-from preceptor.model.out_of_memory import explaining_out_of_memory, is_out_of_memory
 from preceptor.train.checkpoint import State
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.step import take_step

@@ -14,12 +14,10 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.sequential import check_sequential
-from preceptor.model.head import output_head
+from preceptor.model.checks import check_head, check_isolation, check_sequential
 from preceptor.model.load import load_model
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.options import LoraOptions
 from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.train.prepare import prepare
 from runs import execute

@@ -6,16 +6,15 @@ import torch
 
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ModelError
+from preceptor.model import checks
 from preceptor.model.activations import layers
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention import runs
 from preceptor.model.attention.runs import attend_reference
-from preceptor.model.checks import phases
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.phases import check_phases
+from preceptor.model.checks import check_isolation, check_phases
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.options import ActivationPolicy
 from tiny import MODELS, branching, chain, tiny_model
 
 RNG = np.random.default_rng(0)
@@ -247,7 +246,7 @@ def test_phases_that_differ_are_found(monkeypatch):
         sequence = inputs.sequence
         return Engine(model).hidden_states(sequence)[sequence.source_N] * 1.01, sequence.source_N
 
-    monkeypatch.setattr(phases, "decode_phases", planted)
+    monkeypatch.setattr(checks, "decode_phases", planted)
     with pytest.raises(ModelError, match=r"llama.*phase by phase"):
         check_phases(tiny_model("llama"), ActivationPolicy("detach"))
 

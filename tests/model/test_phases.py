@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from preceptor.data.forest import Segment, Tree, pack_trees
-from preceptor.model.activations.phases import phases, split_by_loss
+from preceptor.model.activations.inputs import phases, split_by_loss
 from tiny import branching, chain
 
 

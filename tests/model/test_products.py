@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from preceptor.data.forest import pack_trees
-from preceptor.model import head, products
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import KEEP_ALL
+from preceptor.model import forward, numerics
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
-from preceptor.model.loss.options import LOGITS_BYTES, logits_budget
-from preceptor.model.products import add_product, float32_product
+from preceptor.model.loss.linear_cross_entropy import add_product
+from preceptor.model.loss.softmax import LOGITS_BYTES, most_tokens
+from preceptor.model.numerics import float32_product
+from preceptor.model.options import KEEP_ALL
 from preceptor.train.optimizer import accumulate_in_float32
 from tiny import chain, tiny_model
 
@@ -36,9 +37,9 @@ def on_gpu(monkeypatch):
         assert out is total and total.dtype == out_dtype and left.dtype == right.dtype
         return plain_addmm(total, left.float(), right.float(), out=out)
 
-    monkeypatch.setattr(products, "device_type_of", lambda _: "cuda")
-    monkeypatch.setattr(products.torch, "mm", mm)
-    monkeypatch.setattr(products.torch, "addmm", addmm)
+    monkeypatch.setattr(numerics, "device_type_of", lambda _: "cuda")
+    monkeypatch.setattr(numerics.torch, "mm", mm)
+    monkeypatch.setattr(numerics.torch, "addmm", addmm)
     return asked
 
 
@@ -66,15 +67,15 @@ def test_of_halves_a_cpu_rounds_the_product():
 
 
 def test_a_gpu_has_room_for_more_logits():
-    assert logits_budget("cpu") == LOGITS_BYTES and logits_budget("cuda") == 2**30
+    assert most_tokens(2**20, 4, None, "cpu") == LOGITS_BYTES // 2**22 and most_tokens(2**20, 4, None, "cuda") == 2**8
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_a_bfloat16_head_takes_its_gradient_in_place_where_that_is_float32(accumulates, monkeypatch):
     given = []
-    loss = head.linear_cross_entropy
+    loss = forward.linear_cross_entropy
     monkeypatch.setattr(
-        head, "linear_cross_entropy", lambda *a, **named: given.append(named["head_grad_VD"]) or loss(*a, **named)
+        forward, "linear_cross_entropy", lambda *a, **named: given.append(named["head_grad_VD"]) or loss(*a, **named)
     )
     model = tiny_model("llama", dtype=torch.bfloat16, tie_word_embeddings=False)
     if accumulates:

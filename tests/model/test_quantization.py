@@ -11,16 +11,14 @@ from torch.nn.functional import linear
 from preceptor.data.forest import pack_trees
 from preceptor.errors import ConfigError, ModelError
 from preceptor.model import quantization
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
 from preceptor.model.adapters.pissa import keep_first_values
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast
+from preceptor.model.options import KEEP_ALL, ActivationPolicy, LoraOptions
 from preceptor.model.quantization import QuantizedLinear, num_parameters, quantizable, quantize, quantized_layers
 from preceptor.plan.memory import quantized_bytes
-from preceptor.train.precision import autocast
 from tiny import tiny_model
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
@@ -29,6 +27,7 @@ WAYS = [("nf4", True), ("nf4", False), ("int8", False)]
 
 @pytest.mark.parametrize(("kind", "double"), WAYS)
 @pytest.mark.parametrize("shape", [(48, 80), (3, 5), (7, 1031)], ids=str)
+@torch.compiler.set_stance("force_eager")  # of sizes for which it has no kernel, bitsandbytes compiles C++: 12 s
 def test_bits_values_and_bytes_are_those_of_bitsandbytes(kind, double, shape):
     torch.manual_seed(0)
     layer = nn.Linear(shape[1], shape[0])

@@ -15,13 +15,12 @@ from preceptor.data.prefix_sharing import chains_of, share_prefixes
 from preceptor.errors import ModelError
 from preceptor.model import compiled
 from preceptor.model.activations import inputs
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.activations.routing import balanced_paths
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
-from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
 from preceptor.model.optimisations import install, remove
+from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
 from preceptor.model.parts import decoder_of
 from preceptor.model.routers import WatchedRouter, asked_by_config, require_routers, watch_routers
 from tiny import branching, chain, tiny_model

@@ -7,9 +7,7 @@ import torch
 from preceptor.data.forest import pack_trees
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.sequential import check_sequential
+from preceptor.model.checks import check_head, check_isolation, check_sequential
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
 from tiny import branching, chain, tiny_model

@@ -8,14 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor.data.forest import pack_trees
 from preceptor.model.activations import inputs, layers
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.attention.layout import computed_tokens
 from preceptor.model.attention.runs import AttentionOptions, ForestLayout, attend_runs
 from preceptor.model.forward import Engine
 from preceptor.model.loss import softmax
+from preceptor.model.numerics import autocast
+from preceptor.model.options import ActivationPolicy
 from preceptor.model.sizes import FINEST, mostly_short, on_grid
-from preceptor.train.precision import autocast
 from tiny import MODELS, branching, chain, tiny_model
 
 MODES = [

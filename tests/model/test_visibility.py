@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from preceptor.errors import ModelError
-from preceptor.model.checks import visibility
-from preceptor.model.checks.visibility import check_visibility
+from preceptor.model import checks
+from preceptor.model.checks import check_visibility
 from tiny import MODELS, tiny_model
 
 
@@ -55,7 +55,7 @@ def test_attention_that_no_interface_knows_is_rejected():
 
 
 def test_the_probe_is_short_and_reaches_far():
-    positions = visibility._probe_positions(tiny_model("mistral", sliding_window=4096 * 3).config)
+    positions = checks._probe_positions(tiny_model("mistral", sliding_window=4096 * 3).config)
     assert len(positions) < 80
     assert {12287, 12288, 12289} <= set(positions)
     assert positions == sorted(set(positions))

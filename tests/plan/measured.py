@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.context import StepContext
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.loss.linear_cross_entropy import HeadCast
-from preceptor.model.loss.options import CROSS_ENTROPY
+from preceptor.model.numerics import autocast
+from preceptor.model.options import CROSS_ENTROPY
 from preceptor.plan.live_bytes import LiveBytes
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
-from preceptor.train.precision import autocast
 from tiny import chain
 
 ONE = (((300, 100),),)

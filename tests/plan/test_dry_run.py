@@ -3,14 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from children import TORTURE
 from measured import ONE, SEVERAL, measured_peak, sequence_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
-from preceptor.model.loss.options import LossOptions
+from preceptor.model.options import KEEP_ALL, ActivationPolicy, LoraOptions, LossOptions
 from preceptor.model.quantization import quantize
 from preceptor.plan.dry_run import DryRun, dry_run_like
 from preceptor.plan.memory import Setup, state_bytes, step_memory
@@ -86,8 +85,17 @@ def test_routers_that_are_balanced():
     assert found[None] > found[0.0]
 
 
-@pytest.mark.parametrize("policy", POLICIES[:2], ids=str)
-@pytest.mark.parametrize(("adapter", "precision"), [(None, "float32"), (None, "bfloat16"), (LoraSpec(4), "bfloat16")])
+@pytest.mark.parametrize(
+    ("adapter", "precision", "policy"),
+    [
+        (None, "float32", POLICIES[1]),
+        (None, "bfloat16", POLICIES[0]),
+        (LoraSpec(4), "bfloat16", POLICIES[0]),
+        (LoraSpec(4), "bfloat16", POLICIES[1]),
+        *([(None, "float32", POLICIES[0]), (None, "bfloat16", POLICIES[1])] if TORTURE else []),
+    ],
+    ids=str,
+)
 def test_the_divergence_from_the_base(adapter, precision, policy):
     """Full fine-tuning holds the base a second time; an adapter is switched off."""
     model, num_new = tiny_model("llama", **SIZES), 2 * (adapter is not None)
@@ -195,8 +203,15 @@ def test_towers_are_held_beside():
     check(model, ONE)
 
 
-@pytest.mark.parametrize("policy", [KEEP_ALL, ActivationPolicy("recompute")], ids=str)
-@pytest.mark.parametrize(("kind", "layers", "period"), [("llama", 10, 1), ("gpt_oss", 17, 2)])
+@pytest.mark.parametrize(
+    ("kind", "layers", "period", "policy"),
+    [
+        ("llama", 10, 1, POLICIES[1]),
+        ("gpt_oss", 17, 2, KEEP_ALL),
+        *([("llama", 10, 1, KEEP_ALL), ("gpt_oss", 17, 2, POLICIES[1])] if TORTURE else []),
+    ],
+    ids=str,
+)
 def test_a_few_layers_stand_for_many(kind, layers, period, policy):
     """gpt-oss: windows that alternate make a period of two layers."""
     dry_run, whole = (dry_run_like(tiny_model(kind, **SIZES | {"num_hidden_layers": layers})) for _ in range(2))

@@ -7,9 +7,9 @@ import torch
 from measured import measured_peak, sequence_of
 from test_parameters import LLAMA_8B, REAL, built
 
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import Moment, Setup, host_bytes, state_bytes, step_memory, update_bytes
 from preceptor.plan.parameters import LoraSpec, count_parameters

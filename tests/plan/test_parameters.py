@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preceptor.errors import ModelError
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.options import LoraOptions
 from preceptor.model.parts import decoder_of, tower_parameters
 from preceptor.model.sizes import rows_for
 from preceptor.plan.dry_run import DryRun, dry_run_like

@@ -7,8 +7,10 @@ import time
 
 import pytest
 import torch
+from children import TORTURE
 from measured import ONE, sequence_of
 from safetensors.torch import save_file
+from test_docs import made_by
 
 from preceptor import config
 from preceptor.commands.plan import measured_rate
@@ -18,7 +20,7 @@ from preceptor.plan.changes import find_change
 from preceptor.plan.devices import DeviceSpec, _read_gpu, find_device
 from preceptor.plan.dry_run import dry_run_of
 from preceptor.plan.model import read_model
-from preceptor.plan.plan import make_case, make_plan, place_on_ranks
+from preceptor.plan.plan import make_case, make_plan, place_on_ranks, would_fit
 from preceptor.plan.sample import Sample, sample_data
 from preceptor.plan.text import number, seconds, size, to_text
 from tiny import seeing_model, tiny_model
@@ -33,13 +35,6 @@ LLAMA_70B = {
     "num_key_value_heads": 8,
     "tie_word_embeddings": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def table(request, monkeypatch):
-    """What would fit is half of a plan's time, and one test looks at it."""
-    if request.function is not test_70b_on_one_device_by_component_and_what_would_fit:
-        monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])
 
 
 def run_of(model, of_model=None, **sections):
@@ -132,8 +127,27 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.02)
 
 
-def test_70b_on_one_device_by_component_and_what_would_fit(tmp_path):
-    plan = plan_of(run_of(folder_of(tmp_path, LLAMA_70B), train={"precision": "bfloat16"}))
+@pytest.fixture(scope="module")
+def page():
+    """What writes the page on plans."""
+    return made_by("make_plan_page")
+
+
+@pytest.fixture(scope="module")
+def plan_of_70b(page):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preceptor.plan.plan.would_fit", would_fit)  # no other plan of the tests has it
+        return page.plan_of_70b()
+
+
+def test_the_page_on_plans_says_what_was_measured_and_planned(page, plan_of_70b):
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.MEASURED.search(text).group() == page.measured(), "run python docs/make_plan_page.py"
+    assert page.PLANNED.search(text).group() == page.planned(plan_of_70b), "run python docs/make_plan_page.py"
+
+
+def test_70b_on_one_device_by_component_and_what_would_fit(plan_of_70b):
+    plan = plan_of_70b
     components = plan["memory"]["components"]
     assert components["weights"] + components["gradients"] + components["optimizer"] == 16 * 70_553_706_496 > 1e12
     assert not plan["memory"]["fits"]
@@ -163,8 +177,12 @@ def llama_8b(tmp_path_factory):
     return folder, dry_run_of(config.Model(path=str(folder)))
 
 
-@pytest.mark.parametrize("device", ["RTX 4090", "A100 80", "H200"])
-@pytest.mark.parametrize("max_length", [2048, 32768])
+DEVICES = [("RTX 4090", 32768), ("A100 80", 2048), ("H200", 32768)]
+if TORTURE:
+    DEVICES += [("RTX 4090", 2048), ("A100 80", 32768), ("H200", 2048)]
+
+
+@pytest.mark.parametrize(("device", "max_length"), DEVICES)
 def test_the_change_that_is_proposed_makes_it_fit_and_is_one_that_the_run_file_takes(
     tmp_path, llama_8b, device, max_length
 ):

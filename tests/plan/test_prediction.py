@@ -9,7 +9,7 @@ from measured import measured_peak, sequence_of
 from rich.console import Console
 
 from preceptor import config
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import BASE
 from preceptor.plan.plan import predict_peak_bytes, would_fit
@@ -35,7 +35,7 @@ def test_it_knows_of_the_base_that_a_divergence_needs(run_file):
 
 
 def test_every_way_that_would_fit_runs_the_base_too(run_file):
-    dry_run = dry_run_like(tiny_model("llama"))
+    dry_run = dry_run_like(tiny_model("llama", num_hidden_layers=1))
     alone, beside = (would_fit(config.load(run_file(loss__kl_coef=kl)), dry_run, "none") for kl in (0.0, 0.5))
     assert all(with_base["peak_bytes"] > way["peak_bytes"] for way, with_base in zip(alone, beside, strict=True))
     assert [BASE in way["components"] for way in beside] == [True, True, False, False, False]
@@ -51,7 +51,7 @@ def test_a_model_that_cannot_be_built_without_values_has_none(run_file, monkeypa
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known, monkeypatch):
+def test_a_run_records_it_where_there_is_one_and_the_report_says_either(run_file, known, monkeypatch, with_prediction):
     if not known:
         monkeypatch.setattr("preceptor.train.build.predict_peak_bytes", lambda *given: None)
     prepared = prepare(config.load(run_file()))

@@ -10,10 +10,10 @@ import pytest
 
 from preceptor.errors import CheckpointError, ConfigError
 from preceptor.report.curves import panels
+from preceptor.report.facts import Fork, paths, visible
 from preceptor.report.page import distinct_names, page_of_run, page_of_runs, repeat_command, write_report
 from preceptor.report.plots import Panel, Series, draw, smooth, thin
 from preceptor.report.run_record import flat, read_run
-from preceptor.report.trees import Fork, paths, visible
 from runs import CHAIN, COMPARE, CONFIG, ENVIRONMENT, NASTY, TREE, example, looks, sample, segment, steps, write_run
 
 

@@ -11,8 +11,7 @@ from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.formats.values import JsonReader, Struct
 from preceptor.data.sources import OpenSource
-from preceptor.select.choice import Settings, choose
-from preceptor.select.explain import explain, summarise
+from preceptor.select.choice import Settings, choose, explain, summarise
 from preceptor.select.measure import BaseScorer, answers_of
 from preceptor.select.pool import Pool, line_of
 from preceptor.select.select import load_scorer

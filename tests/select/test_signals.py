@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from preceptor.errors import ConfigError
-from preceptor.select.quality import WEIGHTS, judge, read_weights
-from preceptor.select.signals import TextSignals, compression_ratio, repeated_share, text_signals
+from preceptor.select.quality import (
+    WEIGHTS,
+    TextSignals,
+    compression_ratio,
+    judge,
+    read_weights,
+    repeated_share,
+    text_signals,
+)
 
 GOOD = "Water boils at 100 °C at sea level (less higher up); salt raises it a little."
 FENCED = "Use this:\n```python\nprint((1\n```\nIt prints one."  # brackets in code are not prose

@@ -135,7 +135,7 @@ def wait_for(address, seconds=30):
 
 
 def contexts(run_folder):
-    from preceptor.export.contexts import trained_turns
+    from preceptor.export.proof import trained_turns
     from preceptor.export.source import ExportSource
 
     return [turn.rendered.context for turn in trained_turns(ExportSource.of(str(run_folder))).turns]

@@ -10,15 +10,14 @@ from safetensors.torch import load_file
 
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.model.adapters.adapted import FirstUpdate, table_lines, without_gradient
+from preceptor.model.adapters.folder import FirstUpdate, table_lines, without_gradient
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import LoraOptions
+from preceptor.model.options import LoraOptions
 from preceptor.train import loop
 from preceptor.train.build import optimizer_of
 from preceptor.train.step import NotFiniteError
 from tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("empty_report", "unpredicted")
 SETTINGS = {
     "dora": "{kind: dora, rank: 2, init: pissa, lr_ratio: 4}",
     "whole": "{rank: 2, use_rslora: true, rank_pattern: {v_proj: 3}, modules_to_save: [embed_tokens, lm_head, norm]}",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import on_ranks
+from ranks import on_ranks
 
 from preceptor.errors import CheckpointError
 from preceptor.train import checkpoint
@@ -106,7 +106,7 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
         checkpoints.save(take_steps(state, 1))
         checkpoints.wait()
 
-    on_ranks(2, save, tmp_path / "first")
+    on_ranks(2, save)
     files = {path.name for path in (here.folder / "step-00000002").iterdir()}
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
     described = json.loads((here.folder / "step-00000002" / "manifest.json").read_text())["files"]
@@ -117,7 +117,7 @@ def test_saved_on_two_ranks_and_read_on_one_and_back(tmp_path, async_save, optim
     same(state, take_steps(state_of(**held), 2))
     here.save(take_steps(state, 2))
     here.wait()
-    on_ranks(2, read_and_go_on, tmp_path / "second")
+    on_ranks(2, read_and_go_on)
     here.restore(state, print)
     assert state.step == 5
     same(state, take_steps(state_of(**held), 5))
@@ -142,7 +142,7 @@ def test_where_one_rank_cannot_write_none_publishes_and_all_say_so(tmp_path, mon
         checkpoints.restore(back, print)
         assert back.step == 2
 
-    on_ranks(2, save, tmp_path / "ranks")
+    on_ranks(2, save)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -164,7 +164,7 @@ def test_what_one_rank_writes_where_the_first_does_not_see_it_is_not_published(t
         with pytest.raises(CheckpointError, match=r"__1_0\.distcp: another process has written it.*all nodes share"):
             checkpoints.save(take_steps(state_of(on_ranks=True), 2))
 
-    on_ranks(2, save, tmp_path / "ranks")
+    on_ranks(2, save)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -183,7 +183,7 @@ def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path):
         Checkpoints(here.folder, "this", 5, world=World.of_process_group().with_own_group()).restore(state, said.append)
         assert state.step == 2 and len(said) == 1 and "__0_0.distcp: is damaged" in said[0]
 
-    on_ranks(2, read, tmp_path / "ranks")
+    on_ranks(2, read)
 
 
 def test_a_rank_that_dies_leaves_the_checkpoint_before(tmp_path):
@@ -200,7 +200,7 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before(tmp_path):
             checkpoints.save(take_steps(state, 1))
         os._exit(0)
 
-    on_ranks(2, save, tmp_path / "ranks")
+    on_ranks(2, save)
     assert (tmp_path / "dies").exists()
     assert [path.name for path in Path(tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
     state = state_of(seed=4)

@@ -16,7 +16,6 @@ from preceptor.hub import resolve_model_path
 from preceptor.train.from_checkpoint import open_model
 
 pytestmark = [
-    pytest.mark.usefixtures("empty_report", "unpredicted"),
     pytest.mark.filterwarnings("ignore:.*use of fork"),
 ]
 SETTINGS = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ConfigError
-from preceptor.train.from_run import with_start
+from preceptor.train.run_folder import with_start
 
 LORA = ("adapter={rank: 2, dropout: 0.1}",)
 

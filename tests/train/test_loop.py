@@ -17,9 +17,9 @@ from preceptor.errors import ModelError
 from preceptor.train import loop
 from preceptor.train.build import build_model
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
 from preceptor.train.prepare import prepare
+from preceptor.train.step import Objective
 from runs import execute
 
 QUIET = Console(quiet=True)

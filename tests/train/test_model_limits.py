@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import conversations
 from preceptor import config
-from preceptor.chat.model_config import read_limits
+from preceptor.chat.format import read_limits
 from preceptor.errors import ModelError
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.parts import exact_routing
 from preceptor.train.build import require_room_to_read
 from tiny import tiny_model, tiny_tokenizer
@@ -187,7 +187,7 @@ def test_exact_routing_is_of_models_with_experts():
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_a_mixture_of_experts_is_packed_in_bfloat16_and_says_what_lora_covers(
-    kind, base, preceptor, run_file, tmp_path
+    kind, base, preceptor, run_file, tmp_path, with_pictures
 ):
     extra = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     path = base(tiny_model(kind, vocab_size=len(tiny_tokenizer()), **EXPERTS[kind], **extra))

@@ -13,17 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.forward import Engine
-from preceptor.model.loss.options import LossOptions
 from preceptor.model.optimisations import install
+from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.model.sizes import dry_run_for
 from preceptor.train import step
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import build_optimizer
-from preceptor.train.step import accumulate_gradients, take_step
+from preceptor.train.step import Objective, accumulate_gradients, take_step
 from tiny import branching, chain, tiny_model
 
 aten = torch.ops.aten

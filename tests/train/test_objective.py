@@ -7,12 +7,10 @@ import torch
 from preceptor import config
 from preceptor.data.dataset import weigh
 from preceptor.data.forest import pack_trees
-from preceptor.model.activations.policy import ActivationPolicy
 from preceptor.model.forward import Engine
-from preceptor.model.loss.options import LossOptions
+from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import Objective
-from preceptor.train.step import take_step
+from preceptor.train.step import Objective, take_step
 from tiny import chain, tiny_model
 
 TREES = [chain(np.random.default_rng(seed), lengths) for seed, lengths in enumerate([(3, 9), (4, 2, 2, 5), (2, 30)])]

@@ -1,18 +1,19 @@
 """Optimizers beside fused AdamW, weights in bfloat16, and what each keeps."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.random_bits import random_bits
-from preceptor.train.adamw_8bit import decoded, encoded
+from preceptor.model.numerics import random_bits
 from preceptor.train.build import optimizer_of
 from preceptor.train.optimizer import (
     apply_learning_rate,
@@ -22,7 +23,7 @@ from preceptor.train.optimizer import (
     optimizer_lines,
     require_host_memory,
 )
-from preceptor.train.rounding import narrow, widened
+from preceptor.train.weightwise import decoded, encoded, narrow, widened
 from tiny import tiny_model
 
 NAMES = ("adamw", "adamw_8bit", "muon", "adafactor", "sgd")
@@ -261,40 +262,40 @@ def test_factors_of_the_learning_rate_by_pattern():
         built(model, lr_factors={"lm_hed": 2.0})
 
 
-_SHARDED = """
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from preceptor.train.optimizer import build_optimizer
+def _in_a_shard(rank):
+    """The second half of the rows of a weight, as the second of two ranks updates it, and as they are in the whole."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
-mesh = init_device_mesh("cpu", (2,))
-
-def trained(name, sharded):
-    model = torch.nn.Linear(200, 7, bias=False, dtype=torch.bfloat16)
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    mesh = init_device_mesh("cpu", (2,))
     generator = torch.Generator().manual_seed(0)
     whole, gradients = torch.randn(7, 200, generator=generator), torch.randn(3, 7, 200, generator=generator)
 
-    def held(tensor):
+    def held(tensor, sharded):
         tensor = tensor.to(torch.bfloat16)
-        part = tensor[4:].clone()
-        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=(7, 200), stride=(200, 1)) \
-            if sharded else tensor
+        if not sharded:
+            return tensor
+        part, size = tensor[4:].clone(), {"shape": (7, 200), "stride": (200, 1)}
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **size)
 
-    model.weight = torch.nn.Parameter(held(whole))
-    optimizer = build_optimizer(model, 0.0, name=name, rounding="stochastic", momentum=0.9 if name == "sgd" else None)
-    for gradient in gradients:
-        model.weight.grad = held(gradient)
-        optimizer.param_groups[0]["lr"] = 1e-3
-        optimizer.step()
-    return model.weight
+    def trained(name, sharded):
+        model = torch.nn.Linear(200, 7, bias=False, dtype=torch.bfloat16)
+        model.weight = torch.nn.Parameter(held(whole, sharded))
+        momentum = 0.9 if name == "sgd" else None
+        optimizer = build_optimizer(model, 0.0, name=name, rounding="stochastic", momentum=momentum)
+        for gradient in gradients:
+            model.weight.grad = held(gradient, sharded)
+            optimizer.param_groups[0]["lr"] = 1e-3
+            optimizer.step()
+        return model.weight.detach()
 
-for name in ("adamw", "adamw_8bit", "sgd"):
-    assert torch.equal(trained(name, True).to_local(), trained(name, False)[4:]), name
-"""
+    names = ("adamw", "adamw_8bit", "sgd")
+    return {name: (trained(name, True).to_local(), trained(name, False)[4:]) for name in names}
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork")
 def test_a_shard_of_rows_is_updated_as_in_the_whole():
-    done = subprocess.run([sys.executable, "-c", _SHARDED], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    (found,) = run_ranks(1, _in_a_shard, connected=False)
+    assert not isinstance(found, BaseException), found.__notes__
+    for name, (sharded, whole) in found.items():
+        assert torch.equal(sharded, whole), name

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from preceptor import config
+from preceptor.model.numerics import cpu_bfloat16_feature, resolve_precision
 from preceptor.train import build as building
-from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -20,10 +20,10 @@ from preceptor.model.forward import Engine
 from preceptor.model.optimisations import install
 from preceptor.train import preflight as proofs
 from preceptor.train import run as execution
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import OptimizerMemory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import prepare
+from preceptor.train.step import Objective
 from runs import execute
 from tiny import branching, chain, tiny_model, tiny_tokenizer
 

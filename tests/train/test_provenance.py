@@ -13,7 +13,7 @@ from rich.console import Console
 
 from conftest import conversations
 from preceptor import config
-from preceptor.chat.token_text import special_ids
+from preceptor.chat.tokenise import special_ids
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import has_branches
 from preceptor.train import provenance
@@ -22,7 +22,7 @@ from runs import execute
 from tiny import branching, chain, tiny_tokenizer
 
 
-def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_path):
+def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_path, with_pictures, with_prediction):
     prepared = prepare(config.load(run_file(eval_rows=conversations(2)), ["data.max_length=256"]))
     execute(prepared, Console(file=io.StringIO()))
     folder = Path(prepared.run.out)
@@ -60,6 +60,7 @@ def test_a_run_records_what_it_is_made_of_and_writes_its_report(run_file, tmp_pa
     }
     page = (folder / "report.html").read_text()
     assert "held-out loss" in page and "token by token" in page
+    assert page.count("<svg") > 3 and " MB for tensors, " in page
 
 
 def test_a_plain_run_has_the_same_losses_and_says_so(run_file, tmp_path):

@@ -18,7 +18,6 @@ from preceptor.train.quantized import quantize_base
 from tiny import branching, chain, tiny_model
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra `quantized`)")
-pytestmark = pytest.mark.usefixtures("empty_report")
 
 
 def metrics(folder):
@@ -32,9 +31,7 @@ def test_losses_are_compared_on_the_shortest_conversations_each_chain_of_a_branc
     assert "loss of the base (2 conversations of this run, 63 tokens): quantized" in lines[-1]
 
 
-def test_a_run_from_the_check_to_the_saved_model(
-    run_file, base_folder, tmp_path, preceptor, decompositions, unpredicted
-):
+def test_a_run_from_the_check_to_the_saved_model(run_file, base_folder, tmp_path, preceptor, decompositions):
     file = run_file(optimizer__learning_rate=1e-2, eval__every=None)
     adapter = "adapter={rank: 2, kind: dora, init: pissa}"
     words = ("train", file, "model.quantization=nf4", adapter, "checkpoint.every=1 steps")
@@ -73,8 +70,7 @@ def _require_merged_into_the_unquantized_base(folder, base_folder):
             torch.testing.assert_close(p, found[name], rtol=1e-5, atol=1e-6)
 
 
-def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, monkeypatch):
-    monkeypatch.setattr("preceptor.plan.plan.would_fit", lambda *_: [])  # half of a plan's time
+def test_its_adapter_alone_is_trained_on_and_planned(run_file, tmp_path, preceptor, with_prediction):
     words = ("train", run_file(), "model.quantization=int8", "train.duration=1 steps", "eval.every=null")
     adapter = "adapter={rank: 2, save: adapter}"
     code, _, error = preceptor(*words, adapter, f"out={tmp_path}/a")

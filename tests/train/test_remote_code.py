@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import pytest
-
 from conftest import conversations
 from tiny import tiny_model, tiny_tokenizer
 
@@ -19,7 +17,6 @@ class OwnConfig(LlamaConfig):
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
-pytestmark = pytest.mark.usefixtures("empty_report", "unpredicted")
 
 
 def write_base(folder):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from children import command, result_of
-from processes import run_command, run_ranks
+from processes import run_command
+from ranks import run_ranks
 
 from conftest import conversations
 from preceptor import config

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from preceptor import config
 from preceptor.errors import ConfigError, ModelError
-from preceptor.model.trained import choose_trained, matches
+from preceptor.model.parts import choose_trained, matches
 from preceptor.plan.dry_run import dry_run_like
 from preceptor.plan.memory import EVERYTHING
 from preceptor.train.prepare import prepare

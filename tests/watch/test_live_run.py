@@ -12,8 +12,7 @@ import pytest
 
 from preceptor.report.run_record import read_run
 from preceptor.train.lock import LOCK, lock_holder
-from preceptor.watch.live_run import LiveRun
-from preceptor.watch.status import status_of
+from preceptor.watch.status import LiveRun, status_of
 from runs import DATA, ENVIRONMENT, looks, sample, steps, write_run
 
 HOST = socket.gethostname()

@@ -14,10 +14,8 @@ from contextlib import suppress
 import pytest
 
 from preceptor.console import TerminalConsole
-from preceptor.watch.live_run import LiveRun
-from preceptor.watch.status import status_of
-from preceptor.watch.terminal import News, screen
-from preceptor.watch.text_plot import Curve, plot
+from preceptor.watch.status import LiveRun, status_of
+from preceptor.watch.terminal import Curve, News, plot, screen
 from runs import looks, sample, steps, write_run
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -11,8 +11,8 @@ import pytest
 from browser import CHROMIUM, REASON, browser
 from preceptor.errors import ConfigError
 from preceptor.report.page import write_report
-from preceptor.watch.live_run import LiveRun
 from preceptor.watch.server import WatchedRuns, WatchServer, serve
+from preceptor.watch.status import LiveRun
 from runs import NASTY, looks, sample, steps, write_run
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=REASON)

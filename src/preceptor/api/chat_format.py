@@ -19,10 +19,9 @@ from preceptor import config
 from preceptor.chat import format as chat_format
 from preceptor.chat.render import Renderer
 from preceptor.chat.tokenise import SpecialTokens
-from preceptor.data.examples import Conversation, Rejection, read_messages
+from preceptor.data.examples import ADVICE, Conversation, Rejection, read_messages
 from preceptor.data.forest import RenderedTurn, Tree, turns_of
 from preceptor.data.prefix_sharing import chains_of
-from preceptor.data.rejections import ADVICE
 from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, DataError
 

@@ -8,8 +8,7 @@ from preceptor import config
 from preceptor.config import Source
 from preceptor.config.code import HeldCode
 from preceptor.config.held import LiveModel, LiveSource
-from preceptor.data.formats.memory import RecordList
-from preceptor.data.formats.tables import HuggingFaceDataset
+from preceptor.data.formats.tables import HuggingFaceDataset, RecordList
 from preceptor.errors import ConfigError, short
 from preceptor.files import LIVE, MEMORY
 

@@ -34,16 +34,15 @@ class Node:
         self.ids, self.text, self.children = self.ids[:at], "", [tail]
 
 
+@dataclass(eq=False, slots=True)
 class GrowingTree:
     """The branches of one conversation while its turns are added in order. all_targets: contexts are trained too."""
 
-    def __init__(self, all_targets: bool = False) -> None:
-        self._root = Node("context", ())
-        self._path: list[Node] = [self._root]  # ends with the last turn's target
-        self._ends: list[int] = [0]  # how many tokens the path has up to the end of each of its nodes
-        self._text = ""  # what the path spells
-        self._text_ends: list[int] = [0]  # as `_ends`, in characters of the text; -1: not known
-        self._context_kind: SegmentKind = "target" if all_targets else "context"
+    all_targets: bool = False
+    _path: list[Node] = field(default_factory=lambda: [Node("context", ())])  # from the root to the last turn's target
+    _ends: list[int] = field(default_factory=lambda: [0])  # how many tokens the path has up to the end of each node
+    _text: str = ""  # what the path spells
+    _text_ends: list[int] = field(default_factory=lambda: [0])  # as `_ends`, in characters of the text; -1: not known
 
     def add(
         self,
@@ -85,7 +84,8 @@ class GrowingTree:
             if node is None:
                 spelled = self._text_ends[-1]
                 known = spelled >= 0 and text.startswith(self._text[:spelled])
-                node, shared = Node(self._context_kind, rest, text[spelled:] if known else ""), len(rest)
+                kind: SegmentKind = "target" if self.all_targets else "context"
+                node, shared = Node(kind, rest, text[spelled:] if known else ""), len(rest)
                 self._path[-1].children.append(node)
             elif shared < len(node.ids):
                 node.split(shared)
@@ -104,7 +104,7 @@ class GrowingTree:
     ) -> Tree:
         """The segments, parents before children; `decode` spells those that were cut out of longer ones."""
         segments: list[Segment] = []
-        stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._root.children)]
+        stack: list[tuple[Node, int | None]] = [(child, None) for child in reversed(self._path[0].children)]
         while stack:
             node, parent = stack.pop()
             text = node.text or decode(node.ids)

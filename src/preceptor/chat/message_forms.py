@@ -10,11 +10,11 @@ is found once, by rendering small conversations.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from preceptor.chat.template import Template
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 
 _ARGUMENTS = {"probe_key": "probe value"}
 _TOOL = {
@@ -109,14 +109,14 @@ class Forms:
         return {"type": "function", **rest, "function": {**function, "arguments": arguments}}
 
 
+@dataclass(eq=False, slots=True)
 class _CallIds:
     """The ids of one conversation's calls, in the form that the template takes, and of the results that answer them."""
 
-    def __init__(self, forms: Forms) -> None:
-        self._forms = forms
-        self._calls: dict[str | None, tuple[str | None, Any]] = {}  # given id -> its new one, and the function's name
-        self._open: list[str | None] = []  # the given ids of the last turn's calls that no result has answered
-        self._num_calls = 0
+    _forms: Forms
+    _calls: dict[str | None, tuple[str | None, Any]] = field(default_factory=dict)  # given id -> its new one, and name
+    _open: list[str | None] = field(default_factory=list)  # given ids of the last turn's calls without a result
+    _num_calls: int = 0
 
     def of_calls(self, calls: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         self._open, made = [], []

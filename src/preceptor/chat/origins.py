@@ -21,7 +21,7 @@ and by the role before.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -127,19 +127,17 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return low
 
 
+@dataclass(eq=False, slots=True)
 class Rendered:
     """A rendered text in pieces, each with the number of the leaf that it came from (None: the template's own text).
 
-    start: where the pieces begin; none of the leaves that are followed is in what stands before.
+    _start: where the pieces begin; none of the leaves that are followed is in what stands before.
     """
 
-    __slots__ = ("_origins", "_pieces", "_start", "text")
-
-    def __init__(self, text: str, pieces: Sequence[str], origins: Sequence[int | None], start: int = 0) -> None:
-        self.text = text
-        self._pieces = pieces
-        self._origins = origins
-        self._start = start
+    text: str
+    _pieces: Sequence[str]
+    _origins: Sequence[int | None]
+    _start: int = 0
 
     def parts(self) -> Iterator[tuple[str, int | None]]:
         """All pieces with their origins."""
@@ -314,11 +312,11 @@ def kind_of(
     return template, before.get("role"), shape_of(message), tuple(found)
 
 
+@dataclass(eq=False, slots=True)
 class Alignments:
     """The alignments that were learnt, by the kind of message; the least recently used are forgotten."""
 
-    def __init__(self) -> None:
-        self._of_kind: OrderedDict[Hashable, list[Alignment]] = OrderedDict()
+    _of_kind: OrderedDict[Hashable, list[Alignment]] = field(default_factory=OrderedDict)
 
     def fit(self, kind: Hashable, prompt: str, text: str, leaves: Sequence[Leaf], own: range) -> Rendered | None:
         """The render with the places of the turn's own leaves, by the first alignment that gives it."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 TAGS = {

@@ -7,7 +7,7 @@ For each turn k, with the template arguments that a server would use:
 5. Context and target are tokenised separately: a server's context is fixed before the first generated token.
 6. `GrowingTree` joins the turns: contexts that extend what was said continue it, others branch off.
 
-Codes of rejections and what to do about each: `rejections.ADVICE`.
+Codes of rejections and what to do about each: `examples.ADVICE`.
 """
 
 import json
@@ -15,11 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple
 
-from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.growing_tree import GrowingTree
 from preceptor.chat.message_forms import Forms, find_forms
 from preceptor.chat.origins import leaves_of
@@ -27,14 +26,21 @@ from preceptor.chat.reasoning import REASONING_FIELDS, has_reasoning, opened_by,
 from preceptor.chat.rendering_key import rendering_key
 from preceptor.chat.renders import Renders, Runs
 from preceptor.chat.template import Template
-from preceptor.chat.thinking import Switch, find_switch
-from preceptor.chat.token_text import bos_ids
-from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of
+from preceptor.chat.thinking import Switch, TrainedCounts, find_switch
+from preceptor.chat.tokenise import Ids, Path, SpecialTokens, SpelledOut, Tokeniser, any_of, bos_ids, decode
 from preceptor.chat.turns import Stops, Turn, left_out, target_of
 from preceptor.config import RESERVED_ARGUMENTS
-from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
+from preceptor.data.examples import (
+    Completion,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    Rejected,
+    Rejection,
+    trainable_turns,
+)
 from preceptor.data.forest import Tree
-from preceptor.data.rejections import Rejected
 from preceptor.data.workers import Targets
 from preceptor.errors import ConfigError, PreceptorError, short
 
@@ -84,7 +90,6 @@ class Renderer:
             raise ConfigError(f"data.chat_template_kwargs: {', '.join(taken)} is the server's own argument; remove it")
         eos = tokenizer.eos_token_id
         self.stop_token_ids = frozenset(stop_token_ids) | (frozenset() if eos is None else {eos})
-        self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
         self._unchecked, self._first_is_checked = _CHECK_EVERY * _CHECKED_FIRST, False
         stops = [tokenizer.convert_ids_to_tokens(stop) for stop in self.stop_token_ids]
         self._stops = Stops(any_of(stops), tokenizer.eos_token)
@@ -93,6 +98,7 @@ class Renderer:
         self.counts: Counter[str] = Counter()  # in which ways the conversations were rendered: `renders.Runs`
         self._default_is_first: dict[tuple[bool, tuple[str, ...], bool], bool] = {}
         self._bos = bos_ids(tokenizer)
+        self._tokeniser, self._slow_tokeniser = Tokeniser(tokenizer), Tokeniser(tokenizer, chunks=False)
 
     @property
     def template(self) -> Template:
@@ -193,7 +199,7 @@ class Renderer:
                 raise Rejected("unknown_token", "the text")
             tree = GrowingTree(all_targets=self.targets == "all")
             tree.add(context, target, (bos + prompt, text + eos), 1.0)
-            return tree.finish(record.source, self._decode)
+            return tree.finish(record.source, partial(decode, tokenizer=self.tokenizer))
 
         return self._compared(grow, len(prompt + text), 1)
 
@@ -219,7 +225,7 @@ class Renderer:
                 weight = record.messages[turn.message].weight
                 tree.add(context, target, (turn.prompt, text), weight, num_shared, turn.message)
             switched = tuple((turn.message, value) for turn, _, value in turns if value is not None)
-            return tree.finish(record.source, self._decode, switched, missing)
+            return tree.finish(record.source, partial(decode, tokenizer=self.tokenizer), switched, missing)
 
         return self._compared(grow, len(turns[-1].turn.full.text), len(turns)), turns
 
@@ -227,15 +233,15 @@ class Renderer:
         """The turns as they are proved, whether special tokens are spelled out and must be read as plain text, and what
         is left out, as in `Tree`. Raises Rejected."""
         template, turns = self.template, self._trained(record.messages)
+        tags, takes_field = template.reasoning_tags, template.reasoning_field
         messages = record.messages[: turns[-1] + 1]
         given = [message.given for message in messages]
         leaves = [leaves_of(message, k) for k, message in enumerate(given)]
-        spelled_out = self._special.in_conversation(messages, leaves, record.tools, template.reasoning_tags)
+        spelled_out = self._special.in_conversation(messages, leaves, record.tools, tags)
         if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         rejected: Rejected | None = None
-        tags, takes_field = template.reasoning_tags, template.reasoning_field
         for reading in readings(given, turns, tags, takes_field, self._forms.thinking_parts):
             fitted = self._forms.fit(reading.messages)
             own = [
@@ -324,7 +330,11 @@ class Renderer:
         else:
             num_shared = path.read(turn.prompt)
             context, target = path.ids, path.continuation(text)
-        self._check_end(target, turn.where)
+        if not target or target[-1] not in self.stop_token_ids:
+            raise Rejected("no_stop_token", f"{turn.where} does not end in a stop token")
+        if not self.stop_token_ids.isdisjoint(target[:-1]):
+            stop = next(token for token in target[:-1] if token in self.stop_token_ids)
+            raise Rejected("stop_inside_turn", f"{turn.where} holds {self.tokenizer.convert_ids_to_tokens(stop)!r}")
         if not tokeniser.spells_all(context, turn.prompt, num_shared):
             raise Rejected("unknown_token", f"before {turn.where}")
         if not tokeniser.spells_all(target, text):
@@ -381,18 +391,6 @@ class Renderer:
     def _forms(self) -> Forms:
         """Which forms of messages the template takes, with the arguments of all renders."""
         return find_forms(self.template.given(self.template_kwargs))
-
-    # Tokens -----------------------------------------------------------------------------------------------------------
-
-    def _check_end(self, ids: Ids, where: str) -> None:
-        if not ids or ids[-1] not in self.stop_token_ids:
-            raise Rejected("no_stop_token", f"{where} does not end in a stop token")
-        if not self.stop_token_ids.isdisjoint(ids[:-1]):
-            stop = next(token for token in ids[:-1] if token in self.stop_token_ids)
-            raise Rejected("stop_inside_turn", f"{where} holds {self.tokenizer.convert_ids_to_tokens(stop)!r}")
-
-    def _decode(self, ids: Ids) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _rebuilt(tokenizer: Any, template: Template | None, chosen: Mapping[str, Any]) -> Renderer:

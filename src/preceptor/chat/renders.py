@@ -14,14 +14,14 @@ from typing import Any
 
 import jinja2
 
-from preceptor.chat.limits import fatal_template_error, limits
+from preceptor.chat.environment import fatal_template_error, limits
 from preceptor.chat.marked import Marked, compiled_marked, marked_message, split_by_origin
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.one_pass import LooksAhead, OnePass, Request, one_pass, raised_in_pass
 from preceptor.chat.origins import Alignments, Leaf, Rendered, kind_of, map_leaves, shared_length
 from preceptor.chat.template import Template
 from preceptor.chat.turns import Followed, Turn
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 from preceptor.errors import TemplateError
 
 _FEW_TURNS = 8  # up to here a run of the template for each render is faster than one pass
@@ -140,8 +140,9 @@ class Runs:
     def marked(self, renders: "Renders", request: Request, text: str, only: int | None = None) -> Rendered:
         """A render with the origins of its characters; text: the template's own. only: mark that message alone."""
         self.counts["renders with marks"] += 1
+        variables = renders.variables(request, renders.marked(request, only))
         template = compiled_marked(renders.text)
-        context = template.new_context(renders.variables(request, renders.marked(request, only)))
+        context = template.new_context(variables)
         try:
             with limits(self.template.name):
                 pieces, origins = split_by_origin(template.root_render_func(context))

@@ -51,14 +51,10 @@ def find_stop_tokens(template: Template, tokenizer: Any, known: Collection[str] 
         [forms.fit([*before, *turns]) for before in ([], earlier)] for turns in (_ANSWERING, _CALLING)
     )
     answer, doubts = _confirmed(
-        [_closing(template, messages, None, special) for messages in answering],
-        known,
-        "an answer",
+        [_closing(template, messages, None, special) for messages in answering], known, "an answer"
     )
     call, doubts_of_call = _confirmed(
-        [_closing(template, messages, [_TOOL], special, answer) for messages in calling],
-        known,
-        "a tool call",
+        [_closing(template, messages, [_TOOL], special, answer) for messages in calling], known, "a tool call"
     )
     if call is not None and answer is None:
         answer = template.variables.get("eos_token")  # what ends a tool call is not what ends a text

@@ -19,10 +19,9 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from preceptor.chat.environment import FixedClock, compiled, parsed, plain_environment, rendered
-from preceptor.chat.limits import limits
+from preceptor.chat.environment import FixedClock, compiled, limits, parsed, plain_environment, rendered
 from preceptor.chat.reasoning import REASONING_FIELDS, TAGS
-from preceptor.chat.token_text import bos_ids
+from preceptor.chat.tokenise import bos_ids
 from preceptor.config.sections import RESERVED_ARGUMENTS
 from preceptor.errors import TemplateError
 

@@ -1,4 +1,4 @@
-"""The thinking switch of a template: found, and carried by the saved template as it was trained.
+"""The thinking switch of a template: found, counted in what is trained, and carried by the saved template as trained.
 
 A *thinking switch* is an argument of the template, such as `enable_thinking`, that turns reasoning on and off: with
 true and false the template writes different prompts. Where a turn can be proved as the template is without an argument,
@@ -11,13 +11,16 @@ common: an assignment at the template's head for each argument that the caller l
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from preceptor.chat.reasoning import closed_by, opened_by
+from preceptor.chat.reasoning import closed_by, has_reasoning, opened_by
 from preceptor.chat.template import Template, names_read_by
 from preceptor.config import RESERVED_ARGUMENTS
+from preceptor.data.examples import Conversation, Example
+from preceptor.data.forest import Tree
 from preceptor.errors import TemplateError
 
 _USER = {"role": "user", "content": "b5f1c0de"}
@@ -125,3 +128,121 @@ def _literal(value: Any, name: str) -> str:
 def _items(value: Mapping[Any, Any], name: str) -> Iterator[str]:
     for key, inner in value.items():
         yield f"{_literal(str(key), name)}: {_literal(inner, name)}"
+
+
+# Counts of the conversations that are trained -------------------------------------------------------------------------
+
+_MOST_PROMPTS = 20_000  # that are counted one by one; of more, the rarest half is forgotten
+
+
+@dataclass(eq=False)
+class TrainedCounts:
+    """Counts of some examples, to which those of others can be added.
+
+    given: `data.chat_template_kwargs`, to which all turns' arguments are added. system_prompts: "" for none.
+    """
+
+    switch: Switch
+    given: Mapping[str, Any]
+    num_conversations: int = 0
+    system_prompts: Counter[str] = field(default_factory=Counter)
+    _turns: Counter[tuple[str, bool]] = field(default_factory=Counter)  # by arguments as JSON, whether it has reasoning
+    _arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # by what stands for them there
+    _left_out: dict[str, list[Any]] = field(default_factory=dict)  # by kind: how many examples, and the first of them
+
+    def add(self, example: Example, tree: Tree) -> None:
+        """Count an example that is trained."""
+        for name in tree.left_out:
+            self._left_out.setdefault(name, [0, tree.source])[0] += 1
+        if not isinstance(example, Conversation):
+            return
+        first = example.messages[0]
+        self.num_conversations += 1
+        self.system_prompts[first.content if first.role in ("system", "developer") else ""] += 1
+        self._forget_rare_prompts()
+        given = {**self.given, **example.template_kwargs}
+        switched = dict(tree.switched)
+        for k in {segment.message for segment in tree.segments if segment.message is not None}:
+            arguments = {**given, **self.switch.set_to(switched[k])} if k in switched else given
+            reasons = bool(self.switch.names) and has_reasoning(example.messages[k].given)
+            key = json.dumps(arguments, sort_keys=True, default=str) if arguments else ""
+            self._arguments[key] = arguments
+            self._turns[key, reasons] += 1
+
+    def _forget_rare_prompts(self) -> None:
+        if len(self.system_prompts) > _MOST_PROMPTS:
+            self.system_prompts = Counter(dict(self.system_prompts.most_common(_MOST_PROMPTS // 2)))
+
+    def of_table(self, name: str) -> dict[str, Any]:
+        """All counts as plain values, without the name of the table whose examples were counted."""
+        return {
+            "arguments": self._arguments,
+            "turns": [[*key, count] for key, count in self._turns.items()],
+            "left_out": [[what, count, first.removeprefix(name)] for what, (count, first) in self._left_out.items()],
+            "num_conversations": self.num_conversations,
+            "system_prompts": dict(self.system_prompts),
+        }
+
+    def include(self, counted: Mapping[str, Any], name: str) -> None:
+        """Add what `of_table` gave, for a table of this name."""
+        self._arguments.update(counted["arguments"])
+        for key, reasons, count in counted["turns"]:
+            self._turns[key, reasons] += count
+        for what, count, first in counted["left_out"]:
+            self._left_out.setdefault(what, [0, name + first])[0] += count
+        self.num_conversations += counted["num_conversations"]
+        self.system_prompts.update(counted["system_prompts"])
+        self._forget_rare_prompts()
+
+    def defaults(self) -> dict[str, Any]:
+        """The arguments of the run, and those that all trained turns share."""
+        first, *others = [*self._arguments.values()] or [{}]
+        shared = {n: v for n, v in first.items() if all(n in other and other[n] == v for other in others)}
+        return {**self.given, **shared}
+
+    def thinking(self) -> list[dict[str, Any]]:
+        """For each setting of the switch and each kind of turn: how many turns. [] without a switch."""
+        if not self.switch.names:
+            return []
+        found: dict[tuple[str, bool], dict[str, Any]] = {}
+        for (key, reasons), count in self._turns.most_common():
+            arguments = self._arguments[key]
+            set_to = {name: arguments[name] for name in self.switch.names if name in arguments}
+            thinking = self.switch.value(set_to) if set_to else self.switch.default
+            of_kind = {"arguments": set_to, "thinking": thinking, "reasoning": reasons, "num_turns": 0}
+            found.setdefault((str(set_to), reasons), of_kind)["num_turns"] += count
+        return list(found.values())
+
+    def left_out(self) -> list[dict[str, Any]]:
+        """Of each kind of what the template leaves out of the context: how many examples have it, and the first."""
+        return [{"what": name, "num_examples": count, "first_at": at} for name, (count, at) in self._left_out.items()]
+
+
+def thinking_lines(counts: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[str]:
+    """What `thinking` gives, a sentence each: turns by the switch, and the saved template's defaults."""
+    lines = ["; ".join(map(_counted, counts))] if counts else []
+    if defaults:
+        lines.append(f"the saved chat template has as its defaults: {spelled(defaults)}")
+    return lines
+
+
+def _counted(count: Mapping[str, Any]) -> str:
+    turns = (
+        f"{count['num_turns']:,} turn{'s' * (count['num_turns'] != 1)} {'with' if count['reasoning'] else 'without'}"
+    )
+    how = {True: " with thinking on", False: " with thinking off"}.get(count["thinking"], "")
+    given = spelled(count["arguments"]) or "the template's default"
+    return f"{turns} reasoning {'is' if count['num_turns'] == 1 else 'are'} trained{how} ({given})"
+
+
+def spelled(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in arguments.items())
+
+
+def left_out_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `left_out` gives, a sentence each."""
+    return [
+        f"the template leaves out the {one['what']} of {one['num_examples']:,} "
+        f"example{'s' * (one['num_examples'] != 1)}, first at {one['first_at']}: the model never sees it"
+        for one in found
+    ]

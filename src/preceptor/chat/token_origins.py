@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from preceptor.chat import reasoning
 from preceptor.chat.origins import Leaf, Rendered
 from preceptor.chat.render import Proved
-from preceptor.chat.token_text import spans, special_ids
-from preceptor.chat.tokenise import any_of
+from preceptor.chat.tokenise import any_of, spans, special_ids
 from preceptor.chat.turns import Turn
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.data.forest import Tree, path_to

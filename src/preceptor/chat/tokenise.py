@@ -17,14 +17,14 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from preceptor.chat.origins import Leaf, shared_length
 from preceptor.chat.words import Words
-from preceptor.data.examples import Message
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Message, Rejected
 
 Ids = tuple[int, ...]
 SpecialTokens = Literal["reject", "plain", "allow"]
@@ -184,23 +184,23 @@ def _rest(ids_of: Callable[[str], Ids], before: str, before_ids: Sequence[int], 
     raise Rejected("unknown_token", f"the tokens of {text[:20]!r} cannot be told from those before it")
 
 
+@dataclass(eq=False, slots=True)
 class Path:
     """The prompts of one conversation, which begin alike, read one after the other, and what follows each.
 
     ids: those of the text that was read last, as `tokenizer(text, add_special_tokens=False)`.
     """
 
-    def __init__(self, tokeniser: Tokeniser) -> None:
-        self._tokeniser = tokeniser
-        self.ids: list[int] = []
-        self._text = ""
-        self._starts = [0]  # of the chunks of the text: its beginning, and each added token
-        self._num_before = [0]  # ids before each of them
-        self._last = ""  # what the text holds behind its last added token
+    tokeniser: Tokeniser
+    ids: list[int] = field(default_factory=list)
+    _text: str = ""
+    _starts: list[int] = field(default_factory=lambda: [0])  # of the chunks of the text: beginning, each added token
+    _num_before: list[int] = field(default_factory=lambda: [0])  # ids before each of them
+    _last: str = ""  # what the text holds behind its last added token
 
     def read(self, text: str) -> int:
         """Tokenise the next prompt; how many ids of the last one are the first of its own."""
-        tokeniser = self._tokeniser
+        tokeniser = self.tokeniser
         if not tokeniser.in_chunks:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
@@ -229,7 +229,7 @@ class Path:
         As in the ids of both: its first token is not spelled as at the start of a text. Raises Rejected where the
         boundary cannot be found.
         """
-        tokeniser = self._tokeniser
+        tokeniser = self.tokeniser
         if not (tokeniser.cuts_words and (not self._last or self._last[-1] == "\n")):  # else a word may go on
             before, before_ids = self._text[self._starts[-1] :], self.ids[self._num_before[-1] :]
             return _rest(tokeniser.whole, before, before_ids, text)
@@ -308,13 +308,14 @@ class SpelledOut:
             texts = [leaf.text for leaf in strings if search(leaf.text) is not None]
             if isinstance(message.given.get("content"), list):  # parts that make a token only where they meet
                 texts.append(message.content)
-            if not texts and not message.tool_calls:
+            calls = message.given.get("tool_calls") or ()
+            if not texts and not calls:
                 continue
             own = (*tags, *tags.values()) if message.role == "assistant" else ()
             where = f"messages[{index}]"
             for text in texts:
                 found = self.in_text(text, where, own) or found
-            for call in message.tool_calls:  # names of arguments
+            for call in calls:  # names of arguments
                 self.in_text(_as_json(call), where, own, may_be_plain=found)
         return found
 
@@ -333,3 +334,79 @@ class SpelledOut:
 
 def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str).replace('\\"', '"')
+
+
+# Tokens as text -------------------------------------------------------------------------------------------------------
+
+# A character may take several tokens (bytes of an emoji), and some tokenizers drop a space when a token is decoded
+# alone;
+# `spans` therefore measures tokens against the text that they are known to spell, and gives up rather than be off by
+# one.
+
+_LONGEST_GROUP = 8  # tokens that may share one character; UTF-8 needs no more than four
+
+
+class Piece(NamedTuple):
+    """Some tokens and their text. More than one token only where they share a character."""
+
+    ids: tuple[int, ...]
+    text: str
+    special: bool
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that act rather than spell: those with a role (eos ...) and all others that were added as special."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
+
+
+def bos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a plain text: its bos token, or nothing."""
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+
+def pieces_of(ids: Sequence[int], tokenizer: Any, specials: Collection[int] | None = None) -> Iterator[Piece]:
+    """The tokens with their text as the tokenizer decodes it; tokens that share a character come together.
+
+    specials: `special_ids(tokenizer)`, where that is known; to find it out takes a while.
+    """
+    specials = special_ids(tokenizer) if specials is None else specials
+    waiting: list[int] = []
+    for token in ids:
+        if token in specials:
+            if waiting:
+                yield Piece(tuple(waiting), decode(waiting, tokenizer), False)
+                waiting = []
+            yield Piece((token,), str(tokenizer.convert_ids_to_tokens(token)), True)
+            continue
+        waiting.append(token)
+        text = decode(waiting, tokenizer)
+        if not text.endswith("�") or len(waiting) > _LONGEST_GROUP:
+            yield Piece(tuple(waiting), text, False)
+            waiting = []
+    if waiting:
+        yield Piece(tuple(waiting), decode(waiting, tokenizer), False)
+
+
+def spans(
+    ids: Sequence[int], text: str, tokenizer: Any, specials: Collection[int] | None = None
+) -> list[tuple[int, int]] | None:
+    """For each token the characters of `text` that it spells, as (start, end); None if the tokens do not spell it.
+
+    Tokens that share a character have the same span. A space that is lost when a token is decoded alone is given back.
+    """
+    found: list[tuple[int, int]] = []
+    at = 0
+    for piece in pieces_of(ids, tokenizer, specials):
+        lost_space = not text.startswith(piece.text, at) or (not piece.text and text.startswith(" ", at))
+        end = at + len(piece.text) + lost_space
+        if text[at:end] != " " * lost_space + piece.text:
+            return None
+        found += [(at, end)] * len(piece.ids)
+        at = end
+    return found if at == len(text) else None
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -19,7 +19,7 @@ from typing import Any
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import Forms
 from preceptor.chat.origins import Leaf, Rendered, json_body, shared_length
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 from preceptor.errors import short
 
 _KINDS = {

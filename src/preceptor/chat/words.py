@@ -18,7 +18,7 @@ from unicodedata import is_normalized
 
 import regex
 
-from preceptor.data.rejections import Rejected
+from preceptor.data.examples import Rejected
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel(use_regex=True)
 _AROUND = ("{0}", "{0}{0}", "a{0}a", "A{0}A", "a{0}A", "1{0}1", " {0} ", "!{0}!", "a'{0}a", "\n{0}\n", "  {0}", "{0}1a")

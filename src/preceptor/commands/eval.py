@@ -39,9 +39,8 @@ def eval(
 
     with options.large_imports():
         from preceptor.console import print_json, status_line, table_console
-        from preceptor.evaluate.figures import records, summary
+        from preceptor.evaluate.figures import print_evaluation, records, summary
         from preceptor.evaluate.run import evaluation_settings, run_task
-        from preceptor.evaluate.text import print_evaluation
         from preceptor.files import write_json
         from preceptor.train.from_checkpoint import open_model
 

@@ -14,7 +14,7 @@ import typer
 from preceptor.commands.options import AsJson
 
 if TYPE_CHECKING:
-    from preceptor.watch.live_run import LiveRun
+    from preceptor.watch.status import LiveRun
 
 _EVERY_SECONDS = 1.0
 _SHARE = 10  # of the time is spent waiting, for each part that a look takes
@@ -34,7 +34,7 @@ def watch(
     In the terminal until all are finished, with --browser until Ctrl-C.
     """
     from preceptor.errors import ConfigError
-    from preceptor.watch.live_run import LiveRun
+    from preceptor.watch.status import LiveRun
 
     if browser and (once or as_json):
         raise ConfigError("--browser goes with neither --once nor --json")

@@ -24,15 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.chat.token_text import decode
+from preceptor.chat.tokenise import decode
 from preceptor.compare.verdict import MARGINAL, SHIFTED
 from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.intervals import interval
 from preceptor.evaluate.likelihood import read_trees
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import Head
+from preceptor.model.loss.linear_cross_entropy import Head, output_head
 
 CHUNK_BYTES = 256 * 2**20  # of one model's float32 logits over a chunk of answer tokens
 

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from preceptor.compare.sweep import gain
 from preceptor.compare.verdict import HEADLINES, short_name
+from preceptor.evaluate.figures import range_text, shown
 from preceptor.evaluate.intervals import Interval
-from preceptor.evaluate.text import range_text, shown
 
 
 def print_comparison(found: Mapping[str, Any], console: Console) -> None:

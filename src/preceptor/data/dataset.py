@@ -125,7 +125,8 @@ class TreeStore:
     def tree(self, index: int) -> Tree:
         number = int(self.chosen_N[index])
         table = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return weigh(self.tables[table].tree(number - int(self._starts[table])), self.reduction)
+        tree = self.tables[table].tree(number - int(self._starts[table]))
+        return tree if self.reduction == "token" else weigh(tree, self.reduction)
 
     def array(self, name: str) -> np.ndarray:
         """One of the tables' arrays, over the trees of the epoch."""

@@ -26,6 +26,12 @@ import numpy as np
 
 SegmentKind = Literal["context", "target"]
 
+TokenRange = tuple[int, int]
+"""Tokens `start` to `end` of a sequence."""
+
+AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
+"""Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -175,7 +181,7 @@ class PackedSequence:
     share_N: np.ndarray  # what each adds to the divisor
     spans: tuple[Span, ...]  # in layout order
     divisor: float  # the sum of shares: its part of the number by which the step's loss is divided
-    alone: bool = False  # one chain, for the model's own attention and other token mixing (checks/sequential.py)
+    alone: bool = False  # one chain, for the model's own attention and other token mixing (checks.py)
 
     @property
     def num_tokens(self) -> int:
@@ -272,30 +278,29 @@ def _last_token(spans: Sequence[Span], index: int | None) -> int | None:
     return None if index is None else spans[index].end - 1
 
 
-def runs(spans: Sequence[Span]) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """Join segments into the longest runs that attend causally: `(start, end, ancestors)` in layout order.
+def attention_runs(spans: Sequence[Span]) -> tuple[AttentionRun, ...]:
+    """Join segments into the longest runs that attend causally, in layout order.
 
     A segment that directly follows its parent and is its only child belongs to its parent's run, so a plain
-    conversation is one run without ancestors. `ancestors` are the token ranges outside the run that all of its
-    tokens see, from the root down.
+    conversation is one run without ancestors.
     """
     num_children = [0] * len(spans)
     for span in spans:
         if span.parent is not None:
             num_children[span.parent] += 1
     run_of: list[int] = []
-    result: list[tuple[int, int, list[tuple[int, int]]]] = []
+    result: list[AttentionRun] = []
     for span in spans:
         if span.parent is not None and num_children[span.parent] == 1:
             run = run_of[span.parent]
             start, _, ancestors = result[run]
             result[run] = (start, span.end, ancestors)
         else:
-            ancestors = []
+            ancestors = ()
             if span.parent is not None:
                 above_start, above_end, above = result[run_of[span.parent]]
-                ancestors = [*above, (above_start, above_end)]
+                ancestors = (*above, (above_start, above_end))
             run = len(result)
             result.append((span.start, span.end, ancestors))
         run_of.append(run)
-    return [(start, end, ancestors) for start, end, ancestors in result if start < end]
+    return tuple(run for run in result if run[0] < run[1])

@@ -119,7 +119,7 @@ class Loader:
         self.steps_per_epoch = math.ceil(self.sequences_per_epoch / batch_size)
 
     def apart(self) -> "Loader":
-        """The same steps for a model whose layers cannot keep conversations apart (model/checks/sequential.py)."""
+        """The same steps for a model whose layers cannot keep conversations apart (model/checks.py)."""
         loader = copy.copy(self)
         loader.alone = True
         return loader
@@ -153,6 +153,8 @@ class Loader:
         epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         batch = self._plans.sequences(epoch, start, end)
+        if num_ranks == 1:
+            return batch
         sizes = [int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch]
         return [batch[at] for at in assign_to_ranks(sizes, num_ranks)[rank]]
 

@@ -68,16 +68,13 @@ class SourceReader:
         self.rejections: list[Rejection] = []
         self.formats: dict[str, Counter[str]] = {}
         self.counts, self.shortened = fitter.renderer.new_counts(), Shortened()
-        self.num_held_out = self.num_held_out_rejected = 0
-
-    @property
-    def num_examples(self) -> int:
-        return sum(counts.total() for counts in self.formats.values())
+        self.num_examples = self.num_held_out = self.num_held_out_rejected = 0
 
     def include(self, tables: Iterable[TableTrees]) -> None:
         """Count what is trained of these tables."""
         for table in tables:
             self.formats.setdefault(table.name, Counter()).update(table.about["formats"])
+            self.num_examples += sum(table.about["formats"].values())
             self.rejections += table.rejections
             self.counts.include(table.about["counts"], table.name)
             self.shortened.add(Shortened(**table.about["shortened"]))
@@ -88,6 +85,7 @@ class SourceReader:
         self._fitter.shortened = self.shortened
         for entry, fitted in read_trees(source, self._fitter, self._num_processes, self._cache, with_texts=True):
             self.formats.setdefault(entry.table, Counter())[entry.format] += 1
+            self.num_examples += 1
             self.num_held_out += 1
             if isinstance(fitted, Rejection):
                 self.num_held_out_rejected += 1

@@ -29,7 +29,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -101,39 +101,6 @@ def digest(record: bytes) -> bytes:
 
 
 # Flat files ----------------------------------------------------------------------------------------------------------
-
-
-class Arrays(Protocol):
-    """Arrays by name, in memory or in a file, and what was said of them."""
-
-    @property
-    def about(self) -> Mapping[str, Any]: ...
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def load(self, name: str) -> np.ndarray:
-        """A whole array. Raises DataError if it is damaged."""
-
-    def rows(self, name: str, start: int, end: int) -> np.ndarray:
-        """Some rows of an array. Raises DataError if they cannot be read."""
-
-
-class MemoryArrays:
-    """Arrays that are held in memory."""
-
-    def __init__(self, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        self.about, self._arrays = about, arrays
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._arrays.keys()
-
-    def load(self, name: str) -> np.ndarray:
-        return self._arrays[name]
-
-    def rows(self, name: str, start: int, end: int) -> np.ndarray:
-        return self._arrays[name][start:end]
 
 
 class FlatFile:

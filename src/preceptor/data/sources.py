@@ -5,6 +5,7 @@ grow with the number of examples. What is no example, or cannot be trained, is a
 is a DataError.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +15,60 @@ from typing import Any, NamedTuple
 from preceptor.config import ROW_KEYS, Data, Source
 from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
-from preceptor.data.eval_split import Side
-from preceptor.data.examples import TRAIN_KEYS, Example, Rejection
+from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
 from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TextFile, find_tables
 from preceptor.data.formats.text_files import parse_line
-from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
+from preceptor.data.formats.values import Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
+
+# Sides ----------------------------------------------------------------------------------------------------------------
+
+# The side of an example follows from a hash of its question: of a conversation the first message of the user. White
+# space
+# and case do not count, as where `check` compares prompts (duplicates.py). So examples that are equal, or answer the
+# same
+# question, are on the same side; and examples that are added later, a change of their order or of `train.seed` move no
+# other one. The share is met in the mean, as if each question were drawn.
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What is read of a source: of its examples, those that are held out, or the others. share: that is held out."""
+
+    share: float
+    held_out: bool
+
+    def has(self, example: Example | Rejection) -> bool:
+        """Rejections are counted with what is trained."""
+        if isinstance(example, Rejection):
+            return not self.held_out
+        return (_drawn(example) < self.share) == self.held_out
+
+
+def holds_out_nothing(share: float) -> str:
+    """What to say where no example is held out that can be measured."""
+    return (
+        f"data.eval_size: {share:g} holds out no example that can be measured; there are few, or they ask the same. "
+        "Set a larger share, or name a file in data.eval"
+    )
+
+
+def _drawn(example: Example) -> float:
+    """A number from 0 to 1 that depends on the question alone."""
+    asked = " ".join(_question(example).split()).lower().encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest()) / 2**64
+
+
+def _question(example: Example) -> str:
+    """Where nothing is asked, all of the text."""
+    if isinstance(example, Conversation):
+        asked = next((message.content for message in example.messages if message.role == "user"), "")
+        return asked or " ".join(message.content for message in example.messages)
+    return (example.prompt or example.completion) if isinstance(example, Completion) else example.text
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
 
 _OTHER_KEYS = ("weight", "train_detail")  # read to be rejected, as UNREAD_COLUMNS
 _KEYS = (*ROW_KEYS, *PARTS_OF_A_QUESTION, *UNREAD_COLUMNS, *TRAIN_KEYS, *_OTHER_KEYS)
@@ -56,8 +104,10 @@ class UnreadRow(NamedTuple):
     def entry(self) -> Entry:
         """Raises DataError where a line is no JSON object."""
         own, source = self.opened.own, self.opened.source
-        row = self.opened.parsed(self.place, self.row)
-        made = _renamed(row, source) if own is None else _made(own, row)
+        row = parse_line(self.row, self.place) if isinstance(self.row, str) else self.row
+        if source.columns and own is None and not isinstance(row, Unreadable):
+            row = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+        made = row if own is None else _made(own, row)
         if made is None:
             rejection = Rejection(self.place, "left_out", f"{source.code} gave None for it")
             return Entry(self.table, "left out", rejection)
@@ -78,7 +128,6 @@ class OpenSource:
                 f"{unknown_format(dict.fromkeys(self.source.columns))}"
             )
         self.tables = find_tables(self.source)
-        self._reader = JsonReader()
         self._begun: tuple[list[Entry], Iterator[Entry]] | None = None
 
     @property
@@ -129,11 +178,10 @@ class OpenSource:
         if names is not None:
             _check_columns(table.name, names, self.source)
         lines = table.lines() if isinstance(table, TextFile) else None
-        wanted = None if self.own else self.keys_read
-        rows = _not_empty(table.name, table.rows(wanted) if lines is None else lines)
+        rows = _not_empty(table.name, lines or table.rows(None if self.own else self.keys_read))
         if columns and names is None:  # each row has keys of its own
             first = list(islice(rows, _FIRST))
-            _check_first(table.name, [self.parsed(place, row) for place, row in first], self.source)
+            _check_first(table.name, first, self.source)
             rows = chain(first, rows)
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
@@ -142,10 +190,6 @@ class OpenSource:
     def keys_read(self) -> frozenset[str]:
         """Of each row, without a function of the user's own."""
         return frozenset(self.source.columns.values() or _KEYS)
-
-    def parsed(self, place: str, row: str | Row) -> Row:
-        """A row that may be a line of JSON. Raises DataError where it is no JSON object."""
-        return parse_line(row, place, self._reader) if isinstance(row, str) else row
 
     @cached_property
     def own(self) -> OwnFunction | None:
@@ -226,16 +270,10 @@ def _not_empty(name: str, rows: Iterator[Any]) -> Iterator[Any]:
         raise DataError(f"{name}: the file is empty; it needs at least one example")
 
 
-def _renamed(row: Row, source: Source) -> Row:
-    """With the `columns` of the source."""
-    if not source.columns or isinstance(row, Unreadable):
-        return row
-    return {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
-
-
-def _check_first(name: str, first: Sequence[Row], source: Source) -> None:
+def _check_first(name: str, first: Sequence[tuple[str, str | Row]], source: Source) -> None:
     """As `_check_columns`, where each row has keys of its own."""
-    found = [row for row in first if not isinstance(row, Unreadable)]
+    parsed = [parse_line(row, place) if isinstance(row, str) else row for place, row in first]
+    found = [row for row in parsed if not isinstance(row, Unreadable)]
     _check_columns(name, list(dict.fromkeys(key for row in found for key in row)), source)
 
 

@@ -41,9 +41,9 @@ from preceptor.config import Source
 from preceptor.console import say
 from preceptor.data.cache import Cache
 from preceptor.data.reading import rendered_examples
-from preceptor.data.records import FlatFile, MemoryArrays, write_flat
+from preceptor.data.records import FlatFile, write_flat
 from preceptor.data.sources import OpenSource, UnreadRow
-from preceptor.data.table_trees import TableBuilder, TableTrees
+from preceptor.data.table_trees import MemoryArrays, TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
 from preceptor.errors import PreceptorError, ProcessError, StreamError
@@ -78,12 +78,7 @@ class WindowReader:
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        size: int,
-        fitter: Fitter,
-        cache: Path | None = None,
-        num_processes: int = 1,
+        self, sources: Sequence[Source], size: int, fitter: Fitter, cache: Path | None = None, num_processes: int = 1
     ) -> None:
         self._sources, self._size, self._fitter, self._num_processes = sources, size, fitter, num_processes
         self._cache_folder = cache

@@ -12,18 +12,18 @@ where there is none:
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from preceptor.data.cache import Cache
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree, has_branches, leaf_path_lengths, turn_lengths
-from preceptor.data.records import DIGEST_BYTES, Arrays, FlatFile, MemoryArrays, decode_tree, digest, encode_tree
+from preceptor.data.records import DIGEST_BYTES, FlatFile, decode_tree, digest, encode_tree
 from preceptor.data.sources import Entry
 from preceptor.data.truncation import Fitter, Shortened
 from preceptor.data.workers import Targets
@@ -53,6 +53,40 @@ class RenderedExample(NamedTuple):
     stored: StoredRecord | None
 
 
+class Arrays(Protocol):
+    """Arrays by name, in memory or in a file, and what was said of them."""
+
+    @property
+    def about(self) -> Mapping[str, Any]: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def load(self, name: str) -> np.ndarray:
+        """A whole array. Raises DataError if it is damaged."""
+
+    def rows(self, name: str, start: int, end: int) -> np.ndarray:
+        """Some rows of an array. Raises DataError if they cannot be read."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryArrays:
+    """Arrays that are held in memory."""
+
+    about: Mapping[str, Any]
+    _arrays: Mapping[str, np.ndarray]
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._arrays.keys()
+
+    def load(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def rows(self, name: str, start: int, end: int) -> np.ndarray:
+        return self._arrays[name][start:end]
+
+
 class TableTrees:
     """Trees of a table. Raises DataError where the cache was altered since it was written."""
 
@@ -62,6 +96,7 @@ class TableTrees:
         self._arrays, self._portion_path = arrays, portion_path
         self._portions: dict[int, FlatFile] = {}
         self._kept = {name: arrays.load(name) for name in ("lengths", "trained")}
+        self.rejections = [Rejection(name + place, code, said) for place, code, said in self.about["rejections"]]
 
     @classmethod
     def opened(cls, name: str, file: FlatFile, cache: Cache) -> "TableTrees | None":
@@ -101,11 +136,6 @@ class TableTrees:
                 raise _removed(path) from None
         return self._portions[number]
 
-    @property
-    def rejections(self) -> Iterator[Rejection]:
-        for place, code, message in self.about["rejections"]:
-            yield Rejection(self.name + place, code, message)
-
 
 def _removed(path: Path) -> DataError:
     """The error to raise for a file of the cache that is damaged; it is removed."""
@@ -144,6 +174,15 @@ class TableBuilder:
             self._add_tree(tree, example.stored if tree is example.outcome else None)
 
     def _add_tree(self, tree: Tree, stored: StoredRecord | None) -> None:
+        self._lengths.append(tree.num_tokens)
+        self._trained.append(tree.num_trained)
+        self._samples.append(num_sample_tokens(tree, self._fitter.renderer.targets))
+        targets = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
+        self._targets.extend(targets)
+        self._num_targets.append(len(targets))
+        self._branches.append(has_branches(tree))
+        for segment in tree.segments:
+            self._ids.update(segment.ids)
         match = _PLACE.fullmatch(tree.source.removeprefix(self._name))
         assert match, f"{tree.source}: no place in {self._name}"
         self._place = match[1]
@@ -157,15 +196,6 @@ class TableBuilder:
         row, part, parts = (int(found or 0) for found in match.groups()[1:])
         self._pointers.extend((portion, stored.offset, stored.size, row, part, parts))
         self._digests += stored.digest
-        self._lengths.append(tree.num_tokens)
-        self._trained.append(tree.num_trained)
-        self._samples.append(num_sample_tokens(tree, self._fitter.renderer.targets))
-        targets = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
-        self._targets.extend(targets)
-        self._num_targets.append(len(targets))
-        self._branches.append(has_branches(tree))
-        for segment in tree.segments:
-            self._ids.update(segment.ids)
 
     def built(self) -> MemoryArrays:
         """All that was added."""

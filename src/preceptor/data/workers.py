@@ -49,7 +49,7 @@ _BACKLOG = 3  # chunks that another process has before it: one that it renders, 
 
 
 class ExampleCounts(Protocol):
-    """What is counted of the examples that are trained, beside their trees: `chat.counts.TrainedCounts`."""
+    """What is counted of the examples that are trained, beside their trees: `chat.thinking.TrainedCounts`."""
 
     def add(self, example: Example, tree: Tree) -> None: ...
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from preceptor.errors import ModelError
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.parts import evaluating
 
 _NOT_FINITE = "probability tensor contains"  # torch's words when it is to draw from NaN

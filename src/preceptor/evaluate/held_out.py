@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from preceptor.chat.reasoning import has_reasoning
-from preceptor.chat.token_text import decode, special_ids
+from preceptor.chat.tokenise import decode, special_ids
 from preceptor.data.examples import Completion, Conversation, Example
 from preceptor.data.forest import Tree
 from preceptor.evaluate.intervals import interval

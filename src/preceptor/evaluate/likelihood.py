@@ -19,10 +19,9 @@ from preceptor.data.loader import assign_to_ranks
 from preceptor.data.packing import plan_sequences
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_isolation
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.model.loss.linear_cross_entropy import output_head, token_losses
 from preceptor.model.parts import evaluating
 from preceptor.world import ONE, World
 

@@ -1,6 +1,6 @@
 """A task run on a model: what the model answers, chooses or predicts for each item.
 
-- *generation*: greedy answers. `accuracy` is the share of right ones (score.py). Stop reasons are counted: the model's
+- *generation*: greedy answers. `accuracy` is the share of right ones (tasks.py). Stop reasons are counted: the model's
   stop token, the length limit, or a text of the item's `until`.
 - *multiple choice*: nothing is generated; each choice is scored by the log-likelihood of its tokens after the prompt.
   `acc` is the share of items whose right choice is the likeliest, `acc_norm` the share where it is the likeliest per
@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from preceptor.chat.origins import shared_length
-from preceptor.chat.token_text import spans
+from preceptor.chat.tokenise import spans
 from preceptor.config.code import OwnFunction
 from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError, short
@@ -30,8 +30,7 @@ from preceptor.evaluate.generate import GeneratedAnswer
 from preceptor.evaluate.intervals import LEVEL, NUM_RESAMPLES
 from preceptor.evaluate.likelihood import segment_losses
 from preceptor.evaluate.model import EvaluatedModel, TokenIds
-from preceptor.evaluate.score import is_right
-from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt
+from preceptor.evaluate.tasks import Task, TaskItem, TaskPrompt, is_right
 from preceptor.world import package_version
 
 # The metrics of each kind of task: name -> (numerator, denominator) in an item's values; "" is 1 for each item.

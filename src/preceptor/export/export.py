@@ -1,19 +1,18 @@
-"""A model exported: written to a folder, proved, described; all or nothing."""
+"""A model exported: written to a folder, proved, described; all or nothing. Pushing such a folder to the Hub."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from preceptor.chat.format import load_trained_format
-from preceptor.errors import CheckpointError, ConfigError, ModelError
+from preceptor.errors import CheckpointError, ConfigError, ModelError, first_line
 from preceptor.export.card import card
-from preceptor.export.contexts import TrainedTurns, trained_turns
 from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers, convert, find_converter
-from preceptor.export.hub import push, require_not_public
 from preceptor.export.ollama import modelfile, turn_format
-from preceptor.export.proof import last_logits, prove_folder, prove_gguf, prove_logits
+from preceptor.export.proof import TrainedTurns, last_logits, prove_folder, prove_gguf, prove_logits, trained_turns
 from preceptor.export.source import ExportSource
 from preceptor.files import replacing
 
@@ -217,3 +216,45 @@ def _file_use(wanted: Export) -> str | None:
     if wanted.to == "ollama":
         return f"    ollama create {wanted.out.name} -f Modelfile\n    ollama run {wanted.out.name}\n"
     return None
+
+
+def require_not_public(repo: str) -> None:
+    """Raises ModelError where the model `repo` (owner/name) is on the Hub already, for all to see."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _explained(repo):
+        try:
+            is_public = HfApi().model_info(repo).private is False
+        except RepositoryNotFoundError:
+            return
+    if is_public:
+        raise ModelError(
+            f"{repo}: is on the Hub already, for all to see, and so would be what is pushed there. Allow it with "
+            "--public, or name another model with --repo. Nothing was written or pushed"
+        )
+
+
+def push(folder: Path, repo: str, private: bool) -> str:
+    """Upload a folder as the model `repo` (owner/name), made where it does not exist; return its address.
+
+    Raises ModelError where the Hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _explained(repo):
+        address = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload by preceptor export")
+    return address
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever its HTTP client raises: no connection, no right, no such owner
+        raise ModelError(
+            f"{repo}: cannot be pushed to the Hub: {first_line(error)}. Log in with a token that may write "
+            "(`hf auth login`, or HF_TOKEN)"
+        ) from error

@@ -17,19 +17,16 @@ from typing import Any
 import numpy as np
 
 from preceptor import config
-from preceptor.chat.counts import TrainedCounts, left_out_lines, thinking_lines
 from preceptor.chat.format import load_chat_format
-from preceptor.chat.thinking import Switch
+from preceptor.chat.thinking import Switch, TrainedCounts, left_out_lines, thinking_lines
 from preceptor.console import example_progress
 from preceptor.data.dataset import mix
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
-from preceptor.data.eval_split import holds_out_nothing
-from preceptor.data.examples import Conversation, Rejection
+from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.reading import read_trees
-from preceptor.data.rejections import RejectionCounts
-from preceptor.data.sources import Entry, OpenSource, open_sources, require_no_pipe
+from preceptor.data.sources import Entry, OpenSource, holds_out_nothing, open_sources, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened

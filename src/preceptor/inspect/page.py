@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from preceptor.chat.counts import thinking_lines
 from preceptor.chat.render import Renderer
+from preceptor.chat.thinking import thinking_lines
 from preceptor.chat.token_origins import Fields, TokenOrigins, token_origins
-from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
 from preceptor.data.forest import Tree, leaf_path_lengths
 from preceptor.errors import ConfigError

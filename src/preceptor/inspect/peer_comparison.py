@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from preceptor.chat.render import Renderer
-from preceptor.chat.token_text import decode
+from preceptor.chat.tokenise import decode
 from preceptor.config import Source
 from preceptor.console import has_colour, visible
 from preceptor.data.examples import Example, Rejection

@@ -185,10 +185,7 @@ class _Axolotl(Emulation):
         ids, places = list(found["input_ids"]), found["offset_mapping"]
         trained = [False] * len(ids)
         to_ids = self.tokenizer.convert_tokens_to_ids
-        kinds = (
-            ({to_ids(token) for token in self._eot_tokens}, self._eot),
-            ({to_ids(self._eos_token)}, self._eos),
-        )
+        kinds = (({to_ids(token) for token in self._eot_tokens}, self._eot), ({to_ids(self._eos_token)}, self._eos))
         last: dict[int, int] = {}
         for at, message in enumerate(messages):
             wanted = self._is_wanted(at, message, row)

@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from preceptor.chat.counts import thinking_lines
 from preceptor.chat.render import Renderer
-from preceptor.chat.token_text import pieces_of
+from preceptor.chat.thinking import thinking_lines
+from preceptor.chat.tokenise import pieces_of
 from preceptor.console import has_colour, print_json, visible
 from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree

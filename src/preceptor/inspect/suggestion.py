@@ -16,11 +16,10 @@ from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format
 from preceptor.chat.template import BUILTIN
 from preceptor.config.yaml_text import one_line_yaml
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.data.loader import FEW_STEPS
 from preceptor.data.packing import count_sequences
 from preceptor.data.reading import read_trees
-from preceptor.data.rejections import RejectionCounts
 from preceptor.data.sources import OpenSource, open_sources
 from preceptor.data.truncation import Fitter
 from preceptor.errors import DataError, ModelError

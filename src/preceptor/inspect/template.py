@@ -11,11 +11,21 @@ from preceptor.chat.message_forms import find_forms
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import find_switch
-from preceptor.chat.token_text import special_ids
+from preceptor.chat.tokenise import special_ids
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree
-from preceptor.inspect.outcomes import Outcome, outcome
-from preceptor.inspect.probes import ANSWERS, PROBES, QUESTIONS, SYSTEM, TOOL, Probe, says, shows_tools
+from preceptor.inspect.probes import (
+    ANSWERS,
+    PROBES,
+    QUESTIONS,
+    SYSTEM,
+    TOOL,
+    Outcome,
+    Probe,
+    outcome,
+    says,
+    shows_tools,
+)
 
 _TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
 

@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.inputs import SequenceInputs
-from preceptor.model.activations.passes import decode_alone, decode_dense, decode_phases, decode_whole, no_phases
-from preceptor.model.activations.phases import phases, split_by_loss
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
-from preceptor.model.head import output_head, sequence_loss
-from preceptor.model.loss.linear_cross_entropy import Head
-from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions
+from preceptor.model.activations.inputs import SequenceInputs, phases, split_by_loss
+from preceptor.model.activations.modules import gradient_of, takes_gradient_in_place
+from preceptor.model.activations.passes import (
+    StepContext,
+    decode_alone,
+    decode_dense,
+    decode_phases,
+    decode_whole,
+    no_phases,
+)
+from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy, output_head
 from preceptor.model.optimisations import install
+from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
 from preceptor.model.parts import decoder_of
 from preceptor.model.routers import watch_routers
 
@@ -78,18 +82,34 @@ class Engine(nn.Module):
         """
         step = step or StepContext()
         with nullcontext() if self.state.ranks is None else self.state.ranks.entered():
-            embedding = decoder_of(self.model).get_input_embeddings()
-            noise_TD = None if step.noise is None else step.noise.of(sequence, embedding)
             balanced = options.router_aux_coef > 0 and torch.is_grad_enabled()
             if balanced:
                 watch_routers(self.model, self.state)
             inputs = self._inputs(sequence, policy, step.num_levels, balanced)
-            with self.state.accumulating(step.accumulates, noise_TD):
+            self.state.accumulates = step.accumulates
+            if step.noise is not None:
+                self.state.noise_TD = step.noise.of(sequence, decoder_of(self.model).get_input_embeddings())
+            try:
                 hidden_MD, source_N = self._loss_hidden_states(inputs, policy)
-            head = output_head(self.model)
-            in_place = "head_gradient" in self.state.optimisations
-            of_head = step if in_place else StepContext(step.divisor)
-            loss = sequence_loss(head, hidden_MD, inputs, options, of_head, self.state.compiles)
+            finally:
+                self.state.accumulates, self.state.noise_TD = False, None
+            head, has_graph = output_head(self.model), torch.is_grad_enabled()
+            in_place = "head_gradient" in self.state.optimisations and has_graph and step.accumulates
+            loss = linear_cross_entropy(
+                hidden_MD,
+                head,
+                source_N,
+                inputs.target_N,
+                inputs.weight_N / step.divisor,
+                options=options,
+                divisor=step.divisor,
+                head_grad_VD=gradient_of(head.weight_VD)
+                if in_place and takes_gradient_in_place(head.weight_VD)
+                else None,
+                head_cast=step.head_cast if "head_gradient" in self.state.optimisations else None,
+                gradient_is_one=in_place,
+                compiled=self.state.compiles and has_graph,
+            )
             if penalty is not None:
                 loss = loss + penalty(hidden_MD, source_N, head, sequence, step.divisor)
             if inputs.routing is not None:

@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from preceptor.data.forest import PackedSequence
+from preceptor.errors import explaining_out_of_memory
+from preceptor.model.attention.layout import on_device
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import Head
-from preceptor.model.out_of_memory import explaining_out_of_memory
+from preceptor.model.loss.linear_cross_entropy import Head, output_head
 from preceptor.model.parts import evaluating
 from preceptor.model.sharding import is_sharded, sharded_copy
-from preceptor.model.transfer import on_device
 
 LOGITS_BYTES = 128 * 2**20  # budget of one chunk's float32 logits, of which there are two
 _NO_ROOM = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from preceptor.console import without_bars
-from preceptor.errors import CheckpointError, ModelError
+from preceptor.errors import CheckpointError, ModelError, explaining_out_of_memory, is_out_of_memory
 from preceptor.files import replacing, writing
 from preceptor.hub import (
     CONFIG,
@@ -19,7 +19,6 @@ from preceptor.hub import (
     require_reachable,
     resolve_model_path,
 )
-from preceptor.model.out_of_memory import explaining_out_of_memory, is_out_of_memory
 from preceptor.world import World
 
 if TYPE_CHECKING:

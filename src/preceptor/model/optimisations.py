@@ -1,6 +1,6 @@
 """Optimisations of a loaded model, each with a name, and the switch that turns all of them off.
 
-They are installed once, on the model's own modules (activations/context.py), and act only while the engine runs a pass:
+They are installed once, on the model's own modules (activations/passes.py), and act only while the engine runs a pass:
 generation and saving meet the model as its authors wrote it. Within decoder layers there is one mechanism, never two:
 
     compiled    torch.compile makes a few kernels of a layer, attention aside (compiled.py)
@@ -19,21 +19,22 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.errors import ModelError
-from preceptor.model.activations.context import ModelState, adopt, release
-from preceptor.model.activations.embedding import AccumulatingEmbedding
-from preceptor.model.activations.glu import EfficientGLU, glu_activation
-from preceptor.model.activations.inputs import SequenceInputs
-from preceptor.model.activations.layers import EngineLayer
-from preceptor.model.activations.linear import SharedCastLinear, UncastAdapter
-from preceptor.model.activations.mixers import PathMixer
-from preceptor.model.activations.norms import EfficientNorm, norm_form
-from preceptor.model.activations.passes import decode_whole
-from preceptor.model.activations.phases import split_by_loss
+from preceptor.errors import ModelError, is_out_of_memory
+from preceptor.model.activations.inputs import SequenceInputs, split_by_loss
+from preceptor.model.activations.layers import EngineLayer, PathMixer
+from preceptor.model.activations.modules import (
+    AccumulatingEmbedding,
+    EfficientGLU,
+    EfficientNorm,
+    SharedCastLinear,
+    UncastAdapter,
+    glu_activation,
+    norm_form,
+)
+from preceptor.model.activations.passes import ModelState, adopt, decode_whole, release
 from preceptor.model.attention.cuda import with_kernels_that_run
-from preceptor.model.closeness import FAILURES, relative_error, rounding
 from preceptor.model.compiled import why_not
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.numerics import FAILURES, relative_error, rounding
 from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, device_of, evaluating, path_mixers
 from preceptor.model.routers import unwatch_routers
 

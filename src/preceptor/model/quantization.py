@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from preceptor.errors import ConfigError
 from preceptor.model.adapters.lora import linear_layers
-from preceptor.model.adapters.options import Quantization
+from preceptor.model.options import Quantization
 from preceptor.model.sizes import is_dry_run
 
 BLOCK, SCALES_BLOCK = 64, 256  # weights with one scale, and scales with one

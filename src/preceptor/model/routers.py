@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import OutputRecorder
 
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import ModelState
+from preceptor.model.activations.passes import ModelState
 from preceptor.model.activations.routing import RoutedTokens
 from preceptor.model.parts import NUM_CHOSEN, causal_lm, decoder_of, model_type
 
@@ -56,9 +56,9 @@ class WatchedRouter:
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> None:
         this = self.state.current
-        if this is not None and this.routed is not None:
+        if this is not None and this.group.routed is not None:
             logits: Tensor = output if isinstance(output, Tensor) else output[self.index]
-            self.record(this.routed, logits, self.num_chosen)
+            self.record(this.group.routed, logits, self.num_chosen)
 
 
 def watch_routers(model: nn.Module, state: ModelState) -> None:

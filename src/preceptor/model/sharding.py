@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import Ranks
+from preceptor.model.activations.passes import Ranks
 from preceptor.model.forward import Engine
 from preceptor.model.optimisations import OPTIMISATIONS, Mode, install
 from preceptor.model.parts import decoder_layers, decoder_of, device_of, model_type, tower_parameters

@@ -25,22 +25,27 @@ from preceptor import config
 from preceptor.data.forest import PackedSequence
 from preceptor.errors import ModelError, first_line
 from preceptor.hub import cannot_load, resolve_model_path
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.adapters.lora import add_adapter
-from preceptor.model.adapters.options import Quantization
-from preceptor.model.closeness import FAILURES
 from preceptor.model.forward import Engine
 from preceptor.model.kl import ReferenceModel, kl_to_base
 from preceptor.model.load import auto_class
 from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
-from preceptor.model.loss.options import LossOptions
+from preceptor.model.numerics import FAILURES
 from preceptor.model.optimisations import Mode, install
-from preceptor.model.parts import causal_lm, decoder_layers, decoder_of, freeze_towers, model_type, path_mixers
+from preceptor.model.options import ActivationPolicy, LossOptions, Quantization
+from preceptor.model.parts import (
+    causal_lm,
+    choose_trained,
+    decoder_layers,
+    decoder_of,
+    freeze_towers,
+    model_type,
+    path_mixers,
+)
 from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef
 from preceptor.model.sizes import dry_run_for
-from preceptor.model.trained import choose_trained
 from preceptor.plan.counting import count_built
 from preceptor.plan.memory import EVERYTHING, Moment, Patterns, Setup
 from preceptor.plan.parameters import LoraSpec, Parameters
@@ -94,11 +99,7 @@ class DryRun:
     # Parameters -------------------------------------------------------------------------------------------------------
 
     def parameters(
-        self,
-        adapter: LoraSpec | None = None,
-        num_new_tokens: int = 0,
-        num_rows: int = 0,
-        choice: Patterns = EVERYTHING,
+        self, adapter: LoraSpec | None = None, num_new_tokens: int = 0, num_rows: int = 0, choice: Patterns = EVERYTHING
     ) -> Parameters:
         """Raises ModelError for an adapter target that the model has not, and as `choose_trained`."""
         num_rows = num_rows or self.num_rows

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from preceptor.model.adapters.options import Quantization
+from preceptor.model.options import Quantization
 from preceptor.plan.parameters import LoraSpec, Parameters
 
 Weights = Literal["float32", "bfloat16"]

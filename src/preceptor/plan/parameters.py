@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preceptor.errors import ModelError
-from preceptor.model.adapters.options import PLAIN, LoraOptions
+from preceptor.model.options import PLAIN, LoraOptions
 from preceptor.plan.shapes import LayerShape, ModelShape
 
 Tensor = tuple[bool, tuple[int, ...]]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from preceptor import config
 from preceptor.data.loader import few_steps
 from preceptor.errors import ModelError
-from preceptor.model.activations.policy import ActivationPolicy
-from preceptor.model.adapters.options import LoraOptions, Quantization, adapter_name
+from preceptor.model.options import ActivationPolicy, LoraOptions, Quantization, adapter_name
 from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
 from preceptor.plan.memory import (
@@ -138,12 +137,7 @@ def setup_of(run: config.Run, sample: Sample | str, device: DeviceSpec) -> Setup
     )
 
 
-def make_case(
-    run: config.Run,
-    dry_run: "DryRun",
-    sample: Sample | str,
-    device: DeviceSpec,
-) -> Case:
+def make_case(run: config.Run, dry_run: "DryRun", sample: Sample | str, device: DeviceSpec) -> Case:
     """The run on this device, its largest sequence and its peak."""
     setup = setup_of(run, sample, device)
     return _case(dry_run, setup, _work(run, sample), _num_rows(dry_run.num_rows, sample))
@@ -362,7 +356,7 @@ def place_on_ranks(
     with `loss.kl_coef` (which runs the base as well), the bytes of weights, gradients, optimizer and a copy of the
     base decide alone, and may fill half of the device.
     """
-    from preceptor.model.closeness import FAILURES
+    from preceptor.model.numerics import FAILURES
     from preceptor.plan.dry_run import dry_run_of
 
     setup = _setup_of_rank(replace(setup_of(run, "", device), num_new_tokens=num_new_tokens), num_ranks)
@@ -391,7 +385,7 @@ def predict_peak_bytes(
     model: before or after an adapter was added; its weights are not looked at. sequence: the run's largest.
     num_new_tokens: those that were added to its vocabulary. None for a model that cannot run without values.
     """
-    from preceptor.model.closeness import FAILURES
+    from preceptor.model.numerics import FAILURES
     from preceptor.plan.dry_run import dry_run_like
 
     device = DeviceSpec("the run's own", 0, None, None, device_type)

@@ -65,12 +65,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
     "gpt_oss": Family(
-        head_dim=64,
-        qkv_bias=None,
-        o_bias=None,
-        sinks=True,
-        expert_bias=True,
-        expert_width_key="intermediate_size",
+        head_dim=64, qkv_bias=None, o_bias=None, sinks=True, expert_bias=True, expert_width_key="intermediate_size"
     ),
 }
 

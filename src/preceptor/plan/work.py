@@ -9,7 +9,7 @@ counts the pairs of tokens that see each other, and layers that run again count 
 from dataclasses import dataclass
 
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.model.activations.policy import KEEP_ALL, ActivationPolicy
+from preceptor.model.options import KEEP_ALL, ActivationPolicy
 from preceptor.plan.parameters import LayerParameters, Parameters
 
 TurnLengths = tuple[tuple[int, int], ...]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from preceptor.compare.verdict import change, sentence, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.evaluate.intervals import SHARE, interval
-from preceptor.evaluate.score import repeated_answer, repeated_line
+from preceptor.evaluate.tasks import repeated_answer, repeated_line
 from preceptor.report.run_record import JsonObject, RunRecord
 
 Severity = Literal["error", "warning", "note", "good"]

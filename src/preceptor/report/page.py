@@ -13,11 +13,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from preceptor.data.examples import Rejection
-from preceptor.data.rejections import RejectionCounts
+from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
 from preceptor.files import LIVE, MEMORY, write_atomically
-from preceptor.report import curves, facts, trees
+from preceptor.report import curves, facts
 from preceptor.report.comparison import Comparison, read_comparison
 from preceptor.report.findings import judge
 from preceptor.report.plots import Panel, Plot, draw
@@ -39,7 +38,7 @@ def templates(*packages: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = trees.visible
+    environment.filters["visible"] = facts.visible
     environment.filters["thousands"] = lambda value: f"{value:,}"
     return environment
 
@@ -78,7 +77,7 @@ def page_of_run(run: RunRecord) -> str:
         verdict=judge(run),
         facts=list(facts.facts(run).items()),
         examples=[
-            {"about": example, "path": trees.paths(example), "branches": trees.num_branches(example)}
+            {"about": example, "path": facts.paths(example), "branches": facts.num_branches(example)}
             for example in run.examples
         ],
         reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), _rejections(run)).reasons,

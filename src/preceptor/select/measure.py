@@ -31,16 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preceptor.chat.token_text import bos_ids
+from preceptor.chat.tokenise import bos_ids
 from preceptor.data.examples import Completion, Message, Rejection, trainable_turns
 from preceptor.data.forest import Segment, Tree, pack_trees
 from preceptor.data.packing import plan_sequences
 from preceptor.errors import ModelError
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
+from preceptor.model.checks import check_head, check_isolation
 from preceptor.model.forward import Engine
-from preceptor.model.head import output_head
-from preceptor.model.loss.linear_cross_entropy import token_losses
+from preceptor.model.loss.linear_cross_entropy import output_head, token_losses
 from preceptor.model.parts import decoder_of
 from preceptor.select.pool import AnsweredExample
 

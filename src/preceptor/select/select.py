@@ -16,8 +16,7 @@ from typing import Any
 from preceptor.chat.format import load_tokenizer
 from preceptor.files import write_json_lines
 from preceptor.model.load import load_model
-from preceptor.select.choice import NO_DIVERSITY, Settings, choose
-from preceptor.select.explain import explain, summarise
+from preceptor.select.choice import NO_DIVERSITY, Settings, choose, explain, summarise
 from preceptor.select.measure import BaseScorer
 from preceptor.select.pool import Pool
 from preceptor.select.quality import MODEL_SIGNALS

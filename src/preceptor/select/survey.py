@@ -16,7 +16,7 @@ from preceptor.data.examples import Rejection
 from preceptor.errors import DataError
 from preceptor.select.measure import BaseScorer, ModelScores, answers_of
 from preceptor.select.pool import AnsweredExample, Pool
-from preceptor.select.signals import TextSignals, text_signals
+from preceptor.select.quality import TextSignals, text_signals
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 
 from preceptor import config
-from preceptor.chat.counts import left_out_lines, spelled, thinking_lines
+from preceptor.chat.thinking import left_out_lines, spelled, thinking_lines
 from preceptor.data.loader import Loader, StreamLoader, few_steps
-from preceptor.model.adapters.adapted import table_lines
+from preceptor.model.adapters.folder import table_lines
 from preceptor.model.load import unusable_settings
 from preceptor.model.parts import causal_lm, has_experts, tower_parameters
 from preceptor.model.quantization import num_parameters

@@ -13,28 +13,25 @@ from preceptor.config.held import LiveModel
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.files import readable_bytes
-from preceptor.model.adapters.options import LoraOptions, lr_factors
 from preceptor.model.embeddings import align_model, never_trained, num_token_rows, resize_embeddings
-from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, stored_dtype
+from preceptor.model.numerics import cpu_bfloat16_feature, first_not_finite, resolve_precision
 from preceptor.model.optimisations import install
-from preceptor.model.parts import freeze_towers
+from preceptor.model.options import LoraOptions, lr_factors
+from preceptor.model.parts import choose_trained, freeze_towers
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
-from preceptor.model.trained import choose_trained
 from preceptor.plan.devices import DeviceSpec, host_memory_bytes
 from preceptor.plan.model import read_model
 from preceptor.plan.parameters import count_parameters
 from preceptor.plan.plan import place_on_ranks, predict_peak_bytes
 from preceptor.plan.ranks import Placement, in_words
 from preceptor.train.finish import Say
-from preceptor.train.from_run import adapter_to_continue
 from preceptor.train.optimizer import accumulate_in_float32, build_optimizer
-from preceptor.train.precision import cpu_bfloat16_feature, resolve_precision
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import trees_hashes
 from preceptor.train.quantized import quantize_base
-from preceptor.train.run_folder import RunFolder
+from preceptor.train.run_folder import RunFolder, adapter_to_continue
 from preceptor.world import ONE, World, num_cores
 
 _NAMED_TOKENS = 8

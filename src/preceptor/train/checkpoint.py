@@ -46,8 +46,8 @@ from preceptor.files import (
     write_manifest,
     writing,
 )
-from preceptor.model.finite import first_not_finite
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import first_not_finite
 from preceptor.train.optimizer import expected_state_bytes, offloads
 from preceptor.train.run_folder import CHECKPOINT
 from preceptor.train.weightwise import host_zeros

@@ -12,7 +12,7 @@ import transformers
 from preceptor.data.cache import key_of
 from preceptor.data.examples import Conversation
 from preceptor.data.forest import Tree, path_ids
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, explaining_out_of_memory
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
 from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
@@ -20,10 +20,9 @@ from preceptor.evaluate.model import EvaluatedModel
 from preceptor.evaluate.run import run_task
 from preceptor.evaluate.tasks import Task
 from preceptor.files import append_line, read_json, read_json_lines, write_json
-from preceptor.model.out_of_memory import explaining_out_of_memory
+from preceptor.model.numerics import autocast
 from preceptor.train.checkpoint import State, require_finite
 from preceptor.train.improvement import improvement
-from preceptor.train.precision import autocast
 from preceptor.train.prepare import Prepared
 from preceptor.train.provenance import base_identity, tasks_sha256
 from preceptor.world import ONE, World, package_version
@@ -187,11 +186,7 @@ def _base_figures(prepared: Prepared, world: World) -> BaseFigures | None:
 
 
 def build_evaluations(
-    prepared: Prepared,
-    folder: Path,
-    say: Callable[[str], None],
-    alone: bool,
-    world: World = ONE,
+    prepared: Prepared, folder: Path, say: Callable[[str], None], alone: bool, world: World = ONE
 ) -> Evaluations:
     """The evaluations of a run in its folder. alone: the model processes one conversation at a time."""
     run, chat = prepared.run, prepared.chat

@@ -11,16 +11,15 @@ from preceptor.data.forest import PackedSequence
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line
-from preceptor.model.adapters.adapted import FirstUpdate, without_gradient
+from preceptor.model.adapters.folder import FirstUpdate, without_gradient
 from preceptor.model.compiled import compile_seconds
 from preceptor.train.checkpoint import Checkpoints, State
 from preceptor.train.evaluations import Evaluations
 from preceptor.train.improvement import best_of, stopped_early
-from preceptor.train.objective import Objective
 from preceptor.train.optimizer import schedule
 from preceptor.train.run_folder import RunFolder
 from preceptor.train.signals import Stopped, StopRequest
-from preceptor.train.step import NotFiniteError, StepLosses, peak_memory_bytes, skip_step, take_step
+from preceptor.train.step import NotFiniteError, Objective, StepLosses, peak_memory_bytes, skip_step, take_step
 from preceptor.world import ONE, World
 
 

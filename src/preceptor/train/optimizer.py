@@ -10,13 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from preceptor import config
 from preceptor.errors import ModelError
-from preceptor.model.parts import decoder_layers, is_plain_parameter
+from preceptor.model.activations.modules import is_plain_parameter
+from preceptor.model.parts import decoder_layers, matches, require_matches
 from preceptor.model.sharding import own_part
-from preceptor.model.trained import matches, require_matches
 from preceptor.plan.devices import host_memory_bytes
 from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of, weight_update_bytes
-from preceptor.train.rounding import Rounding
-from preceptor.train.weightwise import Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
+from preceptor.train.weightwise import Rounding, Rule, WeightwiseOptimizer, adamw_8bit_rule, torch_rule
 
 Scheduler = Literal["cosine", "linear", "constant", "wsd"]
 

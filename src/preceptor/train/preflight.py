@@ -2,7 +2,7 @@
 
 1. The output head that the loss uses gives the model's own logits.
 2. Conversations and branches of a sequence do not see each other: on random tokens, and on the run's own data. A model
-   of which this is not true reads each conversation alone (checks/sequential.py), if it is causal then.
+   of which this is not true reads each conversation alone (checks.py), if it is causal then.
 3. A sequence of several conversations has the loss of each alone, summed.
 4. Layers that are compiled (`engine`) give the same loss and gradient; where they do not, and the choice was left to
    the engine, they are not compiled.
@@ -24,24 +24,17 @@ import torch
 
 from preceptor.data.forest import PackedSequence, Tree, pack_trees
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import ModelError
+from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
-from preceptor.model.checks.compiled import check_compiled
-from preceptor.model.checks.head import check_head
-from preceptor.model.checks.isolation import check_isolation
-from preceptor.model.checks.phases import check_phases
-from preceptor.model.checks.sequential import check_sequential
-from preceptor.model.closeness import require_close
+from preceptor.model.checks import check_compiled, check_head, check_isolation, check_phases, check_sequential
 from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast, require_close
 from preceptor.model.optimisations import give_up_compiling
-from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.model.parts import evaluating, exact_routing, has_experts, model_type
 from preceptor.model.sharding import SPREAD, is_sharded, own_part
-from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import NOTHING_RESERVED, OptimizerMemory, accumulate_in_float32
-from preceptor.train.precision import autocast
-from preceptor.train.step import accumulate_gradients, does_not_fit, update_does_not_fit
+from preceptor.train.step import CROSS_ENTROPY_LOSS, Objective, accumulate_gradients, does_not_fit, update_does_not_fit
 
 _SAMPLE_TOKENS = 512  # of the run's data, for proofs 2 and 3; more, where two conversations take more
 _SAMPLE_SEQUENCES = 16  # of the plan, to take them from

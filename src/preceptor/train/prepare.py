@@ -14,18 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from preceptor import config
-from preceptor.chat.counts import TrainedCounts
 from preceptor.chat.format import ChatFormat, load_chat_format
+from preceptor.chat.thinking import TrainedCounts
 from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
 from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, draw_replay, mix, with_shared_prefixes
-from preceptor.data.eval_split import holds_out_nothing
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Rejection, RejectionCounts, check_codes
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.reading import SourceReader
-from preceptor.data.rejections import RejectionCounts, check_codes
-from preceptor.data.sources import OpenSource, open_sources, require_no_pipe
+from preceptor.data.sources import OpenSource, holds_out_nothing, open_sources, require_no_pipe
 from preceptor.data.stream import Window, WindowReader, Windows
 from preceptor.data.table_trees import TableTrees
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -102,37 +100,37 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     """Read, render and check all data of a run, of a stream the first window, with a progress bar on a terminal.
 
     date: for chat templates that write it (absent: now); that of its first start for a run that goes on. world: not
-    connected yet; one process of each machine renders a stream for all. With more than one process, large inputs are
-    rendered in several (see data/workers.py). Raises DataError if a file cannot be read, nothing is left to train, or
-    more of the examples are rejected than `data.max_rejected`; ModelError and TemplateError as `load_chat_format`.
+    connected yet; one process of each machine renders a stream for all. num_processes: that render large inputs (see
+    data/workers.py). Raises DataError if a file cannot be read, nothing is left to train, or more is rejected than
+    `data.max_rejected`; ModelError and TemplateError as `load_chat_format`.
     """
     check_codes(run.data.allow_rejected)
-    tasks = _with_own([open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks], run.eval)
-    sources = _open(run)
-    chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]])
-    chat = chat.at(date or datetime.now().astimezone())
-    fitter = Fitter(chat.renderer(run.data), run.data.max_length, run.data.overflow, chat.num_positions)
+    tasks = [open_task(path).limited(run.eval.limit, run.train.seed) for path in run.eval.tasks]
+    if run.eval.code is not None:
+        tasks = _with_own(tasks, run.eval.code)
+    sources = dict(zip(("train", "held out"), open_sources(run.data), strict=True))
+    sources["replay"] = [OpenSource(source) for source in run.replay.data] if run.replay else []
+    whole = [each for use, of_use in sources.items() if use != "train" or not run.data.streaming for each in of_use]
+    require_no_pipe(whole, run.data.streaming)
+    date = date or datetime.now().astimezone()
+    chat = load_chat_format(run.model, run.data, [*sources["train"], *sources["held out"]], date)
+    longest, renderer = chat.num_positions, chat.renderer(run.data)
+    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, longest)
     folder = cache_folder(run.data.cache)
     cache = None if folder is None else Cache(folder, lambda line: say(line, error=True))
-    streaming = run.data.streaming
-    whole = [source for use, of_use in sources.items() if use != "train" or not streaming for source in of_use]
-    require_no_pipe(whole, streaming)
-    windows = _windows(run, sources["train"], fitter, cache, num_processes, world) if streaming else None
-    with example_progress(
-        [table for source in whole for table in source.tables], "reading and rendering"
-    ) as on_example:
+    windows = _windows(run, sources["train"], fitter, cache, num_processes, world) if run.data.streaming else None
+    read = [table for source in whole for table in source.tables]
+    with example_progress(read, "reading and rendering") as on_example:
         reader = SourceReader(fitter, cache, num_processes, on_example)
-        train = [] if streaming else [reader.read(source) for source in sources["train"]]
+        train = [] if run.data.streaming else [reader.read(source) for source in sources["train"]]
         held_out = [(reader.read_held_out(source), source.source) for source in sources["held out"]]
         replay = [reader.read(source) for source in sources["replay"]]
-    stream = None
     if windows is None:
-        tables, tuning_N = _drawn(train, run.data.train, run.train.seed)
+        stream, (tables, tuning_N) = None, _drawn(train, run.data.train, run.train.seed)
     else:
-        stream, tables = _first_window(windows, reader, partial(_opened, run, chat, replay))
-        tuning_N = _each_once(tables)
+        stream, tables, tuning_N = _first_window(windows, reader, partial(_opened, run, chat, replay))
     counts = RejectionCounts(run.data.allow_rejected, reader.rejections)
-    require_few_rejected(counts.num_not_allowed, reader.num_examples, run.data.max_rejected, counts)
+    counts.require_few(counts.num_not_allowed, reader.num_examples, run.data.max_rejected)
     if not len(tuning_N):
         why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
         raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
@@ -142,16 +140,16 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     assert isinstance(found, TrainedCounts)
     return Prepared(
         run=run,
-        chat=chat.trained_with(found),
         sources=sources,
         train=dataset,
+        examples_per_epoch=len(store),
+        tokens=TokenCounts.of(dataset, store),
         held_out=_held_out(held_out, run, counts),
+        chat=chat.trained_with(found),
         tasks=tasks,
         rejections=reader.rejections,
         num_examples=reader.num_examples,
         num_measured=(reader.num_held_out, reader.num_held_out_rejected),
-        examples_per_epoch=len(store),
-        tokens=TokenCounts.of(dataset, store),
         shortened=reader.shortened,
         formats=reader.formats,
         counts=found,
@@ -160,11 +158,9 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     )
 
 
-def _with_own(tasks: list[Task], settings: config.Eval) -> list[Task]:
+def _with_own(tasks: list[Task], code: str) -> list[Task]:
     """The tasks, those with answers with the user's own metric. Raises ConfigError where there are none."""
-    if settings.code is None:
-        return tasks
-    own = load_code(settings.code, "eval.code")
+    own = load_code(code, "eval.code")
     if own.name in METRICS["generation"]:
         raise ConfigError(f"eval.code: a figure is named {own.name!r} already; give the function another name")
     if not any(task.kind == "generation" for task in tasks):
@@ -200,18 +196,13 @@ def _windows(
 
 def _first_window(
     windows: Windows, reader: SourceReader, opened: Callable[[Window], Dataset | None]
-) -> tuple[Stream, list[TableTrees]]:
-    """The stream, and the tables of its first window, which the reader counts with the other sources."""
+) -> tuple[Stream, list[TableTrees], np.ndarray]:
+    """The stream, the tables of its first window, which the reader counts with the other sources, and their trees."""
     num_beside = len(reader.rejections)
     first = windows.get(0, is_trained=False)
     reader.include(first.tables)
-    return Stream(windows, opened, first.num_examples, len(reader.rejections) - num_beside), first.tables
-
-
-def _open(run: config.Run) -> dict[str, list[OpenSource]]:
-    train, held_out = open_sources(run.data)
-    replay = [OpenSource(source) for source in run.replay.data] if run.replay else []
-    return {"train": train, "held out": held_out, "replay": replay}
+    stream = Stream(windows, opened, first.num_examples, len(reader.rejections) - num_beside)
+    return stream, first.tables, _each_once(first.tables)
 
 
 def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]], window: Window) -> Dataset | None:
@@ -256,17 +247,6 @@ def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
                         f"{len(chat.tokenizer):,} tokens; {chat.tokenizer.convert_ids_to_tokens(id_)!r} ({id_}), which "
                         f"{tree.source} holds, has none. Tokenizer and model do not belong together"
                     )
-
-
-def require_few_rejected(num_rejected: int, num_examples: int, max_rejected: float, counts: RejectionCounts) -> None:
-    """Raises DataError where more were rejected, for reasons that are not allowed, than `data.max_rejected` allows."""
-    if num_rejected > max_rejected * num_examples:
-        raise DataError(
-            f"{num_rejected} of {num_examples} examples cannot be trained "
-            f"({num_rejected / num_examples:.1%}; data.max_rejected allows {max_rejected:.1%}):\n{counts}\n"
-            "Fix the data, or let such examples be left out with "
-            f"`data.allow_rejected: [{', '.join(counts.not_allowed)}]`"
-        )
 
 
 def _drawn(

@@ -1,6 +1,7 @@
 """What a run writes about itself when it starts: command, machine and versions, what it is made from, how much it is.
 
-run_folder.py lists the files.
+And its record, environment.json: of a run that begins, or of one that goes on and must be the same. run_folder.py lists
+the files.
 """
 
 import hashlib
@@ -13,24 +14,34 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
 
 from preceptor import config
-from preceptor.chat.token_text import pieces_of, special_ids
+from preceptor.chat.tokenise import pieces_of, special_ids
 from preceptor.config.code import load_code
 from preceptor.config.held import LiveModel, LiveSource
 from preceptor.data.dataset import Dataset
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.sources import OpenSource
+from preceptor.errors import CheckpointError, ModelError
 from preceptor.evaluate.tasks import Task
 from preceptor.files import sha256_of, write_json, write_json_lines
 from preceptor.hub import find_file, resolve_model_path
-from preceptor.train.from_run import record_of_start
+from preceptor.train.differences import (
+    base_differences,
+    changed_keys,
+    content_differences,
+    evaluation_differences,
+    rounding_differences,
+)
+from preceptor.train.finish import Say
 from preceptor.train.prepare import Prepared
-from preceptor.world import command_words, package_version
+from preceptor.train.run_folder import RunFolder, record_of_start
+from preceptor.world import World, command_words, package_version
 
 PACKAGES = "preceptor torch transformers tokenizers peft bitsandbytes safetensors datasets numpy jinja2".split()  # noqa: SIM905
 EXAMPLE_TOKENS = 800  # of one tree; a longer one is recorded with gaps, each with its length
@@ -191,10 +202,7 @@ def amounts(prepared: Prepared, loader: Loader | StreamLoader, num_steps: int) -
         "fill": loader.fill,
         "steps_per_epoch": loader.steps_per_epoch or None,
         "num_steps": num_steps,
-        "lengths": {
-            "trees": histogram(prepared.train.lengths),
-            "targets": histogram(prepared.train.target_lengths),
-        },
+        "lengths": {"trees": histogram(prepared.train.lengths), "targets": histogram(prepared.train.target_lengths)},
     }
 
 
@@ -274,3 +282,46 @@ def _segment(index: int, segment: Segment, room: int, tokenizer: Any, specials: 
         "pieces": [piece for part in pieces for piece in part],
         "gap": {"after": len(pieces[0]), "num_tokens": left_out} if left_out > 0 else None,
     }
+
+
+def record_of_first(
+    folder: RunFolder, prepared: Prepared, device: torch.device, world: World, say: Say
+) -> dict[str, Any]:
+    """What is recorded of a run that begins; of one that goes on, what was recorded when it began.
+
+    The first process finds it out for all: it reads the weights of the base model. Raises CheckpointError where the run
+    that goes on was made from something else, and says what does not stop it.
+    """
+    if not world.is_first:
+        return dict(world.published("record"))
+    now = {**session(device, world.size), **origins(prepared, folder.record)}
+    record = _compared(folder, prepared, now, say)
+    world.publish("record", record)
+    return record
+
+
+def _compared(folder: RunFolder, prepared: Prepared, now: dict[str, Any], say: Say) -> dict[str, Any]:
+    run = prepared.run
+    if reasons := base_differences(str(run.model.from_run), now["from_run"], now["model"]):
+        raise ModelError("\n".join(reasons))
+    if not folder.goes_on:
+        return {"run": uuid4().hex, **now, "date": folder.date.isoformat(timespec="seconds"), "resumed": []}
+    changed = changed_keys(folder.run_file, run, f"{run.out}/config.yaml")
+    reasons = [*changed.weights, *content_differences(folder.record, now)]
+    if reasons:
+        raise CheckpointError(
+            f"{run.out}: holds a run that was made from something else; go on with the same, or replace that run with "
+            "--replace:\n" + "\n".join(f"  {line}" for line in [*reasons, *changed.by_content])
+        )
+    rounding = [*changed.rounding, *rounding_differences(folder.record, now)]
+    if rounding:
+        say(f"no longer equal to the bit to an uninterrupted run, but up to rounding: {'; '.join(rounding)}")
+    for measured in evaluation_differences(folder.record, now):
+        say(f"{measured} are not those of the run so far: figures before and after cannot be compared")
+    has_hash = {
+        "loss.code": run.loss.code is None or now["loss_sha256"] is not None,
+        "eval.code": all(task.own is None or task.own.sha256 is not None for task in prepared.tasks),
+    }
+    for key in (key for key, has in has_hash.items() if not has):
+        say(f"{key}: nothing tells whether it is the function of the run so far: no hash of a value that it uses")
+    return folder.record

@@ -8,14 +8,14 @@ import torch
 
 from preceptor.data.forest import Tree
 from preceptor.data.loader import Loader, StreamLoader, pack
+from preceptor.errors import is_out_of_memory
 from preceptor.files import readable_bytes
-from preceptor.model.adapters.options import Quantization
 from preceptor.model.forward import Engine
+from preceptor.model.numerics import autocast
 from preceptor.model.optimisations import remove
-from preceptor.model.out_of_memory import is_out_of_memory
+from preceptor.model.options import Quantization
 from preceptor.model.parts import evaluating
 from preceptor.model.quantization import quantizable, quantize
-from preceptor.train.precision import autocast
 
 _SAMPLE_TOKENS = 1024  # of the run's data, on which losses are compared; one conversation at least
 _SAMPLE_SEQUENCES = 16

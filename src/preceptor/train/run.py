@@ -13,13 +13,12 @@ from preceptor import config
 from preceptor.config.held import LiveModel
 from preceptor.console import Display
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import CheckpointError
+from preceptor.errors import CheckpointError, explaining_out_of_memory
 from preceptor.files import read_json, write_json
 from preceptor.model.attention.cuda import kernels
 from preceptor.model.compiled import compile_seconds
 from preceptor.model.held import leave_plain
 from preceptor.model.load import does_not_fit, save_model, saved_bytes
-from preceptor.model.out_of_memory import explaining_out_of_memory
 from preceptor.report.curves import PREDICTED
 from preceptor.train.announce import announce
 from preceptor.train.build import (
@@ -38,16 +37,14 @@ from preceptor.train.evaluations import build_evaluations
 from preceptor.train.finish import Say, finish, require_room, save_at_the_end
 from preceptor.train.improvement import outcome, outcome_lines
 from preceptor.train.loop import Loop, Step
-from preceptor.train.objective import Objective, own_loss
 from preceptor.train.optimizer import optimizer_memory, require_host_memory
 from preceptor.train.preflight import preflight
 from preceptor.train.prepare import Prepared
-from preceptor.train.provenance import amounts, session, write_start
+from preceptor.train.provenance import amounts, record_of_first, session, write_start
 from preceptor.train.quantized import take_adapter
-from preceptor.train.record import record_of_first
 from preceptor.train.run_folder import RunFolder, longer
 from preceptor.train.signals import StopRequest
-from preceptor.train.step import peak_memory_bytes, require_finite_loss
+from preceptor.train.step import Objective, own_loss, peak_memory_bytes, require_finite_loss
 from preceptor.train.windows import WindowRecord, record_windows
 from preceptor.world import ONE, World
 
@@ -192,13 +189,7 @@ def _checkpoints(folder: RunFolder, run: config.Run, record: Mapping[str, Any], 
 
 
 def _go_on(
-    folder: RunFolder,
-    run: config.Run,
-    state: State,
-    checkpoints: Checkpoints,
-    num_steps: int,
-    world: World,
-    say: Say,
+    folder: RunFolder, run: config.Run, state: State, checkpoints: Checkpoints, num_steps: int, world: World, say: Say
 ) -> None:
     """Bring `state` and the logs to the newest checkpoint. Raises CheckpointError where a longer run has none."""
     with explaining_out_of_memory(

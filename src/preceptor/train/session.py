@@ -14,7 +14,7 @@ from rich.console import Console
 
 from preceptor import config
 from preceptor.config.code import require_code
-from preceptor.data.rejections import check_codes
+from preceptor.data.examples import check_codes
 from preceptor.data.sources import OpenSource, open_sources
 from preceptor.train.lock import holder_name, require_seen
 from preceptor.train.run_folder import RunFolder, claim

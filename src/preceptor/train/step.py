@@ -1,32 +1,108 @@
-"""One optimizer step: the gradients of its sequences, summed, clipped and applied."""
+"""One optimizer step: what it minimises, the gradients of its sequences, summed, clipped and applied."""
 
 import math
 import resource
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from preceptor import config
+from preceptor.config.code import load_code
 from preceptor.data.forest import PackedSequence, empty_sequence
-from preceptor.errors import ModelError
-from preceptor.model.activations.context import StepContext
-from preceptor.model.activations.phases import num_levels
-from preceptor.model.activations.policy import ActivationPolicy
+from preceptor.errors import ModelError, explaining_out_of_memory
+from preceptor.model.activations.inputs import num_levels
+from preceptor.model.activations.modules import EmbeddingNoise
+from preceptor.model.activations.passes import StepContext
 from preceptor.model.forward import Engine
-from preceptor.model.loss.linear_cross_entropy import HeadCast
-from preceptor.model.out_of_memory import explaining_out_of_memory
-from preceptor.model.parts import evaluating, has_dropout
+from preceptor.model.kl import ReferenceModel, kl_to_base
+from preceptor.model.loss.linear_cross_entropy import Head, HeadCast
+from preceptor.model.loss.softmax import TokenLoss, require_token_wise
+from preceptor.model.numerics import autocast
+from preceptor.model.options import CROSS_ENTROPY, KEEP_ALL, ActivationPolicy, LossOptions
+from preceptor.model.parts import causal_lm, evaluating, has_dropout
+from preceptor.model.routers import require_routers, router_aux_coef
 from preceptor.model.sharding import begin_sequence, is_sharded, sum_gradients
 from preceptor.train.checkpoint import State
-from preceptor.train.objective import CROSS_ENTROPY_LOSS, Objective
 from preceptor.train.optimizer import apply_learning_rate, clip_gradients
-from preceptor.train.precision import autocast
 from preceptor.world import ONE, World
+
+
+def own_loss(loss: config.Loss) -> TokenLoss | None:
+    """The loss of the user's own. Raises ConfigError and ModelError for one that cannot be."""
+    if loss.code is None:
+        return None
+    own: TokenLoss = load_code(loss.code, "loss.code").function
+    require_token_wise(own)
+    return own
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Called with an engine and a sequence: the weighted sum over its trained tokens, a scalar with a graph."""
+
+    policy: ActivationPolicy = KEEP_ALL
+    options: LossOptions = CROSS_ENTROPY
+    kl_coef: float = 0.0
+    base: ReferenceModel | None = None
+    neftune_alpha: float = 0.0
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        loss: config.Loss,
+        memory: config.Memory,
+        model: Any,
+        num_base_tokens: int,
+        untrained: Sequence[int] = (),
+        train: config.Train | None = None,
+        base: ReferenceModel | None = None,
+    ) -> "Objective":
+        """Before the first step and before a checkpoint is read, so that `model` still is the base.
+
+        untrained: tokens of the base that it never saw. base: the base, where `model` was trained before. Raises as
+        `own_loss`, and ModelError where a model has no routers that could be balanced.
+        """
+        router_coef = router_aux_coef(loss.router_aux_coef, causal_lm(model).config)
+        if router_coef:
+            require_routers(model)
+        variant = LossOptions(loss.label_smoothing, loss.z_loss, loss.type == "dft", own_loss(loss), router_coef)
+        return cls(
+            policy=ActivationPolicy(memory.context_gradient, memory.activation_checkpointing),
+            options=variant,
+            kl_coef=loss.kl_coef,
+            base=(base or ReferenceModel.of(model, num_base_tokens, untrained)) if loss.kl_coef else None,
+            neftune_alpha=train.neftune_alpha if train else 0.0,
+            seed=train.seed if train else 0,
+        )
+
+    def __call__(self, engine: Engine, sequence: PackedSequence, step: StepContext | None = None) -> Tensor:
+        """The sum over `step.divisor`; where `step` accumulates, backward must follow.
+
+        The routers' load-balancing loss is part of the gradient, not of the sum.
+        """
+        penalty = None if self.base is None else self._divergence
+        loss: Tensor = engine(sequence, self.policy, self.options, step, penalty)
+        return loss
+
+    def _divergence(
+        self, hidden_MD: Tensor, source_N: Tensor, head: Head, sequence: PackedSequence, divisor: float
+    ) -> Tensor:
+        assert self.base is not None
+        return self.kl_coef / divisor * kl_to_base(hidden_MD, source_N, head, self.base, sequence)
+
+
+CROSS_ENTROPY_LOSS = Objective()
+
+
+# The step -------------------------------------------------------------------------------------------------------------
 
 _NAMED_EXAMPLES = 8  # of a step whose loss is not finite
 
@@ -65,7 +141,7 @@ def take_step(
     shares, router_aux = accumulate_gradients(
         state.engine, sequences, divisor, precision, objective, f"{where}: a sequence", (seed, state.step), world
     )
-    with explaining_out_of_memory(update_does_not_fit(where)):
+    with explaining_out_of_memory(lambda: update_does_not_fit(where)):
         norm = clip_gradients(state.optimizer, max_grad_norm)
     found = torch.stack([each.to(norm) for each in (*shares, *router_aux, norm)]).tolist()  # the step's only wait
     losses, grad_norm = found[: len(shares)], found[-1]
@@ -77,7 +153,7 @@ def take_step(
         broken = [place for place, own in zip(range(len(sequences)), losses, strict=False) if not math.isfinite(own)]
         raise NotFiniteError(state.step + 1, loss, grad_norm, broken)
     apply_learning_rate(state.optimizer, learning_rate)
-    with explaining_out_of_memory(update_does_not_fit(where)):
+    with explaining_out_of_memory(lambda: update_does_not_fit(where)):
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -117,7 +193,8 @@ def accumulate_gradients(
     depend on the sequences before it, and no generator's state has to survive. Raises ModelError, which begins with
     `where`, when memory runs out.
     """
-    noise, router_aux = objective.noise(seed[1]), list[Tensor]()
+    router_aux: list[Tensor] = []
+    noise = EmbeddingNoise(objective.neftune_alpha, objective.seed, seed[1]) if objective.neftune_alpha else None
     step = StepContext(divisor, accumulates=True, head_cast=HeadCast(), noise=noise, router_aux=router_aux)
     device = engine.model.device
     engine.train()
@@ -125,20 +202,22 @@ def accumulate_gradients(
     passes = _in_step_with_others(engine, sequences, objective.policy, world)
     for place, (sequence, levels) in enumerate(passes):
         torch.manual_seed(sequence_seed(*seed, sequence))
-        begin_sequence(engine, is_last=place == len(passes) - 1)
-        with explaining_out_of_memory(does_not_fit(sequence, where)):
+        if engine.state.ranks is not None:
+            begin_sequence(engine, is_last=place == len(passes) - 1)
+        with explaining_out_of_memory(partial(does_not_fit, sequence, where)):
             with autocast(device, precision):
                 share = objective(engine, sequence, replace(step, num_levels=levels))
             share.backward()
         losses.append(share.detach())
-    sum_gradients(engine)
+    if engine.state.ranks is not None:
+        sum_gradients(engine)
     return losses, router_aux
 
 
 def _in_step_with_others(
     engine: Engine, sequences: Sequence[PackedSequence], policy: ActivationPolicy, world: World
 ) -> list[tuple[PackedSequence, int]]:
-    """The passes of this process, each a sequence and its number of levels (activations/phases.py): as many as on the
+    """The passes of this process, each a sequence and its number of levels (activations/inputs.py): as many as on the
     others, where they share the weights of a model, and so must ask for them equally often.
     """
     padded = list(sequences)

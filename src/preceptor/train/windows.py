@@ -6,12 +6,11 @@ OUT/windows.jsonl has a line for each window that was begun; data.json has the s
 from collections.abc import Callable
 from dataclasses import asdict
 
-from preceptor.data.examples import Rejection
+from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.data.loader import Loader, Position, StreamLoader, WindowFacts
-from preceptor.data.rejections import RejectionCounts
 from preceptor.errors import DataError, StreamError
 from preceptor.files import append_line, read_json, read_json_lines, write_json, write_json_lines
-from preceptor.train.prepare import Prepared, require_few_rejected
+from preceptor.train.prepare import Prepared
 from preceptor.train.run_folder import WINDOWS, RunFolder
 from preceptor.world import World
 
@@ -54,7 +53,7 @@ class WindowRecord:
         allowed = self._run.data.allow_rejected
         num = sum(count for code, count in facts.so_far.rejected.items() if code not in allowed)
         try:
-            require_few_rejected(num, facts.so_far.num_examples, self._run.data.max_rejected, self._counts)
+            self._counts.require_few(num, facts.so_far.num_examples, self._run.data.max_rejected)
         except DataError as error:
             raise StreamError(f"window {facts.window.number}: {error}") from None
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from preceptor.data.examples import Conversation, Rejection
+from preceptor.data.examples import ADVICE, CODES, READING, Conversation, Rejection
 from preceptor.data.formats.rows import UNREAD_COLUMNS, read_row
 from preceptor.data.formats.values import Struct
-from preceptor.data.rejections import ADVICE, CODES, READING
 from preceptor.data.sources import read_examples
 from preceptor.errors import DataError
 

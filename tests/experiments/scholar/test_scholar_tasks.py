@@ -6,8 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from preceptor.evaluate.score import is_right
-from preceptor.evaluate.tasks import read_task
+from preceptor.evaluate.tasks import is_right, read_task
 from preceptor.scholar import data_file
 from scholar.facts import load_facts
 from scholar.questions import split_facts

@@ -34,7 +34,6 @@ from preceptor.data.examples import (
     read_messages,
     trainable_turns,
 )
-from preceptor.data.formats.sharegpt import from_sharegpt
 from preceptor.data.formats.values import (
     Nulls,
     RawRecord,
@@ -177,12 +176,12 @@ MessageField = tuple[str, Any, bool]  # the key that holds messages, the message
 
 
 def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation | Rejection:
-    tools = _tools(row, nulls)
+    tools = _tools(row, nulls) if row.get("tools", "") != "" else []
     messages: list[Message] = []
     for key, value, trained in parts:
         raw = _message_list(value, key)
         raw = [unpad_message(message, tools, nulls, f"{key}[{k}]") for k, message in enumerate(raw)]
-        if key == parts[0][0]:
+        if key == parts[0][0] and row.get("system", "") != "":
             raw = _with_system(row, raw)
         read = read_messages(raw, source, key)
         if isinstance(read, Rejection):
@@ -192,7 +191,8 @@ def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[Mes
         raise Unreadable("no_assistant_message", "no message has the role assistant, so nothing can be trained")
     if not trainable_turns(messages):
         raise Unreadable("nothing_to_train", "every assistant message has train: false or weight 0")
-    return Conversation(source, tuple(messages), tools or None, _template_kwargs(row, nulls))
+    given = _template_kwargs(row, nulls) if row.get("chat_template_kwargs", "") != "" else {}
+    return Conversation(source, tuple(messages), tools or None, given)
 
 
 def _message_list(value: Any, key: str) -> list[Any]:
@@ -205,9 +205,7 @@ def _message_list(value: Any, key: str) -> list[Any]:
 
 
 def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
-    system = row.get("system")
-    if system is None or system == "":
-        return messages
+    system = row["system"]
     if not isinstance(system, str):
         raise Unreadable("bad_system", f"system is {short(system)}; it must be a string")
     first = messages[0] if isinstance(messages[0], dict) else {}
@@ -219,8 +217,6 @@ def _with_system(row: RawRecord, messages: list[Any]) -> list[Any]:
 
 
 def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
-    if row.get("tools", "") == "":
-        return []
     tools = parsed(row["tools"])
     if isinstance(tools, list):
         tools = [parsed(tool) for tool in tools]
@@ -230,8 +226,6 @@ def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
 
 
 def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
-    if row.get("chat_template_kwargs", "") == "":
-        return {}
     kwargs = parsed(row["chat_template_kwargs"])
     if not isinstance(kwargs, dict):
         raise Unreadable("bad_template_kwargs", f"chat_template_kwargs is {short(kwargs)}; it must be an object")
@@ -336,3 +330,52 @@ def _history(value: Any) -> list[tuple[str, str]]:
     ):
         return [(asked, said) for asked, said in value]
     raise Unreadable("bad_history", f"history is {short(value)}; it must be a list of [instruction, answer] pairs")
+
+
+# ShareGPT: messages with `from` and `value` ---------------------------------------------------------------------------
+
+# A function_call becomes an assistant's message with tool_calls: `value` is JSON, {"name": ..., "arguments": ...}, or a
+# list of such, as LLaMA-Factory writes it. All other keys (train, weight, reasoning_content, ...) stay as they are.
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def from_sharegpt(messages: list[Any], where: str) -> list[dict[str, Any]]:
+    """Raises Unreadable for a message that cannot be read so."""
+    return [_message(message, f"{where}[{k}]") for k, message in enumerate(messages)]
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or "value" not in message or "from" not in message:
+        raise Unreadable("bad_message", f"{where} has no from and value, which the other messages have")
+    said_by, value = message["from"], message["value"]
+    rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
+    if said_by == "function_call":
+        # Content is empty, not absent: templates that add to it fail on an absent one.
+        read = {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
+    elif isinstance(said_by, str) and said_by in ROLES:
+        read = {"role": ROLES[said_by], "content": value}
+    else:
+        known = ", ".join([*ROLES, "function_call"])
+        raise Unreadable("unknown_role", f"{where} is from {short(said_by)}; known are {known}")
+    if twice := next((key for key in read if rest.get(key) not in (None, "", [], read[key])), None):
+        raise Unreadable("ambiguous_format", f"{where} has from/value and also a different `{twice}`; remove `{twice}`")
+    return type(message)({**read, **{key: inner for key, inner in rest.items() if key not in read}})
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    calls = parsed(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(c, dict) and isinstance(c.get("name"), str) and "arguments" in c for c in calls):
+        raise Unreadable("bad_tool_call", f"{where} is a function_call; its value must be JSON with name and arguments")
+    return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,41 @@ from preceptor.config import Source
 from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow, text_files
 from preceptor.data.formats.remote_files import RemoteFile, find_remote, protocol_of
-from preceptor.data.formats.values import Columns, TableRows
+from preceptor.data.formats.values import Columns, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError
 from preceptor.files import MEMORY
 from preceptor.scholar import data_file
+
+
+@dataclass(frozen=True)
+class RecordList:
+    """Records that a program holds, as JSON lines would have them; read again each time, so that a change is seen."""
+
+    records: Sequence[Any]
+    name: str
+
+    def files(self) -> list[Path]:
+        return []
+
+    def identity(self, sha256_of: Callable[[Path], str]) -> list[str]:
+        """By the content of the records, in their order."""
+        found = hashlib.sha256()
+        for record in self.records:
+            found.update(json.dumps(record, default=repr).encode() + b"\n")
+        return ["records", found.hexdigest()]
+
+    def columns(self) -> None:
+        return None
+
+    def num_rows(self) -> int:
+        return len(self.records)
+
+    def rows(self, wanted: Columns) -> TableRows:
+        for number, record in enumerate(self.records, start=1):
+            is_record = isinstance(record, Mapping)
+            what = f"it is {type(record).__name__}, not a dict such as {{'messages': [...]}}"
+            yield f"{self.name}:row {number}", dict(record) if is_record else Unreadable("unreadable", what)
+
 
 PACKAGED = "scholar:"
 

@@ -19,7 +19,7 @@ from typing import IO, Any, TextIO, cast
 
 from preceptor.config import ROW_KEYS
 from preceptor.data.formats.remote_files import RemoteFile
-from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable
+from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable, reader
 from preceptor.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -76,12 +76,11 @@ def jsonl_lines(file: Path | RemoteFile, name: str) -> Iterator[tuple[str, str]]
 
 def jsonl_rows(file: Path | RemoteFile, name: str) -> TableRows:
     """One JSON object a line."""
-    reader = JsonReader()
     for place, line in jsonl_lines(file, name):
-        yield place, parse_line(line, place, reader)
+        yield place, parse_line(line, place)
 
 
-def parse_line(line: str, source: str, reader: JsonReader) -> Row:
+def parse_line(line: str, source: str) -> Row:
     """Raises DataError for what is no JSON object."""
     try:
         row = reader.read(line)
@@ -112,7 +111,7 @@ def json_rows(file: Path | RemoteFile, name: str) -> TableRows:
 def _is_row(line: str, following: str) -> bool:
     """Whether a line is a whole JSON object, and not one that holds the rows in a list."""
     try:
-        value = JsonReader().read(line)
+        value = reader.read(line)
     except (json.JSONDecodeError, RecursionError):
         return False
     except Unreadable:  # an object all the same

@@ -82,7 +82,7 @@ class JsonReader:
         return 0
 
 
-_reader = JsonReader()
+reader = JsonReader()
 
 
 def text_in(row: RawRecord, key: str) -> str:
@@ -100,7 +100,7 @@ def parsed(value: Any) -> Any:
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            value = _plain(_reader.read(value))
+            value = _plain(reader.read(value))
         except (json.JSONDecodeError, RecursionError):
             return value
         check_values(value, "")

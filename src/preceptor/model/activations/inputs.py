@@ -1,7 +1,18 @@
-"""What the passes of a sequence read of it: made on the host, on the device in one copy (transfer.py).
+"""The tokens of a packed sequence as the passes read them: grouped in phases, on the device in one copy.
 
-Tokens go through the decoder in groups: all at once, or phase by phase. Nothing that a pass reads is found on the
-device, where to look at a result means to wait for it.
+Tokens go through the decoder in groups: all at once, or phase by phase. All that a pass reads is made on the host:
+nothing is found on the device, where to look at a result means to wait for it.
+
+A token is *loss-bearing* if a loss reads its hidden state to predict the next one: the last token of a context and
+every token of a target but its last. The others are *context-only*. Each run of a sequence is cut into pieces of the
+two kinds in turn, and the pieces are grouped into phases: those of one phase see only each other and earlier phases.
+
+    c c c C t t T c c C t t T      a two-turn conversation; capitals: the last token of its segment
+    │0──│1────│2──│3────│          phase: even ones context-only, odd ones loss-bearing. The last token is in none of
+                                   them: no loss reads it and no loss-bearing token sees it
+
+So the computation that predicts a trained token is in one phase with the rest of its target, and the even phases serve
+only by the keys and values that they leave.
 
 Legend: T tokens of a sequence, M tokens of a group, R different ones among them, N trained tokens.
 """
@@ -11,20 +22,103 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from preceptor.data.forest import PackedSequence
-from preceptor.model.activations.phases import Phase
+from preceptor.data.forest import AttentionRun, PackedSequence, TokenRange, attention_runs
 from preceptor.model.activations.routing import RoutedTokens, Routing, balanced_paths
-from preceptor.model.attention.layout import AttentionRun, PathLengths, attention_runs, computed_tokens, path_lengths
-from preceptor.model.parts import decoder_of, device_of
-from preceptor.model.transfer import on_device
+from preceptor.model.attention.layout import PathLengths, computed_tokens, on_device, path_lengths
+from preceptor.model.parts import decoder_of
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Pieces that go through the model together: `runs` in layout order, all loss-bearing or all context-only."""
+
+    loss_bearing: bool
+    runs: tuple[AttentionRun, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(end - start for start, end, _ in self.runs)
+
+    def index_T(self) -> np.ndarray:
+        """Where in the sequence the phase's tokens are."""
+        return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end, _ in self.runs)])
+
+
+def phases(sequence: PackedSequence, num_levels: int = 0) -> list[Phase]:
+    """The sequence's phases in the order of computation, without pieces that no loss-bearing token sees.
+
+    A sequence with trained tokens has at least one. Every loss-bearing token is in exactly one odd phase. num_levels:
+    where the sequence has fewer, a chain of single tokens behind its own, which no loss reads, takes part in two phases
+    of each level: processes that share the weights of a model pass through its layers equally often.
+    """
+    bearing_T = loss_bearing(sequence)
+    pieces = _pieces(sequence, bearing_T)
+    needed: set[TokenRange] = set()
+    for start, end, ancestors in pieces:
+        if bearing_T[start]:
+            needed.update(ancestors, [(start, end)])
+    phase_of: dict[TokenRange, int] = {}
+    members: dict[int, list[AttentionRun]] = {}
+    for start, end, ancestors in pieces:
+        if (start, end) not in needed:
+            continue
+        bearing = bool(bearing_T[start])
+        above = phase_of[ancestors[-1]] if ancestors else 0
+        phase = above if above % 2 == bearing else above + 1
+        phase_of[start, end] = phase
+        members.setdefault(phase, []).append((start, end, ancestors))
+    if len(members) < 2 * num_levels:
+        chain = [(token, token + 1) for token in range(sequence.num_tokens, sequence.num_tokens + 2 * num_levels)]
+        for phase, (start, end) in enumerate(chain):
+            members.setdefault(phase, []).append((start, end, tuple(chain[:phase])))
+    return [Phase(bool(phase % 2), tuple(members[phase])) for phase in sorted(members)]
+
+
+def num_levels(sequence: PackedSequence) -> int:
+    """How often context-only and loss-bearing tokens alternate: 1 for a conversation of one turn, 0 for no trained
+    token."""
+    return -(-len(phases(sequence)) // 2)
+
+
+def split_by_loss(sequence: PackedSequence) -> tuple[Phase, Phase]:
+    """All context-only pieces that loss-bearing tokens see, and all loss-bearing ones: what a single layer needs."""
+    found = phases(sequence)
+    context, bearing = (
+        tuple(sorted(run for phase in found if phase.loss_bearing == asked for run in phase.runs))
+        for asked in (False, True)
+    )
+    return Phase(False, context), Phase(True, bearing)
+
+
+def loss_bearing(sequence: PackedSequence) -> np.ndarray:
+    """Whether a loss reads each token's hidden state, bool (T,)."""
+    bearing_T = np.zeros(sequence.num_tokens, dtype=bool)
+    bearing_T[sequence.source_N] = True
+    return bearing_T
+
+
+def _pieces(sequence: PackedSequence, bearing_T: np.ndarray) -> list[AttentionRun]:
+    """The sequence's runs, cut where the two kinds of token meet; each with the pieces that it sees, root first."""
+    cuts = np.flatnonzero(bearing_T[1:] != bearing_T[:-1]) + 1
+    cut_into: dict[TokenRange, list[TokenRange]] = {}
+    pieces: list[AttentionRun] = []
+    for start, end, ancestors in attention_runs(sequence.spans):
+        path = [piece for run in ancestors for piece in cut_into[run]]
+        inner = cuts[np.searchsorted(cuts, start, side="right") : np.searchsorted(cuts, end)].tolist()
+        cut_into[start, end] = []
+        for first, last in zip([start, *inner], [*inner, end], strict=True):
+            pieces.append((first, last, tuple(path)))
+            path.append((first, last))
+            cut_into[start, end].append((first, last))
+    return pieces
+
+
+# On the device -------------------------------------------------------------------------------------------------------
 
 OccurringRows = tuple[Tensor, Tensor]
 """Of an embedding: the rows that occur (R,), and which of them each token has (M,)."""
-
-_WHOLE = 0  # the group that all tokens are
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,21 +131,42 @@ class SplitPart:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class TokenGroup:
+    """Tokens that go through the decoder together; behind them may be more, see `computed_tokens`.
+
+    ids, position: (1, M). index: where in the sequence they are, without those behind them. rows: of the embedding;
+    None: it is not trained. routed: where routers are to be balanced.
+    """
+
+    ids: Tensor
+    position: Tensor
+    index: Tensor
+    lengths: PathLengths
+    rows: OccurringRows | None = None
+    routed: RoutedTokens | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class SequenceInputs:
     """phases: the groups, in the order of computation; empty: all tokens are one.
 
-    split: context-only and loss-bearing tokens, of which the last layer returns the latter. runs: of the whole.
+    parts: context-only and loss-bearing tokens, of which the last layer returns the latter. runs: of the whole.
     num_levels: as in `phases`; tokens that it adds are numbered after the sequence's own. routing: where routers are to
-    be balanced, what they do in the passes of this sequence.
+    be balanced, what they do in the passes of this sequence. source_N: where among the hidden states that the decoder
+    returns each trained token is predicted.
     """
 
     sequence: PackedSequence
     phases: tuple[Phase, ...]
-    split: tuple[Phase, ...]
+    groups: tuple[TokenGroup, ...]
+    parts: tuple[SplitPart, ...]
     runs: tuple[AttentionRun, ...]
     num_levels: int
     routing: Routing | None
-    _arrays: dict[Any, Tensor]
+    subtree_end_T: Tensor
+    source_N: Tensor
+    target_N: Tensor
+    weight_N: Tensor
 
     @classmethod
     def of(
@@ -65,102 +180,52 @@ class SequenceInputs:
         balanced: bool = False,
     ) -> "SequenceInputs":
         """padded: the tokens of a group may be more, see `computed_tokens`. balanced: with `routing`."""
+        runs = attention_runs(sequence.spans)
+        groups = tuple(phases) or (Phase(True, runs),)
+        every = (*groups, *split)
+        index = [each.index_T() for each in every]
+        asked = [each.index_T() for each in split[1:] or groups if each.loss_bearing]
         weight_VD = decoder_of(model).get_input_embeddings().weight
-        runs = attention_runs(sequence)
         ids_T = np.pad(sequence.ids_T, (0, 2 * num_levels), mode="edge")
         position_T = np.concatenate([sequence.position_T, np.arange(2 * num_levels)])
-        host: dict[Any, np.ndarray] = {"subtree_end": sequence.subtree_end_T}
-        paths = balanced_paths(sequence) if balanced else None
-        groups = [(phase.index_T(), phase.runs) for phase in phases] or [(np.arange(sequence.num_tokens), runs)]
-        for group, (index_M, of_group) in enumerate(groups):
-            added = computed_tokens(len(index_M), weight_VD) - len(index_M) if padded else 0
-            host["index", group] = index_M
-            host["ids", group] = ids_M = np.pad(ids_T[index_M], (0, added))
-            host["position", group] = np.pad(position_T[index_M], (0, added))
-            host["queries", group], host["keys", group] = _begins(of_group)
-            if paths is not None:
-                cell_T = np.pad(paths.cell_T, (0, 2 * num_levels), constant_values=paths.num_cells)
-                host["cell", group] = np.pad(cell_T[index_M], (0, added), constant_values=paths.num_cells)
-            if weight_VD.requires_grad:
-                host["rows", group], host["row", group] = np.unique(ids_M, return_inverse=True)
-        for place, part in enumerate(split):
-            host["part", place] = part.index_T()
-            host["part queries", place], host["part keys", place] = _begins(part.runs)
-        asked = [phase.index_T() for phase in phases if phase.loss_bearing] or [part.index_T() for part in split[1:]]
         place_T = np.zeros(len(ids_T), dtype=np.int64)
-        index_M = np.concatenate(asked) if asked else np.arange(len(ids_T))
-        place_T[index_M] = np.arange(len(index_M))
-        host |= {"source": place_T[sequence.source_N], "target": sequence.target_N, "weight": sequence.weight_N}
+        place_T[np.concatenate(asked)] = np.arange(sum(map(len, asked)))
+        host: dict[Any, np.ndarray] = {"subtree_end": sequence.subtree_end_T, "source": place_T[sequence.source_N]}
+        host |= {"target": sequence.target_N, "weight": sequence.weight_N}
+        paths = balanced_paths(sequence) if balanced else None
         if paths is not None:
+            cell_T = np.pad(paths.cell_T, (0, 2 * num_levels), constant_values=paths.num_cells)
             host |= {"path cell": paths.cell, "path": paths.path, "share": paths.share_G}
-        arrays = on_device(host, device_of(model))
-        routing = None
-        if paths is not None:
-            routing = Routing(paths.num_cells, arrays["path cell"], arrays["path"], arrays["share"])
-        return cls(sequence, tuple(phases), tuple(split), runs, num_levels, routing, arrays)
-
-    # the loss
-
-    @property
-    def source_N(self) -> Tensor:
-        """Where among the hidden states that the decoder returns each trained token is predicted."""
-        return self._arrays["source"]
-
-    @property
-    def target_N(self) -> Tensor:
-        return self._arrays["target"]
-
-    @property
-    def weight_N(self) -> Tensor:
-        return self._arrays["weight"]
-
-    # a group
-
-    def ids(self, group: int = _WHOLE) -> Tensor:
-        return self._arrays["ids", group]
-
-    def position(self, group: int = _WHOLE) -> Tensor:
-        return self._arrays["position", group]
-
-    def index(self, group: int = _WHOLE) -> Tensor:
-        return self._arrays["index", group]
-
-    def rows(self, group: int = _WHOLE) -> OccurringRows | None:
-        """None: of an embedding that is not trained."""
-        if ("rows", group) not in self._arrays:
-            return None
-        return self._arrays["rows", group], self._arrays["row", group]
-
-    def lengths(self, group: int = _WHOLE) -> PathLengths:
-        runs = self.phases[group].runs if self.phases else self.runs
-        return self._lengths(runs, self._arrays["queries", group], self._arrays["keys", group])
-
-    def routed(self, group: int = _WHOLE, constant_M: Tensor | None = None) -> RoutedTokens | None:
-        """constant_M: as in RoutedTokens."""
-        return None if self.routing is None else RoutedTokens(self.routing, self._arrays["cell", group], constant_M)
-
-    def parts(self) -> tuple[SplitPart, ...]:
-        """What `split` says, for the last layer."""
-        names = ("part", "part queries", "part keys")
-        arrays = [[self._arrays[name, place] for name in names] for place in range(len(self.split))]
-        return tuple(
-            SplitPart(phase, index_M, self._lengths(phase.runs, *begins))
-            for phase, (index_M, *begins) in zip(self.split, arrays, strict=True)
+        lengths = [path_lengths(each.runs) for each in every]
+        host |= {("index", number): index_M for number, index_M in enumerate(index)}
+        for number, (queries, keys) in enumerate(lengths):
+            host["queries", number], host["keys", number] = np.cumsum([0, *queries]), np.cumsum([0, *keys])
+        for number, index_M in enumerate(index[: len(groups)]):
+            added = computed_tokens(len(index_M), weight_VD) - len(index_M) if padded else 0
+            host["ids", number] = ids_M = np.pad(ids_T[index_M], (0, added))
+            host["position", number] = np.pad(position_T[index_M], (0, added))
+            if paths is not None:
+                host["cell", number] = np.pad(cell_T[index_M], (0, added), constant_values=paths.num_cells)
+            if weight_VD.requires_grad:
+                host["rows", number], host["row", number] = np.unique(ids_M, return_inverse=True)
+        found = on_device(host, weight_VD.device)
+        on_paths = [
+            (found["queries", n].int(), found["keys", n].int(), max(queries, default=0), max(keys, default=0))
+            for n, (queries, keys) in enumerate(lengths)
+        ]
+        of_paths = [found[name] for name in ("path cell", "path", "share")] if balanced else []
+        routing = None if paths is None else Routing(paths.num_cells, *of_paths)
+        made = tuple(
+            TokenGroup(
+                found["ids", number][None],
+                found["position", number][None],
+                found["index", number],
+                on_paths[number],
+                rows=(found["rows", number], found["row", number]) if weight_VD.requires_grad else None,
+                routed=None if routing is None else RoutedTokens(routing, found["cell", number]),
+            )
+            for number in range(len(groups))
         )
-
-    @staticmethod
-    def _lengths(runs: Sequence[AttentionRun], queries: Tensor, keys: Tensor) -> PathLengths:
-        longest_run, longest_path = (max(each, default=0) for each in path_lengths(runs))
-        return queries.to(torch.int32), keys.to(torch.int32), longest_run, longest_path
-
-    # the whole
-
-    @property
-    def subtree_end_T(self) -> Tensor:
-        return self._arrays["subtree_end"]
-
-
-def _begins(runs: Sequence[AttentionRun]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the queries of each run begin, and the keys of its path, with the end of the last."""
-    queries, keys = path_lengths(runs)
-    return np.cumsum([0, *queries]), np.cumsum([0, *keys])
+        parts = tuple(SplitPart(part, found["index", n], on_paths[n]) for n, part in enumerate(split, len(groups)))
+        of_loss = (found["subtree_end"], found["source"], found["target"], found["weight"])
+        return cls(sequence, tuple(phases), made, parts, runs, num_levels, routing, *of_loss)

@@ -9,9 +9,17 @@
                    values only. Its arguments are cut by token, those named in CUT alone
 
 The layer's own code runs, unchanged, on the tokens that it is given.
+
+Parts of layers that carry a state from token to token (state-space layers, linear attention, convolutions) go run by
+run. No mask stops such a state at the border of two conversations. So they run over each run of a packed sequence by
+itself, behind the tokens of its path, from an empty state; what they give for the path belongs to the runs before. All
+else of the model takes the whole sequence. Tokens that several runs share go through them once for each, and once more
+in backward, so that memory does not grow with the number of branches. They are told by their convolution, which nearly
+all kinds have; that the model then keeps conversations apart is proved before each run (checks.py).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -21,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from preceptor.data.forest import AttentionRun
 from preceptor.errors import ModelError
-from preceptor.model.activations.context import DecoderPass
 from preceptor.model.activations.inputs import SplitPart
+from preceptor.model.activations.passes import DecoderPass
 from preceptor.model.attention.layout import ForestLayout, PathMasks, PhaseLayout, computed_tokens
 from preceptor.model.attention.runs import KeysRecorded, attention_implementation
 from preceptor.model.compiled import run_compiled
@@ -63,14 +72,15 @@ class EngineLayer(nn.Module):
     def _run(self, this: DecoderPass, *arguments: Any, **named: Any) -> Any:
         layer: Any = self
         index, num_layers = layer.engine_settings
+        routed = None if this.group is None else this.group.routed
         if index == num_layers - 1:
-            if this.keys_only and this.routed is None:
-                self._record_keys(*arguments, **named)
+            if this.keys_only and routed is None:
+                self._record_keys(*arguments, **{**named, "forest": named["forest"].for_keys_only()})
                 _gather_before_backward(layer, named["forest"])
                 return (arguments[0] if arguments else named["hidden_states"]).detach()  # nothing reads it
             if this.parts:
                 return self._run_parts(*this.parts, *arguments, **named)
-        recorded = [] if this.routed is None else this.routed.routing.probability_sums
+        recorded = [] if routed is None else routed.routing.probability_sums
         before = len(recorded)
         output = self._forward(*arguments, **named)
         if this.keys_only:
@@ -85,9 +95,9 @@ class EngineLayer(nn.Module):
             return run_compiled(layer, _authors_class(cls).forward, arguments, named)
         return super().forward(*arguments, **named)
 
-    def _record_keys(self, *arguments: Any, forest: PhaseLayout, **named: Any) -> None:
+    def _record_keys(self, *arguments: Any, **named: Any) -> None:
         try:
-            self._forward(*arguments, forest=forest.for_keys_only(), **named)
+            self._forward(*arguments, **named)
         except KeysRecorded:
             return
         raise ModelError("the last layer does not hand keyword arguments on to its attention")
@@ -113,7 +123,7 @@ class EngineLayer(nn.Module):
             }
             return found.pop(names[0]), found  # given as other layers are given it: else it is compiled again
 
-        before = PhaseLayout(context.phase.runs, {}, {}, masks)
+        before = PhaseLayout(context.phase.runs, {}, {}, masks, keys_only=True)
         if context.phase.runs:
             hidden_MD, others = cut(context)
             self._record_keys(hidden_MD, forest=before, **others)
@@ -171,3 +181,51 @@ def _whole(name: str, value: Any, hidden: Tensor) -> Any:
     if isinstance(value, Tensor) and value.shape[:2] == hidden.shape[:2] and value.dim() > 1:
         raise ModelError(f"the last layer takes `{name}` by token, which is not among the arguments that can be cut")
     return value
+
+
+class PathMixer(nn.Module):
+    """A module that takes hidden states (1, T, D) to such; `engine_settings` is None."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        module: Any = self
+        this = module.engine_state.current
+        if this is None or this.runs is None:
+            return super().forward(hidden_states, *arguments, **named)
+        num_tokens, num_computed = this.runs[-1][1], hidden_states.shape[1]
+        if num_computed not in (num_tokens, this.group.ids.shape[1]):
+            raise ModelError("a layer that carries a state from token to token is given some of the tokens alone")
+        named.pop("forest", None)  # is for attention
+        outputs = []
+        for run in this.runs:
+            given = this, run, (hidden_states, *arguments), named
+            # the tokens of its path are in other runs too: what is computed for them again is not kept
+            again = bool(run[2]) and torch.is_grad_enabled()
+            outputs.append(checkpoint(self._of_run, *given, use_reentrant=False) if again else self._of_run(*given))
+        together = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        return pad(together, (0, 0, 0, num_computed - num_tokens))
+
+    def _of_run(
+        self, this: DecoderPass, run: AttentionRun, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> Tensor:
+        """What the layer gives for the tokens of a run; also in backward, where nothing else has the pass run."""
+        state: Any = self.engine_state
+        num_tokens = arguments[0].shape[1]
+        of_run = [_taken(value, run, num_tokens) for value in arguments]
+        with nullcontext() if state.current is this else state.running(this):
+            output = super().forward(*of_run, **{name: _taken(named[name], run, num_tokens) for name in named})
+        if not isinstance(output, Tensor):
+            raise ModelError("a layer that carries a state from token to token returns more than hidden states")
+        return output[:, run[0] - run[1] :]
+
+
+def _taken(value: Any, run: AttentionRun, num_tokens: int) -> Any:
+    """Of what is laid out by token, (1, T, ...), the tokens of the run behind those of its path."""
+    if isinstance(value, list | tuple):
+        return type(value)(_taken(inner, run, num_tokens) for inner in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape[:2] != (1, num_tokens):
+        raise ModelError("a layer that carries a state from token to token takes more than what is laid out by token")
+    start, end, path = run
+    ranges = [value[:, a:b] for a, b in (*path, (start, end))]
+    return torch.cat(ranges, 1) if path else ranges[0]

@@ -24,10 +24,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preceptor.errors import ModelError
-from preceptor.model.adapters.options import PLAIN, LoraOptions
 from preceptor.model.adapters.pissa import keep_first_values, start_at_singular_values, without_singular_values
-from preceptor.model.parts import decoder_of
-from preceptor.model.trained import matches, require_matches
+from preceptor.model.options import PLAIN, LoraOptions
+from preceptor.model.parts import decoder_of, matches, require_matches
 
 ALL_LINEAR = "all-linear"
 _NAMED = 5  # of what does not fit

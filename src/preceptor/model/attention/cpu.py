@@ -25,13 +25,7 @@ from preceptor.model.attention.layout import AttentionOptions, PathMasks, Scratc
 from preceptor.model.sizes import BLOCK_TOKENS, backward_block, device_type_of, heads_at_once, on_grid, representative
 
 
-def attend_path(
-    query_Q: Tensor,
-    key_P: Tensor,
-    value_P: Tensor,
-    options: AttentionOptions,
-    masks: PathMasks,
-) -> Tensor:
+def attend_path(query_Q: Tensor, key_P: Tensor, value_P: Tensor, options: AttentionOptions, masks: PathMasks) -> Tensor:
     """query (1, H, Q, D), key and value (1, K, P, D) -> (1, H, Q, D)."""
     parts = (query_Q, key_P, value_P)
     own_backward = device_type_of(query_Q.device) == "cpu" and query_Q.dtype == torch.bfloat16 and options.is_plain

@@ -32,20 +32,19 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad
 
-from preceptor.errors import PreceptorError, first_line
+from preceptor.data.forest import TokenRange
+from preceptor.errors import PreceptorError, first_line, is_out_of_memory
 from preceptor.model.attention.layout import (
     AttentionOptions,
     ForestLayout,
     KeysValues,
     PhaseLayout,
-    TokenRange,
+    on_device,
     path_lengths,
     product_dtype,
 )
 from preceptor.model.compiled import watch
-from preceptor.model.out_of_memory import is_out_of_memory
 from preceptor.model.sizes import device_type_of, is_dry_run
-from preceptor.model.transfer import on_device
 
 Attend = Callable[..., Tensor]
 T = TypeVar("T")
@@ -62,11 +61,7 @@ _given_up: dict[str, str] = {}  # and those that failed, with the error
 
 
 def fast_path(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ForestLayout | PhaseLayout,
-    options: AttentionOptions,
+    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout | PhaseLayout, options: AttentionOptions
 ) -> Attend | None:
     """The fastest function that computes exactly this; None: `attend_runs`."""
     if not _is_half_on_cuda(value):

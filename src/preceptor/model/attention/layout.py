@@ -5,21 +5,34 @@ Legend: T tokens of a sequence, Q queries and P keys of one block.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from preceptor.data.forest import PackedSequence, runs
+from preceptor.data.forest import AttentionRun, PackedSequence, TokenRange, attention_runs
 from preceptor.model.sizes import device_type_of, on_grid
-from preceptor.model.transfer import on_device
 
-TokenRange = tuple[int, int]
-"""Tokens `start` to `end` of a sequence."""
+K = TypeVar("K")
 
-AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
-"""Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
+
+def on_device(arrays: Mapping[K, np.ndarray], device: torch.device) -> dict[K, Tensor]:
+    """int64 and float64 arrays of one dimension as tensors, which share one block of memory.
+
+    A GPU gets it from pinned memory while it does what it was asked for before: a copy from other memory would wait for
+    all of that to end.
+    """
+    joined = [np.ascontiguousarray(array).view(np.int64) for array in arrays.values()]
+    block = torch.from_numpy(np.concatenate(joined))
+    if device.type == "cuda":
+        block = block.pin_memory()
+    parts = block.to(device, non_blocking=True).split([len(array) for array in arrays.values()])
+    return {
+        key: part.view(torch.float64) if array.dtype == np.float64 else part
+        for (key, array), part in zip(arrays.items(), parts, strict=True)
+    }
+
 
 PathLengths = tuple[Tensor, Tensor, int, int]
 """Where each run's queries and its path's keys begin, with the end of the last, int32; the most of a run."""
@@ -45,10 +58,6 @@ class AttentionOptions:
     def window_among(self, num_keys: int) -> int | None:
         """The sliding window; None also where no token of so many keys is outside it."""
         return None if self.window is None or self.window >= num_keys else self.window
-
-
-def attention_runs(sequence: PackedSequence) -> tuple[AttentionRun, ...]:
-    return tuple((start, end, tuple(ancestors)) for start, end, ancestors in runs(sequence.spans))
 
 
 def path_lengths(runs: Iterable[AttentionRun]) -> tuple[list[int], list[int]]:
@@ -141,7 +150,7 @@ class ForestLayout:
         dense: bool = False,
         constant_T: np.ndarray | None = None,
     ) -> "ForestLayout":
-        own = attention_runs(sequence)
+        own = attention_runs(sequence.spans)
         arrays = {"position": sequence.position_T, "subtree_end": sequence.subtree_end_T}
         if constant_T is not None:
             arrays["constant"] = constant_T.astype(np.int64)

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from preceptor.data.forest import AttentionRun, TokenRange
 from preceptor.errors import ModelError
 from preceptor.model.attention.cpu import attend_fused, attend_path, attend_written_out
 from preceptor.model.attention.cuda import fast_path
 from preceptor.model.attention.layout import (
     AttentionOptions,
-    AttentionRun,
     ForestLayout,
     KeysValues,
     PhaseLayout,
-    TokenRange,
     dense_mask,
     path_lengths,
     product_dtype,
@@ -44,24 +43,14 @@ IMPLEMENTATION = "preceptor_forest"
 
 
 def attend_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ForestLayout,
-    options: AttentionOptions,
+    query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout, options: AttentionOptions
 ) -> Tensor:
     """query (1, H, T, D), key and value (1, K, T, D) -> (1, H, T, D), by the dense mask."""
     mask_TT = dense_mask(layout.subtree_end_T, layout.position_T, options.window)
     return attend_written_out(query, key, value, mask_TT, options)
 
 
-def attend_dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: ForestLayout,
-    options: AttentionOptions,
-) -> Tensor:
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, layout: ForestLayout, options: AttentionOptions) -> Tensor:
     """The same by torch's own attention where it can, and with `layout.constant_T` honoured: the plain engine's."""
     dtype = product_dtype(value)
     if layout.constant_T is not None:

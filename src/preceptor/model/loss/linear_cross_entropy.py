@@ -10,19 +10,30 @@ products). tests/reference_loss.py is the same in naive float64; `token_losses` 
 Legend: T tokens of a sequence, D hidden size, V vocabulary, N trained tokens, C trained tokens of one chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
+from preceptor.errors import ModelError
 from preceptor.model.compiled import compiled_function
-from preceptor.model.loss.options import CROSS_ENTROPY, LossOptions, chunk_tokens, logits_budget, most_tokens
-from preceptor.model.loss.softmax import LossForm, blocks, losses_and_gradients, to_logits, token_losses_of
-from preceptor.model.products import add_product
-from preceptor.model.sizes import device_type_of, representative
+from preceptor.model.loss.softmax import (
+    LossForm,
+    blocks,
+    chunk_tokens,
+    losses_and_gradients,
+    most_tokens,
+    to_logits,
+    token_losses_of,
+)
+from preceptor.model.numerics import stays_wide
+from preceptor.model.options import CROSS_ENTROPY, LossOptions
+from preceptor.model.parts import causal_lm
+from preceptor.model.sizes import device_type_of, is_dry_run, representative
 
 # Rows of the head in one matrix product: on CPU so that what is read again stays in the cache (oneDNN is a third
 # slower on all of a large head at once), on a GPU so that a product that is added to float32 stays small.
@@ -75,6 +86,7 @@ class Head:
         return logits_CV
 
 
+@dataclass(eq=False)
 class HeadCast:
     """The head's copy in the products' type, for all sequences of a step, as long as the head itself is not changed.
 
@@ -82,8 +94,7 @@ class HeadCast:
     that type from the first call to the end of the step.
     """
 
-    def __init__(self) -> None:
-        self._kept: tuple[nn.Parameter, int, Tensor] | None = None
+    _kept: tuple[nn.Parameter, int, Tensor] | None = None
 
     def of(self, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
         if weight_VD.dtype == dtype or not isinstance(weight_VD, nn.Parameter):
@@ -115,7 +126,7 @@ def linear_cross_entropy(
     Matrix products run in the dtype of weight_VD, or of autocast where that is on for the device; the softmax, the
     loss and the sum are float32 (float64 for float64 inputs). A head without `requires_grad` costs no gradient. With
     N = 0 the result is a zero whose backward gives zeros. One backward only, as its gradients are computed ahead.
-    divisor: by which weight_N is divided already; what a loss of the user's own is given is not (own.py).
+    divisor: by which weight_N is divided already; what a loss of the user's own is given is not.
 
     head_grad_VD: a buffer, such as weight_VD.grad, to which this call adds the gradient of weight_VD; backward then
     gives weight_VD none. So the gradient of several sequences needs one buffer, not two. The buffer is filled before it
@@ -124,7 +135,7 @@ def linear_cross_entropy(
     multiplies nothing. compiled: what is done to a block of logits is compiled (softmax.py).
 
     Memory beyond inputs and gradients: the logits of one chunk in the products' type, at most logits_bytes (None: what
-    options.py has for the device) or one token's; two blocks of them in float32, cache-sized on CPU; the head in the
+    the device's budget) or one token's; two blocks of them in float32, cache-sized on CPU; the head in the
     products' type; a float32 accumulator of the gradient of a half-precision head, for more than one chunk."""
     form = _form(hidden_TD, head, target_N, options, logits_bytes, divisor, compiled)
     bias_V, rows = head.bias_V, head.trained_rows
@@ -184,7 +195,7 @@ def _form(
     if product_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         product_dtype = torch.get_autocast_dtype(device_type)
     kind = device_type_of(hidden_TD.device)
-    sizes = head.weight_VD.shape[0], product_dtype.itemsize, logits_bytes or logits_budget(kind), kind
+    sizes = head.weight_VD.shape[0], product_dtype.itemsize, logits_bytes, kind
     chunk, most = chunk_tokens(len(target_N), *sizes), most_tokens(*sizes)
     return LossForm(head.softcap, head.logit_scale, options, product_dtype, chunk, most, divisor, compiled)
 
@@ -260,9 +271,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_CD = _through_head(products_CV, head_VD, hidden_TD.dtype)[: len(source_C)]
                     grad_hidden_TD.index_add_(0, source_C, grad_CD)
                 if head_total_VD is not None:
-                    _add_product(head_total_VD, products_CV, hidden_CD)
+                    add_product(head_total_VD, products_CV.T, hidden_CD, _head_rows(head_total_VD))
                 if grad_weight_RD is not None:
-                    _add_product(grad_weight_RD, products_CV[:, rows_R], hidden_CD)
+                    add_product(grad_weight_RD, products_CV[:, rows_R].T, hidden_CD, _head_rows(grad_weight_RD))
         ctx.gradient_is_one = gradient_is_one  # type: ignore[attr-defined]
         ctx.grads = [  # type: ignore[attr-defined]
             None if grad is None or leaf is None else grad.to(leaf.dtype)
@@ -314,6 +325,52 @@ def _through_head(grad_CV: Tensor, head_VD: Tensor, dtype: torch.dtype) -> Tenso
     return torch.cat([(grad_CV @ half_VD).to(dtype) for half_VD in head_VD.chunk(2, dim=1)], dim=1)
 
 
-def _add_product(total_XD: Tensor, grad_CX: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad^T hidden, without a temporary where it can be, else with one of a few of the rows."""
-    add_product(total_XD, grad_CX.T, hidden_CD, _head_rows(total_XD))
+def add_product(total: Tensor, left: Tensor, right: Tensor, rows: Iterable[slice]) -> None:
+    """total += left right, in place. rows: of a temporary each, where one is needed."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif not stays_wide(total, left):
+        for part in rows:
+            total[part] += left[part] @ right
+    elif not is_dry_run():  # which has no such product on its tensors, and here no temporary to count
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+# The head of a model --------------------------------------------------------------------------------------------------
+
+
+def output_head(model: nn.Module) -> Head:
+    """The model's output head, also of a model that peft wraps. Raises ModelError for a model without one."""
+    bare = causal_lm(model)
+    layer = bare.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(bare).__name__} has no output embeddings: it is not a causal language model")
+    settings = bare.config.get_text_config(decoder=True)
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= _number(settings, name, 1.0)
+    scale /= _number(settings, "logits_scaling", 1.0)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = max(_number(settings, name, 0.0) for name in caps)
+    weight_VD, trained_rows = _weight(layer)
+    bias_V = getattr(layer, "bias", None)
+    return Head(weight_VD, bias_V, softcap=softcap or None, logit_scale=scale, trained_rows=trained_rows)
+
+
+def _number(settings: object, name: str, default: float) -> float:
+    """A setting that only some model types have; None counts as absent."""
+    value = getattr(settings, name, None)
+    return default if value is None else float(value)
+
+
+def _weight(layer: Any) -> tuple[Tensor, TrainedRows | None]:
+    """The weight of an output layer, also where peft wraps it to train some of its rows."""
+    wrapper = layer.token_adapter if hasattr(layer, "token_adapter") else layer
+    if not hasattr(wrapper, "get_merged_weights") or wrapper.merged or wrapper.disable_adapters:
+        return layer.weight, None
+    merged_VD = wrapper.get_merged_weights(wrapper.active_adapters)
+    if len(wrapper.active_adapters) != 1 or wrapper.base_layer.weight.requires_grad:
+        return merged_VD, None
+    name = wrapper.active_adapters[0]
+    rows_R = torch.tensor(wrapper.token_indices[name], device=merged_VD.device)
+    return merged_VD, TrainedRows(rows_R, wrapper.trainable_tokens_delta[name])

@@ -8,18 +8,48 @@ Legend: C tokens of a chunk, R tokens of a block, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from preceptor.errors import ModelError
 from preceptor.model.attention.layout import computed_tokens
-from preceptor.model.loss.options import LossOptions
-from preceptor.model.loss.own import own_losses
-from preceptor.model.sizes import device_type_of, representative
+from preceptor.model.options import LossOptions
+from preceptor.model.sizes import FINEST, device_type_of, representative
 
 _BLOCK_LOGITS = {"cpu": 2**18, "cuda": 2**25}  # 1 MiB of float32, half of a core's cache; enough to fill a GPU
+
+
+# The head and its gradient are read and written once a chunk, which 512 tokens or more make up for: at a vocabulary of
+# 152,000, 64 MiB (220 tokens) take 1.4 times as long. On CPU chunks of 2048 tokens take 5 to 15 % longer than of 1024,
+# as the products' operands leave the cache (benchmarks/loss.py).
+LOGITS_BYTES = 256 * 2**20
+_GPU_LOGITS_BYTES = 2**30  # 4,096 tokens of a vocabulary of 128,000 in half precision: one chunk of most sequences
+_MOST_TOKENS = {"cpu": 1024}
+
+
+def chunk_tokens(
+    num_trained: int, vocab_size: int, bytes_per_logit: int, logits_bytes: int | None = None, device_type: str = "cpu"
+) -> int:
+    """Trained tokens of one chunk: at least 1, at most what `logits_bytes` holds, and chunks of about one size.
+
+    bytes_per_logit: of the type that the matrix products give. So the logits of a sequence take
+    chunk_tokens * vocab_size * bytes_per_logit bytes.
+    """
+    most = most_tokens(vocab_size, bytes_per_logit, logits_bytes, device_type)
+    num_chunks = max(1, -(-num_trained // most))
+    return max(1, -(-num_trained // num_chunks))
+
+
+def most_tokens(vocab_size: int, bytes_per_logit: int, logits_bytes: int | None, device_type: str) -> int:
+    """Tokens whose logits `logits_bytes` hold (None: the device's), at least 1; of halves on a CPU a grid's size."""
+    logits_bytes = logits_bytes or (_GPU_LOGITS_BYTES if device_type == "cuda" else LOGITS_BYTES)
+    most = max(1, logits_bytes // (bytes_per_logit * vocab_size))
+    most = min(most, _MOST_TOKENS.get(device_type, most))
+    on_grids = device_type == "cpu" and bytes_per_logit == 2 and most >= FINEST
+    return most // FINEST * FINEST if on_grids else most
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,3 +179,47 @@ def _exponentials(logits_RV: Tensor, target_R: Tensor) -> _Exponentials:
     total_R1 = logits_RV.sub_(top_R1).clamp_min_(least).exp_().sum(dim=-1, keepdim=True)
     log_total_R1 = total_R1.log()
     return _Exponentials(top_R1, total_R1, log_total_R1, below_top_R1 + log_total_R1)
+
+
+# A loss of the user's own ---------------------------------------------------------------------------------------------
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""f(log_prob_N, weight_N) -> loss_N, all of shape (N,); by default f = -weight_N * log_prob_N.
+
+What is minimised is the sum of f over the step, divided once by the step's number of trained tokens (or conversations).
+f is called for parts of the tokens, so each of its values may depend on its own token alone. Then the gradient by the
+logits is exact: df_n/dlog p_n * ([v = target] - q[v]), with q the softmax.
+"""
+
+
+def own_losses(function: TokenLoss, log_prob_R: Tensor, weight_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of some tokens, and their slopes by the log-probability. Raises ModelError for another shape."""
+    with torch.enable_grad():
+        leaf_R = log_prob_R.detach().requires_grad_()
+        losses_R = function(leaf_R, weight_R)
+        if not isinstance(losses_R, Tensor) or losses_R.shape != leaf_R.shape:
+            found = f"of shape {tuple(losses_R.shape)}" if isinstance(losses_R, Tensor) else type(losses_R).__name__
+            raise ModelError(f"loss.code: gave {found} for {len(leaf_R)} tokens; give a tensor of their shape (N,)")
+        if not losses_R.requires_grad:
+            raise ModelError("loss.code: its losses have no gradient by the log-probabilities; compute them with torch")
+        (slope_R,) = torch.autograd.grad(losses_R.sum(), leaf_R)
+    return losses_R.detach().to(log_prob_R.dtype), slope_R
+
+
+def require_token_wise(function: TokenLoss) -> None:
+    """Raises ModelError for a function that gives a token another loss beside other tokens, or fails."""
+    log_prob_N = torch.tensor([-0.01, -3.0, -0.7, -12.0, -0.2, -1.5], dtype=torch.float64)
+    weight_N = torch.tensor([1.0, 1.0, 0.5, 2.0, 1.0, 0.25], dtype=torch.float64)
+    try:
+        together = own_losses(function, log_prob_N, weight_N)
+        alone = [own_losses(function, log_prob_N[n : n + 1], weight_N[n : n + 1]) for n in range(len(log_prob_N))]
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"loss.code: raised {type(error).__name__}: {error}") from error
+    for what, whole_N, parts in zip(("loss", "gradient"), together, zip(*alone, strict=True), strict=True):
+        if not torch.allclose(whole_N, torch.cat(parts), rtol=1e-9, atol=1e-12, equal_nan=True):
+            raise ModelError(
+                f"loss.code: the {what} of a token changes with the tokens beside it, and they are computed in parts: "
+                "let each value depend on its own log-probability and weight alone, and divide by nothing"
+            )
