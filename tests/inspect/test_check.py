@@ -300,3 +300,15 @@ def test_replayed_examples_are_proved_too(run_file, check, write_jsonl):
     code, out, _ = check(run_file(conversations(4), replay={"data": [{"path": replayed}]}))
     assert code == 3 and "replayed.jsonl: text (1 example), messages (1 example), 1 rejected  (replay)" in out
     assert "no_assistant_message" in out and "example            4 " in out, "lengths are of data.train"
+
+
+def test_an_epoch_counts_what_is_replayed_as_training_does(run_file, write_jsonl):
+    rows = [{"text": f"Long ago, number {k} came home. " * (1 + k % 3)} for k in range(30)]
+    file = write_jsonl(rows, "replayed.jsonl")
+    run = config.load(run_file(conversations(8), replay={"data": [{"path": file, "weight": 0.5}], "share": 0.6}))
+    trees = list(prepare(run).train)
+    mixture = to_json(check_data(run), run)["mixture"]
+    assert mixture["num_tokens"] == sum(tree.num_tokens for tree in trees)
+    assert mixture["num_trained"] == sum(tree.num_trained for tree in trees)
+    drawn = sum("replayed.jsonl" in tree.source for tree in trees)
+    assert [source["num_examples"] for source in mixture["sources"]] == [8, drawn] and drawn > 1

@@ -12,9 +12,10 @@ from measured import ONE, sequence_of
 from safetensors.torch import save_file
 from test_docs import made_by
 
+from conftest import conversations
 from preceptor import config
 from preceptor.commands.plan import measured_rate
-from preceptor.errors import ConfigError, ModelError
+from preceptor.errors import ConfigError, DataError, ModelError
 from preceptor.model.parts import tower_parameters
 from preceptor.plan.changes import find_change
 from preceptor.plan.devices import DeviceSpec, _read_gpu, find_device
@@ -125,6 +126,41 @@ def test_the_scholars_plan_is_what_the_trainer_announces(tmp_path):
     assert plan["data"]["tokens_per_epoch"] == tokens
     assert plan["data"]["share_trained"] == pytest.approx(sum(t.num_trained for t in prepared.train) / tokens, rel=1e-6)
     assert plan["data"]["steps_per_epoch"] == pytest.approx(prepared.loader().steps_per_epoch, rel=0.02)
+
+
+def test_what_is_replayed_counts_as_in_training(run_file, write_jsonl):
+    from preceptor.train.prepare import prepare
+
+    file = write_jsonl([{"text": f"Long ago, number {k} came home. " * (1 + k % 3)} for k in range(40)], "old.jsonl")
+    replay = {"data": [{"path": file}], "share": 0.6}
+    run = config.load(run_file(conversations(12), replay=replay, train__duration="1 epochs"))
+    data, prepared = plan_of(run)["data"], prepare(run)
+    assert data["examples_per_epoch"] == pytest.approx(prepared.examples_per_epoch, abs=1)
+    assert data["tokens_per_epoch"] == pytest.approx(sum(tree.num_tokens for tree in prepared.train), rel=0.05)
+    assert data["num_steps"] == prepared.loader().steps_per_epoch > 3  # 3 without what is replayed
+
+
+def test_data_of_which_nothing_fits_is_refused_as_training_does(run_file):
+    from preceptor.train.prepare import prepare
+
+    run = config.load(run_file(conversations(3)), ["data.max_length=8"])
+    for refuse in (prepare, plan_of):
+        with pytest.raises(DataError, match=r"data\.max_length"):
+            refuse(run)
+    half = config.load(run_file([*conversations(3), {"text": "long " * 200}]))
+    data = plan_of(half)["data"]
+    assert data["examples_per_epoch"] == 3 and data["tokens_per_epoch"] < 200, "what is rejected is not trained"
+    split = config.load(run_file([{"text": "long " * 200}], data__overflow="split"))
+    assert "longer than data.max_length" in plan_of(split)["data"]["open"]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "one two three " * 5, "completion": "four"}, *conversations(1, turns=2)])
+def test_with_all_prompts_are_trained_too(run_file, row):
+    from preceptor.train.prepare import prepare
+
+    run = config.load(run_file([row], data__train_on="all"))
+    (tree,) = prepare(run).train
+    assert plan_of(run)["data"]["share_trained"] == pytest.approx(tree.num_trained / tree.num_tokens, abs=0.005)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 Lengths are in tokens. The *context* of a turn is all that the model reads before it, its *target* what it must
 generate. One sample per turn would take the sum of both over all turns; a tree holds shared tokens once. Each example
-counts once. If sources have a weight or a count, the examples of an epoch (the *mixture*) are counted too, exactly
-those that training takes.
+counts once. If sources have a weight or a count, or others are replayed, the examples of an epoch (the *mixture*) are
+counted too, exactly those that training takes.
 """
 
 import math
@@ -20,7 +20,7 @@ from preceptor import config
 from preceptor.chat.format import load_chat_format
 from preceptor.chat.thinking import Switch, TrainedCounts, left_out_lines, thinking_lines
 from preceptor.console import example_progress
-from preceptor.data.dataset import mix
+from preceptor.data.dataset import draw_replay, mix
 from preceptor.data.duplicates import NEAR, Fingerprints, leaks, repeats
 from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Tree, turn_lengths
@@ -83,17 +83,41 @@ class TableCount:
 
 
 @dataclass
-class Check:
-    """All counts. Lengths, samples and duplicates are of the training examples, rejections of all examples."""
+class TreeLengths:
+    """Lengths of trees and of their turns. Where prompts are trained too there are no turns."""
 
-    rejections: RejectionCounts
-    tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
     examples: Lengths = field(default_factory=Lengths)
     contexts: Lengths = field(default_factory=Lengths)
     targets: Lengths = field(default_factory=Lengths)
     trained: "array[int]" = field(default_factory=lambda: array("q"))  # trained tokens of each tree
     tree_of_turn: "array[int]" = field(default_factory=lambda: array("q"))  # the index of each turn's tree
     tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
+
+    def add(self, tree: Tree, targets: Targets) -> None:
+        self.examples.add(tree.num_tokens, tree.source)
+        self.trained.append(tree.num_trained)
+        for context, target in [] if targets == "all" else turn_lengths(tree):
+            self.tree_of_turn.append(len(self.trained) - 1)
+            self.contexts.add(context, tree.source)
+            self.targets.add(target, tree.source)
+
+    @property
+    def trained_N(self) -> np.ndarray:
+        return np.frombuffer(self.trained, np.int64)
+
+    def mixed(self, sources: Sequence[config.Source], seed: int) -> np.ndarray:
+        """The trees of an epoch, by number (data/dataset.py)."""
+        return mix([end - start for start, end in pairwise([0, *self.tree_ends])], sources, seed)
+
+
+@dataclass
+class Check:
+    """All counts. Lengths, samples and duplicates are of the training examples, rejections of all examples."""
+
+    rejections: RejectionCounts
+    tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
+    tuned: TreeLengths = field(default_factory=TreeLengths)
+    replayed: TreeLengths = field(default_factory=TreeLengths)
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
     counts: TrainedCounts = field(default_factory=lambda: TrainedCounts(Switch(), {}))
@@ -120,23 +144,16 @@ class Check:
         for example, tree in fitted:
             table.num_tokens += tree.num_tokens
             table.num_trained += tree.num_trained
-            if part == "train":
-                self.count_tree(tree, targets)
+            if part == "replay":
+                self.replayed.add(tree, targets)
+            elif part == "train":
+                self.tuned.add(tree, targets)
+                self.num_sample_tokens += num_sample_tokens(tree, targets)
                 self.counts.add(example, tree)
         assert not isinstance(entry.example, Rejection)
         self.has_conversations |= isinstance(entry.example, Conversation)
         if part != "replay":
             (self.train if part == "train" else self.held_out).add(entry.example)
-
-    def count_tree(self, tree: Tree, targets: Targets) -> None:
-        """Count one training tree. Where prompts are trained too there are no turns."""
-        self.examples.add(tree.num_tokens, tree.source)
-        self.trained.append(tree.num_trained)
-        for context, target in [] if targets == "all" else turn_lengths(tree):
-            self.tree_of_turn.append(len(self.trained) - 1)
-            self.contexts.add(context, tree.source)
-            self.targets.add(target, tree.source)
-        self.num_sample_tokens += num_sample_tokens(tree, targets)
 
 
 def check_data(run: config.Run, num_processes: int = 1) -> Check:
@@ -167,8 +184,9 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
                 found.count(part, entry, fitted, run.data.train_on)
                 num_split_off += part == "eval" and source.side is not None and not isinstance(fitted, Rejection)
                 on_example()
-            if part == "train":
-                found.tree_ends.append(len(found.trained))
+            if part != "eval":
+                of_part = found.tuned if part == "train" else found.replayed
+                of_part.tree_ends.append(len(of_part.trained))
     if run.data.eval_size is not None and not num_split_off:
         found.holds_out_nothing = holds_out_nothing(run.data.eval_size)
     return found
@@ -214,9 +232,9 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "num_tokens_saved_by_trees": saved,
         "share_saved_by_trees": saved / found.num_sample_tokens if found.num_sample_tokens else 0.0,
         "lengths": {
-            "example": found.examples.to_json(),
-            "context": found.contexts.to_json(),
-            "target": found.targets.to_json(),
+            "example": found.tuned.examples.to_json(),
+            "context": found.tuned.contexts.to_json(),
+            "target": found.tuned.targets.to_json(),
         },
         "mixture": (mixture := None if run is None or streaming else _mixture(found, run)),
         "few_steps": None
@@ -232,42 +250,49 @@ def _few_steps(found: Check, run: config.Run, num_tokens: int) -> str | None:
     """What there is to say of few optimizer steps; their number is an estimate from that of the tokens."""
     sequences = math.ceil(num_tokens / run.data.max_length)
     per_epoch = math.ceil(sequences / run.train.batch_size)
-    return (
-        few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, int(found.examples.all.max()))
-        if num_tokens
-        else None
-    )
+    longest = max((int(part.examples.all.max()) for part in (found.tuned, found.replayed) if part.trained), default=0)
+    return few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, longest) if num_tokens else None
 
 
 def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
-    """The counts of an epoch; None if it is every example once."""
+    """The counts of an epoch, with what is replayed; None if it is every example once."""
     sources = run.data.train
-    if all(source.count is None and source.weight in (None, 1) for source in sources):
+    if run.replay is None and all(source.count is None and source.weight in (None, 1) for source in sources):
         return None
-    ends = [0, *found.tree_ends]
-    mixed = mix([end - start for start, end in pairwise(ends)], sources, run.train.seed)
-    times_N = np.bincount(mixed, minlength=ends[-1])
-    turn_times = times_N[np.frombuffer(found.tree_of_turn, np.int64)]
-    length_N, trained_N = found.examples.all, np.frombuffer(found.trained, np.int64)
-    num_tokens, num_trained = int(length_N @ times_N), int(trained_N @ times_N)
+    tuned, seed = found.tuned, run.train.seed
+    parts = [(tuned, sources, np.bincount(tuned.mixed(sources, seed), minlength=len(tuned.trained)))]
+    if run.replay is not None:
+        replayed, num_tuned = found.replayed, int(tuned.trained_N @ parts[0][2])
+        mixed = replayed.mixed(run.replay.data, seed)
+        drawn = mixed[draw_replay(replayed.trained_N[mixed], num_tuned, run.replay.share, seed)]
+        parts.append((replayed, run.replay.data, np.bincount(drawn, minlength=len(replayed.trained))))
+
+    def spread(lengths: Sequence[np.ndarray], times: Sequence[np.ndarray]) -> dict[str, Any] | None:
+        return _summary(np.concatenate([np.repeat(one, often) for one, often in zip(lengths, times, strict=True)]))
+
+    tree_times = [times_N for *_, times_N in parts]
+    turn_times = [times_N[np.frombuffer(part.tree_of_turn, np.int64)] for part, _, times_N in parts]
+    of_sources = [
+        {
+            "path": source.path,
+            "num_examples": int(times_N[start:end].sum()),
+            "num_tokens": int(part.examples.all[start:end] @ times_N[start:end]),
+            "num_trained": int(part.trained_N[start:end] @ times_N[start:end]),
+        }
+        for part, own, times_N in parts
+        for (start, end), source in zip(pairwise([0, *part.tree_ends]), own, strict=True)
+    ]
+    num_tokens, num_trained = (sum(one[key] for one in of_sources) for key in ("num_tokens", "num_trained"))
     return {
         "num_tokens": num_tokens,
         "num_trained": num_trained,
         "share_trained": num_trained / num_tokens if num_tokens else 0.0,
         "lengths": {
-            "example": _summary(np.repeat(length_N, times_N)),
-            "context": _summary(np.repeat(found.contexts.all, turn_times)),
-            "target": _summary(np.repeat(found.targets.all, turn_times)),
+            "example": spread([part.examples.all for part, *_ in parts], tree_times),
+            "context": spread([part.contexts.all for part, *_ in parts], turn_times),
+            "target": spread([part.targets.all for part, *_ in parts], turn_times),
         },
-        "sources": [
-            {
-                "path": source.path,
-                "num_examples": int(times_N[start:end].sum()),
-                "num_tokens": int(length_N[start:end] @ times_N[start:end]),
-                "num_trained": int(trained_N[start:end] @ times_N[start:end]),
-            }
-            for (start, end), source in zip(pairwise(ends), sources, strict=True)
-        ],
+        "sources": of_sources,
     }
 
 

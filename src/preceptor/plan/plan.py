@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from preceptor import config
 from preceptor.data.loader import few_steps
-from preceptor.errors import ModelError
+from preceptor.errors import DataError, ModelError
 from preceptor.model.options import ActivationPolicy, LoraOptions, Quantization, adapter_name
 from preceptor.model.sizes import rows_for
 from preceptor.plan.devices import DEVICES, SHARE_OF_RATE, DeviceSpec
@@ -66,7 +66,8 @@ def make_plan(
     ranks: processes on a node, and nodes, for which a placement of the model is planned too.
 
     Without a dry run: parameters and states alone, as far as config.json or the weight files tell. Raises ModelError
-    for adapter targets that the model has not, and where the model cannot run without values.
+    for adapter targets that the model has not, and where the model cannot run without values; DataError where no
+    example is short enough.
     """
     plan: dict[str, Any] = {
         "model": {"path": model.path, "model_type": model.model_type, "towers_open": False},
@@ -74,13 +75,14 @@ def make_plan(
         "device": {"name": device.name, "memory_bytes": device.memory_bytes, "usable_bytes": device.usable_bytes},
         "quick": dry_run is None,
     }
+    _require_fitting(run, sample)
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
         return plan | _states(run, model, sample, device)
     case = make_case(run, dry_run, sample, device)
     return plan | {
         "parameters": case.parameters.to_json(),
-        "sequence": _sequence_facts(case.work, isinstance(sample, str) or run.data.streaming),
+        "sequence": _sequence_facts(case.work, _known_largest(run, sample) is None),
         "memory": {
             "components": dict(case.memory.components),
             "host_bytes": host_bytes(case.setup, case.parameters),
@@ -182,12 +184,26 @@ def largest_sequence(run: config.Run, sample: Sample | str) -> tuple[TurnLengths
     Without a sample, and of a stream, of which larger ones may come: one conversation that fills the sequence,
     CONTEXT_SHARE of it context.
     """
-    limit = run.data.max_length
-    found = None if isinstance(sample, str) or run.data.streaming else sample.largest_sequence(limit)
+    limit, found = run.data.max_length, _known_largest(run, sample)
     if found is None:
         context = int(limit * CONTEXT_SHARE)
         return (((context, limit - context),),)
     return found
+
+
+def _known_largest(run: config.Run, sample: Sample | str) -> tuple[TurnLengths, ...] | None:
+    return None if isinstance(sample, str) or run.data.streaming else sample.largest_sequence(run.data.max_length)
+
+
+def _require_fitting(run: config.Run, sample: Sample | str) -> None:
+    """Raises DataError where training would have no example, as far as the sample tells."""
+    if isinstance(sample, str) or run.data.overflow != "reject" or not sample.whole or not sample.conversations:
+        return
+    if not sample.fitting(run.data.max_length).conversations:
+        raise DataError(
+            f"data.train: no example fits in data.max_length ({run.data.max_length:,} tokens); the shortest has about "
+            f"{min(sample.lengths):,}: raise it, or set data.overflow"
+        )
 
 
 def _run_facts(run: config.Run, device: DeviceSpec) -> dict[str, Any]:
@@ -247,6 +263,10 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
     """Sequences, tokens and steps; `open` says why they are not known, but for the steps of a stream."""
     if isinstance(sample, str):
         return {"open": sample}
+    fitting = sample.fitting(run.data.max_length)
+    if sample.conversations and not fitting.conversations:
+        return {"open": f"each of the {len(sample.conversations):,} examples read is longer than data.max_length"}
+    sample = fitting if run.data.overflow == "reject" else sample
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:
         found = "how many examples the data has is known only once it is read"
@@ -255,7 +275,7 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         return {"open": found}
     count = len(sample.conversations)
     tokens = sum(sample.lengths)
-    trained = sum(target for turns in sample.conversations for _, target in turns)
+    trained = Work(sample.conversations).num_trained
     steps_per_epoch = math.ceil(sequences_per_epoch / run.train.batch_size)
     num_steps, per_epoch = run.train.duration.steps(steps_per_epoch), round(tokens * sample.num_examples / count)
     return {

@@ -8,16 +8,19 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preceptor import config
 from preceptor.chat.template import BUILTIN
+from preceptor.data.dataset import draw_replay, mix
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
 from preceptor.data.sources import OpenSource, open_sources
-from preceptor.plan.work import TurnLengths
+from preceptor.plan.work import TurnLengths, Work
 
 SAMPLE_EXAMPLES, SAMPLE_CHARACTERS = 2_000, 2_000_000  # of each source, at most; a second of tokenising
 _OPENING = 2  # tokens before a message, beside its role: <|im_start|>, and a line's end after the role
@@ -42,11 +45,20 @@ class Sample:
     def lengths(self) -> list[int]:
         return [sum(context + target for context, target in turns) for turns in self.conversations]
 
+    def fitting(self, max_length: int) -> "Sample":
+        """Without the conversations that do not fit into a sequence; an epoch has fewer examples by their share."""
+        fitting = tuple(
+            turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
+        )
+        if len(fitting) == len(self.conversations):
+            return self
+        share = len(fitting) / len(self.conversations)
+        num_examples = None if self.num_examples is None else self.num_examples * share
+        return replace(self, conversations=fitting, num_examples=num_examples)
+
     def sequences(self, max_length: int) -> list[tuple[TurnLengths, ...]]:
         """The sample's conversations packed as training packs them, without those that do not fit into one."""
-        fitting = [
-            turns for turns, length in zip(self.conversations, self.lengths, strict=True) if 0 < length <= max_length
-        ]
+        fitting = self.fitting(max_length).conversations
         lengths = [sum(context + target for context, target in turns) for turns in fitting]
         return [tuple(fitting[index] for index in indices) for indices in plan_sequences(lengths, max_length, seed=0)]
 
@@ -72,15 +84,21 @@ class Sample:
 
 
 def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
-    """A sample of the training data, or a sentence saying why there is none. Raises DataError as reading does."""
+    """A sample of the training data with what is replayed beside it, or a sentence saying why there is none.
+
+    Raises DataError as reading does.
+    """
     if tokenizer_file is None:
         return "the model's tokenizer.json is not on this machine"
-    if any("://" in s.path for s in run.data.train):
+    replayed = [] if run.replay is None else run.replay.data
+    sources = [*run.data.train, *replayed]
+    if any("://" in s.path for s in sources):
         return "the data is at a URL, and is not fetched for a plan"
-    if any(re.fullmatch(r"[\w.-]+/[\w.-]+", s.path) and not Path(s.path).exists() for s in run.data.train):
+    if any(re.fullmatch(r"[\w.-]+/[\w.-]+", s.path) and not Path(s.path).exists() for s in sources):
         return "the data is on the Hub, and is not fetched for a plan"
     opened_sources, _ = open_sources(run.data)
-    if any(source.is_pipe for source in opened_sources):
+    opened_replay = [OpenSource(source) for source in replayed]
+    if any(source.is_pipe for source in (*opened_sources, *opened_replay)):
         return "the data is in a pipe, and is not read for a plan"
     from tokenizers import Tokenizer
 
@@ -98,7 +116,29 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
         in_source = None if run.data.streaming else _examples_in(opened, records, ended)
         num_examples = None if num_examples is None or in_source is None else num_examples + in_source
     added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
-    return Sample(tuple(conversations), num_examples, whole, added, tokenizer.get_vocab_size() + added)
+    sample = Sample(tuple(conversations), num_examples, whole, added, tokenizer.get_vocab_size() + added)
+    return _with_replay(sample, run, opened_replay, tokenizer) if opened_replay and conversations else sample
+
+
+def _with_replay(sample: Sample, run: config.Run, opened: Sequence[OpenSource], tokenizer: Any) -> Sample:
+    """The sample and the examples that are replayed beside it, drawn as training draws them beside an epoch."""
+    assert run.replay is not None
+    most = run.data.max_length if run.data.overflow == "reject" else math.inf
+    found = [
+        _turns_of([r for r in _first(source)[0] if not isinstance(r, Rejection)], tokenizer, run.data.train_on)
+        for source in opened
+    ]
+    kept = [[turns for turns in of_source if sum(map(sum, turns)) <= most] for of_source in found]
+    every = [turns for of_source in kept for turns in of_source]
+    mixed_N = mix(map(len, kept), run.replay.data, run.train.seed)
+    trained_N = np.array([Work((every[index],)).num_trained for index in mixed_N], np.int64)
+    tuned = [turns for turns, length in zip(sample.conversations, sample.lengths, strict=True) if length <= most]
+    drawn = mixed_N[draw_replay(trained_N, Work(tuple(tuned)).num_trained, run.replay.share, run.train.seed)]
+    more = tuple(every[index] for index in drawn)
+    num_examples = sample.num_examples
+    if num_examples is not None:
+        num_examples += len(more) * (num_examples / len(sample.conversations))
+    return replace(sample, conversations=sample.conversations + more, num_examples=num_examples)
 
 
 def _first(opened: OpenSource) -> tuple[list[Example | Rejection], bool]:
@@ -149,8 +189,8 @@ def _turns_of(examples: Sequence[Example], tokenizer: Any, train_on: str) -> lis
                 context = max(0, closing - 1)
             else:
                 context += opening + length + closing
-        if turns:
-            found.append(tuple(turns))
+        if turns:  # with `all`, whatever stands up to the last target's end is trained
+            found.append(((0, sum(map(sum, turns))),) if train_on == "all" else tuple(turns))
     return found
 
 
@@ -175,7 +215,7 @@ def _pieces(example: Example, train_on: str) -> Iterator[_SampledText]:
         if example.tools:
             yield _SampledText(json.dumps(example.tools, ensure_ascii=False), "system", False)
         for index, message in enumerate(example.messages):
-            yield _SampledText(_text_of(message), message.role, index in chosen or train_on == "all")
+            yield _SampledText(_text_of(message), message.role, index in chosen)
 
 
 def _text_of(message: Message) -> str:
