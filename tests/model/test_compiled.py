@@ -171,6 +171,20 @@ def test_a_model_that_is_spread_over_processes_is_not_compiled(monkeypatch):
     assert any("it is spread over processes, so its layers cannot be compiled" in line for line in lines)
 
 
+def test_a_model_with_adapted_experts_is_not_compiled(monkeypatch):
+    def adapted(mode):
+        model = add_adapter(tiny_model("qwen3_moe"), 2, 2.0, 0.0, None, (), seed=0)
+        install(model, mode)
+        return model
+
+    with pytest.raises(ModelError, match=r"qwen3_moe: its experts are adapted.*engine: efficient"):
+        preflight(adapted("compiled"), loader(), "float32", lambda line: None)
+    monkeypatch.setattr(compiled, "device_type_of", lambda _: "cuda")
+    monkeypatch.setattr(compiled, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert Engine(adapted("auto")).state.not_compiled == compiled.ADAPTED_EXPERTS
+
+
 @pytest.mark.parametrize("name", ["Gemma 2, soft-caps, windows"] + ["Llama, QLoRA"] * bool(TORTURE))
 def test_models_and_adapters_are_exact_and_nothing_is_compiled_for_the_third_length(name):
     """A tree is in each sequence. All cases, by aot_eager, are in benchmarks/results/compiled.json."""

@@ -163,6 +163,38 @@ def test_with_all_prompts_are_trained_too(run_file, row):
     assert plan_of(run)["data"]["share_trained"] == pytest.approx(tree.num_trained / tree.num_tokens, abs=0.005)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lr_factors={lm_hed: 2}"], r"lr_factors: 'lm_hed' matches no parameter that is trained.*lm_head"),
+        (
+            ["adapter={rank: 2}", "optimizer.lr_factors={'*.mlp.up_proj.weight': 2}"],
+            "matches no parameter that is trained",
+        ),
+        (
+            ["model.freeze=['lm_head', '*.embed_tokens']"],
+            r"model\.freeze: .* is frozen, .*<\|im_end\|>.* to stop",
+        ),
+        (["model.train_only=['*.layers.0']"], r"model\.train_only: .* is frozen, .*<\|im_end\|>"),
+    ],
+)
+def test_what_training_refuses_has_no_plan(run_file, overrides, said):
+    from preceptor.train.build import build_model, choose_device, optimizer_of
+    from preceptor.train.prepare import prepare
+
+    run = config.load(run_file(conversations(3)), overrides)
+    with pytest.raises(ModelError, match=said):
+        plan_of(run)
+    with pytest.raises(ModelError, match=said):
+        optimizer_of(run, build_model(prepare(run), choose_device("cpu")))
+
+
+def test_factors_of_what_is_trained_have_a_plan(run_file):
+    factors = "optimizer.lr_factors={'*.layers.1.*.lora_B.*': 2}"
+    run = config.load(run_file(conversations(3)), ["adapter={rank: 2}", factors])
+    assert plan_of(run)["memory"]["fits"]
+
+
 @pytest.fixture(scope="module")
 def page():
     """What writes the page on plans."""

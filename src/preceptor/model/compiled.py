@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from preceptor.model.parts import decoder_layers, has_experts, path_mixers
@@ -21,6 +22,7 @@ from preceptor.model.sizes import device_type_of, is_dry_run
 
 BACKEND = "inductor"
 CARRIES = "its layers carry a state from token to token, and each sequence has other runs"
+ADAPTED_EXPERTS = "its experts are adapted, which peft sets up again in each pass, so that torch compiles without end"
 _MOST_FORMS = 64  # graphs of one function; beyond, torch would run it uncompiled, without a word
 _CAPABILITY = (7, 0)  # of GPUs for which Triton compiles
 
@@ -33,11 +35,18 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return "the GPU is older than Triton compiles for"
+    if adapts_experts(model):
+        return ADAPTED_EXPERTS
     if has_experts(model):
         return "the number of tokens of each expert is another one in each sequence"
     if path_mixers(model):
         return CARRIES
     return None if decoder_layers(model) else "the model does not say which of its modules are layers"
+
+
+def adapts_experts(model: nn.Module) -> bool:
+    """Whether an adapter is on experts that are one tensor: peft parametrizes it before a pass, and undoes that."""
+    return any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 def run_compiled(layer: Any, forward: Callable[..., Any], arguments: Any, named: dict[str, Any]) -> Any:

@@ -187,3 +187,20 @@ def choose_trained(model: nn.Module, freeze: Sequence[str], train_only: Sequence
         parameter.requires_grad_(False)
     num = sum(p.numel() for p in frozen)
     return f"{key}: {len(frozen)} of {len(before)} tensors ({num:,} parameters) stay as they are"
+
+
+def require_factors_fit(patterns: Iterable[str], trained: Sequence[str]) -> None:
+    """Raises ModelError for a pattern of `optimizer.lr_factors` that fits no name of what is trained."""
+    require_matches(patterns, trained, "optimizer.lr_factors", what="parameter that is trained")
+
+
+def require_stop_token_learned(model: nn.Module, stop_token: str, key: str) -> None:
+    """Raises ModelError where the head is frozen. stop_token: ends a turn, and is new to the model. key: that froze."""
+    head = causal_lm(model).get_output_embeddings().weight
+    if not head.requires_grad:
+        name = next(name for name, parameter in model.named_parameters() if parameter is head)
+        raise ModelError(
+            f"model.{key}: {name} is frozen, and it has the row of {stop_token}, which ends each answer and "
+            "is new to the model: the model could never learn to stop. Train that weight too, or choose a "
+            "data.chat_template whose stop token the model knows"
+        )

@@ -10,7 +10,7 @@ layer's forward or backward, the loss) is continued to the real depth: its bytes
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +42,8 @@ from preceptor.model.parts import (
     freeze_towers,
     model_type,
     path_mixers,
+    require_factors_fit,
+    require_stop_token_learned,
 )
 from preceptor.model.quantization import quantize
 from preceptor.model.routers import router_aux_coef
@@ -116,6 +118,20 @@ class DryRun:
                 found = short.continued(long, self._depths.times)
             self._parameters[key] = found
         return self._parameters[key]
+
+    def require_trainable(
+        self, setup: Setup, num_rows: int, new_stop_token: str | None, patterns: Collection[str]
+    ) -> None:
+        """Raises ModelError for what training refuses: a new stop token whose row is frozen, and a pattern of
+        `optimizer.lr_factors` that fits nothing that is trained.
+        """
+        if new_stop_token is not None and setup.choice != EVERYTHING:
+            chosen = self._model(torch.float32, None, 0, num_rows, None, setup.choice)
+            require_stop_token_learned(chosen, new_stop_token, "freeze" if setup.choice[0] else "train_only")
+        if patterns:
+            model = self._model(torch.float32, setup.adapter, setup.num_new_tokens, num_rows, None, setup.choice)
+            names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            require_factors_fit(patterns, names)
 
     def _two_depths(self, adapter: LoraSpec | None) -> tuple[int, int]:
         """That stand for the whole; the whole itself where layers are adapted by name."""

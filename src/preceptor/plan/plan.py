@@ -66,8 +66,8 @@ def make_plan(
     ranks: processes on a node, and nodes, for which a placement of the model is planned too.
 
     Without a dry run: parameters and states alone, as far as config.json or the weight files tell. Raises ModelError
-    for adapter targets that the model has not, and where the model cannot run without values; DataError where no
-    example is short enough.
+    for adapter targets and `optimizer.lr_factors` that the model has not, for a frozen row of a new stop token, and
+    where the model cannot run without values; DataError where no example is short enough.
     """
     plan: dict[str, Any] = {
         "model": {"path": model.path, "model_type": model.model_type, "towers_open": False},
@@ -79,6 +79,8 @@ def make_plan(
     if dry_run is None:
         plan["model"]["towers_open"] = model.towers_open
         return plan | _states(run, model, sample, device)
+    num_rows, stop = _num_rows(dry_run.num_rows, sample), None if isinstance(sample, str) else sample.new_stop_token
+    dry_run.require_trainable(setup_of(run, sample, device), num_rows, stop, run.optimizer.lr_factors)
     case = make_case(run, dry_run, sample, device)
     return plan | {
         "parameters": case.parameters.to_json(),

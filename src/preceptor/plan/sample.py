@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from preceptor import config
-from preceptor.chat.template import BUILTIN
+from preceptor.chat.template import BUILTIN, BuiltIn
 from preceptor.data.dataset import draw_replay, mix
 from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection, trainable_turns
 from preceptor.data.packing import plan_sequences
@@ -32,7 +32,7 @@ class Sample:
     """Conversations as turns of (context, target) tokens. num_examples: in an epoch; None where that is not known.
 
     whole: whether the sample is all of the data. num_new_tokens: what the template adds to the vocabulary, and
-    num_tokenizer: how many tokens the tokenizer has with them.
+    num_tokenizer: how many tokens the tokenizer has with them. new_stop_token: the one of them that ends a turn.
     """
 
     conversations: tuple[TurnLengths, ...]
@@ -40,6 +40,7 @@ class Sample:
     whole: bool
     num_new_tokens: int
     num_tokenizer: int
+    new_stop_token: str | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -115,8 +116,11 @@ def sample_data(run: config.Run, tokenizer_file: Path | None) -> Sample | str:
         conversations += _turns_of(good, tokenizer, run.data.train_on)
         in_source = None if run.data.streaming else _examples_in(opened, records, ended)
         num_examples = None if num_examples is None or in_source is None else num_examples + in_source
-    added = _added_tokens(run.data.chat_template, tokenizer_file, tokenizer) if has_conversations else 0
-    sample = Sample(tuple(conversations), num_examples, whole, added, tokenizer.get_vocab_size() + added)
+    template = _builtin_template(run.data.chat_template, tokenizer_file) if has_conversations else None
+    new = [] if template is None else [token for token in template.tokens if tokenizer.token_to_id(token) is None]
+    num_tokenizer = tokenizer.get_vocab_size() + len(new)
+    stop = template.stop if template is not None and template.stop in new else None
+    sample = Sample(tuple(conversations), num_examples, whole, len(new), num_tokenizer, stop)
     return _with_replay(sample, run, opened_replay, tokenizer) if opened_replay and conversations else sample
 
 
@@ -223,14 +227,11 @@ def _text_of(message: Message) -> str:
     return message.reasoning_content + message.content + calls
 
 
-def _added_tokens(template: str | None, tokenizer_file: Path, tokenizer: Any) -> int:
-    """How many tokens a built-in template adds to the vocabulary (chat/format.py)."""
+def _builtin_template(template: str | None, tokenizer_file: Path) -> BuiltIn | None:
+    """The built-in template that is used, which may add tokens to the vocabulary (chat/format.py)."""
     settings = _settings(tokenizer_file.with_name("tokenizer_config.json"))
     own = settings.get("chat_template") or tokenizer_file.with_name("chat_template.jinja").is_file()
-    name = template or ("tokenizer" if own else "chatml")
-    if name not in BUILTIN:
-        return 0
-    return sum(tokenizer.token_to_id(token) is None for token in BUILTIN[name].tokens)
+    return BUILTIN.get(template or ("tokenizer" if own else "chatml"))
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The model of a run as it is before the first step, on its device or spread over the processes; its optimizer."""
 
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,7 +18,7 @@ from preceptor.model.load import load_model, stored_dtype
 from preceptor.model.numerics import cpu_bfloat16_feature, first_not_finite, resolve_precision
 from preceptor.model.optimisations import install
 from preceptor.model.options import LoraOptions, lr_factors
-from preceptor.model.parts import choose_trained, freeze_towers
+from preceptor.model.parts import choose_trained, freeze_towers, require_stop_token_learned
 from preceptor.model.sharding import device_mesh, is_sharded, shard_from_first, shard_model
 from preceptor.plan.devices import DeviceSpec, host_memory_bytes
 from preceptor.plan.model import read_model
@@ -220,7 +219,8 @@ def build(
     if frozen := choose_trained(model, run.model.freeze, run.model.train_only):
         say(frozen)
         new = {**chat.added, **untrained}
-        _require_stop_token_learned(model, chat.tokenizer, new, "freeze" if run.model.freeze else "train_only")
+        if chat.tokenizer.eos_token_id in new.values():
+            require_stop_token_learned(model, chat.tokenizer.eos_token, "freeze" if run.model.freeze else "train_only")
         if new and not model.get_input_embeddings().weight.requires_grad:
             say(f"the embedding is not trained, so these tokens stay at their first values: {' '.join(new)}")
     if kind := run.model.quantization:
@@ -233,17 +233,6 @@ def build(
     if held is not None:
         held.keep(model, sorted(untrained.values()))
     return _spread(model, run.engine, device, placement, world), sorted(untrained.values())
-
-
-def _require_stop_token_learned(model: Any, tokenizer: Any, new: Mapping[str, int], key: str) -> None:
-    """Raises ModelError where the token that ends a turn is new and its row of the head frozen. new: tokens and ids."""
-    if tokenizer.eos_token_id in new.values() and not model.get_output_embeddings().weight.requires_grad:
-        head = next(n for n, p in model.named_parameters() if p is model.get_output_embeddings().weight)
-        raise ModelError(
-            f"model.{key}: {head} is frozen, and it has the row of {tokenizer.eos_token}, which ends each answer and "
-            "is new to the model: the model could never learn to stop. Train that weight too, or choose a "
-            "data.chat_template whose stop token the model knows"
-        )
 
 
 def _adapted(model: Any, run: config.Run, new_token_ids: list[int], first_values: bool, say: Say) -> Any:

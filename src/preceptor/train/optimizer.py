@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from preceptor import config
 from preceptor.errors import ModelError
 from preceptor.model.activations.modules import is_plain_parameter
-from preceptor.model.parts import decoder_layers, matches, require_matches
+from preceptor.model.parts import decoder_layers, matches, require_factors_fit
 from preceptor.model.sharding import own_part
 from preceptor.plan.devices import host_memory_bytes
 from preceptor.plan.memory import LOW, OptimizerName, optimizer_bytes, rule_of, weight_update_bytes
@@ -72,7 +72,7 @@ def _rule(name: str, betas: Sequence[float], momentum: float | None) -> Rule:
 
 def _factors(trained: Mapping[str, nn.Parameter], patterns: Mapping[str, float]) -> dict[str, float]:
     """Of each parameter's learning rate; factors of several patterns multiply. Raises ModelError for a vain one."""
-    require_matches(patterns, list(trained), "optimizer.lr_factors", what="parameter that is trained")
+    require_factors_fit(patterns, list(trained))
     return {
         name: math.prod(factor for pattern, factor in patterns.items() if matches(pattern, name)) for name in trained
     }

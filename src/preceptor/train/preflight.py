@@ -27,7 +27,7 @@ from preceptor.data.loader import Loader, StreamLoader
 from preceptor.errors import ModelError, explaining_out_of_memory
 from preceptor.model.attention.cuda import kernels, with_kernels_that_run
 from preceptor.model.checks import check_compiled, check_head, check_isolation, check_phases, check_sequential
-from preceptor.model.compiled import CARRIES, compile_seconds, num_graphs
+from preceptor.model.compiled import ADAPTED_EXPERTS, CARRIES, adapts_experts, compile_seconds, num_graphs
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast, require_close
 from preceptor.model.optimisations import give_up_compiling
@@ -203,8 +203,13 @@ def _settle_compiling(
 
     before = compile_seconds()
     try:
-        if not trees or is_sharded(engine) or "mixers" in engine.state.optimisations:
-            why = "each conversation goes through it alone" if not trees else SPREAD if is_sharded(engine) else CARRIES
+        whys = {
+            "each conversation goes through it alone": not trees,
+            SPREAD: is_sharded(engine),
+            CARRIES: "mixers" in engine.state.optimisations,
+            ADAPTED_EXPERTS: adapts_experts(model),
+        }
+        for why in (why for why, holds in whys.items() if holds):
             raise ModelError(f"{model_type(model)}: {why}, so its layers cannot be compiled. Set `engine: efficient`.")
         with _line(say, "compiled layers give the loss and the gradient of layers as they are written"):
             model.train()
