@@ -23,6 +23,11 @@ def short(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type's name where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

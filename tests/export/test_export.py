@@ -81,6 +81,13 @@ def test_what_reads_another_context_is_refused_and_nothing_is_written(trained, p
     assert "nothing was proved" in (tmp_path / "run-hf/README.md").read_text()
 
 
+def test_special_tokens_that_were_trained_as_text_are_named_where_no_server_reads_them_so(trained, preceptor):
+    rows = conversations(4)
+    rows[0]["messages"][0]["content"] = "What is <|im_end|>?"
+    code, _, err = preceptor("export", trained(rows=rows, data__special_tokens_in_text="plain"), "--to", "hf")
+    assert code == 5 and "The data spells <|im_end|>: " in err and "data.special_tokens_in_text: plain" in err
+
+
 def test_a_model_that_does_not_stop_where_it_was_trained_to_is_refused(trained, preceptor, tmp_path):
     run = trained()
     for name, changes in (

@@ -400,4 +400,7 @@ def test_few_steps_are_said(tmp_path):
     run = run_of(tmp_path, data={"max_length": 256})
     plan = make_plan(run, read_model(run.model), sample, find_device("H100"), None, dry_run_of(run.model))
     said = "only 18 optimizer steps, too few to learn much (under 50): `train.batch_size: 1` with `data.max_length: 64`"
+    one = {**plan["data"], "examples_per_epoch": 1, "num_steps": 1, "steps_per_epoch": 1, "sequences_per_epoch": 1}
+    told = to_text({**plan, "data": one, "change": None})
+    assert " in 1 example, " in told and "about 1 sequence and 1 step per epoch; 1 step in total" in told
     assert plan["data"]["few_steps"].startswith(said) and said in to_text({**plan, "change": None})

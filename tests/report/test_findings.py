@@ -71,7 +71,7 @@ REJECTED = [{"source": f"rows.jsonl:{line}", "code": "too_long", "message": "too
         (
             {"data": DATA | {"shortened": LAST}},
             "note",
-            "3 examples were too long and lost their oldest context; 1 were split",
+            "3 examples were too long and lost their oldest context; 1 was split",
         ),
         ({"rejections": REJECTED}, "warning", "6 of 100 (6.0%) examples were rejected"),
         ({"rejections": REJECTED[:1]}, "note", "1 of 100 (1.0%) examples"),

@@ -5,6 +5,7 @@ import pytest
 from conftest import conversations
 from preceptor import config
 from preceptor.data.formats import text_files
+from preceptor.data.truncation import Shortened
 from preceptor.errors import DataError
 from preceptor.train.prepare import prepare
 
@@ -67,6 +68,15 @@ def test_grouped_prompts_cost_less_and_train_the_same(run_file):
     assert grouped.tokens.computed < apart.tokens.computed == grouped.tokens.ungrouped
     assert apart.tokens.computed == apart.tokens.one_sample_a_turn and not str(apart.tokens)
     assert "are saved; without grouped prompts" in str(grouped.tokens)
+
+
+def test_one_of_a_kind_is_said_as_one():
+    one = str(Shortened(num_truncated=1, num_texts_cut=1))
+    assert one.splitlines()[0] == "1 too long, its oldest context left out" and one.splitlines()[1].startswith(
+        "1 text "
+    )
+    both = str(Shortened(num_truncated=2, num_messages_left_out=3, num_turns_left_out=1))
+    assert both == "2 too long, their oldest context left out: 3 messages, 1 of them a turn that is not trained"
 
 
 def test_weight_and_count_of_replayed_sources_count(run_file, write_jsonl):

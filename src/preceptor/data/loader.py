@@ -20,7 +20,7 @@ from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
 from preceptor.data.packing import EpochPlans
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.stream import Window, Windows
-from preceptor.errors import StreamError
+from preceptor.errors import StreamError, counted
 
 FEW_STEPS = 50  # of an optimizer; fewer hardly change how a model answers
 _MORE = 1.2  # times the steps of an epoch: what shorter sequences must promise, whose number is an estimate
@@ -35,7 +35,7 @@ def few_steps(num_steps: int, steps_per_epoch: int, num_tokens: int, longest: in
         return None
     shortest = max(64, -(-longest // 64) * 64)
     per_epoch = math.ceil(num_tokens / shortest)
-    seen = f"only {num_steps:,} optimizer step{'s' * (num_steps != 1)}, too few to learn much (under {FEW_STEPS}): "
+    seen = f"only {counted(num_steps, 'optimizer step')}, too few to learn much (under {FEW_STEPS}): "
     # Of so few examples no packing makes many steps, or not many more.
     if per_epoch < max(FEW_STEPS / 5, steps_per_epoch * _MORE):
         return f"{seen}add examples, or raise `train.duration`"

@@ -34,6 +34,7 @@ from preceptor.data.examples import (
 )
 from preceptor.data.forest import Segment, Tree
 from preceptor.data.workers import ExampleRenderer
+from preceptor.errors import counted
 
 Overflow = Literal["reject", "truncate_context", "split"]
 ExampleTree = tuple[Example, Tree]
@@ -60,15 +61,21 @@ class Shortened:
         """A line for each kind; "" where every example fitted."""
         lines = []
         if self.num_truncated:
-            lines.append(
-                f"{self.num_truncated:,} too long, their oldest context left out: {self.num_messages_left_out:,} "
-                f"messages, {self.num_turns_left_out:,} of them turns that are not trained"
-            )
+            messages = f": {counted(self.num_messages_left_out, 'message')}" if self.num_messages_left_out else ""
+            own = "a turn that is" if self.num_turns_left_out == 1 else "turns that are"
+            turns = f", {self.num_turns_left_out:,} of them {own} not trained" if self.num_turns_left_out else ""
+            whose = _whose(self.num_truncated)
+            lines.append(f"{self.num_truncated:,} too long, {whose} oldest context left out{messages}{turns}")
         if self.num_split:
             lines.append(f"{self.num_split:,} too long, split into {self.num_parts:,}; every turn is trained once")
         if self.num_texts_cut:
-            lines.append(f"{self.num_texts_cut:,} texts without their beginning, as even one exchange was too long")
+            texts = f"{counted(self.num_texts_cut, 'text')} without {_whose(self.num_texts_cut)} beginning"
+            lines.append(f"{texts}, as even one exchange was too long")
         return "\n".join(lines)
+
+
+def _whose(count: int) -> str:
+    return "its" if count == 1 else "their"
 
 
 _CHARACTERS_OF_A_TOKEN = 100  # more than any text has on average

@@ -38,6 +38,7 @@ class TrainedTurn:
     tools: Sequence[Mapping[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     switched: Mapping[str, Any] = field(default_factory=dict)
+    spelled: str | None = None  # a special token in its messages, which was trained as plain text
 
     @property
     def is_plain(self) -> bool:
@@ -82,6 +83,8 @@ def _of_run(run: config.Run) -> Iterator[TrainedTurn]:
     sources = [*held_out, *train]
     chat = load_chat_format(run.model, run.data, sources)
     renderer = chat.renderer(run.data)
+    is_plain = run.data.special_tokens_in_text == "plain"
+    as_plain = [token.content for token in chat.tokenizer.added_tokens_decoder.values()] if is_plain else []
     found = ((example, renderer.render(example)) for source in sources for example in _examples(source))
     for example, tree in islice(((e, t) for e, t in found if not isinstance(t, Rejection)), NUM_EXAMPLES):
         switched = {k: renderer.switch.set_to(value) for k, value in tree.switched}
@@ -89,7 +92,10 @@ def _of_run(run: config.Run) -> Iterator[TrainedTurn]:
             if isinstance(example, Conversation):
                 given = [message.given for message in example.messages[: turn.message]]
                 own = dict(example.template_kwargs)
-                yield TrainedTurn(example.source, turn, given, example.tools, own, switched.get(turn.message, {}))
+                texts = str([message.given for message in example.messages[: turn.message + 1]])
+                spelled = next((token for token in as_plain if token in texts), None)
+                switch = switched.get(turn.message, {})
+                yield TrainedTurn(example.source, turn, given, example.tools, own, switch, spelled)
 
 
 def _examples(source: OpenSource) -> Iterator[Example]:
@@ -164,10 +170,14 @@ def require_equal(what: str, turn: TrainedTurn, found: Sequence[int], trained: S
         (i for i, (a, b) in enumerate(zip(found, trained, strict=False)) if a != b), min(len(found), len(trained))
     )
     near = slice(max(0, at - 2), at + _SHOWN)
+    why = (
+        f"The data spells {turn.spelled}: training read it as text (data.special_tokens_in_text: plain), and whoever "
+        "is given the text reads it as the token. "
+    )
     raise ModelError(
         f"refused: {what} reads another context than training for {turn.source}, message {turn.rendered.message}: from "
-        f"token {at} on {list(found[near])} of {len(found)}, trained {list(trained[near])} of {len(trained)}. Nothing "
-        "was written (--skip-proof writes it all the same)"
+        f"token {at} on {list(found[near])} of {len(found)}, trained {list(trained[near])} of {len(trained)}. "
+        f"{why if turn.spelled else ''}Nothing was written (--skip-proof writes it all the same)"
     )
 
 

@@ -31,6 +31,7 @@ from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
 from preceptor.data.workers import Targets
+from preceptor.errors import counted
 from preceptor.inspect.template import asks_for_answers
 
 _FIRST_PLACES = 5
@@ -272,7 +273,7 @@ def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
 
     tree_times = [times_N for *_, times_N in parts]
     turn_times = [times_N[np.frombuffer(part.tree_of_turn, np.int64)] for part, _, times_N in parts]
-    of_sources = [
+    of_sources: list[dict[str, Any]] = [
         {
             "path": source.path,
             "num_examples": int(times_N[start:end].sum()),
@@ -336,7 +337,7 @@ def _file_lines(files: Sequence[dict[str, Any]]) -> str:
 
 def format_line(name: str, formats: Mapping[str, int]) -> str:
     """The number of examples of each format in a file."""
-    return f"{name}: " + ", ".join(f"{form} ({_plural(count, 'example')})" for form, count in formats.items())
+    return f"{name}: " + ", ".join(f"{form} ({counted(count, 'example')})" for form, count in formats.items())
 
 
 def _tokens(found: dict[str, Any]) -> str:
@@ -381,7 +382,7 @@ def _mixture_lines(mixture: Mapping[str, Any] | None) -> str:
     for source in mixture["sources"]:
         share = source["num_tokens"] / mixture["num_tokens"]
         trained = source["num_trained"] / mixture["num_trained"] if mixture["num_trained"] else 0.0
-        examples = _plural(source["num_examples"], "example")
+        examples = counted(source["num_examples"], "example")
         lines.append(f"  {source['path']}: {examples}, {share:.1%} of the tokens, {trained:.1%} of the trained")
     return "\n".join(lines)
 
@@ -394,13 +395,13 @@ def _repeated(found: dict[str, Any]) -> str:
             if found[key] is not None:
                 repeated = found[key][kind]
                 verb = "repeats" if repeated["count"] == 1 else "repeat"
-                lines.append(f"  {_plural(repeated['count'], 'training example')} {verb} {where} {how}")
+                lines.append(f"  {counted(repeated['count'], 'training example')} {verb} {where} {how}")
                 lines.extend(f"      {pair['source']} repeats {pair['repeats']}" for pair in repeated["first"])
     prompted = (found["in_the_evaluation_set"] or {}).get("prompt")
     if prompted is not None:
         verb = "has" if prompted["count"] == 1 else "have"
         lines.append(
-            f"  {_plural(prompted['count'], 'training example')} {verb} the prompt of one of the evaluation set, "
+            f"  {counted(prompted['count'], 'training example')} {verb} the prompt of one of the evaluation set, "
             "with another answer"
         )
         lines.extend(f"      {pair['source']} has the prompt of {pair['repeats']}" for pair in prompted["first"])
@@ -410,7 +411,7 @@ def _repeated(found: dict[str, Any]) -> str:
 def _rejections(found: dict[str, Any]) -> str:
     if not found["rejections"]:
         return ""
-    lines = [f"Rejected: {found['num_rejected']:,} of {_plural(found['num_examples'], 'example')}"]
+    lines = [f"Rejected: {found['num_rejected']:,} of {counted(found['num_examples'], 'example')}"]
     for reason in found["rejections"]:
         allowed = "  allowed by data.allow_rejected" if reason["allowed"] else ""
         lines.append(f"  {reason['count']:>8,}  {reason['share']:>6.1%}  {reason['code']}{allowed}")
@@ -430,7 +431,7 @@ def _verdict(found: dict[str, Any]) -> str:
     if found["num_rejected_not_allowed"]:
         codes = ", ".join(reason["code"] for reason in found["rejections"] if not reason["allowed"])
         lines.append(
-            f"not passed: {_plural(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
+            f"not passed: {counted(found['num_rejected_not_allowed'], 'example')} rejected. Fix the data, or let "
             f"such examples be left out with `data.allow_rejected: [{codes}]`"
         )
     elif found["holds_out_nothing"]:
@@ -439,13 +440,9 @@ def _verdict(found: dict[str, Any]) -> str:
         lines.append("not passed: no example is left to train")
     else:
         left_out = (
-            f" except {_plural(found['num_rejected'], 'rejected example')}, which the run file allows"
+            f" except {counted(found['num_rejected'], 'rejected example')}, which the run file allows"
             if found["num_rejected"]
             else ""
         )
         lines.append(f"passed: every example is proved{left_out}")
     return "\n".join(lines)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -267,7 +267,7 @@ def _data_facts(run: config.Run, sample: Sample | str) -> dict[str, Any]:
         return {"open": sample}
     fitting = sample.fitting(run.data.max_length)
     if sample.conversations and not fitting.conversations:
-        return {"open": f"each of the {len(sample.conversations):,} examples read is longer than data.max_length"}
+        return {"open": "every example that was read is longer than data.max_length"}
     sample = fitting if run.data.overflow == "reject" else sample
     sequences_per_epoch = sample.sequences_per_epoch(run.data.max_length)
     if sequences_per_epoch is None or sample.num_examples is None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from preceptor.errors import counted
+
 
 def to_text(plan: Mapping[str, Any]) -> str:
     """What `make_plan` gives, and what `find_change` found, as lines."""
@@ -51,7 +53,7 @@ def _memory(plan: Mapping[str, Any]) -> str:
         sequence = plan["sequence"]
         lines.append(f"  {'peak':<18}{size(memory['peak_bytes']):>10}, {_WHEN[memory['moment']]}")
         assumed = "; assumed: 3/4 of them context" if sequence["assumed"] else ""
-        conversations = f"{sequence['num_conversations']} conversation{'s' * (sequence['num_conversations'] != 1)}"
+        conversations = f"{counted(sequence['num_conversations'], 'conversation')}"
         lines.append(
             f"  for a sequence of {sequence['num_tokens']:,} tokens, {sequence['num_trained']:,} of them trained, "
             f"in {conversations}{assumed}"
@@ -109,12 +111,13 @@ def _work(plan: Mapping[str, Any]) -> str:
         lines.append(f"  steps and tokens are not known: {data['open']}")
     else:
         lines.append(
-            f"  about {data['tokens_per_epoch']:,} tokens per epoch in {data['examples_per_epoch']:,} examples, "
-            f"{data['share_trained']:.0%} of them trained (from {data['num_sampled']:,} examples)"
+            f"  about {data['tokens_per_epoch']:,} tokens per epoch in "
+            f"{counted(data['examples_per_epoch'], 'example')}, {data['share_trained']:.0%} of them trained "
+            f"(from {counted(data['num_sampled'], 'example')})"
         )
         lines.append(
-            f"  about {data['sequences_per_epoch']:,} sequences and {data['steps_per_epoch']:,} steps per epoch; "
-            f"{data['num_steps']:,} steps in total"
+            f"  about {counted(data['sequences_per_epoch'], 'sequence')} and "
+            f"{counted(data['steps_per_epoch'], 'step')} per epoch; {counted(data['num_steps'], 'step')} in total"
         )
         if data["few_steps"]:
             lines.append(f"  {data['few_steps']}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from preceptor.compare.verdict import change, sentence, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
+from preceptor.errors import counted
 from preceptor.evaluate.intervals import SHARE, interval
 from preceptor.evaluate.tasks import repeated_answer, repeated_line
 from preceptor.report.run_record import JsonObject, RunRecord
@@ -321,7 +322,15 @@ def _data(run: RunRecord) -> Iterator[Finding]:
     shortened: dict[str, Any] = run.data.get("shortened", {})
     cut, split = shortened.get("num_truncated", 0), shortened.get("num_split", 0)
     if cut or split:
-        yield Finding("note", f"{cut:,} examples were too long and lost their oldest context; {split:,} were split.")
+        yield Finding(
+            "note",
+            f"{_were(cut, 'example')} too long and lost {'its' if cut == 1 else 'their'} oldest context; "
+            f"{split:,} {'was' if split == 1 else 'were'} split.",
+        )
+
+
+def _were(count: int, noun: str) -> str:
+    return f"{counted(count, noun)} {'was' if count == 1 else 'were'}"
 
 
 def _rejected(run: RunRecord) -> Iterator[Finding]:
@@ -330,7 +339,7 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
     counts = run.counts
     if counts is None or not counts.train:
         if run.rejections:
-            yield Finding("note", f"{len(run.rejections):,} examples were rejected and not trained.", advice)
+            yield Finding("note", f"{_were(len(run.rejections), 'example')} rejected and not trained.", advice)
         return
     if num := counts.train_rejected:
         level: Severity = "warning" if num > MANY_REJECTED * counts.train else "note"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.chat.format import load_tokenizer
+from preceptor.errors import counted
 from preceptor.files import write_json_lines
 from preceptor.model.load import load_model
 from preceptor.select.choice import NO_DIVERSITY, Settings, choose, explain, summarise
@@ -79,7 +80,7 @@ def to_text(summary: dict[str, Any]) -> str:
 
 
 def _codes(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['num_examples']:,} examples"]
+    lines = [f"{counted(summary['num_examples'], 'example')}"]
     for code, count in sorted(summary["codes"].items(), key=lambda item: (item[0] != "kept", -item[1])):
         share = count / summary["num_examples"]
         lines.append(f"  {count:>9,}  {share:>6.1%}  {code:<14} {_MEANINGS.get(code, 'rejected')}")
@@ -116,5 +117,5 @@ def _verdict(summary: dict[str, Any]) -> str:
             "examples are kept, whatever their quality"
         )
     else:
-        lines.append(f"kept {summary['num_kept']:,} of {summary['num_examples']:,} examples")
+        lines.append(f"kept {summary['num_kept']:,} of {counted(summary['num_examples'], 'example')}")
     return "\n".join(lines)

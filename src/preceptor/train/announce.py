@@ -9,6 +9,7 @@ from rich.console import Console
 from preceptor import config
 from preceptor.chat.thinking import left_out_lines, spelled, thinking_lines
 from preceptor.data.loader import Loader, StreamLoader, few_steps
+from preceptor.errors import counted
 from preceptor.model.adapters.folder import table_lines
 from preceptor.model.load import unusable_settings
 from preceptor.model.parts import causal_lm, has_experts, tower_parameters
@@ -36,8 +37,9 @@ def announce(
     num_held_out = prepared.num_measured[0] - prepared.num_measured[1]
     held_out = f"; {num_held_out:,} held out" if num_held_out else ""
     console.print(
-        f"{of}{prepared.examples_per_epoch:,} examples, {tokens.computed:,} tokens, {tokens.trained:,} of them trained "
-        f"({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; {num_steps:,} steps{held_out}\n"
+        f"{of}{counted(prepared.examples_per_epoch, 'example')}, {tokens.computed:,} tokens, {tokens.trained:,} of "
+        f"them trained ({tokens.trained / tokens.computed:.0%}); sequences {loader.fill:.0%} full; "
+        f"{counted(num_steps, 'step')}{held_out}\n"
         f"{total:,} parameters, {trained:,} trained ({trained / total:.1%}), on {model.device}",
         highlight=False,
     )

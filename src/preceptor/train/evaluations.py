@@ -12,7 +12,7 @@ import transformers
 from preceptor.data.cache import key_of
 from preceptor.data.examples import Conversation
 from preceptor.data.forest import Tree, path_ids
-from preceptor.errors import CheckpointError, explaining_out_of_memory
+from preceptor.errors import CheckpointError, counted, explaining_out_of_memory
 from preceptor.evaluate.figures import summary
 from preceptor.evaluate.generate import Sampling
 from preceptor.evaluate.held_out import LabelledTree, label_targets, measure
@@ -89,7 +89,7 @@ class Evaluations:
             if self.world.is_first:
                 append_line(self.folder / "eval.jsonl", line)
             self.lines.append(line)
-            self.say(f"after {state.step} steps: {_shown(measured)}")
+            self.say(f"after {counted(state.step, 'step')}: {_shown(measured)}")
 
     def _measure(self, model: Any, alone: bool) -> dict[str, Any]:
         with explaining_out_of_memory(

@@ -13,7 +13,7 @@ from preceptor import config
 from preceptor.config.held import LiveModel
 from preceptor.console import Display
 from preceptor.data.loader import Loader, StreamLoader
-from preceptor.errors import CheckpointError, explaining_out_of_memory
+from preceptor.errors import CheckpointError, counted, explaining_out_of_memory
 from preceptor.files import read_json, write_json
 from preceptor.model.attention.cuda import kernels
 from preceptor.model.compiled import compile_seconds
@@ -201,7 +201,7 @@ def _go_on(
         if not state.step:
             raise CheckpointError(f"{run.out}: has no checkpoint to train on from{longer(run.out)}")
         world.first(lambda: folder.lengthen(config.dump(run), num_steps))
-        say(f"lengthened to {num_steps:,} steps; goes on after step {state.step:,}")
+        say(f"lengthened to {counted(num_steps, 'step')}; goes on after step {state.step:,}")
     world.first(lambda: folder.go_on(state.step, session(state.model.device, world.size), say))
     checkpoints.best = world.first(lambda: folder.best_step(run))  # of the evaluations up to there
 
