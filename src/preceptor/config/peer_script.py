@@ -102,7 +102,7 @@ def _name_classes(script: Script, trainers: set[str], found: ScriptSettings) -> 
     for name in sorted(trainers - {*_TRAINERS}):
         found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
     for name, base in script.derived.items():
-        found.unread.append(f"{name}: a class of its own on {base}; what its methods change there is not carried over")
+        found.unread.append(f"{name}: a class of its own on {base}: what it changes there is not carried over")
     for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
         if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
             found.unread.append(f"{owner}: {OF_IMAGES}")

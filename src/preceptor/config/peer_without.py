@@ -78,7 +78,7 @@ loss_watchdog_threshold loss_watchdog_patience: a step whose loss is not finite 
 push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision: nothing is uploaded: `hf
     upload` uploads the folder `model` in `out`
 greater_is_better: the direction of each metric of checkpoint.best is known: nothing to set
-mlflow_tracking_uri: mlflow reads MLFLOW_TRACKING_URI of the environment: set it there, and remove the key
+mlflow_tracking_uri: mlflow reads MLFLOW_TRACKING_URI of the environment: set it there
 early_stopping_threshold: an improvement counts where it is beyond chance, by a 95 % interval: nothing to set
 resume_from_checkpoint auto_resume_from_checkpoints: the same command continues a run that was stopped; `--from OUT`
     starts from the model of another run
