@@ -196,11 +196,11 @@ class _Watch:
             Path(self._counter).write_text(f"{self.num} {self.place}")
             os.kill(self._own, signal.SIGKILL)
         if writes and self._read_only_at is not None and self.num >= self._read_only_at:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         if self.num == self._full_at:
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.num == self._fails_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
 def result_of(folder):

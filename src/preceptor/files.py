@@ -31,12 +31,16 @@ def writing(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def using(folder: Path) -> Iterator[None]:
-    """Raises CheckpointError where the disk fails inside, with the file's name, or the folder's where it is unknown."""
+def using(folder: Path, only_within: bool = False) -> Iterator[None]:
+    """Raises CheckpointError where the disk fails inside, with the file's name, or the folder's where it is unknown.
+
+    only_within: only for a file of the folder; an error of another disk, or of none that is named, stays as it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        is_other = only_within and not (error.filename and Path(str(error.filename)).is_relative_to(folder))
+        if error.errno not in _DISK or is_other:
             raise
         raise CheckpointError(f"{error.filename or folder}: cannot be used: {error.strerror}") from error
 

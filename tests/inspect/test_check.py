@@ -293,3 +293,10 @@ def test_several_processes_find_the_same(run_file, monkeypatch):
     monkeypatch.setattr(workers, "_SMALL_CHARACTERS", {"fork": 0, "spawn": 0})
     found = check_data(run, num_processes=2)
     assert to_json(found, run) == alone and asked == [2, 2]
+
+
+def test_replayed_examples_are_proved_too(run_file, check, write_jsonl):
+    replayed = write_jsonl([{"text": "Long ago."}, {"messages": [USER]}], "replayed.jsonl")
+    code, out, _ = check(run_file(conversations(4), replay={"data": [{"path": replayed}]}))
+    assert code == 3 and "replayed.jsonl: text (1 example), messages (1 example), 1 rejected  (replay)" in out
+    assert "no_assistant_message" in out and "example            4 " in out, "lengths are of data.train"

@@ -21,6 +21,7 @@ from preceptor.model.loss.linear_cross_entropy import Head, linear_cross_entropy
 from preceptor.model.optimisations import OPTIMISATIONS, give_up_compiling, install
 from preceptor.model.options import ActivationPolicy, LossOptions
 from preceptor.train.preflight import preflight
+from preceptor.train.step import Objective
 from tiny import branching, chain, tiny_model
 
 # torch's own, in tracing
@@ -113,12 +114,13 @@ def loader():
     return Loader(Dataset([chain(rng, (5, 7)), chain(rng, (3, 9, 4, 6)), chain(rng, (8, 2))]), 64, 2, 0)
 
 
-def test_before_the_first_step_compiled_layers_are_held_against_the_layers_as_written(monkeypatch):
-    """Here beside an adapter, under autocast."""
+@pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy("recompute"), ActivationPolicy("full", "all")])
+def test_before_the_first_step_compiled_layers_are_held_against_the_layers_as_written(policy, monkeypatch):
+    """Here beside an adapter with dropout, under autocast; also where layers run again in backward."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     monkeypatch.setattr(optimisations, "why_not", lambda *_: None)
-    model, lines = add_adapter(tiny_model("llama", num_hidden_layers=1), 4, 8.0, 0.0, None, [], seed=0), []
-    preflight(model, loader(), "bfloat16", lines.append)
+    model, lines = add_adapter(tiny_model("llama", num_hidden_layers=1), 4, 8.0, 0.3, None, [], seed=0), []
+    preflight(model, loader(), "bfloat16", lines.append, Objective(policy))
     assert any(line.startswith("proved: compiled layers give the loss and the gradient") for line in lines)
     assert any(line.startswith("compiled in ") for line in lines) and Engine(model).state.compiles
 

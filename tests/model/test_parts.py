@@ -13,8 +13,11 @@ from transformers import AutoModelForMultimodalLM
 from conftest import conversations
 from preceptor import config
 from preceptor.errors import ModelError
+from preceptor.model.adapters.lora import add_adapter
 from preceptor.model.checks import check_head, check_isolation, check_sequential
 from preceptor.model.load import load_model
+from preceptor.model.loss.linear_cross_entropy import output_head
+from preceptor.model.options import LoraOptions
 from preceptor.model.parts import freeze_towers, tower_parameters
 from preceptor.train.prepare import prepare
 from runs import execute
@@ -78,3 +81,11 @@ def test_a_run_changes_the_text_and_saves_the_whole(run_file, tmp_path, kind, ad
     of_text = {name for name, p in tuned.named_parameters() if id(p) not in towers and "q_proj" in name}
     assert of_text and changed >= of_text
     assert type(load_model(saved, "float32", "cpu")) is type(tuned)
+
+
+def test_a_head_that_is_trained_whole_in_float32_is_the_models_own_beside_a_decoder_in_bfloat16():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    options = LoraOptions(modules_to_save=("lm_head",))
+    model = add_adapter(model, 4, 8.0, 0.0, None, [], seed=0, options=options)
+    assert output_head(model).weight_VD.dtype == torch.float32
+    check_head(model)

@@ -274,3 +274,9 @@ def test_what_cannot_run_without_values_is_said(monkeypatch):
     monkeypatch.setattr(attention, "forward", by_value)
     with pytest.raises(ModelError, match="llama: cannot run without values: only one"):
         dry_run.step(Setup(), KEEP_ALL, sequence_of(ONE), 512)
+
+
+def test_a_key_that_the_model_cannot_follow_is_said_as_training_says_it():
+    dry_run = dry_run_like(tiny_model("llama", **SIZES))
+    with pytest.raises(ModelError, match=r"^loss\.router_aux_coef: no router was found"):
+        dry_run.step(Setup(router_aux_coef=0.1), KEEP_ALL, sequence_of(ONE), 512)

@@ -11,7 +11,7 @@ from conftest import conversations
 from preceptor import config
 from preceptor.errors import DataError, ModelError
 from preceptor.evaluate.model import EvaluatedModel
-from preceptor.train.evaluations import _base_figures
+from preceptor.train.evaluations import _base_figures, build_evaluations
 from preceptor.train.prepare import prepare
 from preceptor.world import ONE
 from runs import execute
@@ -51,6 +51,20 @@ def test_every_look_has_the_held_out_figures_in_all_and_by_group_and_the_tasks(r
     samples = lines(folder, "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2, 4]
     assert all({"answer", "stopped", "sampled", "sampled_stopped", "reference"} <= sample.keys() for sample in samples)
+
+
+@pytest.mark.parametrize(("train_on", "turn"), [("assistant", 0), ("last", 1), ("all", 0)])
+def test_samples_answer_the_question_that_stands_beside_them(train_on, turn, run_file):
+    """Also where the prompt is a target too, and where the first turn that is trained is not the conversation's."""
+    row = conversations(2, turns=2)[1]
+    run = config.load(run_file(eval_rows=[row]), [f"data.train_on={train_on}", "train.precision=float32"])
+    prepared = prepare(run)
+    (prompt,) = build_evaluations(prepared, Path(run.out), print, alone=False).prompts
+    question, answer = row["messages"][2 * turn : 2 * turn + 2]
+    assert (prompt.last_message, prompt.reference) == (question["content"], answer["content"])
+    context = prepared.chat.tokenizer.decode(prompt.context)
+    assert context.endswith(f"{question['content']}<|im_end|>\n<|im_start|>assistant\n")
+    assert context.count("assistant\n") == turn + 1
 
 
 def test_looking_changes_nothing_that_is_trained(run_file, write_jsonl):

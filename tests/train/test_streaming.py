@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from preceptor.files import write_atomically
 from preceptor.plan.plan import _data_facts, largest_sequence
 from preceptor.plan.sample import sample_data
 from preceptor.report.facts import facts
+from preceptor.report.page import write_report
 from preceptor.report.run_record import read_run
 from preceptor.train import loop
 from preceptor.train import prepare as preparing
@@ -90,6 +92,8 @@ def test_what_a_run_records_of_its_windows(streamed, tmp_path, preceptor):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_examples"] == 5 * len(windows) and summary["num_rejected"] == len(rejections)
     assert summary["examples_per_epoch"] is None and summary["num_windows"] == len(windows)
+    write_report([folder])
+    assert re.search(r"train.jsonl</td>.*of each window, in windows.jsonl", (folder / "report.html").read_text())
 
 
 def signalled(monkeypatch, step, number=signal.SIGTERM):

@@ -339,9 +339,8 @@ def _as_json(value: Any) -> str:
 # Tokens as text -------------------------------------------------------------------------------------------------------
 
 # A character may take several tokens (bytes of an emoji), and some tokenizers drop a space when a token is decoded
-# alone;
-# `spans` therefore measures tokens against the text that they are known to spell, and gives up rather than be off by
-# one.
+# alone; `spans` therefore measures tokens against the text that they are known to spell, and gives up rather than be
+# off by one.
 
 _LONGEST_GROUP = 8  # tokens that may share one character; UTF-8 needs no more than four
 

@@ -25,11 +25,9 @@ from preceptor.errors import ConfigError, DataError, short
 # Sides ----------------------------------------------------------------------------------------------------------------
 
 # The side of an example follows from a hash of its question: of a conversation the first message of the user. White
-# space
-# and case do not count, as where `check` compares prompts (duplicates.py). So examples that are equal, or answer the
-# same
-# question, are on the same side; and examples that are added later, a change of their order or of `train.seed` move no
-# other one. The share is met in the mean, as if each question were drawn.
+# space and case do not count, as where `check` compares prompts (duplicates.py). So examples that are equal, or answer
+# the same question, are on the same side; and examples that are added later, a change of their order or of `train.seed`
+# move no other one. The share is met in the mean, as if each question were drawn.
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from preceptor.data.table_trees import MemoryArrays, TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
 from preceptor.errors import PreceptorError, ProcessError, StreamError
+from preceptor.files import writing
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
@@ -217,7 +218,8 @@ class Windows:
 
     def _say(self, name: str, text: str) -> None:
         if not (self.spool / "error").exists():
-            _write(self.spool / name, text)
+            with writing(self.spool / name):
+                _write(self.spool / name, text)
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +97,10 @@ class TableTrees:
         self._arrays, self._portion_path = arrays, portion_path
         self._portions: dict[int, FlatFile] = {}
         self._kept = {name: arrays.load(name) for name in ("lengths", "trained")}
-        self.rejections = [Rejection(name + place, code, said) for place, code, said in self.about["rejections"]]
+
+    @cached_property
+    def rejections(self) -> list[Rejection]:
+        return [Rejection(self.name + place, code, said) for place, code, said in self.about["rejections"]]
 
     @classmethod
     def opened(cls, name: str, file: FlatFile, cache: Cache) -> "TableTrees | None":

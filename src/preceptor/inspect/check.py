@@ -26,7 +26,7 @@ from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Tree, turn_lengths
 from preceptor.data.loader import few_steps
 from preceptor.data.reading import read_trees
-from preceptor.data.sources import Entry, holds_out_nothing, open_sources, require_no_pipe
+from preceptor.data.sources import Entry, OpenSource, holds_out_nothing, open_sources, require_no_pipe
 from preceptor.data.stream import window_shares
 from preceptor.data.table_trees import num_sample_tokens
 from preceptor.data.truncation import ExampleTree, Fitter, Shortened
@@ -73,7 +73,7 @@ def _summary(lengths: np.ndarray) -> dict[str, Any] | None:
 class TableCount:
     """The counts of one table."""
 
-    part: str  # `train` or `eval`
+    part: str  # `train`, `eval` or `replay`
     name: str
     formats: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
@@ -109,7 +109,7 @@ class Check:
         return self.rejections.num_not_allowed == 0 and len(self.train) > 0 and self.holds_out_nothing is None
 
     def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, targets: Targets) -> None:
-        """Count one entry of the part `train` or `eval`, with its trees or rejection."""
+        """Count one entry of the part `train`, `eval` or `replay`, with its trees or rejection."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
         table.num_examples += 1
         table.formats[entry.format] += 1
@@ -125,7 +125,8 @@ class Check:
                 self.counts.add(example, tree)
         assert not isinstance(entry.example, Rejection)
         self.has_conversations |= isinstance(entry.example, Conversation)
-        (self.train if part == "train" else self.held_out).add(entry.example)
+        if part != "replay":
+            (self.train if part == "train" else self.held_out).add(entry.example)
 
     def count_tree(self, tree: Tree, targets: Targets) -> None:
         """Count one training tree. Where prompts are trained too there are no turns."""
@@ -151,8 +152,9 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     train, held_out = open_sources(run.data)
     sources = [("train", source, most) for source, most in zip(train, numbers, strict=True)]
     sources += [("eval", source, None) for source in held_out]
+    sources += [("replay", OpenSource(source), None) for source in (run.replay.data if run.replay else [])]
     require_no_pipe([source for _, source, most in sources if most is None], run.data.streaming)
-    chat = load_chat_format(run.model, run.data, [source for _, source, _ in sources])
+    chat = load_chat_format(run.model, run.data, [*train, *held_out])
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
     found.shortened, found.asks = fitter.shortened, chat.template is None or asks_for_answers(renderer)
@@ -302,8 +304,8 @@ def _file_lines(files: Sequence[dict[str, Any]]) -> str:
     lines = ["Files"]
     for file in files:
         rejected = f", {file['num_rejected']:,} rejected" if file["num_rejected"] else ""
-        held_out = "  (evaluation)" if file["part"] == "eval" else ""
-        lines.append(f"  {format_line(file['name'], file['formats'])}{rejected}{held_out}")
+        use = {"train": "", "eval": "  (evaluation)", "replay": "  (replay)"}[file["part"]]
+        lines.append(f"  {format_line(file['name'], file['formats'])}{rejected}{use}")
     return "\n".join(lines)
 
 

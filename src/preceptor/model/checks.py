@@ -219,8 +219,8 @@ def check_head(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(weight_VD.shape[0], (1, 8), generator=generator).to(weight_VD.device)
     with evaluating(model):
-        expected_NV = bare(input_ids=ids, use_cache=False).logits[0].double()
-        hidden_ND = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0].double()
+        expected_NV = bare(input_ids=ids, use_cache=False).logits[0]
+        hidden_ND = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     if hidden_ND.shape[-1] != weight_VD.shape[-1]:
         raise ModelError(
             f"{model_type(model)}: the output embedding reads {weight_VD.shape[-1]} values per token, hidden states "
@@ -228,11 +228,12 @@ def check_head(model: nn.Module) -> None:
             f"wrong. Use another model type."
         )
     require_close(
-        replace(head, weight_VD=weight_VD.double()).logits(hidden_ND),
-        expected_NV,
+        replace(head, weight_VD=weight_VD.double()).logits(hidden_ND.double()),
+        expected_NV.double(),
         f"{model_type(model)}: the logits from the output embedding differ from the model's own, as this model does "
         f"more to its logits than is known here, so its loss would be wrong",
-        dtype=weight_VD.dtype,
+        # a head that an adapter trains whole is float32 beside a decoder in bfloat16
+        dtype=max(weight_VD.dtype, hidden_ND.dtype, expected_NV.dtype, key=rounding),
     )
 
 
@@ -307,7 +308,7 @@ def _measured(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Ten
     """The loss; the norm of each parameter's gradient; the same with its sum with signs, which depends on direction."""
     with evaluating(model) if has_dropout(model) else nullcontext():
         own = loss()
-    own.backward()
+        own.backward()  # layers that run again in it are to do the same
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     norms = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients.values()])
     sums = torch.stack([_signed_sum(name, gradient) for name, gradient in gradients.items()])

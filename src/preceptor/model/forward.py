@@ -86,10 +86,10 @@ class Engine(nn.Module):
             if balanced:
                 watch_routers(self.model, self.state)
             inputs = self._inputs(sequence, policy, step.num_levels, balanced)
-            self.state.accumulates = step.accumulates
-            if step.noise is not None:
-                self.state.noise_TD = step.noise.of(sequence, decoder_of(self.model).get_input_embeddings())
             try:
+                self.state.accumulates = step.accumulates
+                if step.noise is not None:
+                    self.state.noise_TD = step.noise.of(sequence, decoder_of(self.model).get_input_embeddings())
                 hidden_MD, source_N = self._loss_hidden_states(inputs, policy)
             finally:
                 self.state.accumulates, self.state.noise_TD = False, None

@@ -161,6 +161,8 @@ class DryRun:
                 return _passes(model, base, sequence, policy, setup, self._depths.side)
             except (ModelError, *FAILURES) as error:
                 if "last_layer" not in state.optimisations:
+                    if isinstance(error, ModelError):  # says itself what is wrong
+                        raise
                     raise ModelError(f"{model_type(model)}: cannot run without values: {first_line(error)}") from error
         state.optimisations.discard("last_layer")  # such a layer may not take fewer tokens than there are
         return self._run(setup, policy, sequence, num_rows, depth)

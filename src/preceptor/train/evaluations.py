@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from preceptor.data.cache import key_of
-from preceptor.data.examples import Conversation, trainable_turns
+from preceptor.data.examples import Conversation
 from preceptor.data.forest import Tree, path_ids
 from preceptor.errors import CheckpointError, explaining_out_of_memory
 from preceptor.evaluate.figures import summary
@@ -228,8 +228,9 @@ def _shown(measured: dict[str, Any]) -> str:
 
 def first_prompt(conversation: Conversation, tree: Tree) -> SamplePrompt:
     """The prompt of the conversation's first trained turn."""
-    turn = trainable_turns(conversation.messages)[0]
-    target = next(segment for segment in tree.segments if segment.kind == "target")
+    target = next(segment for segment in tree.segments if segment.message is not None)
+    turn = target.message
+    assert turn is not None
     return SamplePrompt(
         source=conversation.source,
         context=path_ids(tree, target.parent),

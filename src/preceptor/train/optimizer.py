@@ -72,7 +72,7 @@ def _rule(name: str, betas: Sequence[float], momentum: float | None) -> Rule:
 
 def _factors(trained: Mapping[str, nn.Parameter], patterns: Mapping[str, float]) -> dict[str, float]:
     """Of each parameter's learning rate; factors of several patterns multiply. Raises ModelError for a vain one."""
-    require_matches(patterns, list(trained), "optimizer.lr_factors")
+    require_matches(patterns, list(trained), "optimizer.lr_factors", what="parameter that is trained")
     return {
         name: math.prod(factor for pattern, factor in patterns.items() if matches(pattern, name)) for name in trained
     }

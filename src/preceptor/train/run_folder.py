@@ -219,7 +219,7 @@ def claim(
     """
     folder = Path(os.path.realpath(run.out))
     _require_apart(run, folder, run_file)
-    with locked(folder, run.out) as notes, using(folder):
+    with locked(folder, run.out) as notes, using(folder, only_within=True):
         found = _look(folder, run, resume, replace)
         found.notes += notes
         yield found
@@ -381,8 +381,6 @@ def move_aside(folder: Path) -> None:
 
 # A run that starts from another run -----------------------------------------------------------------------------------
 
-# A run that starts from another run: from its adapter, or from its model. No torch here.
-#
 # this run has an adapter, and the other one too    the same base model, the other run's adapter is trained on
 # else                                              the other run's model (with an adapter: merged) is the base
 

@@ -152,10 +152,9 @@ def adamw_8bit_rule(betas: Sequence[float], eps: float = 1e-8) -> Rule:
 #
 # A float32 number is 16 bits that make a bfloat16 number and 16 bits below it. `exact` keeps both, in two tensors: the
 # weight, with which the model computes, is the nearest bfloat16 number, and the rest is optimizer state, so that the
-# sum
-# is the float32 weight to the bit. `stochastic` keeps the weight alone and rounds up with the probability that makes
-# the
-# mean right (Zamirai et al. 2020, arXiv:2010.06192). `nearest` loses what is under half of the last place of a weight.
+# sum is the float32 weight to the bit. `stochastic` keeps the weight alone and rounds up with the probability that
+# makes the mean right (Zamirai et al. 2020, arXiv:2010.06192). `nearest` loses what is under half of the last place of
+# a weight.
 #
 # What is drawn at random is a function of a key (seed, step, parameter's name) and of the element's place in the whole
 # tensor: the same on every device, sharded or not, after any stop, and no generator has a state.
@@ -208,12 +207,9 @@ def parts_of(num: int, each: int) -> Iterator[slice]:
 # AdamW with 8-bit states, for matrices: codes of equal relative error, with one scale per block of a row.
 #
 # A mean is held as sign * scale * 2^-e: `scale` is the largest magnitude of its block of BLOCK elements of a row, and
-# the
-# code says the exponent e in equal steps, so that a small element is as exact as a large one (its square root divides
-# an
-# update: Dettmers et al. 2021, arXiv:2110.02861, on why equal steps of the value do not do). Of two codes the nearer
-# one
-# is the likelier one, and the mean is right: rounding to the nearest would hold a slow mean where it is.
+# the code says the exponent e in equal steps, so that a small element is as exact as a large one (its square root
+# divides an update: Dettmers et al. 2021, arXiv:2110.02861, on why equal steps of the value do not do). Of two codes
+# the nearer one is the likelier one, and the mean is right: rounding to the nearest would hold a slow mean where it is.
 #
 # Legend: R rows, K columns, B blocks of a row.
 

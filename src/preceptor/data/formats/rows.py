@@ -337,7 +337,7 @@ def _history(value: Any) -> list[tuple[str, str]]:
 # A function_call becomes an assistant's message with tool_calls: `value` is JSON, {"name": ..., "arguments": ...}, or a
 # list of such, as LLaMA-Factory writes it. All other keys (train, weight, reasoning_content, ...) stay as they are.
 
-ROLES = {
+_SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -363,10 +363,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if said_by == "function_call":
         # Content is empty, not absent: templates that add to it fail on an absent one.
         read = {"role": "assistant", "content": "", "tool_calls": _calls(value, where)}
-    elif isinstance(said_by, str) and said_by in ROLES:
-        read = {"role": ROLES[said_by], "content": value}
+    elif isinstance(said_by, str) and said_by in _SHAREGPT_ROLES:
+        read = {"role": _SHAREGPT_ROLES[said_by], "content": value}
     else:
-        known = ", ".join([*ROLES, "function_call"])
+        known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
         raise Unreadable("unknown_role", f"{where} is from {short(said_by)}; known are {known}")
     if twice := next((key for key in read if rest.get(key) not in (None, "", [], read[key])), None):
         raise Unreadable("ambiguous_format", f"{where} has from/value and also a different `{twice}`; remove `{twice}`")
