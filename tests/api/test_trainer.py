@@ -3,13 +3,21 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import datasets
 import pytest
 import torch
 import trl
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPTQConfig, SchedulerType
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPTQConfig,
+    SchedulerType,
+    TrainingArguments,
+)
 
 from conftest import conversations
 from preceptor import SFTConfig, SFTTrainer
@@ -107,6 +115,28 @@ def test_the_arguments_of_a_config_are_those_that_convert_carries_over(base_fold
         for key, value in converted[section].items():
             assert str(getattr(getattr(found, section), key)) == str(value), key
     assert any(key == "batch size" for key, _ in trainer.notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "rate", "memory"),
+    [
+        (TrainingArguments, {}, 5e-5, None),
+        (TrainingArguments, {"learning_rate": 5e-5, "gradient_checkpointing": False}, 5e-5, None),
+        (TrainingArguments, {"learning_rate": 2e-5, "activation_checkpointing": True}, 2e-5, "all"),
+        (trl.SFTConfig, {}, 2e-5, "all"),
+        (trl.SFTConfig, {"learning_rate": 5e-5, "activation_checkpointing": False}, 5e-5, None),
+        (SFTConfig, {}, 2e-5, "all"),
+        (SFTConfig, {"activation_checkpointing": False}, 2e-5, None),
+    ],
+)
+def test_absent_arguments_have_the_values_of_their_class(base_folder, tmp_path, kind, given, rate, memory):
+    half = {} if kind is SFTConfig else {"bf16": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of gradient_checkpointing
+        args = kind(str(tmp_path / "run"), use_cpu=True, **half, **given)
+        found = SFTTrainer(str(base_folder), args, train_dataset=ROWS).run.config
+    unset = type(found.memory)().activation_checkpointing
+    assert (found.optimizer.learning_rate, found.memory.activation_checkpointing) == (rate, memory or unset)
 
 
 def test_a_live_model_with_keywords_is_trained_and_saved(base_folder, tmp_path, capsys, monkeypatch):

@@ -101,6 +101,44 @@ def test_what_axolotls_examples_say_of_their_data_is_known(tmp_path):
     assert "only assistant turns" in notes_of(found)["data.train roles_to_train"]
 
 
+@pytest.mark.parametrize(
+    ("line", "data", "key"),
+    [
+        ("pretraining_dataset: own/texts", {"train": [{"path": "own/texts", "split": "train"}], "streaming": True}, ""),
+        (
+            "pretraining_dataset: {path: own/texts, field: body}",
+            {"train": [{"path": "own/texts", "split": "train", "columns": {"text": "body"}}], "streaming": True},
+            "",
+        ),
+        (
+            "datasets: [{path: own/chats, type: chat_template}]\npretraining_dataset: own/texts",
+            {"train": [{"path": "own/chats", "split": "train"}]},
+            "pretraining_dataset",
+        ),
+        (
+            "datasets: [{path: own.jsonl, ds_type: json, split: train, type: chat_template}]",
+            {"train": [{"path": "own.jsonl"}]},
+            "",
+        ),
+        (
+            "datasets: [{path: own.jsonl, ds_type: json, split: 'train[:9]', type: chat_template}]",
+            {"train": [{"path": "own.jsonl"}]},
+            "data.train split",
+        ),
+        ("chat_template: jinja\nchat_template_jinja: own.jinja", {"chat_template": "own.jinja"}, ""),
+        ("adapter: ''", {}, ""),
+    ],
+)
+def test_axolotls_data_and_templates(tmp_path, line, data, key):
+    found = converted(tmp_path, f"base_model: m\n{line}\n")
+    assert {name: found.tree["data"].get(name) for name in data} == data
+    assert ("streaming" in found.tree["data"]) == ("streaming" in data)
+    unready = {
+        key for key in notes_of(found) if key not in ("max_length", "batch size", "warmup_steps", "streaming", "data")
+    }
+    assert unready == ({key} if key else set()) and not found.unoffered
+
+
 LONG = [
     ("TRL", {}, {"allow_rejected": ["too_long"]}, "max_length", "cuts longer examples; here they are left out"),
     (
@@ -342,7 +380,7 @@ def test_a_trl_script_is_read_and_what_cannot_be_read_is_named(tmp_path):
     assert tree["model"] == {"dtype": "bfloat16", "path": "some/Base"}
     assert tree["data"] == {"train": [{"path": "own.jsonl"}]}
     assert tree["train"]["duration"] == "100 steps"
-    assert tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 8.0}
+    assert tree["adapter"] == {"kind": "lora", "rank": 8, "alpha": 8.0, "dropout": 0.0}  # peft's own
     assert "args.lr (line 5)" in notes["learning_rate"] and "more (line 5)" in " ".join(notes)
     assert ".map(...) (line 4)" in notes["train_dataset"]
     assert notes.keys() >= {"callbacks", "device_map", "assistant_only_loss", "lora_target_modules"}
@@ -387,6 +425,7 @@ def test_every_key_of_an_adapter_is_carried_over():
         "kind": "dora",
         "rank": 32,
         "alpha": 32.0,
+        "dropout": 0.05,
         "use_rslora": True,
         "rank_pattern": {"down_proj": 8},
         "alpha_pattern": {"q_proj": 4.0},

@@ -47,7 +47,7 @@ OTHERS = [
     ({"base_model": "m", "diffusion": {"eps": 0.1}}, "diffusion"),
     ({"stage": "dpo", "model_name_or_path": "m"}, "`stage: 'dpo'`: it trains on preferences"),
     ({"stage": "sft", "do_predict": True}, "it trains nothing"),
-    ({"template": "llama3", "export_dir": "merged"}, "it trains nothing"),
+    ({"template": "llama3", "export_dir": "merged", "do_train": False}, "it trains nothing"),
     ({"model_name_or_path": "m", "beta": 0.1, "output_dir": "o"}, "`beta: 0.1`: it trains on preferences"),
     ({"model_name_or_path": "m", "loss_type": "apo_zero"}, "preferences"),
     ({**TORCHTUNE, "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"}}, "preferences"),
@@ -129,6 +129,27 @@ def test_a_launchers_flags_are_no_settings_and_its_processes_count(tmp_path):
 def test_a_script_of_sft_may_be_named_for_its_data(tmp_path):
     found = converted(tmp_path, "python sft_gold.py --model_name_or_path m --output_dir o\n", "a.sh")
     assert found.tree["model"]["path"] == "m"
+
+
+@pytest.mark.parametrize("name", ["train_gold", "own_ssd_run", "opd_sdft"])
+def test_short_names_of_tasks_are_parts_of_other_names(tmp_path, name):
+    found = converted(tmp_path, f"python {name}.py --model_name_or_path m\n", "a.sh")
+    assert found.tree["model"]["path"] == "m"
+    for command in ("trl gold", "python sdft.py", "python train_dpo.py"):
+        with pytest.raises(ConfigError, match="another task"):
+            converted(tmp_path, f"{command} --model_name_or_path m\n", "a.sh")
+
+
+@pytest.mark.parametrize("word", ["*_proj", "&x", "2024-13-45", "[a"])
+def test_words_that_are_no_yaml_are_words(tmp_path, word):
+    command = f"trl sft --model_name_or_path m --use_peft --run_name '{word}' --lora_target_modules '*_proj' v_proj\n"
+    found = converted(tmp_path, command, "a.sh")
+    assert found.tree["adapter"]["target_modules"] == ["*_proj", "v_proj"]
+
+
+def test_a_file_that_trains_and_then_predicts_is_one_of_training(tmp_path):
+    found = converted(tmp_path, {"stage": "sft", "do_train": True, "do_predict": True, "export_dir": "merged"})
+    assert found.tree["adapter"]["kind"] == "lora" and notes_of(found).keys() >= {"do_predict", "export_dir"}
 
 
 def test_a_remark_in_a_command_is_none_of_its_values(tmp_path):
@@ -250,12 +271,56 @@ def test_a_data_set_of_llama_factory_keeps_its_part_split_and_number(tmp_path, m
     assert data["train"][0]["columns"] == {"text": "body"} and data["overflow"] == "split"
 
 
+@pytest.mark.parametrize("entry", [{"script_url": "s"}, {"cloud_file_name": "s"}, "mine.json", None])
+def test_an_entry_of_llama_factory_without_a_place_is_named(tmp_path, entry):
+    known = {"a": entry, "b": {"file_name": "b.json"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(known))
+    found = converted(tmp_path, {"stage": "sft", "dataset": "a,b", "dataset_dir": str(tmp_path)})
+    assert found.tree["data"]["train"] == [{"path": str(tmp_path / "b.json")}]
+    assert notes_of(found)["dataset"].startswith("'a': its entry has neither")
+    (tmp_path / "dataset_info.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="holds list, not data sets"):
+        converted(tmp_path, {"stage": "sft", "dataset": "a", "dataset_dir": str(tmp_path)})
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
 def test_axolotl_warms_up_for_three_percent_unless_told():
     assert of("Axolotl").tree["optimizer"]["warmup"] == "3 %"
-    assert of("Axolotl", warmup_steps=0).tree["optimizer"]["warmup"] == "0 steps"
+    assert "at most 100 steps there" in notes_of(of("Axolotl"))["warmup_steps"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "warmup", "note"),
+    [
+        ("Axolotl", {"warmup_steps": 0}, "0 steps", ""),
+        ("Axolotl", {"warmup_ratio": 0.05}, "5 %", ""),
+        ("Axolotl", {"max_steps": 90}, "2 steps", ""),
+        ("Axolotl", {"max_steps": 50_000}, "100 steps", ""),
+        ("Axolotl", {"max_steps": 50_000, "warmup_ratio": 0.03}, "3 %", ""),
+        ("Axolotl", {"lr_scheduler": "constant"}, "0 steps", ""),
+        ("Unsloth", {"lr_scheduler_type": "constant"}, "0 steps", ""),
+        ("Unsloth", {}, "10 %", ""),
+        ("TRL", {"lr_scheduler_type": "constant", "warmup_ratio": 0.03}, "0 steps", "warmup_ratio"),
+        ("TRL", {"lr_scheduler_type": "constant", "warmup_steps": 9}, "0 steps", "warmup_steps"),
+        ("TRL", {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.03}, "3 %", ""),
+        ("TRL", {"warmup_ratio": 0.03, "warmup_steps": 7}, "7 steps", ""),
+        ("TRL", {"warmup_ratio": 0.03, "warmup_steps": 0}, "3 %", ""),
+        ("TRL", {"warmup_steps": -5}, None, "warmup_steps"),
+        ("TRL", {"warmup_steps": 7.5}, "7 steps", ""),
+    ],
+)
+def test_the_warm_up_is_that_of_the_trainer(peer, settings, warmup, note):
+    found = of(peer, **settings)
+    assert found.tree["optimizer"].get("warmup") == warmup
+    assert {key for key in notes_of(found) if key.startswith("warmup")} == ({note} if note else set())
+
+
+@pytest.mark.parametrize("steps", [float("inf"), float("nan"), -5])
+def test_a_number_of_steps_that_none_is_makes_no_moment(steps):
+    found = of("TRL", save_steps=steps)
+    assert "checkpoint" not in found.tree and "save_steps" in notes_of(found)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +328,9 @@ def test_axolotl_warms_up_for_three_percent_unless_told():
     [
         ("TRL", {}, True),
         ("TRL", {"gradient_checkpointing": False}, False),
+        ("TRL", {"activation_checkpointing": False}, False),
+        ("LLaMA-Factory", {"activation_checkpointing": False}, False),
+        ("Axolotl", {"activation_checkpointing": True}, True),
         ("LLaMA-Factory", {}, True),
         ("LLaMA-Factory", {"disable_gradient_checkpointing": True}, False),
         ("Axolotl", {}, False),
@@ -339,6 +407,36 @@ def test_trackers_by_their_own_keys():
     assert found.tree["tracker"] == ["tensorboard", "trackio"] and "use_swanlab" in notes_of(found)
 
 
+@pytest.mark.parametrize(
+    ("peer", "settings", "trackers"),
+    [
+        ("TRL", {"report_to": "none", "wandb_project": "p"}, None),
+        ("LLaMA-Factory", {"use_wandb": True}, None),
+        ("Axolotl", {"wandb_project": "p"}, ["wandb"]),
+        ("Axolotl", {"mlflow_experiment_name": "e"}, ["mlflow"]),
+        ("Axolotl", {"mlflow_tracking_uri": "http://u"}, None),
+    ],
+)
+def test_keys_that_stand_for_a_tracker_are_axolotls(peer, settings, trackers):
+    found = of(peer, **settings)
+    assert found.tree.get("tracker") == trackers
+    assert not [why for _, why in found.notes if "not known here" in why]
+    assert (trackers is None) == bool(settings.keys() & notes_of(found).keys())
+
+
+@pytest.mark.parametrize(("key", "value"), [("eval_strategy", "no"), ("eval_strategy", "epoch"), ("x", "epoch")])
+def test_held_out_data_of_a_strategy_that_is_off_is_not_named(key, value):
+    found = of("TRL", dataset_name="own/chats", **{key: value})
+    assert ("eval" in found.tree["data"]) == ((key, value) == ("eval_strategy", "epoch"))
+
+
+@pytest.mark.parametrize(("given", "dropout"), [({}, 0.05), ({"lora_dropout": 0.1}, 0.1), ({"lora_dropout": 0}, 0.0)])
+def test_an_adapter_of_trl_drops_five_percent_unless_told(given, dropout):
+    found = of("TRL", use_peft=True, **given)
+    assert found.tree["adapter"]["dropout"] == dropout
+    assert "target_modules" not in of("TRL", use_peft=True, lora_target_modules=[]).tree["adapter"]
+
+
 def test_a_stream_has_no_epochs_to_save_after():
     found = convert(PeerFile("Axolotl", {"streaming": True, "saves_per_epoch": 2, "datasets": ["a"]}), Path())
     assert "checkpoint" not in found.tree and "set checkpoint.every" in notes_of(found)["save"]
@@ -367,10 +465,26 @@ def test_several_data_sets_steps_of_an_epoch_and_evaluation_of_torchtune(tmp_pat
         {"path": "own/texts", "split": "train", "columns": {"text": "body"}},
     ]
     assert data["eval"] == [{"path": "own/chats", "split": "test"}] and found.tree["eval"] == {"every": "20 steps"}
-    assert found.tree["train"]["duration"] == "150 steps" and found.tree["tracker"] == ["wandb"]
+    assert found.tree["train"]["duration"] == "3 epochs" and found.tree["tracker"] == ["wandb"]
+    assert notes_of(found)["max_steps_per_epoch"].startswith("at most 50 steps an epoch there")
     assert found.tree["checkpoint"] == {"every": "30 steps"} and "use_cpu" in notes_of(found)
     found = converted(tmp_path, tree)
     assert "eval" not in found.tree["data"] and "run_val_every_n_steps" in notes_of(found)["dataset_val"]
+
+
+@pytest.mark.parametrize("every", [None, 20])
+def test_how_held_out_data_of_torchtune_is_read_says_nothing_of_training(tmp_path, every):
+    held_out = {"_component_": "torchtune.datasets.alpaca_dataset", "packed": True, "train_on_input": True, "odd": 1}
+    found = converted(tmp_path, {**TORCHTUNE, "dataset_val": held_out, "run_val_every_n_steps": every})
+    assert "train_on" not in found.tree["data"] and "batch_size" in found.tree["train"]
+    assert "each by itself" in notes_of(found)["batch size"]
+    assert ("dataset.odd" in notes_of(found)) == ("eval" in found.tree["data"]) == (every is not None)
+
+
+def test_an_adapter_of_torchtune_on_no_layer_is_named(tmp_path):
+    found = converted(tmp_path, {**TORCHTUNE, "model": {"_component_": "x.lora_llama3", "lora_attn_modules": []}})
+    assert "target_modules" not in found.tree["adapter"] and "names no layer" in notes_of(found)["lora_attn_modules"]
+    config.build(found.tree, "converted")
 
 
 def test_a_model_of_torchtune_that_sees_is_named(tmp_path):

@@ -206,6 +206,48 @@ def test_a_script_of_trl_is_read_as_it_is_written(tmp_path):
     assert unready(found).keys() == {"max_length", "batch size", "assistant_only_loss", "lora_target_modules"}
 
 
+@pytest.mark.parametrize(
+    ("call", "rate", "memory", "batch"),
+    [
+        ("TrainingArguments('o')", 5e-5, None, 8),
+        ("TrainingArguments('o', learning_rate=1e-4, activation_checkpointing=True)", 1e-4, "all", 8),
+        ("TrainingArguments('o', learning_rate=rate)", None, None, 8),
+        ("SFTConfig('o')", 2e-5, "all", 8),
+        ("SFTConfig('o', activation_checkpointing=False)", 2e-5, None, 8),
+        ("UnslothTrainingArguments('o')", 2e-5, "all", 8),
+    ],
+)
+def test_absent_arguments_have_the_values_of_their_class(tmp_path, call, rate, memory, batch):
+    found = converted(tmp_path, f"args = {call}\nSFTTrainer('m', args=args, train_dataset=load_dataset('a/b'))\n")
+    assert found.tree.get("memory", {}).get("activation_checkpointing") == memory
+    assert (found.tree["optimizer"].get("learning_rate"), found.tree["train"]["batch_size"]) == (rate, batch)
+    assert not {"logging_steps", "optim"} & dict(found.notes).keys()
+
+
+def test_unsloths_values_are_not_those_of_training_arguments(tmp_path):
+    text = UNSLOTH.replace("args = SFTConfig", "args = TrainingArguments").replace('optim = "adamw_8bit",', "")
+    found = converted(tmp_path, text.replace("weight_decay = 0.01,", "").replace("warmup_steps = 5,", ""))
+    optimizer = found.tree["optimizer"]
+    assert (optimizer.get("name"), optimizer["weight_decay"], optimizer["warmup"]) == (None, 0.0, "0 steps")
+
+
+OWN = """class MyTrainer({base}):
+    def compute_loss(self, model, inputs): return 0
+MyTrainer(model="m", args=SFTConfig("o", learning_rate=1e-4), train_dataset=load_dataset("a/b"))
+"""
+
+
+@pytest.mark.parametrize("base", ["SFTTrainer", "trl.SFTTrainer", "UnslothTrainer"])
+def test_a_class_of_the_scripts_own_on_a_trainer_of_sft_is_one(tmp_path, base):
+    found = converted(tmp_path, OWN.format(base=base))
+    assert found.tree["data"]["train"] == [{"path": "a/b", "split": "train"}] and found.tree["model"]["path"] == "m"
+    assert "a class of its own on" in dict(found.notes)["MyTrainer"]
+    without = OWN.format(base=base).replace("SFTConfig", "Other")
+    assert converted(tmp_path, without).tree["model"]["path"] == "m"
+    with pytest.raises(ConfigError, match="MyTrainer: it is another trainer"):
+        converted(tmp_path, without.replace(f"({base})", "(DPOTrainer)"))
+
+
 KWARGS = """config = SFTConfig(output_dir="out", model_init_kwargs={
     "quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.bfloat16})
 SFTTrainer("some/base", args=config, train_dataset=load_dataset("d"), peft_config=LoraConfig(r=4))

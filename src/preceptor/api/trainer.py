@@ -18,6 +18,7 @@ from preceptor.api.run import Run
 from preceptor.api.values import refuse_iterable
 from preceptor.chat.format import load_tokenizer
 from preceptor.config.convert import Converted, convert, known_settings
+from preceptor.config.peer_defaults import ARGUMENTS
 from preceptor.config.peer_files import PeerFile
 from preceptor.config.peer_without import NO_COUNTERPART, OF_TRAINER
 from preceptor.config.sections import nearest
@@ -117,15 +118,17 @@ class SFTTrainer:
             data = {"train": train_dataset, **({} if eval_dataset is None else {"eval": eval_dataset})}
             for key, each in data.items():
                 refuse_iterable(each, f"{key}_dataset")
-            self.run = self._run(settings, {key: _formatted(each, formatting_func) for key, each in data.items()})
+            data = {key: _formatted(each, formatting_func) for key, each in data.items()}
+            self.run = self._run(settings, data, {} if _is_of_sft(args) else ARGUMENTS)
 
-    def _run(self, settings: dict[str, Any], data: Mapping[str, Any]) -> Run:
+    def _run(self, settings: dict[str, Any], data: Mapping[str, Any], defaults: Mapping[str, Any]) -> Run:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
         for place in data:
             settings[f"{place}_dataset"] = "in memory"
-        converted: Converted = convert(PeerFile("TRL", {"model_name_or_path": name, **settings}), Path())
+        file = PeerFile("TRL", {"model_name_or_path": name, **settings}, defaults=defaults)
+        converted: Converted = convert(file, Path())
         for key, why in converted.unoffered:
             raise ConfigError(f"{key}: {why}")
         tree, self.notes = converted.tree, converted.notes
@@ -237,6 +240,11 @@ def _settings_of(args: Any) -> dict[str, Any]:
     return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu} | {
         name: _plain(value) for name, value in changed.items()
     }
+
+
+def _is_of_sft(args: Any) -> bool:
+    """Whether absent arguments have TRL's values; those of TrainingArguments have transformers' own."""
+    return args is None or "SFTConfig" in {kind.__name__ for kind in type(args).__mro__}
 
 
 def _plain(value: Any) -> Any:

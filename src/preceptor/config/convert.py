@@ -28,7 +28,7 @@ _SPREAD = ("deepspeed", "fsdp", "fsdp_config")
 _TRACKER_KEYS = {
     "wandb": ("use_wandb", "wandb_project"),
     "tensorboard": ("use_tensorboard",),
-    "mlflow": ("use_mlflow", "mlflow_tracking_uri"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
     "trackio": ("use_trackio", "trackio_project_name"),
 }
 """Keys of Axolotl that each stand for a tracker."""
@@ -95,7 +95,7 @@ def _flat(file: PeerFile) -> PeerFile:
 
 def known_settings() -> set[str]:
     """Every key of another trainer that is carried over, or of which is known why it is not."""
-    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *NAMES, *TRAINER, "activation_checkpointing"}
+    return {*COUNTERPARTS, *NO_COUNTERPART, *DIRECT, *NAMES, *TRAINER}
 
 
 class _Conversion:
@@ -248,6 +248,7 @@ class _Conversion:
                 )
 
     def _chat_template(self) -> None:
+        self._given.takes("chat_template", "jinja")  # that is, the template of chat_template_jinja
         name = self._given.value("chat_template_jinja", "chat_template_path", "chat_template", "template")
         if name in (None, "tokenizer_default", "default", "empty"):
             return
@@ -363,7 +364,7 @@ class _Conversion:
             self._given.used.add(f"{kind}_steps")
             number = self._given.number(f"{kind}_steps", steps)
             if number is not None:
-                self._set(ours, f"{plain(100 * number)} %" if number < 1 else f"{plain(number)} steps")
+                self._set(ours, f"{plain(100 * number)} %" if number < 1 else f"{int(number)} steps")
         elif strategy not in (None, "no", "steps", False):
             self._given.note(f"{kind}_strategy", f"{short(strategy)}: set {ours}")
 
@@ -390,7 +391,8 @@ class _Conversion:
             if isinstance(given, list)
             else [name.strip() for name in str(given or "").split(",") if name]
         )
-        names = [*names, *(name for name, keys in _TRACKER_KEYS.items() if self._given.on(*keys) is not None)]
+        own = _TRACKER_KEYS if self._given.peer == "Axolotl" else {}
+        names = [*names, *(name for name, keys in own.items() if self._given.on(*keys) is not None)]
         offered = [name for name in dict.fromkeys(names) if name in get_args(Tracker)]
         for name in names:
             if name not in offered:

@@ -21,7 +21,7 @@ def trains_adapter(given: PeerSettings) -> bool:
 def adapter_section(given: PeerSettings) -> dict[str, Any]:
     """{} where all weights are trained."""
     if not trains_adapter(given):
-        kind = given.value("finetuning_type", "adapter")
+        kind = given.on("finetuning_type", "adapter")
         if kind == "freeze":
             given.not_offered("adapter", "freeze: name what is trained in model.train_only")
         elif kind not in (None, "full"):
@@ -35,7 +35,7 @@ def adapter_section(given: PeerSettings) -> dict[str, Any]:
         if (value := given.value(key)) is not None:
             section.setdefault(name, given.cast(key, value, cast))
     section |= _kind_of_adapter(given)
-    targets = given.value("lora_target_modules", "target_modules", "lora_target")
+    targets = given.on("lora_target_modules", "target_modules", "lora_target")
     if given.peer == "Axolotl" and given.on("lora_target_linear"):  # beside names: those as well
         targets = "all-linear"
     if isinstance(targets, str) and _PATTERN.search(targets):

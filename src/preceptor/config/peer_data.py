@@ -49,8 +49,13 @@ class Sources:
             self._given.settings |= {key: mixture[key] for key in ("datasets", "test_split_size") if mixture.get(key)}
         if self._given.peer == "Axolotl":
             train, held_out = self._given.on("datasets"), self._given.value("test_datasets")
-            if train is None and isinstance(texts := self._given.on("pretraining_dataset"), list):
-                train = [{"type": "pretrain", **each} if isinstance(each, Mapping) else each for each in texts]
+            texts = self._given.on("pretraining_dataset")
+            if train is not None and texts is not None:
+                self._given.note("pretraining_dataset", f"{short(texts)}: left out, for `datasets` is there too")
+                del self._given.settings["pretraining_dataset"]  # nor does it ask for a stream
+            elif texts is not None:
+                each = texts if isinstance(texts, list) else [texts]
+                train = [{"type": "pretrain", **(one if isinstance(one, Mapping) else {"path": one})} for one in each]
         elif self._given.peer == "LLaMA-Factory":
             self._named_data("dataset", "data.train")
             self._named_data("eval_dataset", "data.eval")
@@ -59,7 +64,7 @@ class Sources:
             if train is None and (name := self._given.value("dataset_name")) is not None:
                 found = {"path": name, "name": self._given.value("dataset_config")}
                 train = {**found, "split": self._given.value("dataset_train_split") or "train"}
-                if {"eval_strategy", "evaluation_strategy"} & self._given.settings.keys() and held_out is None:
+                if self._given.on("eval_strategy", "evaluation_strategy") and held_out is None:
                     held_out = {**found, "split": self._given.value("dataset_test_split") or "test"}
         for key, entries in (("data.train", train), ("data.eval", held_out)):
             if entries:
@@ -108,6 +113,8 @@ class Sources:
         found: dict[str, Any] = {"path": str(path)}
         if kind is None and files is None and (Path(str(path)).suffix == "" or HUB_ID.fullmatch(str(path))):
             found["split"] = str(values.pop("split", "train"))
+        elif values.get("split") == "train":  # all that a file has
+            values.pop("split")
         if "name" in values and files is None:
             found["name"] = str(values.pop("name"))
         found |= {name: values.pop(name) for name in ("weight", "revision") if values.get(name) not in (None, 1)}
@@ -161,10 +168,14 @@ class Sources:
                     f"{str(name).strip()!r} is an entry of dataset_info.json, which is not here: write its file's path",
                 )
                 continue
-            path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry.get("file_name")))
-            names = {"prompt": "text"} if self._given.settings.get("stage") == "pt" else _COLUMNS
+            if not (entry.get("hf_hub_url") or entry.get("file_name")):
+                why = "its entry has neither hf_hub_url nor file_name: name its file or Hub id in data"
+                self._given.note(key, f"{str(name).strip()!r}: {why}")
+                continue
+            path = entry.get("hf_hub_url") or str(Path(entry["folder"]) / str(entry["file_name"]))
+            ours_of = {"prompt": "text"} if self._given.settings.get("stage") == "pt" else _COLUMNS
             given = entry.get("columns") or {}
-            columns = {names.get(part, part): column for part, column in given.items() if part not in _IMAGES}
+            columns = {ours_of.get(part, part): column for part, column in given.items() if part not in _IMAGES}
             if seen := sorted(_IMAGES & given.keys()):
                 self._given.not_offered(key, f"{', '.join(seen)} of {str(name).strip()!r}: {OF_IMAGES}")
             tags = set((entry.get("tags") or {}).values()) - {*_MESSAGE_KEYS, *_ROLES, "function_call"}

@@ -24,6 +24,8 @@ TRAINER: Mapping[str, Any] = {  # of transformers' TrainingArguments
     "seed": 42,
     "logging_steps": 500,
 }
+ARGUMENTS = {**TRAINER, "gradient_checkpointing": False, "optim": "adamw_torch"}
+"""Values of TrainingArguments where a script makes those, and no SFTConfig."""
 DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
     "TRL": {
         **TRAINER,
@@ -32,6 +34,7 @@ DEFAULTS: Mapping[Peer, Mapping[str, Any]] = {
         "gradient_checkpointing": True,
         "lora_r": 16,
         "lora_alpha": 32,
+        "lora_dropout": 0.05,
         "logging_steps": 10,
     },
     "Unsloth": {
@@ -83,6 +86,7 @@ warmup_ratio: warmup_steps
 lora_rank r: lora_r
 max_seq_length sequence_len cutoff_len: max_length
 gradient_clipping: max_grad_norm
+activation_checkpointing: gradient_checkpointing
 """)
 """Other names of a key, for defaults."""
 

@@ -34,11 +34,15 @@ _SIGNS: tuple[tuple[Peer, frozenset[str]], ...] = (
 
 @dataclass
 class PeerFile:
-    """settings: their keys and values. unread: what the file says in a way that cannot be read, as sentences."""
+    """settings: their keys and values. unread: what the file says in a way that cannot be read, as sentences.
+
+    defaults: values that come before the trainer's own where the file has no key.
+    """
 
     peer: Peer
     settings: dict[str, Any]
     unread: list[str] = field(default_factory=list)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_peer_file(path: Path) -> PeerFile:
@@ -57,7 +61,7 @@ def _read(path: Path) -> PeerFile:
         script = read_script(path, text)
         if not script.trains:
             raise ConfigError(f"{path}: calls neither SFTConfig nor SFTTrainer with anything that can be read")
-        return PeerFile("Unsloth" if script.is_of_unsloth else "TRL", script.settings, script.unread)
+        return PeerFile("Unsloth" if script.is_of_unsloth else "TRL", script.settings, script.unread, script.defaults)
     is_yaml = path.suffix in (".yaml", ".yml", ".json")
     if path.suffix == ".sh" or (re.search(r"(^|\s)--\w+", text) and not is_yaml):
         return _command(path, text)
@@ -126,9 +130,17 @@ def _flags(words: Sequence[str], unread: list[str]) -> dict[str, Any]:
         if any("$" in word for word in given):
             unread.append(f"{key}: {' '.join(given)}: a variable of the shell")
         else:
-            parsed = [yaml.load(word.rstrip(",") if len(given) > 1 else word, NumberLoader) for word in given]
+            parsed = [_value(word.rstrip(",") if len(given) > 1 else word) for word in given]
             settings[key] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
     return settings
+
+
+def _value(word: str) -> Any:
+    """As YAML reads it; a word that is no YAML, such as `*_proj`, is that word."""
+    try:
+        return yaml.load(word, NumberLoader)
+    except (yaml.YAMLError, ValueError):
+        return word
 
 
 def _beside(place: Path, folder: Path) -> Path | None:
@@ -146,4 +158,9 @@ def dataset_info(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
-    return {name: {**entry, "folder": str(file.parent)} for name, entry in found.items()}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: holds {type(found).__name__}, not data sets by name")
+    return {
+        name: {**(entry if isinstance(entry, dict) else {}), "folder": str(file.parent)}
+        for name, entry in found.items()
+    }

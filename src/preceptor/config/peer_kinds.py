@@ -42,8 +42,8 @@ _SIGNS: Mapping[Peer, tuple[tuple[str, str, str], ...]] = {
 """Keys, a pattern of their value, and what a file with such a key does."""
 
 _TASKS = re.compile(
-    "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|gold|grpo|gspo|kto|minillm|mpo|nash_md|opd|orpo|ppo|prm|reward|rloo|sdft"
-    "|sdpo|ssd|tpo|xpo)(_|$)"
+    "(^|_)(a2po|bco|cpo|distillation|dpo|gkd|grpo|gspo|kto|minillm|mpo|nash_md|orpo|ppo|prm|reward|rloo|sdpo|tpo|xpo)"
+    "(_|$)|^(gold|opd|sdft|ssd)$"  # short ones, that may be of a name's data or model, as the whole name alone
 )
 OTHER_FILES = {
     "distributed_type": "a configuration of accelerate, and of no run: torchrun or --nproc start the processes here",
@@ -57,7 +57,10 @@ def refuse_others(peer: Peer, settings: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError for a file that does something else than supervised fine-tuning."""
     loaded = settings.get("from_pretrained")
     settings = {**settings, **(loaded if isinstance(loaded, Mapping) else {})}
+    trains = settings.get("do_train") not in OFF
     for keys, pattern, what in _SIGNS[peer]:
+        if what == _NOTHING and trains:
+            continue
         for key in keys.split():
             if (value := settings.get(key)) not in OFF and re.search(pattern, str(value)):
                 raise refusal(where, f"`{key}: {short(value)}`", what)

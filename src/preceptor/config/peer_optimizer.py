@@ -8,6 +8,8 @@ from preceptor.config.peer_defaults import OFF, SCHEDULERS, optimizer_name
 from preceptor.config.peer_settings import PeerSettings
 from preceptor.errors import short
 
+_MOST_WARMUP = 100  # of Axolotl, where the file says nothing
+
 
 def optimizer_section(given: PeerSettings) -> dict[str, Any]:
     """Without keys whose values need no more than a type."""
@@ -17,12 +19,28 @@ def optimizer_section(given: PeerSettings) -> dict[str, Any]:
         offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
         given.not_offered("lr_scheduler_type", f"{short(name)} is not offered: {offered}")
     found = {"lr_scheduler": scheduler, **_decay(given, scheduler)}
-    key = "warmup_ratio" if given.settings.get("warmup_ratio") not in OFF else "warmup_steps"
-    warmup = given.number(key, given.value(key) or 0)
-    if warmup is not None:
-        is_share = key == "warmup_ratio" or 0 < warmup < 1
-        found["warmup"] = f"{plain(100 * warmup)} %" if is_share else f"{plain(warmup)} steps"
+    found["warmup"] = _warmup(given, str(name).rpartition(".")[2])
     return {key: value for key, value in {**found, **_kind(given)}.items() if value is not None}
+
+
+def _warmup(given: PeerSettings, scheduler: str) -> str | None:
+    """Steps, where they are not 0, come before a share. `constant` has none there, whatever is asked for."""
+    keys = [key for key in ("warmup_steps", "warmup_ratio") if given.settings.get(key) not in OFF]
+    given.used |= {"warmup_steps", "warmup_ratio"}
+    if scheduler == "constant":
+        for key in keys:
+            given.note(key, "`constant` has no warm-up there (`constant_with_warmup` has); so here")
+        return "0 steps"
+    key = keys[0] if keys else "warmup_steps"
+    warmup = given.number(key, given.value(key) or 0)
+    if given.peer == "Axolotl" and key in given.defaults and warmup:
+        if isinstance(steps := given.settings.get("max_steps"), int) and steps > 0:
+            return f"{min(int(warmup * steps), _MOST_WARMUP)} steps"
+        given.note("warmup_steps", f"absent: at most {_MOST_WARMUP} steps there; set optimizer.warmup")
+    if warmup is None:
+        return None
+    is_share = key == "warmup_ratio" or 0 < warmup < 1
+    return f"{plain(100 * warmup)} %" if is_share else f"{int(warmup)} steps"
 
 
 def _decay(given: PeerSettings, scheduler: str | None) -> dict[str, Any]:

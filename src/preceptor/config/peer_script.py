@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preceptor.config.peer_defaults import ARGUMENTS
 from preceptor.config.peer_kinds import refusal
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_without import NO_COUNTERPART, OF_IMAGES, OF_TRAINER
@@ -21,6 +22,7 @@ from preceptor.errors import ConfigError
 _ARGUMENTS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments")
 _CONFIGS = (*_ARGUMENTS, "LoraConfig", "ModelConfig", "ScriptArguments")
 _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
+_DERIVED = (*_ARGUMENTS, "SFTTrainer", "UnslothTrainer")  # those of which a script's own class is still of SFT
 _COMMAND_LINES = ("TrlParser", "HfArgumentParser", "ArgumentParser")
 _UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel")
 _UNSLOTH_CALLS = ("from_pretrained", "get_peft_model", "get_chat_template", "train_on_responses_only")
@@ -51,13 +53,14 @@ class ScriptSettings:
     """settings: the keys and values of all calls; of Unsloth's the parts `from_pretrained` and `get_peft_model`.
 
     unread: what it says in a way that cannot be read, as sentences. split_off: the call by which a share of the
-    training data is held out. trains: whether there is a call that trains.
+    training data is held out. trains: whether there is a call that trains. defaults: what those of TRL give way to.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     split_off: ast.Call | None = None
     trains: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_of_unsloth(self) -> bool:
@@ -67,7 +70,7 @@ class ScriptSettings:
 def read_script(path: Path, text: str) -> ScriptSettings:
     """Raises ConfigError for what is not Python, or holds nothing that can be read."""
     found = ScriptSettings()
-    script = Script(parsed_script(path, text, found.unread))
+    script = Script(parsed_script(path, text, found.unread), _DERIVED)
     configs = [script.name_of(call) for call in script.calls(*_ARGUMENTS)]
     trainers = {name for call in script.calls() if (name := script.name_of(call)).endswith("Trainer")}
     if trainers and trainers.isdisjoint(_TRAINERS) and not {"SFTConfig", "UnslothTrainingArguments"} & {*configs}:
@@ -78,13 +81,10 @@ def read_script(path: Path, text: str) -> ScriptSettings:
             "the YAML that it is given"
         )
     found.trains = bool(configs or trainers)
-    for name in sorted(trainers - {*_TRAINERS}):
-        found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
+    found.defaults = ARGUMENTS if {*configs} == {"TrainingArguments"} else {}
+    _name_classes(script, trainers, found)
     if len(configs) > 1:
         found.unread.append(f"{configs[-1]}: {len(configs)} calls; of each key the last value was taken")
-    for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
-        if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
-            found.unread.append(f"{owner}: {OF_IMAGES}")
     for call in script.calls("LoraConfig"):
         if call.args:
             found.unread.append(f"LoraConfig: arguments without a name (line {call.lineno}): write their names")
@@ -97,13 +97,24 @@ def read_script(path: Path, text: str) -> ScriptSettings:
     return found
 
 
+def _name_classes(script: Script, trainers: set[str], found: ScriptSettings) -> None:
+    """Those of which more, or less, is trained than is read here."""
+    for name in sorted(trainers - {*_TRAINERS}):
+        found.unread.append(f"{name}: a part that is no supervised fine-tuning, left out")
+    for name, base in script.derived.items():
+        found.unread.append(f"{name}: a class of its own on {base}: what it changes there is not carried over")
+    for owner in sorted({script.owner_of(call) for call in script.calls("from_pretrained")}):
+        if re.search("Vision|ConditionalGeneration|ImageTextToText", owner):
+            found.unread.append(f"{owner}: {OF_IMAGES}")
+
+
 def _call(script: "Script", call: ast.Call, found: ScriptSettings) -> None:
     name = script.name_of(call)
     if name in _TRAINERS:
         _trainer(script, call, found)
     elif name in _CONFIGS:
         if name == "LoraConfig":
-            found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8}  # peft's own defaults
+            found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
         elif call.args and name != "ModelConfig":
             _keyword(script, ast.keyword("output_dir", call.args[0]), found)
         for keyword in call.keywords:

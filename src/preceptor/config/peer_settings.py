@@ -1,5 +1,6 @@
 """The settings of one file of another trainer: read with its defaults, and what was not carried over."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,13 @@ _OF_LOADING = {
 }
 """Keys whose value is a table of further keys, of how the model is loaded."""
 _OF_FOUR_BITS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}  # defaults of BitsAndBytesConfig
+
+
+def _finite(value: Any) -> float:
+    """Raises ValueError for a number that is not finite, or below 0."""
+    if 0 <= (number := float(value)) < math.inf:
+        return number
+    raise ValueError
 
 
 class PeerSettings:
@@ -36,7 +44,8 @@ class PeerSettings:
         names = {NAMES.get(key, key) for key in (given if none_is_a_value else self.settings)}
         unread = (sentence.partition(":")[0] for sentence in file.unread)
         names |= {NAMES.get(key, key) for key in unread}  # given, though not as a value
-        self.defaults = {key: value for key, value in DEFAULTS[file.peer].items() if NAMES.get(key, key) not in names}
+        defaults = {**DEFAULTS[file.peer], **file.defaults}
+        self.defaults = {key: value for key, value in defaults.items() if NAMES.get(key, key) not in names}
         self.used: set[str] = set()
         self.notes: list[tuple[str, str]] = []
         self.unoffered: list[tuple[str, str]] = []
@@ -69,7 +78,8 @@ class PeerSettings:
             return None
 
     def number(self, name: str, value: Any) -> float | None:
-        return self.cast(name, value, float)
+        """None, with a note, also for one that is negative or infinite: no run has such a number."""
+        return self.cast(name, value, _finite)
 
     def note(self, key: str, why: str) -> None:
         self.notes.append((key, why))

@@ -62,7 +62,8 @@ logging_steps logging_strategy logging_first_step logging_dir log_on_each_node l
     folder `out`: nothing to set
 plot_loss: report.html in the folder `out` shows the loss: nothing to set
 run_name wandb_project project trackio_space_id trackio_bucket_id trackio_static_space_id wandb_name wandb_entity
-    wandb_run_id trackio_run_name trackio_project_name hub_model_revision: a run is named by its folder `out`;
+    wandb_run_id trackio_run_name trackio_project_name mlflow_experiment_name hub_model_revision: a
+    run is named by its folder `out`;
     WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, TRACKIO_PROJECT name the project
 deepspeed fsdp fsdp_config config_file accelerate_config megatron_config megatron_core accelerator_config
     parallelism_config ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank fsdp_version
@@ -77,6 +78,7 @@ loss_watchdog_threshold loss_watchdog_patience: a step whose loss is not finite 
 push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision: nothing is uploaded: `hf
     upload` uploads the folder `model` in `out`
 greater_is_better: the direction of each metric of checkpoint.best is known: nothing to set
+mlflow_tracking_uri: mlflow reads MLFLOW_TRACKING_URI of the environment: set it there
 early_stopping_threshold: an improvement counts where it is beyond chance, by a 95 % interval: nothing to set
 resume_from_checkpoint auto_resume_from_checkpoints: the same command continues a run that was stopped; `--from OUT`
     starts from the model of another run

@@ -8,7 +8,7 @@ import ast
 import json
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,13 @@ class _Assigned:
 
 
 class Script:
-    """A module, and what is assigned to its names."""
+    """A module, and what is assigned to its names. derived: its own classes on one of these `bases` -> that base."""
 
-    def __init__(self, module: ast.Module) -> None:
+    def __init__(self, module: ast.Module, bases: Sequence[str] = ()) -> None:
         self._module = module
+        classes = [node for node in ast.walk(module) if isinstance(node, ast.ClassDef)]
+        found = [(node.name, _last_name(base)) for node in classes for base in node.bases]
+        self.derived = {own: base for own, base in found if base in bases}
         self._assigned: dict[str, list[_Assigned]] = {}
         self._functions: dict[str, ast.FunctionDef] = {}
         self._scopes: list[tuple[Place, Place, set[str]]] = []  # of functions, with their parameters
@@ -102,11 +105,10 @@ class Script:
         own = [call for call in every if not names or self.name_of(call) in names]
         return iter(sorted(own, key=lambda call: (call.lineno, call.col_offset)))
 
-    @staticmethod
-    def name_of(call: ast.Call) -> str:
-        """`from_pretrained` for `AutoModel.from_pretrained(...)`."""
-        function = call.func
-        return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    def name_of(self, call: ast.Call) -> str:
+        """`from_pretrained` for `AutoModel.from_pretrained(...)`; of a class in `derived` the one it derives from."""
+        name = _last_name(call.func)
+        return self.derived.get(name, name)
 
     @staticmethod
     def owner_of(call: ast.Call) -> str:
@@ -211,6 +213,10 @@ def _parsed(text: str) -> ast.Module:
             return ast.parse(_SHELL.sub(r"\1pass", text))
         except SyntaxError:
             raise error from None
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
 def _extent(node: Any) -> tuple[Place, Place]:

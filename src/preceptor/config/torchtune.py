@@ -37,9 +37,8 @@ def flattened(file: PeerFile) -> PeerFile:
         if key not in _READ:
             own = value if not isinstance(value, Mapping) else _name(value) or value
             found.settings[_SETTINGS.get(key, key)] = own
-    if isinstance(per_epoch := found.settings.pop("max_steps_per_epoch", None), int):
-        epochs = tree.get("epochs")
-        found.settings["max_steps"] = per_epoch * (epochs if isinstance(epochs, int) else 1)
+    if (most := found.settings.pop("max_steps_per_epoch", None)) is not None:
+        found.unread.append(f"max_steps_per_epoch: at most {short(most)} steps an epoch there; set train.duration")
     if (tracker := _TRACKERS.get(str(found.settings.get("metric_logger")))) is not None:
         found.settings["report_to"] = tracker
     if tree.get("device") == "cpu":
@@ -81,7 +80,11 @@ def _model(tree: Mapping[str, Any], found: PeerFile) -> None:
         found.settings |= {key: model.pop(key) for key in adapter if key in model}
         named = model.pop("lora_attn_modules", None)
         targets = [_MODULES.get(str(each), str(each)) for each in named] if isinstance(named, list) else []
-        found.settings["target_modules"] = targets + (_OF_MLP if model.pop("apply_lora_to_mlp", False) else [])
+        targets += _OF_MLP if model.pop("apply_lora_to_mlp", False) else []
+        if targets:
+            found.settings["target_modules"] = targets
+        else:
+            found.unread.append("lora_attn_modules: names no layer; here all linear layers get an adapter")
         if model.pop("apply_lora_to_output", False):
             found.unread.append("apply_lora_to_output: the output head gets no adapter here")
         if model.pop("quantize_base", False) or name.startswith("qlora"):
@@ -127,19 +130,21 @@ def _data(tree: Mapping[str, Any], found: PeerFile) -> None:
     for key, section in (("train_dataset", "dataset"), ("eval_dataset", "dataset_val")):
         given = tree.get(section)
         each = given if isinstance(given, list) else [given]
-        named = [_source(dict(one), found) for one in each if isinstance(one, Mapping)]
+        if key == "eval_dataset" and given and not tree.get("run_val_every_n_steps"):
+            found.unread.append("dataset_val: not evaluated there without run_val_every_n_steps: nothing to set")
+            return
+        named = [_source(dict(one), found, key == "train_dataset") for one in each if isinstance(one, Mapping)]
         if entries := [entry for entry in named if entry is not None]:
             found.settings[key] = entries
-    if not tree.get("run_val_every_n_steps") and found.settings.pop("eval_dataset", None):
-        found.unread.append("dataset_val: not evaluated there without run_val_every_n_steps: nothing to set")
 
 
-def _source(data: dict[str, Any], found: PeerFile) -> dict[str, Any] | None:
+def _source(data: dict[str, Any], found: PeerFile, is_trained: bool) -> dict[str, Any] | None:
     name = _name(data)
     data.pop("_component_", None)
-    if data.pop("packed", False):
+    if data.pop("packed", False) and is_trained:
         found.settings["packing"] = True
-    if data.pop("train_on_input", name in _DATA):  # its Alpaca data sets train the prompt unless they are told not to
+    # its Alpaca data sets train the prompt unless they are told not to
+    if data.pop("train_on_input", name in _DATA) and is_trained:
         found.settings["train_on_inputs"] = True
     source = data.pop("source", None) or _DATA.get(str(name))
     files = data.get("data_files")

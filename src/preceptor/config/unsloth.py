@@ -14,7 +14,7 @@ _LOADED_AS = {"load_in_4bit": True, "load_in_8bit": False}
 
 def flattened(file: PeerFile) -> PeerFile:
     """Its own defaults are written out: 4 bits, 2,048 tokens, checkpointing, all linear layers."""
-    found = PeerFile(file.peer, dict(file.settings), list(file.unread))
+    found = PeerFile(file.peer, dict(file.settings), list(file.unread), file.defaults)
     loaded: dict[str, Any] = dict(found.settings.pop("from_pretrained", {}))
     adapted: Mapping[str, Any] | None = found.settings.pop("get_peft_model", None)
     length = loaded.pop("max_seq_length", None) or 2048
