@@ -71,6 +71,7 @@ def test_a_killed_process_ends_the_others(monkeypatch):
     monkeypatch.setattr("preceptor.world._CONSEQUENCE_SECONDS", 0.3)
 
     def work(world):
+        world.sum(1)  # all are connected: one that dies before is waited for, as long as one that is late
         with world.errors_told_once():
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
