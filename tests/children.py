@@ -106,7 +106,7 @@ def program(file, *arguments):
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
                 sys.argv = [str(file), *map(str, arguments)]
                 sys.path.insert(0, str(Path(file).parent))
-                code = _exit_code(lambda: runpy.run_path(str(file), run_name="__main__"))
+                code = exit_code_of(lambda: runpy.run_path(str(file), run_name="__main__"))
             finally:
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -117,7 +117,7 @@ def program(file, *arguments):
     return code, *shown
 
 
-def _exit_code(work):
+def exit_code_of(work):
     """Of a process that does `work`, with all that it prints written."""
     code = 0
     try:
@@ -158,7 +158,7 @@ def _in_child(arguments, writer, folder, counter, moments):
     from preceptor import cli
 
     sys.argv = ["preceptor", *map(str, arguments)]
-    code = _exit_code(cli.main)
+    code = exit_code_of(cli.main)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     counter.write_text(f"{watch.num} {watch.place}")
     return code

@@ -5,9 +5,9 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 
+from children import exit_code_of
 from ranks import set_environment, world_store
 
 
@@ -53,19 +53,13 @@ def _command(arguments, before, rank):
     from preceptor import cli
 
     sys.argv = ["preceptor", *map(str, arguments)]
-    code = 0
-    try:
+
+    def work():
         if before is not None:
             before(rank)
         cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 71
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+
+    return exit_code_of(work)
 
 
 def _wait(pids, seconds):
