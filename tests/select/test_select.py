@@ -9,6 +9,7 @@ import torch
 from conftest import WORDS, conversations
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Message, Rejection
+from preceptor.data.formats.rows import read_row
 from preceptor.data.formats.values import JsonReader, Struct
 from preceptor.data.sources import OpenSource
 from preceptor.select.choice import Settings, choose, explain, summarise
@@ -242,8 +243,6 @@ def test_weights_and_untrained_turns_survive(write_jsonl):
 
 
 def _read(given):
-    from preceptor.data.formats.rows import to_example
-
-    record = to_example(given, "x:1")
+    _, record = read_row(given, "x:1")
     assert not isinstance(record, Rejection), record
     return record

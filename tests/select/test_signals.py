@@ -84,7 +84,7 @@ def test_quality_is_the_product_over_the_faults_by_weight():
         signals(num_characters=10),
         signals(num_characters=60),
     ]
-    found = judge(rows, None, None, WEIGHTS)
+    found = judge(rows, None, WEIGHTS)
     w = WEIGHTS
     expected = [1.0] * 8 + [
         (1 - w["refusal"]) * (1 - w["formatting"] / 2),
@@ -96,21 +96,22 @@ def test_quality_is_the_product_over_the_faults_by_weight():
     ]
     np.testing.assert_allclose(found.quality_N, expected)
     assert found.reasons(8) == ["refusal", "formatting"] and found.reasons(0) == []
-    off = judge(rows, None, None, dict.fromkeys(WEIGHTS, 0.0))
+    off = judge(rows, None, dict.fromkeys(WEIGHTS, 0.0))
     assert (off.quality_N == 1).all() and not off.fault_N
 
 
 def test_loss_and_difficulty_are_judged_against_the_bulk_of_the_pool():
     rng = np.random.default_rng(0)
     loss_N = np.r_[rng.normal(1.0, 0.2, 100), np.full(60, 9.0)]  # more than a third is broken
-    found = judge([signals()] * 160, np.full(160, 0.5), loss_N, WEIGHTS)
+    found = judge([signals()] * 160, {"difficulty": np.full(160, 0.5), "loss_rest": loss_N}, WEIGHTS)
     fault_N = found.fault_N["loss"]
     assert (fault_N[100:] == 1).all()
     np.testing.assert_allclose(fault_N[:100], np.clip(((loss_N[:100] - 1) / 0.2 - 1) / 2, 0, 1), atol=0.2)
     # A prompt that does not help is a fault only where those of the pool do.
     helpful = np.r_[np.full(9, 0.6), 1.02]
-    assert judge([signals()] * 10, helpful, None, WEIGHTS).fault_N["difficulty"].tolist() == [0] * 9 + [1]
-    assert not judge([signals()] * 10, helpful + 0.42, None, WEIGHTS).fault_N["difficulty"][:9].any()
+    for difficulty_N, faults in ((helpful, [0] * 9 + [1]), (helpful + 0.42, [0] * 9)):
+        found = judge([signals()] * 10, {"difficulty": difficulty_N, "loss_rest": np.zeros(10)}, WEIGHTS)
+        assert found.fault_N["difficulty"].tolist()[: len(faults)] == faults
 
 
 def test_weights():

@@ -94,7 +94,8 @@ def compare(
     answers = _answer(tuned, suite) if suite.prompts else None
     tuned_name, tuned_prompt_format = tuned.name, tuned.prompt_format
     del tuned
-    _free()
+    gc.collect()
+    torch.cuda.empty_cache()
     base = load_base()
     base_results = suite.run(base, say)
     shift, samples = _shift(base, answers, suite, say) if answers is not None else (None, [])
@@ -166,9 +167,3 @@ def _shift(
         for (source, prompt, reference), before, after in zip(suite.prompts, continued, tuned.answers, strict=False)
     ]
     return figures or {"skipped": "the answers have no token that the base has"}, samples
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -175,34 +175,29 @@ def shift_figures(
     known_N = shift.rank_N > 0
     if not known_N.any():
         return None
-    classes = _classes(shift.rank_N)
-    num_P = _by_answer(known_N, shift, len(answers))
+    classes = {
+        "unshifted": shift.rank_N == 1,
+        "marginal": (shift.rank_N >= MARGINAL) & (shift.rank_N < SHIFTED),
+        "shifted": shift.rank_N >= SHIFTED,
+    }
+
+    def of_answers(value_N: np.ndarray) -> list[float]:
+        return np.bincount(shift.answer_N, weights=value_N, minlength=len(answers)).tolist()
+
+    def mean(value_N: np.ndarray) -> dict[str, Any]:
+        return asdict(interval(of_answers(value_N), of_answers(known_N), seed=seed))
+
     return {
         "num_prompts": len(answers),
         "num_tokens": int(known_N.sum()),
         "num_added": int((~known_N).sum()),
-        "shares": {
-            name: asdict(interval(_by_answer(own_N, shift, len(answers)), num_P, seed=seed))
-            for name, own_N in classes.items()
-        },
-        "mean_prob": asdict(interval(_by_answer(shift.prob_N, shift, len(answers)), num_P, seed=seed)),
-        "mean_kl": asdict(interval(_by_answer(shift.kl_N, shift, len(answers)), num_P, seed=seed)),
+        "shares": {name: mean(own_N) for name, own_N in classes.items()},
+        "mean_prob": mean(shift.prob_N),
+        "mean_kl": mean(shift.kl_N),
         "by_position": _by_position(shift, classes, known_N),
         "most_shifted": _most_shifted(shift, classes, tokenizer),
         "answers": _answer_tokens(shift, answers, tokenizer),
     }
-
-
-def _classes(rank_N: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "unshifted": rank_N == 1,
-        "marginal": (rank_N >= MARGINAL) & (rank_N < SHIFTED),
-        "shifted": rank_N >= SHIFTED,
-    }
-
-
-def _by_answer(value_N: np.ndarray, shift: Shift, num_answers: int) -> list[float]:
-    return np.bincount(shift.answer_N, weights=value_N, minlength=num_answers).tolist()
 
 
 def _by_position(shift: Shift, classes: dict[str, np.ndarray], known_N: np.ndarray) -> list[dict[str, Any]]:

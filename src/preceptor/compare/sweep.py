@@ -15,6 +15,7 @@ Differences are paired: the same items before and after. One merged model is on 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,13 @@ def _task(task: Task, role: str, by_weight: dict[float, list[ItemResult]], seed:
 
 def verdict(tasks: Sequence[dict[str, Any]]) -> list[str]:
     """For each skill and each tax, the weights that pay less and lose nothing; one sentence each."""
+    return [_sentence(skill, tax) for skill, tax in pairs(tasks)]
+
+
+def pairs(tasks: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each task that was trained with each task or text that shows the tax."""
     skills, taxes = ([entry for entry in tasks if (entry["role"] == "trained") == wanted] for wanted in (True, False))
-    return [_sentence(skill, tax) for skill in skills for tax in taxes]
+    return list(product(skills, taxes))
 
 
 def gain(entry: Mapping[str, Any], point: Mapping[str, Any], end: str) -> Interval:

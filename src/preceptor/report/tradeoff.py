@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from preceptor.compare.sweep import gain
+from preceptor.compare.sweep import gain, pairs
 from preceptor.compare.verdict import HEADLINES, short_name
 from preceptor.evaluate.intervals import Interval
 from preceptor.report.plots import Panel, Series, draw_file
@@ -12,14 +12,10 @@ from preceptor.report.plots import Panel, Series, draw_file
 
 def draw_plots(found: Mapping[str, Any]) -> dict[str, str]:
     """File name -> SVG, for each pair of a trained task and a task or text that shows the tax."""
-    skills, taxes = (
-        [entry for entry in found["tasks"] if (entry["role"] == "trained") == wanted] for wanted in (True, False)
-    )
     plots = {}
-    for skill in skills:
-        for tax in taxes:
-            name = f"sweep-{short_name(skill['task'])}-{short_name(tax['task'])}"
-            plots[re.sub(r"[^\w.-]", "_", name) + ".svg"] = draw_file(_panel(skill, tax))
+    for skill, tax in pairs(found["tasks"]):
+        name = f"sweep-{short_name(skill['task'])}-{short_name(tax['task'])}"
+        plots[re.sub(r"[^\w.-]", "_", name) + ".svg"] = draw_file(_panel(skill, tax))
     return plots
 
 

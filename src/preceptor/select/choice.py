@@ -11,7 +11,7 @@ covered          a candidate, and similar to an example that is kept
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -81,12 +81,7 @@ def choose(found: Survey, settings: Settings) -> Choice:
     if model is None and settings.diversity != NO_DIVERSITY:
         raise ConfigError(f"--diversity {settings.diversity}: needs --model; without one, choose `none`")
     num = len(found.number_N)
-    quality = judge(
-        found.signals,
-        None if model is None else model.difficulty_N,
-        None if model is None else model.loss_rest_N,
-        settings.weights,
-    )
+    quality = judge(found.signals, None if model is None else model.score_N, settings.weights)
     repeated_N = _repeated(found.representative_N, quality.quality_N)
     distinct = np.flatnonzero(repeated_N < 0)
     candidates = _best(
@@ -219,9 +214,10 @@ def _faults(found: Survey, choice: Choice, place: int) -> str:
     }
     if model is not None:
         words["difficulty"] = (
-            f"the loss of the answer with the prompt is {model.difficulty_N[place]:.2f} times that without"
+            f"the loss of the answer with the prompt is {model.score_N['difficulty'][place]:.2f} times that without"
         )
-        words["loss"] = f"after its first token the answer has a loss of {model.loss_rest_N[place]:.2f} nats per token"
+        rest = model.score_N["loss_rest"][place]
+        words["loss"] = f"after its first token the answer has a loss of {rest:.2f} nats per token"
     return "; ".join(f"{name} ({words[name]})" for name in choice.quality.reasons(place))
 
 
@@ -236,14 +232,7 @@ def _scores(found: Survey, choice: Choice, place: int) -> dict[str, Any]:
         "found": list(signals.found),
     }
     if model is not None:
-        scores |= {
-            "loss": round(float(model.loss_N[place]), 4),
-            "loss_alone": round(float(model.loss_alone_N[place]), 4),
-            "loss_rest": round(float(model.loss_rest_N[place]), 4),
-            "difficulty": round(float(model.difficulty_N[place]), 4),
-            "prompt_tokens": int(model.prompt_tokens_N[place]),
-            "answer_tokens": int(model.answer_tokens_N[place]),
-        }
+        scores |= {name: round(model.score_N[name][place].item(), 4) for name in model.score_N.dtype.names or ()}
     return scores
 
 
@@ -257,10 +246,7 @@ def summarise(found: Survey, choice: Choice) -> dict[str, Any]:
         "num_kept": len(choice.kept),
         "all_kept": choice.is_short,
         "codes": _codes(found, choice),
-        "first_rejected": [
-            {"source": rejection.source, "code": rejection.code, "message": rejection.message}
-            for rejection in list(found.rejected.values())[:5]
-        ],
+        "first_rejected": [asdict(rejection) for rejection in list(found.rejected.values())[:5]],
         "lengths": {"before": _lengths(found, everything), "after": _lengths(found, choice.kept)},
         "quality": {
             "before": float(choice.quality.quality_N.mean()),
@@ -289,8 +275,8 @@ def _lengths(found: Survey, places: np.ndarray) -> dict[str, Any]:
     characters = [found.signals[place].num_characters for place in places.tolist()]
     lengths = {"answer_characters": _statistics(characters)}
     if found.model is not None:
-        lengths["prompt_tokens"] = _statistics(found.model.prompt_tokens_N[places])
-        lengths["answer_tokens"] = _statistics(found.model.answer_tokens_N[places])
+        for name in ("prompt_tokens", "answer_tokens"):
+            lengths[name] = _statistics(found.model.score_N[name][places])
     return lengths
 
 

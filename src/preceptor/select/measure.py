@@ -24,8 +24,8 @@ Legend: T tokens of a sequence, D hidden size, E embedding size, N answer tokens
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,20 +47,22 @@ EMBEDDING_SIZE = 256
 _SEQUENCES_AT_A_TIME = 16  # planned together, so that they are full
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class ModelScores:
-    """The scores of one conversation."""
+class ModelScores(NamedTuple):
+    """The scores of one conversation: the numbers of SCORES and the embedding."""
 
     loss: float
     loss_alone: float
     loss_rest: float
+    difficulty: float
     num_prompt_tokens: int
     num_answer_tokens: int
     embedding_E: np.ndarray  # float32
 
-    @property
-    def difficulty(self) -> float:
-        return self.loss / max(self.loss_alone, 1e-9)
+
+SCORES = np.dtype(
+    [(name, float) for name in ("loss", "loss_alone", "loss_rest", "difficulty")]
+    + [(name, int) for name in ("prompt_tokens", "answer_tokens")]
+)
 
 
 def plain_text(message: Message) -> str:
@@ -71,9 +73,16 @@ def plain_text(message: Message) -> str:
 
 def answers_of(example: AnsweredExample) -> list[str]:
     """The texts of the answers that training would train."""
+    return [answer for _, answer in exchanges_of(example)]
+
+
+def exchanges_of(example: AnsweredExample) -> list[tuple[str, str]]:
+    """For each answer that training would train, the text since the answer before, and its own."""
     if isinstance(example, Completion):
-        return [example.completion]
-    return [plain_text(example.messages[k]) for k in trainable_turns(example.messages)]
+        return [(example.prompt, example.completion)]
+    texts = list(map(plain_text, example.messages))
+    turns = pairwise([-1, *trainable_turns(example.messages)])
+    return [("".join(f"{text}\n" for text in texts[before + 1 : k]), texts[k]) for before, k in turns]
 
 
 class BaseScorer:
@@ -119,7 +128,9 @@ class BaseScorer:
         """The whole conversation, then each of its answers alone; or why the model cannot score it."""
         segments: list[Segment] = []
         alone: list[Tree] = []
-        for before, answer in self._exchanges(example):
+        for text, answer in exchanges_of(example):
+            text = "\n" + text if segments else text
+            before = [*(() if segments else self._bos), *self._ids(text)] if text else self._start
             target = tuple(self._ids(answer))
             if not target:
                 return Rejection(example.source, "nothing_to_predict", "the tokenizer makes no token of an answer")
@@ -138,20 +149,6 @@ class BaseScorer:
             )
         return [whole, *alone]
 
-    def _exchanges(self, example: AnsweredExample) -> Iterator[tuple[list[int], str]]:
-        """For each answer, the ids of the text since the answer before, and its own text."""
-        if isinstance(example, Completion):
-            yield [*self._bos, *self._ids(example.prompt)] if example.prompt else self._start, example.completion
-            return
-        after = -1
-        for k in trainable_turns(example.messages):
-            text = "".join(f"{plain_text(message)}\n" for message in example.messages[after + 1 : k])
-            if after < 0:
-                yield [*self._bos, *self._ids(text)] if text else self._start, plain_text(example.messages[k])
-            else:
-                yield self._ids("\n" + text), plain_text(example.messages[k])
-            after = k
-
     @torch.no_grad()
     def _measured(
         self, waiting: Sequence[tuple[int, AnsweredExample, list[Tree] | Rejection]]
@@ -163,7 +160,7 @@ class BaseScorer:
         loss_U3 = np.zeros((len(waiting), 3))
         embedding_UE = np.zeros((len(waiting), self.embedding_size), np.float32)
         lengths = [tree.num_tokens for _, _, tree in trees]
-        for indices in plan_sequences(lengths, self._max_length, seed=0) if trees else []:
+        for indices in plan_sequences(lengths, self._max_length, seed=0):
             chosen = [trees[index] for index in indices]
             hidden_TD, losses = self._forward([tree for _, _, tree in chosen])
             token, pair = 0, 0
@@ -200,8 +197,9 @@ class BaseScorer:
         loss, loss_alone = (loss_3[:2] / num_answer_tokens).tolist()
         if not (math.isfinite(loss) and math.isfinite(loss_alone) and np.isfinite(embedding_E).all()):
             raise ModelError(f"{source}: the model's loss on this example is not finite; choose another --model")
+        num_prompt_tokens, difficulty = whole.num_tokens - num_answer_tokens, loss / max(loss_alone, 1e-9)
         return ModelScores(
-            loss, loss_alone, float(loss_3[2]), whole.num_tokens - num_answer_tokens, num_answer_tokens, embedding_E
+            loss, loss_alone, float(loss_3[2]), difficulty, num_prompt_tokens, num_answer_tokens, embedding_E
         )
 
 

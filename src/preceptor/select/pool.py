@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from preceptor.config import Source
-from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
+from preceptor.data.examples import Completion, Conversation, Document, Example, Message, Rejection
 from preceptor.data.formats.rows import read_row
 from preceptor.data.formats.values import JsonReader, Unreadable
 from preceptor.data.sources import OpenSource
@@ -45,8 +45,7 @@ class Pool:
         Raises DataError for an example that JSON cannot hold, CheckpointError if the file cannot be written.
         """
         with replacing(file) as partial, partial.open("w", encoding="utf-8") as lines:
-            for line in self._lines(numbers):
-                lines.write(line + "\n")
+            lines.writelines(f"{line}\n" for line in self._lines(numbers))
 
     def _lines(self, numbers: Collection[int]) -> Iterator[str]:
         number = 0
@@ -93,7 +92,7 @@ def row_of(example: AnsweredExample) -> dict[str, Any]:
     """The example as a row in our own keys."""
     if isinstance(example, Completion):
         return {"prompt": example.prompt, "completion": example.completion}
-    row: dict[str, Any] = {"messages": [_message(example, k) for k in range(len(example.messages))]}
+    row: dict[str, Any] = {"messages": list(map(_message, example.messages))}
     if example.tools:
         row["tools"] = list(example.tools)
     if example.template_kwargs:
@@ -101,8 +100,7 @@ def row_of(example: AnsweredExample) -> dict[str, Any]:
     return row
 
 
-def _message(example: Conversation, index: int) -> dict[str, Any]:
-    message = example.messages[index]
+def _message(message: Message) -> dict[str, Any]:
     given = dict(message.given)
     if message.weight != 1.0:
         given["weight"] = message.weight

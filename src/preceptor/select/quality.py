@@ -182,13 +182,8 @@ class Quality:
         return sorted((name for name in cost if cost[name] > 0), key=lambda name: -cost[name])
 
 
-def judge(
-    signals: Sequence[TextSignals],
-    difficulty_N: np.ndarray | None,
-    loss_rest_N: np.ndarray | None,
-    weights: Mapping[str, float],
-) -> Quality:
-    """The quality of N examples, at least 1. difficulty_N, loss_rest_N: None without a model."""
+def judge(signals: Sequence[TextSignals], score_N: np.ndarray | None, weights: Mapping[str, float]) -> Quality:
+    """The quality of N examples, at least 1. score_N: of a model (measure.py), if there is one."""
     fault_N = {
         "refusal": np.array([s.refusal for s in signals]),
         "formatting": np.array([s.formatting for s in signals]),
@@ -198,11 +193,10 @@ def judge(
         ),
         "length": _ramp(np.abs(_deviations(np.log([max(1, s.num_characters) for s in signals]), "length")), _FAR),
     }
-    if difficulty_N is not None:
-        high_N = _ramp(_deviations(difficulty_N, "difficulty"), _HIGH)
-        fault_N["difficulty"] = np.minimum(_ramp(difficulty_N, _DIFFICULTY), high_N)
-    if loss_rest_N is not None:
-        fault_N["loss"] = _ramp(_deviations(loss_rest_N, "loss"), _HIGH)
+    if score_N is not None:
+        high_N = _ramp(_deviations(score_N["difficulty"], "difficulty"), _HIGH)
+        fault_N["difficulty"] = np.minimum(_ramp(score_N["difficulty"], _DIFFICULTY), high_N)
+        fault_N["loss"] = _ramp(_deviations(score_N["loss_rest"], "loss"), _HIGH)
     fault_N = {name: fault for name, fault in fault_N.items() if weights[name] > 0}
     quality_N = np.ones(len(signals))
     for name, fault in fault_N.items():

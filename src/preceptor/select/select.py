@@ -7,7 +7,6 @@ For a million examples: two passes through the files, and a third one that write
 and each answer twice. survey.py and diversity.py state the memory and the cost of the choice.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,16 +51,14 @@ def select(
     be read or holds nothing to choose from.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        found = survey(pool, scorer, Path(folder), on_example)
-        surveyed = time.perf_counter()
-        choice = choose(found, settings)
-        chosen = time.perf_counter()
-        pool.write(frozenset(found.number_N[choice.kept].tolist()), out)
-        if explain_file is not None:
-            write_json_lines(explain_file, explain(found, choice))
-        summary = summarise(found, choice)
-    return summary | {"seconds": {"survey": surveyed - started, "choice": chosen - surveyed}}
+    found = survey(pool, scorer, out.parent, on_example)
+    surveyed = time.perf_counter()
+    choice = choose(found, settings)
+    chosen = time.perf_counter()
+    pool.write(frozenset(found.number_N[choice.kept].tolist()), out)
+    if explain_file is not None:
+        write_json_lines(explain_file, explain(found, choice))
+    return summarise(found, choice) | {"seconds": {"survey": surveyed - started, "choice": chosen - surveyed}}
 
 
 _MEANINGS = {
@@ -75,7 +72,9 @@ _MEANINGS = {
 
 def to_text(summary: dict[str, Any]) -> str:
     """The result of `select` as lines of text."""
-    parts = [_codes(summary), _rejected(summary), _lengths(summary), _verdict(summary)]
+    rejected = [f"  {first['source']}: {first['code']}: {first['message']}" for first in summary["first_rejected"]]
+    rejected = rejected and ["The first rejected examples", *rejected]
+    parts = [_codes(summary), "\n".join(rejected), _lengths(summary), _verdict(summary)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -85,11 +84,6 @@ def _codes(summary: dict[str, Any]) -> str:
         share = count / summary["num_examples"]
         lines.append(f"  {count:>9,}  {share:>6.1%}  {code:<14} {_MEANINGS.get(code, 'rejected')}")
     return "\n".join(lines)
-
-
-def _rejected(summary: dict[str, Any]) -> str:
-    lines = [f"  {first['source']}: {first['code']}: {first['message']}" for first in summary["first_rejected"]]
-    return "\n".join(["The first rejected examples", *lines]) if lines else ""
 
 
 def _lengths(summary: dict[str, Any]) -> str:

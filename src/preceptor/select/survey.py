@@ -2,11 +2,12 @@
 
 The pool is read twice: for fingerprints (data/duplicates.py), then for the signals of the examples that repeat no other
 exactly; only those take a forward pass. No text is kept: an example takes about 750 bytes in memory
-(benchmarks/select_cost.py) and 2 E bytes for its embedding, in a memory-mapped file if a folder is given for it.
+(benchmarks/select_cost.py) and 2 E bytes of a memory-mapped file for its embedding.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +15,17 @@ import numpy as np
 from preceptor.data.duplicates import NEAR, Fingerprints, repeats
 from preceptor.data.examples import Rejection
 from preceptor.errors import DataError
-from preceptor.select.measure import BaseScorer, ModelScores, answers_of
-from preceptor.select.pool import AnsweredExample, Pool
+from preceptor.select.measure import SCORES, BaseScorer, answers_of
+from preceptor.select.pool import Pool
 from preceptor.select.quality import TextSignals, text_signals
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSignals:
-    """The base model's scores of N examples: float64 and int64 (N,), and the embeddings (N, E), float16."""
+    """The base model's scores of N examples: the numbers of each, by name, and the embeddings (N, E), float16."""
 
-    loss_N: np.ndarray
-    loss_alone_N: np.ndarray
-    loss_rest_N: np.ndarray
-    prompt_tokens_N: np.ndarray
-    answer_tokens_N: np.ndarray
+    score_N: np.ndarray  # of dtype SCORES
     embedding_NE: np.ndarray
-
-    @property
-    def difficulty_N(self) -> np.ndarray:
-        ratio_N: np.ndarray = self.loss_N / np.maximum(self.loss_alone_N, 1e-9)
-        return ratio_N
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,24 +44,25 @@ class Survey:
 def survey(
     pool: Pool, scorer: BaseScorer | None, folder: Path | None, on_example: Callable[[], None] = lambda: None
 ) -> Survey:
-    """Read the pool, with a model or without. folder: for the file of the embeddings; None: in memory.
+    """Read the pool, with a model or without. folder: for the file of the embeddings; None: the system's own.
 
     `on_example` is called after each example of both passes. Raises DataError if no example is left.
     """
-    first = _first_pass(pool, on_example)
-    distinct = np.array([first.number[k] for k in np.flatnonzero(first.exact_N < 0).tolist()], np.int64)
-    rejected = dict(first.rejected)
+    sources, rejected, numbers, prints = _fingerprinted(pool, on_example)
+    matches = repeats(prints)
+    distinct = numbers[matches.exact_N < 0]
     signals: list[TextSignals] = []
     kept = np.zeros(len(distinct), bool)
-    table = _SignalTable(len(distinct), scorer.embedding_size, folder) if scorer is not None else None
+    model = None if scorer is None else _no_signals(len(distinct), scorer.embedding_size, folder)
     examples = pool.chosen(frozenset(distinct.tolist()))
-    for place, (number, example, scores) in enumerate(_scored(examples, scorer)):
+    scored = ((number, example, None) for number, example in examples) if scorer is None else scorer.score(examples)
+    for place, (number, example, scores) in enumerate(scored):
         on_example()
         if isinstance(scores, Rejection):
             rejected[number] = scores
             continue
-        if table is not None and scores is not None:
-            table.set(len(signals), scores)
+        if model is not None and scores is not None:
+            model.score_N[len(signals)], model.embedding_NE[len(signals)] = scores[:-1], scores.embedding_E
         signals.append(text_signals(answers_of(example)))
         kept[place] = True
     if not signals:
@@ -78,101 +71,58 @@ def survey(
     number_N = distinct[kept]
     place_of = {number: place for place, number in enumerate(number_N.tolist())}
     representative_N = np.arange(len(number_N))
-    for number, representative in first.near_representatives().items():
-        if number in place_of and representative in place_of:
-            representative_N[place_of[number]] = place_of[representative]
+    for index, representative in _near_representatives(prints, matches.near_N).items():
+        number, of = int(numbers[index]), int(numbers[representative])
+        if number in place_of and of in place_of:
+            representative_N[place_of[number]] = place_of[of]
+    repeated = matches.exact_N >= 0
     return Survey(
-        sources=first.sources,
+        sources=sources,
         rejected=rejected,
-        exact={
-            first.number[k]: first.number[int(first.exact_N[k])] for k in np.flatnonzero(first.exact_N >= 0).tolist()
-        },
+        exact=dict(zip(numbers[repeated].tolist(), numbers[matches.exact_N[repeated]].tolist(), strict=True)),
         number_N=number_N,
         representative_N=representative_N,
         signals=signals,
-        model=None if table is None else table.finished(len(signals)),
+        model=model and ModelSignals(model.score_N[: len(signals)], model.embedding_NE[: len(signals)]),
     )
 
 
-@dataclass
-class _FirstPass:
-    """Sources, rejections and fingerprints of all examples, and which of them repeat which."""
-
-    sources: list[str] = field(default_factory=list)
-    rejected: dict[int, Rejection] = field(default_factory=dict)
-    number: list[int] = field(default_factory=list)
-    prints: Fingerprints = field(default_factory=Fingerprints)
-    exact_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    near_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def near_representatives(self) -> dict[int, int]:
-        """Example -> the example that it nearly repeats, which itself repeats none.
-
-        This is not transitive: an example that nearly repeats another one that has a representative must nearly repeat
-        the representative too, or becomes a representative itself.
-        """
-        signature_NK = self.prints.signature_NK
-        representative_of: dict[int, int] = {}
-        for k in np.flatnonzero(self.near_N >= 0).tolist():
-            like = int(self.near_N[k])
-            first = representative_of.get(like, like)
-            if first == like or (signature_NK[k] == signature_NK[first]).mean() >= NEAR:
-                representative_of[k] = first
-        return {self.number[k]: self.number[first] for k, first in representative_of.items()}
-
-
-def _first_pass(pool: Pool, on_example: Callable[[], None]) -> _FirstPass:
-    found = _FirstPass()
+def _fingerprinted(
+    pool: Pool, on_example: Callable[[], None]
+) -> tuple[list[str], dict[int, Rejection], np.ndarray, Fingerprints]:
+    """The places of all examples, the rejected ones, the numbers of the others, and their fingerprints."""
+    sources: list[str] = []
+    rejected: dict[int, Rejection] = {}
+    prints = Fingerprints()
     for number, example in enumerate(pool.examples()):
-        found.sources.append(example.source)
+        sources.append(example.source)
         if isinstance(example, Rejection):
-            found.rejected[number] = example
+            rejected[number] = example
         else:
-            found.number.append(number)
-            found.prints.add(example)
+            prints.add(example)
         on_example()
-    if not found.number:
-        some = next(iter(found.rejected.values()))
-        raise DataError(f"no example to choose from; {some.source}: {some.message}")
-    matches = repeats(found.prints)
-    found.exact_N, found.near_N = matches.exact_N, matches.near_N
-    return found
+    numbers = np.setdiff1d(np.arange(len(sources)), np.fromiter(rejected, np.int64), assume_unique=True)
+    return sources, rejected, numbers, prints
 
 
-def _scored(
-    examples: Iterator[tuple[int, AnsweredExample]], scorer: BaseScorer | None
-) -> Iterator[tuple[int, AnsweredExample, ModelScores | Rejection | None]]:
-    if scorer is not None:
-        yield from scorer.score(examples)
-    else:
-        yield from ((number, example, None) for number, example in examples)
+def _near_representatives(prints: Fingerprints, near_N: np.ndarray) -> dict[int, int]:
+    """Example -> the example that it nearly repeats, which itself repeats none; by their places in `prints`.
+
+    This is not transitive: an example that nearly repeats another one that has a representative must nearly repeat the
+    representative too, or becomes a representative itself.
+    """
+    signature_NK = prints.signature_NK
+    representative_of: dict[int, int] = {}
+    for k in np.flatnonzero(near_N >= 0).tolist():
+        like = int(near_N[k])
+        first = representative_of.get(like, like)
+        if first == like or (signature_NK[k] == signature_NK[first]).mean() >= NEAR:
+            representative_of[k] = first
+    return representative_of
 
 
-class _SignalTable:
-    """The model's signals, filled example by example."""
-
-    def __init__(self, num_examples: int, embedding_size: int, folder: Path | None) -> None:
-        shape = (num_examples, embedding_size)
-        self._embedding_NE: np.ndarray = (
-            np.zeros(shape, np.float16)
-            if folder is None
-            else np.memmap(folder / "embeddings.float16", np.float16, "w+", shape=shape)
-        )
-        self._loss_N3 = np.zeros((num_examples, 3))
-        self._tokens_N2 = np.zeros((num_examples, 2), np.int64)
-
-    def set(self, at: int, scores: ModelScores) -> None:
-        self._embedding_NE[at] = scores.embedding_E
-        self._loss_N3[at] = scores.loss, scores.loss_alone, scores.loss_rest
-        self._tokens_N2[at] = scores.num_prompt_tokens, scores.num_answer_tokens
-
-    def finished(self, num_examples: int) -> ModelSignals:
-        loss_N3, tokens_N2 = self._loss_N3[:num_examples], self._tokens_N2[:num_examples]
-        return ModelSignals(
-            loss_N=loss_N3[:, 0],
-            loss_alone_N=loss_N3[:, 1],
-            loss_rest_N=loss_N3[:, 2],
-            prompt_tokens_N=tokens_N2[:, 0],
-            answer_tokens_N=tokens_N2[:, 1],
-            embedding_NE=self._embedding_NE[:num_examples],
-        )
+def _no_signals(num_examples: int, embedding_size: int, folder: Path | None) -> ModelSignals:
+    """Room for the signals of so many examples."""
+    shape = (max(1, num_examples), embedding_size)  # a file without a byte cannot be mapped
+    with tempfile.TemporaryFile(dir=folder) as file:  # the map goes on when it is closed
+        return ModelSignals(np.zeros(num_examples, SCORES), np.memmap(file, np.float16, "w+", shape=shape))
