@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
-from preceptor.data.formats.rows import to_example
+from preceptor.data.formats.rows import read_row
 from preceptor.inspect.peer_rules import rule_of
 from preceptor.inspect.peer_templates import TEMPLATES
 
@@ -172,7 +172,7 @@ def template_text(name: str) -> str:
 def ours(case: Case) -> tuple[list[int], list[bool]] | None:
     """The emulation; None where it says that there are no labels."""
     row = ROWS[case.row]
-    example = to_example(row, "rows:1")
+    _, example = read_row(row, "rows:1")
     if isinstance(example, Rejection):
         return None
     own = _kept_tokenizer(**case.changes)

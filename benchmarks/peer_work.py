@@ -19,7 +19,7 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
 from preceptor.data.forest import Tree, path_ids
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def prepare(work: Work, folder: Path, num_steps: int = 1) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     renderer = Renderer(tokenizer, load_template(None, tokenizer), stop_token_ids=(tokenizer.eos_token_id,))
     trees = []
-    for record in read_examples(Source(path=str(messages))):
+    for record in OpenSource(Source(path=str(messages))).examples():
         assert not isinstance(record, Rejection), record
         tree = renderer.render(record)
         assert not isinstance(tree, Rejection), tree

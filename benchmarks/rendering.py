@@ -4,7 +4,7 @@
     python benchmarks/rendering.py --before CHECKOUT
 
 Both sides read the same JSON lines and prepare them for a loss on the assistant's turns alone, with two processes: ours
-by `read_examples` and `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
+by `render_all`, in a program of its own, as `preceptor check` is; TRL's by `load_dataset` and the
 SFTTrainer's own preparation (`assistant_only_loss`, `dataset_num_proc=2`, no truncation, no packing). Both have
 prepared four rows before, so that the template is compiled. They take turns; each figure is the fastest of the
 repetitions. The trained tokens of both are counted: with llama3 they are the same; with a ChatML template TRL's twin
@@ -38,7 +38,7 @@ from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Conversation, Message, Rejection
 from preceptor.data.forest import Tree
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 from preceptor.data.workers import render_all
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def make_renderer(tokenizer: Any) -> Renderer:
 
 def ours(file: str, tokenizer: Any, num_processes: int = NUM_PROCESSES) -> Prepared:
     cpu, start = cpu_seconds(), time.perf_counter()
-    trees = [tree for _, tree in render_all(make_renderer(tokenizer), read_examples(file), num_processes)]
+    trees = list(render_all(make_renderer(tokenizer), OpenSource(file).examples(), num_processes))
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
     assert not any(isinstance(tree, Rejection) for tree in trees)
@@ -321,7 +321,7 @@ def peak_megabytes(file: str, times: int, tokenizer: Any, num_processes: int) ->
 
     def rows() -> Iterator[Any]:
         for _ in range(times):
-            yield from read_examples(file)
+            yield from OpenSource(file).examples()
 
     for _ in render_all(make_renderer(tokenizer), rows(), num_processes):
         pass

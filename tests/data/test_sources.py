@@ -11,7 +11,7 @@ from preceptor.data.dataset import mix
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
 from preceptor.data.formats import text_files
 from preceptor.data.formats.tables import RecordList
-from preceptor.data.sources import OpenSource, read_examples
+from preceptor.data.sources import OpenSource
 from preceptor.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -25,14 +25,14 @@ def write(tmp_path, *rows):
 
 
 def one(tmp_path, row):
-    (record,) = read_examples(write(tmp_path, row))
+    (record,) = OpenSource(write(tmp_path, row)).examples()
     return record
 
 
 def test_messages(tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": None}}}
     path = write(tmp_path, "", {"messages": [USER, ANSWER], "tools": [tool], "chat_template_kwargs": {"a": 1}})
-    (record,) = read_examples(path)
+    (record,) = OpenSource(path).examples()
     assert isinstance(record, Conversation)
     assert record.source == f"{path}:2"
     assert [m.given for m in record.messages] == [USER, ANSWER]
@@ -87,7 +87,7 @@ def test_text(tmp_path):
 )
 def test_a_row_that_cannot_be_trained_is_rejected_with_its_reason(tmp_path, row, code):
     path = write(tmp_path, {"text": "fine"}, row)
-    fine, rejection = read_examples(path)
+    fine, rejection = OpenSource(path).examples()
     assert isinstance(fine, Document)
     assert isinstance(rejection, Rejection)
     assert (rejection.source, rejection.code) == (f"{path}:2", code)
@@ -107,19 +107,19 @@ def test_a_file_that_cannot_be_read_is_an_error_that_says_where(tmp_path, text, 
     file = tmp_path / "data.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=message):
-        list(read_examples(str(file)))
+        list(OpenSource(str(file)).examples())
 
 
 def test_missing_files_folders_and_other_encodings(tmp_path):
     with pytest.raises(DataError, match="no such data file"):
-        list(read_examples(str(tmp_path / "none.jsonl")))
+        list(OpenSource(str(tmp_path / "none.jsonl")).examples())
     with pytest.raises(DataError, match="the folder holds no data file"):
-        list(read_examples(str(tmp_path)))
+        list(OpenSource(str(tmp_path)).examples())
     with pytest.raises(DataError, match=r"scholar:none\.jsonl: the package has no such data file"):
-        list(read_examples("scholar:none.jsonl"))
+        list(OpenSource("scholar:none.jsonl").examples())
     (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8"):
-        list(read_examples(str(tmp_path / "latin.jsonl")))
+        list(OpenSource(str(tmp_path / "latin.jsonl")).examples())
 
 
 def test_mix_copies_whole_and_chooses_parts_by_seed():

@@ -8,7 +8,7 @@ import torch
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import load_template
 from preceptor.data.examples import Rejection
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 from preceptor.evaluate.held_out import LabelledTree, TargetLabels, label_targets, measure
 from preceptor.evaluate.intervals import interval
 from tiny import tiny_model, tiny_tokenizer
@@ -30,7 +30,7 @@ def rendered(write_jsonl):
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     renderer = Renderer(tokenizer, load_template("chatml", tokenizer), stop_token_ids=[stop])
     file = write_jsonl(ROWS)
-    pairs = [(record, renderer.render(record)) for record in read_examples(file)]
+    pairs = [(record, renderer.render(record)) for record in OpenSource(file).examples()]
     assert not any(isinstance(tree, Rejection) for _, tree in pairs)
     return file, tokenizer, label_targets(pairs, tokenizer)
 
@@ -84,7 +84,7 @@ def test_tools_and_reasoning_are_kinds_and_a_turn_may_have_several(write_jsonl):
         {"messages": [SYSTEM, USER, CALL, {"role": "tool", "content": "x"}, {**ANSWER, "reasoning_content": "so"}]},
         {"messages": [USER, {**ANSWER, "content": "<think>so</think>It is."}]},
     ]
-    tools, inline = read_examples(write_jsonl(rows))
+    tools, inline = OpenSource(write_jsonl(rows)).examples()
     assert _kinds(tools, 2) == ("tools", "system")
     assert _kinds(tools, 4) == ("tools", "reasoning", "system")
     assert _kinds(inline, 1) == ("reasoning",)

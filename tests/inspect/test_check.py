@@ -13,7 +13,7 @@ from preceptor.chat.format import load_chat_format
 from preceptor.data import reading, workers
 from preceptor.data.examples import Conversation, Rejection, RejectionCounts
 from preceptor.data.forest import Segment, Tree, leaf_path_lengths, turn_lengths
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 from preceptor.inspect.check import Lengths, check_data, to_json, to_text
 from preceptor.train.prepare import prepare
 
@@ -109,7 +109,7 @@ def test_what_the_trees_save_against_one_sample_a_turn(run_file, tmp_path, templ
     found = to_json(check_data(run))
     assert found["num_rejected"] == 0, found["rejections"]
     separate, tree_tokens, targets = 0, 0, []
-    for record in read_examples(run.data.train[0]):
+    for record in OpenSource(run.data.train[0]).examples():
         assert isinstance(record, Conversation)
         tree_tokens += renderer.render(record).num_tokens
         for k in range(1, len(record.messages), 2):

@@ -206,36 +206,14 @@ def trainable_turns(messages: Sequence[Message]) -> list[int]:
 
 # Why an example is not trained ----------------------------------------------------------------------------------------
 
-READING: dict[str, str] = {
-    "unreadable": "a value that cannot be read: a key given twice, NaN, a huge number, broken text",
-    "broken_character": "half of a character",
-    "unknown_format": "its keys make no format",
-    "ambiguous_format": "its keys make several formats",
-    "ambiguous_null": "a null that may be padding (Parquet, Arrow)",
-    "unread_column": "a key without which the example would say something else, such as images",
-    "unread_field": "the same in a message, such as an image or `train_detail`",
-    "no_messages": "no list of messages",
-    "bad_message": "a message that cannot be read",
-    "unknown_role": "a role that is none",
-    "not_an_answer": "a message is to be trained that is not the assistant's",
-    "no_assistant_message": "no message is the assistant's",
-    "empty_answer": "an answer without text and tool calls",
-    "empty_prompt": "a question without text",
-    "empty_text": "no text",
-    "not_text": "a value that should be a text",
-    "nothing_to_train": "`train: false` or weight 0 on every answer",
-    "bad_system": "a system prompt that is no text",
-    "two_system_prompts": "`system` and another system message",
-    "bad_tools": "tools that are no list of JSON schemas",
-    "bad_tool_call": "a ShareGPT function call without name and arguments",
-    "bad_template_kwargs": "template arguments that are no object",
-    "bad_prompt_completion": "a prompt and a completion of different kinds",
-    "bad_history": "Alpaca's history that is no list of pairs",
-    "needs_template": "plain strings beside tools, a system prompt or template arguments",
-    "left_out": "the function of the source's `code` gave None; allow it where that is meant",
-    "too_long": "more than `data.max_length` tokens",
-}
-"""Codes of what is found while an example is read or cut, and what they mean."""
+READING = frozenset(
+    """unreadable broken_character unknown_format ambiguous_format ambiguous_null unread_column unread_field
+    no_messages bad_message unknown_role not_an_answer no_assistant_message empty_answer empty_prompt empty_text
+    not_text nothing_to_train bad_system two_system_prompts bad_tools bad_tool_call bad_template_kwargs
+    bad_prompt_completion bad_history needs_template
+    left_out too_long""".split()  # noqa: SIM905 (as words, the list can be read)
+)
+"""Codes of what is found while an example is read or cut; docs/data.md says what they mean."""
 
 ADVICE: dict[str, str] = {
     # the example itself
@@ -282,7 +260,7 @@ ADVICE: dict[str, str] = {
 }
 """Codes of what is found while an example is rendered, and what to do."""
 
-CODES = frozenset(READING | ADVICE)
+CODES = READING | ADVICE.keys()
 
 
 def check_codes(allowed: Iterable[str]) -> None:

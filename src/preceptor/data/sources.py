@@ -17,7 +17,7 @@ from preceptor.config.code import OwnFunction, load_code
 from preceptor.config.sections import nearest
 from preceptor.data.examples import TRAIN_KEYS, Completion, Conversation, Example, Rejection
 from preceptor.data.formats.rows import PARTS_OF_A_QUESTION, UNREAD_COLUMNS, has_format, read_row, unknown_format
-from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TextFile, find_tables
+from preceptor.data.formats.tables import DataTable, HuggingFaceDataset, TableFile, find_tables
 from preceptor.data.formats.text_files import parse_line
 from preceptor.data.formats.values import Row, TableRows, Unreadable
 from preceptor.errors import ConfigError, DataError, short
@@ -41,7 +41,9 @@ class Side:
         """Rejections are counted with what is trained."""
         if isinstance(example, Rejection):
             return not self.held_out
-        return (_drawn(example) < self.share) == self.held_out
+        asked = " ".join(_question(example).split()).lower().encode(errors="surrogatepass")
+        drawn = int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest()) / 2**64  # from 0 to 1
+        return (drawn < self.share) == self.held_out
 
 
 def holds_out_nothing(share: float) -> str:
@@ -50,12 +52,6 @@ def holds_out_nothing(share: float) -> str:
         f"data.eval_size: {share:g} holds out no example that can be measured; there are few, or they ask the same. "
         "Set a larger share, or name a file in data.eval"
     )
-
-
-def _drawn(example: Example) -> float:
-    """A number from 0 to 1 that depends on the question alone."""
-    asked = " ".join(_question(example).split()).lower().encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest()) / 2**64
 
 
 def _question(example: Example) -> str:
@@ -131,7 +127,7 @@ class OpenSource:
     @property
     def is_pipe(self) -> bool:
         """Whether it can be read only once."""
-        return any(isinstance(table, TextFile) and table.is_pipe for table in self.tables)
+        return any(isinstance(table, TableFile) and table.is_pipe for table in self.tables)
 
     def rows(self) -> TableRows:
         """Each row as the file holds it, with its place. Raises DataError for what cannot be read or is empty."""
@@ -175,11 +171,13 @@ class OpenSource:
         names = None if self.own else table.columns()
         if names is not None:
             _check_columns(table.name, names, self.source)
-        lines = table.lines() if isinstance(table, TextFile) else None
+        lines = table.lines() if isinstance(table, TableFile) else None
         rows = _not_empty(table.name, lines or table.rows(None if self.own else self.keys_read))
         if columns and names is None:  # each row has keys of its own
             first = list(islice(rows, _FIRST))
-            _check_first(table.name, first, self.source)
+            parsed = [parse_line(row, place) if isinstance(row, str) else row for place, row in first]
+            keys = dict.fromkeys(key for row in parsed if not isinstance(row, Unreadable) for key in row)
+            _check_columns(table.name, list(keys), self.source)
             rows = chain(first, rows)
         for place, row in rows:
             yield UnreadRow(table.name, place, row, self)
@@ -216,7 +214,7 @@ def open_sources(data: Data) -> tuple[list[OpenSource], list[OpenSource]]:
 def require_streamable(sources: Iterable[OpenSource]) -> None:
     """Raises ConfigError for a data set of the Hub: all of it is downloaded before its first example is read."""
     for source in sources:
-        if any(isinstance(table, HuggingFaceDataset) and table.is_of_hub for table in source.tables):
+        if any(isinstance(table, HuggingFaceDataset) and isinstance(table.place, Source) for table in source.tables):
             path = source.source.path
             raise ConfigError(
                 f"{path}: a data set of the Hub is downloaded as a whole, and data.streaming reads as it goes: name "
@@ -241,11 +239,6 @@ def read_rows(source: Source | str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def read_examples(source: Source | str) -> Iterator[Example | Rejection]:
-    """Each example of a source. Raises as `OpenSource`."""
-    return OpenSource(source).examples()
-
-
 def _made(own: OwnFunction, row: Row) -> Row | None:
     """What the user's function makes of a row; whatever it raises is the row's rejection."""
     if isinstance(row, Unreadable):
@@ -266,13 +259,6 @@ def _not_empty(name: str, rows: Iterator[Any]) -> Iterator[Any]:
         yield row
     if not found:
         raise DataError(f"{name}: the file is empty; it needs at least one example")
-
-
-def _check_first(name: str, first: Sequence[tuple[str, str | Row]], source: Source) -> None:
-    """As `_check_columns`, where each row has keys of its own."""
-    parsed = [parse_line(row, place) if isinstance(row, str) else row for place, row in first]
-    found = [row for row in parsed if not isinstance(row, Unreadable)]
-    _check_columns(name, list(dict.fromkeys(key for row in found for key in row)), source)
 
 
 def _check_columns(name: str, columns: Sequence[str], source: Source) -> None:

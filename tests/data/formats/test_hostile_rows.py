@@ -9,7 +9,7 @@ import pytest
 from preceptor.data.examples import ADVICE, CODES, READING, Conversation, Rejection
 from preceptor.data.formats.rows import UNREAD_COLUMNS, read_row
 from preceptor.data.formats.values import Struct
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 from preceptor.errors import DataError
 
 CASES = Path(__file__).parents[4] / "shared" / "cases"
@@ -22,7 +22,7 @@ GOOD = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "
 def read(*lines, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return list(read_examples(str(file)))
+    return list(OpenSource(str(file)).examples())
 
 
 def answered(**answer):
@@ -91,7 +91,7 @@ def test_one_row_is_rejected_with_its_place_and_the_next_is_read(name, tmp_path)
 @pytest.mark.parametrize("file", HOSTILE, ids=lambda file: file.name)
 def test_the_collected_rows_are_read_or_rejected(file):
     try:
-        found = list(read_examples(str(file)))
+        found = list(OpenSource(str(file)).examples())
     except DataError:
         return
     assert found and all(len(each.message) < 500 for each in found if isinstance(each, Rejection))
@@ -101,7 +101,7 @@ def test_what_goes_wrong_in_reading_a_row_is_that_rows_rejection(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("preceptor.data.formats.rows.to_example", fail)
+    monkeypatch.setattr("preceptor.data.formats.rows._example", fail)
     _, found = read_row({"text": "a"}, "x:1")
     assert (found.code, found.source) == ("unreadable", "x:1") and "RuntimeError: 'boom'" in found.message
 
@@ -129,7 +129,7 @@ def test_columns_read_an_example_without_what_is_not_read(tmp_path):
 
     row = {"messages": [USER, ANSWER], **dict.fromkeys(UNREAD_COLUMNS, "x")}
     read(json.dumps(row), tmp_path=tmp_path)
-    (found,) = read_examples(Source(path=str(tmp_path / "rows.jsonl"), columns={"messages": "messages"}))
+    (found,) = OpenSource(Source(path=str(tmp_path / "rows.jsonl"), columns={"messages": "messages"})).examples()
     assert isinstance(found, Conversation)
 
 

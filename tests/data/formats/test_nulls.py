@@ -6,7 +6,7 @@ import pytest
 
 from preceptor.config import Source
 from preceptor.data.examples import Conversation, Rejection
-from preceptor.data.sources import read_examples
+from preceptor.data.sources import OpenSource
 
 ASK = {"role": "user", "content": "Weather?"}
 
@@ -61,7 +61,7 @@ def test_padding_is_gone_from_messages_and_tools(tmp_path, write):
         },
         {"messages": [{**ASK, "name": "Ann"}, {"role": "assistant", "content": "Yes."}], "tools": None},
     ]
-    records = list(read_examples(write(tmp_path, rows)))
+    records = list(OpenSource(write(tmp_path, rows)).examples())
     for row, record in zip(rows, records, strict=True):
         assert isinstance(record, Conversation), record
         assert [json.loads(json.dumps(message.given)) for message in record.messages] == row["messages"]
@@ -87,7 +87,7 @@ def test_an_argument_that_may_be_null_cannot_be_told_from_padding(tmp_path):
         {"messages": [ASK, call("clock", zone="UTC", at=None)], "tools": [CLOCK]},
     ]
     path = parquet(tmp_path, rows)
-    fine, rejection = read_examples(path)
+    fine, rejection = OpenSource(path).examples()
     assert isinstance(fine, Conversation) and isinstance(rejection, Rejection)
     assert rejection.code == "ambiguous_null" and rejection.source.endswith("a.parquet:row 2")
     assert (
@@ -95,7 +95,9 @@ def test_an_argument_that_may_be_null_cannot_be_told_from_padding(tmp_path):
         and "JSON strings" in rejection.message
     )
     arguments = {
-        nulls: list(read_examples(Source(path=path, nulls=nulls)))[1].messages[1].tool_calls[0]["function"]["arguments"]
+        nulls: list(OpenSource(Source(path=path, nulls=nulls)).examples())[1]
+        .messages[1]
+        .tool_calls[0]["function"]["arguments"]
         for nulls in ("drop", "keep")
     }
     assert arguments == {"drop": {"zone": "UTC"}, "keep": {"zone": "UTC", "at": None}}
@@ -122,7 +124,7 @@ def test_when_a_null_argument_is_surely_padding(tmp_path, parameters, padding):
     tools = json.dumps([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
     calls = [call("f", a="x", c="y"), call("f", a=None, c="y")]
     rows = [{"messages": [ASK, message], "tools": tools} for message in calls]
-    _, second = read_examples(parquet(tmp_path, rows))
+    _, second = OpenSource(parquet(tmp_path, rows)).examples()
     if padding:
         assert second.messages[1].tool_calls[0]["function"]["arguments"] == {"c": "y"}
     else:
@@ -134,11 +136,11 @@ def test_a_default_of_null_cannot_be_told_from_padding(tmp_path):
     without = tool("f", {"a": {"type": "string"}})
     rows = [{"messages": [ASK, {"role": "assistant", "content": "x"}], "tools": [t]} for t in (with_default, without)]
     path = parquet(tmp_path, rows)
-    fine, rejection = read_examples(path)
+    fine, rejection = OpenSource(path).examples()
     assert fine.tools == [with_default]
     assert rejection.code == "ambiguous_null"
     assert "tools[0].function.parameters.properties.a.default is null" in rejection.message
-    assert list(read_examples(Source(path=path, nulls="drop")))[1].tools == [without]
+    assert list(OpenSource(Source(path=path, nulls="drop")).examples())[1].tools == [without]
 
 
 def test_a_default_that_is_an_object_is_data_and_no_schema(tmp_path):
@@ -146,7 +148,7 @@ def test_a_default_that_is_an_object_is_data_and_no_schema(tmp_path):
     first = tool("f", {"a": {"type": "object", "default": {"type": "x", "b": 1}}})
     second = tool("f", {"a": {"type": "object", "default": {"type": None, "b": 1}}})
     rows = [{"messages": [ASK, {"role": "assistant", "content": "x"}], "tools": [t]} for t in (first, second)]
-    fine, rejection = read_examples(parquet(tmp_path, rows))
+    fine, rejection = OpenSource(parquet(tmp_path, rows)).examples()
     assert fine.tools == [first]
     assert rejection.code == "ambiguous_null" and "default.type is null" in rejection.message
 
@@ -155,7 +157,7 @@ def test_properties_named_like_keywords(tmp_path):
     """Inside `properties` every key is a name, so a null there is another tool's property, whatever it is called."""
     one, two = tool("f", {"default": {"type": "string"}}), tool("g", {"const": {"type": "string"}})
     rows = [{"messages": [ASK, {"role": "assistant", "content": "x"}], "tools": [t]} for t in (one, two)]
-    assert [record.tools for record in read_examples(parquet(tmp_path, rows))] == [[one], [two]]
+    assert [record.tools for record in OpenSource(parquet(tmp_path, rows)).examples()] == [[one], [two]]
 
 
 def test_json_strings_and_json_columns_are_exact(tmp_path):
@@ -173,7 +175,7 @@ def test_json_strings_and_json_columns_are_exact(tmp_path):
     dataset.to_parquet(str(tmp_path / "b.parquet"))
     strings = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
     for path in (tmp_path / "saved", tmp_path / "b.parquet", parquet(tmp_path, strings)):
-        first, second = read_examples(str(path))
+        first, second = OpenSource(str(path)).examples()
         assert [dict(m.given) for m in first.messages] == rows[0]["messages"] and first.tools == [odd]
         assert [dict(m.given) for m in second.messages] == rows[1]["messages"]
 
@@ -181,7 +183,7 @@ def test_json_strings_and_json_columns_are_exact(tmp_path):
 def test_template_arguments_that_are_null_are_not_given(tmp_path):
     messages = [ASK, {"role": "assistant", "content": "x"}]
     rows = [{"messages": messages, "chat_template_kwargs": kwargs} for kwargs in ({"a": 1}, {"b": True}, None)]
-    assert [r.template_kwargs for r in read_examples(parquet(tmp_path, rows))] == [{"a": 1}, {"b": True}, {}]
+    assert [r.template_kwargs for r in OpenSource(parquet(tmp_path, rows)).examples()] == [{"a": 1}, {"b": True}, {}]
 
 
 def test_text_parts_and_maps(tmp_path):
@@ -190,7 +192,7 @@ def test_text_parts_and_maps(tmp_path):
 
     parts = [{"type": "text", "text": "a", "image": None}, {"type": "text", "text": "b", "image": None}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "c"}]}]
-    (record,) = read_examples(parquet(tmp_path, [{"messages": messages}]))
+    (record,) = OpenSource(parquet(tmp_path, [{"messages": messages}])).examples()
     assert record.messages[0].given["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     kind = pa.schema([("text", pa.string()), ("m", pa.map_(pa.string(), pa.struct([("x", pa.int64())])))])
     pq.write_table(pa.Table.from_pylist([{"text": "a", "m": [("k", {"x": 1})]}], schema=kind), tmp_path / "m.parquet")

@@ -6,13 +6,17 @@ import pytest
 
 from preceptor.config import ROW_KEYS, Source
 from preceptor.data.examples import Completion, Conversation, Document, Rejection
-from preceptor.data.formats.rows import PAIRS, format_of, has_format, to_example
-from preceptor.data.sources import OpenSource, read_examples
+from preceptor.data.formats.rows import PAIRS, format_of, has_format, read_row
+from preceptor.data.sources import OpenSource
 from preceptor.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello."}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def to_example(row, source, nulls="reject"):
+    return read_row(row, source, nulls)[1]
 
 
 def messages(row, nulls="reject"):
@@ -208,7 +212,7 @@ def test_columns_say_what_the_files_keys_are_and_no_other_is_read(tmp_path):
         {"frage": "d", "antwort": "e", "rolle": "S"},
     ]
     columns = {"prompt": "frage", "response": "antwort", "system": "rolle"}
-    first, second = read_examples(Source(path=write(tmp_path, rows), columns=columns))
+    first, second = OpenSource(Source(path=write(tmp_path, rows), columns=columns)).examples()
     assert [dict(m.given) for m in first.messages] == said("a", "b")
     assert [m.role for m in second.messages] == ["system", "user", "assistant"]
 
@@ -216,12 +220,16 @@ def test_columns_say_what_the_files_keys_are_and_no_other_is_read(tmp_path):
 def test_a_column_that_is_not_there_is_rejected_with_the_nearest(tmp_path):
     path = write(tmp_path, [{"frage": "a", "antwort": "b"}])
     with pytest.raises(DataError, match=r"a\.jsonl: has no column 'antwrt', .*did you mean 'antwort'"):
-        list(read_examples(Source(path=path, columns={"prompt": "frage", "response": "antwrt"})))
+        list(OpenSource(Source(path=path, columns={"prompt": "frage", "response": "antwrt"})).examples())
     (tmp_path / "a.csv").write_text("frage,antwort\na,b\n")
     with pytest.raises(DataError, match=r"a\.csv: has no column 'antwrt', .*did you mean 'antwort'"):
-        list(read_examples(Source(path=str(tmp_path / "a.csv"), columns={"prompt": "frage", "response": "antwrt"})))
+        list(
+            OpenSource(
+                Source(path=str(tmp_path / "a.csv"), columns={"prompt": "frage", "response": "antwrt"})
+            ).examples()
+        )
     with pytest.raises(ConfigError, match="`columns` names prompt, which make no format"):
-        list(read_examples(Source(path=path, columns={"prompt": "frage"})))
+        list(OpenSource(Source(path=path, columns={"prompt": "frage"})).examples())
 
 
 def test_the_format_of_each_row_is_named(tmp_path):

@@ -10,7 +10,7 @@ from preceptor.config import Source
 from preceptor.config.held import LiveSource
 from preceptor.data.formats import arrow
 from preceptor.data.formats.tables import HuggingFaceDataset, find_tables
-from preceptor.data.sources import OpenSource, read_examples, read_rows, require_streamable
+from preceptor.data.sources import OpenSource, read_rows, require_streamable
 from preceptor.errors import ConfigError, DataError
 
 
@@ -141,7 +141,7 @@ def test_a_hub_id_is_passed_on_with_its_keys(monkeypatch):
 
 def test_a_hub_id_that_cannot_be_reached_says_so():
     with pytest.raises(DataError, match="owner/no-such-data: no such file or folder here, and it cannot be loaded"):
-        list(read_examples("owner/no-such-data"))
+        list(OpenSource("owner/no-such-data").examples())
 
 
 def test_only_the_columns_of_the_formats_are_read(tmp_path):
@@ -150,7 +150,7 @@ def test_only_the_columns_of_the_formats_are_read(tmp_path):
 
     broken = pa.array(["{"], pa.string()).cast(pa.json_()) if hasattr(pa, "json_") else None
     pq.write_table(pa.table({"text": ["a"], "notes": broken}), tmp_path / "a.parquet")
-    (record,) = read_examples(str(tmp_path / "a.parquet"))
+    (record,) = OpenSource(str(tmp_path / "a.parquet")).examples()
     assert record.text == "a"
     with pytest.raises(DataError, match="a JSON column holds what is no JSON"):
         list(read_rows(str(tmp_path / "a.parquet")))
@@ -220,7 +220,7 @@ def test_two_columns_of_one_name_are_an_error(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="two columns are named 'text'"):
-        list(read_examples(str(tmp_path / "a.parquet")))
+        list(OpenSource(str(tmp_path / "a.parquet")).examples())
 
 
 def test_values_of_arrow_that_python_has_not_are_the_rejection_of_their_row(tmp_path):
@@ -231,10 +231,10 @@ def test_values_of_arrow_that_python_has_not_are_the_rejection_of_their_row(tmp_
         pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
     )
     pq.write_table(pa.table({"text": texts_}), tmp_path / "a.parquet")
-    first, second, third = read_examples(str(tmp_path / "a.parquet"))
+    first, second, third = OpenSource(str(tmp_path / "a.parquet")).examples()
     assert (first.text, third.text) == ("a", "b")
     assert (second.code, second.source) == ("unreadable", f"{tmp_path}/a.parquet:row 2")
     times = pa.array([0], pa.timestamp("s"))
     pq.write_table(pa.table({"messages": times}), tmp_path / "b.parquet")
-    (found,) = read_examples(str(tmp_path / "b.parquet"))
+    (found,) = OpenSource(str(tmp_path / "b.parquet")).examples()
     assert found.code == "no_messages"

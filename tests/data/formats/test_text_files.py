@@ -11,7 +11,7 @@ import pytest
 
 from preceptor.data.examples import Conversation
 from preceptor.data.formats import text_files
-from preceptor.data.sources import read_examples, read_rows
+from preceptor.data.sources import OpenSource, read_rows
 from preceptor.errors import DataError
 
 ROWS = [
@@ -98,7 +98,7 @@ def test_every_kind_of_file_gives_the_same_rows_and_their_places(tmp_path, name)
     found = list(read_rows(str(tmp_path / name)))
     assert [row for _, row in found] == ROWS
     assert [source for source, _ in found] == [f"{tmp_path}/{name}:{place}" for place in places]
-    records = list(read_examples(str(tmp_path / name)))
+    records = list(OpenSource(str(tmp_path / name)).examples())
     assert all(isinstance(record, Conversation) for record in records)
     assert [[m.content for m in record.messages] for record in records] == [list(row.values()) for row in ROWS]
 
@@ -143,7 +143,7 @@ def test_a_broken_file_is_an_error_that_says_where(tmp_path, case):
     name, content, message = BROKEN[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(read_examples(str(tmp_path / name)))
+        list(OpenSource(str(tmp_path / name)).examples())
     assert name in str(caught.value)
 
 
@@ -153,14 +153,14 @@ def test_parquet_damaged_behind_its_footer(tmp_path):
     data[4:400] = bytes(396)
     (tmp_path / "a.parquet").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.parquet:row 1: cannot be read"):
-        list(read_examples(str(tmp_path / "a.parquet")))
+        list(OpenSource(str(tmp_path / "a.parquet")).examples())
 
 
 def test_a_saved_folder_that_lacks_a_file(tmp_path):
     saved(tmp_path / "saved", ROWS)
     next((tmp_path / "saved").glob("*.arrow")).unlink()
     with pytest.raises(DataError, match="saved: cannot be read"):
-        list(read_examples(str(tmp_path / "saved")))
+        list(OpenSource(str(tmp_path / "saved")).examples())
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch, name):
     def peak(num_rows):
         file = str(_written(write, tmp_path / name, num_rows))
         tracemalloc.start()
-        for _ in read_examples(file):
+        for _ in OpenSource(file).examples():
             pass
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -207,5 +207,5 @@ def _written(write, file, num_rows):
 
 def test_a_cell_longer_than_the_csv_modules_own_limit(tmp_path):
     table(",")(tmp_path / "a.csv", [{"prompt": "x" * 500_000, "response": "y"}])
-    (record,) = read_examples(str(tmp_path / "a.csv"))
+    (record,) = OpenSource(str(tmp_path / "a.csv")).examples()
     assert len(record.messages[0].content) == 500_000

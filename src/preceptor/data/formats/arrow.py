@@ -5,13 +5,13 @@ them may be padding (values.py); columns of Arrow's JSON type (`datasets.Json`) 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from preceptor.data.formats.remote_files import RemoteFile
-from preceptor.data.formats.values import Columns, Row, Struct, TableRows, Unreadable
+from preceptor.data.formats.values import Columns, Row, Struct, TableRows, Unreadable, check_names
 from preceptor.errors import DataError, first_line, short
 
 _BATCH_ROWS = 256  # a conversation can be long; pyarrow's own default holds 131,072 rows in memory
@@ -39,7 +39,7 @@ def open_parquet(file: Path | RemoteFile, name: str) -> Iterator[Any]:
 def parquet_rows(file: Path | RemoteFile, name: str, wanted: Columns = None) -> TableRows:
     """Each row with its source, "file:row N", counted from 1; of `wanted` columns only, if given. Raises DataError."""
     with open_parquet(file, name) as parquet:
-        _check_names(parquet.schema_arrow.names, name)
+        check_names(parquet.schema_arrow.names, name)
         columns = [c for c in parquet.schema_arrow.names if wanted is None or c in wanted]
         yield from batch_rows(parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns), name)
 
@@ -52,20 +52,13 @@ def batch_rows(batches: Iterable[Any], name: str) -> TableRows:
     try:
         for batch in batches:
             if converters is None:
-                _check_names(batch.schema.names, name)
+                check_names(batch.schema.names, name)
                 converters = {field.name: _converter(field.type) for field in batch.schema}
             for row in _values_of(batch):
                 number += 1
                 yield f"{name}:row {number}", row if isinstance(row, Unreadable) else _converted(row, converters)
     except (pa.ArrowException, OSError) as error:
         raise _broken(f"{name}:row {number + 1}", error) from None
-
-
-def _check_names(columns: Sequence[str], name: str) -> None:
-    """Raises DataError for two columns of one name, of which a row could only hold one."""
-    twice = next((column for column in columns if columns.count(column) > 1), None)
-    if twice is not None:
-        raise DataError(f"{name}: two columns are named {twice!r}; give each a name of its own")
 
 
 def _values_of(batch: Any) -> Iterator[Row]:
@@ -96,31 +89,21 @@ def _converter(kind: Any) -> Convert | None:
     import pyarrow as pa
 
     if isinstance(kind, pa.JsonType):
-        return _parse_json
+        return lambda value: None if value is None else json.loads(value)
     if isinstance(kind, pa.BaseExtensionType):
         return _converter(kind.storage_type)
     if pa.types.is_struct(kind):
-        fields = {kind.field(k).name: _converter(kind.field(k).type) for k in range(kind.num_fields)}
+        fields = {field.name: _converter(field.type) for field in kind}
         return lambda value: (
             None if value is None else Struct((k, c(v) if (c := fields[k]) else v) for k, v in value.items())
         )
     if pa.types.is_map(kind):
-        return _over_values(_converter(kind.item_type))
+        of_value = _converter(kind.item_type)
+        return of_value and (lambda value: None if value is None else {k: of_value(v) for k, v in value.items()})
     if hasattr(kind, "value_type") and not pa.types.is_dictionary(kind):  # every kind of list
-        return _over_items(_converter(kind.value_type))
+        of_item = _converter(kind.value_type)
+        return of_item and (lambda value: None if value is None else [of_item(item) for item in value])
     return None
-
-
-def _parse_json(value: str | None) -> Any:
-    return None if value is None else json.loads(value)
-
-
-def _over_items(convert: Convert | None) -> Convert | None:
-    return convert and (lambda value: None if value is None else [convert(item) for item in value])
-
-
-def _over_values(convert: Convert | None) -> Convert | None:
-    return convert and (lambda value: None if value is None else {key: convert(item) for key, item in value.items()})
 
 
 def saved_splits(folder: Path) -> list[str] | None:

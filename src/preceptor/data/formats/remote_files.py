@@ -46,10 +46,6 @@ class RemoteFile:
         return protocol_of(self.url) in _HTTP
 
     @property
-    def name(self) -> str:
-        return self._path.name
-
-    @property
     def suffix(self) -> str:
         return self._path.suffix
 

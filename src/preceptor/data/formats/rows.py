@@ -31,7 +31,7 @@ from preceptor.data.examples import (
     Example,
     Message,
     Rejection,
-    read_messages,
+    read_message,
     trainable_turns,
 )
 from preceptor.data.formats.values import (
@@ -41,34 +41,32 @@ from preceptor.data.formats.values import (
     Struct,
     Unreadable,
     check_values,
+    of_message,
+    of_plain_data,
+    of_schema,
     parsed,
     text_in,
-    unpad_message,
-    unpad_schema,
-    unpad_values,
+    unpad,
 )
 from preceptor.errors import short
 
-MESSAGES, SHAREGPT, PAIR_OF_TEXTS, TEXT, UNKNOWN = (
-    "messages",
-    "ShareGPT conversations",
-    "prompt and completion",
-    "text",
-    "no known format",
-)
+UNKNOWN = "no known format"
 
 
 def read_row(row: Row, source: str, nulls: Nulls = "reject") -> tuple[str, Example | Rejection]:
     """The name of the row's format, for people, and the example that it becomes.
 
-    Whatever goes wrong with one row is its rejection, and the next is read.
+    Whatever goes wrong with one row is its rejection, and the next is read. nulls: what becomes of nulls that may be
+    padding (values.py).
     """
+    name = UNKNOWN
     try:
         if isinstance(row, Unreadable):
             raise row
-        return format_of(row), to_example(row, source, nulls)
+        name = format_of(row)
+        return name, _example({key: value for key, value in row.items() if value is not None}, source, nulls)
     except Unreadable as error:
-        return UNKNOWN, Rejection(source, error.code, str(error))
+        return name, Rejection(source, error.code, str(error))
     except Exception as error:
         return UNKNOWN, Rejection(
             source, "unreadable", f"it cannot be read: {type(error).__name__}: {short(str(error))}"
@@ -82,17 +80,17 @@ def format_of(row: RawRecord) -> str:
         if key in keys:
             messages = parsed(row[key])
             first = next(iter(messages), None) if isinstance(messages, list) else None
-            return SHAREGPT if isinstance(first, dict) and "from" in first else MESSAGES
+            return "ShareGPT conversations" if isinstance(first, dict) and "from" in first else "messages"
     try:
         pair = pair_of(keys)
     except Unreadable:
         return UNKNOWN
     if pair is not None:
-        if pair == PAIRS[0]:
-            return PAIR_OF_TEXTS if isinstance(row["prompt"], str) else f"{PAIR_OF_TEXTS} as messages"
-        name = " and ".join(pair)
-        return f"Alpaca: instruction, {'input and ' * ('input' in row)}output" if pair == PAIRS[1] else name
-    return TEXT if "text" in keys else UNKNOWN
+        if pair == PAIRS[1]:
+            return f"Alpaca: instruction, {'input and ' * ('input' in row)}output"
+        as_messages = pair == PAIRS[0] and not isinstance(row["prompt"], str)
+        return " and ".join(pair) + " as messages" * as_messages
+    return "text" if "text" in keys else UNKNOWN
 
 
 def has_format(keys: Sequence[str]) -> bool:
@@ -101,17 +99,6 @@ def has_format(keys: Sequence[str]) -> bool:
         return "messages" in keys or "conversations" in keys or "text" in keys or pair_of(keys) is not None
     except Unreadable:
         return False
-
-
-def to_example(row: RawRecord, source: str, nulls: Nulls = "reject") -> Example | Rejection:
-    """One row, recognised by its keys. `nulls`: what becomes of nulls that may be padding (data/formats/values.py)."""
-    row = {key: value for key, value in row.items() if value is not None}
-    try:
-        check_values(row, "")
-        _check_columns(row)
-        return _example(row, source, nulls)
-    except Unreadable as error:
-        return Rejection(source, error.code, str(error))
 
 
 def _check_columns(row: RawRecord) -> None:
@@ -132,7 +119,9 @@ def _check_columns(row: RawRecord) -> None:
             )
 
 
-def _example(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
+def _example(row: RawRecord, source: str, nulls: Nulls) -> Example:
+    check_values(row, "")
+    _check_columns(row)
     if "messages" in row and "conversations" in row:
         raise Unreadable("ambiguous_format", "the example has messages and conversations; say which with `columns`")
     key = next((key for key in ("messages", "conversations") if key in row), None)
@@ -175,18 +164,16 @@ def unknown_format(row: RawRecord) -> str:
 MessageField = tuple[str, Any, bool]  # the key that holds messages, the messages, whether they are trained
 
 
-def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation | Rejection:
+def _conversation(row: RawRecord, source: str, nulls: Nulls, parts: Sequence[MessageField]) -> Conversation:
     tools = _tools(row, nulls) if row.get("tools", "") != "" else []
     messages: list[Message] = []
     for key, value, trained in parts:
-        raw = _message_list(value, key)
-        raw = [unpad_message(message, tools, nulls, f"{key}[{k}]") for k, message in enumerate(raw)]
+        rule = of_message(tools)
+        raw = [unpad(message, rule, nulls, f"{key}[{k}]") for k, message in enumerate(_message_list(value, key))]
         if key == parts[0][0] and row.get("system", "") != "":
             raw = _with_system(row, raw)
-        read = read_messages(raw, source, key)
-        if isinstance(read, Rejection):
-            return read
-        messages.extend(read if trained else (replace(message, train=False) for message in read))
+        read = [read_message(message, f"{key}[{k}]") for k, message in enumerate(raw)]
+        messages += read if trained else [replace(message, train=False) for message in read]
     if not any(message.role == "assistant" for message in messages):
         raise Unreadable("no_assistant_message", "no message has the role assistant, so nothing can be trained")
     if not trainable_turns(messages):
@@ -221,7 +208,7 @@ def _tools(row: RawRecord, nulls: Nulls) -> list[dict[str, Any]]:
     if isinstance(tools, list):
         tools = [parsed(tool) for tool in tools]
         if all(isinstance(tool, dict) for tool in tools):
-            return [unpad_schema(tool, nulls, f"tools[{k}]") for k, tool in enumerate(tools)]
+            return [unpad(tool, of_schema, nulls, f"tools[{k}]") for k, tool in enumerate(tools)]
     raise Unreadable("bad_tools", f"tools is {short(tools)}; it must be a list of JSON schemas, or that list as JSON")
 
 
@@ -235,10 +222,10 @@ def _template_kwargs(row: RawRecord, nulls: Nulls) -> dict[str, Any]:
             "bad_template_kwargs", f"{where} is {short(kwargs['documents'])}; it must be a list of objects"
         )
     given = {k: v for k, v in kwargs.items() if v is not None or not isinstance(kwargs, Struct)}
-    return {key: unpad_values(value, nulls, f"chat_template_kwargs.{key}") for key, value in given.items()}
+    return {key: unpad(value, of_plain_data, nulls, f"chat_template_kwargs.{key}") for key, value in given.items()}
 
 
-def _prompt_completion(row: RawRecord, source: str, nulls: Nulls) -> Example | Rejection:
+def _prompt_completion(row: RawRecord, source: str, nulls: Nulls) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():

@@ -18,11 +18,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from preceptor.config import Source
 from preceptor.config.held import LiveSource
@@ -46,10 +47,7 @@ class RecordList:
 
     def identity(self, sha256_of: Callable[[Path], str]) -> list[str]:
         """By the content of the records, in their order."""
-        found = hashlib.sha256()
-        for record in self.records:
-            found.update(json.dumps(record, default=repr).encode() + b"\n")
-        return ["records", found.hexdigest()]
+        return ["records", _sha256_of(self.records)]
 
     def columns(self) -> None:
         return None
@@ -64,6 +62,13 @@ class RecordList:
             yield f"{self.name}:row {number}", dict(record) if is_record else Unreadable("unreadable", what)
 
 
+def _sha256_of(values: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for value in values:
+        found.update(json.dumps(value, default=repr).encode() + b"\n")
+    return found.hexdigest()
+
+
 PACKAGED = "scholar:"
 
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -72,31 +77,9 @@ _UNREAD_PACKINGS = (".zip", ".lz4", ".br", ".7z", ".z", ".zstd", ".tar", ".tgz")
 _SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout")
 
 
-class DataTable(Protocol):
-    """Rows under one name, in a fixed order."""
-
-    @property
-    def name(self) -> str: ...
-
-    def files(self) -> list[Path]:
-        """The files that it is read from; none for a data set of the Hub, which its id and revision name."""
-
-    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
-        """What changes where its rows may; None where only reading them would tell. sha256_of: of a file."""
-
-    def columns(self) -> Sequence[str] | None:
-        """Names of the columns; None where each row has keys of its own. Raises DataError."""
-
-    def num_rows(self) -> int | None:
-        """How many rows there are, for a progress display; None where only reading them would tell."""
-
-    def rows(self, wanted: Columns) -> TableRows:
-        """Each row with its source; where there are columns, only the `wanted` ones (None: all). Raises DataError."""
-
-
 @dataclass(frozen=True, slots=True)
-class TextFile:
-    """JSON lines, JSON or CSV. is_pipe: it can be read once, and asking for its size or content would be a reading."""
+class TableFile:
+    """JSON lines, JSON, CSV or Parquet. is_pipe: it can be read once; to ask for its size or content would read it."""
 
     file: Path | RemoteFile
     name: str
@@ -116,10 +99,16 @@ class TextFile:
         return None if own is None else [self._kind, self.file.suffix.lower(), *own]
 
     def columns(self) -> Sequence[str] | None:
+        if self._kind == ".parquet":
+            with arrow.open_parquet(self.file, self.name) as parquet:
+                return list(parquet.schema_arrow.names)
         is_csv = self._kind in (".csv", ".tsv") and not self.is_pipe
         return text_files.csv_columns(self.file, self.name) if is_csv else None
 
     def num_rows(self) -> int | None:
+        if self._kind == ".parquet":
+            with arrow.open_parquet(self.file, self.name) as parquet:
+                return int(parquet.metadata.num_rows)
         if not isinstance(self.file, Path) or self.is_pipe or self.file.suffix.lower() not in (".jsonl", ".ndjson"):
             return None
         with self.file.open("rb") as pieces:
@@ -130,32 +119,10 @@ class TextFile:
         return text_files.jsonl_lines(self.file, self.name) if self._kind in (".jsonl", ".ndjson") else None
 
     def rows(self, wanted: Columns) -> TableRows:
+        if self._kind == ".parquet":
+            return arrow.parquet_rows(self.file, self.name, wanted)
         read = {".json": text_files.json_rows, ".csv": text_files.csv_rows, ".tsv": text_files.csv_rows}
         return read.get(self._kind, text_files.jsonl_rows)(self.file, self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class ParquetFile:
-    file: Path | RemoteFile
-    name: str
-
-    def files(self) -> list[Path]:
-        return [self.file] if isinstance(self.file, Path) else []
-
-    def identity(self, sha256_of: Callable[[Path], str]) -> list[str] | None:
-        own = [sha256_of(self.file)] if isinstance(self.file, Path) else self.file.identity()
-        return None if own is None else ["parquet", *own]
-
-    def columns(self) -> Sequence[str]:
-        with arrow.open_parquet(self.file, self.name) as parquet:
-            return list(parquet.schema_arrow.names)
-
-    def num_rows(self) -> int:
-        with arrow.open_parquet(self.file, self.name) as parquet:
-            return int(parquet.metadata.num_rows)
-
-    def rows(self, wanted: Columns) -> TableRows:
-        return arrow.parquet_rows(self.file, self.name, wanted)
 
 
 @dataclass(frozen=True)
@@ -165,10 +132,6 @@ class HuggingFaceDataset:
 
     place: Any
     name: str
-
-    @property
-    def is_of_hub(self) -> bool:
-        return isinstance(self.place, Source)
 
     @cached_property
     def _loaded(self) -> Any:
@@ -192,10 +155,7 @@ class HuggingFaceDataset:
     @cached_property
     def _sha256(self) -> str:
         """Of the rows: the fingerprint of a data set that a program has made may be drawn at random."""
-        found = hashlib.sha256(repr(self._loaded.features).encode())
-        for batch in self._loaded.with_format(None).iter(1000):
-            found.update(json.dumps(batch, default=repr).encode() + b"\n")
-        return found.hexdigest()
+        return _sha256_of(chain([repr(self._loaded.features)], self._loaded.with_format(None).iter(1000)))
 
     def columns(self) -> Sequence[str]:
         return list(self._loaded.column_names)
@@ -205,6 +165,16 @@ class HuggingFaceDataset:
 
     def rows(self, wanted: Columns) -> TableRows:
         return arrow.dataset_rows(self._loaded, self.name, wanted)
+
+
+DataTable = TableFile | HuggingFaceDataset | RecordList
+"""Rows under one name, in a fixed order.
+
+files: from which it is read; none for a data set of the Hub, which its id and revision name. identity: what changes
+where its rows may; None where only reading them would tell. columns: None where each row has keys of its own. num_rows:
+for a progress display; None where only reading them would tell. rows: each with its source; where there are columns,
+only the `wanted` ones (None: all). All but `files` raise DataError.
+"""
 
 
 def find_tables(source: Source) -> list[DataTable]:
@@ -219,9 +189,7 @@ def find_tables(source: Source) -> list[DataTable]:
         return [_file(data_file(source.path.removeprefix(PACKAGED)), source.path)]
     place = Path(source.path)
     if place.is_dir():
-        _only_keys(source, ("split",), "a folder")
-        splits = arrow.saved_splits(place)
-        return _files_in(source, place) if splits is None else [_saved(source, place, splits)]
+        return _in_folder(source, place)
     if place.is_file():
         _only_keys(source, (), "a file")
         return [_file(place, source.path)]
@@ -231,7 +199,7 @@ def find_tables(source: Source) -> list[DataTable]:
             raise DataError(
                 f"{source.path}: a pipe is read once and in order, so it must be JSON lines or CSV by its name"
             )
-        return [TextFile(place, source.path, is_pipe=True)]
+        return [TableFile(place, source.path, is_pipe=True)]
     if protocol_of(source.path) is not None:
         return _remote(source)
     if re.search(r"[*?\[]", source.path):
@@ -283,38 +251,32 @@ def _near(place: Path) -> str:
 
 
 def _file(file: Path | RemoteFile, name: str) -> DataTable:
-    if file.suffix.lower() == ".parquet":
-        return ParquetFile(file, name)
-    if text_files.suffix_of(file) in _TEXT_SUFFIXES:
-        return TextFile(file, name)
+    if _has_data_name(file):
+        return TableFile(file, name)
     raise DataError(
         f"{name}: what kind of file it is cannot be told from its name; it must end in {', '.join(_SUFFIXES)}, "
         f"or, if it is text, in one of those and {', '.join(text_files.COMPRESSED)}"
     )
 
 
-def _saved(source: Source, folder: Path, splits: list[str]) -> DataTable:
-    if not splits:
-        if source.split is not None:
-            raise DataError(f"{source.path}: holds a single data set without splits; remove `split: {source.split}`")
-        return HuggingFaceDataset(folder, source.path)
-    split = _chosen(source, splits)
-    return HuggingFaceDataset(folder / split, str(folder / split))
-
-
-def _chosen(source: Source, splits: Sequence[str]) -> str:
+def _in_folder(source: Source, folder: Path) -> list[DataTable]:
+    """The data set that was saved there, or the data files; of a split, if there are several."""
+    _only_keys(source, ("split",), "a folder")
+    splits, split = arrow.saved_splits(folder), source.split
+    if splits is None:
+        files = [path for path in _all_files(folder) if _is_data(path)]
+        return [_file(path, str(path)) for path in _of_split(source, files, folder)]
     names = ", ".join(splits)
-    if source.split is None and len(splits) > 1:
+    if split is not None and not splits:
+        raise DataError(f"{source.path}: holds a single data set without splits; remove `split: {split}`")
+    if split is None and len(splits) > 1:
         raise DataError(f"{source.path}: has the splits {names}; name one with `split`")
-    if source.split is not None and source.split not in splits:
-        raise DataError(f"{source.path}: has no split {source.split!r}; it has {names}")
-    return source.split or splits[0]
-
-
-def _files_in(source: Source, folder: Path) -> list[DataTable]:
-    """All data files of a folder, or those of a split, in the order of their names."""
-    files = [path for path in _all_files(folder) if _is_data(path)]
-    return [_file(path, str(path)) for path in _of_split(source, files, folder)]
+    if split is not None and split not in splits:
+        raise DataError(f"{source.path}: has no split {split!r}; it has {names}")
+    if not splits:
+        return [HuggingFaceDataset(folder, source.path)]
+    place = folder / (split or splits[0])
+    return [HuggingFaceDataset(place, str(place))]
 
 
 def _of_split(source: Source, files: list[Path], folder: Path) -> list[Path]:
@@ -353,9 +315,13 @@ def _all_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def _has_data_name(file: Path | RemoteFile) -> bool:
+    return file.suffix.lower() == ".parquet" or text_files.suffix_of(file) in _TEXT_SUFFIXES
+
+
 def _is_data(path: Path) -> bool:
     """Whether the name is one of a data file. Raises DataError for one that is packed so that it cannot be read."""
-    if path.suffix.lower() == ".parquet" or text_files.suffix_of(path) in _TEXT_SUFFIXES:
+    if _has_data_name(path):
         return True
     if path.with_suffix("").suffix.lower() in _SUFFIXES and path.suffix.lower() in _UNREAD_PACKINGS:
         raise DataError(f"{path}: unpack it, or compress it as one of {', '.join(text_files.COMPRESSED)}")

@@ -19,7 +19,7 @@ from typing import IO, Any, TextIO, cast
 
 from preceptor.config import ROW_KEYS
 from preceptor.data.formats.remote_files import RemoteFile
-from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable, reader
+from preceptor.data.formats.values import JsonReader, Row, TableRows, Unreadable, check_names, reader
 from preceptor.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -93,9 +93,7 @@ def parse_line(line: str, source: str) -> Row:
         ) from None
     except RecursionError:
         return Unreadable("unreadable", "the JSON is nested too deeply to be read")
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: an example must be a JSON object, found {type(row).__name__}")
-    return row  # type: ignore[no-any-return]
+    return _object(row, source)
 
 
 def json_rows(file: Path | RemoteFile, name: str) -> TableRows:
@@ -225,29 +223,27 @@ class _JsonStream:
 
     def items(self) -> Iterator[Any]:
         """The items of the list that comes next."""
-        self.take("[")
-        if self.peek() == "]":
-            self.take("]")
-            return
-        while True:
+        for _ in self._parts("[]"):
             yield self.value()
-            if self.take(",]") == "]":
-                return
 
     def names(self) -> Iterator[str]:
         """The keys of the object that comes next; the caller reads the value before it asks for another key."""
-        self.take("{")
-        if self.peek() == "}":
-            self.take("}")
-            return
-        while True:
+        for _ in self._parts("{}"):
             if self.peek() != '"':
                 raise self.broken("expected a key in double quotes")
             key = self.value()
             self.take(":")
             yield key
-            if self.take(",}") == "}":
-                return
+
+    def _parts(self, brackets: str) -> Iterator[None]:
+        """Once for each part between these brackets, which the caller reads."""
+        self.take(brackets[0])
+        if self.peek() == brackets[1]:
+            self.take(brackets[1])
+            return
+        yield
+        while self.take("," + brackets[1]) == ",":
+            yield
 
     def broken(self, message: str) -> DataError:
         line = self._lines_before + self._buffer.count("\n", 0, self._at) + 1
@@ -276,9 +272,7 @@ def csv_columns(file: Path | RemoteFile, name: str) -> list[str]:
 
 def csv_header(cells: list[str], name: str) -> list[str]:
     header = [cell.strip() for cell in cells]
-    twice = next((cell for cell in header if header.count(cell) > 1), None)
-    if twice is not None:
-        raise DataError(f"{name}:1: two columns are named {twice!r}; give each a name of its own")
+    check_names(header, f"{name}:1")
     return header
 
 

@@ -17,11 +17,11 @@ file can leave a key out, so there such a null is kept where `nulls` says nothin
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from preceptor.data.examples import Unreadable as Unreadable
-from preceptor.errors import short
+from preceptor.errors import DataError, short
 
 Nulls = Literal["reject", "drop", "keep"]
 
@@ -83,6 +83,13 @@ class JsonReader:
 
 
 reader = JsonReader()
+
+
+def check_names(columns: Sequence[str], where: str) -> None:
+    """Raises DataError for two columns of one name, of which a row could only hold one."""
+    twice = next((column for column in columns if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{where}: two columns are named {twice!r}; give each a name of its own")
 
 
 def text_in(row: RawRecord, key: str) -> str:
@@ -155,18 +162,27 @@ _NAMES = frozenset({"properties", "patternProperties", "dependentSchemas", "$def
 _VALUES = frozenset({"default", "const", "enum", "examples", "example"})  # plain data, not schemas
 
 
-def unpad_values(value: Any, nulls: Nulls, where: str) -> Any:
-    """Plain data, in which every null may be meant. Raises Unreadable."""
-    if isinstance(value, list):
-        return [unpad_values(item, nulls, f"{where}[{k}]") for k, item in enumerate(value)]
-    if not isinstance(value, dict):
+NullRule = Callable[[str | None, Any, Mapping[str, Any]], "NullRule | None"]
+"""What holds for one item of an object: for its key (None: for an item of a list), the item, and the object.
+
+The rule for what is inside the item. None: a null there is padding for sure, and anything else is left as it is.
+"""
+
+
+def unpad(value: Any, rule: NullRule | None, nulls: Nulls, where: str) -> Any:
+    """A value without its padding. Raises Unreadable."""
+    if rule is None or not isinstance(value, dict | list):
         return value
-    padded = isinstance(value, Struct)
-    return {
-        key: unpad_values(inner, nulls, f"{where}.{key}")
-        for key, inner in value.items()
-        if not padded or inner is not None or _kept(value, nulls, f"{where}.{key}")
-    }
+    if isinstance(value, list):
+        return [unpad(item, rule(None, item, {}), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
+    result: dict[str, Any] = {}
+    for key, inner in value.items():
+        inside, at = rule(key, inner, value), f"{where}.{key}"
+        if inner is not None:
+            result[key] = unpad(inner, inside, nulls, at)
+        elif not isinstance(value, Struct) or (inside is not None and _kept(value, nulls, at)):
+            result[key] = None
+    return result
 
 
 def _kept(of: Any, nulls: Nulls, where: str) -> bool:
@@ -180,86 +196,62 @@ def _kept(of: Any, nulls: Nulls, where: str) -> bool:
     return nulls != "drop"
 
 
-def unpad_schema(schema: Any, nulls: Nulls, where: str) -> Any:
-    """A tool, or any JSON schema in it, without its padding. Raises Unreadable."""
-    if isinstance(schema, list):
-        return [unpad_schema(item, nulls, f"{where}[{k}]") for k, item in enumerate(schema)]
-    if not isinstance(schema, dict):
-        return schema
-    padded = isinstance(schema, Struct)
-    result: dict[str, Any] = {}
-    for key, inner in schema.items():
-        at = f"{where}.{key}"
-        if inner is None:
-            if not padded or (key not in _NEVER_NULL and _kept(schema, nulls, at)):
-                result[key] = None
-        elif key in _VALUES:
-            result[key] = unpad_values(inner, nulls, at)
-        elif key in _NAMES and isinstance(inner, dict):
-            # A property's schema is an object or true or false, so a null here is another tool's property.
-            kept = {n: s for n, s in inner.items() if s is not None or not isinstance(inner, Struct)}
-            result[key] = {name: unpad_schema(s, nulls, f"{at}.{name}") for name, s in kept.items()}
-        else:
-            result[key] = unpad_schema(inner, nulls, at)
-    return result
+def of_plain_data(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+    """Plain data, in which every null may be meant."""
+    return of_plain_data
 
 
-def unpad_message(message: Any, tools: Iterable[Any], nulls: Nulls, where: str) -> Any:
-    """A message without its padding; `tools`, unpadded, say which arguments a call can have. Raises Unreadable."""
-    if not isinstance(message, Struct):
-        return message
-    result: dict[str, Any] = {}
-    for key, inner in message.items():
+def of_schema(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+    """A tool, or any JSON schema in it."""
+    if inner is None:
+        return None if key in _NEVER_NULL else of_schema
+    if key in _VALUES:
+        return of_plain_data
+    return _schemas if key in _NAMES and isinstance(inner, dict) else of_schema
+
+
+def _schemas(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+    """Schemas by name. Each is an object or true or false, so a null here is another tool's property."""
+    return None if inner is None else of_schema
+
+
+def _part(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+    return _part if key is None else None
+
+
+def of_message(tools: Iterable[Any]) -> NullRule:
+    """A message; `tools`, unpadded, say which arguments a call can have."""
+
+    def call(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
         if inner is None:
-            continue
+            return None
+        if key == "arguments":
+            return _arguments(_parameters(tools).get(str(of.get("name"))))
+        return call if key in (None, "function") else of_plain_data
+
+    def rule(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+        if inner is None:
+            return None
         if key == "tool_calls" and isinstance(inner, list):
-            schemas = _parameters(tools)
-            result[key] = [_call(call, schemas, nulls, f"{where}.{key}[{k}]") for k, call in enumerate(inner)]
-        elif key == "content" and isinstance(inner, list):
-            result[key] = [_without_nulls(part) for part in inner]
-        else:
-            result[key] = unpad_values(inner, nulls, f"{where}.{key}")
-    return result
+            return call
+        return _part if key == "content" and isinstance(inner, list) else of_plain_data
+
+    return rule
 
 
-def _without_nulls(value: Any) -> Any:
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Struct) else value
-
-
-def _call(call: Any, schemas: Mapping[str, Any], nulls: Nulls, where: str) -> Any:
-    if not isinstance(call, dict):
-        return call
-    result: dict[str, Any] = {}
-    for key, inner in call.items():
-        at = f"{where}.{key}"
-        if inner is None and isinstance(call, Struct):
-            continue
-        if key == "function":
-            result[key] = _call(inner, schemas, nulls, at)
-        elif key == "arguments":
-            result[key] = _arguments(inner, schemas.get(str(call.get("name"))), nulls, at)
-        else:
-            result[key] = unpad_values(inner, nulls, at)
-    return result
-
-
-def _arguments(value: Any, schema: Any, nulls: Nulls, where: str) -> Any:
-    schema = schema if isinstance(schema, dict) else {}
-    if isinstance(value, list):
-        return [_arguments(item, schema.get("items"), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
+def _arguments(given: Any) -> NullRule:
+    """The arguments of a call, or what is inside one, by the schema that is given for them."""
+    schema = given if isinstance(given, dict) else {}
     properties = schema.get("properties")
-    result: dict[str, Any] = {}
-    for key, inner in value.items():
-        at = f"{where}.{key}"
+
+    def rule(key: str | None, inner: Any, of: Mapping[str, Any]) -> NullRule | None:
+        if key is None:
+            return _arguments(schema.get("items"))
         if inner is None:
-            if not isinstance(value, Struct) or (not _never_null(key, schema) and _kept(value, nulls, at)):
-                result[key] = None
-        else:
-            inner_schema = properties.get(key) if isinstance(properties, dict) else None
-            result[key] = _arguments(inner, inner_schema, nulls, at)
-    return result
+            return None if _never_null(key, schema) else rule
+        return _arguments(properties.get(key) if isinstance(properties, dict) else None)
+
+    return rule
 
 
 def _parameters(tools: Iterable[Any]) -> dict[str, Any]:
