@@ -86,7 +86,7 @@ def write_cache(folder: Path, num: int) -> int:
         sizes = np.array([len(record) for record in records])
         content = np.frombuffer(b"".join(records), np.uint8)
         portions.append(key_of("benchmark", num, number))
-        file = cache.write_portion(portions[-1], {"rejections": []}, {"records": content, "sizes": sizes})
+        file = cache.write(cache.portion_path(portions[-1]), {"rejections": []}, {"records": content, "sizes": sizes})
         assert file is not None
         portion_bytes.append(file.num_bytes)
         rows = np.arange(PER_PORTION) + number * PER_PORTION + 1
@@ -121,7 +121,7 @@ def write_cache(folder: Path, num: int) -> int:
         "counts": {**counts, "system_prompts": {"": num}},
         "shortened": asdict(Shortened()),
     }
-    assert key is not None and cache.write_table(key, about, arrays) is not None
+    assert key is not None and cache.write(cache.table_path(key), about, arrays) is not None
     return sum(path.stat().st_size for path in (folder / "cache").rglob("*.flat"))
 
 

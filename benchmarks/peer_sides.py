@@ -35,7 +35,7 @@ def ours(options: dict[str, Any]) -> dict[str, Any]:
     seconds, losses = [], []
     for trees in steps:
         longest = max(tree.num_tokens for tree in trees)
-        loader = Loader(Dataset(trees), max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
+        loader = Loader(Dataset.of(trees), max_length=max(int(options["how"]), longest), batch_size=len(trees), seed=0)
         started = time.perf_counter()
         losses.append(take_step(state, loader.batch(0), LEARNING_RATE, settings.max_grad_norm, options["precision"])[0])
         seconds.append(time.perf_counter() - started)

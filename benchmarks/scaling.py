@@ -29,8 +29,8 @@ import torch
 from shapes import SHAPES, matrix_product_rate, operations_of, random_model
 
 from machine import describe
+from preceptor.data.dataset import Dataset
 from preceptor.data.forest import PackedSequence, Segment, Tree, pack_trees
-from preceptor.data.prefix_sharing import share_prefixes
 from preceptor.model.forward import Engine
 from preceptor.model.numerics import autocast
 
@@ -70,7 +70,7 @@ def points(vocab_size: int) -> Iterator[tuple[str, int, list[PackedSequence]]]:
         yield "shared", num, [pack_trees([conversation(rng, 4096 // num, vocab_size) for _ in range(num)])]
     for num in NUM_ANSWERS:
         trees = answers(rng, num, vocab_size)
-        yield "answers, one tree", num, [pack_trees(share_prefixes(trees, 4096, seed=0))]
+        yield "answers, one tree", num, [pack_trees(list(Dataset.of(trees).with_shared_prefixes(4096, 0)))]
         yield "answers, separate", num, [pack_trees(trees[at : at + 3]) for at in range(0, num, 3)]
 
 

@@ -127,7 +127,7 @@ def passed_over_in(file: str, num: str) -> None:
     reader = WindowReader([Source(path=file)], WINDOW, None)  # type: ignore[arg-type] # none is rendered
     started = time.perf_counter()
     for _ in range(int(num) // WINDOW):
-        reader.pass_over()
+        reader.read_next(None)
     seconds = time.perf_counter() - started
     found = {"file": "".join(Path(file).suffixes)[1:], "examples": int(num), "seconds": round(seconds, 1)}
     print(json.dumps(found | {"examples_per_second": round(int(num) / seconds), "peak_megabytes": _peak_megabytes()}))

@@ -371,11 +371,11 @@ def test_the_lock_of_another_user_that_nobody_holds_is_no_rendering(tmp_path, mo
         return opened(path, mode, *named, **given)
 
     monkeypatch.setattr(Path, "open", of_another_user)
-    assert not cache_module._is_building(tmp_path)
+    assert not cache_module._in_use(tmp_path)[1]
     hold = "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", hold, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         holder.stdout.readline()
-        assert cache_module._is_building(tmp_path)
+        assert cache_module._in_use(tmp_path)[1]
         holder.communicate("\n", timeout=10)

@@ -16,13 +16,13 @@ def test_the_fingerprint_changes_with_what_is_trained():
         replace(TREE, segments=(context, replace(target, weight=0.5))),
         replace(TREE, segments=(replace(context, ids=(1,)), replace(target, ids=(2, 3)))),
     ]
-    hashes = {Dataset([each]).sha256 for each in (TREE, *others)}
-    assert len(hashes) == 5 and Dataset([replace(TREE, source="g:9")]).sha256 in hashes
-    assert Dataset([TREE, TREE]).sha256 not in hashes
+    hashes = {Dataset.of([each]).sha256 for each in (TREE, *others)}
+    assert len(hashes) == 5 and Dataset.of([replace(TREE, source="g:9")]).sha256 in hashes
+    assert Dataset.of([TREE, TREE]).sha256 not in hashes
 
 
 def test_trees_by_their_index():
     longer = replace(TREE, segments=(*TREE.segments, Segment("context", (5, 6), 1)))
-    dataset = Dataset([TREE, longer])
+    dataset = Dataset.of([TREE, longer])
     assert dataset.lengths.tolist() == [3, 5]
     assert dataset.trees([1, 0, 1]) == [longer, TREE, longer] and list(dataset) == [TREE, longer]

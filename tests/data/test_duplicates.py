@@ -190,7 +190,7 @@ def test_state_is_172_bytes_a_record_and_signatures_never_change():
     state = len(found._digests) + len(found._prompt_digests) + len(found._signatures) + 12 * len(found)
     assert state == 172 * len(found)
     again = of_texts(["one two three four five six", "seven"])
-    assert (found.signature_NK == again.signature_NK).all() and (found.digest_N2 == again.digest_N2).all()
+    assert (found.signature_NK == again.signature_NK).all() and (found.digest_N == again.digest_N).all()
     assert found.signature_NK[0, :3].tolist() == [44026, 45553, 19181]  # not of this process only: the seed is fixed
 
 

@@ -17,7 +17,7 @@ def tokens(rows):
 
 
 def test_every_token_once_an_epoch():
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
     expected = Counter(token for tree in TREES for segment in tree.segments for token in segment.ids)
     for epoch in range(3):
         steps = range(epoch * loader.steps_per_epoch, (epoch + 1) * loader.steps_per_epoch)
@@ -25,17 +25,17 @@ def test_every_token_once_an_epoch():
 
 
 def test_epochs_differ_and_a_step_is_reproducible():
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
-    again = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
-    other = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=1)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
+    again = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
+    other = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=1)
     late = loader.steps_per_epoch + 1
     assert [r.ids_T.tolist() for r in again.batch(late)] == [r.ids_T.tolist() for r in loader.batch(late)]
-    assert loader.plan(0) != loader.plan(1)
-    assert loader.plan(0) != other.plan(0)
+    assert loader.trees(0, 99) != loader.trees(1, 99)
+    assert loader.trees(0, 99) != other.trees(0, 99)
 
 
 def test_steps_are_even_and_hold_no_more_rows_than_asked():
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
     for epoch in range(3):
         sizes = [len(loader.batch(epoch * loader.steps_per_epoch + step)) for step in range(loader.steps_per_epoch)]
         assert sum(sizes) == loader.sequences_per_epoch and max(sizes) <= 3 and max(sizes) - min(sizes) <= 1
@@ -45,7 +45,7 @@ def test_a_step_is_dealt_to_processes_by_tokens():
     assert assign_to_ranks([5, 9, 4, 4, 3], 1) == [[0, 1, 2, 3, 4]]
     assert assign_to_ranks([5, 9, 4, 4, 3], 2) == [[1, 3], [0, 2, 4]]  # 13 and 12 tokens
     assert assign_to_ranks([7, 7], 3) == [[0], [1], []]
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=6, seed=0)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=6, seed=0)
     for step in range(2 * loader.steps_per_epoch):
         for num in (2, 4, 9):
             assigned = [loader.batch(step, rank, num) for rank in range(num)]
@@ -56,7 +56,7 @@ def test_a_step_is_dealt_to_processes_by_tokens():
 
 
 def test_apart_every_tree_is_a_row_in_the_same_step():
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
     apart = loader.apart()
     assert apart.alone and not loader.alone
     for step in range(loader.steps_per_epoch):
@@ -77,7 +77,7 @@ def test_few_steps_are_told_with_what_makes_more():
 
 def test_more_than_one_block(monkeypatch):
     monkeypatch.setattr(packing, "_BLOCK", 10)
-    loader = Loader(Dataset(TREES), max_length=16, batch_size=3, seed=0)
+    loader = Loader(Dataset.of(TREES), max_length=16, batch_size=3, seed=0)
     expected = Counter(token for tree in TREES for segment in tree.segments for token in segment.ids)
     assert sum((tokens(loader.batch(step)) for step in range(loader.steps_per_epoch)), Counter()) == expected
     largest = loader.largest_sequences()

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from preceptor.data.dataset import Dataset, TreeList
 from preceptor.data.forest import Segment, Tree, pack_trees, path_ids
-from preceptor.data.prefix_sharing import chains_of, share_prefixes
+from preceptor.data.prefix_sharing import chains_of
 from preceptor.model.forward import Engine
 from tiny import branching, chain, separate_chains, tiny_model
 
@@ -30,7 +31,7 @@ def reads(trees):
 def test_answers_to_one_prompt_share_it():
     prompts = [ids(9), ids(12)]
     trees = [answer(prompts[n % 2], 3 + n, f"f:{n}", weight=1 + n) for n in range(6)]
-    grouped = share_prefixes(trees, 256, seed=0)
+    grouped = list(Dataset.of(trees).with_shared_prefixes(256, seed=0))
     assert len(grouped) == 2 and reads(grouped) == reads(trees)
     assert sum(tree.num_tokens for tree in grouped) == sum(tree.num_tokens for tree in trees) - 2 * 9 - 2 * 12
     assert sum(tree.num_trained for tree in grouped) == sum(tree.num_trained for tree in trees)
@@ -41,7 +42,7 @@ def test_a_long_common_beginning_is_shared_and_a_short_one_is_not():
     long, short = ids(100), ids(20)
     trees = [answer(long + ids(7), 3) for _ in range(5)] + [answer(short + ids(9), 3) for _ in range(4)]
     trees.append(answer(long, 4))  # a context that is no longer than what is shared
-    grouped = share_prefixes(trees, 1024, seed=0)
+    grouped = list(Dataset.of(trees).with_shared_prefixes(1024, seed=0))
     assert len(grouped) == 5 and reads(grouped) == reads(trees)
     assert sum(tree.num_tokens for tree in trees) - sum(tree.num_tokens for tree in grouped) == 5 * 100
 
@@ -50,14 +51,15 @@ def test_both_levels_at_once_and_no_group_is_longer_than_a_row():
     system = ids(80)
     prompts = [system + ids(10) for _ in range(6)]
     trees = [answer(prompts[n % 6], 9) for n in range(24)]
-    grouped = share_prefixes(trees, 300, seed=0)
+    grouped = list(Dataset.of(trees).with_shared_prefixes(300, seed=0))
     assert reads(grouped) == reads(trees) and max(tree.num_tokens for tree in grouped) <= 300
     assert sum(tree.num_tokens for tree in grouped) < 0.4 * sum(tree.num_tokens for tree in trees)
 
 
 def test_copies_of_a_row_stay_apart_and_what_shares_nothing_is_left_alone():
     tree, document = answer(ids(70), 5), Tree("d:1", (Segment("target", ids(9), None),))
-    assert share_prefixes([tree, tree, document, document], 256, seed=0) == [tree, document, tree, document]
+    dataset = Dataset([TreeList([tree, document])], np.array([0, 0, 1, 1], np.int32))
+    assert list(dataset.with_shared_prefixes(256, seed=0)) == [tree, document, tree, document]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -65,7 +67,7 @@ def test_the_gradient_is_that_of_separate_conversations(kind):
     model, system, prompt = tiny_model(kind), ids(66), ids(5)
     trees = [answer(system + ids(3), 4), answer(system + ids(2), 5, weight=0.5)]
     trees += [answer(prompt, 3), answer(prompt, 6), branching(RNG), chain(RNG, (4, 5))]
-    grouped = share_prefixes(trees, 256, seed=0)
+    grouped = list(Dataset.of(trees).with_shared_prefixes(256, seed=0))
     assert len(grouped) == 4
 
     def loss_and_grads(rows):

@@ -94,7 +94,7 @@ def test_a_reader_can_be_sent_to_a_fresh_interpreter(write_jsonl, tmp_path):
     again = pickle.loads(pickle.dumps(reader))
     for each, folder in ((reader, tmp_path / "a"), (again, tmp_path / "b")):
         folder.mkdir()
-        each.write_next(folder)
+        each.read_next(folder)
     assert (tmp_path / "a" / "0.flat").read_bytes() == (tmp_path / "b" / "0.flat").read_bytes()
 
 
@@ -186,9 +186,9 @@ def test_windows_are_the_same_when_the_first_are_passed_over(write_jsonl, opened
 def fourth_window(reader, folder, read):
     """Its hash. read: what is noted of each example, of three windows before it none."""
     for _ in range(3):
-        reader.pass_over()
+        reader.read_next(None)
     assert not read
-    reader.write_next(folder)
+    reader.read_next(folder)
     assert len(read) == 4
     read.clear()
     return FlatFile(folder / "3.flat").about["sha256"]
@@ -211,8 +211,8 @@ def test_lines_that_are_passed_over_are_not_parsed(write_jsonl, tmp_path, monkey
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"text": "More."}))
     more = reader_of([Source(path=str(file))])
     for _ in range(3):
-        more.pass_over()
-    more.write_next(tmp_path)
+        more.read_next(None)
+    more.read_next(tmp_path)
     assert FlatFile(tmp_path / "3.flat").about["sha256"] == of_window["as it was"], "a file may grow"
 
 
@@ -323,7 +323,7 @@ import tempfile, time
 kept = tempfile.TemporaryDirectory()
 from preceptor.data.stream import Windows
 class Reader:
-    def write_next(self, folder):
+    def read_next(self, folder):
         time.sleep(60)
 windows = Windows.rendered(Reader())
 print(windows.spool)

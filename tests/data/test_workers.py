@@ -78,9 +78,9 @@ def test_gives_the_same_in_order_as_one_process(started_at_once: None) -> None:
     records[5] = Rejection("file:5", "bad_message", "as it was read")
     records[7] = Conversation("file:7", (Message({"role": "user", "content": "no answer"}),))
     alone = list(render_all(renderer, records))
-    assert [record for record, _ in alone] == records
-    assert isinstance(alone[5][1], Rejection) and isinstance(alone[7][1], Rejection)
-    assert sum(isinstance(tree, Tree) for _, tree in alone) == 598
+    assert [outcome.source for outcome in alone] == [record.source for record in records]
+    assert isinstance(alone[5], Rejection) and isinstance(alone[7], Rejection)
+    assert sum(isinstance(outcome, Tree) for outcome in alone) == 598
     assert list(render_all(renderer, records, num_processes=2)) == alone
     copy = pickle.loads(pickle.dumps(renderer))  # as another process gets it
     assert list(render_all(copy, records)) == alone
@@ -90,9 +90,9 @@ def test_other_processes_do_a_part_of_the_work(shows_process: ShowsProcess, star
     slow = [Document(f"file:{number}", "slow") for number in range(400)]  # what one process alone cannot keep up with
     given = waiting_for_the_pool(shows_process, slow)
     outcomes = list(render_all(shows_process, given, num_processes=2))
-    processes = {tree.segments[0].ids[0] for _, tree in outcomes if isinstance(tree, Tree)}
+    processes = {tree.segments[0].ids[0] for tree in outcomes if isinstance(tree, Tree)}
     assert len(processes) == 2 and os.getpid() in processes
-    assert [record for record, _ in outcomes][-400:] == slow
+    assert [outcome.source for outcome in outcomes][-400:] == [record.source for record in slow]
 
 
 def test_starts_no_process_for_a_small_input(shows_process: ShowsProcess) -> None:
@@ -146,7 +146,7 @@ def test_the_next_input_can_be_forked_for_too(
 
 def test_can_be_left_early(shows_process: ShowsProcess, started_at_once: None) -> None:
     outcomes = render_all(shows_process, documents(3000), num_processes=2)
-    assert next(outcomes)[0] == documents(1)[0]
+    assert next(outcomes).source == documents(1)[0].source
     outcomes.close()
 
 

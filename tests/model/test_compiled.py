@@ -111,7 +111,7 @@ def test_a_loss_of_the_users_own_is_computed_as_it_is_written():
 
 def loader():
     rng = np.random.default_rng(0)
-    return Loader(Dataset([chain(rng, (5, 7)), chain(rng, (3, 9, 4, 6)), chain(rng, (8, 2))]), 64, 2, 0)
+    return Loader(Dataset.of([chain(rng, (5, 7)), chain(rng, (3, 9, 4, 6)), chain(rng, (8, 2))]), 64, 2, 0)
 
 
 @pytest.mark.parametrize("policy", [ActivationPolicy(), ActivationPolicy("recompute"), ActivationPolicy("full", "all")])

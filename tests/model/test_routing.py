@@ -9,9 +9,9 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import tiny_types
-from preceptor.data.dataset import weigh
+from preceptor.data.dataset import Dataset, weigh
 from preceptor.data.forest import Segment, Tree, empty_sequence, pack_trees
-from preceptor.data.prefix_sharing import chains_of, share_prefixes
+from preceptor.data.prefix_sharing import chains_of
 from preceptor.errors import ModelError
 from preceptor.model import compiled
 from preceptor.model.activations import inputs
@@ -145,7 +145,7 @@ def test_shared_prefixes_and_paths_taken_apart_change_nothing():
     prompt = Segment("context", tuple(range(20)), None)
     answers = [Segment("target", tuple(range(n, n + 5 + n)), 0) for n in (3, 9, 1)]
     trees = [weigh(Tree(f"one:{n}", (prompt, answer)), "conversation") for n, answer in enumerate(answers)]
-    joined = share_prefixes(trees, 100, 0)
+    joined = list(Dataset.of(trees).with_shared_prefixes(100, 0))
     assert len(joined) == 1
     model = mixture("mixtral")
     assert_same(found(model, [pack_trees(joined)]), found(model, [pack_trees(trees)]), 1e-6)

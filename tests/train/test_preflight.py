@@ -42,7 +42,7 @@ def planted(loss):
 
 
 def loader(trees=TREES, batch_size=2):
-    return Loader(Dataset(trees), max_length=64, batch_size=batch_size, seed=0)
+    return Loader(Dataset.of(trees), max_length=64, batch_size=batch_size, seed=0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -75,7 +75,7 @@ def test_training_is_the_same_to_the_bit_without_the_proofs(run_file, monkeypatc
 def test_the_largest_sequences_are_the_longest_and_the_one_with_most_targets():
     trees = [chain(RNG, (60, 2)), chain(RNG, (2, 50)), *(chain(RNG, (20, 4)) for _ in range(9))]
     longest, most_trained = loader(trees).largest_sequences()
-    plan = [loader(trees).trees(sequence) for sequence in loader(trees).plan(0)]
+    plan = loader(trees).trees(0, len(trees))
     assert longest.num_tokens == max(sum(tree.num_tokens for tree in sequence) for sequence in plan) >= 62
     assert most_trained.num_trained == max(sum(tree.num_trained for tree in sequence) for sequence in plan) >= 50
 
@@ -91,7 +91,7 @@ def test_a_sequence_that_is_the_largest_in_both_goes_once_beside_the_gradients_o
             seen.append((sequence.num_tokens, all(p.grad is not None for p in model.parameters())))
         return engine(sequence)
 
-    together = Loader(Dataset(trees), 128, batch_size, seed=0)
+    together = Loader(Dataset.of(trees), 128, batch_size, seed=0)
     given = together.apart() if alone else together
     preflight(model, given, "float32", lambda line: None, planted(loss_of))
     ((num_tokens, beside_gradients),) = seen
@@ -287,7 +287,7 @@ def test_attention_goes_on_without_a_kernel_that_fails(where, engine, kernels, m
     state = install(model, engine)
     assert "last_layer" in state.optimisations, "it is tried before"
     trees = [chain(RNG, (60, 30)), chain(RNG, (50, 20)), branching(RNG)]
-    passed = preflight(model, Loader(Dataset(trees), 256, 1, seed=0), "float32", lines.append)
+    passed = preflight(model, Loader(Dataset.of(trees), 256, 1, seed=0), "float32", lines.append)
     assert not passed[0].alone and all(p.grad is None for p in model.parameters())
     said = [line for line in lines if "flex_attention failed on this GPU and is switched off for this run: No" in line]
     assert len(said) == 1 and Engine(model).state.compiles == (engine == "compiled")
@@ -300,7 +300,7 @@ def test_layers_are_compiled_where_no_sequence_holds_two_conversations(monkeypat
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     model, lines = tiny_model("llama"), []
     install(model, "compiled")
-    loader = Loader(Dataset([chain(RNG, (60, 30)), chain(RNG, (50, 20))]), 100, 1, seed=0)
+    loader = Loader(Dataset.of([chain(RNG, (60, 30)), chain(RNG, (50, 20))]), 100, 1, seed=0)
     preflight(model, loader, "float32", lines.append)
     assert Engine(model).state.compiles
     assert any("compiled layers give the loss and the gradient" in line for line in lines)

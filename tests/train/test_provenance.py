@@ -118,7 +118,7 @@ def test_a_branching_tree_is_among_the_examples():
     rng, tokenizer = np.random.default_rng(0), tiny_tokenizer()
     trees = [chain(rng, (length, 4)) for length in (9, 8, 20, 7)] + [branching(rng), chain(rng, (50, 2))]
     assert [has_branches(tree) for tree in trees] == [False] * 4 + [True, False]
-    found = {line["number"]: line["why"] for line in provenance.examples(Dataset(trees), tokenizer)}
+    found = {line["number"]: line["why"] for line in provenance.examples(Dataset.of(trees), tokenizer)}
     assert found == {
         1: ["the first"],
         3: ["of median length"],

@@ -26,7 +26,7 @@ def metrics(folder):
 
 def test_losses_are_compared_on_the_shortest_conversations_each_chain_of_a_branching_one_alone():
     rng, lines = np.random.default_rng(0), []
-    loader = Loader(Dataset([chain(rng, (700, 600)), branching(rng), chain(rng, (20, 9))]), 2048, 1, 0)
+    loader = Loader(Dataset.of([chain(rng, (700, 600)), branching(rng), chain(rng, (20, 9))]), 2048, 1, 0)
     quantize_base(tiny_model("llama"), "int8", False, loader, "float32", torch.device("cpu"), lines.append)
     assert "loss of the base (2 conversations of this run, 63 tokens): quantized" in lines[-1]
 

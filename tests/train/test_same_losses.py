@@ -74,7 +74,7 @@ def loader():
     """Of conversations with few and with many trained tokens, trees among them: at most 3 sequences a step."""
     rng = np.random.default_rng(0)
     trees = [chain(rng, (3 + n % 7, 1 + 11 * (n % 3), *(4, 1 + n % 5) * (n % 2))) for n in range(14)]
-    return Loader(Dataset([*trees, branching(rng)]), 50, batch_size=3, seed=0)
+    return Loader(Dataset.of([*trees, branching(rng)]), 50, batch_size=3, seed=0)
 
 
 def losses(kind, memory, trained, world=ONE, spread=None, batches=None, optimizer="adamw", rounding=None, steps=STEPS):
@@ -117,7 +117,7 @@ def test_accumulation_instead_of_processes_gives_the_same_losses():
         own = loader()
         epoch, within = divmod(step, own.steps_per_epoch)
         start, end = (at * own.sequences_per_epoch // own.steps_per_epoch for at in (within, within + 1))
-        return [pack_trees([tree]) for planned in own.plan(epoch)[start:end] for tree in own.trees(planned)]
+        return [pack_trees([tree]) for trees in own.trees(epoch, end)[start:] for tree in trees]
 
     found, expected = losses("llama", "full", "everything", batches=apart), losses("llama", "full", "everything")
     torch.testing.assert_close(

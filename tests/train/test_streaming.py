@@ -161,7 +161,7 @@ def test_an_error_of_one_process_ends_all_with_the_same():
     def work(world):
         run = SimpleNamespace(data=SimpleNamespace(allow_rejected=(), max_rejected=1.0))
         prepared = SimpleNamespace(run=run, num_examples_beside=0, rejections_beside=[])
-        loader = StreamLoader(OfOneMachine(), Dataset([chain(np.random.default_rng(0), (3, 4))]), None, 64, 64, 1, 0)
+        loader = StreamLoader(OfOneMachine(), Dataset.of([chain(np.random.default_rng(0), (3, 4))]), None, 64, 64, 1, 0)
         loader.on_window = WindowRecord(prepared, None, world, print)
         loader.batch(0)
 

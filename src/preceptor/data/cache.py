@@ -20,13 +20,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preceptor.data.records import FlatFile, forget, write_flat
+from preceptor.data.records import FlatFile, close_files, write_flat
 from preceptor.errors import CheckpointError, DataError
 from preceptor.files import read_json, sha256_of, sync, writing
 
@@ -65,12 +65,15 @@ class Cache:
 
     # What is there
 
-    def portion(self, key: str) -> FlatFile | None:
-        return self._opened(self.folder / "portions" / key[:2] / f"{key}.flat")
+    def portion_path(self, key: str) -> Path:
+        return self.folder / "portions" / key[:2] / f"{key}.flat"
+
+    def table_path(self, key: str) -> Path:
+        return self.folder / "tables" / f"{key}.flat"
 
     def table(self, key: str) -> FlatFile | None:
         """What was written for a table, if the portions that it names are there too."""
-        found = self._opened(self.folder / "tables" / f"{key}.flat")
+        found = self.opened(self.table_path(key))
         if found is None:
             return None
         for portion, num_bytes in zip(found.about["portions"], found.about["portion_bytes"], strict=True):
@@ -84,10 +87,8 @@ class Cache:
             return None
         return found
 
-    def portion_path(self, key: str) -> Path:
-        return self.folder / "portions" / key[:2] / f"{key}.flat"
-
-    def _opened(self, path: Path) -> FlatFile | None:
+    def opened(self, path: Path) -> FlatFile | None:
+        """A file of the cache, if it is there and not damaged at its end."""
         if not path.exists():
             return None
         try:
@@ -99,7 +100,7 @@ class Cache:
     def damaged(self, path: Path, error: DataError) -> None:
         """Remove a damaged file, so that it is made again."""
         self._say(f"{error}, so it is rendered again")
-        forget(path)
+        close_files()
         with suppress(OSError):
             path.unlink()
 
@@ -107,7 +108,7 @@ class Cache:
         """Mark tables as used now, and as in use while this process lives."""
         for key in keys:
             with suppress(OSError):
-                os.utime(self.folder / "tables" / f"{key}.flat")
+                os.utime(self.table_path(key))
         try:
             if self.folder not in _using:
                 place = self.folder / "locks" / f"using-{_who()}.lock"
@@ -123,13 +124,7 @@ class Cache:
 
     # Writing
 
-    def write_portion(self, key: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FlatFile | None:
-        return self._write(self.portion_path(key), about, arrays)
-
-    def write_table(self, key: str, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FlatFile | None:
-        return self._write(self.folder / "tables" / f"{key}.flat", about, arrays)
-
-    def _write(self, path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FlatFile | None:
+    def write(self, path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FlatFile | None:
         """The file, opened; None where it cannot be written."""
         if not self.writes:
             return None
@@ -237,7 +232,7 @@ def _published(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
             yield partial
             sync(partial)
-            forget(path)
+            close_files()
             partial.replace(path)
             sync(path.parent)
     finally:
@@ -248,11 +243,12 @@ def _published(path: Path) -> Iterator[Path]:
 # What is in it -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class CacheEntry:
     """A table in the cache, or (names: none) portions that no table names: of a run that was killed, or is building.
 
-    in_use: by a living process; while another one renders, all is, as it takes what is there.
+    in_use: by a living process; while another one renders, all is, as it takes what is there. files: those that count
+    for it. portions: the keys of all that it names.
     """
 
     key: str
@@ -261,31 +257,27 @@ class CacheEntry:
     num_bytes: int
     num_trees: int
     in_use: bool
-    files: list[Path] = field(default_factory=list)
+    files: list[Path]
+    portions: list[str]
 
 
 def entries(folder: Path) -> list[CacheEntry]:
     """What is in a cache, the longest unused first. A file that several tables share counts for the first of them."""
-    in_use, building = _in_use(folder), _is_building(folder)
+    in_use, building = _in_use(folder)
     found = []
-    portions = {path.stem: path for path in (folder / "portions").glob("*/*.flat")}
-    named: set[str] = set()
-    tables = sorted((folder / "tables").glob("*.flat"), key=lambda path: _mtime(path))
-    for path in tables:
+    left = {path.stem: path for path in (folder / "portions").glob("*/*.flat")}  # portions that no table names
+    for path in sorted((folder / "tables").glob("*.flat"), key=_used_and_size):
         try:
             about = FlatFile(path).about
         except DataError:
             about = {"names": ["damaged"], "portions": [], "num_trees": 0}
-        own = [portions[key] for key in about["portions"] if key in portions and key not in named]
-        named.update(about["portions"])
-        files = [path, *own]
-        names = [f"{name}" for name in about["names"]]
-        num_bytes = sum(map(_num_bytes, files))
+        names, num_trees, portions = (about[key] for key in ("names", "num_trees", "portions"))
+        files = [path, *(left.pop(key) for key in portions if key in left)]
+        last_used, num_bytes = _used_and_size(path)[0], sum(_used_and_size(file)[1] for file in files)
         used = building or path.stem in in_use
-        found.append(CacheEntry(path.stem, names, _mtime(path), num_bytes, about["num_trees"], used, files))
-    left = [path for key, path in portions.items() if key not in named]
-    for path in left:
-        found.append(CacheEntry(path.stem, [], _mtime(path), _num_bytes(path), 0, building, [path]))
+        found.append(CacheEntry(path.stem, names, last_used, num_bytes, num_trees, used, files, portions))
+    for path in left.values():
+        found.append(CacheEntry(path.stem, [], *_used_and_size(path), 0, building, [path], []))
     return sorted(found, key=lambda entry: entry.last_used)
 
 
@@ -297,77 +289,49 @@ def prune(folder: Path, older_than_seconds: float | None, max_bytes: int | None)
     there = entries(folder)
     left = sum(entry.num_bytes for entry in there)
     now = time.time()
-    doomed = []
+    doomed, still_named = [], set()
     for entry in there:
         old = older_than_seconds is not None and now - entry.last_used > older_than_seconds
         many = max_bytes is not None and left > max_bytes
         if (old or many) and not entry.in_use:
             doomed.append(entry)
             left -= entry.num_bytes
-    kept = {entry.key for entry in there} - {entry.key for entry in doomed}
-    still_named = {key for entry in there if entry.key in kept and entry.names for key in _portions_of(entry)}
-    for entry in doomed:
-        for path in entry.files:
-            if path.stem not in still_named:
-                with suppress(OSError):
-                    path.unlink()
+        else:
+            still_named.update(entry.portions)
+    for path in (path for entry in doomed for path in entry.files if path.stem not in still_named):
+        with suppress(OSError):
+            path.unlink()
     return doomed
 
 
-def _portions_of(entry: CacheEntry) -> list[str]:
-    try:
-        return list(FlatFile(entry.files[0]).about["portions"])
-    except DataError:
-        return []
+def _in_use(folder: Path) -> tuple[set[str], bool]:
+    """The tables that living processes use, and whether another process renders into the cache.
 
-
-def _in_use(folder: Path) -> set[str]:
-    """Tables that a living process uses; the lists of those that have ended are removed."""
-    found: set[str] = set()
-    for place in (folder / "locks").glob("using-*.lock"):
-        if folder in _using and place.name == f"using-{_who()}.lock":  # to close it once would end the lock
-            found |= _using[folder][1]
-            continue
-        try:
-            with place.open("rb") as file:  # maybe another user's
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except OSError:
-                    found.update(file.read().decode().split())
-                else:
-                    place.unlink()
-        except OSError:
-            continue
-    return found
-
-
-def _is_building(folder: Path) -> bool:
-    """Whether another process renders into the cache."""
+    The lists of processes that have ended are removed.
+    """
+    used, building = set[str](), False
     for place in (folder / "locks").glob("*.lock"):
-        if place.name.startswith("using-"):
+        if folder in _using and place.name == f"using-{_who()}.lock":  # to close it once would end the lock
+            used |= _using[folder][1]
             continue
-        try:
-            file = place.open("rb")  # of another user's file only reading may be allowed
-        except OSError:
-            continue
-        with file:
+        is_list = place.name.startswith("using-")
+        with suppress(OSError), place.open("rb") as file:  # of another user's file only reading may be allowed
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    return True
-    return False
+                held = error.errno in (errno.EACCES, errno.EAGAIN)
+                building |= held and not is_list
+                used.update(file.read().decode().split() if held and is_list else ())
+            else:
+                if is_list:
+                    place.unlink()
+    return used, building
 
 
-def _mtime(path: Path) -> float:
+def _used_and_size(path: Path) -> tuple[float, int]:
+    """When a file was last used, and its bytes; zeros where it is gone."""
     try:
-        return path.stat().st_mtime
+        about = path.stat()
     except OSError:
-        return 0.0
-
-
-def _num_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+        return 0.0, 0
+    return about.st_mtime, about.st_size

@@ -98,45 +98,92 @@ def _copies(source: Source, num_items: int) -> tuple[int, int]:
 # Trees by number ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TreeStore:
-    """Trees of several tables, numbered one table after the other. chosen_N: those of an epoch, in order.
+class TreeList(list[Tree]):
+    """Trees in memory, in place of those of a table."""
 
-    Memory holds 8 bytes for each tree of the tables, and 4 for each of the epoch.
+    def tree(self, number: int) -> Tree:
+        return self[number]
+
+    def load(self, name: str) -> np.ndarray:
+        if name == "digests":
+            digests = b"".join(digest(encode_tree(tree)) for tree in self)
+            return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+        of_tree = {"lengths": lambda t: t.num_tokens, "trained": lambda t: t.num_trained, "branches": has_branches}
+        return np.array([of_tree[name](tree) for tree in self], np.int64)
+
+
+class Dataset:
+    """The trees of an epoch by their index, so that they need not be in memory.
+
+    They are those of several tables, numbered one table after the other. chosen_N: those of the epoch, in order.
+    groups: some of these are put together when they are read (prefix_sharing.py); absent: each by itself. Memory holds
+    8 bytes for each tree of the tables, and 4 for each of the epoch.
     """
 
-    tables: Sequence[TableTrees]
-    chosen_N: np.ndarray
-    reduction: Reduction = "token"
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return np.cumsum([0, *map(len, self.tables)])
-
-    @cached_property
-    def _takes_all(self) -> bool:
-        """Whether an epoch is every tree once, in order."""
+    def __init__(
+        self,
+        tables: Sequence[TableTrees | TreeList],
+        chosen_N: np.ndarray,
+        reduction: Reduction = "token",
+        groups: Sequence[int | Group] | None = None,
+    ) -> None:
+        self.tables, self.chosen_N, self._reduction, self._groups = tables, chosen_N, reduction, groups
+        self._starts = np.cumsum([0, *map(len, tables)])
         num = int(self._starts[-1])
-        return len(self.chosen_N) == num and bool((self.chosen_N == np.arange(num, dtype=np.int32)).all())
+        self._takes_all = len(chosen_N) == num and bool((chosen_N == np.arange(num, dtype=np.int32)).all())
 
-    def __len__(self) -> int:
-        return len(self.chosen_N)
+    @classmethod
+    def of(cls, trees: Sequence[Tree]) -> "Dataset":
+        """Trees in memory, each once."""
+        return cls([TreeList(trees)], np.arange(len(trees), dtype=np.int32))
+
+    def with_shared_prefixes(self, max_length: int, seed: int) -> "Dataset":
+        """The same with what trees begin with shared. Reads all trees; holds their first contexts meanwhile."""
+        beginnings = (beginning_of(self.tree(index), index) for index in range(len(self.chosen_N)))
+        groups = group_prefixes(beginnings, self.chosen_N.tolist(), max_length, seed)
+        return Dataset(self.tables, self.chosen_N, self._reduction, groups)
 
     def tree(self, index: int) -> Tree:
+        """One that is not put together with others. Raises DataError where it cannot be read any more."""
         number = int(self.chosen_N[index])
         table = int(np.searchsorted(self._starts, number, side="right")) - 1
-        tree = self.tables[table].tree(number - int(self._starts[table]))
-        return tree if self.reduction == "token" else weigh(tree, self.reduction)
+        return weigh(self.tables[table].tree(number - int(self._starts[table])), self._reduction)
+
+    def trees(self, indices: Iterable[int]) -> list[Tree]:
+        """Raises DataError as `tree`."""
+        if self._groups is None:
+            return [self.tree(index) for index in indices]
+        return [tree_of_group(self._groups[index], self.tree) for index in indices]
+
+    def __iter__(self) -> Iterator[Tree]:
+        """All trees, one at a time."""
+        for index in range(len(self.lengths)):
+            yield from self.trees([index])
 
     def array(self, name: str) -> np.ndarray:
-        """One of the tables' arrays, over the trees of the epoch."""
+        """One of the tables' arrays, over the trees of the epoch before any are put together."""
         per_table = [table.load(name) for table in self.tables]
         found = per_table[0] if len(per_table) == 1 else np.concatenate(per_table)
         return found if self._takes_all else found[self.chosen_N]
 
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        length_N, trained_N = self.array("lengths"), self.array("trained")
+        return (length_N, trained_N) if self._groups is None else _of_groups(self._groups, length_N, trained_N)
+
     @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each tree."""
+        return self._sizes[0]
+
+    @property
+    def num_trained(self) -> np.ndarray:
+        """Trained tokens of each tree."""
+        return self._sizes[1]
+
+    @cached_property
     def token_ids(self) -> set[int]:
-        """Every token of the tables' trees, chosen or not."""
+        """Every token that occurs; of a source of which an epoch takes a part, those of the whole."""
         return set(np.unique(np.concatenate([table.load("token_ids") for table in self.tables])).tolist())
 
     @property
@@ -151,95 +198,23 @@ class TreeStore:
             parts.append(np.repeat(table.load("targets"), times))
         return np.concatenate(parts)
 
-
-class MemoryTrees:
-    """A list of trees, with what `TreeStore` knows of its own."""
-
-    reduction: Reduction = "token"
-
-    def __init__(self, trees: Sequence[Tree]) -> None:
-        self._trees = trees
-
-    def tree(self, index: int) -> Tree:
-        return self._trees[index]
-
-    def array(self, name: str) -> np.ndarray:
-        if name == "digests":
-            digests = b"".join(digest(encode_tree(tree)) for tree in self._trees)
-            return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
-        of_tree = {"lengths": lambda t: t.num_tokens, "trained": lambda t: t.num_trained, "branches": has_branches}[
-            name
-        ]
-        return np.array([of_tree(tree) for tree in self._trees], np.int64)
-
-    @property
-    def token_ids(self) -> set[int]:
-        return {token for tree in self._trees for segment in tree.segments for token in segment.ids}
-
-    @property
-    def target_lengths(self) -> np.ndarray:
-        return np.array([len(s.ids) for tree in self._trees for s in tree.segments if s.kind == "target"])
-
-
-class Dataset:
-    """Trees by their index. Consumers use what is here only, so that the trees need not be in memory.
-
-    groups: trees of which some are put together when they are read (prefix_sharing.py); absent: each by itself.
-    """
-
-    def __init__(self, trees: Sequence[Tree] | TreeStore, groups: Sequence[int | Group] | None = None) -> None:
-        self._store = trees if isinstance(trees, TreeStore) else MemoryTrees(trees)
-        self._groups = groups
-        length_N, trained_N = self._store.array("lengths"), self._store.array("trained")
-        self.num_ungrouped_tokens = int(length_N.sum(dtype=np.int64))
-        if groups is not None:
-            length_N, trained_N = _of_groups(groups, length_N, trained_N)
-        self.lengths, self.num_trained = length_N, trained_N  # tokens and trained tokens of each tree
-
-    def trees(self, indices: Iterable[int]) -> list[Tree]:
-        """Raises DataError where a tree cannot be read any more."""
-        if self._groups is None:
-            return [self._store.tree(index) for index in indices]
-        return [tree_of_group(self._groups[index], self._store.tree) for index in indices]
-
-    def __iter__(self) -> Iterator[Tree]:
-        """All trees, one at a time."""
-        for index in range(len(self.lengths)):
-            yield from self.trees([index])
-
-    @cached_property
-    def token_ids(self) -> set[int]:
-        """Every token that occurs; of a source of which an epoch takes a part, those of the whole."""
-        return self._store.token_ids
-
-    @property
-    def target_lengths(self) -> np.ndarray:
-        """Tokens of each target, in no order."""
-        return self._store.target_lengths
-
     @property
     def first_branching(self) -> int | None:
         """The first tree that branches; None where none does."""
-        branches_N = self._store.array("branches")
-        if self._groups is None:
-            found = np.flatnonzero(branches_N)
-            return int(found[0]) if len(found) else None
-        return next((k for k, each in enumerate(self._groups) if isinstance(each, Group) or branches_N[each]), None)
+        branches_N = self.array("branches")
+        if self._groups is not None:
+            branches_N = np.array([isinstance(each, Group) or branches_N[each] for each in self._groups])
+        found = np.flatnonzero(branches_N)
+        return int(found[0]) if len(found) else None
 
     @cached_property
     def sha256(self) -> str:
         """Changes with any token that is computed, and with which tokens are trained."""
-        found = hashlib.sha256(self._store.reduction.encode())
-        found.update(np.ascontiguousarray(self._store.array("digests")).data)
+        found = hashlib.sha256(self._reduction.encode())
+        found.update(np.ascontiguousarray(self.array("digests")).data)
         for each in self._groups or ():
             found.update(repr(each).encode())
         return found.hexdigest()
-
-
-def with_shared_prefixes(store: TreeStore, max_length: int, seed: int) -> Dataset:
-    """The trees of a store, with what they begin with shared. Reads all trees; holds their first contexts meanwhile."""
-    beginnings = (beginning_of(store.tree(index), index) for index in range(len(store)))
-    return Dataset(store, group_prefixes(beginnings, store.chosen_N.tolist(), max_length, seed))
 
 
 def _of_groups(
@@ -275,11 +250,6 @@ class TokenCounts:
         return f"one sample a turn would take {self.one_sample_a_turn:,} tokens, {saved:.0%} are saved{grouped}"
 
     @classmethod
-    def of(cls, dataset: Dataset, store: TreeStore) -> "TokenCounts":
-        """store: the dataset's own."""
-        return cls(
-            computed=int(dataset.lengths.sum(dtype=np.int64)),
-            trained=int(dataset.num_trained.sum(dtype=np.int64)),
-            ungrouped=dataset.num_ungrouped_tokens,
-            one_sample_a_turn=int(store.array("samples").sum(dtype=np.int64)),
-        )
+    def of(cls, dataset: Dataset) -> "TokenCounts":
+        counted = (dataset.lengths, dataset.num_trained, dataset.array("lengths"), dataset.array("samples"))
+        return cls(*(int(each_N.sum(dtype=np.int64)) for each_N in counted))

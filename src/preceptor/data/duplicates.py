@@ -74,13 +74,13 @@ class Fingerprints:
         return list(self._tables)[self._table_N[index]] + (str(number) if number >= 0 else "")
 
     @property
-    def digest_N2(self) -> np.ndarray:
-        return np.frombuffer(self._digests, np.uint64).reshape(-1, 2)
+    def digest_N(self) -> np.ndarray:
+        return np.frombuffer(self._digests, "S16")
 
     @property
-    def prompt_digest_N2(self) -> np.ndarray:
-        """Digests of the prompts; 0 where there is none."""
-        return np.frombuffer(self._prompt_digests, np.uint64).reshape(-1, 2)
+    def prompt_digest_N(self) -> np.ndarray:
+        """Digests of the prompts; b"" where there is none."""
+        return np.frombuffer(self._prompt_digests, "S16")
 
     @property
     def signature_NK(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class Matches:
 
 def repeats(examples: Fingerprints) -> Matches:
     """Which examples repeat an earlier one. An exact repeat is not compared any further."""
-    exact_N = _first_equal(examples.digest_N2)
+    exact_N = _first_equal(examples.digest_N)
     distinct = np.flatnonzero(exact_N < 0)
     found = _near(examples.signature_NK[distinct], num_reference=None)
     near_N = np.full(len(examples), -1, np.int64)
@@ -113,26 +113,23 @@ def leaks(examples: Fingerprints, held_out: Fingerprints) -> Matches:
     """Which examples repeat one of `held_out`: examples to train on that occur in the evaluation set."""
     num = len(held_out)
 
-    def equal(held_out_N2: np.ndarray, record_N2: np.ndarray) -> np.ndarray:
-        first = _first_equal(np.concatenate([held_out_N2, record_N2]))[num:]
+    def equal(held_out_N: np.ndarray, record_N: np.ndarray) -> np.ndarray:
+        first = _first_equal(np.concatenate([held_out_N, record_N]))[num:]
         return np.where(first < num, first, -1)  # not an earlier one of the examples themselves
 
-    exact_N = equal(held_out.digest_N2, examples.digest_N2)
+    exact_N = equal(held_out.digest_N, examples.digest_N)
     near_N = _near(np.concatenate([held_out.signature_NK, examples.signature_NK]), num_reference=num)[num:]
     near_N = np.where(exact_N >= 0, -1, near_N)
-    prompt_N = equal(held_out.prompt_digest_N2, examples.prompt_digest_N2)
-    other = (exact_N < 0) & (near_N < 0) & examples.prompt_digest_N2.any(axis=1)
+    prompt_N = equal(held_out.prompt_digest_N, examples.prompt_digest_N)
+    other = (exact_N < 0) & (near_N < 0) & (examples.prompt_digest_N != b"")
     return Matches(exact_N, near_N, np.where(other, prompt_N, -1))
 
 
-def _first_equal(digest_N2: np.ndarray) -> np.ndarray:
+def _first_equal(digest_N: np.ndarray) -> np.ndarray:
     """For each example the first with the same digest; -1 if it is the first itself."""
-    num = len(digest_N2)
-    order = np.lexsort((np.arange(num), digest_N2[:, 1], digest_N2[:, 0]))
-    changed = (digest_N2[order[1:]] != digest_N2[order[:-1]]).any(axis=1)
-    result = np.empty(num, np.int64)
-    result[order] = order[_starts(changed, num)]
-    result[result == np.arange(num)] = -1
+    _, first, place_N = np.unique(digest_N, return_index=True, return_inverse=True)
+    result: np.ndarray = first[place_N]
+    result[result == np.arange(len(result))] = -1
     return result
 
 

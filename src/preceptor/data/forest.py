@@ -161,7 +161,6 @@ class Span:
 
     start: int
     end: int
-    subtree_end: int
     parent: int | None  # index of the parent's span
     tree: int  # index among the packed trees
     segment: int  # index in its tree
@@ -202,14 +201,16 @@ def pack_trees(trees: Sequence[Tree], alone: bool = False) -> PackedSequence:
         _lay_out(number, tree, ids, positions, spans, pairs)
     if not ids:
         raise ValueError("a sequence needs at least one token")
-    subtree_end_T = np.empty(len(ids), dtype=np.int64)
-    for span in spans:
-        subtree_end_T[span.start : span.end] = span.subtree_end
+    ends = [span.end for span in spans]
+    for place in range(len(spans) - 1, -1, -1):  # children before their parents
+        parent = spans[place].parent
+        if parent is not None:
+            ends[parent] = max(ends[parent], ends[place])
     source, target, weight, share = zip(*pairs, strict=True) if pairs else ((), (), (), ())
     return PackedSequence(
         ids_T=np.array(ids, dtype=np.int64),
         position_T=np.array(positions, dtype=np.int64),
-        subtree_end_T=subtree_end_T,
+        subtree_end_T=np.repeat(np.array(ends, dtype=np.int64), [span.end - span.start for span in spans]),
         source_N=np.array(source, dtype=np.int64),
         target_N=np.array(target, dtype=np.int64),
         weight_N=np.array(weight, dtype=np.float64),
@@ -244,15 +245,9 @@ def _lay_out(
         assert segment.parent is None or segment.parent < index, "parents come before children"
         (roots if segment.parent is None else children[segment.parent]).append(index)
     place: dict[int, int] = {}  # segment of the tree -> its span in the sequence
-    stack = [(index, False) for index in reversed(roots)]
+    stack = roots[::-1]
     while stack:
-        index, done = stack.pop()
-        if done:
-            span = spans[place[index]]
-            spans[place[index]] = Span(
-                span.start, span.end, len(ids), span.parent, span.tree, span.segment, span.targets
-            )
-            continue
+        index = stack.pop()
         segment = tree.segments[index]
         parent = None if segment.parent is None else place[segment.parent]
         start, first_target = len(ids), len(pairs)
@@ -266,9 +261,8 @@ def _lay_out(
                 if source is not None:
                     pairs.append((source, token, segment.weight, segment.share))
         place[index] = len(spans)
-        spans.append(Span(start, len(ids), len(ids), parent, number, index, slice(first_target, len(pairs))))
-        stack.append((index, True))
-        stack.extend((child, False) for child in reversed(children[index]))
+        spans.append(Span(start, len(ids), parent, number, index, slice(first_target, len(pairs))))
+        stack += reversed(children[index])
 
 
 def _last_token(spans: Sequence[Span], index: int | None) -> int | None:

@@ -124,22 +124,18 @@ class Loader:
         loader.alone = True
         return loader
 
-    def plan(self, epoch: int, start: int = 0, end: int | None = None) -> list[list[int]]:
-        """Tree indices of each sequence of an epoch, or of its sequences `start` to `end`, in training order."""
-        end = self.sequences_per_epoch if end is None else min(end, self.sequences_per_epoch)
-        return self._plans.sequences(epoch, start, end)
-
-    def trees(self, planned: Sequence[int]) -> list[Tree]:
-        return self._dataset.trees(planned)
+    def trees(self, epoch: int, num_sequences: int) -> list[list[Tree]]:
+        """Those of each of the first sequences of an epoch, in training order."""
+        planned = self._plans.sequences(epoch, 0, min(num_sequences, self.sequences_per_epoch))
+        return [self._dataset.trees(indices) for indices in planned]
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
         """The sequences of step 0, 1, 2, ...; with several processes those of one of them."""
-        of_rank = self._planned(step, rank, num_ranks)
-        return [packed for planned in of_rank for packed in pack(self._dataset.trees(planned), self.alone)]
+        return [packed for trees in self._trees_of(step, rank, num_ranks) for packed in pack(trees, self.alone)]
 
     def sources(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[tuple[str, ...]]:
         """The examples, `file:line`, of each sequence of `batch`."""
-        trees = [self.trees(planned) for planned in self._planned(step, rank, num_ranks)]
+        trees = self._trees_of(step, rank, num_ranks)
         if self.alone:
             return [(tree.source,) for own in trees for tree in own for _ in chains_of(tree)]
         return [tuple(tree.source for tree in own) for own in trees]
@@ -148,15 +144,15 @@ class Loader:
         """How far a run is after so many steps, for its log."""
         return {"epoch": round(step / self.steps_per_epoch, 4)}
 
-    def _planned(self, step: int, rank: int, num_ranks: int) -> list[list[int]]:
+    def _trees_of(self, step: int, rank: int, num_ranks: int) -> list[list[Tree]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         epoch += self._first_epoch
         start, end = (at * self.sequences_per_epoch // self.steps_per_epoch for at in (within, within + 1))
         batch = self._plans.sequences(epoch, start, end)
-        if num_ranks == 1:
-            return batch
-        sizes = [int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch]
-        return [batch[at] for at in assign_to_ranks(sizes, num_ranks)[rank]]
+        if num_ranks > 1:
+            sizes = [int(sum(self._dataset.lengths[index] for index in planned)) for planned in batch]
+            batch = [batch[at] for at in assign_to_ranks(sizes, num_ranks)[rank]]
+        return [self._dataset.trees(planned) for planned in batch]
 
     def largest_sequences(self) -> list[PackedSequence]:
         """Of the first epoch: the sequence with most tokens, and that with most trained tokens if it is another.
@@ -164,14 +160,15 @@ class Loader:
         Of an epoch of more than one block (packing.py): the one with most tokens of the first block, and one made of
         the trees with the largest share of trained tokens, of which no sequence has more.
         """
-        packed = [sequence for planned in self._largest_plans for sequence in pack(self.trees(planned), self.alone)]
+        trees = map(self._dataset.trees, self._largest_plans)
+        packed = [sequence for own in trees for sequence in pack(own, self.alone)]
         most_tokens = max(packed, key=lambda sequence: (sequence.num_tokens, sequence.num_trained))
         most_targets = max(packed, key=lambda sequence: (sequence.num_trained, sequence.num_tokens))
         return [most_tokens] if most_tokens is most_targets else [most_tokens, most_targets]
 
     @cached_property
     def _largest_plans(self) -> list[list[int]]:
-        plan = self.plan(0, 0, self._plans.sequences_per_block)
+        plan = self._plans.sequences(0, 0, self._plans.sequences_per_block)
         if self._plans.sequences_per_block < self.sequences_per_epoch:
             plan.append(self._most_trained())
         lengths, num_trained = self._dataset.lengths, self._dataset.num_trained
@@ -226,9 +223,8 @@ class StreamLoader:
         self._settings = max_length, batch_size, seed
         self._first_dataset, self._first = first, Loader(first, *self._settings)
         self._longest, self.batch_size, self.fill = longest, batch_size, self._first.fill
-        self._window: Window | None = None
         self._loader: Loader | None = None
-        self._at, self._amounts = Position(0, 0, "", Amounts()), Amounts()
+        self._at, self._num_steps, self._has_begun, self._amounts = Position(0, 0, "", Amounts()), 0, False, Amounts()
         self.on_window: Callable[[WindowFacts | StreamError], None] = lambda _: None
 
     def apart(self) -> "StreamLoader":
@@ -244,14 +240,11 @@ class StreamLoader:
 
     def seek(self, position: Position) -> None:
         """Go on from there. The next batch raises StreamError where the stream is another one up to there."""
-        self._at, self._window = position, None
+        self._at, self._has_begun = position, False
 
-    def plan(self, epoch: int, start: int = 0, end: int | None = None) -> list[list[int]]:
-        """As `Loader.plan`, of the first window."""
-        return self._first.plan(epoch, start, end)
-
-    def trees(self, planned: Sequence[int]) -> list[Tree]:
-        return self._first.trees(planned)
+    def trees(self, epoch: int, num_sequences: int) -> list[list[Tree]]:
+        """As `Loader.trees`, of the first window."""
+        return self._first.trees(epoch, num_sequences)
 
     def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> list[PackedSequence]:
         """As `Loader.batch`; no step before the position. Raises StreamError."""
@@ -267,40 +260,31 @@ class StreamLoader:
 
     def _loader_of(self, step: int) -> Loader:
         assert step >= self._at.first_step, "windows that were trained are gone"
-        if self._window is None:
-            self._enter(self._at)
-        while self._loader is None or step >= self._at.first_step + self._loader.steps_per_epoch:
-            self._enter(self._next())
+        if not self._has_begun:
+            self._begin(self._at)
+        while self._loader is None or step >= self._at.first_step + self._num_steps:
+            self._begin(Position(self._at.window + 1, self._at.first_step + self._num_steps, "", self._amounts))
         return self._loader
 
-    def _next(self) -> Position:
-        num_steps = 0 if self._loader is None else self._loader.steps_per_epoch
-        return Position(self._at.window + 1, self._at.first_step + num_steps, "", self._amounts)
-
-    def _enter(self, position: Position) -> None:
+    def _begin(self, position: Position) -> None:
         try:
-            window = self._read(position)
+            window = self._windows.get(position.window)
+            if position.sha256 not in ("", window.sha256):
+                raise StreamError(
+                    f"window {position.window}: up to its end the sources give other examples than when the run "
+                    "trained it; a stream must give the same from its beginning at every start"
+                )
         except StreamError as error:
             self.on_window(error)
             raise
         dataset = self._opened(window) if window.number else self._first_dataset
-        self._window, self._at = window, replace(position, sha256=window.sha256)
-        self._loader = None
+        self._at, self._loader, self._num_steps = replace(position, sha256=window.sha256), None, 0
         if dataset is not None:
             self._loader = Loader(dataset, *self._settings, first_epoch=window.number)
             self._loader.alone = self.alone
-        self._amounts = position.before.plus(window, dataset)
-        num_steps = 0 if self._loader is None else self._loader.steps_per_epoch
-        self.on_window(WindowFacts(window, dataset, position.first_step, num_steps, self._amounts))
-
-    def _read(self, position: Position) -> Window:
-        window = self._windows.get(position.window)
-        if position.sha256 not in ("", window.sha256):
-            raise StreamError(
-                f"window {position.window}: up to its end the sources give other examples than when the run trained "
-                "it; a stream must give the same from its beginning at every start"
-            )
-        return window
+            self._num_steps = self._loader.steps_per_epoch
+        self._has_begun, self._amounts = True, position.before.plus(window, dataset)
+        self.on_window(WindowFacts(window, dataset, position.first_step, self._num_steps, self._amounts))
 
     def largest_sequences(self) -> list[PackedSequence]:
         """As large as any that may come, as only the first window is known: full, with the share of trained tokens of

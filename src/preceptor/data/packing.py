@@ -83,9 +83,7 @@ class EpochPlans:
         if self._num_blocks == 1:
             self.sequences_per_block = count_sequences(lengths_N, max_length, seed)
         else:
-            small = (
-                np.uint16 if lengths_N.max() < 1 << 16 else np.int32
-            )  # of small numbers NumPy sorts ten times as fast
+            small = np.uint16 if lengths_N.max() < 1 << 16 else np.int32  # NumPy sorts small numbers ten times as fast
             order_N = np.argsort(lengths_N.astype(small), kind="stable").astype(np.int32)
             num_rest = len(order_N) % self._num_blocks
             self._rest, self._strata = order_N[:num_rest], order_N[num_rest:].reshape(-1, self._num_blocks)

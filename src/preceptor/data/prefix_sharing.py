@@ -3,21 +3,22 @@
     "Name a colour." -> "Red."                    c ─┬─ "Red."
     "Name a colour." -> "Teal, for example."  ->     └─ "Teal, for example."
 
-`share_prefixes` makes one tree of those whose first context is the same, token for token, and of those whose first
-contexts begin with the same `MIN_SHARED_TOKENS` or more, such as a long system prompt. Only contexts are shared: what
-is trained stays trained as often as before, and each target reads exactly what it read before, so loss and gradient
-are those of the separate trees. `chains_of` is the way back, for models that can read one chain at a time only.
+One tree is made of those whose first context is the same, token for token, and of those whose first contexts begin
+with the same `MIN_SHARED_TOKENS` or more, such as a long system prompt. Only contexts are shared: what is trained stays
+trained as often as before, and each target reads exactly what it read before, so loss and gradient are those of the
+separate trees. `group_prefixes` decides who shares what from the first contexts alone, 4 bytes for each of their
+tokens; `tree_of_group` puts the trees of a group together when they are read.
 
-`group_prefixes` decides who shares what from the first contexts alone, 4 bytes for each of their tokens;
-`tree_of_group` puts the trees of a group together when they are read.
+`chains_of` is the way back, for models that can read one chain at a time only.
 """
 
+import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from preceptor.data.forest import Segment, Tree, leaf_paths
+from preceptor.data.forest import Segment, Tree, has_branches, leaf_paths
 from preceptor.data.packing import plan_sequences
 
 MIN_SHARED_TOKENS = 64  # a shorter beginning in common, such as a template's header, is not worth a branch
@@ -25,8 +26,7 @@ MIN_SHARED_TOKENS = 64  # a shorter beginning in common, such as a template's he
 
 def chains_of(tree: Tree) -> list[Tree]:
     """The tree's paths from root to leaf, each a tree of its own; what several paths share is trained in the first."""
-    parents = {segment.parent for segment in tree.segments}
-    if len(parents) == len(tree.segments):  # all but the last have one child each
+    if not has_branches(tree):
         return [tree]
     trained: set[int] = set()
     chains = []
@@ -63,14 +63,6 @@ def beginning_of(tree: Tree, index: int) -> Beginning:
     return Beginning(array("I", tree.segments[0].ids).tobytes() if shares else b"", tree.num_tokens, index)
 
 
-def share_prefixes(trees: Sequence[Tree], max_length: int, seed: int) -> list[Tree]:
-    """The same trained tokens in fewer trees of at most `max_length`, those that share nothing as they were."""
-    seen: dict[int, int] = {}
-    firsts = [seen.setdefault(id(tree), index) for index, tree in enumerate(trees)]
-    groups = group_prefixes(map(beginning_of, trees, range(len(trees))), firsts, max_length, seed)
-    return [tree_of_group(group, trees.__getitem__) for group in groups]
-
-
 def group_prefixes(
     beginnings: Iterable[Beginning], originals: Iterable[int], max_length: int, seed: int
 ) -> list[int | Group]:
@@ -91,7 +83,7 @@ def group_prefixes(
                 if len(group) == 1:
                     left += group
                     continue
-                shared = _num_shared([each.root for each in group])
+                shared = len(os.path.commonprefix([each.root for each in group])) // 4  # noqa: RUF071 (of bytes)
                 most_tokens = min(max_length, max(4 * shared, max_length // 4))
                 grouped += _merged(group, shared, most_tokens, seed)
             copies = left
@@ -128,13 +120,6 @@ def _by_beginning(trees: Sequence[Beginning], num_tokens: int | None) -> list[li
     return list(groups.values())
 
 
-def _num_shared(roots: Sequence[bytes]) -> int:
-    """How many first tokens are the same in all: of the first and last in order, which differ most."""
-    first, last = min(roots), max(roots)
-    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return same // 4
-
-
 def _merged(group: Sequence[Beginning], num_shared: int, most_tokens: int, seed: int) -> list[Beginning]:
     """Groups of at most `most_tokens` that share their first `num_shared` tokens; what is too long stays as it is."""
     if len(group) == 1:
@@ -155,8 +140,6 @@ def _together(group: Sequence[Beginning], num_shared: int) -> Beginning:
 
 
 def _merge(trees: Sequence[Tree], num_shared: int) -> Tree:
-    if len(trees) == 1:
-        return trees[0]
     first = trees[0].segments[0]
     text = first.text if len(first.ids) == num_shared else ""
     segments = [Segment("context", first.ids[:num_shared], None, text)]

@@ -9,13 +9,13 @@ in the middle one or two portions are rendered again. What depends on `max_lengt
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 
 import numpy as np
 
 from preceptor.data.cache import Cache, key_of
-from preceptor.data.examples import Completion, Conversation, Document, Example, Rejection
+from preceptor.data.examples import Example, Rejection
 from preceptor.data.forest import Tree
 from preceptor.data.formats.tables import DataTable
 from preceptor.data.records import FlatFile, decode_tree, digest, encode_tree
@@ -107,15 +107,20 @@ class SourceReader:
 
     def _tables(self, source: OpenSource) -> list[TableTrees]:
         cache = _cache_for(source, self._cache)
-        keys = [None if cache is None else self._key(cache, source, table) for table in source.tables]
-        if cache is None or None in keys:
-            return list(self._built(source, cache, list(zip(source.tables, keys, strict=True))))
-        cache.use({key for key in keys if key is not None})
-        found = _look_up_tables(cache, source, keys)
+        of_tables = [None if cache is None else self._key(cache, source, table) for table in source.tables]
+        keys = [key for key in of_tables if key is not None]
+        if cache is None or len(keys) < len(of_tables):
+            return list(self._built(source, cache, list(zip(source.tables, of_tables, strict=True))))
+        cache.use(set(keys))
+
+        def look_up() -> list[TableTrees | None]:
+            return [TableTrees.cached(table.name, cache, key) for table, key in zip(source.tables, keys, strict=True)]
+
+        found = look_up()
         if None in found:
             lock = key_of("building", keys)
-            with cache.building(lock, source.source.path, lambda: None not in _look_up_tables(cache, source, keys)):
-                found = _look_up_tables(cache, source, keys)
+            with cache.building(lock, source.source.path, lambda: None not in look_up()):
+                found = look_up()
                 missing = [k for k, trees in enumerate(found) if trees is None]
                 built = self._built(source, cache, [(source.tables[k], keys[k]) for k in missing], lock)
                 for k, trees in zip(missing, built, strict=True):
@@ -155,14 +160,6 @@ class SourceReader:
             yield builder.finish(cache, key)
 
 
-def _look_up_tables(cache: Cache, source: OpenSource, keys: Sequence[str | None]) -> list[TableTrees | None]:
-    files = [None if key is None else cache.table(key) for key in keys]
-    return [
-        None if file is None else TableTrees.opened(table.name, file, cache)
-        for table, file in zip(source.tables, files, strict=True)
-    ]
-
-
 def _cache_for(source: OpenSource, cache: Cache | None) -> Cache | None:
     """The cache, unless the source's files are so small that it would save nothing."""
     if cache is None:
@@ -200,17 +197,16 @@ def rendered_examples(
     Without a cache trees have them always. Raises as `render_all`.
     """
     renderer = fitter.renderer
-    waiting: deque[RenderedExample] = deque()
+    waiting: deque[tuple[Entry, Example | Rejection]] = deque()
     if cache is None or renderer.key is None:
 
         def contents() -> Iterator[Example | Rejection]:
             for entry in entries:
-                content = fitter.before_rendering(entry.example)
-                waiting.append(RenderedExample(entry, content, content, None))  # type: ignore[arg-type]
-                yield content
+                waiting.append((entry, fitter.before_rendering(entry.example)))
+                yield waiting[-1][1]
 
-        for _, outcome in render_all(renderer, contents(), num_processes):
-            yield waiting.popleft()._replace(outcome=outcome)
+        for outcome in render_all(renderer, contents(), num_processes):
+            yield RenderedExample(*waiting.popleft(), outcome, None)
         return
     yield from _from_cache_or_rendered(cache, _portions(entries, fitter), renderer, num_processes, with_texts)
 
@@ -239,7 +235,7 @@ def _from_cache_or_rendered(
         missing: deque[_Portion] = deque()
         cached_next: list[_Portion] = []
         contents = _contents(chain([portion], looked), missing, cached_next)
-        for _, outcome in render_all(renderer, contents, num_processes):
+        for outcome in render_all(renderer, contents, num_processes):
             missing[0].outcomes.append(outcome)
             if len(missing[0].outcomes) == len(missing[0].contents):
                 _write(cache, missing[0], with_texts)
@@ -261,9 +257,9 @@ def _contents(
 
 
 def _portions(entries: Iterable[Entry], fitter: Fitter) -> Iterator[_Portion]:
-    portion, size = _Portion(), 0
+    portion, size, is_whole = _Portion(), 0, False
     for entry in entries:
-        if portion.entries and entry.table != portion.entries[-1].table:
+        if portion.entries and (is_whole or entry.table != portion.entries[-1].table):
             yield portion
             portion, size = _Portion(), 0
         content = fitter.before_rendering(entry.example)
@@ -273,24 +269,14 @@ def _portions(entries: Iterable[Entry], fitter: Fitter) -> Iterator[_Portion]:
         own = cost_of(content)
         size += own
         drawn = int.from_bytes(portion.digests[-1][:4]) / 2**32  # the same wherever the example stands
-        if (size >= _SMALL_CHARACTERS and drawn < own / _MEAN_CHARACTERS) or size >= _LARGE_CHARACTERS:
-            yield portion
-            portion, size = _Portion(), 0
+        is_whole = (size >= _SMALL_CHARACTERS and drawn < own / _MEAN_CHARACTERS) or size >= _LARGE_CHARACTERS
     if portion.entries:
         yield portion
 
 
 def digest_of_content(example: Example | Rejection) -> bytes:
     """16 bytes that differ where anything but the place differs, be it 1 and 1.0 or the order of keys."""
-    content: object
-    if isinstance(example, Conversation):
-        messages = [(m.given, m.train, m.weight) for m in example.messages]
-        content = (messages, example.tools, example.template_kwargs)
-    elif isinstance(example, Completion):
-        content = (example.prompt, example.completion)
-    else:
-        content = (example.text,) if isinstance(example, Document) else (example.code, example.message)
-    spelled = f"{type(example).__name__} {content!r}".encode(errors="surrogatepass")
+    spelled = repr(replace(example, source="")).encode(errors="surrogatepass")
     return hashlib.blake2b(spelled, digest_size=16).digest()
 
 
@@ -299,7 +285,7 @@ def digest_of_content(example: Example | Rejection) -> bytes:
 
 def _look_up(cache: Cache, portion: _Portion) -> None:
     """Take a portion's outcomes from the cache, if they are there and whole."""
-    file = cache.portion(portion.key)
+    file = cache.opened(cache.portion_path(portion.key))
     if file is None:
         return
     try:
@@ -324,9 +310,9 @@ def _write(cache: Cache, portion: _Portion, with_texts: bool) -> None:
     ]
     arrays: dict[str, np.ndarray] = {
         "records": np.frombuffer(b"".join(portion.records), np.uint8),
-        "sizes": np.array([len(record) for record in portion.records], np.int64),
+        "sizes": np.array(list(map(len, portion.records)), np.int64),
     }
-    portion.file = cache.write_portion(portion.key, {"rejections": rejections}, arrays)
+    portion.file = cache.write(cache.portion_path(portion.key), {"rejections": rejections}, arrays)
 
 
 def _results(portion: _Portion) -> Iterator[RenderedExample]:

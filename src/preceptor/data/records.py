@@ -2,12 +2,9 @@
 
 A record is
 
-    head      5 numbers: segments, bytes of the texts, of the rest, and whether there are weights and texts
-    segments  kind, parent, number of tokens and message of each; -1 stands for none
-    weights   of each segment, where one is not 1
+    size      of what follows, in bytes
+    about     all that a tree says but its tokens, as JSON; of each segment the number of its tokens
     ids       of all segments, one after the other
-    texts     of the segments, where they are kept
-    rest      what the template's switch was set to and what it left out, as JSON, where there is any
 
 It says nothing of where its example stands, so the same conversation has the same record in every file.
 
@@ -25,8 +22,8 @@ import json
 import os
 import struct
 from array import array
-from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,61 +34,34 @@ from preceptor.data.forest import Segment, Tree
 from preceptor.errors import DataError
 
 DIGEST_BYTES = 16
-_HEAD = struct.Struct("<5i")
+_SIZE = struct.Struct("<I")  # of a record's `about`
 _END = struct.Struct("<Q32s8s")  # of a flat file
-_MAGIC = b"FLATv001"
+_MAGIC = b"FLATv002"
 _OPEN_FILES = 64
 
 
 def encode_tree(tree: Tree, with_texts: bool = False) -> bytes:
     """The record of a tree that has not been weighed (dataset.py)."""
-    segments = tree.segments
-    about = array("i")
-    for s in segments:
-        kind, parent = int(s.kind == "target"), -1 if s.parent is None else s.parent
-        about.extend((kind, parent, len(s.ids), -1 if s.message is None else s.message))
-    weighed = any(s.weight != 1.0 for s in segments)
-    texts = json.dumps([s.text for s in segments]).encode() if with_texts else b""
-    rest = json.dumps([tree.switched, tree.left_out]).encode() if tree.switched or tree.left_out else b""
-    parts = [_HEAD.pack(len(segments), len(texts), len(rest), weighed, with_texts), about.tobytes()]
-    if weighed:
-        parts.append(array("d", [s.weight for s in segments]).tobytes())
-    parts.append(array("I", chain.from_iterable([s.ids for s in segments])).tobytes())
-    return b"".join([*parts, texts, rest])
+    segments = [
+        (s.kind == "target", s.parent, len(s.ids), s.message, s.weight, s.text if with_texts else "")
+        for s in tree.segments
+    ]
+    about = json.dumps([segments, tree.switched, tree.left_out], separators=(",", ":")).encode()
+    ids = array("I", chain.from_iterable([s.ids for s in tree.segments]))
+    return _SIZE.pack(len(about)) + about + ids.tobytes()
 
 
 def decode_tree(record: bytes, source: str) -> Tree:
     """The tree of a record, as the example at `source`."""
-    num, num_text_bytes, num_rest_bytes, weighed, with_texts = _HEAD.unpack_from(record)
-    at = _HEAD.size
-    about, weights, ids = array("i"), array("d", [1.0]) * num, array("I")
-    about.frombytes(record[at : at + 16 * num])
-    at += 16 * num
-    if weighed:
-        weights = array("d")
-        weights.frombytes(record[at : at + 8 * num])
-        at += 8 * num
-    end = len(record) - num_text_bytes - num_rest_bytes
-    ids.frombytes(record[at:end])
-    texts: list[str] = json.loads(record[end : end + num_text_bytes]) if with_texts else [""] * num
-    all_ids, at = ids.tolist(), 0
-    segments = []
-    for k in range(num):
-        kind, parent, length, message = about[4 * k : 4 * k + 4]
-        segments.append(
-            Segment(
-                "target" if kind else "context",
-                tuple(all_ids[at : at + length]),
-                None if parent < 0 else parent,
-                texts[k],
-                weights[k],
-                message=None if message < 0 else message,
-            )
-        )
+    end = _SIZE.size + _SIZE.unpack_from(record)[0]
+    described, switched, left_out = json.loads(record[_SIZE.size : end])
+    array_of_ids = array("I")
+    array_of_ids.frombytes(record[end:])
+    ids, at, segments = array_of_ids.tolist(), 0, []
+    for is_target, parent, length, message, weight, text in described:
+        own = tuple(ids[at : at + length])
+        segments.append(Segment("target" if is_target else "context", own, parent, text, weight, message=message))
         at += length
-    if not num_rest_bytes:
-        return Tree(source, tuple(segments))
-    switched, left_out = json.loads(record[len(record) - num_rest_bytes :])
     return Tree(source, tuple(segments), tuple((k, value) for k, value in switched), tuple(left_out))
 
 
@@ -123,17 +93,14 @@ class FlatFile:
             raise self._damaged("its end is not what was written")
         found = json.loads(head)
         self.about: Mapping[str, Any] = found["about"]
-        self._arrays: Mapping[str, tuple[str, list[int], int, str]] = found["arrays"]
+        self.arrays: Mapping[str, tuple[str, list[int], int, str]] = found["arrays"]  # type, shape, place, SHA-256
         if end - size != found["num_bytes"]:
             raise self._damaged("it is cut")
         self.num_bytes = end + _END.size
 
-    @property
-    def names(self) -> Collection[str]:
-        return self._arrays.keys()
-
     def load(self, name: str) -> np.ndarray:
-        kind, shape, offset, sha256 = self._arrays[name]
+        """A whole array. Raises DataError if it is damaged."""
+        kind, shape, offset, sha256 = self.arrays[name]
         array = np.empty(shape, kind)
         view, at = _bytes_of(array), 0
         try:
@@ -148,9 +115,13 @@ class FlatFile:
         return array
 
     def rows(self, name: str, start: int, end: int) -> np.ndarray:
-        kind, shape, offset, _ = self._arrays[name]
+        """Some rows of an array. Raises DataError if they cannot be read."""
+        kind, shape, offset, _ = self.arrays[name]
         width = int(np.dtype(kind).itemsize * np.prod(shape[1:], dtype=np.int64))
-        found = _files.read(self.path, offset + start * width, (end - start) * width)
+        try:
+            found = os.pread(_open(self.path).number, (end - start) * width, offset + start * width)
+        except OSError as error:
+            raise self._damaged(f"cannot be read: {error.strerror or error}") from None
         if len(found) != (end - start) * width:
             raise self._damaged("it is cut")
         return np.frombuffer(found, kind).reshape(end - start, *shape[1:])
@@ -159,46 +130,29 @@ class FlatFile:
         return DataError(f"{self.path}: {how}")
 
 
-class _OpenFiles:
-    """The files that were read last, kept open."""
+class _Descriptor:
+    """A file that is open for reading until nothing refers to it."""
 
-    def __init__(self) -> None:
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()
-        self._process = os.getpid()
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Raises DataError where the file is not there; fewer bytes where it ends before."""
-        if self._process != os.getpid():  # forked: a descriptor that its parent closes stays open here
-            self._descriptors.clear()
-            self._process = os.getpid()
-        try:
-            descriptor = self._descriptors.pop(path, None)
-            if descriptor is None:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[path] = descriptor
-            if len(self._descriptors) > _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-            return os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-    def forget(self, path: Path) -> None:
-        """Close a file that is replaced."""
-        descriptor = self._descriptors.pop(path, None)
-        if descriptor is not None and self._process == os.getpid():
-            os.close(descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
 
 
-_files = _OpenFiles()
+@lru_cache(maxsize=_OPEN_FILES)
+def _open(path: Path) -> _Descriptor:
+    """The files that were read last are kept open."""
+    return _Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def close_files() -> None:
+    """To be called when a file is replaced or removed that may be open for reading."""
+    _open.cache_clear()
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     return memoryview(array.data).cast("B") if array.size else memoryview(b"")
-
-
-def forget(path: Path) -> None:
-    """To be called when a file is replaced or removed that may be open for reading."""
-    _files.forget(path)
 
 
 def write_flat(path: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

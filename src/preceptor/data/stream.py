@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from preceptor.data.table_trees import MemoryArrays, TableBuilder, TableTrees
 from preceptor.data.truncation import Fitter
 from preceptor.data.workers import start_method
 from preceptor.errors import PreceptorError, ProcessError, StreamError
-from preceptor.files import writing
+from preceptor.files import write_atomically
 
 _AHEAD = 3  # windows that are there or being rendered, the one that is trained among them
 _WAIT_SECONDS = 0.02
@@ -87,58 +88,45 @@ class WindowReader:
         self._ended = ""
         self._number = self._num_read = 0
 
-    def write_next(self, folder: Path) -> None:
-        """Render the next window, write it to the folder. Raises StreamError where it is not whole, and DataError."""
-        number, start = self._begin(), self._num_read
+    def read_next(self, folder: Path | None) -> None:
+        """Render the next window and write it to the folder; None: only read it.
+
+        Raises StreamError where it is not whole, and DataError.
+        """
+        if self._read is None:
+            self._hash = sha256()
+            self._read = [_from_the_start(source, self._cache_folder) for source in self._sources]
+        number, start = self._number, self._num_read
+        self._number += 1
         builders: dict[str, TableBuilder] = {}
-        for examples, cache in self._next_examples(number):
-            entries = (unread.entry() for unread in examples)
+        shares = window_shares(self._sources, self._size, number)
+        for source, (examples, cache), num in zip(self._sources, self._read, shares, strict=True):
+            taken = self._taken(source.path, examples, num)
+            if folder is None:
+                deque(taken, maxlen=0)
+                continue
+            entries = (unread.entry() for unread in taken)
             for example in rendered_examples(entries, self._fitter, self._num_processes, cache):
                 table = example.entry.table
                 if table not in builders:
                     builders[table] = TableBuilder(table, self._fitter)
                 builders[table].add(example._replace(stored=None))  # a window holds all that it needs
-        self._require_whole(number)
-        tables = [builder.built() for builder in builders.values()]
-        about = {
-            "num_examples": self._num_read - start,
-            "sha256": self._hash.hexdigest(),
-            "tables": [own.about for own in tables],
-        }
-        arrays = {f"{k}.{name}": own.load(name) for k, own in enumerate(tables) for name in own.names}
-        partial = folder / f"{number}.partial"
-        write_flat(partial, about, arrays)
-        partial.replace(folder / f"{number}.flat")
-
-    def pass_over(self) -> None:
-        """Read the next window and render nothing. Raises StreamError where it is not whole, and DataError."""
-        number = self._begin()
-        for examples, _ in self._next_examples(number):
-            for _ in examples:
-                pass
-        self._require_whole(number)
-
-    def _begin(self) -> int:
-        if self._read is None:
-            self._hash = sha256()
-            self._read = [_from_the_start(source, self._cache_folder) for source in self._sources]
-        self._number += 1
-        return self._number - 1
-
-    def _require_whole(self, number: int) -> None:
-        """A part of a window is not trained: when the run goes on with more, the window would hold other examples."""
-        if self._ended:
+        if self._ended:  # a part is not trained: when the run goes on with more, it would hold other examples
             raise StreamError(
                 f"{self._ended}: the pipe ended after {self._num_read:,} examples, in window {number:,}, which is not "
                 "trained. Each start of a run reads a pipe from the beginning of what is written: it must write the "
                 "same examples, and enough of them"
             )
+        if folder is not None:
+            self._write(folder / f"{number}.flat", self._num_read - start, [own.built() for own in builders.values()])
 
-    def _next_examples(self, number: int) -> Iterator[tuple[Iterator[UnreadRow], Cache | None]]:
-        assert self._read is not None
-        shares = window_shares(self._sources, self._size, number)
-        for source, (examples, cache), num in zip(self._sources, self._read, shares, strict=True):
-            yield self._taken(source.path, examples, num), cache
+    def _write(self, place: Path, num_examples: int, tables: Sequence[MemoryArrays]) -> None:
+        abouts = [own.about for own in tables]
+        about = {"num_examples": num_examples, "sha256": self._hash.hexdigest(), "tables": abouts}
+        arrays = {f"{k}.{name}": array for k, own in enumerate(tables) for name, array in own.arrays.items()}
+        partial = place.with_suffix(".partial")
+        write_flat(partial, about, arrays)
+        partial.replace(place)
 
     def _taken(self, path: str, examples: Iterator[UnreadRow], num: int) -> Iterator[UnreadRow]:
         for _ in range(num):
@@ -212,20 +200,13 @@ class Windows:
         file = FlatFile(place)
         tables = []
         for k, about in enumerate(file.about["tables"]):
-            arrays = {name.partition(".")[2]: file.load(name) for name in file.names if name.startswith(f"{k}.")}
+            arrays = {name.partition(".")[2]: file.load(name) for name in file.arrays if name.startswith(f"{k}.")}
             tables.append(TableTrees(about["names"][0], MemoryArrays(about, arrays), None))
         return Window(number, tables, file.about["num_examples"], file.about["sha256"])
 
     def _say(self, name: str, text: str) -> None:
         if not (self.spool / "error").exists():
-            with writing(self.spool / name):
-                _write(self.spool / name, text)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+            write_atomically(self.spool / name, text)
 
 
 def _started(reader: WindowReader, spool: Path) -> Any:
@@ -268,19 +249,18 @@ def _render_ahead(reader: WindowReader, spool: Path, parent: int) -> None:
         for number in count():
             while number and (wanted := _wanted(spool)) + _AHEAD <= number:
                 time.sleep(_WAIT_SECONDS)
-            if number and number < wanted:
-                reader.pass_over()
-            else:
-                reader.write_next(spool)
+            reader.read_next(None if number and number < wanted else spool)
             for place in spool.glob("*.flat"):
                 if int(place.stem) < _wanted(spool):
                     place.unlink(missing_ok=True)
     except PreceptorError as error:
-        _write(spool / "error", str(error))
+        write_atomically(spool / "error", str(error))
     except OSError as error:
-        _write(spool / "error", f"{spool}: cannot be written: {error.strerror or error}; TMPDIR names another folder")
+        said = f"{spool}: cannot be written: {error.strerror or error}; TMPDIR names another folder"
+        write_atomically(spool / "error", said)
     except Exception:
-        _write(spool / "error", f"the process that renders the data ahead failed:\n{traceback.format_exc()}")
+        said = f"the process that renders the data ahead failed:\n{traceback.format_exc()}"
+        write_atomically(spool / "error", said)
 
 
 def _wanted(spool: Path) -> int:

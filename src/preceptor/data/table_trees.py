@@ -12,12 +12,12 @@ where there is none:
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,11 @@ from preceptor.errors import DataError
 
 _PLACE = re.compile(r"(:|:row )(\d+)(?: \(part (\d+) of (\d+)\))?")
 _POINTER = 6  # numbers of a tree's pointer: portion, offset, size, row, part, parts
+_COLUMNS = {  # of int32, int64 and uint8
+    **dict.fromkeys(("lengths", "trained", "targets", "num_targets"), "i"),
+    **dict.fromkeys(("samples", "pointers"), "q"),
+    **dict.fromkeys(("branches", "digests", "records"), "B"),
+}
 _OWN = -1  # instead of the number of a portion: the table's own records
 
 
@@ -54,44 +59,24 @@ class RenderedExample(NamedTuple):
     stored: StoredRecord | None
 
 
-class Arrays(Protocol):
-    """Arrays by name, in memory or in a file, and what was said of them."""
-
-    @property
-    def about(self) -> Mapping[str, Any]: ...
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def load(self, name: str) -> np.ndarray:
-        """A whole array. Raises DataError if it is damaged."""
-
-    def rows(self, name: str, start: int, end: int) -> np.ndarray:
-        """Some rows of an array. Raises DataError if they cannot be read."""
-
-
 @dataclass(frozen=True, eq=False)
 class MemoryArrays:
-    """Arrays that are held in memory."""
+    """Arrays by name, as in a FlatFile, but held in memory, and what is said of them."""
 
     about: Mapping[str, Any]
-    _arrays: Mapping[str, np.ndarray]
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._arrays.keys()
+    arrays: Mapping[str, np.ndarray]
 
     def load(self, name: str) -> np.ndarray:
-        return self._arrays[name]
+        return self.arrays[name]
 
     def rows(self, name: str, start: int, end: int) -> np.ndarray:
-        return self._arrays[name][start:end]
+        return self.arrays[name][start:end]
 
 
 class TableTrees:
     """Trees of a table. Raises DataError where the cache was altered since it was written."""
 
-    def __init__(self, name: str, arrays: Arrays, portion_path: Callable[[str], Path] | None) -> None:
+    def __init__(self, name: str, arrays: FlatFile | MemoryArrays, portion_path: Callable[[str], Path] | None) -> None:
         """portion_path: the file of a portion; None where all records are the table's own."""
         self.name, self.about = name, arrays.about
         self._arrays, self._portion_path = arrays, portion_path
@@ -103,12 +88,13 @@ class TableTrees:
         return [Rejection(self.name + place, code, said) for place, code, said in self.about["rejections"]]
 
     @classmethod
-    def opened(cls, name: str, file: FlatFile, cache: Cache) -> "TableTrees | None":
-        """Of a file of the cache; None, and the file is removed, where it is damaged."""
+    def cached(cls, name: str, cache: Cache, key: str) -> "TableTrees | None":
+        """What the cache has; None where it has nothing, or what it has is damaged, and then removed."""
+        file = cache.table(key)
         try:
-            return cls(name, file, cache.portion_path)
+            return None if file is None else cls(name, file, cache.portion_path)
         except DataError as error:
-            cache.damaged(file.path, error)
+            cache.damaged(cache.table_path(key), error)
             return None
 
     def __len__(self) -> int:
@@ -153,9 +139,7 @@ class TableBuilder:
 
     def __init__(self, name: str, fitter: Fitter) -> None:
         self._name, self._fitter, self._counts = name, fitter, fitter.renderer.new_counts()
-        self._pointers, self._digests, self._records = array("q"), bytearray(), bytearray()
-        self._lengths, self._trained, self._samples = array("i"), array("i"), array("q")
-        self._targets, self._num_targets, self._branches = array("i"), array("i"), bytearray()
+        self._columns = {name: array(kind) for name, kind in _COLUMNS.items()}
         self._portions: dict[str, tuple[int, int]] = {}  # number, bytes
         self._formats: Counter[str] = Counter()
         self._rejections: list[tuple[str, str, str]] = []
@@ -178,13 +162,14 @@ class TableBuilder:
             self._add_tree(tree, example.stored if tree is example.outcome else None)
 
     def _add_tree(self, tree: Tree, stored: StoredRecord | None) -> None:
-        self._lengths.append(tree.num_tokens)
-        self._trained.append(tree.num_trained)
-        self._samples.append(num_sample_tokens(tree, self._fitter.renderer.targets))
+        columns = self._columns
+        columns["lengths"].append(tree.num_tokens)
+        columns["trained"].append(tree.num_trained)
+        columns["samples"].append(num_sample_tokens(tree, self._fitter.renderer.targets))
         targets = [len(segment.ids) for segment in tree.segments if segment.kind == "target"]
-        self._targets.extend(targets)
-        self._num_targets.append(len(targets))
-        self._branches.append(has_branches(tree))
+        columns["targets"].extend(targets)
+        columns["num_targets"].append(len(targets))
+        columns["branches"].append(has_branches(tree))
         for segment in tree.segments:
             self._ids.update(segment.ids)
         match = _PLACE.fullmatch(tree.source.removeprefix(self._name))
@@ -192,20 +177,20 @@ class TableBuilder:
         self._place = match[1]
         if stored is None:
             record = encode_tree(tree)
-            stored = StoredRecord("", 0, len(self._records), len(record), digest(record))
-            self._records += record
+            stored = StoredRecord("", 0, len(columns["records"]), len(record), digest(record))
+            columns["records"].frombytes(record)
             portion = _OWN
         else:
             portion, _ = self._portions[stored.portion]
         row, part, parts = (int(found or 0) for found in match.groups()[1:])
-        self._pointers.extend((portion, stored.offset, stored.size, row, part, parts))
-        self._digests += stored.digest
+        columns["pointers"].extend((portion, stored.offset, stored.size, row, part, parts))
+        columns["digests"].frombytes(stored.digest)
 
     def built(self) -> MemoryArrays:
         """All that was added."""
         about = {
             "names": [self._name],
-            "num_trees": len(self._lengths),
+            "num_trees": len(self._columns["lengths"]),
             "place": self._place,
             "portions": list(self._portions),
             "portion_bytes": [num_bytes for _, num_bytes in self._portions.values()],
@@ -214,28 +199,17 @@ class TableBuilder:
             "counts": self._counts.of_table(self._name),
             "shortened": asdict(self._shortened),
         }
-        arrays: dict[str, np.ndarray] = {
-            "lengths": np.frombuffer(self._lengths, np.int32),
-            "trained": np.frombuffer(self._trained, np.int32),
-            "samples": np.frombuffer(self._samples, np.int64),
-            "num_targets": np.frombuffer(self._num_targets, np.int32),
-            "targets": np.frombuffer(self._targets, np.int32),
-            "branches": np.frombuffer(self._branches, np.uint8),
-            "token_ids": np.array(sorted(self._ids), np.int64),
-            "pointers": np.frombuffer(self._pointers, np.int64).reshape(-1, _POINTER),
-            "digests": np.frombuffer(self._digests, np.uint8).reshape(-1, DIGEST_BYTES),
-            "records": np.frombuffer(self._records, np.uint8),
-        }
-        return MemoryArrays(about, arrays)
+        arrays = {name: np.frombuffer(column, column.typecode) for name, column in self._columns.items()}
+        arrays["pointers"] = arrays["pointers"].reshape(-1, _POINTER)
+        arrays["digests"] = arrays["digests"].reshape(-1, DIGEST_BYTES)
+        return MemoryArrays(about, {**arrays, "token_ids": np.array(sorted(self._ids), np.int64)})
 
     def finish(self, cache: Cache | None, key: str | None) -> TableTrees:
         """All that was added; written to the cache under the key where there are both."""
-        built = self.built()
+        built, file = self.built(), None
         if cache is not None and key is not None:
-            file = cache.write_table(key, built.about, {name: built.load(name) for name in built.names})
-            if file is not None:
-                return TableTrees(self._name, file, cache.portion_path)
-        return TableTrees(self._name, built, None if cache is None else cache.portion_path)
+            file = cache.write(cache.table_path(key), built.about, built.arrays)
+        return TableTrees(self._name, file or built, None if cache is None else cache.portion_path)
 
 
 def num_sample_tokens(tree: Tree, targets: Targets) -> int:

@@ -152,7 +152,8 @@ class Fitter:
         def candidate(option: int) -> ExampleTree | None:
             return self._rendered(_kept(example, (*options[option], turns[-1]), turns))
 
-        found = self._first_that_fits(candidate, len(options))
+        option = self._first_that_fits(candidate, len(options))
+        found = None if option is None else candidate(option)
         kept = _kept(example, (*options[-1], turns[-1]), turns) if found is None else found[0]
         assert isinstance(kept, Conversation)
         done.num_messages_left_out = turns[-1] + 1 - len(kept.messages)
@@ -183,21 +184,18 @@ class Fitter:
             trained = turns[first : first + num_turns]
             return self._rendered(_kept(example, (*options[option], *range(trained[0], trained[-1] + 1)), trained))
 
-        num_options = len(options)
-        start = None if first else _first(1, lambda _: self._fits(candidate(0)))
-        if start is None:
-            start = _first(
-                num_options, lambda option: self._fits(candidate(option), self._max_length // 2), near_end=True
-            )
-        if start is None:
-            start = _first(num_options, lambda option: self._fits(candidate(option)), near_end=True)
+        start = 0 if not first and self._fits(candidate(0)) else None
+        for most_tokens in (self._max_length // 2, self._max_length):
+            if start is None:
+                start = self._first_that_fits(candidate, len(options), most_tokens)
         if start is None:
             cut = self._cut(_kept(example, (*options[-1], turns[first]), turns[first : first + 1]), done)
             return cut if isinstance(cut, Rejection) else (cut[0], 1)
         more = len(turns) - first - 1
         beyond = _first(more, lambda extra: not self._fits(candidate(start, extra + 2)))
         num_turns = 1 + (more if beyond is None else beyond)
-        found = self._first_that_fits(lambda option: candidate(option, num_turns), start + 1)
+        best = self._first_that_fits(lambda option: candidate(option, num_turns), start + 1)
+        found = None if best is None else candidate(best, num_turns)
         assert found is not None
         return found, num_turns
 
@@ -213,9 +211,10 @@ class Fitter:
     def _fits(self, candidate: ExampleTree | None, most_tokens: int | None = None) -> bool:
         return candidate is not None and candidate[1].num_tokens <= (most_tokens or self._max_length)
 
-    def _first_that_fits(self, candidate: Callable[[int], ExampleTree | None], num_options: int) -> ExampleTree | None:
-        option = _first(num_options, lambda option: self._fits(candidate(option)), near_end=True)
-        return None if option is None else candidate(option)
+    def _first_that_fits(
+        self, candidate: Callable[[int], ExampleTree | None], num_options: int, most_tokens: int | None = None
+    ) -> int | None:
+        return _first(num_options, lambda option: self._fits(candidate(option), most_tokens), near_end=True)
 
     # Texts
 

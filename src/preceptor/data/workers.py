@@ -23,18 +23,18 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from preceptor.data.examples import Conversation, Example, Message, Rejection, num_characters
 from preceptor.data.forest import Tree
 from preceptor.data.records import decode_tree, encode_tree
 from preceptor.errors import PreceptorError
 
-T = TypeVar("T", bound=Example | Rejection)
+Chunk = list[Example | Rejection]
 Outcomes = list[Tree | Rejection]
 Targets = Literal["assistant", "last", "all"]
 Sent = list[tuple[str, bytes] | Rejection]  # place and record of each tree, which is faster to send than the objects
@@ -76,16 +76,16 @@ class ExampleRenderer(Protocol):
 
 
 def render_all(
-    renderer: ExampleRenderer, examples: Iterable[T], num_processes: int = 1
-) -> Iterator[tuple[T, Tree | Rejection]]:
-    """Each example with what became of it, in order; what is a Rejection already stays one.
+    renderer: ExampleRenderer, examples: Iterable[Example | Rejection], num_processes: int = 1
+) -> Iterator[Tree | Rejection]:
+    """What becomes of each example, in order; what is a Rejection already stays one.
 
     Examples are read a bounded number ahead of what is handed out. Raises what reading and rendering raise, and
     PreceptorError if a process was killed.
     """
     chunks = _chunks(examples)
     method = start_method()
-    first: list[list[T]] = []
+    first: list[Chunk] = []
     num_characters = 0
     if num_processes > 1:
         for chunk in chunks:
@@ -96,7 +96,7 @@ def render_all(
     chunks = chain(first, chunks)
     if num_characters < _SMALL_CHARACTERS[method]:
         for chunk in chunks:
-            yield from zip(chunk, _outcomes(renderer, chunk), strict=True)
+            yield from _outcomes(renderer, chunk)
         return
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(num_processes - 1, context, initializer=_begin, initargs=(renderer,))
@@ -105,8 +105,7 @@ def render_all(
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.set_threshold(*_GARBAGE_THRESHOLDS)
     try:
-        for chunk, outcomes in _shared_out(renderer, chunks, pool, num_processes - 1):
-            yield from zip(chunk, outcomes, strict=True)
+        yield from _shared_out(renderer, chunks, pool, num_processes - 1)
     except BrokenProcessPool as error:
         for process in list((pool._processes or {}).values()):
             process.kill()  # those that ignore what the pool sends them would be waited for
@@ -124,26 +123,26 @@ def render_all(
 
 
 def _shared_out(
-    renderer: ExampleRenderer, chunks: Iterable[list[T]], pool: ProcessPoolExecutor, num_workers: int
-) -> Iterator[tuple[list[T], Outcomes]]:
-    """Each chunk with its outcomes, in order."""
+    renderer: ExampleRenderer, chunks: Iterable[Chunk], pool: ProcessPoolExecutor, num_workers: int
+) -> Iterator[Tree | Rejection]:
+    """The outcomes of all chunks, in order."""
     with warnings.catch_warnings():
         # Python 3.12 warns of threads of native libraries too. Those that wait hold nothing, and what the forked
         # process runs (Python, Jinja, regex, tokenizers told to use no threads) asks nothing of them.
         warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
         ready = pool.submit(_ready)
-    pending: deque[tuple[list[T], Future[Sent] | Outcomes]] = deque()
+    pending: deque[Future[Sent] | Outcomes] = deque()
     for chunk in chunks:
-        num_running = sum(_runs(outcomes) for _, outcomes in pending)
+        num_running = sum(map(_runs, pending))
         if ready.done() and num_running < _BACKLOG * num_workers:
             ready.result()
-            pending.append((chunk, pool.submit(_render_chunk, [_as_sent(example) for example in chunk])))
+            pending.append(pool.submit(_render_chunk, [_as_sent(example) for example in chunk]))
         else:
-            pending.append((chunk, _outcomes(renderer, chunk)))
-        while pending and (len(pending) > 2 * _BACKLOG * num_workers or not _runs(pending[0][1])):
-            yield _taken(*pending.popleft())
+            pending.append(_outcomes(renderer, chunk))
+        while pending and (len(pending) > 2 * _BACKLOG * num_workers or not _runs(pending[0])):
+            yield from _taken(pending.popleft())
     while pending:
-        yield _taken(*pending.popleft())
+        yield from _taken(pending.popleft())
 
 
 def start_method() -> Literal["fork", "spawn"]:
@@ -161,14 +160,13 @@ def _runs(outcomes: Future[Sent] | Outcomes) -> bool:
     return isinstance(outcomes, Future) and not outcomes.done()
 
 
-def _taken(chunk: list[T], outcomes: Future[Sent] | Outcomes) -> tuple[list[T], Outcomes]:
+def _taken(outcomes: Future[Sent] | Outcomes) -> Outcomes:
     if not isinstance(outcomes, Future):
-        return chunk, outcomes
-    sent = outcomes.result()
-    return chunk, [each if isinstance(each, Rejection) else decode_tree(each[1], each[0]) for each in sent]
+        return outcomes
+    return [each if isinstance(each, Rejection) else decode_tree(each[1], each[0]) for each in outcomes.result()]
 
 
-def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -> Outcomes:
+def _outcomes(renderer: ExampleRenderer, chunk: Chunk) -> Outcomes:
     """What becomes of each example. Meanwhile no garbage is collected: it would go through all trees made so far."""
     collects = gc.isenabled()
     gc.disable()
@@ -179,8 +177,8 @@ def _outcomes(renderer: ExampleRenderer, chunk: Sequence[Example | Rejection]) -
             gc.enable()
 
 
-def _chunks(examples: Iterable[T]) -> Iterator[list[T]]:
-    chunk: list[T] = []
+def _chunks(examples: Iterable[Example | Rejection]) -> Iterator[Chunk]:
+    chunk: Chunk = []
     num_characters = 0
     for example in examples:
         chunk.append(example)
@@ -238,8 +236,8 @@ def _ready() -> None:
     """Runs as soon as one process has begun."""
 
 
-def _render_chunk(chunk: Sequence[Any]) -> Sent:
-    outcomes = _outcomes(_renderer, [_as_given(sent) for sent in chunk])
+def _render_chunk(chunk: list[Any]) -> Sent:
     return [
-        each if isinstance(each, Rejection) else (each.source, encode_tree(each, with_texts=True)) for each in outcomes
+        each if isinstance(each, Rejection) else (each.source, encode_tree(each, with_texts=True))
+        for each in _outcomes(_renderer, list(map(_as_given, chunk)))
     ]

@@ -147,7 +147,7 @@ def _line(say: Callable[[str], None], proved: str) -> Iterator[None]:
 
 def _sample(loader: Loader | StreamLoader) -> list[Tree]:
     """The shortest conversations of one of the first sequences; two at least, if a sequence holds two."""
-    planned = [loader.trees(indices) for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES)]
+    planned = loader.trees(0, _SAMPLE_SEQUENCES)
     several = [trees for trees in planned if len(trees) > 1]
     ordered = [sorted(trees, key=lambda tree: tree.num_tokens) for trees in several or planned]
     trees = min(ordered, key=lambda trees: sum(tree.num_tokens for tree in trees[:2]))

@@ -19,7 +19,7 @@ from preceptor.chat.thinking import TrainedCounts
 from preceptor.config.code import HeldCode, load_code
 from preceptor.console import example_progress, say
 from preceptor.data.cache import Cache, cache_folder
-from preceptor.data.dataset import Dataset, TokenCounts, TreeStore, draw_replay, mix, with_shared_prefixes
+from preceptor.data.dataset import Dataset, TokenCounts, draw_replay, mix
 from preceptor.data.examples import Rejection, RejectionCounts, check_codes
 from preceptor.data.loader import Loader, StreamLoader
 from preceptor.data.reading import SourceReader
@@ -134,16 +134,15 @@ def prepare(run: config.Run, num_processes: int = 1, date: datetime | None = Non
     if not len(tuning_N):
         why = "weight too small" if sum(map(len, tables)) else "data.eval_size holds all of them out"
         raise DataError(f"data.train: no example is left to train; {str(counts) or why}")
-    store = _mixture(run, tables, tuning_N, replay)
-    dataset = _dataset(run, chat, store)
+    dataset = _dataset(run, chat, _mixture(run, tables, tuning_N, replay))
     found = reader.counts
     assert isinstance(found, TrainedCounts)
     return Prepared(
         run=run,
         sources=sources,
         train=dataset,
-        examples_per_epoch=len(store),
-        tokens=TokenCounts.of(dataset, store),
+        examples_per_epoch=len(dataset.chosen_N),
+        tokens=TokenCounts.of(dataset),
         held_out=_held_out(held_out, run, counts),
         chat=chat.trained_with(found),
         tasks=tasks,
@@ -213,10 +212,10 @@ def _opened(run: config.Run, chat: ChatFormat, replay: Sequence[list[TableTrees]
     return _dataset(run, chat, _mixture(run, window.tables, tuning_N, replay, window.number))
 
 
-def _dataset(run: config.Run, chat: ChatFormat, store: TreeStore) -> Dataset:
-    _require_rows(chat, store)
+def _dataset(run: config.Run, chat: ChatFormat, mixture: Dataset) -> Dataset:
+    _require_rows(chat, mixture)
     shares = run.data.share_prefixes
-    return with_shared_prefixes(store, run.data.max_length, run.train.seed) if shares else Dataset(store)
+    return mixture.with_shared_prefixes(run.data.max_length, run.train.seed) if shares else mixture
 
 
 def _held_out(
@@ -230,15 +229,14 @@ def _held_out(
     return [every[index] for index in mix(map(len, trees), sources, run.train.seed).tolist()]
 
 
-def _require_rows(chat: ChatFormat, store: TreeStore) -> None:
+def _require_rows(chat: ChatFormat, dataset: Dataset) -> None:
     """Raises ModelError for an ordinary token of the data that the model has no row for: only added ones get one."""
     limits = chat.limits
     if limits is None or limits.num_rows is None or len(chat.tokenizer) <= limits.num_rows:
         return
     added = {*chat.tokenizer.added_tokens_decoder, *chat.added.values()}
-    missing = {id_ for id_ in store.token_ids if id_ >= limits.num_rows and id_ not in added}
-    for index in range(len(store)) if missing else ():
-        tree = store.tree(index)
+    missing = {id_ for id_ in dataset.token_ids if id_ >= limits.num_rows and id_ not in added}
+    for tree in dataset if missing else ():
         for segment in tree.segments:
             for id_ in segment.ids:
                 if id_ in missing:
@@ -268,14 +266,14 @@ def _mixture(
     tuning_N: np.ndarray,
     replay: Sequence[list[TableTrees]],
     window: int = 0,
-) -> TreeStore:
+) -> Dataset:
     """The trees of an epoch or a window, with those that are replayed. tuning_N: those of `tables` that are trained."""
-    tuning = TreeStore(tables, tuning_N, run.loss.reduction)
+    tuning = Dataset(tables, tuning_N, run.loss.reduction)
     if run.replay is None:
         return tuning
     seed = run.train.seed + (window << 31)  # seeds of runs are below
-    replayed = TreeStore(*_drawn(replay, run.replay.data, run.train.seed), run.loss.reduction)
-    num_tuned = int(tuning.array("trained").sum(dtype=np.int64))
-    drawn_N = replayed.chosen_N[draw_replay(replayed.array("trained"), num_tuned, run.replay.share, seed)]
+    replayed = Dataset(*_drawn(replay, run.replay.data, run.train.seed), run.loss.reduction)
+    num_tuned = int(tuning.num_trained.sum(dtype=np.int64))
+    drawn_N = replayed.chosen_N[draw_replay(replayed.num_trained, num_tuned, run.replay.share, seed)]
     chosen_N = np.concatenate([tuning_N, drawn_N + sum(map(len, tables))])
-    return TreeStore([*tables, *replayed.tables], chosen_N, run.loss.reduction)
+    return Dataset([*tables, *replayed.tables], chosen_N, run.loss.reduction)

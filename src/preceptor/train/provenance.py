@@ -107,7 +107,7 @@ def trees_hashes(prepared: Prepared) -> dict[str, str]:
     """What the processes of a run must have in common."""
     return {
         "examples": prepared.train.sha256,
-        "held-out examples": Dataset([tree for _, tree in prepared.held_out]).sha256,
+        "held-out examples": Dataset.of([tree for _, tree in prepared.held_out]).sha256,
         "tasks": tasks_sha256(prepared.tasks),
     }
 

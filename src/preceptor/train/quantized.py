@@ -64,7 +64,7 @@ def _num_bytes(model: Any) -> int:
 
 def _sample(loader: Loader | StreamLoader) -> list[Tree]:
     """The shortest conversations of the first sequences, one at least."""
-    planned = [tree for indices in loader.plan(0, 0, _SAMPLE_SEQUENCES) for tree in loader.trees(indices)]
+    planned = [tree for trees in loader.trees(0, _SAMPLE_SEQUENCES) for tree in trees]
     planned.sort(key=lambda tree: tree.num_tokens)
     ends = np.cumsum([tree.num_tokens for tree in planned])
     return planned[: max(1, int((ends <= _SAMPLE_TOKENS).sum()))]
