@@ -133,28 +133,22 @@ def _first_equal(digest_N: np.ndarray) -> np.ndarray:
     return result
 
 
-def _starts(changed: np.ndarray, num: int) -> np.ndarray:
-    """In a sorted list of `num`, where each place's group of equals starts. changed[i]: i + 1 differs from i."""
-    starts = np.zeros(num, np.int64)
-    starts[1:][changed] = np.flatnonzero(changed) + 1
-    return np.maximum.accumulate(starts)
-
-
 def _near(signature_NK: np.ndarray, num_reference: int | None) -> np.ndarray:
     """For each example an earlier one that agrees in `NEAR` of the values; -1 where none is found.
 
     num_reference: only matches of the other examples with the first so many are looked for; None: of all with all.
     """
     num = len(signature_NK)
-    result = np.full(num, -1, np.int64)
+    places, result = np.arange(num), np.full(num, -1, np.int64)
     for keys_N in np.ascontiguousarray(signature_NK).view(np.uint64).T:
         order = np.argsort(keys_N, kind="stable")
-        starts = _starts(keys_N[order[1:]] != keys_N[order[:-1]], num)
-        before = np.arange(num) - 1
+        is_start = np.r_[True, keys_N[order[1:]] != keys_N[order[:-1]]][:num]
+        starts = np.maximum.accumulate(np.where(is_start, places, 0))  # of each place's group of equals
+        before = places - 1
         if num_reference is not None:  # the last reference up to here
-            before = np.maximum.accumulate(np.where(order < num_reference, np.arange(num), -1))
+            before = np.maximum.accumulate(np.where(order < num_reference, places, -1))
         for earlier in (starts, before):
-            pairs = (earlier >= starts) & (earlier != np.arange(num)) & (result[order] < 0)
+            pairs = (earlier >= starts) & (earlier != places) & (result[order] < 0)
             if num_reference is not None:
                 pairs &= (order >= num_reference) & (order[earlier] < num_reference)
             _settle(signature_NK, order[pairs], order[earlier[pairs]], result)
