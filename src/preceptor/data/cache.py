@@ -109,7 +109,7 @@ class Cache:
         for key in keys:
             with suppress(OSError):
                 os.utime(self.table_path(key))
-        try:
+        with suppress(OSError):  # else it is not protected from `preceptor cache prune`
             if self.folder not in _using:
                 place = self.folder / "locks" / f"using-{_who()}.lock"
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,6 @@ class Cache:
             descriptor, used = _using[self.folder]
             used.update(keys)
             os.pwrite(descriptor, "\n".join(sorted(used)).encode(), 0)
-        except OSError:  # then it is not protected from `preceptor cache prune`
-            pass
 
     # Writing
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from preceptor.chat.format import load_tokenizer
 from preceptor.errors import counted
 from preceptor.files import write_json_lines
@@ -22,17 +24,13 @@ from preceptor.select.pool import Pool
 from preceptor.select.quality import MODEL_SIGNALS
 from preceptor.select.survey import survey
 
-MAX_LENGTH = 4096
-
 
 def needs_model(settings: Settings) -> bool:
     return settings.diversity != NO_DIVERSITY or any(settings.weights[name] > 0 for name in MODEL_SIGNALS)
 
 
-def load_scorer(model: str, max_length: int = MAX_LENGTH) -> BaseScorer:
+def load_scorer(model: str, max_length: int) -> BaseScorer:
     """Load the base model: bfloat16 on a GPU if there is one, else float32. Raises ModelError."""
-    import torch
-
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     return BaseScorer(load_model(model, dtype=dtype, device=device), load_tokenizer(model), max_length)
 
