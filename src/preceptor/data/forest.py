@@ -18,6 +18,7 @@ Legend: T tokens of a sequence, N trained tokens of a sequence, S segments of a 
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -102,21 +103,14 @@ def turn_lengths(tree: Tree) -> list[tuple[int, int]]:
     A target may be in several segments, where a later context shares its beginning only; they are one turn.
     """
     depths: list[int] = []  # tokens from the root to the end of each segment
-    turn_of: dict[int, int] = {}
-    turns: list[tuple[int, int]] = []
+    first_of: dict[int | None, int] = {}  # target segment -> the first of its turn
+    targets: dict[int, int] = {}  # the first -> tokens of the turn
     for index, segment in enumerate(tree.segments):
-        before = 0 if segment.parent is None else depths[segment.parent]
-        depths.append(before + len(segment.ids))
-        if segment.kind != "target":
-            continue
-        if segment.parent in turn_of:
-            turn_of[index] = turn_of[segment.parent]
-            context, target = turns[turn_of[index]]
-            turns[turn_of[index]] = (context, target + len(segment.ids))
-        else:
-            turn_of[index] = len(turns)
-            turns.append((before, len(segment.ids)))
-    return turns
+        depths.append(len(segment.ids) + (0 if segment.parent is None else depths[segment.parent]))
+        if segment.kind == "target":
+            first = first_of[index] = first_of.get(segment.parent, index)
+            targets[first] = targets.get(first, 0) + len(segment.ids)
+    return [(depths[first] - len(tree.segments[first].ids), target) for first, target in targets.items()]
 
 
 def leaf_path_lengths(tree: Tree) -> list[int]:
@@ -239,13 +233,12 @@ def _lay_out(
     pairs: list[tuple[int, int, float, float]],
 ) -> None:
     """Append one tree. Iterative, so that a conversation of a thousand turns does not meet the recursion limit."""
-    children: list[list[int]] = [[] for _ in tree.segments]
-    roots: list[int] = []
+    children: list[list[int]] = [[] for _ in (*tree.segments, "root")]  # the last: those without a parent
     for index, segment in enumerate(tree.segments):
         assert segment.parent is None or segment.parent < index, "parents come before children"
-        (roots if segment.parent is None else children[segment.parent]).append(index)
+        children[-1 if segment.parent is None else segment.parent].append(index)
     place: dict[int, int] = {}  # segment of the tree -> its span in the sequence
-    stack = roots[::-1]
+    stack = children[-1][::-1]
     while stack:
         index = stack.pop()
         segment = tree.segments[index]
@@ -278,10 +271,7 @@ def attention_runs(spans: Sequence[Span]) -> tuple[AttentionRun, ...]:
     A segment that directly follows its parent and is its only child belongs to its parent's run, so a plain
     conversation is one run without ancestors.
     """
-    num_children = [0] * len(spans)
-    for span in spans:
-        if span.parent is not None:
-            num_children[span.parent] += 1
+    num_children = Counter(span.parent for span in spans)
     run_of: list[int] = []
     result: list[AttentionRun] = []
     for span in spans:
