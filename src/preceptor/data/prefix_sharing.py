@@ -14,6 +14,7 @@ tokens; `tree_of_group` puts the trees of a group together when they are read.
 
 import os
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -101,13 +102,11 @@ def tree_of_group(group: int | Group, tree_at: Callable[[int], Tree]) -> Tree:
 def _apart(beginnings: Iterable[Beginning], originals: Iterable[int]) -> list[list[Beginning]]:
     """Lists in which no tree occurs twice."""
     seen: dict[int, int] = {}
-    lists: list[list[Beginning]] = []
+    lists: defaultdict[int, list[Beginning]] = defaultdict(list)
     for each, original in zip(beginnings, originals, strict=True):
-        number = seen[original] = seen.get(original, -1) + 1
-        if number == len(lists):
-            lists.append([])
-        lists[number].append(each)
-    return lists
+        seen[original] = seen.get(original, -1) + 1
+        lists[seen[original]].append(each)
+    return list(lists.values())
 
 
 def _by_beginning(trees: Sequence[Beginning], num_tokens: int | None) -> list[list[Beginning]]:

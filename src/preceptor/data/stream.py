@@ -32,7 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import sha256
-from itertools import count
+from itertools import chain, count
 from math import floor
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -141,16 +141,11 @@ class WindowReader:
 
 def _from_the_start(source: Source, cache_folder: Path | None) -> tuple[Iterator[UnreadRow], Cache | None]:
     """The examples of a source, without an end, and the cache where its files are known by their content."""
-
-    def examples(opened: OpenSource) -> Iterator[UnreadRow]:
-        yield from opened.unread()
-        while not opened.is_pipe:
-            yield from OpenSource(source).unread()
-
     opened = OpenSource(source)
+    again = () if opened.is_pipe else chain.from_iterable(OpenSource(source).unread() for _ in count())
     is_known = all(table.files() for table in opened.tables)
     cache = Cache(cache_folder, lambda line: say(line, error=True)) if cache_folder and is_known else None
-    return examples(opened), cache
+    return chain(opened.unread(), again), cache
 
 
 class Windows:
