@@ -216,32 +216,28 @@ def _most_shifted(shift: Shift, classes: dict[str, np.ndarray], tokenizer: Any) 
     """The tokens most often shifted."""
     ids, counts = np.unique(shift.token_N[classes["shifted"]], return_counts=True)
     order = sorted(zip(counts.tolist(), ids.tolist(), strict=True), key=lambda each: (-each[0], each[1]))
-    found = []
-    for num_shifted, id_ in order[:NUM_TOKENS]:
-        own_N = shift.token_N == id_
-        found.append(
-            {
-                "token": decode([id_], tokenizer),
-                "num": int(own_N.sum()),
-                "num_shifted": num_shifted,
-                "num_marginal": int((own_N & classes["marginal"]).sum()),
-                "mean_prob": float(shift.prob_N[own_N].mean()),
-            }
-        )
-    return found
+    return [
+        {
+            "token": decode([id_], tokenizer),
+            "num": int(own_N.sum()),
+            "num_shifted": num_shifted,
+            "num_marginal": int((own_N & classes["marginal"]).sum()),
+            "mean_prob": float(shift.prob_N[own_N].mean()),
+        }
+        for num_shifted, id_ in order[:NUM_TOKENS]
+        for own_N in [shift.token_N == id_]
+    ]
 
 
 def _answer_tokens(shift: Shift, answers: Sequence[AnswerTokens], tokenizer: Any) -> list[dict[str, Any]]:
-    found = []
-    for number, each in enumerate(answers[:NUM_ANSWERS]):
-        own_N = shift.answer_N == number
-        found.append(
-            {
-                "source": each.source,
-                "texts": [decode([id_], tokenizer) for id_ in each.ids],
-                "ranks": shift.rank_N[own_N].tolist(),
-                "probs": [round(value, 6) for value in shift.prob_N[own_N].tolist()],
-                "kls": [round(value, 6) for value in shift.kl_N[own_N].tolist()],
-            }
-        )
-    return found
+    return [
+        {
+            "source": each.source,
+            "texts": [decode([id_], tokenizer) for id_ in each.ids],
+            "ranks": shift.rank_N[own_N].tolist(),
+            "probs": [round(value, 6) for value in shift.prob_N[own_N].tolist()],
+            "kls": [round(value, 6) for value in shift.kl_N[own_N].tolist()],
+        }
+        for number, each in enumerate(answers[:NUM_ANSWERS])
+        for own_N in [shift.answer_N == number]
+    ]

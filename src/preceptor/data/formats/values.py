@@ -159,6 +159,7 @@ _NEVER_NULL = frozenset(
     $comment""".split()  # noqa: SIM905 (as words, the list can be read)
 )
 _NAMES = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})  # name -> schema
+_NESTED = (dict, list)
 _VALUES = frozenset({"default", "const", "enum", "examples", "example"})  # plain data, not schemas
 
 
@@ -171,17 +172,20 @@ The rule for what is inside the item. None: a null there is padding for sure, an
 
 def unpad(value: Any, rule: NullRule | None, nulls: Nulls, where: str) -> Any:
     """A value without its padding. Raises Unreadable."""
-    if rule is None or not isinstance(value, dict | list):
+    if rule is None or not isinstance(value, _NESTED):
         return value
     if isinstance(value, list):
         return [unpad(item, rule(None, item, {}), nulls, f"{where}[{k}]") for k, item in enumerate(value)]
     result: dict[str, Any] = {}
     for key, inner in value.items():
-        inside, at = rule(key, inner, value), f"{where}.{key}"
-        if inner is not None:
-            result[key] = unpad(inner, inside, nulls, at)
-        elif not isinstance(value, Struct) or (inside is not None and _kept(value, nulls, at)):
-            result[key] = None
+        if isinstance(inner, _NESTED):
+            result[key] = unpad(inner, rule(key, inner, value), nulls, f"{where}.{key}")
+        elif (
+            inner is not None
+            or not isinstance(value, Struct)
+            or (rule(key, None, value) is not None and _kept(value, nulls, f"{where}.{key}"))
+        ):
+            result[key] = inner
     return result
 
 
