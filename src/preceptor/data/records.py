@@ -54,7 +54,7 @@ def encode_tree(tree: Tree, with_texts: bool = False) -> bytes:
 def decode_tree(record: bytes, source: str) -> Tree:
     """The tree of a record, as the example at `source`."""
     end = _SIZE.size + _SIZE.unpack_from(record)[0]
-    described, switched, left_out = json.loads(record[_SIZE.size : end])
+    described, switched, left_out = json.loads(record[_SIZE.size : end].decode())
     array_of_ids = array("I")
     array_of_ids.frombytes(record[end:])
     ids, at, segments = array_of_ids.tolist(), 0, []
