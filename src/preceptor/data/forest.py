@@ -20,7 +20,7 @@ Legend: T tokens of a sequence, N trained tokens of a sequence, S segments of a 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,7 @@ AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
 """Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of tokens of one kind."""
 
     kind: SegmentKind
