@@ -109,8 +109,10 @@ class EvaluatedModel:
         own = by_length[world.rank :: world.size]
         own += by_length[:1] * (math.ceil(len(contexts) / world.size) - len(own))  # each as many, as in likelihood.py
         given, ends = [contexts[index] for index in own], [until[index] for index in own] if until else ()
-        settings = (chat.stop_token_ids, max_new_tokens, batch_size, sampling, ends, is_sharded(engine))
-        answers = engine.call(lambda: generate(self.model, chat.tokenizer, given, *settings))
+        settings = (chat.stop_token_ids, max_new_tokens, batch_size, sampling, ends)
+        answers = engine.call(
+            lambda: generate(self.model, chat.tokenizer, given, *settings, in_step=is_sharded(engine))
+        )
         found = dict(pair for of_rank in world.gather(list(zip(own, answers, strict=True))) for pair in of_rank)
         return [found[index] for index in range(len(contexts))]
 
