@@ -73,17 +73,15 @@ class LlamaFactory(Emulation):
     def _labelled(self, pairs: list[_Pair]) -> PeerTokens:
         """An eos that stands for the end of a turn is the label of the next turn's first token."""
         next_is_eos = self._form is not None and self._form.efficient_eos
-        ids: list[int] = []
-        trained: list[bool] = []
+        pieces: list[tuple[list[int], bool]] = []
         for number, (source, target) in enumerate(pairs, start=1):
             # under mask_history, LLaMA-Factory counts the turns from the last one
-            first = number == (len(pairs) if self._last else 1)
-            ids += [*source, *target]
-            trained += [self._prompts or (next_is_eos and not first and at == 0) for at in range(len(source))]
-            trained += [not self._last or number == len(pairs)] * len(target)
+            ends_another = next_is_eos and number != (len(pairs) if self._last else 1)
+            pieces += [(source[:1], self._prompts or ends_another), (source[1:], self._prompts)]
+            pieces.append((target, not self._last or number == len(pairs)))
         if next_is_eos:
-            ids, trained = [*ids, self._eos(self._form)], [*trained, True]
-        return PeerTokens(ids, trained)
+            pieces.append(([self._eos(self._form)], True))
+        return PeerTokens.of(*pieces)
 
     def _eos(self, form: PeerTemplate | None) -> int:
         if form is not None and form.stop is not None:

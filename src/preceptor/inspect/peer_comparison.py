@@ -167,10 +167,7 @@ def _shown(own: PeerTokens | str, tokenizer: Any, coloured: bool) -> Text:
     text = Text()
     for piece, mark in _runs(own.ids, own.trained, tokenizer):
         shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
-        if mark:
-            text.append(shown if coloured else f"⟦{shown}⟧", _STYLE)
-        else:
-            text.append(shown)
+        text.append(f"⟦{shown}⟧" if mark and not coloured else shown, _STYLE if mark else None)
     return text
 
 

@@ -18,19 +18,21 @@ def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
     rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
+    held_out, best = run.counts.held_out_rejected if run.counts else 0, summary.get("best")
     compiling = (data.get("compile_seconds") or 0) + sum(step.get("compile_seconds") or 0 for step in run.steps)
     of_all = "tokens per epoch" if data.get("num_windows") is None else "tokens in these windows"
     found: dict[str, Any] = {
         "windows begun": _number(data.get("num_windows")),
         "examples in the data" if data.get("num_windows") is None else "examples read": str(run.counts or ""),
-        "rejected": _rejected(run),
+        "rejected": f"{len(run.rejections):,}{f', {held_out:,} of them held out' if held_out else ''}",
         "examples per epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
         of_all: _number(tokens.get("computed")),
         f"trained {of_all}": _number(tokens.get("trained")),
         "sequences filled": _share(data.get("fill")),
         "steps": _steps(run),
         "steps skipped": _number(len(run.skipped) or None),
-        "model": _model(run),
+        # where it is not the last step's as a matter of course
+        "model": best and f"that of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4f})",
         **_losses(run),
         "exact answers": _share(summary.get("intern_exact_match")),
         "tokens per second (median)": _number(median(rates) if rates else None),
@@ -39,11 +41,6 @@ def facts(run: RunRecord) -> dict[str, str]:
         "of it compiling layers": _seconds(compiling or None),  # that of a step is not among its seconds
     }
     return {label: text for label, text in found.items() if text}
-
-
-def _rejected(run: RunRecord) -> str:
-    held_out = run.counts.held_out_rejected if run.counts else 0
-    return _number(len(run.rejections)) + (f", {held_out:,} of them held out" if held_out else "")
 
 
 def _losses(run: RunRecord) -> dict[str, str]:
@@ -64,12 +61,6 @@ def _losses(run: RunRecord) -> dict[str, str]:
 def _steps(run: RunRecord) -> str:
     planned = run.data.get("num_steps")
     return f"{run.num_steps:,}" + (f" of {planned:,}" if planned and planned != run.num_steps else "")
-
-
-def _model(run: RunRecord) -> str:
-    """Which step's weights were saved, where they are not the last step's as a matter of course."""
-    best = run.summary.get("best")
-    return f"that of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4f})" if best else ""
 
 
 def _memory(run: RunRecord) -> dict[str, str]:
