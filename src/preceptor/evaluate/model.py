@@ -104,11 +104,13 @@ class EvaluatedModel:
         shared_out: each process of the world answers a part, and has all answers; without it each answers all of them.
         Where answers are drawn, that would give others than one process does.
         """
-        chat, engine, world = self.chat, Engine.of(self.model), self.world if shared_out else ONE
+        chat, engine = self.chat, Engine.of(self.model)
+        world = self.world if shared_out else ONE
         by_length = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
         own = by_length[world.rank :: world.size]
         own += by_length[:1] * (math.ceil(len(contexts) / world.size) - len(own))  # each as many, as in likelihood.py
-        given, ends = [contexts[index] for index in own], [until[index] for index in own] if until else ()
+        given = [contexts[index] for index in own]
+        ends = [until[index] for index in own] if until else ()
         settings = (chat.stop_token_ids, max_new_tokens, batch_size, sampling, ends)
         answers = engine.call(
             lambda: generate(self.model, chat.tokenizer, given, *settings, in_step=is_sharded(engine))

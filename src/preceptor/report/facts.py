@@ -18,7 +18,8 @@ def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
     rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
-    held_out, best = run.counts.held_out_rejected if run.counts else 0, summary.get("best")
+    held_out = run.counts.held_out_rejected if run.counts else 0
+    best = summary.get("best")
     compiling = (data.get("compile_seconds") or 0) + sum(step.get("compile_seconds") or 0 for step in run.steps)
     of_all = "tokens per epoch" if data.get("num_windows") is None else "tokens in these windows"
     found: dict[str, Any] = {

@@ -206,8 +206,9 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         if run.summary.get("best", {}).get("step") == best["step"]:
             yield Finding("note", f"{seen} The model is that of step {best['step']:,}.")
         else:
-            shorter = f"Save the best weights: `checkpoint.best: loss`; train shorter, {best['step']} steps; or"
-            yield Finding("warning", seen, f"{'Train' if _has_few_steps(run) else shorter} on more data.")
+            shorter = f"`checkpoint.best: loss`; train shorter, {best['step']} steps; or on more data."
+            advice = "Train on more data." if _has_few_steps(run) else f"Save the best weights: {shorter}"
+            yield Finding("warning", seen, advice)
     both = run.loss_ends
     if both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
