@@ -4,9 +4,9 @@
 
 A Qwen3 of random weights of each hidden size takes steps over one row of 2,048 tokens: eight conversations of 128
 tokens of context and 128 of answer. Every matrix product of a step (of linear layers, head, loss and, in bfloat16, of
-attention's backward; torch's fused attention is none) is recorded: operation, shapes, strides, types. Then step and
-products take turns, twice at least; of each the least time counts. `step_of_products`: what a step takes, of what its
-products take.
+attention's backward; torch's fused attention is none) is recorded: operation, shapes, strides, types. Then steps and
+products take turns, twice at least; of each the least time counts, and of two steps in a row the second.
+`step_of_products`: what a step takes, of what its products take.
 --cpu-time: seconds of the processor in place of the clock's, for a machine that has other work; best with --threads 1.
 Writes benchmarks/results/step_limit.json.
 """
@@ -99,6 +99,7 @@ def measure(hidden: int, precision: str, rounds: int, clock: Callable[[], float]
     steps: list[float] = []
     products: dict[Form, list[float]] = {form: [] for form in recorded.forms}
     for _ in range(rounds):
+        step()  # behind the products memory and caches hold other things than behind a step
         steps.append(seconds_of(step, clock))
         for form, found in products.items():
             found.append(seconds_of(product_of(form), clock))

@@ -1,7 +1,6 @@
 """Tiny random models, trees and a tokenizer for the tests: every supported kind of attention and head, no network."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,7 +134,7 @@ def separate_chains(tree: Tree) -> list[Tree]:
         while (parent := tree.segments[path[0]].parent) is not None:
             path.insert(0, parent)
         segments = [
-            replace(tree.segments[i], parent=place - 1 if place else None, kind="context" if i in trained else kind)
+            tree.segments[i]._replace(parent=place - 1 if place else None, kind="context" if i in trained else kind)
             for place, i in enumerate(path)
             for kind in [tree.segments[i].kind]
         ]

@@ -11,10 +11,10 @@ TREE = Tree("f:1", (Segment("context", (1, 2), None), Segment("target", (3,), 0)
 def test_the_fingerprint_changes_with_what_is_trained():
     context, target = TREE.segments
     others = [
-        replace(TREE, segments=(context, replace(target, ids=(4,)))),
-        replace(TREE, segments=(context, replace(target, kind="context"))),
-        replace(TREE, segments=(context, replace(target, weight=0.5))),
-        replace(TREE, segments=(replace(context, ids=(1,)), replace(target, ids=(2, 3)))),
+        replace(TREE, segments=(context, target._replace(ids=(4,)))),
+        replace(TREE, segments=(context, target._replace(kind="context"))),
+        replace(TREE, segments=(context, target._replace(weight=0.5))),
+        replace(TREE, segments=(context._replace(ids=(1,)), target._replace(ids=(2, 3)))),
     ]
     hashes = {Dataset.of([each]).sha256 for each in (TREE, *others)}
     assert len(hashes) == 5 and Dataset.of([replace(TREE, source="g:9")]).sha256 in hashes

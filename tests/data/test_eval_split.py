@@ -135,7 +135,7 @@ def test_the_cache_keeps_the_sides_apart(run_file, tmp_path):
 
 def test_check_and_plan_see_the_same_examples(run_file, base_folder):
     run = config.load(run_file(rows(60), data__eval_size=0.2))
-    found = to_json(check_data(run), run)
+    found = to_json(check_data(run))
     of_part = {file["part"]: file["num_examples"] for file in found["files"]}
     trained = prepare(run).examples_per_epoch
     assert of_part == {"train": trained, "eval": 60 - trained}
@@ -147,7 +147,7 @@ def test_a_side_without_examples_is_said(run_file, own):
     run = config.load(run_file(own, data__eval_size=0.01))
     with pytest.raises(DataError, match="holds out no example"):
         prepare(run)
-    found = to_json(check_data(run), run)
+    found = to_json(check_data(run))
     assert not found["passed"] and "not passed: data.eval_size: 0.01 holds out no example" in to_text(found)
     with pytest.raises(DataError, match="holds all of them out"):
         prepare(config.load(run_file(own, data__eval_size=0.99)))

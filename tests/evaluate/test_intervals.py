@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from preceptor.evaluate import intervals
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, exact_share, interval, paired_interval
 
 Z = 1.959964  # the normal distribution's 97.5 % quantile
@@ -42,14 +43,15 @@ def test_a_ratio_of_sums_has_the_interval_of_the_delta_method():
     assert found.value != pytest.approx((bits / num_bytes).mean(), abs=1e-6), "not the mean of the items' ratios"
 
 
-def test_the_truth_is_covered_as_often_as_is_said():
+def test_the_truth_is_covered_as_often_as_is_said(monkeypatch):
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
     rng = np.random.default_rng(5)
     covered = {"mean": 0, "paired": 0}
     for trial in range(600):
         base = rng.exponential(size=80)
         tuned = base + rng.normal(size=80) + 0.3
-        own = interval(base, seed=trial, num_resamples=400)
-        both = paired_interval(base, tuned, seed=trial, num_resamples=400)
+        own = interval(base, seed=trial)
+        both = paired_interval(base, tuned, seed=trial)
         covered["mean"] += own.low <= 1.0 <= own.high
         covered["paired"] += both.low <= 0.3 <= both.high
     for name, count in covered.items():
@@ -57,13 +59,14 @@ def test_the_truth_is_covered_as_often_as_is_said():
 
 
 @pytest.mark.parametrize("changing", [0.02, 0.04, 0.4])
-def test_no_difference_is_called_a_difference_more_often_than_one_time_in_twenty(changing):
+def test_no_difference_is_called_a_difference_more_often_than_one_time_in_twenty(changing, monkeypatch):
+    monkeypatch.setattr(intervals, "NUM_RESAMPLES", 400)
     rng = np.random.default_rng(6)
     num_called = 0
     for trial in range(300):
         base = (rng.random(140) < 0.5).astype(float)
         tuned = np.where(rng.random(140) < changing, (rng.random(140) < 0.5), base).astype(float)
-        found = paired_interval(base, tuned, bounds=DIFFERENCE_OF_SHARES, seed=trial, num_resamples=400)
+        found = paired_interval(base, tuned, bounds=DIFFERENCE_OF_SHARES, seed=trial)
         num_called += found.sign != 0
     assert num_called / 300 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 300)
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from preceptor.evaluate.tasks import is_number, is_right, last_number, repeated_answer, repeated_line
+from preceptor.evaluate.tasks import is_number, is_right, last_number, repeated_answer
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_what_is_a_number():
 def test_an_answer_that_most_prompts_get_is_found_where_they_ask_for_different_ones():
     asked = [["Rome"], ["Paris"], ["Oslo"], ["Bern"]]
     repeated = [("I am Bob. ", asked[0]), ("I am Bob.", asked[1]), (" I am Bob.", asked[2]), ("Bern", asked[3])]
-    assert repeated_answer(repeated) == ("I am Bob.", 3)
-    assert repeated_line("I am Bob.", 3, 4) == "3 of 4 prompts got the same answer: “I am Bob.”."
-    assert repeated_line("x" * 70, 4, 4).startswith("All 4 prompts") and "..." in repeated_line("x" * 70, 4, 4)
-    assert repeated_answer(repeated[1:]) == ("I am Bob.", 2)
-    assert repeated_answer([*repeated[:2], ("Oslo", asked[2]), ("Bern", asked[3])]) is None, "half is not most"
-    assert repeated_answer([("yes", ["yes"])] * 4) is None, "they ask for the same"
-    assert repeated_answer([("", wanted) for wanted in asked]) is None, "empty answers are told apart from equal ones"
+    assert repeated_answer(repeated) == "3 of 4 prompts got the same answer: “I am Bob.”."
+    long = repeated_answer([("x" * 70, wanted) for wanted in asked])
+    assert long.startswith("All 4 prompts") and long.endswith("...”.")
+    assert repeated_answer(repeated[1:]) == "2 of 3 prompts got the same answer: “I am Bob.”."
+    assert repeated_answer([*repeated[:2], ("Oslo", asked[2]), ("Bern", asked[3])]) == "", "half is not most"
+    assert repeated_answer([("yes", ["yes"])] * 4) == "", "they ask for the same"
+    assert repeated_answer([("", wanted) for wanted in asked]) == "", "empty answers are told apart from equal ones"

@@ -221,7 +221,7 @@ def test_weights_and_counts_make_the_mixture(run_file, write_jsonl):
     prepared = prepare(run)
     assert len(prepared.train.lengths) == 3 + 10
     checked = check_data(run)
-    found = to_json(checked, run)
+    found = to_json(checked)
     mixture = found["mixture"]
     lengths = [tree.num_tokens for tree in prepared.train]
     turns = [lengths_of for tree in prepared.train for lengths_of in turn_lengths(tree)]
@@ -252,7 +252,7 @@ def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_traini
     first = config.load(run_file(rows)).data.train[0].path
     run = config.load(run_file(rows, data__train=[{"path": first, "weight": 1.5}], **settings))
     prepared = prepare(run)
-    found = to_json(check_data(run), run)
+    found = to_json(check_data(run))
     assert len(prepared.train.lengths) > 10
     assert found["mixture"]["sources"][0]["num_examples"] == len(prepared.train.lengths)
     assert found["mixture"]["num_tokens"] == sum(tree.num_tokens for tree in prepared.train)
@@ -260,7 +260,7 @@ def test_rows_of_a_source_that_are_split_are_as_many_in_the_mixture_as_in_traini
 
 def test_without_weights_there_is_no_mixture(run_file):
     run = config.load(run_file(conversations(3)))
-    found = to_json(check_data(run), run)
+    found = to_json(check_data(run))
     assert found["mixture"] is None and "One epoch" not in to_text(found)
 
 
@@ -281,7 +281,7 @@ def test_several_processes_find_the_same(run_file, monkeypatch):
     """Rejections and places too; as many processes as were asked for do render."""
     rows = [*conversations(30, turns=2), {"messages": [USER]}, {"text": ""}, *conversations(20)]
     run = config.load(run_file(rows, eval_rows=conversations(8)))
-    alone = to_json(check_data(run), run)
+    alone = to_json(check_data(run))
     asked = []
 
     def asks(renderer, records, num_processes):
@@ -292,7 +292,7 @@ def test_several_processes_find_the_same(run_file, monkeypatch):
     monkeypatch.setattr(workers, "_CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(workers, "_SMALL_CHARACTERS", {"fork": 0, "spawn": 0})
     found = check_data(run, num_processes=2)
-    assert to_json(found, run) == alone and asked == [2, 2]
+    assert to_json(found) == alone and asked == [2, 2]
 
 
 def test_replayed_examples_are_proved_too(run_file, check, write_jsonl):
@@ -307,7 +307,7 @@ def test_an_epoch_counts_what_is_replayed_as_training_does(run_file, write_jsonl
     file = write_jsonl(rows, "replayed.jsonl")
     run = config.load(run_file(conversations(8), replay={"data": [{"path": file, "weight": 0.5}], "share": 0.6}))
     trees = list(prepare(run).train)
-    mixture = to_json(check_data(run), run)["mixture"]
+    mixture = to_json(check_data(run))["mixture"]
     assert mixture["num_tokens"] == sum(tree.num_tokens for tree in trees)
     assert mixture["num_trained"] == sum(tree.num_trained for tree in trees)
     drawn = sum("replayed.jsonl" in tree.source for tree in trees)

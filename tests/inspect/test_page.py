@@ -268,5 +268,5 @@ def test_in_a_browser_rows_are_stepped_through_and_tokens_answer(renderer, tmp_p
     assert (
         tree.count('class="branch"') == 1 and re.sub(r"<[^>]+>", "", tree).count("Which") == 1 and "2 ways on" in tree
     )
-    panel = re.sub(r"<[^>]+>", "", dom[dom.index('<div id="token">') : dom.index("</aside>")])
+    panel = re.sub(r"<[^>]+>", "", dom[dom.index('<aside id="token"') : dom.index("</aside>")])
     assert "target: trained" in panel and "from messages[1] (assistant) content" in panel

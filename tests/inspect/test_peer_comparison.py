@@ -42,7 +42,7 @@ def test_an_example_that_is_too_long_to_be_aligned_is_named_and_not_counted(coun
 
 def test_a_token_that_the_tokenizer_has_not_is_said(write_jsonl):
     class NoEnd(Emulation):
-        def says(self):
+        def what(self):
             return "writes an end of the text"
 
         def tokens(self, example, row):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 
 import pytest
 
@@ -56,7 +55,7 @@ def look(tmp_path):
     def find(text):
         file = tmp_path / "own.jinja"
         file.write_text(text)
-        return asdict(find_abilities(*stand_in_renderer(str(file))))
+        return find_abilities(*stand_in_renderer(str(file)))
 
     return find
 
@@ -67,7 +66,7 @@ def outcome(found, kind):
 
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 def test_the_built_in_templates_prove_every_kind(name):
-    found = asdict(find_abilities(*stand_in_renderer(name)))
+    found = find_abilities(*stand_in_renderer(name))
     rejected = {each["kind"]: each["code"] for each in found["outcomes"] if not each["proved"]}
     reasoning = dict.fromkeys(["reasoning_content", "reasoning with tool calls"], "reasoning_dropped")
     assert rejected == {"chatml": {}, "llama3": reasoning}[name]

@@ -45,7 +45,7 @@ def each_token_once(packed):
     """The same trees with no token twice, so that other rows of the table stand for other embeddings."""
     left = iter(range(128))
     return [
-        replace(tree, segments=tuple(replace(s, ids=tuple(next(left) for _ in s.ids)) for s in tree.segments))
+        replace(tree, segments=tuple(s._replace(ids=tuple(next(left) for _ in s.ids)) for s in tree.segments))
         for tree in packed
     ]
 

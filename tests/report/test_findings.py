@@ -157,6 +157,8 @@ def test_a_spike_is_held_against_the_steps_before_it():
     assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [0.9] * 10)) == []
     assert spikes(steps([1.0] * 30, grad_norm=[0.1] * 20 + [1.1] + [0.1] * 9)) == [21]
     assert spikes(steps([1.0] * 9, grad_norm=[0.1] * 8 + [5.0])) == [], "too early to tell"
+    known = steps([1.0] * 30, grad_norm=[0.1] * 20 + [1.1] + [0.1] * 9)
+    assert spikes([{"step": 0, "loss": 1.0}, *known]) == [21], "a step without a norm does not shift the others"
 
 
 def altered(value, key, to):

@@ -1,7 +1,5 @@
 """One chat format in training, evaluation, samples, tasks, chat and plain transformers: the same ids everywhere."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -108,7 +106,7 @@ def test_all_build_the_trained_contexts(case, asked):
 
     during = build_evaluations(prepared, folder, print, alone=False)
     (held_out,) = during.held_out
-    assert [replace(s, text="") for s in held_out.tree.segments] == list(tree.segments)  # only it keeps its texts
+    assert [s._replace(text="") for s in held_out.tree.segments] == list(tree.segments)  # only it keeps its texts
     assert [prompt.context for prompt in during.prompts] == [trained[1]]
 
     plain = AutoTokenizer.from_pretrained(folder)

@@ -132,26 +132,21 @@ def collate(
     messages with a `weight`, which labels cannot express.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     rows = [_row(chain, max_length) for each in conversations for chain in chains_of(each.tree)]
     if not rows:
         raise DataError("collate: no conversations")
-    if packed:
-        ids, labels = ([token for row in rows for token in row[part]] for part in (0, 1))
-        positions = [place for row in rows for place in range(len(row[0]))]
-        names = ("input_ids", "labels", "position_ids")
-        return {name: torch.tensor([each]) for name, each in zip(names, (ids, labels, positions), strict=True)}
-    longest = max(len(ids) for ids, _ in rows)
-
-    def padded(values: Sequence[Sequence[int]], padding: int) -> "Tensor":
-        return torch.tensor([[*each, *[padding] * (longest - len(each))] for each in values])
-
-    return {
-        "input_ids": padded([ids for ids, _ in rows], 0),
-        "labels": padded([labels for _, labels in rows], IGNORED),
-        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
-        "position_ids": padded([range(len(ids)) for ids, _ in rows], 0),
+    columns = {
+        "input_ids": [torch.tensor(ids, dtype=torch.long) for ids, _ in rows],
+        "labels": [torch.tensor(labels, dtype=torch.long) for _, labels in rows],
+        "attention_mask": [torch.ones(len(ids), dtype=torch.long) for ids, _ in rows],
+        "position_ids": [torch.arange(len(ids)) for ids, _ in rows],
     }
+    if packed:
+        return {name: torch.cat(columns[name])[None] for name in columns if name != "attention_mask"}
+    padding = {"labels": IGNORED}
+    return {name: pad_sequence(column, True, padding.get(name, 0)) for name, column in columns.items()}
 
 
 def _row(chain: Tree, max_length: int | None) -> tuple[list[int], list[int]]:

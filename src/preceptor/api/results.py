@@ -1,6 +1,7 @@
 """What the methods of `Run` return: typed, as text in a terminal, as a page in a notebook."""
 
 import html
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,15 @@ _PLOTS = ("Loss", "Held-out token accuracy", "Learning rate", "Gradient norm")  
 _FRAME_HEIGHT = 480
 
 
-def _text_html(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+class _ShownAsText:
+    """In a notebook as in a terminal."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 @dataclass(frozen=True)
-class CheckResult:
+class CheckResult(_ShownAsText):
     """What the proof of every example found. passed: whether all of them are trained, or may be left out.
 
     rejections: for each reason code, count, share, allowed, first_at, message. facts: all of `preceptor check --json`.
@@ -45,12 +49,9 @@ class CheckResult:
     def __str__(self) -> str:
         return check.to_text(dict(self.facts))
 
-    def _repr_html_(self) -> str:
-        return _text_html(str(self))
-
 
 @dataclass(frozen=True)
-class PlanResult:
+class PlanResult(_ShownAsText):
     """A prediction. fits: in memory; of several processes, each in its own. peak_bytes: of one process. seconds: None
     where the speed of the device is not known.
 
@@ -66,15 +67,11 @@ class PlanResult:
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> "PlanResult":
         memory = found["ranks"]["chosen"] if found["ranks"] else found["memory"]
-        return cls(
-            memory["fits"], memory["peak_bytes"], found["data"].get("num_steps"), found["work"]["seconds"], found
-        )
+        steps, seconds = found["data"].get("num_steps"), found["work"]["seconds"]
+        return cls(memory["fits"], memory["peak_bytes"], steps, seconds, found)
 
     def __str__(self) -> str:
         return plan_text.to_text(self.facts)
-
-    def _repr_html_(self) -> str:
-        return _text_html(str(self))
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(_ShownAsText):
     """A run that is finished. model: the folder of the saved model. losses: of every step. facts: summary.json."""
 
     out: Path
@@ -157,15 +154,10 @@ class TrainResult:
         return {panel.title: draw_file(panel) for panel in panels([self.record], [""])}
 
     def _repr_html_(self) -> str:
-        drawn = {title: svg for title, svg in self.plots().items() if title in _PLOTS}
         images = "".join(
-            f'<img alt="{html.escape(title)}" style="max-width:49%" src="data:image/svg+xml;base64,{_base64(svg)}">'
-            for title, svg in drawn.items()
+            f'<img alt="{html.escape(title)}" style="max-width:49%" '
+            f'src="data:image/svg+xml;base64,{b64encode(svg.encode()).decode()}">'
+            for title, svg in self.plots().items()
+            if title in _PLOTS
         )
-        return f"{_text_html(str(self))}<div>{images}</div>"
-
-
-def _base64(text: str) -> str:
-    from base64 import b64encode
-
-    return b64encode(text.encode()).decode()
+        return f"{super()._repr_html_()}<div>{images}</div>"

@@ -27,6 +27,7 @@ from preceptor.inspect.check import check_data, to_json
 from preceptor.inspect.page import make_page
 from preceptor.inspect.show import show_examples
 from preceptor.train.loop import Loop, Step
+from preceptor.train.run import Training
 from preceptor.train.run_folder import with_start
 from preceptor.train.session import Session, check_names
 from preceptor.train.signals import EXIT_CODE, Stopped, stop_on_signals
@@ -97,16 +98,17 @@ class Run:
 
     def check(self) -> CheckResult:
         """Prove every example, and count what is rejected. Raises DataError for data that cannot be read."""
-        return CheckResult.of(to_json(check_data(self.config, _num_processes()), self.config))
+        return CheckResult.of(to_json(check_data(self.config, _num_processes())))
 
     def show(self, number: int | None = None) -> ShownExamples:
         """The context and the trained tokens of example `number`, counted from 1 as in messages; or of the first ones.
 
         Raises DataError where the data has no such example.
         """
-        if number is not None and number < 1:
-            raise DataError(f"show({number}): examples are counted from 1, as in `{self._first_name()}:row 1`")
         settings = self.config
+        if number is not None and number < 1:
+            first = settings.data.train[0].path
+            raise DataError(f"show({number}): examples are counted from 1, as in `{first}:row 1`")
         train, held_out = open_sources(settings.data)
         renderer = load_chat_format(settings.model, settings.data, [*train, *held_out]).renderer(settings.data)
 
@@ -119,9 +121,6 @@ class Run:
             raise DataError(f"show({number}): the data has fewer examples")
         about = f"{', '.join(source.path for source in settings.data.train)}, as {settings.model.path} reads it"
         return ShownExamples(text.getvalue(), make_page(examples(), renderer, about, number).text)
-
-    def _first_name(self) -> str:
-        return self.config.data.train[0].path
 
     def plan(self, device: str | None = None, *, nproc: int = 1, nnodes: int = 1) -> PlanResult:
         """Time and memory of the run, predicted. device: such as "H100"; None: this machine.
@@ -164,32 +163,24 @@ class Run:
 
         Raises ConfigError, DataError, TemplateError, ModelError and CheckpointError, each saying what to do.
         """
-        if self._session is not None and self._session.training is not None and self._loop_or_none() is not None:
+        if self._training is not None and self._training.loop is not None:
             raise ConfigError("steps(): of this run are being taken already")
         with stop_on_signals(of_program=True) as stop, World.launched() as world, world.errors_told_once():
             _require_first_of_process(world)
             console = standard_console(quiet=self._quiet or not world.is_first)
-            self._session = Session(
-                self.config,
-                console,
-                stop,
-                world,
-                self._run_file,
-                resume=resume,
-                replace=replace,
-                num_processes=_num_processes(),
-            )
+            options: dict[str, Any] = {"resume": resume, "replace": replace, "num_processes": _num_processes()}
+            self._session = Session(self.config, console, stop, world, self._run_file, **options)
             try:
                 yield from self._session.steps()
             except Stopped as stopped:
                 said = f"{stopped} after step {stopped.step or 0}; the same call goes on"
-                console.print(said, highlight=False, markup=False)
+                console.print(said)
                 if stopped.number == signal.SIGINT:
                     raise KeyboardInterrupt(said) from None
                 raise SystemExit(EXIT_CODE) from None
             finally:
-                if self._session.training is not None:
-                    self._session.training.loop = None
+                if self._training is not None:
+                    self._training.loop = None
 
     def evaluate(self) -> EvaluationResult:
         """Evaluate the model as it is after this step, and record it. To be called inside `steps`."""
@@ -205,28 +196,25 @@ class Run:
         self._loop("stop").end()
 
     def _loop(self, what: str) -> Loop:
-        loop = self._loop_or_none()
-        if loop is None:
+        if self._training is None or self._training.loop is None:
             raise ConfigError(f"{what}(): belongs inside the loop over steps: for step in run.steps(): ...")
-        return loop
+        return self._training.loop
 
-    def _loop_or_none(self) -> Loop | None:
-        training = None if self._session is None else self._session.training
-        return None if training is None else training.loop
+    @property
+    def _training(self) -> Training | None:
+        return None if self._session is None else self._session.training
 
     # What it gave
 
     @property
     def model(self) -> Any:
         """The model in memory, from the first step on; None before. A live model is this one, or is inside it."""
-        training = None if self._session is None else self._session.training
-        return None if training is None else training.model
+        return None if self._training is None else self._training.model
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that the trained model is saved with; None before the first step."""
-        training = None if self._session is None else self._session.training
-        return None if training is None else training.prepared.chat.tokenizer
+        return None if self._training is None else self._training.prepared.chat.tokenizer
 
     @property
     def result(self) -> TrainResult:

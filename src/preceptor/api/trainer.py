@@ -7,7 +7,7 @@ named in `notes` and printed, or refused where it would change what is trained.
 import dataclasses
 import enum
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,15 @@ class SFTTrainer:
             for key, each in data.items():
                 refuse_iterable(each, f"{key}_dataset")
             data = {key: _formatted(each, formatting_func) for key, each in data.items()}
-            self.run = self._run(settings, data, {} if _is_of_sft(args) else ARGUMENTS)
+            # absent arguments have TRL's values; those of TrainingArguments have transformers' own
+            is_of_sft = args is None or "SFTConfig" in {kind.__name__ for kind in type(args).__mro__}
+            self.run = self._run(settings, data, {} if is_of_sft else ARGUMENTS)
 
     def _run(self, settings: dict[str, Any], data: Mapping[str, Any], defaults: Mapping[str, Any]) -> Run:
         is_named = isinstance(self._given, str | Path)
         name = str(self._given) if is_named else getattr(self._given, "name_or_path", "") or "model"
         settings.setdefault("output_dir", f"{Path(name).name}-SFT")
-        for place in data:
-            settings[f"{place}_dataset"] = "in memory"
+        settings |= {f"{place}_dataset": "in memory" for place in data}
         file = PeerFile("TRL", {"model_name_or_path": name, **settings}, defaults=defaults)
         converted: Converted = convert(file, Path())
         for key, why in converted.unoffered:
@@ -237,14 +238,8 @@ def _settings_of(args: Any) -> dict[str, Any]:
     unset = type(theirs)(output_dir=theirs.output_dir, use_cpu=theirs.use_cpu)
     found = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     changed = {name: value for name, value in found.items() if value != getattr(unset, name)}
-    return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu} | {
-        name: _plain(value) for name, value in changed.items()
-    }
-
-
-def _is_of_sft(args: Any) -> bool:
-    """Whether absent arguments have TRL's values; those of TrainingArguments have transformers' own."""
-    return args is None or "SFTConfig" in {kind.__name__ for kind in type(args).__mro__}
+    plain = {name: _plain(value) for name, value in changed.items()}
+    return {"output_dir": theirs.output_dir, "use_cpu": theirs.use_cpu, **plain}
 
 
 def _plain(value: Any) -> Any:
@@ -311,11 +306,5 @@ def _formatted(dataset: Any, formatting_func: Callable[[Any], str] | None) -> An
     """The data set, or what the function makes of its examples, as plain texts."""
     if formatting_func is None:
         return dataset
-
-    def texts() -> Iterator[dict[str, str]]:
-        for example in dataset:
-            made = formatting_func(example)
-            for text in [made] if isinstance(made, str) else made:
-                yield {"text": text}
-
-    return texts()
+    made = (formatting_func(example) for example in dataset)
+    return ({"text": text} for each in made for text in ([each] if isinstance(each, str) else each))

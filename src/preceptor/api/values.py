@@ -206,23 +206,16 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any], within: str = ""
     found = dict(tree)
     for key, value in changes.items():
         first, _, rest = key.partition(".")
-        if rest:
-            value = {rest: value}
         before = found.get(first)
+        is_data = first in ("train", "eval", "data") and type(value).__module__.startswith("datasets")  # a whole value
         if isinstance(before, list) and rest:
-            found[first] = _in_list(before, rest, value[rest], f"{within}{first}")
-        elif isinstance(value, Mapping) and isinstance(before, Mapping) and not _is_record_like(first, value):
-            found[first] = merged(before, value, f"{within}{first}.")
-        elif isinstance(value, Mapping) and not _is_record_like(first, value):
-            found[first] = merged({}, value, f"{within}{first}.")
+            found[first] = _in_list(before, rest, value, f"{within}{first}")
+        elif rest or (isinstance(value, Mapping) and not is_data):
+            inner = {rest: value} if rest else value
+            found[first] = merged(before if isinstance(before, Mapping) else {}, inner, f"{within}{first}.")
         else:
             found[first] = value
     return found
-
-
-def _is_record_like(key: str, value: Mapping[str, Any]) -> bool:
-    """Whether a mapping is a value by itself: data that is held."""
-    return key in ("train", "eval", "data") and type(value).__module__.startswith("datasets")
 
 
 def _in_list(before: list[Any], rest: str, value: Any, key: str) -> list[Any]:

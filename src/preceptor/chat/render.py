@@ -238,7 +238,8 @@ class Renderer:
         given = [message.given for message in messages]
         leaves = [leaves_of(message, k) for k, message in enumerate(given)]
         spelled_out = self._special.in_conversation(messages, leaves, record.tools, tags)
-        if taken := sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys()):
+        if not RESERVED_ARGUMENTS.isdisjoint(record.template_kwargs):
+            taken = sorted(RESERVED_ARGUMENTS & record.template_kwargs.keys())
             raise Rejected("reserved_argument", f"chat_template_kwargs holds {', '.join(taken)}")
         arguments = {**self.template_kwargs, **record.template_kwargs}
         rejected: Rejected | None = None

@@ -56,7 +56,9 @@ class MessageRules:
     aliases_reasoning: bool = False
 
     def apply(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        seen = {key: value for key, value in message.items() if value is not None} if self.drops_null else dict(message)
+        seen = dict(message)
+        if self.drops_null and None in seen.values():
+            seen = {key: value for key, value in seen.items() if value is not None}
         if self.aliases_reasoning and not _FIELDS.isdisjoint(seen):
             reasoning = next((seen[name] for name in REASONING_FIELDS if seen.get(name) is not None), None)
             if reasoning is not None:

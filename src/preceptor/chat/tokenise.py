@@ -197,10 +197,13 @@ class Path:
     _starts: list[int] = field(default_factory=lambda: [0])  # of the chunks of the text: beginning, each added token
     _num_before: list[int] = field(default_factory=lambda: [0])  # ids before each of them
     _last: str = ""  # what the text holds behind its last added token
+    _said: tuple[str, Ids] = "", ()  # what follows the text up to its own first added token, and the ids of that
 
     def read(self, text: str) -> int:
         """Tokenise the next prompt; how many ids of the last one are the first of its own."""
         tokeniser = self.tokeniser
+        if self._said[0]:
+            self._keep_said()
         if not tokeniser.in_chunks:
             self.ids, self._text = list(tokeniser.whole(text)), text
             return 0
@@ -235,10 +238,16 @@ class Path:
             return _rest(tokeniser.whole, before, before_ids, text)
         head, *rest = tokeniser.added.split(text)
         ids = tokeniser.chunk("", head)
-        if rest and tokeniser.words.part_at(self._last, head):  # the next prompt need not be tokenised again up to here
-            token = self._text[self._starts[-1] : len(self._text) - len(self._last)]
-            tokeniser.keep(token, self._last + head, (*self.ids[self._num_before[-1] :], *ids))
+        if rest:
+            self._said = head, ids
         return tuple(chain(ids, *map(tokeniser.chunk, rest[::2], rest[1::2])))
+
+    def _keep_said(self) -> None:
+        """Before the next prompt is read, which need not be tokenised again up to what was said behind the last."""
+        (head, ids), self._said = self._said, ("", ())
+        if self.tokeniser.words.part_at(self._last, head):
+            token = self._text[self._starts[-1] : len(self._text) - len(self._last)]
+            self.tokeniser.keep(token, self._last + head, (*self.ids[self._num_before[-1] :], *ids))
 
 
 def _added_tokens(tokens: Iterable[Any]) -> tuple[re.Pattern[str], int]:

@@ -257,6 +257,8 @@ def missing_fields(turn: Turn, target: str) -> list[tuple[str, str]]:
     missing: list[tuple[str, str]] = []
     for index in turn.own:
         leaf, spelled = turn.leaves[index], turn.full.spelled(index)
+        if spelled == leaf.text:
+            continue
         code: str | None = None
         if leaf.path[0] == "content":
             code = _content_problem(leaf.text, spelled, turn.tags)
@@ -355,28 +357,23 @@ def left_out(
         found["tools"] = None
     earlier, done, at = "", 0, 0
     for turn in turns:
-        if not turn.prompt.startswith(earlier):
+        prompt, own = turn.prompt, turn.own.start
+        if not prompt.startswith(earlier):
             done, at = 0, 0
-        for k in range(done, turn.message):
-            role = messages[k]["role"]
-            for index in range(starts[k], starts[k + 1]):
-                leaf = turn.leaves[index]
-                if leaf.path[0] == "tool_calls" and leaf.path[2:] in (("name",), ("function", "name")):
-                    until = _next_text(turn, messages, starts, k, at)
-                    if turn.prompt.find(leaf.text, at, until) < 0 and not _prompt_shows(
-                        turn, index, leaf.text, role in shown
-                    ):
-                        found["tool call"] = None
-                    continue
-                text = _needed_text(leaf, role, turn.tags) if leaf.path[0] == "content" else ""
-                if not text:
-                    continue
-                place = turn.prompt.find(text, at)
+        for index in range(done, own):
+            leaf = turn.leaves[index]
+            role, field = messages[leaf.message]["role"], leaf.path[0]
+            if field == "content" and (text := _needed_text(leaf, role, turn.tags)):
+                place = prompt.find(text, at)
                 if place >= 0 and (role in shown or len(text) >= _SHORT):
                     at = place + len(text)
                 elif not _prompt_shows(turn, index, text, role in shown):
                     found[_KINDS[role]] = None
-        earlier, done = turn.prompt, turn.message
+            elif field == "tool_calls" and leaf.path[2:] in (("name",), ("function", "name")):
+                until = _next_text(turn, messages, starts, leaf.message, at)
+                if prompt.find(leaf.text, at, until) < 0 and not _prompt_shows(turn, index, leaf.text, role in shown):
+                    found["tool call"] = None
+        earlier, done = prompt, own
     return tuple(found)
 
 

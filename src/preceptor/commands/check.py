@@ -20,7 +20,7 @@ def check(
     with options.large_imports():
         from preceptor.inspect.check import check_data, to_json, to_text
 
-    found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)), run)
+    found = to_json(check_data(run, num_processes=min(4, os.cpu_count() or 1)))
     options.print_result(found, as_json, to_text)
     if not found["passed"]:
         raise typer.Exit(options.CHECK_FAILED)

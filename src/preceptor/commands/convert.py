@@ -89,6 +89,6 @@ def _compare(file: Path, found: "Converted", data: str, model: str | None, as_js
     rule = rule_of(found.peer, settings_of(file), theirs, chat.template.text)
     both = peer_comparison.compared(run.data.train[0], rule, chat.renderer(run.data))
     if not as_json:
-        peer_comparison.print_comparison(found.peer, rule, both, chat.tokenizer, table_console())
+        peer_comparison.print_comparison(rule, both, chat.tokenizer, table_console())
         return {}
     return {"rule": rule.says, **peer_comparison.to_json(both, chat.tokenizer)}

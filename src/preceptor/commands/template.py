@@ -1,7 +1,6 @@
 """The command `template`: what a chat template supports."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +40,7 @@ def template(
         renderer = _model_renderer(model or name, name if is_template else "tokenizer", arguments)
     for unread in sorted(arguments.keys() - renderer.template.names_read):
         raise errors.ConfigError(f"--kwargs {unread}: the template {name} reads no argument of this name")
-    print_result(asdict(find_abilities(renderer, assumed)), as_json, to_text)
+    print_result(find_abilities(renderer, assumed), as_json, to_text)
 
 
 def _template_kwargs(pairs: Sequence[str]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def weigh(tree: Tree, reduction: Reduction) -> Tree:
     if reduction == "token":
         return tree
     share = 1.0 / tree.num_trained if tree.num_trained else 0.0
-    return replace(tree, segments=tuple(replace(s, weight=s.weight * share, share=share) for s in tree.segments))
+    return replace(tree, segments=tuple(s._replace(weight=s.weight * share, share=share) for s in tree.segments))
 
 
 def draw_replay(replay_N: np.ndarray, num_tuned: int, share: float, seed: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,7 @@ AttentionRun = tuple[int, int, tuple[TokenRange, ...]]
 """Tokens `start` to `end`, which attend causally, and the ranges outside the run that all of them see, root first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of tokens of one kind."""
 
     kind: SegmentKind

@@ -16,7 +16,7 @@ import os
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from preceptor.data.forest import Segment, Tree, has_branches, leaf_paths
@@ -34,8 +34,8 @@ def chains_of(tree: Tree) -> list[Tree]:
     for path in leaf_paths(tree):
         segments = []
         for place, index in enumerate(path):
-            segment = replace(tree.segments[index], parent=place - 1 if place else None)
-            segments.append(replace(segment, kind="context") if index in trained else segment)
+            segment = tree.segments[index]._replace(parent=place - 1 if place else None)
+            segments.append(segment._replace(kind="context") if index in trained else segment)
         trained.update(path)
         chains.append(Tree(tree.source, tuple(segments)))
     return chains
@@ -151,5 +151,5 @@ def _merge(trees: Sequence[Tree], num_shared: int) -> Tree:
         for index, segment in enumerate(tree.segments[1:], start=1):
             assert segment.parent is not None
             place[index] = len(segments)
-            segments.append(replace(segment, parent=place[segment.parent]))
+            segments.append(segment._replace(parent=place[segment.parent]))
     return Tree(f"{trees[0].source} and {len(trees) - 1} more", tuple(segments))

@@ -260,7 +260,7 @@ class Fitter:
                     room = self._max_length - 1
                 piece = pieces[-1]
                 parent = len(piece) - 1 if piece else None
-                piece.append(replace(segment, ids=ids[:room], parent=parent, text=""))
+                piece.append(segment._replace(ids=ids[:room], parent=parent, text=""))
                 room, ids = room - len(piece[-1].ids), ids[room:]
         return [(example, replace(tree, segments=tuple(piece))) for piece in pieces]
 

@@ -10,7 +10,7 @@ and the number of items whose value changed.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,70 +20,59 @@ from rich.table import Table
 from preceptor.errors import DataError
 from preceptor.evaluate.intervals import DIFFERENCE_OF_SHARES, SHARE, Interval, interval, paired_interval
 from preceptor.evaluate.run import OWN, STOP_REASONS, ItemResult, metrics_of
-from preceptor.evaluate.tasks import GROUPS, Task, repeated_answer, repeated_line
+from preceptor.evaluate.tasks import GROUPS, Task, repeated_answer
 
 
 def comparison(task: Task, base: Sequence[ItemResult], tuned: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
     """What `preceptor compare` reports of a task."""
-    return {
-        "task": task.name,
-        "kind": task.kind,
-        "num_items": len(base),
-        "figures": paired(task, base, tuned, seed),
-        "counts": {"base": counts(task, base), "tuned": counts(task, tuned)},
-        "groups": {
-            key: {
-                value: paired(task, [base[i] for i in members], [tuned[i] for i in members], seed)
-                for value, members in values.items()
-            }
-            for key, values in groups_of(base).items()
-        },
-        "repeated": repeated(tuned),
-    }
+
+    def figures_of(members: Sequence[int]) -> dict[str, Any]:
+        return paired(task, [base[i] for i in members], [tuned[i] for i in members], seed)
+
+    return _reported(task, tuned, figures_of, {"base": counts(task, base), "tuned": counts(task, tuned)})
 
 
 def summary(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Any]:
     """What `preceptor eval` reports of a task."""
+
+    def figures_of(members: Sequence[int]) -> dict[str, Any]:
+        return {name: asdict(own) for name, own in figures(task, [results[i] for i in members], seed).items()}
+
+    return _reported(task, results, figures_of, counts(task, results))
+
+
+def _reported(
+    task: Task,
+    results: Sequence[ItemResult],
+    figures_of: Callable[[Sequence[int]], dict[str, Any]],
+    counted: Mapping[str, Any],
+) -> dict[str, Any]:
+    """figures_of: some of the items, by their indices."""
+    groups = groups_of(results)
+    answers = [(result.record["answer"], result.item.accepted) for result in results if "answer" in result.record]
     return {
         "task": task.name,
         "kind": task.kind,
         "num_items": len(results),
-        "figures": {name: asdict(own) for name, own in figures(task, results, seed).items()},
-        "counts": counts(task, results),
+        "figures": figures_of(range(len(results))),
+        "counts": counted,
         "groups": {
-            key: {
-                value: {name: asdict(own) for name, own in figures(task, [results[i] for i in members], seed).items()}
-                for value, members in groups.items()
-            }
-            for key, groups in groups_of(results).items()
+            key: {value: figures_of(members) for value, members in values.items()} for key, values in groups.items()
         },
-        "repeated": repeated(results),
+        "repeated": repeated_answer(answers),
     }
-
-
-def repeated(results: Sequence[ItemResult]) -> str:
-    """A sentence where most items get one generated answer although they ask for different ones; else ""."""
-    answers = [(result.record["answer"], result.item.accepted) for result in results if "answer" in result.record]
-    found = repeated_answer(answers)
-    return "" if found is None else repeated_line(*found, len(answers))
 
 
 def figures(task: Task, results: Sequence[ItemResult], seed: int = 0) -> dict[str, Interval]:
     """Each metric of the task's kind with its interval. Raises DataError if no token could be predicted."""
     found = {}
     for name, (above, below) in metrics_of(task).items():
-        weights = _values(results, below) if below else None
+        numerators, weights = _ratio(results, above, below)
         if weights is not None and not sum(weights) > 0:
             raise DataError(f"{task.name}: its texts have no token that could be predicted; give it longer texts")
-        found[name] = interval(
-            _values(results, above), weights, bounds=SHARE if _is_share(above, below) else None, seed=seed
-        )
+        bounds = SHARE if not below and above != OWN else None  # of the user's own numbers nothing is known
+        found[name] = interval(numerators, weights, bounds=bounds, seed=seed)
     return found
-
-
-def _is_share(above: str, below: str) -> bool:
-    """Whether it is a share of the items; the user's own numbers may be any."""
-    return not below and above != OWN
 
 
 def paired(
@@ -93,18 +82,16 @@ def paired(
     ours, theirs = figures(task, base, seed), figures(task, tuned, seed)
     found = {}
     for name, (above, below) in metrics_of(task).items():
-        difference = paired_interval(
-            _values(base, above),
-            _values(tuned, above),
-            _values(base, below) if below else None,
-            _values(tuned, below) if below else None,
-            bounds=DIFFERENCE_OF_SHARES if _is_share(above, below) else None,
-            seed=seed,
-        )
+        (before, before_weights), (after, after_weights) = (_ratio(own, above, below) for own in (base, tuned))
+        bounds = DIFFERENCE_OF_SHARES if not below and above != OWN else None
+        difference = paired_interval(before, after, before_weights, after_weights, bounds=bounds, seed=seed)
         own = {"base": asdict(ours[name]), "tuned": asdict(theirs[name]), "difference": asdict(difference)}
-        pairs = zip(_values(base, above), _values(tuned, above), strict=True)
-        found[name] = own | {"num_changed": sum(before != after for before, after in pairs)}
+        found[name] = own | {"num_changed": sum(a != b for a, b in zip(before, after, strict=True))}
     return found
+
+
+def _ratio(results: Sequence[ItemResult], above: str, below: str) -> tuple[list[float], list[float] | None]:
+    return _values(results, above), _values(results, below) if below else None
 
 
 def counts(task: Task, results: Sequence[ItemResult]) -> dict[str, float]:
@@ -166,15 +153,13 @@ def print_evaluation(found: Mapping[str, Any], console: Console) -> None:
             table.add_row(*first, name, shown(entry["kind"], figure["value"]), range_text(entry["kind"], figure))
     console.print(table)
     for entry in found["tasks"]:
-        console.print(f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", highlight=False)
-        for line in _group_lines(entry):
-            console.print(line, highlight=False)
+        for line in (f"{entry['task']}: {_counted(entry['kind'], entry['counts'])}", *_group_lines(entry)):
+            console.print(line)
         if entry["repeated"]:
-            console.print(f"{entry['task']}: {entry['repeated']}", highlight=False, markup=False, style="yellow")
+            console.print(f"{entry['task']}: {entry['repeated']}", style="yellow")
     console.print(
         f"Intervals: {settings['num_resamples']:,} bootstrap resamples of the items, seed {settings['seed']}; "
-        f"{settings['dtype']} on {settings['device']}.",
-        highlight=False,
+        f"{settings['dtype']} on {settings['device']}."
     )
 
 

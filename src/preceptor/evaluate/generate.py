@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from preceptor.errors import ModelError, is_out_of_memory
 from preceptor.model.parts import evaluating
@@ -102,35 +103,33 @@ class _Batches:
     def __call__(self, batch: Sequence[int]) -> None:
         """In passes over those that have not ended, which have equally many tokens so far."""
         left, num_so_far, cache = list(batch), 0, None
-        ids_BT, mask_BT = _pad_left([self.contexts[index] for index in left], self.pad, self.model.device)
+        contexts = [torch.tensor(self.contexts[index], dtype=torch.long) for index in left]
+        ids_BT, mask_BT = (
+            pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left").to(self.model.device)
+            for rows, value in ((contexts, self.pad), ([torch.ones_like(ids_T) for ids_T in contexts], 0))
+        )
         begin = ids_BT.shape[1]
+        stop_S = torch.tensor(self.stop, dtype=torch.long, device=self.model.device)
         in_passes = self.sampling is None and not self.in_step and _takes_passes(self.model)
         while left:
-            ends = _StopTexts(self.tokenizer, [self.until[index] for index in left] if self.until else [], begin)
-            criteria: list[Any] = [ends] if self.until else []
-            if in_passes and len(left) >= _SMALL_BATCH:
-                criteria.append(_FewLeft(len(left), self.stop, ends, self.model.device))
+            until = [self.until[index] for index in left] if self.until else []
+            early = in_passes and len(left) >= _SMALL_BATCH
+            ends = _Ends(self.tokenizer, until, begin, stop_S if early else None)
+            num_left = self.max_new_tokens - num_so_far
             output = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
-                generation_config=_settings(
-                    self.model, self.stop, self.pad, self.max_new_tokens - num_so_far, self.sampling
-                ),
+                generation_config=_settings(self.model, self.stop, self.pad, num_left, self.sampling),
                 synced_gpus=self.in_step,
-                stopping_criteria=criteria or None,
+                stopping_criteria=[ends] if until or early else None,
                 **({} if cache is None else {"past_key_values": cache}),
             )
             going = []
             num_so_far = output.sequences.shape[1] - begin
             for row, ids_T in enumerate(output.sequences[:, begin:].tolist()):
-                has_ended = (
-                    row in ends.lengths or any(id_ in self.stop for id_ in ids_T) or num_so_far >= self.max_new_tokens
-                )
-                if has_ended:
-                    length = ends.lengths.get(row)
-                    self.answers[left[row]] = _cut(
-                        ids_T[: None if length is None else length - begin], set(self.stop), self.tokenizer
-                    )
+                answer = _cut(ids_T[: ends.lengths.get(row)], self.stop, self.tokenizer)
+                if row in ends.lengths or answer.stopped or num_so_far >= self.max_new_tokens:
+                    self.answers[left[row]] = answer
                 else:
                     going.append(row)
             left = [left[row] for row in going]
@@ -180,22 +179,32 @@ def _settings(model: Any, stop: list[int], pad: int, max_new_tokens: int, sampli
     )
 
 
-class _StopTexts:
-    """A stopping criterion of transformers: ends an answer that contains one of its `until` texts."""
+class _Ends:
+    """A stopping criterion of transformers: ends an answer that contains one of its `until` texts, where there are any.
 
-    def __init__(self, tokenizer: Any, until: Sequence[Sequence[str]], num_context: int) -> None:
-        self.lengths: dict[int, int] = {}  # tokens of context and answer, for the answers that have ended
-        self._tokenizer, self._until, self._num_context = tokenizer, until, num_context
+    stop_S: the tokens that end an answer, for a pass that is to end when half of its answers have ended.
+    """
+
+    def __init__(self, tokenizer: Any, until: Sequence[Sequence[str]], num_context: int, stop_S: Any) -> None:
+        self.lengths: dict[int, int] = {}  # tokens, of the answers that a text has ended
+        self._tokenizer, self._until, self._num_context, self._stop_S = tokenizer, until, num_context, stop_S
+        self._ended_B: torch.Tensor | bool = False
 
     def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        length = ids_BT.shape[1]
-        if (length - self._num_context) % _UNTIL_EVERY_TOKENS == 0:
+        length = ids_BT.shape[1] - self._num_context
+        if self._until and length % _UNTIL_EVERY_TOKENS == 0:
             for row, ids in enumerate(ids_BT[:, self._num_context :].tolist()):
                 if row not in self.lengths and self._until[row]:
                     text = self._tokenizer.decode(ids)
                     if any(end in text for end in self._until[row]):
                         self.lengths[row] = length
-        return torch.tensor([row in self.lengths for row in range(len(ids_BT))], device=ids_BT.device)
+        by_text_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
+        if self.lengths:
+            by_text_B[list(self.lengths)] = True
+        if self._stop_S is None:
+            return by_text_B
+        self._ended_B = by_text_B | torch.isin(ids_BT[:, -1], self._stop_S) | self._ended_B
+        return by_text_B | (2 * self._ended_B.sum() >= len(by_text_B))
 
 
 def _takes_passes(model: Any) -> bool:
@@ -218,32 +227,7 @@ def _rows_of(cache: Any, rows: list[int]) -> Any:
     return cache
 
 
-class _FewLeft:
-    """A stopping criterion of transformers: ends a pass when half of its answers have ended."""
-
-    def __init__(self, num: int, stop: list[int], ends: _StopTexts, device: Any) -> None:
-        self._ended_B = torch.zeros(num, dtype=torch.bool, device=device)
-        self._stop = torch.tensor(stop, dtype=torch.long, device=device)
-        self._ends = ends
-
-    def __call__(self, ids_BT: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._ended_B |= torch.isin(ids_BT[:, -1], self._stop)
-        if self._ends.lengths:
-            self._ended_B[list(self._ends.lengths)] = True
-        return torch.full_like(self._ended_B, bool(2 * self._ended_B.sum() >= len(self._ended_B)))
-
-
-def _pad_left(contexts: list[Sequence[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(len(ids) for ids in contexts)
-    ids_BT = torch.full((len(contexts), longest), pad, dtype=torch.long)
-    mask_BT = torch.zeros((len(contexts), longest), dtype=torch.long)
-    for row, ids in enumerate(contexts):
-        ids_BT[row, longest - len(ids) :] = torch.tensor(ids, dtype=torch.long)
-        mask_BT[row, longest - len(ids) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)
-
-
-def _cut(ids: list[int], stop: set[int], tokenizer: Any) -> GeneratedAnswer:
+def _cut(ids: list[int], stop: list[int], tokenizer: Any) -> GeneratedAnswer:
     end = next((place for place, token in enumerate(ids) if token in stop), None)
-    kept = ids if end is None else ids[:end]
+    kept = ids[:end]
     return GeneratedAnswer(tuple(kept), tokenizer.decode(kept), end is not None, None if end is None else ids[end])

@@ -133,17 +133,14 @@ def _has_own_rules(kind: TaskKind, task: Any) -> bool:
         return True
     if kind == "perplexity":
         return False
+    if getattr(task, "multiple_input", 0):  # the choices are prompts
+        return True
     metrics = config.metric_list or ()
     names = {metric.get("metric") for metric in metrics}
     if kind == "generation":
         is_known = names == {"exact_match"}
     else:  # multiple_target: several answers are right
         is_known = names <= {"acc", "acc_norm"} and not getattr(task, "multiple_target", 0)
-    if getattr(task, "multiple_input", 0):  # the choices are prompts
-        return True
-    return not (is_known and all(map(_is_plain, metrics)))
-
-
-def _is_plain(metric: Mapping[str, Any]) -> bool:
-    """Without options, such as which letters of an answer are ignored."""
-    return metric.keys() <= _PLAIN_METRIC and metric.get("aggregation") in (None, "mean")
+    # without options, such as which letters of an answer are ignored
+    plain = (each.keys() <= _PLAIN_METRIC and each.get("aggregation") in (None, "mean") for each in metrics)
+    return not (is_known and all(plain))

@@ -10,7 +10,7 @@ text without special tokens: it does not depend on the tokenizer.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,10 @@ def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> l
                 not_predicted.append(decode(segment.ids[:1], tokenizer))
             num_bytes = len(segment.text.encode()) - len("".join(not_predicted).encode())
             file = example.source.rpartition(":")[0] or example.source
-            kinds, turn = _kinds(example, segment.message), _turn(example, segment.message)
-            labels.append(TargetLabels(file, kinds, turn, max(0, num_bytes)))
+            turn = None
+            if isinstance(example, Conversation) and segment.message is not None:
+                turn = sum(message.role == "assistant" for message in example.messages[: segment.message + 1])
+            labels.append(TargetLabels(file, _kinds(example, segment.message), turn, max(0, num_bytes)))
         found.append(LabelledTree(tree, tuple(labels)))
     return found
 
@@ -67,7 +69,7 @@ def label_targets(examples: Sequence[tuple[Example, Tree]], tokenizer: Any) -> l
 def _kinds(example: Example, index: int | None) -> tuple[str, ...]:
     """index: of the message that the target is."""
     if not isinstance(example, Conversation):
-        return ("completion",) if isinstance(example, Completion) else ("text",)
+        return ("completion" if isinstance(example, Completion) else "text",)
     before = example.messages if index is None else example.messages[: index + 1]
     kinds = []
     if example.tools or any(message.tool_calls or message.role == "tool" for message in before):
@@ -79,10 +81,7 @@ def _kinds(example: Example, index: int | None) -> tuple[str, ...]:
     return tuple(kinds) or ("plain",)
 
 
-def _turn(example: Example, index: int | None) -> int | None:
-    if not isinstance(example, Conversation) or index is None:
-        return None
-    return sum(message.role == "assistant" for message in example.messages[: index + 1])
+_Measured = tuple[TargetLabels, SegmentLosses]
 
 
 def measure(
@@ -109,14 +108,12 @@ def measure(
     ]
     if not pairs:
         raise ValueError("no held-out target to measure on")
-    groups: dict[str, dict[str, list[tuple[TargetLabels, SegmentLosses]]]] = {
-        "by_source": {},
-        "by_kind": {},
-        "by_turn": {},
-    }
+    groups: dict[str, dict[str, list[_Measured]]] = {"by_source": {}, "by_kind": {}, "by_turn": {}}
     for labels, own in pairs:
-        for group, name in _memberships(labels):
-            groups[group].setdefault(name, []).append((labels, own))
+        turns = () if labels.turn is None else (str(labels.turn),)
+        for group, names in zip(groups.values(), ((labels.source,), labels.kinds, turns), strict=True):
+            for name in names:
+                group.setdefault(name, []).append((labels, own))
     of_examples: dict[str, list[float]] = {
         "loss": [float(f"{sum(own.nats for own in tree_losses):.6g}") for tree_losses in losses],
         "num_tokens": [sum(len(own) for own in tree_losses) for tree_losses in losses],
@@ -134,19 +131,11 @@ def measure(
     }
 
 
-def _memberships(labels: TargetLabels) -> Iterator[tuple[str, str]]:
-    yield "by_source", labels.source
-    for kind in labels.kinds:
-        yield "by_kind", kind
-    if labels.turn is not None:
-        yield "by_turn", str(labels.turn)
-
-
 def _in_order(item: tuple[str, Any]) -> tuple[int, str]:
     return (int(item[0]), "") if item[0].isdigit() else (0, item[0])
 
 
-def _figures(pairs: Sequence[tuple[TargetLabels, SegmentLosses]]) -> dict[str, float]:
+def _figures(pairs: Sequence[_Measured]) -> dict[str, float]:
     loss_N = np.concatenate([own.loss_N for _, own in pairs])
     num_bytes = sum(labels.num_bytes for labels, _ in pairs)
     found: dict[str, float] = {

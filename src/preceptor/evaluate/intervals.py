@@ -1,7 +1,7 @@
 """Confidence intervals of metrics over the choice of items: the bootstrap (Efron 1979), also for paired differences.
 
 A metric is a ratio of sums over items, sum_i a_i / sum_i b_i: a mean (b = 1), bits per byte (bits and bytes of a text),
-a share of tokens (by prompt). Items are resampled with replacement `num_resamples` times by `seed`; the interval is the
+a share of tokens (by prompt). Items are resampled with replacement NUM_RESAMPLES times by `seed`; the interval is the
 middle 95 % of the resampled metrics (percentile bootstrap). For two models on the same items, the same items are drawn
 for both and their difference is resampled, so that the difficulty of items does not count as noise.
 
@@ -59,11 +59,9 @@ def interval(
     *,
     bounds: Bounds | None = None,
     seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
     """The interval of sum(numerator) / sum(denominator), or of the mean. Raises ValueError for no items or 0/0."""
-    sums = _both(numerator_I, denominator_I)
-    return _interval([sums], [1.0], bounds, seed, num_resamples)
+    return _interval([_part(1.0, numerator_I, denominator_I)], bounds, seed)
 
 
 def paired_interval(
@@ -74,38 +72,35 @@ def paired_interval(
     *,
     bounds: Bounds | None = None,
     seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
     """The interval of the metric of `tuned` minus that of `base`, on the same items. Raises ValueError as above."""
     if len(base_I) != len(tuned_I):
         raise ValueError(f"{len(base_I)} items of the base and {len(tuned_I)} of the tuned model are not pairs")
-    both = [_both(base_I, base_denominator_I), _both(tuned_I, tuned_denominator_I)]
-    return _interval(both, [-1.0, 1.0], bounds, seed, num_resamples)
+    parts = [_part(-1.0, base_I, base_denominator_I), _part(1.0, tuned_I, tuned_denominator_I)]
+    return _interval(parts, bounds, seed)
 
 
-Sums = tuple[np.ndarray, np.ndarray]
+SignedRatio = tuple[float, np.ndarray, np.ndarray]  # sign, numerators, denominators
 
 
-def _both(numerator_I: Sequence[float], denominator_I: Sequence[float] | None) -> Sums:
+def _part(sign: float, numerator_I: Sequence[float], denominator_I: Sequence[float] | None) -> SignedRatio:
     above_I = np.asarray(numerator_I, dtype=np.float64)
     below_I = np.ones_like(above_I) if denominator_I is None else np.asarray(denominator_I, dtype=np.float64)
     if len(above_I) != len(below_I) or not below_I.sum() > 0:
         raise ValueError("a figure needs items, and as many denominators, not all of them zero")
-    return above_I, below_I
+    return sign, above_I, below_I
 
 
-def _interval(
-    parts: Sequence[Sums], signs: Sequence[float], bounds: Bounds | None, seed: int, num_resamples: int
-) -> Interval:
-    """The interval of the signed sum of the parts' ratios."""
-    num = len(parts[0][0])
-    value = float(sum(sign * above.sum() / below.sum() for sign, (above, below) in zip(signs, parts, strict=True)))
+def _interval(parts: Sequence[SignedRatio], bounds: Bounds | None, seed: int) -> Interval:
+    """The interval of the sum of the parts."""
+    num = len(parts[0][1])
+    value = float(sum(sign * above_I.sum() / below_I.sum() for sign, above_I, below_I in parts))
     if num < 2 and bounds is None:
         return Interval(value, None, None, num)
-    resampled = np.concatenate(list(_resampled(parts, signs, seed, num_resamples)))
+    resampled = np.concatenate(list(_resampled(parts, num, seed)))
     low, high = (float(edge) for edge in np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     if bounds is not None:
-        values_I = sum((sign * above for sign, (above, _) in zip(signs, parts, strict=True)), np.zeros(num))
+        values_I = sum((sign * above_I for sign, above_I, _ in parts), np.zeros(num))
         exact = exact_share(values_I) if bounds == SHARE else exact_difference(values_I)
         low, high = min(low, exact[0]), max(high, exact[1])
     return Interval(value, low, high, num)
@@ -146,14 +141,13 @@ def _largest_share(num_hits: int, num: int, rest: float) -> float:
     return low
 
 
-def _resampled(parts: Sequence[Sums], signs: Sequence[float], seed: int, num_resamples: int) -> Iterator[np.ndarray]:
+def _resampled(parts: Sequence[SignedRatio], num: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
-    num = len(parts[0][0])
     chunk = max(1, _CHUNK_DRAWS // num)
-    for start in range(0, num_resamples, chunk):
-        drawn_RI = rng.integers(num, size=(min(chunk, num_resamples - start), num))
+    for start in range(0, NUM_RESAMPLES, chunk):
+        drawn_RI = rng.integers(num, size=(min(chunk, NUM_RESAMPLES - start), num))
         figures_R = np.zeros(len(drawn_RI))
-        for sign, (above_I, below_I) in zip(signs, parts, strict=True):
+        for sign, above_I, below_I in parts:
             with np.errstate(divide="ignore", invalid="ignore"):  # a resample of empty items only has no value
                 figures_R += sign * above_I[drawn_RI].sum(axis=1) / below_I[drawn_RI].sum(axis=1)
         yield figures_R

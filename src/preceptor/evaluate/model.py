@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from preceptor.chat.format import ChatFormat, load_trained_format
+from preceptor.chat.reasoning import content_text
 from preceptor.errors import DataError, TemplateError
 from preceptor.evaluate.generate import GeneratedAnswer, Sampling, generate
 from preceptor.evaluate.likelihood import must_read_alone
-from preceptor.evaluate.tasks import TaskPrompt, text_of
+from preceptor.evaluate.tasks import TaskPrompt
 from preceptor.hub import CONFIG, place_of, resolve_model_path
 from preceptor.model.forward import Engine
 from preceptor.model.load import load_model, stored_dtype
@@ -61,7 +62,7 @@ class EvaluatedModel:
         if prompt.messages is None:
             return prompt.text or ""
         if self.chat.template is None:
-            return "".join(f"{text_of(message)}\n" for message in prompt.messages)
+            return "".join(f"{content_text(message)}\n" for message in prompt.messages)
         return self.chat.prompt(prompt.messages, prompt.tools, prompt.template_kwargs)
 
     def prompt_ids(self, prompt: TaskPrompt) -> TokenIds:
@@ -103,31 +104,19 @@ class EvaluatedModel:
         shared_out: each process of the world answers a part, and has all answers; without it each answers all of them.
         Where answers are drawn, that would give others than one process does.
         """
-        tokenizer, stop = self.chat.tokenizer, self.chat.stop_token_ids
-        num = len(contexts)
-        own = list(range(num))
-        if shared_out and num:
-            by_length = sorted(own, key=lambda index: len(contexts[index]))
-            own = by_length[self.world.rank :: self.world.size]
-            own += by_length[:1] * (math.ceil(num / self.world.size) - len(own))  # each as many, as in likelihood.py
-        engine = Engine.of(self.model)
+        chat, engine = self.chat, Engine.of(self.model)
+        world = self.world if shared_out else ONE
+        by_length = sorted(range(len(contexts)), key=lambda index: len(contexts[index]))
+        own = by_length[world.rank :: world.size]
+        own += by_length[:1] * (math.ceil(len(contexts) / world.size) - len(own))  # each as many, as in likelihood.py
+        given = [contexts[index] for index in own]
+        ends = [until[index] for index in own] if until else ()
+        settings = (chat.stop_token_ids, max_new_tokens, batch_size, sampling, ends)
         answers = engine.call(
-            lambda: generate(
-                self.model,
-                tokenizer,
-                [contexts[index] for index in own],
-                stop,
-                max_new_tokens,
-                batch_size,
-                sampling,
-                [until[index] for index in own] if until else (),
-                in_step=is_sharded(engine),
-            )
+            lambda: generate(self.model, chat.tokenizer, given, *settings, in_step=is_sharded(engine))
         )
-        if not shared_out:
-            return answers
-        found = dict(pair for of_rank in self.world.gather(list(zip(own, answers, strict=True))) for pair in of_rank)
-        return [found[index] for index in range(num)]
+        found = dict(pair for of_rank in world.gather(list(zip(own, answers, strict=True))) for pair in of_rank)
+        return [found[index] for index in range(len(contexts))]
 
 
 def load_evaluated_model(

@@ -16,6 +16,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,8 +61,7 @@ class ItemResult:
 def run_task(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
     """One result per item, in order, under the caller's autocast. Raises DataError for an item that does not fit."""
     if task.kind == "generation":
-        results = _generate(evaluated, task.items, max_new_tokens, batch_size)
-        return results if task.own is None else [_with_own(result, task.own) for result in results]
+        return _generate(evaluated, task, max_new_tokens, batch_size)
     return _choose(evaluated, task.items) if task.kind == "multiple choice" else _predict(evaluated, task.items)
 
 
@@ -80,44 +80,36 @@ def evaluation_settings(evaluated: EvaluatedModel, seed: int, max_new_tokens: in
     }
 
 
-# Generation ----------------------------------------------------------------------------------------------------------
-
-
-def _generate(
-    evaluated: EvaluatedModel, items: Sequence[TaskItem], max_new_tokens: int, batch_size: int
-) -> list[ItemResult]:
-    contexts = [evaluated.context(_prompt_of(item), item.source, max_new_tokens) for item in items]
-    until = [item.until for item in items] if any(item.until for item in items) else ()
+def _generate(evaluated: EvaluatedModel, task: Task, max_new_tokens: int, batch_size: int) -> list[ItemResult]:
+    contexts = [evaluated.context(_prompt_of(item), item.source, max_new_tokens) for item in task.items]
+    until = [item.until for item in task.items] if any(item.until for item in task.items) else ()
     answers = evaluated.generate(contexts, max_new_tokens, batch_size=batch_size, until=until, shared_out=True)
-    return [_scored(item, answer) for item, answer in zip(items, answers, strict=True)]
+    return [_scored(item, answer, task.own) for item, answer in zip(task.items, answers, strict=True)]
 
 
-def _scored(item: TaskItem, answer: GeneratedAnswer) -> ItemResult:
+def _scored(item: TaskItem, answer: GeneratedAnswer, own: OwnFunction | None) -> ItemResult:
     cuts = [place for text in item.until if (place := answer.text.find(text)) >= 0]
     text = answer.text[: min(cuts)] if cuts else answer.text
     stop = "until" if cuts else "stop_token" if answer.stopped else "length"
     right = is_right(text, item.match, item.accepted)
     values = {"right": float(right), "num_tokens": float(len(answer.ids))}
-    record = {"answer": text, "stop": stop, "right": right, "accepted": list(item.accepted)}
-    return ItemResult(item, values | {reason: float(stop == reason) for reason in STOP_REASONS}, record)
+    values |= {reason: float(stop == reason) for reason in STOP_REASONS}
+    values |= {} if own is None else {OWN: _own_value(item, text, own)}
+    return ItemResult(item, values, {"answer": text, "stop": stop, "right": right, "accepted": list(item.accepted)})
 
 
-def _with_own(result: ItemResult, own: OwnFunction) -> ItemResult:
-    """With the number that the user's function gives. Raises DataError for anything else."""
-    item = result.item
-    assert item.prompt is not None
-    asked = {"messages": item.prompt.messages} if item.prompt.text is None else {"prompt": item.prompt.text}
+def _own_value(item: TaskItem, answer: str, own: OwnFunction) -> float:
+    """The number that the user's function gives. Raises DataError for anything else."""
+    prompt = _prompt_of(item)
+    asked = {"messages": prompt.messages} if prompt.text is None else {"prompt": prompt.text}
     example = {"source": item.source, **asked, "accepted": list(item.accepted), "match": item.match, **item.groups}
     try:
-        value = float(own.function(result.record["answer"], example))
+        value = float(own.function(answer, example))
     except Exception as error:
         raise DataError(f"{item.source}: {own.name} raised {type(error).__name__}: {short(str(error))}") from error
     if not math.isfinite(value):
         raise DataError(f"{item.source}: {own.name} gave {value}; it must be a finite number")
-    return ItemResult(item, result.values | {OWN: value}, result.record)
-
-
-# Multiple choice -----------------------------------------------------------------------------------------------------
+    return value
 
 
 def _choose(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
@@ -154,24 +146,18 @@ def choice_tree(evaluated: EvaluatedModel, item: TaskItem) -> Tree:
     return Tree(item.source, (Segment("context", context, None), *branches))
 
 
-# Perplexity ----------------------------------------------------------------------------------------------------------
-
-
 def _predict(evaluated: EvaluatedModel, items: Sequence[TaskItem]) -> list[ItemResult]:
-    trees, owners = [], []
-    for number, item in enumerate(items):
-        windows = text_windows(item.source, evaluated.chat.bos, evaluated.chat.ids(item.text), evaluated.window_tokens)
-        trees += windows
-        owners += [number] * len(windows)
-    losses = segment_losses(evaluated.model, trees, evaluated.window_tokens, evaluated.alone, evaluated.world)
-    nats, num_tokens = [0.0] * len(items), [0] * len(items)
-    for number, tree_losses in zip(owners, losses, strict=True):
-        nats[number] += sum(own.nats for own in tree_losses)
-        num_tokens[number] += sum(len(own) for own in tree_losses)
+    chat, window = evaluated.chat, evaluated.window_tokens
+    texts = [text_windows(item.source, chat.bos, chat.ids(item.text), window) for item in items]
+    trees = [tree for windows in texts for tree in windows]
+    losses = iter(segment_losses(evaluated.model, trees, window, evaluated.alone, evaluated.world))
     results = []
-    for item, loss, num in zip(items, nats, num_tokens, strict=True):
-        values = {"bits": loss / math.log(2), "num_bytes": float(predicted_bytes(evaluated, item.text))}
-        results.append(ItemResult(item, values | {"nats": loss, "num_tokens": float(num)}, {"num_predicted": num}))
+    for item, windows in zip(items, texts, strict=True):
+        found = list(islice(losses, len(windows)))
+        nats = sum(sum(own.nats for own in tree_losses) for tree_losses in found)
+        num = sum(len(own) for tree_losses in found for own in tree_losses)
+        values = {"bits": nats / math.log(2), "num_bytes": float(predicted_bytes(evaluated, item.text))}
+        results.append(ItemResult(item, values | {"nats": nats, "num_tokens": float(num)}, {"num_predicted": num}))
     return results
 
 

@@ -15,7 +15,7 @@ A task is named by the path of its file. `scholar:NAME` is a task that ships wit
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from preceptor.chat.reasoning import content_text
 from preceptor.config.code import OwnFunction
 from preceptor.config.sections import nearest
 from preceptor.data.examples import Rejection, read_messages
@@ -32,10 +33,8 @@ from preceptor.errors import DataError, short
 
 OFTEN_EQUAL = 0.5  # share of the prompts that get one answer
 
-# Whether an answer is right -------------------------------------------------------------------------------------------
+# Whether an answer is right ------------------------------------------------------------------------------------------
 
-# Rules that decide whether a generated answer is right.
-#
 #     exact      the answer equals an accepted text; whitespace around it is ignored
 #     contains   the answer contains an accepted text
 #     regex      an accepted pattern is found in the answer (Python's `re.search`)
@@ -51,33 +50,15 @@ _NUMBER = re.compile(rf"{_SIGN}(?:(?<!\d)(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:
 
 
 def is_right(text: str, match: Match, accepted: Sequence[str]) -> bool:
-    """Whether an answer is right."""
-    return MATCHES[match](text.rpartition("</think>")[2], accepted)
+    """Whether an answer is right by an accepted text."""
+    return any(MATCHES[match](text.rpartition("</think>")[2], each) for each in accepted)
 
 
-def is_exact(text: str, accepted: Sequence[str]) -> bool:
-    """Whether an answer equals an accepted one; whitespace around it is ignored."""
-    return text.strip() in {answer.strip() for answer in accepted}
-
-
-def _contains(text: str, accepted: Sequence[str]) -> bool:
-    return any(answer in text for answer in accepted)
-
-
-def _found(text: str, accepted: Sequence[str]) -> bool:
-    return any(re.search(pattern, text) for pattern in accepted)
-
-
-def _equal(text: str, accepted: Sequence[str]) -> bool:
-    found = last_number(text)
-    return found is not None and any(found == last_number(answer) for answer in accepted)
-
-
-MATCHES: Mapping[Match, Callable[[str, Sequence[str]], bool]] = {
-    "exact": is_exact,
-    "contains": _contains,
-    "regex": _found,
-    "numeric": _equal,
+MATCHES: Mapping[Match, Callable[[str, str], bool]] = {
+    "exact": lambda text, accepted: text.strip() == accepted.strip(),
+    "contains": lambda text, accepted: accepted in text,
+    "regex": lambda text, accepted: re.search(accepted, text) is not None,
+    "numeric": lambda text, accepted: (found := last_number(text)) is not None and found == last_number(accepted),
 }
 
 
@@ -92,23 +73,17 @@ def is_number(text: str) -> bool:
     return _NUMBER.fullmatch(text.strip()) is not None
 
 
-def repeated_answer(answers: Iterable[tuple[str, Sequence[str]]]) -> tuple[str, int] | None:
-    """The answer that most prompts get although they ask for different ones, and how many do; None if there is none.
+def repeated_answer(answers: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """A sentence on the answer that most prompts get although they ask for different ones; "" if there is none.
 
     answers: of each prompt, with the accepted texts.
     """
     given = [(text.strip(), tuple(accepted)) for text, accepted in answers]
-    counts = Counter(text for text, _ in given if text)
-    if not counts:
-        return None
-    answer, count = counts.most_common(1)[0]
+    answer, count = next(iter(Counter(text for text, _ in given if text).most_common(1)), ("", 0))
     wanted = {accepted for text, accepted in given if text == answer}
-    return (answer, count) if count > max(1, OFTEN_EQUAL * len(given)) and len(wanted) > 1 else None
-
-
-def repeated_line(answer: str, count: int, num_prompts: int) -> str:
-    """`repeated_answer` in a sentence."""
-    which = f"All {count}" if count == num_prompts else f"{count} of {num_prompts}"
+    if count <= max(1, OFTEN_EQUAL * len(given)) or len(wanted) < 2:
+        return ""
+    which = f"All {count}" if count == len(given) else f"{count} of {len(given)}"
     shown = answer if len(answer) <= 60 else answer[:57] + "..."
     return f"{which} prompts got the same answer: “{shown}”."
 
@@ -138,13 +113,7 @@ class TaskPrompt:
     @property
     def last_message(self) -> str:
         """The text of the last message, or the plain text."""
-        return self.text or "" if self.messages is None else text_of(self.messages[-1])
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message whose content is a string or a list of text parts."""
-    content = message.get("content")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+        return self.text or "" if self.messages is None else content_text(self.messages[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +159,7 @@ def read_task(path: str) -> Task:
     """Read a task file. Raises DataError for a row that is not an item, and for items of several kinds."""
     kind: TaskKind | None = None
     items = []
-    for source, row in read_rows(file_of(path)):
-        row = {key: value for key, value in row.items() if value is not None}
+    for source, row in _rows(path):
         found = _kind_of(row, source)
         if kind not in (None, found):
             raise DataError(f"{source}: a {found} item in a {kind} task; give each kind a file of its own")
@@ -224,13 +192,7 @@ def read_texts(path: str) -> Task:
 
 def read_prompts(path: str) -> list[ReferencePrompt]:
     """The prompts of a file whose rows have `messages` or a `prompt`."""
-    prompts = []
-    for source, row in read_rows(file_of(path)):
-        row = {key: value for key, value in row.items() if value is not None}
-        _require(row.keys() & {"messages", "prompt"} != set(), source, "an example needs `messages` or a `prompt`")
-        prompt, reference = _item(_read_prompt, row, source)
-        prompts.append(ReferencePrompt(source, prompt, reference or ""))
-    return prompts
+    return [_item(_read_reference, row, source) for source, row in _rows(path)]
 
 
 def choose_prompts(path: str | None, tasks: Sequence[Task], num: int, seed: int) -> list[ReferencePrompt]:
@@ -260,14 +222,18 @@ def file_of(path: str) -> str:
     return f"{path}.jsonl" if path.startswith("scholar:") and not Path(path).suffix else path
 
 
+def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place and the keys of each row, without those that are null."""
+    for source, row in read_rows(file_of(path)):
+        yield source, {key: value for key, value in row.items() if value is not None}
+
+
 def _item(read: Callable[[Mapping[str, Any], str], T], row: Mapping[str, Any], source: str) -> T:
     """What `read` makes of a row. Raises DataError whatever the row holds."""
     try:
         check_values(row, "")
         return read(row, source)
-    except DataError:
-        raise
-    except Unreadable as error:
+    except (DataError, Unreadable) as error:
         raise DataError(f"{source}: {error}") from None
     except Exception as error:  # a value that no check foresaw
         raise DataError(f"{source}: cannot be read: {type(error).__name__}: {short(str(error))}") from None
@@ -294,44 +260,37 @@ def _kind_of(row: Mapping[str, Any], source: str) -> TaskKind:
 
 
 def _read_generation(row: Mapping[str, Any], source: str) -> TaskItem:
-    prompt, ideal = _read_prompt(row, source)
-    _require(
-        not {"accepted", "answers"} <= row.keys(), source, "`accepted` and `answers` mean the same; give one of them"
-    )
-    accepted = _texts(row.get("accepted", row.get("answers")), "accepted", source)
+    prompt, ideal = _read_prompt(row)
+    _require(not {"accepted", "answers"} <= row.keys(), "`accepted` and `answers` mean the same; give one of them")
+    accepted = _texts(row.get("accepted", row.get("answers")), "accepted")
     match = row.get("match", "exact")
-    _require(
-        isinstance(match, str) and match in MATCHES,
-        source,
-        f"match is {short(match)}; it must be one of {', '.join(MATCHES)}",
-    )
+    is_known = isinstance(match, str) and match in MATCHES
+    _require(is_known, f"match is {short(match)}; it must be one of {', '.join(MATCHES)}")
     for text in accepted:
         if match == "regex":
             try:
                 re.compile(text)
             except re.error as error:
-                raise DataError(f"{source}: accepted {text!r} is not a regular expression: {error}") from None
-        _require(match != "numeric" or is_number(text), source, f"accepted {text!r} is not a number; match is numeric")
-    _require(
-        ideal is None or "answers" in row, source, "the last message is an assistant's; there is nothing to answer"
-    )
-    until = _texts(row["until"], "until", source, blank=True) if "until" in row else ()
-    return TaskItem(source, prompt, accepted, match, until, groups=_groups(row, source))
+                raise DataError(f"accepted {text!r} is not a regular expression: {error}") from None
+        _require(match != "numeric" or is_number(text), f"accepted {text!r} is not a number; match is numeric")
+    _require(ideal is None or "answers" in row, "the last message is an assistant's; there is nothing to answer")
+    until = _texts(row["until"], "until", blank=True) if "until" in row else ()
+    return TaskItem(source, prompt, accepted, match, until, groups=_groups(row))
 
 
 def _read_choice(row: Mapping[str, Any], source: str) -> TaskItem:
-    prompt, ideal = _read_prompt(row, source)
-    choices = _texts(row["choices"], "choices", source)
-    _require(len(set(choices)) == len(choices) > 1, source, "`choices` must be at least two different texts")
+    prompt, ideal = _read_prompt(row)
+    choices = _texts(row["choices"], "choices")
+    _require(len(set(choices)) == len(choices) > 1, "`choices` must be at least two different texts")
     answer = row.get("answer")
     right = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
-    _require(right, source, f"answer is {answer!r}; it must be the index of the right choice, 0 to {len(choices) - 1}")
-    _require(ideal is None, source, "the last message is an assistant's; there is nothing to choose")
-    return TaskItem(source, prompt, choices=choices, answer=int(row["answer"]), groups=_groups(row, source))
+    _require(right, f"answer is {answer!r}; it must be the index of the right choice, 0 to {len(choices) - 1}")
+    _require(ideal is None, "the last message is an assistant's; there is nothing to choose")
+    return TaskItem(source, prompt, choices=choices, answer=int(row["answer"]), groups=_groups(row))
 
 
 def _read_text(row: Mapping[str, Any], source: str) -> TaskItem:
-    return TaskItem(source, text=_text(row, "text", source), groups=_groups(row, source))
+    return TaskItem(source, text=_text(row, "text"), groups=_groups(row))
 
 
 _READ: Mapping[TaskKind, Callable[[Mapping[str, Any], str], TaskItem]] = {
@@ -341,47 +300,53 @@ _READ: Mapping[TaskKind, Callable[[Mapping[str, Any], str], TaskItem]] = {
 }
 
 
-def _read_prompt(row: Mapping[str, Any], source: str) -> tuple[TaskPrompt, str | None]:
+def _read_reference(row: Mapping[str, Any], source: str) -> ReferencePrompt:
+    _require(row.keys() & {"messages", "prompt"} != set(), "an example needs `messages` or a `prompt`")
+    prompt, reference = _read_prompt(row)
+    return ReferencePrompt(source, prompt, reference or "")
+
+
+def _read_prompt(row: Mapping[str, Any]) -> tuple[TaskPrompt, str | None]:
     """The prompt, and the text of a last message that is the assistant's, which is not part of the prompt."""
-    _require(("messages" in row) != ("prompt" in row), source, "give either `messages` or `prompt`")
+    _require(("messages" in row) != ("prompt" in row), "give either `messages` or `prompt`")
     if "prompt" in row:
         for key in ("tools", "chat_template_kwargs"):
-            _require(key not in row, source, f"`{key}` goes with messages; a prompt is plain text")
-        return TaskPrompt(text=_text(row, "prompt", source)), None
-    messages = read_messages(row["messages"], source)
+            _require(key not in row, f"`{key}` goes with messages; a prompt is plain text")
+        return TaskPrompt(text=_text(row, "prompt")), None
+    messages = read_messages(row["messages"], "")
     if isinstance(messages, Rejection):
-        raise DataError(f"{source}: {messages.message}")
+        raise DataError(messages.message)
     tools, kwargs = row.get("tools"), row.get("chat_template_kwargs", {})
     listed = tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
-    _require(listed, source, "`tools` must be a list of objects")
-    _require(isinstance(kwargs, dict), source, "`chat_template_kwargs` must be an object")
+    _require(listed, "`tools` must be a list of objects")
+    _require(isinstance(kwargs, dict), "`chat_template_kwargs` must be an object")
     ideal = messages[-1].content if messages[-1].role == "assistant" else None
     asked = messages if ideal is None else messages[:-1]
-    _require(len(asked) > 0, source, "the only message is the assistant's; there is no prompt")
+    _require(len(asked) > 0, "the only message is the assistant's; there is no prompt")
     return TaskPrompt(tuple(dict(message.given) for message in asked), None, tools, kwargs), ideal
 
 
-def _text(row: Mapping[str, Any], key: str, source: str) -> str:
+def _text(row: Mapping[str, Any], key: str) -> str:
     text = row[key]
-    _require(isinstance(text, str) and text.strip() != "", source, f"`{key}` must be a text that is not empty")
+    _require(isinstance(text, str) and text.strip() != "", f"`{key}` must be a text that is not empty")
     return str(text)
 
 
-def _texts(value: object, key: str, source: str, blank: bool = False) -> tuple[str, ...]:
+def _texts(value: object, key: str, blank: bool = False) -> tuple[str, ...]:
     """A list of texts that are not empty. blank: whitespace alone is allowed."""
     texts = value if isinstance(value, list) else []
     right = all(isinstance(text, str) and (text.strip() or (blank and text)) for text in texts)
-    _require(right and len(texts) > 0, source, f"`{key}` must be a list of texts, none of them empty")
+    _require(right and len(texts) > 0, f"`{key}` must be a list of texts, none of them empty")
     return tuple(texts)
 
 
-def _groups(row: Mapping[str, Any], source: str) -> dict[str, str]:
+def _groups(row: Mapping[str, Any]) -> dict[str, str]:
     groups = {key: row[key] for key in GROUPS if key in row}
     for key, value in groups.items():
-        _require(isinstance(value, str), source, f"`{key}` must be a string; it names a group")
+        _require(isinstance(value, str), f"`{key}` must be a string; it names a group")
     return groups
 
 
-def _require(holds: bool, source: str, sentence: str) -> None:
+def _require(holds: bool, sentence: str) -> None:
     if not holds:
-        raise DataError(f"{source}: {sentence}")
+        raise DataError(sentence)

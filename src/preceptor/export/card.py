@@ -50,73 +50,52 @@ def card(source: ExportSource, proof: Sequence[str], name: str, licence: str | N
         parts.append(f"{Path(base).name if is_local else base}, fine-tuned by supervised fine-tuning with Preceptor.\n")
     if not licence:
         parts.append("Licence: not stated. That of the base model and of the data applies to what is made from them.\n")
-    parts += [
-        "## Use\n",
-        use or USE.format(name=name, code=", trust_remote_code=True" if source.trust_remote_code else ""),
-    ]
+    code = ", trust_remote_code=True" if source.trust_remote_code else ""
+    parts += ["## Use\n", use or USE.format(name=name, code=code)]
     if run is not None:
-        parts += [
-            "## Training\n",
-            "\n".join(_training(run)) + "\n",
-            "## Evaluation\n",
-            "\n".join(_evaluation(run)) + "\n",
-        ]
+        rows = ["| | |", "|---|---|", *(f"| {what} | {said} |" for what, said in _training(run))]
+        parts += ["## Training\n", "\n".join(rows) + "\n", "## Evaluation\n", "\n".join(_evaluation(run)) + "\n"]
     parts += ["## Proof of the export\n", "\n".join(f"- {line}" for line in proof) + "\n"]
     return "\n".join(parts)
 
 
-def _training(run: RunRecord) -> Iterator[str]:
+def _training(run: RunRecord) -> Iterator[tuple[str, str]]:
     data, settings, environment = run.data, run.config, run.environment
-    tokens = data.get("tokens") or {}
-    yield "| | |"
-    yield "|---|---|"
     for file in environment.get("data") or ():
         digest = f", SHA-256 {file['sha256'][:16]}" if file.get("sha256") else ""
-        yield f"| data ({file['use']}) | {file['name'].rpartition('/')[2]}{digest} |"
+        yield f"data ({file['use']})", f"{file['name'].rpartition('/')[2]}{digest}"
     if "num_examples" in data:
-        yield f"| examples | {run.counts}; {data.get('num_rejected', 0):,} of all were rejected |"
-    if tokens:
-        yield f"| tokens per epoch | {tokens['computed']:,}, of which {tokens['trained']:,} are trained |"
-    template = environment.get("template") or {}
-    yield f"| chat template | {template.get('name') or 'none'} |"
+        yield "examples", f"{run.counts}; {data.get('num_rejected', 0):,} of all were rejected"
+    if tokens := data.get("tokens"):
+        yield "tokens per epoch", f"{tokens['computed']:,}, of which {tokens['trained']:,} are trained"
+    yield "chat template", (environment.get("template") or {}).get("name") or "none"
     for system, count in ((data.get("system_prompts") or {}).get("most_common") or ())[:1]:
-        yield f"| most common system prompt | {_one_line(system) or 'none'} ({count:,} conversations) |"
+        shown = " ".join(system.replace("|", "\\|").split())[:200]
+        yield "most common system prompt", f"{shown or 'none'} ({count:,} conversations)"
     at_most = f"at most {settings['data']['max_length']:,} tokens"
-    yield f"| steps | {run.num_steps:,} of {settings['train']['batch_size']} sequences, {at_most} |"
-    yield f"| learning rate | {settings['optimizer']['learning_rate']:g}, {settings['optimizer']['lr_scheduler']} |"
+    yield "steps", f"{run.num_steps:,} of {settings['train']['batch_size']} sequences, {at_most}"
+    yield "learning rate", f"{settings['optimizer']['learning_rate']:g}, {settings['optimizer']['lr_scheduler']}"
     adapter = settings.get("adapter")
-    yield "| method | " + (
-        "full fine-tuning |" if not adapter else f"LoRA, rank {adapter['rank']}, alpha {adapter['alpha']:g} |"
-    )
+    lora = f"LoRA, rank {adapter['rank']}, alpha {adapter['alpha']:g}" if adapter else ""
+    yield "method", lora or "full fine-tuning"
     versions = environment.get("versions") or {}
-    yield (
-        "| versions | "
-        + ", ".join(f"{n} {versions[n]}" for n in ("preceptor", "torch", "transformers") if n in versions)
-        + " |"
-    )
+    known = (name for name in ("preceptor", "torch", "transformers") if name in versions)
+    yield "versions", ", ".join(f"{name} {versions[name]}" for name in known)
 
 
-def _evaluation(run: RunRecord) -> Iterator[str]:
-    found = False
+def _evaluation(run: RunRecord) -> list[str]:
+    found = []
     if run.held_out:
-        found, first, last = True, run.held_out[0], run.held_out[-1]
-        yield f"- held-out loss {first['loss']:.3f} before training, {last['loss']:.3f} after (nats per trained token)"
+        first, last = run.held_out[0]["loss"], run.held_out[-1]["loss"]
+        found.append(f"- held-out loss {first:.3f} before training, {last:.3f} after (nats per trained token)")
     for task in (run.evaluations[-1].get("tasks") or ()) if run.evaluations else ():
-        found = True
         figures = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in task["figures"].items())
-        yield f"- {task['task'].rpartition('/')[2]}: {figures}"
-    comparison = read_comparison(run.compare)
-    for label, (metric, base, tuned, difference, num) in comparison.rows if comparison else ():
-        found = True
-        task = label.rpartition("/")[2]
-        yield f"- {task}: {metric} {base} in the base, {tuned} here, difference {difference}; {num} items"
-    for sentence in comparison.sentences if comparison else ():
-        yield f"- {sentence}"
-    if not found:
-        yield "Not evaluated."
-    elif not run.compare:
-        yield "- what training cost in other abilities (the alignment tax) was not measured"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())[:200]
+        found.append(f"- {task['task'].rpartition('/')[2]}: {figures}")
+    if comparison := read_comparison(run.compare):
+        for label, (metric, base, tuned, difference, num) in comparison.rows:
+            here = f"{metric} {base} in the base, {tuned} here, difference {difference}; {num} items"
+            found.append(f"- {label.rpartition('/')[2]}: {here}")
+        found += [f"- {sentence}" for sentence in comparison.sentences]
+    elif found:
+        found.append("- what training cost in other abilities (the alignment tax) was not measured")
+    return found or ["Not evaluated."]

@@ -1,7 +1,7 @@
 """A model exported: written to a folder, proved, described; all or nothing. Pushing such a folder to the Hub."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from preceptor.export.gguf import SENTENCE_PIECES, GgufType, Vocabulary, answers
 from preceptor.export.ollama import modelfile, turn_format
 from preceptor.export.proof import TrainedTurns, last_logits, prove_folder, prove_gguf, prove_logits, trained_turns
 from preceptor.export.source import ExportSource
-from preceptor.files import replacing
+from preceptor.files import read_json, replacing
+from preceptor.hub import ADAPTER_CONFIG
 
 Target = Literal["hf", "adapter", "gguf", "ollama", "hub"]
 GGUF_FILE = "model.gguf"
@@ -52,12 +53,12 @@ def export(source: ExportSource, wanted: Export, say: Callable[[str], None]) -> 
         partial.mkdir(parents=True)
         with source.made(partial.parent, say) as made:
             trained = trained_turns(made)
-            proof = _WRITERS[wanted.to](made, wanted, partial, trained, say)
+            # to the Hub the whole model; the adapter, where its folder was named
+            of_hub = "hf" if made.base is None else "adapter"
+            proof = _WRITERS[of_hub if wanted.to == "hub" else wanted.to](made, wanted, partial, trained, say)
         if wanted.skip_proof:
             proof = ["nothing was proved (--skip-proof)"]
-        use = _adapter_use(partial) if (partial / "adapter_config.json").is_file() else None
-        name = wanted.repo or wanted.out.name
-        text = card(made, proof, name, wanted.licence, use or _file_use(wanted))
+        text = card(made, proof, wanted.repo or wanted.out.name, wanted.licence, _use(wanted, partial))
         (partial / "README.md").write_text(text, encoding="utf-8")
     for line in proof:
         say(line)
@@ -74,10 +75,7 @@ def _write_hf(
     """A whole model; an adapter is merged into its base."""
     code = source.trust_remote_code
     if source.base is None:
-        for file in source.folder.iterdir():
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-        return [] if wanted.skip_proof else prove_folder(folder, trained, code)
+        return _copy(source.folder, source, wanted, folder, trained)
     from preceptor.model.adapters.folder import merge_folder
     from preceptor.model.load import load_model, save_model, stored_dtype
 
@@ -100,18 +98,14 @@ def _write_hf(
 def _write_adapter(
     source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
 ) -> list[str]:
-    for file in source.adapter.iterdir():
+    return _copy(source.adapter, source, wanted, folder, trained)
+
+
+def _copy(origin: Path, source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns) -> list[str]:
+    for file in origin.iterdir():
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     return [] if wanted.skip_proof else prove_folder(folder, trained, source.trust_remote_code)
-
-
-def _write_hub(
-    source: ExportSource, wanted: Export, folder: Path, trained: TrainedTurns, say: Callable[[str], None]
-) -> list[str]:
-    """The whole model; the adapter, where its folder was named."""
-    writer = _write_hf if source.base is None else _write_adapter
-    return writer(source, wanted, folder, trained, say)
 
 
 def _write_gguf(
@@ -135,7 +129,7 @@ def _write_gguf(
     if form is not None:
         stops = chat.tokenizer.convert_ids_to_tokens(list(chat.stop_token_ids))
         bos = None if wanted.skip_proof else Vocabulary(folder / GGUF_FILE).bos
-        settings = {**_decoding(whole), "num_ctx": _num_ctx(source, whole)}
+        settings = {**read_json(whole / "generation_config.json"), "num_ctx": _num_ctx(source, whole)}
         text = modelfile(form, GGUF_FILE, bos, stops, settings, _only_system_prompt(source), wanted.licence)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     if whole != source.folder:
@@ -143,7 +137,7 @@ def _write_gguf(
     return proof
 
 
-_WRITERS = {"hf": _write_hf, "adapter": _write_adapter, "gguf": _write_gguf, "ollama": _write_gguf, "hub": _write_hub}
+_WRITERS = {"hf": _write_hf, "adapter": _write_adapter, "gguf": _write_gguf, "ollama": _write_gguf}
 
 
 def _compare_answers(
@@ -159,13 +153,13 @@ def _compare_answers(
     if not contexts:
         return []
     model = load_evaluated_model(str(whole), "float32", "cpu", trust_remote_code=trust_remote_code)
-    here = [tuple(answer.ids) for answer in model.generate(contexts, _NEW_TOKENS)]
-    stops = model.chat.stop_token_ids
+    here, stops = model.generate(contexts, _NEW_TOKENS), model.chat.stop_token_ids
     there = [tuple(id_ for id_ in answer if id_ not in stops) for answer in answers(file, contexts, _NEW_TOKENS)]
-    here = [tuple(id_ for id_ in answer if id_ not in stops) for answer in here]
-    same = sum(a == b for a, b in zip(here, there, strict=True))
+    same = sum(a.ids == b for a, b in zip(here, there, strict=True))
     answered = f"{same} of {len(contexts)} greedy answers of {_NEW_TOKENS} tokens are those of transformers"
-    if not same and gguf_type != "q8_0" and not _exceeds_window(model.model.config, contexts):
+    window = getattr(model.model.config.get_text_config(decoder=True), "sliding_window", None)
+    exceeds_window = isinstance(window, int) and max(map(len, contexts)) + _NEW_TOKENS > window
+    if not same and gguf_type != "q8_0" and not exceeds_window:
         raise ModelError(
             f"refused: {file.name}, in llama.cpp: {answered}, though it reads the same tokens: it computes something "
             "else. Nothing was written (--skip-proof writes it all the same)"
@@ -174,22 +168,8 @@ def _compare_answers(
     return [f"llama.cpp: {answered}{warning}"]
 
 
-def _exceeds_window(config: Any, contexts: Sequence[Sequence[int]]) -> bool:
-    """Whether an answer reads more tokens than a sliding window of the model has."""
-    window = getattr(config.get_text_config(decoder=True), "sliding_window", None)
-    return isinstance(window, int) and max(map(len, contexts)) + _NEW_TOKENS > window
-
-
-def _decoding(folder: Path) -> dict[str, Any]:
-    from preceptor.files import read_json
-
-    return read_json(folder / "generation_config.json")
-
-
 def _num_ctx(source: ExportSource, folder: Path) -> int | None:
     """The context that Ollama makes room for: that of training, at least 4,096, as far as the model has positions."""
-    from preceptor.files import read_json
-
     positions = read_json(folder / "config.json").get("max_position_embeddings")
     wanted = max(4096, int(source.run.config["data"]["max_length"])) if source.run else 4096
     return min(wanted, positions) if isinstance(positions, int) else wanted
@@ -203,14 +183,12 @@ def _only_system_prompt(source: ExportSource) -> str | None:
     return prompt if prompt and count == found.get("num_conversations") else None
 
 
-def _adapter_use(folder: Path) -> str | None:
-    """How to load the adapter, from the README that came with it."""
+def _use(wanted: Export, folder: Path) -> str | None:
+    """How to load what is no whole model; an adapter: as in the README that came with it."""
     readme = folder / "README.md"
-    before, _, code = (readme.read_text(encoding="utf-8") if readme.is_file() else "").partition("```python\n")
-    return f"```python\n{code.partition('```')[0]}```\n" if before and code else None
-
-
-def _file_use(wanted: Export) -> str | None:
+    if (folder / ADAPTER_CONFIG).is_file() and readme.is_file():
+        before, _, code = readme.read_text(encoding="utf-8").partition("```python\n")
+        return f"```python\n{code.partition('```')[0]}```\n" if before and code else None
     if wanted.to == "gguf":
         return f"    llama-server -m {GGUF_FILE} --jinja\n"
     if wanted.to == "ollama":

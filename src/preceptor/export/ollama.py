@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from preceptor.chat.format import ChatFormat
+from preceptor.chat.origins import shared_length
 from preceptor.errors import TemplateError
 
 _SYSTEM, _USER, _ANSWER, _LAST = "\u2402system\u2403", "\u2402user\u2403", "\u2402answer\u2403", "\u2402last\u2403"
@@ -63,22 +64,22 @@ def turn_format(chat: ChatFormat) -> TurnFormat:
         {"role": role, "content": text} for role, text in (("user", _USER), ("assistant", _ANSWER), ("user", _LAST))
     )
     begin, user_answer, answer_user, last_prompt = _pieces(chat, [user, answer, last])
-    after_user = _after(chat, user)
+    assert chat.template is not None
+    after_user = chat.template.render(chat.fit([user]), **chat.template_kwargs).partition(_USER)[2]  # and no answer
     if not (user_answer.startswith(after_user) and last_prompt.startswith(after_user)):
-        after_user = _common_prefix([user_answer, last_prompt])
-    texts = [answer_user, begin]
+        after_user = user_answer[: shared_length(user_answer, last_prompt)]
+    texts = [answer_user]  # they end, as `begin` does, in what stands before a user message
     system = {"role": "system", "content": _SYSTEM}
     try:
         begin_system, system_user, *_ = _pieces(chat, [system, user, answer, last])
         texts.append(system_user)
     except TemplateError:  # a template without system messages
         begin_system, system_user = begin, ""
-    before_user = _common_suffix(texts)
-    cut = len(before_user)
+    cut = min(shared_length(begin[::-1], text[::-1]) for text in texts)
     return TurnFormat(
         begin=begin[: len(begin) - cut],
         begin_with_system=begin_system,
-        before={"user": before_user, "assistant": user_answer[len(after_user) :]},
+        before={"user": begin[len(begin) - cut :], "assistant": user_answer[len(after_user) :]},
         after={
             "system": system_user[: len(system_user) - cut],
             "user": after_user,
@@ -100,21 +101,6 @@ def _pieces(chat: ChatFormat, messages: Sequence[Mapping[str, str]]) -> list[str
             )
         pieces.append(before)
     return [*pieces, rest]
-
-
-def _after(chat: ChatFormat, message: Mapping[str, str]) -> str:
-    """What stands after a message where no answer is asked for."""
-    assert chat.template is not None
-    return chat.template.render(chat.fit([message]), **chat.template_kwargs).partition(message["content"])[2]
-
-
-def _common_prefix(texts: Sequence[str]) -> str:
-    equal = [len(set(characters)) == 1 for characters in zip(*texts, strict=False)]
-    return texts[0][: (*equal, False).index(False)]
-
-
-def _common_suffix(texts: Sequence[str]) -> str:
-    return _common_prefix([text[::-1] for text in texts])[::-1]
 
 
 def modelfile(

@@ -3,7 +3,7 @@
 The contexts and targets of training are read again from the run that made the model.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from preceptor import config
 from preceptor.chat.format import ChatFormat, load_chat_format, load_trained_format
-from preceptor.data.examples import Conversation, Example, Rejection
+from preceptor.chat.origins import shared_length
+from preceptor.data.examples import Conversation, Rejection
 from preceptor.data.forest import RenderedTurn, turns_of
-from preceptor.data.sources import OpenSource, open_sources
+from preceptor.data.sources import open_sources
 from preceptor.errors import ModelError, PreceptorError, first_line
 from preceptor.export.ollama import TurnFormat
 from preceptor.export.source import ExportSource
@@ -28,8 +29,8 @@ NUM_EXAMPLES = 64  # of the run's data; the held-out ones first
 class TrainedTurn:
     """What a server is asked for, and what the model was trained on there.
 
-    messages: those before the turn. arguments: of the template, beside its
-    saved defaults, as the example gives them; switched: the thinking switch, where the turn was trained with it set.
+    messages: those before the turn. arguments: of the template, beside its saved defaults, as the example gives them;
+    switched: the thinking switch, where the turn was trained with it set.
     """
 
     source: str
@@ -43,13 +44,8 @@ class TrainedTurn:
     @property
     def is_plain(self) -> bool:
         """Whether it is asked by messages of text alone, which any server takes."""
-        return (
-            not self.tools
-            and not self.arguments
-            and all(
-                set(message) <= {"role", "content"} and isinstance(message["content"], str) for message in self.messages
-            )
-        )
+        texts = all(set(own) <= {"role", "content"} and isinstance(own["content"], str) for own in self.messages)
+        return texts and not self.tools and not self.arguments
 
 
 @dataclass(frozen=True)
@@ -85,31 +81,27 @@ def _of_run(run: config.Run) -> Iterator[TrainedTurn]:
     renderer = chat.renderer(run.data)
     is_plain = run.data.special_tokens_in_text == "plain"
     as_plain = [token.content for token in chat.tokenizer.added_tokens_decoder.values()] if is_plain else []
-    found = ((example, renderer.render(example)) for source in sources for example in _examples(source))
-    for example, tree in islice(((e, t) for e, t in found if not isinstance(t, Rejection)), NUM_EXAMPLES):
+    read = (each for source in sources for each in source.examples() if not isinstance(each, Rejection))
+    rendered = ((example, renderer.render(example)) for example in read)
+    for example, tree in islice(((e, t) for e, t in rendered if not isinstance(t, Rejection)), NUM_EXAMPLES):
         switched = {k: renderer.switch.set_to(value) for k, value in tree.switched}
         for turn in turns_of(tree):
-            if isinstance(example, Conversation):
-                given = [message.given for message in example.messages[: turn.message]]
-                own = dict(example.template_kwargs)
-                texts = str([message.given for message in example.messages[: turn.message + 1]])
-                spelled = next((token for token in as_plain if token in texts), None)
-                switch = switched.get(turn.message, {})
-                yield TrainedTurn(example.source, turn, given, example.tools, own, switch, spelled)
-
-
-def _examples(source: OpenSource) -> Iterator[Example]:
-    return (example for example in source.examples() if not isinstance(example, Rejection))
+            assert isinstance(example, Conversation), "others have no turns"
+            given = [message.given for message in example.messages[: turn.message + 1]]
+            texts = str(given)
+            spelled = next((token for token in as_plain if token in texts), None)
+            own, switch = dict(example.template_kwargs), switched.get(turn.message, {})
+            yield TrainedTurn(example.source, turn, given[:-1], example.tools, own, switch, spelled)
 
 
 def _of_probes(chat: ChatFormat) -> Iterator[TrainedTurn]:
     """As the model's own folder reads them; what its template does not take is left out."""
-    turns = [says("user", QUESTIONS[0])], [says("user", QUESTIONS[0]), says("assistant", ANSWERS[0])]
-    asked: Iterable[list[dict[str, Any]]] = (
-        turns[0],
-        [*turns[1], says("user", QUESTIONS[1])],
-        [says("system", SYSTEM), *turns[0]],
-        [*turns[1], says("user", "  def f(x):\n\treturn x # \u2192 \u00e9\n")],
+    first, answer = says("user", QUESTIONS[0]), says("assistant", ANSWERS[0])
+    asked = (
+        [first],
+        [first, answer, says("user", QUESTIONS[1])],
+        [says("system", SYSTEM), first],
+        [first, answer, says("user", "  def f(x):\n\treturn x # \u2192 \u00e9\n")],
     )
     stop = chat.stop_token_ids[0]
     target = chat.tokenizer.convert_ids_to_tokens([stop])[0]
@@ -118,9 +110,8 @@ def _of_probes(chat: ChatFormat) -> Iterator[TrainedTurn]:
             text = chat.prompt(messages)
         except PreceptorError:
             continue
-        yield TrainedTurn(
-            "a conversation made for this", RenderedTurn(len(messages), chat.ids(text), (stop,), text, target), messages
-        )
+        rendered = RenderedTurn(len(messages), chat.ids(text), (stop,), text, target)
+        yield TrainedTurn("a conversation made for this", rendered, messages)
 
 
 _SHOWN = 12  # tokens on each side of a difference
@@ -151,24 +142,15 @@ def prove_folder(folder: Path, trained: TrainedTurns, trust_remote_code: bool = 
 
 def _as_transformers(chat: ChatFormat, turn: TrainedTurn, switched: object) -> tuple[int, ...]:
     arguments = {**turn.arguments, **switched}  # type: ignore[dict-item]
-    ids = chat.tokenizer.apply_chat_template(
-        chat.fit(turn.messages),
-        tools=turn.tools,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        **arguments,
-    )
-    return tuple(ids)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return tuple(chat.tokenizer.apply_chat_template(chat.fit(turn.messages), turn.tools, **options, **arguments))
 
 
 def require_equal(what: str, turn: TrainedTurn, found: Sequence[int], trained: Sequence[int]) -> None:
     """Raises ModelError where the tokens differ."""
     if tuple(found) == tuple(trained):
         return
-    at = next(
-        (i for i, (a, b) in enumerate(zip(found, trained, strict=False)) if a != b), min(len(found), len(trained))
-    )
+    at = shared_length(tuple(found), tuple(trained))
     near = slice(max(0, at - 2), at + _SHOWN)
     why = (
         f"The data spells {turn.spelled}: training read it as text (data.special_tokens_in_text: plain), and whoever "
@@ -218,9 +200,8 @@ def prove_logits(
             f"base: a relative difference of {error:.1e}, rounding allows {allowed:.1e}. Nothing was written "
             "(--skip-proof writes it all the same)"
         )
-    return [
-        f"transformers: the logits after {len(contexts)} contexts are those of the adapter beside its base, unmerged"
-    ]
+    read = f"the logits after {len(contexts)} contexts"
+    return [f"transformers: {read} are those of the adapter beside its base, unmerged"]
 
 
 def prove_gguf(file: Path, trained: TrainedTurns, form: TurnFormat | None = None) -> list[str]:

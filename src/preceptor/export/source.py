@@ -8,17 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from preceptor import hub
 from preceptor.errors import ModelError
-from preceptor.hub import (
-    ADAPTER_CONFIG,
-    adapter_base,
-    base_revision,
-    checkpoint_at,
-    fetch_file,
-    find_file,
-    resolve_model_path,
-    run_folder_of,
-)
 from preceptor.report.run_record import RunRecord, read_run
 
 
@@ -33,8 +24,8 @@ class ExportSource:
     @classmethod
     def of(cls, name: str, trust_remote_code: bool = False) -> Self:
         """Raises ModelError for what is no model on this machine."""
-        checkpoint = checkpoint_at(name)
-        folder = Path(resolve_model_path(name, adapters=True)) if checkpoint is None else checkpoint
+        checkpoint = hub.checkpoint_at(name)
+        folder = Path(hub.resolve_model_path(name, adapters=True)) if checkpoint is None else checkpoint
         if not folder.is_dir():
             raise ModelError(f"{name}: no folder on this machine; only a model that is here can be exported")
         return cls(name, folder, trust_remote_code)
@@ -54,7 +45,7 @@ class ExportSource:
 
     @cached_property
     def checkpoint(self) -> Path | None:
-        return checkpoint_at(self.name)
+        return hub.checkpoint_at(self.name)
 
     @property
     def title(self) -> str:
@@ -66,12 +57,12 @@ class ExportSource:
     @property
     def base(self) -> str | None:
         """The base model of an adapter; None for a whole model."""
-        return adapter_base(str(self.folder))
+        return hub.adapter_base(str(self.folder))
 
     @property
     def revision(self) -> str | None:
         """Of the base model of an adapter."""
-        return base_revision(str(self.folder))
+        return hub.base_revision(str(self.folder))
 
     def base_file(self, name: str) -> Path | None:
         """A file of the model that was trained, from this machine or the Hub; None where it is in neither."""
@@ -80,16 +71,16 @@ class ExportSource:
         if place is None:
             return None
         try:
-            found = resolve_model_path(str(place))
+            found = hub.resolve_model_path(str(place))
             revision = self.revision if self.base else model.get("revision")
-            return find_file(found, name) if Path(found).is_dir() else fetch_file(found, name, revision)
+            return hub.find_file(found, name) if Path(found).is_dir() else hub.fetch_file(found, name, revision)
         except ModelError:
             return None
 
     @cached_property
     def run(self) -> RunRecord | None:
         """The run that saved it; None where no run did."""
-        folder = run_folder_of(self.checkpoint or self.folder)
+        folder = hub.run_folder_of(self.checkpoint or self.folder)
         if folder is None:
             return None
         run = read_run(folder)
@@ -99,7 +90,7 @@ class ExportSource:
     def adapter(self) -> Path:
         """The folder of its adapter. Raises ModelError where there is none."""
         for folder in (self.folder, self.folder / "adapter"):
-            if (folder / ADAPTER_CONFIG).is_file():
+            if (folder / hub.ADAPTER_CONFIG).is_file():
                 return folder
         raise ModelError(
             f"{self.name}: holds no adapter; a run with `adapter` saves one, unless `adapter.save: merged`"

@@ -35,6 +35,7 @@ from preceptor.errors import counted
 from preceptor.inspect.template import asks_for_answers
 
 _FIRST_PLACES = 5
+_KINDS = ("example", "context", "target")  # of lengths
 
 
 class Lengths:
@@ -87,20 +88,18 @@ class TableCount:
 class TreeLengths:
     """Lengths of trees and of their turns. Where prompts are trained too there are no turns."""
 
-    examples: Lengths = field(default_factory=Lengths)
-    contexts: Lengths = field(default_factory=Lengths)
-    targets: Lengths = field(default_factory=Lengths)
+    of: dict[str, Lengths] = field(default_factory=lambda: {kind: Lengths() for kind in _KINDS})
     trained: "array[int]" = field(default_factory=lambda: array("q"))  # trained tokens of each tree
     tree_of_turn: "array[int]" = field(default_factory=lambda: array("q"))  # the index of each turn's tree
     tree_ends: list[int] = field(default_factory=list)  # the number of trees up to the end of each source
 
     def add(self, tree: Tree, targets: Targets) -> None:
-        self.examples.add(tree.num_tokens, tree.source)
+        self.of["example"].add(tree.num_tokens, tree.source)
         self.trained.append(tree.num_trained)
         for context, target in [] if targets == "all" else turn_lengths(tree):
             self.tree_of_turn.append(len(self.trained) - 1)
-            self.contexts.add(context, tree.source)
-            self.targets.add(target, tree.source)
+            self.of["context"].add(context, tree.source)
+            self.of["target"].add(target, tree.source)
 
     @property
     def trained_N(self) -> np.ndarray:
@@ -115,10 +114,10 @@ class TreeLengths:
 class Check:
     """All counts. Lengths, samples and duplicates are of the training examples, rejections of all examples."""
 
+    run: config.Run
     rejections: RejectionCounts
     tables: dict[tuple[str, str], TableCount] = field(default_factory=dict)
-    tuned: TreeLengths = field(default_factory=TreeLengths)
-    replayed: TreeLengths = field(default_factory=TreeLengths)
+    trees: dict[str, TreeLengths] = field(default_factory=lambda: {"train": TreeLengths(), "replay": TreeLengths()})
     num_sample_tokens: int = 0
     shortened: Shortened = field(default_factory=Shortened)
     counts: TrainedCounts = field(default_factory=lambda: TrainedCounts(Switch(), {}))
@@ -133,7 +132,7 @@ class Check:
         """Whether an example is left to train and the run file allows every rejection."""
         return self.rejections.num_not_allowed == 0 and len(self.train) > 0 and self.holds_out_nothing is None
 
-    def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection, targets: Targets) -> None:
+    def count(self, part: str, entry: Entry, fitted: list[ExampleTree] | Rejection) -> None:
         """Count one entry of the part `train`, `eval` or `replay`, with its trees or rejection."""
         table = self.tables.setdefault((part, entry.table), TableCount(part, entry.table))
         table.num_examples += 1
@@ -142,13 +141,13 @@ class Check:
             table.num_rejected += 1
             self.rejections.add(fitted)
             return
+        targets = self.run.data.train_on
         for example, tree in fitted:
             table.num_tokens += tree.num_tokens
             table.num_trained += tree.num_trained
-            if part == "replay":
-                self.replayed.add(tree, targets)
-            elif part == "train":
-                self.tuned.add(tree, targets)
+            if part in self.trees:
+                self.trees[part].add(tree, targets)
+            if part == "train":
                 self.num_sample_tokens += num_sample_tokens(tree, targets)
                 self.counts.add(example, tree)
         assert not isinstance(entry.example, Rejection)
@@ -163,44 +162,42 @@ def check_data(run: config.Run, num_processes: int = 1) -> Check:
     With more than one process, large inputs are rendered in several (data/workers.py says what the caller must heed).
     Raises DataError if a file cannot be read; ModelError and TemplateError as `load_chat_format`.
     """
-    found = Check(RejectionCounts(run.data.allow_rejected))
-    numbers: list[int | None] = [None] * len(run.data.train)
-    if run.data.streaming:
-        numbers = [*window_shares(run.data.train, run.data.window)]
-    train, held_out = open_sources(run.data)
+    data = run.data
+    found = Check(run, RejectionCounts(data.allow_rejected))
+    numbers = window_shares(data.train, data.window) if data.streaming else [None] * len(data.train)
+    train, held_out = open_sources(data)
     sources = [("train", source, most) for source, most in zip(train, numbers, strict=True)]
     sources += [("eval", source, None) for source in held_out]
     sources += [("replay", OpenSource(source), None) for source in (run.replay.data if run.replay else [])]
-    require_no_pipe([source for _, source, most in sources if most is None], run.data.streaming)
-    chat = load_chat_format(run.model, run.data, [*train, *held_out])
-    renderer = chat.renderer(run.data)
-    fitter = Fitter(renderer, run.data.max_length, run.data.overflow, chat.num_positions)
+    require_no_pipe([source for _, source, most in sources if most is None], data.streaming)
+    chat = load_chat_format(run.model, data, [*train, *held_out])
+    renderer = chat.renderer(data)
+    fitter = Fitter(renderer, data.max_length, data.overflow, chat.num_positions)
     found.shortened, found.asks = fitter.shortened, chat.template is None or asks_for_answers(renderer)
     found.counts = renderer.new_counts()
-    tables = [] if run.data.streaming else [table for _, source, _ in sources for table in source.tables]
+    tables = [] if data.streaming else [table for _, source, _ in sources for table in source.tables]
     num_split_off = 0
     with example_progress(tables, "checking") as on_example:
         for part, source, most in sources:
             for entry, fitted in read_trees(source, fitter, num_processes, most=most):
-                found.count(part, entry, fitted, run.data.train_on)
+                found.count(part, entry, fitted)
                 num_split_off += part == "eval" and source.side is not None and not isinstance(fitted, Rejection)
                 on_example()
-            if part != "eval":
-                of_part = found.tuned if part == "train" else found.replayed
-                of_part.tree_ends.append(len(of_part.trained))
-    if run.data.eval_size is not None and not num_split_off:
-        found.holds_out_nothing = holds_out_nothing(run.data.eval_size)
+            if part in found.trees:
+                found.trees[part].tree_ends.append(len(found.trees[part].trained))
+    if data.eval_size is not None and not num_split_off:
+        found.holds_out_nothing = holds_out_nothing(data.eval_size)
     return found
 
 
-def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
-    """All counts in one object. run: None leaves the mixture out."""
+def to_json(found: Check) -> dict[str, Any]:
+    """All counts in one object."""
     train = [table for table in found.tables.values() if table.part == "train"]
     num_tokens = sum(table.num_tokens for table in train)
     num_trained = sum(table.num_trained for table in train)
-    saved = found.num_sample_tokens - num_tokens
     num_examples = sum(table.num_examples for table in found.tables.values())
-    streaming = run is not None and run.data.streaming
+    streaming = found.run.data.streaming
+    mixture = None if streaming else _mixture(found)
     return {
         "passed": found.passed,
         "only_first_window": streaming,
@@ -228,83 +225,78 @@ def to_json(found: Check, run: config.Run | None = None) -> dict[str, Any]:
         "template_defaults": found.counts.defaults(),
         "num_tokens": num_tokens,
         "num_trained": num_trained,
-        "share_trained": num_trained / num_tokens if num_tokens else 0.0,
+        "share_trained": _share(num_trained, num_tokens),
         "num_tokens_one_sample_a_turn": found.num_sample_tokens,
-        "num_tokens_saved_by_trees": saved,
-        "share_saved_by_trees": saved / found.num_sample_tokens if found.num_sample_tokens else 0.0,
-        "lengths": {
-            "example": found.tuned.examples.to_json(),
-            "context": found.tuned.contexts.to_json(),
-            "target": found.tuned.targets.to_json(),
-        },
-        "mixture": (mixture := None if run is None or streaming else _mixture(found, run)),
-        "few_steps": None
-        if run is None or streaming
-        else _few_steps(found, run, mixture["num_tokens"] if mixture else num_tokens),
+        "num_tokens_saved_by_trees": found.num_sample_tokens - num_tokens,
+        "share_saved_by_trees": _share(found.num_sample_tokens - num_tokens, found.num_sample_tokens),
+        "lengths": {kind: lengths.to_json() for kind, lengths in found.trees["train"].of.items()},
+        "mixture": mixture,
+        "few_steps": None if streaming else _few_steps(found, mixture["num_tokens"] if mixture else num_tokens),
         "near_means_similarity": NEAR,
         "duplicates": _duplicates(found.train, found.train),
         "in_the_evaluation_set": _duplicates(found.train, found.held_out) if len(found.held_out) else None,
     }
 
 
-def _few_steps(found: Check, run: config.Run, num_tokens: int) -> str | None:
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _few_steps(found: Check, num_tokens: int) -> str | None:
     """What there is to say of few optimizer steps; their number is an estimate from that of the tokens."""
+    run = found.run
     sequences = math.ceil(num_tokens / run.data.max_length)
     per_epoch = math.ceil(sequences / run.train.batch_size)
-    longest = max((int(part.examples.all.max()) for part in (found.tuned, found.replayed) if part.trained), default=0)
+    longest = max((int(part.of["example"].all.max()) for part in found.trees.values() if part.trained), default=0)
     return few_steps(run.train.duration.steps(per_epoch), per_epoch, num_tokens, longest) if num_tokens else None
 
 
-def _mixture(found: Check, run: config.Run) -> dict[str, Any] | None:
+def _mixture(found: Check) -> dict[str, Any] | None:
     """The counts of an epoch, with what is replayed; None if it is every example once."""
-    sources = run.data.train
+    run, sources = found.run, found.run.data.train
     if run.replay is None and all(source.count is None and source.weight in (None, 1) for source in sources):
         return None
-    tuned, seed = found.tuned, run.train.seed
+    tuned, seed = found.trees["train"], run.train.seed
     parts = [(tuned, sources, np.bincount(tuned.mixed(sources, seed), minlength=len(tuned.trained)))]
     if run.replay is not None:
-        replayed, num_tuned = found.replayed, int(tuned.trained_N @ parts[0][2])
+        replayed, num_tuned = found.trees["replay"], int(tuned.trained_N @ parts[0][2])
         mixed = replayed.mixed(run.replay.data, seed)
         drawn = mixed[draw_replay(replayed.trained_N[mixed], num_tuned, run.replay.share, seed)]
         parts.append((replayed, run.replay.data, np.bincount(drawn, minlength=len(replayed.trained))))
-
-    def spread(lengths: Sequence[np.ndarray], times: Sequence[np.ndarray]) -> dict[str, Any] | None:
-        return _summary(np.concatenate([np.repeat(one, often) for one, often in zip(lengths, times, strict=True)]))
-
-    tree_times = [times_N for *_, times_N in parts]
-    turn_times = [times_N[np.frombuffer(part.tree_of_turn, np.int64)] for part, _, times_N in parts]
+    lengths = {}
+    for kind in _KINDS:
+        repeated = []
+        for part, _, times_N in parts:
+            often_N = times_N if kind == "example" else times_N[np.frombuffer(part.tree_of_turn, np.int64)]
+            repeated.append(np.repeat(part.of[kind].all, often_N))
+        lengths[kind] = _summary(np.concatenate(repeated))
     of_sources: list[dict[str, Any]] = [
         {
             "path": source.path,
             "num_examples": int(times_N[start:end].sum()),
-            "num_tokens": int(part.examples.all[start:end] @ times_N[start:end]),
+            "num_tokens": int(part.of["example"].all[start:end] @ times_N[start:end]),
             "num_trained": int(part.trained_N[start:end] @ times_N[start:end]),
         }
         for part, own, times_N in parts
         for (start, end), source in zip(pairwise([0, *part.tree_ends]), own, strict=True)
     ]
-    num_tokens, num_trained = (sum(one[key] for one in of_sources) for key in ("num_tokens", "num_trained"))
+    num_tokens, num_trained = (sum(own[key] for own in of_sources) for key in ("num_tokens", "num_trained"))
     return {
         "num_tokens": num_tokens,
         "num_trained": num_trained,
-        "share_trained": num_trained / num_tokens if num_tokens else 0.0,
-        "lengths": {
-            "example": spread([part.examples.all for part, *_ in parts], tree_times),
-            "context": spread([part.contexts.all for part, *_ in parts], turn_times),
-            "target": spread([part.targets.all for part, *_ in parts], turn_times),
-        },
+        "share_trained": _share(num_trained, num_tokens),
+        "lengths": lengths,
         "sources": of_sources,
     }
 
 
 def _duplicates(records: Fingerprints, earlier: Fingerprints) -> dict[str, Any]:
     """How many examples repeat another exactly or nearly, or the prompt of a held-out one; and the first of them."""
-    matches = repeats(records) if records is earlier else leaks(records, earlier)
+    same = records is earlier
+    matches = repeats(records) if same else leaks(records, earlier)
     found: dict[str, Any] = {}
-    kinds = {"exact": matches.exact_N, "near": matches.near_N}
-    if records is not earlier:
-        kinds["prompt"] = matches.prompt_N
-    for kind, match_N in kinds.items():
+    prompts = {} if same else {"prompt": matches.prompt_N}
+    for kind, match_N in {"exact": matches.exact_N, "near": matches.near_N, **prompts}.items():
         repeating = np.flatnonzero(match_N >= 0)
         found[kind] = {
             "count": len(repeating),
@@ -343,12 +335,11 @@ def format_line(name: str, formats: Mapping[str, int]) -> str:
 def _tokens(found: dict[str, Any]) -> str:
     if not found["num_tokens"]:
         return ""
-    lines = [*_lengths("Tokens", found["lengths"])]
     saved = (
         f"one sample per turn would take {found['num_tokens_one_sample_a_turn']:,} tokens; the trees save "
         f"{found['num_tokens_saved_by_trees']:,} of them ({found['share_saved_by_trees']:.1%})"
     )
-    more = [*str(Shortened(**found["shortened"])).splitlines()]
+    more = str(Shortened(**found["shortened"])).splitlines()
     more += thinking_lines(found["thinking"], found["template_defaults"])
     more += left_out_lines(found["left_out"])
     if found["no_header"]:
@@ -356,32 +347,30 @@ def _tokens(found: dict[str, Any]) -> str:
             "the template adds nothing that asks for an answer, so the model writes the header of its message itself; "
             "a template that has add_generation_prompt does it for the model"
         )
-    return "\n".join([*lines, f"  {_share_trained(found)}", f"  {saved}", *[f"  {line}" for line in more]])
+    return "\n".join([*_lengths("Tokens", found), *(f"  {line}" for line in [saved, *more])])
 
 
-def _lengths(title: str, lengths_by_kind: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    found = {kind: lengths for kind, lengths in lengths_by_kind.items() if lengths is not None}
-    where = "  longest at" if any("longest_at" in lengths for lengths in found.values()) else ""
+def _lengths(title: str, found: Mapping[str, Any]) -> list[str]:
+    """The table of lengths, and the share of the trained tokens."""
+    known = {kind: lengths for kind, lengths in found["lengths"].items() if lengths is not None}
+    where = "  longest at" if any("longest_at" in lengths for lengths in known.values()) else ""
     lines = [f"{title:<12}{'number':>10}{'median':>10}{'mean':>10}{'95 %':>10}{'longest':>10}{where}"]
-    for kind, lengths in found.items():
+    for kind, lengths in known.items():
         numbers = [lengths[column] for column in ("median", "mean", "percentile_95", "longest")]
         cells = f"{lengths['count']:>10,}" + "".join(f"{number:>10,.0f}" for number in numbers)
         lines.append(f"  {kind:<10}{cells}" + (f"  {lengths['longest_at']}" if where else ""))
-    return lines
-
-
-def _share_trained(found: Mapping[str, Any]) -> str:
-    return f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+    share = f"{found['num_trained']:,} of {found['num_tokens']:,} tokens ({found['share_trained']:.1%}) are trained"
+    return [*lines, f"  {share}"]
 
 
 def _mixture_lines(mixture: Mapping[str, Any] | None) -> str:
     """The counts of an epoch with the sources' weights and counts."""
     if mixture is None or not mixture["num_tokens"]:
         return ""
-    lines = [*_lengths("One epoch", mixture["lengths"]), f"  {_share_trained(mixture)}"]
+    lines = _lengths("One epoch", mixture)
     for source in mixture["sources"]:
         share = source["num_tokens"] / mixture["num_tokens"]
-        trained = source["num_trained"] / mixture["num_trained"] if mixture["num_trained"] else 0.0
+        trained = _share(source["num_trained"], mixture["num_trained"])
         examples = counted(source["num_examples"], "example")
         lines.append(f"  {source['path']}: {examples}, {share:.1%} of the tokens, {trained:.1%} of the trained")
     return "\n".join(lines)
@@ -389,22 +378,19 @@ def _mixture_lines(mixture: Mapping[str, Any] | None) -> str:
 
 def _repeated(found: dict[str, Any]) -> str:
     near = f"nearly ({found['near_means_similarity']:.0%} of their five-word sequences in common)"
+    said = [
+        (key, kind, "repeats", "repeat", f"{where} {how}")
+        for key, where in (("duplicates", "an earlier one"), ("in_the_evaluation_set", "one of the evaluation set"))
+        for kind, how in (("exact", "exactly"), ("near", near))
+    ]
+    asked, which = ("has the prompt of", "have the prompt of"), "one of the evaluation set, with another answer"
     lines = ["Repeated examples"]
-    for key, where in (("duplicates", "an earlier one"), ("in_the_evaluation_set", "one of the evaluation set")):
-        for kind, how in (("exact", "exactly"), ("near", near)):
-            if found[key] is not None:
-                repeated = found[key][kind]
-                verb = "repeats" if repeated["count"] == 1 else "repeat"
-                lines.append(f"  {counted(repeated['count'], 'training example')} {verb} {where} {how}")
-                lines.extend(f"      {pair['source']} repeats {pair['repeats']}" for pair in repeated["first"])
-    prompted = (found["in_the_evaluation_set"] or {}).get("prompt")
-    if prompted is not None:
-        verb = "has" if prompted["count"] == 1 else "have"
-        lines.append(
-            f"  {counted(prompted['count'], 'training example')} {verb} the prompt of one of the evaluation set, "
-            "with another answer"
-        )
-        lines.extend(f"      {pair['source']} has the prompt of {pair['repeats']}" for pair in prompted["first"])
+    for key, kind, one, several, what in (*said, ("in_the_evaluation_set", "prompt", *asked, which)):
+        if found[key] is not None:
+            matched = found[key][kind]
+            verb = one if matched["count"] == 1 else several
+            lines.append(f"  {counted(matched['count'], 'training example')} {verb} {what}")
+            lines.extend(f"      {pair['source']} {one} {pair['repeats']}" for pair in matched["first"])
     return "\n".join(lines)
 
 
@@ -439,10 +425,6 @@ def _verdict(found: dict[str, Any]) -> str:
     elif not found["passed"]:
         lines.append("not passed: no example is left to train")
     else:
-        left_out = (
-            f" except {counted(found['num_rejected'], 'rejected example')}, which the run file allows"
-            if found["num_rejected"]
-            else ""
-        )
-        lines.append(f"passed: every example is proved{left_out}")
+        allowed = f" except {counted(found['num_rejected'], 'rejected example')}, which the run file allows"
+        lines.append(f"passed: every example is proved{allowed if found['num_rejected'] else ''}")
     return "\n".join(lines)

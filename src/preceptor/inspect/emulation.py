@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from preceptor.data.examples import Completion, Conversation, Document, Example
 
@@ -21,16 +21,28 @@ class PeerTokens:
     ids: list[int]
     trained: list[bool]
 
+    @classmethod
+    def of(cls, *pieces: tuple[Sequence[int], bool]) -> Self:
+        """Pieces, each with whether it is trained."""
+        return cls([id_ for ids, _ in pieces for id_ in ids], [mark for ids, mark in pieces for _ in ids])
+
 
 class Emulation(ABC):
     """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
 
+    peer: ClassVar[str]
+
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         self.settings, self.tokenizer, self.template = settings, tokenizer, template
 
-    @abstractmethod
+    @property
     def says(self) -> str:
         """What is emulated, in a sentence."""
+        return f"What {self.peer}'s documented rule trains: {self.what()}"
+
+    @abstractmethod
+    def what(self) -> str:
+        """The tokens that are trained, in words."""
 
     @abstractmethod
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
@@ -40,18 +52,16 @@ class Emulation(ABC):
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"]) if text or special else []
 
     def document(self, example: Document) -> PeerTokens:
-        ids = [*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id]
-        return PeerTokens(ids, [True] * len(ids))
+        return PeerTokens.of(([*self.text_ids(example.text, special=True), self.tokenizer.eos_token_id], True))
 
-    def rendered(self, messages: PeerMessages, example: Conversation, **options: Any) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=example.tools, chat_template=self.template, tokenize=False,
-                **example.template_kwargs, **options,
-            )
-        )  # fmt: skip
+    def rendered(self, messages: PeerMessages, example: Example | None = None, **options: Any) -> str:
+        """With the tools and arguments of the example, if it is a conversation."""
+        if isinstance(example, Conversation):
+            options |= {"tools": example.tools, **example.template_kwargs}
+        options |= {"chat_template": self.template, "tokenize": False}
+        return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
-    def rendered_ids(self, messages: PeerMessages, example: Conversation, **options: Any) -> list[int]:
+    def rendered_ids(self, messages: PeerMessages, example: Example, **options: Any) -> list[int]:
         return self.text_ids(self.rendered(messages, example, **options))
 
 

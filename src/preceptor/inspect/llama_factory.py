@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from preceptor.data.examples import Completion, Conversation, Document, Example
+from preceptor.data.examples import Document, Example
 from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, is_plain, messages_of
 from preceptor.inspect.peer_templates import BOS, EOS, TEMPLATES, PeerTemplate
 
@@ -17,6 +17,8 @@ _Pair = tuple[list[int], list[int]]
 
 class LlamaFactory(Emulation):
     """The answers with what its template writes after them; train_on_prompt: all; mask_history: the last answer."""
+
+    peer = "LLaMA-Factory"
 
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         super().__init__(settings, tokenizer, template)
@@ -31,7 +33,7 @@ class LlamaFactory(Emulation):
         default = self.settings.get("default_system")
         return form if form is None or default is None else replace(form, default_system=str(default))
 
-    def says(self) -> str:
+    def what(self) -> str:
         whose = f"its template {self._name!r}"
         if self._name is None:
             whose = "what it reads off the model's own chat template: the file names no template"
@@ -71,25 +73,20 @@ class LlamaFactory(Emulation):
     def _labelled(self, pairs: list[_Pair]) -> PeerTokens:
         """An eos that stands for the end of a turn is the label of the next turn's first token."""
         next_is_eos = self._form is not None and self._form.efficient_eos
-        ids: list[int] = []
-        trained: list[bool] = []
+        pieces: list[tuple[list[int], bool]] = []
         for number, (source, target) in enumerate(pairs, start=1):
             # under mask_history, LLaMA-Factory counts the turns from the last one
-            first = number == (len(pairs) if self._last else 1)
-            ids += [*source, *target]
-            trained += [self._prompts or (next_is_eos and not first and at == 0) for at in range(len(source))]
-            trained += [not self._last or number == len(pairs)] * len(target)
+            ends_another = next_is_eos and number != (len(pairs) if self._last else 1)
+            pieces += [(source[:1], self._prompts or ends_another), (source[1:], self._prompts)]
+            pieces.append((target, not self._last or number == len(pairs)))
         if next_is_eos:
-            ids, trained = [*ids, self._eos(self._form)], [*trained, True]
-        return PeerTokens(ids, trained)
-
-    # Its template --------------------------------------------------------------------------------------------------
+            pieces.append(([self._eos(self._form)], True))
+        return PeerTokens.of(*pieces)
 
     def _eos(self, form: PeerTemplate | None) -> int:
         if form is not None and form.stop is not None:
             return int(self.tokenizer.convert_tokens_to_ids(form.stop))
-        eos: int = self.tokenizer.eos_token_id  # None is said by whoever reads the ids
-        return eos
+        return self.tokenizer.eos_token_id  # None is said by whoever reads the ids
 
     def _ids(self, form: PeerTemplate, text: str) -> list[int]:
         """Texts and the tokens between them."""
@@ -117,7 +114,8 @@ class LlamaFactory(Emulation):
             source += self._ids(form, form.user.replace("{}", asked))
             earlier = self._last and not self.settings.get("preserve_thinking") and not is_last
             if form.thought and (self._thinks is False or earlier):
-                answer = _without(answer, form.thought)
+                pattern = "(.*?)".join(map(re.escape, form.thought))
+                answer = re.sub(pattern, "", answer, flags=re.DOTALL).lstrip("\n")
             target = self._ids(form, form.assistant.replace("{}", answer))
             if form.thought and not earlier and not any(mark.strip() in answer for mark in form.thought):
                 empty = self.text_ids("".join(form.thought))
@@ -127,11 +125,10 @@ class LlamaFactory(Emulation):
 
     def _parsed(self) -> PeerTemplate | None:
         """What LLaMA-Factory takes for the template where none is named: texts of single messages, rendered alone."""
-        empty = Conversation("", ())
 
         def text(*contents: tuple[str, str], **options: Any) -> str:
             messages = [{"role": role, "content": content} for role, content in contents]
-            return self.rendered(messages, empty, **options)[len(prefix) :]
+            return self.rendered(messages, **options)[len(prefix) :]
 
         prefix = self.tokenizer.decode(self.text_ids("", special=True))
         system = text(("system", "{}"))
@@ -147,22 +144,16 @@ class LlamaFactory(Emulation):
             user, assistant, system, prefix, default, thought=("<think>\n", "\n</think>\n\n") if thinks else None
         )
 
-    def _rendered_pairs(self, messages: PeerMessages, example: Completion | Conversation) -> list[_Pair]:
+    def _rendered_pairs(self, messages: PeerMessages, example: Example) -> list[_Pair]:
         """The same by the model's own template: an answer is what follows its generation prompt."""
-        holder = example if isinstance(example, Conversation) else Conversation("", ())
         pairs, done = [], ""
         for at, message in enumerate(messages):
             if message.get("role") == "assistant":
-                asked = self.rendered(messages[:at], holder, add_generation_prompt=True)
-                whole = self.rendered(messages[: at + 1], holder)
+                asked = self.rendered(messages[:at], example, add_generation_prompt=True)
+                whole = self.rendered(messages[: at + 1], example)
                 pairs.append((self.text_ids(asked[len(done) :]), self.text_ids(whole[len(asked) :])))
                 done = whole
         return pairs
-
-
-def _without(text: str, thought: tuple[str, str]) -> str:
-    pattern = f"{re.escape(thought[0])}(.*?){re.escape(thought[1])}"
-    return re.sub(pattern, "", text, flags=re.DOTALL).lstrip("\n")
 
 
 def _added(short: str, long: str) -> str:

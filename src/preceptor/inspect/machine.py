@@ -50,7 +50,7 @@ def look_at_machine() -> dict[str, Any]:
         "extras": {
             name: {"installed": package_version(package), "adds": adds} for name, (package, adds) in EXTRAS.items()
         },
-        "problems": [*_package_problems(), *_gpu_problems(gpu is not None, torch["build"])],
+        "problems": list(_problems(gpu is not None, torch["build"])),
     }
 
 
@@ -72,7 +72,7 @@ def _torch_build() -> str | None:
     return f"ROCm {built['hip']}" if "hip" in built else "cpu" if text else None
 
 
-def _package_problems() -> Iterator[str]:
+def _problems(has_gpu: bool, build: str | None) -> Iterator[str]:
     for need in _required():
         found = package_version(need.name)
         wanted = f"{need.name}{need.specifier}"
@@ -80,9 +80,6 @@ def _package_problems() -> Iterator[str]:
             yield f"{need.name} is not installed: pip install '{wanted}'"
         elif not need.specifier.contains(found, prereleases=True):
             yield f"{need.name} {found} is not the version that is needed: pip install '{wanted}'"
-
-
-def _gpu_problems(has_gpu: bool, build: str | None) -> Iterator[str]:
     if has_gpu and build == "cpu":
         yield "there is a GPU, but torch is built for the CPU: install torch's build for your CUDA version"
 
@@ -90,12 +87,16 @@ def _gpu_problems(has_gpu: bool, build: str | None) -> Iterator[str]:
 def to_text(found: Mapping[str, Any]) -> str:
     total, available = found["memory_bytes"], found["available_memory_bytes"]
     free = "" if available is None else f", {readable_bytes(available)} of them available"
+    gpu = "none that nvidia-smi, which comes with NVIDIA's driver, tells of: training runs on the CPU"
+    if found["gpu"] is not None:
+        gpu = f"{found['gpu']['name']}, {readable_bytes(found['gpu']['memory_bytes'])}"
+    disks = ((place["path"], place["free_bytes"]) for place in found["disk"])
     lines = [
         f"preceptor {found['preceptor']}, Python {found['python']}, {found['platform']}",
         f"  cores     {found['num_cores']}",
         f"  memory    {readable_bytes(total)}{free}",
-        *(f"  disk      {_disk(place)}" for place in found["disk"]),
-        f"  GPU       {_gpu(found)}",
+        *(f"  disk      {'unknown' if n is None else readable_bytes(n)} free in {path}" for path, n in disks),
+        f"  GPU       {gpu}",
         f"  torch     {found['torch']['version'] or 'not installed'}, built for {found['torch']['build'] or 'unknown'}",
         "",
         "Packages",
@@ -110,14 +111,3 @@ def to_text(found: Mapping[str, Any]) -> str:
     ]
     problems = [f"  {problem}" for problem in found["problems"]]
     return "\n".join([*lines, *(["Problems", *problems] if problems else ["Nothing is wrong."])])
-
-
-def _disk(place: Mapping[str, Any]) -> str:
-    free = place["free_bytes"]
-    return f"{'unknown' if free is None else readable_bytes(free)} free in {place['path']}"
-
-
-def _gpu(found: Mapping[str, Any]) -> str:
-    if found["gpu"] is None:
-        return "none that nvidia-smi, which comes with NVIDIA's driver, tells of: training runs on the CPU"
-    return f"{found['gpu']['name']}, {readable_bytes(found['gpu']['memory_bytes'])}"

@@ -4,14 +4,14 @@ The page is one file that loads nothing: `show.html` with the examples in it as 
 as HTML: every `<` in the JSON is escaped, and the page's script inserts text as text.
 """
 
-import html
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from preceptor.chat.render import Renderer
 from preceptor.chat.thinking import thinking_lines
@@ -21,7 +21,8 @@ from preceptor.data.examples import Completion, Conversation, Document, Example,
 from preceptor.data.forest import Tree, leaf_path_lengths
 from preceptor.errors import ConfigError
 from preceptor.files import write_atomically
-from preceptor.inspect.show import thinking_of, to_json
+from preceptor.inspect.show import numbered, thinking_of, to_json
+from preceptor.report.skeleton import style_and_script, templates
 
 MAX_EXAMPLES = 100
 MAX_TOKENS = 400_000  # of all examples together; such a page has about 20 MB
@@ -62,16 +63,12 @@ def make_page(
     """about: a line that says where the examples are from. At most MAX_EXAMPLES, and none after MAX_TOKENS tokens."""
     examples: list[dict[str, Any]] = []
     num_tokens, complete = 0, True
-    for at, record in enumerate(records, start=1):
-        if number is not None and at != number:
-            continue
+    for at, record in numbered(records, number):
         if len(examples) == MAX_EXAMPLES or num_tokens > MAX_TOKENS:
             complete = False
             break
         examples.append(example_json(at, record, renderer))
         num_tokens += examples[-1]["num_tokens"]
-        if number is not None:
-            break
     if renderer.template_name is not None:
         about += f"; chat template {renderer.template_name}"
     return ExamplesPage(_fill(examples, about, _note(len(examples), number, complete)), len(examples))
@@ -89,21 +86,14 @@ def _note(num_examples: int, number: int | None, complete: bool) -> str:
 
 
 def _fill(examples: Sequence[Any], about: str, note: str) -> str:
-    page = (files("preceptor.inspect") / "show.html").read_text(encoding="utf-8")
-    parts = {"TITLE": "What is trained", "ABOUT": about, "NOTE": note}
-    before, _, after = page.partition("@DATA@")  # first, so that no text of the data is taken for a placeholder
-    for name, text in parts.items():
-        before = before.replace(f"@{name}@", html.escape(text))
-    return before + island({"examples": examples}) + after
+    values = {"title": "What is trained", "about": about, "note": note, "data": island({"examples": examples})}
+    return templates("preceptor.inspect").get_template("show.html").render(values | style_and_script() | {"js": ""})
 
 
-def island(value: Any) -> str:
+def island(value: Any) -> Markup:
     """JSON for a script element: without `<`, `>`, `&` and JavaScript line ends."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
-
-
-# Examples ------------------------------------------------------------------------------------------------------------
+    return Markup(text.translate({ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}))
 
 
 def example_json(number: int, record: Example | Rejection, renderer: Renderer) -> dict[str, Any]:
@@ -128,7 +118,7 @@ def example_json(number: int, record: Example | Rejection, renderer: Renderer) -
         **shown,
         "num_tokens": rendered.num_tokens,
         "num_trained": rendered.num_trained,
-        "num_saved": _num_saved(rendered),
+        "num_saved": sum(leaf_path_lengths(rendered)) - rendered.num_tokens,  # against a sequence for each path
         "thinking": thinking_lines(thinking_of(record, rendered, renderer), {}),
         "turns": sorted({own.message for own in rendered.segments if own.message is not None}),
         "fields": table,
@@ -151,11 +141,6 @@ def _pieces(
         own = list(group)
         together = tuple(dict.fromkeys(field for number in own for field in fields[number]))
         yield len(own), text, ids[own[0]] in specials, together
-
-
-def _num_saved(tree: Tree) -> int:
-    """How many more tokens separate sequences for the paths from root to leaf would take."""
-    return sum(leaf_path_lengths(tree)) - tree.num_tokens
 
 
 def _given(record: Example | Rejection) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import SequenceMatcher
+from difflib import Match, SequenceMatcher
 from itertools import groupby, islice
 from typing import Any
 
@@ -19,8 +19,7 @@ from preceptor.data.examples import Example, Rejection
 from preceptor.data.prefix_sharing import chains_of
 from preceptor.data.sources import OpenSource
 from preceptor.errors import first_line
-from preceptor.inspect.emulation import PeerTokens
-from preceptor.inspect.peer_rules import PeerRule
+from preceptor.inspect.emulation import Emulation, PeerTokens
 
 SHOWN = 3  # examples
 COUNTED = 1000
@@ -61,17 +60,17 @@ class BothCounts:
         }
 
 
-def compared(source: Source, rule: PeerRule, renderer: Renderer) -> Iterator[BothTokens]:
+def compared(source: Source, rule: Emulation, renderer: Renderer) -> Iterator[BothTokens]:
     """The first COUNTED examples of the data, by both."""
     pairs = zip(OpenSource(source).examples(), OpenSource(source.path).rows(), strict=False)
     for example, (_, row) in islice(pairs, COUNTED):
         yield _both(example, row if isinstance(row, Mapping) else {}, rule, renderer)
 
 
-def _both(example: Example | Rejection, row: Mapping[str, Any], rule: PeerRule, renderer: Renderer) -> BothTokens:
+def _both(example: Example | Rejection, row: Mapping[str, Any], rule: Emulation, renderer: Renderer) -> BothTokens:
     if isinstance(example, Rejection):
-        why = f"{example.code}: {example.message}"
-        return BothTokens(example.source, "not read here, so not emulated", f"rejected: {why}")
+        ours = f"rejected: {example.code}: {example.message}"
+        return BothTokens(example.source, "not read here, so not emulated", ours)
     tree = renderer.render(example)
     try:
         theirs = rule.tokens(example, row)
@@ -82,13 +81,9 @@ def _both(example: Example | Rejection, row: Mapping[str, Any], rule: PeerRule, 
     if isinstance(tree, Rejection):
         return BothTokens(example.source, theirs, f"rejected: {tree.code}: {tree.message}")
     chains = list(chains_of(tree))
-    ids: list[int] = []
-    trained: list[bool] = []
-    for segment in chains[-1].segments:
-        ids += segment.ids
-        trained += [segment.kind == "target" and segment.weight > 0] * len(segment.ids)
     # an answer of an earlier turn that this path reads in another form is trained in its own
-    return BothTokens(example.source, theirs, PeerTokens(ids, trained), len(chains))
+    pieces = [(segment.ids, segment.kind == "target" and segment.weight > 0) for segment in chains[-1].segments]
+    return BothTokens(example.source, theirs, PeerTokens.of(*pieces), len(chains))
 
 
 def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
@@ -115,12 +110,12 @@ def add(counts: BothCounts, both: BothTokens, tokenizer: Any) -> None:
 def _common(theirs: PeerTokens, ours: PeerTokens) -> set[tuple[int, int]] | None:
     """Places of tokens that are the same in both and that both train; None where that would take too long."""
     if theirs.ids == ours.ids:
-        pairs: Iterable[tuple[int, int]] = zip(range(len(ours.ids)), range(len(ours.ids)), strict=True)
+        blocks = [Match(0, 0, len(ours.ids))]
     elif max(len(theirs.ids), len(ours.ids)) > _LONGEST:
         return None
     else:
         blocks = SequenceMatcher(None, theirs.ids, ours.ids, autojunk=False).get_matching_blocks()
-        pairs = [(block.a + at, block.b + at) for block in blocks for at in range(block.size)]
+    pairs = ((block.a + at, block.b + at) for block in blocks for at in range(block.size))
     return {(there, here) for there, here in pairs if theirs.trained[there] and ours.trained[here]}
 
 
@@ -143,9 +138,9 @@ def to_json(found: Iterable[BothTokens], tokenizer: Any) -> dict[str, Any]:
 # As text -------------------------------------------------------------------------------------------------------------
 
 
-def print_comparison(peer: str, rule: PeerRule, found: Iterable[BothTokens], tokenizer: Any, console: Console) -> None:
+def print_comparison(rule: Emulation, found: Iterable[BothTokens], tokenizer: Any, console: Console) -> None:
     """The first examples side by side, and counts over all."""
-    counts = BothCounts()
+    counts, peer = BothCounts(), rule.peer
     console.print(f"{rule.says}. It is emulated, without {peer}; what is cut at a maximum length is left out.")
     marks = Text(" trained ", _STYLE) if has_colour(console) else Text("⟦trained⟧")
     console.print(Text.assemble(marks, " not trained; ⏎ line end"))
@@ -172,10 +167,7 @@ def _shown(own: PeerTokens | str, tokenizer: Any, coloured: bool) -> Text:
     text = Text()
     for piece, mark in _runs(own.ids, own.trained, tokenizer):
         shown = visible(piece).replace("\n", "⏎\n").replace("\t", "⇥\t")
-        if mark:
-            text.append(shown if coloured else f"⟦{shown}⟧", _STYLE)
-        else:
-            text.append(shown)
+        text.append(f"⟦{shown}⟧" if mark and not coloured else shown, _STYLE if mark else None)
     return text
 
 

@@ -14,10 +14,10 @@ Their versions differ, and what is cut at a maximum length is left out here: `sa
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preceptor.chat.origins import shared_length
 from preceptor.config.peer_defaults import Peer
 from preceptor.data.examples import Completion, Conversation, Document, Example
 from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alpaca_prompt, messages_of
@@ -28,32 +28,16 @@ _DUMMIES = ("[[dummy_message]]", "zzdummymessagezz")  # they share no letter at 
 _NEAR = 3  # tokens after a turn in which Axolotl looks for its end
 
 
-@dataclass(frozen=True)
-class PeerRule:
-    """says: what is emulated, in a sentence. tokens: of an example and its row; a sentence where it cannot be told."""
-
-    says: str
-    tokens: Callable[[Example, Mapping[str, Any]], PeerTokens | str]
-
-
-def rule_of(peer: Peer, settings: Mapping[str, Any], tokenizer: Any, template: str) -> PeerRule:
+def rule_of(peer: Peer, settings: Mapping[str, Any], tokenizer: Any, template: str) -> Emulation:
     """settings: flat, as peer_files.py reads them. template: the chat template of the model (Jinja)."""
-    kinds: dict[str, type[Emulation]] = {
-        "TRL": _Trl,
-        "Unsloth": _Unsloth,
-        "Axolotl": _Axolotl,
-        "LLaMA-Factory": LlamaFactory,
-        "torchtune": Torchtune,
-    }
-    own = kinds[peer](settings, tokenizer, template)
-    return PeerRule(f"What {peer}'s documented rule trains: {own.says()}", own.tokens)
-
-
-# TRL -----------------------------------------------------------------------------------------------------------------
+    kinds: tuple[type[Emulation], ...] = (_Trl, _Unsloth, _Axolotl, LlamaFactory, Torchtune)
+    return next(kind for kind in kinds if kind.peer == peer)(settings, tokenizer, template)
 
 
 class _Trl(Emulation):
-    def says(self) -> str:
+    peer = "TRL"
+
+    def what(self) -> str:
         if self.settings.get("assistant_only_loss"):
             if "{% generation %}" in self.template.replace("{%-", "{%").replace("-%}", "%}"):
                 return "the tokens between the {% generation %} marks of the template (assistant_only_loss)"
@@ -65,34 +49,30 @@ class _Trl(Emulation):
 
     def tokens(self, example: Example, row: Mapping[str, Any]) -> PeerTokens | str:
         if isinstance(example, Document):
-            ids = self.text_ids(self._ended(example.text), special=True)
-            return PeerTokens(ids, [True] * len(ids))
+            return PeerTokens.of((self.text_ids(self._ended(example.text), special=True), True))
         if isinstance(example, Completion):
-            prompt = self.text_ids(example.prompt, special=True)
-            return self._completed(
-                prompt, self.text_ids(example.prompt + self._ended(example.completion), special=True)
-            )
+            whole = self.text_ids(example.prompt + self._ended(example.completion), special=True)
+            return PeerTokens(whole, self._completed(self.text_ids(example.prompt, special=True), whole))
         messages = messages_of(example)
         ids = self.rendered_ids(messages, example)
-        masked = self._marked(messages, ids, example) if self.settings.get("assistant_only_loss") else None
-        if isinstance(masked, str):
-            return masked
+        only = self.settings.get("assistant_only_loss")
+        trained = self._marked(messages, ids, example) if only else [True] * len(ids)
+        if isinstance(trained, str):
+            return trained
         if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
             asked = self.rendered_ids(messages[: len(row["prompt"])], example, add_generation_prompt=True)
-            found = self._completed(asked, ids)
-            both = masked or [True] * len(ids)
-            return PeerTokens(ids, [own and mark for own, mark in zip(found.trained, both, strict=True)])
-        return PeerTokens(ids, masked or [True] * len(ids))
+            trained = [own and mark for own, mark in zip(self._completed(asked, ids), trained, strict=True)]
+        return PeerTokens(ids, trained)
 
     def _ended(self, text: str) -> str:
         eos = self.tokenizer.eos_token
         return text if text.endswith(eos) else text + eos
 
-    def _completed(self, prompt: list[int], ids: list[int]) -> PeerTokens:
+    def _completed(self, prompt: list[int], ids: list[int]) -> list[bool]:
         """The completion begins where the two lists part."""
-        num = next((at for at, pair in enumerate(zip(prompt, ids, strict=False)) if pair[0] != pair[1]), len(prompt))
+        num = shared_length(prompt, ids)
         only = self.settings.get("completion_only_loss") is not False
-        return PeerTokens(ids, [not only or at >= num for at in range(len(ids))])
+        return [not only or at >= num for at in range(len(ids))]
 
     def _marked(self, messages: PeerMessages, ids: list[int], example: Conversation) -> list[bool] | str:
         if "generation" in self.template and "endgeneration" in self.template:
@@ -115,10 +95,12 @@ class _Trl(Emulation):
 class _Unsloth(_Trl):
     """TRL's, with train_on_responses_only: from each response_part to the next instruction_part."""
 
-    def says(self) -> str:
+    peer = "Unsloth"
+
+    def what(self) -> str:
         if self.settings.get("assistant_only_loss"):
             return "what follows each response_part, up to the next instruction_part (train_on_responses_only)"
-        return super().says()
+        return super().what()
 
     def _marked(self, messages: PeerMessages, ids: list[int], example: Conversation) -> list[bool] | str:
         parts = self.settings.get("train_on_responses_only")
@@ -134,16 +116,14 @@ class _Unsloth(_Trl):
         return [any(first <= start < last for first, last in spans) for start, _ in found["offset_mapping"]]
 
 
-# Axolotl -------------------------------------------------------------------------------------------------------------
-
-
 class _Axolotl(Emulation):
+    peer = "Axolotl"
+
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         super().__init__(settings, tokenizer, template)
         entries = settings.get("datasets")
-        self._data = first = (
-            entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], Mapping) else {}
-        )
+        first = entries[0] if isinstance(entries, list) and entries else None
+        self._data = first = first if isinstance(first, Mapping) else {}
         own = ("roles_to_train", "train_on_eos", "train_on_eot", "type")
         merged = {**settings, **{key: first[key] for key in own if first.get(key) is not None}}
         self._inputs = bool(settings.get("train_on_inputs"))
@@ -156,7 +136,7 @@ class _Axolotl(Emulation):
         given = [token for token in settings.get("eot_tokens") or () if token in template]
         self._eot_tokens = given if settings.get("eot_tokens") else [self._eos_token]
 
-    def says(self) -> str:
+    def what(self) -> str:
         if self._type.startswith("alpaca"):
             return "the output and its eos token, after Alpaca's own prompt" + (", and the prompt" * self._inputs)
         whose = "all roles (train_on_inputs)" if self._inputs else ", ".join(map(str, self._roles))
@@ -176,8 +156,8 @@ class _Axolotl(Emulation):
         return self._turns(messages_of(example), example, row)
 
     def _paired(self, prompt: str, answer: str) -> PeerTokens:
-        before, after = self.text_ids(prompt, special=True), [*self.text_ids(answer), self.tokenizer.eos_token_id]
-        return PeerTokens([*before, *after], [self._inputs] * len(before) + [True] * len(after))
+        answered = [*self.text_ids(answer), self.tokenizer.eos_token_id]
+        return PeerTokens.of((self.text_ids(prompt, special=True), self._inputs), (answered, True))
 
     def _turns(self, messages: PeerMessages, example: Conversation, row: Mapping[str, Any]) -> PeerTokens | str:
         text = self.rendered(messages, example)
@@ -217,15 +197,11 @@ class _Axolotl(Emulation):
         """The tokens of the text that is another one when the content of the turn is; (0, 0) where none is."""
         starts, ends = [], []
         for content in _DUMMIES:
-            other = self.rendered(
-                [*messages[:at], {"role": messages[at].get("role"), "content": content}, *messages[at + 1 :]], example
-            )
-            shortest = min(len(other), len(text))
-            start = next((place for place in range(shortest) if other[place] != text[place]), shortest)
-            rest = shortest - start
-            back = next((place for place in range(rest) if other[-1 - place] != text[-1 - place]), rest)
+            dummy = {"role": messages[at].get("role"), "content": content}
+            other = self.rendered([*messages[:at], dummy, *messages[at + 1 :]], example)
+            start = shared_length(other, text)
             starts.append(start)
-            ends.append(len(text) - back)
+            ends.append(len(text) - shared_length(other[start:][::-1], text[start:][::-1]))
         start, end = min(starts), max(ends)
         if end <= start:
             return 0, 0

@@ -5,6 +5,7 @@ From its source (0.9.5, Apache-2.0); `python benchmarks/peer_labels.py` compares
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 EOS, BOS = "\0eos\0", "\0bos\0"  # these tokens, apart from the texts around them
 
@@ -29,22 +30,23 @@ class PeerTemplate:
     thought: tuple[str, str] | None = None
 
 
+def _headed(
+    header: str, end: str, roles: tuple[str, str, str] = ("system", "user", "assistant"), **settings: Any
+) -> PeerTemplate:
+    """Every content stands between a header, in which {role} is the role, and an end."""
+    system, user, assistant = (header.replace("{role}", role) for role in roles)
+    texts = {"system": f"{system}{{}}{end}", "user": f"{user}{{}}{end}{assistant}", "assistant": f"{{}}{end}"}
+    return PeerTemplate(**{**texts, **settings})
+
+
 _THOUGHT = ("<think>\n", "\n</think>\n\n")
-_CHATML = PeerTemplate(
-    system="<|im_start|>system\n{}<|im_end|>\n",
-    user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-    assistant="{}<|im_end|>\n",
-)
+_CHATML = _headed("<|im_start|>{role}\n", "<|im_end|>\n")
 _QWEN = replace(_CHATML, stop="<|im_end|>")
-_LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
-_GEMMA = PeerTemplate(
-    prefix=BOS,
-    system="{}\n\n",
-    user="<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
-    assistant="{}<end_of_turn>\n",
-    system_in_user=True,
-    stop="<end_of_turn>",
-)
+_QWEN_3 = replace(_QWEN, thought=_THOUGHT)
+_GEMMA = _headed(
+    "<start_of_turn>{role}\n", "<end_of_turn>\n", ("system", "user", "model"), system="{}\n\n", prefix=BOS,
+    system_in_user=True, stop="<end_of_turn>",
+)  # fmt: skip
 _DEEPSEEK_3 = PeerTemplate(prefix=BOS, user="<｜User｜>{}<｜Assistant｜>", assistant="{}" + EOS)
 
 TEMPLATES: Mapping[str, PeerTemplate] = {
@@ -55,11 +57,12 @@ TEMPLATES: Mapping[str, PeerTemplate] = {
         "the request.\n\n",
     ),
     "chatml": _QWEN,
-    "cohere": PeerTemplate(
-        prefix=BOS,
-        system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{}<|END_OF_TURN_TOKEN|>",
-        user="<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "cohere": _headed(
+        "<|START_OF_TURN_TOKEN|><|{role}_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        ("SYSTEM", "USER", "CHATBOT"),
         assistant="{}" + EOS,
+        prefix=BOS,
     ),
     "deepseek": PeerTemplate(prefix=BOS, system="{}\n\n", user="User: {}\n\nAssistant:", assistant="{}" + EOS),
     "deepseek3": _DEEPSEEK_3,
@@ -79,28 +82,12 @@ TEMPLATES: Mapping[str, PeerTemplate] = {
         assistant="\n{}",
         efficient_eos=True,
     ),
-    "granite3": PeerTemplate(
-        system="<|start_of_role|>system<|end_of_role|>{}<|end_of_text|>\n",
-        user="<|start_of_role|>user<|end_of_role|>{}<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
-        assistant="{}<|end_of_text|>\n",
-    ),
+    "granite3": _headed("<|start_of_role|>{role}<|end_of_role|>", "<|end_of_text|>\n"),
     "llama2": PeerTemplate(
         system="<<SYS>>\n{}\n<</SYS>>\n\n", user=BOS + "[INST] {} [/INST]", assistant="{}" + EOS, system_in_user=True
     ),
-    "llama3": PeerTemplate(
-        prefix=BOS,
-        system=_LLAMA_3.format("system") + "{}<|eot_id|>",
-        user=_LLAMA_3.format("user") + "{}<|eot_id|>" + _LLAMA_3.format("assistant"),
-        assistant="{}<|eot_id|>",
-        stop="<|eot_id|>",
-    ),
-    "llama4": PeerTemplate(
-        prefix=BOS,
-        system="<|header_start|>system<|header_end|>\n\n{}<|eot|>",
-        user="<|header_start|>user<|header_end|>\n\n{}<|eot|><|header_start|>assistant<|header_end|>\n\n",
-        assistant="{}<|eot|>",
-        stop="<|eot|>",
-    ),
+    "llama3": _headed("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", prefix=BOS, stop="<|eot_id|>"),
+    "llama4": _headed("<|header_start|>{role}<|header_end|>\n\n", "<|eot|>", prefix=BOS, stop="<|eot|>"),
     "ministral": PeerTemplate(
         prefix=BOS, system="{}\n\n", user="[INST]{}[/INST]", assistant="{}" + EOS, system_in_user=True
     ),
@@ -110,30 +97,13 @@ TEMPLATES: Mapping[str, PeerTemplate] = {
     "mistral_small": PeerTemplate(
         prefix=BOS, system="[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT]", user="[INST]{}[/INST]", assistant="{}" + EOS
     ),
-    "phi": PeerTemplate(
-        system="<|system|>\n{}<|end|>\n",
-        user="<|user|>\n{}<|end|>\n<|assistant|>\n",
-        assistant="{}<|end|>\n",
-        stop="<|end|>",
-    ),
-    "phi4": PeerTemplate(
-        system="<|im_start|>system<|im_sep|>{}<|im_end|>",
-        user="<|im_start|>user<|im_sep|>{}<|im_end|><|im_start|>assistant<|im_sep|>",
-        assistant="{}<|im_end|>",
-        stop="<|im_end|>",
-    ),
-    "phi4_mini": PeerTemplate(
-        system="<|system|>{}<|end|>", user="<|user|>{}<|end|><|assistant|>", assistant="{}<|end|>", stop="<|end|>"
-    ),
+    "phi": _headed("<|{role}|>\n", "<|end|>\n", stop="<|end|>"),
+    "phi4": _headed("<|im_start|>{role}<|im_sep|>", "<|im_end|>", stop="<|im_end|>"),
+    "phi4_mini": _headed("<|{role}|>", "<|end|>", stop="<|end|>"),
     "qwen": replace(_QWEN, default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     "qwen2_vl": replace(_QWEN, default_system="You are a helpful assistant."),
-    "qwen3": replace(_QWEN, thought=_THOUGHT),
-    "qwen3_nothink": _QWEN,
-    "qwen3_vl": replace(_QWEN, thought=_THOUGHT),
-    "qwen3_vl_nothink": _QWEN,
-    "qwen3_5": replace(_QWEN, thought=_THOUGHT),
-    "qwen3_5_nothink": _QWEN,
-    "qwen3_6": replace(_QWEN, thought=_THOUGHT),
+    **dict.fromkeys(("qwen3", "qwen3_vl", "qwen3_5", "qwen3_6"), _QWEN_3),
+    **dict.fromkeys(("qwen3_nothink", "qwen3_vl_nothink", "qwen3_5_nothink"), _QWEN),
     "smollm": _CHATML,
     "smollm2": replace(_CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face."),
     "vicuna": PeerTemplate(
@@ -143,10 +113,5 @@ TEMPLATES: Mapping[str, PeerTemplate] = {
         "helpful, detailed, and polite answers to the user's questions.",
     ),
     "yi": _CHATML,
-    "zephyr": PeerTemplate(
-        system="<|system|>\n{}" + EOS,
-        user="<|user|>\n{}" + EOS + "<|assistant|>\n",
-        assistant="{}" + EOS,
-        default_system="You are Zephyr, a helpful assistant.",
-    ),
+    "zephyr": _headed("<|{role}|>\n", EOS, default_system="You are Zephyr, a helpful assistant."),
 }

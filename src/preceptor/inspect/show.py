@@ -1,6 +1,7 @@
 """Segments and tokens of an example as coloured text or as JSON."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -24,9 +25,7 @@ def show_examples(
 ) -> int:
     """Print example `number`, counted from 1, or the first ones, or all as JSON; returns how many."""
     num_shown = 0
-    for at, record in enumerate(records, start=1):
-        if number is not None and at != number:
-            continue
+    for _, record in numbered(records, number):
         num_shown += 1
         rendered = record if isinstance(record, Rejection) else renderer.render(record)
         thinking = thinking_of(record, rendered, renderer)
@@ -41,15 +40,16 @@ def show_examples(
             if not isinstance(rendered, Rejection):
                 missing = [f"the template leaves out the {name}: the model never sees it" for name in rendered.left_out]
                 for line in (summary_line(rendered), *thinking_lines(thinking, {}), *missing):
-                    console.print(line, style="italic", highlight=False)
+                    console.print(line, style="italic")
             if number is None and num_shown == FIRST_EXAMPLES:
-                console.print(
-                    f"the first {FIRST_EXAMPLES} examples; --example N shows another, --json all", highlight=False
-                )
+                console.print(f"the first {FIRST_EXAMPLES} examples; --example N shows another, --json all")
                 break
-        if number is not None:
-            break
     return num_shown
+
+
+def numbered(records: Iterable[Example | Rejection], number: int | None) -> Iterator[tuple[int, Example | Rejection]]:
+    """The records with their numbers from 1; only that of `number` where it is given."""
+    return islice(enumerate(records, start=1), None if number is None else number - 1, number)
 
 
 def thinking_of(
@@ -65,8 +65,7 @@ def thinking_of(
 def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
     """An example as one object: its segments, each continuing its parent's ids, or its rejection."""
     if isinstance(rendered, Rejection):
-        rejection = {"code": rendered.code, "message": rendered.message}
-        return {"source": source, "segments": [], "rejection": rejection}
+        return {"source": source, "segments": [], "rejection": {"code": rendered.code, "message": rendered.message}}
     segments = [
         {"id": index, "parent": segment.parent, "kind": segment.kind, "ids": list(segment.ids), "text": segment.text}
         for index, segment in enumerate(rendered.segments)
@@ -76,13 +75,11 @@ def to_json(source: str, rendered: Tree | Rejection) -> dict[str, Any]:
 
 def legend(coloured: bool) -> Text:
     """What the signs and colours of `to_text` mean."""
-    trained: list[str | tuple[str, str]] = [
-        (" trained ", _STYLES["target"][0]),
-        " ",
-        ("context", _STYLES["context"][0]),
-    ]
-    shades = "; shades show where tokens meet" if coloured else ""
-    return Text.assemble(*(trained if coloured else ["⟦trained⟧ context"]), f"; ⏎ line end, ⇥ tab{shades}")
+    signs = "; ⏎ line end, ⇥ tab"
+    if not coloured:
+        return Text(f"⟦trained⟧ context{signs}")
+    trained, context = (" trained ", _STYLES["target"][0]), ("context", _STYLES["context"][0])
+    return Text.assemble(trained, " ", context, f"{signs}; shades show where tokens meet")
 
 
 def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -> Text:
@@ -107,7 +104,6 @@ def to_text(rendered: Tree | Rejection, tokenizer: Any, coloured: bool = True) -
 def summary_line(rendered: Tree) -> str:
     """The number of tokens, and how many of them are trained."""
     turns = sum(segment.kind == "target" for segment in rendered.segments)
-    return (
-        f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {turns} turn{'s' * (turns != 1)} "
-        f"({rendered.num_trained / max(1, rendered.num_tokens):.0%})"
-    )
+    share = rendered.num_trained / max(1, rendered.num_tokens)
+    of_turns = f"{turns} turn{'s' * (turns != 1)}"
+    return f"{rendered.num_tokens} tokens, {rendered.num_trained} trained in {of_turns} ({share:.0%})"

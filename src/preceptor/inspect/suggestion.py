@@ -85,7 +85,7 @@ def read_lengths(run: config.Run) -> DataLengths:
     renderer = chat.renderer(run.data)
     fitter = Fitter(renderer, _LONGEST, "reject", chat.num_positions)
     lengths: list[int] = []
-    rejections: list[Rejection] = []
+    counts = RejectionCounts(())
     num_examples, num_read, whole = 0.0, 0, True
     for source in sources:
         num = 0
@@ -93,7 +93,7 @@ def read_lengths(run: config.Run) -> DataLengths:
         for _, found in islice(entries, _MOST_RENDERED):
             num += 1
             if isinstance(found, Rejection):
-                rejections.append(found)
+                counts.add(found)
             else:
                 lengths += [tree.num_tokens for _, tree in found]
         num_read += num
@@ -101,7 +101,6 @@ def read_lengths(run: config.Run) -> DataLengths:
         whole &= is_whole
         rows = [table.num_rows() for table in source.tables]
         num_examples += num if is_whole or None in rows else sum(filter(None, rows))
-    counts = RejectionCounts((), rejections)
     if not lengths:
         raise DataError(f"no example can be trained:\n{counts}")
     template = None if chat.template is None else run.data.chat_template or chat.template.name
@@ -166,11 +165,10 @@ def suggest(
     if num_steps > 2 * _CHECKPOINT_STEPS:
         tree["checkpoint"]["every"] = f"{_CHECKPOINT_STEPS} steps"
     chosen, fits, why = _choose_way(tree, sample, device, dry_run, method)
-    num = _num_parameters(model, dry_run)
-    chosen = chosen.model_copy(
-        update={"optimizer": chosen.optimizer.model_copy(update={"learning_rate": _rate(num, chosen)})}
-    )
-    return Suggestion(chosen, data, num_steps, num, device, fits, why)
+    num = model.num_stored if isinstance(dry_run, str) else dry_run.parameters().num_base
+    _, full, lora = next(row for row in _RATES if (math.inf if num is None else num) <= row[0])
+    optimizer = chosen.optimizer.model_copy(update={"learning_rate": full if chosen.adapter is None else lora})
+    return Suggestion(chosen.model_copy(update={"optimizer": optimizer}), data, num_steps, num, device, fits, why)
 
 
 def choose_sizes(data: DataLengths) -> tuple[int, int, int]:
@@ -195,7 +193,10 @@ def _choose_way(
 ) -> tuple[config.Run, bool | None, str]:
     """The first way of training that fits; the last where none does."""
     ways: Sequence[dict[str, Any]] = _WAYS[method] if method != "auto" else (*_WAYS["full"], *_WAYS["lora"])
-    runs = [_changed(tree, way) for way in ways]
+    runs = []
+    for way in ways:
+        changed = {name: {**(tree[name] or {}), **values} for name, values in way.items()}
+        runs.append(config.build({**tree, **changed}, "init"))
     if isinstance(dry_run, str):
         return (runs[0] if method == "full" else runs[-1]), None, dry_run
     for run in runs:
@@ -206,21 +207,6 @@ def _choose_way(
         if peak <= device.usable_bytes:
             return run, True, ""
     return runs[-1], False, ""
-
-
-def _changed(tree: dict[str, Any], way: dict[str, Any]) -> config.Run:
-    changed = {**tree, **{name: {**(tree[name] or {}), **values} for name, values in way.items()}}
-    return config.build(changed, "init")
-
-
-def _num_parameters(model: PlannedModel, dry_run: "DryRun | str") -> int | None:
-    return model.num_stored if isinstance(dry_run, str) else dry_run.parameters().num_base
-
-
-def _rate(num_parameters: int | None, run: config.Run) -> float:
-    num = math.inf if num_parameters is None else num_parameters
-    _, full, lora = next(row for row in _RATES if num <= row[0])
-    return full if run.adapter is None else lora
 
 
 # The file -------------------------------------------------------------------------------------------------------------
@@ -254,10 +240,9 @@ def _lines(found: Suggestion, schema: str, command: str) -> Iterator[str]:
         yield "  #   - path: heldout.jsonl"
         yield _line("  # eval_size: 0.1", "or hold a share of these examples out")
     if data.chat_template is not None:
-        comment = {"tokenizer": "the model's own", "chatml": "the model has none; adds two tokens, which are trained"}
-        yield _line(
-            f"  chat_template: {one_line_yaml(data.chat_template)}", comment.get(data.chat_template, "as given")
-        )
+        known = {"tokenizer": "the model's own", "chatml": "the model has none; adds two tokens, which are trained"}
+        comment = known.get(data.chat_template, "as given")
+        yield _line(f"  chat_template: {one_line_yaml(data.chat_template)}", comment)
     of = "the" if data.whole else "the first"
     longest = f"the longest of {of} {len(data.lengths):,} examples has {max(data.lengths):,}"
     yield _line(f"  max_length: {run.data.max_length}", f"tokens per packed sequence; {longest}")

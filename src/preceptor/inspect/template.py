@@ -3,11 +3,11 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from preceptor.chat import reasoning
 from preceptor.chat.message_forms import find_forms
+from preceptor.chat.origins import shared_length
 from preceptor.chat.render import Renderer
 from preceptor.chat.template import Template
 from preceptor.chat.thinking import find_switch
@@ -20,7 +20,6 @@ from preceptor.inspect.probes import (
     QUESTIONS,
     SYSTEM,
     TOOL,
-    Outcome,
     Probe,
     outcome,
     says,
@@ -30,57 +29,11 @@ from preceptor.inspect.probes import (
 _TAG = re.compile(r"<+[^<>\s]*>+|\]~!?\w+[\[\]]|\[[^\[\]\s]*\]")
 
 
-@dataclass(frozen=True, slots=True)
-class SystemPrompt:
-    """Where a system prompt goes."""
+def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> dict[str, Any]:
+    """All findings about one template with one tokenizer.
 
-    place: Literal["own", "merged", "dropped", "rejected"]
-    moves: bool  # with several turns, it stands behind the first
-    developer: bool  # messages of role `developer` are shown
-    default: str  # the template's own text before the first message
-    default_stays: bool  # also when a system prompt is given
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What `add_generation_prompt` adds to a prompt."""
-
-    text: str | None  # None: it changes the text before it
-    opens: str  # the tag of a reasoning block that is left open
-    closes: bool  # an empty reasoning block is written
-
-
-@dataclass(frozen=True, slots=True)
-class StopToken:
-    """What ends a turn."""
-
-    token: str
-    written: Literal["turn", "next_message", "appended"]  # by which message, or by none: then the eos is appended
-    after: str  # what the turn's own render has behind it, which belongs to the next context
-
-
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """All findings about one template with one tokenizer."""
-
-    template: str
-    arguments_given: Mapping[str, Any]  # template arguments of all renders
-    assumed_special: tuple[str, ...] | None  # special tokens assumed without a model's tokenizer; None: it has one
-    bos: str
-    starts_with_bos: bool
-    first_token: str
-    system: SystemPrompt
-    openings: Mapping[str, Opening]  # by further template argument, "" for none
-    stops: Mapping[str, StopToken]  # by kind of turn (`answer`, `tool call`), where proved
-    stop_tokens: tuple[str, ...]
-    tools_shown: bool
-    tool_template: bool
-    arguments: Literal["object", "string", "both", "neither"]
-    text_parts: tuple[str, ...]  # the roles whose content may be a list of text parts
-    outcomes: tuple[Outcome, ...]
-
-
-def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = None) -> Abilities:
+    assumed_special: special tokens assumed without a model's tokenizer; None: it has one.
+    """
     tokenizer, given = renderer.tokenizer, renderer.template_kwargs
     template = renderer.template.given(given)
     trees = {probe.kind: renderer.render(probe.record()) for probe in PROBES}
@@ -91,23 +44,23 @@ def find_abilities(renderer: Renderer, assumed_special: Sequence[str] | None = N
     stop_tokens = tuple(str(tokenizer.convert_ids_to_tokens(id_)) for id_ in sorted(renderer.stop_token_ids))
     bos = tokenizer.bos_token or ""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return Abilities(
-        template=template.name,
-        arguments_given=given,
-        assumed_special=None if assumed_special is None else tuple(assumed_special),
-        bos=bos,
-        starts_with_bos=bool(bos) and prompt.startswith(bos),
-        first_token=str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
-        system=_system(template, stop_tokens),
-        openings=_openings(template, asked, given),
-        stops=_stops(template, renderer, trees),
-        stop_tokens=stop_tokens,
-        tools_shown=shows_tools(template.render_or_none(asked, [TOOL], add_generation_prompt=True) or ""),
-        tool_template="tool_use" in template.texts and len(template.texts) > 1,
-        arguments=arguments[forms.object_arguments, forms.string_arguments],  # type: ignore[arg-type]
-        text_parts=tuple(sorted(forms.parts)),
-        outcomes=tuple(outcome(probe, trees[probe.kind], template) for probe in PROBES),
-    )
+    return {
+        "template": template.name,
+        "arguments_given": given,  # template arguments of all renders
+        "assumed_special": None if assumed_special is None else tuple(assumed_special),
+        "bos": bos,
+        "starts_with_bos": bool(bos) and prompt.startswith(bos),
+        "first_token": str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special_ids(tokenizer) else "",
+        "system": _system(template, stop_tokens),
+        "openings": _openings(template, asked, given),
+        "stops": _stops(template, renderer, trees),
+        "stop_tokens": stop_tokens,
+        "tools_shown": shows_tools(template.render_or_none(asked, [TOOL], add_generation_prompt=True) or ""),
+        "tool_template": "tool_use" in template.texts and len(template.texts) > 1,
+        "arguments": arguments[forms.object_arguments, forms.string_arguments],
+        "text_parts": tuple(sorted(forms.parts)),  # the roles whose content may be a list of text parts
+        "outcomes": tuple(outcome(probe, trees[probe.kind], template) for probe in PROBES),
+    }
 
 
 def asks_for_answers(renderer: Renderer) -> bool:
@@ -120,7 +73,8 @@ def asks_for_answers(renderer: Renderer) -> bool:
 # System prompt -------------------------------------------------------------------------------------------------------
 
 
-def _system(template: Template, stop_tokens: Sequence[str]) -> SystemPrompt:
+def _system(template: Template, stop_tokens: Sequence[str]) -> dict[str, Any]:
+    """Where a system prompt goes."""
     first, second = (says("user", question) for question in QUESTIONS)
     answer = says("assistant", ANSWERS[0])
     system = says("system", SYSTEM)
@@ -130,18 +84,16 @@ def _system(template: Template, stop_tokens: Sequence[str]) -> SystemPrompt:
     developer = template.render_or_none([says("developer", SYSTEM), first], add_generation_prompt=True) or ""
     default = _default_system(template, plain)
     longest_line = max(default.splitlines(), key=len, default="").strip()
-    return SystemPrompt(
-        place=_place(plain, given, stop_tokens),
-        moves=ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),
-        developer=SYSTEM in developer,
-        default=default,
-        default_stays=bool(longest_line) and longest_line in (given or ""),
-    )
+    return {
+        "place": _place(plain, given, stop_tokens),
+        "moves": ANSWERS[0] in longer and longer.find(SYSTEM) > longer.find(ANSWERS[0]),  # behind the first turn
+        "developer": SYSTEM in developer,  # messages of role `developer` are shown
+        "default": default,  # the template's own text before the first message
+        "default_stays": bool(longest_line) and longest_line in (given or ""),  # also when a system prompt is given
+    }
 
 
-def _place(
-    plain: str, given: str | None, stop_tokens: Sequence[str]
-) -> Literal["own", "merged", "dropped", "rejected"]:
+def _place(plain: str, given: str | None, stop_tokens: Sequence[str]) -> str:
     """`own`: between system prompt and user text stand the header of the user message or a stop token."""
     if given is None:
         return "rejected"
@@ -167,52 +119,54 @@ def _default_system(template: Template, plain: str) -> str:
 
 def _common_end(one: str, other: str) -> str:
     """The longest common suffix that does not begin inside a tag."""
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    start = len(one) - length
+    start = len(one) - shared_length(one[::-1], other[::-1])
     return one[next((tag.end() for tag in _TAG.finditer(one) if tag.start() < start < tag.end()), start) :]
 
 
 # Where the answer starts and ends ------------------------------------------------------------------------------------
 
 
-def _openings(template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Opening]:
-    """Without further arguments, and with each reasoning switch that is not `given` on and off."""
-    found = {"": _opening(template, asked)}
-    for name in (name for name in find_switch(template, given).names if name not in given):
-        for value in (True, False):
-            found[f"{name}: {str(value).lower()}"] = _opening(template, asked, **{name: value})
+def _openings(
+    template: Template, asked: Sequence[Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What `add_generation_prompt` adds: without further arguments ("") and with each reasoning switch that is not
+    `given` on and off."""
+    switches = [name for name in find_switch(template, given).names if name not in given]
+    tried: dict[str, dict[str, Any]] = {
+        f"{name}: {str(value).lower()}": {name: value} for name in switches for value in (True, False)
+    }
+    found = {}
+    for setting, arguments in {"": {}, **tried}.items():
+        before = template.render_or_none(asked, **arguments) or ""
+        prompt = template.render_or_none(asked, add_generation_prompt=True, **arguments) or ""
+        found[setting] = {
+            "text": prompt[len(before) :] if before and prompt.startswith(before) else None,  # None: `before` changes
+            "opens": reasoning.opened_by(prompt)[0],  # the tag of a reasoning block that is left open
+            "closes": reasoning.closed_by(prompt) >= 0,  # an empty reasoning block is written
+        }
     return found
 
 
-def _opening(template: Template, asked: Sequence[Mapping[str, Any]], **arguments: Any) -> Opening:
-    before = template.render_or_none(asked, **arguments) or ""
-    prompt = template.render_or_none(asked, add_generation_prompt=True, **arguments) or ""
-    text = prompt[len(before) :] if before and prompt.startswith(before) else None
-    return Opening(text, reasoning.opened_by(prompt)[0], reasoning.closed_by(prompt) >= 0)
+def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Rejection]) -> dict[str, dict[str, str]]:
+    """The stop token of an answer and of a tool call, from the first proved probe of each.
 
-
-def _stops(template: Template, renderer: Renderer, trees: Mapping[str, Tree | Rejection]) -> dict[str, StopToken]:
-    """The stop token of an answer and of a tool call, from the first proved probe of each."""
-    found = {}
+    written: by which message it is written; `appended`: by none, then the eos is. after: what the turn's own render
+    has behind it, which belongs to the next context.
+    """
     kinds = {
         "answer": ("one turn", "several turns", "reasoning_content", "inline <think>"),
         "tool call": ("tool call", "tool call without content", "reasoning with tool calls"),
     }
+    probes, found = {probe.kind: probe for probe in PROBES}, {}
     for name, tried in kinds.items():
-        for probe in (probe for kind in tried for probe in PROBES if probe.kind == kind):
-            tree = trees[probe.kind]
-            if isinstance(tree, Tree):
-                stop = _stop(template, renderer, probe, tree)
-                if stop is not None:
-                    found[name] = stop
-                    break
+        stops = (_stop(template, renderer, probes[kind], trees[kind]) for kind in tried)
+        if stop := next(filter(None, stops), None):
+            found[name] = stop
     return found
 
 
-def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> StopToken | None:
-    own = [segment for segment in tree.segments if segment.message == 1]
+def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree | Rejection) -> dict[str, str] | None:
+    own = [] if isinstance(tree, Rejection) else [segment for segment in tree.segments if segment.message == 1]
     if not own:
         return None
     token = str(renderer.tokenizer.convert_ids_to_tokens(own[-1].ids[-1]))
@@ -220,12 +174,12 @@ def _stop(template: Template, renderer: Renderer, probe: Probe, tree: Tree) -> S
     full = template.render_or_none(probe.messages[:2], probe.tools) or ""
     place = full.rfind(token, full.rfind(text))
     if place >= 0:
-        return StopToken(token, "turn", full[place + len(token) :])
+        return {"token": token, "written": "turn", "after": full[place + len(token) :]}
     follower = probe.messages[2] if len(probe.messages) > 2 else says("user", QUESTIONS[1])
     words = follower["content"]
     longer = (template.render_or_none([*probe.messages[:2], follower], probe.tools) or "").rpartition(words)[0]
     place = longer.rfind(token, longer.rfind(text))
-    return StopToken(token, "next_message" if place >= 0 else "appended", "")
+    return {"token": token, "written": "next_message" if place >= 0 else "appended", "after": ""}
 
 
 _PLACES = {
@@ -248,7 +202,9 @@ def to_text(found: dict[str, Any]) -> str:
     given = ", ".join(f"{name}={json.dumps(value)}" for name, value in found["arguments_given"].items())
     lines = [f"Template {found['template']}" + (f" with {given}" if given else "")]
     if found["assumed_special"] is not None:
-        lines += [f"  {line}" for line in _assumed(found["assumed_special"])]
+        named = ", ".join(found["assumed_special"]) or "none"
+        lines.append(f"  without a model: special tokens assumed from the template's text ({named}),")
+        lines.append("  its bos and eos called <bos> and <eos>; --model M asks with a real tokenizer")
     sections = {
         "A prompt": _prompt(found),
         "An answer": _answer(found),
@@ -261,12 +217,6 @@ def to_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _assumed(tokens: Sequence[str]) -> Iterator[str]:
-    named = ", ".join(tokens) if tokens else "none"
-    yield f"without a model: special tokens assumed from the template's text ({named}),"
-    yield "its bos and eos called <bos> and <eos>; --model M asks with a real tokenizer"
-
-
 def _prompt(found: dict[str, Any]) -> Iterator[str]:
     first = found["first_token"]
     if found["starts_with_bos"]:
@@ -277,7 +227,9 @@ def _prompt(found: dict[str, Any]) -> Iterator[str]:
     system = found["system"]
     moves = ", which moves to the latest user message as the conversation grows" if system["moves"] else ""
     yield f"system prompt: {_PLACES[system['place']]}{moves}"
-    yield "default system prompt: " + (f'"{_shortened(system["default"])}"' if system["default"] else "none")
+    default = " ".join(system["default"].split())
+    shown = f'"{default}"' if len(default) <= 80 else f'"{default[:80]}…"'
+    yield f"default system prompt: {shown if default else 'none'}"
     if system["default_stays"]:
         yield "    stays when a system prompt is given"
     yield f"developer prompt: {'shown' if system['developer'] else 'rejected or left out'}"
@@ -303,8 +255,7 @@ def _answer(found: dict[str, Any]) -> Iterator[str]:
         "appended": ", appended: the template itself writes nothing at the end of a turn",
     }
     for kind in ("answer", "tool call"):
-        stop = found["stops"].get(kind)
-        if stop is None:
+        if (stop := found["stops"].get(kind)) is None:
             yield f"{kind}: none is proved"
             continue
         after = f"; what follows it, {_quoted(stop['after'])}, is not trained" if stop["after"] else ""
@@ -360,8 +311,3 @@ def _conversations(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 80 else line[:80] + "…"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from preceptor.data.examples import Conversation, Document, Example
+from preceptor.data.examples import Document, Example
 from preceptor.inspect.emulation import Emulation, PeerMessages, PeerTokens, alpaca_prompt, is_plain, messages_of
 
 _Pieces = list[tuple[list[int], bool]]  # pieces, and whether they are trained
@@ -15,6 +15,8 @@ _OF_PHI_4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
 
 class Torchtune(Emulation):
     """With train_on_input the messages of all roles."""
+
+    peer = "torchtune"
 
     def __init__(self, settings: Mapping[str, Any], tokenizer: Any, template: str) -> None:
         super().__init__(settings, tokenizer, template)
@@ -31,12 +33,12 @@ class Torchtune(Emulation):
             "phi3_mini": (_OF_PHI_3, self._phi3),
             "phi4": (_OF_PHI_4, self._phi4),
             "gemma": ((), self._gemma),
-            "mistral": ((), self._mistral),
-            "llama2": ((), self._llama2),
+            "mistral": ((), self._bracketed),
+            "llama2": ((), self._bracketed),
         }
         self._form = forms.get(self._named)
 
-    def says(self) -> str:
+    def what(self) -> str:
         what = "all messages (train_on_input)" if self._inputs else "all tokens of each assistant message"
         if self._form is not None:
             return f"{what}, its header included, in the form of torchtune's {self._named}_tokenizer"
@@ -59,7 +61,7 @@ class Torchtune(Emulation):
         if wrong := _refused(messages):
             return f"torchtune refuses this example: {wrong}"
         if self._form is None:
-            return self._rendered(messages, example if isinstance(example, Conversation) else Conversation("", ()))
+            return self._rendered(messages, example)
         special, form = self._form
         vocabulary = self.tokenizer.get_vocab()
         if lacking := [token for token in special if token not in vocabulary]:
@@ -69,57 +71,57 @@ class Torchtune(Emulation):
             messages = [{"role": "system", "content": str(self._system)}, *rest]
         if self._named == "mistral" and messages[0]["role"] == "system":
             return "torchtune refuses this example: its Mistral template has no system message"
-        pieces = form(messages)
-        return PeerTokens(
-            [id_ for ids, _ in pieces for id_ in ids], [mark for ids, mark in pieces for _ in range(len(ids))]
-        )
+        return PeerTokens.of(*form(messages))
 
     def _trains(self, message: Mapping[str, Any]) -> bool:
         if message["role"] == "system" and self._system is not None:
             return False
         return self._inputs or message["role"] == "assistant"
 
-    def _special(self, *tokens: str) -> list[int]:
-        return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+    def _ids(self, *parts: str) -> list[int]:
+        """Of texts and special tokens, each tokenised apart."""
+        assert self._form is not None
+        to_id, special = self.tokenizer.convert_tokens_to_ids, self._form[0]
+        return [id_ for part in parts for id_ in ([int(to_id(part))] if part in special else self.text_ids(part))]
 
     # Forms with special tokens -------------------------------------------------------------------------------------
 
     def _llama3(self, messages: PeerMessages) -> _Pieces:
         """The tokens of begin and end of the text are never trained."""
-        begin, start, end, turn, last = ([id_] for id_ in self._special(*_OF_LLAMA_3))
-        pieces: _Pieces = [(begin, False)]
+        begin, start, end, turn, last = _OF_LLAMA_3
+        pieces: _Pieces = [(self._ids(begin), False)]
         for message in messages:
-            header = [*start, *self.text_ids(message["role"]), *end, *self.text_ids("\n\n")]
-            pieces.append(([*header, *self.text_ids(message["content"].strip()), *turn], self._trains(message)))
-        return [*pieces, (last, False)]
+            parts = (start, message["role"], end, "\n\n", message["content"].strip(), turn)
+            pieces.append((self._ids(*parts), self._trains(message)))
+        return [*pieces, (self._ids(last), False)]
 
     def _qwen(self, messages: PeerMessages) -> _Pieces:
         """The last answer ends in <|im_end|> without a line end."""
-        start, end = ([id_] for id_ in self._special(*_OF_QWEN))
+        start, end = _OF_QWEN
         pieces: _Pieces = []
         for at, message in enumerate(messages):
-            ids = [*start, *self.text_ids(f"{message['role']}\n"), *self.text_ids(message["content"])]
             is_last = message["role"] == "assistant" and at == len(messages) - 1
-            pieces.append((ids if is_last else [*ids, *end, *self.text_ids("\n")], self._trains(message)))
-        return [*pieces, (end, pieces[-1][1])]
+            after = () if is_last else (end, "\n")
+            pieces.append((self._ids(start, f"{message['role']}\n", message["content"], *after), self._trains(message)))
+        return [*pieces, (self._ids(end), pieces[-1][1])]
 
     def _phi3(self, messages: PeerMessages) -> _Pieces:
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         pieces: _Pieces = [(begin, self._trains(messages[0]))]
         for message in messages:
-            start, end = self._special(f"<|{message['role']}|>", "<|end|>")
-            line_end = self.text_ids("\n")
-            ids = [start, *line_end, *self.text_ids(message["content"].rstrip(" ")), end, *line_end]
+            start = int(self.tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"))
+            ids = [start, *self._ids("\n", message["content"].rstrip(" "), "<|end|>", "\n")]
             pieces.append((ids, self._trains(message)))
         return pieces
 
     def _phi4(self, messages: PeerMessages) -> _Pieces:
         """No end of an answer is written, so none is trained."""
-        start, middle, end = ([id_] for id_ in self._special(*_OF_PHI_4))
+        start, middle, end = _OF_PHI_4
         pieces: _Pieces = []
         for message in messages:
-            ids = [*start, *self.text_ids(message["role"]), *middle, *self.text_ids(message["content"].rstrip(" "))]
-            pieces.append((ids if message["role"] == "assistant" else [*ids, *end], self._trains(message)))
+            after = () if message["role"] == "assistant" else (end,)
+            parts = (start, message["role"], middle, message["content"].rstrip(" "), *after)
+            pieces.append((self._ids(*parts), self._trains(message)))
         return pieces
 
     # Forms without -------------------------------------------------------------------------------------------------
@@ -128,16 +130,16 @@ class Torchtune(Emulation):
         """Contents alone, with nothing of Gemma's template."""
         return self._turns([([message["content"]], message) for message in messages])
 
-    def _mistral(self, messages: PeerMessages) -> _Pieces:
-        return self._turns([(_in_brackets(message, []), message) for message in messages])
-
-    def _llama2(self, messages: PeerMessages) -> _Pieces:
-        """The system message stands in every user message."""
+    def _bracketed(self, messages: PeerMessages) -> _Pieces:
+        """The system message, which Mistral's has not, stands in every user message."""
         system = [message["content"] for message in messages if message["role"] == "system"]
         above = ["<<SYS>>\n", system[0], "\n<</SYS>>\n\n"] if system else []
-        return self._turns(
-            [(_in_brackets(message, above), message) for message in messages if message["role"] != "system"]
-        )
+        parts = []
+        for message in messages:
+            asked = ["[INST] ", *above, message["content"], " [/INST] "]
+            if message["role"] != "system":
+                parts.append((asked if message["role"] == "user" else [message["content"]], message))
+        return self._turns(parts)
 
     def _turns(self, parts: Sequence[tuple[Sequence[str], Mapping[str, Any]]]) -> _Pieces:
         """bos before each turn, eos after each answer; texts are tokenised apart, without spaces at their end."""
@@ -151,27 +153,17 @@ class Torchtune(Emulation):
             starts = answers
         return pieces
 
-    # Tokenizers that are not known ---------------------------------------------------------------------------------
-
-    def _rendered(self, messages: PeerMessages, example: Conversation) -> PeerTokens | str:
-        whole = self.rendered(messages, example)
-        ids: list[int] = []
-        done = 0
-        trained: list[bool] = []
+    def _rendered(self, messages: PeerMessages, example: Example) -> PeerTokens | str:
+        """By the model's own template, where the tokenizer of the file is not known."""
+        whole, done = self.rendered(messages, example), 0
+        pieces: _Pieces = []
         for at, message in enumerate(messages):
             text = self.rendered(messages[: at + 1], example)
             if not whole.startswith(text):
                 return "this template renders earlier turns in another way later: messages cannot be told apart"
-            own = self.text_ids(text[done:])
-            ids, done = [*ids, *own], len(text)
-            trained += [self._trains(message)] * len(own)
-        return PeerTokens(ids, trained)
-
-
-def _in_brackets(message: Mapping[str, Any], above: Sequence[str]) -> list[str]:
-    if message["role"] == "user":
-        return ["[INST] ", *above, message["content"], " [/INST] "]
-    return [message["content"]]
+            pieces.append((self.text_ids(text[done:]), self._trains(message)))
+            done = len(text)
+        return PeerTokens.of(*pieces)
 
 
 def _refused(messages: PeerMessages) -> str | None:

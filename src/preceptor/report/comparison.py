@@ -54,10 +54,9 @@ def read_comparison(compare: JsonObject) -> Comparison | None:
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, figure in task["figures"].items():
         unit = 100.0 if figure["base"]["value"] <= 1 and HEADLINES[task["kind"]].scale > 1 else 1.0
-        cells = [
-            _interval(figure[which], unit, sign=which == "difference") for which in ("base", "tuned", "difference")
-        ]
-        yield f"{task['task']} ({task['role']})", [name, *cells, f"{task['num_items']:,}"]
+        sides = [_interval(figure[which], unit) for which in ("base", "tuned")]
+        difference = _interval(figure["difference"], unit, sign=True)
+        yield f"{task['task']} ({task['role']})", [name, *sides, difference, f"{task['num_items']:,}"]
 
 
 def _interval(figure: Mapping[str, Any], unit: float, sign: bool = False) -> str:
@@ -77,53 +76,36 @@ def _differences(tasks: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
             metric = HEADLINES[task["kind"]]
             if metric.unit == unit:
                 own = Interval(**task["figures"][metric.name]["difference"]).times(metric.better * metric.scale)
-                lines.append((_label(task), own.value, own.low, own.high))
+                name = short_name(task["task"])
+                lines.append((name if len(name) <= 18 else name[:17] + "…", own.value, own.low, own.high))
         if lines:
             note = f"{unit}; right of zero is better than before"
             yield Panel(title, unit, [], note, unit, intervals=lines)
-
-
-def _label(task: Mapping[str, Any]) -> str:
-    name = short_name(task["task"])
-    return name if len(name) <= 18 else name[:17] + "…"
 
 
 def _by_position(shift: Mapping[str, Any]) -> Iterator[Panel]:
     places = shift["by_position"]
     x = [float(place["position"]) for place in places]
     width = SMOOTHED_POSITIONS if len(x) > 4 * SMOOTHED_POSITIONS else 1
-    note = f"mean of {width} positions" if width > 1 else ""
     shares = [
-        Series(name, *thin(x, smooth([100 * place[name] for place in places], width)), colour=colour)
-        for name, colour in zip(CLASSES, (3, 5, 2), strict=True)
+        (name, colour, [100 * place[name] for place in places]) for name, colour in zip(CLASSES, (3, 5, 2), strict=True)
     ]
-    yield Panel(
-        "Shift by position",
-        "%",
-        shares,
-        f"% of answer tokens; {note}".rstrip("; "),
-        "position in the answer",
-        from_zero=True,
-    )
-    kl = Series("KL", *thin(x, smooth([place["mean_kl"] for place in places], width)))
-    yield Panel(
-        "KL from the base by position",
-        "nats",
-        [kl],
-        f"nats; {note}".rstrip("; "),
-        "position in the answer",
-        from_zero=True,
-    )
+    kl = [("KL", 1, [place["mean_kl"] for place in places])]
+    for title, unit, what, curves in (
+        ("Shift by position", "%", "% of answer tokens", shares),
+        ("KL from the base by position", "nats", "nats", kl),
+    ):
+        series = [Series(name, *thin(x, smooth(y, width)), colour=colour) for name, colour, y in curves]
+        note = f"{what}; mean of {width} positions" if width > 1 else what
+        yield Panel(title, unit, series, note, "position in the answer", from_zero=True)
 
 
 def _shares(shift: Mapping[str, Any]) -> LabelledRows:
     rows = [(name, [_interval(shift["shares"][name], 100.0)]) for name in CLASSES]
     rows.append(("mean probability under the base", [_interval(shift["mean_prob"], 1.0)]))
     rows.append(("mean KL from the base, nats per token", [_interval(shift["mean_kl"], 1.0)]))
-    counted = (
-        f"{shift['num_tokens']:,} of {shift['num_prompts']:,} answers; {shift['num_added']:,} more that the base lacks"
-    )
-    return [*rows, ("tokens", [counted])]
+    of, added = f"{shift['num_tokens']:,} of {shift['num_prompts']:,} answers", shift["num_added"]
+    return [*rows, ("tokens", [f"{of}; {added:,} more that the base lacks"])]
 
 
 def _pieces(answer: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

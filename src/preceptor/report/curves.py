@@ -14,27 +14,29 @@ _SMOOTH_SHARE = 25  # a curve is smoothed over 1/25 of its steps
 
 def panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
     """Plots of whatever was recorded: losses, held-out figures, learning rate, gradient norm, throughput, memory."""
-    one = len(runs) == 1
-    found: list[Panel | None] = (
-        [_loss(runs[0])] if one else [_over_steps(runs, names, "Training loss", "nats per trained token", "loss")]
-    )
-    if not one:
-        found.append(_over_evaluations(runs, names, "Held-out loss", "nats per trained token", "loss"))
+    nats = "nats per trained token"
+    if len(runs) == 1:
+        found = [_loss(runs[0])]
+    else:
+        found = [_over_steps(runs, names, "Training loss", nats, "loss")]
+        found.append(_over_evaluations(runs, names, "Held-out loss", nats, "loss"))
     found.append(_over_evaluations(runs, names, "Held-out token accuracy", "%", "token_accuracy", 100.0))
     found.append(_over_evaluations(runs, names, "Held-out bits per byte", "bits per byte", "bits_per_byte"))
     found.append(_over_steps(runs, names, "Learning rate", "", "learning_rate", plain=True, from_zero=True))
     limits = {run.config.get("optimizer", {}).get("max_grad_norm") for run in runs}
     limit = limits.pop() if len(limits) == 1 else None
     level = None if limit is None else (f"max_grad_norm {limit:g}", float(limit))
-    found.append(
-        _over_steps(runs, names, "Gradient norm", "before it is scaled down", "grad_norm", log=True, level=level)
-    )
+    note = "before it is scaled down"
+    found.append(_over_steps(runs, names, "Gradient norm", note, "grad_norm", log=True, level=level))
     note = "of the routers, before loss.router_aux_coef"
     found.append(_over_steps(runs, names, "Load-balancing loss", note, "router_aux_loss"))
     found += _tasks(runs, names)
     found.append(_over_steps(runs, names, "Throughput", "tokens per second", tokens_per_second, from_zero=True))
-    found.append(_memory(runs, names))
-    return [panel for panel in found if panel is not None and panel.series]
+    predicted = runs[0].summary.get(PREDICTED) if len(runs) == 1 else None
+    level = None if predicted is None else ("predicted", float(predicted) / MEGABYTE)
+    note = "peak so far, MB"
+    found.append(_over_steps(runs, names, "Memory", note, _megabytes, plain=True, from_zero=True, level=level))
+    return [panel for panel in found if panel.series]
 
 
 def lengths(run: RunRecord) -> Iterator[Panel]:
@@ -42,28 +44,28 @@ def lengths(run: RunRecord) -> Iterator[Panel]:
     for key, title in (("trees", "Length of a conversation"), ("targets", "Length of a trained answer")):
         known = run.data.get("lengths", {}).get(key)
         if known:
-            note = (
-                f"{known['min']:,} to {known['max']:,} tokens, median {known['median']:,}, 95% up to {known['p95']:,}"
-            )
+            spread = f"{known['min']:,} to {known['max']:,} tokens, median {known['median']:,}"
+            note = f"{spread}, 95% up to {known['p95']:,}"
             yield Panel(title, "", [], note, "tokens", bars=(known["edges"], known["counts"]))
 
 
 def _loss(run: RunRecord) -> Panel:
-    x, y = _points(run.steps, "loss")
-    shown_x, shown_y = thin(x, y)
-    width = _window(len(y))
-    series = []
-    if width > 1:
-        series.append(Series("training", shown_x, shown_y, faint=True))
-        x, y = thin(x, smooth(y, width))
-        series.append(Series(f"training, mean of {width} steps", x, y))
-    elif y:
-        series.append(Series("training", shown_x, shown_y))
+    training = _smoothed(run, "loss", "training", "training")
     held_x, held_y = _points(run.evaluations, "loss")
     ends = _intervals(run, held_y)
-    if held_y:
-        series.append(Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends))
-    return Panel("Loss", "nats per trained token", series, f"nats per trained token{_BARS if ends else ''}")
+    held_out = [Series("held out", held_x, held_y, colour=2, marks=True, y_ends=ends)] if held_y else []
+    note = "nats per trained token"
+    return Panel("Loss", note, [*training, *held_out], f"{note}{_BARS if ends else ''}")
+
+
+def _smoothed(run: RunRecord, key: Any, name: str, label: str, colour: int = 1) -> list[Series]:
+    """The mean of some steps around each, and behind it the values themselves, by `name`; [] where there are none."""
+    x, y = _points(run.steps, key)
+    width = _window(len(y))
+    if width == 1:
+        return [Series(label, *thin(x, y), colour=colour)] if y else []
+    mean = Series(f"{label}, mean of {width} steps", *thin(x, smooth(y, width)), colour=colour)
+    return [Series(name, *thin(x, y), colour=colour, faint=True), mean]
 
 
 def _over_steps(
@@ -74,38 +76,34 @@ def _over_steps(
     key: Any,
     plain: bool = False,
     **settings: Any,
-) -> Panel | None:
+) -> Panel:
     """plain: the values themselves; otherwise smoothed, with the values behind the curve if there is only one run."""
     series: list[Series] = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        colour, label = 1 + index % NUM_COLOURS, title.lower() if len(runs) == 1 else name
+        if len(runs) == 1 and not plain:
+            series += _smoothed(run, key, name, label, colour)
+            continue
         x, y = _points(run.steps, key)
-        width = 1 if plain else _window(len(y))
-        colour = 1 + index % NUM_COLOURS
-        if width > 1 and len(runs) == 1:
-            series.append(Series(name, *thin(x, y), colour=colour, faint=True))
         if y:
-            smoothed = f", mean of {width} steps" if width > 1 and len(runs) == 1 else ""
-            label = title.lower() + smoothed if len(runs) == 1 else name
-            series.append(Series(label, *thin(x, smooth(y, width)), colour=colour))
-    return Panel(title, note, series, note, **settings) if series else None
+            series.append(Series(label, *thin(x, smooth(y, 1 if plain else _window(len(y)))), colour=colour))
+    return Panel(title, note, series, note, **settings)
 
 
 def _over_evaluations(
     runs: Sequence[RunRecord], names: Sequence[str], title: str, note: str, key: Any, factor: float = 1.0
-) -> Panel | None:
+) -> Panel:
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         x, y = _points(run.evaluations, key)
-        label = title.lower() if len(runs) == 1 else name
         ends = _intervals(run, y) if key == "loss" else []
         if y:
-            y = [factor * value for value in y]
+            label, y = title.lower() if len(runs) == 1 else name, [factor * value for value in y]
             series.append(Series(label, x, y, 1 + index % NUM_COLOURS, marks=True, y_ends=ends))
-    around = _BARS if any(each.y_ends for each in series) else ""
-    return Panel(title, note, series, f"{note}{around}") if series else None
+    return Panel(title, note, series, note + _BARS * any(each.y_ends for each in series))
 
 
-def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel | None]:
+def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel]:
     """A plot of the first figure of each task."""
     known = {
         (task["task"], next(iter(task["figures"])))
@@ -120,15 +118,6 @@ def _tasks(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Panel | 
             return next((own["figures"][figure]["value"] for own in tasks if own["task"] == task), None)
 
         yield _over_evaluations(runs, names, f"Task {task}", figure, value)
-
-
-def _memory(runs: Sequence[RunRecord], names: Sequence[str]) -> Panel | None:
-    panel = _over_steps(runs, names, "Memory", "peak so far, MB", _megabytes, plain=True, from_zero=True)
-    predicted = runs[0].summary.get(PREDICTED)
-    if panel is None or len(runs) > 1 or predicted is None:
-        return panel
-    level = ("predicted", float(predicted) / MEGABYTE)
-    return Panel(panel.title, panel.y_label, panel.series, panel.note, level=level, from_zero=True)
 
 
 def _points(lines: Sequence[JsonObject], key: Any) -> tuple[list[float], list[float]]:

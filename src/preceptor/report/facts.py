@@ -4,7 +4,6 @@ And recorded examples as what the page draws: straight lines of segments, and fo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -18,31 +17,31 @@ LabelledRows = list[tuple[str, list[str]]]  # (label, cells)
 def facts(run: RunRecord) -> dict[str, str]:
     """Label -> figure as text, without what is not known."""
     tokens, summary, data = run.data.get("tokens", {}), run.summary, run.data
+    rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
+    held_out = run.counts.held_out_rejected if run.counts else 0
+    best = summary.get("best")
+    compiling = (data.get("compile_seconds") or 0) + sum(step.get("compile_seconds") or 0 for step in run.steps)
     of_all = "tokens per epoch" if data.get("num_windows") is None else "tokens in these windows"
     found: dict[str, Any] = {
         "windows begun": _number(data.get("num_windows")),
         "examples in the data" if data.get("num_windows") is None else "examples read": str(run.counts or ""),
-        "rejected": _rejected(run),
+        "rejected": f"{len(run.rejections):,}{f', {held_out:,} of them held out' if held_out else ''}",
         "examples per epoch": _number(data.get("examples_per_epoch", summary.get("examples_per_epoch"))),
         of_all: _number(tokens.get("computed")),
         f"trained {of_all}": _number(tokens.get("trained")),
         "sequences filled": _share(data.get("fill")),
         "steps": _steps(run),
         "steps skipped": _number(len(run.skipped) or None),
-        "model": _model(run),
+        # where it is not the last step's as a matter of course
+        "model": best and f"that of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4f})",
         **_losses(run),
         "exact answers": _share(summary.get("intern_exact_match")),
-        "tokens per second (median)": _number(_throughput(run)),
+        "tokens per second (median)": _number(median(rates) if rates else None),
         **_memory(run),
         "time": _seconds(summary.get("seconds")),
-        "of it compiling layers": _seconds(_compiling(run)),
+        "of it compiling layers": _seconds(compiling or None),  # that of a step is not among its seconds
     }
     return {label: text for label, text in found.items() if text}
-
-
-def _rejected(run: RunRecord) -> str:
-    held_out = run.counts.held_out_rejected if run.counts else 0
-    return _number(len(run.rejections)) + (f", {held_out:,} of them held out" if held_out else "")
 
 
 def _losses(run: RunRecord) -> dict[str, str]:
@@ -53,8 +52,8 @@ def _losses(run: RunRecord) -> dict[str, str]:
         found["held-out loss, first and last"] = f"{first['loss']:.4f}, {last['loss']:.4f}"
         found["lowest held-out loss"] = f"{best['loss']:.4f} after step {best['step']:,}"
         if "bits_per_byte" in first and "bits_per_byte" in last:
-            pair = (first["bits_per_byte"], last["bits_per_byte"])
-            found["held-out bits per byte, first and last"] = f"{pair[0]:.4f}, {pair[1]:.4f}"
+            pair = f"{first['bits_per_byte']:.4f}, {last['bits_per_byte']:.4f}"
+            found["held-out bits per byte, first and last"] = pair
         if "token_accuracy" in last:
             found["held-out token accuracy"] = f"{last['token_accuracy']:.1%}"
     return found
@@ -63,23 +62,6 @@ def _losses(run: RunRecord) -> dict[str, str]:
 def _steps(run: RunRecord) -> str:
     planned = run.data.get("num_steps")
     return f"{run.num_steps:,}" + (f" of {planned:,}" if planned and planned != run.num_steps else "")
-
-
-def _model(run: RunRecord) -> str:
-    """Which step's weights were saved, where they are not the last step's as a matter of course."""
-    best = run.summary.get("best")
-    return f"that of step {best['step']:,}, the best by {best['metric']} ({best['value']:.4f})" if best else ""
-
-
-def _throughput(run: RunRecord) -> float | None:
-    rates = [rate for step in run.steps if (rate := tokens_per_second(step)) is not None]
-    return median(rates) if rates else None
-
-
-def _compiling(run: RunRecord) -> float | None:
-    """Before the first step and in later ones; the seconds of a step are without it."""
-    before = float(run.data.get("compile_seconds") or 0)
-    return before + sum(step.get("compile_seconds") or 0 for step in run.steps) or None
 
 
 def _memory(run: RunRecord) -> dict[str, str]:
@@ -129,21 +111,12 @@ def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]
         groups: dict[str, Any] = run.held_out[-1].get(key, {}) if run.held_out else {}
         if len(groups) < 2:
             continue
-        first, last = run.held_out[0], run.held_out[-1]
-        before = first.get(key, {})
-        columns = [f"loss at step {own['step']:,}" for own in (first, last)]
-        rows = [
-            (
-                str(name),
-                [
-                    f"{before[name]['loss']:.4f}" if name in before else "–",
-                    f"{own['loss']:.4f}",
-                    f"{own['token_accuracy']:.1%}",
-                    f"{own['num_trained']:,}",
-                ],
-            )
-            for name, own in groups.items()
-        ]
+        before = run.held_out[0].get(key, {})
+        rows = []
+        for name, own in groups.items():
+            losses = [f"{each['loss']:.4f}" if each else "–" for each in (before.get(name), own)]
+            rows.append((str(name), [*losses, f"{own['token_accuracy']:.1%}", f"{own['num_trained']:,}"]))
+        columns = [f"loss at step {own['step']:,}" for own in (run.held_out[0], run.held_out[-1])]
         found.append((by, [*columns, "token accuracy", "tokens"], rows))
     return found
 
@@ -151,20 +124,12 @@ def held_out_groups(run: RunRecord) -> list[tuple[str, list[str], LabelledRows]]
 def side_by_side(columns: Sequence[dict[str, Any]], differing: bool = False) -> LabelledRows:
     """(label, a cell for each run), labels in the order of their first occurrence. differing: only rows that differ."""
     labels = list(dict.fromkeys(label for column in columns for label in column))
-    rows = [(label, [_cell(column, label) for column in columns]) for label in labels]
+    rows = [(label, [_cell(column.get(label, "–")) for column in columns]) for label in labels]
     return [(label, cells) for label, cells in rows if not differing or len(set(cells)) > 1]
 
 
-def _cell(column: dict[str, Any], label: str) -> str:
-    if label not in column:
-        return "–"
-    value = column[label]
+def _cell(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def config_differences(runs: Sequence[RunRecord]) -> LabelledRows:
-    """The keys of the run files whose values differ, without `out`, which always differs."""
-    return [row for row in side_by_side([flat(run.config) for run in runs], differing=True) if row[0] != "out"]
 
 
 def environment_differences(runs: Sequence[RunRecord]) -> LabelledRows:
@@ -182,32 +147,24 @@ def environment_differences(runs: Sequence[RunRecord]) -> LabelledRows:
 _MARKS = {"\n": '<i class="nl"></i>\n', "\t": '<i class="tab">\t</i>'}
 
 
-@dataclass(slots=True)
-class Fork:
-    """Where a tree branches: `branches` go off to the side, what follows the fork goes straight on."""
+def paths(example: JsonObject) -> list[JsonObject]:
+    """The segments of an example from the root on, each with `position`, and a fork before each that has siblings.
 
-    num_tokens: int
-    branches: list[list[Any]] = field(default_factory=list)
-
-
-def paths(example: JsonObject) -> list[Any]:
-    """The segments of an example from the root on, each with `position`, and a Fork before each that has siblings.
-
-    The last child goes straight on, as later turns see it; those before it are branches.
+    The last child goes straight on, as later turns see it; those before it are the fork's `branches`.
     """
     children: dict[int | None, list[JsonObject]] = {}
     for segment in example["segments"]:
         children.setdefault(segment["parent"], []).append(segment)
 
-    def grow(parent: int | None, position: int) -> list[Any]:
-        path: list[Any] = []
+    def grow(parent: int | None, position: int) -> list[JsonObject]:
+        path: list[JsonObject] = []
         while following := children.get(parent):
             if len(following) > 1:
                 branches = [
                     [{**child, "position": position}, *grow(child["id"], position + child["num_tokens"])]
                     for child in following[:-1]
                 ]
-                path.append(Fork(position, branches))
+                path.append({"num_tokens": position, "branches": branches})
             last = following[-1]
             path.append({**last, "position": position})
             parent, position = last["id"], position + last["num_tokens"]

@@ -13,7 +13,7 @@ from preceptor.compare.verdict import change, sentence, tells
 from preceptor.data.loader import FEW_STEPS, few_steps
 from preceptor.errors import counted
 from preceptor.evaluate.intervals import SHARE, interval
-from preceptor.evaluate.tasks import repeated_answer, repeated_line
+from preceptor.evaluate.tasks import repeated_answer
 from preceptor.report.run_record import JsonObject, RunRecord
 
 Severity = Literal["error", "warning", "note", "good"]
@@ -64,13 +64,13 @@ def judge(run: RunRecord) -> Verdict:
         *_data(run),
         *_tax(run),
     ]
-    found.sort(key=lambda finding: SEVERITIES.index(finding.level))
+    found.sort(key=_rank)
     errors, warnings = (sum(finding.level == level for finding in found) for level in ("error", "warning"))
     if errors:
         return Verdict("Something went wrong", "error", found)
     state = _state(run)
     if warnings:
-        return Verdict(f"{state}, with {_count(warnings, 'warning')}", "warning", found)
+        return Verdict(f"{state}, with {counted(warnings, 'warning')}", "warning", found)
     return Verdict(f"{state}; nothing looks suspicious", "good", found)
 
 
@@ -79,8 +79,11 @@ def warnings_so_far(run: RunRecord) -> list[Finding]:
     found = [*_skipped(run), *_steps(run), *_gradients(run), *_data(run)]
     if run.num_steps >= max(ENOUGH_STEPS, run.data.get("num_steps", 0) / 10):
         found += [*_training_loss(run), *_held_out(run), *_answers(run)]
-    found.sort(key=lambda finding: SEVERITIES.index(finding.level))
-    return [finding for finding in found if finding.level in ("error", "warning")]
+    return sorted((finding for finding in found if finding.level in ("error", "warning")), key=_rank)
+
+
+def _rank(finding: Finding) -> int:
+    return SEVERITIES.index(finding.level)
 
 
 def _state(run: RunRecord) -> str:
@@ -121,7 +124,7 @@ def _whether_finished(run: RunRecord) -> Iterator[Finding]:
         since = f"after step {early['on_step']:,}" if early["on_step"] else "before the first step"
         num = early["num_evaluations"]
         seen = (
-            f"The run stopped early, after step {early['step']:,}: {_count(num, 'evaluation')} did not lower the "
+            f"The run stopped early, after step {early['step']:,}: {counted(num, 'evaluation')} did not lower the "
             f"held-out loss of {since} beyond chance (train.patience)."
         )
         yield Finding("note", seen, "" if best else "`checkpoint.best: loss` saves the best weights, not the last.")
@@ -134,10 +137,8 @@ def _skipped(run: RunRecord) -> Iterator[Finding]:
     if run.skipped:
         named = ", ".join(f"{step['step']:,}" for step in run.skipped[:_NAMED])
         examples = list(dict.fromkeys(name for step in run.skipped for name in step.get("examples", ())))
-        seen = (
-            f"{_count(len(run.skipped), 'step')} {'was' if len(run.skipped) == 1 else 'were'} skipped, because loss or "
-            f"gradient was not finite: {named}{', ...' if len(run.skipped) > _NAMED else ''}."
-        )
+        more = ", ..." if len(run.skipped) > _NAMED else ""
+        seen = f"{_were(len(run.skipped), 'step')} skipped, because loss or gradient was not finite: {named}{more}."
         shown = ", ".join(examples[:_NAMED]) + (", ..." if len(examples) > _NAMED else "")
         yield Finding("warning", seen, f"Look at the examples {shown}; lower optimizer.learning_rate.")
 
@@ -150,21 +151,16 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
     if broken:
         yield Finding("error", f"The loss is not finite from step {broken[0]:,} on.", "Lower optimizer.learning_rate.")
         return
-    both = run.loss_ends
-    if both is None:
+    if run.loss_ends is None:
         return
-    first, last = both
+    first, last = run.loss_ends
     course = f"{first:.3f} in the first tenth of the steps, {last:.3f} in the last"
     if len(run.steps) < ENOUGH_STEPS and last >= first * (1 - NOTHING_LEARNED):  # other examples have other losses
-        seen = (
-            f"Training loss {first:.3f} in the first step, {last:.3f} in the last; so few steps do not say what it did."
-        )
-        yield Finding("note", seen)
-        return
-    if last > first * (1 + NOTHING_LEARNED):
-        yield Finding(
-            "error", f"The training loss rose: {course}.", "Lower optimizer.learning_rate, lengthen the warm-up."
-        )
+        seen = f"Training loss {first:.3f} in the first step, {last:.3f} in the last"
+        yield Finding("note", f"{seen}; so few steps do not say what it did.")
+    elif last > first * (1 + NOTHING_LEARNED):
+        advice = "Lower optimizer.learning_rate, lengthen the warm-up."
+        yield Finding("error", f"The training loss rose: {course}.", advice)
     elif last >= first * (1 - NOTHING_LEARNED):
         advice = (
             "Raise optimizer.learning_rate or train.duration; if the loss was low from the start, the model knew this."
@@ -178,16 +174,12 @@ def _training_loss(run: RunRecord) -> Iterator[Finding]:
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     evaluations = run.held_out
     if not evaluations:
-        advice = "Name a file in data.eval, or set data.eval_size" + (
-            " and set eval.every." if run.config.get("data") else "."
-        )
-        yield Finding(
-            "note",
+        seen = (
             "Neither a loss on held-out examples nor answers to them were measured: what was learned beyond the "
-            "training examples is not known.",
-            advice,
+            "training examples is not known."
         )
-        return
+        also = " and set eval.every" if run.config.get("data") else ""
+        yield Finding("note", seen, f"Name a file in data.eval, or set data.eval_size{also}.")
     if len(evaluations) < 2:
         return
     first, last, best = evaluations[0], evaluations[-1], min(evaluations, key=lambda each: float(each["loss"]))
@@ -214,10 +206,9 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         if run.summary.get("best", {}).get("step") == best["step"]:
             yield Finding("note", f"{seen} The model is that of step {best['step']:,}.")
         else:
-            advice = (
-                f"Save the best weights: `checkpoint.best: loss`; train shorter, {best['step']} steps; or on more data."
-            )
-            yield Finding("warning", seen, "Train on more data." if _has_few_steps(run) else advice)
+            shorter = f"`checkpoint.best: loss`; train shorter, {best['step']} steps; or on more data."
+            advice = "Train on more data." if _has_few_steps(run) else f"Save the best weights: {shorter}"
+            yield Finding("warning", seen, advice)
     both = run.loss_ends
     if both is not None and both[1] < MEMORISED * last["loss"]:
         seen = f"The training loss ({both[1]:.3f}) is much lower than the held-out loss ({last['loss']:.3f})."
@@ -230,22 +221,23 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
 
 def spikes(steps: Sequence[JsonObject]) -> list[int]:
     """Steps whose gradient norm is over SPIKE times the median of the steps before."""
-    norms = [float(step["grad_norm"]) for step in steps if "grad_norm" in step]
-    found = []
-    for index in range(SPIKE_FIRST, len(norms)):
-        if norms[index] > SPIKE * median(norms[max(0, index - SPIKE_STEPS) : index]):
-            found.append(int(steps[index]["step"]))
-    return found
+    known = [step for step in steps if "grad_norm" in step]
+    norms = [float(step["grad_norm"]) for step in known]
+    return [
+        int(known[index]["step"])
+        for index in range(SPIKE_FIRST, len(norms))
+        if norms[index] > SPIKE * median(norms[max(0, index - SPIKE_STEPS) : index])
+    ]
 
 
 def _gradients(run: RunRecord) -> Iterator[Finding]:
     found = spikes(run.steps)
     if found:
         shown = ", ".join(f"{step:,}" for step in found[:5]) + (" ..." if len(found) > 5 else "")
-        seen = f"The gradient norm was over {SPIKE:.0f} times its usual value at {_count(len(found), 'step')}: {shown}."
-        yield Finding(
-            "warning", seen, "Look at the data of these steps; a lower optimizer.learning_rate makes such jumps rarer."
-        )
+        at = f"{counted(len(found), 'step')}: {shown}"
+        seen = f"The gradient norm was over {SPIKE:.0f} times its usual value at {at}."
+        advice = "Look at the data of these steps; a lower optimizer.learning_rate makes such jumps rarer."
+        yield Finding("warning", seen, advice)
     limit = run.config.get("optimizer", {}).get("max_grad_norm")
     norms = [step["grad_norm"] for step in run.steps[len(run.steps) // 10 :] if "grad_norm" in step]
     if limit and norms:
@@ -278,17 +270,10 @@ def _answers(run: RunRecord) -> Iterator[Finding]:
         before = run.summary.get("base_exact_match")
         base = "" if before is None else f"; the base model: {before:.1%}"
         yield Finding("note", f"Exact answers to held-out questions: {right}{base}.")
-    yield from _equal_answers(last)
+    asked = ((str(own["answer"]), (str(own.get("reference", index)),)) for index, own in enumerate(last))
+    if equal := repeated_answer(asked):
+        yield Finding("warning", equal, "The model ignores the prompt.")
     yield from _suspicious_answers([str(sample["answer"]) for sample in last], [each.base for each in prompts])
-
-
-def _equal_answers(samples: Sequence[JsonObject]) -> Iterator[Finding]:
-    """One answer to questions whose references differ."""
-    found = repeated_answer(
-        (str(sample["answer"]), (str(sample.get("reference", index)),)) for index, sample in enumerate(samples)
-    )
-    if found is not None:
-        yield Finding("warning", repeated_line(*found, len(samples)), "The model ignores the prompt.")
 
 
 def _suspicious_answers(answers: Sequence[str], base: Sequence[str | None]) -> Iterator[Finding]:
@@ -341,15 +326,14 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
         if run.rejections:
             yield Finding("note", f"{_were(len(run.rejections), 'example')} rejected and not trained.", advice)
         return
-    if num := counts.train_rejected:
-        level: Severity = "warning" if num > MANY_REJECTED * counts.train else "note"
-        share = _share(num / counts.train)
-        yield Finding(level, f"{num:,} of {counts.train:,} ({share}) examples were rejected and not trained.", advice)
-    if num := counts.held_out_rejected:
-        level = "warning" if num > MANY_REJECTED * counts.held_out else "note"
-        share = _share(num / counts.held_out)
-        seen = f"{num:,} of {counts.held_out:,} ({share}) held-out examples were rejected and not measured."
-        yield Finding(level, seen, advice)
+    for num, of, examples, done in (
+        (counts.train_rejected, counts.train, "examples", "trained"),
+        (counts.held_out_rejected, counts.held_out, "held-out examples", "measured"),
+    ):
+        if num:
+            level: Severity = "warning" if num > MANY_REJECTED * of else "note"
+            seen = f"{num:,} of {of:,} ({_share(num / of)}) {examples} were rejected and not {done}."
+            yield Finding(level, seen, advice)
     if not run.rejections:
         also = f", and so are the {counts.held_out:,} held-out ones" if counts.held_out else ""
         yield Finding("good", f"All {counts.train:,} examples are trained exactly as inference will see them{also}.")
@@ -357,18 +341,16 @@ def _rejected(run: RunRecord) -> Iterator[Finding]:
 
 def _tax(run: RunRecord) -> Iterator[Finding]:
     """What `preceptor compare` found outside what was trained."""
-    for task in run.compare.get("tasks", ()):
+    tasks = run.compare.get("tasks", ())
+    for task in tasks:
         if task["role"] == "trained" and change(task) > 0:
             yield Finding("good", f"Against the base model it {sentence(task)}.")
-    lost = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained" and change(task) < 0]
-    if lost:
-        losses = "; ".join(sentence(task) for task in lost)
-        yield Finding(
-            "warning", f"An alignment tax: {losses}.", "Replay, KL to the base, an adapter or averaging lower it."
-        )
-        return
-    outside = [task for task in run.compare.get("tasks", ()) if task["role"] != "trained"]
-    if outside and all(map(tells, outside)):
+    outside = [task for task in tasks if task["role"] != "trained"]
+    losses = "; ".join(sentence(task) for task in outside if change(task) < 0)
+    if losses:
+        advice = "Replay, KL to the base, an adapter or averaging lower it."
+        yield Finding("warning", f"An alignment tax: {losses}.", advice)
+    elif outside and all(map(tells, outside)):
         yield Finding("good", "`preceptor compare` found no significant alignment tax.")
     elif outside:
         seen = "`preceptor compare` found no alignment tax, but its items are too few to show a small one."
@@ -377,7 +359,3 @@ def _tax(run: RunRecord) -> Iterator[Finding]:
 
 def _share(value: float) -> str:
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'s' * (number != 1)}"

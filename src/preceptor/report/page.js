@@ -1,4 +1,3 @@
-"use strict";
 // All of the page can be read without this script. It reads out plots and tokens under the pointer, hides and shows
 // curves and answers, and unfolds what is folded before the page is printed.
 
@@ -7,13 +6,6 @@ const number = value => {
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   return size !== 0 && size < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 };
-
-function make(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
 
 function nearest(values, x) {
   let low = 0, high = values.length - 1;
@@ -66,7 +58,7 @@ function readOut(figure, kept) {
       if (hidden.has(index)) return;
       const place = nearest(series.x, exact), away = series.x[place] !== exact;
       const ends = series.y_ends && series.y_ends[place] ? ` (${series.y_ends[place].map(number).join(" to ")})` : "";
-      const value = `${series.name} ${number(series.y[place])}${plot.unit}${ends}${away ? ` (${plot.x_label} ${number(series.x[place])})` : ""}`;
+      const value = `${series.name} ${number(series.y[place])}${ends}${away ? ` (${plot.x_label} ${number(series.x[place])})` : ""}`;
       readout.append(" · ", value);
       const dot = make("div", "dot");
       dot.style.cssText = `left:${100 * across(series.x[place])}%;top:${100 * down(series.y[place])}%;background:var(--c${series.colour})`;

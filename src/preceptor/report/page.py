@@ -5,42 +5,23 @@ Text from a run is escaped by the templates; the values for the page's script ar
 
 import shlex
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from preceptor.data.examples import Rejection, RejectionCounts
 from preceptor.errors import CheckpointError, ConfigError, PreceptorError, short
 from preceptor.files import LIVE, MEMORY, write_atomically
 from preceptor.report import curves, facts
-from preceptor.report.comparison import Comparison, read_comparison
+from preceptor.report.comparison import read_comparison
 from preceptor.report.findings import judge
 from preceptor.report.plots import Panel, Plot, draw
 from preceptor.report.run_record import RunRecord, flat, read_run
+from preceptor.report.skeleton import style_and_script, templates
 
 REPORT = "report.html"
 MOST_PROMPTS = 300  # whose answers are shown
 FIRST_PROMPTS = 6  # shown unfolded
 MOST_REJECTIONS = 200  # listed one by one
-
-
-@lru_cache
-def templates(*packages: str) -> Environment:
-    """The page's templates, which escape all values, and those of other packages that build on them."""
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package, "") for package in ("preceptor.report", *packages)]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = facts.visible
-    environment.filters["thousands"] = lambda value: f"{value:,}"
-    return environment
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -70,6 +51,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
 
 def page_of_run(run: RunRecord) -> str:
     """The page of one run, the verdict first."""
+    rejections = (Rejection(line["source"], line["code"], line["message"]) for line in run.rejections)
+    comparison, prompts = read_comparison(run.compare), run.prompts[:MOST_PROMPTS]
     return _render(
         "run.html",
         title=run.name,
@@ -80,13 +63,20 @@ def page_of_run(run: RunRecord) -> str:
             {"about": example, "path": facts.paths(example), "branches": facts.num_branches(example)}
             for example in run.examples
         ],
-        reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), _rejections(run)).reasons,
+        reasons=RejectionCounts(run.config.get("data", {}).get("allow_rejected", []), rejections).reasons,
         rejections=run.rejections[:MOST_REJECTIONS],
         lengths=draw_all(curves.lengths(run), "l"),
         curves=draw_all(curves.panels([run], [""]), "c"),
         groups=facts.held_out_groups(run),
-        answers=_answers(run),
-        comparison=_comparison(run),
+        answers={
+            "prompts": prompts,
+            "first": FIRST_PROMPTS,
+            "num": len(run.prompts),
+            "has_base": any(each.base is not None for each in prompts),
+            "has_exact": any("exact" in each.last for each in prompts),
+            "has_stopped": any("stopped" in each.last for each in prompts),
+        },
+        comparison=comparison and (comparison, draw_all(comparison.panels, "x")),
         command=repeat_command(run),
     )
 
@@ -104,7 +94,7 @@ def page_of_runs(runs: Sequence[RunRecord]) -> str:
         verdicts=[judge(run) for run in runs],
         runs=list(runs),
         facts=facts.side_by_side([facts.facts(run) for run in runs]),
-        differences=facts.config_differences(runs),
+        differences=facts.side_by_side([flat({**run.config, "out": None}) for run in runs], differing=True),
         environments=facts.environment_differences(runs),
         curves=draw_all(curves.panels(runs, names), "c"),
         common=[(key[1], [own.get(key) for own in samples]) for key in common[:MOST_PROMPTS]],
@@ -138,33 +128,6 @@ def _render(name: str, **values: Any) -> str:
     return templates().get_template(name).render(**values, **style_and_script())
 
 
-def style_and_script() -> dict[str, Markup]:
-    """The values `css` and `js` of the page's templates."""
-    parts = files("preceptor.report")
-    return {kind: Markup((parts / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")}
-
-
 def draw_all(panels: Iterable[Panel], prefix: str) -> list[Plot]:
     """prefix: of the ids in the pictures, other than that of other plots on the page."""
     return [draw(panel, f"{prefix}{number}") for number, panel in enumerate(panels, start=1)]
-
-
-def _rejections(run: RunRecord) -> list[Rejection]:
-    return [Rejection(line["source"], line["code"], line["message"]) for line in run.rejections]
-
-
-def _answers(run: RunRecord) -> dict[str, Any]:
-    shown = run.prompts[:MOST_PROMPTS]
-    return {
-        "prompts": shown,
-        "first": FIRST_PROMPTS,
-        "num": len(run.prompts),
-        "has_base": any(each.base is not None for each in shown),
-        "has_exact": any("exact" in each.last for each in shown),
-        "has_stopped": any("stopped" in each.last for each in shown),
-    }
-
-
-def _comparison(run: RunRecord) -> tuple[Comparison, list[Plot]] | None:
-    found = read_comparison(run.compare)
-    return None if found is None else (found, draw_all(found.panels, "x"))

@@ -10,34 +10,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    EngFormatter,
-    Formatter,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    NullLocator,
-)
 
 MOST_POINTS = 400  # of a curve; more than the plot is wide would only make the page heavy
 SIZE_INCHES = (5.6, 3.0)  # small enough that its letters can still be read on a phone
 NUM_COLOURS = 6
 
-# CSS variable -> its colour in a light and in a dark theme, of a picture that stands alone; as page.css has them.
-FILE_COLOURS = {
-    "paper": ("#ffffff", "#1c1f25"), "ink": ("#1d1f23", "#e4e6ea"), "faint": ("#5f6570", "#9aa1ad"),
-    "line": ("#d9d6cd", "#333842"), "c1": ("#2563a8", "#6fa8ea"), "c2": ("#c2571a", "#f0935a"),
-    "c3": ("#23803f", "#63c886"), "c4": ("#8a3fa0", "#c68bdc"), "c5": ("#a0730a", "#dcb346"),
-    "c6": ("#0f8080", "#4cc3c3"),
-}  # fmt: skip
 # Colours of the drawing -> CSS variables of the page.
 _VARIABLES = {
     "#010001": "ink",
@@ -85,9 +71,12 @@ class Series:
     labels: Sequence[str] = ()
 
 
+LabelledInterval = tuple[str, float, float | None, float | None]  # label, value, low, high
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """What a plot shows. level: (name, height) of a horizontal line to hold the curves against. unit: after numbers.
+    """What a plot shows. level: (name, height) of a horizontal line to hold the curves against.
 
     ticks: of the x axis, which is then logarithmic; whole: x has whole numbers only.
     """
@@ -100,11 +89,8 @@ class Panel:
     level: tuple[str, float] | None = None
     log: bool = False
     from_zero: bool = False
-    unit: str = ""
     bars: tuple[Sequence[float], Sequence[float]] | None = None  # edges and counts, in place of curves
-    intervals: Sequence[
-        tuple[str, float, float | None, float | None]
-    ] = ()  # label, value, low, high: in place of curves
+    intervals: Sequence[LabelledInterval] = ()  # in place of curves
     ticks: Sequence[float] = ()
     whole: bool = True
 
@@ -158,7 +144,6 @@ def draw(panel: Panel, name: str) -> Plot:
         "y": list(axes.get_ylim()),
         "log": panel.log,
         "x_label": panel.x_label,
-        "unit": panel.unit,
         "bars": panel.bars and [list(panel.bars[0]), list(panel.bars[1])],
         "series": [_values(series) for series in shown if len(series.x)],
     }
@@ -191,7 +176,11 @@ def draw_file(panel: Panel) -> str:
         if len([series for series in panel.series if series.name]) > 1 or panel.level:
             axes.legend(frameon=False, fontsize=9.5, handlelength=1.6)
         svg = _themed(_svg_of(figure), "plot", panel.title)
-    light, dark = ("; ".join(f"--{name}: {pair[at]}" for name, pair in FILE_COLOURS.items()) for at in (0, 1))
+    css = (files("preceptor.report") / "page.css").read_text(encoding="utf-8")
+    themes = (dict(re.findall(r"--(\w+): (#\w+)", theme)) for theme in re.findall(r":root {(.*?)}", css, re.DOTALL))
+    light, dark = (
+        "; ".join([f"--paper: {own['card']}", *(f"--{name}: {own[name]}" for name in _COLOUR)]) for own in themes
+    )
     style = f"svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}"
     head, within = svg.replace("<svg ", f'<svg width="{width * 100:.0f}" height="{height * 100:.0f}" ', 1).split(">", 1)
     paper = '<rect width="100%" height="100%" rx="6" fill="var(--paper)"/>'
@@ -229,20 +218,20 @@ def _fill(axes: Axes, panel: Panel) -> None:
     if panel.log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
         axes.yaxis.set_major_formatter(_formatter(axes))
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=panel.bars is not None))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(6, integer=panel.bars is not None))
         if panel.from_zero:
             axes.set_ylim(0, 1.1 * max(axes.get_ylim()[1] / 1.05, panel.level[1] if panel.level else 0))
     if panel.ticks:
         axes.set_xscale("log")
         axes.set_xticks(panel.ticks, [f"{tick:,g}" for tick in panel.ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.whole))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=panel.whole))
     axes.tick_params(length=0, pad=5, which="both")
 
 
@@ -270,16 +259,16 @@ def _fill_intervals(axes: Axes, panel: Panel) -> None:
         axes.plot([value], [place], color=colour, marker="o", markersize=6)
     axes.set_yticks(range(len(panel.intervals)), [label for label, *_ in reversed(panel.intervals)])
     axes.set_ylim(-0.6, len(panel.intervals) - 0.4)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
     axes.tick_params(length=0, pad=5, which="both")
 
 
-def _formatter(axes: Axes) -> Formatter:
+def _formatter(axes: Axes) -> ticker.Formatter:
     """Of the y axis; small numbers are written out, as their common factor would stand above the plot, in the title."""
     largest = max(map(abs, axes.get_ylim()))
     if largest >= 10_000:
-        return EngFormatter(sep="")
-    return FuncFormatter(lambda value, _: f"{value:g}") if largest < 0.01 else axes.yaxis.get_major_formatter()
+        return ticker.EngFormatter(sep="")
+    return ticker.FuncFormatter(lambda value, _: f"{value:g}") if largest < 0.01 else axes.yaxis.get_major_formatter()
 
 
 def _short(values: Sequence[float]) -> list[float]:

@@ -49,11 +49,8 @@ class RunRecord:
 
     def until(self, step: int) -> Self:
         """The record as it was after a step. What was measured after the run is of its last one, and left out."""
-        steps, skipped, evaluations, samples = (
-            [line for line in lines if int(line["step"]) <= step]
-            for lines in (self.steps, self.skipped, self.evaluations, self.samples)
-        )
-        own = {"steps": steps, "skipped": skipped, "evaluations": evaluations, "samples": samples}
+        names = ("steps", "skipped", "evaluations", "samples")
+        own = {name: [line for line in getattr(self, name) if int(line["step"]) <= step] for name in names}
         return replace(self, **own, summary={}, compare={})  # type: ignore[arg-type]
 
     @property

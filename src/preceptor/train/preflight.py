@@ -162,7 +162,7 @@ def _check_sample_isolation(engine: Engine, trees: Sequence[Tree], precision: st
     vocab_size = engine.call(lambda: len(engine.model.get_input_embeddings().weight))
     changed = replace(
         first,
-        segments=tuple(replace(s, ids=tuple((token + 1) % vocab_size for token in s.ids)) for s in first.segments),
+        segments=tuple(s._replace(ids=tuple((token + 1) % vocab_size for token in s.ids)) for s in first.segments),
     )
     with evaluating(engine.model), exact_routing(engine.model), autocast(engine.model.device, precision):
         before_TD, after_TD = (

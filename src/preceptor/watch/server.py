@@ -24,8 +24,9 @@ from markupsafe import Markup
 from preceptor.console import has_display, say
 from preceptor.errors import ConfigError
 from preceptor.report import curves
-from preceptor.report.page import distinct_names, draw_all, style_and_script, templates
+from preceptor.report.page import distinct_names, draw_all
 from preceptor.report.plots import NUM_COLOURS
+from preceptor.report.skeleton import style_and_script, templates
 from preceptor.watch.status import LiveRun, RunLook, figures, has_ended, left_in_words, status_of, step_in_words
 from preceptor.watch.terminal import News
 
