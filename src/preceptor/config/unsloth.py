@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from preceptor.config.peer_files import PeerFile
+from preceptor.config.peer_settings import PeerFile
 from preceptor.errors import short
 
 _TABLES = ("embed_tokens", "lm_head")  # named among the layers there, and trained whole
