@@ -154,8 +154,8 @@ def latest_samples(run: RunRecord) -> list[JsonObject]:
     return [line for line in run.samples if line["step"] == newest]
 
 
-def process_in_words(holder: LockHolder) -> str:
-    return f"process {holder.pid} on {holder.host}" if holder.pid else "a process that has just started"
+def process_in_words(holder: LockHolder | None) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder and holder.pid else "a process that has just started"
 
 
 # The state -----------------------------------------------------------------------------------------------------------
@@ -165,16 +165,13 @@ def _state(look: RunLook) -> WatchState:
     """waiting: no run yet. starting: its process reads data and model. unknown: no lock reaches to this machine."""
     alive = look.holder is not None and look.holder.is_alive
     if alive:  # with a report: a new run is to be made of what is there, or its process ends at this very moment
-        return "training" if look.has_begun and not _has_report(look.record) else "starting"
+        has_report = look.record.is_finished and (look.record.folder / REPORT).is_file()
+        return "training" if look.has_begun and not has_report else "starting"
     if look.record.is_finished:
         return "finished"
     if look.holder is not None and look.holder.is_alive is None:
         return "unknown"
     return "stopped" if look.has_begun else "waiting"
-
-
-def _has_report(run: RunRecord) -> bool:
-    return run.is_finished and (run.folder / REPORT).is_file()
 
 
 def _says(look: RunLook, state: WatchState) -> str:
@@ -184,17 +181,14 @@ def _says(look: RunLook, state: WatchState) -> str:
         case "waiting":
             return "no run here yet: waiting for `preceptor train` to begin one"
         case "starting":
-            assert holder is not None
             return f"starting: data and model are read by {process_in_words(holder)}"
         case "training":
-            assert holder is not None
             if run.is_finished:
                 return "finished; the report is written"
             resumed = run.environment.get("resumed") or ()
             since = f"; resumed after step {resumed[-1]['step']:,}" if resumed else ""
             return f"training, by {process_in_words(holder)}{since}"
         case "unknown":
-            assert holder is not None
             ago = "" if look.seconds_since_written is None else f", written {in_time(look.seconds_since_written)} ago"
             return f"by {process_in_words(holder)}, whose lock cannot be seen from here{ago}"
         case "stopped":

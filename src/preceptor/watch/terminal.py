@@ -17,20 +17,22 @@ from preceptor.console import visible
 from preceptor.report.run_record import RunRecord
 from preceptor.watch.status import RunLook, after, figures, left_in_words, status_of, step_in_words
 
-COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Braille letter: rows of two
 _LABEL = 7  # letters of a number beside the plot
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Values by step. marks: a mark at each value in place of a line. colour: index in COLOURS."""
+    """Values by step. marks: a mark at each value in place of a line."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     marks: bool = False
-    colour: int = 0
+
+    @property
+    def colour(self) -> str:
+        return "yellow" if self.marks else "cyan"
 
 
 def plot(curves: Sequence[Curve], width: int, height: int, unicode: bool = True) -> list[Text]:
@@ -46,7 +48,7 @@ def plot(curves: Sequence[Curve], width: int, height: int, unicode: bool = True)
         across = [(x - x0) / (x1 - x0) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
         down = [(y1 - y) / (y1 - y0) for y in curve.y if math.isfinite(y)]
         draw = canvas.mark if curve.marks else canvas.line
-        draw(across, down, COLOURS[curve.colour % len(COLOURS)])
+        draw(across, down, curve.colour)
     labels = {0: _number(y1), rows - 1: _number(y0)}
     bar = "│" if unicode else "|"
     lines = [Text(f"{labels.get(row, ''):>{_LABEL}} {bar}", "dim").append_text(canvas.row(row)) for row in range(rows)]
@@ -87,12 +89,9 @@ class _Canvas:
         text = Text()
         for column in range(self._columns):
             cell = (row, column)
+            letter = (chr(0x2800 + self._dots[cell]) if self._unicode else ".") if cell in self._dots else " "
             if cell in self._marks:
                 letter = "●" if self._unicode else "o"
-            elif cell in self._dots:
-                letter = chr(0x2800 + self._dots[cell]) if self._unicode else "."
-            else:
-                letter = " "
             text.append(letter, self._colour.get(cell))
         return text
 
@@ -122,8 +121,7 @@ _NARROWEST = 64  # letters of a panel that stands beside another
 _LOW = 3  # lines of a panel that has nothing but its state
 _PLOT_ROWS = (5, 14)  # fewest and most
 _STATE_STYLE = {"training": "green", "finished": "green", "stopped": "red", "unknown": "yellow"}
-_MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim"), "good": ("✓", "green")}
-_ASCII_MARKS = {"error": "x", "warning": "!", "note": "-", "good": "+"}
+_MARKS = {"error": ("✗", "x", "red"), "warning": ("!", "!", "yellow")}  # of findings; in ASCII; style
 
 
 def screen(looks: Sequence[RunLook], console: Console, whole: bool = False) -> RenderableType:
@@ -193,10 +191,9 @@ def _progress(status: dict[str, Any], width: int, unicode: bool) -> Iterator[Tex
 
 def _findings(status: dict[str, Any], unicode: bool) -> Iterator[Text]:
     for finding in status["findings"]:
-        if finding["level"] in ("error", "warning"):
-            mark, style = _MARKS[finding["level"]]
-            text = f"{mark if unicode else _ASCII_MARKS[finding['level']]} {finding['seen']} {finding['advice']}"
-            yield Text(text.rstrip(), style)
+        if finding["level"] in _MARKS:
+            mark, in_ascii, style = _MARKS[finding["level"]]
+            yield Text(f"{mark if unicode else in_ascii} {finding['seen']} {finding['advice']}".rstrip(), style)
 
 
 def _plot(run: RunRecord, width: int, rows: int, unicode: bool) -> list[Text]:
@@ -206,14 +203,14 @@ def _plot(run: RunRecord, width: int, rows: int, unicode: bool) -> list[Text]:
         points = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
         if points:
             x, y = zip(*points, strict=True)
-            curves.append(Curve(name, x, y, marks, colour=int(marks)))
+            curves.append(Curve(name, x, y, marks))
     drawn = plot(curves, width, rows - 1, unicode)
     if not drawn:
         return []
     legend = Text(" " * 9)
     for curve in curves:
         letter = ("●" if curve.marks else "⠤⠤") if unicode else ("o" if curve.marks else "..")
-        legend.append(f"{letter} ", COLOURS[curve.colour]).append(f"{curve.name}   ", "dim")
+        legend.append(f"{letter} ", curve.colour).append(f"{curve.name}   ", "dim")
     return [legend, *drawn]
 
 
