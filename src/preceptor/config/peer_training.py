@@ -136,7 +136,7 @@ def _warmup(given: Conversion, scheduler: str) -> str | None:
     warmup = given.number(key, given.value(key) or 0)
     if given.peer == "Axolotl" and key in given.defaults and warmup:
         if isinstance(steps := given.settings.get("max_steps"), int) and steps > 0:
-            return f"{min(int(warmup * steps), _MOST_WARMUP)} steps"
+            return f"{int(min(warmup * min(steps, 10**9), _MOST_WARMUP))} steps"
         given.note("warmup_steps", f"absent: at most {_MOST_WARMUP} steps there; set optimizer.warmup")
     if warmup is None:
         return None
