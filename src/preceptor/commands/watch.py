@@ -116,12 +116,13 @@ def _print_news(live: "list[LiveRun]", as_json: bool, end: threading.Event) -> N
     from preceptor.watch.status import status_of
     from preceptor.watch.terminal import News
 
-    news, known = [News() for _ in live], [{} for _ in live]  # type: list[News], list[dict[str, Any]]
+    news = [News() for _ in live]
+    known: dict[int, dict[str, object]] = {}
 
     def show(looks: "list[RunLook]") -> None:
         for number, status in enumerate(map(status_of, looks)):
             lasting = {key: value for key, value in status.items() if key not in ("seconds_since_written", "says")}
-            if as_json and lasting != known[number]:
+            if as_json and lasting != known.get(number):
                 known[number] = lasting
                 print_json(status, indent=None)
             elif not as_json and (line := news[number].line(status)):
