@@ -41,11 +41,7 @@ class LiveRun:
         self.folder = folder
         self._growing = {name: GrowingLines(folder / f"{name}.jsonl") for name in _GROWING}
         self._lines: dict[str, list[dict[str, Any]]] = {name: [] for name in LINES}
-        self._small = {
-            **{f"{name}.json": _Small(folder / f"{name}.json", read_json, {}) for name in OBJECTS},
-            "rejections.jsonl": _Small(folder / "rejections.jsonl", read_json_lines, []),
-            "config.yaml": _Small(folder / "config.yaml", lambda path: read_run_file(path.parent), ({}, "")),
-        }
+        self._whole: dict[str, tuple[tuple[int, ...], Any]] = {}  # files that are read whole: when changed, and value
 
     def look(self) -> RunLook:
         """What is there now. A file that cannot be read at this moment is as it was before."""
@@ -54,9 +50,9 @@ class LiveRun:
             if file.began_anew:
                 self._lines[name] = []
             self._lines[name] += new
-        self._lines["rejections"] = self._small["rejections.jsonl"].value()
-        config, text = self._small["config.yaml"].value()
-        objects = {name: self._small[f"{name}.json"].value() for name in OBJECTS}
+        self._lines["rejections"] = self._read("rejections.jsonl", read_json_lines, [])
+        config, text = self._read("config.yaml", lambda path: read_run_file(path.parent), ({}, ""))
+        objects = {name: self._read(f"{name}.json", read_json, {}) for name in OBJECTS}
         has_begun = bool(config) and (self.folder / "config.yaml").exists()
         lines = self._lines if has_begun else {name: [] for name in LINES}
         return RunLook(
@@ -66,26 +62,19 @@ class LiveRun:
             _seconds_since([self.folder / name for name in (*(f"{name}.jsonl" for name in _GROWING), LOCK)]),
         )
 
-
-class _Small:
-    """A file that is read whole, when it has changed."""
-
-    def __init__(self, path: Path, read: Callable[[Path], Any], absent: Any) -> None:
-        self._path, self._read, self._absent = path, read, absent
-        self._about: tuple[int, ...] | None = None
-        self._value = absent
-
-    def value(self) -> Any:
+    def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
+        """The value of a file, read again when it has changed."""
+        path = self.folder / name
         try:
-            about = self._path.stat()
+            about = path.stat()
         except OSError:
-            self._about, self._value = None, self._absent
-            return self._absent
+            self._whole.pop(name, None)
+            return absent
         now = (about.st_ino, about.st_mtime_ns, about.st_size)
-        if now != self._about:
+        if name not in self._whole or self._whole[name][0] != now:
             with suppress(CheckpointError, OSError):
-                self._value, self._about = self._read(self._path), now
-        return self._value
+                self._whole[name] = now, read(path)
+        return self._whole[name][1] if name in self._whole else absent
 
 
 def _seconds_since(files: Sequence[Path]) -> float | None:
