@@ -97,7 +97,7 @@ def _number(value: float) -> str:
 
 
 _NARROWEST = 64  # letters of a panel that stands beside another
-_LOW = 3  # lines of a panel that has nothing but its state
+_LOW, _HIGHEST = 3, 1000  # lines of a panel that has nothing but its state, and of one that is shown whole
 _PLOT_ROWS = (5, 14)  # fewest and most
 _STATE_STYLE = {"training": "green", "finished": "green", "stopped": "red", "unknown": "yellow"}
 _MARKS = {"error": ("✗", "x", "red"), "warning": ("!", "!", "yellow")}  # of findings; in ASCII; style
@@ -115,22 +115,18 @@ def screen(looks: Sequence[RunLook], console: Console, whole: bool = False) -> R
     for _ in range(beside):
         table.add_column(ratio=1)
     for row, is_low in zip(rows, low, strict=True):
-        lines = None if whole else (_LOW if is_low else max(_LOW, room)) - 2
+        lines = (_HIGHEST if whole else _LOW if is_low else max(_LOW, room)) - 2
         table.add_row(*(_panel(look, width // beside - 4, lines, unicode) for look in row))
     return table
 
 
-def _panel(look: RunLook, width: int, height: int | None, unicode: bool) -> RenderableType:
+def _panel(look: RunLook, width: int, height: int, unicode: bool) -> RenderableType:
     status = status_of(look)
     head, tail = [*_head(status, width, unicode)], [*_findings(status, unicode)]
-    if height is None:
-        rest = [*_plot(look.record, width, _PLOT_ROWS[1], unicode), *_samples(status["samples"], width, 1000)]
-    else:
-        free = height - len(head) - len(tail)
-        share = min(_PLOT_ROWS[1], free * 2 // 3 if free > 2 * _PLOT_ROWS[0] else free)
-        drawn = _plot(look.record, width, share, unicode) if share >= _PLOT_ROWS[0] else []
-        rest = [*drawn, *_samples(status["samples"], width, free - len(drawn))]
-    lines = [*head, *tail, *rest]
+    free = height - len(head) - len(tail)
+    share = min(_PLOT_ROWS[1], free * 2 // 3 if free > 2 * _PLOT_ROWS[0] else free)
+    drawn = _plot(look.record, width, share, unicode) if share >= _PLOT_ROWS[0] else []
+    lines = [*head, *tail, *drawn, *_samples(status["samples"], width, free - len(drawn))]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     title = Text(f" {visible(str(look.record.folder))} ", "bold")
