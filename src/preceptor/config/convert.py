@@ -14,7 +14,7 @@ from preceptor.config.peer_defaults import DIRECT, NAMES, OFF, TRAINER
 from preceptor.config.peer_files import dataset_info, read_peer_file
 from preceptor.config.peer_names import COUNTERPARTS
 from preceptor.config.peer_settings import Conversion, PeerFile
-from preceptor.config.peer_training import adapter_section, optimizer_section, set_moments, set_training, trains_adapter
+from preceptor.config.peer_training import set_adapter, set_moments, set_optimizer, set_training, trains_adapter
 from preceptor.config.peer_without import CHANGES_TRAINING, NO_COUNTERPART
 from preceptor.config.run import Run, Tracker
 from preceptor.errors import short
@@ -69,18 +69,19 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     _set_model(given)
     data_section(given, folder, packed)
     set_training(given, packed)
-    given.tree["optimizer"] = optimizer_section(given)
+    set_optimizer(given)
     set_moments(given)
-    given.tree["adapter"] = adapter_section(given)
+    set_adapter(given)
     _set_trackers(given)
     for key, (ours, cast) in DIRECT.items():
         if (value := given.value(key)) is not None:
             given.set(ours, given.cast(key, value, cast))
-    if given.tree["optimizer"].get("max_grad_norm") == 0:
-        given.tree["optimizer"]["max_grad_norm"] = _NO_CLIPPING
+    optimizer = given.tree.get("optimizer", {})
+    if optimizer.get("max_grad_norm") == 0:
+        optimizer["max_grad_norm"] = _NO_CLIPPING
         given.note("max_grad_norm", "gradients are not clipped there; here at a norm that none reaches")
     _note_rest(given, file.unread)
-    tree = given.tree = {key: given.tree[key] for key in Run.model_fields if given.tree.get(key, {}) != {}}
+    tree = given.tree = {key: given.tree[key] for key in Run.model_fields if key in given.tree}
     needed = {
         "model.path": "path" in tree.get("model", {}),
         "data.train": "train" in tree.get("data", {}),

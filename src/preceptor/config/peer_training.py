@@ -112,16 +112,43 @@ def _logging_steps(given: Conversion) -> Any:
     return steps
 
 
-def optimizer_section(given: Conversion) -> dict[str, Any]:
-    """Without keys whose values need no more than a type."""
-    name = given.value("lr_scheduler_type", "lr_scheduler")
-    scheduler = SCHEDULERS.get(str(name).rpartition(".")[2])
+def set_optimizer(given: Conversion) -> None:
+    """Set the section `optimizer`, but for keys whose values need no more than a type."""
+    scheduled = given.value("lr_scheduler_type", "lr_scheduler")
+    name = str(scheduled).rpartition(".")[2]
+    scheduler = SCHEDULERS.get(name)
     if scheduler is None:
         offered = ", ".join(sorted({*SCHEDULERS} - {"get_cosine_schedule_with_warmup"}))
-        given.not_offered("lr_scheduler_type", f"{short(name)} is not offered: {offered}")
-    found = {"lr_scheduler": scheduler, **_decay(given, scheduler)}
-    found["warmup"] = _warmup(given, str(name).rpartition(".")[2])
-    return {key: value for key, value in {**found, **_kind(given)}.items() if value is not None}
+        given.not_offered("lr_scheduler_type", f"{short(scheduled)} is not offered: {offered}")
+    given.set("optimizer.lr_scheduler", scheduler)
+    _set_decay(given, scheduler)
+    given.set("optimizer.warmup", _warmup(given, name))
+    named = "muon" if given.on("use_muon") else given.value("optim", "optimizer")
+    rule = "adamw" if named is None else optimizer_name(str(named))
+    if rule is None:
+        why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
+        given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
+        given.unoffered.append(("optim", why))
+    given.set("optimizer.name", None if rule == "adamw" else rule)
+    betas = [given.number(key, given.value(key)) for key in ("adam_beta1", "adam_beta2")]
+    given.set("optimizer.betas", None if None in betas or rule in ("adafactor", "sgd") else betas)
+    given.set("optimizer.momentum", 0.0 if rule == "sgd" else None)
+
+
+def _set_decay(given: Conversion, scheduler: str | None) -> None:
+    """How the rate falls at the end."""
+    kwargs = given.settings.get("lr_scheduler_kwargs")
+    arguments: Mapping[str, Any] = kwargs if isinstance(kwargs, Mapping) else {}
+    ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
+    if given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
+        given.set("optimizer.min_lr_ratio", given.number("lr_scheduler_kwargs", ratio))
+    if scheduler == "wsd":
+        if (steps := arguments.get("num_decay_steps")) is not None:
+            given.set("optimizer.decay", f"{steps} steps")
+        if (form := arguments.get("decay_type", "cosine")) != "linear":
+            given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
+    if arguments and arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"}:
+        given.used.add("lr_scheduler_kwargs")
 
 
 def _warmup(given: Conversion, scheduler: str) -> str | None:
@@ -144,39 +171,6 @@ def _warmup(given: Conversion, scheduler: str) -> str | None:
     return f"{plain(100 * warmup)} %" if is_share else f"{int(warmup)} steps"
 
 
-def _decay(given: Conversion, scheduler: str | None) -> dict[str, Any]:
-    """How the rate falls at the end."""
-    kwargs = given.settings.get("lr_scheduler_kwargs")
-    arguments: Mapping[str, Any] = kwargs if isinstance(kwargs, Mapping) else {}
-    ratio = arguments.get("min_lr_rate", arguments.get("min_lr_ratio", 0.0))
-    found: dict[str, Any] = {}
-    if given.settings.get("cosine_min_lr_ratio") is None and scheduler in ("cosine", "linear", "wsd"):
-        found["min_lr_ratio"] = given.number("lr_scheduler_kwargs", ratio)
-    if scheduler == "wsd":
-        if (steps := arguments.get("num_decay_steps")) is not None:
-            found["decay"] = f"{steps} steps"
-        if (form := arguments.get("decay_type", "cosine")) != "linear":
-            given.note("lr_scheduler_type", f"at the end the rate falls by {form} there, linearly here")
-    if arguments.keys() <= {"min_lr_rate", "min_lr_ratio", "num_decay_steps", "decay_type"} and arguments:
-        given.used.add("lr_scheduler_kwargs")
-    return found
-
-
-def _kind(given: Conversion) -> dict[str, Any]:
-    named = "muon" if given.on("use_muon") else given.value("optim", "optimizer")
-    name = "adamw" if named is None else optimizer_name(str(named))
-    if name is None:
-        why = f"{short(named)} is not offered. Choose adamw, adamw_8bit, muon, adafactor or sgd"
-        given.note("optimizer", f"{why}; it is adamw here, which needs another learning rate")
-        given.unoffered.append(("optim", why))
-    betas = [given.number(key, given.value(key)) for key in ("adam_beta1", "adam_beta2")]
-    return {
-        "name": name if name != "adamw" else None,
-        "betas": None if None in betas or name in ("adafactor", "sgd") else betas,
-        "momentum": 0.0 if name == "sgd" else None,
-    }
-
-
 def trains_adapter(given: Conversion) -> bool:
     for key, values in (("finetuning_type", ("lora",)), ("adapter", ("lora", "qlora"))):
         if given.settings.get(key, given.defaults.get(key)) in values:
@@ -185,8 +179,8 @@ def trains_adapter(given: Conversion) -> bool:
     return given.on("use_peft", "peft_type") is not None
 
 
-def adapter_section(given: Conversion) -> dict[str, Any]:
-    """{} where all weights are trained."""
+def set_adapter(given: Conversion) -> None:
+    """Set the section `adapter`; none where all weights are trained."""
     if not trains_adapter(given):
         kind = given.on("finetuning_type", "adapter")
         if kind == "freeze":
@@ -196,12 +190,28 @@ def adapter_section(given: Conversion) -> dict[str, Any]:
         for key in [key for key in given.settings if key.startswith("lora_")]:
             given.note(key, "no adapter is asked for, so all weights are trained: nothing to set")
             given.used.add(key)
-        return {}
-    section: dict[str, Any] = {}
+        return
+    given.set("adapter.kind", "lora" if given.on("use_dora", "peft_use_dora") is None else "dora")
     for key, (name, cast) in OF_ADAPTERS.items():
         if (value := given.value(key)) is not None:
-            section.setdefault(name, given.cast(key, value, cast))
-    section |= _kind_of_adapter(given)
+            given.set(f"adapter.{name}", given.cast(key, value, cast))
+    given.set("adapter.use_rslora", True if given.on("use_rslora", "peft_use_rslora") else None)
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = given.on(key)
+        if patterns is not None and (patterns := given.cast(key, patterns, dict)) is not None:
+            given.set(f"adapter.{key}", patterns)
+            given.note(key, "a regular expression there, a pattern of names here")
+    for key in ("modules_to_save", "lora_modules_to_save", "additional_target"):
+        if "modules_to_save" not in given.tree["adapter"] and (whole := given.on(key)) is not None:
+            names = whole.split(",") if isinstance(whole, str) else whole
+            given.set("adapter.modules_to_save", given.cast(key, names, list))
+    given.set("adapter.init", _first_values(given))
+    if (ratio := given.on("loraplus_lr_ratio")) is not None:
+        given.set("adapter.lr_ratio", given.number("loraplus_lr_ratio", ratio))
+    _set_targets(given)
+
+
+def _set_targets(given: Conversion) -> None:
     targets = given.on("lora_target_modules", "target_modules", "lora_target")
     if given.peer == "Axolotl" and given.on("lora_target_linear"):  # beside names: those as well
         targets = "all-linear"
@@ -211,28 +221,9 @@ def adapter_section(given: Conversion) -> dict[str, Any]:
     elif isinstance(targets, str) and targets not in ("all", "all-linear"):
         targets = [name.strip() for name in targets.split(",")]
     if isinstance(targets, list):
-        section["target_modules"] = list(dict.fromkeys(map(str, targets)))
+        given.set("adapter.target_modules", list(dict.fromkeys(map(str, targets))))
     elif targets is None and given.peer in ("TRL", "Unsloth", "Axolotl"):
         given.note("lora_target_modules", "absent: peft's choice for the model there; here all linear layers")
-    dora = given.on("use_dora", "peft_use_dora") is not None
-    return {"kind": "dora" if dora else "lora"} | {key: value for key, value in section.items() if value is not None}
-
-
-def _kind_of_adapter(given: Conversion) -> dict[str, Any]:
-    found: dict[str, Any] = {"use_rslora": True if given.on("use_rslora", "peft_use_rslora") else None}
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = given.on(key)
-        found[key] = None if patterns is None else given.cast(key, patterns, dict)
-        if found[key] is not None:
-            given.note(key, "a regular expression there, a pattern of names here")
-    for key in ("modules_to_save", "lora_modules_to_save", "additional_target"):
-        if found.get("modules_to_save") is None and (whole := given.on(key)) is not None:
-            names = whole.split(",") if isinstance(whole, str) else whole
-            found["modules_to_save"] = given.cast(key, names, list)
-    found["init"] = _first_values(given)
-    if (ratio := given.on("loraplus_lr_ratio")) is not None:
-        found["lr_ratio"] = given.number("loraplus_lr_ratio", ratio)
-    return found
 
 
 def _first_values(given: Conversion) -> str | None:
