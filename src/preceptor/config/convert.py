@@ -73,9 +73,7 @@ def convert(file: PeerFile, folder: Path) -> Conversion:
     set_moments(given)
     set_adapter(given)
     _set_trackers(given)
-    for key, (ours, cast) in DIRECT.items():
-        if (value := given.value(key)) is not None:
-            given.set(ours, given.cast(key, value, cast))
+    given.carry(DIRECT)
     optimizer = given.tree.get("optimizer", {})
     if optimizer.get("max_grad_norm") == 0:
         optimizer["max_grad_norm"] = _NO_CLIPPING

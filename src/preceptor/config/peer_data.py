@@ -58,8 +58,7 @@ def _set_stream(given: Conversion, folder: Path) -> None:
                 "`split` chooses by their names, and `name` is a folder",
             )
     key = "streaming_multipack_buffer_size" if given.peer == "Axolotl" else "buffer_size"
-    if (window := given.value(key)) is not None:
-        given.set("data.window", given.cast(key, window, int))
+    given.carry({key: ("data.window", int)})
 
 
 def _set_chat_template(given: Conversion) -> None:

@@ -34,6 +34,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
     "get_peft_model": ("model", "r", "target_modules", "lora_alpha", "lora_dropout", "bias"),
     "get_chat_template": ("tokenizer", "chat_template"),
+    **dict.fromkeys((*_ARGUMENTS, "ScriptArguments"), ("output_dir",)),
     **dict.fromkeys(_TRAINERS, ("model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class")),
 }
 """Arguments by their place."""
@@ -88,9 +89,7 @@ def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
     elif name in _CONFIGS:
         if name == "LoraConfig":
             found.settings |= {"use_peft": True, "r": 8, "lora_alpha": 8, "lora_dropout": 0.0}  # peft's own defaults
-        elif call.args and name != "ModelConfig":
-            _keyword(script, ast.keyword("output_dir", call.args[0]), found)
-        for keyword in call.keywords:
+        for keyword in _named(name, call):
             if keyword.arg != "task_type":
                 _keyword(script, keyword, found)
     elif name == "get_chat_template":
@@ -105,7 +104,7 @@ def _call(script: Script, call: ast.Call, found: PeerFile) -> None:
 
 def _named(name: str, call: ast.Call) -> list[ast.keyword]:
     """Its arguments, those by place with their names."""
-    by_place = zip(_NAMES[name], call.args, strict=False)
+    by_place = zip(_NAMES.get(name, ()), call.args, strict=False)
     return [*(ast.keyword(key, value) for key, value in by_place), *call.keywords]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from preceptor.config.peer_defaults import DEFAULTS, NAMES, OFF, Peer
+from preceptor.config.peer_defaults import DEFAULTS, NAMES, OFF, Direct, Peer
 from preceptor.config.yaml_text import dump_yaml
 from preceptor.errors import short
 
@@ -93,6 +93,12 @@ class Conversion:
         if value is not None:
             inside = self.tree.setdefault(section, {}) if name else self.tree
             inside.setdefault(name or section, value)
+
+    def carry(self, rows: Direct) -> None:
+        """Set keys of the run file whose values need no more than a type."""
+        for key, (ours, cast) in rows.items():
+            if (value := self.value(key)) is not None:
+                self.set(ours, self.cast(key, value, cast))
 
     def cast(self, key: str, value: Any, cast: Callable[[Any], T]) -> T | None:
         """None, with a note, for a value that the cast does not take."""

@@ -192,9 +192,7 @@ def set_adapter(given: Conversion) -> None:
             given.used.add(key)
         return
     given.set("adapter.kind", "lora" if given.on("use_dora", "peft_use_dora") is None else "dora")
-    for key, (name, cast) in OF_ADAPTERS.items():
-        if (value := given.value(key)) is not None:
-            given.set(f"adapter.{name}", given.cast(key, value, cast))
+    given.carry(OF_ADAPTERS)
     given.set("adapter.use_rslora", True if given.on("use_rslora", "peft_use_rslora") else None)
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = given.on(key)
