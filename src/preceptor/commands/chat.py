@@ -28,7 +28,6 @@ def chat(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """Talk to a model in the terminal. /new starts a new conversation, /system with a system prompt, Ctrl-D ends."""
-
     check_models(base, model, checkpoints=True)
     with large_imports():
         from preceptor.serve.chat import Speaker, converse
@@ -62,7 +61,6 @@ def trained_system_prompt(model: str, given: str | None) -> tuple[str | None, st
 
     (None, None) where the model does not lie in a run's folder, which records it.
     """
-
     try:
         found = read_json((run_folder_of(model) or Path(model)) / "data.json")["system_prompts"]
         (prompt, count), total = found["most_common"][0], int(found["num_conversations"])

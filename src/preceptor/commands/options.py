@@ -73,7 +73,6 @@ def check_models(*paths: str | None, checkpoints: bool = False) -> None:
 
     checkpoints: whether a checkpoint of a run will do.
     """
-
     for path in filter(None, paths):
         if not (checkpoints and checkpoint_at(path)):
             adapter_base(resolve_model_path(path, adapters=True))

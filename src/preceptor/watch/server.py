@@ -107,8 +107,7 @@ class WatchedRuns:
     def __init__(self, runs: Sequence[LiveRun]) -> None:
         self._runs = runs
         self._lock = threading.Lock()
-        self._parts: PageParts = {}
-        self._title, self._says = "", ""
+        self._page: tuple[PageParts, str, str] = ({}, "", "")
         self._next = 0.0  # when it may be drawn again
 
     def look(self) -> list[RunLook]:
@@ -121,19 +120,17 @@ class WatchedRuns:
             started = time.monotonic()
             if started >= self._next:
                 looks = [run.look() for run in self._runs]
-                self._parts, self._title = parts_of(looks), title_of(looks)
                 ended = all(map(has_ended, looks))
-                self._says = "All of it: the runs are finished." if ended else "Updated as the runs go on."
+                says = "All of it: the runs are finished." if ended else "Updated as the runs go on."
+                self._page = parts_of(looks), title_of(looks), says
                 now = time.monotonic()
                 self._next = now + max(_LOOK_SECONDS, _SHARE * (now - started))
-            return self._parts, self._title, self._says
+            return self._page
 
     def report(self, number: str) -> Path | None:
         """The report of a run, by its place; None where there is none."""
-        if not (number.isascii() and number.isdecimal()) or int(number) >= len(self._runs):
-            return None
-        look = self._runs[int(number)].folder / "report.html"
-        return look if look.is_file() else None
+        places = {str(place): run.folder / "report.html" for place, run in enumerate(self._runs)}
+        return file if (file := places.get(number)) and file.is_file() else None
 
 
 class WatchServer(ThreadingHTTPServer):
