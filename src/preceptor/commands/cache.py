@@ -87,7 +87,6 @@ def _amount(text: str, units: dict[str, int], option: str) -> float:
 
 
 def _line(entry: "CacheEntry") -> str:
-
     age = time.time() - entry.last_used
     unit, factor = next((u, f) for u, f in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)) if age >= f or f == 1)
     names = ", ".join(entry.names[:_SHOWN_NAMES]) or "rendered examples that no table names yet"
@@ -97,6 +96,5 @@ def _line(entry: "CacheEntry") -> str:
 
 
 def _total(folder: Path, found: "list[CacheEntry]") -> str:
-
     size = readable_bytes(sum(entry.num_bytes for entry in found))
     return f"{folder}: {size} in {len(found)} entries" if found else f"{folder}: empty"

@@ -69,7 +69,6 @@ def _merge(base: str, tuned: str, weight: list[float], out: Path, has_tasks: boo
 def _sweep(
     base: str, tuned: str, weight: list[float] | None, out: Path, suite: "EvaluationSuite", dtype: str, device: str
 ) -> None:
-
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     from preceptor.compare.sweep import WEIGHTS, write

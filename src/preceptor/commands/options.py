@@ -141,7 +141,6 @@ def large_imports() -> Iterator[None]:
 
 
 def print_result(found: dict[str, Any], as_json: bool, to_text: Callable[[dict[str, Any]], str]) -> None:
-
     if as_json:
         print_json(found)
     else:
