@@ -257,12 +257,9 @@ def shown(node: ast.AST) -> str:
         for keyword in each.keywords if isinstance(each, ast.Call) else ():
             if SECRET.search(keyword.arg or ""):
                 keyword.value = ast.Constant(...)
-        if isinstance(each, ast.Dict):
-            keys = [getattr(key, "value", None) for key in each.keys]
-            each.values = [
-                ast.Constant(...) if isinstance(key, str) and SECRET.search(key) else value
-                for key, value in zip(keys, each.values, strict=True)
-            ]
+        for place, key in enumerate(each.keys) if isinstance(each, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and SECRET.search(str(key.value)):
+                each.values[place] = ast.Constant(...)
     try:
         return ast.unparse(node)
     except RecursionError:
