@@ -257,9 +257,10 @@ def shown(node: ast.AST) -> str:
         for keyword in each.keywords if isinstance(each, ast.Call) else ():
             if SECRET.search(keyword.arg or ""):
                 keyword.value = ast.Constant(...)
-        for place, key in enumerate(each.keys) if isinstance(each, ast.Dict) else ():
-            if isinstance(key, ast.Constant) and SECRET.search(str(key.value)):
-                each.values[place] = ast.Constant(...)
+        if isinstance(each, ast.Dict):
+            for place, key in enumerate(each.keys):
+                if isinstance(key, ast.Constant) and SECRET.search(str(key.value)):
+                    each.values[place] = ast.Constant(...)
     try:
         return ast.unparse(node)
     except RecursionError:

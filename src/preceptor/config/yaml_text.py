@@ -119,7 +119,7 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
     node[_key_in(node, last, text)] = parsed
 
 
-def _key_in(node: Any, part: str, text: str) -> str | int:
+def _key_in(node: Any, part: str, text: str) -> Any:
     """A part of a dotted key, of a list as an index."""
     if not isinstance(node, list):
         return part
